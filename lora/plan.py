@@ -1,0 +1,265 @@
+"""From wishes to a plan: ranks that fit the budget and spend all of it.
+
+Two steps, shared by the environment and the Trainer callback:
+
+* `pack` turns scores into the ranks that they ask for: how many layers are adapted follows from a rank floor
+  (fewer layers at a useful rank beat all layers at a thin one, since depth is what costs bytes), and inside them ranks
+  go as exp(score);
+* `project` turns rank deltas into a plan: clipped to the ladder, over budget repaired, under budget filled.
+
+Both move along the ladder in the order of log(rank) - score, so equal scores give equal ranks.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BudgetError
+from .budget import format_bytes
+from .ladder import IntArray, RankLadder
+from .memory import Cost, FloatArray, ParameterCost, total_cost
+
+
+@dataclass(frozen=True, eq=False)
+class PlanProblem:
+    """Everything that decides which plans are possible.
+
+    Attributes:
+        ranks: current ranks, int64 (modules,).
+        max_ranks: the largest useful rank of each module, int64 (modules,).
+        blocks: layer of each module, 0 at the bottom, int64 (modules,).
+        cost: price of a plan.
+        limit: what a plan may cost, in the unit of `cost`.
+        ladder: allowed ranks.
+        max_step: how many rungs a module may move at this decision; None for any number.
+    """
+
+    ranks: IntArray
+    max_ranks: IntArray
+    blocks: IntArray
+    cost: Cost
+    limit: float
+    ladder: RankLadder
+    max_step: int | None = None
+
+    @property
+    def tops(self) -> IntArray:
+        """The highest rung that each module may reach, (modules,)."""
+        return self.ladder.rung(self.max_ranks)
+
+    def price(self, ranks: IntArray) -> float:
+        """What a plan costs."""
+        return total_cost(self.cost, ranks)
+
+    def fits(self, ranks: IntArray) -> bool:
+        """Whether a plan keeps to the budget."""
+        return self.price(ranks) <= self.limit
+
+    def unbounded(self) -> PlanProblem:
+        """The same problem without the limit on steps."""
+        return replace(self, max_step=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A feasible plan.
+
+    Attributes:
+        asked: ranks that the deltas asked for, after the ladder and before the budget, int64 (modules,).
+        ranks: ranks that fit, int64 (modules,).
+        cost: what they cost, in the unit of the problem.
+    """
+
+    asked: IntArray
+    ranks: IntArray
+    cost: float
+
+
+def check_budget(problem: PlanProblem, names: list[str]) -> None:
+    """Make sure that at least one module fits at rank 1.
+
+    Raises:
+        BudgetError: nothing fits; names the smallest budget that works and what takes it.
+    """
+    count = len(problem.ranks)
+    prices = [problem.price(np.eye(1, count, index, dtype=np.int64)[0]) for index in range(count)]
+    cheapest = int(np.argmin(prices))
+    if prices[cheapest] <= problem.limit:
+        return
+    if isinstance(problem.cost, ParameterCost):
+        needed, given = f"{prices[cheapest]:.0f} parameters", f"{problem.limit:.0f}"
+        hint = ""
+    else:
+        needed, given = format_bytes(prices[cheapest]), format_bytes(problem.limit)
+        kept = format_bytes(problem.cost.fixed(np.zeros(count, dtype=bool)))
+        hint = (
+            f" {kept} of it goes to what trains outside the adapter; the rest is mostly saved for backward. A smaller "
+            "per-device batch, shorter sequences or gradient checkpointing lower it."
+        )
+    raise BudgetError(
+        f"The budget of {given} fits no adapter at all. The smallest that works is {needed} "
+        f"(rank 1 on {names[cheapest]!r} alone).{hint}"
+    )
+
+
+def uniform_ranks(problem: PlanProblem) -> IntArray:
+    """The best plan with one rank: on all modules if rank 1 fits there, else on as many top layers as fit.
+
+    Not tied to the ladder: the largest whole rank up to the ladder's end.
+    """
+    for lowest in range(int(problem.blocks.max()) + 1):
+        chosen = problem.blocks >= lowest
+        best = np.zeros_like(problem.ranks)
+        for rank in range(1, problem.ladder.ranks[-1] + 1):
+            ranks = np.where(chosen, np.minimum(rank, problem.max_ranks), 0)
+            if not problem.fits(ranks):
+                break
+            best = ranks
+        if best.any():
+            return best
+    return pack(problem, np.zeros(len(problem.ranks)), floor=1.0)
+
+
+def pack(problem: PlanProblem, scores: FloatArray, floor: float) -> IntArray:
+    """The ranks that a set of scores asks for, as if every module were free to move.
+
+    Layers are taken from the top down as long as each of their modules can have the floor rank (the lowest layer
+    in part, best scores first); then every adapted module starts at rank 1 and ranks rise in the order of
+    log(rank) - score until the budget is spent. With equal scores this is "fracrule" of docs/design.md.
+
+    Args:
+        problem: the current state; its `max_step` is ignored.
+        scores: log rank relative to the other modules, float (modules,).
+        floor: rank that an adapted module should at least be able to have, > 0.
+
+    Returns:
+        Ranks on the ladder, int64 (modules,); all zero if nothing fits.
+    """
+    free = problem.unbounded()
+    rungs = np.zeros_like(free.ranks)
+    for rung in range(int(np.clip(free.ladder.rung(round(max(floor, 1))), 1, free.ladder.top)), 0, -1):
+        rungs = _admit(free, scores, rung)
+        if rungs.any():
+            break
+    start = np.minimum(rungs, 1)
+    return _fill(free, start, scores, upper=np.where(start > 0, free.tops, 0))
+
+
+def _admit(problem: PlanProblem, scores: FloatArray, rung: int) -> IntArray:
+    """Rungs with as many modules at `rung` as fit, whole layers from the top, the lowest one in part."""
+    rungs = np.zeros_like(problem.ranks)
+    for block in range(int(problem.blocks.max()), -1, -1):
+        members = np.flatnonzero(problem.blocks == block)
+        whole = rungs.copy()
+        whole[members] = np.minimum(rung, problem.tops[members])
+        if problem.fits(problem.ladder.array[whole]):
+            rungs = whole
+            continue
+        for member in members[np.argsort(-scores[members], kind="stable")]:
+            trial = rungs.copy()
+            trial[member] = min(rung, problem.tops[member])
+            if problem.fits(problem.ladder.array[trial]):
+                rungs = trial
+        break
+    return rungs
+
+
+def project(problem: PlanProblem, deltas: IntArray, scores: FloatArray) -> Plan:
+    """The plan nearest to the wished deltas that keeps to the budget and leaves nothing of it unspent.
+
+    Args:
+        problem: the current state.
+        deltas: rungs to move, int (modules,); clipped to `max_step` and to the ladder.
+        scores: decide who gives way and who is filled up first, float (modules,).
+
+    Returns:
+        The plan. It exceeds `max_step` downwards if the budget leaves no other way.
+    """
+    now = problem.ladder.rung(problem.ranks)
+    reach = problem.ladder.top if problem.max_step is None else problem.max_step
+    upper = np.minimum(now + reach, problem.tops)
+    lower = np.minimum(np.maximum(now - reach, 0), upper)
+    wished = np.clip(now + np.asarray(deltas, dtype=np.int64), lower, upper)
+    rungs = _repair(problem, wished.copy(), scores, lower)
+    ranks = _fill(problem, rungs, scores, upper)
+    return Plan(problem.ladder.array[wished], ranks, problem.price(ranks))
+
+
+def _level(problem: PlanProblem, rung: int, score: float) -> float:
+    """Where a module at this rung stands in the common order; higher gives way first."""
+    return float(np.log(max(problem.ladder.ranks[rung], 0.5)) - score)
+
+
+def _repair(problem: PlanProblem, rungs: IntArray, scores: FloatArray, lower: IntArray) -> IntArray:
+    """Lower modules, highest level first, until the plan fits; below `lower` only when nothing else is left."""
+    for bound in (lower, np.zeros_like(lower)):
+        heap = [
+            (-_level(problem, int(rungs[m]), scores[m]), problem.blocks[m], m)
+            for m in range(len(rungs))
+            if rungs[m] > bound[m]
+        ]
+        heapq.heapify(heap)
+        while heap and not problem.fits(problem.ladder.array[rungs]):
+            _, block, module = heapq.heappop(heap)
+            rungs[module] -= 1
+            if rungs[module] > bound[module]:
+                heapq.heappush(heap, (-_level(problem, int(rungs[module]), scores[module]), block, module))
+    return rungs
+
+
+def _fill(problem: PlanProblem, rungs: IntArray, scores: FloatArray, upper: IntArray) -> IntArray:
+    """Raise modules, lowest level first, as long as anything fits: adapted modules first, then further ones."""
+    rungs = rungs.copy()
+    ladder = problem.ladder.array
+    spent = problem.price(ladder[rungs])
+    for module, rise in _rises(problem, rungs, scores, upper, rungs > 0):
+        price = float(problem.cost.per_rank[module]) * rise
+        if spent + price <= problem.limit:
+            spent += price
+            rungs[module] += 1
+    _add_modules(problem, rungs, scores, upper)
+    return np.asarray(ladder[rungs], dtype=np.int64)
+
+
+def _rises(
+    problem: PlanProblem, rungs: IntArray, scores: FloatArray, upper: IntArray, among: NDArray[np.bool_]
+) -> Iterator[tuple[int, int]]:
+    """Possible rises as (module, ranks to the next rung), lowest level first.
+
+    The consumer takes a rise by moving `rungs`; a module whose rise was not taken is not offered again, because the
+    budget only gets tighter.
+    """
+    ladder = problem.ladder.ranks
+    heap = [
+        (_level(problem, int(rungs[m]) + 1, scores[m]), m)
+        for m in np.flatnonzero(among & (rungs < upper)).tolist()
+    ]
+    heapq.heapify(heap)
+    while heap:
+        _, module = heapq.heappop(heap)
+        rung = int(rungs[module])
+        yield module, ladder[rung + 1] - ladder[rung]
+        if rungs[module] > rung and rungs[module] < upper[module]:
+            heapq.heappush(heap, (_level(problem, rung + 2, scores[module]), module))
+
+
+def _add_modules(problem: PlanProblem, rungs: IntArray, scores: FloatArray, upper: IntArray) -> None:
+    """Adapt further modules, in place, where even that still fits; best scores first, then raise them."""
+    ladder = problem.ladder.array
+    added = np.zeros(len(rungs), dtype=bool)
+    for module in np.argsort(-scores, kind="stable"):
+        if rungs[module] == 0 and upper[module] > 0:
+            rungs[module] = 1
+            if problem.fits(ladder[rungs]):
+                added[module] = True
+            else:
+                rungs[module] = 0
+    for module, _ in _rises(problem, rungs, scores, upper, added):
+        rungs[module] += 1
+        if not problem.fits(ladder[rungs]):
+            rungs[module] -= 1

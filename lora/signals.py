@@ -1,0 +1,119 @@
+"""How much each target module wants to change: signals from the gradients of its LoRA pair.
+
+Three signals, chosen because they find planted changes where plain gradient norms do not (docs/experiments.md):
+
+* *component sensitivity*: sum over the components j of abs(b_j . G a_j), G the mean gradient of delta W over the
+  interval: how strongly the loss pulls on what the adapter has already built;
+* *gradient signal-to-noise*: norm(mean g)^2 / mean norm(g)^2, g the gradient of B: do the batches agree?
+* *relative change*: norm(delta W) / norm(W): how far training has moved the module so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .ladder import IntArray
+from .memory import FloatArray
+from .targets import TargetModule
+
+SIGNALS = ("sensitivity", "snr", "relative_change")
+
+
+class SignalMeter:
+    """Averages the gradients of B over an interval and reads the signals at its end.
+
+    Args:
+        targets: the target modules.
+
+    Attributes:
+        values: the latest signals, float64 of shape (modules, len(SIGNALS)); NaN before the first read. A module at
+            rank 0 keeps its last values.
+        age: decisions since each module's values were fresh, int64 of shape (modules,).
+    """
+
+    def __init__(self, targets: Sequence[TargetModule]) -> None:
+        self.targets = list(targets)
+        self.values: FloatArray = np.full((len(targets), len(SIGNALS)), np.nan)
+        self.age: IntArray = np.zeros(len(targets), dtype=np.int64)
+        self._base_norms = torch.tensor([_base_norm(target) for target in targets], dtype=torch.float64)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval; buffers of the old one are freed."""
+        self._count = 0
+        self._index = [i for i, target in enumerate(self.targets) if target.rank > 0]
+        self._live = [self.targets[i] for i in self._index]
+        self._means: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
+
+    def accumulate(self) -> None:
+        """Take in the gradients of one optimiser step; call while they exist. Non-finite ones are left out."""
+        if not self._live or any(target.weight_b.grad is None for target in self._live):
+            return
+        gradients = [target.weight_b.grad for target in self._live]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if not bool(torch.isfinite(norms).all()):
+            return
+        if not self._means:
+            self._means = [torch.zeros_like(gradient) for gradient in gradients]
+            self._squares = [torch.zeros_like(norms)]
+        torch._foreach_add_(self._means, gradients)
+        self._squares[0] += norms.square()
+        self._count += 1
+
+    def read(self) -> FloatArray:
+        """Close the interval: update `values` and `age` from what was taken in, and begin a new one."""
+        fresh = np.zeros(len(self.targets), dtype=bool)
+        if self._count:
+            self.values[self._index] = self._signals().double().cpu().numpy()
+            fresh[self._index] = True
+        self.age = np.where(fresh, 0, self.age + 1)
+        self.restart()
+        return self.values
+
+    @torch.no_grad()
+    def _signals(self) -> torch.Tensor:
+        count = self._count
+        snr = torch.stack(torch._foreach_norm(self._means)).square() / (count * self._squares[0]).clamp_min(1e-30)
+        rows = []
+        for mean, target in zip(self._means, self._live, strict=True):
+            a, b = target.weight_a, target.weight_b
+            sensitivity = (b * mean).sum(dim=0).abs().sum() / count
+            # norm(B A)^2 = trace((B^T B)(A A^T)), never the dense product.
+            square = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
+            rows.append(torch.stack([sensitivity, square.sqrt() * abs(target.scaling)]))
+        columns = torch.stack(rows)
+        bases = self._base_norms[self._index].to(columns)
+        return torch.stack([columns[:, 0], snr.to(columns), columns[:, 1] / bases], dim=1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that `load_state_dict` needs to go on in mid-interval, as tensors."""
+        state = {
+            "values": torch.from_numpy(self.values.copy()),
+            "age": torch.from_numpy(self.age.copy()),
+            "count": torch.tensor([self._count]),
+        }
+        if self._means:
+            state["squares"] = self._squares[0].cpu()
+            state |= {f"mean.{t.name}": m.cpu() for t, m in zip(self._live, self._means, strict=True)}
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`; the targets must have the ranks that they had then."""
+        self.restart()
+        self.values = state["values"].numpy().copy()
+        self.age = state["age"].numpy().copy()
+        self._count = int(state["count"])
+        if "squares" in state:
+            device = self._live[0].weight_b.device
+            self._squares = [state["squares"].to(device)]
+            self._means = [state[f"mean.{target.name}"].to(device) for target in self._live]
+
+
+def _base_norm(target: TargetModule) -> float:
+    """Frobenius norm of the frozen weight, at least a tiny number; quantised weights are read as they are."""
+    weight = target.layer.get_base_layer().weight.detach()
+    return max(float(weight.float().norm()), 1e-12)
