@@ -1,1 +1,8 @@
-""""""
+"""The decision problem: proxy tasks, episodes, observation, reward, the Gymnasium environment."""
+
+import gymnasium as gym
+
+ENV_ID = "rankpilot/RankAllocation-v0"
+
+if ENV_ID not in gym.registry:
+    gym.register(id=ENV_ID, entry_point="rankpilot.env.rank_allocation:RankAllocationEnv")

@@ -5,45 +5,38 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AssetError, UnknownNameError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MASK_TOKEN = 256
-"""Token id that hides a byte from a masked language model; 0 to 255 are the bytes themselves."""
-
 BASES_FOLDER = Path(__file__).parent / "bases"
 
 
 @dataclass(frozen=True)
 class ProxyBase:
-    """One proxy architecture.
+    """One proxy architecture, a causal language model over bytes.
 
     Attributes:
         name: folder below `env/bases`.
-        objective: "causal-lm" (next byte) or "masked-lm" (15 % of the bytes hidden).
         target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
         config: keyword arguments of the transformers configuration.
     """
 
     name: str
-    objective: Literal["causal-lm", "masked-lm"]
     target_modules: tuple[str, ...]
     config: dict[str, Any]
 
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 PROXY_BASES = {
     base.name: base
     for base in (
         ProxyBase(
             name="llama-4x64",
-            objective="causal-lm",
             target_modules=_LLAMA,
             config={
                 "model_type": "llama",
@@ -59,23 +52,6 @@ PROXY_BASES = {
                 "eos_token_id": None,
             },
         ),
-        ProxyBase(
-            name="bert-4x64",
-            objective="masked-lm",
-            target_modules=_BERT,
-            config={
-                "model_type": "bert",
-                "vocab_size": 257,
-                "hidden_size": 64,
-                "intermediate_size": 256,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "max_position_embeddings": 128,
-                "type_vocab_size": 1,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-        ),
     )
 }
 
@@ -89,12 +65,11 @@ def find_base(name: str) -> ProxyBase:
 
 def new_base_model(base: ProxyBase) -> PreTrainedModel:
     """An untrained model of the base's architecture, in fp32."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options = dict(base.config)
     config = AutoConfig.for_model(options.pop("model_type"), **options)
-    kind = AutoModelForCausalLM if base.objective == "causal-lm" else AutoModelForMaskedLM
-    model: PreTrainedModel = kind.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 

@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..errors import UnknownNameError
@@ -81,3 +82,11 @@ def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     data = np.frombuffer(_READERS[name]().encode("utf-8"), dtype=np.uint8)
     cut = int(len(data) * (1 - EVAL_SHARE))
     return data[:cut], data[cut:]
+
+
+def sample_windows(
+    data: NDArray[np.uint8], count: int, length: int, generator: np.random.Generator
+) -> torch.Tensor:
+    """Random windows of a text: int64 token ids of shape (count, length)."""
+    starts = generator.integers(0, len(data) - length, size=count)
+    return torch.from_numpy(data[starts[:, None] + np.arange(length)].astype(np.int64))

@@ -21,33 +21,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from ..files import atomic_path, write_json
-from .bases import BASES_FOLDER, MASK_TOKEN, ProxyBase, find_base, new_base_model
-from .corpora import load_corpus
-
-IGNORED = -100
-"""Label of a position that does not count in the loss (the transformers convention)."""
-
-
-def sample_windows(
-    data: NDArray[np.uint8], count: int, length: int, generator: np.random.Generator
-) -> torch.Tensor:
-    """Random windows of a text: int64 token ids of shape (count, length)."""
-    starts = generator.integers(0, len(data) - length, size=count)
-    return torch.from_numpy(data[starts[:, None] + np.arange(length)].astype(np.int64))
-
-
-def objective_batch(
-    base: ProxyBase, tokens: torch.Tensor, generator: np.random.Generator
-) -> dict[str, torch.Tensor]:
-    """Inputs and labels of the base's own objective for windows of text, shapes (batch, length)."""
-    if base.objective == "causal-lm":
-        return {"input_ids": tokens, "labels": tokens.clone()}
-    hidden = torch.from_numpy(generator.random(tokens.shape) < 0.15)
-    return {
-        "input_ids": torch.where(hidden, MASK_TOKEN, tokens),
-        "labels": torch.where(hidden, tokens, IGNORED),
-    }
-
+from .bases import BASES_FOLDER, ProxyBase, find_base, new_base_model
+from .corpora import load_corpus, sample_windows
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -69,13 +44,10 @@ class PretrainConfig:
     """Seed of initialisation and batches."""
 
 
-def _batches(config: PretrainConfig, data: NDArray[np.uint8]) -> Iterator[dict[str, torch.Tensor]]:
-    base = find_base(config.name)
+def _batches(config: PretrainConfig, data: NDArray[np.uint8]) -> Iterator[torch.Tensor]:
     generator = np.random.default_rng(config.seed)
     for _ in range(config.steps):
-        yield objective_batch(
-            base, sample_windows(data, config.batch_size, config.length, generator), generator
-        )
+        yield sample_windows(data, config.batch_size, config.length, generator)
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -83,7 +55,7 @@ def pretrain(config: PretrainConfig) -> Path:
     base = find_base(config.name)
     train, held_out = load_corpus(config.corpus)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)
+        torch.manual_seed(config.seed)
         model = new_base_model(base).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
@@ -95,16 +67,16 @@ def pretrain(config: PretrainConfig) -> Path:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     started = time.monotonic()
     for batch in track(_batches(config, train), f"pretraining {base.name}", total=config.steps):
-        model(**batch).loss.backward()
+        model(input_ids=batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
     generator = np.random.default_rng(config.seed + 1)
-    test = objective_batch(base, sample_windows(held_out, 512, config.length, generator), generator)
+    test = sample_windows(held_out, 512, config.length, generator)
     with torch.no_grad():
-        loss = float(model.eval()(**test).loss)
+        loss = float(model.eval()(input_ids=test, labels=test).loss)
     return _write(base, model, config, loss, time.monotonic() - started)
 
 
@@ -114,18 +86,16 @@ def _write(
     from safetensors.torch import save_file
 
     state = model.state_dict()
-    shared = {name for name in state if name in {"lm_head.weight", "cls.predictions.decoder.weight"}}
     weights = {
         name: value.half().contiguous()
         for name, value in state.items()
-        if name not in shared and value.is_floating_point()
+        if name != "lm_head.weight"  # tied to the embedding
     }
     folder = BASES_FOLDER / base.name
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(weights, temporary)
     card = {
         "architecture": base.config,
-        "objective": base.objective,
         "pretraining": asdict(config),
         "held_out_loss_nats_per_byte": round(loss, 4),
         "wall_s": round(wall_s),

@@ -1,0 +1,233 @@
+"""The link between decisions and tensors, written once for proxy episodes and real fine-tunes.
+
+    signals -> observation -> (a policy decides) -> plan within the budget -> ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import NonFiniteError
+from ..lora.budget import Budget
+from ..lora.checkpoint import adapter_ranks, sync_config
+from ..lora.ladder import IntArray, RankLadder
+from ..lora.memory import Cost, FloatArray
+from ..lora.plan import Plan, PlanProblem, check_budget, project
+from ..lora.ranks import reset_adapters, set_ranks
+from ..lora.signals import SignalMeter
+from ..lora.targets import TargetModule
+from .observation import Observation, RunState, observe
+from .schedule import DecisionSchedule
+
+REFERENCE_RANK = 8
+"""Budgets given as a share are shares of what this rank on every target module takes."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """What the probe found.
+
+    Attributes:
+        signals: (modules, len(SIGNALS)).
+        first_loss: mean training loss of its first steps.
+    """
+
+    signals: FloatArray
+    first_loss: float
+
+
+def probe(
+    targets: Sequence[TargetModule],
+    optimizer: torch.optim.Optimizer,
+    losses: Iterable[Callable[[], torch.Tensor]],
+    *,
+    seed: int,
+    max_grad_norm: float = 1.0,
+) -> ProbeResult:
+    """Train all modules at rank 1 for a few small steps, and read the signals.
+
+    Args:
+        targets: the target modules; their adapters are started over, and the caller resets them afterwards.
+        optimizer: over the adapter's parameters, without state; thrown away afterwards.
+        losses: one callable a step; it runs the forward pass on a micro-batch and returns the loss.
+        seed: of the rank-1 adapters.
+        max_grad_norm: gradients are clipped to this norm.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    reset_adapters(targets, 1, seed)
+    meter = SignalMeter(targets)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    history = []
+    for closure in losses:
+        loss = closure()
+        history.append(float(loss.detach()))
+        if not np.isfinite(history[-1]):
+            raise NonFiniteError(
+                f"The loss of probe step {len(history)} is {history[-1]}. Check the data and lower the learning rate."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        meter.accumulate()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return ProbeResult(meter.read(), float(np.mean(history[:5])))
+
+
+def budget_limit(budget: Budget, cost: Cost, max_ranks: IntArray) -> float:
+    """The limit of a plan in the unit of its cost: a share becomes that share of uniform rank 8's price."""
+    if budget.kind == "share":
+        return budget.value * reference_cost(cost, max_ranks)
+    return budget.value
+
+
+def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
+    """What uniform rank 8 on every module costs."""
+    ranks = np.minimum(REFERENCE_RANK, max_ranks)
+    return cost.fixed(ranks > 0) + float(cost.per_rank @ ranks)
+
+
+class RankController:
+    """Observes one run's adapters and applies decisions to them.
+
+    Args:
+        model: the PEFT model.
+        targets: its target modules.
+        cost: price of a plan.
+        limit: the hard budget, in the unit of `cost`.
+        schedule: when decisions fall.
+        total_steps: optimiser steps of the run.
+        probe_result: from `probe`.
+        ladder: allowed ranks.
+        seed: decides fresh rows on growth.
+
+    Raises:
+        BudgetError: no plan fits the limit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[TargetModule],
+        cost: Cost,
+        limit: float,
+        schedule: DecisionSchedule,
+        total_steps: int,
+        probe_result: ProbeResult,
+        *,
+        ladder: RankLadder | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.targets = list(targets)
+        self.cost = cost
+        self.limit = limit
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.decision_steps = schedule.steps(total_steps)
+        self.ladder = ladder or RankLadder()
+        self.seed = seed
+        self.meter = SignalMeter(targets)
+        self.meter.values = probe_result.signals.copy()
+        self.first_loss = probe_result.first_loss
+        self.interval_losses: list[float] = []
+        self.signal_ranks = np.ones(len(self.targets), dtype=np.int64)
+        self.decision = 0
+        self.names = tuple(target.name for target in self.targets)
+        self._shapes = np.array([t.d_out / t.d_in for t in self.targets])
+        self._max_ranks = np.array([t.max_rank for t in self.targets], dtype=np.int64)
+        self._blocks = np.array([t.block for t in self.targets], dtype=np.int64)
+        self._reference = reference_cost(cost, self._max_ranks)
+        check_budget(self.problem(), list(self.names))
+
+    @property
+    def ranks(self) -> IntArray:
+        """Current ranks, (modules,)."""
+        return np.array([target.rank for target in self.targets], dtype=np.int64)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every decision has been taken."""
+        return self.decision >= len(self.decision_steps)
+
+    def due(self, step: int) -> bool:
+        """Whether the next decision falls before optimiser step `step` (counted from 0)."""
+        return not self.finished and step >= self.decision_steps[self.decision]
+
+    def problem(self) -> PlanProblem:
+        """The plans that are possible at the next decision."""
+        return PlanProblem(
+            ranks=self.ranks,
+            max_ranks=self._max_ranks,
+            blocks=self._blocks,
+            cost=self.cost,
+            limit=self.limit,
+            ladder=self.ladder,
+            max_step=self.schedule.reach(self.decision),
+        )
+
+    def observe(self, step: int, interval_loss: float | None = None) -> Observation:
+        """Close the interval that ends before `step` and describe the next decision.
+
+        Args:
+            step: optimiser steps done.
+            interval_loss: mean training loss since the last decision, if known.
+        """
+        if self.decision > 0:
+            live = self.ranks > 0
+            self.meter.read()
+            self.signal_ranks = np.where(live & (self.meter.age == 0), self.ranks, self.signal_ranks)
+        if interval_loss is not None and np.isfinite(interval_loss):
+            self.interval_losses.append(interval_loss)
+        state = RunState(
+            progress=step / self.total_steps,
+            decisions_left=len(self.decision_steps) - self.decision - 1,
+            reference_cost=self._reference,
+            first_loss=self.first_loss,
+            losses=tuple(self.interval_losses),
+        )
+        return observe(
+            self.problem(),
+            self.names,
+            self.meter.values,
+            self.signal_ranks,
+            self.meter.age,
+            self._shapes,
+            state,
+        )
+
+    def apply(
+        self,
+        deltas: IntArray,
+        scores: FloatArray,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Plan:
+        """Project a decision onto the budget and give the adapters their new ranks.
+
+        Args:
+            deltas: rungs to move, (modules,).
+            scores: order of precedence, (modules,).
+            step: optimiser steps done; decides fresh rows together with the seed.
+            optimizer: its state follows.
+
+        Returns:
+            The plan as applied.
+        """
+        plan = project(self.problem(), deltas, scores)
+        ranks = dict(zip(self.names, plan.ranks.tolist(), strict=True))
+        set_ranks(self.targets, ranks, optimizer, seed=self.seed, step=step)
+        sync_config(self.model, self.targets)
+        self.meter.restart()
+        self.decision += 1
+        return plan
+
+    def ranks_by_name(self) -> dict[str, int]:
+        """Current rank by module name."""
+        return adapter_ranks(self.targets)

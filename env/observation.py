@@ -1,0 +1,194 @@
+"""What a policy sees: the same numbers in a proxy episode and in a real fine-tune.
+
+Everything is relative (shares, ratios, logarithms), so that a policy carries over to models of other sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..lora.memory import FloatArray
+from ..lora.plan import PlanProblem
+from ..lora.signals import SIGNALS
+
+Float32Array = NDArray[np.float32]
+
+MODULE_FEATURES = (
+    *SIGNALS,
+    "rank",
+    "adapted",
+    "height",
+    "shape",
+    "price",
+    "rise",
+    "release",
+    "entry",
+    "stale",
+)
+"""Columns of `Observation.modules`:
+
+| feature | meaning | range |
+|---|---|---|
+| sensitivity | log component sensitivity per rank, minus its mean over the modules | -3 to 3 |
+| snr | log gradient signal-to-noise, minus its mean | -3 to 3 |
+| relative_change | log norm(delta W) / norm(W), minus its mean | -3 to 3 |
+| rank | rung over highest rung | 0 to 1 |
+| adapted | 1 if the rank is above 0 | 0 or 1 |
+| height | layer, from the bottom (0) to the top (1) | 0 to 1 |
+| shape | log(d_out / d_in), by way of the prices of both | -3 to 3 |
+| price | log price of one rank, minus its mean | -3 to 3 |
+| rise | price of the next rung up, as a share of the budget | 0 to 3 |
+| release | what dropping the module would free, as a share of the budget | 0 to 3 |
+| entry | what adapting it at rank 1 would add, as a share of the budget | 0 to 3 |
+| stale | decisions since its signals were fresh, over 4 | 0 to 3 |
+"""
+
+RUN_FEATURES = (
+    "progress",
+    "decisions_left",
+    "budget",
+    "spent",
+    "modules",
+    "depth",
+    "loss",
+    "trend",
+)
+"""Columns of `Observation.run`:
+
+| feature | meaning | range |
+|---|---|---|
+| progress | share of the run's steps that are done | 0 to 1 |
+| decisions_left | decisions after this one, over 4 | 0 to 3 |
+| budget | the budget over what uniform rank 8 takes | 0 to 3 |
+| spent | price of the current ranks over the budget | 0 to 3 |
+| modules | log2 of the number of modules, over 10 | 0 to 3 |
+| depth | share of the layers that are adapted | 0 to 1 |
+| loss | log of training loss since the last decision over the loss of the probe's start | -3 to 3 |
+| trend | change of `loss` since the last decision | -3 to 3 |
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """One decision's input.
+
+    Attributes:
+        modules: float32 (modules, len(MODULE_FEATURES)).
+        run: float32 (len(RUN_FEATURES),).
+        problem: the plans that are possible now.
+        names: module names, for logs alone; no policy reads them.
+    """
+
+    modules: Float32Array
+    run: Float32Array
+    problem: PlanProblem
+    names: tuple[str, ...]
+
+    def padded(self, count: int) -> dict[str, NDArray[np.generic]]:
+        """The arrays of a Gymnasium observation, padded with zeros to `count` modules."""
+        size = len(self.modules)
+        modules = np.zeros((count, len(MODULE_FEATURES)), dtype=np.float32)
+        modules[:size] = self.modules
+        mask = np.zeros(count, dtype=np.int8)
+        mask[:size] = 1
+        return {"modules": modules, "run": self.run.copy(), "mask": mask}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands at a decision.
+
+    Attributes:
+        progress: share of its steps that are done, 0 to 1.
+        decisions_left: decisions after this one.
+        reference_cost: what uniform rank 8 costs, in the unit of the budget.
+        first_loss: training loss at the start of the probe, > 0.
+        losses: mean training loss of each interval so far; empty at the first decision.
+    """
+
+    progress: float
+    decisions_left: int
+    reference_cost: float
+    first_loss: float
+    losses: tuple[float, ...]
+
+
+def _centred_log(values: FloatArray) -> FloatArray:
+    """log(values) minus its mean over the finite ones, in -3 to 3; what is unknown or zero counts as the mean."""
+    known = np.isfinite(values) & (values > 0)
+    logs = np.log(np.where(known, values, 1.0))
+    centre = logs[known].mean() if known.any() else 0.0
+    return np.where(known, np.clip(logs - centre, -3, 3), 0.0)
+
+
+def observe(
+    problem: PlanProblem,
+    names: tuple[str, ...],
+    signals: FloatArray,
+    signal_ranks: NDArray[np.int64],
+    age: NDArray[np.int64],
+    shapes: FloatArray,
+    state: RunState,
+) -> Observation:
+    """Build the observation of one decision.
+
+    Args:
+        problem: the plans that are possible now.
+        names: module names.
+        signals: as read by `SignalMeter`, (modules, len(SIGNALS)).
+        signal_ranks: rank of each module while its signals were taken, (modules,).
+        age: decisions since each module's signals were fresh, (modules,).
+        shapes: d_out / d_in of each module, (modules,).
+        state: where the run stands.
+    """
+    ranks, ladder, limit = problem.ranks, problem.ladder, problem.limit
+    rungs = ladder.rung(ranks)
+    spent = problem.price(ranks)
+    rise = ladder.array[np.minimum(rungs + 1, ladder.top)] - ladder.array[rungs]
+    scaled = signals.copy()
+    scaled[:, 0] /= np.maximum(signal_ranks, 1)
+    columns = [_centred_log(scaled[:, index]) for index in range(len(SIGNALS))]
+    columns += [
+        rungs / ladder.top,
+        ranks > 0,
+        problem.blocks / max(1, int(problem.blocks.max())),
+        np.clip(np.log(shapes), -3, 3),
+        _centred_log(problem.cost.per_rank),
+        problem.cost.per_rank * rise / limit,
+        _price_changes(problem, spent, adapted=True) / limit,
+        _price_changes(problem, spent, adapted=False) / limit,
+        age / 4,
+    ]
+    modules = np.clip(np.stack(columns, axis=1), -3, 3).astype(np.float32)
+    run = np.clip(_run_features(problem, spent, state), -3, 3).astype(np.float32)
+    return Observation(modules, run, problem, names)
+
+
+def _price_changes(problem: PlanProblem, spent: float, *, adapted: bool) -> FloatArray:
+    """What dropping each adapted module frees, or what adapting each other one at rank 1 adds; 0 elsewhere."""
+    changes = np.zeros(len(problem.ranks))
+    for module in np.flatnonzero((problem.ranks > 0) == adapted):
+        ranks = problem.ranks.copy()
+        ranks[module] = 0 if adapted else 1
+        changes[module] = abs(problem.price(ranks) - spent)
+    return changes
+
+
+def _run_features(problem: PlanProblem, spent: float, state: RunState) -> FloatArray:
+    levels = [np.log(max(loss, 1e-6) / max(state.first_loss, 1e-6)) for loss in state.losses[-2:]] or [0.0]
+    adapted = len(np.unique(problem.blocks[problem.ranks > 0]))
+    return np.array(
+        [
+            state.progress,
+            state.decisions_left / 4,
+            problem.limit / state.reference_cost,
+            spent / problem.limit,
+            np.log2(len(problem.ranks)) / 10,
+            adapted / len(np.unique(problem.blocks)),
+            levels[-1],
+            levels[-1] - levels[0],
+        ]
+    )

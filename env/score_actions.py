@@ -1,0 +1,71 @@
+"""Scores in place of rank deltas: the action form in which policies learn.
+
+A policy gives each module a score (its log rank relative to the others) and one number for the rank floor, which
+decides how deep the adapters go; `decode` turns both into the rank deltas that the environment takes. Free choices per
+module did not learn (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+from ..lora.ladder import IntArray
+from ..lora.memory import FloatArray, ParameterCost
+from ..lora.plan import PlanProblem, pack
+from .rank_allocation import RankAllocationEnv
+
+FLOOR = 16.0
+"""Rank that an adapted module should be able to have, before the policy's correction (rule16 of docs/design.md)."""
+
+SCORE_BOUND = 4.0
+"""Scores and the log2 of the floor's correction lie between minus and plus this."""
+
+
+def decode(problem: PlanProblem, scores: FloatArray, floor_shift: float) -> tuple[IntArray, float]:
+    """Rank deltas that scores ask for.
+
+    Args:
+        problem: the plans that are possible now.
+        scores: log rank relative to the other modules, (modules,).
+        floor_shift: log2 of the factor on the rank floor. Under a parameter budget depth costs nothing, and
+            the floor starts at rank 1 instead of 16.
+
+    Returns:
+        Deltas in rungs, int64 (modules,), and the floor as a rank.
+    """
+    base = 1.0 if isinstance(problem.cost, ParameterCost) else FLOOR
+    floor = base * 2.0**floor_shift
+    target = pack(problem, scores, floor)
+    return problem.ladder.rung(target) - problem.ladder.rung(problem.ranks), floor
+
+
+class ScoreActions(gym.Wrapper[Any, Any, Any, Any]):
+    """Takes `Box(-4, 4, (max_modules + 1,))`: one score for each module, and the floor's correction last.
+
+    Args:
+        env: a `RankAllocationEnv`, possibly wrapped.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        if not isinstance(env.unwrapped, RankAllocationEnv):
+            raise ConfigError(f"ScoreActions wraps RankAllocationEnv, not {type(env.unwrapped).__name__}.")
+        self._base: RankAllocationEnv = env.unwrapped
+        size = self._base.max_modules + 1
+        self.action_space = spaces.Box(-SCORE_BOUND, SCORE_BOUND, (size,), np.float32)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Decode the scores and take the decision; scores also order the projection."""
+        observation = self._base.observation
+        if observation is None:
+            raise ConfigError("No episode is under way: call reset() first.")
+        values = np.asarray(action, dtype=np.float64)
+        scores = values[: len(observation.modules)]
+        deltas, _ = decode(observation.problem, scores, float(values[-1]))
+        return self._base.decide(deltas, scores)
