@@ -119,14 +119,16 @@ class DecisionRecord:
                 "A decision has modules, a number and a step from 0 on and a unit of 'bytes' or 'parameters'; got "
                 f"{count} modules, decision {self.decision}, step {self.step}, unit {self.unit!r}."
             )
-        shapes = {name: (count,) for name in ("blocks", "delta", "rank_before", "rank_asked", "rank_after", "score")}
+        shapes = dict.fromkeys(("blocks", "delta", "rank_before", "rank_asked", "rank_after", "score"), (count,))
         for name, wanted in (shapes | {"features": (count, len(self.feature_names))}).items():
             found = np.shape(getattr(self, name))
             if found != wanted:
                 raise DataError(f"`{name}` of decision {self.decision} has shape {found}, not {wanted}.")
         for names in (self.modules, self.feature_names):
             if len(set(names)) < len(names):
-                raise DataError(f"A module or feature name of decision {self.decision} is used twice: {names}.")
+                raise DataError(
+                    f"A module or feature name of decision {self.decision} is used twice: {names}."
+                )
 
 
 class DecisionLog:
@@ -154,7 +156,9 @@ class DecisionLog:
         """
         path = self.folder / f"part-{record.decision:05d}.parquet"
         if path.exists():
-            raise RunFolderError(f"Decision {record.decision} is already in {self.folder}. Call `truncate` on resume.")
+            raise RunFolderError(
+                f"Decision {record.decision} is already in {self.folder}. Call `truncate` on resume."
+            )
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
             pq.write_table(_to_table(record), stream)
             stream.flush()
@@ -171,7 +175,9 @@ class DecisionLog:
         """
         parts = self._parts()
         if not parts:
-            raise RunFolderError(f"No decision log in {self.folder}: expected part-00000.parquet and following.")
+            raise RunFolderError(
+                f"No decision log in {self.folder}: expected part-00000.parquet and following."
+            )
         table = pa.concat_tables([_read_part(part) for part in parts], promote_options="default")
         return table.sort_by([("decision", "ascending"), ("module_index", "ascending")])
 
@@ -202,12 +208,15 @@ def _to_table(record: DecisionRecord) -> pa.Table:
     """One row for each module."""
     count = len(record.modules)
     columns: dict[str, Any] = {
-        name: pa.repeat(pa.scalar(getattr(record, name), kind), count) for name, kind in _DECISION_TYPES.items()
+        name: pa.repeat(pa.scalar(getattr(record, name), kind), count)
+        for name, kind in _DECISION_TYPES.items()
     }
     columns["module_index"] = pa.array(range(count), pa.int32())
     columns["module"] = pa.array(record.modules, pa.string())
     for name, kind in _MODULE_TYPES.items():
-        columns[name] = pa.array(np.asarray(record.blocks if name == "block" else getattr(record, name)), kind)
+        columns[name] = pa.array(
+            np.asarray(record.blocks if name == "block" else getattr(record, name)), kind
+        )
     changed = np.asarray(record.rank_asked) != np.asarray(record.rank_after)
     columns["changed_by_projection"] = pa.array(changed, pa.bool_())
     for index, name in enumerate(record.feature_names):

@@ -94,7 +94,7 @@ class Observation:
         modules[:size] = self.modules
         mask = np.zeros(count, dtype=np.int8)
         mask[:size] = 1
-        return {"modules": modules, "run": self.run.copy(), "mask": mask}
+        return {"module_features": modules, "run_features": self.run.copy(), "mask": mask}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -40,8 +41,8 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
 
     | key | space | meaning |
     |---|---|---|
-    | modules | Box(-3, 3, (max_modules, 12), float32) | see `observation.MODULE_FEATURES` |
-    | run | Box(-3, 3, (8,), float32) | see `observation.RUN_FEATURES` |
+    | module_features | Box(-3, 3, (max_modules, 12), float32) | see `observation.MODULE_FEATURES` |
+    | run_features | Box(-3, 3, (8,), float32) | see `observation.RUN_FEATURES` |
     | mask | MultiBinary(max_modules) | 1 for modules that exist, 0 for padding |
 
     ## Rewards
@@ -65,8 +66,10 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
       be compared with each other.
     * `schedule`: a `DecisionSchedule`.
     * `max_modules`: padding; None for as many as the base has.
+    * `task_overrides`: fields of `ProxyTask` that every drawn task gets, such as `{"steps": 60}`.
 
-    `reset(options={"task": ProxyTask(...)})` overrides the task of one episode.
+    Options of `reset`: `task` overrides the task of one episode; `skip_tasks` draws and discards that many tasks first,
+    which is how an interrupted training goes on.
 
     ## Version History
     * v0: first version.
@@ -84,9 +87,12 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
         episodes_per_task: int = 1,
         schedule: DecisionSchedule | None = None,
         max_modules: int | None = None,
+        task_overrides: dict[str, Any] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        gym.utils.EzPickle.__init__(self, task, corpora, episodes_per_task, schedule, max_modules, render_mode)
+        gym.utils.EzPickle.__init__(
+            self, task, corpora, episodes_per_task, schedule, max_modules, task_overrides, render_mode
+        )
         modules = len(adapted_base(task.base if task else ProxyTask.base)[1])
         self.max_modules = max_modules or modules
         if self.max_modules < modules or episodes_per_task < 1:
@@ -98,12 +104,13 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
         self.corpora = corpora
         self.episodes_per_task = episodes_per_task
         self.schedule = schedule or DecisionSchedule()
+        self.task_overrides = dict(task_overrides or {})
         self.render_mode = render_mode
         self.ladder = RankLadder(DEFAULT_RANKS)
         self.observation_space = spaces.Dict(
             {
-                "modules": spaces.Box(-3, 3, (self.max_modules, len(MODULE_FEATURES)), np.float32),
-                "run": spaces.Box(-3, 3, (len(RUN_FEATURES),), np.float32),
+                "module_features": spaces.Box(-3, 3, (self.max_modules, len(MODULE_FEATURES)), np.float32),
+                "run_features": spaces.Box(-3, 3, (len(RUN_FEATURES),), np.float32),
                 "mask": spaces.MultiBinary(self.max_modules),
             }
         )
@@ -121,7 +128,10 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
         super().reset(seed=seed)
         if seed is not None:
             self._drawn = None
-        task = (options or {}).get("task", self.task) or self._draw()
+        options = options or {}
+        for _ in range(int(options.get("skip_tasks", 0))):
+            sample_task(self.np_random, self.corpora)
+        task = options.get("task", self.task) or self._draw()
         baseline(task, self.schedule)  # before the episode: both train the same adapters
         self._episode = Episode(task, self.schedule)
         self.observation = self._episode.observe()
@@ -129,7 +139,7 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
 
     def _draw(self) -> ProxyTask:
         if self._drawn is None or self._episodes_of_drawn >= self.episodes_per_task:
-            self._drawn = sample_task(self.np_random, self.corpora)
+            self._drawn = replace(sample_task(self.np_random, self.corpora), **self.task_overrides)
             self._episodes_of_drawn = 0
         self._episodes_of_drawn += 1
         return self._drawn

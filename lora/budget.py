@@ -59,14 +59,19 @@ class Budget:
         if isinstance(given, float) or "." in text:
             if number <= 4:
                 return cls("share", number)
-            raise BudgetError(f"The budget {given!r} is neither a share nor a whole number of bytes. Allowed: {_FORMS}.")
+            raise BudgetError(
+                f"The budget {given!r} is neither a share nor a whole number of bytes. Allowed: {_FORMS}."
+            )
         return cls("bytes", number)
 
 
-def format_bytes(count: float) -> str:
-    """A byte count for people, in binary units: 1536 -> '1.5 KiB'."""
+def format_bytes(count: float, *, up: bool = False) -> str:
+    """A byte count for people, in binary units: 1536 -> '1.5 KiB'; rounded to four digits, upwards if asked."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
+            if up and count > 0:
+                last_digit = 10.0 ** (0 if unit == "B" else math.floor(math.log10(count)) - 3)
+                count = math.ceil(count / last_digit) * last_digit
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
         count /= 1024
     raise AssertionError("unreachable")

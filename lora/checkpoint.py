@@ -41,46 +41,69 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 
 
 def _excluded(user: Any, dropped: list[str]) -> Any:
-    """The user's exclusions, a regular expression or a list of names, and the dropped modules."""
-    if not isinstance(user, str):
-        return [*(user or ()), *dropped] or None
-    return "|".join([f"(?:{user})", *map(re.escape, dropped)])
+    """The user's exclusions, a regular expression or a list of names, and the dropped modules.
+
+    Always a regular expression once a module is dropped: in a list, PEFT takes a name for the end of a longer one.
+    """
+    if not dropped:
+        return user
+    patterns = [re.escape(name) for name in dropped]
+    if isinstance(user, str):
+        patterns.insert(0, f"(?:{user})")
+    elif user:
+        patterns.insert(0, rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(user)))})")
+    return "|".join(patterns)
 
 
-def make_resizable(targets: Sequence[TargetModule]) -> None:
-    """Let each target module load factors of any rank, and leave rank-0 factors out of what it saves.
+def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
+    """Let the target modules load factors of any rank, and leave rank-0 factors out of what they save.
 
     Idempotent. After a load, call `settle` once training is about to start.
     """
+    peft_model = unwrap(model)
+    done = peft_model.__dict__.setdefault("_rankpilot_resizable", set())
+    if targets[0].adapter in done:
+        return
+    done.add(targets[0].adapter)
+    peft_model.register_load_state_dict_pre_hook(_LoadHook(peft_model, targets))
     for target in targets:
-        if getattr(target.layer, "_rankpilot_resizable", None) == target.adapter:
-            continue
-        target.layer._rankpilot_resizable = target.adapter
-        target.layer.register_load_state_dict_pre_hook(_LoadHook(target))
         target.layer.register_state_dict_post_hook(_SaveHook(target))
 
 
 class _LoadHook:
-    """Resizes the pair to what a state dict holds, before torch compares shapes."""
+    """Resizes every pair to what a state dict holds, before torch compares shapes.
 
-    def __init__(self, target: TargetModule) -> None:
-        self.target = target
+    It sits on the whole model: a single layer sees only its own keys, and cannot tell a module that the file has at
+    rank 0 from weights that have nothing to do with the adapter.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
+        paths = {module: path for path, module in model.named_modules()}
+        self.prefixes = [(target, f"{paths[target.layer]}.") for target in targets]
 
     def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
-        target = self.target
-        mark = f".lora_A.{target.adapter}.weight"
-        weight = state.get(f"{prefix}lora_A.{target.adapter}.weight")
-        if weight is None and not any(key.endswith(mark) for key in state):
+        found = []
+        for target, path in self.prefixes:
+            keys = [f"{prefix}{path}{factor}.{target.adapter}.weight" for factor in ("lora_A", "lora_B")]
+            found.append((target, keys, state.get(keys[0])))
+        if all(weight is None for _, _, weight in found):
             return  # some other weights are being loaded, not this adapter
-        rank = 0 if weight is None else int(weight.shape[0])
-        if rank != target.rank:
-            write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
-            write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
-            bookkeep(target, rank)
-        # A Trainer that resumes makes its optimiser from what requires gradients now, and then expects all the
-        # parameters that the first one had.
-        for factor in (target.weight_a, target.weight_b):
-            factor.requires_grad_(True)
+        for target, keys, weight in found:
+            _resize(target, 0 if weight is None else int(weight.shape[0]))
+            if weight is None:  # the dictionary is torch's own copy: a strict load then misses nothing
+                state |= dict(zip(keys, (target.weight_a.detach(), target.weight_b.detach()), strict=True))
+            # A Trainer that resumes makes its optimiser from what requires gradients now, and then expects all
+            # the parameters that the first one had.
+            for factor in (target.weight_a, target.weight_b):
+                factor.requires_grad_(True)
+
+
+def _resize(target: TargetModule, rank: int) -> None:
+    """Make room for factors of another rank; the values are about to be loaded."""
+    if rank != target.rank:
+        write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
+        write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
+        bookkeep(target, rank)
 
 
 class _SaveHook:
@@ -106,4 +129,3 @@ def settle(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 def adapter_ranks(targets: Sequence[TargetModule]) -> dict[str, int]:
     """Current rank by module name."""
     return {target.name: target.rank for target in targets}
-

@@ -154,7 +154,9 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> in
     for parameter in model.parameters():
         if parameter.requires_grad:
             total += 2 * _storage(parameter)[1]
-            tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
+            tensors = [
+                v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()
+            ]
             total += sum(_storage(tensor)[1] for tensor in tensors)
     return total
 
@@ -167,7 +169,10 @@ def _only(targets: Sequence[TargetModule], active: Iterable[TargetModule]) -> It
     try:
         for target in targets:
             rank = 1 if id(target) in chosen else 0
-            for weight, shape in ((target.weight_a, (rank, target.d_in)), (target.weight_b, (target.d_out, rank))):
+            for weight, shape in (
+                (target.weight_a, (rank, target.d_in)),
+                (target.weight_b, (target.d_out, rank)),
+            ):
                 saved.append((weight, weight.data, weight.requires_grad))
                 weight.requires_grad_(False)
                 weight.data = weight.new_zeros(shape)
@@ -246,7 +251,9 @@ def _measure(model: nn.Module, targets: Sequence[TargetModule], batch: Batch) ->
         extra[index] = np.where(np.isin(inputs.address, list(addresses)), 0.0, inputs.size)
     if (inputs.order < 0).any():
         absent = [t.name for t, position in zip(targets, inputs.order, strict=True) if position < 0]
-        raise UnsupportedError(f"{absent[0]!r} took no part in the forward pass. Leave it out of `target_modules`.")
+        raise UnsupportedError(
+            f"{absent[0]!r} took no part in the forward pass. Leave it out of `target_modules`."
+        )
     _, shared = np.unique(inputs.address, return_inverse=True)
     for index, target in enumerate(targets):
         # Inside the lowest layer, modules interact: attention saves the keys only if the queries need gradients.
@@ -257,7 +264,9 @@ def _measure(model: nn.Module, targets: Sequence[TargetModule], batch: Batch) ->
         ]
         if above:
             total, _, _ = _probe(model, targets, [target, *(targets[other] for other in above)], batch)
-            entered = {int(shared[other]): extra[index, other] for other in above if shared[other] != shared[index]}
+            entered = {
+                int(shared[other]): extra[index, other] for other in above if shared[other] != shared[index]
+            }
             additive = bare + chain[index] + sum(entered.values()) + inputs.hidden[[index, *above]].sum()
             together[index] = max(0.0, total - additive)
     return _Measured(bare, inputs.order, chain, extra, together, inputs.hidden, shared.astype(np.int64))
@@ -295,7 +304,7 @@ def calibrate(
 
     def at_rows(field: str) -> Any:
         low, high = getattr(few, field), getattr(more, field)
-        return low + (rows - 2) * (high - low) / 2 if rows > 2 else low
+        return low + (rows - 2) * (high - low) / (min(rows, 4) - 2) if rows > 2 else low
 
     held = 2 + state_tensors_per_parameter(optimizer)
     rest = sum(held * p.numel() * p.element_size() for p in other_trainable(model, targets))
@@ -320,7 +329,5 @@ def _parameter_bytes(
 ) -> FloatArray:
     """Bytes of weights, gradients, optimiser state and signal buffers of one rank on each module."""
     held = 2 + state_tensors_per_parameter(optimizer)
-    rows = [
-        (held * (t.d_in + t.d_out) + signal_bytes * t.d_out) * t.weight_a.element_size() for t in targets
-    ]
+    rows = [(held * (t.d_in + t.d_out) + signal_bytes * t.d_out) * t.weight_a.element_size() for t in targets]
     return np.array(rows, dtype=np.float64)

@@ -61,6 +61,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         UnsupportedError: with the ones that are.
     """
     inner = unwrap_optimizer(optimizer)
+    if isinstance(inner, torch.optim.RMSprop) and any(group["centered"] for group in inner.param_groups):
+        # Its variance is a difference of the two moments, which the maps would let become negative.
+        raise UnsupportedError(
+            "RMSprop(centered=True) cannot be carried through a change of rank. Use centered=False."
+        )
     if not isinstance(inner, SUPPORTED):
         names = ", ".join(kind.__name__ for kind in SUPPORTED)
         raise UnsupportedError(
@@ -84,7 +89,7 @@ def state_tensors_per_parameter(optimizer: torch.optim.Optimizer | None) -> int:
     if isinstance(inner, torch.optim.SGD):
         return int(defaults["momentum"] != 0)
     if isinstance(inner, torch.optim.RMSprop):
-        return 1 + int(defaults["momentum"] != 0) + int(defaults["centered"])
+        return 1 + int(defaults["momentum"] != 0)
     return 2 + int(bool(defaults.get("amsgrad")))
 
 
@@ -102,7 +107,9 @@ def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, 
             continue
         if key not in FIRST_MOMENTS | SECOND_MOMENTS:
             kind = type(unwrap_optimizer(optimizer)).__name__
-            raise UnsupportedError(f"{kind} keeps a state tensor {key!r} that cannot be mapped to a new rank.")
+            raise UnsupportedError(
+                f"{kind} keeps a state tensor {key!r} that cannot be mapped to a new rank."
+            )
         state[key] = change.apply(value, second=key in SECOND_MOMENTS)
 
 

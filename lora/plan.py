@@ -81,13 +81,17 @@ class Plan:
 
 
 def check_budget(problem: PlanProblem, names: list[str]) -> None:
-    """Make sure that at least one module fits at rank 1.
+    """Make sure that at least one module fits at the lowest rank above 0.
 
     Raises:
         BudgetError: nothing fits; names the smallest budget that works and what takes it.
     """
     count = len(problem.ranks)
-    prices = [problem.price(np.eye(1, count, index, dtype=np.int64)[0]) for index in range(count)]
+    lowest = problem.ladder.ranks[1]
+    prices = [
+        problem.price(lowest * np.eye(1, count, index, dtype=np.int64)[0]) if problem.tops[index] else np.inf
+        for index in range(count)
+    ]
     cheapest = int(np.argmin(prices))
     if prices[cheapest] <= problem.limit:
         return
@@ -95,7 +99,7 @@ def check_budget(problem: PlanProblem, names: list[str]) -> None:
         needed, given = f"{prices[cheapest]:.0f} parameters", f"{problem.limit:.0f}"
         hint = ""
     else:
-        needed, given = format_bytes(prices[cheapest]), format_bytes(problem.limit)
+        needed, given = format_bytes(prices[cheapest], up=True), format_bytes(problem.limit)
         kept = format_bytes(problem.cost.fixed(np.zeros(count, dtype=bool)))
         hint = (
             f" {kept} of it goes to what trains outside the adapter; the rest is mostly saved for backward. A smaller "
@@ -103,7 +107,7 @@ def check_budget(problem: PlanProblem, names: list[str]) -> None:
         )
     raise BudgetError(
         f"The budget of {given} fits no adapter at all. The smallest that works is {needed} "
-        f"(rank 1 on {names[cheapest]!r} alone).{hint}"
+        f"(rank {lowest} on {names[cheapest]!r} alone).{hint}"
     )
 
 
@@ -146,6 +150,8 @@ def pack(problem: PlanProblem, scores: FloatArray, floor: float) -> IntArray:
         rungs = _admit(free, scores, rung)
         if rungs.any():
             break
+    if not rungs.any():  # no module of the top layer fits, but a smaller one further down may
+        return _fill(free, rungs, scores, upper=free.tops)
     start = np.minimum(rungs, 1)
     return _fill(free, start, scores, upper=np.where(start > 0, free.tops, 0))
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import NonFiniteError
-from .optimizer_state import StateMap, map_state, reset_state
+from .optimizer_state import StateMap, check_optimizer, map_state, reset_state
 from .targets import TargetModule, check_ranks
 
 DEAD_DIRECTION = 1e-6
@@ -60,9 +60,11 @@ def set_ranks(
     Raises:
         UnknownNameError, ConfigError: see `check_ranks`.
         NonFiniteError: a pair that would shrink holds NaN or infinity; nothing has been changed then.
-        UnsupportedError: the optimiser's state cannot be mapped.
+        UnsupportedError: the optimiser's state cannot be mapped; nothing has been changed then.
     """
     check_ranks(targets, dict(ranks))
+    if optimizer is not None:
+        check_optimizer(optimizer)
     changing = [t for t in targets if t.name in ranks and ranks[t.name] != t.rank]
     shrinking = [t for t in changing if ranks[t.name] < t.rank]
     for target in shrinking:
@@ -180,7 +182,7 @@ def _shrink(
     if not bool(live.all()):
         new_a[~live] = fresh_rows(target, int((~live).sum()), generator)
     map_state(optimizer, a, StateMap(axis=0, matrix=p.T, fresh=~live))
-    map_state(optimizer, b, StateMap(axis=1, matrix=q, fresh=~live))
+    map_state(optimizer, b, StateMap(axis=1, matrix=q, fresh=~live, fill_second="mean"))
     write_in_place(a, new_a)
     write_in_place(b, new_b)
 

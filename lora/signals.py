@@ -51,9 +51,9 @@ class SignalMeter:
 
     def accumulate(self) -> None:
         """Take in the gradients of one optimiser step; call while they exist. Non-finite ones are left out."""
-        if not self._live or any(target.weight_b.grad is None for target in self._live):
+        gradients = [g for target in self._live if (g := target.weight_b.grad) is not None]
+        if not gradients or len(gradients) < len(self._live):
             return
-        gradients = [target.weight_b.grad for target in self._live]
         norms = torch.stack(torch._foreach_norm(gradients))
         if not bool(torch.isfinite(norms).all()):
             return
@@ -77,7 +77,9 @@ class SignalMeter:
     @torch.no_grad()
     def _signals(self) -> torch.Tensor:
         count = self._count
-        snr = torch.stack(torch._foreach_norm(self._means)).square() / (count * self._squares[0]).clamp_min(1e-30)
+        snr = torch.stack(torch._foreach_norm(self._means)).square() / (count * self._squares[0]).clamp_min(
+            1e-30
+        )
         rows = []
         for mean, target in zip(self._means, self._live, strict=True):
             a, b = target.weight_a, target.weight_b

@@ -1,0 +1,44 @@
+# `make` or `make help` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test check demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.installed-test ## make .venv and install the package with what the tests need
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev ## lint, format, types and import rules
+	scripts/check
+
+demo: setup ## train a small policy, then fly a real fine-tune with it (goes on where it was interrupted)
+	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume
+	$(BIN)/rankpilot finetune all-minilm-l6-v2 rotten-tomatoes --policy runs/demo/policy \
+	    --output runs/demo/finetune --compare-uniform --resume
+
+clean: ## remove .venv, build output and caches (keeps runs/)
+	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "No $(PYTHON) found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "$$($(PYTHON) --version) is too old: 3.11 or newer is needed. Name one: make PYTHON=python3.12"; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV) || { \
+	    echo "The venv module failed (on Debian: apt-get install python3-venv)."; rm -rf $(VENV); exit 1; }
+
+# A stamp is older than pyproject.toml after a change of it: only then pip runs again.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing rankpilot[$*] into $(VENV) (the first time downloads PyTorch: some minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@touch $@
+	@echo "Installed."

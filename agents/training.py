@@ -1,0 +1,325 @@
+"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3).
+
+Each iteration, every worker process runs a group of episodes of one task; PPO (Schulman et al., 2017,
+arXiv 1707.06347) updates the network on all of them, with advantages relative to the group. A checkpoint after each
+iteration makes the run resumable: weights, optimiser, random state and task sequence go on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from ..env.rank_allocation import RankAllocationEnv
+from ..env.schedule import DecisionSchedule
+from ..env.score_actions import ScoreActions
+from ..env.tasks import check_corpora
+from ..errors import ConfigError, RunFolderError
+from ..files import append_json_line, atomic_path, read_json, read_json_lines, write_json
+from .network import NetworkConfig, RankNetwork
+from .policy_file import CARD, save_policy
+from .sb3_policy import GroupRolloutBuffer, RankPolicy
+
+CHECKPOINT, PROGRESS, CONFIG = "checkpoint.pt", "progress.jsonl", "config.json"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a policy is trained.
+
+    Attributes:
+        iterations: PPO updates.
+        group: episodes of one task that each worker runs in an iteration.
+        workers: worker processes; 0 for as many as there are cores.
+        learning_rate: of PPO.
+        epochs: passes over each iteration's decisions.
+        clip_range: PPO's clip on the probability ratio.
+        corpora: texts of the shift tasks.
+        task_steps: optimiser steps of an episode.
+        validation_tasks: tasks on which policy and rules are compared at the end; 0 for none.
+        schedule: when ranks are decided in an episode.
+        network: size and start of the network.
+        seed: of everything.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    iterations: int = 10
+    group: int = 8
+    workers: int = 0
+    learning_rate: float = 3e-3
+    epochs: int = 6
+    clip_range: float = 0.2
+    corpora: tuple[str, ...] = ("code", "reviews")
+    task_steps: int = 100
+    validation_tasks: int = 8
+    schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.iterations, self.epochs, self.task_steps) < 1 or self.group < 2:
+            raise ConfigError(
+                "iterations, epochs and task_steps are at least 1 and group at least 2 (returns are compared inside "
+                f"it); got {self.iterations}, {self.epochs}, {self.task_steps} and {self.group}."
+            )
+        if self.workers < 0 or self.validation_tasks < 0 or self.learning_rate <= 0:
+            raise ConfigError(
+                "workers and validation_tasks are at least 0 and learning_rate above 0; got "
+                f"{self.workers}, {self.validation_tasks} and {self.learning_rate}."
+            )
+
+    @property
+    def worker_count(self) -> int:
+        """Worker processes that run."""
+        return self.workers or os.cpu_count() or 1
+
+    @property
+    def rollout_steps(self) -> int:
+        """Decisions of one worker in an iteration."""
+        return self.group * len(self.schedule.steps(self.task_steps))
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "quick": TrainConfig(iterations=10, group=8),
+    "default": TrainConfig(iterations=120, group=12, learning_rate=1.5e-3, validation_tasks=16),
+}
+"""Presets of `rankpilot train`; "quick" is made for two cores and a few minutes."""
+
+
+class _Worker:
+    """Makes one worker's environment; a class, because it has to be pickled to the worker process."""
+
+    def __init__(self, config: TrainConfig, index: int) -> None:
+        self.config, self.index = config, index
+
+    def __call__(self) -> gym.Env[Any, Any]:
+        if self.config.worker_count > 1:
+            torch.set_num_threads(1)
+        env = RankAllocationEnv(
+            corpora=self.config.corpora,
+            episodes_per_task=self.config.group,
+            schedule=self.config.schedule,
+            task_overrides={"steps": self.config.task_steps},
+        )
+        return ScoreActions(env)
+
+
+def _make_workers(config: TrainConfig) -> VecEnv:
+    makers: list[Callable[[], gym.Env[Any, Any]]] = [_Worker(config, i) for i in range(config.worker_count)]
+    return DummyVecEnv(makers) if len(makers) == 1 else SubprocVecEnv(makers, start_method="spawn")
+
+
+class _Checkpoint(BaseCallback):
+    """Writes progress and a checkpoint after each update, and tells the caller about every decision."""
+
+    def __init__(self, folder: Path, iteration: int, on_decision: Callable[[int], None]) -> None:
+        super().__init__()
+        self.folder, self.iteration, self.on_decision = folder, iteration, on_decision
+        self._collected = False
+
+    def _on_step(self) -> bool:
+        self.on_decision(self.training_env.num_envs)
+        return True
+
+    def _on_rollout_start(self) -> None:
+        """The update of the iteration before is done."""
+        self._save()
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.locals["rollout_buffer"]
+        ended = np.ones_like(buffer.episode_starts, dtype=bool)
+        ended[:-1] = buffer.episode_starts[1:] > 0
+        self.returns = buffer.rewards[ended]
+        self._collected = True
+
+    def _on_training_end(self) -> None:
+        self._save()
+
+    def _save(self) -> None:
+        if not self._collected:
+            return
+        self._collected = False
+        self.iteration += 1
+        assert isinstance(self.model, PPO)
+        network: RankNetwork = self.model.policy.network  # type: ignore[union-attr, assignment]
+        row = {
+            "iteration": self.iteration,
+            "episodes": int(self.returns.size),
+            "return_mean": float(self.returns.mean()),
+            "return_p10": float(np.quantile(self.returns, 0.1)),
+            "return_p90": float(np.quantile(self.returns, 0.9)),
+            "signal_gain": float(network.signal_gain.detach()),
+            "score_std": float(network.log_std[0].exp().detach()),
+            "floor_std": float(network.log_std[1].exp().detach()),
+            **{
+                key.removeprefix("train/"): float(value)
+                for key, value in self.logger.name_to_value.items()
+                if key in ("train/approx_kl", "train/clip_fraction", "train/loss")
+            },
+        }
+        append_json_line(self.folder / PROGRESS, row)
+        _write_checkpoint(self.folder / CHECKPOINT, self.model, self.iteration)
+
+
+def _write_checkpoint(path: Path, model: PPO, iteration: int) -> None:
+    """Tensors and numbers only, so that reading it back never unpickles code."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  (SB3 shuffles with it)
+    state = {
+        "iteration": iteration,
+        "timesteps": model.num_timesteps,
+        "policy": model.policy.state_dict(),
+        "optimizer": model.policy.optimizer.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+        "numpy_rng": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _restore(path: Path, model: PPO) -> int:
+    """Go on from a checkpoint; returns the iterations done."""
+    try:
+        state = torch.load(path, weights_only=True)
+        model.policy.load_state_dict(state["policy"])
+        model.policy.optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        raise RunFolderError(f"The checkpoint {path} cannot be read ({error}). Delete it to start over.") from error
+    model.num_timesteps = state["timesteps"]
+    torch.set_rng_state(state["torch_rng"])
+    kind, keys, position, has_gauss, gauss = state["numpy_rng"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    return int(state["iteration"])
+
+
+def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Claim a run folder.
+
+    Args:
+        folder: the run's folder.
+        config: what the run does, as JSON values; written there.
+        resume: go on with what is there; the settings must be the same.
+
+    Raises:
+        RunFolderError: it holds another run, or one with other settings.
+    """
+    path = folder / CONFIG
+    if not folder.exists() or not any(folder.iterdir()):
+        write_json(path, config)
+        return
+    if not resume:
+        raise RunFolderError(f"{folder} exists already. Pass --resume to go on with it, or another --output.")
+    if not path.exists():
+        raise RunFolderError(f"{folder} is not empty and holds no {CONFIG}, so it is no run of rankpilot's.")
+    previous = read_json(path)
+    differing = sorted(key for key in {*previous, *config} if previous.get(key) != config.get(key))
+    if differing:
+        shown = "; ".join(f"{key}: {previous.get(key)!r} there, {config.get(key)!r} now" for key in differing[:3])
+        raise RunFolderError(f"{folder} was started with other settings ({shown}). Use those, or another --output.")
+
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """A config as JSON values."""
+    values = asdict(config)
+    values["corpora"] = list(config.corpora)
+    values["schedule"]["fractions"] = list(config.schedule.fractions)
+    return values
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training run has written its policy."""
+    return (folder / CARD).exists()
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_decision: Callable[[int, int], None] | None = None,
+) -> RankNetwork:
+    """Train a policy; the run's progress and checkpoint are in `folder`.
+
+    Args:
+        config: how.
+        folder: the run's folder.
+        resume: go on with an interrupted run.
+        on_decision: called with (decisions done, decisions in all) as training goes on.
+
+    Returns:
+        The trained network. `finish` writes it as a policy.
+
+    Raises:
+        RunFolderError: see `open_run`.
+        AssetError: a corpus is not at hand.
+    """
+    check_corpora(config.corpora)
+    open_run(folder, as_json(config), resume=resume)
+    total = config.iterations * config.rollout_steps * config.worker_count
+    workers = _make_workers(config)
+    try:
+        model = _new_model(config, workers)
+        done = _restore(folder / CHECKPOINT, model) if (folder / CHECKPOINT).exists() else 0
+        if not done:
+            (folder / PROGRESS).unlink(missing_ok=True)
+        if done < config.iterations:
+            workers.seed(config.seed)
+            workers.set_options({"skip_tasks": done})
+            model._last_obs = workers.reset()  # type: ignore[assignment]
+            model._last_episode_starts = np.ones(workers.num_envs, dtype=bool)
+
+            def report(count: int) -> None:
+                if on_decision:
+                    on_decision(model.num_timesteps, total)
+
+            # A checkpoint holds the random state of the moment after its update, so nothing may be drawn before.
+            rest = total - model.num_timesteps
+            model.learn(rest, callback=_Checkpoint(folder, done, report), reset_num_timesteps=False)
+    finally:
+        workers.close()
+    network: RankNetwork = model.policy.network  # type: ignore[union-attr, assignment]
+    return network.cpu().eval()
+
+
+def _new_model(config: TrainConfig, workers: VecEnv) -> PPO:
+    return PPO(
+        RankPolicy,
+        workers,
+        n_steps=config.rollout_steps,
+        batch_size=config.rollout_steps * config.worker_count,
+        n_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        clip_range=config.clip_range,
+        gamma=1.0,
+        gae_lambda=1.0,
+        vf_coef=0.1,
+        rollout_buffer_class=GroupRolloutBuffer,
+        policy_kwargs={"network": config.network},
+        seed=config.seed,
+        device="cpu",
+    )
+
+
+def finish(
+    folder: Path, network: RankNetwork, config: TrainConfig, results: dict[str, Any] | None = None
+) -> Path:
+    """Write the trained policy and its card into the run's folder; the run then counts as finished."""
+    provenance = {
+        "name": folder.name,
+        "training": as_json(config),
+        "episodes": sum(row["episodes"] for row in read_json_lines(folder / PROGRESS)),
+        "validation": results or {},
+    }
+    return save_policy(folder, network, config.schedule, provenance)
+

