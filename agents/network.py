@@ -7,31 +7,13 @@ corrections start at zero: an untrained network *is* the rule (fracrule's placem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES
 from ..env.score_actions import SCORE_BOUND
 from ..lora.signals import SIGNALS
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """Size and start of the network.
-
-    Attributes:
-        width: of every hidden layer.
-        score_std: standard deviation of exploration on each score.
-        floor_std: the same on log2 of the rank floor.
-        signal_gain: weight of heur3 in the score at the start.
-    """
-
-    width: int = 32
-    score_std: float = 0.3
-    floor_std: float = 0.7
-    signal_gain: float = 0.5
+from .config import NetworkConfig
 
 
 class RankNetwork(nn.Module):

@@ -18,8 +18,9 @@ from ..env.schedule import DecisionSchedule
 from ..errors import PolicyFileError, UnknownNameError
 from ..files import atomic_path, read_json, sha256, write_json
 from ..lora.ladder import DEFAULT_RANKS
+from .config import NetworkConfig
 from .learned import LearnedPolicy
-from .network import NetworkConfig, RankNetwork
+from .network import RankNetwork
 from .policy import Policy
 from .rules import RULES, find_rule
 
@@ -28,9 +29,7 @@ SCHEMA = 1
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
 
-def save_policy(
-    folder: Path, network: RankNetwork, schedule: DecisionSchedule, provenance: dict[str, Any]
-) -> Path:
+def save_policy(folder: Path, network: RankNetwork, schedule: DecisionSchedule, provenance: dict[str, Any]) -> Path:
     """Write a policy; an existing one of that name is replaced file by file.
 
     Args:
@@ -80,8 +79,9 @@ def load_policy(given: str | Path | Policy) -> Policy:
     if not folder.exists():
         if folder.name == str(given):
             return find_rule(str(given))
-        raise UnknownNameError(f"There is no policy folder {folder}. Pass one made by `rankpilot train`, or a rule: "
-                               f"{', '.join(RULES)}.")
+        raise UnknownNameError(
+            f"There is no policy folder {folder}. Pass one made by `rankpilot train`, or a rule: {', '.join(RULES)}."
+        )
     if folder.is_file():
         raise PolicyFileError(
             f"{folder} is a file. A policy is a folder with {WEIGHTS} and {CARD}; pickles and zips are never read."

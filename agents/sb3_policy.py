@@ -13,7 +13,8 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
-from .network import NetworkConfig, RankNetwork
+from .config import NetworkConfig
+from .network import RankNetwork
 
 
 class MaskedGaussian(DiagGaussianDistribution):

@@ -7,9 +7,7 @@ iteration makes the run resumable: weights, optimiser, random state and task seq
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,81 +19,17 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from ..env.rank_allocation import RankAllocationEnv
-from ..env.schedule import DecisionSchedule
 from ..env.score_actions import ScoreActions
 from ..env.tasks import check_corpora
-from ..errors import ConfigError, RunFolderError
-from ..files import append_json_line, atomic_path, read_json, read_json_lines, write_json
-from .network import NetworkConfig, RankNetwork
+from ..errors import RunFolderError
+from ..files import append_json_line, atomic_path, read_json_lines
+from .config import TrainConfig, as_json
+from .network import RankNetwork
 from .policy_file import CARD, save_policy
+from .run_folder import open_run
 from .sb3_policy import GroupRolloutBuffer, RankPolicy
 
-CHECKPOINT, PROGRESS, CONFIG = "checkpoint.pt", "progress.jsonl", "config.json"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a policy is trained.
-
-    Attributes:
-        iterations: PPO updates.
-        group: episodes of one task that each worker runs in an iteration.
-        workers: worker processes; 0 for as many as there are cores.
-        learning_rate: of PPO.
-        epochs: passes over each iteration's decisions.
-        clip_range: PPO's clip on the probability ratio.
-        corpora: texts of the shift tasks.
-        task_steps: optimiser steps of an episode.
-        validation_tasks: tasks on which policy and rules are compared at the end; 0 for none.
-        schedule: when ranks are decided in an episode.
-        network: size and start of the network.
-        seed: of everything.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-
-    iterations: int = 10
-    group: int = 8
-    workers: int = 0
-    learning_rate: float = 3e-3
-    epochs: int = 6
-    clip_range: float = 0.2
-    corpora: tuple[str, ...] = ("code", "reviews")
-    task_steps: int = 100
-    validation_tasks: int = 8
-    schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.iterations, self.epochs, self.task_steps) < 1 or self.group < 2:
-            raise ConfigError(
-                "iterations, epochs and task_steps are at least 1 and group at least 2 (returns are compared inside "
-                f"it); got {self.iterations}, {self.epochs}, {self.task_steps} and {self.group}."
-            )
-        if self.workers < 0 or self.validation_tasks < 0 or self.learning_rate <= 0:
-            raise ConfigError(
-                "workers and validation_tasks are at least 0 and learning_rate above 0; got "
-                f"{self.workers}, {self.validation_tasks} and {self.learning_rate}."
-            )
-
-    @property
-    def worker_count(self) -> int:
-        """Worker processes that run."""
-        return self.workers or os.cpu_count() or 1
-
-    @property
-    def rollout_steps(self) -> int:
-        """Decisions of one worker in an iteration."""
-        return self.group * len(self.schedule.steps(self.task_steps))
-
-
-PRESETS: dict[str, TrainConfig] = {
-    "quick": TrainConfig(iterations=10, group=8),
-    "default": TrainConfig(iterations=120, group=12, learning_rate=1.5e-3, validation_tasks=16),
-}
-"""Presets of `rankpilot train`; "quick" is made for two cores and a few minutes."""
+CHECKPOINT, PROGRESS = "checkpoint.pt", "progress.jsonl"
 
 
 class _Worker:
@@ -182,7 +116,13 @@ def _write_checkpoint(path: Path, model: PPO, iteration: int) -> None:
         "policy": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict(),
         "torch_rng": torch.get_rng_state(),
-        "numpy_rng": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+        "numpy_rng": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            gauss,
+        ],
     }
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
@@ -201,40 +141,6 @@ def _restore(path: Path, model: PPO) -> int:
     kind, keys, position, has_gauss, gauss = state["numpy_rng"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     return int(state["iteration"])
-
-
-def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Claim a run folder.
-
-    Args:
-        folder: the run's folder.
-        config: what the run does, as JSON values; written there.
-        resume: go on with what is there; the settings must be the same.
-
-    Raises:
-        RunFolderError: it holds another run, or one with other settings.
-    """
-    path = folder / CONFIG
-    if not folder.exists() or not any(folder.iterdir()):
-        write_json(path, config)
-        return
-    if not resume:
-        raise RunFolderError(f"{folder} exists already. Pass --resume to go on with it, or another --output.")
-    if not path.exists():
-        raise RunFolderError(f"{folder} is not empty and holds no {CONFIG}, so it is no run of rankpilot's.")
-    previous = read_json(path)
-    differing = sorted(key for key in {*previous, *config} if previous.get(key) != config.get(key))
-    if differing:
-        shown = "; ".join(f"{key}: {previous.get(key)!r} there, {config.get(key)!r} now" for key in differing[:3])
-        raise RunFolderError(f"{folder} was started with other settings ({shown}). Use those, or another --output.")
-
-
-def as_json(config: TrainConfig) -> dict[str, Any]:
-    """A config as JSON values."""
-    values = asdict(config)
-    values["corpora"] = list(config.corpora)
-    values["schedule"]["fractions"] = list(config.schedule.fractions)
-    return values
 
 
 def is_finished(folder: Path) -> bool:
@@ -311,9 +217,7 @@ def _new_model(config: TrainConfig, workers: VecEnv) -> PPO:
     )
 
 
-def finish(
-    folder: Path, network: RankNetwork, config: TrainConfig, results: dict[str, Any] | None = None
-) -> Path:
+def finish(folder: Path, network: RankNetwork, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:
     """Write the trained policy and its card into the run's folder; the run then counts as finished."""
     provenance = {
         "name": folder.name,
@@ -322,4 +226,3 @@ def finish(
         "validation": results or {},
     }
     return save_policy(folder, network, config.schedule, provenance)
-

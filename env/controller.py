@@ -1,6 +1,6 @@
 """The link between decisions and tensors, written once for proxy episodes and real fine-tunes.
 
-    signals -> observation -> (a policy decides) -> plan within the budget -> ranks
+signals -> observation -> (a policy decides) -> plan within the budget -> ranks
 """
 
 from __future__ import annotations
@@ -185,9 +185,13 @@ class RankController:
             self.signal_ranks = np.where(live & (self.meter.age == 0), self.ranks, self.signal_ranks)
         if interval_loss is not None and np.isfinite(interval_loss):
             self.interval_losses.append(interval_loss)
+        return self.observation_now(step)
+
+    def observation_now(self, step: int) -> Observation:
+        """The observation as things stand, without closing the interval."""
         state = RunState(
             progress=step / self.total_steps,
-            decisions_left=len(self.decision_steps) - self.decision - 1,
+            decisions_left=max(0, len(self.decision_steps) - self.decision - 1),
             reference_cost=self._reference,
             first_loss=self.first_loss,
             losses=tuple(self.interval_losses),
@@ -220,12 +224,24 @@ class RankController:
         Returns:
             The plan as applied.
         """
-        plan = project(self.problem(), deltas, scores)
+        plan = self.correct(scores, step, optimizer, deltas)
+        self.decision += 1
+        return plan
+
+    def correct(
+        self,
+        scores: FloatArray,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        deltas: IntArray | None = None,
+    ) -> Plan:
+        """As `apply`, but not counted as a decision: brings the ranks back under a limit that has become tighter."""
+        still = np.zeros(len(self.targets), dtype=np.int64)
+        plan = project(self.problem(), still if deltas is None else deltas, scores)
         ranks = dict(zip(self.names, plan.ranks.tolist(), strict=True))
         set_ranks(self.targets, ranks, optimizer, seed=self.seed, step=step)
         sync_config(self.model, self.targets)
         self.meter.restart()
-        self.decision += 1
         return plan
 
     def ranks_by_name(self) -> dict[str, int]:

@@ -23,7 +23,16 @@ EVAL_SHARE = 0.1
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "site-packages", "lib2to3", "idlelib", "__pycache__", "pydoc_data", "encodings"}
+    skipped = {
+        "test",
+        "tests",
+        "site-packages",
+        "lib2to3",
+        "idlelib",
+        "__pycache__",
+        "pydoc_data",
+        "encodings",
+    }
     files = (path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
@@ -84,9 +93,7 @@ def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return data[:cut], data[cut:]
 
 
-def sample_windows(
-    data: NDArray[np.uint8], count: int, length: int, generator: np.random.Generator
-) -> torch.Tensor:
+def sample_windows(data: NDArray[np.uint8], count: int, length: int, generator: np.random.Generator) -> torch.Tensor:
     """Random windows of a text: int64 token ids of shape (count, length)."""
     starts = generator.integers(0, len(data) - length, size=count)
     return torch.from_numpy(data[starts[:, None] + np.arange(length)].astype(np.int64))

@@ -70,7 +70,7 @@ class DecisionRecord:
         loss: latest training loss; None before the first step.
         limit: what a plan may cost, in `unit`.
         predicted_cost: predicted cost of the plan, in `unit`.
-        measured_cost: measured peak since the decision before this one, in `unit`; None where nothing measures it.
+        measured_cost: measured since the decision before this one, in `unit`; None if nothing measures it.
         unit: "bytes" or "parameters".
         log_prob: log-probability of the whole action.
         floor: rank floor of the plan (see `lora.plan.pack`).
@@ -116,19 +116,21 @@ class DecisionRecord:
         count = len(self.modules)
         if count == 0 or self.decision < 0 or self.step < 0 or self.unit not in ("bytes", "parameters"):
             raise DataError(
-                "A decision has modules, a number and a step from 0 on and a unit of 'bytes' or 'parameters'; got "
-                f"{count} modules, decision {self.decision}, step {self.step}, unit {self.unit!r}."
+                "A decision has modules, a number and a step from 0 on, and a unit 'bytes' or 'parameters'; "
+                f"got {count} modules, decision {self.decision}, step {self.step}, unit {self.unit!r}."
             )
-        shapes = dict.fromkeys(("blocks", "delta", "rank_before", "rank_asked", "rank_after", "score"), (count,))
-        for name, wanted in (shapes | {"features": (count, len(self.feature_names))}).items():
+        shapes: dict[str, tuple[int, ...]] = {
+            "blocks": (count,),
+            "features": (count, len(self.feature_names)),
+        }
+        shapes |= {name: (count,) for name in _MODULE_TYPES if name != "block"}
+        for name, wanted in shapes.items():
             found = np.shape(getattr(self, name))
             if found != wanted:
                 raise DataError(f"`{name}` of decision {self.decision} has shape {found}, not {wanted}.")
         for names in (self.modules, self.feature_names):
             if len(set(names)) < len(names):
-                raise DataError(
-                    f"A module or feature name of decision {self.decision} is used twice: {names}."
-                )
+                raise DataError(f"A module or feature name of decision {self.decision} is used twice: {names}.")
 
 
 class DecisionLog:
@@ -156,9 +158,7 @@ class DecisionLog:
         """
         path = self.folder / f"part-{record.decision:05d}.parquet"
         if path.exists():
-            raise RunFolderError(
-                f"Decision {record.decision} is already in {self.folder}. Call `truncate` on resume."
-            )
+            raise RunFolderError(f"Decision {record.decision} is already in {self.folder}. Call `truncate` on resume.")
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
             pq.write_table(_to_table(record), stream)
             stream.flush()
@@ -175,9 +175,7 @@ class DecisionLog:
         """
         parts = self._parts()
         if not parts:
-            raise RunFolderError(
-                f"No decision log in {self.folder}: expected part-00000.parquet and following."
-            )
+            raise RunFolderError(f"No decision log in {self.folder}: expected part-00000.parquet and following.")
         table = pa.concat_tables([_read_part(part) for part in parts], promote_options="default")
         return table.sort_by([("decision", "ascending"), ("module_index", "ascending")])
 
@@ -199,24 +197,20 @@ class DecisionLog:
         return len(late)
 
     def _parts(self) -> list[Path]:
-        """Finished parts by number; what a crash left half-written sits in hidden folders."""
-        parts = [path for path in self.folder.glob("part-*.parquet") if path.is_file()]
-        return sorted(parts, key=lambda path: (len(path.name), path.name))
+        """Finished parts in order; what a crash left half-written sits in hidden folders."""
+        return sorted(path for path in self.folder.glob("part-*.parquet") if path.is_file())
 
 
 def _to_table(record: DecisionRecord) -> pa.Table:
     """One row for each module."""
     count = len(record.modules)
     columns: dict[str, Any] = {
-        name: pa.repeat(pa.scalar(getattr(record, name), kind), count)
-        for name, kind in _DECISION_TYPES.items()
+        name: pa.repeat(pa.scalar(getattr(record, name), kind), count) for name, kind in _DECISION_TYPES.items()
     }
     columns["module_index"] = pa.array(range(count), pa.int32())
     columns["module"] = pa.array(record.modules, pa.string())
     for name, kind in _MODULE_TYPES.items():
-        columns[name] = pa.array(
-            np.asarray(record.blocks if name == "block" else getattr(record, name)), kind
-        )
+        columns[name] = pa.array(np.asarray(record.blocks if name == "block" else getattr(record, name)), kind)
     changed = np.asarray(record.rank_asked) != np.asarray(record.rank_after)
     columns["changed_by_projection"] = pa.array(changed, pa.bool_())
     for index, name in enumerate(record.feature_names):

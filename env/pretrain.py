@@ -24,6 +24,7 @@ from ..files import atomic_path, write_json
 from .bases import BASES_FOLDER, ProxyBase, find_base, new_base_model
 from .corpora import load_corpus, sample_windows
 
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """How a proxy base is pretrained."""
@@ -57,9 +58,7 @@ def pretrain(config: PretrainConfig) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = new_base_model(base).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
 
     def rate(step: int) -> float:
         return min(1.0, step / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / config.steps)))
@@ -80,9 +79,7 @@ def pretrain(config: PretrainConfig) -> Path:
     return _write(base, model, config, loss, time.monotonic() - started)
 
 
-def _write(
-    base: ProxyBase, model: torch.nn.Module, config: PretrainConfig, loss: float, wall_s: float
-) -> Path:
+def _write(base: ProxyBase, model: torch.nn.Module, config: PretrainConfig, loss: float, wall_s: float) -> Path:
     from safetensors.torch import save_file
 
     state = model.state_dict()

@@ -144,9 +144,7 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
         self._episodes_of_drawn += 1
         return self._drawn
 
-    def step(
-        self, action: NDArray[np.int64]
-    ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """Take one decision and train until the next one or the end."""
         action = np.asarray(action)
         if action.shape != (self.max_modules,) or not self.action_space.contains(action.astype(np.int64)):

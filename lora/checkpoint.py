@@ -84,6 +84,11 @@ class _LoadHook:
     def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
         found = []
         for target, path in self.prefixes:
+            # PEFT adds the adapter's name only to keys that the model would save, so not where it is at rank 0.
+            for part in ("lora_A", "lora_B"):
+                if f"{prefix}{path}{part}.weight" in state:
+                    named = f"{prefix}{path}{part}.{target.adapter}.weight"
+                    state[named] = state.pop(f"{prefix}{path}{part}.weight")
             keys = [f"{prefix}{path}{factor}.{target.adapter}.weight" for factor in ("lora_A", "lora_B")]
             found.append((target, keys, state.get(keys[0])))
         if all(weight is None for _, _, weight in found):

@@ -34,9 +34,7 @@ class RankLadder:
     def __post_init__(self) -> None:
         rising = all(low < high for low, high in zip(self.ranks, self.ranks[1:], strict=False))
         if len(self.ranks) < 2 or self.ranks[0] != 0 or not rising:
-            raise ConfigError(
-                f"A rank ladder rises strictly from 0, for example {DEFAULT_RANKS}; got {self.ranks}."
-            )
+            raise ConfigError(f"A rank ladder rises strictly from 0, for example {DEFAULT_RANKS}; got {self.ranks}.")
 
     @property
     def top(self) -> int:

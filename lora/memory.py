@@ -154,9 +154,7 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> in
     for parameter in model.parameters():
         if parameter.requires_grad:
             total += 2 * _storage(parameter)[1]
-            tensors = [
-                v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()
-            ]
+            tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
             total += sum(_storage(tensor)[1] for tensor in tensors)
     return total
 
@@ -251,9 +249,7 @@ def _measure(model: nn.Module, targets: Sequence[TargetModule], batch: Batch) ->
         extra[index] = np.where(np.isin(inputs.address, list(addresses)), 0.0, inputs.size)
     if (inputs.order < 0).any():
         absent = [t.name for t, position in zip(targets, inputs.order, strict=True) if position < 0]
-        raise UnsupportedError(
-            f"{absent[0]!r} took no part in the forward pass. Leave it out of `target_modules`."
-        )
+        raise UnsupportedError(f"{absent[0]!r} took no part in the forward pass. Leave it out of `target_modules`.")
     _, shared = np.unique(inputs.address, return_inverse=True)
     for index, target in enumerate(targets):
         # Inside the lowest layer, modules interact: attention saves the keys only if the queries need gradients.
@@ -264,9 +260,7 @@ def _measure(model: nn.Module, targets: Sequence[TargetModule], batch: Batch) ->
         ]
         if above:
             total, _, _ = _probe(model, targets, [target, *(targets[other] for other in above)], batch)
-            entered = {
-                int(shared[other]): extra[index, other] for other in above if shared[other] != shared[index]
-            }
+            entered = {int(shared[other]): extra[index, other] for other in above if shared[other] != shared[index]}
             additive = bare + chain[index] + sum(entered.values()) + inputs.hidden[[index, *above]].sum()
             together[index] = max(0.0, total - additive)
     return _Measured(bare, inputs.order, chain, extra, together, inputs.hidden, shared.astype(np.int64))
@@ -307,9 +301,10 @@ def calibrate(
         return low + (rows - 2) * (high - low) / (min(rows, 4) - 2) if rows > 2 else low
 
     held = 2 + state_tensors_per_parameter(optimizer)
+    per_rank = _parameter_bytes(targets, optimizer) + at_rows("hidden")
     rest = sum(held * p.numel() * p.element_size() for p in other_trainable(model, targets))
     return ByteCost(
-        per_rank=_parameter_bytes(targets, optimizer, signal_bytes) + at_rows("hidden"),
+        per_rank=per_rank + signal_buffer_bytes(targets) if signal_bytes else per_rank,
         constant=float(at_rows("bare") + rest),
         order=more.order,
         block=np.array([target.block for target in targets], dtype=np.int64),
@@ -324,10 +319,13 @@ def _first_rows(batch: Batch, count: int) -> dict[str, torch.Tensor]:
     return {name: tensor[:count] for name, tensor in batch.items()}
 
 
-def _parameter_bytes(
-    targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
-) -> FloatArray:
-    """Bytes of weights, gradients, optimiser state and signal buffers of one rank on each module."""
+def _parameter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None) -> FloatArray:
+    """Bytes of weights, gradients and optimiser state of one rank on each module."""
     held = 2 + state_tensors_per_parameter(optimizer)
-    rows = [(held * (t.d_in + t.d_out) + signal_bytes * t.d_out) * t.weight_a.element_size() for t in targets]
+    rows = [held * (t.d_in + t.d_out) * t.weight_a.element_size() for t in targets]
     return np.array(rows, dtype=np.float64)
+
+
+def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
+    """Bytes that `SignalMeter` holds for one rank on each module: a mean gradient of B."""
+    return np.array([t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64)

@@ -63,9 +63,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     inner = unwrap_optimizer(optimizer)
     if isinstance(inner, torch.optim.RMSprop) and any(group["centered"] for group in inner.param_groups):
         # Its variance is a difference of the two moments, which the maps would let become negative.
-        raise UnsupportedError(
-            "RMSprop(centered=True) cannot be carried through a change of rank. Use centered=False."
-        )
+        raise UnsupportedError("RMSprop(centered=True) cannot be carried through a change of rank. Use centered=False.")
     if not isinstance(inner, SUPPORTED):
         names = ", ".join(kind.__name__ for kind in SUPPORTED)
         raise UnsupportedError(
@@ -107,9 +105,7 @@ def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, 
             continue
         if key not in FIRST_MOMENTS | SECOND_MOMENTS:
             kind = type(unwrap_optimizer(optimizer)).__name__
-            raise UnsupportedError(
-                f"{kind} keeps a state tensor {key!r} that cannot be mapped to a new rank."
-            )
+            raise UnsupportedError(f"{kind} keeps a state tensor {key!r} that cannot be mapped to a new rank.")
         state[key] = change.apply(value, second=key in SECOND_MOMENTS)
 
 

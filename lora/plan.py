@@ -242,8 +242,7 @@ def _rises(
     """
     ladder = problem.ladder.ranks
     heap = [
-        (_level(problem, int(rungs[m]) + 1, scores[m]), m)
-        for m in np.flatnonzero(among & (rungs < upper)).tolist()
+        (_level(problem, int(rungs[m]) + 1, scores[m]), m) for m in np.flatnonzero(among & (rungs < upper)).tolist()
     ]
     heapq.heapify(heap)
     while heap:

@@ -187,9 +187,7 @@ def _shrink(
     write_in_place(b, new_b)
 
 
-def _grow(
-    target: TargetModule, rank: int, optimizer: torch.optim.Optimizer | None, generator: torch.Generator
-) -> None:
+def _grow(target: TargetModule, rank: int, optimizer: torch.optim.Optimizer | None, generator: torch.Generator) -> None:
     a, b = target.weight_a, target.weight_b
     old = target.rank
     new_a = torch.cat([a.detach(), fresh_rows(target, rank - old, generator)])

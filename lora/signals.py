@@ -77,9 +77,7 @@ class SignalMeter:
     @torch.no_grad()
     def _signals(self) -> torch.Tensor:
         count = self._count
-        snr = torch.stack(torch._foreach_norm(self._means)).square() / (count * self._squares[0]).clamp_min(
-            1e-30
-        )
+        snr = torch.stack(torch._foreach_norm(self._means)).square() / (count * self._squares[0]).clamp_min(1e-30)
         rows = []
         for mean, target in zip(self._means, self._live, strict=True):
             a, b = target.weight_a, target.weight_b
@@ -91,6 +89,11 @@ class SignalMeter:
         bases = self._base_norms[self._index].to(columns)
         return torch.stack([columns[:, 0], snr.to(columns), columns[:, 1] / bases], dim=1)
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that the buffers hold now."""
+        return sum(mean.untyped_storage().nbytes() for mean in self._means)
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything that `load_state_dict` needs to go on in mid-interval, as tensors."""
         state = {
@@ -99,8 +102,8 @@ class SignalMeter:
             "count": torch.tensor([self._count]),
         }
         if self._means:
-            state["squares"] = self._squares[0].cpu()
-            state |= {f"mean.{t.name}": m.cpu() for t, m in zip(self._live, self._means, strict=True)}
+            state["squares"] = self._squares[0].cpu().clone()
+            state |= {f"mean.{t.name}": m.cpu().clone() for t, m in zip(self._live, self._means, strict=True)}
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -111,8 +114,8 @@ class SignalMeter:
         self._count = int(state["count"])
         if "squares" in state:
             device = self._live[0].weight_b.device
-            self._squares = [state["squares"].to(device)]
-            self._means = [state[f"mean.{target.name}"].to(device) for target in self._live]
+            self._squares = [state["squares"].to(device, copy=True)]
+            self._means = [state[f"mean.{target.name}"].to(device, copy=True) for target in self._live]
 
 
 def _base_norm(target: TargetModule) -> float:

@@ -1,1 +1,1 @@
-""""""
+"""Offline: figures and reports of runs."""

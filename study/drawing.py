@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ..files import atomic_path
 from ..lora.memory import FloatArray
@@ -38,17 +40,17 @@ def new_figure(height: float, title: str, note: str = "") -> Figure:
 
     Args:
         height: inches, title included.
-        title: the finding, one line.
+        title: the finding, one line; set smaller if it is long.
         note: how to read the picture, in small grey type.
     """
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     top = 0.36 + 0.22 * bool(note)
-    figure.get_layout_engine().set(rect=(0.005, 0.005, 0.99, 1 - top / height - 0.005), w_pad=0.06)  # type: ignore[union-attr]
-    figure.text(
-        0.012, 1 - 0.10 / height, title, va="top", ha="left", fontsize=12.5, fontweight="bold", color=INK
-    )
+    room = (0.005, 0.005, 0.99, 1 - top / height - 0.005)
+    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(rect=room, w_pad=0.06))
+    style: dict[str, Any] = {"va": "top", "ha": "left"}
+    size = min(12.5, 1090 / len(title))
+    figure.text(0.012, 1 - 0.10 / height, title, fontsize=size, fontweight="bold", color=INK, **style)
     if note:
-        figure.text(0.012, 1 - 0.36 / height, note, va="top", ha="left", fontsize=9, color=FAINT)
+        figure.text(0.012, 1 - 0.36 / height, note, fontsize=9, color=FAINT, **style)
     return figure
 
 
@@ -92,8 +94,7 @@ def in_mib(count: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def draw_legend(axes: Axes, loc: str, skip: str = "") -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != skip]
-    legend = axes.legend(*zip(*kept, strict=True), loc=loc, fontsize=9, framealpha=0.9, edgecolor="none")
-    legend.set_zorder(10)
+def draw_legend(axes: Axes, loc: Literal["lower right", "upper right"]) -> None:
+    """Put a borderless legend in a corner, if anything has a label."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc=loc, fontsize=9, framealpha=0.9, edgecolor="none").set_zorder(10)

@@ -1,7 +1,7 @@
 """Pictures of a fine-tune and of policy training; each function returns a matplotlib Figure.
 
-Drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a README,
-colours (Okabe and Ito 2008; viridis) are told apart by colour-blind readers, and titles say what was found.
+Drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
+README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles say what was found.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequen
         runs: for each run "train" and "eval", each a list of (step, loss); either may be empty.
         decision_steps: where ranks were moved, drawn as dotted lines.
     """
-    curves = {
-        run: {part: finite_points(points) for part, points in parts.items()} for run, parts in runs.items()
-    }
+    curves = {run: {part: finite_points(points) for part, points in parts.items()} for run, parts in runs.items()}
     titles = {"train": "Training loss", "eval": "Held-out loss"}
     parts = [part for part in titles if any(len(curves[run].get(part, ())) for run in curves)] or ["train"]
     lasts = {run: curve["eval"][-1, 1] for run, curve in curves.items() if len(curve.get("eval", ()))}
@@ -68,63 +66,32 @@ def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequen
     return figure
 
 
-def memory_timeline(
-    runs: Mapping[str, Points], limit_bytes: float, predicted: Points = (), *, limit_name: str = "budget"
-) -> Figure:
-    """Measured peak of each step below the hard budget.
+def memory_timeline(runs: Mapping[str, Points], limit_bytes: float, predicted: Points = ()) -> Figure:
+    """Measured peak memory below the hard budget.
 
     Args:
-        runs: for each run its (step, peak bytes); the headroom of the first one is shaded.
+        runs: for each run (step, peak bytes since the point before); the first run's headroom is shaded.
         limit_bytes: the budget.
-        predicted: (step, bytes) that the plans were predicted to take from that step on.
-        limit_name: what the line is called.
+        predicted: (step, bytes) that each plan was predicted to take from that step on.
     """
     curves = {run: points for run, given in runs.items() if len(points := finite_points(given))}
-    end = max([points[-1, 0] for points in curves.values()], default=1.0)
+    plan = finite_points(predicted)
+    end = max((points[-1, 0] for points in (*curves.values(), plan) if len(points)), default=0) or 1
+    highest = max(points[:, 1].max() for points in (*curves.values(), np.array([[0, limit_bytes]]))) / MIB
     figure = new_figure(3.9, _memory_title(curves, limit_bytes))
     axes = clean_axes(figure.subplots())
-    for index, (color, (run, points)) in enumerate(zip(run_colors(len(curves)), curves.items(), strict=True)):
-        peaks = points[:, 1] / MIB
-        axes.step(points[:, 0], peaks, where="post", color=color, linewidth=1.8, label=run, zorder=3)
-        if index == 0:
-            room = {"step": "post", "color": color, "alpha": 0.10, "linewidth": 0, "label": "headroom"}
-            axes.fill_between(
-                points[:, 0], peaks, limit_bytes / MIB, where=(peaks <= limit_bytes / MIB).tolist(), **room
-            )
-    plan = finite_points(predicted)
+    for color, (run, points) in zip(run_colors(len(curves)), curves.items(), strict=True):
+        _draw_peaks(axes, points, color, run, limit_bytes if run == next(iter(curves)) else None)
     if len(plan):
-        steps, costs = np.append(plan[:, 0], max(end, plan[-1, 0])), np.append(plan[:, 1], plan[-1, 1]) / MIB
-        axes.step(
-            steps,
-            costs,
-            where="post",
-            color=INK,
-            linewidth=1.2,
-            linestyle=(0, (4, 2)),
-            label="predicted",
-            zorder=4,
-        )
-        axes.plot(steps[:-1], costs[:-1], "o", color=INK, markersize=4, zorder=5)
-    axes.axhline(limit_bytes / MIB, color="#b00020", linewidth=2, label="budget", zorder=2)
-    highest = max([points[:, 1].max() for points in curves.values()] + [limit_bytes]) / MIB
-    axes.set(
-        xlabel="training step",
-        ylabel="peak memory of training (MiB)",
-        xlim=(0, end),
-        ylim=(0, highest * 1.14),
-    )
-    text = f"{limit_name} {in_mib(limit_bytes)} MiB"
-    axes.annotate(
-        text,
-        (end, limit_bytes / MIB),
-        (-4, 4),
-        textcoords="offset points",
-        ha="right",
-        color="#b00020",
-        fontsize=9.5,
-    )
+        steps, costs = np.append(plan[:, 0], end), np.append(plan[:, 1], plan[-1, 1]) / MIB
+        style: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 2)), "zorder": 4}
+        axes.plot(steps, costs, drawstyle="steps-post", label="predicted", **style)
+        axes.plot(steps[:-1], costs[:-1], "o", color=INK, markersize=4, zorder=5, clip_on=False)
+    _draw_budget(axes, limit_bytes)
+    axes.set(xlabel="training step", ylabel="peak memory of training (MiB)", xlim=(0, end))
+    axes.set_ylim(0, highest * 1.14)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    draw_legend(axes, loc="lower right", skip="budget")
+    draw_legend(axes, loc="lower right")
     return figure
 
 
@@ -137,45 +104,49 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     keys = ("iteration", "return_mean", "return_p10", "return_p90")
     table = np.array([[float(row[key]) for key in keys] for row in rows]).reshape(-1, 4)
-    checks = finite_points(
-        [(row["iteration"], row["validation"]) for row in rows if row.get("validation") is not None]
-    )
+    iterations, means, low, high = table.T
+    checks = finite_points([(r["iteration"], r["validation"]) for r in rows if r.get("validation") is not None])
     figure = new_figure(4.0, _learning_title(table, checks))
     axes = clean_axes(figure.subplots())
     blue, orange = COLORS[:2]
-    axes.fill_between(
-        table[:, 0],
-        table[:, 2],
-        table[:, 3],
-        color=blue,
-        alpha=0.15,
-        linewidth=0,
-        label="10–90 % of episodes",
-    )
-    many = len(table) > 40
-    axes.plot(table[:, 0], table[:, 1], color=blue, linewidth=1 if many else 2, alpha=0.35 if many else 1)
-    line = smooth(table[:, 1], max(1, len(table) // 12)) if many else table[:, 1]
-    axes.plot(
-        table[:, 0], line, color=blue, linewidth=2, label="mean return" + (", smoothed" if many else "")
-    )
+    axes.fill_between(iterations, low, high, color=blue, alpha=0.15, linewidth=0, label="10–90% of episodes")
+    if len(rows) > 40:
+        axes.plot(iterations, means, color=blue, linewidth=1, alpha=0.35)
+        axes.plot(iterations, smooth(means, len(means) // 12), color=blue, linewidth=2, label="mean, smoothed")
+    else:
+        axes.plot(iterations, means, color=blue, linewidth=2, label="mean")
     if len(checks):
-        axes.plot(
-            checks[:, 0],
-            checks[:, 1],
-            "o-",
-            color=orange,
-            markersize=5,
-            linewidth=1.2,
-            label="validation tasks",
-        )
-    if len(table) and table[:, 2].min() < 0 < table[:, 3].max():
+        axes.plot(*checks.T, "o-", color=orange, markersize=5, linewidth=1.2, label="validation tasks")
+    if low.min(initial=0) < 0 < high.max(initial=0):
         axes.axhline(0, color=FAINT, linewidth=0.8)
-    episodes = f" ({rows[-1]['episodes']:,} episodes in all)" if rows and rows[-1].get("episodes") else ""
-    axes.set(xlabel=f"PPO iteration{episodes}", ylabel="episode return")
+    episodes = rows[-1].get("episodes") if rows else None
+    axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
+    axes.set_ylabel("episode return")
     axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     draw_legend(axes, loc="lower right")
     return figure
+
+
+def _draw_peaks(axes: Axes, points: FloatArray, color: str, run: str, limit: float | None) -> None:
+    """Draw one run's peaks and, below a limit, its headroom; a peak belongs to the steps up to its point."""
+    steps, peaks = np.insert(points[:, 0], 0, 0), np.insert(points[:, 1], 0, points[0, 1]) / MIB
+    axes.plot(steps, peaks, drawstyle="steps-pre", color=color, linewidth=1.8, label=run, zorder=3)
+    if limit is not None:
+        room = np.maximum(peaks, limit / MIB)
+        axes.fill_between(steps, peaks, room, step="pre", color=color, alpha=0.1, linewidth=0, label="headroom")
+
+
+def _draw_budget(axes: Axes, limit: float) -> None:
+    """The red line that no step may cross."""
+    red = "#b00020"
+    axes.axhline(limit / MIB, color=red, linewidth=2, zorder=2)
+    place: dict[str, Any] = {
+        "xycoords": axes.get_yaxis_transform(),
+        "textcoords": "offset points",
+        "ha": "right",
+    }
+    axes.annotate(f"budget {in_mib(limit)} MiB", (1, limit / MIB), (-4, 4), color=red, fontsize=9.5, **place)
 
 
 def _mark_steps(axes: Axes, steps: Sequence[int]) -> None:
@@ -198,8 +169,10 @@ def _limit_loss(axes: Axes, curves: Sequence[FloatArray]) -> None:
     """Cut outliers off the loss axis, so that one spike does not flatten all curves."""
     values = np.concatenate([points[:, 1] for points in curves])
     if len(values) >= 20:
-        low, high = np.percentile(values, (0.5, 99))
-        axes.set_ylim(low - 0.06 * (high - low), high + 0.12 * (high - low) or None)
+        middle, usual = np.percentile(values, (50, 99))
+        low, high = values.min(), min(values.max(), 2 * usual - middle)
+        if high > low:
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str]]) -> None:
@@ -209,7 +182,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str]]) -> 
     axes.set_xlim(0, axes.dataLim.x1 or 1.0)
     for (step, value), color in sorted(ends, key=lambda end: end[0][1]):
         previous = max(value, previous + gap)
-        style = {
+        style: dict[str, Any] = {
             "color": color,
             "fontsize": 9.5,
             "fontweight": "bold",
@@ -222,7 +195,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str]]) -> 
 def _loss_title(lasts: Mapping[str, float]) -> str:
     """What the held-out losses say about the first run."""
     if not lasts:
-        return "Training loss; nothing was held out"
+        return "Training loss; no held-out loss was measured"
     (run, value), *others = lasts.items()
     if not others:
         return f"{run} ends at a held-out loss of {value:.3f}"
@@ -231,9 +204,7 @@ def _loss_title(lasts: Mapping[str, float]) -> str:
     if abs(change) < 0.0005:
         return f"{run} and {other} end level at a held-out loss of {value:.3f}"
     word = "below" if change < 0 else "above"
-    return (
-        f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
-    )
+    return f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
 
 
 def _memory_title(curves: Mapping[str, FloatArray], limit: float) -> str:
@@ -244,7 +215,8 @@ def _memory_title(curves: Mapping[str, FloatArray], limit: float) -> str:
     share = f"{in_mib(points[:, 1].max())} of {in_mib(limit)} MiB"
     if over:
         return f"{run} exceeds the budget at {over} of {len(points)} measured steps: {share}"
-    return f"{run} keeps to the budget at every measured step: at most {share} ({points[:, 1].max() / limit:.0%})"
+    used = f"{points[:, 1].max() / limit:.0%}"
+    return f"{run} keeps to the budget at every measured step: at most {share} ({used})"
 
 
 def _learning_title(table: FloatArray, checks: FloatArray) -> str:
@@ -252,5 +224,6 @@ def _learning_title(table: FloatArray, checks: FloatArray) -> str:
         return "Policy training"
     width = max(1, len(table) // 10)
     first, last = table[:width, 1].mean(), table[-width:, 1].mean()
-    text = f"Mean return goes from {first:.3g} to {last:.3g} in {len(table)} iterations"
-    return f"{text}; {checks[-1, 1]:.3g} on validation tasks" if len(checks) else text
+    text = f"Mean return goes from {first:.3f} to {last:.3f} in {len(table)} iterations"
+    text = f"{text}; {checks[-1, 1]:.3f} on validation tasks" if len(checks) else text
+    return text.replace("-", "−")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -91,7 +93,7 @@ def _colors(ladder: IntArray) -> Colormap:
 
 
 def _shade(ranks: IntArray, ladder: IntArray) -> NDArray[np.float64]:
-    """Position on the ladder from 0 (rank 1) to 1 (highest); ranks between rungs lie between their colours."""
+    """Position on the ladder from 0 (rank 1) to 1 (highest), also of ranks between rungs."""
     return (np.interp(ranks, ladder, np.arange(len(ladder))) - 1) / max(len(ladder) - 2, 1)
 
 
@@ -106,23 +108,19 @@ def _draw_cells(axes: Axes, rows: _Rows, ladder: IntArray, colors: Colormap) -> 
             axes.add_patch(_hatched((left, row), right - left))
         axes.hlines(range(1, count), *axes.get_xlim(), color="white", linewidth=0.8, zorder=2)
         _write_ranks(axes, rows, ladder, colors)
-    axes.hlines(
-        rows.edges[1:-1], 0, rows.edge_steps[-1], color="white", linewidth=3 if rows.labelled else 1, zorder=2
-    )
+    axes.hlines(rows.edges[1:-1], 0, rows.edge_steps[-1], color="white", linewidth=3 if rows.labelled else 1, zorder=2)
     axes.set(xlim=(0, rows.edge_steps[-1]), ylim=(0, count), xlabel="training step")
 
 
 def _hatched(corner: tuple[float, float], width: float, height: float = 1.0) -> Rectangle:
     """A cell without an adapter."""
-    return Rectangle(
-        corner, width, height, facecolor=NO_ADAPTER, edgecolor="#cccccc", hatch="/////", linewidth=0
-    )
+    return Rectangle(corner, width, height, facecolor=NO_ADAPTER, edgecolor="#cccccc", hatch="/////", linewidth=0)
 
 
 def _write_ranks(axes: Axes, rows: _Rows, ladder: IntArray, colors: Colormap) -> None:
     """Number the cells where a rank is new, if the cell is wide enough."""
     steps, total = rows.edge_steps, rows.edge_steps[-1]
-    for column, (left, right) in enumerate(zip(steps, steps[1:], strict=False)):
+    for column, (left, right) in enumerate(pairwise(steps)):
         if right - left < 0.03 * total:
             continue
         for row in range(len(rows.names)):
@@ -132,7 +130,13 @@ def _write_ranks(axes: Axes, rows: _Rows, ladder: IntArray, colors: Colormap) ->
             red, green, blue, _ = colors(float(_shade(rows.ranks[row, column], ladder)))
             dark = rank > 0 and 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
             color = FAINT if rank == 0 else "white" if dark else INK
-            style = {"ha": "left", "va": "center_baseline", "fontsize": 8, "color": color, "zorder": 4}
+            style: dict[str, Any] = {
+                "ha": "left",
+                "va": "center_baseline",
+                "fontsize": 8,
+                "color": color,
+                "zorder": 4,
+            }
             axes.annotate(str(rank), (left, row + 0.5), (5, 0), textcoords="offset points", **style)
 
 
@@ -140,7 +144,7 @@ def _draw_labels(axes: Axes, rows: _Rows) -> None:
     """Kinds beside their rows, layers as groups left of them."""
     for spine in axes.spines.values():
         spine.set_visible(False)
-    middles = [(low + high) / 2 for low, high in zip(rows.edges, rows.edges[1:], strict=False)]
+    middles = [(low + high) / 2 for low, high in pairwise(rows.edges)]
     layers = [rows.names[low].layer or rows.names[low].kind for low in rows.edges[:-1]]
     axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
     axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=9)
@@ -148,10 +152,10 @@ def _draw_labels(axes: Axes, rows: _Rows) -> None:
         every = 1 + len(layers) // 45
         axes.set_yticks(middles[::every], layers[::every])
         return
-    axes.set_yticks(np.arange(len(rows.names)) + 0.5, [name.kind for name in rows.names])
-    longest = max(len(name.kind) for name in rows.names)
-    groups = axes.secondary_yaxis(-0.016 - 0.0098 * longest)
-    groups.set_yticks(middles, [text.replace("layer ", "layer\n", 1) if text else "" for text in layers])
+    kinds = [name.kind if len(name.kind) <= 28 else f"…{name.kind[-27:]}" for name in rows.names]
+    axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
+    groups = axes.secondary_yaxis(-0.02 - 0.0115 * max(len(kind) for kind in kinds))
+    groups.set_yticks(middles, layers)
     groups.tick_params(length=0, labelsize=9, labelcolor=INK, pad=4)
     for label in groups.get_yticklabels():
         label.set_fontweight("bold")
@@ -179,12 +183,10 @@ def _draw_key(axes: Axes, ladder: IntArray, colors: Colormap) -> None:
     """The ladder as a column of swatches, rank 0 at the bottom."""
     axes.add_patch(_hatched((0, 0), 1))
     for rung, shade in list(enumerate(_shade(ladder, ladder)))[1:]:
-        axes.add_patch(
-            Rectangle((0, rung), 1, 1, facecolor=colors(float(shade)), edgecolor="white", linewidth=0.8)
-        )
+        axes.add_patch(Rectangle((0, rung), 1, 1, facecolor=colors(float(shade)), edgecolor="white", linewidth=0.8))
     axes.set(xlim=(0, 1), ylim=(0, len(ladder)), xticks=[])
     axes.yaxis.tick_right()
-    axes.set_yticks(np.arange(len(ladder)) + 0.5, ["none", *map(str, ladder[1:])])
+    axes.set_yticks(np.arange(len(ladder)) + 0.5, [str(rank) for rank in ladder])
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
     axes.set_title("rank", fontsize=9.5, color=INK, loc="left", pad=6)
     for spine in axes.spines.values():
@@ -207,9 +209,8 @@ def _title(rows: _Rows) -> str:
 
 def _note(rows: _Rows) -> str:
     """How to read the picture."""
-    text = "Output of the network at the top. Triangles: steps at which ranks changed"
     if rows.labelled:
-        return f"{text}; a number stands where a rank is new."
+        return "Output of the network at the top. Triangles: decisions. A number stands where a rank is new."
     kinds = [name.kind for name in rows.names[rows.edges[0] : rows.edges[1]]]
-    inside = f"; inside a layer, upwards: {', '.join(kinds)}."
-    return text + (inside if len(inside) < 90 else ".")
+    note = f"Output at the top; inside a layer, upwards: {', '.join(kinds)}."
+    return note if len(note) < 115 else "Output of the network at the top. Triangles: decisions."

@@ -32,20 +32,15 @@ def short_names(modules: Sequence[str]) -> list[ShortName]:
         modules: full names such as "encoder.layer.3.attention.self.query".
     """
     matches = [_LAYERED.match(name) for name in modules]
-    kinds = shortest_suffixes(
-        [match["rest"] if match else name for match, name in zip(matches, modules, strict=True)]
-    )
+    kinds = shortest_suffixes([match["rest"] if match else name for match, name in zip(matches, modules, strict=True)])
     names = [
-        ShortName(f"layer {match['layer']}" if match else "", kind)
-        for match, kind in zip(matches, kinds, strict=True)
+        ShortName(f"layer {match['layer']}" if match else "", kind) for match, kind in zip(matches, kinds, strict=True)
     ]
     if len(set(names)) == len(set(modules)):
         return names
     # Two stacks of layers, as in T5: their names tell which one.
     return [
-        ShortName(
-            f"{match['prefix'].split('.')[0]} {name.layer}" if match else "", match["rest"] if match else full
-        )
+        ShortName(f"{match['prefix'].split('.')[0]} {name.layer}" if match else "", match["rest"] if match else full)
         for match, name, full in zip(matches, names, modules, strict=True)
     ]
 

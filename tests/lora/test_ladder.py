@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import DEFAULT_RANKS, RankLadder
 

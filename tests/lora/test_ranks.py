@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
-
+from peft import LoraConfig, get_peft_model
 from rankpilot.errors import ConfigError, NonFiniteError, UnknownNameError
 from rankpilot.lora import ranks as ranks_module
 from rankpilot.lora.ranks import (
@@ -23,12 +22,14 @@ from rankpilot.lora.ranks import (
     write_in_place,
 )
 from rankpilot.lora.targets import TargetModule, find_target_modules
+from torch import nn
 
 
-def lone_pair(d_in: int, d_out: int, rank: int, dtype: torch.dtype = torch.float32) -> TargetModule:
-    """A LoRA pair on one linear layer, without a model around it."""
-    layer = LoraLinear(nn.Linear(d_in, d_out), adapter_name="default", r=rank, lora_alpha=2 * rank).to(dtype)
-    return TargetModule("layer", "default", 0, d_in, d_out, layer)
+def lone_pair(d_in: int, d_out: int, rank: int, dtype: torch.dtype = torch.float32, **options: object) -> TargetModule:
+    """A LoRA pair on one linear layer, with next to no model around it."""
+    base = nn.Sequential(OrderedDict(layer=nn.Linear(d_in, d_out)))
+    settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["layer"]} | options
+    return find_target_modules(get_peft_model(base, LoraConfig(**settings)).to(dtype))[0]
 
 
 def product(target: TargetModule) -> torch.Tensor:
@@ -50,9 +51,7 @@ def fill(target: TargetModule, live: int, generator: torch.Generator, spread: fl
 
 
 def random_ranks(targets, generator, low=0):
-    return {
-        t.name: int(torch.randint(low, min(9, t.max_rank + 1), (), generator=generator)) for t in targets
-    }
+    return {t.name: int(torch.randint(low, min(9, t.max_rank + 1), (), generator=generator)) for t in targets}
 
 
 def logits(model, tokens):
@@ -201,10 +200,8 @@ def test_a_revived_module_trains_again(make_llama, llama_batch):
 @pytest.mark.parametrize("rslora", [False, True])
 @given(path=st.lists(st.integers(0, 16), min_size=1, max_size=6))
 def test_scaling_stays_and_alpha_follows_the_rank(rslora, path):
-    layer = LoraLinear(
-        nn.Linear(16, 16), adapter_name="default", r=4, lora_alpha=12, use_rslora=rslora
-    )
-    target = TargetModule("layer", "default", 0, 16, 16, layer)
+    target = lone_pair(16, 16, 4, lora_alpha=12, use_rslora=rslora)
+    layer = target.layer
     scaling = target.scaling
     assert scaling == (6 if rslora else 3)
     for rank in path:
@@ -225,9 +222,7 @@ def test_shrinks_come_before_grows_so_that_storage_never_peaks(make_llama, monke
         return sum(w.untyped_storage().nbytes() for t in targets for w in (t.weight_a, t.weight_b))
 
     seen = []
-    monkeypatch.setattr(
-        ranks_module, "bookkeep", lambda target, rank: (bookkeep(target, rank), seen.append(stored()))
-    )
+    monkeypatch.setattr(ranks_module, "bookkeep", lambda target, rank: (bookkeep(target, rank), seen.append(stored())))
     before = stored()
     changes = set_ranks(targets, ranks)
     assert max(seen) <= max(before, stored())

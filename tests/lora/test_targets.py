@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
-
 from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.lora.targets import check_ranks, find_target_modules, other_trainable, unwrap
+from transformers import LlamaForCausalLM
 
 
 def test_every_linear_layer_of_llama_is_a_target_in_forward_order(make_llama):
@@ -59,7 +58,7 @@ def test_only_the_asked_adapter_is_found(make_llama):
 
 
 def test_a_model_without_peft_is_refused_with_the_way_out(llama_config):
-    with pytest.raises(UnsupportedError, match="LlamaForCausalLM is not a PEFT model.*get_peft_model"):
+    with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM is not a PEFT model.*get_peft_model"):
         find_target_modules(LlamaForCausalLM(llama_config))
 
 

@@ -1,0 +1,276 @@
+"""The transformers Trainer callback: a policy flies a real fine-tune."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..env.controller import RankController
+from ..env.decision_log import DecisionLog, DecisionRecord
+from ..env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from ..env.schedule import DecisionSchedule
+from ..errors import UnsupportedError
+from ..lora.budget import Budget, format_bytes
+from ..lora.checkpoint import make_resizable, settle
+from ..lora.memory import ByteCost, ParameterCost
+from ..lora.optimizer_state import check_optimizer
+from ..lora.peak import PeakMeter
+from ..lora.plan import Plan
+from ..lora.ranks import reset_adapters
+from ..lora.targets import TargetModule, find_target_modules
+from .loss_meter import LossMeter
+from .policy import Decision, Policy
+from .policy_file import load_policy, policy_schedule
+from .probing import largest_batch, precision, price_plans, run_probe, undisturbed
+from .resume import load_flight, save_flight
+
+logger = logging.getLogger(__name__)
+
+
+class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
+    """Moves LoRA rank between modules during a Trainer's run, inside a hard budget.
+
+    Before the first step it measures what plans cost on your model and data and probes which modules matter; then the
+    policy decides, and again at a few later steps. Adapters really change size, the optimiser's state is carried,
+    and every checkpoint is an adapter that plain PEFT loads.
+
+    Args:
+        policy: folder of a trained policy, the name of a rule ("heur3", "fracrule"), or a policy object.
+        budget: bytes at the peak of a step ("350MB", "6GiB", an int), a share of what uniform rank 8 takes there
+            ("80%"), or a number of adapter parameters ("300k params"). See `Budget.parse`.
+        log: folder of the decision log; `decisions` in the Trainer's output folder by default.
+        schedule: when to decide; the policy's own by default.
+        seed: of the probe and of fresh rows; `TrainingArguments.seed` by default.
+        measure_every: measure the real peak every so many steps, and after each change.
+
+    Attributes:
+        controller: the link to the adapters, from the start of training on.
+        peaks: (step, bytes) as measured.
+        predictions: (step, cost) as predicted at each decision.
+
+    Example:
+        >>> trainer = Trainer(..., callbacks=[RankPilotCallback("heur3", budget="80%")])  # doctest: +SKIP
+
+    Pass it in the Trainer's `callbacks`: added later, it cannot resume a checkpoint.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | Policy = "heur3",
+        budget: str | float | Budget = "100%",
+        *,
+        log: str | Path | None = None,
+        schedule: DecisionSchedule | None = None,
+        seed: int | None = None,
+        measure_every: int = 10,
+    ) -> None:
+        self.policy = load_policy(policy)
+        self.budget = Budget.parse(budget)
+        self.schedule = schedule or policy_schedule(policy)
+        self.seed = seed
+        self.controller: RankController | None = None
+        self.predictions: list[tuple[int, float]] = []
+        self._log_folder = Path(log) if log else None
+        self._meter = PeakMeter(measure_every)
+        self._losses = LossMeter()
+
+    @property
+    def peaks(self) -> list[tuple[int, int]]:
+        """(step, bytes) of the measured steps."""
+        return self._meter.history
+
+    # Trainer events, in the order of a run ------------------------------------------------------------------------
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Let the adapters load any ranks, since a checkpoint may be loaded before training begins."""
+        make_resizable(objects["model"], find_target_modules(objects["model"]))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Probe and take the first decision, or go on from a checkpoint."""
+        _check_setting(args)
+        model, optimizer = objects["model"], objects["optimizer"]
+        check_optimizer(optimizer)
+        targets = find_target_modules(model)
+        make_resizable(model, targets)
+        self._seed = args.seed if self.seed is None else self.seed
+        self._run = Path(args.output_dir).name
+        self._log = DecisionLog(self._log_folder or Path(args.output_dir) / "decisions")
+        self._losses.attach(model)
+        if state.global_step > 0:
+            self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", model, targets)
+        else:
+            self._log.truncate(-1)
+            self._begin(args, state.max_steps, model, targets, objects)
+            self._decide(0, optimizer)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Measure this step if it is due."""
+        if self._meter.due(state.global_step):
+            self._meter.begin(objects["model"])
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """A micro-batch of an accumulated step is done."""
+        self._meter.next_micro_batch()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Gradients are whole: take them into the signals."""
+        if not self._controller.finished:
+            self._controller.meter.accumulate()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Check the peak against the budget, and decide if a decision is due."""
+        step = state.global_step
+        controller = self._controller
+        peak = self._meter.end(step, objects["model"], objects["optimizer"], controller.meter.buffer_bytes)
+        if peak is not None:
+            self._guard(peak, step, objects["optimizer"])
+        if controller.due(step) and step < state.max_steps:
+            self._decide(step, objects["optimizer"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        """Put our state into the checkpoint, last of all its files."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            save_flight(folder, self._controller, self._losses, self._meter.history, self.predictions)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """The best checkpoint may have been loaded just now: tell PEFT its ranks."""
+        self._meter.close()
+        self._losses.detach()
+        settle(objects["model"], self._controller.targets)
+
+    # What they do -------------------------------------------------------------------------------------------------
+
+    @property
+    def _controller(self) -> RankController:
+        assert self.controller is not None, "training has not begun"
+        return self.controller
+
+    def _begin(
+        self,
+        args: TrainingArguments,
+        total_steps: int,
+        model: nn.Module,
+        targets: list[TargetModule],
+        objects: dict[str, Any],
+    ) -> None:
+        loader = objects["train_dataloader"]
+        training = model.training
+        model.train()
+        with undisturbed():
+            batch = largest_batch(loader.dataset, loader.collate_fn, args.per_device_train_batch_size, args.device)
+            with precision(args):
+                cost, limit = price_plans(self.budget, targets, model, batch, objects["optimizer"])
+            result = run_probe(model, targets, loader.dataset, loader.collate_fn, args, self.schedule, self._seed)
+        model.train(training)
+        self._losses.restart()
+        reset_adapters(targets, 1, self._seed)
+        self.controller = RankController(
+            model, targets, cost, limit, self.schedule, total_steps, result, seed=self._seed
+        )
+
+    def _resume(self, folder: Path, model: nn.Module, targets: list[TargetModule]) -> None:
+        settle(model, targets)
+        flight = load_flight(folder, model, targets, self.schedule)
+        self.controller = flight.controller
+        self._losses.total, self._losses.count = flight.loss_total, flight.loss_count
+        self._meter.history = flight.peaks
+        self.predictions = flight.predictions
+        step = int(folder.name.rpartition("-")[2])
+        self._log.truncate(step)
+
+    def _decide(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        controller = self._controller
+        loss = self._losses.mean()
+        observation = controller.observe(step, loss)
+        decision = self.policy.decide(observation)
+        plan = controller.apply(decision.deltas, decision.scores, step, optimizer)
+        self._losses.restart()
+        self._record(step, loss, observation, decision, plan)
+
+    def _record(self, step: int, loss: float | None, observation: Observation, decision: Decision, plan: Plan) -> None:
+        problem = observation.problem
+        self.predictions.append((step, plan.cost))
+        self._meter.request()
+        self._log.append(
+            DecisionRecord(
+                run=self._run,
+                policy=self.policy.name,
+                decision=len(self.predictions) - 1,
+                step=step,
+                seed=self._seed,
+                loss=loss,
+                limit=problem.limit,
+                predicted_cost=plan.cost,
+                measured_cost=float(self.peaks[-1][1]) if self.peaks and self._counts_bytes else None,
+                unit="bytes" if self._counts_bytes else "parameters",
+                log_prob=decision.log_prob,
+                floor=decision.floor,
+                modules=observation.names,
+                blocks=problem.blocks,
+                delta=decision.deltas,
+                rank_before=problem.ranks,
+                rank_asked=plan.asked,
+                rank_after=plan.ranks,
+                score=decision.scores,
+                features=observation.modules,
+                feature_names=MODULE_FEATURES,
+                run_features=dict(zip(RUN_FEATURES, observation.run.tolist(), strict=True)),
+            )
+        )
+
+    @property
+    def _counts_bytes(self) -> bool:
+        return not isinstance(self._controller.cost, ParameterCost)
+
+    def _guard(self, peak: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """If a measured peak is above the budget, correct the byte model by the error and shrink at once."""
+        controller = self._controller
+        if not isinstance(controller.cost, ByteCost) or peak <= controller.limit:
+            return
+        problem = controller.problem()
+        error = peak - problem.price(problem.ranks)
+        logger.warning(
+            "The peak of step %d was %s, above the budget of %s: the plan is shrunk by the difference.",
+            step,
+            format_bytes(peak),
+            format_bytes(controller.limit),
+        )
+        controller.cost = replace(controller.cost, constant=controller.cost.constant + max(error, 0.0))
+        loss = self._losses.mean()
+        observation = controller.observation_now(step)
+        still = Decision(np.zeros(len(problem.ranks), dtype=np.int64), np.zeros(len(problem.ranks)), 0.0, 0.0)
+        plan = controller.correct(still.scores, step, optimizer)
+        self._record(step, loss, observation, still, plan)
+
+
+def _check_setting(args: TrainingArguments) -> None:
+    """Refuse what would go wrong silently."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise UnsupportedError(
+            f"This run spreads over {max(args.world_size, args.n_gpu)} processes or devices; ranks can be changed in "
+            "a run on one device only so far. Set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    if args.deepspeed or args.fsdp:
+        raise UnsupportedError("Ranks cannot be changed under DeepSpeed or FSDP. Use a plain single-device run.")

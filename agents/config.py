@@ -1,0 +1,167 @@
+"""Settings of training and fine-tuning: what the command line shows and what each run's `config.json` holds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+from ..env.schedule import DecisionSchedule
+from ..errors import ConfigError
+from ..lora.budget import Budget
+
+Task = Literal["classification", "causal-lm"]
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Size and start of the network.
+
+    Attributes:
+        width: of every hidden layer.
+        score_std: standard deviation of exploration on each score.
+        floor_std: the same on log2 of the rank floor.
+        signal_gain: weight of heur3 in the score at the start.
+    """
+
+    width: int = 32
+    score_std: float = 0.3
+    floor_std: float = 0.7
+    signal_gain: float = 0.5
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a policy is trained.
+
+    Attributes:
+        iterations: PPO updates.
+        group: episodes of one task that each worker runs in an iteration.
+        workers: worker processes; 0 for as many as there are cores.
+        learning_rate: of PPO.
+        epochs: passes over each iteration's decisions.
+        clip_range: PPO's clip on the probability ratio.
+        corpora: texts of the shift tasks.
+        task_steps: optimiser steps of an episode.
+        validation_tasks: tasks on which policy and rules are compared at the end; 0 for none.
+        schedule: when ranks are decided in an episode.
+        network: size and start of the network.
+        seed: of everything.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    iterations: int = 10
+    group: int = 8
+    workers: int = 0
+    learning_rate: float = 3e-3
+    epochs: int = 6
+    clip_range: float = 0.2
+    corpora: tuple[str, ...] = ("code", "reviews")
+    task_steps: int = 100
+    validation_tasks: int = 8
+    schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.iterations, self.epochs, self.task_steps) < 1 or self.group < 2:
+            raise ConfigError(
+                "iterations, epochs and task_steps are at least 1 and group at least 2 (returns are compared inside "
+                f"it); got {self.iterations}, {self.epochs}, {self.task_steps} and {self.group}."
+            )
+        if self.workers < 0 or self.validation_tasks < 0 or self.learning_rate <= 0:
+            raise ConfigError(
+                "workers and validation_tasks are at least 0 and learning_rate above 0; got "
+                f"{self.workers}, {self.validation_tasks} and {self.learning_rate}."
+            )
+
+    @property
+    def worker_count(self) -> int:
+        """Worker processes that run."""
+        return self.workers or os.cpu_count() or 1
+
+    @property
+    def rollout_steps(self) -> int:
+        """Decisions of one worker in an iteration."""
+        return self.group * len(self.schedule.steps(self.task_steps))
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "quick": TrainConfig(iterations=10, group=8),
+    "default": TrainConfig(iterations=120, group=12, learning_rate=1.5e-3, validation_tasks=16),
+}
+"""Presets of `rankpilot train`; "quick" is made for two cores and a few minutes."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A fine-tune.
+
+    Attributes:
+        model: packaged name, Hugging Face id or local folder.
+        data: packaged name, Hugging Face id, local file or folder.
+        policy: folder of a trained policy, or a rule.
+        budget: see `Budget.parse`.
+        compare_uniform: also run uniform LoRA in the same budget.
+        task: classification or causal-lm; by the data's columns if None.
+        steps: optimiser steps.
+        batch_size: rows a step.
+        learning_rate: peak of a linear decay.
+        max_length: tokens a row.
+        target_modules: as in `peft.LoraConfig`; "all-linear" or names separated by commas.
+        scaling: constant factor in front of B A (lora_alpha / r).
+        train_rows: at most so many training rows.
+        held_out_rows: at most so many held-out rows.
+        text_column: column with the text.
+        label_column: column with the class.
+        seed: of everything.
+        eval_every: steps between evaluations and checkpoints.
+
+    Raises:
+        ConfigError: a value out of range.
+        BudgetError: the budget is unreadable.
+    """
+
+    model: tyro.conf.Positional[str]
+    data: tyro.conf.Positional[str]
+    policy: str = "heur3"
+    budget: str = "100%"
+    compare_uniform: bool = False
+    task: Task | None = None
+    steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    max_length: int = 64
+    target_modules: str = "all-linear"
+    scaling: float = 2.0
+    train_rows: int | None = None
+    held_out_rows: int | None = 800
+    text_column: str = "text"
+    label_column: str = "label"
+    seed: int = 0
+    eval_every: int = 50
+
+    def __post_init__(self) -> None:
+        Budget.parse(self.budget)
+        if min(self.steps, self.batch_size, self.eval_every) < 1 or self.learning_rate <= 0 or self.scaling <= 0:
+            raise ConfigError(
+                "steps, batch_size and eval_every are at least 1, learning_rate and scaling above 0; got "
+                f"{self.steps}, {self.batch_size}, {self.eval_every}, {self.learning_rate}, {self.scaling}."
+            )
+
+
+def as_json(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """A config as JSON values; the fields that a subclass adds are left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    base = TrainConfig if isinstance(config, TrainConfig) else FinetuneConfig
+    values = asdict(config)
+    return {name: plain(values[name]) for name in base.__dataclass_fields__}

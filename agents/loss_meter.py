@@ -1,0 +1,47 @@
+"""The mean training loss between decisions, read from the model's own outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LossMeter:
+    """Sums the loss of each training forward pass, without waiting for the device.
+
+    Attributes:
+        total: sum of the losses, a float or a scalar tensor.
+        count: how many.
+    """
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.count = 0
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Listen to a model; forward passes in evaluation mode do not count."""
+        self.detach()
+        self._handle = model.register_forward_hook(self._take)
+
+    def detach(self) -> None:
+        """Stop listening."""
+        if self._handle:
+            self._handle.remove()
+            self._handle = None
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.total, self.count = 0.0, 0
+
+    def mean(self) -> float | None:
+        """Mean loss of the interval; None if there was none."""
+        return float(self.total) / self.count if self.count else None
+
+    def _take(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        loss = getattr(outputs, "loss", None)
+        if module.training and loss is not None:
+            self.total = self.total + loss.detach().float().mean()
+            self.count += 1

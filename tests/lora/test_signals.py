@@ -1,0 +1,194 @@
+"""Signals: what they measure, and that they find what was planted."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.signals import SIGNALS, SignalMeter
+from rankpilot.lora.targets import find_target_modules
+
+
+def columns(values):
+    return dict(zip(SIGNALS, values.T, strict=True))
+
+
+@pytest.mark.parametrize("planted", range(14))
+def test_sensitivity_picks_the_module_that_has_to_change(make_llama, make_tokens, planted):
+    """A teacher differs from the student in one weight; the student learns its outputs."""
+    model = make_llama(filled=False, r=2, lora_alpha=4)
+    targets = find_target_modules(model)
+    with torch.no_grad():  # a random model's layers hardly change anything unless they are enlarged
+        for weight in [t.layer.base_layer.weight for t in targets]:
+            weight *= 5
+        model.base_model.model.model.embed_tokens.weight *= 5
+    teacher = copy.deepcopy(model)
+    weight = find_target_modules(teacher)[planted].layer.base_layer.weight
+    with torch.no_grad():
+        change = torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
+        weight += weight.norm() / 2 * change / change.norm()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    meter = SignalMeter(targets)
+    for step in range(40):
+        tokens = make_tokens(rows=8, seed=step)
+        with torch.no_grad():
+            goal = teacher(input_ids=tokens).logits
+        optimizer.zero_grad()
+        (model(input_ids=tokens).logits - goal).square().mean().backward()
+        meter.accumulate()
+        optimizer.step()
+    assert int(columns(meter.read())["sensitivity"].argmax()) == planted
+
+
+def test_signals_against_their_definitions(make_llama, llama_batch, make_tokens):
+    model = make_llama(dtype=torch.float64)
+    targets = find_target_modules(model)
+    meter = SignalMeter(targets)
+    gradients = []
+    for seed in range(3):
+        tokens = make_tokens(seed=seed)
+        model.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append([t.weight_b.grad.clone() for t in targets])
+        meter.accumulate()
+    values = columns(meter.read())
+    for index, target in enumerate(targets):
+        mine = torch.stack([step[index] for step in gradients])
+        mean = mine.mean(dim=0)
+        snr = mean.norm() ** 2 / mine.flatten(1).norm(dim=1).square().mean()
+        assert values["snr"][index] == pytest.approx(float(snr))
+        sensitivity = (target.weight_b * mean).sum(dim=0).abs().sum()
+        assert values["sensitivity"][index] == pytest.approx(float(sensitivity.detach()))
+        delta = target.scaling * (target.weight_b @ target.weight_a).norm()
+        relative = float(delta.detach() / target.layer.base_layer.weight.norm())
+        assert values["relative_change"][index] == pytest.approx(relative, rel=1e-6)
+    assert ((values["snr"] > 0) & (values["snr"] <= 1 + 1e-9)).all()
+
+
+def test_agreeing_batches_have_a_ratio_of_one(make_llama, llama_batch):
+    model = make_llama()
+    meter = SignalMeter(find_target_modules(model))
+    model(**llama_batch).loss.backward()
+    for _ in range(3):
+        meter.accumulate()
+    assert columns(meter.read())["snr"] == pytest.approx(1, abs=1e-5)
+
+
+def test_before_the_first_read_nothing_is_known(make_llama):
+    meter = SignalMeter(find_target_modules(make_llama()))
+    assert np.isnan(meter.values).all()
+    assert meter.values.shape == (14, len(SIGNALS))
+    meter.accumulate()  # no gradients yet
+    assert np.isnan(meter.read()).all()
+    assert (meter.age == 1).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_gradients_are_left_out(make_llama, llama_batch, value):
+    model = make_llama()
+    targets = find_target_modules(model)
+    meter, clean = SignalMeter(targets), SignalMeter(targets)
+    model(**llama_batch).loss.backward()
+    meter.accumulate()
+    clean.accumulate()
+    kept = targets[3].weight_b.grad.clone()
+    targets[3].weight_b.grad[0, 0] = value
+    meter.accumulate()
+    targets[3].weight_b.grad.copy_(kept)
+    np.testing.assert_array_equal(meter.read(), clean.read())
+
+
+def test_a_module_at_rank_zero_keeps_its_values_and_ages(make_llama, llama_batch):
+    model = make_llama()
+    targets = find_target_modules(model)
+    meter = SignalMeter(targets)
+
+    def interval():
+        model.zero_grad()
+        model(**llama_batch).loss.backward()
+        meter.accumulate()
+        return meter.read().copy()
+
+    first = interval()
+    assert (meter.age == 0).all()
+    set_ranks(targets, {targets[5].name: 0, targets[6].name: 2})
+    meter.restart()
+    second, third = interval(), interval()
+    np.testing.assert_array_equal(second[5], first[5])
+    np.testing.assert_array_equal(third[5], first[5])
+    assert meter.age[5] == 2
+    assert (np.delete(meter.age, 5) == 0).all()
+    assert not np.array_equal(second[6], first[6])
+
+
+def test_each_interval_begins_anew(make_llama, make_tokens):
+    model = make_llama()
+    meter = SignalMeter(find_target_modules(model))
+    results = []
+    for seed in (0, 1, 0):
+        tokens = make_tokens(seed=seed)
+        model.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        meter.accumulate()
+        results.append(meter.read().copy())
+    np.testing.assert_array_equal(results[0], results[2])
+    assert not np.array_equal(results[0], results[1])
+
+
+def test_going_on_from_a_state_dict_is_as_if_never_stopped(make_llama, make_tokens):
+    model = make_llama()
+    targets = find_target_modules(model)
+    set_ranks(targets, {targets[2].name: 0})
+    meter = SignalMeter(targets)
+
+    def step(meters, seed):
+        tokens = make_tokens(seed=seed)
+        model.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        for each in meters:
+            each.accumulate()
+
+    step([meter], 0)
+    meter.read()
+    step([meter], 1)
+    state = meter.state_dict()
+    assert all(torch.is_tensor(value) for value in state.values())
+    again = SignalMeter(targets)
+    again.load_state_dict({key: value.clone() for key, value in state.items()})
+    np.testing.assert_array_equal(again.values, meter.values)
+    np.testing.assert_array_equal(again.age, meter.age)
+    step([meter, again], 2)
+    np.testing.assert_array_equal(again.read(), meter.read())
+    np.testing.assert_array_equal(again.age, meter.age)
+
+
+def test_a_state_dict_is_a_copy(make_llama, make_tokens):
+    """A checkpoint in memory must not change with the steps that follow."""
+    model = make_llama()
+    targets = find_target_modules(model)
+    meter = SignalMeter(targets)
+    tokens = make_tokens()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    meter.accumulate()
+    state = meter.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    restored = SignalMeter(targets)
+    restored.load_state_dict(state)
+    meter.accumulate()
+    restored.accumulate()
+    for key, value in state.items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_buffers_hold_one_b_for_each_module_and_are_freed(make_llama, llama_batch):
+    model = make_llama()
+    targets = find_target_modules(model)
+    meter = SignalMeter(targets)
+    model(**llama_batch).loss.backward()
+    meter.accumulate()
+    assert [m.shape for m in meter._means] == [t.weight_b.shape for t in targets]
+    meter.read()
+    assert meter._means == []

@@ -1,0 +1,110 @@
+"""A run folder as a fine-tune of MiniLM leaves it: 36 modules, four decisions, 200 steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rankpilot.env.decision_log import DecisionLog, DecisionRecord
+from rankpilot.files import append_json_line, write_json
+
+KINDS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+MODULES = tuple(f"encoder.layer.{layer}.{kind}" for layer in range(6) for kind in KINDS)
+BLOCKS = np.repeat(np.arange(6), 6)
+STEPS = (0, 36, 68, 100)
+MIB = 2**20
+
+
+def plans() -> np.ndarray:
+    """Ranks after each decision, (4, 36): first the top half, then top-layer query up and value down."""
+    first = np.where(BLOCKS >= 3, 4, 0)
+    rows = [first, first.copy(), first.copy(), first.copy()]
+    for row, (query, value) in zip(rows[1:], [(8, 4), (16, 2), (16, 0)], strict=True):
+        row[30], row[32] = query, value
+    return np.array(rows)
+
+
+def features(decision: int) -> np.ndarray:
+    """Sensitivity of the top query is far above the rest; a flag and a constant say nothing."""
+    table = np.random.default_rng(decision).normal(0, 0.1, (36, 4))
+    table[30, 0] = 3.0
+    table[32, 1] = -3.0
+    table[:, 2] = BLOCKS == 5
+    table[:, 3] = 1.0
+    return table.astype(np.float32)
+
+
+def write_decisions(folder: Path) -> None:
+    log, ranks = DecisionLog(folder), plans()
+    for decision, step in enumerate(STEPS):
+        before = ranks[decision - 1] if decision else np.ones(36, dtype=int)
+        asked = ranks[decision].copy()
+        asked[:3] += 1
+        log.append(
+            DecisionRecord(
+                run="demo", policy="pilot", decision=decision, step=step, seed=3,
+                loss=None if decision == 0 else 0.7 - 0.1 * decision,
+                limit=100 * MIB, predicted_cost=(90 + 2 * decision) * MIB,
+                measured_cost=None if decision == 0 else 89 * MIB, unit="bytes", log_prob=-9.0, floor=4.0,
+                modules=MODULES, blocks=BLOCKS, delta=np.zeros(36, dtype=int), rank_before=before,
+                rank_asked=asked, rank_after=ranks[decision], score=np.zeros(36), features=features(decision),
+                feature_names=("sensitivity", "snr", "top", "constant"),
+                run_features={"progress": step / 200},
+            )
+        )  # fmt: skip
+
+
+def write_metrics(path: Path, level: float, peak: float) -> None:
+    rng = np.random.default_rng(5)
+    for step in range(1, 201):
+        loss = level + 0.6 * np.exp(-step / 40) + rng.normal(0, 0.05)
+        line = {"step": step, "loss": float(loss), "peak_bytes": int((peak + rng.random()) * MIB)}
+        if step % 20 == 0:
+            line["eval_loss"] = float(level + 0.6 * np.exp(-step / 40))
+        append_json_line(path, line)
+
+
+def run_summary(loss: float, peak: float, parameters: int, accuracy: float | None = 0.85) -> dict[str, object]:
+    return {
+        "held_out_loss": loss,
+        "held_out_accuracy": accuracy,
+        "adapter_parameters": parameters,
+        "peak_bytes": int(peak * MIB),
+        "budget_bytes": 100 * MIB,
+        "median_step_s": 0.0512,
+        "train_s": 12.34,
+        "ranks": dict(zip(MODULES, plans()[-1].tolist(), strict=True)),
+    }
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """The finished run folder."""
+    folder = tmp_path / "demo"
+    write_decisions(folder / "decisions")
+    write_metrics(folder / "metrics-rankpilot.jsonl", 0.38, 90)
+    write_metrics(folder / "metrics-uniform.jsonl", 0.40, 95)
+    write_json(folder / "config.json", {"model": "MiniLM", "budget": "100MiB", "steps": 200})
+    write_json(
+        folder / "summary.json",
+        {
+            "model": "MiniLM",
+            "data": "sst2",
+            "policy": "pilot",
+            "seed": 3,
+            "runs": {
+                "rankpilot": run_summary(0.3841, 91.0, 120_000, 0.861),
+                "uniform": run_summary(0.4041, 96.0, 100_000, 0.852),
+            },
+            "reload": {"identical": True, "max_abs_difference": 0.0},
+        },
+    )
+    return folder

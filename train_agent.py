@@ -1,0 +1,9 @@
+"""Train a policy: the same as `rankpilot train`, with the same options."""
+
+import sys
+
+from rankpilot.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:] = ["train", *sys.argv[1:]]
+    main()
