@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..env.controller import REFERENCE_RANK
-from ..errors import ConfigError, RunFolderError
+from ..errors import ConfigError, NonFiniteError, RunFolderError
 from ..files import append_json_line, read_json, read_json_lines, write_json, write_text
 from ..lora.budget import Budget
 from ..lora.checkpoint import adapter_ranks, make_resizable, sync_config
@@ -82,7 +83,12 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **objects: Any,
     ) -> None:
-        """Losses and accuracies."""
+        """Losses and accuracies; a run that has broken down ends here."""
+        norm = (logs or {}).get("grad_norm", 0.0)
+        if not math.isfinite(float(norm)):
+            raise NonFiniteError(
+                f"The gradient norm is {norm} at step {state.global_step}: training has diverged. Lower --learning-rate."
+            )
         kept = {key: float(v) for key, v in (logs or {}).items() if key in ("loss", "eval_loss", "eval_accuracy")}
         if kept:
             append_json_line(self.path, {"step": state.global_step, **kept})

@@ -25,6 +25,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from .ladder import IntArray
 from .optimizer_state import state_tensors_per_parameter, unwrap_optimizer
+from .ranks import write_in_place
 from .targets import TargetModule, other_trainable
 
 FloatArray = NDArray[np.float64]
@@ -167,20 +168,16 @@ def _only(targets: Sequence[TargetModule], active: Iterable[TargetModule]) -> It
     try:
         for target in targets:
             rank = 1 if id(target) in chosen else 0
-            for weight, shape in (
-                (target.weight_a, (rank, target.d_in)),
-                (target.weight_b, (target.d_out, rank)),
-            ):
-                saved.append((weight, weight.data, weight.requires_grad))
-                weight.requires_grad_(False)
-                weight.data = weight.new_zeros(shape)
+            for weight, shape in ((target.weight_a, (rank, target.d_in)), (target.weight_b, (target.d_out, rank))):
+                saved.append((weight, weight.detach(), weight.grad, weight.requires_grad))
+                write_in_place(weight, weight.new_zeros(shape))
                 weight.requires_grad_(rank > 0)
         yield
     finally:
-        for weight, data, trained in saved:
-            weight.requires_grad_(False)
-            weight.data = data
+        for weight, value, gradient, trained in saved:
+            write_in_place(weight, value)
             weight.requires_grad_(trained)
+            weight.grad = gradient
 
 
 class _Inputs:
@@ -201,7 +198,7 @@ class _Inputs:
     def _hook(self, index: int) -> Any:
         def record(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             tensor = arguments[0]
-            self._alive.append(tensor)
+            self._alive.append(tensor.detach())
             self.address[index], self.size[index] = _storage(tensor)
             self.hidden[index] = tensor.numel() / tensor.shape[-1] * tensor.element_size()
             self.order[index] = self._count
@@ -239,10 +236,13 @@ def _probe(
         return saved.total, set(saved.sizes), inputs
 
 
-def _measure(model: nn.Module, targets: Sequence[TargetModule], batch: Batch) -> _Measured:
+def _measure(
+    model: nn.Module, targets: Sequence[TargetModule], batch: Batch, interacting: NDArray[np.bool_] | None = None
+) -> _Measured:
+    """Probe each module as the lowest one; `interacting` says for which to look at their whole layer (None: all)."""
     bare, _, _ = _probe(model, targets, (), batch)
     count = len(targets)
-    chain, extra, together = np.zeros(count), np.zeros((count, count)), np.zeros(count)
+    chain, extra = np.zeros(count), np.zeros((count, count))
     for index, target in enumerate(targets):
         total, addresses, inputs = _probe(model, targets, (target,), batch)
         chain[index] = total - bare - inputs.hidden[index]
@@ -251,19 +251,27 @@ def _measure(model: nn.Module, targets: Sequence[TargetModule], batch: Batch) ->
         absent = [t.name for t, position in zip(targets, inputs.order, strict=True) if position < 0]
         raise UnsupportedError(f"{absent[0]!r} took no part in the forward pass. Leave it out of `target_modules`.")
     _, shared = np.unique(inputs.address, return_inverse=True)
-    for index, target in enumerate(targets):
-        # Inside the lowest layer, modules interact: attention saves the keys only if the queries need gradients.
-        above = [
-            other
-            for other in range(count)
-            if targets[other].block == target.block and inputs.order[other] > inputs.order[index]
-        ]
-        if above:
-            total, _, _ = _probe(model, targets, [target, *(targets[other] for other in above)], batch)
-            entered = {int(shared[other]): extra[index, other] for other in above if shared[other] != shared[index]}
-            additive = bare + chain[index] + sum(entered.values()) + inputs.hidden[[index, *above]].sum()
-            together[index] = max(0.0, total - additive)
-    return _Measured(bare, inputs.order, chain, extra, together, inputs.hidden, shared.astype(np.int64))
+    found = _Measured(bare, inputs.order, chain, extra, np.zeros(count), inputs.hidden, shared.astype(np.int64))
+    for index in range(count) if interacting is None else np.flatnonzero(interacting).tolist():
+        found.together[index] = _interaction(model, targets, batch, found, index)
+    return found
+
+
+def _interaction(
+    model: nn.Module, targets: Sequence[TargetModule], batch: Batch, found: _Measured, lowest: int
+) -> float:
+    """Bytes that the additive model misses when all of the lowest layer's modules from `lowest` up are adapted.
+
+    Inside the lowest layer modules interact: attention saves the keys only if the queries need gradients.
+    """
+    block, order, shared = targets[lowest].block, found.order, found.shared
+    above = [m for m, t in enumerate(targets) if t.block == block and order[m] > order[lowest]]
+    if not above:
+        return 0.0
+    total, _, _ = _probe(model, targets, [targets[m] for m in (lowest, *above)], batch)
+    inputs = {int(shared[m]): found.extra[lowest, m] for m in above if shared[m] != shared[lowest]}
+    additive = found.bare + found.chain[lowest] + sum(inputs.values()) + found.hidden[[lowest, *above]].sum()
+    return float(max(0.0, total - additive))
 
 
 def calibrate(
@@ -276,7 +284,7 @@ def calibrate(
 ) -> ByteCost:
     """Measure what plans cost on this model and this batch shape.
 
-    Runs a few forward passes for each target module (as the lowest one) on the first two and four rows of the batch,
+    Runs a few forward passes for each target module (as the lowest one) on the first two and three rows of the batch,
     in the model's current mode, and extrapolates to all rows: what is saved grows linearly with them. Weights,
     gradients and ranks are as before afterwards; random state is left alone.
 
@@ -294,11 +302,11 @@ def calibrate(
     rows = next(iter(batch.values())).shape[0]
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         few = _measure(model, targets, _first_rows(batch, 2))
-        more = _measure(model, targets, _first_rows(batch, 4)) if rows > 2 else few
+        more = _measure(model, targets, _first_rows(batch, 3), few.together > 0) if rows > 2 else few
 
     def at_rows(field: str) -> Any:
         low, high = getattr(few, field), getattr(more, field)
-        return low + (rows - 2) * (high - low) / (min(rows, 4) - 2) if rows > 2 else low
+        return low + (rows - 2) * (high - low)
 
     held = 2 + state_tensors_per_parameter(optimizer)
     per_rank = _parameter_bytes(targets, optimizer) + at_rows("hidden")
