@@ -87,7 +87,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         norm = (logs or {}).get("grad_norm", 0.0)
         if not math.isfinite(float(norm)):
             raise NonFiniteError(
-                f"The gradient norm is {norm} at step {state.global_step}: training has diverged. Lower --learning-rate."
+                f"The gradient norm is {norm} at step {state.global_step}: training diverged. Lower --learning-rate."
             )
         kept = {key: float(v) for key, v in (logs or {}).items() if key in ("loss", "eval_loss", "eval_accuracy")}
         if kept:

@@ -38,9 +38,8 @@ class RankNetwork(nn.Module):
         stds = torch.tensor([self.config.score_std, self.config.floor_std])
         self.log_std = nn.Parameter(stds.log())
         for head in (self.score_head[-1], self.floor_head, self.value_head):
-            nn.init.zeros_(head.weight)
-            if head.bias is not None:
-                nn.init.zeros_(head.bias)
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
         self, modules: torch.Tensor, run: torch.Tensor, mask: torch.Tensor

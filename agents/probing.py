@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -141,7 +142,7 @@ def run_probe(
         return loss.mean()  # type: ignore[no-any-return]
 
     try:
-        return probe(targets, optimizer, ((lambda r=rows: loss_of(r)) for rows in batches), seed=seed)
+        return probe(targets, optimizer, (partial(loss_of, rows) for rows in batches), seed=seed)
     finally:
         with torch.no_grad():
             for parameter, value in zip(others, before, strict=True):

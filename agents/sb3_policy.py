@@ -28,11 +28,13 @@ class MaskedGaussian(DiagGaussianDistribution):
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """Log-probability density of actions (batch, action size), shape (batch,)."""
-        return (self.distribution.log_prob(actions) * self.mask).sum(-1)
+        density: torch.Tensor = self.distribution.log_prob(actions)  # type: ignore[no-untyped-call]
+        return (density * self.mask).sum(-1)
 
     def entropy(self) -> torch.Tensor:
         """Entropy, shape (batch,)."""
-        return (self.distribution.entropy() * self.mask).sum(-1)
+        entropy: torch.Tensor = self.distribution.entropy()  # type: ignore[no-untyped-call]
+        return (entropy * self.mask).sum(-1)
 
 
 class RankPolicy(ActorCriticPolicy):
@@ -66,9 +68,7 @@ class RankPolicy(ActorCriticPolicy):
         distribution = MaskedGaussian(mean.shape[1]).masked(mean, log_std, everything)
         return distribution, value.unsqueeze(-1)
 
-    def forward(  # type: ignore[override]
-        self, obs: PyTorchObs, deterministic: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Actions (batch, action size), values (batch, 1) and log-probabilities (batch,)."""
         distribution, value = self._evaluate(obs)
         actions = distribution.get_actions(deterministic=deterministic)

@@ -87,7 +87,7 @@ class _Checkpoint(BaseCallback):
         self._collected = False
         self.iteration += 1
         assert isinstance(self.model, PPO)
-        network: RankNetwork = self.model.policy.network  # type: ignore[union-attr, assignment]
+        network: RankNetwork = self.model.policy.network  # type: ignore[assignment]
         row = {
             "iteration": self.iteration,
             "episodes": int(self.returns.size),
@@ -194,7 +194,7 @@ def train(
             model.learn(rest, callback=_Checkpoint(folder, done, report), reset_num_timesteps=False)
     finally:
         workers.close()
-    network: RankNetwork = model.policy.network  # type: ignore[union-attr, assignment]
+    network: RankNetwork = model.policy.network  # type: ignore[assignment]
     return network.cpu().eval()
 
 

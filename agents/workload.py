@@ -208,7 +208,7 @@ def load_workload(
         encoded = [_blocks(part, tokenizer, _column(part, text_column, "text"), max_length) for part in parts]
         return Workload(task, tokenizer, encoded[0], encoded[1], collator, ())
     encoded, labels = _classified(parts, tokenizer, text_column, label_column, max_length)
-    collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=max_length)
+    collator = DataCollatorWithPadding(tokenizer)
     return Workload(task, tokenizer, encoded[0], encoded[1], collator, labels)
 
 

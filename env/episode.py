@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ def proxy_probe(task: ProxyTask, schedule: DecisionSchedule) -> ProbeResult:
     data = load_task(task)
     optimizer = proxy_optimizer(task)
     rows = min(schedule.probe_batch, task.batch_size)
-    losses = ((lambda s=step: data.train_loss(model, s % task.steps, rows)) for step in range(schedule.probe_steps))
+    steps = (step % task.steps for step in range(schedule.probe_steps))
+    losses = (partial(data.train_loss, model, step, rows) for step in steps)
     return probe(targets, optimizer, losses, seed=task.seed)
 
 

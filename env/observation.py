@@ -38,7 +38,7 @@ MODULE_FEATURES = (
 | rank | rung over highest rung | 0 to 1 |
 | adapted | 1 if the rank is above 0 | 0 or 1 |
 | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
-| shape | log(d_out / d_in), by way of the prices of both | -3 to 3 |
+| shape | log(d_out / d_in) | -3 to 3 |
 | price | log price of one rank, minus its mean | -3 to 3 |
 | rise | price of the next rung up, as a share of the budget | 0 to 3 |
 | release | what dropping the module would free, as a share of the budget | 0 to 3 |
@@ -153,7 +153,7 @@ def observe(
     columns = [_centred_log(scaled[:, index]) for index in range(len(SIGNALS))]
     columns += [
         rungs / ladder.top,
-        ranks > 0,
+        (ranks > 0).astype(np.float64),
         problem.blocks / max(1, int(problem.blocks.max())),
         np.clip(np.log(shapes), -3, 3),
         _centred_log(problem.cost.per_rank),

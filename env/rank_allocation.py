@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,7 +22,7 @@ REWARD_BOUND = 1.0
 """Rewards lie between minus and plus this; a run whose loss is not finite gets the lower end."""
 
 
-class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym.utils.EzPickle):
+class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.EzPickle):
     """Decide the LoRA rank of every target module of a short fine-tune, a few times, inside a budget of bytes.
 
     ## Description
@@ -56,8 +56,9 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
     Terminates after the last interval of training, or at a loss that is not finite (reward -1). Never truncates.
 
     ## Information
-    The same keys at each step: `task` (id), `step`, `loss` (mean training loss of the interval; NaN at reset),
-    `held_out_loss` and `uniform_loss` (NaN before the end), `cost`, `limit` (bytes), `ranks` (tuple), `non_finite`.
+    The same keys at each step: `task` (id), `step`, `loss` (mean training loss of the interval; None at reset and where
+    it is not finite), `held_out_loss` and `uniform_loss` (None before the end), `cost`, `limit` (bytes), `ranks`
+    (tuple), `non_finite`.
 
     ## Arguments
     * `task`: a fixed `ProxyTask`; None draws one at each reset.
@@ -78,7 +79,7 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
         ConfigError: an argument out of range, or an action of the wrong shape or range.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"]}
+    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012  (declared so by Gymnasium)
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start an episode; a new seed also draws a new task."""
         super().reset(seed=seed)
         if seed is not None:
@@ -135,7 +136,7 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
         baseline(task, self.schedule)  # before the episode: both train the same adapters
         self._episode = Episode(task, self.schedule)
         self.observation = self._episode.observe()
-        return self._arrays(), self._info(float("nan"))
+        return self._arrays(), self._info(None)
 
     def _draw(self) -> ProxyTask:
         if self._drawn is None or self._episodes_of_drawn >= self.episodes_per_task:
@@ -144,7 +145,7 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
         self._episodes_of_drawn += 1
         return self._drawn
 
-    def step(self, action: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.int64]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Take one decision and train until the next one or the end."""
         action = np.asarray(action)
         if action.shape != (self.max_modules,) or not self.action_space.contains(action.astype(np.int64)):
@@ -157,20 +158,20 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
 
     def decide(
         self, deltas: NDArray[np.int64], scores: FloatArray
-    ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """As `step`, with deltas in rungs and scores that order the projection; both of shape (modules,)."""
         episode = self._running()
         episode.apply(deltas, scores)
         try:
             loss = episode.advance()
         except NonFiniteError:
-            info = self._info(float("nan"), non_finite=True)
+            info = self._info(None, non_finite=True)
             self._episode = None
             return self._arrays(), -REWARD_BOUND, True, False, info
         terminated = episode.step == episode.task.steps
-        held_out = episode.held_out_loss() if terminated else float("nan")
+        held_out = episode.held_out_loss() if terminated else None
         reward = 0.0
-        if terminated:
+        if held_out is not None:
             gain = baseline(episode.task, self.schedule).improvement(held_out)
             reward = float(np.clip(gain, -REWARD_BOUND, REWARD_BOUND))
         else:
@@ -185,20 +186,19 @@ class RankAllocationEnv(gym.Env[dict[str, NDArray[Any]], NDArray[np.int64]], gym
             raise ConfigError("No episode is under way: call reset() first.")
         return self._episode
 
-    def _arrays(self) -> dict[str, NDArray[Any]]:
+    def _arrays(self) -> dict[str, Any]:
         assert self.observation is not None
         return self.observation.padded(self.max_modules)
 
-    def _info(self, loss: float, *, held_out: float = float("nan"), non_finite: bool = False) -> dict[str, Any]:
+    def _info(self, loss: float | None, *, held_out: float | None = None, non_finite: bool = False) -> dict[str, Any]:
         episode = self._running()
         problem = episode.controller.problem()
-        ended = not np.isnan(held_out)
         return {
             "task": episode.task.id,
             "step": episode.step,
             "loss": loss,
             "held_out_loss": held_out,
-            "uniform_loss": baseline(episode.task, self.schedule).uniform_loss if ended else float("nan"),
+            "uniform_loss": None if held_out is None else baseline(episode.task, self.schedule).uniform_loss,
             "cost": problem.price(problem.ranks),
             "limit": problem.limit,
             "ranks": tuple(problem.ranks.tolist()),

@@ -24,7 +24,13 @@ from ..lora.targets import TargetModule, find_target_modules
 from .bases import find_base, load_base_model
 from .corpora import CORPORA, load_corpus, sample_windows
 
+Kind = Literal["planted", "shift"]
 Placement = Literal["low", "high", "spread"]
+KINDS: tuple[Kind, ...] = ("planted", "shift")
+PLACEMENTS: tuple[Placement, ...] = ("low", "high", "spread")
+
+EVAL_BATCH = 64
+"""Rows of a forward pass without gradients."""
 
 SCALING = 2.0
 """Constant LoRA scaling of proxy runs (alpha 16 at rank 8, PEFT users' most common setting)."""
@@ -51,7 +57,7 @@ class ProxyTask:
         ConfigError: a value out of range.
     """
 
-    kind: Literal["planted", "shift"]
+    kind: Kind
     seed: int
     base: str = "llama-4x64"
     budget: float = 0.7
@@ -64,8 +70,8 @@ class ProxyTask:
     learning_rate: float = 5e-3
 
     def __post_init__(self) -> None:
-        if self.kind not in ("planted", "shift") or self.placement not in ("low", "high", "spread"):
-            raise ConfigError(f"A task is 'planted' or 'shift', placed 'low', 'high' or 'spread'; got {self}.")
+        if self.kind not in KINDS or self.placement not in PLACEMENTS:
+            raise ConfigError(f"The kind of a task is one of {KINDS}, its placement one of {PLACEMENTS}; got {self}.")
         if min(self.steps, self.batch_size, self.eval_rows) < 1 or self.length < 2 or self.budget <= 0:
             raise ConfigError(f"Steps, batch, rows, length and budget of a task are positive; got {self}.")
 
@@ -78,12 +84,12 @@ class ProxyTask:
 
 def sample_task(generator: np.random.Generator, corpora: tuple[str, ...] = ("code",)) -> ProxyTask:
     """Draw a training task: half planted, half shift; budgets from a third of uniform rank 8's bytes to all of them."""
-    kind = ("planted", "shift")[int(generator.integers(2))]
+    kind = KINDS[int(generator.integers(len(KINDS)))]
     return ProxyTask(
-        kind=kind,  # type: ignore[arg-type]  # drawn from the allowed ones
+        kind=kind,
         seed=int(generator.integers(1_000_000, 2**31)),
         budget=round(float(generator.uniform(0.35, 1.05)), 3),
-        placement=("low", "high", "spread")[int(generator.integers(3))],  # type: ignore[arg-type]
+        placement=PLACEMENTS[int(generator.integers(len(PLACEMENTS)))],
         corpus=corpora[int(generator.integers(len(corpora)))] if kind == "shift" else "documentation",
     )
 
@@ -92,11 +98,10 @@ def validation_tasks(count: int, corpora: tuple[str, ...] = ("code",)) -> list[P
     """A fixed set of tasks that training never draws (their seeds lie below 1,000,000)."""
     tasks = []
     for seed in range(count):
-        kind: Literal["planted", "shift"] = "planted" if seed % 2 == 0 else "shift"
-        placement: Placement = ("low", "high", "spread")[(seed // 2) % 3]  # type: ignore[assignment]
-        corpus = corpora[(seed // 2) % len(corpora)] if kind == "shift" else "documentation"
-        budget = (0.45, 0.65, 0.8, 1.0)[(seed // 2) % 4]
-        tasks.append(ProxyTask(kind, seed, budget=budget, placement=placement, corpus=corpus))
+        kind, turn = KINDS[seed % 2], seed // 2
+        corpus = corpora[turn % len(corpora)] if kind == "shift" else "documentation"
+        budget = (0.45, 0.65, 0.8, 1.0)[turn % 4]
+        tasks.append(ProxyTask(kind, seed, budget=budget, placement=PLACEMENTS[turn % 3], corpus=corpus))
     return tasks
 
 
@@ -149,9 +154,11 @@ class TaskData:
     def held_out_loss(self, model: torch.nn.Module) -> float:
         """Loss on the held-out set."""
         parts = []
-        for rows in torch.arange(len(self.held_out)).split(64):
+        for start in range(0, len(self.held_out), EVAL_BATCH):
+            rows = slice(start, start + EVAL_BATCH)
             teacher = self.held_out_logits[rows] if self.held_out_logits is not None else None
-            parts.append(float(self.loss(model, self.held_out[rows], teacher)) * len(rows))
+            tokens = self.held_out[rows]
+            parts.append(float(self.loss(model, tokens, teacher)) * len(tokens))
         return sum(parts) / len(self.held_out)
 
 
@@ -176,7 +183,7 @@ def load_task(task: ProxyTask) -> TaskData:
 
 @torch.no_grad()
 def _log_probabilities(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
-    parts = [torch.log_softmax(model(input_ids=part).logits, dim=-1) for part in tokens.split(64)]
+    parts = [torch.log_softmax(model(input_ids=part).logits, dim=-1) for part in torch.split(tokens, EVAL_BATCH)]
     return torch.cat(parts)
 
 

@@ -1,0 +1,76 @@
+"""Every code block of the README runs, in order, in one folder. Only the size of runs is cut down."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+
+SMALLER = {
+    "train": "--iterations 1 --group 2 --workers 1 --task-steps 12 --validation-tasks 2 --corpora code",
+    "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 32 --batch-size 4",
+    "assets": "",
+}
+
+
+def run_shell(line: str, folder: Path) -> str:
+    """Run one command line of the README; returns what it printed."""
+    words = shlex.split(line)
+    if words[0] == "make":  # the real ones make a virtual environment: here, that make knows how to
+        command, where = ["make", "-n", *words[1:]], ROOT
+    elif words[0] == "pip":
+        command, where = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "-e", str(ROOT)], folder
+        assert words[1:] == ["install", "-e", ".[test]"]
+    else:
+        assert words[0] == "rankpilot"
+        command = [sys.executable, "-m", "rankpilot.cli", *words[1:], *SMALLER[words[1]].split()]
+        where = folder
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def run_python(code: str, folder: Path) -> str:
+    """Run one Python block in a fresh process; returns what it printed."""
+    smaller = code.replace("max_steps=100", "max_steps=6").replace("per_device_train_batch_size=16", "use_cpu=True")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", smaller], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{code}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
+    assert len(BLOCKS) >= 6
+    printed = ""
+    for kind, code in BLOCKS:
+        if kind == "python":
+            printed += run_python(code, tmp_path)
+        else:
+            for line in code.strip().splitlines():
+                printed += run_shell(line, tmp_path)
+    assert "logits identical" in printed
+    assert "moves:" in printed
+    assert "against uniform ranks" in printed
+    assert (tmp_path / "runs/policy/policy.safetensors").is_file()
+    assert (tmp_path / "runs/finetune/report.md").is_file()
+    assert (tmp_path / "runs/mine/adapter/adapter_model.safetensors").is_file()
+
+
+def test_pictures_and_links_of_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) >= 4
+    assert [link for link in links if not (ROOT / link).exists()] == []
