@@ -20,8 +20,8 @@ check: $(VENV)/.installed-dev ## lint, format, types and import rules
 
 demo: setup ## train a small policy, then fly a real fine-tune with it (goes on where it was interrupted)
 	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume
-	$(BIN)/rankpilot finetune all-minilm-l6-v2 rotten-tomatoes --policy runs/demo/policy \
-	    --output runs/demo/finetune --compare-uniform --resume
+	$(BIN)/rankpilot finetune all-minilm-l6-v2 rotten-tomatoes --policy runs/demo/policy --compare-uniform \
+	    --steps 160 --max-length 48 --held-out-rows 400 --eval-every 40 --output runs/demo/finetune --resume
 
 clean: ## remove .venv, build output and caches (keeps runs/)
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -91,7 +91,7 @@ class TrainConfig:
 
 
 PRESETS: dict[str, TrainConfig] = {
-    "quick": TrainConfig(iterations=10, group=8),
+    "quick": TrainConfig(iterations=8, group=8, task_steps=80, validation_tasks=6),
     "default": TrainConfig(iterations=120, group=12, learning_rate=1.5e-3, validation_tasks=16),
 }
 """Presets of `rankpilot train`; "quick" is made for two cores and a few minutes."""

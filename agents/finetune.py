@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..env.controller import REFERENCE_RANK
 from ..errors import ConfigError, NonFiniteError, RunFolderError
@@ -94,6 +102,23 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
             append_json_line(self.path, {"step": state.global_step, **kept})
 
 
+class LossInProgressBar(ProgressCallback):  # type: ignore[misc]
+    """The Trainer's bar with the latest losses in it, in place of a line for each log."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **objects: Any,
+    ) -> None:
+        """Show them."""
+        if self.training_bar is not None and logs:
+            shown = {key: f"{float(logs[key]):.4f}" for key in ("loss", "eval_loss") if key in logs}
+            self.training_bar.set_postfix(shown, refresh=False)
+
+
 def _accuracy(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
@@ -140,6 +165,7 @@ def _trainer(
         save_steps=config.eval_every,
         save_total_limit=2,
         seed=config.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
     )
     trainer = Trainer(
@@ -152,6 +178,8 @@ def _trainer(
         compute_metrics=_accuracy if workload.task == "classification" else None,
         callbacks=callbacks,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossInProgressBar)
     # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
     trainer.model_accepts_loss_kwargs = False
     return trainer

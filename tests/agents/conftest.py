@@ -1,0 +1,51 @@
+"""Observations of any size, and the corpus that loads fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.env import corpora
+from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.lora.ladder import RankLadder
+from rankpilot.lora.memory import ParameterCost
+from rankpilot.lora.plan import PlanProblem
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_corpus() -> Iterator[None]:
+    """Planted tasks that are drawn ask for documentation, which takes seven seconds to read: code stands in for it."""
+    reader = corpora._READERS["documentation"]
+    corpora._READERS["documentation"] = corpora._READERS["code"]
+    corpora.load_corpus.cache_clear()
+    yield
+    corpora._READERS["documentation"] = reader
+    corpora.load_corpus.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def make_observation() -> Callable[..., Observation]:
+    """A random state of a run with any number of modules in layers of four; parameters are the budget."""
+
+    def make(modules: int = 8, seed: int = 0, **problem: Any) -> Observation:
+        generator = np.random.default_rng(seed)
+        ranks = generator.choice([0, 1, 2, 4, 8], size=modules)
+        cost = ParameterCost(generator.uniform(50, 150, size=modules))
+        options = {
+            "ranks": ranks,
+            "max_ranks": np.full(modules, 32),
+            "blocks": np.arange(modules) // 4,
+            "cost": cost,
+            "limit": float(6 * cost.per_rank.sum()),
+            "ladder": RankLadder(),
+        } | problem
+        return Observation(
+            modules=np.clip(generator.normal(size=(modules, len(MODULE_FEATURES))), -3, 3).astype(np.float32),
+            run=generator.uniform(0, 1, size=len(RUN_FEATURES)).astype(np.float32),
+            problem=PlanProblem(**options),
+            names=tuple(f"layers.{m // 4}.m{m % 4}" for m in range(modules)),
+        )
+
+    return make
