@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 console = Console()
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 def _option(arguments: Sequence[str], name: str) -> str | None:
     """The value of `--name value` or `--name=value`, if it is there."""
     for index, argument in enumerate(arguments):
-        if argument == name and index + 1 < len(arguments):
+        if argument == name:
+            if index + 1 == len(arguments):
+                raise ConfigError(f"{name} needs a value.")
             return arguments[index + 1]
         if argument.startswith(f"{name}="):
             return argument.partition("=")[2]
@@ -202,7 +206,7 @@ def _parse_train(arguments: Sequence[str]) -> Train:
     preset = _option(arguments, "--preset") or "quick"
     values = _file_values(arguments) | {"preset": preset}
     base = PRESETS.get(preset, PRESETS["quick"])
-    default = Train(**{**{name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}, **values})
+    default = _from_file(Train, {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__} | values)
     return tyro.cli(Train, args=_without_option(arguments, "--config"), default=default, prog="rankpilot train")
 
 
@@ -211,11 +215,20 @@ def _parse_finetune(arguments: Sequence[str]) -> Finetune:
     rest = _without_option(arguments, "--config")
     if not values:
         return tyro.cli(Finetune, args=rest, prog="rankpilot finetune")
-    return tyro.cli(Finetune, args=rest, default=Finetune(**values), prog="rankpilot finetune")
+    default = _from_file(Finetune, {"model": tyro.MISSING, "data": tyro.MISSING} | values)
+    return tyro.cli(Finetune, args=rest, default=default, prog="rankpilot finetune")
 
 
 def _parse_assets(arguments: Sequence[str]) -> Assets:
     return tyro.cli(Assets, args=list(arguments), prog="rankpilot assets")
+
+
+def _from_file(options: type[Options], values: dict[str, Any]) -> Options:
+    """Options with these settings; ConfigError if they do not fit."""
+    try:
+        return options(**values)
+    except TypeError as error:
+        raise ConfigError(f"The settings of the config file do not fit: {error}") from error
 
 
 def _file_values(arguments: Sequence[str]) -> dict[str, Any]:
@@ -229,9 +242,14 @@ def _file_values(arguments: Sequence[str]) -> dict[str, Any]:
         return {}
     try:
         values: dict[str, Any] = read_json(Path(path))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"Cannot read the config file {path}: {error}") from error
-    return _typed(values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"The config file {path} holds no settings by name: {values!r}.")
+    try:
+        return _typed(values)
+    except TypeError as error:
+        raise ConfigError(f"The config file {path} does not fit: {error}") from error
 
 
 def _typed(values: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +261,8 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
     typed = {}
     for key, value in values.items():
         if key in nested:
+            if not isinstance(value, dict):
+                raise ConfigError(f"The setting {key!r} of a config file holds settings of its own; got {value!r}.")
             value = nested[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
         typed[key] = tuple(value) if isinstance(value, list) else value
     return typed
@@ -287,7 +307,8 @@ def run(arguments: Sequence[str]) -> int:
 
             raise UnknownNameError.of("command", command, ("train", "finetune", "assets"))
     except RankPilotError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        line = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted. The same command with --resume goes on from here.")

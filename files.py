@@ -49,10 +49,14 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON object and flush it to disk; a torn last line is skipped by `read_json_lines`."""
+    """Append one JSON object and flush it to disk; a torn last line is closed, and skipped by `read_json_lines`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(value) + "\n")
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":
+                stream.write(b"\n")
+        stream.write((json.dumps(value) + "\n").encode("utf-8"))
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -34,7 +34,7 @@ class RankNetwork(nn.Module):
         self.score_head = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
         self.floor_head = nn.Linear(width, 1)
         self.value_head = nn.Linear(width, 1)
-        self.signal_gain = nn.Parameter(torch.tensor(self.config.signal_gain))
+        self.signal_gain = nn.Parameter(torch.tensor(float(self.config.signal_gain)))
         stds = torch.tensor([self.config.score_std, self.config.floor_std])
         self.log_std = nn.Parameter(stds.log())
         for head in (self.score_head[-1], self.floor_head, self.value_head):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES
 from ..env.schedule import DecisionSchedule
-from ..errors import PolicyFileError, UnknownNameError
+from ..errors import ConfigError, PolicyFileError, UnknownNameError
 from ..files import atomic_path, read_json, sha256, write_json
 from ..lora.ladder import DEFAULT_RANKS
 from .config import NetworkConfig
@@ -87,7 +87,10 @@ def load_policy(given: str | Path | Policy) -> Policy:
             f"{folder} is a file. A policy is a folder with {WEIGHTS} and {CARD}; pickles and zips are never read."
         )
     card = read_card(folder)
-    network = RankNetwork(NetworkConfig(**card["network"]))
+    try:
+        network = RankNetwork(NetworkConfig(**card["network"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PolicyFileError(f"The card in {folder} does not describe the network: {_first_line(error)}") from error
     weights = _read_weights(folder, card)
     try:
         network.load_state_dict(weights)
@@ -136,8 +139,11 @@ def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     """When a policy was trained to decide; the default schedule for rules and policy objects."""
     if not isinstance(given, str | Path) or not Path(given).is_dir():
         return DecisionSchedule()
-    fields = dict(read_card(Path(given))["schedule"])
-    return DecisionSchedule(**{**fields, "fractions": tuple(fields["fractions"])})
+    fields: Any = read_card(Path(given)).get("schedule")
+    try:
+        return DecisionSchedule(**{**fields, "fractions": tuple(fields["fractions"])})
+    except (TypeError, KeyError, ConfigError) as error:
+        raise PolicyFileError(f"The card in {given} does not describe the schedule: {fields!r}.") from error
 
 
 def _read_weights(folder: Path, card: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -90,10 +90,11 @@ def load_flight(folder: Path, model: nn.Module, targets: Sequence[TargetModule],
     Raises:
         RunFolderError: the checkpoint was made without rankpilot, or was cut off while being written.
     """
-    if not is_complete(folder):
+    missing = [name for name in (STATE, TENSORS) if not (folder / name).is_file()]
+    if missing:
         raise RunFolderError(
-            f"{folder} holds no {STATE}: it was made without RankPilotCallback, or was cut off. Resume from an earlier "
-            "checkpoint."
+            f"{folder} holds no {missing[0]}: it was made without RankPilotCallback, or was cut off. Resume from an "
+            "earlier checkpoint."
         )
     state, tensors = read_json(folder / STATE), load_file(folder / TENSORS)
     arrays = {name.removeprefix("cost."): t.numpy() for name, t in tensors.items() if name.startswith("cost.")}

@@ -13,6 +13,7 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
+from ..env.observation import MODULE_FEATURES
 from .config import NetworkConfig
 from .network import RankNetwork
 
@@ -63,7 +64,8 @@ class RankPolicy(ActorCriticPolicy):
     def _evaluate(self, obs: PyTorchObs) -> tuple[MaskedGaussian, torch.Tensor]:
         assert isinstance(obs, dict)
         mask = obs["mask"].float()
-        mean, log_std, value = self.network(obs["module_features"].float(), obs["run_features"].float(), mask)
+        modules = obs["module_features"].float().unflatten(1, (mask.shape[1], len(MODULE_FEATURES)))
+        mean, log_std, value = self.network(modules, obs["run_features"].float(), mask)
         everything = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         distribution = MaskedGaussian(mean.shape[1]).masked(mean, log_std, everything)
         return distribution, value.unsqueeze(-1)

@@ -7,6 +7,7 @@ iteration makes the run resumable: weights, optimiser, random state and task seq
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..env.rank_allocation import RankAllocationEnv
 from ..env.score_actions import ScoreActions
 from ..env.tasks import check_corpora
 from ..errors import RunFolderError
-from ..files import append_json_line, atomic_path, read_json_lines
+from ..files import append_json_line, atomic_path, read_json_lines, write_text
 from .config import TrainConfig, as_json
 from .network import RankNetwork
 from .policy_file import CARD, save_policy
@@ -134,13 +135,13 @@ def _restore(path: Path, model: PPO) -> int:
         state = torch.load(path, weights_only=True)
         model.policy.load_state_dict(state["policy"])
         model.policy.optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:
+        model.num_timesteps = int(state["timesteps"])
+        torch.set_rng_state(state["torch_rng"])
+        kind, keys, position, has_gauss, gauss = state["numpy_rng"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+        return int(state["iteration"])
+    except Exception as error:  # whatever torch makes of a damaged file
         raise RunFolderError(f"The checkpoint {path} cannot be read ({error}). Delete it to start over.") from error
-    model.num_timesteps = state["timesteps"]
-    torch.set_rng_state(state["torch_rng"])
-    kind, keys, position, has_gauss, gauss = state["numpy_rng"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    return int(state["iteration"])
 
 
 def is_finished(folder: Path) -> bool:
@@ -177,8 +178,9 @@ def train(
     try:
         model = _new_model(config, workers)
         done = _restore(folder / CHECKPOINT, model) if (folder / CHECKPOINT).exists() else 0
-        if not done:
-            (folder / PROGRESS).unlink(missing_ok=True)
+        # Progress is written before the checkpoint: a run that was killed in between repeats an iteration.
+        rows = [row for row in read_json_lines(folder / PROGRESS) if row["iteration"] <= done]
+        write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
         if done < config.iterations:
             workers.seed(config.seed)
             workers.set_options({"skip_tasks": done})

@@ -88,13 +88,13 @@ class Observation:
     names: tuple[str, ...]
 
     def padded(self, count: int) -> dict[str, NDArray[np.generic]]:
-        """The arrays of a Gymnasium observation, padded with zeros to `count` modules."""
+        """The arrays of a Gymnasium observation, padded with zeros to `count` modules and flat, module after module."""
         size = len(self.modules)
         modules = np.zeros((count, len(MODULE_FEATURES)), dtype=np.float32)
         modules[:size] = self.modules
         mask = np.zeros(count, dtype=np.int8)
         mask[:size] = 1
-        return {"module_features": modules, "run_features": self.run.copy(), "mask": mask}
+        return {"module_features": modules.reshape(-1), "run_features": self.run.copy(), "mask": mask}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
 
     | key | space | meaning |
     |---|---|---|
-    | module_features | Box(-3, 3, (max_modules, 12), float32) | see `observation.MODULE_FEATURES` |
+    | module_features | Box(-3, 3, (max_modules * 12,), float32) | `observation.MODULE_FEATURES`, module after module |
     | run_features | Box(-3, 3, (8,), float32) | see `observation.RUN_FEATURES` |
     | mask | MultiBinary(max_modules) | 1 for modules that exist, 0 for padding |
 
@@ -79,7 +79,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         ConfigError: an argument out of range, or an action of the wrong shape or range.
     """
 
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012  (declared so by Gymnasium)
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012  (declared so by Gymnasium)
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         self.ladder = RankLadder(DEFAULT_RANKS)
         self.observation_space = spaces.Dict(
             {
-                "module_features": spaces.Box(-3, 3, (self.max_modules, len(MODULE_FEATURES)), np.float32),
+                "module_features": spaces.Box(-3, 3, (self.max_modules * len(MODULE_FEATURES),), np.float32),
                 "run_features": spaces.Box(-3, 3, (len(RUN_FEATURES),), np.float32),
                 "mask": spaces.MultiBinary(self.max_modules),
             }
@@ -150,8 +150,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         action = np.asarray(action)
         if action.shape != (self.max_modules,) or not self.action_space.contains(action.astype(np.int64)):
             raise ConfigError(
-                f"An action holds {self.max_modules} whole numbers from 0 to {2 * self.ladder.top}; got shape "
-                f"{action.shape}, values {action.min()} to {action.max()}."
+                f"An action holds {self.max_modules} whole numbers from 0 to {2 * self.ladder.top}; got "
+                f"{action.tolist()}."
             )
         count = len(self._running().targets)
         return self.decide(action[:count].astype(np.int64) - self.ladder.top, np.zeros(count))

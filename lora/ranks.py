@@ -28,6 +28,10 @@ DEAD_DIRECTION = 1e-6
 """A singular value below this share of the largest carries no function; its pair is seeded anew."""
 
 
+BEFORE_THE_RUN = -1
+"""The step that seeds first rows: growth at step 0 must not draw the same ones again."""
+
+
 @dataclass(frozen=True)
 class RankChange:
     """What happened to one module: its name, and its rank before and after."""
@@ -93,7 +97,7 @@ def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> Non
     """
     for target in targets:
         width = min(rank, target.max_rank)
-        fresh = fresh_rows(target, width, growth_generator(seed, 0, target.name))
+        fresh = fresh_rows(target, width, growth_generator(seed, BEFORE_THE_RUN, target.name))
         write_in_place(target.weight_a, fresh)
         write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, width))
         bookkeep(target, width)

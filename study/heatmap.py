@@ -145,7 +145,8 @@ def _draw_labels(axes: Axes, rows: _Rows) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     middles = [(low + high) / 2 for low, high in pairwise(rows.edges)]
-    layers = [rows.names[low].layer or rows.names[low].kind for low in rows.edges[:-1]]
+    # A module outside the layers: where rows are labelled, its own row bears its name already.
+    layers = [rows.names[low].layer or ("" if rows.labelled else rows.names[low].kind) for low in rows.edges[:-1]]
     axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
     axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=9)
     if not rows.labelled:

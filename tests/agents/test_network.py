@@ -132,14 +132,14 @@ def test_rules(make_observation: MakeObservation) -> None:
     assert (np.diff(ranks) >= 0).all(), "more signal, more rank"
     assert ranks[0] < ranks[-1]
     assert set(RULES) == {"fracrule", "heur3"}
-    with pytest.raises(UnknownNameError, match="Did you mean 'heur3'"):
+    with pytest.raises(UnknownNameError, match="Did you mean: 'heur3'"):
         find_rule("heur4")
 
 
 def test_a_policy_of_sb3_agrees_with_the_network() -> None:
     space = spaces.Dict(
         {
-            "module_features": spaces.Box(-3, 3, (4, len(MODULE_FEATURES)), np.float32),
+            "module_features": spaces.Box(-3, 3, (4 * len(MODULE_FEATURES),), np.float32),
             "run_features": spaces.Box(-3, 3, (len(RUN_FEATURES),), np.float32),
             "mask": spaces.MultiBinary(4),
         }
@@ -148,7 +148,7 @@ def test_a_policy_of_sb3_agrees_with_the_network() -> None:
     policy.network.load_state_dict(stirred().state_dict())
     modules, run, mask = arrays(4)
     mask[:, 3] = 0
-    observation = {"module_features": modules, "run_features": run, "mask": mask}
+    observation = {"module_features": modules.flatten(1), "run_features": run, "mask": mask}
     mean, log_std, value = policy.network(modules, run, mask)
     actions, values, log_prob = policy(observation, deterministic=True)
     torch.testing.assert_close(actions, mean)

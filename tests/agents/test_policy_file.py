@@ -143,7 +143,7 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
         ({"format": "other"}, "not the card of a rankpilot policy"),
         ({"network": None}, "does not describe the network"),
         ({"network": {"width": 12}}, "does not describe the network"),
-        ({"network": {"width": 13, "score_std": 1, "floor_std": 1, "signal_gain": 1}}, "do not fit its card"),
+        ({"network": {"width": 13, "score_std": 1.0, "floor_std": 1, "signal_gain": 1}}, "do not fit its card"),
         ({"network": {"width": "a", "score_std": 1, "floor_std": 1, "signal_gain": 1}}, "network"),
         ({"network": {"width": -1, "score_std": 1, "floor_std": 1, "signal_gain": 1}}, "network"),
     ],
@@ -185,12 +185,12 @@ def test_a_missing_file(folder: Path, missing: str) -> None:
 
 
 def test_a_file_in_place_of_a_folder(folder: Path) -> None:
-    with pytest.raises(PolicyFileError, match="is a file. A policy is a folder"):
+    with pytest.raises(PolicyFileError, match=r"is a file\. A policy is a folder"):
         load_policy(folder / WEIGHTS)
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean 'fracrule'"):
+    with pytest.raises(UnknownNameError, match="Did you mean: 'fracrule'"):
         load_policy("fracrules")
     with pytest.raises(UnknownNameError, match="There is no policy folder"):
         load_policy(tmp_path / "none")

@@ -87,6 +87,7 @@ def test_sb3_check_has_nothing_to_complain_of(make_env: Callable[..., RankAlloca
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        # Its own networks flatten (modules, features); ours reads them as they are.
         if wrap is ScoreActions:  # SB3 advises to scale actions to 1; ours are log2 ranks on purpose
             warnings.filterwarnings("ignore", message=".*symmetric and normalized Box.*")
         sb3_check(wrap(make_env()), warn=True)
@@ -119,48 +120,23 @@ def test_pickling(schedule: DecisionSchedule) -> None:
 
 def test_observations_are_in_their_space_and_padding_is_zero(make_env: Callable[..., RankAllocationEnv]) -> None:
     small, large = make_env(), make_env(max_modules=40)
-    small.action_space.seed(0)
-    pair = [small.reset(seed=0)[0], large.reset(seed=0)[0]]
-    for _ in range(4):
-        for env, observation in zip((small, large), pair, strict=True):
-            assert env.observation_space.contains(observation)
-            assert {key: value.dtype for key, value in observation.items()} == {
-                "module_features": np.float32,
-                "run_features": np.float32,
-                "mask": np.int8,
-            }
-        np.testing.assert_array_equal(pair[1]["module_features"][:28], pair[0]["module_features"])
-        np.testing.assert_array_equal(pair[1]["run_features"], pair[0]["run_features"])
-        assert not pair[1]["module_features"][28:].any()
-        assert pair[1]["mask"].tolist() == [1] * 28 + [0] * 12
-        action = small.action_space.sample()
-        pair = [small_step(small, action)[0], None]  # type: ignore[list-item]
-        # One process trains one episode at a time, so the larger env replays from the start.
-        pair[1] = replay(large, action)
-    assert np.ptp(pair[0]["module_features"][:, : len(MODULE_FEATURES)], axis=0).max() > 0
-
-
-_HISTORY: dict[int, list[Any]] = {}
-
-
-def small_step(env: RankAllocationEnv, action: Any) -> Any:
-    history = _HISTORY.setdefault(id(env), [])
-    env.reset(seed=0)
-    for earlier in history:
-        env.step(earlier)
-    history.append(action)
-    return env.step(action)
-
-
-def replay(env: RankAllocationEnv, action: Any) -> Any:
-    """The same step in the padded env; what padding asks for must not matter."""
-    history = _HISTORY.setdefault(id(env), [])
-    padded = np.concatenate([action, np.arange(12) % 21])
-    env.reset(seed=0)
-    for earlier in history:
-        env.step(earlier)
-    history.append(padded)
-    return env.step(padded)[0]
+    actions = np.random.default_rng(0).integers(0, 21, size=(4, 40))  # what padding asks for must not matter
+    seen = {}
+    for env, size in ((small, 28), (large, 40)):
+        seen[size] = [env.reset(seed=0)[0], *(env.step(action[:size])[0] for action in actions)]
+        assert all(env.observation_space.contains(observation) for observation in seen[size])
+        assert {key: value.dtype for key, value in seen[size][-1].items()} == {
+            "module_features": np.float32,
+            "run_features": np.float32,
+            "mask": np.int8,
+        }
+    for plain, padded in zip(seen[28], seen[40], strict=True):
+        width = len(MODULE_FEATURES)
+        np.testing.assert_array_equal(padded["module_features"][: 28 * width], plain["module_features"])
+        np.testing.assert_array_equal(padded["run_features"], plain["run_features"])
+        assert not padded["module_features"][28 * width :].any()
+        assert padded["mask"].tolist() == [1] * 28 + [0] * 12
+    assert not np.array_equal(seen[28][0]["module_features"], seen[28][3]["module_features"])
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_schedule() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(UnknownNameError, match="llama-4x64"):
         find_base("llama-4x46")
-    with pytest.raises(UnknownNameError, match="Did you mean 'code'"):
+    with pytest.raises(UnknownNameError, match="Did you mean: 'code'"):
         check_corpora(("coed",))
     with pytest.raises(ConfigError, match="at least one corpus"):
         check_corpora(())
@@ -212,7 +212,7 @@ def test_an_episode_is_a_plain_fine_tune(
     for step in range(task.steps):
         logits = plain(input_ids=data.train[step]).logits
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), data.train[step][:, 1:].flatten())
-        expected.append(float(loss))
+        expected.append(loss.item())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.param_groups[0]["lr"] = task.learning_rate * (task.steps - step) / task.steps
@@ -234,7 +234,6 @@ def test_an_episode_is_a_plain_fine_tune(
     monkeypatch.setattr(TaskData, "train_loss", recorded)
     assert episode.run_fixed(ranks) == pytest.approx(held_out, abs=1e-5)
     assert losses == pytest.approx(expected, abs=1e-5)
-    assert losses[-1] < losses[0]
 
 
 def test_planted_loss_is_the_divergence_from_the_teacher(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -276,7 +275,6 @@ def test_the_probe_leaves_its_result_alone(make_task: MakeTask, schedule: Decisi
     np.testing.assert_array_equal(proxy_probe(task, schedule).signals, before)
 
 
-@pytest.mark.xfail(strict=True, reason="reset_adapters and the first growth draw the same rows (reported)")
 def test_the_first_plan_has_no_two_equal_directions(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     """A row of A that repeats another one stays equal to it for ever: a rank paid for and not had."""
     episode = Episode(make_task("shift", 41), schedule)

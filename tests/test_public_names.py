@@ -1,0 +1,43 @@
+"""What `import rankpilot` offers, and what it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import gymnasium as gym
+import pytest
+import rankpilot
+from rankpilot.errors import RankPilotError
+
+
+def test_public_names() -> None:
+    assert set(rankpilot.__all__) == {
+        "ENV_ID",
+        "Budget",
+        "DecisionLog",
+        "DecisionSchedule",
+        "RankPilotCallback",
+        "RankPilotError",
+        "load_policy",
+    }
+    for name in rankpilot.__all__:
+        assert getattr(rankpilot, name) is not None
+    assert rankpilot.RankPilotError is RankPilotError
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = rankpilot.Nothing
+    with pytest.raises(ImportError):
+        exec("from rankpilot import Nothing")
+
+
+def test_the_environment_is_registered() -> None:
+    assert rankpilot.ENV_ID == "rankpilot/RankAllocation-v0"
+    assert rankpilot.ENV_ID in gym.registry
+
+
+def test_importing_is_light_and_quiet() -> None:
+    heavy = ("torch", "transformers", "peft", "stable_baselines3", "datasets", "matplotlib", "pyarrow")
+    code = f"import sys, rankpilot; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == "[]"
