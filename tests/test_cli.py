@@ -234,14 +234,9 @@ def test_train_agent_script() -> None:
     assert "rankpilot train" in done.stdout
 
 
-def test_a_tiny_training_from_end_to_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rankpilot.agents.policy_file import load_policy
-    from rankpilot.env import corpora
 
-    monkeypatch.setitem(corpora._READERS, "documentation", corpora._READERS["code"])
-    corpora.load_corpus.cache_clear()
     small = ["--iterations", "1", "--group", "2", "--workers", "1", "--task-steps", "8", "--corpora", "code"]
     command = ["train", *small, "--validation-tasks", "0", "--schedule.probe-steps", "2"]
     folder = tmp_path / "pilot"
@@ -252,4 +247,3 @@ def test_a_tiny_training_from_end_to_end(
     assert "exists already" in failure([*command, "--output", str(folder)], capsys)
     assert cli.run([*command, "--output", str(folder), "--resume"]) == 0
     assert "holds a finished policy already" in capsys.readouterr().out.replace("\n", "")
-    corpora.load_corpus.cache_clear()

@@ -1,28 +1,16 @@
-"""Observations of any size, and the corpus that loads fast."""
+"""Observations of any size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.env import corpora
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.lora.memory import ParameterCost
 from rankpilot.lora.plan import PlanProblem
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_corpus() -> Iterator[None]:
-    """Planted tasks that are drawn ask for documentation, which takes seven seconds to read: code stands in for it."""
-    reader = corpora._READERS["documentation"]
-    corpora._READERS["documentation"] = corpora._READERS["code"]
-    corpora.load_corpus.cache_clear()
-    yield
-    corpora._READERS["documentation"] = reader
-    corpora.load_corpus.cache_clear()
 
 
 @pytest.fixture(scope="session")

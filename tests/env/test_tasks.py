@@ -283,3 +283,18 @@ def test_the_first_plan_has_no_two_equal_directions(make_task: MakeTask, schedul
     for target in episode.targets:
         if target.rank > 1:
             assert int(torch.linalg.matrix_rank(target.weight_a.detach())) == target.rank
+
+
+def test_a_corpus_comes_back_from_the_cache_as_it_was(tmp_path, monkeypatch) -> None:
+    from rankpilot.env import corpora
+
+    monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
+    corpora.load_corpus.cache_clear()
+    first = corpora.load_corpus("code")
+    kept = list((tmp_path / "corpora").iterdir())
+    assert [path.name.partition("-")[0] for path in kept] == ["code"]
+    corpora.load_corpus.cache_clear()
+    monkeypatch.setitem(corpora._READERS, "code", lambda: pytest.fail("the text was read again"))
+    again = corpora.load_corpus("code")
+    corpora.load_corpus.cache_clear()
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
