@@ -30,9 +30,8 @@ from ..errors import ConfigError, NonFiniteError, RunFolderError
 from ..files import append_json_line, read_json, read_json_lines, write_json, write_text
 from ..lora.budget import Budget
 from ..lora.checkpoint import adapter_ranks, make_resizable, sync_config
-from ..lora.ladder import RankLadder
 from ..lora.peak import PeakMeter
-from ..lora.plan import PlanProblem, check_budget, uniform_ranks
+from ..lora.plan import check_budget, problem_of, uniform_ranks
 from ..lora.ranks import set_ranks
 from ..lora.targets import TargetModule, find_target_modules
 from .callback import RankPilotCallback
@@ -201,14 +200,7 @@ def _uniform_start(config: FinetuneConfig, workload: Workload, trainer: Trainer,
     with undisturbed():
         batch = largest_batch(workload.train, trainer.data_collator, config.batch_size, trainer.args.device)
         cost, limit = price_plans(Budget.parse(config.budget), targets, model, batch, None, signals=False)
-    problem = PlanProblem(
-        ranks=np.array([t.rank for t in targets], dtype=np.int64),
-        max_ranks=np.array([t.max_rank for t in targets], dtype=np.int64),
-        blocks=np.array([t.block for t in targets], dtype=np.int64),
-        cost=cost,
-        limit=limit,
-        ladder=RankLadder(),
-    )
+    problem = problem_of(targets, cost, limit)
     check_budget(problem, [target.name for target in targets])
     ranks = uniform_ranks(problem).tolist()
     set_ranks(targets, dict(zip((t.name for t in targets), ranks, strict=True)), seed=config.seed)

@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..assets import ASSETS, DATASETS, fetch_asset, load_packaged_dataset
+from ..assets import ASSETS, fetch_asset
 from ..errors import AssetError, ConfigError, DataError, UnknownNameError
+from ..packaged_data import DATASETS, load_packaged_dataset
 from .config import Task
 
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}

@@ -17,7 +17,7 @@ from ..lora.budget import Budget
 from ..lora.checkpoint import adapter_ranks, sync_config
 from ..lora.ladder import IntArray, RankLadder
 from ..lora.memory import Cost, FloatArray
-from ..lora.plan import Plan, PlanProblem, check_budget, project
+from ..lora.plan import Plan, PlanProblem, check_budget, problem_of, project
 from ..lora.ranks import reset_adapters, set_ranks
 from ..lora.signals import SignalMeter
 from ..lora.targets import TargetModule
@@ -141,10 +141,9 @@ class RankController:
         self.decision = 0
         self.names = tuple(target.name for target in self.targets)
         self._shapes = np.array([t.d_out / t.d_in for t in self.targets])
-        self._max_ranks = np.array([t.max_rank for t in self.targets], dtype=np.int64)
-        self._blocks = np.array([t.block for t in self.targets], dtype=np.int64)
-        self._reference = reference_cost(cost, self._max_ranks)
-        check_budget(self.problem(), list(self.names))
+        problem = self.problem()
+        self._reference = reference_cost(cost, problem.max_ranks)
+        check_budget(problem, list(self.names))
 
     @property
     def ranks(self) -> IntArray:
@@ -162,14 +161,8 @@ class RankController:
 
     def problem(self) -> PlanProblem:
         """The plans that are possible at the next decision."""
-        return PlanProblem(
-            ranks=self.ranks,
-            max_ranks=self._max_ranks,
-            blocks=self._blocks,
-            cost=self.cost,
-            limit=self.limit,
-            ladder=self.ladder,
-            max_step=self.schedule.reach(self.decision),
+        return problem_of(
+            self.targets, self.cost, self.limit, ladder=self.ladder, max_step=self.schedule.reach(self.decision)
         )
 
     def observe(self, step: int, interval_loss: float | None = None) -> Observation:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..assets import cache_folder, read_reviews
+from ..assets import cache_folder
 from ..errors import UnknownNameError
 from ..files import atomic_path
+from ..packaged_data import read_reviews
 
 EVAL_SHARE = 0.1
 """Share of each corpus, at its end, that training never sees."""

@@ -13,7 +13,7 @@ Both move along the ladder in the order of log(rank) - score, so equal scores gi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..errors import BudgetError
 from .budget import format_bytes
 from .ladder import IntArray, RankLadder
 from .memory import Cost, FloatArray, ParameterCost, total_cost
+from .targets import TargetModule
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,26 @@ class PlanProblem:
     def unbounded(self) -> PlanProblem:
         """The same problem without the limit on steps."""
         return replace(self, max_step=None)
+
+
+def problem_of(
+    targets: Sequence[TargetModule],
+    cost: Cost,
+    limit: float,
+    *,
+    ladder: RankLadder | None = None,
+    max_step: int | None = None,
+) -> PlanProblem:
+    """The plans that are possible for these modules at their current ranks."""
+    return PlanProblem(
+        ranks=np.array([target.rank for target in targets], dtype=np.int64),
+        max_ranks=np.array([target.max_rank for target in targets], dtype=np.int64),
+        blocks=np.array([target.block for target in targets], dtype=np.int64),
+        cost=cost,
+        limit=limit,
+        ladder=ladder or RankLadder(),
+        max_step=max_step,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankpilot import assets
+from rankpilot import assets, packaged_data
 from rankpilot.errors import AssetError, UnknownNameError
 from rankpilot.files import sha256
 
@@ -185,10 +185,10 @@ def test_unknown_name_suggests(function: Any) -> None:
 
 def test_unknown_data_set_and_source_suggest() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean: 'rotten-tomatoes'"):
-        assets.load_packaged_dataset("rotten_tomatoes")
+        packaged_data.load_packaged_dataset("rotten_tomatoes")
     misspelt: Any = "imbd"
     with pytest.raises(UnknownNameError, match="Did you mean: 'imdb'"):
-        assets.read_reviews(misspelt)
+        packaged_data.read_reviews(misspelt)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "not json", "other build"])
@@ -337,7 +337,7 @@ def test_real_model() -> None:
     ("source", "counts"), [("imdb", {0: 12432, 1: 12472}), ("rotten_tomatoes", {0: 4265, 1: 4265})]
 )
 def test_real_reviews(source: assets.ReviewSource, counts: dict[int, int]) -> None:
-    rows = assets.read_reviews(source)
+    rows = packaged_data.read_reviews(source)
     assert Counter(row["label"] for row in rows) == counts
     assert len({row["text"] for row in rows}) == len(rows)
     assert all(row["text"].strip() for row in rows)
@@ -347,19 +347,19 @@ def test_real_reviews(source: assets.ReviewSource, counts: dict[int, int]) -> No
 
 @pytest.mark.assets
 def test_real_reviews_are_read_once_and_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = assets.read_reviews("rotten_tomatoes")
+    first = packaged_data.read_reviews("rotten_tomatoes")
     forbid_pip(monkeypatch)
     monkeypatch.setattr("csv.DictReader", lambda _: pytest.fail("read again"))
     first[0]["text"] = "changed"
     first.clear()
-    assert assets.read_reviews("rotten_tomatoes")[0]["text"] != "changed"
+    assert packaged_data.read_reviews("rotten_tomatoes")[0]["text"] != "changed"
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", assets.DATASETS)
+@pytest.mark.parametrize("name", packaged_data.DATASETS)
 def test_real_data_set(name: str) -> None:
-    splits = assets.load_packaged_dataset(name)
-    rows = {row["text"]: row["label"] for row in assets.read_reviews(assets.DATASETS[name])}
+    splits = packaged_data.load_packaged_dataset(name)
+    rows = {row["text"]: row["label"] for row in packaged_data.read_reviews(packaged_data.DATASETS[name])}
     texts = {split: list(splits[split]["text"]) for split in splits}
     assert list(texts) == ["train", "validation", "test"]
     # Every text once: nothing lost, nothing in two splits.
@@ -375,9 +375,9 @@ def test_real_data_set(name: str) -> None:
 
 @pytest.mark.assets
 def test_real_split_never_moves() -> None:
-    rows = assets.read_reviews("rotten_tomatoes")
-    assert assets._split(rows) == assets._split(rows[::-1])
-    splits = assets.load_packaged_dataset("rotten-tomatoes")
+    rows = packaged_data.read_reviews("rotten_tomatoes")
+    assert packaged_data._split(rows) == packaged_data._split(rows[::-1])
+    splits = packaged_data.load_packaged_dataset("rotten-tomatoes")
     assert [len(splits[split]) for split in splits] == [6826, 852, 852]
     assert [splits[split][0]["text"][:24] for split in splits] == [
         "what kids will discover ",
