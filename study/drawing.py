@@ -94,7 +94,7 @@ def in_mib(count: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def draw_legend(axes: Axes, loc: Literal["lower right", "upper right"]) -> None:
+def draw_legend(axes: Axes, loc: Literal["best", "lower right", "upper right"]) -> None:
     """Put a borderless legend in a corner, if anything has a label."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=loc, fontsize=9, framealpha=0.9, edgecolor="none").set_zorder(10)

@@ -99,8 +99,8 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Episode returns over the iterations of policy training.
 
     Args:
-        rows: dicts with iteration, episodes (so far), return_mean, return_p10, return_p90 and, now and then,
-            validation (mean return on tasks that are not trained on).
+        rows: dicts with iteration, episodes (in it), return_mean, return_p10, return_p90 and, now and then, validation
+            (mean return on tasks that are not trained on).
     """
     keys = ("iteration", "return_mean", "return_p10", "return_p90")
     table = np.array([[float(row[key]) for key in keys] for row in rows]).reshape(-1, 4)
@@ -119,12 +119,12 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(*checks.T, "o-", color=orange, markersize=5, linewidth=1.2, label="validation tasks")
     if low.min(initial=0) < 0 < high.max(initial=0):
         axes.axhline(0, color=FAINT, linewidth=0.8)
-    episodes = rows[-1].get("episodes") if rows else None
+    episodes = sum(int(row.get("episodes", 0)) for row in rows)
     axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
     axes.set_ylabel("episode return")
     axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    draw_legend(axes, loc="lower right")
+    draw_legend(axes, loc="best")
     return figure
 
 
@@ -220,10 +220,7 @@ def _memory_title(curves: Mapping[str, FloatArray], limit: float) -> str:
 
 
 def _learning_title(table: FloatArray, checks: FloatArray) -> str:
-    if len(table) < 2:
-        return "Policy training"
-    width = max(1, len(table) // 10)
-    first, last = table[:width, 1].mean(), table[-width:, 1].mean()
-    text = f"Mean return goes from {first:.3f} to {last:.3f} in {len(table)} iterations"
+    """No claim about the trend of the means: each iteration draws other tasks, so they are not comparable."""
+    text = f"Return over the uniform run in {len(table)} iterations, each on newly drawn tasks"
     text = f"{text}; {checks[-1, 1]:.3f} on validation tasks" if len(checks) else text
     return text.replace("-", "−")

@@ -180,13 +180,16 @@ def test_loss_curves_without_held_out_data() -> None:
 
 def test_learning_curve() -> None:
     rows = [
-        {"iteration": i, "episodes": 64 * i, "return_mean": i / 10, "return_p10": -1.0, "return_p90": 2.0}
+        {"iteration": i, "episodes": 64, "return_mean": i / 10, "return_p10": -1.0, "return_p90": 2.0}
         | ({"validation": 0.75} if i == 4 else {"validation": None})
         for i in range(1, 6)
     ]
     figure = learning_curve(rows)
     axes = figure.axes[0]
-    assert texts(figure)[0] == "Mean return goes from 0.100 to 0.500 in 5 iterations; 0.750 on validation tasks"
+    assert (
+        texts(figure)[0]
+        == "Return over the uniform run in 5 iterations, each on newly drawn tasks; 0.750 on validation tasks"
+    )
     assert axes.get_xlabel() == "PPO iteration (320 episodes in all)"
     assert any(list(line.get_ydata()) == [0.75] for line in axes.lines)
     band = axes.collections[0].get_paths()[0].vertices
