@@ -64,7 +64,7 @@ class RankPolicy(ActorCriticPolicy):
     def _evaluate(self, obs: PyTorchObs) -> tuple[MaskedGaussian, torch.Tensor]:
         assert isinstance(obs, dict)
         mask = obs["mask"].float()
-        modules = obs["module_features"].float().unflatten(1, (mask.shape[1], len(MODULE_FEATURES)))
+        modules = obs["module_features"].float().reshape(len(mask), mask.shape[1], len(MODULE_FEATURES))
         mean, log_std, value = self.network(modules, obs["run_features"].float(), mask)
         everything = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         distribution = MaskedGaussian(mean.shape[1]).masked(mean, log_std, everything)
