@@ -165,6 +165,7 @@ def _trainer(
         save_total_limit=2,
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=False,  # or quiet logging would turn the bar off
         report_to=[],
     )
     trainer = Trainer(

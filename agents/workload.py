@@ -98,7 +98,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -> PreTrainedModel:
-    """The model with the head that the task needs, in fp32, its dropout as configured.
+    """The model with the head that the task needs, in the dtype in which it was saved.
 
     Raises:
         UnknownNameError, AssetError: there is no such model.
@@ -134,6 +134,8 @@ def load_splits(name: str) -> DatasetDict:
         if path.is_file():
             if path.suffix not in _READERS:
                 raise DataError(f"Cannot read {path}: its suffix is not one of {', '.join(_READERS)}.")
+            if path.stat().st_size == 0:
+                raise DataError(f"The data file {path} is empty.")
             loaded = load_dataset(_READERS[path.suffix], data_files=str(path))
         elif path.is_dir() and (path / "dataset_dict.json").exists():
             loaded = DatasetDict.load_from_disk(os.fspath(path))
