@@ -229,14 +229,15 @@ def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str)
     if pilot:
         for step, peak in pilot.peaks:
             append_json_line(metrics.path, {"step": step, "peak_bytes": peak})
-    peaks = pilot.peaks if pilot else metrics.meter.history if metrics.meter else []
+    # From the file: a run that was killed after its last step measures nothing when it goes on.
+    peaks = [row["peak_bytes"] for row in read_json_lines(metrics.path) if "peak_bytes" in row]
     targets = find_target_modules(model)
     model.save_pretrained(folder / name / "adapter")
     result = {
         "held_out_loss": held_out["eval_loss"],
         "held_out_accuracy": held_out.get("eval_accuracy"),
         "adapter_parameters": _adapter_parameters(targets),
-        "peak_bytes": max(peak for _, peak in peaks),
+        "peak_bytes": max(peaks),
         "budget_bytes": float(pilot.controller.limit) if pilot and pilot.controller else limit,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
         "train_s": train_s,

@@ -36,8 +36,8 @@ CHECKPOINT, PROGRESS = "checkpoint.pt", "progress.jsonl"
 class _Worker:
     """Makes one worker's environment; a class, because it has to be pickled to the worker process."""
 
-    def __init__(self, config: TrainConfig, index: int) -> None:
-        self.config, self.index = config, index
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
 
     def __call__(self) -> gym.Env[Any, Any]:
         if self.config.worker_count > 1:
@@ -52,7 +52,7 @@ class _Worker:
 
 
 def _make_workers(config: TrainConfig) -> VecEnv:
-    makers: list[Callable[[], gym.Env[Any, Any]]] = [_Worker(config, i) for i in range(config.worker_count)]
+    makers: list[Callable[[], gym.Env[Any, Any]]] = [_Worker(config)] * config.worker_count
     return DummyVecEnv(makers) if len(makers) == 1 else SubprocVecEnv(makers, start_method="spawn")
 
 

@@ -161,6 +161,20 @@ def test_a_finished_run_is_not_repeated(make_config: Callable[..., FinetuneConfi
         finetune(replace(config, steps=5), tmp_path / "run", resume=True)
 
 
+def test_a_run_killed_after_its_last_step_still_gives_its_figures(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path
+) -> None:
+    config = make_config(steps=4, compare_uniform=True)
+    first = finetune(config, tmp_path / "run")
+    for name in ("rankpilot", "uniform"):
+        (tmp_path / "run" / f"result-{name}.json").unlink()
+    again = finetune(config, tmp_path / "run", resume=True)
+    for name in ("rankpilot", "uniform"):
+        for key in ("held_out_loss", "peak_bytes", "ranks"):
+            assert again["runs"][name][key] == first["runs"][name][key], (name, key)
+    write_report(tmp_path / "run")
+
+
 def test_language_modelling_from_a_text_file(llama_folder: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     text = tmp_path / "text.txt"
