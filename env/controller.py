@@ -5,11 +5,13 @@ signals -> observation -> (a policy decides) -> plan within the budget -> ranks
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import NonFiniteError
@@ -18,11 +20,13 @@ from ..lora.checkpoint import adapter_ranks, sync_config
 from ..lora.ladder import IntArray, RankLadder
 from ..lora.memory import Cost, FloatArray
 from ..lora.plan import Plan, PlanProblem, check_budget, problem_of, project
-from ..lora.ranks import reset_adapters, set_ranks
+from ..lora.ranks import non_finite, reset_adapters, set_ranks
 from ..lora.signals import SignalMeter
 from ..lora.targets import TargetModule
 from .observation import Observation, RunState, observe
 from .schedule import DecisionSchedule
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_RANK = 8
 """Budgets given as a share are shares of what this rank on every target module takes."""
@@ -107,6 +111,9 @@ class RankController:
         ladder: allowed ranks.
         seed: decides fresh rows on growth.
 
+    Attributes:
+        notes: why a module was left out of the latest plan, by name.
+
     Raises:
         BudgetError: no plan fits the limit.
     """
@@ -140,6 +147,8 @@ class RankController:
         self.signal_ranks = np.ones(len(self.targets), dtype=np.int64)
         self.decision = 0
         self.names = tuple(target.name for target in self.targets)
+        self.notes: dict[str, str] = {}
+        self._warned: set[str] = set()
         self._shapes = np.array([t.d_out / t.d_in for t in self.targets])
         problem = self.problem()
         self._reference = reference_cost(cost, problem.max_ranks)
@@ -230,12 +239,28 @@ class RankController:
     ) -> Plan:
         """As `apply`, but not counted as a decision: brings the ranks back under a limit that has become tighter."""
         still = np.zeros(len(self.targets), dtype=np.int64)
-        plan = project(self.problem(), still if deltas is None else deltas, scores)
+        problem = replace(self.problem(), held=self._hold_broken(optimizer))
+        plan = project(problem, still if deltas is None else deltas, scores)
         ranks = dict(zip(self.names, plan.ranks.tolist(), strict=True))
         set_ranks(self.targets, ranks, optimizer, seed=self.seed, step=step)
         sync_config(self.model, self.targets)
         self.meter.restart()
         return plan
+
+    def _hold_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
+        """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""
+        broken = non_finite(self.targets, optimizer)
+        fresh = sorted(set(broken) - self._warned)
+        if fresh:
+            self._warned.update(fresh)
+            logger.warning(
+                "The adapter or optimizer state of %s holds NaN or infinity: %s no more changes of rank. Lower the "
+                "learning rate or clip gradients.",
+                ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more modules" if len(fresh) > 3 else ""),
+                "it gets" if len(fresh) == 1 else "they get",
+            )
+        self.notes = dict.fromkeys(broken, "left alone: NaN or infinity in its factors, gradients or optimizer state")
+        return np.isin(self.names, broken)
 
     def ranks_by_name(self) -> dict[str, int]:
         """Current rank by module name."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,7 @@ class DecisionRecord:
         features: what the policy saw of each module, float32 (L, F).
         feature_names: names of the columns of `features`.
         run_features: what the policy saw of the whole run.
+        notes: why a module did not get its rank of the plan, by name; the others are left out.
 
     Raises:
         DataError: lengths disagree, a name is used twice, or a number is out of range.
@@ -111,6 +112,7 @@ class DecisionRecord:
     features: NDArray[np.float32]
     feature_names: tuple[str, ...]
     run_features: Mapping[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.modules)
@@ -213,6 +215,7 @@ def _to_table(record: DecisionRecord) -> pa.Table:
         columns[name] = pa.array(np.asarray(record.blocks if name == "block" else getattr(record, name)), kind)
     changed = np.asarray(record.rank_asked) != np.asarray(record.rank_after)
     columns["changed_by_projection"] = pa.array(changed, pa.bool_())
+    columns["note"] = pa.array([record.notes.get(name) for name in record.modules], pa.string())
     for index, name in enumerate(record.feature_names):
         columns[FEATURE_PREFIX + name] = pa.array(record.features[:, index], pa.float32())
     for name, value in record.run_features.items():

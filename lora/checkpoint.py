@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ranks import bookkeep, write_in_place
+from .ranks import resize
 from .targets import TargetModule, unwrap
 
 
@@ -84,31 +84,34 @@ class _LoadHook:
     def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
         found = []
         for target, path in self.prefixes:
-            # PEFT adds the adapter's name only to keys that the model would save, so not where it is at rank 0.
-            for part in ("lora_A", "lora_B"):
-                if f"{prefix}{path}{part}.weight" in state:
-                    named = f"{prefix}{path}{part}.{target.adapter}.weight"
-                    state[named] = state.pop(f"{prefix}{path}{part}.weight")
-            keys = [f"{prefix}{path}{factor}.{target.adapter}.weight" for factor in ("lora_A", "lora_B")]
-            found.append((target, keys, state.get(keys[0])))
+            for name in target.parameters:
+                _name_adapter(state, f"{prefix}{path}", name, target.adapter)
+            keys = {f"{prefix}{path}{name}": value for name, value in target.parameters.items()}
+            found.append((target, keys, state.get(next(iter(keys)))))
         if all(weight is None for _, _, weight in found):
             return  # some other weights are being loaded, not this adapter
         for target, keys, weight in found:
-            _resize(target, 0 if weight is None else int(weight.shape[0]))
+            rank = 0 if weight is None else int(weight.shape[0])
+            if rank != target.rank:
+                resize(target, rank)
             if weight is None:  # the dictionary is torch's own copy: a strict load then misses nothing
-                state |= dict(zip(keys, (target.weight_a.detach(), target.weight_b.detach()), strict=True))
+                state |= {key: value.detach() for key, value in keys.items()}
             # A Trainer that resumes makes its optimiser from what requires gradients now, and then expects all
             # the parameters that the first one had.
-            for factor in (target.weight_a, target.weight_b):
-                factor.requires_grad_(True)
+            for value in target.parameters.values():
+                value.requires_grad_(True)
 
 
-def _resize(target: TargetModule, rank: int) -> None:
-    """Make room for factors of another rank; the values are about to be loaded."""
-    if rank != target.rank:
-        write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
-        write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
-        bookkeep(target, rank)
+def _name_adapter(state: dict[str, torch.Tensor], path: str, name: str, adapter: str) -> None:
+    """Rename an entry that lacks the adapter's name.
+
+    PEFT adds the name only to keys that the model would save, so not where it is at rank 0.
+    """
+    plain = name.replace(f".{adapter}", "", 1)
+    if "lora_magnitude_vector" in name:  # saved without its last part
+        plain = plain.removesuffix(".weight")
+    if f"{path}{plain}" in state:
+        state[f"{path}{name}"] = state.pop(f"{path}{plain}")
 
 
 class _SaveHook:
@@ -119,15 +122,15 @@ class _SaveHook:
 
     def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
         if self.target.rank == 0:
-            for factor in ("lora_A", "lora_B"):
-                state.pop(f"{prefix}{factor}.{self.target.adapter}.weight", None)
+            for name in self.target.parameters:
+                state.pop(f"{prefix}{name}", None)
 
 
 def settle(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """After a load: rank-0 pairs stop requiring gradients, and the configuration tells the ranks."""
     for target in targets:
-        for factor in (target.weight_a, target.weight_b):
-            factor.requires_grad_(target.rank > 0)
+        for parameter in target.parameters.values():
+            parameter.requires_grad_(target.rank > 0)
     sync_config(model, targets)
 
 

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import UnsupportedError
+from .factors import write_in_place
 from .ladder import IntArray
-from .optimizer_state import state_tensors_per_parameter, unwrap_optimizer
-from .ranks import write_in_place
+from .optimizer_layouts import unwrap_optimizer
+from .optimizer_state import state_bytes_of
 from .targets import TargetModule, other_trainable
 
 FloatArray = NDArray[np.float64]
@@ -168,16 +169,17 @@ def _only(targets: Sequence[TargetModule], active: Iterable[TargetModule]) -> It
     try:
         for target in targets:
             rank = 1 if id(target) in chosen else 0
-            for weight, shape in ((target.weight_a, (rank, target.d_in)), (target.weight_b, (target.d_out, rank))):
-                saved.append((weight, weight.detach(), weight.grad, weight.requires_grad))
-                write_in_place(weight, weight.new_zeros(shape))
-                weight.requires_grad_(rank > 0)
+            saved += [(p, p.detach(), p.grad, p.requires_grad) for p in target.parameters.values()]
+            write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
+            write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
+            for parameter in target.parameters.values():
+                parameter.requires_grad_(rank > 0)
         yield
     finally:
-        for weight, value, gradient, trained in saved:
-            write_in_place(weight, value)
-            weight.requires_grad_(trained)
-            weight.grad = gradient
+        for parameter, value, gradient, trained in saved:
+            write_in_place(parameter, value)
+            parameter.requires_grad_(trained)
+            parameter.grad = gradient
 
 
 class _Inputs:
@@ -191,16 +193,20 @@ class _Inputs:
         self._alive: list[torch.Tensor] = []  # so that no address is used twice
         self._count = 0
         self._handles = [
-            target.layer.lora_A[target.adapter].register_forward_pre_hook(self._hook(index))
+            (target.layer if target.embedding else target.layer.lora_A[target.adapter]).register_forward_pre_hook(
+                self._hook(index, target)
+            )
             for index, target in enumerate(targets)
         ]
 
-    def _hook(self, index: int) -> Any:
+    def _hook(self, index: int, target: TargetModule) -> Any:
         def record(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             tensor = arguments[0]
             self._alive.append(tensor.detach())
             self.address[index], self.size[index] = _storage(tensor)
-            self.hidden[index] = tensor.numel() / tensor.shape[-1] * tensor.element_size()
+            # An embedding's input holds one token id a position, any other a vector.
+            positions = tensor.numel() if target.embedding else tensor.numel() / tensor.shape[-1]
+            self.hidden[index] = positions * (target.weight_a if target.embedding else tensor).element_size()
             self.order[index] = self._count
             self._count += 1
 
@@ -308,9 +314,8 @@ def calibrate(
         low, high = getattr(few, field), getattr(more, field)
         return low + (rows - 2) * (high - low)
 
-    held = 2 + state_tensors_per_parameter(optimizer)
     per_rank = _parameter_bytes(targets, optimizer) + at_rows("hidden")
-    rest = sum(held * p.numel() * p.element_size() for p in other_trainable(model, targets))
+    rest = sum(_training_bytes(p.detach(), optimizer) for p in other_trainable(model, targets))
     return ByteCost(
         per_rank=per_rank + signal_buffer_bytes(targets) if signal_bytes else per_rank,
         constant=float(at_rows("bare") + rest),
@@ -327,10 +332,16 @@ def _first_rows(batch: Batch, count: int) -> dict[str, torch.Tensor]:
     return {name: tensor[:count] for name, tensor in batch.items()}
 
 
+def _training_bytes(parameter: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of a parameter, its gradient and its optimiser state."""
+    return 2 * parameter.numel() * parameter.element_size() + state_bytes_of(optimizer, parameter)
+
+
 def _parameter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None) -> FloatArray:
     """Bytes of weights, gradients and optimiser state of one rank on each module."""
-    held = 2 + state_tensors_per_parameter(optimizer)
-    rows = [held * (t.d_in + t.d_out) * t.weight_a.element_size() for t in targets]
+    rows = [
+        sum(_training_bytes(t.weight_a.new_empty(width), optimizer) for width in (t.d_in, t.d_out)) for t in targets
+    ]
     return np.array(rows, dtype=np.float64)
 
 

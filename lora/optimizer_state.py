@@ -8,50 +8,62 @@ map with squared entries, and the step count stays.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from .optimizer_layouts import StateLayout, layout_of, unwrap_optimizer
 
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg"})
-SUPPORTED = (
-    torch.optim.AdamW,
-    torch.optim.Adam,
-    torch.optim.NAdam,
-    torch.optim.RMSprop,
-    torch.optim.SGD,
-)
+Fill = Literal["zero", "mean"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StateMap:
     """How the rank axis of a parameter's state changes.
 
     Attributes:
-        axis: the rank axis, 0 for A and 1 for B.
-        matrix: shape (new rank, old rank); rows of fresh directions are ignored.
-        fresh: bool of shape (new rank,): directions without a past, whose state starts at zero.
-        fill_second: "mean" starts the second moment of fresh directions at the mean of the old ones, which keeps
+        axis: the parameter's rank axis, 0 for A and 1 for B.
+        rank: the new rank.
+        matrix: shape (rank, old rank); None keeps all old directions and adds new ones behind them.
+        fresh: bool of shape (rank,): directions of `matrix` without a past, whose state starts anew.
+        fill_second: "mean" starts the second moment of new directions at the mean of the old ones, which keeps
             their first steps of the usual size; "zero" does not.
     """
 
     axis: Literal[0, 1]
-    matrix: torch.Tensor
-    fresh: torch.Tensor
-    fill_second: Literal["zero", "mean"] = "zero"
+    rank: int
+    matrix: torch.Tensor | None = None
+    fresh: torch.Tensor | None = None
+    fill_second: Fill = "zero"
 
-    def apply(self, state: torch.Tensor, *, second: bool) -> torch.Tensor:
-        """The mapped state tensor, in the dtype that it came in."""
-        matrix = self.matrix.to(state.device)
-        rows = state.double().movedim(self.axis, 0)
-        mapped = (matrix.square() if second else matrix) @ rows
-        fill = rows.mean(dim=0) if second and self.fill_second == "mean" else torch.zeros_like(rows[0])
-        mapped[self.fresh.to(state.device)] = fill
-        return mapped.movedim(0, self.axis).to(state.dtype).contiguous()
+    def apply(self, state: torch.Tensor, *, second: bool, axis: int | None = None) -> torch.Tensor:
+        """The mapped state.
+
+        Args:
+            state: a moment, or a factored one.
+            second: whether it averages squares.
+            axis: where its rank axis lies, if not where the parameter's does.
+        """
+        axis = self.axis if axis is None else axis
+        fill = state.mean(dim=axis, keepdim=True) if second and self.fill_second == "mean" else 0.0
+        if self.matrix is None:
+            shape, old = list(state.shape), state.shape[axis]
+            shape[axis] = self.rank
+            grown = state.new_empty(shape)
+            grown.narrow(axis, 0, old).copy_(state)
+            grown.narrow(axis, old, self.rank - old).copy_(torch.as_tensor(fill))
+            return grown
+        matrix = self.matrix.to(state.device, torch.float64 if state.dtype == torch.float64 else torch.float32)
+        matrix = matrix.square() if second else matrix
+        rows = state.to(matrix.dtype)
+        mapped = matrix @ rows if axis == 0 else rows @ matrix.mT
+        if self.fresh is not None and bool(self.fresh.any()):
+            fresh = self.fresh.to(state.device)
+            mapped = torch.where(fresh if axis or state.dim() == 1 else fresh[:, None], fill, mapped)
+        return mapped.to(state.dtype)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -60,53 +72,58 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         UnsupportedError: with the ones that are.
     """
-    inner = unwrap_optimizer(optimizer)
-    if isinstance(inner, torch.optim.RMSprop) and any(group["centered"] for group in inner.param_groups):
-        # Its variance is a difference of the two moments, which the maps would let become negative.
-        raise UnsupportedError("RMSprop(centered=True) cannot be carried through a change of rank. Use centered=False.")
-    if not isinstance(inner, SUPPORTED):
-        names = ", ".join(kind.__name__ for kind in SUPPORTED)
-        raise UnsupportedError(
-            f"The state of {type(inner).__name__} cannot be carried through a change of rank. Supported: {names} of "
-            "torch.optim (in TrainingArguments: optim='adamw_torch', 'adamw_torch_fused' or 'sgd')."
-        )
+    layout_of(optimizer)
 
 
-def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimiser inside accelerate's wrapper."""
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
-
-
-def state_tensors_per_parameter(optimizer: torch.optim.Optimizer | None) -> int:
-    """How many tensors of a parameter's own shape the optimiser keeps for it (2 for AdamW)."""
+def state_bytes_of(optimizer: torch.optim.Optimizer | None, like: torch.Tensor) -> int:
+    """Bytes of optimiser state of a parameter of this shape and dtype; AdamW's without an optimiser."""
     if optimizer is None:
-        return 2
-    inner = unwrap_optimizer(optimizer)
-    defaults = inner.defaults
-    if isinstance(inner, torch.optim.SGD):
-        return int(defaults["momentum"] != 0)
-    if isinstance(inner, torch.optim.RMSprop):
-        return 1 + int(defaults["momentum"] != 0)
-    return 2 + int(bool(defaults.get("amsgrad")))
+        return 2 * like.numel() * like.element_size()
+    return layout_of(optimizer).bytes_of(unwrap_optimizer(optimizer), like)
 
 
 def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, change: StateMap) -> None:
-    """Map every state tensor of `parameter`; call before the parameter itself gets its new shape.
+    """Map all that the optimiser keeps for `parameter`; call before the parameter itself gets its new shape.
 
     Raises:
-        UnsupportedError: a state tensor of the parameter's shape whose meaning is unknown.
+        UnsupportedError: a state tensor whose meaning is unknown.
     """
     if optimizer is None:
         return
-    state = unwrap_optimizer(optimizer).state.get(parameter, {})
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+    inner = unwrap_optimizer(optimizer)
+    layout = layout_of(inner)
+    state = inner.state.get(parameter, {})
+    _check_keys(inner, layout, parameter, state)
+    for key, moment in layout.moments.items():
+        if isinstance(state.get(key), torch.Tensor):  # SGD keeps None before its first step
+            mapped = change.apply(layout.form.read(parameter, state, key), second=moment == "second")
+            layout.form.write(inner, parameter, state, key, mapped)
+    _map_factored(layout, state, change)
+
+
+def _map_factored(layout: StateLayout, state: dict[str, torch.Tensor], change: StateMap) -> None:
+    """Map a second moment that is kept as the outer product of two averages, u v^T / mean(u)."""
+    # A zero average would make the first steps of new directions huge: nothing else damps them.
+    change = replace(change, fill_second="mean")
+    for key, (kept, axis) in layout.factored.items():
+        if kept != change.axis or key not in state:
             continue
-        if key not in FIRST_MOMENTS | SECOND_MOMENTS:
-            kind = type(unwrap_optimizer(optimizer)).__name__
-            raise UnsupportedError(f"{kind} keeps a state tensor {key!r} that cannot be mapped to a new rank.")
-        state[key] = change.apply(value, second=key in SECOND_MOMENTS)
+        before, state[key] = state[key], change.apply(state[key], second=True, axis=axis)
+        if change.matrix is not None:  # the other average runs over the directions that this one tells apart
+            other = next(name for name in layout.factored if name != key)
+            ratio = state[key].mean() / before.mean()
+            state[other] = torch.where(before.mean() > 0, state[other] * ratio, state[other])
+
+
+def _check_keys(
+    optimizer: torch.optim.Optimizer, layout: StateLayout, parameter: nn.Parameter, state: dict[str, object]
+) -> None:
+    known = layout.moments.keys() | layout.factored.keys()
+    for key, value in state.items():
+        if key not in known and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} keeps a state tensor {key!r} that cannot be mapped to a new rank."
+            )
 
 
 def reset_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:

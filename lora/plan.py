@@ -38,6 +38,7 @@ class PlanProblem:
         limit: what a plan may cost, in the unit of `cost`.
         ladder: allowed ranks.
         max_step: how many rungs a module may move at this decision; None for any number.
+        held: modules that must keep their rank or be dropped, bool (modules,); None for no module.
     """
 
     ranks: IntArray
@@ -47,6 +48,7 @@ class PlanProblem:
     limit: float
     ladder: RankLadder
     max_step: int | None = None
+    held: NDArray[np.bool_] | None = None
 
     @property
     def tops(self) -> IntArray:
@@ -205,14 +207,18 @@ def project(problem: PlanProblem, deltas: IntArray, scores: FloatArray) -> Plan:
         scores: decide who gives way and who is filled up first, float (modules,).
 
     Returns:
-        The plan. It exceeds `max_step` downwards if the budget leaves no other way.
+        The plan. It exceeds `max_step` downwards, and drops held modules, if the budget leaves no other way.
     """
     now = problem.ladder.rung(problem.ranks)
     reach = problem.ladder.top if problem.max_step is None else problem.max_step
     upper = np.minimum(now + reach, problem.tops)
     lower = np.minimum(np.maximum(now - reach, 0), upper)
+    held = np.zeros(len(now), dtype=bool) if problem.held is None else problem.held
+    upper, lower = np.where(held, now, upper), np.where(held, now, lower)
     wished = np.clip(now + np.asarray(deltas, dtype=np.int64), lower, upper)
-    rungs = _repair(problem, wished.copy(), scores, lower)
+    rungs = _repair(problem, wished.copy(), scores, (lower, np.where(held, now, 0)))
+    if not problem.fits(problem.ladder.array[rungs]):
+        rungs, upper = np.where(held, 0, rungs), np.where(held, 0, upper)
     ranks = _fill(problem, rungs, scores, upper)
     return Plan(problem.ladder.array[wished], ranks, problem.price(ranks))
 
@@ -222,9 +228,9 @@ def _level(problem: PlanProblem, rung: int, score: float) -> float:
     return float(np.log(max(problem.ladder.ranks[rung], 0.5)) - score)
 
 
-def _repair(problem: PlanProblem, rungs: IntArray, scores: FloatArray, lower: IntArray) -> IntArray:
-    """Lower modules, highest level first, until the plan fits; below `lower` only when nothing else is left."""
-    for bound in (lower, np.zeros_like(lower)):
+def _repair(problem: PlanProblem, rungs: IntArray, scores: FloatArray, bounds: tuple[IntArray, IntArray]) -> IntArray:
+    """Lower modules, highest level first, until the plan fits; below the first bound only if nothing else is left."""
+    for bound in bounds:
         heap = [
             (-_level(problem, int(rungs[m]), scores[m]), problem.blocks[m], m)
             for m in range(len(rungs))

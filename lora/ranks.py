@@ -2,9 +2,8 @@
 
 For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 
-* *shrink* to k: the best rank-k approximation of B A (Eckart and Young, 1936), by a singular value decomposition
-  of the r x r core between the QR factors of B and A^T; the dense product is never formed;
-* *grow*: new rows of A are fresh, new columns of B are zero, so the function does not change;
+* *shrink* to k: the best rank-k approximation of B A, with half of each singular value on either side (`lora/factors`);
+* *grow*: one side of the new directions is random, the other zero, so the function does not change;
 * *drop* to rank 0 and *revive*: the parameters stay the same objects, with empty storage in between;
 * the scaling s stays as it is, so alpha follows the rank;
 * the optimiser's moments follow the same linear maps (see `lora/optimizer_state`).
@@ -12,35 +11,55 @@ For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from torch import nn
+from peft.utils.integrations import dequantize_module_weight
 
-from ..errors import NonFiniteError
-from .optimizer_state import StateMap, check_optimizer, map_state, reset_state
+from .factors import (
+    BEFORE_THE_RUN,
+    ShrinkMaps,
+    fresh_directions,
+    growth_generator,
+    shrink_maps,
+    write_in_place,
+)
+from .optimizer_layouts import unwrap_optimizer
+from .optimizer_state import Fill, StateMap, check_optimizer, map_state, reset_state
 from .targets import TargetModule, check_ranks
 
-DEAD_DIRECTION = 1e-6
-"""A singular value below this share of the largest carries no function; its pair is seeded anew."""
+logger = logging.getLogger(__name__)
+
+BATCHED_ELEMENTS = 2**16
+"""Pairs of one shape are decomposed together up to this many elements; larger ones are faster one by one."""
 
 
-BEFORE_THE_RUN = -1
-"""The step that seeds first rows: growth at step 0 must not draw the same ones again."""
+_FILLS: dict[bool, tuple[Fill, Fill]] = {False: ("zero", "mean"), True: ("mean", "zero")}
+"""How the second moments of fresh directions of A and B start, on linear layers and on embeddings."""
 
 
 @dataclass(frozen=True)
 class RankChange:
-    """What happened to one module: its name, and its rank before and after."""
+    """What happened to one module.
+
+    Attributes:
+        name: the module.
+        before: its rank before.
+        after: its rank now.
+        note: why it did not get the rank that was asked for; empty if it did.
+    """
 
     name: str
     before: int
     after: int
+    note: str = ""
 
 
+@torch.no_grad()
 def set_ranks(
     targets: Sequence[TargetModule],
     ranks: Mapping[str, int],
@@ -51,80 +70,110 @@ def set_ranks(
 ) -> list[RankChange]:
     """Give the named modules new ranks, shrinking first so that memory never passes the larger plan's.
 
+    A rank above min(d_in, d_out) is lowered to it. A module whose factors, gradients or optimiser state hold NaN or
+    infinity is left as it is, unless it is to be dropped. Both are told by a note and in one warning.
+
     Args:
         targets: all target modules of the adapter.
         ranks: new rank by module name; modules that are not named keep theirs.
         optimizer: its state follows. Without one, only the weights change.
-        seed: together with `step` and the module's name, decides the fresh rows of A.
+        seed: together with `step` and the module's name, decides the random side of new directions.
         step: the training step at which the change happens.
 
     Returns:
-        The changes made, in the order made; modules already at their rank are left out.
+        The changes made, in the order made, and those not made as asked; others are left out.
 
     Raises:
-        UnknownNameError, ConfigError: see `check_ranks`.
-        NonFiniteError: a pair that would shrink holds NaN or infinity; nothing has been changed then.
-        UnsupportedError: the optimiser's state cannot be mapped; nothing has been changed then.
+        UnknownNameError, ConfigError, UnsupportedError: see `check_ranks` and `check_optimizer`. Nothing has been
+            changed then.
     """
-    check_ranks(targets, dict(ranks))
+    check_ranks(targets, ranks)
     if optimizer is not None:
         check_optimizer(optimizer)
-    changing = [t for t in targets if t.name in ranks and ranks[t.name] != t.rank]
-    shrinking = [t for t in changing if ranks[t.name] < t.rank]
-    for target in shrinking:
-        if ranks[target.name] and not _finite(target):
-            raise NonFiniteError(
-                f"The adapter of {target.name!r} holds NaN or infinity, so its rank cannot be lowered. "
-                "Lower the learning rate or clip gradients."
-            )
-    changes = []
-    for target in shrinking + [t for t in changing if ranks[t.name] > t.rank]:
-        before, after = target.rank, ranks[target.name]
-        generator = growth_generator(seed, step, target.name)
-        if after < before:
-            _shrink(target, after, optimizer, generator)
-        else:
-            _grow(target, after, optimizer, generator)
-        bookkeep(target, after)
-        changes.append(RankChange(target.name, before, after))
-    return changes
+    asked = [(target, min(ranks[target.name], target.max_rank)) for target in targets if target.name in ranks]
+    moving = [(target, rank) for target, rank in asked if rank != target.rank]
+    broken = set(non_finite([target for target, rank in moving if rank > 0], optimizer))
+    moving = [(target, rank) for target, rank in moving if target.name not in broken or rank == 0]
+    before = {target.name: target.rank for target in targets}
+    _drop([target for target, rank in moving if rank == 0], optimizer)
+    _shrink([(target, rank) for target, rank in moving if 0 < rank < target.rank], optimizer, seed, step)
+    _grow([(target, rank) for target, rank in moving if rank > target.rank], optimizer, seed, step)
+    order = sorted(asked, key=lambda item: item[0].rank > before[item[0].name])
+    changes = [_report(target, before[target.name], ranks[target.name], target.name in broken) for target, _ in order]
+    _warn(changes)
+    return [change for change in changes if change.before != change.after or change.note]
+
+
+def _report(target: TargetModule, before: int, asked: int, broken: bool) -> RankChange:
+    note = ""
+    if target.rank != asked and broken:
+        note = f"not set to {asked}: its factors, gradients or optimizer state hold NaN or infinity"
+    elif asked > target.max_rank:
+        note = f"asked for {asked}, above min(d_in, d_out) = {target.max_rank}"
+    return RankChange(target.name, before, target.rank, note)
+
+
+def _warn(changes: Sequence[RankChange]) -> None:
+    notes = [f"{change.name} has rank {change.after} ({change.note})" for change in changes if change.note]
+    if notes:
+        more = f"; and {len(notes) - 3} more" if len(notes) > 3 else ""
+        logger.warning("Ranks that could not be set as asked: %s%s.", "; ".join(notes[:3]), more)
+
+
+def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None = None) -> list[str]:
+    """Names of modules whose factors, gradients or optimiser state hold NaN or infinity."""
+    state = unwrap_optimizer(optimizer).state if optimizer is not None else {}
+    tensors: list[torch.Tensor] = []
+    owners: list[int] = []
+    for index, target in enumerate(targets):
+        for weight in (target.weight_a, target.weight_b):
+            held = [weight.detach(), weight.grad, *state.get(weight, {}).values()]
+            # Low-bit state is checked through its block scales, and not at all inside tensor subclasses.
+            found = [t for t in held if type(t) is torch.Tensor and t.is_floating_point() and t.dim() and t.numel()]
+            tensors += found
+            owners += [index] * len(found)
+    if not tensors:
+        return []
+    norms = torch.stack([norm.float().to(tensors[0].device) for norm in torch._foreach_norm(tensors)])
+    wrong = {owners[index] for index in torch.nonzero(~torch.isfinite(norms)).flatten().tolist()}
+    return [targets[index].name for index in sorted(wrong)]
 
 
 def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> None:
-    """Start over: fresh A, zero B, everywhere at `rank` (or the most that a module allows).
+    """Start over, everywhere at `rank` (or the most that a module allows), with no function of its own.
 
     For a model whose adapters are trained again and again; no optimiser may hold state of them.
     """
     for target in targets:
         width = min(rank, target.max_rank)
-        fresh = fresh_rows(target, width, growth_generator(seed, BEFORE_THE_RUN, target.name))
-        write_in_place(target.weight_a, fresh)
-        write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, width))
-        bookkeep(target, width)
+        new_a, new_b = fresh_directions(target, width, growth_generator(seed, BEFORE_THE_RUN, target.name))
+        _write(target, new_a, new_b)
+        reset_extras(target)
 
 
-def growth_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A generator that depends on (seed, step, module) alone, so that every process draws the same rows."""
-    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def resize(target: TargetModule, rank: int) -> None:
+    """Make room for factors of another rank, whose values are about to be loaded; zero until then."""
+    _write(target, target.weight_a.new_zeros(rank, target.d_in), target.weight_b.new_zeros(target.d_out, rank))
+    if rank == 0:
+        reset_extras(target)
 
 
-def fresh_rows(target: TargetModule, count: int, generator: torch.Generator) -> torch.Tensor:
-    """New rows of A as PEFT draws them: uniform in +-1/sqrt(d_in), shape (count, d_in)."""
-    bound = 1 / math.sqrt(target.d_in)
-    rows = torch.rand(count, target.d_in, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-    return rows.to(device=target.weight_a.device, dtype=target.weight_a.dtype)
+def _write(target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor) -> None:
+    """Give a pair its new factors, and PEFT its records of them."""
+    write_in_place(target.weight_a, weight_a)
+    write_in_place(target.weight_b, weight_b)
+    bookkeep(target, target.rank)
 
 
-def _finite(target: TargetModule) -> bool:
-    return bool(torch.isfinite(target.weight_a).all() and torch.isfinite(target.weight_b).all())
-
-
-def write_in_place(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Give a parameter new storage in place: same object, same hooks, same optimiser group."""
-    parameter.grad = None
-    with torch.no_grad():
-        parameter.set_(value.contiguous())  # type: ignore[call-overload]
+@torch.no_grad()
+def reset_extras(target: TargetModule) -> None:
+    """Bias and magnitude as PEFT starts them, which leaves the frozen module's function alone."""
+    if target.bias is not None:
+        target.bias.zero_()
+    if target.magnitude is not None:
+        layer = target.layer.lora_magnitude_vector[target.adapter]
+        weight = dequantize_module_weight(target.layer.get_base_layer()).detach().to(target.weight_a)
+        target.magnitude.copy_(layer.get_weight_norm(weight, weight.new_zeros(()), target.scaling))
 
 
 def bookkeep(target: TargetModule, rank: int) -> None:
@@ -133,75 +182,81 @@ def bookkeep(target: TargetModule, rank: int) -> None:
     root = math.sqrt(max(rank, 1)) if layer.use_rslora.get(name) else max(rank, 1)
     layer.r[name] = rank
     layer.lora_alpha[name] = target.scaling * root
-    layer.lora_A[name].out_features = rank
-    layer.lora_B[name].in_features = rank
-    for weight in (target.weight_a, target.weight_b):
+    if not target.embedding:
+        layer.lora_A[name].out_features = rank
+        layer.lora_B[name].in_features = rank
+    for weight in target.parameters.values():
         weight.requires_grad_(rank > 0)
 
 
-def balanced_factors(
-    weight_a: torch.Tensor, weight_b: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The maps that shrink a pair to the best rank-k approximation of B A.
-
-    With R_B R_A^T = U S V^T, P = R_A^T V_k S_k^-1/2 and Q = S_k^-1/2 U_k^T R_B, the new pair is A' = Q A, B' = B P.
-
-    Args:
-        weight_a: A, shape (r, d_in).
-        weight_b: B, shape (d_out, r).
-        rank: k, 0 < k < r.
-
-    Returns:
-        P of shape (r, k), Q of shape (k, r), and a bool mask of shape (k,) of directions that carry function.
-        Dead directions have zero columns in P and zero rows in Q. Computed in fp64.
-    """
-    core_b = torch.linalg.qr(weight_b.double(), mode="r").R
-    core_a = torch.linalg.qr(weight_a.double().T, mode="r").R
-    u, s, vh = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
-    # d_out or d_in below r leaves fewer directions than asked for: the rest are dead.
-    width = min(rank, s.shape[0])
-    live = torch.zeros(rank, dtype=torch.bool, device=s.device)
-    live[:width] = s[:width] > DEAD_DIRECTION * s[:1].clamp_min(torch.finfo(torch.float64).tiny)
-    inverse_root = torch.zeros(rank, dtype=s.dtype, device=s.device)
-    inverse_root[live] = s[: live.shape[0]][live[: s.shape[0]]].rsqrt()
-    p = torch.zeros(weight_a.shape[0], rank, dtype=s.dtype, device=s.device)
-    q = torch.zeros(rank, weight_a.shape[0], dtype=s.dtype, device=s.device)
-    p[:, :width] = (core_a.T @ vh[:width].T) * inverse_root[:width]
-    q[:width] = inverse_root[:width, None] * (u[:, :width].T @ core_b)
-    return p, q, live
+def _drop(targets: Iterable[TargetModule], optimizer: torch.optim.Optimizer | None) -> None:
+    for target in targets:
+        resize(target, 0)
+        reset_state(optimizer, target.parameters.values())
 
 
 def _shrink(
-    target: TargetModule, rank: int, optimizer: torch.optim.Optimizer | None, generator: torch.Generator
+    moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
 ) -> None:
-    a, b = target.weight_a, target.weight_b
-    if rank == 0:
-        write_in_place(a, a.new_zeros(0, target.d_in))
-        write_in_place(b, b.new_zeros(target.d_out, 0))
-        reset_state(optimizer, (a, b))
-        return
-    p, q, live = balanced_factors(a.detach(), b.detach(), rank)
-    new_a = (q @ a.detach().double()).to(a.dtype)
-    new_b = (b.detach().double() @ p).to(b.dtype)
-    if not bool(live.all()):
-        new_a[~live] = fresh_rows(target, int((~live).sum()), generator)
-    map_state(optimizer, a, StateMap(axis=0, matrix=p.T, fresh=~live))
-    map_state(optimizer, b, StateMap(axis=1, matrix=q, fresh=~live, fill_second="mean"))
-    write_in_place(a, new_a)
-    write_in_place(b, new_b)
+    for group, rank in _batches(moves):
+        a = _stacked([target.weight_a for target in group])
+        b = _stacked([target.weight_b for target in group])
+        maps = shrink_maps(a, b, rank)
+        new_a, new_b = maps.q @ a, b @ maps.p
+        whole = maps.live.all(dim=-1).tolist()
+        for index, target in enumerate(group):
+            one = ShrinkMaps(maps.p[index], maps.q[index], maps.live[index])
+            factors = [new_a[index].to(target.weight_a), new_b[index].to(target.weight_b)]
+            if not whole[index]:
+                dead = ~one.live
+                fresh = fresh_directions(target, int(dead.sum()), growth_generator(seed, step, target.name))
+                factors[0][dead], factors[1][:, dead] = fresh
+            _carry_state(target, rank, optimizer, one)
+            _write(target, *factors)
 
 
-def _grow(target: TargetModule, rank: int, optimizer: torch.optim.Optimizer | None, generator: torch.Generator) -> None:
-    a, b = target.weight_a, target.weight_b
-    old = target.rank
-    new_a = torch.cat([a.detach(), fresh_rows(target, rank - old, generator)])
-    new_b = torch.cat([b.detach(), b.new_zeros(target.d_out, rank - old)], dim=1)
-    if old == 0:
-        reset_state(optimizer, (a, b))
+def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In fp64, with a leading axis; a lone weight is copied once at most."""
+    return weights[0].detach().double()[None] if len(weights) == 1 else torch.stack(list(weights)).double()
+
+
+def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[TargetModule], int]]:
+    """Modules whose pairs have one shape and go to one rank, as many at a time as is faster together."""
+
+    def kind(move: tuple[TargetModule, int]) -> tuple[str, str, int, int, int, int]:
+        target, rank = move
+        return (str(target.weight_a.device), str(target.weight_a.dtype), target.d_in, target.d_out, target.rank, rank)
+
+    for (_, _, d_in, d_out, before, rank), alike in groupby(sorted(moves, key=kind), kind):
+        group = [target for target, _ in alike]
+        size = max(1, BATCHED_ELEMENTS // (before * max(d_in, d_out)))
+        for start in range(0, len(group), size):
+            yield group[start : start + size], rank
+
+
+def _carry_state(
+    target: TargetModule, rank: int, optimizer: torch.optim.Optimizer | None, maps: ShrinkMaps | None = None
+) -> None:
+    """Map the optimiser's state of a pair; without `maps`, new directions come behind the old ones."""
+    # Of fresh directions only the zero side gets gradients at first: its second moment must not start at zero.
+    fill_a, fill_b = _FILLS[target.embedding]
+    if maps is None:
+        map_a, map_b = StateMap(0, rank, fill_second=fill_a), StateMap(1, rank, fill_second=fill_b)
     else:
-        identity = torch.eye(rank, old, dtype=torch.float64, device=a.device)
-        fresh = torch.arange(rank, device=a.device) >= old
-        map_state(optimizer, a, StateMap(axis=0, matrix=identity, fresh=fresh))
-        map_state(optimizer, b, StateMap(axis=1, matrix=identity, fresh=fresh, fill_second="mean"))
-    write_in_place(a, new_a)
-    write_in_place(b, new_b)
+        map_a = StateMap(0, rank, maps.p.mT, ~maps.live, fill_a)
+        map_b = StateMap(1, rank, maps.q, ~maps.live, fill_b)
+    map_state(optimizer, target.weight_a, map_a)
+    map_state(optimizer, target.weight_b, map_b)
+
+
+def _grow(
+    moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
+) -> None:
+    for target, rank in moves:
+        a, b = target.weight_a, target.weight_b
+        rows, columns = fresh_directions(target, rank - target.rank, growth_generator(seed, step, target.name))
+        if target.rank:
+            _carry_state(target, rank, optimizer)
+        else:
+            reset_state(optimizer, target.parameters.values())
+        _write(target, torch.cat([a.detach(), rows]), torch.cat([b.detach(), columns], dim=1))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from torch import nn
 
 from ..errors import ConfigError, UnknownNameError, UnsupportedError
+
+CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Values of `init_lora_weights` that subtract the first adapter from the frozen weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +28,10 @@ class TargetModule:
         name: full name inside the base model, as in `LoraConfig.rank_pattern`.
         adapter: name of the PEFT adapter.
         block: index of the layer that the module belongs to, 0 at the bottom.
-        d_in: input width; A has shape (rank, d_in).
+        d_in: input width (of an embedding: its vocabulary); A has shape (rank, d_in).
         d_out: output width; B has shape (d_out, rank).
         layer: the PEFT layer.
+        embedding: whether the module is a token embedding, whose pair starts with A = 0 and a random B.
     """
 
     name: str
@@ -33,18 +40,54 @@ class TargetModule:
     d_in: int
     d_out: int
     layer: LoraLayer = field(repr=False)
+    embedding: bool = False
 
     @property
     def weight_a(self) -> nn.Parameter:
         """A, shape (rank, d_in)."""
-        weight: nn.Parameter = self.layer.lora_A[self.adapter].weight
+        layer = self.layer
+        weight: nn.Parameter = (
+            layer.lora_embedding_A[self.adapter] if self.embedding else layer.lora_A[self.adapter].weight
+        )
         return weight
 
     @property
     def weight_b(self) -> nn.Parameter:
         """B, shape (d_out, rank)."""
-        weight: nn.Parameter = self.layer.lora_B[self.adapter].weight
+        layer = self.layer
+        weight: nn.Parameter = (
+            layer.lora_embedding_B[self.adapter] if self.embedding else layer.lora_B[self.adapter].weight
+        )
         return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of B (`lora_bias`), shape (d_out,)."""
+        bias: nn.Parameter | None = None if self.embedding else self.layer.lora_B[self.adapter].bias
+        return bias
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's magnitude, shape (d_out,)."""
+        vectors = self.layer.lora_magnitude_vector
+        weight: nn.Parameter | None = vectors[self.adapter].weight if self.adapter in vectors else None
+        return weight
+
+    @property
+    def extras(self) -> tuple[nn.Parameter, ...]:
+        """What the adapter trains on this module and does not change with the rank: bias and magnitude, if any."""
+        return tuple(extra for extra in (self.bias, self.magnitude) if extra is not None)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the adapter on this module by their names inside the layer, A and B first."""
+        key = "lora_embedding_{}.{}" if self.embedding else "lora_{}.{}.weight"
+        named = {key.format("A", self.adapter): self.weight_a, key.format("B", self.adapter): self.weight_b}
+        if self.bias is not None:
+            named[f"lora_B.{self.adapter}.bias"] = self.bias
+        if self.magnitude is not None:
+            named[f"lora_magnitude_vector.{self.adapter}.weight"] = self.magnitude
+        return named
 
     @property
     def rank(self) -> int:
@@ -69,21 +112,56 @@ def _layer_key(name: str) -> str:
 
 
 def _refuse(name: str, layer: LoraLayer, adapter: str) -> None:
-    """Raise UnsupportedError if the pair is not a plain low-rank pair on a linear layer."""
+    """Raise UnsupportedError if the module's adapter is not a low-rank pair whose rank can change."""
+    variant = layer.lora_variant.get(adapter)
     reason = None
-    if adapter not in layer.lora_A:
-        reason = "only adapters on linear layers can change rank, not embeddings"
-    elif layer.lora_variant.get(adapter) is not None:
-        reason = f"the LoRA variant {type(layer.lora_variant[adapter]).__name__} cannot change rank yet"
-    elif not isinstance(layer.lora_A[adapter], nn.Linear):
+    if isinstance(layer, (ParamWrapper, MultiheadAttention, LoraParallelLinear)):
+        reason = f"adapters of PEFT's layer type {type(layer).__name__} cannot change rank"
+    elif variant is not None and not isinstance(variant, (DoraLinearVariant, DoraEmbeddingVariant)):
+        reason = f"the LoRA variant {type(variant).__name__} cannot change rank"
+    elif not isinstance(layer, Embedding) and not isinstance(layer.lora_A[adapter], nn.Linear):
         reason = f"its factors are {type(layer.lora_A[adapter]).__name__}, not Linear"
-    elif type(layer.lora_A[adapter].weight.data) is not torch.Tensor:
-        reason = "its factors are sharded (DTensor or FSDP)"
     if reason:
         raise UnsupportedError(
-            f"Target module {name!r}: {reason}. Use plain LoRA or rsLoRA on linear layers, or leave the module "
-            "out of `target_modules`."
+            f"Target module {name!r}: {reason}. Use LoRA, rsLoRA or DoRA on linear layers and token embeddings, or "
+            "leave the module out of `target_modules`."
         )
+
+
+def _refuse_config(config: LoraConfig) -> None:
+    """Raise UnsupportedError for settings under which a change of rank would go wrong later."""
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(CHANGES_THE_BASE):
+        raise UnsupportedError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT works "
+            "out again from the rank when it loads the adapter, so an adapter of new ranks would load wrong. Use the "
+            "default, 'gaussian', 'orthogonal' or 'eva'."
+        )
+    if config.target_parameters:
+        raise UnsupportedError(
+            f"target_parameters={list(config.target_parameters)} adapts parameters in place of modules, and PEFT "
+            "cannot load those at other ranks. Adapt the modules around them (such as attention) with "
+            "`target_modules` alone."
+        )
+
+
+def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
+    """Raise UnsupportedError if a factor is sharded, or one storage serves two modules."""
+    owners: dict[int, str] = {}
+    for target in targets:
+        for weight in (target.weight_a, target.weight_b):
+            if type(weight.data) is not torch.Tensor:
+                raise UnsupportedError(
+                    f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), as under "
+                    "FSDP or tensor parallelism. Run on one device."
+                )
+            address = weight.data_ptr()  # 0 if empty or without memory of its own (meta device)
+            if address and owners.setdefault(address, target.name) != target.name:
+                raise UnsupportedError(
+                    f"Target modules {owners[address]!r} and {target.name!r} share one adapter (tied "
+                    "weights), which cannot change rank. Leave one of them out of `target_modules`, and "
+                    "`ensure_weight_tying` off."
+                )
 
 
 def find_target_modules(model: nn.Module, adapter: str | None = None) -> list[TargetModule]:
@@ -101,6 +179,9 @@ def find_target_modules(model: nn.Module, adapter: str | None = None) -> list[Ta
     name = adapter or peft_model.active_adapter
     if name not in peft_model.peft_config:
         raise UnknownNameError.of("adapter", str(name), peft_model.peft_config)
+    config = peft_model.peft_config[name]
+    if isinstance(config, LoraConfig):
+        _refuse_config(config)
     base = peft_model.get_base_model()
     layers = [(path, module) for path, module in base.named_modules() if isinstance(module, LoraLayer)]
     blocks: dict[str, int] = {}
@@ -109,12 +190,20 @@ def find_target_modules(model: nn.Module, adapter: str | None = None) -> list[Ta
         if name not in layer.r:
             continue
         _refuse(path, layer, name)
-        weight_a, weight_b = layer.lora_A[name].weight, layer.lora_B[name].weight
         block = blocks.setdefault(_layer_key(path), len(blocks))
-        targets.append(TargetModule(path, name, block, weight_a.shape[1], weight_b.shape[0], layer))
+        targets.append(_target(path, name, block, layer))
+    _refuse_shards_and_ties(targets)
     if not targets:
         raise UnsupportedError(f"Adapter {name!r} of {type(base).__name__} has no LoRA target module.")
     return targets
+
+
+def _target(path: str, adapter: str, block: int, layer: LoraLayer) -> TargetModule:
+    if isinstance(layer, Embedding):
+        d_in, d_out = layer.lora_embedding_A[adapter].shape[1], layer.lora_embedding_B[adapter].shape[0]
+    else:
+        d_in, d_out = layer.lora_A[adapter].weight.shape[1], layer.lora_B[adapter].weight.shape[0]
+    return TargetModule(path, adapter, block, d_in, d_out, layer, isinstance(layer, Embedding))
 
 
 def unwrap(model: nn.Module) -> PeftModel:
@@ -134,22 +223,29 @@ def unwrap(model: nn.Module) -> PeftModel:
     return inner
 
 
-def check_ranks(targets: Sequence[TargetModule], ranks: dict[str, int]) -> None:
-    """Check a plan by names: known modules, ranks from 0 to min(d_in, d_out).
+def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> None:
+    """Check a plan: known modules, ranks of at least 0.
 
     Raises:
         UnknownNameError: a module that does not exist.
-        ConfigError: a rank that is negative or larger than the module allows.
+        ConfigError: a negative rank.
+        UnsupportedError: an adapter is merged into the frozen weights.
     """
-    by_name = {target.name: target for target in targets}
+    names = {target.name for target in targets}
     for name, rank in ranks.items():
-        if name not in by_name:
-            raise UnknownNameError.of("target module", name, by_name)
-        if not 0 <= rank <= by_name[name].max_rank:
-            raise ConfigError(f"Rank {rank} of {name!r} is not between 0 and {by_name[name].max_rank}.")
+        if name not in names:
+            raise UnknownNameError.of("target module", name, names)
+        if rank < 0:
+            raise ConfigError(f"Rank {rank} of {name!r} is negative. Ranks start at 0, which drops the adapter.")
+    merged = next((target.name for target in targets if target.layer.merged), None)
+    if merged:
+        raise UnsupportedError(
+            f"The adapter of {merged!r} is merged into the frozen weight, where its rank cannot change. Call "
+            "`unmerge_adapter()` first."
+        )
 
 
 def other_trainable(model: nn.Module, targets: Iterable[TargetModule]) -> list[nn.Parameter]:
-    """Trainable parameters that are no LoRA pair of `targets`, such as a classifier in `modules_to_save`."""
+    """Trainable parameters that are no factor of `targets`: a classifier in `modules_to_save`, biases, magnitudes."""
     pairs = {id(weight) for target in targets for weight in (target.weight_a, target.weight_b)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in pairs]

@@ -42,6 +42,7 @@ def make_record(decision: int = 0, **changes: Any) -> DecisionRecord:
         features=np.arange(6, dtype=np.float32).reshape(3, 2),
         feature_names=("snr", "height"),
         run_features={"progress": 0.25 * decision},
+        notes={MODULES[1]: "left alone"},
     )
     return replace(record, **changes)
 
@@ -83,6 +84,7 @@ def test_round_trip(log: DecisionLog) -> None:
             "rank_after": 1,
             "score": 1 / 3,  # float64: the projection can be replayed exactly
             "changed_by_projection": False,
+            "note": "left alone",
             "feature.snr": 2.0,
             "feature.height": 3.0,
             "run.progress": 0.25,

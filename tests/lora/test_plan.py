@@ -299,3 +299,21 @@ def test_the_message_for_bytes_says_what_takes_them():
         r" goes to what trains outside.*gradient checkpointing",
     ):
         check_budget(problem, ["bottom", "top"])
+
+
+@pytest.mark.parametrize(("limit", "ranks"), [(400, [8, 4, 24, 4]), (90, [8, 0, 0, 1]), (70, [0, 2, 2, 2])])
+def test_held_modules_keep_their_rank_or_are_dropped(limit, ranks):
+    """The first module is held: others give way for it, and it goes only if it cannot fit at all."""
+    problem = PlanProblem(
+        ranks=np.array([8, 4, 4, 4]),
+        max_ranks=np.array([32, 8, 32, 8]),
+        blocks=np.array([0, 0, 1, 1]),
+        cost=ParameterCost(np.array([10.0, 10.0, 10.0, 10.0])),
+        limit=limit,
+        ladder=RankLadder(),
+        held=np.array([True, False, False, False]),
+    )
+    plan = project(problem, np.array([2, 0, 5, 0]), np.zeros(4))
+    assert plan.asked[0] == 8
+    assert problem.fits(plan.ranks)
+    assert plan.ranks.tolist() == ranks

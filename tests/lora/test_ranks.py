@@ -10,17 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from rankpilot.errors import ConfigError, NonFiniteError, UnknownNameError
+from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.lora import ranks as ranks_module
-from rankpilot.lora.ranks import (
-    RankChange,
-    balanced_factors,
-    bookkeep,
-    growth_generator,
-    reset_adapters,
-    set_ranks,
-    write_in_place,
-)
+from rankpilot.lora.factors import growth_generator, shrink_maps, write_in_place
+from rankpilot.lora.ranks import RankChange, bookkeep, non_finite, reset_adapters, set_ranks
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 
@@ -121,14 +114,28 @@ def test_directions_without_function_are_seeded_anew_and_train_again(live, after
     assert ((target.weight_b - before).abs().amax(dim=0) > 1e-3).all()
 
 
-def test_balanced_factors_say_which_directions_carry_function():
+def test_shrink_maps_say_which_directions_carry_function():
     target = lone_pair(8, 8, 4, torch.float64)
     fill(target, 2, torch.Generator().manual_seed(0), spread=0.1)
-    p, q, live = balanced_factors(target.weight_a.detach(), target.weight_b.detach(), 3)
-    assert (p.shape, q.shape, live.tolist()) == ((4, 3), (3, 4), [True, True, False])
-    assert p[:, 2].abs().sum() == 0
-    assert q[2].abs().sum() == 0
-    torch.testing.assert_close(q[:2] @ p[:, :2], torch.eye(2, dtype=torch.float64))
+    maps = shrink_maps(target.weight_a.detach(), target.weight_b.detach(), 3)
+    assert (maps.p.shape, maps.q.shape, maps.live.tolist()) == ((4, 3), (3, 4), [True, True, False])
+    assert maps.p[:, 2].abs().sum() == 0
+    assert maps.q[2].abs().sum() == 0
+    torch.testing.assert_close(maps.q[:2] @ maps.p[:, :2], torch.eye(2, dtype=torch.float64))
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(2, 6), st.integers(0, 99))
+def test_pairs_of_one_shape_shrink_together_as_they_do_alone(d_in, d_out, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(3, rank, d_in, generator=generator, dtype=torch.float64)
+    b = torch.randn(3, d_out, rank, generator=generator, dtype=torch.float64)
+    b[1] = 0
+    together = shrink_maps(a, b, rank - 1)
+    for index in range(3):
+        alone = shrink_maps(a[index], b[index], rank - 1)
+        assert torch.equal(alone.live, together.live[index])
+        product = b[index] @ alone.p @ alone.q @ a[index]
+        torch.testing.assert_close(b[index] @ together.p[index] @ together.q[index] @ a[index], product)
 
 
 def test_parameters_stay_the_same_objects_with_new_storage(make_llama):
@@ -271,7 +278,6 @@ def test_global_random_state_is_left_alone(make_llama):
     [
         ("model.layers.0.self_attn.q_prj", 2, UnknownNameError),
         ("model.layers.0.self_attn.q_proj", -1, ConfigError),
-        ("model.layers.0.self_attn.k_proj", 17, ConfigError),
     ],
 )
 def test_a_bad_plan_changes_nothing(make_llama, name, rank, error):
@@ -281,18 +287,61 @@ def test_a_bad_plan_changes_nothing(make_llama, name, rank, error):
     assert {t.rank for t in targets} == {4}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("factor", ["weight_a", "weight_b"])
-def test_non_finite_weights_cannot_shrink_and_nothing_is_changed(make_llama, value, factor):
+def test_a_rank_above_the_width_is_clipped_and_reported(make_llama, caplog):
     targets = find_target_modules(make_llama())
+    key, query = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"
+    changes = set_ranks(targets, {key: 99, query: 20})
+    assert changes == [
+        RankChange(query, 4, 20),
+        RankChange(key, 4, 16, "asked for 99, above min(d_in, d_out) = 16"),
+    ]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"Ranks that could not be set as asked: {key} has rank 16 (asked for 99, above min(d_in, d_out) = 16)."
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["weight_a", "weight_b", "gradient", "state"])
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_module_that_is_not_finite_is_left_alone_and_reported(make_llama, llama_batch, caplog, value, where, rank):
+    model = make_llama()
+    targets = find_target_modules(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(**llama_batch).loss.backward()
+    optimizer.step()
+    broken = targets[5]
+    place = {
+        "weight_a": broken.weight_a,
+        "weight_b": broken.weight_b,
+        "gradient": broken.weight_b.grad,
+        "state": optimizer.state[broken.weight_a]["exp_avg"],
+    }[where]
     with torch.no_grad():
-        getattr(targets[5], factor)[0, 0] = value
-    with pytest.raises(NonFiniteError, match=r"up_proj' holds NaN or infinity.*learning rate"):
-        set_ranks(targets, {t.name: 2 for t in targets})
-    assert {t.rank for t in targets} == {4}
+        place[0, 0] = value
+    kept = broken.weight_b.detach().clone()
+    assert non_finite(targets, optimizer) == [broken.name]
+    changes = set_ranks(targets, {t.name: rank for t in targets}, optimizer)
+    note = f"not set to {rank}: its factors, gradients or optimizer state hold NaN or infinity"
+    assert RankChange(broken.name, 4, 4, note) in changes
+    assert len(changes) == len(targets)
+    assert [t.rank for t in targets] == [4 if t is broken else rank for t in targets]
+    torch.testing.assert_close(broken.weight_b, kept, rtol=0, atol=0, equal_nan=True)
+    assert len(caplog.records) == 1
+    assert broken.name in caplog.text
     # Dropping it altogether is a way out.
-    set_ranks(targets, {targets[5].name: 0})
-    assert targets[5].rank == 0
+    assert set_ranks(targets, {broken.name: 0}, optimizer) == [RankChange(broken.name, 4, 0)]
+    assert non_finite(targets, optimizer) == []
+
+
+def test_ranks_cannot_change_while_merged(make_llama):
+    model = make_llama()
+    targets = find_target_modules(model)
+    model.merge_adapter()
+    with pytest.raises(UnsupportedError, match=r"q_proj' is merged.*unmerge_adapter"):
+        set_ranks(targets, {targets[0].name: 2})
+    model.unmerge_adapter()
+    set_ranks(targets, {targets[0].name: 2})
+    assert targets[0].rank == 2
 
 
 def test_write_in_place_frees_the_old_storage():

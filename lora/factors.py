@@ -1,0 +1,90 @@
+"""The algebra of a LoRA pair: its best approximation at a lower rank, and fresh directions at a higher one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .targets import TargetModule
+
+DEAD_DIRECTION = 1e-6
+"""A singular value below this share of the largest carries no function; its pair is seeded anew."""
+
+BEFORE_THE_RUN = -1
+"""The step that seeds first rows: growth at step 0 must not draw the same ones again."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShrinkMaps:
+    """The linear maps A' = Q A and B' = B P that lower the rank of a pair from r to k; `...` is any batch.
+
+    Attributes:
+        p: fp64 (..., r, k).
+        q: fp64 (..., k, r).
+        live: bool (..., k); dead directions carry no function, their columns of P and rows of Q are zero.
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor
+    live: torch.Tensor
+
+
+def shrink_maps(weight_a: torch.Tensor, weight_b: torch.Tensor, rank: int) -> ShrinkMaps:
+    """The maps to the best rank-k approximation of B A (Eckart and Young, 1936).
+
+    QR factors of B and A^T leave the r x r core R_B R_A^T = U S V^T; then P = R_A^T V_k S_k^-1/2 and
+    Q = S_k^-1/2 U_k^T R_B. The dense product is never formed.
+
+    Args:
+        weight_a: A, fp64 of shape (..., r, d_in).
+        weight_b: B, fp64 of shape (..., d_out, r).
+        rank: k, 0 < k < r.
+    """
+    core_b = torch.linalg.qr(weight_b, mode="r").R
+    core_a = torch.linalg.qr(weight_a.mT, mode="r").R
+    u, s, vh = torch.linalg.svd(core_b @ core_a.mT, full_matrices=False)
+    # d_out or d_in below r leaves fewer directions than asked for: the rest are dead.
+    width = min(rank, s.shape[-1])
+    kept = s[..., :width]
+    batch, before = s.shape[:-1], weight_a.shape[-2]
+    live = torch.zeros(*batch, rank, dtype=torch.bool, device=s.device)
+    live[..., :width] = kept > DEAD_DIRECTION * s[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
+    inverse_root = torch.where(live[..., :width], kept.rsqrt(), 0.0)
+    p = s.new_zeros(*batch, before, rank)
+    q = s.new_zeros(*batch, rank, before)
+    p[..., :width] = (core_a.mT @ vh[..., :width, :].mT) * inverse_root[..., None, :]
+    q[..., :width, :] = inverse_root[..., None] * (u[..., :width].mT @ core_b)
+    return ShrinkMaps(p, q, live)
+
+
+def growth_generator(seed: int, step: int, name: str) -> torch.Generator:
+    """A generator that depends on (seed, step, module) alone, so that every process draws the same rows."""
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def fresh_directions(target: TargetModule, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """New directions as PEFT starts them: one factor random, the other zero.
+
+    Returns:
+        Rows of A, (count, d_in), and columns of B, (d_out, count). On linear layers A is uniform in
+        +-1/sqrt(d_in); on embeddings B is standard normal.
+    """
+    a, b = target.weight_a, target.weight_b
+    if target.embedding:
+        columns = torch.randn(target.d_out, count, generator=generator, dtype=torch.float64)
+        return a.new_zeros(count, target.d_in), columns.to(b)
+    bound = 1 / math.sqrt(target.d_in)
+    rows = torch.rand(count, target.d_in, generator=generator, dtype=torch.float64) * (2 * bound) - bound
+    return rows.to(a), b.new_zeros(target.d_out, count)
+
+
+def write_in_place(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Give a parameter new storage in place: same object, same hooks, same optimiser group."""
+    parameter.grad = None
+    with torch.no_grad():
+        parameter.set_(value.contiguous())  # type: ignore[call-overload]

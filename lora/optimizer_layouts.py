@@ -1,0 +1,248 @@
+"""What each optimiser keeps for a parameter: which tensors are which moments, and in which form they are stored.
+
+An optimiser that is not in the table is refused: a moment carried as something that it is not, or not at all, would go
+wrong without an error. Third-party optimisers are known by name, so that none of them needs to be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedError
+
+Moment = Literal["first", "second"]
+State = dict[str, Any]
+
+LOW_BIT_BLOCK = 256
+"""Values that share one scale in the 8-bit states of bitsandbytes."""
+
+
+class StateForm(Protocol):
+    """How an optimiser stores a moment."""
+
+    def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
+        """The moment as an ordinary float tensor."""
+
+    def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
+        """Store a moment of new shape as the optimiser would if it had always had that shape."""
+
+    def size(self, optimizer: Any, like: torch.Tensor) -> int:
+        """Bytes of one moment of a parameter of this shape and dtype."""
+
+
+class PlainForm:
+    """An ordinary tensor."""
+
+    def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
+        """The tensor itself."""
+        moment: torch.Tensor = state[key]
+        return moment
+
+    def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
+        """In the dtype of the one before."""
+        state[key] = value.to(state[key].dtype)
+
+    def size(self, optimizer: Any, like: torch.Tensor) -> int:
+        """As many bytes as the parameter."""
+        return like.numel() * like.element_size()
+
+
+class TorchaoForm:
+    """torchao's low-bit tensor subclasses; tensors that are small or of odd size stay ordinary."""
+
+    def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
+        """Dequantised."""
+        moment: torch.Tensor = state[key]
+        return moment if type(moment) is torch.Tensor else moment.dequantize()
+
+    def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
+        """Requantised by the optimiser's own rule."""
+        state[key] = optimizer._new_buffer(torch.empty_like(value, dtype=parameter.dtype), key == "exp_avg")
+        state[key].copy_(value)
+
+    def size(self, optimizer: Any, like: torch.Tensor) -> int:
+        """Codes and scales."""
+        moment = optimizer._new_buffer(like, True)
+        if type(moment) is torch.Tensor:
+            return like.numel() * like.element_size()
+        parts = [getattr(moment, name) for name in moment.__tensor_flatten__()[0] if name != "qmap"]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+class BitsandbytesForm:
+    """bitsandbytes' states: fp32, or 8-bit codes in blocks with a scale each.
+
+    Paged states become ordinary ones at the first change of rank, as they do when bitsandbytes loads a checkpoint.
+    """
+
+    def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
+        """Dequantised, on the parameter's device (paged states look as if they were on the CPU)."""
+        from bitsandbytes.functional import dequantize_blockwise
+
+        moment: torch.Tensor = state[key].to(parameter.device)
+        if moment.dtype != torch.uint8:
+            return moment
+        number = key[-1]
+        read: torch.Tensor = dequantize_blockwise(
+            moment, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=LOW_BIT_BLOCK
+        )
+        return read
+
+    def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
+        """Requantised, or fp32 below the size from which the optimiser uses 8 bits."""
+        paged = optimizer.page_mng.paged_tensors
+        paged[:] = [tensor for tensor in paged if tensor is not state[key]]
+        scales, codes = f"absmax{key[-1]}", f"qmap{key[-1]}"
+        if not self._low_bit(optimizer, parameter, value.numel()):
+            state[key] = value.float()
+            state.pop(scales, None)
+            state.pop(codes, None)
+            return
+        if "dynamic" not in optimizer.name2qmap:
+            optimizer.fill_qmap()
+        state[codes] = optimizer.name2qmap["udynamic" if key == "state2" else "dynamic"].to(value.device)
+        state[key], state[scales] = _nearest_codes(value.float(), state[codes])
+
+    def size(self, optimizer: Any, like: torch.Tensor) -> int:
+        """Codes and scales, or fp32."""
+        count = like.numel()
+        if self._low_bit(optimizer, like, count):
+            return count + 4 * -(-count // LOW_BIT_BLOCK)
+        return 4 * count
+
+    @staticmethod
+    def _low_bit(optimizer: Any, parameter: torch.Tensor, count: int) -> bool:
+        settings = vars(optimizer.args) | optimizer.mng.pid2config.get(id(parameter), {})
+        return bool(settings["optim_bits"] == 8 and count >= settings["min_8bit_size"])
+
+
+def _nearest_codes(value: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block-wise 8-bit quantisation (Dettmers et al., 2022, arXiv:2110.02861) to the nearest code.
+
+    The library's CPU kernel turns an exact 0 into a small number, which a new direction's state must not be.
+
+    Returns:
+        Codes, uint8 of the shape of `value`, and one scale for each block of LOW_BIT_BLOCK values.
+    """
+    blocks = nn.functional.pad(value.flatten(), (0, -value.numel() % LOW_BIT_BLOCK)).view(-1, LOW_BIT_BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    middles = (code[1:] + code[:-1]) / 2
+    relative = blocks / scales[:, None].clamp_min(torch.finfo(torch.float32).tiny)
+    codes = torch.bucketize(relative, middles).to(torch.uint8)
+    return codes.flatten()[: value.numel()].view(value.shape), scales
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What an optimiser keeps for one parameter.
+
+    Attributes:
+        moments: state tensors of the parameter's own shape.
+        factored: second moments averaged over one axis (Shazeer and Stern, 2018, arXiv:1804.04235): the axis of the
+            parameter that each keeps, and the axis of the state tensor on which it lies.
+        form: how the moments are stored.
+        kept: how many moments there are under the optimiser's settings; all by default.
+    """
+
+    moments: Mapping[str, Moment]
+    factored: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    form: StateForm = field(default_factory=PlainForm)
+    kept: Callable[[Mapping[str, Any]], int] | None = None
+
+    def bytes_of(self, optimizer: Any, like: torch.Tensor) -> int:
+        """Bytes of state of a parameter of this shape and dtype, factored moments counted in full."""
+        count = self.kept(optimizer.defaults) if self.kept else len(self.moments)
+        return count * self.form.size(optimizer, like)
+
+
+_ADAM: dict[str, Moment] = {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"}
+
+
+def _adam_kept(settings: Mapping[str, Any]) -> int:
+    return 2 + bool(settings.get("amsgrad"))
+
+
+_LAYOUTS = {
+    "torch.Adam": StateLayout(_ADAM, kept=_adam_kept),
+    "torch.AdamW": StateLayout(_ADAM, kept=_adam_kept),
+    "torch.NAdam": StateLayout(_ADAM, kept=_adam_kept),
+    "torch.RMSprop": StateLayout(
+        {"square_avg": "second", "momentum_buffer": "first"}, kept=lambda settings: 1 + (settings["momentum"] != 0)
+    ),
+    "torch.SGD": StateLayout({"momentum_buffer": "first"}, kept=lambda settings: int(settings["momentum"] != 0)),
+    "torch.Adafactor": StateLayout(
+        {"variance": "second"}, {"row_var": (0, 0), "col_var": (1, 1)}, kept=lambda settings: 1
+    ),
+    "transformers.Adafactor": StateLayout(
+        {"exp_avg": "first", "exp_avg_sq": "second"},
+        {"exp_avg_sq_row": (0, 0), "exp_avg_sq_col": (1, 0)},
+        kept=lambda settings: 1 + (settings["beta1"] is not None),
+    ),
+    "lion_pytorch.Lion": StateLayout({"exp_avg": "first"}),
+    "torchao._AdamBase": StateLayout(_ADAM, form=TorchaoForm(), kept=_adam_kept),
+}
+_BITSANDBYTES: dict[str, dict[str, Moment]] = {
+    "adam": {"state1": "first", "state2": "second"},
+    "lion": {"state1": "first"},
+    "momentum": {"state1": "first"},
+    "rmsprop": {"state1": "second"},
+}
+
+_SUPPORTED = (
+    "AdamW, Adam, NAdam, RMSprop, SGD and Adafactor of torch.optim, Adafactor of transformers, AdamW, Adam, Lion, SGD "
+    "and RMSprop of bitsandbytes (8-bit, 32-bit, paged), AdamW and Adam of torchao.optim (8-bit, 4-bit, fp8), and "
+    "lion_pytorch.Lion; in TrainingArguments for example optim='adamw_torch', 'adamw_bnb_8bit' or 'adafactor'"
+)
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser inside accelerate's wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def layout_of(optimizer: torch.optim.Optimizer) -> StateLayout:
+    """What this optimiser keeps.
+
+    Raises:
+        UnsupportedError: it is not known, or not with these settings; names what is.
+    """
+    inner = unwrap_optimizer(optimizer)
+    layout = _find(inner)
+    if layout is None:
+        kind = type(inner)
+        raise UnsupportedError(
+            f"The state of {kind.__module__}.{kind.__name__} cannot be carried through a change of rank"
+            f"{_why(inner)}. Supported: {_SUPPORTED}."
+        )
+    if isinstance(inner, torch.optim.RMSprop) and any(group["centered"] for group in inner.param_groups):
+        # Its variance is a difference of the two moments, which the maps would let become negative.
+        raise UnsupportedError("RMSprop(centered=True) cannot be carried through a change of rank. Use centered=False.")
+    return layout
+
+
+def _find(optimizer: torch.optim.Optimizer) -> StateLayout | None:
+    for kind in type(optimizer).__mro__:
+        name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+        if name in ("bitsandbytes.Optimizer1State", "bitsandbytes.Optimizer2State"):
+            moments = _BITSANDBYTES.get(getattr(optimizer, "optimizer_name", ""))
+            return StateLayout(moments, form=BitsandbytesForm()) if moments else None
+        if name in _LAYOUTS:
+            return _LAYOUTS[name]
+        if "step" in vars(kind):  # a subclass with its own rule may keep anything
+            return None
+    return None
+
+
+def _why(optimizer: torch.optim.Optimizer) -> str:
+    name = type(optimizer).__name__
+    if "ScheduleFree" in name:
+        return ": it keeps an average of past weights, which belongs to the old factors"
+    if "Muon" in name:
+        return ": its updates mix the directions of a factor, so new ones would change the old ones"
+    return ": what it keeps is not known"
