@@ -1,4 +1,4 @@
-"""The command line: `rankpilot train`, `rankpilot finetune`, `rankpilot assets`."""
+"""The command line: `rankpilot train`, `rankpilot finetune`, `rankpilot export`, `rankpilot assets`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,28 @@ class Finetune(FinetuneConfig):
 
     output: Path = Path("runs/finetune")
     resume: bool = False
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a LoRA adapter for programs that read one rank and one scale, or the ranks it learned for a new fine-tune.
+
+    padded: a folder for vLLM, llama.cpp and plain PEFT. Every module gets the same rank, filled up with zeros, and its
+    scale moves into the weights. Start vLLM with --max-lora-rank of at least that rank.
+    rank-pattern: the lines of an axolotl config file that start a fresh fine-tune at the learned ranks.
+
+    Attributes:
+        adapter: folder with adapter_config.json and adapter_model.safetensors.
+        output: new folder of the padded adapter, or file of the rank pattern (printed if None).
+        format: what to write.
+        rank: of all modules when padded: 1, 8, 16, 32, 64, 128, 256, 320 or 512 (vLLM's); by default the smallest
+            that fits.
+    """
+
+    adapter: tyro.conf.Positional[Path]
+    output: Path | None = None
+    format: Literal["padded", "rank-pattern"] = "padded"
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +174,31 @@ def finetune_command(options: Finetune) -> None:
     console.print(f"Report and pictures: {report}")
 
 
+def export_command(options: Export) -> None:
+    """Write the padded adapter, or write or print its rank pattern."""
+    from .files import write_text
+    from .lora.export import export_padded, rank_pattern_yaml
+
+    output = options.output
+    if options.format == "padded":
+        if output is None:
+            raise ConfigError("A padded adapter needs a folder: pass --output FOLDER.")
+        export_padded(options.adapter, output, options.rank)
+        rank = read_json(output / "adapter_config.json")["r"]
+        console.print(f"{output} holds the adapter with all modules at rank {rank}.", soft_wrap=True, markup=False)
+        return
+    if options.rank is not None:
+        raise ConfigError("--rank is for padded adapters; a rank pattern keeps every module's own. Leave it out.")
+    if output is not None and output.exists():
+        raise ConfigError(f"{output} exists already. Name a file that does not.")
+    text = rank_pattern_yaml(options.adapter)
+    if output is None:
+        console.out(text, end="", highlight=False)
+    else:
+        write_text(output, text)
+        console.print(f"{output} holds the ranks for axolotl.", soft_wrap=True, markup=False)
+
+
 def assets_command(options: Assets) -> None:
     """Show or download packaged models and data."""
     from .assets import ASSETS, asset_table, cache_folder, fetch_asset
@@ -219,6 +266,10 @@ def _parse_finetune(arguments: Sequence[str]) -> Finetune:
     return tyro.cli(Finetune, args=rest, default=default, prog="rankpilot finetune")
 
 
+def _parse_export(arguments: Sequence[str]) -> Export:
+    return tyro.cli(Export, args=list(arguments), prog="rankpilot export")
+
+
 def _parse_assets(arguments: Sequence[str]) -> Assets:
     return tyro.cli(Assets, args=list(arguments), prog="rankpilot assets")
 
@@ -279,9 +330,10 @@ _USAGE = """[bold]rankpilot[/]: LoRA ranks that a learned policy decides, inside
 
   [bold]rankpilot train[/]      train a policy on proxy fine-tunes
   [bold]rankpilot finetune[/]   fine-tune a model under a policy
+  [bold]rankpilot export[/]     write an adapter for vLLM, llama.cpp or axolotl
   [bold]rankpilot assets[/]     packaged models and data
 
-Each has its own --help, and takes --config FILE (a run's config.json) for defaults."""
+Each has its own --help; train and finetune take --config FILE (a run's config.json) for defaults."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -300,12 +352,14 @@ def run(arguments: Sequence[str]) -> int:
             train_command(_parse_train(rest))
         elif command == "finetune":
             finetune_command(_parse_finetune(rest))
+        elif command == "export":
+            export_command(_parse_export(rest))
         elif command == "assets":
             assets_command(_parse_assets(rest))
         else:
             from .errors import UnknownNameError
 
-            raise UnknownNameError.of("command", command, ("train", "finetune", "assets"))
+            raise UnknownNameError.of("command", command, ("train", "finetune", "export", "assets"))
     except RankPilotError as error:
         line = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(line, highlight=False, soft_wrap=True)

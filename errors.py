@@ -8,7 +8,7 @@
     ├── DataError          a data set that is empty, too short or malformed        (ValueError)
     ├── NonFiniteError     a loss or weight that is NaN or infinite                (ArithmeticError)
     ├── PolicyFileError    a policy file that is corrupt, foreign or too new       (ValueError)
-    ├── RunFolderError     a run folder that exists, is missing or is incomplete   (OSError)
+    ├── RunFolderError     a run's or adapter's folder: there already, missing, cut (OSError)
     └── AssetError         a packaged model or data set that is not at hand        (OSError)
 
 Each also inherits the builtin in brackets, so that code that knows nothing of rankpilot can catch it.
@@ -75,7 +75,7 @@ class PolicyFileError(RankPilotError, ValueError):
 
 
 class RunFolderError(RankPilotError, OSError):
-    """A run folder that exists already, is missing or is incomplete."""
+    """A folder of a run or an adapter that exists already, is missing, or is incomplete."""
 
 
 class AssetError(RankPilotError, OSError):

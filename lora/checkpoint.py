@@ -9,35 +9,61 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from .ranks import resize
 from .targets import TargetModule, unwrap
 
+MANY_MODULES = 256
+"""PEFT tries every pattern on every module, and Python's `re` remembers 512 of them: with more, loading an adapter
+takes minutes. From this number on, modules of one rank share a pattern."""
+
+
+@dataclass(frozen=True)
+class _UserSettings:
+    """What the user's LoraConfig said before our first change of it."""
+
+    exclude_modules: Any
+    target_modules: Any
+
 
 def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """Write the current ranks into the model's LoraConfig, so that any save from now on is right.
 
-    Each adapted module gets an anchored `rank_pattern` and `alpha_pattern` entry; modules at rank 0 are listed in
-    `exclude_modules`. Entries that the user had set for other modules stay.
+    Adapted modules get anchored `rank_pattern` and `alpha_pattern` entries; modules at rank 0 are listed in
+    `exclude_modules`. The user's own patterns go: PEFT sorts them on saving, and the first match wins.
     """
     peft_model = unwrap(model)
-    config = peft_model.peft_config[targets[0].adapter]
-    keys = {target: "^" + re.escape(target.name) for target in targets}
-    ours = set(keys.values())
-    config.rank_pattern = {k: v for k, v in config.rank_pattern.items() if k not in ours}
-    config.alpha_pattern = {k: v for k, v in config.alpha_pattern.items() if k not in ours}
+    adapter = targets[0].adapter
+    config = peft_model.peft_config[adapter]
+    settings = peft_model.__dict__.setdefault("_rankpilot_user_settings", {})
+    user = settings.setdefault(adapter, _UserSettings(config.exclude_modules, config.target_modules))
     live = [target for target in targets if target.rank > 0]
-    # The first matching pattern wins, so ours come first.
-    config.rank_pattern = {keys[t]: t.rank for t in live} | config.rank_pattern
-    config.alpha_pattern = {keys[t]: t.layer.lora_alpha[t.adapter] for t in live} | config.alpha_pattern
-    # What the user excluded, as it was before our first change.
-    original = peft_model.__dict__.setdefault("_rankpilot_user_exclude", {})
-    user = original.setdefault(targets[0].adapter, config.exclude_modules)
-    config.exclude_modules = _excluded(user, [target.name for target in targets if target.rank == 0])
+    config.rank_pattern = _patterns({t.name: t.rank for t in live})
+    config.alpha_pattern = _patterns({t.name: t.layer.lora_alpha[adapter] for t in live})
+    config.exclude_modules = _excluded(user.exclude_modules, [target.name for target in targets if target.rank == 0])
+    # An adapter of no module at all is one that PEFT would not load under any real name.
+    config.target_modules = user.target_modules if live else DUMMY_TARGET_MODULES
+    if config.init_lora_weights == "orthogonal":  # not possible at odd ranks, and of no use to whoever loads
+        config.init_lora_weights = True
+
+
+def _patterns(values: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's pattern dictionary for these values by module name."""
+    groups: dict[Any, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value if len(values) >= MANY_MODULES else name, []).append(name)
+    return {_pattern(names): values[names[0]] for names in groups.values()}
+
+
+def _pattern(names: list[str]) -> str:
+    escaped = [re.escape(name) for name in names]
+    return f"^{escaped[0]}" if len(names) == 1 else f"^(?:{'|'.join(escaped)})"
 
 
 def _excluded(user: Any, dropped: list[str]) -> Any:
@@ -108,8 +134,6 @@ def _name_adapter(state: dict[str, torch.Tensor], path: str, name: str, adapter:
     PEFT adds the name only to keys that the model would save, so not where it is at rank 0.
     """
     plain = name.replace(f".{adapter}", "", 1)
-    if "lora_magnitude_vector" in name:  # saved without its last part
-        plain = plain.removesuffix(".weight")
     if f"{path}{plain}" in state:
         state[f"{path}{name}"] = state.pop(f"{path}{plain}")
 

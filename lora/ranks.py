@@ -185,8 +185,28 @@ def bookkeep(target: TargetModule, rank: int) -> None:
     if not target.embedding:
         layer.lora_A[name].out_features = rank
         layer.lora_B[name].in_features = rank
-    for weight in target.parameters.values():
-        weight.requires_grad_(rank > 0)
+    for parameter in target.parameters.values():
+        parameter.requires_grad_(rank > 0)
+    if rank == 0 and _KeepFrozen(target) not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_KeepFrozen(target))
+
+
+@dataclass(frozen=True, eq=False)
+class _KeepFrozen:
+    """A forward pre-hook that freezes a dropped module again, after PEFT has set its whole adapter trainable.
+
+    PEFT does so in `set_adapter`, and at the end of `disable_adapter`; biases and magnitudes would train unseen.
+    """
+
+    target: TargetModule
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _KeepFrozen) and other.target.adapter == self.target.adapter
+
+    def __call__(self, *_: object) -> None:
+        if self.target.weight_a.requires_grad and self.target.rank == 0:
+            for parameter in self.target.parameters.values():
+                parameter.requires_grad_(False)
 
 
 def _drop(targets: Iterable[TargetModule], optimizer: torch.optim.Optimizer | None) -> None:

@@ -137,11 +137,16 @@ def _refuse_config(config: LoraConfig) -> None:
             "out again from the rank when it loads the adapter, so an adapter of new ranks would load wrong. Use the "
             "default, 'gaussian', 'orthogonal' or 'eva'."
         )
+    if config.bias != "none":
+        raise UnsupportedError(
+            f"bias={config.bias!r} trains biases of the frozen model, and PEFT does not load those of modules whose "
+            "rank went to 0. Use bias='none', or `lora_bias=True` for biases that belong to the adapter."
+        )
     if config.target_parameters:
         raise UnsupportedError(
             f"target_parameters={list(config.target_parameters)} adapts parameters in place of modules, and PEFT "
-            "cannot load those at other ranks. Adapt the modules around them (such as attention) with "
-            "`target_modules` alone."
+            "cannot load those at other ranks. For a mixture of experts PEFT adds them by itself under "
+            "target_modules='all-linear': name modules instead, for example ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
         )
 
 

@@ -17,6 +17,7 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_tex
 SMALLER = {
     "train": "--iterations 1 --group 2 --workers 1 --task-steps 12 --validation-tasks 2 --corpora code",
     "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 32 --batch-size 4",
+    "export": "",
     "assets": "",
 }
 

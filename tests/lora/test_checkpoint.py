@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from rankpilot.lora import checkpoint
 from rankpilot.lora.checkpoint import adapter_ranks, make_resizable, settle, sync_config
 from rankpilot.lora.ranks import set_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -172,17 +173,25 @@ def test_what_the_user_excluded_stays_excluded(make_llama, llama_config, make_to
     assert model.peft_config["default"].exclude_modules == original
 
 
-def test_the_users_patterns_for_other_modules_stay(make_llama):
-    model = make_llama(rank_pattern={"up_proj": 2, "another": 9}, alpha_pattern={"another": 3})
+@pytest.mark.parametrize("many", [256, 3])
+@pytest.mark.parametrize("user", ["up_proj", ".*up_proj", "(up_proj|v_proj)"])
+def test_no_pattern_of_the_user_gets_in_the_way(
+    make_llama, llama_config, make_tokens, tmp_path, monkeypatch, user, many
+):
+    """PEFT sorts patterns on saving, and the first match wins; ours are grouped by rank where they are many."""
+    monkeypatch.setattr(checkpoint, "MANY_MODULES", many)
+    model = make_llama(rank_pattern={user: 2}, alpha_pattern={user: 6})
     targets = find_target_modules(model)
-    assert next(t for t in targets if t.name.endswith("up_proj")).rank == 2
-    set_ranks(targets, {t.name: 5 for t in targets})
-    for _ in range(2):
-        sync_config(model, targets)
-        config = model.peft_config["default"]
-        assert list(config.rank_pattern)[-2:] == ["up_proj", "another"]
-        assert list(config.rank_pattern.values()) == [5] * len(targets) + [2, 9]
-        assert config.alpha_pattern["another"] == 3
+    make_resizable(model, targets)
+    ranks = mix(targets, (0, 1, 6))
+    sync_config(model, targets)
+    config = model.peft_config["default"]
+    assert len(config.rank_pattern) == (2 if many == 3 else sum(rank > 0 for rank in ranks.values()))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = reload(LlamaForCausalLM(llama_config), tmp_path)
+    assert adapter_ranks(find_target_modules(again)) == {n: r for n, r in ranks.items() if r}
+    assert torch.equal(logits(again, make_tokens()), logits(model, make_tokens()))
 
 
 def test_a_dropped_module_does_not_take_its_namesake_along(tmp_path):

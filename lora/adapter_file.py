@@ -1,0 +1,118 @@
+"""A saved LoRA adapter, read and checked without its base model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..errors import ConfigError, RunFolderError, UnsupportedError
+
+T = TypeVar("T")
+
+PAIR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(\.weight|\.bias)?")
+"""Names of an adapter's tensors: the module, A or B, and which parameter of it (none for an embedding)."""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a folder holds: its configuration, all tensors by key, and rank and alpha by module name."""
+
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+
+    def scale(self, name: str) -> float:
+        """The factor that PEFT puts in front of B A; 0 where nothing is adapted."""
+        rank = self.ranks[name]
+        root = math.sqrt(rank) if self.config.use_rslora else rank
+        return self.alphas[name] / root if rank else 0.0
+
+    def settings(self, names: tuple[str, ...]) -> dict[str, object]:
+        """Those of the named settings that are switched on; other versions of PEFT may lack some."""
+        values = {name: getattr(self.config, name, None) for name in names}
+        return {name: value for name, value in values.items() if value}
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """An adapter's files, checked against each other."""
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    ranks = _ranks(folder, tensors)
+    try:
+        expected = {name: _resolve(config.rank_pattern, name, config.r) for name in ranks}
+        alphas = {name: float(_resolve(config.alpha_pattern, name, config.lora_alpha)) for name in ranks}
+    except (re.error, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"The ranks and alphas in {folder / CONFIG_NAME} cannot be read: {error}") from error
+    for name, rank in ranks.items():
+        if rank not in (0, expected[name]):
+            raise ConfigError(
+                f"{name} has rank {rank} in the weights of {folder} and {expected[name]} in its configuration, so that "
+                "its scale is unknown, and plain PEFT cannot load it. Save again after `sync_config(model, targets)`."
+            )
+    return SavedAdapter(config, tensors, ranks, alphas)
+
+
+def _resolve(pattern: dict[str, float] | None, name: str, default: float) -> float:
+    """The value of the first pattern that matches a module, as PEFT looks it up."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+
+def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Rank by module name, from the shapes of A (rank, ...) and B (..., rank)."""
+    sides: dict[str, dict[str, int]] = {}
+    for key, tensor in tensors.items():
+        match = PAIR_KEY.fullmatch(key)
+        if match and match.group(3) != ".bias":
+            name, side, _ = match.groups()
+            size = tensor.shape["AB".index(side)] if tensor.dim() > 1 else -1
+            sides.setdefault(name, {})[side] = size
+    if not sides:
+        raise UnsupportedError(f"{folder / SAFETENSORS_WEIGHTS_NAME} holds no LoRA pair.")
+    for name, sizes in sides.items():
+        if sizes.get("A", -1) < 0 or sizes.get("A") != sizes.get("B"):
+            raise RunFolderError(f"The pair of {name} in {folder} is incomplete: A and B of one rank are needed.")
+    return {name: sizes["A"] for name, sizes in sides.items()}
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    """The adapter's configuration; UnsupportedError if it is not LoRA's."""
+    path = folder / CONFIG_NAME
+    config = _opened(path, lambda: LoraConfig.from_pretrained(str(folder)))
+    if type(config) is not LoraConfig:
+        raise UnsupportedError(f"{path} is of {type(config).__name__}. Only LoRA adapters can be exported.")
+    if getattr(config, "target_parameters", None):
+        raise UnsupportedError(f"{path} has target_parameters: LoRA on parameters in place of modules is not exported.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.exists() and (folder / WEIGHTS_NAME).exists():
+        raise UnsupportedError(
+            f"{folder / WEIGHTS_NAME} is a pickle, which can run code when it is read, so it is not. Load the adapter "
+            "with PEFT, if you trust it, and save it with `save_pretrained(folder, safe_serialization=True)`."
+        )
+    return _opened(path, lambda: load_file(path))
+
+
+def _opened(path: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of a file; RunFolderError if it is missing or corrupt."""
+    if not path.is_file():
+        raise RunFolderError(f"There is no {path}. Name a folder that `save_pretrained` of a PEFT model wrote.")
+    try:
+        return read()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise RunFolderError(f"{path} is corrupt or foreign: {error}") from error

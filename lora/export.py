@@ -1,0 +1,256 @@
+"""Saved adapters for other programs: padded to one rank, or reduced to the ranks that were learned.
+
+PEFT scales a module by its own alpha / rank (rsLoRA: alpha / sqrt(rank)). Others do not, and say nothing:
+
+* llama.cpp scales by the adapter's one alpha / the module's rank (`llama_adapter_lora_weight::get_scale`);
+* vLLM makes room for the adapter's r and scales all modules by its alpha / r; only recent versions read
+  `rank_pattern` and `alpha_pattern` (`vllm/lora/peft_helper.py`).
+
+`export_padded` writes a file on which all three agree. `export_rank_pattern` and `rank_pattern_yaml` give the
+configuration of a fresh fine-tune at the same ranks. None of them loads the base model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from ..errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
+from ..files import atomic_path
+from .adapter_file import PAIR_KEY, SavedAdapter, read_adapter
+from .targets import CHANGES_THE_BASE
+
+logger = logging.getLogger(__name__)
+
+SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""
+
+_OTHER_FORMS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "layer_replication",
+)
+"""Settings of LoraConfig under which a module computes something else than W x + s B A x."""
+
+_AXOLOTL_KEYS = {
+    "modules_to_save": "lora_modules_to_save",
+    "fan_in_fan_out": "lora_fan_in_fan_out",
+    "use_rslora": "peft_use_rslora",
+    "use_dora": "peft_use_dora",
+    "layer_replication": "peft_layer_replication",
+    "trainable_token_indices": "peft_trainable_token_indices",
+}
+"""Settings of LoraConfig that axolotl hands on under other names (src/axolotl/utils/schemas/peft.py)."""
+
+
+def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: int | None = None) -> Path:
+    """Write an adapter in which every module has the same rank and the scale 1, for PEFT, vLLM and llama.cpp.
+
+    A gets zero rows and B zero columns; B, and the bias of `lora_bias`, are multiplied by the module's scale, in the
+    precision of the file. Everything else that the adapter holds is kept. A module without a pair stays without one.
+
+    Args:
+        adapter_folder: a LoRA adapter as `save_pretrained` writes it.
+        output_folder: must not exist or be empty.
+        rank: the rank of all modules, one of `SLOTS`; by default the smallest that fits.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ConfigError: vLLM has no slot for the rank, a module has a higher one, or weights and configuration disagree.
+        UnsupportedError: the adapter is no plain LoRA, is pickled, or is tied to changed base weights.
+        RunFolderError: the adapter is missing or corrupt, or the output folder is in use.
+        NonFiniteError: a tensor is not finite, or not any more when the scale is in it.
+    """
+    adapter, output = read_adapter(Path(adapter_folder)), Path(output_folder)
+    _refuse_other_forms(adapter)
+    width = _slot(max(adapter.ranks.values()), rank)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise RunFolderError(f"{output} exists already. Name a folder that does not, or an empty one.")
+    tensors = {key: _padded(adapter, key, tensor, width) for key, tensor in adapter.tensors.items()}
+    config = replace(
+        adapter.config,
+        r=width,
+        lora_alpha=width,
+        rank_pattern={},
+        alpha_pattern={},
+        use_rslora=False,
+        # How the pairs started is over; 'orthogonal' would not even load at an odd rank.
+        init_lora_weights=True,
+        eva_config=None,
+    )
+    try:
+        with atomic_path(output.resolve()) as temporary:
+            config.save_pretrained(str(temporary))
+            save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    except OSError as error:
+        raise RunFolderError(f"Cannot write {output}: {error}") from error
+    _warn_of_more(adapter, output)
+    return output
+
+
+def export_rank_pattern(adapter_folder: str | Path) -> LoraConfig:
+    """The configuration that starts a fresh fine-tune at an adapter's ranks and scalings.
+
+    Modules are named in full, so that exactly those with a pair are adapted; all other settings are the adapter's.
+
+    Args:
+        adapter_folder: a LoRA adapter as `save_pretrained` writes it.
+
+    Raises:
+        ConfigError: weights and configuration disagree, or every module is at rank 0.
+        UnsupportedError: the adapter is no LoRA, or is pickled.
+        RunFolderError: the adapter is missing or corrupt.
+    """
+    adapter = read_adapter(Path(adapter_folder))
+    live = {name: rank for name, rank in adapter.ranks.items() if rank}
+    if not live:
+        raise ConfigError(f"All modules of {adapter_folder} are at rank 0: there is nothing to fine-tune again.")
+    widest = max(live, key=live.__getitem__)
+    return replace(
+        adapter.config,
+        r=live[widest],
+        lora_alpha=adapter.alphas[widest],
+        # Full names and no pattern: for mixtures of experts PEFT reduces a pattern to the last parts of the names.
+        target_modules=list(live),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={_anchored(name): rank for name, rank in live.items()},
+        alpha_pattern={_anchored(name): adapter.alphas[name] for name in live},
+        inference_mode=False,
+    )
+
+
+def rank_pattern_yaml(adapter_folder: str | Path) -> str:
+    """The same for axolotl: the lines of a config file, with what axolotl cannot express as comments.
+
+    Axolotl's keys are `lora_rank_pattern` and `lora_alpha_pattern` (axolotl-ai-cloud/axolotl#3673, July 2026), whose
+    values are whole and positive, so that an odd alpha is rounded.
+
+    Args:
+        adapter_folder: a LoRA adapter as `save_pretrained` writes it.
+
+    Raises:
+        ConfigError, UnsupportedError, RunFolderError: as `export_rank_pattern`.
+    """
+    config = export_rank_pattern(adapter_folder)
+    alphas = {key: max(1, round(alpha)) for key, alpha in config.alpha_pattern.items()}
+    optional = {key: getattr(config, name, None) for name, key in _AXOLOTL_KEYS.items()}
+    lines = [
+        *(f"# {comment}" for comment in _axolotl_comments(config, alphas)),
+        "adapter: lora",
+        f"lora_r: {config.r}",
+        f"lora_alpha: {max(1, round(config.lora_alpha))}",
+        f"lora_dropout: {config.lora_dropout}",
+        *(f"{key}: {json.dumps(value)}" for key, value in optional.items() if value),
+        "lora_target_modules:",
+        *(f"  - {json.dumps(name)}" for name in sorted(config.target_modules)),
+        "lora_rank_pattern:",
+        *(f"  {json.dumps(key)}: {rank}" for key, rank in config.rank_pattern.items()),
+        "lora_alpha_pattern:",
+        *(f"  {json.dumps(key)}: {alpha}" for key, alpha in alphas.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
+    """What a reader of the file should know; `alphas` are the whole ones."""
+    comments = [
+        "Ranks that rankpilot learned. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later",
+        "(axolotl-ai-cloud/axolotl#3673). Leave lora_target_linear out: it would adapt other modules as well.",
+    ]
+    off = max((abs(alphas[key] / alpha - 1) for key, alpha in config.alpha_pattern.items() if alpha), default=0.0)
+    if off:
+        comments.append(f"Axolotl takes whole alphas only: the scaling of a module is off by up to {off:.2g} of it.")
+    unknown = [n for n in ("lora_bias", *_OTHER_FORMS) if n not in _AXOLOTL_KEYS and getattr(config, n, None)]
+    if unknown:
+        comments.append(f"Axolotl has no key for {', '.join(unknown)}, which this adapter was trained with.")
+    return comments
+
+
+def _anchored(name: str) -> str:
+    """The pattern that matches one module alone."""
+    return "^" + re.escape(name)
+
+
+def _slot(used: int, asked: int | None) -> int:
+    """The rank to pad to.
+
+    Raises:
+        ConfigError: there is no slot of that size, or it is too small.
+    """
+    if asked is not None and asked not in SLOTS:
+        raise ConfigError(f"vLLM has no slot for rank {asked}. Allowed: {', '.join(map(str, SLOTS))}.")
+    fitting = [slot for slot in SLOTS if slot >= used and asked in (None, slot)]
+    if not fitting:
+        limit = f"rank {asked}" if asked else f"{SLOTS[-1]}, the largest that vLLM has a slot for"
+        raise ConfigError(f"A module has rank {used}, which does not fit {limit}. Padding never lowers a rank.")
+    return fitting[0]
+
+
+def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """One tensor of the file at its new size, with the scale in B and its bias; others as they are."""
+    match = PAIR_KEY.fullmatch(key)
+    if match is None:
+        return tensor
+    name, side, kind = match.groups()
+    new = tensor
+    if side == "B":
+        new = (tensor.double() * adapter.scale(name)).to(tensor.dtype)
+    if not bool(torch.isfinite(new).all()):
+        raise NonFiniteError(
+            f"{key} holds NaN or infinity, at the latest with the scale {adapter.scale(name):.4g} in it as "
+            f"{tensor.dtype}. Save the adapter in float32, and check that its training did not diverge."
+        )
+    if kind == ".bias":
+        return new
+    axis = 0 if side == "A" else 1
+    shape = list(new.shape)
+    shape[axis] = rank - shape[axis]
+    return torch.cat([new, new.new_zeros(shape)], dim=axis)
+
+
+def _warn_of_more(adapter: SavedAdapter, output: Path) -> None:
+    """Say what the adapter holds besides pairs: PEFT alone is sure to read it."""
+    more = adapter.settings(("modules_to_save", "trainable_token_indices", "lora_bias"))
+    if adapter.config.bias != "none":
+        more["bias"] = adapter.config.bias
+    if more:
+        shown = ", ".join(f"{name}={value!r}" for name, value in more.items())
+        logger.warning("%s also holds %s: plain PEFT reads that, vLLM and llama.cpp may refuse it.", output, shown)
+
+
+def _refuse_other_forms(adapter: SavedAdapter) -> None:
+    """Raise UnsupportedError unless every module computes W x + s B A x on the unchanged base."""
+    forms = adapter.settings(_OTHER_FORMS)
+    if forms:
+        raise UnsupportedError(
+            f"The adapter is more than LoRA ({', '.join(forms)}), which vLLM and llama.cpp do not read. Merge it into "
+            "its base model with PEFT's `merge_and_unload()` and serve that."
+        )
+    start = adapter.config.init_lora_weights
+    if str(start).lower().startswith(CHANGES_THE_BASE):
+        raise UnsupportedError(
+            f"init_lora_weights={start!r} changes the base model's weights when PEFT loads the adapter, and by "
+            "another amount at another rank. Save it with `path_initial_model_for_weight_conversion`: that gives "
+            "plain LoRA."
+        )
+    odd = [key for key in adapter.tensors if ".lora_" in key and not PAIR_KEY.fullmatch(key)]
+    if odd:
+        raise UnsupportedError(f"{odd[0]} is no tensor of a LoRA pair, so the adapter cannot be padded.")

@@ -1,0 +1,514 @@
+"""Exports of saved adapters: what PEFT, vLLM and llama.cpp make of the files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from rankpilot.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
+from rankpilot.lora.checkpoint import make_resizable, sync_config
+from rankpilot.lora.export import SLOTS, export_padded, export_rank_pattern, rank_pattern_yaml
+from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.targets import find_target_modules
+from safetensors.torch import load_file, save_file
+
+PLAN = (8, 2, 0, 4, 6, 1)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Values for all parameters of the adapter, as after training: growth leaves zeros."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name and parameter.numel():
+            parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+
+
+def save_mixed(model: PeftModel, folder: Path, plan: tuple[int, ...] = PLAN) -> dict[str, tuple[int, float]]:
+    """Save the model with mixed ranks; returns rank and scaling by module name."""
+    targets = find_target_modules(model)
+    make_resizable(model, targets)
+    set_ranks(targets, {t.name: plan[i % len(plan)] for i, t in enumerate(targets)})
+    fill(model)
+    for target in targets:
+        if target.rank == 0 and target.bias is not None:
+            target.bias.data.zero_()
+    sync_config(model, targets)
+    model.save_pretrained(str(folder))
+    return {t.name: (t.rank, t.scaling) for t in targets}
+
+
+def save_plain(family: Any, folder: Path, **options: Any) -> Path:
+    """Save an adapter that PEFT alone made."""
+    model = family.model(**options)
+    fill(model)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def reloaded(family: Any, folder: Path) -> torch.Tensor:
+    """Logits of plain PEFT with an adapter folder on a fresh base."""
+    logits: torch.Tensor = family.logits(PeftModel.from_pretrained(family.base(), str(folder)))
+    return logits
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def pairs(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """A and B by module name, as a program without PEFT would pick them out of the file."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        name = key.removeprefix("base_model.model.").removesuffix(".weight")
+        for side in "AB":
+            for ending in (f".lora_{side}", f".lora_embedding_{side}"):
+                if name.endswith(ending):
+                    found.setdefault(name.removesuffix(ending), {})[side] = tensor.double()
+    return found
+
+
+def read_by_vllm(folder: Path) -> dict[str, torch.Tensor]:
+    """Delta W by module with one scale, alpha / r (vllm/lora/peft_helper.py before it read patterns)."""
+    config = json.loads((folder / CONFIG).read_text())
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    return {name: scale * pair["B"] @ pair["A"] for name, pair in pairs(folder).items()}
+
+
+def read_by_llama_cpp(folder: Path) -> dict[str, torch.Tensor]:
+    """Delta W by module with the scale alpha / the module's rank (src/llama-adapter.h, get_scale)."""
+    alpha = json.loads((folder / CONFIG).read_text())["lora_alpha"]
+    return {name: alpha / pair["B"].shape[1] * pair["B"] @ pair["A"] for name, pair in pairs(folder).items()}
+
+
+def deltas(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Delta W by module as PEFT scales it."""
+    targets = find_target_modules(model)
+    return {t.name: (t.scaling * t.weight_b.double() @ t.weight_a.double()).detach() for t in targets}
+
+
+def worst(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert got.keys() == expected.keys()
+    return max(relative(got[name], expected[name]) for name in got)
+
+
+def test_padded_is_the_same_adapter(family: Any, tmp_path: Path) -> None:
+    """On every family: plain PEFT gives the same logits, and one rank and scale hold for the whole file."""
+    ranks = save_mixed(family.model(), tmp_path / "mixed")
+    if "dora" in family.name:
+        with pytest.raises(UnsupportedError, match="use_dora"):
+            export_padded(tmp_path / "mixed", tmp_path / "padded")
+        assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
+        return
+    assert export_padded(tmp_path / "mixed", tmp_path / "padded") == tmp_path / "padded"
+    expected = reloaded(family, tmp_path / "mixed")
+    assert relative(reloaded(family, tmp_path / "padded"), expected) < 1e-6
+    assert relative(family.logits(family.base()), expected) > 1e-2, "the adapter matters"
+    assert {p["A"].shape[0] for p in pairs(tmp_path / "padded").values()} == {8}
+    assert pairs(tmp_path / "padded").keys() == {name for name, (rank, _) in ranks.items() if rank}
+    config = json.loads((tmp_path / "padded" / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 8, False)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["exclude_modules"] == json.loads((tmp_path / "mixed" / CONFIG).read_text())["exclude_modules"]
+    assert sorted(path.name for path in (tmp_path / "padded").iterdir()) == [CONFIG, WEIGHTS]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-rslora", "llama-tied-embedding", "bert-lora-bias", "gpt2-rslora"])
+def test_every_program_reads_the_padded_file_alike(name: str, named_family: Any, tmp_path: Path) -> None:
+    family = named_family(name)
+    mixed, padded = tmp_path / "mixed", tmp_path / "padded"
+    save_mixed(family.model(), mixed)
+    export_padded(mixed, padded)
+    expected = deltas(PeftModel.from_pretrained(family.base(), str(mixed)))
+    assert worst(read_by_vllm(padded), expected) < 1e-6
+    assert worst(read_by_llama_cpp(padded), expected) < 1e-6
+    assert worst(read_by_llama_cpp(mixed), expected) > 0.1, "what the export is for"
+
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "layer": {"rank_pattern": {r"^model\.layers\.0\..*": 2}, "alpha_pattern": {r"^model\.layers\.1\..*": 3}},
+    "alternation": {
+        "rank_pattern": {r"self_attn\.(q_proj|k_proj)": 7, r"(?:gate|up)_proj|down_proj": 1},
+        "alpha_pattern": {r"layers\.(0|1)\.mlp\.(gate|up)_proj": 5, "v_proj": 1.5},
+    },
+    "first match wins": {
+        # In the order that PEFT saves: it sorts them.
+        "rank_pattern": {r".*\.1\.self_attn\.q_proj": 3, r"layers\.1\.self_attn\.(q|k)_proj": 6, "q_proj": 9},
+        "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3, "q_proj": 20, r"self_attn\.q_proj": 5},
+    },
+    "end of a name": {"rank_pattern": {"proj": 2, "_proj": 3, "q_proj": 5}, "alpha_pattern": {"o_proj": 1}},
+    "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {r"^model\.layers\.0\..*": 5}},
+    "excluded": {"exclude_modules": ["gate_proj", "layers.1.self_attn.v_proj"], "rank_pattern": {"q_proj": 6}},
+    "excluded by regex": {"exclude_modules": r".*layers\.0\..*", "rank_pattern": {"q_proj": 6}},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1], "rank_pattern": {"q_proj": 6}},
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_patterns_are_read_as_peft_reads_them(case: str, tmp_path: Path, named_family: Any) -> None:
+    family = named_family("llama")
+    plain = save_plain(family, tmp_path / "plain", **PATTERNS[case])
+    padded = export_padded(plain, tmp_path / "padded")
+    expected = reloaded(family, plain)
+    assert relative(reloaded(family, padded), expected) < 1e-6
+    assert relative(family.logits(family.base()), expected) > 1e-2, "the adapter matters"
+    products = deltas(PeftModel.from_pretrained(family.base(), str(plain)))
+    assert worst(read_by_vllm(padded), products) < 1e-6
+    if "alpha_pattern" in PATTERNS[case]:
+        assert worst(read_by_vllm(plain), products) > 0.1, "what the export is for"
+
+
+def test_rank_of_the_padding(tmp_path: Path, named_family: Any) -> None:
+    plain = save_plain(named_family("llama"), tmp_path / "plain", rank_pattern={"q_proj": 9})
+    for rank, expected in ((None, 16), (16, 16), (32, 32)):
+        folder = export_padded(plain, tmp_path / str(rank), rank)
+        assert {pair["A"].shape[0] for pair in pairs(folder).values()} == {expected}
+        assert {pair["B"].shape[1] for pair in pairs(folder).values()} == {expected}
+    with pytest.raises(ConfigError, match=r"no slot for rank 12.*1, 8, 16, 32, 64, 128, 256, 320, 512"):
+        export_padded(plain, tmp_path / "new", 12)
+    with pytest.raises(ConfigError, match="rank 9, which does not fit rank 8"):
+        export_padded(plain, tmp_path / "new", 8)
+    assert not (tmp_path / "new").exists()
+
+
+def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **options: Any) -> Path:
+    """An adapter folder from tensors by short key."""
+    LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q"]} | options).save_pretrained(str(folder))
+    save_file({f"base_model.model.{key}": tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
+    return folder
+
+
+def pair_of(name: str, rank: int, d_in: int = 5, d_out: int = 3, **options: Any) -> dict[str, torch.Tensor]:
+    a, b = torch.randn(rank, d_in).to(**options), torch.randn(d_out, rank).to(**options)
+    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+
+
+def test_a_rank_above_all_slots(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", pair_of("q", SLOTS[-1] + 1), r=SLOTS[-1] + 1)
+    with pytest.raises(ConfigError, match="rank 513, which does not fit 512, the largest"):
+        export_padded(folder, tmp_path / "b")
+
+
+@settings(max_examples=30)
+@given(
+    ranks=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    alphas=st.lists(st.floats(0.1, 100), min_size=4, max_size=4),
+    rslora=st.booleans(),
+    above=st.integers(0, 2),
+)
+def test_padding_keeps_every_product(ranks: list[int], alphas: list[float], rslora: bool, above: int) -> None:
+    """Any ranks, 0 included, any alphas, any slot that fits: s B A does not change, and the padding is zero."""
+    tensors: dict[str, torch.Tensor] = {}
+    for index, rank in enumerate(ranks):
+        tensors |= pair_of(f"m{index}.q", rank, dtype=torch.float64)
+    patterns = {
+        "rank_pattern": {f"m{i}.q": rank for i, rank in enumerate(ranks)},
+        "alpha_pattern": {f"m{i}.q": alphas[i] for i in range(len(ranks))},
+    }
+    slot = [slot for slot in SLOTS if slot >= max(ranks)][above]
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = write_adapter(Path(scratch) / "plain", tensors, use_rslora=rslora, **patterns)
+        padded = pairs(export_padded(plain, Path(scratch) / "padded", slot if above else None))
+    for index, rank in enumerate(ranks):
+        a, b = tensors[f"m{index}.q.lora_A.weight"], tensors[f"m{index}.q.lora_B.weight"]
+        new = padded[f"m{index}.q"]
+        scale = alphas[index] / (math.sqrt(rank) if rslora else rank) if rank else 0.0
+        torch.testing.assert_close(new["B"] @ new["A"], scale * b @ a, rtol=1e-12, atol=1e-12)
+        assert new["A"].shape == (slot, 5)
+        assert new["B"].shape == (3, slot)
+        assert not new["A"][rank:].any()
+        assert not new["B"][:, rank:].any()
+
+
+def test_a_pair_of_no_rows_becomes_zeros(tmp_path: Path, named_family: Any) -> None:
+    """Some program may write rank 0 as empty tensors, which plain PEFT cannot load."""
+    family = named_family("llama")
+    plain = save_plain(family, tmp_path / "plain", lora_bias=True)
+    tensors = load_file(plain / WEIGHTS)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj."
+    tensors[f"{prefix}lora_A.weight"] = torch.zeros(0, 24)
+    tensors[f"{prefix}lora_B.weight"] = torch.zeros(24, 0)
+    save_file(tensors, plain / WEIGHTS)
+    padded = export_padded(plain, tmp_path / "padded")
+    model = PeftModel.from_pretrained(family.base(), str(padded))
+    x, same = torch.randn(2, 24), []
+    for block in model.base_model.model.model.layers:
+        layer = block.self_attn.q_proj
+        same.append(torch.equal(layer(x), layer.base_layer(x)))
+    assert same == [True, False]
+
+
+def test_a_start_that_needs_an_even_rank(tmp_path: Path, named_family: Any) -> None:
+    """PEFT repeats the orthogonal start when it loads, which an odd rank would stop."""
+    family = named_family("llama")
+    model = family.model(init_lora_weights="orthogonal")
+    save_mixed(model, tmp_path / "ones", (1,))
+    padded = export_padded(tmp_path / "ones", tmp_path / "padded")
+    assert json.loads((padded / CONFIG).read_text())["r"] == 1
+    assert relative(reloaded(family, padded), family.logits(model)) < 1e-6
+
+
+def test_what_else_the_adapter_holds_is_kept(
+    named_family: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = named_family("bert-lora-bias")
+    save_mixed(family.model(), tmp_path / "mixed")
+    with caplog.at_level(logging.WARNING):
+        export_padded(tmp_path / "mixed", tmp_path / "padded")
+    assert "lora_bias=True" in caplog.text
+    assert "modules_to_save=['classifier'" in caplog.text
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("mixed", "padded"))
+    others = [key for key in before if ".lora_" not in key]
+    assert len(others) == 2, "weight and bias of the classifier"
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in others)
+    biases = [key for key in before if key.endswith("lora_B.bias") and before[key].any()]
+    assert biases
+    for key in biases:
+        torch.testing.assert_close(after[key], 2 * before[key], rtol=1e-6, atol=0)
+
+
+def test_nothing_to_warn_of(named_family: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_mixed(named_family("llama").model(), tmp_path / "mixed")
+    with caplog.at_level(logging.WARNING):
+        export_padded(tmp_path / "mixed", tmp_path / "padded")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_precision_of_the_file_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    plain = write_adapter(tmp_path / "plain", pair_of("q", 4, dtype=dtype))
+    export_padded(plain, tmp_path / "padded")
+    before, after = load_file(plain / WEIGHTS), load_file(tmp_path / "padded" / WEIGHTS)
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    key = "base_model.model.q.lora_B.weight"
+    assert torch.equal(after[key][:, :4], 2 * before[key]), "a power of two loses nothing"
+
+
+def test_values_that_stop_being_finite(tmp_path: Path) -> None:
+    large = pair_of("q", 4, dtype=torch.float16)
+    large["q.lora_B.weight"][0, 0] = 60000.0
+    plain = write_adapter(tmp_path / "plain", large)
+    with pytest.raises(NonFiniteError, match=r"q\.lora_B\.weight holds NaN or infinity.*scale 2.*float16"):
+        export_padded(plain, tmp_path / "padded")
+    broken = pair_of("q", 4)
+    broken["q.lora_A.weight"][0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"q\.lora_A\.weight"):
+        export_padded(write_adapter(tmp_path / "nan", broken), tmp_path / "padded")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan", "plain"], "no output, no scratch"
+
+
+def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = write_adapter(tmp_path / "plain", pair_of("q", 4))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    for taken in (tmp_path / "used", plain, tmp_path / "used" / "notes.txt"):
+        with pytest.raises(RunFolderError, match="exists already"):
+            export_padded(plain, taken)
+    with pytest.raises(RunFolderError, match="Cannot write"):
+        export_padded(plain, tmp_path / "used" / "notes.txt" / "deeper")
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    assert pairs(export_padded(plain, tmp_path / "empty"))
+    monkeypatch.chdir(tmp_path)
+    assert pairs(export_padded("plain", "new/one"))
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = write_adapter(tmp_path / "plain", pair_of("q", 4))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("rankpilot.lora.export.save_file", full)
+    with pytest.raises(RunFolderError, match="no space left"):
+        export_padded(plain, tmp_path / "padded")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def corrupt(folder: Path, name: str, content: bytes | None) -> None:
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | values))
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+def lose_a_tensor(folder: Path) -> None:
+    save_file({"base_model.model.q.lora_A.weight": torch.randn(4, 5)}, folder / WEIGHTS)
+
+
+def other_shape(folder: Path) -> None:
+    save_file({f"base_model.model.{k}": t[:2] for k, t in pair_of("q", 4).items()}, folder / WEIGHTS)
+
+
+def flat(folder: Path) -> None:
+    save_file({f"base_model.model.{k}": t.flatten() for k, t in pair_of("q", 4).items()}, folder / WEIGHTS)
+
+
+BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
+    "no weights": (lambda f: corrupt(f, WEIGHTS, None), RunFolderError, r"There is no .*adapter_model\.safetensors"),
+    "no config": (lambda f: corrupt(f, CONFIG, None), RunFolderError, r"There is no .*adapter_config\.json"),
+    "pickle": (pickled, UnsupportedError, "is a pickle, which can run code.*safe_serialization=True"),
+    "torn weights": (lambda f: corrupt(f, WEIGHTS, b"\x10"), RunFolderError, "safetensors is corrupt or foreign"),
+    "torn config": (lambda f: corrupt(f, CONFIG, b'{"r": 4'), RunFolderError, "config.json is corrupt or foreign"),
+    "no text": (lambda f: corrupt(f, CONFIG, b"\xff\xfe"), RunFolderError, "config.json is corrupt or foreign"),
+    "list": (lambda f: corrupt(f, CONFIG, b"[1]"), RunFolderError, "config.json is corrupt or foreign"),
+    "unknown type": (lambda f: edit_config(f, peft_type="OURS"), RunFolderError, "config.json is corrupt or foreign"),
+    "other type": (lambda f: IA3Config().save_pretrained(str(f)), UnsupportedError, "IA3Config. Only LoRA"),
+    "no pairs": (
+        lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS),
+        UnsupportedError,
+        "holds no LoRA pair",
+    ),
+    "half a pair": (lose_a_tensor, RunFolderError, "The pair of q .* is incomplete"),
+    "other rank": (other_shape, RunFolderError, "The pair of q .* is incomplete"),
+    "one dimension": (flat, RunFolderError, "The pair of q .* is incomplete"),
+    "stale config": (lambda f: edit_config(f, r=6), ConfigError, "q has rank 4 in the weights .* and 6 in its config"),
+    "bad pattern": (
+        lambda f: edit_config(f, rank_pattern={"(q": 4}),
+        RunFolderError,
+        "ranks and alphas in .* cannot be read",
+    ),
+    "bad alpha": (lambda f: edit_config(f, lora_alpha="much"), RunFolderError, "ranks and alphas in .* cannot be read"),
+    "parameters": (lambda f: edit_config(f, target_parameters=["w"]), UnsupportedError, "has target_parameters"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_adapters(case: str, tmp_path: Path) -> None:
+    spoil, error, message = BAD[case]
+    plain = write_adapter(tmp_path / "plain", pair_of("q", 4))
+    spoil(plain)
+    for export in (lambda: export_padded(plain, tmp_path / "padded"), lambda: export_rank_pattern(plain)):
+        with pytest.raises(error, match=message):
+            export()
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"There is no .*nowhere.*save_pretrained"):
+        export_padded(tmp_path / "nowhere", tmp_path / "padded")
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base.*path_initial_model"),
+        ({"use_dora": True}, r"more than LoRA \(use_dora\).*merge_and_unload"),
+        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+    ],
+)
+def test_more_than_plain_lora(settings_: dict[str, Any], message: str, tmp_path: Path) -> None:
+    plain = write_adapter(tmp_path / "plain", pair_of("q", 4), **settings_)
+    with pytest.raises(UnsupportedError, match=message):
+        export_padded(plain, tmp_path / "padded")
+
+
+def test_tensors_of_another_form(tmp_path: Path) -> None:
+    tensors = pair_of("q", 4) | {"q.lora_magnitude_vector": torch.ones(3)}
+    with pytest.raises(UnsupportedError, match=r"q\.lora_magnitude_vector is no tensor of a LoRA pair"):
+        export_padded(write_adapter(tmp_path / "plain", tensors), tmp_path / "padded")
+
+
+def test_rank_pattern_starts_a_fresh_model_at_the_learned_ranks(family: Any, tmp_path: Path) -> None:
+    ranks = save_mixed(family.model(), tmp_path / "mixed")
+    config = export_rank_pattern(tmp_path / "mixed")
+    assert not config.inference_mode
+    fresh = find_target_modules(get_peft_model(family.base(), config))
+    live = {name: (rank, pytest.approx(scaling)) for name, (rank, scaling) in ranks.items() if rank}
+    assert {t.name: (t.rank, t.scaling) for t in fresh} == live
+    assert all(t.weight_a.requires_grad for t in fresh)
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_rank_pattern_of_any_adapter(case: str, tmp_path: Path, named_family: Any) -> None:
+    family = named_family("llama")
+    plain = save_plain(family, tmp_path / "plain", **PATTERNS[case])
+    before = find_target_modules(family.model(**PATTERNS[case]))
+    config = export_rank_pattern(plain)
+    assert config.exclude_modules is config.layers_to_transform is None, "full names say it all"
+    after = find_target_modules(get_peft_model(family.base(), config))
+    assert [(t.name, t.rank, t.scaling) for t in after] == [(t.name, t.rank, t.scaling) for t in before]
+
+
+def by_axolotl(text: str) -> LoraConfig:
+    """The LoraConfig that axolotl builds from its keys (src/axolotl/loaders/adapter.py)."""
+    given = yaml.safe_load(text)
+    assert given.pop("adapter") == "lora"
+    for patterns in (given["lora_rank_pattern"], given["lora_alpha_pattern"]):
+        assert all(type(value) is int and value > 0 for value in patterns.values()), "its schema wants PositiveInt"
+    kept = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    names = {key: kept.get(key, key.removeprefix("lora_").removeprefix("peft_")) for key in given}
+    return LoraConfig(**{names[key]: value for key, value in given.items()})
+
+
+def test_axolotl_starts_at_the_learned_ranks(family: Any, tmp_path: Path) -> None:
+    ranks = save_mixed(family.model(), tmp_path / "mixed")
+    text = rank_pattern_yaml(tmp_path / "mixed")
+    fresh = find_target_modules(get_peft_model(family.base(), by_axolotl(text)))
+    assert {t.name: t.rank for t in fresh} == {name: rank for name, (rank, _) in ranks.items() if rank}
+    assert ("lora_bias" in text) == ("lora-bias" in family.name)
+    scalings = {t.name: t.scaling for t in fresh}
+    off = max(abs(scalings[name] / scaling - 1) for name, (rank, scaling) in ranks.items() if rank)
+    if "rslora" in family.name:
+        assert off > 0.01, "alpha = 4 sqrt(rank) is seldom whole"
+        assert f"off by up to {off:.2g} of it" in text
+    else:
+        assert off == pytest.approx(0)
+        assert "whole alphas" not in text
+
+
+def test_lines_for_axolotl(tmp_path: Path) -> None:
+    tensors = pair_of("layers.0.q", 2) | pair_of("layers.1.q", 4)
+    patterns = {"rank_pattern": {"layers.0.q": 2}, "alpha_pattern": {"layers.0.q": 0.3}}
+    plain = write_adapter(tmp_path / "plain", tensors, lora_dropout=0.1, modules_to_save=["head"], **patterns)
+    lines = rank_pattern_yaml(plain).splitlines()
+    assert [line for line in lines if line.startswith("#")][:1] == [
+        "# Ranks that rankpilot learned. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later"
+    ]
+    assert "# Axolotl takes whole alphas only: the scaling of a module is off by up to 2.3 of it." in lines
+    assert lines[lines.index("adapter: lora") :] == [
+        "adapter: lora",
+        "lora_r: 4",
+        "lora_alpha: 8",
+        "lora_dropout: 0.1",
+        'lora_modules_to_save: ["head"]',
+        "lora_target_modules:",
+        '  - "layers.0.q"',
+        '  - "layers.1.q"',
+        "lora_rank_pattern:",
+        r'  "^layers\\.0\\.q": 2',
+        r'  "^layers\\.1\\.q": 4',
+        "lora_alpha_pattern:",
+        r'  "^layers\\.0\\.q": 1',
+        r'  "^layers\\.1\\.q": 8',
+    ]
+
+
+def test_all_modules_at_rank_0(tmp_path: Path) -> None:
+    plain = write_adapter(tmp_path / "plain", pair_of("q", 0))
+    with pytest.raises(ConfigError, match=r"All modules of .* are at rank 0"):
+        export_rank_pattern(plain)
+    padded = pairs(export_padded(plain, tmp_path / "padded"))
+    assert padded["q"]["A"].shape == (1, 5)

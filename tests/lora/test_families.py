@@ -1,0 +1,422 @@
+"""Every feature of rank changes on every family and LoRA form of the matrix in conftest.py, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from rankpilot.errors import UnsupportedError
+from rankpilot.lora.checkpoint import adapter_ranks, make_resizable, settle, sync_config
+from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.targets import find_target_modules
+from torch import nn
+
+PLAN = (8, 2, 0, 4, 6, 1)
+"""Against a start of 4: grow, shrink, drop, leave, grow, shrink."""
+
+
+def mixed(targets):
+    return {t.name: PLAN[i % len(PLAN)] for i, t in enumerate(targets)}
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def zero_side(target):
+    """The factor that PEFT starts at zero."""
+    return target.weight_a if target.adapter in target.layer.lora_embedding_A else target.weight_b
+
+
+def product(target):
+    return target.weight_b.detach().double() @ target.weight_a.detach().double()
+
+
+def check_sizes(targets, optimizer):
+    """Storage and state are exactly as large as the rank says."""
+    for t in targets:
+        assert t.weight_a.shape == (t.rank, t.d_in)
+        assert t.weight_b.shape == (t.d_out, t.rank)
+        for weight in (t.weight_a, t.weight_b):
+            assert weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+            assert weight.requires_grad == (t.rank > 0)
+    state = [(p, v) for p, s in optimizer.state.items() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
+    assert state
+    for parameter, value in state:
+        assert value.shape == parameter.shape
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def check_new_moments(targets, optimizer):
+    """Only the zero side of a new direction gets gradients at first: its second moment starts as the old ones' mean."""
+    for t in (t for t in targets if t.rank > 4):
+        for weight, axis in ((t.weight_a, 0), (t.weight_b, 1)):
+            second = optimizer.state[weight]["exp_avg_sq"].movedim(axis, 0)
+            fill = second[:4].mean(dim=0) if weight is zero_side(t) else torch.zeros_like(second[0])
+            torch.testing.assert_close(second[4:], fill.expand_as(second[4:]))
+
+
+def check_scalings(targets, scalings):
+    assert [t.scaling for t in targets] == scalings
+    for t in targets:
+        root = math.sqrt(t.rank) if t.layer.use_rslora[t.adapter] else t.rank
+        if t.rank:
+            assert t.layer.lora_alpha[t.adapter] == pytest.approx(t.scaling * root)
+        assert t.layer.r[t.adapter] == t.rank
+
+
+def check_dropped(family, model, targets):
+    """A module at rank 0 gives exactly what its frozen base gives, with and without dropout."""
+    dropped = [t for t in targets if t.rank == 0]
+    assert dropped
+    seen, handles = {}, []
+    for t in dropped:
+        for key, module in ((t.name, t.layer), (f"{t.name}/base", t.layer.get_base_layer())):
+            hook = lambda _m, _i, out, key=key: seen.setdefault(key, out.detach().clone())  # noqa: E731
+            handles.append(module.register_forward_hook(hook))
+    for training in (True, False):
+        seen.clear()
+        model.train(training)(**family.inputs(model))
+        assert all(torch.equal(seen[t.name], seen[f"{t.name}/base"]) for t in dropped)
+    for handle in handles:
+        handle.remove()
+    for t in dropped:
+        assert not any(p.requires_grad for p in (t.weight_a, t.weight_b, *t.extras))
+
+
+class Held:
+    """What autograd saved, for as long as autograd keeps it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_the_modules_that_peft_adapted_are_found(family):
+    model = family.model()
+    targets = find_target_modules(model)
+    assert [t.name for t in targets] == model.base_model.targeted_module_names
+    assert len(targets) == family.modules
+    for t in targets:
+        base = t.layer.get_base_layer()
+        shape = tuple(base.weight.shape)
+        # Conv1D and embeddings hold their weight the other way round.
+        assert (t.d_out, t.d_in) == (shape if isinstance(base, nn.Linear) else shape[::-1])
+        assert t.rank == family.start
+    blocks = [t.block for t in targets]
+    assert blocks == sorted(blocks)
+    assert set(blocks) == set(range(blocks[-1] + 1))
+    assert blocks[-1] > 0
+
+
+def test_the_rest_of_an_adapter_is_known(family):
+    """A bias and a magnitude change neither size nor owner, but they belong to the module."""
+    model = family.model()
+    targets = find_target_modules(model)
+    factors = {id(w) for t in targets for w in (t.weight_a, t.weight_b)}
+    expected = {n for n, p in model.named_parameters() if "lora_" in n and id(p) not in factors}
+    extras = {id(p) for t in targets for p in t.extras}
+    assert {n for n, p in model.named_parameters() if id(p) in extras} == expected
+    assert bool(expected) == bool(family.options.keys() & {"use_dora", "lora_bias"})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_growth_leaves_the_function_alone(family, dtype, tolerance):
+    model = family.model(dtype)
+    targets = find_target_modules(model)
+    before = family.logits(model)
+    with model.disable_adapter():
+        assert (before - family.logits(model)).abs().max() > 0.01
+    set_ranks(targets, {t.name: 11 for t in targets})
+    assert {t.rank for t in targets} == {11}
+    assert (family.logits(model) - before).abs().max() <= tolerance
+
+
+def test_ranks_change_in_the_middle_of_training(family):
+    model = family.model()
+    targets = find_target_modules(model)
+    optimizer = adamw(model)
+    scalings = [t.scaling for t in targets]
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    losses = family.train(model, optimizer)
+
+    set_ranks(targets, mixed(targets), optimizer, step=3)
+    assert adapter_ranks(targets) == mixed(targets)
+    check_sizes(targets, optimizer)
+    check_new_moments(targets, optimizer)
+    check_scalings(targets, scalings)
+    check_dropped(family, model, targets)
+    losses += family.train(model, optimizer)
+    check_sizes(targets, optimizer)
+    check_dropped(family, model, targets)
+
+    revived = [t for t in targets if t.rank == 0]
+    set_ranks(targets, {t.name: 3 for t in revived}, optimizer, step=6)
+    assert all(float(product(t).abs().max()) == 0 for t in revived)
+    losses += family.train(model, optimizer)
+    assert all(zero_side(t).abs().amax() > 1e-4 for t in revived)
+    assert all(p.requires_grad and optimizer.state[p] for t in revived for p in (t.weight_a, t.weight_b, *t.extras))
+    check_sizes(targets, optimizer)
+    check_scalings(targets, scalings)
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters
+    assert all(math.isfinite(loss) for loss in losses)
+    # The batch never changes, so training through all of this still has to lower the loss.
+    assert losses[-1] < losses[0]
+
+
+def test_a_shrunk_pair_is_the_best_one_of_its_rank(family):
+    model = family.model()
+    targets = find_target_modules(model)
+    old = [product(t) for t in targets]
+    set_ranks(targets, {t.name: 2 for t in targets})
+    for t, before in zip(targets, old, strict=True):
+        u, s, vh = torch.linalg.svd(before, full_matrices=False)
+        best = u[:, :2] * s[:2] @ vh[:2]
+        assert s[2] > 0.01 * s[0]  # there is something to lose
+        assert torch.linalg.matrix_norm(product(t) - best) <= 1e-5 * torch.linalg.matrix_norm(before)
+
+
+SAVED = {
+    "grown": lambda targets: {t.name: 9 for t in targets},
+    "mixed": mixed,
+    "lowest layers dropped": lambda targets: {t.name: 0 for t in targets if t.block < targets[-1].block},
+    "one module left": lambda targets: {t.name: 0 for t in targets[:-1]},
+}
+
+
+@pytest.mark.parametrize("plan", SAVED.values(), ids=SAVED)
+def test_plain_peft_loads_what_is_saved(family, plan, tmp_path):
+    model = family.model()
+    targets = find_target_modules(model)
+    make_resizable(model, targets)
+    optimizer = adamw(model)
+    set_ranks(targets, plan(targets), optimizer)
+    family.train(model, optimizer, 1)
+    sync_config(model, targets)
+    model.save_pretrained(tmp_path)
+
+    again = PeftModel.from_pretrained(family.base(), tmp_path)
+    assert adapter_ranks(find_target_modules(again)) == {n: r for n, r in adapter_ranks(targets).items() if r}
+    assert torch.equal(family.logits(again), family.logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_plain_peft_loads_a_file_without_any_adapted_module(named_family, name, tmp_path):
+    family = named_family(name)
+    model = family.model()
+    targets = find_target_modules(model)
+    make_resizable(model, targets)
+    set_ranks(targets, {t.name: 0 for t in targets})
+    sync_config(model, targets)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family.base(), tmp_path)
+    assert torch.equal(family.logits(again), family.logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-dora", "bert-lora-bias", "gpt2-dora"])
+def test_switching_adapters_off_and_on_wakes_no_dropped_module(named_family, name):
+    """PEFT then lets all parameters of the adapter require gradients, as it also does in `set_adapter`."""
+    family = named_family(name)
+    model = family.model()
+    targets = find_target_modules(model)
+    make_resizable(model, targets)
+    optimizer = adamw(model)
+    family.train(model, optimizer, 1)
+    set_ranks(targets, mixed(targets), optimizer)
+    with model.disable_adapter():
+        family.logits(model)
+    family.train(model, optimizer, 1)
+    check_dropped(family, model, targets)
+
+
+def test_a_merged_model_computes_the_same_and_keeps_its_ranks(family):
+    model = family.model()
+    targets = find_target_modules(model)
+    set_ranks(targets, mixed(targets))
+    adapted = family.logits(model)
+    for t in targets:
+        # PEFT adds an embedding's adapter to whatever shares its weight, such as a tied head.
+        base = t.layer.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert (family.logits(merged) - adapted).abs().max() <= 1e-5
+
+    model.merge_adapter()
+    ranks = adapter_ranks(targets)
+    with pytest.raises(UnsupportedError, match=r"merged.*unmerge"):
+        set_ranks(targets, {targets[0].name: 1})
+    assert adapter_ranks(targets) == ranks
+    model.unmerge_adapter()
+    assert (family.logits(model) - adapted).abs().max() <= 1e-5
+    set_ranks(targets, {t.name: 11 for t in targets if t.rank})
+    assert (family.logits(model) - adapted).abs().max() <= 2e-5
+
+
+def test_a_fresh_model_resumes_from_the_whole_state(family):
+    source, goal = family.model(), family.model()
+    for model in (source, goal):
+        make_resizable(model, find_target_modules(model))
+    targets = find_target_modules(source)
+    optimizer = adamw(source)
+    set_ranks(targets, mixed(targets), optimizer)
+    family.train(source, optimizer, 1)
+    assert not torch.equal(family.logits(goal), family.logits(source))
+    goal.load_state_dict(source.state_dict())
+    found = find_target_modules(goal)
+    settle(goal, found)
+    assert adapter_ranks(found) == mixed(targets)
+    assert [t.scaling for t in found] == [t.scaling for t in targets]
+    check_dropped(family, goal, found)
+    assert torch.equal(family.logits(goal), family.logits(source))
+
+
+def test_a_live_model_takes_an_adapter_file_of_other_ranks(family, tmp_path):
+    """`load_best_model_at_end` and resuming call `load_adapter` on the model in training."""
+    model = family.model()
+    targets = find_target_modules(model)
+    make_resizable(model, targets)
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    set_ranks(targets, mixed(targets))
+    sync_config(model, targets)
+    model.save_pretrained(tmp_path)
+    best = family.logits(model)
+    optimizer = adamw(model)
+    set_ranks(targets, {t.name: (0, 5, 3)[i % 3] for i, t in enumerate(targets)}, optimizer)
+    family.train(model, optimizer)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    settle(model, targets)
+    assert adapter_ranks(targets) == mixed(targets)
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters
+    assert torch.equal(family.logits(model), best)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-dora", "bert-lora-bias", "gpt2"])
+def test_only_the_named_adapter_changes(named_family, name):
+    family = named_family(name)
+    model = family.model()
+    model.add_adapter("other", LoraConfig(**family.options | {"r": 3, "lora_alpha": 5}))
+    model.set_adapter("other")
+    others = find_target_modules(model, "other")
+    with torch.no_grad():
+        for t in others:
+            zero_side(t).normal_()
+    tensors = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters() if "default" not in n}
+    logits, ranks = family.logits(model), adapter_ranks(others)
+
+    targets = find_target_modules(model, "default")
+    assert len(targets) == len(others) == family.modules
+    for plan in (mixed(targets), {t.name: 0 for t in targets}, {t.name: 5 for t in targets}):
+        set_ranks(targets, plan)
+        make_resizable(model, targets)
+        sync_config(model, targets)
+        for key, (parameter, address, value) in tensors.items():
+            assert parameter.data_ptr() == address, key
+            assert torch.equal(parameter, value), key
+        assert torch.equal(family.logits(model), logits)
+    assert adapter_ranks(others) == ranks
+    assert not model.peft_config["other"].rank_pattern
+    model.set_adapter("default")
+    assert adapter_ranks(find_target_modules(model)) == {t.name: 5 for t in targets}
+
+
+def refused(model, reason, **where):
+    with pytest.raises(UnsupportedError, match=reason) as caught:
+        find_target_modules(model, **where)
+    return str(caught.value)
+
+
+def test_an_adapter_shared_between_embedding_and_head_is_refused(named_family):
+    """Its two modules are views of one storage: new storage for one would cut the tie without a word."""
+    model = named_family("llama-tied-embedding").model(ensure_weight_tying=True)
+    inner = model.get_base_model()
+    pair = inner.model.embed_tokens.lora_embedding_A["default"], inner.lm_head.lora_B["default"].weight
+    assert pair[0].data_ptr() == pair[1].data_ptr()
+    text = refused(model, "embed_tokens.*lm_head")
+    assert "ensure_weight_tying" in text
+
+
+def test_expert_parameters_are_refused(named_family):
+    model = named_family("mixtral").model(target_parameters=["mlp.experts.gate_up_proj"])
+    refused(model, r"target_parameters=.*mlp\.experts\.gate_up_proj.*target_modules")
+
+
+def test_all_linear_on_a_mixture_of_experts_is_refused(named_family):
+    """PEFT writes `target_parameters` by itself here, so the way out has to speak of what the user wrote."""
+    text = refused(named_family("mixtral").model(target_modules="all-linear"), "gate_up_proj")
+    assert "all-linear" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, "layers.0.self_attn.q_proj.*ALora"),
+        ({"init_lora_weights": "mica"}, "layers.0.self_attn.q_proj.*MiCA"),
+    ],
+)
+def test_other_variants_are_refused(named_family, options, reason):
+    assert "rsLoRA or DoRA" in refused(named_family("llama").model(**options), reason)
+
+
+def test_convolutions_are_refused(named_family):
+    model = named_family("vit").model(target_modules=["projection", "q_proj"])
+    text = refused(model, r"vit\.embeddings\.patch_embeddings\.projection'.*Conv2d")
+    assert "leave the module out" in text
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_starts_that_change_the_frozen_base_are_refused(named_family, start):
+    """Plain PEFT works out the change anew from the rank in the file: with PiSSA, rank 4 -> 6 moved logits by 3.5."""
+    plain = start.startswith(("pissa", "olora"))  # the others need data or SciPy, and the setting alone decides
+    model = named_family("llama").model(**{"init_lora_weights": start} if plain else {})
+    model.peft_config["default"].init_lora_weights = start
+    assert "Use " in refused(model, f"init_lora_weights='{start}'")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_training_the_biases_of_the_base_is_refused(named_family, bias):
+    """PEFT finds such a bias again only where the file has an adapter, so a dropped module would lose it."""
+    assert "lora_bias" in refused(named_family("bert").model(bias=bias), f"bias='{bias}'")
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva"])
+def test_every_other_start_survives_a_change_of_ranks(named_family, start, tmp_path):
+    """Some starts have rules for ranks of their own, which a file must not trip over when it is loaded."""
+    family = named_family("llama")
+    model = family.model(init_lora_weights=start)
+    targets = find_target_modules(model)
+    make_resizable(model, targets)
+    set_ranks(targets, {t.name: (1, 3, 0, 6)[i % 4] for i, t in enumerate(targets)})
+    sync_config(model, targets)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family.base(), tmp_path)
+    assert torch.equal(family.logits(again), family.logits(model))
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig(num_virtual_tokens=2), IA3Config()], ids=["prefix", "ia3"])
+def test_other_peft_methods_are_refused(named_family, config):
+    config.task_type = TaskType.CAUSAL_LM
+    refused(get_peft_model(named_family("llama").base(), config), "LoRA")
+
+
+def test_a_model_without_adapters_is_refused(named_family):
+    refused(named_family("vit").base(), "ViTForImageClassification is not a PEFT model.*get_peft_model")
+
+
+def test_sharded_factors_are_refused(named_family):
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    model = named_family("llama").model()
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = layer.lora_A["default"].weight
+        layer.lora_A["default"].weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Replicate()]))
+        refused(model, r"model\.layers\.1\.mlp\.up_proj'.*sharded.*DTensor")
+    finally:
+        destroy_process_group()
