@@ -8,7 +8,7 @@
     ├── DataError          a data set that is empty, too short or malformed        (ValueError)
     ├── NonFiniteError     a loss or weight that is NaN or infinite                (ArithmeticError)
     ├── PolicyFileError    a policy file that is corrupt, foreign or too new       (ValueError)
-    ├── RunFolderError     a run's or adapter's folder: there already, missing, cut (OSError)
+    ├── RunFolderError     a folder of a run or adapter: exists, missing or cut off    (OSError)
     └── AssetError         a packaged model or data set that is not at hand        (OSError)
 
 Each also inherits the builtin in brackets, so that code that knows nothing of rankpilot can catch it.

@@ -20,11 +20,12 @@ from ..errors import UnsupportedError
 from ..lora.budget import Budget, format_bytes
 from ..lora.checkpoint import make_resizable, settle
 from ..lora.memory import ByteCost, ParameterCost
-from ..lora.optimizer_state import check_optimizer
+from ..lora.optimizer_state import check_optimizer, reset_state
 from ..lora.peak import PeakMeter
 from ..lora.plan import Plan
 from ..lora.ranks import reset_adapters
 from ..lora.targets import TargetModule, find_target_modules
+from .compiled import warn_of_recompiles
 from .loss_meter import LossMeter
 from .policy import Decision, Policy
 from .policy_file import load_policy, policy_schedule
@@ -103,6 +104,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         check_optimizer(optimizer)
         targets = find_target_modules(model)
         make_resizable(model, targets)
+        later = [step for step in self.schedule.steps(state.max_steps) if step > state.global_step]
+        warn_of_recompiles(model, args, 1 + len(later))
         self._seed = args.seed if self.seed is None else self.seed
         self._run = Path(args.output_dir).name
         self._log = DecisionLog(self._log_folder or Path(args.output_dir) / "decisions")
@@ -111,7 +114,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", model, targets)
         else:
             self._log.truncate(-1)
-            self._begin(args, state.max_steps, model, targets, objects)
+            self._begin(args, state, model, targets, objects)
             self._decide(0, optimizer)
 
     def on_step_begin(
@@ -170,16 +173,21 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def _begin(
         self,
         args: TrainingArguments,
-        total_steps: int,
+        state: TrainerState,
         model: nn.Module,
         targets: list[TargetModule],
         objects: dict[str, Any],
     ) -> None:
+        # It may not be the first beginning: `train` can be called again, and `auto_find_batch_size` does so.
+        reset_state(objects["optimizer"], (w for target in targets for w in (target.weight_a, target.weight_b)))
+        self._meter.close()
+        self._meter = PeakMeter(self._meter.every_steps)
+        self.predictions = []
         loader = objects["train_dataloader"]
         training = model.training
         model.train()
         with undisturbed():
-            batch = largest_batch(loader.dataset, loader.collate_fn, args.per_device_train_batch_size, args.device)
+            batch = largest_batch(loader.dataset, loader.collate_fn, state.train_batch_size, args.device)
             with precision(args):
                 cost, limit = price_plans(self.budget, targets, model, batch, objects["optimizer"])
             result = run_probe(model, targets, loader.dataset, loader.collate_fn, args, self.schedule, self._seed)
@@ -187,7 +195,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._losses.restart()
         reset_adapters(targets, 1, self._seed)
         self.controller = RankController(
-            model, targets, cost, limit, self.schedule, total_steps, result, seed=self._seed
+            model, targets, cost, limit, self.schedule, state.max_steps, result, seed=self._seed
         )
 
     def _resume(self, folder: Path, model: nn.Module, targets: list[TargetModule]) -> None:
@@ -237,6 +245,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 features=observation.modules,
                 feature_names=MODULE_FEATURES,
                 run_features=dict(zip(RUN_FEATURES, observation.run.tolist(), strict=True)),
+                notes=self._controller.notes,
             )
         )
 
@@ -272,5 +281,5 @@ def _check_setting(args: TrainingArguments) -> None:
             f"This run spreads over {max(args.world_size, args.n_gpu)} processes or devices; ranks can be changed in "
             "a run on one device only so far. Set CUDA_VISIBLE_DEVICES to one of them."
         )
-    if args.deepspeed or args.fsdp:
+    if args.deepspeed_plugin or args.fsdp:
         raise UnsupportedError("Ranks cannot be changed under DeepSpeed or FSDP. Use a plain single-device run.")

@@ -38,9 +38,12 @@ def precision(args: TrainingArguments) -> AbstractContextManager[Any]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put torch's random state back afterwards, so that the run's own draws are as if nothing had happened."""
+    """Put torch's random state back afterwards, so that the run's own draws are as if nothing had happened.
+
+    A compiled model runs uncompiled meanwhile: each plan tried here would take one of the few graphs that torch keeps.
+    """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         yield
 
 

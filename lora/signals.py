@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .base_weight import base_norm
 from .ladder import IntArray
 from .memory import FloatArray
 from .targets import TargetModule
@@ -38,7 +39,8 @@ class SignalMeter:
         self.targets = list(targets)
         self.values: FloatArray = np.full((len(targets), len(SIGNALS)), np.nan)
         self.age: IntArray = np.zeros(len(targets), dtype=np.int64)
-        self._base_norms = torch.tensor([_base_norm(target) for target in targets], dtype=torch.float64)
+        norms = [base_norm(target.layer) for target in targets]
+        self._base_norms = torch.tensor(norms, dtype=torch.float64).clamp_min(1e-12)
         self.restart()
 
     def restart(self) -> None:
@@ -116,9 +118,3 @@ class SignalMeter:
             device = self._live[0].weight_b.device
             self._squares = [state["squares"].to(device, copy=True)]
             self._means = [state[f"mean.{target.name}"].to(device, copy=True) for target in self._live]
-
-
-def _base_norm(target: TargetModule) -> float:
-    """Frobenius norm of the frozen weight, at least a tiny number; quantised weights are read as they are."""
-    weight = target.layer.get_base_layer().weight.detach()
-    return max(float(weight.float().norm()), 1e-12)
