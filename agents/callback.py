@@ -109,7 +109,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._seed = args.seed if self.seed is None else self.seed
         self._run = Path(args.output_dir).name
         self._log = DecisionLog(self._log_folder or Path(args.output_dir) / "decisions")
-        self._losses.attach(model)
+        self._losses.attach(model, args.gradient_accumulation_steps)
         if state.global_step > 0:
             self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", model, targets)
         else:

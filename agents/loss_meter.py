@@ -13,18 +13,25 @@ class LossMeter:
 
     Attributes:
         total: sum of the losses, a float or a scalar tensor.
-        count: how many.
+        count: how many; a micro-batch that returns its share of the step's loss counts as that share.
     """
 
     def __init__(self) -> None:
         self.total: torch.Tensor | float = 0.0
-        self.count = 0
+        self.count = 0.0
+        self._micro_batches = 1
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
-    def attach(self, model: nn.Module) -> None:
-        """Listen to a model; forward passes in evaluation mode do not count."""
+    def attach(self, model: nn.Module, micro_batches: int = 1) -> None:
+        """Listen to a model; forward passes in evaluation mode do not count.
+
+        Args:
+            model: returns the mean loss of its batch, or, called with `num_items_in_batch`, a share of the step's.
+            micro_batches: forward passes of one step.
+        """
         self.detach()
-        self._handle = model.register_forward_hook(self._take)
+        self._micro_batches = micro_batches
+        self._handle = model.register_forward_hook(self._take, with_kwargs=True)
 
     def detach(self) -> None:
         """Stop listening."""
@@ -34,14 +41,15 @@ class LossMeter:
 
     def restart(self) -> None:
         """Begin a new interval."""
-        self.total, self.count = 0.0, 0
+        self.total, self.count = 0.0, 0.0
 
     def mean(self) -> float | None:
         """Mean loss of the interval; None if there was none."""
         return float(self.total) / self.count if self.count else None
 
-    def _take(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _take(self, module: nn.Module, inputs: Any, options: dict[str, Any], outputs: Any) -> None:
         loss = getattr(outputs, "loss", None)
         if module.training and loss is not None:
             self.total = self.total + loss.detach().float().mean()
-            self.count += 1
+            self.count += 1 if options.get("num_items_in_batch") is None else 1 / self._micro_batches

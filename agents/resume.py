@@ -37,7 +37,7 @@ class Flight:
 
     controller: RankController
     loss_total: float
-    loss_count: int
+    loss_count: float
     peaks: list[tuple[int, int]]
     predictions: list[tuple[int, float]]
 

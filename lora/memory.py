@@ -119,8 +119,10 @@ class SavedTensors:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _same)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Checkpointing runs layers again during the backward pass, when what they save replaces what was freed.
+        in_backward = torch._C._current_graph_task_id() != -1
         address, size = _storage(tensor)
-        if size and address not in self._known:
+        if size and address not in self._known and not in_backward:
             self.sizes[address] = size
         return tensor
 
@@ -207,6 +209,9 @@ class _Inputs:
             # An embedding's input holds one token id a position, any other a vector.
             positions = tensor.numel() if target.embedding else tensor.numel() / tensor.shape[-1]
             self.hidden[index] = positions * (target.weight_a if target.embedding else tensor).element_size()
+            if torch.is_autocast_enabled(tensor.device.type):  # which saves copies of the factors
+                copied = torch.get_autocast_dtype(tensor.device.type).itemsize
+                self.hidden[index] += (target.d_in + target.d_out) * copied
             self.order[index] = self._count
             self._count += 1
 

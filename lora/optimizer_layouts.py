@@ -6,6 +6,7 @@ wrong without an error. Third-party optimisers are known by name, so that none o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -234,9 +235,15 @@ def _find(optimizer: torch.optim.Optimizer) -> StateLayout | None:
             return StateLayout(moments, form=BitsandbytesForm()) if moments else None
         if name in _LAYOUTS:
             return _LAYOUTS[name]
-        if "step" in vars(kind):  # a subclass with its own rule may keep anything
+        if _has_own_step(kind):  # a subclass with its own rule may keep anything
             return None
     return None
+
+
+def _has_own_step(kind: type) -> bool:
+    """Whether a class defines `step` itself; torch puts a wrapped copy of the inherited one into every class."""
+    step = vars(kind).get("step")
+    return step is not None and bool(inspect.unwrap(step).__qualname__ == f"{kind.__qualname__}.step")
 
 
 def _why(optimizer: torch.optim.Optimizer) -> str:
