@@ -16,6 +16,7 @@ import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from .base_weight import guard_base
 from .ranks import resize
 from .targets import TargetModule, unwrap
 
@@ -84,8 +85,13 @@ def _excluded(user: Any, dropped: list[str]) -> Any:
 def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """Let the target modules load factors of any rank, and leave rank-0 factors out of what they save.
 
-    Idempotent. After a load, call `settle` once training is about to start.
+    Idempotent. After a load, call `settle` once training is about to start. Also keeps a quantised base fit for
+    training (`guard_base`), so call it before the first evaluation.
+
+    Raises:
+        UnsupportedError: see `guard_base`.
     """
+    guard_base(model)
     peft_model = unwrap(model)
     done = peft_model.__dict__.setdefault("_rankpilot_resizable", set())
     if targets[0].adapter in done:

@@ -74,8 +74,10 @@ def _core(tall: torch.Tensor) -> torch.Tensor:
         diagonal = lower.diagonal(dim1=-2, dim2=-1)
         good = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1))
         if bool(good.all()):
-            return lower.mT
-    return torch.linalg.qr(tall, mode="r").R
+            upper: torch.Tensor = lower.mT
+            return upper
+    core: torch.Tensor = torch.linalg.qr(tall, mode="r").R
+    return core
 
 
 def growth_generator(seed: int, step: int, name: str) -> torch.Generator:

@@ -131,7 +131,9 @@ def _nearest_codes(value: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tenso
         Codes, uint8 of the shape of `value`, and one scale for each block of LOW_BIT_BLOCK values.
     """
     blocks = nn.functional.pad(value.flatten(), (0, -value.numel() % LOW_BIT_BLOCK)).view(-1, LOW_BIT_BLOCK)
-    scales = blocks.abs().amax(dim=1)
+    scales = blocks.amax(dim=1).clamp_min(0)
+    if code[0] < 0:  # signed codes end at -0.993: a negative extreme would shrink at each rounding
+        scales = torch.maximum(scales, blocks.amin(dim=1) / code[0])
     middles = (code[1:] + code[:-1]) / 2
     relative = blocks / scales[:, None].clamp_min(torch.finfo(torch.float32).tiny)
     codes = torch.bucketize(relative, middles).to(torch.uint8)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 
+from .base_weight import real_weight
 from .factors import (
     BEFORE_THE_RUN,
     ShrinkMaps,
@@ -172,7 +172,7 @@ def reset_extras(target: TargetModule) -> None:
         target.bias.zero_()
     if target.magnitude is not None:
         layer = target.layer.lora_magnitude_vector[target.adapter]
-        weight = dequantize_module_weight(target.layer.get_base_layer()).detach().to(target.weight_a)
+        weight = real_weight(target.layer).to(target.weight_a)
         target.magnitude.copy_(layer.get_weight_norm(weight, weight.new_zeros(()), target.scaling))
 
 

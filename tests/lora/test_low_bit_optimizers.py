@@ -1,0 +1,439 @@
+"""Optimisers beside torch's own: their state through changes of rank, in the form in which they keep it."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot.errors import UnsupportedError
+from rankpilot.lora.optimizer_state import StateMap, map_state
+from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.targets import TargetModule, find_target_modules
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.optimization import Adafactor as TransformersAdafactor
+
+BLOCK = 256
+"""Values that share a scale in 8-bit state."""
+SMALLEST = 4096
+"""Parameters with fewer values keep ordinary state in every library."""
+
+
+Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def _bitsandbytes(name: str, **options: Any) -> Make:
+    return lambda params: getattr(pytest.importorskip("bitsandbytes").optim, name)(params, **{"lr": 1e-3} | options)
+
+
+def _torchao(name: str) -> Make:
+    return lambda params: getattr(pytest.importorskip("torchao.optim"), name)(params, lr=1e-3)
+
+
+def _lion(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = pytest.importorskip("lion_pytorch").Lion(params, lr=3e-4)
+    return optimizer
+
+
+def _adafactor(**options: Any) -> Make:
+    return lambda params: TransformersAdafactor(params, **options)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimiser.
+
+    Attributes:
+        make: builds it; skips the test where its library is missing.
+        tolerance: largest difference of a loss after state has been through a change of rank and back.
+        rounding: largest error of one rounding of a moment, as a share of its largest value; 0 for fp32.
+    """
+
+    name: str
+    make: Make
+    tolerance: float = 0.0
+    rounding: float = 0.0
+
+
+_8BIT = {"tolerance": 1e-3, "rounding": 0.01}
+# Half the widest gap between the 16 codes, and half of the last of three bits.
+_4BIT = {"tolerance": 1e-2, "rounding": 0.1126}
+_FP8 = {"tolerance": 1e-3, "rounding": 2**-4}
+# Their second average is scaled by a ratio of means, which is 1 up to rounding.
+_FACTORED = {"tolerance": 1e-6}
+_ABSOLUTE = {"scale_parameter": False, "relative_step": False, "lr": 2e-3}
+
+ROWS = (
+    *(Row(f"bnb-{name}", _bitsandbytes(name), **_8BIT) for name in ("Adam8bit", "AdamW8bit", "PagedAdamW8bit")),
+    *(Row(f"bnb-{name}", _bitsandbytes(name)) for name in ("AdamW32bit", "PagedAdamW32bit")),
+    # As the Trainer builds them for optim="adamw_bnb_8bit" and "paged_adamw_32bit".
+    Row("bnb-AdamW-of-8-bits", _bitsandbytes("AdamW", optim_bits=8), **_8BIT),
+    Row("bnb-AdamW-paged", _bitsandbytes("AdamW", optim_bits=32, is_paged=True)),
+    *(Row(f"bnb-{name}", _bitsandbytes(name, lr=3e-4), **_8BIT) for name in ("Lion8bit", "PagedLion8bit")),
+    Row("bnb-Lion32bit", _bitsandbytes("Lion32bit", lr=3e-4)),
+    Row("torchao-AdamW8bit", _torchao("AdamW8bit"), **_8BIT),
+    Row("torchao-AdamW4bit", _torchao("AdamW4bit"), **_4BIT),
+    Row("torchao-AdamWFp8", _torchao("AdamWFp8"), **_FP8),
+    Row("lion", _lion),
+    Row("torch-Adafactor", lambda params: torch.optim.Adafactor(params, lr=1e-2), **_FACTORED),
+    Row("hf-Adafactor", _adafactor(**_ABSOLUTE), **_FACTORED),
+    Row("hf-Adafactor-beta1", _adafactor(beta1=0.9, **_ABSOLUTE), **_FACTORED),
+    Row("hf-Adafactor-relative", _adafactor(), **_FACTORED),
+)
+
+
+@pytest.fixture(params=ROWS, ids=lambda row: row.name)
+def row(request: pytest.FixtureRequest) -> Row:
+    """Every optimiser in turn."""
+    chosen: Row = request.param
+    return chosen
+
+
+@pytest.fixture
+def _eager() -> Iterator[None]:
+    """A step of torchao compiles for every new shape, seconds each; eager, it computes the same."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class Run:
+    """A small fine-tune that always sees the same batches.
+
+    At rank 16 all factors have at least 4096 values, but for B of k and v.
+    """
+
+    def __init__(self, make: Make, **options: Any) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=256,
+            intermediate_size=320,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            initializer_range=0.05,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        settings = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"} | options
+        self.model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**settings)).train()
+        self.targets = find_target_modules(self.model)
+        self.optimizer = make([p for p in self.model.parameters() if p.requires_grad])
+        self.count = 0
+
+    @property
+    def weights(self) -> list[tuple[nn.Parameter, int]]:
+        """Every factor with its rank axis."""
+        return [pair for t in self.targets for pair in ((t.weight_a, 0), (t.weight_b, 1))]
+
+    def train(self, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(self.count % 2))
+            self.count += 1
+            self.optimizer.zero_grad()
+            loss = self.model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def set_ranks(self, rank: int, targets: list[TargetModule] | None = None) -> None:
+        chosen = self.targets if targets is None else targets
+        set_ranks(self.targets, {t.name: rank for t in chosen}, self.optimizer, step=self.count)
+
+    def drop_newest(self, rank: int) -> None:
+        """Cut the directions that growth added off the factors; the maps cut their state off."""
+        for weight, axis in self.weights:
+            keep = torch.eye(rank, weight.shape[axis])
+            map_state(self.optimizer, weight, StateMap(axis, rank, keep))
+            weight.grad = None
+            with torch.no_grad():
+                weight.set_(weight.detach().narrow(axis, 0, rank).clone())
+
+
+def moments(run: Run, weight: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What the optimiser remembers of a parameter, as ordinary tensors, read by the library's own functions."""
+    state = run.optimizer.state[weight]
+    found = {}
+    for key, value in state.items():
+        if not torch.is_tensor(value) or value.dim() == 0 or key.startswith(("qmap", "absmax")):
+            continue
+        if value.dtype == torch.uint8:
+            functional = pytest.importorskip("bitsandbytes.functional")
+            scales, codes = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
+            found[key] = functional.dequantize_blockwise(value, absmax=scales, code=codes, blocksize=BLOCK)
+        else:
+            found[key] = value.dequantize() if hasattr(value, "codes") else value
+    return found
+
+
+def check_form(run: Run, row: Row) -> None:
+    """State has its parameter's shape, and the form that the library would give it."""
+    for weight, _ in run.weights:
+        state = run.optimizer.state[weight]
+        for key, value in moments(run, weight).items():
+            if "row" in key or "col" in key:
+                assert value.numel() == weight.shape["col" in key], key
+                continue
+            assert value.shape == weight.shape, key
+            large = row.rounding > 0 and weight.numel() >= SMALLEST
+            if row.name.startswith("bnb"):
+                _check_bitsandbytes(state, key, weight.numel(), large)
+            elif row.name.startswith("torchao"):
+                _check_torchao(state[key], key, weight.numel(), large, 4 if "4bit" in row.name else 8)
+
+
+def _check_bitsandbytes(state: dict[str, Any], key: str, count: int, large: bool) -> None:
+    assert state[key].dtype == (torch.uint8 if large else torch.float32), key
+    assert state[key].is_contiguous()
+    scales, codes = f"absmax{key[-1]}", f"qmap{key[-1]}"
+    assert (scales in state) == (codes in state) == large
+    if large:
+        assert state[scales].shape == (math.ceil(count / BLOCK),)
+
+
+def _check_torchao(stored: Any, key: str, count: int, large: bool, bits: int) -> None:
+    block = BLOCK * bits // 8
+    assert hasattr(stored, "codes") == (large and count % block == 0), key
+    if hasattr(stored, "codes"):
+        assert stored.scale.shape == (count // block,)
+        assert stored.codes.numel() == count * bits // 8
+        assert getattr(stored, "signed", key == "exp_avg") == (key == "exp_avg")  # fp8 has a sign in any case
+
+
+@pytest.mark.usefixtures("_eager")
+class TestEveryOptimiser:
+    @pytest.mark.parametrize("rank", [24, 17])
+    def test_growing_and_dropping_the_new_columns_is_as_if_nothing_happened(self, row, rank):
+        """At rank 17 some parameters are no multiple of a block, which ends some libraries' low-bit form."""
+        plain, resized = Run(row.make), Run(row.make)
+        assert plain.train(4) == resized.train(4)
+        resized.set_ranks(rank)
+        check_form(resized, row)
+        resized.drop_newest(16)
+        check_form(resized, row)
+        for (old, _), (new, _) in zip(plain.weights, resized.weights, strict=True):
+            assert torch.equal(old, new)
+            if not row.tolerance:
+                for key, value in moments(plain, old).items():
+                    assert torch.equal(value, moments(resized, new)[key]), key
+        before, after = plain.train(5), resized.train(5)
+        assert before == pytest.approx(after, abs=row.tolerance, rel=0)
+        assert len(set(before)) == 5
+
+    def test_shrinking_to_half_goes_on(self, row):
+        run = Run(row.make)
+        losses = run.train(8)
+        run.set_ranks(8)
+        check_form(run, row)
+        losses += run.train(8)
+        check_form(run, row)
+        run.set_ranks(20)
+        check_form(run, row)
+        losses += run.train(8)
+        assert all(map(math.isfinite, losses))
+        # Two batches in turn: each is compared with itself.
+        assert losses[6] < losses[0]
+        assert losses[14] < losses[8] < losses[0]
+        assert losses[22] < losses[16] < losses[8]
+
+    def test_dropping_and_reviving_goes_on(self, row):
+        run = Run(row.make)
+        losses = run.train(4)
+        chosen = run.targets[::2]
+        run.set_ranks(0, chosen)
+        assert not any(weight in run.optimizer.state for t in chosen for weight in (t.weight_a, t.weight_b))
+        losses += run.train(4)
+        run.set_ranks(16, chosen)
+        losses += run.train(4)
+        check_form(run, row)
+        assert all(map(math.isfinite, losses))
+        assert losses[10] < losses[4] < losses[0]
+        assert all(t.weight_b.any() for t in chosen)
+
+    def test_saved_state_of_changed_ranks_goes_on_as_if_never_stopped(self, row):
+        run = Run(row.make)
+        run.train(4)
+        run.set_ranks(24, run.targets[::2])
+        run.set_ranks(8, run.targets[1::2])
+        run.train(2)
+        file = io.BytesIO()
+        torch.save(run.optimizer.state_dict(), file)
+        file.seek(0)
+
+        again = Run(row.make)
+        set_ranks(again.targets, {t.name: t.rank for t in run.targets})
+        again.model.load_state_dict(run.model.state_dict())
+        again.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        again.count = run.count
+        check_form(again, row)
+        assert again.train(4) == run.train(4)
+        again.set_ranks(16)
+        run.set_ranks(16)
+        assert again.train(4) == run.train(4)
+
+    def test_new_directions_start_without_a_past(self, row):
+        run = Run(row.make)
+        run.train(4)
+        old = [moments(run, weight) for weight, _ in run.weights]
+        run.set_ranks(24)
+        for (weight, axis), before in zip(run.weights, old, strict=True):
+            after = moments(run, weight)
+            assert after.keys() == before.keys()
+            for key, value in after.items():
+                if value.shape != weight.shape:
+                    continue  # a factored average
+                kept, new = value.narrow(axis, 0, 16), value.narrow(axis, 16, 8)
+                # Blocks lie elsewhere after the change, so low-bit values are rounded once more.
+                error = row.rounding * before[key].abs().max().item()
+                torch.testing.assert_close(kept, before[key], rtol=0, atol=error)
+                if key in ("exp_avg", "state1"):
+                    assert not new.any()
+                elif axis == 1:
+                    mean = before[key].mean(dim=1, keepdim=True).expand(-1, 8)
+                    torch.testing.assert_close(new, mean, rtol=1e-5, atol=error)
+                elif "4bit" not in row.name:  # whose map of squares has no zero
+                    assert not new.any()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_torchao_compiles_its_step_for_the_new_shapes():
+    run = Run(_torchao("AdamW8bit"), target_modules=["q_proj"])
+    losses = run.train(2)
+    run.set_ranks(24)
+    losses += run.train(4)
+    assert all(map(math.isfinite, losses))
+    assert losses[4] < losses[0]
+
+
+def test_an_override_of_bitsandbytes_goes_on():
+    """GlobalOptimManager can ask for 32-bit state of single parameters."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    run = Run(_bitsandbytes("AdamW8bit"))
+    chosen = run.targets[0].weight_a
+    manager.register_parameters(run.model.parameters())
+    manager.override_config(chosen, "optim_bits", 32)
+    try:
+        run.train(2)
+        assert run.optimizer.state[chosen]["state1"].dtype == torch.float32
+        run.set_ranks(24)
+        assert run.optimizer.state[chosen]["state1"].dtype == torch.float32
+        assert run.optimizer.state[run.targets[0].weight_b]["state1"].dtype == torch.uint8
+        run.train(1)
+    finally:
+        manager.initialize()
+
+
+class HomeMade(torch.optim.Optimizer):
+    """Keeps a moment under a name of its own."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                memory = self.state[parameter].setdefault("memory", torch.zeros_like(parameter))
+                memory.lerp_(parameter.grad, 0.1)
+                parameter.sub_(memory, alpha=group["lr"])
+
+
+class ReshapedAdamW(torch.optim.AdamW):
+    """A subclass of a supported one, with a step of its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["rotation"] = torch.eye(parameter.shape[0])
+
+
+def _schedule_free(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree(params, lr=1e-3)
+    optimizer.train()
+    refused: torch.optim.Optimizer = optimizer
+    return refused
+
+
+REFUSED = {
+    "AdamWScheduleFree": _schedule_free,
+    "Muon": lambda params: torch.optim.Muon(params, lr=1e-3),
+    "LBFGS": lambda params: torch.optim.LBFGS(params, lr=1e-3),
+    "HomeMade": HomeMade,
+    "ReshapedAdamW": ReshapedAdamW,
+    "AdEMAMix8bit": _bitsandbytes("AdEMAMix8bit"),
+    "LAMB8bit": _bitsandbytes("LAMB8bit"),
+    "LARS8bit": _bitsandbytes("LARS8bit", momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_others_are_refused_before_anything_changes(name):
+    run = Run(REFUSED[name], r=4)
+    tokens = torch.randint(0, 64, (4, 16))
+
+    def closure() -> torch.Tensor:
+        run.optimizer.zero_grad()
+        loss: torch.Tensor = run.model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return loss
+
+    closure()
+    run.optimizer.step(closure if name == "LBFGS" else None)
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    for rank in (2, 8, 0):
+        with pytest.raises(UnsupportedError, match=rf"{name}\b.*Supported: AdamW, Adam.*Adafactor.*Lion.*adamw_torch"):
+            run.set_ranks(rank)
+    assert {t.rank for t in run.targets} == {4}
+    assert all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="paged memory needs CUDA")
+@pytest.mark.parametrize("name", ["PagedAdamW8bit", "PagedAdamW32bit"])
+def test_paged_state_on_a_gpu_goes_on(name):
+    """Only state of at least 100,000 values is paged."""
+
+    def make() -> Run:
+        run = Run(_bitsandbytes(name), r=4, target_modules=["q_proj"])
+        run.model.cuda()
+        set_ranks(run.targets, {t.name: 256 for t in run.targets})
+        return run
+
+    def train(run: Run, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0)).cuda()
+            run.optimizer.zero_grad()
+            loss = run.model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            run.optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    plain, resized = make(), make()
+    assert train(plain, 3) == pytest.approx(train(resized, 3), abs=1e-4)
+    weight = resized.targets[0].weight_a
+    assert resized.optimizer.state[weight]["state1"].is_paged
+    resized.set_ranks(128)
+    state = resized.optimizer.state[weight]["state1"]
+    assert state.device == weight.device
+    assert state.shape == weight.shape
+    paged = resized.optimizer.page_mng.paged_tensors
+    assert not any(tensor.shape == (256, 256) and tensor is state for tensor in paged)
+    losses = train(resized, 5)
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
