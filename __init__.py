@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .env import ENV_ID
 from .errors import RankPilotError
+from .quiet import silence_worker
 
 if TYPE_CHECKING:
     from .agents.callback import RankPilotCallback
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .env.decision_log import DecisionLog
     from .env.schedule import DecisionSchedule
     from .lora.budget import Budget
+
+silence_worker()
 
 _LAZY = {
     "Budget": ".lora.budget",

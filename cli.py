@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from .agents.config import PRESETS, FinetuneConfig, TrainConfig
 from .errors import ConfigError, RankPilotError
 from .files import read_json, read_json_lines
 from .lora.budget import format_bytes
+from .quiet import silence_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -319,13 +318,6 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
     return typed
 
 
-_QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONWARNINGS": "ignore::FutureWarning",
-}
-
 _USAGE = """[bold]rankpilot[/]: LoRA ranks that a learned policy decides, inside a hard memory budget.
 
   [bold]rankpilot train[/]      train a policy on proxy fine-tunes
@@ -372,10 +364,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the `rankpilot` script."""
-    # Before the libraries are loaded, and for the worker processes as well: only our own words on the screen.
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore", FutureWarning)
+    silence_libraries()
     sys.exit(run(sys.argv[1:]))
 
 
