@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,12 @@ BEFORE_THE_RUN = -1
 
 @dataclass(frozen=True, eq=False)
 class ShrinkMaps:
-    """The linear maps A' = Q A and B' = B P that lower the rank of a pair from r to k; `...` is any batch.
+    """The linear maps A' = Q A and B' = B P that lower the rank of n pairs from r to k.
 
     Attributes:
-        p: fp64 (..., r, k).
-        q: fp64 (..., k, r).
-        live: bool (..., k); dead directions carry no function, their columns of P and rows of Q are zero.
+        p: fp64 (n, r, k).
+        q: fp64 (n, k, r).
+        live: bool (n, k); dead directions carry no function, their columns of P and rows of Q are zero.
     """
 
     p: torch.Tensor
@@ -36,48 +37,42 @@ class ShrinkMaps:
     live: torch.Tensor
 
 
-def shrink_maps(weight_a: torch.Tensor, weight_b: torch.Tensor, rank: int) -> ShrinkMaps:
-    """The maps to the best rank-k approximation of B A (Eckart and Young, 1936).
+def shrink_maps(weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Tensor], rank: int) -> ShrinkMaps:
+    """The maps to the best rank-k approximation of each B A (Eckart and Young, 1936).
 
     Triangular factors of B and A^T leave the r x r core R_B R_A^T = U S V^T; then P = R_A^T V_k S_k^-1/2 and
-    Q = S_k^-1/2 U_k^T R_B. The dense product is never formed.
+    Q = S_k^-1/2 U_k^T R_B. The dense product is never formed. All pairs must have the same r.
 
     Args:
-        weight_a: A, fp64 of shape (..., r, d_in).
-        weight_b: B, fp64 of shape (..., d_out, r).
+        weights_a: A of each pair, fp64 of shape (r, d_in).
+        weights_b: B of each pair, fp64 of shape (d_out, r).
         rank: k, 0 < k < r.
     """
-    core_b = _core(weight_b)
-    core_a = _core(weight_a.mT)
-    u, s, vh = torch.linalg.svd(core_b @ core_a.mT, full_matrices=False)
-    # d_out or d_in below r leaves fewer directions than asked for: the rest are dead.
-    width = min(rank, s.shape[-1])
-    kept = s[..., :width]
-    batch, before = s.shape[:-1], weight_a.shape[-2]
-    live = torch.zeros(*batch, rank, dtype=torch.bool, device=s.device)
-    live[..., :width] = kept > DEAD_DIRECTION * s[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
-    inverse_root = torch.where(live[..., :width], kept.rsqrt(), 0.0)
-    p = s.new_zeros(*batch, before, rank)
-    q = s.new_zeros(*batch, rank, before)
-    p[..., :width] = (core_a.mT @ vh[..., :width, :].mT) * inverse_root[..., None, :]
-    q[..., :width, :] = inverse_root[..., None] * (u[..., :width].mT @ core_b)
+    core_a = _cores([weight.mT for weight in weights_a])
+    core_b = _cores(weights_b)
+    u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
+    live = s[:, :rank] > DEAD_DIRECTION * s[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    inverse_root = torch.where(live, s[:, :rank].rsqrt(), 0.0)
+    p = (core_a.mT @ vh[:, :rank].mT) * inverse_root[:, None, :]
+    q = inverse_root[:, :, None] * (u[:, :, :rank].mT @ core_b)
     return ShrinkMaps(p, q, live)
 
 
-def _core(tall: torch.Tensor) -> torch.Tensor:
-    """R of the QR decomposition of (..., n, r), up to signs; by Cholesky where that is as good, since it is faster.
+def _cores(tall: Sequence[torch.Tensor]) -> torch.Tensor:
+    """R of the QR decomposition of each (d, r), up to signs, as (n, r, r).
 
-    Cholesky squares the condition number: what its diagonal shows to be near singular goes to Householder's QR.
+    By Cholesky where that is as good, since it is faster. It squares the condition number: what its diagonal shows to
+    be near singular (new directions, for one) goes to Householder's QR. Rows that a short factor leaves out are zero.
     """
-    if tall.shape[-2] >= tall.shape[-1]:
-        lower, failed = torch.linalg.cholesky_ex(tall.mT @ tall)
-        diagonal = lower.diagonal(dim1=-2, dim2=-1)
-        good = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1))
-        if bool(good.all()):
-            upper: torch.Tensor = lower.mT
-            return upper
-    core: torch.Tensor = torch.linalg.qr(tall, mode="r").R
-    return core
+    cores, failed = torch.linalg.cholesky_ex(torch.stack([factor.mT @ factor for factor in tall]), upper=True)
+    diagonal = cores.diagonal(dim1=-2, dim2=-1)
+    good = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1))
+    for index, fine in enumerate(good.tolist()):
+        if not fine:
+            core = torch.linalg.qr(tall[index], mode="r").R
+            cores[index] = 0
+            cores[index, : core.shape[0]] = core
+    return cores
 
 
 def growth_generator(seed: int, step: int, name: str) -> torch.Generator:

@@ -22,7 +22,6 @@ import torch
 from .base_weight import real_weight
 from .factors import (
     BEFORE_THE_RUN,
-    ShrinkMaps,
     fresh_directions,
     growth_generator,
     shrink_maps,
@@ -34,12 +33,13 @@ from .targets import TargetModule, check_ranks
 
 logger = logging.getLogger(__name__)
 
-BATCHED_ELEMENTS = 2**16
-"""Pairs of one shape are decomposed together up to this many elements; larger ones are faster one by one."""
+BATCHED_ELEMENTS = 2**22
+"""Pairs are decomposed together up to this many elements, 32 MiB in fp64."""
 
 
 _FILLS: dict[bool, tuple[Fill, Fill]] = {False: ("zero", "mean"), True: ("mean", "zero")}
-"""How the second moments of fresh directions of A and B start, on linear layers and on embeddings."""
+"""How the second moments of fresh directions of A and B start, on linear layers and on embeddings: only the zero side
+gets gradients at first, and must not take huge steps."""
 
 
 @dataclass(frozen=True)
@@ -219,54 +219,41 @@ def _shrink(
     moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
 ) -> None:
     for group, rank in _batches(moves):
-        a = _stacked([target.weight_a for target in group])
-        b = _stacked([target.weight_b for target in group])
-        maps = shrink_maps(a, b, rank)
-        new_a, new_b = maps.q @ a, b @ maps.p
+        pairs = [(target.weight_a.detach().double(), target.weight_b.detach().double()) for target in group]
+        maps = shrink_maps([a for a, _ in pairs], [b for _, b in pairs], rank)
         whole = maps.live.all(dim=-1).tolist()
-        for index, target in enumerate(group):
-            one = ShrinkMaps(maps.p[index], maps.q[index], maps.live[index])
-            factors = [new_a[index].to(target.weight_a), new_b[index].to(target.weight_b)]
+        for index, (target, (a, b)) in enumerate(zip(group, pairs, strict=True)):
+            p, q, live = maps.p[index], maps.q[index], maps.live[index]
+            new_a, new_b = (q @ a).to(target.weight_a), (b @ p).to(target.weight_b)
+            fresh = None
             if not whole[index]:
-                dead = ~one.live
-                fresh = fresh_directions(target, int(dead.sum()), growth_generator(seed, step, target.name))
-                factors[0][dead], factors[1][:, dead] = fresh
-            _carry_state(target, rank, optimizer, one)
-            _write(target, *factors)
-
-
-def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In fp64, with a leading axis; a lone weight is copied once at most."""
-    return weights[0].detach().double()[None] if len(weights) == 1 else torch.stack(list(weights)).double()
+                fresh = ~live
+                generator = growth_generator(seed, step, target.name)
+                new_a[fresh], new_b[:, fresh] = fresh_directions(target, int(fresh.sum()), generator)
+            fill_a, fill_b = _FILLS[target.embedding]
+            map_state(optimizer, target.weight_a, StateMap(0, rank, p.mT, fresh, fill_a))
+            map_state(optimizer, target.weight_b, StateMap(1, rank, q, fresh, fill_b))
+            _write(target, new_a, new_b)
 
 
 def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[TargetModule], int]]:
-    """Modules whose pairs have one shape and go to one rank, as many at a time as is faster together."""
+    """Modules on one device that go from one rank to another, as many at a time as BATCHED_ELEMENTS allows."""
 
-    def kind(move: tuple[TargetModule, int]) -> tuple[str, str, int, int, int, int]:
+    def kind(move: tuple[TargetModule, int]) -> tuple[str, int, int]:
         target, rank = move
-        return (str(target.weight_a.device), str(target.weight_a.dtype), target.d_in, target.d_out, target.rank, rank)
+        return str(target.weight_a.device), target.rank, rank
 
-    for (_, _, d_in, d_out, before, rank), alike in groupby(sorted(moves, key=kind), kind):
-        group = [target for target, _ in alike]
-        size = max(1, BATCHED_ELEMENTS // (before * max(d_in, d_out)))
-        for start in range(0, len(group), size):
-            yield group[start : start + size], rank
-
-
-def _carry_state(
-    target: TargetModule, rank: int, optimizer: torch.optim.Optimizer | None, maps: ShrinkMaps | None = None
-) -> None:
-    """Map the optimiser's state of a pair; without `maps`, new directions come behind the old ones."""
-    # Of fresh directions only the zero side gets gradients at first: its second moment must not start at zero.
-    fill_a, fill_b = _FILLS[target.embedding]
-    if maps is None:
-        map_a, map_b = StateMap(0, rank, fill_second=fill_a), StateMap(1, rank, fill_second=fill_b)
-    else:
-        map_a = StateMap(0, rank, maps.p.mT, ~maps.live, fill_a)
-        map_b = StateMap(1, rank, maps.q, ~maps.live, fill_b)
-    map_state(optimizer, target.weight_a, map_a)
-    map_state(optimizer, target.weight_b, map_b)
+    for (_, _, rank), alike in groupby(sorted(moves, key=kind), kind):
+        group: list[TargetModule] = []
+        elements = 0
+        for target, _ in alike:
+            group.append(target)
+            elements += target.rank * (target.d_in + target.d_out)
+            if elements > BATCHED_ELEMENTS:
+                yield group, rank
+                group, elements = [], 0
+        if group:
+            yield group, rank
 
 
 def _grow(
@@ -276,7 +263,9 @@ def _grow(
         a, b = target.weight_a, target.weight_b
         rows, columns = fresh_directions(target, rank - target.rank, growth_generator(seed, step, target.name))
         if target.rank:
-            _carry_state(target, rank, optimizer)
+            fill_a, fill_b = _FILLS[target.embedding]
+            map_state(optimizer, a, StateMap(0, rank, fill_second=fill_a))
+            map_state(optimizer, b, StateMap(1, rank, fill_second=fill_b))
         else:
             reset_state(optimizer, target.parameters.values())
         _write(target, torch.cat([a.detach(), rows]), torch.cat([b.detach(), columns], dim=1))
