@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo clean
+.PHONY: help setup test check demo bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ demo: setup ## train a small policy, then fly a real fine-tune with it (goes on 
 	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume
 	$(BIN)/rankpilot finetune all-minilm-l6-v2 rotten-tomatoes --policy runs/demo/policy --compare-uniform \
 	    --steps 160 --max-length 48 --held-out-rows 400 --eval-every 40 --output runs/demo/finetune --resume
+
+bench: setup ## measure what a training step costs beside plain LoRA and AdaLoRA (8 minutes)
+	$(BIN)/python -m rankpilot.bench.overhead --json runs/bench/overhead.json
 
 clean: ## remove .venv, build output and caches (keeps runs/)
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

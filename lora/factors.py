@@ -64,7 +64,9 @@ def _cores(tall: Sequence[torch.Tensor]) -> torch.Tensor:
     By Cholesky where that is as good, since it is faster. It squares the condition number: what its diagonal shows to
     be near singular (new directions, for one) goes to Householder's QR. Rows that a short factor leaves out are zero.
     """
-    cores, failed = torch.linalg.cholesky_ex(torch.stack([factor.mT @ factor for factor in tall]), upper=True)
+    grams = torch.stack([factor.mT @ factor for factor in tall])
+    cores: torch.Tensor
+    cores, failed = torch.linalg.cholesky_ex(grams, upper=True)
     diagonal = cores.diagonal(dim1=-2, dim2=-1)
     good = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1))
     for index, fine in enumerate(good.tolist()):

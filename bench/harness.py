@@ -1,0 +1,232 @@
+"""What benchmarks share: interleaved timing, ratios with intervals, the command line, the table."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import ConfigError, RankPilotError
+from ..files import write_json
+from ..lora.memory import FloatArray
+
+Figures = dict[str, float | int | str | bool]
+"""Results by flat name, such as "bert.adalora.step_ratio"."""
+
+
+def turn_order(count: int, turn: int) -> tuple[int, ...]:
+    """Who goes when in one round of an interleaved run: rotated by one each round, as in a Williams square.
+
+    Over `count` rounds each participant takes each place once, and (if `count` is even) follows each other one equally
+    often. Rotating 0, 1, 2, 3 would always put the same one behind the one that leaves the coldest cache.
+
+    Args:
+        count: participants, > 0.
+        turn: number of the round, from 0.
+    """
+    zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]
+    return tuple((number + turn) % count for number in zigzag)
+
+
+def interleave(
+    work: Mapping[str, Callable[[int], None]],
+    rounds: int,
+    device: torch.device,
+    *,
+    after_round: Callable[[int], None] | None = None,
+) -> dict[str, FloatArray]:
+    """Time several pieces of work in turn, so that whatever slows the machine down hits all of them alike.
+
+    Args:
+        work: by name; called with the number of the round.
+        rounds: how often each is called.
+        device: waited for before and after each call.
+        after_round: called with the number of the round, off the clock.
+
+    Returns:
+        Seconds by name, float64 (rounds,).
+    """
+    names = list(work)
+    seconds = {name: np.zeros(rounds) for name in names}
+    with _old_objects_frozen():
+        for turn in range(rounds):
+            for index in turn_order(len(names), turn):
+                name = names[index]
+                wait_for(device)
+                start = time.perf_counter()
+                work[name](turn)
+                wait_for(device)
+                seconds[name][turn] = time.perf_counter() - start
+            if after_round:
+                after_round(turn)
+    return seconds
+
+
+@contextmanager
+def _old_objects_frozen() -> Iterator[None]:
+    """Keep the garbage collector away from what exists already.
+
+    In one process a full collection walks the models of all participants, and would be charged to whoever triggers it.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it; at once on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def paired_ratios(seconds: FloatArray, base: FloatArray, period: int) -> FloatArray:
+    """Each time over the base's time in the same round, one row for each cycle of `period` rounds.
+
+    Args:
+        seconds: (rounds,).
+        base: (rounds,), > 0.
+        period: rounds in a cycle.
+
+    Returns:
+        float64 (rounds / period, period).
+
+    Raises:
+        ConfigError: the rounds make no whole number of cycles.
+    """
+    if not len(seconds) or len(seconds) % period:
+        raise ConfigError(f"{len(seconds)} rounds make no whole number of cycles of {period}.")
+    return np.asarray((seconds / base).reshape(-1, period), dtype=np.float64)
+
+
+def usual_step(ratios: FloatArray) -> FloatArray:
+    """The median over all steps: what a step costs that nothing special falls into.
+
+    Args:
+        ratios: (..., cycles, places).
+    """
+    return np.asarray(np.median(ratios, axis=(-2, -1)), dtype=np.float64)
+
+
+def whole_cycle(ratios: FloatArray) -> FloatArray:
+    """What a cycle costs: at each place in it the median over the cycles, and of those the mean over the places.
+
+    So work that falls on one place in ten counts with a tenth of its cost, as a run pays it, and a spike of the machine
+    in a minority of the cycles does not count. The ratio of whole cycles' times would be lost as soon as there is a
+    spike in most of them.
+
+    Args:
+        ratios: (..., cycles, places).
+    """
+    return np.asarray(np.median(ratios, axis=-2).mean(axis=-1), dtype=np.float64)
+
+
+def bootstrap(
+    ratios: FloatArray, statistic: Callable[[FloatArray], FloatArray], *, draws: int = 4000, seed: int = 0
+) -> Estimate:
+    """A statistic with its 95 % interval; whole cycles are drawn again, since neighbours in time are alike.
+
+    Args:
+        ratios: (cycles, places).
+        statistic: of (..., cycles, places), such as `whole_cycle`.
+        draws: of the bootstrap.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = statistic(ratios[generator.integers(0, len(ratios), size=(draws, len(ratios)))])
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Estimate(float(statistic(ratios)), float(low), float(high))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("No CUDA device is at hand. Use --device cpu, or leave it at auto.")
+    return torch.device(name)
+
+
+def machine_facts(device: torch.device) -> Figures:
+    """What a figure depends on beside the code: versions, threads, device."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    packages = {name: version(name) for name in ("rankpilot", "torch", "transformers", "peft")}
+    return {**packages, "device": device.type, "chip": chip, "threads": torch.get_num_threads()}
+
+
+def run_command(benchmark: Callable[[Console], Figures], json: Path | None) -> int:
+    """Run a benchmark as a command: tables to stdout, figures to a file, an error as one line on stderr.
+
+    Args:
+        benchmark: prints its tables on the console and returns its figures.
+        json: where the figures go, whole or not at all; nowhere if None.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        if json:
+            check_output(json)
+        figures = benchmark(Console())
+        if json:
+            write_json(json, figures)
+    except RankPilotError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted; no figures were written.")
+        return 130
+    return 0
+
+
+def check_output(path: Path) -> None:
+    """Make sure, before minutes of work, that a file can be written.
+
+    Raises:
+        ConfigError: the path is a folder, or its folder cannot be made.
+    """
+    if path.is_dir():
+        raise ConfigError(f"--json names the folder {path}. Name a file in it, such as {path / 'figures.json'}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Cannot make the folder of --json {path}: {error}") from error
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for people: the first column to the left, figures to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
