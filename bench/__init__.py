@@ -1,1 +1,5 @@
-"""Benchmarks: each is a command, `python -m rankpilot.bench.NAME`, and prints a table or writes flat JSON."""
+"""Benchmarks: each module is a command, `python -m rankpilot.bench.NAME`."""
+
+from ..quiet import silence_libraries
+
+silence_libraries()

@@ -20,7 +20,6 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from ..lora.budget import format_bytes
-from ..quiet import silence_libraries
 from .harness import Figures, find_device, machine_facts, make_table, run_command, usual_step, whole_cycle
 from .models import FAMILIES, Family, Size
 from .race import PERIOD, Course, Result, run
@@ -36,7 +35,7 @@ LABELS = {
 }
 
 
-FULL = Size(), Course(cycles=10)
+FULL = Size(), Course(cycles=8)
 QUICK = Size(layers=2, rows=4), Course(cycles=5)
 
 
@@ -158,7 +157,6 @@ def benchmark(options: Overhead, size: Size, course: Course, console: Console) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    silence_libraries()
     options = tyro.cli(Overhead, args=arguments, prog="python -m rankpilot.bench.overhead")
     size, course = QUICK if options.quick else FULL
     return run_command(partial(benchmark, options, size, course), options.json)

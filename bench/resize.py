@@ -23,7 +23,6 @@ from torch import nn
 from ..lora.factors import write_in_place
 from ..lora.ranks import set_ranks
 from ..lora.targets import TargetModule, find_target_modules
-from ..quiet import silence_libraries
 from .harness import Figures, find_device, interleave, machine_facts, make_table, run_command
 
 RANK = 16
@@ -128,7 +127,6 @@ def benchmark(options: Resize, console: Console) -> Figures:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    silence_libraries()
     options = tyro.cli(Resize, args=arguments, prog="python -m rankpilot.bench.resize")
     return run_command(partial(benchmark, options), options.json)
 

@@ -12,8 +12,7 @@ Both move along the ladder in the order of log(rank) - score, so equal scores gi
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,8 +20,10 @@ from numpy.typing import NDArray
 
 from ..errors import BudgetError
 from .budget import format_bytes
+from .draft import Draft
 from .ladder import IntArray, RankLadder
 from .memory import Cost, FloatArray, ParameterCost, total_cost
+from .pricing import fixed_price
 from .targets import TargetModule
 
 
@@ -109,12 +110,10 @@ def check_budget(problem: PlanProblem, names: list[str]) -> None:
     Raises:
         BudgetError: nothing fits; names the smallest budget that works and what takes it.
     """
-    count = len(problem.ranks)
     lowest = problem.ladder.ranks[1]
-    prices = [
-        problem.price(lowest * np.eye(1, count, index, dtype=np.int64)[0]) if problem.tops[index] else np.inf
-        for index in range(count)
-    ]
+    nothing = fixed_price(problem.cost, np.zeros(len(names), dtype=np.bool_))
+    alone = np.array([nothing.having(module) for module in range(len(names))])
+    prices = np.where(problem.tops > 0, alone + problem.cost.per_rank * lowest, np.inf)
     cheapest = int(np.argmin(prices))
     if prices[cheapest] <= problem.limit:
         return
@@ -123,7 +122,7 @@ def check_budget(problem: PlanProblem, names: list[str]) -> None:
         hint = ""
     else:
         needed, given = format_bytes(prices[cheapest], up=True), format_bytes(problem.limit)
-        kept = format_bytes(problem.cost.fixed(np.zeros(count, dtype=bool)))
+        kept = format_bytes(nothing.value)
         hint = (
             f" {kept} of it goes to what trains outside the adapter; the rest is mostly saved for backward. A smaller "
             "per-device batch, shorter sequences or gradient checkpointing lower it."
@@ -160,42 +159,41 @@ def pack(problem: PlanProblem, scores: FloatArray, floor: float) -> IntArray:
     log(rank) - score until the budget is spent. With equal scores this is "fracrule" of docs/design.md.
 
     Args:
-        problem: the current state; its `max_step` is ignored.
+        problem: the current state; its `max_step` and `held` are ignored.
         scores: log rank relative to the other modules, float (modules,).
         floor: rank that an adapted module should at least be able to have, > 0.
 
     Returns:
         Ranks on the ladder, int64 (modules,); all zero if nothing fits.
     """
-    free = problem.unbounded()
-    rungs = np.zeros_like(free.ranks)
-    for rung in range(int(np.clip(free.ladder.rung(round(max(floor, 1))), 1, free.ladder.top)), 0, -1):
-        rungs = _admit(free, scores, rung)
+    for rung in range(int(np.clip(problem.ladder.rung(round(max(floor, 1))), 1, problem.ladder.top)), 0, -1):
+        rungs = np.minimum(_admit(problem, scores, rung), 1)
         if rungs.any():
             break
-    if not rungs.any():  # no module of the top layer fits, but a smaller one further down may
-        return _fill(free, rungs, scores, upper=free.tops)
-    start = np.minimum(rungs, 1)
-    return _fill(free, start, scores, upper=np.where(start > 0, free.tops, 0))
+    draft = _draft(problem, scores, rungs)
+    if rungs.any():
+        draft.raise_adapted(problem.tops)
+    else:  # no module of the top layer fits, but a smaller one further down may
+        draft.fill(problem.tops)
+    return draft.ranks
+
+
+def _draft(problem: PlanProblem, scores: FloatArray, rungs: IntArray) -> Draft:
+    return Draft(problem.cost, problem.limit, problem.ladder, problem.blocks, scores, rungs)
 
 
 def _admit(problem: PlanProblem, scores: FloatArray, rung: int) -> IntArray:
     """Rungs with as many modules at `rung` as fit, whole layers from the top, the lowest one in part."""
-    rungs = np.zeros_like(problem.ranks)
-    for block in range(int(problem.blocks.max()), -1, -1):
-        members = np.flatnonzero(problem.blocks == block)
-        whole = rungs.copy()
-        whole[members] = np.minimum(rung, problem.tops[members])
-        if problem.fits(problem.ladder.array[whole]):
-            rungs = whole
-            continue
-        for member in members[np.argsort(-scores[members], kind="stable")]:
-            trial = rungs.copy()
-            trial[member] = min(rung, problem.tops[member])
-            if problem.fits(problem.ladder.array[trial]):
-                rungs = trial
-        break
-    return rungs
+    draft = _draft(problem, scores, np.zeros_like(problem.ranks))
+    rungs = np.minimum(rung, problem.tops)
+    by_block = np.argsort(problem.blocks, kind="stable")
+    for members in np.split(by_block, np.flatnonzero(np.diff(problem.blocks[by_block])) + 1)[::-1]:
+        able = members[rungs[members] > 0]
+        if not draft.adapt_all(able, rungs[able]):
+            for member in able[np.argsort(-scores[able], kind="stable")].tolist():
+                draft.adapt(member, int(rungs[member]))
+            break
+    return draft.rungs
 
 
 def project(problem: PlanProblem, deltas: IntArray, scores: FloatArray) -> Plan:
@@ -216,82 +214,11 @@ def project(problem: PlanProblem, deltas: IntArray, scores: FloatArray) -> Plan:
     held = np.zeros(len(now), dtype=bool) if problem.held is None else problem.held
     upper, lower = np.where(held, now, upper), np.where(held, now, lower)
     wished = np.clip(now + np.asarray(deltas, dtype=np.int64), lower, upper)
-    rungs = _repair(problem, wished.copy(), scores, (lower, np.where(held, now, 0)))
-    if not problem.fits(problem.ladder.array[rungs]):
-        rungs, upper = np.where(held, 0, rungs), np.where(held, 0, upper)
-    ranks = _fill(problem, rungs, scores, upper)
-    return Plan(problem.ladder.array[wished], ranks, problem.price(ranks))
-
-
-def _level(problem: PlanProblem, rung: int, score: float) -> float:
-    """Where a module at this rung stands in the common order; higher gives way first."""
-    return float(np.log(max(problem.ladder.ranks[rung], 0.5)) - score)
-
-
-def _repair(problem: PlanProblem, rungs: IntArray, scores: FloatArray, bounds: tuple[IntArray, IntArray]) -> IntArray:
-    """Lower modules, highest level first, until the plan fits; below the first bound only if nothing else is left."""
-    for bound in bounds:
-        heap = [
-            (-_level(problem, int(rungs[m]), scores[m]), problem.blocks[m], m)
-            for m in range(len(rungs))
-            if rungs[m] > bound[m]
-        ]
-        heapq.heapify(heap)
-        while heap and not problem.fits(problem.ladder.array[rungs]):
-            _, block, module = heapq.heappop(heap)
-            rungs[module] -= 1
-            if rungs[module] > bound[module]:
-                heapq.heappush(heap, (-_level(problem, int(rungs[module]), scores[module]), block, module))
-    return rungs
-
-
-def _fill(problem: PlanProblem, rungs: IntArray, scores: FloatArray, upper: IntArray) -> IntArray:
-    """Raise modules, lowest level first, as long as anything fits: adapted modules first, then further ones."""
-    rungs = rungs.copy()
-    ladder = problem.ladder.array
-    spent = problem.price(ladder[rungs])
-    for module, rise in _rises(problem, rungs, scores, upper, rungs > 0):
-        price = float(problem.cost.per_rank[module]) * rise
-        if spent + price <= problem.limit:
-            spent += price
-            rungs[module] += 1
-    _add_modules(problem, rungs, scores, upper)
-    return np.asarray(ladder[rungs], dtype=np.int64)
-
-
-def _rises(
-    problem: PlanProblem, rungs: IntArray, scores: FloatArray, upper: IntArray, among: NDArray[np.bool_]
-) -> Iterator[tuple[int, int]]:
-    """Possible rises as (module, ranks to the next rung), lowest level first.
-
-    The consumer takes a rise by moving `rungs`; a module whose rise was not taken is not offered again, because the
-    budget only gets tighter.
-    """
-    ladder = problem.ladder.ranks
-    heap = [
-        (_level(problem, int(rungs[m]) + 1, scores[m]), m) for m in np.flatnonzero(among & (rungs < upper)).tolist()
-    ]
-    heapq.heapify(heap)
-    while heap:
-        _, module = heapq.heappop(heap)
-        rung = int(rungs[module])
-        yield module, ladder[rung + 1] - ladder[rung]
-        if rungs[module] > rung and rungs[module] < upper[module]:
-            heapq.heappush(heap, (_level(problem, rung + 2, scores[module]), module))
-
-
-def _add_modules(problem: PlanProblem, rungs: IntArray, scores: FloatArray, upper: IntArray) -> None:
-    """Adapt further modules, in place, where even that still fits; best scores first, then raise them."""
-    ladder = problem.ladder.array
-    added = np.zeros(len(rungs), dtype=bool)
-    for module in np.argsort(-scores, kind="stable"):
-        if rungs[module] == 0 and upper[module] > 0:
-            rungs[module] = 1
-            if problem.fits(ladder[rungs]):
-                added[module] = True
-            else:
-                rungs[module] = 0
-    for module, _ in _rises(problem, rungs, scores, upper, added):
-        rungs[module] += 1
-        if not problem.fits(ladder[rungs]):
-            rungs[module] -= 1
+    draft = _draft(problem, scores, wished)
+    draft.lower(lower)
+    draft.lower(np.where(held, now, 0))
+    if not draft.fits():
+        draft.drop(np.flatnonzero(held & (now > 0)))
+        upper = np.where(held, 0, upper)
+    draft.fill(upper)
+    return Plan(problem.ladder.array[wished], draft.ranks, problem.price(draft.ranks))

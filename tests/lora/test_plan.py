@@ -262,6 +262,25 @@ def test_a_swap_moves_rank_from_one_module_to_another():
     assert plan.ranks.tolist() == [4, 12]
 
 
+def test_a_module_that_makes_others_cheaper_leaves_nothing_unspent():
+    """Once module 0 is the lowest one, the top layer's interaction is no longer charged: 80 bytes for the others."""
+    cost = ByteCost(
+        per_rank=np.ones(3),
+        constant=0.0,
+        order=np.arange(3),
+        chain=np.array([100.0, 100, 50]),
+        extra=np.zeros((3, 3)),
+        together=np.array([0.0, 80, 0]),
+        shared=np.arange(3),
+        block=np.array([0, 1, 1]),
+    )
+    problem = PlanProblem(np.array([0, 4, 4]), np.array([4, 64, 64]), cost.block, cost, 190.0, RankLadder())
+    assert problem.fits(problem.ranks)
+    plan = project(problem, np.zeros(3, dtype=np.int64), np.zeros(3))
+    assert plan.ranks.tolist() == [4, 48, 32]
+    check_fully_spent(problem, plan.ranks, problem.tops)
+
+
 @given(problems(costs=("parameters",)))
 def test_uniform_is_the_largest_whole_rank_that_fits(problem):
     ranks = uniform_ranks(problem)
