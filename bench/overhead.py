@@ -35,8 +35,8 @@ LABELS = {
 }
 
 
-FULL = Size(), Course(cycles=8)
-QUICK = Size(layers=2, rows=4), Course(cycles=5)
+FULL = Size(), Course(cycles=6)
+QUICK = Size(layers=2, rows=4), Course(cycles=4)
 
 
 @dataclass(frozen=True)
