@@ -226,7 +226,7 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """A table for people: the first column to the left, figures to the right."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         table.add_row(*row)
     return table

@@ -74,13 +74,8 @@ class TargetModule:
         return weight
 
     @property
-    def extras(self) -> tuple[nn.Parameter, ...]:
-        """What the adapter trains on this module and does not change with the rank: bias and magnitude, if any."""
-        return tuple(extra for extra in (self.bias, self.magnitude) if extra is not None)
-
-    @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters of the adapter on this module by their names inside the layer, A and B first."""
+        """What the adapter trains on this module, by name inside the layer: A, B, then bias and magnitude, if any."""
         key = "lora_embedding_{}.{}" if self.embedding else "lora_{}.{}.weight"
         named = {key.format("A", self.adapter): self.weight_a, key.format("B", self.adapter): self.weight_b}
         if self.bias is not None:
@@ -236,7 +231,7 @@ def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> No
         ConfigError: a negative rank.
         UnsupportedError: an adapter is merged into the frozen weights.
     """
-    names = {target.name for target in targets}
+    names = dict.fromkeys(target.name for target in targets)  # in the model's order, which the error shows
     for name, rank in ranks.items():
         if name not in names:
             raise UnknownNameError.of("target module", name, names)

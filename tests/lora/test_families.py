@@ -84,7 +84,7 @@ def check_dropped(family, model, targets):
     for handle in handles:
         handle.remove()
     for t in dropped:
-        assert not any(p.requires_grad for p in (t.weight_a, t.weight_b, *t.extras))
+        assert not any(p.requires_grad for p in t.parameters.values())
 
 
 class Held:
@@ -117,7 +117,7 @@ def test_the_rest_of_an_adapter_is_known(family):
     targets = find_target_modules(model)
     factors = {id(w) for t in targets for w in (t.weight_a, t.weight_b)}
     expected = {n for n, p in model.named_parameters() if "lora_" in n and id(p) not in factors}
-    extras = {id(p) for t in targets for p in t.extras}
+    extras = {id(p) for t in targets for p in (t.bias, t.magnitude) if p is not None}
     assert {n for n, p in model.named_parameters() if id(p) in extras} == expected
     assert bool(expected) == bool(family.options.keys() & {"use_dora", "lora_bias"})
 
@@ -157,7 +157,7 @@ def test_ranks_change_in_the_middle_of_training(family):
     assert all(float(product(t).abs().max()) == 0 for t in revived)
     losses += family.train(model, optimizer)
     assert all(zero_side(t).abs().amax() > 1e-4 for t in revived)
-    assert all(p.requires_grad and optimizer.state[p] for t in revived for p in (t.weight_a, t.weight_b, *t.extras))
+    assert all(p.requires_grad and optimizer.state[p] for t in revived for p in t.parameters.values())
     check_sizes(targets, optimizer)
     check_scalings(targets, scalings)
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
