@@ -5,88 +5,28 @@ Two steps, shared by the environment and the Trainer callback:
 * `pack` turns scores into the ranks that they ask for: how many layers are adapted follows from a rank floor
   (fewer layers at a useful rank beat all layers at a thin one, since depth is what costs bytes), and inside them ranks
   go as exp(score);
-* `project` turns rank deltas into a plan: clipped to the ladder, over budget repaired, under budget filled.
+* `project` turns rank deltas into a plan: clipped to the ladder and the bounds, over budget repaired, under budget
+  filled.
 
 Both move along the ladder in the order of log(rank) - score, so equal scores give equal ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import BudgetError
 from .budget import format_bytes
+from .cost import ByteCost, FloatArray
 from .draft import Draft
-from .ladder import IntArray, RankLadder
-from .memory import Cost, FloatArray, ParameterCost, total_cost
-from .pricing import fixed_price
-from .targets import TargetModule
+from .ladder import IntArray
+from .pricing import FixedPrice
+from .problem import HYSTERESIS, PlanProblem, problem_of
 
-
-@dataclass(frozen=True, eq=False)
-class PlanProblem:
-    """Everything that decides which plans are possible.
-
-    Attributes:
-        ranks: current ranks, int64 (modules,).
-        max_ranks: the largest useful rank of each module, int64 (modules,).
-        blocks: layer of each module, 0 at the bottom, int64 (modules,).
-        cost: price of a plan.
-        limit: what a plan may cost, in the unit of `cost`.
-        ladder: allowed ranks.
-        max_step: how many rungs a module may move at this decision; None for any number.
-        held: modules that must keep their rank or be dropped, bool (modules,); None for no module.
-    """
-
-    ranks: IntArray
-    max_ranks: IntArray
-    blocks: IntArray
-    cost: Cost
-    limit: float
-    ladder: RankLadder
-    max_step: int | None = None
-    held: NDArray[np.bool_] | None = None
-
-    @property
-    def tops(self) -> IntArray:
-        """The highest rung that each module may reach, (modules,)."""
-        return self.ladder.rung(self.max_ranks)
-
-    def price(self, ranks: IntArray) -> float:
-        """What a plan costs."""
-        return total_cost(self.cost, ranks)
-
-    def fits(self, ranks: IntArray) -> bool:
-        """Whether a plan keeps to the budget."""
-        return self.price(ranks) <= self.limit
-
-    def unbounded(self) -> PlanProblem:
-        """The same problem without the limit on steps."""
-        return replace(self, max_step=None)
-
-
-def problem_of(
-    targets: Sequence[TargetModule],
-    cost: Cost,
-    limit: float,
-    *,
-    ladder: RankLadder | None = None,
-    max_step: int | None = None,
-) -> PlanProblem:
-    """The plans that are possible for these modules at their current ranks."""
-    return PlanProblem(
-        ranks=np.array([target.rank for target in targets], dtype=np.int64),
-        max_ranks=np.array([target.max_rank for target in targets], dtype=np.int64),
-        blocks=np.array([target.block for target in targets], dtype=np.int64),
-        cost=cost,
-        limit=limit,
-        ladder=ladder or RankLadder(),
-        max_step=max_step,
-    )
+__all__ = ["HYSTERESIS", "Plan", "PlanProblem", "check_budget", "pack", "problem_of", "project", "uniform_ranks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,54 +45,72 @@ class Plan:
 
 
 def check_budget(problem: PlanProblem, names: list[str]) -> None:
-    """Make sure that at least one module fits at the lowest rank above 0.
+    """Make sure that the lower bounds fit, and with none of them at least one module at the lowest rank above 0.
 
     Raises:
-        BudgetError: nothing fits; names the smallest budget that works and what takes it.
+        BudgetError: they do not; names the smallest budget that works and what takes it.
     """
-    lowest = problem.ladder.ranks[1]
-    nothing = fixed_price(problem.cost, np.zeros(len(names), dtype=np.bool_))
-    alone = np.array([nothing.having(module) for module in range(len(names))])
-    prices = np.where(problem.tops > 0, alone + problem.cost.per_rank * lowest, np.inf)
-    cheapest = int(np.argmin(prices))
-    if prices[cheapest] <= problem.limit:
-        return
-    if isinstance(problem.cost, ParameterCost):
-        needed, given = f"{prices[cheapest]:.0f} parameters", f"{problem.limit:.0f}"
-        hint = ""
+    ladder = problem.ladder.array
+    if problem.bottoms.any():
+        least = ladder[problem.bottoms]
+        count = np.count_nonzero(least)
+        first = names[int(np.argmax(least > 0))]
+        cause = f"not the lower bounds on the ranks of {count} modules"
+        where = f"(rank {least.max()} at most, {first!r} among them)"
+        if count == 1:
+            cause, where = f"not the lower bound on the rank of {first!r}", f"(rank {least.max()} on it alone)"
+    elif not problem.tops.any():
+        raise BudgetError("The upper bounds on the ranks leave no module a rank above 0.")
     else:
-        needed, given = format_bytes(prices[cheapest], up=True), format_bytes(problem.limit)
-        kept = format_bytes(nothing.value)
-        hint = (
-            f" {kept} of it goes to what trains outside the adapter; the rest is mostly saved for backward. A smaller "
-            "per-device batch, shorter sequences or gradient checkpointing lower it."
-        )
-    raise BudgetError(
-        f"The budget of {given} fits no adapter at all. The smallest that works is {needed} "
-        f"(rank {lowest} on {names[cheapest]!r} alone).{hint}"
+        nothing = FixedPrice(problem.cost, np.zeros(len(names), dtype=np.bool_))
+        alone = nothing.value[:, None] + nothing.additions() + problem.cost.per_rank * ladder[1]
+        cheapest = int(np.argmin(np.where(problem.tops > 0, alone.max(axis=0), np.inf)))
+        least = np.where(np.arange(len(names)) == cheapest, ladder[1], 0)
+        cause, where = "no adapter at all", f"(rank {ladder[1]} on {names[cheapest]!r} alone)"
+    if not problem.fits(least):
+        needed, given, reason = _shortfall(problem, least)
+        raise BudgetError(f"The budget of {given} fits {cause}. The smallest that works is {needed} {where}.{reason}")
+
+
+def _shortfall(problem: PlanProblem, ranks: IntArray) -> tuple[str, str, str]:
+    """What a plan needs, what there is, and what takes it and would lower it, for people."""
+    cost, price = problem.cost, problem.price(ranks)
+    if not isinstance(cost, ByteCost):
+        return f"{price:.0f} parameters", f"{problem.limit:.0f}", ""
+    fixed, adapter = cost.fixed(ranks > 0), cost.per_rank @ ranks
+    peak = int(np.argmax(fixed + adapter))
+    always = cost.constant.min()
+    parts = (
+        (always, "to what trains outside the adapter and whatever else is held at all times"),
+        (cost.constant[peak] - always, "to what that moment alone holds"),
+        (fixed[peak] - cost.constant[peak], "to what is saved for backward"),
+        (adapter[peak], "to the adapter itself"),
     )
+    shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]
+    reason = (
+        f" The peak is at {cost.moments[peak]}: {', '.join(shares)}. A smaller per-device batch, shorter sequences or "
+        "gradient checkpointing lower it."
+    )
+    return format_bytes(price, up=True), format_bytes(problem.limit), reason
 
 
 def uniform_ranks(problem: PlanProblem) -> IntArray:
     """The best plan with one rank: on all modules if rank 1 fits there, else on as many top layers as fit.
 
-    Not tied to the ladder: the largest whole rank up to the ladder's end.
+    Not tied to the ladder: the largest whole rank up to the ladder's end; `low` and `high` bound it for each module.
     """
-    for lowest in range(int(problem.blocks.max()) + 1):
-        chosen = problem.blocks >= lowest
-        best = np.zeros_like(problem.ranks)
-        for rank in range(1, problem.ladder.ranks[-1] + 1):
-            ranks = np.where(chosen, np.minimum(rank, problem.max_ranks), 0)
-            if not problem.fits(ranks):
-                break
-            best = ranks
-        if best.any():
-            return best
+    blocks = range(int(problem.blocks.max()) + 1)
+    lowest = bisect_left(blocks, True, key=lambda block: problem.fits(problem.uniform(1, block)))
+    if lowest in blocks and problem.uniform(1, lowest).any():
+        ranks = range(1, problem.ladder.ranks[-1] + 1)
+        return problem.uniform(
+            bisect_left(ranks, True, key=lambda r: not problem.fits(problem.uniform(r, lowest))), lowest
+        )
     return pack(problem, np.zeros(len(problem.ranks)), floor=1.0)
 
 
 def pack(problem: PlanProblem, scores: FloatArray, floor: float) -> IntArray:
-    """The ranks that a set of scores asks for, as if every module were free to move.
+    """The ranks that a set of scores asks for, as if every module were free to move between its bounds.
 
     Layers are taken from the top down as long as each of their modules can have the floor rank (the lowest layer
     in part, best scores first); then every adapted module starts at rank 1 and ranks rise in the order of
@@ -164,34 +122,30 @@ def pack(problem: PlanProblem, scores: FloatArray, floor: float) -> IntArray:
         floor: rank that an adapted module should at least be able to have, > 0.
 
     Returns:
-        Ranks on the ladder, int64 (modules,); all zero if nothing fits.
+        Ranks on the ladder, int64 (modules,); no more than the lower bounds if nothing else fits.
     """
     for rung in range(int(np.clip(problem.ladder.rung(round(max(floor, 1))), 1, problem.ladder.top)), 0, -1):
-        rungs = np.minimum(_admit(problem, scores, rung), 1)
-        if rungs.any():
+        rungs = _admit(problem, scores, rung)
+        if (rungs > problem.bottoms).any():
             break
-    draft = _draft(problem, scores, rungs)
-    if rungs.any():
+    draft = Draft(problem, scores, np.maximum(np.minimum(rungs, 1), problem.bottoms))
+    if (rungs > problem.bottoms).any():
         draft.raise_adapted(problem.tops)
     else:  # no module of the top layer fits, but a smaller one further down may
         draft.fill(problem.tops)
     return draft.ranks
 
 
-def _draft(problem: PlanProblem, scores: FloatArray, rungs: IntArray) -> Draft:
-    return Draft(problem.cost, problem.limit, problem.ladder, problem.blocks, scores, rungs)
-
-
 def _admit(problem: PlanProblem, scores: FloatArray, rung: int) -> IntArray:
     """Rungs with as many modules at `rung` as fit, whole layers from the top, the lowest one in part."""
-    draft = _draft(problem, scores, np.zeros_like(problem.ranks))
-    rungs = np.minimum(rung, problem.tops)
+    draft = Draft(problem, scores, problem.bottoms)
+    rungs = np.clip(rung, problem.bottoms, problem.tops)
     by_block = np.argsort(problem.blocks, kind="stable")
     for members in np.split(by_block, np.flatnonzero(np.diff(problem.blocks[by_block])) + 1)[::-1]:
-        able = members[rungs[members] > 0]
-        if not draft.adapt_all(able, rungs[able]):
-            for member in able[np.argsort(-scores[able], kind="stable")].tolist():
-                draft.adapt(member, int(rungs[member]))
+        able = members[rungs[members] > draft.rungs[members]]
+        if not draft.lift_all(able, rungs[able]):
+            for member in draft.precedence[np.isin(draft.precedence, able)].tolist():
+                draft.lift(member, int(rungs[member]))
             break
     return draft.rungs
 
@@ -201,24 +155,22 @@ def project(problem: PlanProblem, deltas: IntArray, scores: FloatArray) -> Plan:
 
     Args:
         problem: the current state.
-        deltas: rungs to move, int (modules,); clipped to `max_step` and to the ladder.
+        deltas: rungs to move, int (modules,); clipped to `max_step`, to the bounds and to the ladder.
         scores: decide who gives way and who is filled up first, float (modules,).
 
     Returns:
-        The plan. It exceeds `max_step` downwards, and drops held modules, if the budget leaves no other way.
+        The plan. It exceeds `max_step` downwards, and drops held modules, if the budget leaves no other way; where
+        the lower bounds alone exceed the budget, it is those.
     """
-    now = problem.ladder.rung(problem.ranks)
-    reach = problem.ladder.top if problem.max_step is None else problem.max_step
-    upper = np.minimum(now + reach, problem.tops)
-    lower = np.minimum(np.maximum(now - reach, 0), upper)
-    held = np.zeros(len(now), dtype=bool) if problem.held is None else problem.held
-    upper, lower = np.where(held, now, upper), np.where(held, now, lower)
-    wished = np.clip(now + np.asarray(deltas, dtype=np.int64), lower, upper)
-    draft = _draft(problem, scores, wished)
+    lower, upper = problem.bounds()
+    wished = np.clip(problem.rungs + np.asarray(deltas, dtype=np.int64), lower, upper)
+    held = np.zeros(len(lower), dtype=np.bool_) if problem.held is None else problem.held
+    draft = Draft(problem, scores, wished)
     draft.lower(lower)
-    draft.lower(np.where(held, now, 0))
+    draft.lower(np.where(held, lower, problem.bottoms))
     if not draft.fits():
-        draft.drop(np.flatnonzero(held & (now > 0)))
-        upper = np.where(held, 0, upper)
+        droppable = held & (problem.bottoms == 0)
+        draft.drop(np.flatnonzero(droppable & (wished > 0)))
+        upper = np.where(droppable, 0, upper)
     draft.fill(upper)
     return Plan(problem.ladder.array[wished], draft.ranks, problem.price(draft.ranks))

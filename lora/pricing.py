@@ -6,125 +6,130 @@ most of what they cost is the same.
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Protocol
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..errors import ConfigError
+from .cost import BoolArray, ByteCost, Cost, FloatArray
 from .ladder import IntArray
-from .memory import ByteCost, Cost
 
 
-class FixedPrice(Protocol):
-    """What `Cost.fixed` says of a set of modules that changes one by one.
+@dataclass(frozen=True, eq=False)
+class Coverage:
+    """A cost's groups in the two orders in which they are read.
 
     Attributes:
-        value: the price now.
+        constant: price of no module at all at each moment, (moments,).
+        held: price of each group at each moment, (moments, groups).
+        needs: whether a group is paid as soon as a module is adapted, (groups, modules).
+        by_module: the same, transposed and contiguous, (modules, groups).
     """
 
-    value: float
+    constant: FloatArray
+    held: FloatArray
+    needs: BoolArray
+    by_module: BoolArray
 
-    def having(self, module: int) -> float:
-        """The price if this module, which is not adapted, were so too."""
+
+_COVERAGE: WeakKeyDictionary[Cost, Coverage] = WeakKeyDictionary()
+"""A run prices thousands of plans with one cost, which never changes."""
+
+
+def coverage_of(cost: Cost) -> Coverage:
+    """The groups of a cost; none where its fixed price does not depend on the modules.
+
+    Raises:
+        ConfigError: the fixed price depends on the modules in a way of its own.
+    """
+    found = _COVERAGE.get(cost)
+    if found is None:
+        found = _COVERAGE[cost] = _coverage(cost)
+    return found
+
+
+def _coverage(cost: Cost) -> Coverage:
+    if isinstance(cost, ByteCost):
+        needs = np.ascontiguousarray(cost.needs)
+        return Coverage(cost.constant, cost.held, needs, np.ascontiguousarray(needs.T))
+    moments, modules = cost.per_rank.shape
+    constant = cost.fixed(np.zeros(modules, dtype=np.bool_))
+    if (cost.fixed(np.ones(modules, dtype=np.bool_)) != constant).any():
+        raise ConfigError(f"Plans are priced with ByteCost or without fixed prices, not with {type(cost).__name__}.")
+    empty = np.zeros((0, modules), dtype=np.bool_)
+    return Coverage(constant, np.zeros((moments, 0)), empty, empty.T)
+
+
+def price_of(cost: Cost, ranks: IntArray) -> FloatArray:
+    """Price of a plan at each moment, (moments,); `ranks` has shape (modules,)."""
+    table = coverage_of(cost)
+    result: FloatArray = table.constant + table.held @ table.by_module[ranks > 0].any(axis=0) + cost.per_rank @ ranks
+    return result
+
+
+class FixedPrice:
+    """What `Cost.fixed` says of a set of modules that changes one by one.
+
+    Prices are whole numbers (bytes or parameters), so their running sums are exact.
+
+    Args:
+        cost: the cost.
+        active: the modules that are adapted at first, bool (modules,).
+
+    Attributes:
+        value: the price now, (moments,); a new array after each change.
+        active: the modules that are adapted now, bool (modules,).
+    """
+
+    def __init__(self, cost: Cost, active: BoolArray) -> None:
+        self._table = coverage_of(cost)
+        self._by_group = np.ascontiguousarray(self._table.held.T)
+        self._counts = self._table.by_module[active].sum(axis=0, dtype=np.int32)  # adapted modules of each group
+        self.active = active.copy()
+        self.value = self._revalued()
+
+    def having(self, module: int) -> FloatArray:
+        """The price if this module, adapted or not, were so, (moments,)."""
+        fresh = np.flatnonzero(self._table.by_module[module] & (self._counts == 0))
+        result: FloatArray = self.value + self._by_group[fresh].sum(axis=0)
+        return result
 
     def add(self, module: int) -> None:
         """Adapt a module that is not adapted."""
-
-    def remove(self, module: int) -> None:
-        """Stop adapting a module that is adapted."""
-
-
-def fixed_price(cost: Cost, active: NDArray[np.bool_]) -> FixedPrice:
-    """The running price of this cost, with the `active` modules adapted, (modules,)."""
-    return _FixedBytes(cost, active) if isinstance(cost, ByteCost) else _AnyFixed(cost, active)
-
-
-class _AnyFixed:
-    """Asks the cost anew each time."""
-
-    def __init__(self, cost: Cost, active: NDArray[np.bool_]) -> None:
-        self._cost = cost
-        self._active = active.copy()
-        self.value = cost.fixed(active)
-
-    def having(self, module: int) -> float:
-        active = self._active.copy()
-        active[module] = True
-        return self._cost.fixed(active)
-
-    def add(self, module: int) -> None:
-        self._set(module, True)
-
-    def remove(self, module: int) -> None:
-        self._set(module, False)
-
-    def _set(self, module: int, active: bool) -> None:
-        self._active[module] = active
-        self.value = self._cost.fixed(self._active)
-
-
-class _FixedBytes:
-    """`ByteCost.fixed`: one look-up for a module above the lowest adapted one, a row of `extra` for a new lowest.
-
-    As there, an input that several adapted modules share is priced as that of the first of them.
-    """
-
-    def __init__(self, cost: ByteCost, active: NDArray[np.bool_]) -> None:
-        self._cost = cost
-        self._none = len(active)
-        self._forward = np.argsort(cost.order, kind="stable")
-        self._place = np.argsort(self._forward).tolist()
-        _, groups = np.unique(cost.shared, return_inverse=True)
-        self._members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-        self._groups, self._blocks = groups.tolist(), cost.block.tolist()
-        self._active = np.zeros(len(active), dtype=np.bool_)
-        self._first = np.full(len(self._members), self._none)  # of the adapted modules that share an input
-        self._count: Counter[int] = Counter()  # adapted modules by block
-        self._lowest = self._none
-        self.value = cost.constant
-        for module in self._forward[active[self._forward]].tolist():
-            self.add(module)
-
-    def having(self, module: int) -> float:
-        lowest, group, block = self._lowest, self._groups[module], self._blocks[module]
-        if lowest == self._none or self._place[module] < self._place[lowest]:
-            return self._with_lowest(module)
-        price, first = self.value, int(self._first[group])
-        if module < first and group != self._groups[lowest]:
-            price += float(self._cost.extra[lowest, module])
-            price -= float(self._cost.extra[lowest, first]) if first < self._none else 0.0
-        if block == self._blocks[lowest] and self._count[block] == 1:
-            price += float(self._cost.together[lowest])
-        return price
-
-    def add(self, module: int) -> None:
         self.value = self.having(module)
-        group = self._groups[module]
-        self._active[module] = True
-        self._first[group] = min(module, int(self._first[group]))
-        self._count[self._blocks[module]] += 1
-        if self._lowest == self._none or self._place[module] < self._place[self._lowest]:
-            self._lowest = module
+        self._counts += self._table.by_module[module]
+        self.active[module] = True
 
-    def remove(self, module: int) -> None:
-        group = self._groups[module]
-        self._active[module] = False
-        self._first[group] = self._first_active(self._members[group])
-        self._count[self._blocks[module]] -= 1
-        if module == self._lowest:
-            self._lowest = self._first_active(self._forward[self._place[module] :])
-        self.value = self._cost.constant if self._lowest == self._none else self._with_lowest(self._lowest)
+    def add_all(self, modules: IntArray) -> None:
+        """Adapt several modules that are not adapted."""
+        self._counts += self._table.by_module[modules].sum(axis=0, dtype=np.int32)
+        self.active[modules] = True
+        self.value = self._revalued()
 
-    def _first_active(self, among: IntArray) -> int:
-        adapted = among[self._active[among]]
-        return int(adapted[0]) if len(adapted) else self._none
+    def remove_all(self, modules: IntArray) -> None:
+        """Stop adapting several modules that are adapted."""
+        self._counts -= self._table.by_module[modules].sum(axis=0, dtype=np.int32)
+        self.active[modules] = False
+        self.value = self._revalued()
 
-    def _with_lowest(self, lowest: int) -> float:
-        """The price with this module as the lowest one, added to those that are adapted."""
-        counted = self._first < self._none
-        counted[self._groups[lowest]] = False  # `chain` holds the lowest one's own input
-        inputs = self._cost.extra[lowest].take(self._first[counted]).sum()
-        others = self._count[self._blocks[lowest]] - int(self._active[lowest])
-        beside = self._cost.together[lowest] if others else 0.0
-        return float(self._cost.constant + self._cost.chain[lowest] + beside + inputs)
+    def additions(self) -> FloatArray:
+        """What each module that is not adapted would add alone, 0 for the others, (moments, modules)."""
+        result = np.zeros((len(self.value), len(self.active)))
+        free = self._counts == 0
+        absent = ~self.active
+        result[:, absent] = (self._table.by_module[absent][:, free].astype(np.float64) @ self._by_group[free]).T
+        return result
+
+    def removals(self) -> FloatArray:
+        """What each adapted module would free if it alone were dropped, 0 for the others, (moments, modules)."""
+        result = np.zeros((len(self.value), len(self.active)))
+        single = np.flatnonzero(self._counts == 1)
+        owners = (self._table.needs[single] & self.active).argmax(axis=1)
+        for moment, held in enumerate(self._table.held):
+            result[moment] = np.bincount(owners, weights=held[single], minlength=len(self.active))
+        return result
+
+    def _revalued(self) -> FloatArray:
+        result: FloatArray = self._table.constant + self._table.held @ (self._counts > 0)
+        return result

@@ -1,120 +1,137 @@
-"""Plans made slowly: every trial is priced anew. What `rankpilot.lora.plan` must agree with.
-
-Word for word the planner that came first, before prices were kept up to date from move to move.
-"""
+"""Plans made slowly: every trial is priced anew. What `rankpilot.lora.plan` must agree with."""
 
 from __future__ import annotations
 
 import heapq
 
 import numpy as np
+from rankpilot.lora.cost import total_cost
 from rankpilot.lora.plan import Plan
 
 
+def fits(problem, rungs):
+    return total_cost(problem.cost, problem.ladder.array[rungs]) <= problem.limit
+
+
+def lowest_rungs(problem):
+    """The lowest rung that each module must keep: the first one at or above its lower bound, if it can have that."""
+    if problem.low is None:
+        return np.zeros_like(problem.ranks)
+    rungs = []
+    for low, most in zip(problem.low.tolist(), problem.max_ranks.tolist(), strict=True):
+        able = [rung for rung, rank in enumerate(problem.ladder.ranks) if rank <= most]
+        rungs.append(next((rung for rung in able if problem.ladder.ranks[rung] >= low), able[-1]))
+    return np.array(rungs)
+
+
+def highest_rungs(problem):
+    """The highest rung that each module may have."""
+    most = problem.max_ranks if problem.high is None else np.minimum(problem.max_ranks, problem.high)
+    return np.array([max(r for r, rank in enumerate(problem.ladder.ranks) if rank <= m) for m in most.tolist()])
+
+
+def bounds_of(problem):
+    """The lowest and the highest rung of each module that a decision may choose."""
+    bottoms, tops, now = lowest_rungs(problem), highest_rungs(problem), problem.ladder.rung(problem.ranks)
+    reach = problem.ladder.top if problem.max_step is None else problem.max_step
+    upper = np.maximum(np.minimum(now + reach, tops), bottoms)
+    lower = np.minimum(np.maximum(now - reach, bottoms), upper)
+    if problem.held is not None:
+        kept = np.where((now > tops) & (bottoms == 0), 0, now)
+        lower, upper = (np.where(problem.held, kept, bound) for bound in (lower, upper))
+    return lower, upper
+
+
 def pack(problem, scores, floor):
-    free = problem.unbounded()
-    rungs = np.zeros_like(free.ranks)
-    for rung in range(int(np.clip(free.ladder.rung(round(max(floor, 1))), 1, free.ladder.top)), 0, -1):
-        rungs = _admit(free, scores, rung)
-        if rungs.any():
-            break
-    if not rungs.any():  # no module of the top layer fits, but a smaller one further down may
-        return _fill(free, rungs, scores, upper=free.tops)
-    start = np.minimum(rungs, 1)
-    return _fill(free, start, scores, upper=np.where(start > 0, free.tops, 0))
+    bottoms, tops = lowest_rungs(problem), highest_rungs(problem)
+    for rung in range(int(np.clip(problem.ladder.rung(round(max(floor, 1))), 1, problem.ladder.top)), 0, -1):
+        rungs = _admit(problem, scores, rung, bottoms, tops)
+        if (rungs > bottoms).any():
+            start = np.maximum(np.minimum(rungs, 1), bottoms)
+            return _fill(problem, start, scores, upper=np.where(start > 0, tops, 0))
+    # no module of the top layer fits, but a smaller one further down may
+    return _fill(problem, bottoms, scores, upper=tops)
 
 
-def _admit(problem, scores, rung):
-    rungs = np.zeros_like(problem.ranks)
+def _admit(problem, scores, rung, bottoms, tops):
+    rungs = bottoms.copy()
     for block in range(int(problem.blocks.max()), -1, -1):
         members = np.flatnonzero(problem.blocks == block)
         whole = rungs.copy()
-        whole[members] = np.minimum(rung, problem.tops[members])
-        if problem.fits(problem.ladder.array[whole]):
+        whole[members] = np.maximum(np.minimum(rung, tops[members]), bottoms[members])
+        if fits(problem, whole) or (whole == rungs).all():
             rungs = whole
             continue
-        for member in members[np.argsort(-scores[members], kind="stable")]:
-            trial = rungs.copy()
-            trial[member] = min(rung, problem.tops[member])
-            if problem.fits(problem.ladder.array[trial]):
-                rungs = trial
+        for member in _precedence(problem, scores):
+            if member in members:
+                trial = rungs.copy()
+                trial[member] = whole[member]
+                if fits(problem, trial):
+                    rungs = trial
         break
     return rungs
 
 
 def project(problem, deltas, scores):
-    now = problem.ladder.rung(problem.ranks)
-    reach = problem.ladder.top if problem.max_step is None else problem.max_step
-    upper = np.minimum(now + reach, problem.tops)
-    lower = np.minimum(np.maximum(now - reach, 0), upper)
-    held = np.zeros(len(now), dtype=bool) if problem.held is None else problem.held
-    upper, lower = np.where(held, now, upper), np.where(held, now, lower)
-    wished = np.clip(now + np.asarray(deltas, dtype=np.int64), lower, upper)
-    rungs = _repair(problem, wished.copy(), scores, (lower, np.where(held, now, 0)))
-    if not problem.fits(problem.ladder.array[rungs]):
-        rungs, upper = np.where(held, 0, rungs), np.where(held, 0, upper)
+    lower, upper = bounds_of(problem)
+    bottoms = lowest_rungs(problem)
+    wished = np.clip(problem.ladder.rung(problem.ranks) + np.asarray(deltas, dtype=np.int64), lower, upper)
+    held = np.zeros(len(lower), dtype=bool) if problem.held is None else problem.held
+    rungs = _repair(problem, wished.copy(), scores, (lower, np.where(held, lower, bottoms)))
+    if not fits(problem, rungs):
+        droppable = held & (bottoms == 0)
+        rungs, upper = np.where(droppable, 0, rungs), np.where(droppable, 0, upper)
     ranks = _fill(problem, rungs, scores, upper)
-    return Plan(problem.ladder.array[wished], ranks, problem.price(ranks))
+    return Plan(problem.ladder.array[wished], ranks, total_cost(problem.cost, ranks))
 
 
-def _level(problem, rung, score):
-    return float(np.log(max(problem.ladder.ranks[rung], 0.5)) - score)
+def _precedence(problem, scores):
+    return np.argsort(-(scores + problem.hysteresis * (problem.ladder.rung(problem.ranks) > 0)), kind="stable")
+
+
+def _level(problem, module, rung, scores):
+    kept = problem.hysteresis * (rung <= problem.ladder.rung(problem.ranks[module]))
+    return float(np.log(max(problem.ladder.ranks[rung], 0.5)) - scores[module] - kept)
 
 
 def _repair(problem, rungs, scores, bounds):
     for bound in bounds:
         heap = [
-            (-_level(problem, int(rungs[m]), scores[m]), problem.blocks[m], m)
+            (-_level(problem, m, int(rungs[m]), scores), problem.blocks[m], m)
             for m in range(len(rungs))
             if rungs[m] > bound[m]
         ]
         heapq.heapify(heap)
-        while heap and not problem.fits(problem.ladder.array[rungs]):
+        while heap and not fits(problem, rungs):
             _, block, module = heapq.heappop(heap)
             rungs[module] -= 1
             if rungs[module] > bound[module]:
-                heapq.heappush(heap, (-_level(problem, int(rungs[module]), scores[module]), block, module))
+                heapq.heappush(heap, (-_level(problem, module, int(rungs[module]), scores), block, module))
     return rungs
 
 
 def _fill(problem, rungs, scores, upper):
     rungs = rungs.copy()
-    ladder = problem.ladder.array
-    spent = problem.price(ladder[rungs])
-    for module, rise in _rises(problem, rungs, scores, upper, rungs > 0):
-        price = float(problem.cost.per_rank[module]) * rise
-        if spent + price <= problem.limit:
-            spent += price
-            rungs[module] += 1
-    _add_modules(problem, rungs, scores, upper)
-    return np.asarray(ladder[rungs], dtype=np.int64)
+    _raise(problem, rungs, scores, upper, rungs > 0)
+    added = np.zeros(len(rungs), dtype=bool)
+    for module in _precedence(problem, scores):
+        if rungs[module] == 0 and upper[module] > 0:
+            rungs[module] = 1
+            added[module] = fits(problem, rungs)
+            rungs[module] = int(added[module])
+    _raise(problem, rungs, scores, upper, added)
+    return np.asarray(problem.ladder.array[rungs], dtype=np.int64)
 
 
-def _rises(problem, rungs, scores, upper, among):
-    ladder = problem.ladder.ranks
+def _raise(problem, rungs, scores, upper, among):
     heap = [
-        (_level(problem, int(rungs[m]) + 1, scores[m]), m) for m in np.flatnonzero(among & (rungs < upper)).tolist()
+        (_level(problem, m, int(rungs[m]) + 1, scores), m) for m in np.flatnonzero(among & (rungs < upper)).tolist()
     ]
     heapq.heapify(heap)
     while heap:
         _, module = heapq.heappop(heap)
-        rung = int(rungs[module])
-        yield module, ladder[rung + 1] - ladder[rung]
-        if rungs[module] > rung and rungs[module] < upper[module]:
-            heapq.heappush(heap, (_level(problem, rung + 2, scores[module]), module))
-
-
-def _add_modules(problem, rungs, scores, upper):
-    ladder = problem.ladder.array
-    added = np.zeros(len(rungs), dtype=bool)
-    for module in np.argsort(-scores, kind="stable"):
-        if rungs[module] == 0 and upper[module] > 0:
-            rungs[module] = 1
-            if problem.fits(ladder[rungs]):
-                added[module] = True
-            else:
-                rungs[module] = 0
-    for module, _ in _rises(problem, rungs, scores, upper, added):
         rungs[module] += 1
-        if not problem.fits(ladder[rungs]):
+        if not fits(problem, rungs):
             rungs[module] -= 1
+        elif rungs[module] < upper[module]:
+            heapq.heappush(heap, (_level(problem, module, int(rungs[module]) + 1, scores), module))
