@@ -9,8 +9,8 @@ import numpy as np
 
 from ..env.observation import MODULE_FEATURES, Observation
 from ..env.score_actions import decode
+from ..lora.cost import FloatArray
 from ..lora.ladder import IntArray
-from ..lora.memory import FloatArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..lora.memory import FloatArray
+from ..lora.cost import FloatArray
 from ..lora.plan import PlanProblem
+from ..lora.pricing import FixedPrice
 from ..lora.signals import SIGNALS
 
 Float32Array = NDArray[np.float32]
@@ -39,7 +40,7 @@ MODULE_FEATURES = (
 | adapted | 1 if the rank is above 0 | 0 or 1 |
 | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
 | shape | log(d_out / d_in) | -3 to 3 |
-| price | log price of one rank, minus its mean | -3 to 3 |
+| price | log price of one rank at the moment where it is highest, minus its mean | -3 to 3 |
 | rise | price of the next rung up, as a share of the budget | 0 to 3 |
 | release | what dropping the module would free, as a share of the budget | 0 to 3 |
 | entry | what adapting it at rank 1 would add, as a share of the budget | 0 to 3 |
@@ -148,6 +149,8 @@ def observe(
     rungs = ladder.rung(ranks)
     spent = problem.price(ranks)
     rise = ladder.array[np.minimum(rungs + 1, ladder.top)] - ladder.array[rungs]
+    per_rank = problem.cost.per_rank.max(axis=0)
+    release, entry = _price_changes(problem)
     scaled = signals.copy()
     scaled[:, 0] /= np.maximum(signal_ranks, 1)
     columns = [_centred_log(scaled[:, index]) for index in range(len(SIGNALS))]
@@ -156,10 +159,10 @@ def observe(
         (ranks > 0).astype(np.float64),
         problem.blocks / max(1, int(problem.blocks.max())),
         np.clip(np.log(shapes), -3, 3),
-        _centred_log(problem.cost.per_rank),
-        problem.cost.per_rank * rise / limit,
-        _price_changes(problem, spent, adapted=True) / limit,
-        _price_changes(problem, spent, adapted=False) / limit,
+        _centred_log(per_rank),
+        per_rank * rise / limit,
+        release / limit,
+        entry / limit,
         age / 4,
     ]
     modules = np.clip(np.stack(columns, axis=1), -3, 3).astype(np.float32)
@@ -167,14 +170,14 @@ def observe(
     return Observation(modules, run, problem, names)
 
 
-def _price_changes(problem: PlanProblem, spent: float, *, adapted: bool) -> FloatArray:
-    """What dropping each adapted module frees, or what adapting each other one at rank 1 adds; 0 elsewhere."""
-    changes = np.zeros(len(problem.ranks))
-    for module in np.flatnonzero((problem.ranks > 0) == adapted):
-        ranks = problem.ranks.copy()
-        ranks[module] = 0 if adapted else 1
-        changes[module] = abs(problem.price(ranks) - spent)
-    return changes
+def _price_changes(problem: PlanProblem) -> tuple[FloatArray, FloatArray]:
+    """What dropping each adapted module frees, and what adapting each other one at rank 1 adds; 0 elsewhere."""
+    adapted, per_rank = problem.ranks > 0, problem.cost.per_rank
+    fixed = FixedPrice(problem.cost, adapted)
+    price = (fixed.value + per_rank @ problem.ranks)[:, None]
+    without = (price - fixed.removals() - per_rank * problem.ranks).max(axis=0)
+    joined = (price + fixed.additions() + per_rank).max(axis=0)
+    return np.where(adapted, price.max() - without, 0.0), np.where(adapted, 0.0, joined - price.max())
 
 
 def _run_features(problem: PlanProblem, spent: float, state: RunState) -> FloatArray:

@@ -15,8 +15,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from ..lora.cost import FloatArray, ParameterCost
 from ..lora.ladder import IntArray
-from ..lora.memory import FloatArray, ParameterCost
 from ..lora.plan import PlanProblem, pack
 from .rank_allocation import RankAllocationEnv
 
