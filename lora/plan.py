@@ -106,7 +106,7 @@ def uniform_ranks(problem: PlanProblem) -> IntArray:
         return problem.uniform(
             bisect_left(ranks, True, key=lambda r: not problem.fits(problem.uniform(r, lowest))), lowest
         )
-    return pack(problem, np.zeros(len(problem.ranks)), floor=1.0)
+    return pack(problem.fresh(), np.zeros(len(problem.ranks)), floor=1.0)
 
 
 def pack(problem: PlanProblem, scores: FloatArray, floor: float) -> IntArray:

@@ -124,6 +124,10 @@ class PlanProblem:
         """The same problem without the limit on steps."""
         return replace(self, max_step=None)
 
+    def fresh(self) -> PlanProblem:
+        """The same problem at a first decision: from no adapter at all, free to go anywhere within the bounds."""
+        return replace(self, ranks=np.zeros_like(self.ranks), max_step=None, held=None, hysteresis=0.0)
+
     def bounds(self) -> tuple[IntArray, IntArray]:
         """The lowest and the highest rung of each module that this decision may choose, (modules,) each."""
         now = self.rungs
