@@ -57,6 +57,10 @@ class Draft:
         """Whether the plan keeps to the budget at every moment."""
         return bool(self.price.max() <= self._limit)
 
+    def additions(self) -> FloatArray:
+        """What adapting each other module alone would add, before its first rank, (moments, modules)."""
+        return self._fixed.additions()
+
     def lift(self, module: int, rung: int) -> bool:
         """Put a module on this higher rung, if that fits."""
         price = self.price + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])

@@ -1,288 +1,218 @@
-"""What a plan costs: bytes at the peak of a training step, predicted for any plan after a few forward passes.
+"""What a plan costs: bytes at the peak of a training step, predicted for any plan and batch shape.
 
-At the start of the backward pass a step holds the adapter's weights, gradients and optimiser state, and the
-tensors that autograd saved. The last part is the bulk, and rank hardly moves it; which modules carry an adapter does:
+`calibrate` records four small steps on the user's own model and batch: with every module adapted it sees all tensors that
+any plan could hold, which modules each is needed for, and how its size grows with rows, length and rank. A plan's peak
+follows from that without running it.
 
-* everything above the lowest adapted module in the forward order is saved, because gradients must flow down to it;
-* an adapted module saves its input (shared by q, k and v; free where something else saves it anyway) and its
-  rank-wide hidden state.
-
-`calibrate` measures these on the user's own model and batch: one forward pass for each possible lowest module.
+Counted is what training takes beside the loaded, frozen model: adapter weights, gradients, optimiser state, signal
+buffers, tensors held for the backward pass, and what lives for a moment, such as logits and gradients of activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import UnsupportedError
+from .cost import BoolArray, ByteCost, FloatArray
 from .factors import write_in_place
-from .ladder import IntArray
+from .gradient_flow import Modules
+from .ladder import IntArray, RankLadder
+from .live import storages
+from .moments import Moment, find_moments, prune
 from .optimizer_layouts import unwrap_optimizer
 from .optimizer_state import state_bytes_of
-from .targets import TargetModule, other_trainable
+from .recording import Batch, Recorder, Recording
+from .targets import TargetModule
 
-FloatArray = NDArray[np.float64]
-Batch = Mapping[str, torch.Tensor]
+RANK = 2
+"""Of every adapter while steps are recorded; a tensor with an axis of 1 takes short cuts that others do not."""
 
-
-class Cost(Protocol):
-    """Price of a plan, linear in the ranks once it is known which modules are adapted."""
-
-    @property
-    def per_rank(self) -> FloatArray:
-        """Price of one more rank on each module, shape (modules,)."""
-
-    def fixed(self, active: NDArray[np.bool_]) -> float:
-        """Price of adapting exactly these modules, before the first rank; `active` has shape (modules,)."""
-
-
-def total_cost(cost: Cost, ranks: IntArray) -> float:
-    """Price of a plan; `ranks` has shape (modules,)."""
-    return cost.fixed(ranks > 0) + float(cost.per_rank @ ranks)
+ALLOCATION = 512
+"""CUDA's caching allocator hands out blocks of multiples of this many bytes."""
 
 
 @dataclass(frozen=True)
-class ParameterCost:
-    """Counts adapter parameters: sum of rank x (d_in + d_out)."""
+class Shape:
+    """Of a batch.
 
-    per_rank: FloatArray
+    Attributes:
+        rows: examples.
+        length: tokens of each, padding included; 1 where there is no such axis.
+    """
+
+    rows: int
+    length: int
 
     @classmethod
-    def of(cls, targets: Sequence[TargetModule]) -> ParameterCost:
-        """The cost of these target modules."""
-        return cls(np.array([t.d_in + t.d_out for t in targets], dtype=np.float64))
+    def of(cls, batch: Batch) -> Shape:
+        """Read from the tensors: rows are their first axis, tokens the second of those with two axes."""
+        rows = max((tensor.shape[0] for tensor in batch.values() if tensor.dim()), default=1)
+        return cls(rows, max((t.shape[1] for t in batch.values() if _has_tokens(t, rows)), default=1))
 
-    def fixed(self, active: NDArray[np.bool_]) -> float:
-        """Nothing: only ranks count."""
-        return 0.0
+    def covers(self, other: Shape) -> bool:
+        """Whether no axis of the other is larger."""
+        return self.rows >= other.rows and self.length >= other.length
 
-
-@dataclass(frozen=True)
-class ByteCost:
-    """Bytes at the peak of a training step.
-
-    Attributes:
-        per_rank: weights, gradients, optimiser state, signal buffers and saved hidden state of one rank, (modules,).
-        constant: bytes of everything else that trains (a classifier in `modules_to_save`), and of whatever the
-            model saves with no adapter at all.
-        order: position of each module in the forward pass, (modules,).
-        chain: saved bytes when this module is the lowest one, its own input included, (modules,).
-        extra: extra[e, m]: bytes that adapting m adds when e is the lowest, (modules, modules).
-        together: bytes more when this module is the lowest one and others of its layer are adapted too, (modules,).
-        shared: modules with the same number save the same input once, (modules,).
-        block: layer index of each module, (modules,).
-    """
-
-    per_rank: FloatArray
-    constant: float
-    order: IntArray
-    chain: FloatArray
-    extra: FloatArray
-    together: FloatArray
-    shared: IntArray
-    block: IntArray
-
-    def fixed(self, active: NDArray[np.bool_]) -> float:
-        """Saved bytes that depend on which modules are adapted, and the constant."""
-        if not active.any():
-            return self.constant
-        chosen = np.flatnonzero(active)
-        lowest = chosen[np.argmin(self.order[chosen])]
-        inputs: dict[int, float] = {int(self.shared[lowest]): 0.0}
-        for module in chosen:
-            inputs.setdefault(int(self.shared[module]), float(self.extra[lowest, module]))
-        beside = self.together[lowest] * (np.count_nonzero(self.block[chosen] == self.block[lowest]) > 1)
-        return float(self.constant + self.chain[lowest] + beside + sum(inputs.values()))
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.length}"
 
 
-class SavedTensors:
-    """Counts the distinct storages that autograd saves for backward, parameters and buffers excluded.
+def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
+    return tensor.dim() == 2 and tensor.shape[0] == rows and not tensor.is_floating_point()
 
-    A context manager around a forward pass.
+
+def _reshaped(batch: Batch, rows: int, shrink: int) -> dict[str, torch.Tensor]:
+    """A batch of so many rows, repeated if need be, and of a length that is so many times shorter."""
+    given = Shape.of(batch)
+    result = {}
+    for name, tensor in batch.items():
+        if tensor.dim() and tensor.shape[0] == given.rows:
+            tensor = tensor[torch.arange(rows, device=tensor.device) % given.rows]
+            if _has_tokens(tensor, rows):
+                tensor = tensor[:, : -(-tensor.shape[1] // shrink)].contiguous()
+        result[name] = tensor
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class HeldState:
+    """What an adapter and its optimiser hold between steps.
 
     Attributes:
-        sizes: bytes by storage address.
+        weights: bytes of one rank's weights on each module, (modules,); its gradients take as much.
+        optimizer: bytes of one rank's optimiser state on each module, (modules,).
+        scratch: bytes of one rank that the optimiser takes for the time of its step, (modules,).
+        signals: bytes of one rank that `SignalMeter` holds on each module, (modules,).
+        fixed: bytes of an adapted module that do not depend on its rank: gradients and state of biases and magnitudes,
+            (modules,).
+        others: bytes of weights and state of everything else that trains, such as a classifier.
+        other_gradients: bytes of its gradients.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        kept: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
-        self._known = {_storage(tensor)[0] for tensor in kept}
-        self.sizes: dict[int, int] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _same)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Checkpointing runs layers again during the backward pass, when what they save replaces what was freed.
-        in_backward = torch._C._current_graph_task_id() != -1
-        address, size = _storage(tensor)
-        if size and address not in self._known and not in_backward:
-            self.sizes[address] = size
-        return tensor
-
-    @property
-    def total(self) -> int:
-        """Bytes saved so far."""
-        return sum(self.sizes.values())
-
-    def __enter__(self) -> SavedTensors:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self._hooks.__exit__(*details)
+    weights: FloatArray
+    optimizer: FloatArray
+    scratch: FloatArray
+    signals: FloatArray
+    fixed: FloatArray
+    others: float
+    other_gradients: float
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+@dataclass(frozen=True, eq=False)
+class MemoryModel:
+    """Predicts the peak of a training step for any plan and batch shape; made by `calibrate`.
 
-
-def _storage(tensor: torch.Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
-
-
-def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Bytes that training holds between steps beside the frozen model: live storages of weights, state, gradients.
-
-    Gradients count as large as their parameter, whether they are allocated at this moment or not.
+    Attributes:
+        shape: the batch that was given to `calibrate`.
+        accumulates: gradients are kept over several micro-batches.
+        held: what is held between steps.
     """
-    total = 0
-    state = unwrap_optimizer(optimizer).state if optimizer else {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            total += 2 * _storage(parameter)[1]
-            tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
-            total += sum(_storage(tensor)[1] for tensor in tensors)
-    return total
 
+    shape: Shape
+    accumulates: bool
+    held: HeldState
+    _recording: Recording
+    _probed: Shape
+    _base: FloatArray
+    _slope: FloatArray
+    _row_power: FloatArray
+    _length_power: FloatArray
+    _granule: int
 
-@contextmanager
-def _only(targets: Sequence[TargetModule], active: Iterable[TargetModule]) -> Iterator[None]:
-    """Give the chosen modules one rank and all others none for a while; values are put back afterwards."""
-    chosen = {id(target) for target in active}
-    saved = []
-    try:
-        for target in targets:
-            rank = 1 if id(target) in chosen else 0
-            saved += [(p, p.detach(), p.grad, p.requires_grad) for p in target.parameters.values()]
-            write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
-            write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
-            for parameter in target.parameters.values():
-                parameter.requires_grad_(rank > 0)
-        yield
-    finally:
-        for parameter, value, gradient, trained in saved:
-            write_in_place(parameter, value)
-            parameter.requires_grad_(trained)
-            parameter.grad = gradient
+    def sizes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
+        """Bytes of each recorded storage at a batch shape: those that do not depend on rank, and those of one rank.
 
-
-class _Inputs:
-    """Records, in one forward pass, the order of the target modules and the storage of each one's input."""
-
-    def __init__(self, targets: Sequence[TargetModule]) -> None:
-        self.address = np.zeros(len(targets), dtype=np.int64)
-        self.size = np.zeros(len(targets), dtype=np.float64)
-        self.hidden = np.zeros(len(targets), dtype=np.float64)
-        self.order = np.full(len(targets), -1, dtype=np.int64)
-        self._alive: list[torch.Tensor] = []  # so that no address is used twice
-        self._count = 0
-        self._handles = [
-            (target.layer if target.embedding else target.layer.lora_A[target.adapter]).register_forward_pre_hook(
-                self._hook(index, target)
+        Raises:
+            UnsupportedError: the model's operations depend on its data, so only the shape of calibration is known.
+        """
+        if not np.isfinite(self._row_power).all() and shape != self._probed:
+            raise UnsupportedError(
+                f"Batches of {shape} cannot be predicted: the operations of this model depend on its data, so only "
+                f"the shape that was measured, {self._probed}, is known. Calibrate with the larger batch."
             )
-            for index, target in enumerate(targets)
-        ]
+        factor = np.ones(len(self._base))
+        if shape != self._probed:
+            factor = (shape.rows / self._probed.rows) ** self._row_power
+            factor *= (shape.length / self._probed.length) ** self._length_power
+        base = np.round(self._base * factor)
+        return np.ceil(base / self._granule) * self._granule, np.round(self._slope * factor)
 
-    def _hook(self, index: int, target: TargetModule) -> Any:
-        def record(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            tensor = arguments[0]
-            self._alive.append(tensor.detach())
-            self.address[index], self.size[index] = _storage(tensor)
-            # An embedding's input holds one token id a position, any other a vector.
-            positions = tensor.numel() if target.embedding else tensor.numel() / tensor.shape[-1]
-            self.hidden[index] = positions * (target.weight_a if target.embedding else tensor).element_size()
-            if torch.is_autocast_enabled(tensor.device.type):  # which saves copies of the factors
-                copied = torch.get_autocast_dtype(tensor.device.type).itemsize
-                self.hidden[index] += (target.d_in + target.d_out) * copied
-            self.order[index] = self._count
-            self._count += 1
+    def cost(self, shape: Shape | None = None) -> ByteCost:
+        """The price of plans at a batch shape, that of calibration by default.
 
-        return record
+        Raises:
+            UnsupportedError: see `sizes`.
+        """
+        base, slope = self.sizes(shape or self.shape)
+        recording, held = self._recording, self.held
+        moments = find_moments(recording, base + RANK * slope)
+        groups, needs = self._groups()
+        count = len(held.weights)
+        rows = [self._moment(moment, base, slope, groups, len(needs)) for moment in moments]
+        after = np.zeros(len(needs) + 1 + count)
+        rows.append((held.others + held.other_gradients, after[: len(needs)], self._stepping()))
+        cost = ByteCost(
+            moments=(*(moment.label for moment in moments), "optimizer step"),
+            constant=np.array([constant for constant, _, _ in rows]),
+            per_rank=np.stack([per_rank for _, _, per_rank in rows]),
+            held=np.concatenate([np.stack([grouped for _, grouped, _ in rows]), np.tile(held.fixed, (len(rows), 1))], 1),
+            needs=np.concatenate([needs, np.eye(count, dtype=np.bool_)]),
+        )
+        return prune(cost, np.random.default_rng(0))
 
-    def __enter__(self) -> _Inputs:
-        return self
+    def saved(self, ranks: IntArray, shape: Shape | None = None) -> float:
+        """Bytes that autograd saves for backward under a plan, checkpointed segments apart, (modules,) -> bytes."""
+        base, slope = self.sizes(shape or self.shape)
+        recording = self._recording
+        forward = recording.births <= recording.forward_end
+        active = sum(1 << int(module) for module in np.flatnonzero(ranks))
+        active |= 1 << len(ranks)
+        kept = forward & (recording.deaths > recording.forward_end)
+        chosen = [s for s, modules in recording.needed.items() if kept[s] and modules & active]
+        ranked = np.where(recording.owners >= 0, np.asarray(ranks)[recording.owners], 1)
+        return float((base + slope * ranked)[chosen].sum())
 
-    def __exit__(self, *details: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def _groups(self) -> tuple[IntArray, BoolArray]:
+        """The group of each storage, -1 where it is there under every plan; and what the groups need."""
+        count = len(self.held.weights)
+        numbers: dict[Modules, int] = {}
+        groups = np.full(len(self._base), -1)
+        for serial, modules in self._recording.needed.items():
+            if modules and not modules >> count:
+                groups[serial] = numbers.setdefault(modules, len(numbers))
+        needs = np.array([[modules >> m & 1 for m in range(count)] for modules in numbers], dtype=np.bool_)
+        return groups, needs.reshape(len(numbers), count)
 
+    def _moment(
+        self, moment: Moment, base: FloatArray, slope: FloatArray, groups: IntArray, count: int
+    ) -> tuple[float, FloatArray, FloatArray]:
+        """Constant, bytes of each group and bytes of each module's rank at one moment."""
+        recording, held = self._recording, self.held
+        alive = moment.always | moment.held
+        grouped = moment.held & (groups >= 0)
+        owned = alive & (recording.owners >= 0)
+        modules = len(held.weights)
+        per_rank = np.bincount(recording.owners[owned], slope[owned], minlength=modules)
+        per_rank += held.weights + held.optimizer + held.signals
+        constant = float(base[alive & ~grouped].sum() + slope[alive & (recording.owners < 0)].sum()) + held.others
+        for serial, module in recording.gradients.items():
+            if self.accumulates or recording.births[serial] <= moment.time:
+                if module < 0:
+                    constant += base[serial]
+                else:
+                    per_rank[module] += slope[serial]
+        return constant, np.bincount(groups[grouped], base[grouped], minlength=count), per_rank
 
-@dataclass(frozen=True)
-class _Measured:
-    """What the probes found at one number of rows; fields as in `ByteCost`, `bare` with no adapter at all."""
-
-    bare: float
-    order: IntArray
-    chain: FloatArray
-    extra: FloatArray
-    together: FloatArray
-    hidden: FloatArray
-    shared: IntArray
-
-
-def _probe(
-    model: nn.Module, targets: Sequence[TargetModule], active: Sequence[TargetModule], batch: Batch
-) -> tuple[int, set[int], _Inputs]:
-    """One forward pass with one rank on the `active` modules: bytes saved, addresses saved, inputs seen."""
-    with _only(targets, active), _Inputs(targets) as inputs, SavedTensors(model) as saved:
-        loss = model(**batch).loss  # noqa: F841  (holds the graph, so that no storage address is used twice)
-        return saved.total, set(saved.sizes), inputs
-
-
-def _measure(
-    model: nn.Module, targets: Sequence[TargetModule], batch: Batch, interacting: NDArray[np.bool_] | None = None
-) -> _Measured:
-    """Probe each module as the lowest one; `interacting` says for which to look at their whole layer (None: all)."""
-    bare, _, _ = _probe(model, targets, (), batch)
-    count = len(targets)
-    chain, extra = np.zeros(count), np.zeros((count, count))
-    for index, target in enumerate(targets):
-        total, addresses, inputs = _probe(model, targets, (target,), batch)
-        chain[index] = total - bare - inputs.hidden[index]
-        extra[index] = np.where(np.isin(inputs.address, list(addresses)), 0.0, inputs.size)
-    if (inputs.order < 0).any():
-        absent = [t.name for t, position in zip(targets, inputs.order, strict=True) if position < 0]
-        raise UnsupportedError(f"{absent[0]!r} took no part in the forward pass. Leave it out of `target_modules`.")
-    _, shared = np.unique(inputs.address, return_inverse=True)
-    found = _Measured(bare, inputs.order, chain, extra, np.zeros(count), inputs.hidden, shared.astype(np.int64))
-    for index in range(count) if interacting is None else np.flatnonzero(interacting).tolist():
-        found.together[index] = _interaction(model, targets, batch, found, index)
-    return found
-
-
-def _interaction(
-    model: nn.Module, targets: Sequence[TargetModule], batch: Batch, found: _Measured, lowest: int
-) -> float:
-    """Bytes that the additive model misses when all of the lowest layer's modules from `lowest` up are adapted.
-
-    Inside the lowest layer modules interact: attention saves the keys only if the queries need gradients.
-    """
-    block, order, shared = targets[lowest].block, found.order, found.shared
-    above = [m for m, t in enumerate(targets) if t.block == block and order[m] > order[lowest]]
-    if not above:
-        return 0.0
-    total, _, _ = _probe(model, targets, [targets[m] for m in (lowest, *above)], batch)
-    inputs = {int(shared[m]): found.extra[lowest, m] for m in above if shared[m] != shared[lowest]}
-    additive = found.bare + found.chain[lowest] + sum(inputs.values()) + found.hidden[[lowest, *above]].sum()
-    return float(max(0.0, total - additive))
+    def _stepping(self) -> FloatArray:
+        held = self.held
+        result: FloatArray = 2 * held.weights + held.optimizer + held.scratch + held.signals
+        return result
 
 
 def calibrate(
@@ -292,64 +222,201 @@ def calibrate(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     signal_bytes: bool = True,
-) -> ByteCost:
-    """Measure what plans cost on this model and this batch shape.
+    accumulates: bool = False,
+) -> MemoryModel:
+    """Measure what plans cost on this model and batch.
 
-    Runs a few forward passes for each target module (as the lowest one) on the first two and three rows of the batch,
-    in the model's current mode, and extrapolates to all rows: what is saved grows linearly with them. Weights,
-    gradients and ranks are as before afterwards; random state is left alone.
+    Records four steps of two or three rows, one of them half as long and one of higher ranks, and a forward pass; from
+    these the size of every tensor follows for any shape. Weights, gradients, ranks and random state are as before
+    afterwards.
 
     Args:
-        model: the PEFT model, on its device.
+        model: the PEFT model, on its device, in the mode in which it trains.
         targets: its target modules.
         batch: keyword arguments of the model, as large as the largest batch that training will see.
         optimizer: decides the bytes of state; AdamW's two tensors without one.
         signal_bytes: count the buffers in which `SignalMeter` averages gradients.
+        accumulates: gradients are kept over several micro-batches of each step.
 
     Raises:
-        UnsupportedError: a target module takes no part in the forward pass.
+        UnsupportedError: the model returns no loss, or a target module takes no part in its forward pass.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    rows = next(iter(batch.values())).shape[0]
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        few = _measure(model, targets, _first_rows(batch, 2))
-        more = _measure(model, targets, _first_rows(batch, 3), few.together > 0) if rows > 2 else few
-
-    def at_rows(field: str) -> Any:
-        low, high = getattr(few, field), getattr(more, field)
-        return low + (rows - 2) * (high - low)
-
-    per_rank = _parameter_bytes(targets, optimizer) + at_rows("hidden")
-    rest = sum(_training_bytes(p.detach(), optimizer) for p in other_trainable(model, targets))
-    return ByteCost(
-        per_rank=per_rank + signal_buffer_bytes(targets) if signal_bytes else per_rank,
-        constant=float(at_rows("bare") + rest),
-        order=more.order,
-        block=np.array([target.block for target in targets], dtype=np.int64),
-        chain=at_rows("chain"),
-        extra=at_rows("extra"),
-        together=at_rows("together"),
-        shared=more.shared,
+    shape = Shape.of(batch)
+    few, shrink = min(2, shape.rows), 2 if shape.length > 3 else 1
+    small = _reshaped(batch, few, 1)
+    with _probing(model, targets):
+        recorder = Recorder(model, targets)
+        base = _record(recorder, targets, small)
+        wide = _record(recorder, targets, _reshaped(batch, few + 1, 1))
+        short = _record(recorder, targets, _reshaped(batch, few, shrink))
+        flexible = _alike(base, wide) and _alike(base, short) and _grows_regularly(base, wide, (few + 1) / few)
+        if not flexible:  # operations depend on the data: only the batch itself tells
+            base = _record(recorder, targets, batch)
+            small = dict(batch)
+        double = _record(recorder, targets, small, 2 * RANK)
+        _start(targets, RANK)
+        base = recorder.lifetimes(base, small)
+    _check_flow(base, targets)
+    probed = Shape.of(small)
+    slope = np.where(base.owners >= 0, (double.sizes - base.sizes) / RANK, 0.0)
+    return MemoryModel(
+        shape,
+        accumulates,
+        _held_state(model, targets, optimizer, signal_bytes),
+        base,
+        probed,
+        base.sizes - RANK * slope,
+        slope,
+        _power(wide, base, (few + 1) / few) if flexible else np.full(len(slope), np.nan),
+        _power(base, short, probed.length / -(-probed.length // shrink)) if flexible else np.zeros(len(slope)),
+        ALLOCATION if next(model.parameters()).is_cuda else 1,
     )
 
 
-def _first_rows(batch: Batch, count: int) -> dict[str, torch.Tensor]:
-    return {name: tensor[:count] for name, tensor in batch.items()}
+def _record(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch, rank: int = RANK) -> Recording:
+    _start(targets, rank)
+    return recorder.step(batch)
 
 
-def _training_bytes(parameter: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> int:
-    """Bytes of a parameter, its gradient and its optimiser state."""
-    return 2 * parameter.numel() * parameter.element_size() + state_bytes_of(optimizer, parameter)
+def _start(targets: Sequence[TargetModule], rank: int) -> None:
+    """Every module at this rank, and the same random draws each time."""
+    for target in targets:
+        write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
+        write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
+    torch.manual_seed(0)
 
 
-def _parameter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None) -> FloatArray:
-    """Bytes of weights, gradients and optimiser state of one rank on each module."""
-    rows = [
-        sum(_training_bytes(t.weight_a.new_empty(width), optimizer) for width in (t.d_in, t.d_out)) for t in targets
+@contextmanager
+def _probing(model: nn.Module, targets: Sequence[TargetModule]) -> Iterator[None]:
+    """Let every adapter train for a while; values, gradients and random state are put back afterwards."""
+    pairs = [parameter for target in targets for parameter in target.parameters.values()]
+    before = [(p, p.detach(), p.requires_grad) for p in pairs]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            for parameter in pairs:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, value, trains in before:
+                write_in_place(parameter, value)
+                parameter.requires_grad_(trains)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+def _alike(one: Recording, other: Recording) -> bool:
+    """Whether two recordings are of the same operations."""
+    return one.forward_end == other.forward_end and np.array_equal(one.births, other.births)
+
+
+def _grows_regularly(smaller: Recording, larger: Recording, factor: float) -> bool:
+    """Whether sizes follow the rows: unchanged, linear or quadratic. Those of a mixture of experts follow the data."""
+    power = _power(larger, smaller, factor)
+    odd = np.abs(power - np.round(power)) > 0.1
+    return bool(larger.sizes[odd].sum() <= 0.01 * larger.sizes.sum())
+
+
+def _power(larger: Recording, smaller: Recording, factor: float) -> FloatArray:
+    """The power with which each storage grew from one shape to another."""
+    if factor == 1:
+        return np.zeros(len(larger.sizes))
+    ratio = np.maximum(larger.sizes, 1) / np.maximum(smaller.sizes, 1)
+    power: FloatArray = np.log(ratio) / np.log(factor)
+    return power
+
+
+def _check_flow(recording: Recording, targets: Sequence[TargetModule]) -> None:
+    """Make sure that every target module ran."""
+    ran = np.unique(recording.owners[recording.births <= recording.forward_end])
+    absent = np.setdiff1d(np.arange(len(targets)), ran)
+    if len(absent):
+        name = targets[int(absent[0])].name
+        raise UnsupportedError(f"{name!r} took no part in the forward pass. Leave it out of `target_modules`.")
+
+
+def _held_state(
+    model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
+) -> HeldState:
+    weights = np.array(
+        [t.d_in * t.weight_a.element_size() + t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64
+    )
+    states = [_state_line(target, optimizer) for target in targets]
+    own = {id(p) for target in targets for p in target.parameters.values()}
+    others = [p.detach() for p in model.parameters() if p.requires_grad and id(p) not in own]
+    unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
+    fixed = [sum(_bytes(p) + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
+    return HeldState(
+        weights=weights,
+        optimizer=np.array([slope for slope, _ in states]),
+        scratch=weights * _steps_with_copies(optimizer, model),
+        signals=signal_buffer_bytes(targets) * signal_bytes,
+        fixed=np.array([own + start for own, (_, start) in zip(fixed, states, strict=True)], dtype=np.float64),
+        others=float(
+            sum(_bytes(p) + state_bytes_of(optimizer, p) for p in others) + sum(_bytes(p) for g in unranked for p in g)
+        ),
+        other_gradients=float(sum(_bytes(p) for p in others)),
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
+    """Bytes of optimiser state as a straight line over the rank, nowhere too low: slope and start.
+
+    Most states are one. Factored ones start above zero, and 8-bit ones are fp32 below a certain size.
+    """
+    ranks = [rank for rank in RankLadder().ranks if 0 < rank <= target.max_rank]
+    a, b = target.weight_a.detach(), target.weight_b.detach()
+    sizes = [
+        state_bytes_of(optimizer, a.new_empty(rank, target.d_in))
+        + state_bytes_of(optimizer, b.new_empty(target.d_out, rank))
+        for rank in ranks
     ]
-    return np.array(rows, dtype=np.float64)
+    slope = -(-sizes[-1] // ranks[-1])
+    if len(ranks) > 1:
+        slope = -((sizes[-2] - sizes[-1]) // (ranks[-1] - ranks[-2]))
+    start = max(size - slope * rank for size, rank in zip(sizes, ranks, strict=True))
+    return float(slope), float(max(start, 0))
+
+
+def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> bool:
+    """Whether the optimiser works on all parameters at once, with a temporary copy of each."""
+    if optimizer is None:
+        return False
+    settings = unwrap_optimizer(optimizer).defaults
+    if "foreach" not in settings or settings.get("fused"):
+        return False
+    foreach = settings["foreach"]
+    return bool(next(model.parameters()).is_cuda if foreach is None else foreach)
 
 
 def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
     """Bytes that `SignalMeter` holds for one rank on each module: a mean gradient of B."""
     return np.array([t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64)
+
+
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
+    """Bytes that training holds between steps beside the frozen model: live storages of weights, state, gradients.
+
+    Args:
+        model: the PEFT model.
+        optimizer: None counts no state.
+        gradients: count a gradient for each parameter that trains, whether it is allocated at this moment or not;
+            otherwise those that are.
+    """
+    total = 0
+    state = unwrap_optimizer(optimizer).state if optimizer else {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            size = parameter.untyped_storage().nbytes()
+            tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
+            total += size + sum(storage.nbytes() for storage in storages(tensors))
+            if gradients or parameter.grad is not None:
+                total += size
+    return total

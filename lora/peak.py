@@ -5,72 +5,81 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .memory import SavedTensors, state_bytes
+from .live import LivePeak
+from .memory import state_bytes
 
 
 class PeakMeter:
-    """Bytes at the peak of chosen training steps: tensors saved for backward, weights, gradients, optimiser state.
+    """Bytes at the peak of chosen training steps, the frozen model excluded.
 
-    Call `begin` before a step's first forward pass, `next_micro_batch` between accumulated ones, and `end` after the
-    optimiser has stepped (its state exists only then).
+    On CUDA the allocator's own record is read. Elsewhere every tensor that the step creates is followed, which
+    slows that one step by some percent; a model under torch.compile runs it uncompiled.
 
-    Args:
-        every_steps: how often a step is measured; `due` also answers yes after `request`.
+    Call `begin` before a step's first forward pass and `end` after the optimiser has stepped.
 
     Attributes:
         history: (step, bytes) of each measured step.
     """
 
-    def __init__(self, every_steps: int = 10) -> None:
-        self.every_steps = every_steps
+    def __init__(self) -> None:
         self.history: list[tuple[int, int]] = []
         self._requested = True
-        self._saved: SavedTensors | None = None
-        self._largest = 0
+        self._live: LivePeak | None = None
+        self._held = 0
+        self._allocated: int | None = None
 
     def request(self) -> None:
-        """Measure the next step whatever its number."""
+        """Measure the next step."""
         self._requested = True
 
-    def due(self, step: int) -> bool:
-        """Whether `step` should be measured."""
-        return self._requested or step % self.every_steps == 0
+    @property
+    def due(self) -> bool:
+        """Whether the next step is to be measured."""
+        return self._requested
 
-    def begin(self, model: nn.Module) -> None:
-        """Start to count what autograd saves."""
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: int = 0) -> None:
+        """Start to follow what the step creates.
+
+        Args:
+            model: the PEFT model.
+            optimizer: its state is held already.
+            extra: further bytes that are, such as signal buffers.
+        """
         self.close()
-        self._largest = 0
-        self._saved = SavedTensors(model).__enter__()
+        self._held = state_bytes(model, optimizer, gradients=False) + extra
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self._allocated = torch.cuda.memory_allocated(device)
+        else:
+            self._live = LivePeak().__enter__()
 
-    def next_micro_batch(self) -> None:
-        """The backward pass of a micro-batch is over and has freed what was saved for it."""
-        if self._saved:
-            self._largest = max(self._largest, self._saved.total)
-            self._saved.sizes.clear()
-
-    def close(self) -> None:
-        """Stop counting."""
-        if self._saved:
-            self.next_micro_batch()
-            self._saved.__exit__(None, None, None)
-            self._saved = None
-
-    def end(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: int = 0) -> int | None:
+    def end(self, step: int, model: nn.Module) -> int | None:
         """Close the step.
 
         Args:
             step: its number.
             model: the PEFT model.
-            optimizer: after its step.
-            extra: further bytes held during the step, such as signal buffers.
 
         Returns:
             Bytes at the peak; None if the step was not being measured.
         """
-        if self._saved is None:
+        if self._live is not None:
+            rise = self._live.peak
+        elif self._allocated is not None:
+            rise = torch.cuda.max_memory_allocated(next(model.parameters()).device) - self._allocated
+        else:
             return None
         self.close()
         self._requested = False
-        peak = self._largest + state_bytes(model, optimizer) + extra
+        peak = self._held + rise
         self.history.append((step, peak))
         return peak
+
+    def close(self) -> None:
+        """Stop following, without a result."""
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+        self._live = self._allocated = None
+

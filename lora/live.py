@@ -1,0 +1,119 @@
+"""Counts the bytes of live tensors: what a stretch of code holds at each moment, on any device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
+    """The storages of tensors, those inside of tensor subclasses (quantised weights) included."""
+    for tensor in tensors:
+        inner = getattr(tensor, "__tensor_flatten__", None)
+        if inner is not None:
+            parts = (getattr(tensor, name) for name in inner()[0])
+            yield from storages(part for part in parts if isinstance(part, torch.Tensor))
+        else:
+            yield tensor.untyped_storage()
+
+
+def identity(storage: torch.UntypedStorage) -> int:
+    """What tells a live storage from every other one, empty ones included."""
+    return int(storage._cdata)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Sees every storage that operators create inside the context, and when it is freed.
+
+    Operators' own scratch memory, which no tensor ever shows, is not seen.
+
+    Args:
+        born: called with the serial number and bytes of a new storage, in the order of creation.
+        freed: called with the serial number of a storage that is freed.
+
+    Attributes:
+        now: how many operators have run.
+        count: how many storages have been created.
+    """
+
+    def __init__(
+        self,
+        born: Callable[[int, int], None],
+        freed: Callable[[int], None],
+    ) -> None:
+        super().__init__()
+        self.now = 0
+        self.count = 0
+        self._born, self._freed = born, freed
+        self._seen: dict[int, tuple[int | None, weakref.ref[torch.UntypedStorage]]] = {}
+
+    def serial(self, tensor: torch.Tensor) -> int | None:
+        """The number of a tensor's storage; None if it was not created here."""
+        entry = self._seen.get(identity(tensor.untyped_storage()))
+        return entry[0] if entry else None
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, then look at what it returned."""
+        options = options or {}
+        result = operator(*arguments, **options)
+        self.now += 1
+        for storage in storages(_tensors(result)):
+            if identity(storage) not in self._seen:
+                self._see(storage, (arguments, options))
+        return result
+
+    def _see(self, storage: torch.UntypedStorage, given: Any) -> None:
+        """A storage shows up for the first time: it is new, unless the operator was given it."""
+        key = identity(storage)
+        if any(identity(old) == key for old in storages(_tensors(given))):
+            self._seen[key] = None, weakref.ref(storage, lambda reference: self._seen.pop(key, None))
+            return
+        serial, self.count = self.count, self.count + 1
+
+        def dead(reference: object) -> None:
+            self._seen.pop(key, None)
+            self._freed(serial)
+
+        self._seen[key] = serial, weakref.ref(storage, dead)
+        self._born(serial, storage.nbytes())
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    return (value for value in tree_iter(values) if isinstance(value, torch.Tensor))
+
+
+class LivePeak:
+    """A context that measures how far the bytes of live tensors rise inside it.
+
+    Attributes:
+        bytes: live now, of what was created inside.
+        peak: the highest that this has been.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._mode = LiveStorages(self._add, self._drop)
+
+    def _add(self, serial: int, size: int) -> None:
+        self._sizes[serial] = size
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def _drop(self, serial: int) -> None:
+        self.bytes -= self._sizes.pop(serial)
+
+    def __enter__(self) -> LivePeak:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._mode.__exit__(*details)

@@ -1,0 +1,183 @@
+"""The moments of a training step at which memory can be highest, and what each holds under any plan.
+
+In the forward pass what is held for backward only grows, so a moment is beaten by any later one at which the tensors that
+live by themselves are as large. In the backward pass it only shrinks, and earlier moments beat later ones. That leaves a
+handful of the thousands of operators; with gradient checkpointing, a handful for each segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .cost import BoolArray, ByteCost, FloatArray
+from .ladder import IntArray
+from .recording import Recording
+
+UNDERESTIMATE = 1e-4
+"""Moments are left out as long as no sampled plan loses more than this share of its peak."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What is alive at one moment.
+
+    Attributes:
+        label: for people.
+        always: storages that are there under every plan, bool (storages,).
+        held: storages that are there for the modules that need them, bool (storages,).
+        time: gradients created later are not there yet.
+    """
+
+    label: str
+    always: BoolArray
+    held: BoolArray
+    time: int
+
+
+def find_moments(recording: Recording, sizes: FloatArray) -> list[Moment]:
+    """The candidates for the peak of a step.
+
+    Args:
+        recording: a whole step, with lifetimes.
+        sizes: bytes of each storage at the shape that counts, (storages,).
+    """
+    return [*_Finder(recording, sizes).moments()]
+
+
+class _Finder:
+    def __init__(self, recording: Recording, sizes: FloatArray) -> None:
+        self._recording, self._sizes = recording, sizes
+        count = len(recording.sizes)
+        self._forward = recording.births <= recording.forward_end
+        self._alone = recording.alone
+        self._saved = self._forward & np.isin(np.arange(count), list(recording.needed))
+        self._gradient = np.zeros(count, dtype=bool)
+        self._gradient[list(recording.gradients)] = True
+        self._inputs = np.full(count, -1)  # the first segment that each storage is an input of
+        for index in range(len(recording.segments))[::-1]:
+            self._inputs[list(recording.segments[index].inputs)] = index
+
+    def moments(self) -> Iterator[Moment]:
+        yield from self._forward_moments()
+        yield from self._backward_moments()
+        for index in range(len(self._recording.segments)):
+            yield from self._recomputed_moments(index)
+
+    def _forward_moments(self) -> Iterator[Moment]:
+        recording = self._recording
+        births, inside = recording.births, recording.parts >= 0
+        for time in self._highest(self._forward, self._alone)[::-1]:
+            lives = self._forward & (births <= time)
+            always = lives & (self._alone >= time)
+            # What is saved inside a checkpointed segment is not kept, the segment's inputs are.
+            dying = recording.deaths >= time
+            held = lives & ~always & (self._saved & dying & ~inside | (self._inputs >= 0))
+            yield Moment(self._label("forward", time), always, held, time)
+
+    def _backward_moments(self) -> Iterator[Moment]:
+        recording = self._recording
+        backward = ~self._forward & ~self._gradient
+        for part in np.unique(recording.parts[backward]).tolist():
+            for time in self._highest(backward & (recording.parts == part), recording.deaths, last=False):
+                yield self._in_backward(self._label("backward", time), part, time)
+
+    def _in_backward(self, label: str, part: int, time: int) -> Moment:
+        recording = self._recording
+        alive = (recording.births <= time) & (recording.deaths >= time) & ~self._gradient
+        inside = recording.parts >= 0
+        kept = self._saved & (~inside | (recording.parts == part))
+        waiting = (self._inputs >= 0) & (self._inputs <= part if part >= 0 else True)
+        held = alive & (~self._forward | kept) | waiting
+        return Moment(label, alive & self._forward & ~self._saved & ~inside & ~waiting, held, time)
+
+    def _recomputed_moments(self, index: int) -> Iterator[Moment]:
+        """The segment runs again just before its gradients flow."""
+        recording, segment = self._recording, self._recording.segments[index]
+        within = self._forward & (recording.parts == index)
+        flowing = ~self._forward & (recording.parts == index)
+        if not flowing.any() or not (within & self._saved).any():
+            return
+        start = int(recording.births[flowing].min())
+        before = self._in_backward("", index, start - 1)
+        last = int(recording.births[within & self._saved].max())
+        again = within & (recording.births <= last)
+        for time in self._highest(again, np.minimum(self._alone, segment.end))[::-1]:
+            lives = again & (recording.births <= time)
+            always = lives & (self._alone >= time)
+            outside = before.held & ~within
+            label = self._label("recomputed", time)
+            saved = lives & ~always & self._saved & (recording.deaths >= time)
+            yield Moment(label, before.always | always, outside | saved, start - 1)
+
+    def _highest(self, among: BoolArray, deaths: IntArray, *, last: bool = True) -> list[int]:
+        """The times at which more of these storages is alive than at any later (or, not `last`, earlier) time."""
+        births = self._recording.births[among]
+        if not len(births):
+            return []
+        end = int(births.max()) + 1
+        change = np.zeros(end + 2)
+        np.add.at(change, births, self._sizes[among])
+        np.add.at(change, np.minimum(deaths[among], end) + 1, -self._sizes[among])
+        level = np.cumsum(change)
+        times = np.unique(births)
+        levels = level[times] if not last else level[times][::-1]
+        before = np.maximum.accumulate(np.concatenate([[-1.0], levels[:-1]]))
+        records = levels > before
+        return (times if not last else times[::-1])[records].tolist()
+
+    def _label(self, phase: str, time: int) -> str:
+        recording = self._recording
+        place = recording.places[np.searchsorted(recording.births, time)]
+        return f"{phase}: {recording.names[place] if place >= 0 and recording.names[place] else 'model'}"
+
+
+def prune(cost: ByteCost, generator: np.random.Generator, plans: int = 300) -> ByteCost:
+    """Leave out moments that are never the peak of random plans, but for a negligible share of it.
+
+    Args:
+        cost: with all candidates.
+        generator: draws the plans: any density, top layers only, ranks 1 to 64.
+        plans: how many.
+    """
+    prices = np.array([_price(cost, ranks) for ranks in _sampled(cost, generator, plans)])
+    peaks = prices.max(axis=1)
+    kept: list[int] = []
+    while True:
+        reached = prices[:, kept].max(axis=1) if kept else np.zeros(len(prices))
+        lost = (peaks - reached) / peaks
+        if lost.max() <= UNDERESTIMATE:
+            break
+        kept.append(int(prices[int(lost.argmax())].argmax()))
+    kept.sort()
+    used = cost.held[kept].any(axis=0)
+    return replace(
+        cost,
+        moments=tuple(cost.moments[index] for index in kept),
+        constant=cost.constant[kept],
+        per_rank=cost.per_rank[kept],
+        held=cost.held[kept][:, used],
+        needs=cost.needs[used],
+    )
+
+
+def _price(cost: ByteCost, ranks: IntArray) -> FloatArray:
+    price: FloatArray = cost.fixed(ranks > 0) + cost.per_rank @ ranks
+    return price
+
+
+def _sampled(cost: ByteCost, generator: np.random.Generator, plans: int) -> Iterator[IntArray]:
+    count = cost.per_rank.shape[1]
+    yield np.zeros(count, dtype=np.int64)
+    for rank in (1, 8, 64):
+        yield np.full(count, rank)
+        yield from rank * np.eye(count, dtype=np.int64)[generator.permutation(count)[:100]]
+    for _ in range(plans):
+        ranks = generator.choice([1, 2, 4, 8, 16, 32, 64], size=count)
+        if generator.random() < 0.5:
+            ranks = np.full(count, generator.choice([1, 4, 8, 16, 64]))
+        active = generator.random(count) < generator.choice([0.05, 0.2, 0.5, 0.9, 1.0])
+        active[: generator.integers(0, count) if generator.random() < 0.5 else 0] = False
+        yield np.where(active, ranks, 0)

@@ -1,0 +1,326 @@
+"""One training step, recorded: every tensor with its bytes, when it is born and freed, and what needs it.
+
+A tensor that autograd saves is needed for the gradient of certain inputs of one operation. It will be saved under a plan
+exactly if one of those inputs depends on an adapted module. So a recording of one step in which *every* module is
+adapted tells what any other plan would save.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_iter
+
+from ..errors import UnsupportedError
+from .gradient_flow import Modules, flow_from, saved_by
+from .ladder import IntArray
+from .live import LiveStorages
+from .targets import TargetModule
+
+NEVER = np.iinfo(np.int64).max
+"""The time at which a tensor is freed that outlives the step."""
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the forward pass that gradient checkpointing runs again in the backward pass.
+
+    Attributes:
+        start: the time at which it begins.
+        end: the time at which it is over.
+        inputs: serial numbers of the tensors that it was given.
+        sequences: autograd's counter at its start and end.
+    """
+
+    start: int
+    end: int
+    inputs: tuple[int, ...]
+    sequences: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A training step in which every module is adapted. Storages go by serial number, time counts operators.
+
+    Attributes:
+        sizes: bytes of each storage, int64 (storages,).
+        births: when it was created, int64 (storages,).
+        deaths: when it was freed, NEVER if not within the step, int64 (storages,).
+        alone: when it would be freed if nothing were held for backward, int64 (storages,).
+        places: index into `names` of the module in whose forward pass it belongs, int64 (storages,).
+        owners: target module in whose forward pass it belongs, -1 for none, int64 (storages,).
+        parts: checkpointed segment in whose forward or backward pass it was created, -1 for none, int64 (storages,).
+        needed: by serial number, the modules for which a storage exists: of the forward pass, those for which it is
+            held longer than it would live alone (the others are left out); of the backward pass, those without which its
+            operation would not run.
+        gradients: by serial number, the target module of whose factor it is the gradient; -1 for other parameters.
+        names: module names.
+        forward_end: the time at which the loss is known.
+        segments: what checkpointing would run again, in forward order.
+    """
+
+    sizes: IntArray
+    births: IntArray
+    deaths: IntArray
+    alone: IntArray
+    places: IntArray
+    owners: IntArray
+    parts: IntArray
+    needed: dict[int, Modules]
+    gradients: dict[int, int]
+    names: tuple[str, ...]
+    forward_end: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What the hooks leave in the graph in place of a saved tensor."""
+
+    serial: int | None
+    tensor: torch.Tensor | None
+
+
+@dataclass
+class _Mark:
+    """A stretch of the forward pass inside one module.
+
+    Attributes:
+        sequence: autograd's counter then; nodes of the stretch have this number or a higher one.
+        place: index into the names.
+        owner: target module, or -1.
+    """
+
+    sequence: int
+    place: int
+    owner: int
+
+
+class Recorder:
+    """Records training steps of one model.
+
+    Args:
+        model: the PEFT model.
+        targets: its target modules.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
+        self.model = model
+        named = dict(model.named_modules())
+        self.names = tuple(named)
+        self.place = {id(module): index for index, module in enumerate(named.values())}
+        self.target = {id(target.layer): index for index, target in enumerate(targets)}
+        self.target_of = {id(p): index for index, target in enumerate(targets) for p in target.parameters.values()}
+        self.all_modules = (1 << len(targets)) - 1
+        self.always = 1 << len(targets)
+
+    def step(self, batch: Batch) -> Recording:
+        """A forward and a backward pass, `alone` as `deaths`; gradients are cleared afterwards.
+
+        Raises:
+            UnsupportedError: the model returns no loss.
+        """
+        return _Run(self, batch).record(hold=True)
+
+    def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
+        """The same with `alone` filled in, from a forward pass of the same batch in which nothing is held for backward.
+
+        Raises:
+            UnsupportedError: that pass ran other operations.
+        """
+        free = _Run(self, batch).record(hold=False)
+        count = len(free.births)
+        if not np.array_equal(free.births, recording.births[recording.births <= recording.forward_end]):
+            raise UnsupportedError(
+                f"{type(self.model).__name__} runs other operations each time on the same batch, so its memory cannot be "
+                "predicted. Switch off what is random in its structure (layer drop, routing noise)."
+            )
+        alone = np.concatenate([free.deaths, recording.deaths[count:]])
+        needed = dict(recording.needed)
+        for serial in np.flatnonzero(alone < recording.deaths).tolist():
+            if serial not in needed and recording.owners[serial] >= 0:
+                # On a graph that the loss does not need, such as that of DoRA's detached norm.
+                needed[serial] = 1 << int(recording.owners[serial])
+            elif serial not in needed:
+                alone[serial] = recording.deaths[serial]
+        return replace(recording, alone=alone, needed=needed)
+
+
+class _Run:
+    """One recording in the making."""
+
+    def __init__(self, recorder: Recorder, batch: Batch) -> None:
+        self._recorder, self._batch = recorder, batch
+        self._mode = LiveStorages(self._born, self._freed)
+        self._births: list[int] = []
+        self._sizes: list[int] = []
+        self._deaths: list[int] = []
+        self._marks: list[_Mark] = [_Mark(0, 0, -1)]
+        self._outer: list[_Mark] = []
+        self._here = self._marks[0]
+        self._marked: list[_Mark] = []
+        self._parts: list[int] = []
+        self._segments: list[Segment] = []
+        self._segment = -1
+        self._flow: dict[int, Modules] | None = None  # by sequence number, in the backward pass
+        self._gate: Modules = 0
+        self._needed: dict[int, Modules] = {}
+
+    def record(self, *, hold: bool) -> Recording:
+        """Run the step; without `hold` only its forward pass."""
+        with self._mode, self._watching(), _segments_marked(self._recorder.model, self._run_segment):
+            with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, hold=hold), _unpack):
+                loss = self._recorder.model(**self._batch).loss
+            if loss is None:
+                raise UnsupportedError("The model returned no loss, so no step can be measured. Give it labels.")
+            forward_end = self._mode.now
+            gradients: dict[int, int] = {}
+            if hold:
+                gradients = self._backward(loss)
+        deaths = np.array(self._deaths, dtype=np.int64)
+        for parameter in self._recorder.model.parameters():
+            parameter.grad = None
+        return Recording(
+            sizes=np.array(self._sizes, dtype=np.int64),
+            births=np.array(self._births, dtype=np.int64),
+            deaths=deaths,
+            alone=deaths,
+            places=np.array([mark.place for mark in self._marked], dtype=np.int64),
+            owners=np.array([mark.owner for mark in self._marked], dtype=np.int64),
+            parts=np.array(self._parts, dtype=np.int64),
+            needed=self._needed,
+            gradients=gradients,
+            names=self._recorder.names,
+            forward_end=forward_end,
+            segments=tuple(self._segments),
+        )
+
+    # Storages -----------------------------------------------------------------------------------------------------
+
+    def _born(self, serial: int, size: int) -> None:
+        self._births.append(self._mode.now)
+        self._sizes.append(size)
+        self._deaths.append(NEVER)
+        if self._flow is not None:
+            self._follow_backward(self._flow)
+            self._needed[serial] = self._gate
+        self._marked.append(self._here)
+        self._parts.append(self._segment)
+
+    def _freed(self, serial: int) -> None:
+        self._deaths[serial] = self._mode.now
+
+    # The forward pass ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Follow which module runs."""
+        enter = register_module_forward_pre_hook(self._enter)
+        leave = register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            enter.remove()
+            leave.remove()
+
+    def _enter(self, module: nn.Module, arguments: Any) -> None:
+        self._outer.append(self._here)
+        place = self._recorder.place.get(id(module), self._here.place)
+        owner = self._recorder.target.get(id(module), self._here.owner)
+        self._go(_Mark(_sequence(), place, owner))
+
+    def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._go(replace(self._outer.pop(), sequence=_sequence()))
+
+    def _go(self, mark: _Mark) -> None:
+        self._here = mark
+        self._marks.append(mark)
+
+    def _run_segment(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """In place of a checkpoint: runs the segment as it is."""
+        given = (arguments, function.keywords if isinstance(function, partial) else None)
+        serials = [self._mode.serial(value) for value in tree_iter(given) if isinstance(value, torch.Tensor)]
+        start, sequence, self._segment = self._mode.now, _sequence(), len(self._segments)
+        output = function(*arguments)
+        self._segment = -1
+        inputs = tuple(dict.fromkeys(serial for serial in serials if serial is not None))
+        self._segments.append(Segment(start, self._mode.now, inputs, (sequence, _sequence())))
+        return output
+
+    def _pack(self, tensor: torch.Tensor, *, hold: bool) -> _Saved:
+        return _Saved(self._mode.serial(tensor), tensor if hold else None)
+
+    # The backward pass --------------------------------------------------------------------------------------------
+
+    def _backward(self, loss: torch.Tensor) -> dict[int, int]:
+        """Run it; returns which storages are gradients, as in `Recording`."""
+        flow = flow_from(loss, self._trains)
+        self._find_saved(flow)
+        self._flow = {node._sequence_nr(): modules for node, modules in flow.items()}
+        del flow  # it keeps the graph
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = {}
+        for parameter in self._recorder.model.parameters():
+            if parameter.grad is not None:
+                serial = self._mode.serial(parameter.grad)
+                if serial is not None:
+                    gradients[serial] = self._recorder.target_of.get(id(parameter), -1)
+        return gradients
+
+    def _trains(self, leaf: torch.Tensor) -> Modules:
+        owner = self._recorder.target_of.get(id(leaf))
+        return self._recorder.always if owner is None else 1 << owner
+
+    def _find_saved(self, flow: dict[Any, Modules]) -> None:
+        for node in flow:
+            for kept, modules in saved_by(node, flow):
+                serial = kept.serial if isinstance(kept, _Saved) else self._mode.serial(kept)
+                if serial is not None:
+                    self._needed[serial] = self._needed.get(serial, 0) | modules
+
+    def _follow_backward(self, flow: dict[int, Modules]) -> None:
+        """Find the place, segment and gate of the node that runs now; nodes that sum gradients belong to the last."""
+        node = torch._C._current_autograd_node()
+        sequence = None if node is None else node._sequence_nr()
+        if sequence not in flow or node.name().endswith("AccumulateGrad"):
+            return
+        self._gate = flow[sequence]
+        at = bisect_right(self._marks, sequence, key=lambda mark: mark.sequence) - 1
+        self._here = self._marks[max(at, 0)]
+        self._segment = next(
+            (i for i, s in enumerate(self._segments) if s.sequences[0] <= sequence < s.sequences[1]), -1
+        )
+
+
+def _unpack(saved: _Saved) -> torch.Tensor:
+    assert saved.tensor is not None, "the pass was recorded without holding tensors"
+    return saved.tensor
+
+
+def _sequence() -> int:
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+@contextmanager
+def _segments_marked(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """Let `run` take the place of transformers' checkpointing function on every module that has one."""
+    name = "_gradient_checkpointing_func"
+    changed = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
+    try:
+        for module, _ in changed:
+            setattr(module, name, run)
+        yield
+    finally:
+        for module, function in changed:
+            setattr(module, name, function)
