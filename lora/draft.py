@@ -57,14 +57,14 @@ class Draft:
         """Whether the plan keeps to the budget at every moment."""
         return bool(self.price.max() <= self._limit)
 
-    def additions(self) -> FloatArray:
-        """What adapting each other module alone would add, before its first rank, (moments, modules)."""
-        return self._fixed.additions()
+    def additions(self, modules: IntArray) -> FloatArray:
+        """What adapting each of these modules alone would add, before its first rank, (moments, len(modules))."""
+        return self._fixed.additions(modules)
 
     def lift(self, module: int, rung: int) -> bool:
         """Put a module on this higher rung, if that fits."""
         price = self.price + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
-        if self.rungs[module] == 0:
+        if self.rungs[module] == 0 and price.max() <= self._limit:
             price = price + (self._fixed.having(module) - self._fixed.value)
         if price.max() > self._limit:
             return False
@@ -119,8 +119,10 @@ class Draft:
 
     def _adapt_more(self, upper: IntArray) -> bool:
         """Adapt further modules where that fits, best scores first; returns whether any did."""
-        alone = self.price[:, None] + self._fixed.additions() + self._per_rank * self._ranks[1]
-        able = (self.rungs == 0) & (upper > 0) & (alone <= self._limit).all(axis=0)
+        absent = np.flatnonzero((self.rungs == 0) & (upper > 0))
+        alone = self.price[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
+        able = np.zeros(len(self.rungs), dtype=np.bool_)
+        able[absent] = (alone <= self._limit).all(axis=0)
         lifted = [self.lift(module, 1) for module in self.precedence.tolist() if able[module]]
         return any(lifted)
 

@@ -151,18 +151,21 @@ class MemoryModel:
         """
         base, slope = self.sizes(shape or self.shape)
         recording, held = self._recording, self.held
+        recording, held = self._recording, self.held
         moments = find_moments(recording, base + RANK * slope)
-        groups, needs = self._groups()
-        count = len(held.weights)
-        rows = [self._moment(moment, base, slope, groups, len(needs)) for moment in moments]
-        after = np.zeros(len(needs) + 1 + count)
-        rows.append((held.others + held.other_gradients, after[: len(needs)], self._stepping()))
+        groups = _Groups(recording, len(held.weights))
+        rows = [self._moment(moment, base, slope, groups) for moment in moments]
+        rows.append((held.others + held.other_gradients, {}, self._stepping()))
+        by_group = np.zeros((len(rows), len(groups.modules)))
+        for row, (_, grouped, _) in zip(by_group, rows, strict=True):
+            row[list(grouped)] = list(grouped.values())
+        fixed = np.tile(held.fixed, (len(rows), 1))
         cost = ByteCost(
             moments=(*(moment.label for moment in moments), "optimizer step"),
             constant=np.array([constant for constant, _, _ in rows]),
             per_rank=np.stack([per_rank for _, _, per_rank in rows]),
-            held=np.concatenate([np.stack([grouped for _, grouped, _ in rows]), np.tile(held.fixed, (len(rows), 1))], 1),
-            needs=np.concatenate([needs, np.eye(count, dtype=np.bool_)]),
+            held=np.concatenate([by_group, fixed], axis=1),
+            needs=np.concatenate([groups.needs(), np.eye(len(held.weights), dtype=np.bool_)]),
         )
         return prune(cost, np.random.default_rng(0))
 
@@ -178,41 +181,97 @@ class MemoryModel:
         ranked = np.where(recording.owners >= 0, np.asarray(ranks)[recording.owners], 1)
         return float((base + slope * ranked)[chosen].sum())
 
-    def _groups(self) -> tuple[IntArray, BoolArray]:
-        """The group of each storage, -1 where it is there under every plan; and what the groups need."""
-        count = len(self.held.weights)
-        numbers: dict[Modules, int] = {}
-        groups = np.full(len(self._base), -1)
-        for serial, modules in self._recording.needed.items():
-            if modules and not modules >> count:
-                groups[serial] = numbers.setdefault(modules, len(numbers))
-        needs = np.array([[modules >> m & 1 for m in range(count)] for modules in numbers], dtype=np.bool_)
-        return groups, needs.reshape(len(numbers), count)
-
     def _moment(
-        self, moment: Moment, base: FloatArray, slope: FloatArray, groups: IntArray, count: int
-    ) -> tuple[float, FloatArray, FloatArray]:
-        """Constant, bytes of each group and bytes of each module's rank at one moment."""
+        self, moment: Moment, base: FloatArray, slope: FloatArray, groups: _Groups
+    ) -> tuple[float, dict[int, float], FloatArray]:
+        """Constant, bytes by group and bytes of each module's rank at one moment."""
         recording, held = self._recording, self.held
-        alive = moment.always | moment.held
-        grouped = moment.held & (groups >= 0)
+        alive, group = groups.at(moment)
         owned = alive & (recording.owners >= 0)
-        modules = len(held.weights)
-        per_rank = np.bincount(recording.owners[owned], slope[owned], minlength=modules)
-        per_rank += held.weights + held.optimizer + held.signals
-        constant = float(base[alive & ~grouped].sum() + slope[alive & (recording.owners < 0)].sum()) + held.others
+        per_rank = held.weights + held.optimizer + held.signals
+        per_rank += np.bincount(recording.owners[owned], slope[owned], minlength=len(held.weights))
+        lone = alive & (group < 0)
+        constant = float(base[lone].sum() + slope[alive & ~owned].sum()) + held.others
         for serial, module in recording.gradients.items():
             if self.accumulates or recording.births[serial] <= moment.time:
                 if module < 0:
                     constant += base[serial]
                 else:
                     per_rank[module] += slope[serial]
-        return constant, np.bincount(groups[grouped], base[grouped], minlength=count), per_rank
+        sums = np.bincount(group[alive & ~lone], base[alive & ~lone])
+        return constant, dict(enumerate(sums.tolist())), per_rank
 
     def _stepping(self) -> FloatArray:
         held = self.held
         result: FloatArray = 2 * held.weights + held.optimizer + held.scratch + held.signals
         return result
+
+
+class _Groups:
+    """Numbers the sets of modules for which storages are there."""
+
+    def __init__(self, recording: Recording, count: int) -> None:
+        self._count = count
+        self._numbers: dict[Modules, int] = {}
+        self._masks: list[Modules] = [0]
+        segments = [_any_of(recording, index) for index in range(len(recording.segments))]
+        inputs = {
+            serial: mask
+            for segment, mask in zip(recording.segments, segments, strict=True)
+            for serial in segment.inputs
+        }
+        self._columns = np.stack(
+            [self._column(masks, len(recording.sizes)) for masks in (recording.needed, recording.inside, inputs)]
+        )
+
+    @property
+    def modules(self) -> list[Modules]:
+        """The set of each group."""
+        return list(self._numbers)
+
+    def needs(self) -> BoolArray:
+        """Whether a group is there as soon as a module is adapted, (groups, modules)."""
+        rows = [[modules >> m & 1 for m in range(self._count)] for modules in self._numbers]
+        return np.array(rows, dtype=np.bool_).reshape(len(rows), self._count)
+
+    def at(self, moment: Moment) -> tuple[BoolArray, IntArray]:
+        """Which storages can be there at a moment, and the group of each: -1 under every plan, (storages,)."""
+        kinds = np.stack([moment.needed, moment.inside, moment.inputs])
+        alive = moment.always | kinds.any(axis=0)
+        group = np.full(len(alive), -1)
+        chosen = np.flatnonzero(alive & ~moment.always)
+        codes, inverse = np.unique(np.where(kinds, self._columns, 0)[:, chosen], axis=1, return_inverse=True)
+        numbers = [self._number(tuple(code)) for code in codes.T.tolist()]
+        group[chosen] = np.array(numbers, dtype=np.int64)[inverse.reshape(-1)]
+        return alive, group
+
+    def _number(self, code: tuple[int, ...]) -> int:
+        mask = 0
+        for index in code:
+            mask |= self._masks[index]
+        if not mask or mask >> self._count:
+            return -1
+        return self._numbers.setdefault(mask, len(self._numbers))
+
+    def _column(self, masks: dict[int, Modules], count: int) -> IntArray:
+        """For each storage, where its set stands in `_masks`."""
+        column = np.zeros(count, dtype=np.int64)
+        known: dict[Modules, int] = {}
+        for serial, mask in masks.items():
+            if mask not in known:
+                known[mask] = len(self._masks)
+                self._masks.append(mask)
+            column[serial] = known[mask]
+        return column
+
+
+def _any_of(recording: Recording, segment: int) -> Modules:
+    """The modules for which anything of a segment is saved."""
+    mask = 0
+    for serial, modules in recording.inside.items():
+        if recording.parts[serial] == segment:
+            mask |= modules
+    return mask
 
 
 def calibrate(

@@ -22,18 +22,22 @@ UNDERESTIMATE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """What is alive at one moment.
+    """What is alive at one moment; all masks are bool (storages,).
 
     Attributes:
         label: for people.
-        always: storages that are there under every plan, bool (storages,).
-        held: storages that are there for the modules that need them, bool (storages,).
+        always: storages that are there under every plan.
+        needed: storages that are there for the modules in `Recording.needed`.
+        inside: storages that are there for the modules in `Recording.inside`.
+        inputs: storages that are there for all modules of a checkpointed segment, whose inputs they are.
         time: gradients created later are not there yet.
     """
 
     label: str
     always: BoolArray
-    held: BoolArray
+    needed: BoolArray
+    inside: BoolArray
+    inputs: BoolArray
     time: int
 
 
@@ -50,17 +54,19 @@ def find_moments(recording: Recording, sizes: FloatArray) -> list[Moment]:
 class _Finder:
     def __init__(self, recording: Recording, sizes: FloatArray) -> None:
         self._recording, self._sizes = recording, sizes
-        count = len(recording.sizes)
+        serials = np.arange(len(recording.sizes))
         self._forward = recording.births <= recording.forward_end
-        self._alone = recording.alone
-        self._saved = self._forward & np.isin(np.arange(count), list(recording.needed))
-        self._gradient = np.zeros(count, dtype=bool)
-        self._gradient[list(recording.gradients)] = True
-        self._inputs = np.full(count, -1)  # the first segment that each storage is an input of
+        self._needed = self._forward & np.isin(serials, list(recording.needed))
+        self._inside = np.isin(serials, list(recording.inside))
+        self._gradient = np.isin(serials, list(recording.gradients))
+        self._none = np.zeros(len(serials), dtype=np.bool_)
+        self._first_input = np.full(len(serials), len(serials))  # the first segment that each storage is an input of
         for index in range(len(recording.segments))[::-1]:
-            self._inputs[list(recording.segments[index].inputs)] = index
+            self._first_input[list(recording.segments[index].inputs)] = index
+        self._is_input = self._first_input < len(serials)
 
     def moments(self) -> Iterator[Moment]:
+        """All candidates."""
         yield from self._forward_moments()
         yield from self._backward_moments()
         for index in range(len(self._recording.segments)):
@@ -68,14 +74,12 @@ class _Finder:
 
     def _forward_moments(self) -> Iterator[Moment]:
         recording = self._recording
-        births, inside = recording.births, recording.parts >= 0
-        for time in self._highest(self._forward, self._alone)[::-1]:
-            lives = self._forward & (births <= time)
-            always = lives & (self._alone >= time)
-            # What is saved inside a checkpointed segment is not kept, the segment's inputs are.
-            dying = recording.deaths >= time
-            held = lives & ~always & (self._saved & dying & ~inside | (self._inputs >= 0))
-            yield Moment(self._label("forward", time), always, held, time)
+        for time in self._highest(self._forward, recording.alone)[::-1]:
+            lives = self._forward & (recording.births <= time)
+            always = lives & (recording.alone >= time)
+            held = lives & ~always
+            needed = held & self._needed & (recording.deaths >= time)
+            yield Moment(self._label("forward", time), always, needed, self._none, held & self._is_input, time)
 
     def _backward_moments(self) -> Iterator[Moment]:
         recording = self._recording
@@ -85,32 +89,37 @@ class _Finder:
                 yield self._in_backward(self._label("backward", time), part, time)
 
     def _in_backward(self, label: str, part: int, time: int) -> Moment:
+        """While gradients flow through a segment (-1: outside of all)."""
         recording = self._recording
         alive = (recording.births <= time) & (recording.deaths >= time) & ~self._gradient
-        inside = recording.parts >= 0
-        kept = self._saved & (~inside | (recording.parts == part))
-        waiting = (self._inputs >= 0) & (self._inputs <= part if part >= 0 else True)
-        held = alive & (~self._forward | kept) | waiting
-        return Moment(label, alive & self._forward & ~self._saved & ~inside & ~waiting, held, time)
+        within = self._forward & (recording.parts == part) & (part >= 0)
+        inside = alive & within & self._inside
+        if part >= 0 and recording.segments[part].reentrant:
+            inside[list(recording.segments[part].outputs)] = True
+        waiting = self._is_input & (self._first_input <= part if part >= 0 else alive)
+        needed = alive & (~self._forward | self._needed)
+        always = alive & self._forward & ~self._needed & ~self._inside & ~self._is_input
+        return Moment(label, always, needed, inside, waiting, time)
 
     def _recomputed_moments(self, index: int) -> Iterator[Moment]:
-        """The segment runs again just before its gradients flow."""
+        """The segment runs again just before the first of its operations that had saved something."""
         recording, segment = self._recording, self._recording.segments[index]
-        within = self._forward & (recording.parts == index)
-        flowing = ~self._forward & (recording.parts == index)
-        if not flowing.any() or not (within & self._saved).any():
+        unpacking = recording.unpacks & (recording.parts == index)
+        kept = self._inside & (recording.parts == index)
+        if not unpacking.any() or not kept.any():
             return
-        start = int(recording.births[flowing].min())
-        before = self._in_backward("", index, start - 1)
-        last = int(recording.births[within & self._saved].max())
+        start = int(recording.births[unpacking].min()) - 1
+        before = self._in_backward("", index, start)
+        within = self._forward & (recording.parts == index)
+        last = segment.end if segment.reentrant else int(recording.births[kept].max())
         again = within & (recording.births <= last)
-        for time in self._highest(again, np.minimum(self._alone, segment.end))[::-1]:
+        for time in self._highest(again, np.minimum(recording.alone, segment.end))[::-1]:
             lives = again & (recording.births <= time)
-            always = lives & (self._alone >= time)
-            outside = before.held & ~within
+            always = lives & (recording.alone >= time)
+            inside = lives & ~always & self._inside & (recording.deaths >= time)
+            # A segment's own output is there twice if something outside needs it; counted once.
             label = self._label("recomputed", time)
-            saved = lives & ~always & self._saved & (recording.deaths >= time)
-            yield Moment(label, before.always | always, outside | saved, start - 1)
+            yield Moment(label, before.always & ~within | always, before.needed, inside, before.inputs, start)
 
     def _highest(self, among: BoolArray, deaths: IntArray, *, last: bool = True) -> list[int]:
         """The times at which more of these storages is alive than at any later (or, not `last`, earlier) time."""
@@ -122,11 +131,11 @@ class _Finder:
         np.add.at(change, births, self._sizes[among])
         np.add.at(change, np.minimum(deaths[among], end) + 1, -self._sizes[among])
         level = np.cumsum(change)
-        times = np.unique(births)
-        levels = level[times] if not last else level[times][::-1]
+        times = np.unique(births)[:: -1 if last else 1]
+        levels = level[times]
         before = np.maximum.accumulate(np.concatenate([[-1.0], levels[:-1]]))
-        records = levels > before
-        return (times if not last else times[::-1])[records].tolist()
+        highest: list[int] = times[levels > before].tolist()
+        return highest
 
     def _label(self, phase: str, time: int) -> str:
         recording = self._recording

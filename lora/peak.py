@@ -82,4 +82,3 @@ class PeakMeter:
         if self._live is not None:
             self._live.__exit__(None, None, None)
         self._live = self._allocated = None
-

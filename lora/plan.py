@@ -63,7 +63,7 @@ def check_budget(problem: PlanProblem, names: list[str]) -> None:
         raise BudgetError("The upper bounds on the ranks leave no module a rank above 0.")
     else:
         nothing = FixedPrice(problem.cost, np.zeros(len(names), dtype=np.bool_))
-        alone = nothing.value[:, None] + nothing.additions() + problem.cost.per_rank * ladder[1]
+        alone = nothing.value[:, None] + nothing.additions(np.arange(len(names))) + problem.cost.per_rank * ladder[1]
         cheapest = int(np.argmin(np.where(problem.tops > 0, alone.max(axis=0), np.inf)))
         least = np.where(np.arange(len(names)) == cheapest, ladder[1], 0)
         cause, where = "no adapter at all", f"(rank {ladder[1]} on {names[cheapest]!r} alone)"

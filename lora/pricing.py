@@ -113,12 +113,10 @@ class FixedPrice:
         self.active[modules] = False
         self.value = self._revalued()
 
-    def additions(self) -> FloatArray:
-        """What each module that is not adapted would add alone, 0 for the others, (moments, modules)."""
-        result = np.zeros((len(self.value), len(self.active)))
+    def additions(self, modules: IntArray) -> FloatArray:
+        """What each of these modules, adapted or not, would add alone, (moments, len(modules))."""
         free = self._counts == 0
-        absent = ~self.active
-        result[:, absent] = (self._table.by_module[absent][:, free].astype(np.float64) @ self._by_group[free]).T
+        result: FloatArray = (self._table.by_module[modules][:, free].astype(np.float64) @ self._by_group[free]).T
         return result
 
     def removals(self) -> FloatArray:

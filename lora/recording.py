@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_iter
 
 from ..errors import UnsupportedError
+from .cost import BoolArray
 from .gradient_flow import Modules, flow_from, saved_by
 from .ladder import IntArray
 from .live import LiveStorages
@@ -40,13 +41,17 @@ class Segment:
         start: the time at which it begins.
         end: the time at which it is over.
         inputs: serial numbers of the tensors that it was given.
+        outputs: of those that it returned.
         sequences: autograd's counter at its start and end.
+        reentrant: whether the second run has a graph of its own, which holds the outputs until it is done.
     """
 
     start: int
     end: int
     inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
     sequences: tuple[int, int]
+    reentrant: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +69,8 @@ class Recording:
         needed: by serial number, the modules for which a storage exists: of the forward pass, those for which it is
             held longer than it would live alone (the others are left out); of the backward pass, those without which its
             operation would not run.
+        inside: the same for what an operation in a checkpointed segment saves of that segment's own storages.
+        unpacks: storages of the backward pass whose operation had saved something, bool (storages,).
         gradients: by serial number, the target module of whose factor it is the gradient; -1 for other parameters.
         names: module names.
         forward_end: the time at which the loss is known.
@@ -78,6 +85,8 @@ class Recording:
     owners: IntArray
     parts: IntArray
     needed: dict[int, Modules]
+    inside: dict[int, Modules]
+    unpacks: BoolArray
     gradients: dict[int, int]
     names: tuple[str, ...]
     forward_end: int
@@ -149,10 +158,10 @@ class Recorder:
         alone = np.concatenate([free.deaths, recording.deaths[count:]])
         needed = dict(recording.needed)
         for serial in np.flatnonzero(alone < recording.deaths).tolist():
-            if serial not in needed and recording.owners[serial] >= 0:
+            if serial not in needed and serial not in recording.inside and recording.owners[serial] >= 0:
                 # On a graph that the loss does not need, such as that of DoRA's detached norm.
                 needed[serial] = 1 << int(recording.owners[serial])
-            elif serial not in needed:
+            elif serial not in needed and serial not in recording.inside:
                 alone[serial] = recording.deaths[serial]
         return replace(recording, alone=alone, needed=needed)
 
@@ -176,14 +185,20 @@ class _Run:
         self._flow: dict[int, Modules] | None = None  # by sequence number, in the backward pass
         self._gate: Modules = 0
         self._needed: dict[int, Modules] = {}
+        self._inside: dict[int, Modules] = {}
+        self._saving: set[int] = set()  # sequence numbers of nodes that saved something
+        self._unpacks: list[bool] = []
+        self._unpacking = False
 
     def record(self, *, hold: bool) -> Recording:
         """Run the step; without `hold` only its forward pass."""
+        torch.clear_autocast_cache()  # of other ranks
         with self._mode, self._watching(), _segments_marked(self._recorder.model, self._run_segment):
             with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, hold=hold), _unpack):
                 loss = self._recorder.model(**self._batch).loss
             if loss is None:
                 raise UnsupportedError("The model returned no loss, so no step can be measured. Give it labels.")
+            torch.clear_autocast_cache()  # as at the end of the forward pass, if the context of the caller goes on
             forward_end = self._mode.now
             gradients: dict[int, int] = {}
             if hold:
@@ -200,6 +215,8 @@ class _Run:
             owners=np.array([mark.owner for mark in self._marked], dtype=np.int64),
             parts=np.array(self._parts, dtype=np.int64),
             needed=self._needed,
+            inside=self._inside,
+            unpacks=np.array(self._unpacks, dtype=np.bool_),
             gradients=gradients,
             names=self._recorder.names,
             forward_end=forward_end,
@@ -215,6 +232,7 @@ class _Run:
         if self._flow is not None:
             self._follow_backward(self._flow)
             self._needed[serial] = self._gate
+        self._unpacks.append(self._unpacking)
         self._marked.append(self._here)
         self._parts.append(self._segment)
 
@@ -247,16 +265,19 @@ class _Run:
         self._here = mark
         self._marks.append(mark)
 
-    def _run_segment(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _run_segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
         """In place of a checkpoint: runs the segment as it is."""
-        given = (arguments, function.keywords if isinstance(function, partial) else None)
-        serials = [self._mode.serial(value) for value in tree_iter(given) if isinstance(value, torch.Tensor)]
+        inputs = self._serials((arguments, function.keywords if isinstance(function, partial) else None))
         start, sequence, self._segment = self._mode.now, _sequence(), len(self._segments)
         output = function(*arguments)
         self._segment = -1
-        inputs = tuple(dict.fromkeys(serial for serial in serials if serial is not None))
-        self._segments.append(Segment(start, self._mode.now, inputs, (sequence, _sequence())))
+        sequences = sequence, _sequence()
+        self._segments.append(Segment(start, self._mode.now, inputs, self._serials(output), sequences, reentrant))
         return output
+
+    def _serials(self, values: Any) -> tuple[int, ...]:
+        serials = [self._mode.serial(value) for value in tree_iter(values) if isinstance(value, torch.Tensor)]
+        return tuple(dict.fromkeys(serial for serial in serials if serial is not None))
 
     def _pack(self, tensor: torch.Tensor, *, hold: bool) -> _Saved:
         return _Saved(self._mode.serial(tensor), tensor if hold else None)
@@ -269,7 +290,8 @@ class _Run:
         self._find_saved(flow)
         self._flow = {node._sequence_nr(): modules for node, modules in flow.items()}
         del flow  # it keeps the graph
-        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()  # type: ignore[no-untyped-call]
         gradients = {}
         for parameter in self._recorder.model.parameters():
             if parameter.grad is not None:
@@ -285,9 +307,16 @@ class _Run:
     def _find_saved(self, flow: dict[Any, Modules]) -> None:
         for node in flow:
             for kept, modules in saved_by(node, flow):
+                sequence = node._sequence_nr()
+                self._saving.add(sequence)
                 serial = kept.serial if isinstance(kept, _Saved) else self._mode.serial(kept)
-                if serial is not None:
+                if serial is None:
+                    continue
+                segment = self._segment_of(sequence)
+                if segment < 0:
                     self._needed[serial] = self._needed.get(serial, 0) | modules
+                elif segment == self._parts[serial]:
+                    self._inside[serial] = self._inside.get(serial, 0) | modules
 
     def _follow_backward(self, flow: dict[int, Modules]) -> None:
         """Find the place, segment and gate of the node that runs now; nodes that sum gradients belong to the last."""
@@ -296,11 +325,15 @@ class _Run:
         if sequence not in flow or node.name().endswith("AccumulateGrad"):
             return
         self._gate = flow[sequence]
+        self._unpacking = sequence in self._saving
         at = bisect_right(self._marks, sequence, key=lambda mark: mark.sequence) - 1
         self._here = self._marks[max(at, 0)]
-        self._segment = next(
-            (i for i, s in enumerate(self._segments) if s.sequences[0] <= sequence < s.sequences[1]), -1
-        )
+        self._segment = self._segment_of(sequence)
+
+    def _segment_of(self, sequence: int) -> int:
+        """The checkpointed segment to which a node belongs, -1 for none."""
+        at = bisect_right(self._segments, sequence, key=lambda segment: segment.sequences[0]) - 1
+        return at if at >= 0 and sequence < self._segments[at].sequences[1] else -1
 
 
 def _unpack(saved: _Saved) -> torch.Tensor:
@@ -318,8 +351,10 @@ def _segments_marked(model: nn.Module, run: Callable[..., Any]) -> Iterator[None
     name = "_gradient_checkpointing_func"
     changed = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
     try:
-        for module, _ in changed:
-            setattr(module, name, run)
+        for module, function in changed:
+            # transformers binds the arguments of torch.utils.checkpoint.checkpoint, whose own default is reentrant
+            reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
+            setattr(module, name, partial(run, reentrant))
         yield
     finally:
         for module, function in changed:

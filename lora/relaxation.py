@@ -11,6 +11,7 @@ before the others choose: in a deep model that is the backward chain from there 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,38 +46,39 @@ class Relaxation:
         utility: of each rung on each module, (modules, rungs).
 
     Attributes:
-        slack: what the lower bounds leave of the budget at each moment, (moments,).
+        low: the lower bounds, as rungs, int64 (modules,).
+        held: groups that the lower bounds do not pay at each moment, (moments, groups).
+        needs: which of them each module needs, bool (modules, groups).
+        per_rank: price of one rank at each moment, (moments, modules).
         gains: utility above the lower bound, minus infinity outside the bounds, (modules, rungs).
         rises: ranks above the lower bound, (modules, rungs).
     """
 
     def __init__(self, problem: PlanProblem, utility: FloatArray) -> None:
         self._problem, self._ranks = problem, problem.ladder.array
-        self._low, self._kept = problem.bottoms, problem.bottoms > 0
-        self._modules = np.arange(len(self._low))
+        self.low = problem.bottoms
+        self._modules = np.arange(len(self.low))
         rungs = np.arange(len(self._ranks))
-        within = (rungs >= self._low[:, None]) & (rungs <= problem.tops[:, None])
-        self.gains = np.where(within, utility - utility[self._modules, self._low][:, None], -np.inf)
-        self.rises = np.where(within, self._ranks - self._ranks[self._low][:, None], 0)
-        self._base = price_of(problem.cost, self._ranks[self._low])
-        self.slack = problem.limit - self._base
+        within = (rungs >= self.low[:, None]) & (rungs <= problem.tops[:, None])
+        self.gains = np.where(within, utility - utility[self._modules, self.low][:, None], -np.inf)
+        self.rises = np.where(within, self._ranks - self._ranks[self.low][:, None], 0)
+        self._base = price_of(problem.cost, self._ranks[self.low])
+        self._slack = np.maximum(problem.limit - self._base, 1.0)
         table = coverage_of(problem.cost)
-        open_groups = np.flatnonzero(~table.by_module[self._kept].any(axis=0))
-        self._held = table.held[:, open_groups]
-        self._needs = table.by_module[:, open_groups]
-        self._per_rank = problem.cost.per_rank
+        unpaid = np.flatnonzero(~table.by_module[self.low > 0].any(axis=0))
+        self.held, self.needs = table.held[:, unpaid], table.by_module[:, unpaid]
+        self.per_rank = problem.cost.per_rank
 
     def start(self) -> FloatArray:
         """Prices of the moments to begin with: alike at all that everything together would exceed, (moments,)."""
         exceeded = price_of(self._problem.cost, self._ranks[self._problem.tops]) > self._problem.limit
-        return exceeded / np.maximum(self.slack, 1.0) / max(1, np.count_nonzero(exceeded))
+        return exceeded / self._slack / max(1, np.count_nonzero(exceeded))
 
     def shifted(self, prices: FloatArray, rungs: IntArray) -> FloatArray:
         """Prices of the moments after seeing a plan: higher where it comes nearest to the budget, (moments,)."""
-        slack = np.maximum(self.slack, 1.0)
-        used = (price_of(self._problem.cost, self._ranks[rungs]) - self._base) / slack
-        shares = prices * slack * np.exp(3 * (used - used.max()))
-        result: FloatArray = shares / shares.sum() / slack
+        used = (price_of(self._problem.cost, self._ranks[rungs]) - self._base) / self._slack
+        shares = prices * self._slack * np.exp(3 * (used - used.max()))
+        result: FloatArray = shares / shares.sum() / self._slack
         return result
 
     def entries(self, prices: FloatArray) -> tuple[IntArray, FloatArray]:
@@ -88,12 +90,12 @@ class Relaxation:
         Returns:
             The modules, int64 (modules,), and an estimate of the best utility, (modules,); -inf if it does not fit.
         """
-        reach = self._needs @ (prices @ self._held)
+        reach = self.needs @ (prices @ self.held)
         order = np.argsort(reach, kind="stable")
-        deepest = Market(self, order, prices)
+        choose = Market(self, order).priced(prices)
         tables = []
         for share in _GRID:
-            choice = deepest.choose(share)
+            choice = choose(share)
             worth = self.gains[self._modules, choice.rungs]
             tables.append((np.cumsum(worth[order]), reach[order] + np.cumsum(choice.paid[order])))
         worths, costs = np.array([w for w, _ in tables]), np.array([c for _, c in tables])
@@ -113,49 +115,60 @@ def _interpolated(worths: FloatArray, costs: FloatArray) -> FloatArray:
 
 
 class Market:
-    """The choices of the modules down to one entry, at any level of the prices.
+    """The choices of the modules down to one entry, at any prices.
 
     Args:
         relaxation: the problem.
         allowed: modules that may be adapted, the entry last, int64 (allowed,).
-        prices: of a byte at each moment, (moments,).
     """
 
-    def __init__(self, relaxation: Relaxation, allowed: IntArray, prices: FloatArray) -> None:
-        self._of, self._allowed = relaxation, allowed
-        needs = relaxation._needs[allowed]
-        left = np.flatnonzero(~needs[-1])
-        self._payer, self._group = np.nonzero(needs[:, left])
-        self._burden = prices @ relaxation._held[:, left]
-        self._units = prices @ relaxation._per_rank[:, allowed]
+    def __init__(self, relaxation: Relaxation, allowed: IntArray) -> None:
+        self._allowed, self._start = allowed, relaxation.low
+        left = np.flatnonzero(~relaxation.needs[allowed[-1]])
+        self._payer, self._group = np.nonzero(relaxation.needs[:, left][allowed])
+        self._held, self._per_rank = relaxation.held[:, left], relaxation.per_rank[:, allowed]
         self._gains, self._rises = relaxation.gains[allowed], relaxation.rises[allowed]
-        self._kept, self._low = relaxation._kept[allowed], relaxation._low[allowed]
-        self._bare = self._units[:, None] * self._rises
-        ratios = self._gains[self._bare > 0] / self._bare[self._bare > 0]
-        self.highest = max(float(ratios.max(initial=0.0)), 1e-300)
+        self._low = relaxation.low[allowed]
+        self._members = np.arange(len(allowed))
 
-    def choose(self, share: float) -> Choice:
-        """What the modules take when prices are this share of the highest that any of them pays."""
-        level = share * self.highest
-        net = self._gains - level * self._bare
-        rungs = net.argmax(axis=1)
-        members = np.arange(len(rungs))
-        value = np.where(self._kept, 0.0, net[members, rungs])
-        joined, dues = self._settle(rungs > self._low, value, level)
-        rungs = np.where(joined, rungs, self._low)
-        plan, paid = self._of._low.copy(), np.zeros(len(self._of._low))
-        plan[self._allowed] = rungs
-        paid[self._allowed] = self._bare[members, rungs] + dues * joined
-        return Choice(plan, paid)
+    def priced(self, prices: FloatArray) -> Callable[[float], Choice]:
+        """What the modules take when a byte at each moment costs a share of the most that any module gains by one.
 
-    def _settle(self, joined: BoolArray, value: FloatArray, level: float) -> tuple[BoolArray, FloatArray]:
+        Args:
+            prices: of a byte at each moment, relative to each other, (moments,).
+
+        Returns:
+            The choice at each share of the highest price, 0 to 1.
+        """
+        burden, bare = prices @ self._held, (prices @ self._per_rank)[:, None] * self._rises
+        positive = bare > 0
+        highest = float((self._gains[positive] / bare[positive]).max(initial=0.0))
+
+        def choose(share: float) -> Choice:
+            level = share * highest
+            net = self._gains - level * bare
+            rungs = net.argmax(axis=1)
+            joined, dues = self._settle(rungs > self._low, net[self._members, rungs], level, burden)
+            rungs = np.where(joined, rungs, self._low)
+            plan, paid = self._start.copy(), np.zeros(len(self._start))
+            plan[self._allowed] = rungs
+            paid[self._allowed] = bare[self._members, rungs] + dues * joined
+            return Choice(plan, paid)
+
+        return choose
+
+    def _settle(
+        self, joined: BoolArray, value: FloatArray, level: float, burden: FloatArray
+    ) -> tuple[BoolArray, FloatArray]:
         """Who takes part, and what each pays for groups: those who would lose leave until nobody does."""
+        free = self._low > 0  # whose groups are held in any case
+        value = np.where(free, 0.0, value)
         while True:
             stake = np.where(joined, value, 0.0)
-            total = np.bincount(self._group, weights=stake[self._payer], minlength=len(self._burden))
-            rate = np.where(total > 0, self._burden / np.where(total > 0, total, 1.0), 0.0)
+            total = np.bincount(self._group, weights=stake[self._payer], minlength=len(burden))
+            rate = np.where(total > 0, burden / np.where(total > 0, total, 1.0), 0.0)
             dues = np.bincount(self._payer, weights=rate[self._group], minlength=len(stake)) * stake
-            losing = joined & ~self._kept & (level * dues > value)
+            losing = joined & ~free & (level * dues > value)
             if not losing.any():
                 return joined, dues
             joined = joined & ~losing
