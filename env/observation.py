@@ -176,7 +176,7 @@ def _price_changes(problem: PlanProblem) -> tuple[FloatArray, FloatArray]:
     fixed = FixedPrice(problem.cost, adapted)
     price = (fixed.value + per_rank @ problem.ranks)[:, None]
     without = (price - fixed.removals() - per_rank * problem.ranks).max(axis=0)
-    joined = (price + fixed.additions() + per_rank).max(axis=0)
+    joined = (price + fixed.additions(np.arange(len(adapted))) + per_rank).max(axis=0)
     return np.where(adapted, price.max() - without, 0.0), np.where(adapted, 0.0, joined - price.max())
 
 

@@ -21,7 +21,7 @@ from .ladder import IntArray
 from .pricing import coverage_of, price_of
 from .problem import PlanProblem
 
-_GRID = np.geomspace(1e-5, 1.0, 24)
+_GRID = np.geomspace(1e-5, 1.0, 16)
 """Prices at which all entries are compared, over the highest that any module pays."""
 
 
@@ -72,7 +72,8 @@ class Relaxation:
     def start(self) -> FloatArray:
         """Prices of the moments to begin with: alike at all that everything together would exceed, (moments,)."""
         exceeded = price_of(self._problem.cost, self._ranks[self._problem.tops]) > self._problem.limit
-        return exceeded / self._slack / max(1, np.count_nonzero(exceeded))
+        result: FloatArray = exceeded / self._slack / max(1, int(np.count_nonzero(exceeded)))
+        return result
 
     def shifted(self, prices: FloatArray, rungs: IntArray) -> FloatArray:
         """Prices of the moments after seeing a plan: higher where it comes nearest to the budget, (moments,)."""
@@ -167,7 +168,7 @@ class Market:
             stake = np.where(joined, value, 0.0)
             total = np.bincount(self._group, weights=stake[self._payer], minlength=len(burden))
             rate = np.where(total > 0, burden / np.where(total > 0, total, 1.0), 0.0)
-            dues = np.bincount(self._payer, weights=rate[self._group], minlength=len(stake)) * stake
+            dues: FloatArray = np.bincount(self._payer, weights=rate[self._group], minlength=len(stake)) * stake
             losing = joined & ~free & (level * dues > value)
             if not losing.any():
                 return joined, dues

@@ -195,7 +195,7 @@ def test_running_prices_are_those_of_the_whole_set():
         for _ in range(20):
             assert (price.value == cost.fixed(active)).all()
             assert (price_of(cost, 3 * active) == cost.fixed(active) + 3 * cost.per_rank @ active).all()
-            additions, removals = price.additions(), price.removals()
+            additions, removals = price.additions(np.arange(len(active))), price.removals()
             for module in range(len(active)):
                 after = active.copy()
                 after[module] = not active[module]
