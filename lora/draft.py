@@ -64,12 +64,14 @@ class Draft:
     def lift(self, module: int, rung: int) -> bool:
         """Put a module on this higher rung, if that fits."""
         price = self.price + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
-        if self.rungs[module] == 0 and price.max() <= self._limit:
-            price = price + (self._fixed.having(module) - self._fixed.value)
         if price.max() > self._limit:
             return False
         if self.rungs[module] == 0:
-            self._fixed.add(module)
+            fixed = self._fixed.having(module)
+            price = price + (fixed - self._fixed.value)
+            if price.max() > self._limit:
+                return False
+            self._fixed.add(module, fixed)
         self.price = price
         self.rungs[module] = rung
         return True

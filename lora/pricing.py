@@ -95,9 +95,9 @@ class FixedPrice:
         result: FloatArray = self.value + self._by_group[fresh].sum(axis=0)
         return result
 
-    def add(self, module: int) -> None:
-        """Adapt a module that is not adapted."""
-        self.value = self.having(module)
+    def add(self, module: int, value: FloatArray) -> None:
+        """Adapt a module that is not adapted; `value` is the price `having` it."""
+        self.value = value
         self._counts += self._table.by_module[module]
         self.active[module] = True
 

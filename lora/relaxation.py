@@ -168,7 +168,7 @@ class Market:
             stake = np.where(joined, value, 0.0)
             total = np.bincount(self._group, weights=stake[self._payer], minlength=len(burden))
             rate = np.where(total > 0, burden / np.where(total > 0, total, 1.0), 0.0)
-            dues: FloatArray = np.bincount(self._payer, weights=rate[self._group], minlength=len(stake)) * stake
+            dues = np.bincount(self._payer, weights=rate[self._group], minlength=len(stake)).astype(np.float64) * stake
             losing = joined & ~free & (level * dues > value)
             if not losing.any():
                 return joined, dues

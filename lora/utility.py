@@ -24,8 +24,11 @@ from .pricing import FixedPrice
 from .problem import PlanProblem
 from .relaxation import Market, Relaxation
 
-ROUNDS = (3, 1, 1, 1)
-"""How often plans are made with each of the entries that look best; the moments' prices settle with the first."""
+ENTRIES = 3
+"""How many of the entries that look best are tried after the best one, and more in small models."""
+
+ROUNDS = 3
+"""How often a plan is made with the first entry, while the prices of the moments settle."""
 
 EXCHANGES = 20_000
 """How many exchanges are tried, times modules squared: one module in a dozen matters, one in a thousand does not."""
@@ -98,13 +101,14 @@ class _Search:
     def _at_entries(self, relaxed: Relaxation) -> Iterator[tuple[IntArray, FloatArray]]:
         """Plans with the entries that look best, with the prices of the moments that led to them."""
         prices, tried = relaxed.start(), np.zeros(len(self._modules), dtype=np.bool_)
-        for turn, rounds in enumerate(ROUNDS):
+        turns = min(len(tried), 1 + ENTRIES + 100 // len(tried))
+        for turn in range(turns):
             if turn < 2:  # with the first guess of the prices, and once they have settled
                 order, estimates = relaxed.entries(prices)
             place = int(np.argmax(np.where(tried[order], -np.inf, estimates)))
             market = Market(relaxed, order[: place + 1])
             tried[order[place]] = True
-            for _ in range(rounds):
+            for _ in range(1 if turn else ROUNDS):
                 before, plan = prices, self._at_price(market, prices)
                 prices = relaxed.shifted(prices, plan)
             near = np.zeros_like(tried)

@@ -210,7 +210,7 @@ def test_running_prices_are_those_of_the_whole_set():
             else:
                 for module in coming.tolist():
                     assert (price.having(module) >= price.value).all()
-                    price.add(module)
+                    price.add(module, price.having(module))
             active[some] = ~active[some]
         assert (price.value == cost.fixed(active)).all()
 
