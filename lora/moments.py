@@ -88,28 +88,42 @@ class _Finder:
             for time in self._highest(backward & (recording.parts == part), recording.deaths, last=False):
                 yield self._in_backward(self._label("backward", time), part, time)
 
-    def _in_backward(self, label: str, part: int, time: int) -> Moment:
-        """While gradients flow through a segment (-1: outside of all)."""
+    def _in_backward(self, label: str, part: int, time: int, *, over: bool = False) -> Moment:
+        """While gradients flow through a segment (-1: outside of all), during an operator or, if `over`, after it."""
         recording = self._recording
-        alive = (recording.births <= time) & (recording.deaths >= time) & ~self._gradient
+        alive = (recording.births <= time) & (recording.deaths >= time + over) & ~self._gradient
         within = self._forward & (recording.parts == part) & (part >= 0)
         inside = alive & within & self._inside
         if part >= 0 and recording.segments[part].reentrant:
             inside[list(recording.segments[part].outputs)] = True
+            alive |= self._incoming(part)
         waiting = self._is_input & (self._first_input <= part if part >= 0 else alive)
         needed = alive & (~self._forward | self._needed)
         always = alive & self._forward & ~self._needed & ~self._inside & ~self._is_input
         return Moment(label, always, needed, inside, waiting, time)
 
+    def _start(self, part: int) -> int:
+        """The time after which a segment runs again, just before gradients flow through it; -1 if none do."""
+        recording = self._recording
+        flowing = ~self._forward & (recording.parts == part)
+        if not recording.segments[part].reentrant:  # by the first operation that had saved something
+            flowing &= recording.unpacks
+        return int(recording.births[flowing].min()) - 1 if flowing.any() else -1
+
+    def _incoming(self, part: int) -> BoolArray:
+        """The gradients that a segment with a graph of its own was given, and holds to its end."""
+        start, recording = self._start(part), self._recording
+        alive = (recording.births <= start) & (recording.deaths > start)
+        return ~self._forward & ~self._gradient & alive
+
     def _recomputed_moments(self, index: int) -> Iterator[Moment]:
-        """The segment runs again just before the first of its operations that had saved something."""
+        """While a segment runs again."""
         recording, segment = self._recording, self._recording.segments[index]
-        unpacking = recording.unpacks & (recording.parts == index)
         kept = self._inside & (recording.parts == index)
-        if not unpacking.any() or not kept.any():
+        start = self._start(index)
+        if start < 0 or not kept.any():
             return
-        start = int(recording.births[unpacking].min()) - 1
-        before = self._in_backward("", index, start)
+        before = self._in_backward("", index, start, over=True)
         within = self._forward & (recording.parts == index)
         last = segment.end if segment.reentrant else int(recording.births[kept].max())
         again = within & (recording.births <= last)

@@ -308,7 +308,8 @@ class _Run:
         for node in flow:
             for kept, modules in saved_by(node, flow):
                 sequence = node._sequence_nr()
-                self._saving.add(sequence)
+                if isinstance(kept, _Saved):  # numbers are saved out of sight of the hooks
+                    self._saving.add(sequence)
                 serial = kept.serial if isinstance(kept, _Saved) else self._mode.serial(kept)
                 if serial is None:
                     continue
