@@ -16,7 +16,7 @@ from ..env.controller import ProbeResult, RankController
 from ..env.schedule import DecisionSchedule
 from ..errors import RunFolderError
 from ..files import atomic_path, read_json, write_json
-from ..lora.memory import ByteCost, Cost, ParameterCost
+from ..lora.cost import ByteCost, Cost, ParameterCost
 from ..lora.targets import TargetModule
 from .loss_meter import LossMeter
 

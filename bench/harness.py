@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..errors import ConfigError, RankPilotError
 from ..files import write_json
-from ..lora.memory import FloatArray
+from ..lora.cost import FloatArray
 
 Figures = dict[str, float | int | str | bool]
 """Results by flat name, such as "bert.adalora.step_ratio"."""

@@ -16,7 +16,8 @@ from ..agents.callback import RankPilotCallback
 from ..env.controller import REFERENCE_RANK, RankController
 from ..env.schedule import DecisionSchedule
 from ..lora.budget import Budget
-from ..lora.memory import Batch, state_bytes
+from ..lora.held_state import state_bytes
+from ..lora.recording import Batch
 from ..lora.targets import find_target_modules
 
 LEARNING_RATE = 1e-3

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..lora.memory import Batch, FloatArray
+from ..lora.cost import FloatArray
 from ..lora.peak import PeakMeter
+from ..lora.recording import Batch
 from .harness import Estimate, bootstrap, interleave, paired_ratios, whole_cycle
 from .methods import AdaLora, PlainLora, RankPilot
 from .models import TASKS, Family, Size, random_loader, random_model
@@ -165,9 +166,9 @@ class _Watch:
 
     def _measure(self, batch: Batch) -> None:
         method, meter = self.method, PeakMeter()
-        meter.begin(method.model)
+        meter.begin(method.model, method.optimizer, method.buffer_bytes())
         method.step(batch)
-        self.peak_bytes = meter.end(method.steps, method.model, method.optimizer, method.buffer_bytes()) or 0
+        self.peak_bytes = meter.end(method.steps, method.model) or 0
 
     def count_changes(self, turn: int) -> None:
         """Count the modules whose rank changed in this round."""

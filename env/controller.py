@@ -17,8 +17,8 @@ from torch import nn
 from ..errors import NonFiniteError
 from ..lora.budget import Budget
 from ..lora.checkpoint import adapter_ranks, sync_config
+from ..lora.cost import Cost, FloatArray, total_cost
 from ..lora.ladder import IntArray, RankLadder
-from ..lora.memory import Cost, FloatArray
 from ..lora.plan import Plan, PlanProblem, check_budget, problem_of, project
 from ..lora.ranks import non_finite, reset_adapters, set_ranks
 from ..lora.signals import SignalMeter
@@ -93,8 +93,7 @@ def budget_limit(budget: Budget, cost: Cost, max_ranks: IntArray) -> float:
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
     """What uniform rank 8 on every module costs."""
-    ranks = np.minimum(REFERENCE_RANK, max_ranks)
-    return cost.fixed(ranks > 0) + float(cost.per_rank @ ranks)
+    return total_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))
 
 
 class RankController:

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, RunFolderError
 from ..files import atomic_path
+from ..lora.cost import FloatArray
 from ..lora.ladder import IntArray
-from ..lora.memory import FloatArray
 
 SCHEMA_KEY, SCHEMA_VERSION = b"rankpilot.schema", b"1"
 FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."

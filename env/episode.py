@@ -10,8 +10,9 @@ import torch
 
 from ..errors import NonFiniteError
 from ..lora.budget import Budget
+from ..lora.cost import ByteCost, FloatArray
 from ..lora.ladder import IntArray
-from ..lora.memory import ByteCost, FloatArray, calibrate
+from ..lora.memory import calibrate
 from ..lora.plan import Plan, PlanProblem, uniform_ranks
 from ..lora.ranks import reset_adapters, set_ranks
 from .controller import ProbeResult, RankController, budget_limit, probe
@@ -43,7 +44,7 @@ def proxy_cost(base: str, batch_size: int, length: int) -> ByteCost:
     """Byte model of a proxy base at one batch shape."""
     model, targets = adapted_base(base)
     tokens = torch.zeros(batch_size, length, dtype=torch.int64)
-    return calibrate(model, targets, {"input_ids": tokens, "labels": tokens})
+    return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
 
 
 @lru_cache(maxsize=64)

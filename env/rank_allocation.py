@@ -11,8 +11,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, NonFiniteError
+from ..lora.cost import FloatArray
 from ..lora.ladder import DEFAULT_RANKS, RankLadder
-from ..lora.memory import FloatArray
 from .episode import Episode, baseline
 from .observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from .schedule import DecisionSchedule

@@ -1,8 +1,8 @@
 """What a plan costs: bytes at the peak of a training step, predicted for any plan and batch shape.
 
-`calibrate` records four small steps on the user's own model and batch: with every module adapted it sees all tensors that
-any plan could hold, which modules each is needed for, and how its size grows with rows, length and rank. A plan's peak
-follows from that without running it.
+`calibrate` records four small steps on the user's own model and batch: with every module adapted it sees all tensors
+that any plan could hold, which modules each is needed for, and how its size grows with rows, length and rank. A plan's
+peak follows from that without running it.
 
 Counted is what training takes beside the loaded, frozen model: adapter weights, gradients, optimiser state, signal
 buffers, tensors held for the backward pass, and what lives for a moment, such as logits and gradients of activations.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,86 +22,22 @@ from ..errors import UnsupportedError
 from .cost import BoolArray, ByteCost, FloatArray
 from .factors import write_in_place
 from .gradient_flow import Modules
-from .ladder import IntArray, RankLadder
-from .live import storages
+from .held_state import HeldState, held_state
+from .ladder import IntArray
 from .moments import Moment, find_moments, prune
-from .optimizer_layouts import unwrap_optimizer
-from .optimizer_state import state_bytes_of
 from .recording import Batch, Recorder, Recording
+from .shape import Shape, reshaped
 from .targets import TargetModule
 
 RANK = 2
 """Of every adapter while steps are recorded; a tensor with an axis of 1 takes short cuts that others do not."""
 
+SECOND_PASS = 0.005, 0.015
+"""Shares of the peak added under gradient checkpointing, not reentrant and reentrant: what the second pass of a segment
+holds beyond the model of it (up to 0.4 and 1.1 % on T5 and BERT)."""
+
 ALLOCATION = 512
 """CUDA's caching allocator hands out blocks of multiples of this many bytes."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a batch.
-
-    Attributes:
-        rows: examples.
-        length: tokens of each, padding included; 1 where there is no such axis.
-    """
-
-    rows: int
-    length: int
-
-    @classmethod
-    def of(cls, batch: Batch) -> Shape:
-        """Read from the tensors: rows are their first axis, tokens the second of those with two axes."""
-        rows = max((tensor.shape[0] for tensor in batch.values() if tensor.dim()), default=1)
-        return cls(rows, max((t.shape[1] for t in batch.values() if _has_tokens(t, rows)), default=1))
-
-    def covers(self, other: Shape) -> bool:
-        """Whether no axis of the other is larger."""
-        return self.rows >= other.rows and self.length >= other.length
-
-    def __str__(self) -> str:
-        return f"{self.rows} x {self.length}"
-
-
-def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
-    return tensor.dim() == 2 and tensor.shape[0] == rows and not tensor.is_floating_point()
-
-
-def _reshaped(batch: Batch, rows: int, shrink: int) -> dict[str, torch.Tensor]:
-    """A batch of so many rows, repeated if need be, and of a length that is so many times shorter."""
-    given = Shape.of(batch)
-    result = {}
-    for name, tensor in batch.items():
-        if tensor.dim() and tensor.shape[0] == given.rows:
-            tensor = tensor[torch.arange(rows, device=tensor.device) % given.rows]
-            if _has_tokens(tensor, rows):
-                tensor = tensor[:, : -(-tensor.shape[1] // shrink)].contiguous()
-        result[name] = tensor
-    return result
-
-
-@dataclass(frozen=True, eq=False)
-class HeldState:
-    """What an adapter and its optimiser hold between steps.
-
-    Attributes:
-        weights: bytes of one rank's weights on each module, (modules,); its gradients take as much.
-        optimizer: bytes of one rank's optimiser state on each module, (modules,).
-        scratch: bytes of one rank that the optimiser takes for the time of its step, (modules,).
-        signals: bytes of one rank that `SignalMeter` holds on each module, (modules,).
-        fixed: bytes of an adapted module that do not depend on its rank: gradients and state of biases and magnitudes,
-            (modules,).
-        others: bytes of weights and state of everything else that trains, such as a classifier.
-        other_gradients: bytes of its gradients.
-    """
-
-    weights: FloatArray
-    optimizer: FloatArray
-    scratch: FloatArray
-    signals: FloatArray
-    fixed: FloatArray
-    others: float
-    other_gradients: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +103,13 @@ class MemoryModel:
             held=np.concatenate([by_group, fixed], axis=1),
             needs=np.concatenate([groups.needs(), np.eye(len(held.weights), dtype=np.bool_)]),
         )
-        return prune(cost, np.random.default_rng(0))
+        return _with_margin(prune(cost, np.random.default_rng(0)), self.margin)
+
+    @property
+    def margin(self) -> float:
+        """The share of the peak that predictions are set too high, so that none is too low."""
+        segments = self._recording.segments
+        return SECOND_PASS[any(segment.reentrant for segment in segments)] if segments else 0.0
 
     def saved(self, ranks: IntArray, shape: Shape | None = None) -> float:
         """Bytes that autograd saves for backward under a plan, checkpointed segments apart, (modules,) -> bytes."""
@@ -205,6 +147,11 @@ class MemoryModel:
         held = self.held
         result: FloatArray = 2 * held.weights + held.optimizer + held.scratch + held.signals
         return result
+
+
+def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
+    higher = {name: np.ceil(getattr(cost, name) * (1 + margin)) for name in ("constant", "per_rank", "held")}
+    return replace(cost, **higher)
 
 
 class _Groups:
@@ -301,14 +248,15 @@ def calibrate(
         UnsupportedError: the model returns no loss, or a target module takes no part in its forward pass.
     """
     shape = Shape.of(batch)
-    few, shrink = min(2, shape.rows), 2 if shape.length > 3 else 1
-    small = _reshaped(batch, few, 1)
+    few, half = min(2, shape.rows), 2 if shape.length >= 8 else 1
+    part = 1 if shape.rows >= 4 else half  # of the length: all modules adapted may be more than the budget
+    small = reshaped(batch, few, part)
     with _probing(model, targets):
         recorder = Recorder(model, targets)
         base = _record(recorder, targets, small)
-        wide = _record(recorder, targets, _reshaped(batch, few + 1, 1))
-        short = _record(recorder, targets, _reshaped(batch, few, shrink))
-        flexible = _alike(base, wide) and _alike(base, short) and _grows_regularly(base, wide, (few + 1) / few)
+        short = _record(recorder, targets, reshaped(batch, few, part * half))
+        wide = _record(recorder, targets, reshaped(batch, few + 1, part * half))
+        flexible = _alike(base, wide) and _alike(base, short) and _grows_regularly(short, wide, (few + 1) / few)
         if not flexible:  # operations depend on the data: only the batch itself tells
             base = _record(recorder, targets, batch)
             small = dict(batch)
@@ -321,13 +269,13 @@ def calibrate(
     return MemoryModel(
         shape,
         accumulates,
-        _held_state(model, targets, optimizer, signal_bytes),
+        held_state(model, targets, optimizer, signal_bytes),
         base,
         probed,
         base.sizes - RANK * slope,
         slope,
-        _power(wide, base, (few + 1) / few) if flexible else np.full(len(slope), np.nan),
-        _power(base, short, probed.length / -(-probed.length // shrink)) if flexible else np.zeros(len(slope)),
+        _power(wide, short, (few + 1) / few) if flexible else np.full(len(slope), np.nan),
+        _power(base, short, probed.length / -(-probed.length // half)) if flexible else np.zeros(len(slope)),
         ALLOCATION if next(model.parameters()).is_cuda else 1,
     )
 
@@ -395,87 +343,3 @@ def _check_flow(recording: Recording, targets: Sequence[TargetModule]) -> None:
     if len(absent):
         name = targets[int(absent[0])].name
         raise UnsupportedError(f"{name!r} took no part in the forward pass. Leave it out of `target_modules`.")
-
-
-def _held_state(
-    model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
-) -> HeldState:
-    weights = np.array(
-        [t.d_in * t.weight_a.element_size() + t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64
-    )
-    states = [_state_line(target, optimizer) for target in targets]
-    own = {id(p) for target in targets for p in target.parameters.values()}
-    others = [p.detach() for p in model.parameters() if p.requires_grad and id(p) not in own]
-    unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
-    fixed = [sum(_bytes(p) + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
-    return HeldState(
-        weights=weights,
-        optimizer=np.array([slope for slope, _ in states]),
-        scratch=weights * _steps_with_copies(optimizer, model),
-        signals=signal_buffer_bytes(targets) * signal_bytes,
-        fixed=np.array([own + start for own, (_, start) in zip(fixed, states, strict=True)], dtype=np.float64),
-        others=float(
-            sum(_bytes(p) + state_bytes_of(optimizer, p) for p in others) + sum(_bytes(p) for g in unranked for p in g)
-        ),
-        other_gradients=float(sum(_bytes(p) for p in others)),
-    )
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Bytes of optimiser state as a straight line over the rank, nowhere too low: slope and start.
-
-    Most states are one. Factored ones start above zero, and 8-bit ones are fp32 below a certain size.
-    """
-    ranks = [rank for rank in RankLadder().ranks if 0 < rank <= target.max_rank]
-    a, b = target.weight_a.detach(), target.weight_b.detach()
-    sizes = [
-        state_bytes_of(optimizer, a.new_empty(rank, target.d_in))
-        + state_bytes_of(optimizer, b.new_empty(target.d_out, rank))
-        for rank in ranks
-    ]
-    slope = -(-sizes[-1] // ranks[-1])
-    if len(ranks) > 1:
-        slope = -((sizes[-2] - sizes[-1]) // (ranks[-1] - ranks[-2]))
-    start = max(size - slope * rank for size, rank in zip(sizes, ranks, strict=True))
-    return float(slope), float(max(start, 0))
-
-
-def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> bool:
-    """Whether the optimiser works on all parameters at once, with a temporary copy of each."""
-    if optimizer is None:
-        return False
-    settings = unwrap_optimizer(optimizer).defaults
-    if "foreach" not in settings or settings.get("fused"):
-        return False
-    foreach = settings["foreach"]
-    return bool(next(model.parameters()).is_cuda if foreach is None else foreach)
-
-
-def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
-    """Bytes that `SignalMeter` holds for one rank on each module: a mean gradient of B."""
-    return np.array([t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64)
-
-
-def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
-    """Bytes that training holds between steps beside the frozen model: live storages of weights, state, gradients.
-
-    Args:
-        model: the PEFT model.
-        optimizer: None counts no state.
-        gradients: count a gradient for each parameter that trains, whether it is allocated at this moment or not;
-            otherwise those that are.
-    """
-    total = 0
-    state = unwrap_optimizer(optimizer).state if optimizer else {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            size = parameter.untyped_storage().nbytes()
-            tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
-            total += size + sum(storage.nbytes() for storage in storages(tensors))
-            if gradients or parameter.grad is not None:
-                total += size
-    return total

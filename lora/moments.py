@@ -1,8 +1,8 @@
 """The moments of a training step at which memory can be highest, and what each holds under any plan.
 
-In the forward pass what is held for backward only grows, so a moment is beaten by any later one at which the tensors that
-live by themselves are as large. In the backward pass it only shrinks, and earlier moments beat later ones. That leaves a
-handful of the thousands of operators; with gradient checkpointing, a handful for each segment.
+In the forward pass what is held for backward only grows, so a moment is beaten by any later one at which the tensors
+that live by themselves are as large. In the backward pass it only shrinks, and earlier moments beat later ones. That
+leaves a handful of the thousands of operators; with gradient checkpointing, a handful for each segment.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .held_state import state_bytes
 from .live import LivePeak
-from .memory import state_bytes
 
 
 class PeakMeter:
@@ -17,11 +17,15 @@ class PeakMeter:
 
     Call `begin` before a step's first forward pass and `end` after the optimiser has stepped.
 
+    Args:
+        every_steps: how often a step is measured; besides, the first one and each one after `request`.
+
     Attributes:
         history: (step, bytes) of each measured step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_steps: int = 100) -> None:
+        self.every_steps = every_steps
         self.history: list[tuple[int, int]] = []
         self._requested = True
         self._live: LivePeak | None = None
@@ -32,10 +36,9 @@ class PeakMeter:
         """Measure the next step."""
         self._requested = True
 
-    @property
-    def due(self) -> bool:
-        """Whether the next step is to be measured."""
-        return self._requested
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be measured."""
+        return self._requested or step % self.every_steps == 0
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: int = 0) -> None:
         """Start to follow what the step creates.

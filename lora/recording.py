@@ -1,7 +1,7 @@
 """One training step, recorded: every tensor with its bytes, when it is born and freed, and what needs it.
 
-A tensor that autograd saves is needed for the gradient of certain inputs of one operation. It will be saved under a plan
-exactly if one of those inputs depends on an adapted module. So a recording of one step in which *every* module is
+A tensor that autograd saves is needed for the gradient of certain inputs of one operation. It will be saved under a
+plan exactly if one of those inputs depends on an adapted module. So a recording of one step in which *every* module is
 adapted tells what any other plan would save.
 """
 
@@ -67,8 +67,8 @@ class Recording:
         owners: target module in whose forward pass it belongs, -1 for none, int64 (storages,).
         parts: checkpointed segment in whose forward or backward pass it was created, -1 for none, int64 (storages,).
         needed: by serial number, the modules for which a storage exists: of the forward pass, those for which it is
-            held longer than it would live alone (the others are left out); of the backward pass, those without which its
-            operation would not run.
+            held longer than it would live alone (the others are left out); of the backward pass, those without which
+            its operation would not run.
         inside: the same for what an operation in a checkpointed segment saves of that segment's own storages.
         unpacks: storages of the backward pass whose operation had saved something, bool (storages,).
         gradients: by serial number, the target module of whose factor it is the gradient; -1 for other parameters.
@@ -152,8 +152,8 @@ class Recorder:
         count = len(free.births)
         if not np.array_equal(free.births, recording.births[recording.births <= recording.forward_end]):
             raise UnsupportedError(
-                f"{type(self.model).__name__} runs other operations each time on the same batch, so its memory cannot be "
-                "predicted. Switch off what is random in its structure (layer drop, routing noise)."
+                f"{type(self.model).__name__} runs other operations each time on the same batch, so its memory cannot "
+                "be predicted. Switch off what is random in its structure (layer drop, routing noise)."
             )
         alone = np.concatenate([free.deaths, recording.deaths[count:]])
         needed = dict(recording.needed)

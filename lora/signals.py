@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from .base_weight import base_norm
+from .cost import FloatArray
 from .ladder import IntArray
-from .memory import FloatArray
 from .targets import TargetModule
 
 SIGNALS = ("sensitivity", "snr", "relative_change")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ..files import atomic_path
-from ..lora.memory import FloatArray
+from ..lora.cost import FloatArray
 
 Points = Sequence[tuple[float, float]]
 

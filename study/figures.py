@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from ..lora.memory import FloatArray
+from ..lora.cost import FloatArray
 from .drawing import (
     COLORS,
     FAINT,

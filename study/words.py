@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ..env.decision_log import FEATURE_PREFIX
 from ..lora.budget import format_bytes
-from ..lora.memory import FloatArray
+from ..lora.cost import FloatArray
 from .names import short_names
 
 MOVES_TOLD = 3

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.lora.cost import ParameterCost
 from rankpilot.lora.ladder import RankLadder
-from rankpilot.lora.memory import ParameterCost
 from rankpilot.lora.plan import PlanProblem
 
 
@@ -20,7 +20,7 @@ def make_observation() -> Callable[..., Observation]:
     def make(modules: int = 8, seed: int = 0, **problem: Any) -> Observation:
         generator = np.random.default_rng(seed)
         ranks = generator.choice([0, 1, 2, 4, 8], size=modules)
-        cost = ParameterCost(generator.uniform(50, 150, size=modules))
+        cost = ParameterCost(generator.integers(50, 150, size=(1, modules)).astype(np.float64))
         options = {
             "ranks": ranks,
             "max_ranks": np.full(modules, 32),

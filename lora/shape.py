@@ -1,0 +1,52 @@
+"""The shape of a batch: what its memory depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .recording import Batch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a batch.
+
+    Attributes:
+        rows: examples.
+        length: tokens of each, padding included; 1 where there is no such axis.
+    """
+
+    rows: int
+    length: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> Shape:
+        """Read from the tensors: rows are their first axis, tokens the second of those with two axes."""
+        rows = max((tensor.shape[0] for tensor in batch.values() if tensor.dim()), default=1)
+        return cls(rows, max((t.shape[1] for t in batch.values() if _has_tokens(t, rows)), default=1))
+
+    def covers(self, other: Shape) -> bool:
+        """Whether no axis of the other is larger."""
+        return self.rows >= other.rows and self.length >= other.length
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.length}"
+
+
+def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
+    return tensor.dim() == 2 and tensor.shape[0] == rows and not tensor.is_floating_point()
+
+
+def reshaped(batch: Batch, rows: int, shrink: int) -> dict[str, torch.Tensor]:
+    """A batch of so many rows, repeated if need be, and of a length that is so many times shorter."""
+    given = Shape.of(batch)
+    result = {}
+    for name, tensor in batch.items():
+        if tensor.dim() and tensor.shape[0] == given.rows:
+            tensor = tensor[torch.arange(rows, device=tensor.device) % given.rows]
+            if _has_tokens(tensor, rows):
+                tensor = tensor[:, : -(-tensor.shape[1] // shrink)].contiguous()
+        result[name] = tensor
+    return result
