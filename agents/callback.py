@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,18 @@ from ..env.decision_log import DecisionLog, DecisionRecord
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from ..env.schedule import DecisionSchedule
 from ..errors import UnsupportedError
-from ..lora.budget import Budget, format_bytes
+from ..lora.bounds import Bounds, rank_bounds
+from ..lora.budget import Budget
 from ..lora.checkpoint import make_resizable, settle
-from ..lora.memory import ByteCost, ParameterCost
+from ..lora.cost import ParameterCost
+from ..lora.memory import MemoryModel
 from ..lora.optimizer_state import check_optimizer, reset_state
-from ..lora.peak import PeakMeter
 from ..lora.plan import Plan
 from ..lora.ranks import reset_adapters
-from ..lora.targets import TargetModule, find_target_modules
+from ..lora.targets import TargetModule, check_trains, find_target_modules
 from .compiled import warn_of_recompiles
 from .loss_meter import LossMeter
+from .peak_guard import Correction, PeakGuard
 from .policy import Decision, Policy
 from .policy_file import load_policy, policy_schedule
 from .probing import largest_batch, precision, price_plans, run_probe, undisturbed
@@ -45,11 +46,14 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         policy: folder of a trained policy, the name of a rule ("heur3", "fracrule"), or a policy object.
         budget: bytes at the peak of a step ("350MB", "6GiB", an int), a share of what uniform rank 8 takes there
-            ("80%"), or a number of adapter parameters ("300k params"). See `Budget.parse`.
+            ("80%"), what is free on the device ("auto"), or a number of adapter parameters ("300k params"). See
+            `Budget.parse`.
         log: folder of the decision log; `decisions` in the Trainer's output folder by default.
         schedule: when to decide; the policy's own by default.
         seed: of the probe and of fresh rows; `TrainingArguments.seed` by default.
         measure_every: measure the real peak every so many steps, and after each change.
+        bounds: a rank, or the least and the largest, of single modules, by name or its end: `{"q_proj": 8,
+            "layers.0.mlp.down_proj": (0, 4)}`.
 
     Attributes:
         controller: the link to the adapters, from the start of training on.
@@ -70,7 +74,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         log: str | Path | None = None,
         schedule: DecisionSchedule | None = None,
         seed: int | None = None,
-        measure_every: int = 10,
+        measure_every: int = 100,
+        bounds: Bounds | None = None,
     ) -> None:
         self.policy = load_policy(policy)
         self.budget = Budget.parse(budget)
@@ -79,13 +84,15 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self.controller: RankController | None = None
         self.predictions: list[tuple[int, float]] = []
         self._log_folder = Path(log) if log else None
-        self._meter = PeakMeter(measure_every)
+        self._bounds = bounds or {}
+        self._measure_every = measure_every
+        self._guard = PeakGuard(measure_every)
         self._losses = LossMeter()
 
     @property
     def peaks(self) -> list[tuple[int, int]]:
         """(step, bytes) of the measured steps."""
-        return self._meter.history
+        return self._guard.meter.history
 
     # Trainer events, in the order of a run ------------------------------------------------------------------------
 
@@ -112,23 +119,20 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._losses.attach(model, args.gradient_accumulation_steps)
         if state.global_step > 0:
             self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", model, targets)
+            memory = None
         else:
             self._log.truncate(-1)
-            self._begin(args, state, model, targets, objects)
+            memory = self._begin(args, state, model, targets, objects)
+        accumulates = args.gradient_accumulation_steps > 1
+        self._guard.attach(model, optimizer, self._controller, memory, self._corrected, accumulates=accumulates)
+        if state.global_step == 0:
             self._decide(0, optimizer)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Measure this step if it is due."""
-        if self._meter.due(state.global_step):
-            self._meter.begin(objects["model"])
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """A micro-batch of an accumulated step is done."""
-        self._meter.next_micro_batch()
+        self._guard.before_step(state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -142,24 +146,21 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Check the peak against the budget, and decide if a decision is due."""
         step = state.global_step
-        controller = self._controller
-        peak = self._meter.end(step, objects["model"], objects["optimizer"], controller.meter.buffer_bytes)
-        if peak is not None:
-            self._guard(peak, step, objects["optimizer"])
-        if controller.due(step) and step < state.max_steps:
+        self._guard.after_step(step)
+        if self._controller.due(step) and step < state.max_steps:
             self._decide(step, objects["optimizer"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
         """Put our state into the checkpoint, last of all its files."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            save_flight(folder, self._controller, self._losses, self._meter.history, self.predictions)
+            save_flight(folder, self._controller, self._losses, self._guard, self.predictions)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """The best checkpoint may have been loaded just now: tell PEFT its ranks."""
-        self._meter.close()
+        self._guard.detach()
         self._losses.detach()
         settle(objects["model"], self._controller.targets)
 
@@ -177,11 +178,13 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module,
         targets: list[TargetModule],
         objects: dict[str, Any],
-    ) -> None:
+    ) -> MemoryModel | None:
+        check_trains(targets)
+        low, high = rank_bounds(targets, self._bounds)
         # It may not be the first beginning: `train` can be called again, and `auto_find_batch_size` does so.
         reset_state(objects["optimizer"], (w for target in targets for w in (target.weight_a, target.weight_b)))
-        self._meter.close()
-        self._meter = PeakMeter(self._meter.every_steps)
+        self._guard.detach()
+        self._guard = PeakGuard(self._measure_every)
         self.predictions = []
         loader = objects["train_dataloader"]
         training = model.training
@@ -189,21 +192,33 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         with undisturbed():
             batch = largest_batch(loader.dataset, loader.collate_fn, state.train_batch_size, args.device)
             with precision(args):
-                cost, limit = price_plans(self.budget, targets, model, batch, objects["optimizer"])
+                accumulates = args.gradient_accumulation_steps > 1
+                prices = price_plans(self.budget, targets, model, batch, objects["optimizer"], accumulates=accumulates)
             result = run_probe(model, targets, loader.dataset, loader.collate_fn, args, self.schedule, self._seed)
         model.train(training)
         self._losses.restart()
         reset_adapters(targets, 1, self._seed)
         self.controller = RankController(
-            model, targets, cost, limit, self.schedule, state.max_steps, result, seed=self._seed
+            model,
+            targets,
+            prices.cost,
+            prices.limit,
+            self.schedule,
+            state.max_steps,
+            result,
+            low=low,
+            high=high,
+            seed=self._seed,
         )
+        return prices.memory
 
     def _resume(self, folder: Path, model: nn.Module, targets: list[TargetModule]) -> None:
         settle(model, targets)
-        flight = load_flight(folder, model, targets, self.schedule)
+        flight = load_flight(folder, model, targets, self.schedule, rank_bounds(targets, self._bounds))
         self.controller = flight.controller
         self._losses.total, self._losses.count = flight.loss_total, flight.loss_count
-        self._meter.history = flight.peaks
+        self._guard.meter.history = flight.peaks
+        self._guard.load(flight.guard)
         self.predictions = flight.predictions
         step = int(folder.name.rpartition("-")[2])
         self._log.truncate(step)
@@ -215,12 +230,29 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         decision = self.policy.decide(observation)
         plan = controller.apply(decision.deltas, decision.scores, step, optimizer)
         self._losses.restart()
+        self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan)
 
-    def _record(self, step: int, loss: float | None, observation: Observation, decision: Decision, plan: Plan) -> None:
+    def _corrected(self, correction: Correction) -> None:
+        """The guard changed ranks: write that down like a decision."""
+        scores = np.zeros(len(correction.deltas))
+        decision = Decision(correction.deltas, scores, 0.0, 0.0)
+        moved = correction.plan.ranks != correction.observation.problem.ranks
+        names = np.array(self._controller.names)[moved].tolist()
+        notes = dict.fromkeys(names, correction.reason)
+        self._record(correction.step, self._losses.mean(), correction.observation, decision, correction.plan, notes)
+
+    def _record(
+        self,
+        step: int,
+        loss: float | None,
+        observation: Observation,
+        decision: Decision,
+        plan: Plan,
+        notes: dict[str, str] | None = None,
+    ) -> None:
         problem = observation.problem
         self.predictions.append((step, plan.cost))
-        self._meter.request()
         self._log.append(
             DecisionRecord(
                 run=self._run,
@@ -245,33 +277,13 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 features=observation.modules,
                 feature_names=MODULE_FEATURES,
                 run_features=dict(zip(RUN_FEATURES, observation.run.tolist(), strict=True)),
-                notes=self._controller.notes,
+                notes=(notes or {}) | self._controller.notes,
             )
         )
 
     @property
     def _counts_bytes(self) -> bool:
         return not isinstance(self._controller.cost, ParameterCost)
-
-    def _guard(self, peak: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """If a measured peak is above the budget, correct the byte model by the error and shrink at once."""
-        controller = self._controller
-        if not isinstance(controller.cost, ByteCost) or peak <= controller.limit:
-            return
-        problem = controller.problem()
-        error = peak - problem.price(problem.ranks)
-        logger.warning(
-            "The peak of step %d was %s, above the budget of %s: the plan is shrunk by the difference.",
-            step,
-            format_bytes(peak),
-            format_bytes(controller.limit),
-        )
-        controller.cost = replace(controller.cost, constant=controller.cost.constant + max(error, 0.0))
-        loss = self._losses.mean()
-        observation = controller.observation_now(step)
-        still = Decision(np.zeros(len(problem.ranks), dtype=np.int64), np.zeros(len(problem.ranks)), 0.0, 0.0)
-        plan = controller.correct(still.scores, step, optimizer)
-        self._record(step, loss, observation, still, plan)
 
 
 def _check_setting(args: TrainingArguments) -> None:

@@ -70,7 +70,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """The clock starts."""
         if self.meter and self.meter.due(state.global_step):
-            self.meter.begin(objects["model"])
+            self.meter.begin(objects["model"], objects["optimizer"])
         self._started = time.perf_counter()
 
     def on_step_end(
@@ -78,7 +78,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """The clock stops."""
         self.step_s.append(time.perf_counter() - self._started)
-        peak = self.meter.end(state.global_step, objects["model"], objects["optimizer"]) if self.meter else None
+        peak = self.meter.end(state.global_step, objects["model"]) if self.meter else None
         if peak is not None:
             append_json_line(self.path, {"step": state.global_step, "peak_bytes": peak})
 
@@ -200,13 +200,13 @@ def _uniform_start(config: FinetuneConfig, workload: Workload, trainer: Trainer,
     model.train()
     with undisturbed():
         batch = largest_batch(workload.train, trainer.data_collator, config.batch_size, trainer.args.device)
-        cost, limit = price_plans(Budget.parse(config.budget), targets, model, batch, None, signals=False)
-    problem = problem_of(targets, cost, limit)
+        prices = price_plans(Budget.parse(config.budget), targets, model, batch, None, signals=False)
+    problem = problem_of(targets, prices.cost, prices.limit)
     check_budget(problem, [target.name for target in targets])
     ranks = uniform_ranks(problem).tolist()
     set_ranks(targets, dict(zip((t.name for t in targets), ranks, strict=True)), seed=config.seed)
     sync_config(model, targets)
-    return limit
+    return prices.limit
 
 
 def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,14 +18,16 @@ from ..env.controller import ProbeResult, budget_limit, probe
 from ..env.schedule import DecisionSchedule
 from ..errors import DataError
 from ..lora.budget import Budget
-from ..lora.memory import Cost, ParameterCost, calibrate, signal_buffer_bytes
+from ..lora.cost import Cost, ParameterCost
+from ..lora.held_state import signal_buffer_bytes
+from ..lora.memory import MemoryModel, calibrate
 from ..lora.ranks import reset_adapters
+from ..lora.recording import Batch
 from ..lora.targets import TargetModule, other_trainable
 
 LOOP_BYTES = 1024
 """Room for the few scalars that a training loop adds to the graph, such as a loss divided by a token count."""
 
-Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[Any]], Any]
 
 
@@ -76,7 +78,7 @@ def largest_batch(dataset: Any, collate: Collate, rows: int, device: torch.devic
     return to_batch(collate(chosen), device)
 
 
-def to_batch(collated: Any, device: torch.device) -> Batch:
+def to_batch(collated: Any, device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors of a collated batch, on the device.
 
     Raises:
@@ -89,6 +91,21 @@ def to_batch(collated: Any, device: torch.device) -> Batch:
     return batch
 
 
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """What plans may cost.
+
+    Attributes:
+        cost: price of a plan.
+        limit: the budget, in the unit of `cost`.
+        memory: predicts other batch shapes; None under a budget of parameters.
+    """
+
+    cost: Cost
+    limit: float
+    memory: MemoryModel | None
+
+
 def price_plans(
     budget: Budget,
     targets: Sequence[TargetModule],
@@ -97,22 +114,34 @@ def price_plans(
     optimizer: Any,
     *,
     signals: bool = True,
-) -> tuple[Cost, float]:
+    accumulates: bool = False,
+) -> Prices:
     """The price of plans on this model and batch, and the limit in the same unit.
 
-    A share is a share of what *plain* LoRA of uniform rank 8 takes, without our signal buffers; `signals` says whether
-    plans pay for them.
+    A share is a share of what *plain* LoRA of uniform rank 8 takes, without our signal buffers.
+
+    Args:
+        budget: the limit.
+        targets: target modules of the model.
+        model: the PEFT model, on its device.
+        batch: as large as the largest that training will see.
+        optimizer: decides the bytes of state.
+        signals: whether plans pay for signal buffers.
+        accumulates: whether gradients are kept over several micro-batches.
     """
+    budget = budget.on(targets[0].weight_a.device)
     max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
     if budget.kind == "parameters":
         counted = ParameterCost.of(targets)
-        return counted, budget_limit(budget, counted, max_ranks)
-    plain = calibrate(model, targets, batch, optimizer, signal_bytes=False)
-    plain = replace(plain, constant=plain.constant + LOOP_BYTES)
-    limit = budget_limit(budget, plain, max_ranks)
+        return Prices(counted, budget_limit(budget, counted, max_ranks), None)
+    memory = calibrate(model, targets, batch, optimizer, signal_bytes=False, accumulates=accumulates)
+    memory = replace(memory, held=replace(memory.held, others=memory.held.others + LOOP_BYTES))
+    cost = memory.cost()
+    limit = budget_limit(budget, cost, max_ranks)
     if signals:
-        plain = replace(plain, per_rank=plain.per_rank + signal_buffer_bytes(targets))
-    return plain, limit
+        memory = replace(memory, held=replace(memory.held, signals=signal_buffer_bytes(targets)))
+        cost = memory.cost()
+    return Prices(cost, limit, memory)
 
 
 def run_probe(

@@ -17,8 +17,10 @@ from ..env.schedule import DecisionSchedule
 from ..errors import RunFolderError
 from ..files import atomic_path, read_json, write_json
 from ..lora.cost import ByteCost, Cost, ParameterCost
+from ..lora.ladder import IntArray
 from ..lora.targets import TargetModule
 from .loss_meter import LossMeter
+from .peak_guard import PeakGuard
 
 STATE, TENSORS = "rankpilot.json", "rankpilot.safetensors"
 
@@ -33,6 +35,7 @@ class Flight:
         loss_count: how many they are.
         peaks: measured so far.
         predictions: one a decision so far.
+        guard: for `PeakGuard.load`.
     """
 
     controller: RankController
@@ -40,6 +43,7 @@ class Flight:
     loss_count: float
     peaks: list[tuple[int, int]]
     predictions: list[tuple[int, float]]
+    guard: dict[str, Any]
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -51,7 +55,7 @@ def save_flight(
     folder: Path,
     controller: RankController,
     losses: LossMeter,
-    peaks: list[tuple[int, int]],
+    guard: PeakGuard,
     predictions: list[tuple[int, float]],
 ) -> None:
     """Write a run's state into a checkpoint folder."""
@@ -78,14 +82,28 @@ def save_flight(
         "seed": controller.seed,
         "loss_total": float(losses.total),
         "loss_count": losses.count,
-        "peaks": peaks,
+        "peaks": guard.meter.history,
+        "guard": guard.state(),
         "predictions": predictions,
     }
     write_json(folder / STATE, state)
 
 
-def load_flight(folder: Path, model: nn.Module, targets: Sequence[TargetModule], schedule: DecisionSchedule) -> Flight:
+def load_flight(
+    folder: Path,
+    model: nn.Module,
+    targets: Sequence[TargetModule],
+    schedule: DecisionSchedule,
+    bounds: tuple[IntArray, IntArray],
+) -> Flight:
     """Read what `save_flight` wrote; the adapters must have been loaded already.
+
+    Args:
+        folder: the checkpoint.
+        model: the PEFT model.
+        targets: its target modules.
+        schedule: when decisions fall.
+        bounds: least and largest rank of each module, int64 (modules,) each.
 
     Raises:
         RunFolderError: the checkpoint was made without rankpilot, or was cut off while being written.
@@ -99,11 +117,21 @@ def load_flight(folder: Path, model: nn.Module, targets: Sequence[TargetModule],
     state, tensors = read_json(folder / STATE), load_file(folder / TENSORS)
     arrays = {name.removeprefix("cost."): t.numpy() for name, t in tensors.items() if name.startswith("cost.")}
     kinds: dict[str, type[Any]] = {"ByteCost": ByteCost, "ParameterCost": ParameterCost}
-    cost: Cost = kinds[state["cost"]](**arrays, **state["cost_scalars"])
+    scalars = {name: tuple(v) if isinstance(v, list) else v for name, v in state["cost_scalars"].items()}
+    cost: Cost = kinds[state["cost"]](**arrays, **scalars)
     signals = {name.removeprefix("signals."): t for name, t in tensors.items() if name.startswith("signals.")}
     result = ProbeResult(signals["values"].numpy(), state["first_loss"])
     controller = RankController(
-        model, targets, cost, state["limit"], schedule, state["total_steps"], result, seed=state["seed"]
+        model,
+        targets,
+        cost,
+        state["limit"],
+        schedule,
+        state["total_steps"],
+        result,
+        low=bounds[0],
+        high=bounds[1],
+        seed=state["seed"],
     )
     controller.meter.load_state_dict(signals)
     controller.signal_ranks = tensors["signal_ranks"].numpy().copy()
@@ -115,4 +143,5 @@ def load_flight(folder: Path, model: nn.Module, targets: Sequence[TargetModule],
         state["loss_count"],
         [(int(step), int(size)) for step, size in state["peaks"]],
         [(int(step), float(size)) for step, size in state["predictions"]],
+        state["guard"],
     )

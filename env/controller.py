@@ -108,6 +108,8 @@ class RankController:
         total_steps: optimiser steps of the run.
         probe_result: from `probe`.
         ladder: allowed ranks.
+        low: the least rank of each module, int64 (modules,); 0 by default.
+        high: the largest, int64 (modules,); any by default.
         seed: decides fresh rows on growth.
 
     Attributes:
@@ -128,6 +130,8 @@ class RankController:
         probe_result: ProbeResult,
         *,
         ladder: RankLadder | None = None,
+        low: IntArray | None = None,
+        high: IntArray | None = None,
         seed: int = 0,
     ) -> None:
         self.model = model
@@ -138,6 +142,7 @@ class RankController:
         self.total_steps = total_steps
         self.decision_steps = schedule.steps(total_steps)
         self.ladder = ladder or RankLadder()
+        self.low, self.high = low, high
         self.seed = seed
         self.meter = SignalMeter(targets)
         self.meter.values = probe_result.signals.copy()
@@ -170,7 +175,13 @@ class RankController:
     def problem(self) -> PlanProblem:
         """The plans that are possible at the next decision."""
         return problem_of(
-            self.targets, self.cost, self.limit, ladder=self.ladder, max_step=self.schedule.reach(self.decision)
+            self.targets,
+            self.cost,
+            self.limit,
+            ladder=self.ladder,
+            max_step=self.schedule.reach(self.decision),
+            low=self.low,
+            high=self.high,
         )
 
     def observe(self, step: int, interval_loss: float | None = None) -> Observation:

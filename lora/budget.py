@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import psutil
+import torch
 
 from ..errors import BudgetError
 
@@ -13,7 +17,10 @@ _UNITS = {"b": 1}
 for _index, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {f"{_prefix}b": 1000**_index, f"{_prefix}ib": 1024**_index}
 
-_FORMS = "'6GiB', '350MB', a number of bytes, '80%' (of the uniform run's bytes) or '300k params'"
+_FORMS = "'6GiB', '350MB', a number of bytes, '80%' (of the uniform run's bytes), '300k params' or 'auto'"
+
+AUTO_SHARE = 0.9
+"""Of the free memory of a device, what "auto" takes; the rest is for fragments and for what operators need inside."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,12 @@ class Budget:
 
     Attributes:
         kind: "bytes" at the peak of a training step; "share" of what uniform rank 8 on all target modules takes at
-            that peak; "parameters" in the adapter, for comparisons with the literature.
+            that peak; "parameters" in the adapter, for comparisons with the literature; "auto": a share of the memory
+            that is free on the model's device before training.
         value: the limit, > 0, in the unit of `kind`.
     """
 
-    kind: Literal["bytes", "share", "parameters"]
+    kind: Literal["bytes", "share", "parameters", "auto"]
     value: float
 
     @classmethod
@@ -34,7 +42,7 @@ class Budget:
         """Read a budget.
 
         Args:
-            given: "6GiB", "350MB" or an int above 1 (bytes), "80%" or a float up to 4 (share), "300k params".
+            given: "6GiB", "350MB" or an int above 1 (bytes), "80%" or a float up to 4 (share), "300k params", "auto".
 
         Raises:
             BudgetError: it is unreadable, zero, negative or not finite.
@@ -42,6 +50,8 @@ class Budget:
         if isinstance(given, Budget):
             return given
         text = str(given).strip().lower().replace(",", "").replace("_", "")
+        if text == "auto":
+            return cls("auto", AUTO_SHARE)
         match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(%|[kmgt]?i?b|[kmb]?\s*param(?:eter)?s)?", text)
         try:
             number = float(match.group(1)) if match else math.nan
@@ -63,6 +73,27 @@ class Budget:
                 f"The budget {given!r} is neither a share nor a whole number of bytes. Allowed: {_FORMS}."
             )
         return cls("bytes", number)
+
+    def on(self, device: torch.device) -> Budget:
+        """The same as a number of bytes, if it depends on the free memory of a device; otherwise unchanged."""
+        return Budget("bytes", self.value * free_bytes(device)) if self.kind == "auto" else self
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a device has left: on CUDA what the driver and the allocator's cache have, else main memory.
+
+    A control group's limit (a container's) counts where it is lower.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return free
+    return min(free, max(limit - used, 0))
 
 
 def format_bytes(count: float, *, up: bool = False) -> str:

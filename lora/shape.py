@@ -31,6 +31,10 @@ class Shape:
         """Whether no axis of the other is larger."""
         return self.rows >= other.rows and self.length >= other.length
 
+    def joined(self, other: Shape) -> Shape:
+        """The smallest shape that covers both."""
+        return Shape(max(self.rows, other.rows), max(self.length, other.length))
+
     def __str__(self) -> str:
         return f"{self.rows} x {self.length}"
 

@@ -245,6 +245,20 @@ def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> No
         )
 
 
+def check_trains(targets: Iterable[TargetModule]) -> None:
+    """Make sure that no pair has been frozen by hand.
+
+    Raises:
+        UnsupportedError: one has.
+    """
+    for target in targets:
+        if target.rank > 0 and not (target.weight_a.requires_grad and target.weight_b.requires_grad):
+            raise UnsupportedError(
+                f"The adapter of {target.name!r} is frozen (requires_grad is False), so its rank cannot be decided. "
+                "Leave it out of `target_modules`, or let it train; `bounds={name: rank}` of RankPilotCallback keeps a rank."
+            )
+
+
 def other_trainable(model: nn.Module, targets: Iterable[TargetModule]) -> list[nn.Parameter]:
     """Trainable parameters that are no factor of `targets`: a classifier in `modules_to_save`, biases, magnitudes."""
     pairs = {id(weight) for target in targets for weight in (target.weight_a, target.weight_b)}

@@ -312,8 +312,9 @@ def test_the_guard_corrects_a_prediction_that_was_too_low(
     right = callback_module.price_plans
 
     def low(*arguments: Any, **options: Any) -> Any:
-        cost, limit = right(*arguments, **options)
-        return replace(cost, constant=cost.constant - share * limit), limit
+        prices = right(*arguments, **options)
+        cheaper = replace(prices.cost, constant=prices.cost.constant - share * prices.limit)
+        return replace(prices, cost=cheaper)
 
     monkeypatch.setattr(callback_module, "price_plans", low)
     with caplog.at_level(logging.WARNING, logger="rankpilot"):

@@ -1,0 +1,39 @@
+"""Bounds that users put on the ranks of single modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..errors import ConfigError, UnknownNameError
+from .ladder import IntArray
+from .targets import TargetModule
+
+Bounds = Mapping[str, int | tuple[int, int]]
+"""A rank, or the least and the largest rank, by module name or its end, as in `LoraConfig.target_modules`."""
+
+
+def rank_bounds(targets: Sequence[TargetModule], bounds: Bounds) -> tuple[IntArray, IntArray]:
+    """The least and the largest rank of each module, int64 (modules,) each; a later entry wins over an earlier one.
+
+    Raises:
+        UnknownNameError: an entry fits no module.
+        ConfigError: a bound is negative, or the least is above the largest.
+
+    Example:
+        >>> rank_bounds(targets, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
+    """
+    low = np.zeros(len(targets), dtype=np.int64)
+    high = np.array([target.max_rank for target in targets], dtype=np.int64)
+    for name, bound in bounds.items():
+        chosen = [i for i, target in enumerate(targets) if target.name == name or target.name.endswith(f".{name}")]
+        if not chosen:
+            raise UnknownNameError.of("target module", name, [target.name for target in targets])
+        least, most = (bound, bound) if isinstance(bound, int) else bound
+        if not 0 <= least <= most:
+            raise ConfigError(
+                f"The bounds of {name!r} are a rank or a pair from low to high, from 0 on; got {bound!r}."
+            )
+        low[chosen], high[chosen] = np.minimum(least, high[chosen]), most
+    return low, high
