@@ -138,6 +138,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Gradients are whole: take them into the signals."""
+        self._guard.meter.stepping()
         if not self._controller.finished:
             self._controller.meter.accumulate()
 

@@ -73,6 +73,13 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
             self.meter.begin(objects["model"], objects["optimizer"])
         self._started = time.perf_counter()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """The passes are over."""
+        if self.meter:
+            self.meter.stepping()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:

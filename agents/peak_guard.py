@@ -16,6 +16,7 @@ from ..env.observation import Observation
 from ..errors import UnsupportedError
 from ..lora.budget import format_bytes
 from ..lora.cost import ByteCost
+from ..lora.held_state import signal_buffer_bytes
 from ..lora.ladder import IntArray
 from ..lora.memory import MemoryModel, calibrate
 from ..lora.peak import PeakMeter
@@ -101,8 +102,11 @@ class PeakGuard:
     def before_step(self, step: int) -> None:
         """A step begins; measure it if that is due."""
         self._step = step
+        controller = self._controller
         if self.meter.due(step):
-            self.meter.begin(self._model, self._optimizer, self._controller.meter.buffer_bytes)
+            # Signal buffers are made in the first step of an interval, and held from then on.
+            buffers = 0 if controller.finished else int(signal_buffer_bytes(controller.targets) @ controller.ranks)
+            self.meter.begin(self._model, self._optimizer, buffers)
 
     def after_step(self, step: int) -> None:
         """A step is over: check its peak, if it was measured."""

@@ -15,7 +15,9 @@ class PeakMeter:
     On CUDA the allocator's own record is read. Elsewhere every tensor that the step creates is followed, which
     slows that one step by some percent; a model under torch.compile runs it uncompiled.
 
-    Call `begin` before a step's first forward pass and `end` after the optimiser has stepped.
+    Call `begin` before a step's first forward pass, `stepping` before the optimiser steps and `end` after it has. State
+    that the optimiser makes in this step (all of it in the first one) counts as if it had been there all along, as it
+    will be in the next step.
 
     Args:
         every_steps: how often a step is measured; besides, the first one and each one after `request`.
@@ -30,6 +32,10 @@ class PeakMeter:
         self._requested = True
         self._live: LivePeak | None = None
         self._held = 0
+        self._state = 0
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._passes = 0
+        self._device = torch.device("cpu")
         self._allocated: int | None = None
 
     def request(self) -> None:
@@ -49,14 +55,20 @@ class PeakMeter:
             extra: further bytes that are, such as signal buffers.
         """
         self.close()
-        self._held = state_bytes(model, optimizer, gradients=False) + extra
-        device = next(model.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            self._allocated = torch.cuda.memory_allocated(device)
+        self._state = state_bytes(model, optimizer, gradients=False)
+        self._held = self._state + extra
+        self._optimizer, self._passes = optimizer, 0
+        self._device = next(model.parameters()).device
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._allocated = torch.cuda.memory_allocated(self._device)
         else:
             self._live = LivePeak().__enter__()
+
+    def stepping(self) -> None:
+        """The passes are over, the optimiser is about to step."""
+        self._passes = self._rise() or 0
 
     def end(self, step: int, model: nn.Module) -> int | None:
         """Close the step.
@@ -68,17 +80,23 @@ class PeakMeter:
         Returns:
             Bytes at the peak; None if the step was not being measured.
         """
-        if self._live is not None:
-            rise = self._live.peak
-        elif self._allocated is not None:
-            rise = torch.cuda.max_memory_allocated(next(model.parameters()).device) - self._allocated
-        else:
+        rise = self._rise()
+        if rise is None:
             return None
+        made = state_bytes(model, self._optimizer, gradients=False) - self._state
+        peak = self._held + max(rise, self._passes + max(made, 0))
         self.close()
         self._requested = False
-        peak = self._held + rise
         self.history.append((step, peak))
         return peak
+
+    def _rise(self) -> int | None:
+        """How far live bytes have risen in this step; None if it is not being measured."""
+        if self._live is not None:
+            return self._live.peak
+        if self._allocated is not None:
+            return torch.cuda.max_memory_allocated(self._device) - self._allocated
+        return None
 
     def close(self) -> None:
         """Stop following, without a result."""

@@ -255,7 +255,7 @@ def check_trains(targets: Iterable[TargetModule]) -> None:
         if target.rank > 0 and not (target.weight_a.requires_grad and target.weight_b.requires_grad):
             raise UnsupportedError(
                 f"The adapter of {target.name!r} is frozen (requires_grad is False), so its rank cannot be decided. "
-                "Leave it out of `target_modules`, or let it train; `bounds={name: rank}` of RankPilotCallback keeps a rank."
+                "Leave it out of `target_modules`, or let it train; `bounds` of RankPilotCallback keep a rank as it is."
             )
 
 
