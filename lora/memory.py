@@ -24,7 +24,7 @@ from .factors import write_in_place
 from .gradient_flow import Modules
 from .held_state import HeldState, held_state
 from .ladder import IntArray
-from .moments import Moment, find_moments, prune
+from .moments import Moment, PeakStorages, find_moments, needed_moments, prune
 from .recording import Batch, Recorder, Recording
 from .shape import Shape, reshaped
 from .targets import TargetModule
@@ -85,8 +85,45 @@ class MemoryModel:
         Raises:
             UnsupportedError: see `sizes`.
         """
+        every, _, _ = self._candidates(*self.sizes(shape or self.shape))
+        return _with_margin(prune(every, needed_moments(every, np.random.default_rng(0))), self.margin)
+
+    def at_peak(self, ranks: IntArray, shape: Shape | None = None) -> PeakStorages:
+        """What is there at the peak of a plan.
+
+        Args:
+            ranks: the plan, (modules,).
+            shape: of the batch, that of calibration by default.
+
+        Raises:
+            UnsupportedError: see `sizes`.
+        """
         base, slope = self.sizes(shape or self.shape)
-        recording, held = self._recording, self.held
+        every, moments, groups = self._candidates(base, slope)
+        kept = needed_moments(every, np.random.default_rng(0))
+        cost = _with_margin(prune(every, kept), self.margin)
+        prices = cost.fixed(ranks > 0) + cost.per_rank @ ranks
+        highest = int(prices.argmax())
+        found = PeakStorages(cost.moments[highest], float(prices[highest]), None, np.zeros(len(base)), self._recording)
+        if kept[highest] == len(moments):  # the optimiser steps
+            return found
+        moment = moments[kept[highest]]
+        alive, group = groups.at(moment)
+        held = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
+        ranked = slope * np.where(self._recording.owners >= 0, ranks[self._recording.owners], 1)
+        sizes = np.where(alive & held, base, 0) + np.where(alive, ranked, 0)
+        for serial, module in self._gradients(moment):
+            sizes[serial] = base[serial] if module < 0 else slope[serial] * ranks[module]
+        return replace(found, moment=moment, sizes=sizes)
+
+    def _gradients(self, moment: Moment) -> Iterator[tuple[int, int]]:
+        """Serial number and target module (-1 for none) of each parameter's gradient that is there at a moment."""
+        for serial, module in self._recording.gradients.items():
+            if self.accumulates or self._recording.births[serial] <= moment.time:
+                yield serial, module
+
+    def _candidates(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[Moment], _Groups]:
+        """The price of plans at every moment, the optimiser's step last, without margin."""
         recording, held = self._recording, self.held
         moments = find_moments(recording, base + RANK * slope)
         groups = _Groups(recording, len(held.weights))
@@ -103,7 +140,7 @@ class MemoryModel:
             held=np.concatenate([by_group, fixed], axis=1),
             needs=np.concatenate([groups.needs(), np.eye(len(held.weights), dtype=np.bool_)]),
         )
-        return _with_margin(prune(cost, np.random.default_rng(0)), self.margin)
+        return cost, moments, groups
 
     @property
     def margin(self) -> float:
@@ -134,12 +171,11 @@ class MemoryModel:
         per_rank += np.bincount(recording.owners[owned], slope[owned], minlength=len(held.weights))
         lone = alive & (group < 0)
         constant = float(base[lone].sum() + slope[alive & ~owned].sum()) + held.others
-        for serial, module in recording.gradients.items():
-            if self.accumulates or recording.births[serial] <= moment.time:
-                if module < 0:
-                    constant += base[serial]
-                else:
-                    per_rank[module] += slope[serial]
+        for serial, module in self._gradients(moment):
+            if module < 0:
+                constant += base[serial]
+            else:
+                per_rank[module] += slope[serial]
         sums = np.bincount(group[alive & ~lone], base[alive & ~lone])
         return constant, dict(enumerate(sums.tolist())), per_rank
 

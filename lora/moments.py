@@ -41,6 +41,25 @@ class Moment:
     time: int
 
 
+@dataclass(frozen=True, eq=False)
+class PeakStorages:
+    """The peak of one plan, storage by storage; what is held between steps (`HeldState`) comes on top.
+
+    Attributes:
+        label: the moment, for people.
+        total: bytes of all that the plan holds then, margin included.
+        moment: None while the optimiser steps, when no storage of the recording is left.
+        sizes: bytes of each recorded storage, 0 if it is not there, gradients of parameters included, (storages,).
+        recording: the step.
+    """
+
+    label: str
+    total: float
+    moment: Moment | None
+    sizes: FloatArray
+    recording: Recording
+
+
 def find_moments(recording: Recording, sizes: FloatArray) -> list[Moment]:
     """The candidates for the peak of a step.
 
@@ -157,8 +176,8 @@ class _Finder:
         return f"{phase}: {recording.names[place] if place >= 0 and recording.names[place] else 'model'}"
 
 
-def prune(cost: ByteCost, generator: np.random.Generator, plans: int = 300) -> ByteCost:
-    """Leave out moments that are never the peak of random plans, but for a negligible share of it.
+def needed_moments(cost: ByteCost, generator: np.random.Generator, plans: int = 300) -> list[int]:
+    """The moments that are the peak of random plans, but for a negligible share of it; indices, rising.
 
     Args:
         cost: with all candidates.
@@ -172,9 +191,12 @@ def prune(cost: ByteCost, generator: np.random.Generator, plans: int = 300) -> B
         reached = prices[:, kept].max(axis=1) if kept else np.zeros(len(prices))
         lost = (peaks - reached) / peaks
         if lost.max() <= UNDERESTIMATE:
-            break
+            return sorted(kept)
         kept.append(int(prices[int(lost.argmax())].argmax()))
-    kept.sort()
+
+
+def prune(cost: ByteCost, kept: list[int]) -> ByteCost:
+    """Leave out all other moments, and the groups that none of these holds."""
     used = cost.held[kept].any(axis=0)
     return replace(
         cost,
