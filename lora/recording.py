@@ -280,6 +280,8 @@ class _Run:
         return tuple(dict.fromkeys(serial for serial in serials if serial is not None))
 
     def _pack(self, tensor: torch.Tensor, *, hold: bool) -> _Saved:
+        # A graph that saves the output of its own operation, grad_fn and all, would never be freed.
+        tensor = tensor.data
         return _Saved(self._mode.serial(tensor), tensor if hold else None)
 
     # The backward pass --------------------------------------------------------------------------------------------
