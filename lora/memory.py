@@ -59,6 +59,7 @@ class MemoryModel:
     _slope: FloatArray
     _row_power: FloatArray
     _length_power: FloatArray
+    _shortened: float
     _granule: int
 
     def sizes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
@@ -75,7 +76,7 @@ class MemoryModel:
         factor = np.ones(len(self._base))
         if shape != self._probed:
             factor = (shape.rows / self._probed.rows) ** self._row_power
-            factor *= (shape.length / self._probed.length) ** self._length_power
+            factor *= _growth(shape.length / self._probed.length, self._length_power, self._shortened)
         base = np.round(self._base * factor)
         return np.ceil(base / self._granule) * self._granule, np.round(self._slope * factor)
 
@@ -301,6 +302,7 @@ def calibrate(
         base = recorder.lifetimes(base, small)
     _check_flow(base, targets)
     probed = Shape.of(small)
+    shortened = -(-probed.length // half) / probed.length
     slope = np.where(base.owners >= 0, (double.sizes - base.sizes) / RANK, 0.0)
     return MemoryModel(
         shape,
@@ -311,7 +313,8 @@ def calibrate(
         base.sizes - RANK * slope,
         slope,
         _power(wide, short, (few + 1) / few) if flexible else np.full(len(slope), np.nan),
-        _power(base, short, probed.length / -(-probed.length // half)) if flexible else np.zeros(len(slope)),
+        _power(base, short, 1 / shortened) if flexible else np.zeros(len(slope)),
+        shortened,
         ALLOCATION if next(model.parameters()).is_cuda else 1,
     )
 
@@ -370,6 +373,24 @@ def _power(larger: Recording, smaller: Recording, factor: float) -> FloatArray:
     ratio = np.maximum(larger.sizes, 1) / np.maximum(smaller.sizes, 1)
     power: FloatArray = np.log(ratio) / np.log(factor)
     return power
+
+
+def _growth(ratio: float, power: FloatArray, measured: float) -> FloatArray:
+    """How much larger storages are at another length.
+
+    Between two whole powers it is a sum of both, as for labels that were padded by one token.
+
+    Args:
+        ratio: the length over that of the recording.
+        power: with which each storage grew.
+        measured: the ratio at which that was measured, below 1; 1 if it was not.
+    """
+    if measured == 1:
+        return np.ones(len(power))
+    whole = np.floor(power + 1e-9)
+    share = (measured ** (power - whole) - measured) / (1 - measured)
+    growth: FloatArray = ratio**whole * (share + (1 - share) * ratio)
+    return growth
 
 
 def _check_flow(recording: Recording, targets: Sequence[TargetModule]) -> None:
