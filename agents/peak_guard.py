@@ -51,8 +51,9 @@ class PeakGuard:
     """Watches one run under a budget of bytes; under one of parameters it only measures.
 
     A step is measured after each change of ranks and every `every_steps`. A peak above the budget corrects the
-    prediction by the error and rolls the plan back, or shrinks it where the plan before does not fit either. A batch
-    larger than the one that was priced is priced before the model sees it.
+    prediction by the error and rolls the last change back, as far as the plan before fits the corrected prediction;
+    where there is none, the plan shrinks. A batch larger than the one that was priced is priced before the model sees
+    it.
 
     Args:
         every_steps: see `PeakMeter`.
@@ -119,8 +120,8 @@ class PeakGuard:
         error = max(peak - problem.price(problem.ranks), 0.0)
         self._underestimate += error
         controller.cost = replace(controller.cost, constant=controller.cost.constant + error)
-        before = self._before
-        back = before is not None and not np.array_equal(before, problem.ranks) and controller.problem().fits(before)
+        before = problem.ranks if self._before is None else self._before
+        back = not np.array_equal(before, problem.ranks)
         logger.warning(
             "The peak of step %d was %s, above the budget of %s: the plan is %s.",
             step,
@@ -128,8 +129,7 @@ class PeakGuard:
             format_bytes(controller.limit),
             "rolled back" if back else "shrunk by the difference",
         )
-        target = before if back and before is not None else problem.ranks
-        self._correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", target)
+        self._correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
 
     def decided(self, before: IntArray, step: int) -> None:
         """A decision was applied; `before` are the ranks that it found, (modules,)."""

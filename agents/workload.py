@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -79,19 +80,33 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
+    """What `load` returns for a model's folder or id; clear errors where there is none."""
+    try:
+        return load(resolve_model(name))
+    except AssetError:
+        raise
+    except (OSError, ValueError) as error:
+        models = {key: asset for key, asset in ASSETS.items() if asset.kind == "model"}
+        raise _hub_error("model", name, models, error) from error
+
+
+def load_config(name: str) -> Any:
+    """A model's configuration.
+
+    Raises:
+        UnknownNameError, AssetError: there is no such model.
+    """
+    return _pretrained(name, AutoConfig.from_pretrained)
+
+
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a model, with a padding token.
 
     Raises:
         UnknownNameError, AssetError: there is no such model.
     """
-    models = {name: asset for name, asset in ASSETS.items() if asset.kind == "model"}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
-    except (OSError, ValueError) as error:
-        if isinstance(error, AssetError):
-            raise
-        raise _hub_error("model", model, models, error) from error
+    tokenizer = _pretrained(model, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -100,23 +115,27 @@ def load_tokenizer(model: str) -> Any:
 def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -> PreTrainedModel:
     """The model with the head that the task needs, in the dtype in which it was saved.
 
+    Args:
+        name: packaged name, Hugging Face id or local folder.
+        task: decides the head.
+        labels: class names.
+        tokenizer: names the padding token of a model that has none; without a tokenizer it is number 0.
+
     Raises:
         UnknownNameError, AssetError: there is no such model.
     """
-    path = resolve_model(name)
-    try:
+
+    def load(path: str) -> PreTrainedModel:
         if task == "causal-lm":
-            model = AutoModelForCausalLM.from_pretrained(path)
-        else:
-            names = dict(enumerate(labels))
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
-            )
-    except (OSError, ValueError) as error:
-        models = {key: asset for key, asset in ASSETS.items() if asset.kind == "model"}
-        raise _hub_error("model", name, models, error) from error
+            return AutoModelForCausalLM.from_pretrained(path)
+        names = dict(enumerate(labels))
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
+        )
+
+    model: PreTrainedModel = _pretrained(name, load)
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
     return model
 
 

@@ -17,7 +17,8 @@ from torch import nn
 from ..errors import NonFiniteError
 from ..lora.budget import Budget
 from ..lora.checkpoint import adapter_ranks, sync_config
-from ..lora.cost import Cost, FloatArray, total_cost
+from ..lora.cost import ByteCost, Cost, FloatArray, total_cost
+from ..lora.held_state import signal_buffer_bytes
 from ..lora.ladder import IntArray, RankLadder
 from ..lora.plan import Plan, PlanProblem, check_budget, problem_of, project
 from ..lora.ranks import non_finite, reset_adapters, set_ranks
@@ -102,7 +103,7 @@ class RankController:
     Args:
         model: the PEFT model.
         targets: its target modules.
-        cost: price of a plan.
+        cost: price of a plan, signal buffers included.
         limit: the hard budget, in the unit of `cost`.
         schedule: when decisions fall.
         total_steps: optimiser steps of the run.
@@ -173,10 +174,16 @@ class RankController:
         return not self.finished and step >= self.decision_steps[self.decision]
 
     def problem(self) -> PlanProblem:
-        """The plans that are possible at the next decision."""
+        """The plans that are possible at the next decision.
+
+        The last one may spend what signal buffers took: no more signals are read after it.
+        """
+        cost = self.cost
+        if isinstance(cost, ByteCost) and self.decision >= len(self.decision_steps) - 1:
+            cost = replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
         return problem_of(
             self.targets,
-            self.cost,
+            cost,
             self.limit,
             ladder=self.ladder,
             max_step=self.schedule.reach(self.decision),

@@ -30,6 +30,8 @@ from rankpilot.lora.budget import Budget, format_bytes
         ("300 params", "parameters", 300),
         ("1.2M parameters", "parameters", 1.2e6),
         ("2b params", "parameters", 2e9),
+        ("auto", "auto", 0.9),
+        (" Auto ", "auto", 0.9),
         (Budget("share", 0.3), "share", 0.3),
     ],
 )

@@ -1,0 +1,221 @@
+"""Where the bytes of a LoRA training step go on a user's model, and what each choice would save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from ..env.controller import REFERENCE_RANK, budget_limit
+from ..errors import UnsupportedError
+from ..lora.breakdown import Breakdown, break_down, frozen_bytes
+from ..lora.budget import Budget
+from ..lora.cost import ByteCost, Cost, ParameterCost, total_cost
+from ..lora.ladder import IntArray
+from ..lora.memory import MemoryModel
+from ..lora.placements import fracrule, rule16, top_layers
+from ..lora.plan import check_budget, problem_of
+from ..lora.shape import Shape
+from .config import MemoryConfig, Task
+from .measured_step import MeasuredStep, measure_step
+from .memory_setup import Setup, Tell, set_up
+
+AlternativeKind = Literal["asked", "rank", "layers", "batch", "checkpointing", "budget"]
+
+RANKS = (1, 4, 8, 16, 32)
+"""Of the all-linear plans that are shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Alternative:
+    """Another choice.
+
+    Attributes:
+        kind: what is changed.
+        label: the choice, for people.
+        peak_bytes: of a training step under it.
+        ranks: the plan, (modules,).
+        fits: whether it keeps to the budget; None without a budget.
+    """
+
+    kind: AlternativeKind
+    label: str
+    peak_bytes: float
+    ranks: IntArray
+    fits: bool | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryUse:
+    """Where the bytes go.
+
+    Attributes:
+        config: what was asked for.
+        task: of the model's head.
+        device: "cpu" or "cuda".
+        shape: of the batch.
+        modules: names of the target modules.
+        frozen_bytes: of the loaded model, which no budget counts.
+        breakdown: the peak of the plan that was asked for: one rank on all target modules.
+        reference_bytes: the peak of rank 8 on all of them, of which budgets are shares.
+        alternatives: the plan that was asked for, then others.
+        notes: what could not be shown, and why.
+        limit_bytes: the budget; None without one, or if it counts parameters.
+        measured: a real step, if asked for.
+    """
+
+    config: MemoryConfig
+    task: Task
+    device: str
+    shape: Shape
+    modules: tuple[str, ...]
+    frozen_bytes: int
+    breakdown: Breakdown
+    reference_bytes: float
+    alternatives: tuple[Alternative, ...]
+    notes: tuple[str, ...]
+    limit_bytes: float | None
+    measured: MeasuredStep | None
+
+
+def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
+    """Look at a model, a batch and an adapter.
+
+    Args:
+        config: which ones.
+        tell: called with a few words on what is about to happen.
+
+    Raises:
+        UnknownNameError, AssetError, DataError, ConfigError, UnsupportedError: see `set_up`; or checkpointing is asked
+            for and the model has none.
+        BudgetError: nothing fits the budget.
+    """
+    setup = set_up(config, tell)
+    notes: list[str] = []
+    plain = None
+    if config.checkpointing:
+        plain = _calibrated(setup, tell, "without gradient checkpointing")
+        setup.checkpoint_segments()
+    memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
+    measured = None
+    if config.measure:
+        tell("measuring real steps")
+        measured = measure_step(setup)
+    switched = plain or _with_checkpointing(setup, tell, notes)
+    tell("comparing plans")
+    plans = _Plans(setup, memory, notes)
+    alternatives = (*plans.by_rank(), *plans.by_layers(), *plans.by_batch(), *plans.switched(switched), *plans.rules())
+    return MemoryUse(
+        config=config,
+        task=setup.task,
+        device=setup.device.type,
+        shape=memory.shape,
+        modules=tuple(target.name for target in setup.targets),
+        frozen_bytes=frozen_bytes(setup.model),
+        breakdown=break_down(memory, setup.targets, plans.asked),
+        reference_bytes=plans.peak(plans.uniform(REFERENCE_RANK)),
+        alternatives=alternatives,
+        notes=tuple(notes),
+        limit_bytes=None if plans.counts_parameters else plans.limit,
+        measured=measured,
+    )
+
+
+def _calibrated(setup: Setup, tell: Tell, how: str) -> MemoryModel:
+    tell(f"calibrating on a few small steps {how}".rstrip())
+    return setup.calibrate()
+
+
+def _with_checkpointing(setup: Setup, tell: Tell, notes: list[str]) -> MemoryModel | None:
+    """The byte model with checkpointing switched on; None, and a note, where that does not work."""
+    try:
+        setup.checkpoint_segments()
+        return _calibrated(setup, tell, "with gradient checkpointing")
+    except UnsupportedError as error:
+        notes.append(f"Without a figure for gradient checkpointing: {error}")
+        return None
+
+
+class _Plans:
+    """Prices the choices that a user has."""
+
+    def __init__(self, setup: Setup, memory: MemoryModel, notes: list[str]) -> None:
+        self._config, self._targets, self._memory, self._notes = setup.config, setup.targets, memory, notes
+        self.cost = memory.cost()
+        self.max_ranks = np.array([target.max_rank for target in setup.targets], dtype=np.int64)
+        self.asked = self.uniform(setup.config.rank)
+        budget = Budget.parse(setup.config.budget).on(setup.device) if setup.config.budget else None
+        self.counts_parameters = budget is not None and budget.kind == "parameters"
+        self._priced: Cost = ParameterCost.of(setup.targets) if self.counts_parameters else self.cost
+        self.limit = budget_limit(budget, self._priced, self.max_ranks) if budget else None
+        self._problem = problem_of(setup.targets, self._priced, math.inf if self.limit is None else self.limit)
+
+    def uniform(self, rank: int) -> IntArray:
+        """One rank on all modules, (modules,)."""
+        return np.minimum(rank, self.max_ranks)
+
+    def peak(self, ranks: IntArray, cost: ByteCost | None = None) -> float:
+        """Bytes at the peak of a plan."""
+        return total_cost(cost or self.cost, ranks)
+
+    def by_rank(self) -> Iterator[Alternative]:
+        """What was asked for, and other ranks on all modules."""
+        others = [rank for rank in RANKS if rank != self._config.rank]
+        yield self._alternative("asked", f"rank {self._config.rank} on all modules, as asked", self.asked)
+        for rank in others:
+            yield self._alternative("rank", f"rank {rank} on all modules", self.uniform(rank))
+
+    def by_layers(self) -> Iterator[Alternative]:
+        """The top half and third of the layers."""
+        layers = len(np.unique(self._problem.blocks))
+        for name, parts in (("half", 2), ("third", 3)):
+            count = round(layers / parts)
+            if 0 < count < layers:
+                ranks = np.where(top_layers(self._problem, count, 1) > 0, self.asked, 0)
+                label = f"rank {self._config.rank} on the top {name} ({count} of {layers} layers)"
+                yield self._alternative("layers", label, ranks)
+
+    def by_batch(self) -> Iterator[Alternative]:
+        """Half the rows, half the tokens."""
+        shape = self._memory.shape
+        half = {
+            "half the batch": replace(shape, rows=shape.rows // 2),
+            "half the length": replace(shape, length=shape.length // 2),
+        }
+        for name, smaller in half.items():
+            if min(smaller.rows, smaller.length) < 1:
+                continue
+            try:
+                cost = self._memory.cost(smaller)
+            except UnsupportedError as error:
+                self._notes.append(f"Without a figure for {name}: {error}")
+                continue
+            yield self._alternative("batch", f"{name} ({smaller})", self.asked, cost)
+
+    def switched(self, memory: MemoryModel | None) -> Iterator[Alternative]:
+        """Gradient checkpointing on, or off where it was asked for."""
+        if memory is not None:
+            word = "without" if self._config.checkpointing else "with"
+            yield self._alternative("checkpointing", f"{word} gradient checkpointing", self.asked, memory.cost())
+
+    def rules(self) -> Iterator[Alternative]:
+        """What the placement rules make of the budget.
+
+        Raises:
+            BudgetError: nothing fits.
+        """
+        if self.limit is None:
+            return
+        check_budget(self._problem, [target.name for target in self._targets])
+        for name, rule in (("rule16", rule16), ("fracrule", fracrule)):
+            yield self._alternative("budget", f"{name} inside {self._config.budget}", rule(self._problem))
+
+    def _alternative(
+        self, kind: AlternativeKind, label: str, ranks: IntArray, cost: ByteCost | None = None
+    ) -> Alternative:
+        peak = self.peak(ranks, cost)
+        price = total_cost(self._priced, ranks) if self.counts_parameters else peak
+        return Alternative(kind, label, peak, ranks, None if self.limit is None else price <= self.limit)
