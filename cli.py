@@ -1,4 +1,4 @@
-"""The command line: `rankpilot train`, `rankpilot finetune`, `rankpilot export`, `rankpilot assets`."""
+"""The command line: `rankpilot train`, `finetune`, `memory`, `export` and `assets`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .agents.config import PRESETS, FinetuneConfig, TrainConfig
+from .agents.config import PRESETS, FinetuneConfig, MemoryConfig, TrainConfig
 from .errors import ConfigError, RankPilotError
 from .files import read_json, read_json_lines
 from .lora.budget import format_bytes
@@ -69,6 +69,22 @@ class Finetune(FinetuneConfig):
 
     output: Path = Path("runs/finetune")
     resume: bool = False
+
+
+@dataclass(frozen=True)
+class Memory(MemoryConfig):
+    """Show where the bytes of a LoRA training step go, and what each choice would save.
+
+    The peak of a step is predicted from a few small steps of the model, by kind and by layer, beside the frozen model
+    itself. Most of it is held for the backward pass: that follows from rows, tokens and how deep the lowest adapter
+    sits, and hardly from the rank. So other ranks, fewer layers, smaller batches and gradient checkpointing are
+    compared, none of which has to run. Nothing is trained or saved but memory.json and memory.png.
+
+    Attributes:
+        output: folder of the picture and of all figures.
+    """
+
+    output: Path = Path("runs/memory")
 
 
 @dataclass(frozen=True)
@@ -173,6 +189,24 @@ def finetune_command(options: Finetune) -> None:
     console.print(f"Report and pictures: {report}")
 
 
+def memory_command(options: Memory) -> None:
+    """Show where the bytes go, and write the picture."""
+    from .agents.memory_use import memory_use
+    from .study import memory_report
+
+    use = memory_use(options, lambda text: console.print(f"[dim]{escape(text)} ...[/]"))
+    console.print(f"[bold]{escape(memory_report.subject(use))}[/]", highlight=False)
+    tables = (memory_report.peak_table, memory_report.layer_table, memory_report.change_table)
+    for table in (*(make(use) for make in tables), memory_report.measured_table(use)):
+        if table is not None:
+            console.print(table)
+    console.print(memory_report.finding(use), highlight=False)
+    for note in use.notes:
+        console.print(note, markup=False, highlight=False)
+    memory_report.write_memory_report(use, options.output)
+    console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
+
+
 def export_command(options: Export) -> None:
     """Write the padded adapter, or write or print its rank pattern."""
     from .files import write_text
@@ -265,6 +299,10 @@ def _parse_finetune(arguments: Sequence[str]) -> Finetune:
     return tyro.cli(Finetune, args=rest, default=default, prog="rankpilot finetune")
 
 
+def _parse_memory(arguments: Sequence[str]) -> Memory:
+    return tyro.cli(Memory, args=list(arguments), prog="rankpilot memory")
+
+
 def _parse_export(arguments: Sequence[str]) -> Export:
     return tyro.cli(Export, args=list(arguments), prog="rankpilot export")
 
@@ -322,6 +360,7 @@ _USAGE = """[bold]rankpilot[/]: LoRA ranks that a learned policy decides, inside
 
   [bold]rankpilot train[/]      train a policy on proxy fine-tunes
   [bold]rankpilot finetune[/]   fine-tune a model under a policy
+  [bold]rankpilot memory[/]     where the bytes of a training step go, and what would save some
   [bold]rankpilot export[/]     write an adapter for vLLM, llama.cpp or axolotl
   [bold]rankpilot assets[/]     packaged models and data
 
@@ -344,6 +383,8 @@ def run(arguments: Sequence[str]) -> int:
             train_command(_parse_train(rest))
         elif command == "finetune":
             finetune_command(_parse_finetune(rest))
+        elif command == "memory":
+            memory_command(_parse_memory(rest))
         elif command == "export":
             export_command(_parse_export(rest))
         elif command == "assets":
@@ -351,7 +392,7 @@ def run(arguments: Sequence[str]) -> int:
         else:
             from .errors import UnknownNameError
 
-            raise UnknownNameError.of("command", command, ("train", "finetune", "export", "assets"))
+            raise UnknownNameError.of("command", command, ("train", "finetune", "memory", "export", "assets"))
     except RankPilotError as error:
         line = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(line, highlight=False, soft_wrap=True)

@@ -169,11 +169,12 @@ class MemoryConfig:
         task: classification or causal-lm; without one by the data's columns, or else by the model's architecture.
         labels: classes of a classification without data.
         target_modules: as in `peft.LoraConfig`; "all-linear" or names separated by commas.
-        optimizer: decides what is kept for each weight: adamw two numbers, sgd none, adafactor a few for each row and
-            column, adamw8bit two bytes (needs the extra rankpilot[quant]).
+        optimizer: decides what is kept for each weight: adamw two numbers, sgd none, adafactor one at the most,
+            adamw8bit two bytes (needs the extra rankpilot[quant]).
         bf16: compute in bfloat16 where autocast does, as the Trainer's bf16=True.
         checkpointing: gradient checkpointing: layers keep their inputs alone and run again in the backward pass.
-        budget: show which plans the rules make inside it, and what fits; see `Budget.parse`.
+        budget: show which plans the rules make inside it, and what fits: "6GiB", "350MB", "80%" of what rank 8 takes,
+            "300k params" or "auto" (what is free on the device).
         measure: run real steps too, and show predicted beside measured bytes.
         text_column: column with the text.
         label_column: column with the class.

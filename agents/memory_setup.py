@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from ..lora.memory import MemoryModel, calibrate
 from ..lora.ranks import set_ranks
 from ..lora.targets import TargetModule, find_target_modules
 from .config import MemoryConfig, OptimizerName, Task
-from .probing import Batch, largest_batch
+from .probing import largest_batch
 from .workload import Workload, load_config, load_model, load_workload
 
+Batch = dict[str, torch.Tensor]
 Tell = Callable[[str], None]
 
 
@@ -145,7 +147,7 @@ def _check_length(length: int, model: nn.Module) -> None:
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from behind the padding token's number.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            most = min(most, module.num_embeddings - module.padding_idx - 1)  # type: ignore[operator]
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
     if 0 < most < length:
         raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")
 
@@ -196,14 +198,15 @@ def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimize
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
-        adafactor: torch.optim.Optimizer = Adafactor(trains, lr=1e-4, scale_parameter=False, relative_step=False)
-        return adafactor
+        factored: torch.optim.Optimizer = Adafactor(trains, lr=1e-4, scale_parameter=False, relative_step=False)
+        return factored
     if name == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit
+            kinds: Any = importlib.import_module("bitsandbytes.optim")
         except ImportError as error:
             raise UnsupportedError(
                 "The optimizer adamw8bit needs bitsandbytes: pip install 'rankpilot[quant]'."
             ) from error
-        return AdamW8bit(trains, lr=1e-4)
+        optimizer: torch.optim.Optimizer = kinds.AdamW8bit(trains, lr=1e-4)
+        return optimizer
     return torch.optim.AdamW(trains, lr=1e-4, fused=True)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..env.controller import REFERENCE_RANK, budget_limit
+from ..env.controller import budget_limit, reference_cost
 from ..errors import UnsupportedError
 from ..lora.breakdown import Breakdown, break_down, frozen_bytes
 from ..lora.budget import Budget
@@ -36,16 +36,21 @@ class Alternative:
     Attributes:
         kind: what is changed.
         label: the choice, for people.
-        peak_bytes: of a training step under it.
+        breakdown: the peak of a training step under it.
         ranks: the plan, (modules,).
         fits: whether it keeps to the budget; None without a budget.
     """
 
     kind: AlternativeKind
     label: str
-    peak_bytes: float
+    breakdown: Breakdown
     ranks: IntArray
     fits: bool | None = None
+
+    @property
+    def peak_bytes(self) -> float:
+        """Bytes at the peak of a training step."""
+        return self.breakdown.total
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +64,6 @@ class MemoryUse:
         shape: of the batch.
         modules: names of the target modules.
         frozen_bytes: of the loaded model, which no budget counts.
-        breakdown: the peak of the plan that was asked for: one rank on all target modules.
         reference_bytes: the peak of rank 8 on all of them, of which budgets are shares.
         alternatives: the plan that was asked for, then others.
         notes: what could not be shown, and why.
@@ -73,12 +77,16 @@ class MemoryUse:
     shape: Shape
     modules: tuple[str, ...]
     frozen_bytes: int
-    breakdown: Breakdown
     reference_bytes: float
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
     limit_bytes: float | None
     measured: MeasuredStep | None
+
+    @property
+    def breakdown(self) -> Breakdown:
+        """The peak of what was asked for."""
+        return self.alternatives[0].breakdown
 
 
 def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
@@ -100,14 +108,13 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
         plain = _calibrated(setup, tell, "without gradient checkpointing")
         setup.checkpoint_segments()
     memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
+    plans = _Plans(setup, memory, notes)
+    rules = tuple(plans.rules())  # or the error that nothing fits, before the longer part
     measured = None
     if config.measure:
         tell("measuring real steps")
         measured = measure_step(setup)
     switched = plain or _with_checkpointing(setup, tell, notes)
-    tell("comparing plans")
-    plans = _Plans(setup, memory, notes)
-    alternatives = (*plans.by_rank(), *plans.by_layers(), *plans.by_batch(), *plans.switched(switched), *plans.rules())
     return MemoryUse(
         config=config,
         task=setup.task,
@@ -115,11 +122,10 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
         shape=memory.shape,
         modules=tuple(target.name for target in setup.targets),
         frozen_bytes=frozen_bytes(setup.model),
-        breakdown=break_down(memory, setup.targets, plans.asked),
-        reference_bytes=plans.peak(plans.uniform(REFERENCE_RANK)),
-        alternatives=alternatives,
+        reference_bytes=plans.reference_bytes,
+        alternatives=(*plans.by_rank(), *plans.by_layers(), *plans.by_batch(), *plans.switched(switched), *rules),
         notes=tuple(notes),
-        limit_bytes=None if plans.counts_parameters else plans.limit,
+        limit_bytes=plans.limit_bytes,
         measured=measured,
     )
 
@@ -144,29 +150,27 @@ class _Plans:
 
     def __init__(self, setup: Setup, memory: MemoryModel, notes: list[str]) -> None:
         self._config, self._targets, self._memory, self._notes = setup.config, setup.targets, memory, notes
-        self.cost = memory.cost()
-        self.max_ranks = np.array([target.max_rank for target in setup.targets], dtype=np.int64)
-        self.asked = self.uniform(setup.config.rank)
+        self._max_ranks = np.array([target.max_rank for target in setup.targets], dtype=np.int64)
+        self._asked = np.minimum(setup.config.rank, self._max_ranks)
+        cost = memory.cost()
+        self.reference_bytes = reference_cost(cost, self._max_ranks)
         budget = Budget.parse(setup.config.budget).on(setup.device) if setup.config.budget else None
-        self.counts_parameters = budget is not None and budget.kind == "parameters"
-        self._priced: Cost = ParameterCost.of(setup.targets) if self.counts_parameters else self.cost
-        self.limit = budget_limit(budget, self._priced, self.max_ranks) if budget else None
-        self._problem = problem_of(setup.targets, self._priced, math.inf if self.limit is None else self.limit)
+        counts_parameters = budget is not None and budget.kind == "parameters"
+        self._priced: Cost = ParameterCost.of(setup.targets) if counts_parameters else cost
+        self._limit = budget_limit(budget, self._priced, self._max_ranks) if budget else None
+        self._problem = problem_of(setup.targets, self._priced, math.inf if self._limit is None else self._limit)
 
-    def uniform(self, rank: int) -> IntArray:
-        """One rank on all modules, (modules,)."""
-        return np.minimum(rank, self.max_ranks)
-
-    def peak(self, ranks: IntArray, cost: ByteCost | None = None) -> float:
-        """Bytes at the peak of a plan."""
-        return total_cost(cost or self.cost, ranks)
+    @property
+    def limit_bytes(self) -> float | None:
+        """The budget; None without one, or if it counts parameters."""
+        return self._limit if isinstance(self._priced, ByteCost) else None
 
     def by_rank(self) -> Iterator[Alternative]:
         """What was asked for, and other ranks on all modules."""
         others = [rank for rank in RANKS if rank != self._config.rank]
-        yield self._alternative("asked", f"rank {self._config.rank} on all modules, as asked", self.asked)
+        yield self._alternative("asked", f"rank {self._config.rank} on all modules, as asked", self._asked)
         for rank in others:
-            yield self._alternative("rank", f"rank {rank} on all modules", self.uniform(rank))
+            yield self._alternative("rank", f"rank {rank} on all modules", np.minimum(rank, self._max_ranks))
 
     def by_layers(self) -> Iterator[Alternative]:
         """The top half and third of the layers."""
@@ -174,7 +178,7 @@ class _Plans:
         for name, parts in (("half", 2), ("third", 3)):
             count = round(layers / parts)
             if 0 < count < layers:
-                ranks = np.where(top_layers(self._problem, count, 1) > 0, self.asked, 0)
+                ranks = np.where(top_layers(self._problem, count, 1) > 0, self._asked, 0)
                 label = f"rank {self._config.rank} on the top {name} ({count} of {layers} layers)"
                 yield self._alternative("layers", label, ranks)
 
@@ -189,17 +193,15 @@ class _Plans:
             if min(smaller.rows, smaller.length) < 1:
                 continue
             try:
-                cost = self._memory.cost(smaller)
+                yield self._alternative("batch", f"{name} ({smaller})", self._asked, shape=smaller)
             except UnsupportedError as error:
                 self._notes.append(f"Without a figure for {name}: {error}")
-                continue
-            yield self._alternative("batch", f"{name} ({smaller})", self.asked, cost)
 
     def switched(self, memory: MemoryModel | None) -> Iterator[Alternative]:
         """Gradient checkpointing on, or off where it was asked for."""
         if memory is not None:
             word = "without" if self._config.checkpointing else "with"
-            yield self._alternative("checkpointing", f"{word} gradient checkpointing", self.asked, memory.cost())
+            yield self._alternative("checkpointing", f"{word} gradient checkpointing", self._asked, memory)
 
     def rules(self) -> Iterator[Alternative]:
         """What the placement rules make of the budget.
@@ -207,15 +209,20 @@ class _Plans:
         Raises:
             BudgetError: nothing fits.
         """
-        if self.limit is None:
+        if self._limit is None:
             return
         check_budget(self._problem, [target.name for target in self._targets])
         for name, rule in (("rule16", rule16), ("fracrule", fracrule)):
             yield self._alternative("budget", f"{name} inside {self._config.budget}", rule(self._problem))
 
     def _alternative(
-        self, kind: AlternativeKind, label: str, ranks: IntArray, cost: ByteCost | None = None
+        self,
+        kind: AlternativeKind,
+        label: str,
+        ranks: IntArray,
+        memory: MemoryModel | None = None,
+        shape: Shape | None = None,
     ) -> Alternative:
-        peak = self.peak(ranks, cost)
-        price = total_cost(self._priced, ranks) if self.counts_parameters else peak
-        return Alternative(kind, label, peak, ranks, None if self.limit is None else price <= self.limit)
+        found = break_down(memory or self._memory, self._targets, ranks, shape)
+        price = found.total if isinstance(self._priced, ByteCost) else total_cost(self._priced, ranks)
+        return Alternative(kind, label, found, ranks, None if self._limit is None else price <= self._limit)

@@ -51,12 +51,14 @@ class Breakdown:
             beside and above them.
         bytes: of each layer and kind, (layers, len(KINDS)).
         margin: bytes that the prediction is set higher, so that it is not too low.
+        layer_of: the row of each target module, (modules,).
     """
 
     moment: str
     layers: tuple[str, ...]
     bytes: FloatArray
     margin: float
+    layer_of: tuple[str, ...]
 
     @property
     def total(self) -> float:
@@ -100,8 +102,9 @@ def break_down(
         _add_storages(table, peak, peak.moment, ranks, places, owners)
     _add_held(table, memory, peak.moment, ranks, owners)
     filled = np.flatnonzero(table.any(axis=1))
-    rows_left = tuple(layers[row] for row in filled)
-    return Breakdown(peak.label, rows_left, table[filled], peak.total - float(table.sum()))
+    used = tuple(layers[row] for row in filled)
+    margin = peak.total - float(table.sum())
+    return Breakdown(peak.label, used, table[filled], margin, tuple(layers[row] for row in owners))
 
 
 def frozen_bytes(model: nn.Module) -> int:

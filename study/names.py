@@ -58,3 +58,16 @@ def shortest_suffixes(kinds: Sequence[str]) -> list[str]:
                 found[kind] = end
                 break
     return [found[kind] for kind in kinds]
+
+
+def layer_titles(layers: Sequence[str]) -> list[str]:
+    """Layers as people name them, in order: "layer 3", or the last part of a name; in full where two would be alike.
+
+    Args:
+        layers: full names such as "bert.encoder.layer.3" or "bert.embeddings".
+    """
+    found = [re.fullmatch(r"(?:.*\.)?(\d+)", name) for name in layers]
+    titles = [
+        f"layer {match[1]}" if match else name.rpartition(".")[2] for match, name in zip(found, layers, strict=True)
+    ]
+    return [title if titles.count(title) == 1 else name for title, name in zip(titles, layers, strict=True)]
