@@ -116,13 +116,13 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._seed = args.seed if self.seed is None else self.seed
         self._run = Path(args.output_dir).name
         self._log = DecisionLog(self._log_folder or Path(args.output_dir) / "decisions")
-        self._losses.attach(model, args.gradient_accumulation_steps)
         if state.global_step > 0:
             self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", model, targets)
             memory = None
         else:
             self._log.truncate(-1)
             memory = self._begin(args, state, model, targets, objects)
+        self._losses.attach(model, args.gradient_accumulation_steps)
         accumulates = args.gradient_accumulation_steps > 1
         self._guard.attach(model, optimizer, self._controller, memory, self._corrected, accumulates=accumulates)
         if state.global_step == 0:

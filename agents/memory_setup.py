@@ -85,9 +85,9 @@ def set_up(config: MemoryConfig, tell: Tell) -> Setup:
         UnsupportedError: the adapter or the optimiser cannot be handled.
     """
     tell(f"loading {config.model}")
-    shape_of = load_config(config.model)
-    workload = _workload(config, shape_of)
-    task = workload.task if workload else config.task or default_task(shape_of)
+    architecture = load_config(config.model)
+    workload = _workload(config)
+    task = workload.task if workload else config.task or default_task(architecture)
     labels = workload.labels if workload else tuple(f"class {number}" for number in range(config.labels))
     set_seed(config.seed)
     base = load_model(config.model, task, labels, workload.tokenizer if workload else None)
@@ -97,14 +97,14 @@ def set_up(config: MemoryConfig, tell: Tell) -> Setup:
     model = _adapted(base, task, config).to(device).train()
     targets = find_target_modules(model)
     set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
-    batch = _random_batch(config, base.config, task)
     if workload:
-        batch = largest_batch(workload.train, workload.collator, config.batch_size, device)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = dict(largest_batch(workload.train, workload.collator, config.batch_size, device))
+    else:
+        batch = {name: tensor.to(device) for name, tensor in _random_batch(config, base.config, task).items()}
     return Setup(config, task, model, targets, batch, new_optimizer(config.optimizer, model))
 
 
-def _workload(config: MemoryConfig, shape_of: Any) -> Workload | None:
+def _workload(config: MemoryConfig) -> Workload | None:
     if config.data is None:
         return None
     return load_workload(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import nn
 
@@ -31,6 +33,7 @@ class PeakMeter:
         self.history: list[tuple[int, int]] = []
         self._requested = True
         self._live: LivePeak | None = None
+        self._open = ExitStack()
         self._held = 0
         self._state = 0
         self._optimizer: torch.optim.Optimizer | None = None
@@ -64,7 +67,9 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocated = torch.cuda.memory_allocated(self._device)
         else:
-            self._live = LivePeak().__enter__()
+            # torch.compile would give the code up for good if it met a dispatch mode.
+            self._open.enter_context(torch.compiler.set_stance("force_eager"))
+            self._live = self._open.enter_context(LivePeak())
 
     def stepping(self) -> None:
         """The passes are over, the optimiser is about to step."""
@@ -100,6 +105,5 @@ class PeakMeter:
 
     def close(self) -> None:
         """Stop following, without a result."""
-        if self._live is not None:
-            self._live.__exit__(None, None, None)
+        self._open.close()
         self._live = self._allocated = None

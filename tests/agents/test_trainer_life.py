@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.callback import RankPilotCallback
 from rankpilot.agents.compiled import graphs_per_plan, warn_of_recompiles
 from rankpilot.agents.policy import Decision
+from rankpilot.agents.rules import SignalRule
 from rankpilot.env.decision_log import DecisionLog
 from rankpilot.env.observation import RUN_FEATURES, Observation
 from rankpilot.env.schedule import DecisionSchedule
@@ -128,6 +129,7 @@ class Run:
         callbacks: tuple[TrainerCallback, ...] = (),
         eval_data: Dataset | None = None,
         prepare: Callable[[PeftModel], Any] | None = None,
+        measure_every: int = 1,
         **options: Any,
     ) -> None:
         set_seed(0)
@@ -143,7 +145,7 @@ class Run:
         if budget is None:
             budget = f"{16 * sum(t.d_in + t.d_out for t in find_target_modules(self.model) if t.block == 0)} params"
         schedule = policy.schedule if isinstance(policy, Script) else Script().schedule
-        self.pilot = RankPilotCallback(policy, budget, schedule=schedule, measure_every=1)
+        self.pilot = RankPilotCallback(policy, budget, schedule=schedule, measure_every=measure_every)
         self.recorder = Recorder(kill_at)
         arguments = {
             "max_steps": STEPS,
@@ -234,7 +236,12 @@ class MeanLoss(Trainer):
     ("trainer", "masked"), [(Trainer, True), (MeanLoss, False)], ids=["loss by items", "mean of means"]
 )
 def test_accumulated_micro_batches_are_as_one_batch(launch: Launch, trainer: type[Trainer], masked: bool) -> None:
-    options = {"trainer": trainer, "data": rows(96, masked=masked), "policy": "heur3", "budget": "6k params"}
+    options = {
+        "trainer": trainer,
+        "data": rows(96, masked=masked),
+        "policy": SignalRule(gain=2.0),
+        "budget": "6k params",
+    }
     options |= {"lora": {"lora_dropout": 0.0}, "max_steps": 12}
     one = launch("one", **options)
     two = launch("two", gradient_accumulation_steps=2, per_device_train_batch_size=2, **options)
@@ -586,7 +593,7 @@ def dynamo() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
-SMALL: dict[str, Any] = {"lora": {"target_modules": ["q_proj"]}}
+SMALL: dict[str, Any] = {"lora": {"target_modules": ["q_proj"]}, "measure_every": 100}  # measured steps run uncompiled
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
@@ -607,8 +614,9 @@ def test_a_compiled_run_takes_one_graph_for_each_set_of_ranks(
     assert run.layers() == small_run.layers()
     assert run.recorder.losses == pytest.approx(small_run.recorder.losses, rel=1e-3)
     # From the third step on, since the loss meter's sum takes a graph at first; the last plan is the first one again.
+    # The first step after each change is measured, and so not compiled.
     start = run.recorder.graphs[2]
-    assert [graphs - start for graphs in run.recorder.graphs[2:]] == [0] + [1] * 3 + [2] * 6
+    assert [graphs - start for graphs in run.recorder.graphs[2:]] == [0] * 2 + [1] * 3 + [2] * 5
     assert warnings_of(caplog, "recompile_limit") == []
 
 

@@ -261,7 +261,7 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
 
 # Evaluation ---------------------------------------------------------------------------------------------------------
 
-TASKS = [ProxyTask("shift", seed, steps=12, batch_size=4, length=16, eval_rows=16) for seed in (1, 2)]
+TASKS = [ProxyTask("shift", seed, steps=12, batch_size=4, length=16, eval_rows=16, budget=0.8) for seed in (1, 2)]
 
 
 class InProcess:
