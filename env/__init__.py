@@ -2,7 +2,7 @@
 
 import gymnasium as gym
 
-ENV_ID = "rankpilot/RankAllocation-v0"
+ENV_ID = "rankpilot/RankAllocation-v1"
 
 if ENV_ID not in gym.registry:
     gym.register(id=ENV_ID, entry_point="rankpilot.env.rank_allocation:RankAllocationEnv")

@@ -1,4 +1,4 @@
-"""The Gymnasium environment `rankpilot/RankAllocation-v0`."""
+"""The Gymnasium environment `rankpilot/RankAllocation-v1`."""
 
 from __future__ import annotations
 
@@ -73,6 +73,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     which is how an interrupted training goes on.
 
     ## Version History
+    * v1: the budget is the peak of the whole step, not only what is saved for backward; the last decision may spend
+      the bytes of signal buffers; at later decisions a module's own rungs count as cheaper, against churn.
     * v0: first version.
 
     Raises:
