@@ -201,7 +201,7 @@ def memory_command(options: Memory) -> None:
         if table is not None:
             console.print(table)
     console.print(memory_report.finding(use), highlight=False)
-    for note in use.notes:
+    for note in filter(None, (memory_report.allocator_note(use), *use.notes)):
         console.print(note, markup=False, highlight=False)
     memory_report.write_memory_report(use, options.output)
     console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)

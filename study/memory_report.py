@@ -40,6 +40,10 @@ MOST_LISTED = 3
 """Different ranks in one cell, above which it gives their range."""
 
 
+HELD_BACK = 0.05
+"""Share of the peak above which resident memory beyond it is worth a word."""
+
+
 def subject(use: MemoryUse) -> str:
     """What was looked at, in one line."""
     config = use.config
@@ -168,6 +172,17 @@ def measured_table(use: MemoryUse) -> Table | None:
         if whole is not None:
             table.add_row(word, format_bytes(whole), "")
     return table
+
+
+def allocator_note(use: MemoryUse) -> str:
+    """Why the process takes more than its tensors, and how to change that; empty where it does not."""
+    resident = use.measured.resident_bytes if use.measured else None
+    if resident is None or resident < (1 + HELD_BACK) * use.breakdown.total:
+        return ""
+    return (
+        "The process took more than its tensors: the C library keeps freed memory for later. With "
+        "MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives large pieces back at once."
+    )
 
 
 def finding(use: MemoryUse) -> str:
