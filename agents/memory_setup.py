@@ -164,14 +164,14 @@ def _adapted(base: Any, task: Task, config: MemoryConfig) -> PeftModel:
     )
     try:
         return get_peft_model(base, lora)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(
             f"Cannot adapt {config.model!r} with target_modules={config.target_modules!r}: {error}"
         ) from error
 
 
 def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
-    """Full rows of ordinary token ids, none that the model reads as padding or as an end before the last."""
+    """Full rows of ordinary token ids, none that the model reads as padding or as an end."""
     text = model_config.get_text_config()
     special: set[int] = set()
     for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
@@ -181,7 +181,7 @@ def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
     shape = (config.batch_size, config.max_length)
     tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
     if model_config.is_encoder_decoder and text.eos_token_id is not None:
-        tokens[:, -1] = text.eos_token_id  # where such classifiers read
+        tokens[:, 0] = text.eos_token_id  # such classifiers look for one; shorter rows keep the first token
     labels = torch.arange(config.batch_size) % config.labels if task == "classification" else tokens.clone()
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 

@@ -40,8 +40,8 @@ MOST_LISTED = 3
 """Different ranks in one cell, above which it gives their range."""
 
 
-HELD_BACK = 0.05
-"""Share of the peak above which resident memory beyond it is worth a word."""
+HELD_BACK = 0.05, 8 * 2**20
+"""Share of the peak, and bytes, above which resident memory beyond it is worth a word."""
 
 
 def subject(use: MemoryUse) -> str:
@@ -177,7 +177,8 @@ def measured_table(use: MemoryUse) -> Table | None:
 def allocator_note(use: MemoryUse) -> str:
     """Why the process takes more than its tensors, and how to change that; empty where it does not."""
     resident = use.measured.resident_bytes if use.measured else None
-    if resident is None or resident < (1 + HELD_BACK) * use.breakdown.total:
+    share, count = HELD_BACK
+    if resident is None or resident - use.breakdown.total < max(share * use.breakdown.total, count):
         return ""
     return (
         "The process took more than its tensors: the C library keeps freed memory for later. With "
