@@ -112,7 +112,8 @@ class MemoryModel:
         alive, group = groups.at(moment)
         held = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
         ranked = slope * np.where(self._recording.owners >= 0, ranks[self._recording.owners], 1)
-        sizes = np.where(alive & held, base, 0) + np.where(alive, ranked, 0)
+        copies = np.where(moment.twice & (group >= 0), 2, 1)
+        sizes = np.where(alive & held, copies * base, 0) + np.where(alive, ranked, 0)
         for serial, module in self._gradients(moment):
             sizes[serial] = base[serial] if module < 0 else slope[serial] * ranks[module]
         return replace(found, moment=moment, sizes=sizes)
@@ -171,13 +172,14 @@ class MemoryModel:
         per_rank = held.weights + held.optimizer + held.signals
         per_rank += np.bincount(recording.owners[owned], slope[owned], minlength=len(held.weights))
         lone = alive & (group < 0)
-        constant = float(base[lone].sum() + slope[alive & ~owned].sum()) + held.others
+        copies = 1 + moment.twice
+        constant = float((copies * base)[lone].sum() + slope[alive & ~owned].sum()) + held.others
         for serial, module in self._gradients(moment):
             if module < 0:
                 constant += base[serial]
             else:
                 per_rank[module] += slope[serial]
-        sums = np.bincount(group[alive & ~lone], base[alive & ~lone])
+        sums = np.bincount(group[alive & ~lone], (copies * base)[alive & ~lone])
         return constant, dict(enumerate(sums.tolist())), per_rank
 
     def _stepping(self) -> FloatArray:

@@ -30,6 +30,7 @@ class Moment:
         needed: storages that are there for the modules in `Recording.needed`.
         inside: storages that are there for the modules in `Recording.inside`.
         inputs: storages that are there for all modules of a checkpointed segment, whose inputs they are.
+        twice: storages of which there is a second copy then.
         time: gradients created later are not there yet.
     """
 
@@ -38,6 +39,7 @@ class Moment:
     needed: BoolArray
     inside: BoolArray
     inputs: BoolArray
+    twice: BoolArray
     time: int
 
 
@@ -78,6 +80,7 @@ class _Finder:
         self._needed = self._forward & np.isin(serials, list(recording.needed))
         self._inside = np.isin(serials, list(recording.inside))
         self._gradient = np.isin(serials, list(recording.gradients))
+        self._on_context = np.isin(serials, list(recording.on_context))
         self._none = np.zeros(len(serials), dtype=np.bool_)
         self._first_input = np.full(len(serials), len(serials))  # the first segment that each storage is an input of
         for index in range(len(recording.segments))[::-1]:
@@ -98,7 +101,8 @@ class _Finder:
             always = lives & (recording.alone >= time)
             held = lives & ~always
             needed = held & self._needed & (recording.deaths >= time)
-            yield Moment(self._label("forward", time), always, needed, self._none, held & self._is_input, time)
+            inputs = held & self._is_input
+            yield Moment(self._label("forward", time), always, needed, self._none, inputs, self._none, time)
 
     def _backward_moments(self) -> Iterator[Moment]:
         recording = self._recording
@@ -113,13 +117,15 @@ class _Finder:
         alive = (recording.births <= time) & (recording.deaths >= time + over) & ~self._gradient
         within = self._forward & (recording.parts == part) & (part >= 0)
         inside = alive & within & self._inside
+        # Of what functions kept on their contexts in the first run, the second run makes a copy.
+        twice = inside & self._on_context & self._needed
         if part >= 0 and recording.segments[part].reentrant:
             inside[list(recording.segments[part].outputs)] = True
             alive |= self._incoming(part)
         waiting = self._is_input & (self._first_input <= part if part >= 0 else alive)
         needed = alive & (~self._forward | self._needed)
         always = alive & self._forward & ~self._needed & ~self._inside & ~self._is_input
-        return Moment(label, always, needed, inside, waiting, time)
+        return Moment(label, always, needed, inside, waiting, twice, time)
 
     def _start(self, part: int) -> int:
         """The time after which a segment runs again, just before gradients flow through it; -1 if none do."""
@@ -150,9 +156,9 @@ class _Finder:
             lives = again & (recording.births <= time)
             always = lives & (recording.alone >= time)
             inside = lives & ~always & self._inside & (recording.deaths >= time)
-            # A segment's own output is there twice if something outside needs it; counted once.
-            label = self._label("recomputed", time)
-            yield Moment(label, before.always & ~within | always, before.needed, inside, before.inputs, start)
+            label, rest = self._label("recomputed", time), before.always & ~within
+            twice = lives & self._on_context & self._needed
+            yield Moment(label, rest | always, before.needed, inside, before.inputs, twice, start)
 
     def _highest(self, among: BoolArray, deaths: IntArray, *, last: bool = True) -> list[int]:
         """The times at which more of these storages is alive than at any later (or, not `last`, earlier) time."""

@@ -70,6 +70,8 @@ class Recording:
             held longer than it would live alone (the others are left out); of the backward pass, those without which
             its operation would not run.
         inside: the same for what an operation in a checkpointed segment saves of that segment's own storages.
+        on_context: what Python functions keep on their contexts, out of sight of autograd's hooks: by serial number, the
+            time at which the module was left that called the one in which the function ran.
         unpacks: storages of the backward pass whose operation had saved something, bool (storages,).
         gradients: by serial number, the target module of whose factor it is the gradient; -1 for other parameters.
         names: module names.
@@ -86,6 +88,7 @@ class Recording:
     parts: IntArray
     needed: dict[int, Modules]
     inside: dict[int, Modules]
+    on_context: dict[int, int]
     unpacks: BoolArray
     gradients: dict[int, int]
     names: tuple[str, ...]
@@ -106,14 +109,18 @@ class _Mark:
     """A stretch of the forward pass inside one module.
 
     Attributes:
+        time: when it begins.
         sequence: autograd's counter then; nodes of the stretch have this number or a higher one.
         place: index into the names.
         owner: target module, or -1.
+        depth: how many modules are under way.
     """
 
+    time: int
     sequence: int
     place: int
     owner: int
+    depth: int
 
 
 class Recorder:
@@ -156,6 +163,8 @@ class Recorder:
                 "be predicted. Switch off what is random in its structure (layer drop, routing noise)."
             )
         alone = np.concatenate([free.deaths, recording.deaths[count:]])
+        for serial, left in recording.on_context.items():  # held in both passes, by nothing else than that context
+            alone[serial] = min(alone[serial], left)
         needed = dict(recording.needed)
         for serial in np.flatnonzero(alone < recording.deaths).tolist():
             if serial not in needed and serial not in recording.inside and recording.owners[serial] >= 0:
@@ -175,7 +184,7 @@ class _Run:
         self._births: list[int] = []
         self._sizes: list[int] = []
         self._deaths: list[int] = []
-        self._marks: list[_Mark] = [_Mark(0, 0, -1)]
+        self._marks: list[_Mark] = [_Mark(0, 0, 0, -1, 0)]
         self._outer: list[_Mark] = []
         self._here = self._marks[0]
         self._marked: list[_Mark] = []
@@ -187,6 +196,7 @@ class _Run:
         self._needed: dict[int, Modules] = {}
         self._inside: dict[int, Modules] = {}
         self._saving: set[int] = set()  # sequence numbers of nodes that saved something
+        self._on_context: dict[int, int] = {}
         self._unpacks: list[bool] = []
         self._unpacking = False
 
@@ -216,6 +226,7 @@ class _Run:
             parts=np.array(self._parts, dtype=np.int64),
             needed=self._needed,
             inside=self._inside,
+            on_context=self._on_context,
             unpacks=np.array(self._unpacks, dtype=np.bool_),
             gradients=gradients,
             names=self._recorder.names,
@@ -256,10 +267,10 @@ class _Run:
         self._outer.append(self._here)
         place = self._recorder.place.get(id(module), self._here.place)
         owner = self._recorder.target.get(id(module), self._here.owner)
-        self._go(_Mark(_sequence(), place, owner))
+        self._go(_Mark(self._mode.now, _sequence(), place, owner, len(self._outer)))
 
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._go(replace(self._outer.pop(), sequence=_sequence()))
+        self._go(replace(self._outer.pop(), time=self._mode.now, sequence=_sequence()))
 
     def _go(self, mark: _Mark) -> None:
         self._here = mark
@@ -316,7 +327,11 @@ class _Run:
                 if serial is None:
                     continue
                 segment = self._segment_of(sequence)
-                if segment < 0:
+                on_context = not isinstance(kept, _Saved)
+                if on_context:
+                    self._on_context[serial] = max(self._on_context.get(serial, 0), self._left_after(sequence))
+                # A checkpoint that is not reentrant frees what the hooks saw, and no more.
+                if segment < 0 or (on_context and not self._segments[segment].reentrant):
                     self._needed[serial] = self._needed.get(serial, 0) | modules
                 elif segment == self._parts[serial]:
                     self._inside[serial] = self._inside.get(serial, 0) | modules
@@ -332,6 +347,12 @@ class _Run:
         at = bisect_right(self._marks, sequence, key=lambda mark: mark.sequence) - 1
         self._here = self._marks[max(at, 0)]
         self._segment = self._segment_of(sequence)
+
+    def _left_after(self, sequence: int) -> int:
+        """The time at which the caller of a node's module was left: until then its variables hold what it passed on."""
+        at = bisect_right(self._marks, sequence, key=lambda mark: mark.sequence)
+        outside = self._marks[at - 1].depth - 2
+        return next((mark.time for mark in self._marks[at:] if mark.depth <= outside), NEVER)
 
     def _segment_of(self, sequence: int) -> int:
         """The checkpointed segment to which a node belongs, -1 for none."""
