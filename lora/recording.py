@@ -70,8 +70,8 @@ class Recording:
             held longer than it would live alone (the others are left out); of the backward pass, those without which
             its operation would not run.
         inside: the same for what an operation in a checkpointed segment saves of that segment's own storages.
-        on_context: what Python functions keep on their contexts, out of sight of autograd's hooks: by serial number, the
-            time at which the module was left that called the one in which the function ran.
+        on_context: what Python functions keep on their contexts, out of sight of autograd's hooks: by serial number,
+            the time at which the module was left that called the one in which the function ran.
         unpacks: storages of the backward pass whose operation had saved something, bool (storages,).
         gradients: by serial number, the target module of whose factor it is the gradient; -1 for other parameters.
         names: module names.
@@ -140,6 +140,7 @@ class Recorder:
         self.target_of = {id(p): index for index, target in enumerate(targets) for p in target.parameters.values()}
         self.all_modules = (1 << len(targets)) - 1
         self.always = 1 << len(targets)
+        self.opened = {index: target.layer for index, target in enumerate(targets) if _is_opened(target.layer)}
 
     def step(self, batch: Batch) -> Recording:
         """A forward and a backward pass, `alone` as `deaths`; gradients are cleared afterwards.
@@ -199,6 +200,7 @@ class _Run:
         self._on_context: dict[int, int] = {}
         self._unpacks: list[bool] = []
         self._unpacking = False
+        self._kept: list[torch.Tensor] = []
 
     def record(self, *, hold: bool) -> Recording:
         """Run the step; without `hold` only its forward pass."""
@@ -257,11 +259,18 @@ class _Run:
         """Follow which module runs."""
         enter = register_module_forward_pre_hook(self._enter)
         leave = register_module_forward_hook(self._leave, always_call=True)
+        opened = [layer.register_forward_hook(self._keep_gradient) for layer in self._recorder.opened.values()]
         try:
             yield
         finally:
-            enter.remove()
-            leave.remove()
+            for handle in (enter, leave, *opened):
+                handle.remove()
+            self._kept.clear()
+
+    def _keep_gradient(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        """Where the module is not adapted its output is a leaf, which keeps its gradient."""
+        kept: torch.Tensor = _KeptGradient.apply(output, self._kept)  # type: ignore[no-untyped-call]
+        return kept
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
         self._outer.append(self._here)
@@ -315,7 +324,7 @@ class _Run:
 
     def _trains(self, leaf: torch.Tensor) -> Modules:
         owner = self._recorder.target_of.get(id(leaf))
-        return self._recorder.always if owner is None else 1 << owner
+        return self._recorder.always if owner is None or owner in self._recorder.opened else 1 << owner
 
     def _find_saved(self, flow: dict[Any, Modules]) -> None:
         for node in flow:
@@ -358,6 +367,27 @@ class _Run:
         """The checkpointed segment to which a node belongs, -1 for none."""
         at = bisect_right(self._segments, sequence, key=lambda segment: segment.sequences[0]) - 1
         return at if at >= 0 and sequence < self._segments[at].sequences[1] else -1
+
+
+class _KeptGradient(torch.autograd.Function):
+    """The identity, which keeps the gradient that flows through it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
+        """The tensor."""
+        ctx.kept = kept
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """The gradient."""
+        ctx.kept.append(gradients[0])
+        return gradients[0], None
+
+
+def _is_opened(layer: nn.Module) -> bool:
+    """Whether gradients flow from a module's output on even if it is not adapted: `enable_input_require_grads`."""
+    return any("require_grad" in getattr(hook, "__name__", "") for hook in layer._forward_hooks.values())
 
 
 def _unpack(saved: _Saved) -> torch.Tensor:
