@@ -56,10 +56,10 @@ class Setup:
         """The context of forward passes."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
-    def calibrate(self) -> MemoryModel:
-        """The byte model of this step, as it is set up now, without signal buffers."""
+    def calibrate(self, batch: Batch | None = None) -> MemoryModel:
+        """The byte model of this step or, given another batch, of that; as set up now, without signal buffers."""
         with self.precision():
-            return calibrate(self.model, self.targets, self.batch, self.optimizer, signal_bytes=False)
+            return calibrate(self.model, self.targets, batch or self.batch, self.optimizer, signal_bytes=False)
 
     def checkpoint_segments(self) -> None:
         """Switch gradient checkpointing on, as the Trainer does.

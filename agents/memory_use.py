@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,10 +18,10 @@ from ..lora.ladder import IntArray
 from ..lora.memory import MemoryModel
 from ..lora.placements import fracrule, rule16, top_layers
 from ..lora.plan import check_budget, problem_of
-from ..lora.shape import Shape
+from ..lora.shape import Shape, reshaped
 from .config import MemoryConfig, Task
 from .measured_step import MeasuredStep, measure_step
-from .memory_setup import Setup, Tell, set_up
+from .memory_setup import Batch, Setup, Tell, set_up
 
 AlternativeKind = Literal["asked", "rank", "layers", "batch", "checkpointing", "budget"]
 
@@ -108,12 +108,13 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
         plain = _calibrated(setup, tell, "without gradient checkpointing")
         setup.checkpoint_segments()
     memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
-    plans = _Plans(setup, memory, notes)
+    plans = _Plans(setup, memory)
     rules = tuple(plans.rules())  # or the error that nothing fits, before the longer part
     measured = None
     if config.measure:
         tell("measuring real steps")
         measured = measure_step(setup)
+    batches = tuple(plans.by_batch(tell))
     switched = plain or _with_checkpointing(setup, tell, notes)
     return MemoryUse(
         config=config,
@@ -123,16 +124,16 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
         modules=tuple(target.name for target in setup.targets),
         frozen_bytes=frozen_bytes(setup.model),
         reference_bytes=plans.reference_bytes,
-        alternatives=(*plans.by_rank(), *plans.by_layers(), *plans.by_batch(), *plans.switched(switched), *rules),
+        alternatives=(*plans.by_rank(), *plans.by_layers(), *batches, *plans.switched(switched), *rules),
         notes=tuple(notes),
         limit_bytes=plans.limit_bytes,
         measured=measured,
     )
 
 
-def _calibrated(setup: Setup, tell: Tell, how: str) -> MemoryModel:
+def _calibrated(setup: Setup, tell: Tell, how: str, batch: Batch | None = None) -> MemoryModel:
     tell(f"calibrating on a few small steps {how}".rstrip())
-    return setup.calibrate()
+    return setup.calibrate(batch)
 
 
 def _with_checkpointing(setup: Setup, tell: Tell, notes: list[str]) -> MemoryModel | None:
@@ -148,8 +149,8 @@ def _with_checkpointing(setup: Setup, tell: Tell, notes: list[str]) -> MemoryMod
 class _Plans:
     """Prices the choices that a user has."""
 
-    def __init__(self, setup: Setup, memory: MemoryModel, notes: list[str]) -> None:
-        self._config, self._targets, self._memory, self._notes = setup.config, setup.targets, memory, notes
+    def __init__(self, setup: Setup, memory: MemoryModel) -> None:
+        self._setup, self._config, self._targets, self._memory = setup, setup.config, setup.targets, memory
         self._max_ranks = np.array([target.max_rank for target in setup.targets], dtype=np.int64)
         self._asked = np.minimum(setup.config.rank, self._max_ranks)
         cost = memory.cost()
@@ -182,20 +183,19 @@ class _Plans:
                 label = f"rank {self._config.rank} on the top {name} ({count} of {layers} layers)"
                 yield self._alternative("layers", label, ranks)
 
-    def by_batch(self) -> Iterator[Alternative]:
-        """Half the rows, half the tokens."""
+    def by_batch(self, tell: Tell) -> Iterator[Alternative]:
+        """Half the rows, half the tokens; calibrated anew where the operations of the model depend on its data."""
         shape = self._memory.shape
-        half = {
-            "half the batch": replace(shape, rows=shape.rows // 2),
-            "half the length": replace(shape, length=shape.length // 2),
-        }
-        for name, smaller in half.items():
-            if min(smaller.rows, smaller.length) < 1:
+        for name, rows, shrink in (("half the batch", shape.rows // 2, 1), ("half the length", shape.rows, 2)):
+            smaller = reshaped(self._setup.batch, max(rows, 1), shrink)
+            half = Shape.of(smaller)
+            if half == shape:
                 continue
             try:
-                yield self._alternative("batch", f"{name} ({smaller})", self._asked, shape=smaller)
-            except UnsupportedError as error:
-                self._notes.append(f"Without a figure for {name}: {error}")
+                yield self._alternative("batch", f"{name} ({half})", self._asked, shape=half)
+            except UnsupportedError:
+                memory = _calibrated(self._setup, tell, f"of {name}", smaller)
+                yield self._alternative("batch", f"{name} ({half})", self._asked, memory)
 
     def switched(self, memory: MemoryModel | None) -> Iterator[Alternative]:
         """Gradient checkpointing on, or off where it was asked for."""
