@@ -259,7 +259,7 @@ class _Run:
         """Follow which module runs."""
         enter = register_module_forward_pre_hook(self._enter)
         leave = register_module_forward_hook(self._leave, always_call=True)
-        opened = [layer.register_forward_hook(self._keep_gradient) for layer in self._recorder.opened.values()]
+        opened = [layer.register_forward_hook(self._as_leaf) for layer in self._recorder.opened.values()]
         try:
             yield
         finally:
@@ -267,9 +267,9 @@ class _Run:
                 handle.remove()
             self._kept.clear()
 
-    def _keep_gradient(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-        """Where the module is not adapted its output is a leaf, which keeps its gradient."""
-        kept: torch.Tensor = _KeptGradient.apply(output, self._kept)  # type: ignore[no-untyped-call]
+    def _as_leaf(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        """Where the module is not adapted its output is a leaf."""
+        kept: torch.Tensor = _Leaf.apply(output, self._kept)  # type: ignore[no-untyped-call]
         return kept
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
@@ -369,19 +369,20 @@ class _Run:
         return at if at >= 0 and sequence < self._segments[at].sequences[1] else -1
 
 
-class _KeptGradient(torch.autograd.Function):
-    """The identity, which keeps the gradient that flows through it."""
+class _Leaf(torch.autograd.Function):
+    """The identity, which keeps a tensor and its gradient as the graph keeps a leaf."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
         """The tensor."""
         ctx.kept = kept
+        ctx.save_for_backward(tensor)
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """The gradient."""
-        ctx.kept.append(gradients[0])
+        ctx.kept += [*ctx.saved_tensors, gradients[0]]
         return gradients[0], None
 
 
