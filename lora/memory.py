@@ -112,7 +112,7 @@ class MemoryModel:
         alive, group = groups.at(moment)
         held = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
         ranked = slope * np.where(self._recording.owners >= 0, ranks[self._recording.owners], 1)
-        copies = np.where(moment.twice & (group >= 0), 2, 1)
+        copies = 1 + moment.twice
         sizes = np.where(alive & held, copies * base, 0) + np.where(alive, ranked, 0)
         for serial, module in self._gradients(moment):
             sizes[serial] = base[serial] if module < 0 else slope[serial] * ranks[module]

@@ -67,7 +67,7 @@ def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str
     return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(("name", "task"), [("bert", "classification"), ("llama", "causal-lm"), ("gpt2", "causal-lm")])
+@pytest.mark.parametrize(("name", "task"), [("bert", "classification"), ("gpt2", "causal-lm")])
 def test_a_step_is_predicted_and_measured(
     models: Path, name: str, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,26 @@ def test_the_parts_sum_to_the_price(
     check_sums(memory, targets, Shape(9, 5))
 
 
+class KeptOnContext(torch.autograd.Function):
+    """What a function keeps on its context outlives the first run of a checkpointed segment."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x * 2
+        return x * ctx.kept
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * 2 * ctx.kept
+
+
+def test_copies_of_a_second_run_are_counted(make_llama: Any, llama_batch: Any) -> None:
+    model = make_llama()
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.act_fn.forward = KeptOnContext.apply
+    check_sums(*calibrated(model, llama_batch, "checkpointed"))
+
+
 def test_signals_accumulation_and_copies_are_counted(make_bert: Any, bert_batch: Any) -> None:
     model = make_bert(lora_bias=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)

@@ -175,8 +175,7 @@ def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
     }
 
 
-@pytest.mark.parametrize("layers", [2, 6, 30, 80])
-@pytest.mark.parametrize("budget", [False, True])
+@pytest.mark.parametrize(("layers", "budget"), [(2, True), (6, False), (30, True), (80, False)])
 def test_no_text_of_the_picture_overlaps_or_leaves_it(layers: int, budget: bool) -> None:
     figure = memory_picture(memory_use(layers, budget=budget))
     found = boxes(figure)
