@@ -23,6 +23,7 @@ from ..lora.held_state import signal_buffer_bytes
 from ..lora.memory import MemoryModel, calibrate
 from ..lora.ranks import reset_adapters
 from ..lora.recording import Batch
+from ..lora.shape import MASK, padded
 from ..lora.targets import TargetModule, other_trainable
 
 LOOP_BYTES = 1024
@@ -54,7 +55,7 @@ def _rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
 
 
 def largest_batch(dataset: Any, collate: Collate, rows: int, device: torch.device) -> Batch:
-    """A batch of the longest examples, so that no later batch is larger.
+    """A batch of the longest examples, so that no later batch is larger, with padding where there may be any.
 
     Args:
         dataset: map-style or iterable; the length of `input_ids` decides, the first rows where there is none.
@@ -65,17 +66,21 @@ def largest_batch(dataset: Any, collate: Collate, rows: int, device: torch.devic
     Raises:
         DataError: the data set is empty, or the collator returns no tensors by name.
     """
+    names = getattr(dataset, "column_names", None) or ()
+    lengths: list[int] = []
     if not hasattr(dataset, "__len__"):
         chosen = list(islice(iter(dataset), rows))
     else:
-        names = getattr(dataset, "column_names", None) or ()
         lengths = [len(ids) for ids in dataset["input_ids"]] if "input_ids" in names else []
         order = np.argsort(-np.asarray(lengths), kind="stable") if lengths else np.arange(len(dataset))
         chosen = _rows(dataset, order[:rows].tolist())
     if not chosen:
         raise DataError("The training set is empty. Check its path, split and filters.")
     chosen = [chosen[index % len(chosen)] for index in range(rows)]
-    return to_batch(collate(chosen), device)
+    batch = to_batch(collate(chosen), device)
+    # The longest rows may need no padding where others do; rows of one length without a mask need none.
+    never = len(set(lengths)) == 1 and MASK not in names
+    return batch if never else padded(batch)
 
 
 def to_batch(collated: Any, device: torch.device) -> dict[str, torch.Tensor]:

@@ -43,8 +43,25 @@ def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
     return tensor.dim() == 2 and tensor.shape[0] == rows and not tensor.is_floating_point()
 
 
+MASK = "attention_mask"
+
+
+def padded(batch: Batch) -> dict[str, torch.Tensor]:
+    """The same batch with its last token masked: models skip work on masks that mask nothing."""
+    result = dict(batch)
+    if MASK in batch and batch[MASK].dim() == 2:
+        mask = batch[MASK].clone()
+        # Padding is on the left where the first column has any.
+        mask[-1, 0 if mask.shape[1] > 1 and not mask[:, 0].all() else -1] = 0
+        result[MASK] = mask
+    return result
+
+
 def reshaped(batch: Batch, rows: int, shrink: int) -> dict[str, torch.Tensor]:
-    """A batch of so many rows, repeated if need be, and of a length that is so many times shorter."""
+    """A batch of so many rows, repeated if need be, and of a length that is so many times shorter.
+
+    Where the batch has padding, so has the result.
+    """
     given = Shape.of(batch)
     result = {}
     for name, tensor in batch.items():
@@ -53,4 +70,6 @@ def reshaped(batch: Batch, rows: int, shrink: int) -> dict[str, torch.Tensor]:
             if _has_tokens(tensor, rows):
                 tensor = tensor[:, : -(-tensor.shape[1] // shrink)].contiguous()
         result[name] = tensor
+    if MASK in batch and not bool(batch[MASK].all()):
+        result = padded(result)
     return result

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rankpilot.agents import peak_guard as guard_module
 from rankpilot.agents.batch_watch import BatchWatch
@@ -280,3 +281,18 @@ def test_the_watch_ignores_evaluation_and_calls_once_for_a_shape() -> None:
     watch.detach()
     model(input_ids=torch.zeros(50, 50, dtype=torch.long))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("lengths", [(LONG, LONG, LONG, LONG, 5, 7), (LONG,) * 6])
+def test_padding_in_later_batches_is_planned_for(launch: Callable[..., Run], lengths: tuple[int, ...]) -> None:
+    """The longest rows need no mask, and models skip masks that mask nothing; any other batch may need one."""
+    rows = [
+        {"input_ids": [3] * size + [0] * (LONG - size), "attention_mask": [1] * size + [0] * (LONG - size)}
+        for size in lengths * 8
+    ]
+    data = Dataset.from_list([row | {"labels": row["input_ids"]} for row in rows])
+    run = launch(data=data)
+    assert run.highest <= run.limit
+    (_, first), (at, second) = run.pilot.predictions
+    for step, peak in run.pilot.peaks:
+        assert peak <= (first if step <= at else second)
