@@ -158,9 +158,12 @@ class StateLayout:
     kept: Callable[[Mapping[str, Any]], int] | None = None
 
     def bytes_of(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of state of a parameter of this shape and dtype, factored moments counted in full."""
+        """Bytes of state of a parameter of this shape and dtype."""
         count = self.kept(optimizer.defaults) if self.kept else len(self.moments)
-        return count * self.form.size(optimizer, like)
+        if not self.factored or like.dim() < 2:
+            return count * self.form.size(optimizer, like)
+        averages = sum(like.shape[axis] for axis, _ in self.factored.values()) * like.element_size()
+        return (count - 1) * self.form.size(optimizer, like) + averages
 
 
 _ADAM: dict[str, Moment] = {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"}
