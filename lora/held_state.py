@@ -29,7 +29,7 @@ class HeldState:
         fixed: bytes of an adapted module that do not depend on its rank: gradients and state of biases and magnitudes,
             (modules,).
         others: bytes of weights and state of everything else that trains, such as a classifier.
-        other_gradients: bytes of its gradients.
+        other_gradients: bytes of its gradients, and of what the optimiser takes beside them for the time of its step.
     """
 
     weights: FloatArray
@@ -59,17 +59,21 @@ def held_state(
     own = {id(p) for target in targets for p in target.parameters.values()}
     others = [p.detach() for p in model.parameters() if p.requires_grad and id(p) not in own]
     unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
+    sizes = [_bytes(p) for p in others]
+    copies = _steps_with_copies(optimizer, model)
     fixed = [sum(_bytes(p) + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
     return HeldState(
         weights=weights,
         optimizer=np.array([slope for slope, _ in states]),
-        scratch=weights * _steps_with_copies(optimizer, model),
+        scratch=weights * copies,
         signals=signal_buffer_bytes(targets) * signal_bytes,
         fixed=np.array([own + start for own, (_, start) in zip(fixed, states, strict=True)], dtype=np.float64),
         others=float(
             sum(_bytes(p) + state_bytes_of(optimizer, p) for p in others) + sum(_bytes(p) for g in unranked for p in g)
         ),
-        other_gradients=float(sum(_bytes(p) for p in others)),
+        other_gradients=float(
+            sum(sizes) + (sum(sizes) if copies else _copies_of_one(optimizer) * max(sizes, default=0))
+        ),
     )
 
 
@@ -105,6 +109,11 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
         return False
     foreach = settings["foreach"]
     return bool(next(model.parameters()).is_cuda if foreach is None else foreach)
+
+
+def _copies_of_one(optimizer: torch.optim.Optimizer | None) -> int:
+    """How many copies an optimiser takes that works on one parameter after the other: Adam's most, three."""
+    return 0 if optimizer is None or unwrap_optimizer(optimizer).defaults.get("fused") else 3
 
 
 def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
