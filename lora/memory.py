@@ -66,8 +66,14 @@ class MemoryModel:
         """Bytes of each recorded storage at a batch shape: those that do not depend on rank, and those of one rank.
 
         Raises:
-            UnsupportedError: the model's operations depend on its data, so only the shape of calibration is known.
+            UnsupportedError: the model's operations depend on its data, so only the shape of calibration is known, or
+                that was too short.
         """
+        if self._shortened == 1 and shape.length != self._probed.length:
+            raise UnsupportedError(
+                f"Batches of {shape} cannot be predicted: the model was measured with batches of {self._probed}, which "
+                "are too short to tell how memory grows with length. Calibrate with the longer batch."
+            )
         if not np.isfinite(self._row_power).all() and shape != self._probed:
             raise UnsupportedError(
                 f"Batches of {shape} cannot be predicted: the operations of this model depend on its data, so only "
@@ -287,7 +293,8 @@ def calibrate(
         UnsupportedError: the model returns no loss, or a target module takes no part in its forward pass.
     """
     shape = Shape.of(batch)
-    few, half = min(2, shape.rows), 2 if shape.length >= 8 else 1
+    half = 2 if shape.length >= 4 else 1
+    few = half if shape.rows == 1 else 2  # one row takes short cuts; two of half the length are not more
     part = 1 if shape.rows >= 4 else half  # of the length: all modules adapted may be more than the budget
     small = reshaped(batch, few, part)
     with _probing(model, targets):
