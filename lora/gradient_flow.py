@@ -66,7 +66,7 @@ def saved_by(node: Any, flow: dict[Any, Modules]) -> Iterator[tuple[Any, Modules
     """
     factor_of = _FACTOR_OF.get(node.name(), {})
     sources = node.next_functions
-    for attribute in _saving_attributes(type(node)):
+    for attribute in _saving_attributes(node.__class__):
         kept = getattr(node, attribute)
         wanted = factor_of.get(attribute.removeprefix("_raw_saved_"))
         modules = flow[node]

@@ -27,7 +27,7 @@ def identity(storage: torch.UntypedStorage) -> int:
     return int(storage._cdata)
 
 
-class LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every storage that operators create inside the context, and when it is freed.
 
     Operators' own scratch memory, which no tensor ever shows, is not seen.
@@ -46,7 +46,7 @@ class LiveStorages(TorchDispatchMode):
         born: Callable[[int, int], None],
         freed: Callable[[int], None],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.count = 0
         self._born, self._freed = born, freed
@@ -112,8 +112,8 @@ class LivePeak:
         self.bytes -= self._sizes.pop(serial)
 
     def __enter__(self) -> LivePeak:
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *details: Any) -> None:
-        self._mode.__exit__(*details)
+        self._mode.__exit__(*details)  # type: ignore[no-untyped-call]
