@@ -19,6 +19,7 @@ SMALLER = {
     "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 32 --batch-size 4",
     "export": "",
     "assets": "",
+    "memory": "--batch-size 4 --max-length 16",
 }
 
 
