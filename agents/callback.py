@@ -184,6 +184,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         low, high = rank_bounds(targets, self._bounds)
         # It may not be the first beginning: `train` can be called again, and `auto_find_batch_size` does so.
         reset_state(objects["optimizer"], (w for target in targets for w in (target.weight_a, target.weight_b)))
+        self._losses.detach()
         self._guard.detach()
         self._guard = PeakGuard(self._measure_every)
         self.predictions = []

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..lora.cost import FloatArray
 from .finetunes import Code, Finetune, Reviews, train
 from .harness import Estimate, bootstrap, interleave, paired_ratios, usual_step
 from .ledger import Ledger
-from .plans import REFERENCE, REQUIRED, NamedPlan, named_plans
+from .plans import PLAN_COUNT, REFERENCE, REQUIRED, NamedPlan, named_plans
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,26 @@ class Course:
     rounds: int
     plans: tuple[str, ...] | None = None
 
+    @property
+    def runs(self) -> int:
+        """Training runs in all."""
+        plans = len(self.plans) if self.plans else PLAN_COUNT
+        return self.seeds * plans + 2 * (self.more_seeds - self.seeds)
+
     def seeds_of(self, plan: str) -> range:
         """The seeds of a plan's runs; those of two plans are paired."""
         return range(self.more_seeds if plan in (REFERENCE, REQUIRED) else self.seeds)
 
 
 _QUICK_PLANS = ("all-linear, rank 1", REFERENCE, "top half, rank 16", "rule16 at 65 %", REQUIRED)
+_MINILM_PLANS = (
+    *(f"all-linear, rank {rank}" for rank in (1, 8, 16)),
+    *(f"{depth}, rank 16" for depth in ("top third", "top half", "top two thirds")),
+    *(f"{rule} at {share} %" for rule in ("rule16", "fracrule") for share in (50, 65, 80)),
+)
 FULL: dict[str, Course] = {
-    "minilm": Course(Reviews(steps=100), seeds=2, more_seeds=5, rounds=8),
-    "llama": Course(Code(steps=200), seeds=4, more_seeds=8, rounds=30),
+    "minilm": Course(Reviews(steps=60), seeds=3, more_seeds=5, rounds=10, plans=_MINILM_PLANS),
+    "llama": Course(Code(steps=120), seeds=3, more_seeds=8, rounds=30),
 }
 QUICK: dict[str, Course] = {
     "minilm": Course(Reviews(steps=2, rows=8, length=32, eval_rows=64), 1, 1, rounds=2, plans=_QUICK_PLANS),
@@ -133,47 +143,46 @@ def run_losses(
     course: Course,
     plans: Mapping[str, NamedPlan],
     ledger: Ledger,
-    workers: int,
+    pool: Executor,
     on_run: Callable[[], object] | None = None,
 ) -> None:
-    """Train every plan with every seed in several processes of one thread; results go into the ledger.
+    """Train every plan with every seed; results go into the ledger as they come.
 
     Args:
         course: how long.
         plans: what to train.
         ledger: holds the runs that are done.
-        workers: processes.
+        pool: where they run, several at a time.
         on_run: called after each run, those that were done before included.
     """
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {}
-        for key, plan, seed in _jobs(course, plans):
-            if ledger.get(key) is None:
-                waiting[pool.submit(_run, course.task, plan.ranks.tolist(), seed)] = key
-            elif on_run:
-                on_run()
-        for done in as_completed(waiting):
-            ledger.add(waiting[done], done.result())
-            if on_run:
-                on_run()
+    waiting = {}
+    for key, plan, seed in _jobs(course, plans):
+        if ledger.get(key) is None:
+            waiting[pool.submit(_run, course.task, plan.ranks.tolist(), seed)] = key
+        elif on_run:
+            on_run()
+    for done in as_completed(waiting):
+        ledger.add(waiting[done], done.result())
+        if on_run:
+            on_run()
 
 
 def compare(
-    course: Course, ledger: Ledger, workers: int, on_run: Callable[[], object] | None = None
+    course: Course, ledger: Ledger, pool: Executor, on_run: Callable[[], object] | None = None
 ) -> dict[str, Outcome]:
     """Run the whole course; returns outcomes by plan.
 
     Args:
         course: what to run.
         ledger: holds what is done.
-        workers: processes for the training runs; steps are timed in this one.
+        pool: for the training runs; steps are timed in this process, before the pool is busy.
         on_run: called after each training run.
     """
     plans = plans_of(course)
     ranks = {name: plan.ranks.tolist() for name, plan in plans.items()}
     key = {"part": "time", "task": repr(course.task), "ranks": ranks, "rounds": course.rounds}
     timed = ledger.fetch(key, partial(time_plans, course, plans))
-    run_losses(course, plans, ledger, workers, on_run)
+    run_losses(course, plans, ledger, pool, on_run)
     return {
         name: Outcome(
             plan,

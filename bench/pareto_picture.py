@@ -1,64 +1,81 @@
-"""The picture of the memory benchmark: what loss and what speed a plan buys with its bytes."""
+"""The picture of the comparison: held-out loss and step time against bytes at the peak."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from ..study.drawing import COLORS, clean_axes, new_figure
-from .pareto import Point
-from .plans import REFERENCE
+from ..study.drawing import COLORS, FAINT, INK, clean_axes, new_figure
+from .harness import Estimate
+from .pareto import Outcome
+from .plans import REFERENCE, REQUIRED
 
-MARKS = ("o", "s", "D", "^", "v")
+STYLES: dict[str, dict[str, Any]] = {
+    "all-linear": {"color": FAINT, "marker": "s"},
+    "top layers, rank 8": {"color": COLORS[5], "marker": "v"},
+    "top layers, rank 16": {"color": COLORS[0], "marker": "^"},
+    "rule16": {"color": COLORS[4], "marker": "D"},
+    "fracrule": {"color": COLORS[1], "marker": "o"},
+}
+LABELLED = "all-linear"
+"""The group whose points get their labels; the others are told apart by their bytes."""
 
 
-def pareto_figure(points: Mapping[str, Sequence[Point]], title: str) -> Figure:
-    """One row of panels for each task: held-out loss and step time over bytes.
+def pareto_picture(tasks: Mapping[str, Mapping[str, Outcome]]) -> Figure:
+    """A row for each fine-tune: loss against bytes, step time against bytes.
 
     Args:
-        points: of each task, by its title.
-        title: the finding.
+        tasks: outcomes by plan, by title.
     """
-    note = "Bytes and step time as shares of all-linear rank 8; bars are 95 % intervals of the paired difference"
-    figure = new_figure(0.6 + 3.1 * len(points), title, note)
-    axes = figure.subplots(len(points), 2, squeeze=False)
-    for row, (task, measured) in zip(axes, points.items(), strict=True):
-        _losses(clean_axes(row[0]), measured, task)
-        _times(clean_axes(row[1]), measured)
-    handles, labels = axes[0][1].get_legend_handles_labels()
-    axes[0][1].legend(handles, labels, fontsize=8, frameon=False, loc="lower right")
+    note = (
+        "Relative to all-linear rank 8 (dotted). Bars: 95 % bootstrap intervals, of losses over paired seeds. "
+        f"Filled: {REQUIRED}."
+    )
+    figure = new_figure(0.9 + 2.9 * len(tasks), _title(list(tasks.values())), note)
+    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    for (left, right), (title, outcomes) in zip(panels, tasks.items(), strict=True):
+        reference = outcomes[REFERENCE]
+        _draw(left, outcomes, {name: o.loss_difference(reference) for name, o in outcomes.items()}, base=0)
+        _draw(right, outcomes, {name: o.step_ratio(reference) for name, o in outcomes.items()}, base=1)
+        left.set_ylabel("held-out loss minus rank 8's, nats")
+        right.set_ylabel("time of a step over rank 8's")
+        left.set_title(title, fontsize=10.5, color=INK, loc="left")
+        for axes in (left, right):
+            axes.set_xlabel("bytes at the peak, measured, of all-linear rank 8")
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
     return figure
 
 
-def _groups(points: Sequence[Point]) -> dict[str, list[Point]]:
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        groups.setdefault(point.plan.group, []).append(point)
-    return groups
+def _title(tasks: Sequence[Mapping[str, Outcome]]) -> str:
+    ratios = [outcomes[REQUIRED].step_ratio(outcomes[REFERENCE]).value for outcomes in tasks]
+    differences = [outcomes[REQUIRED].loss_difference(outcomes[REFERENCE]).value for outcomes in tasks]
+    times = " and ".join(f"{ratio:.0%}" for ratio in ratios)
+    losses = " and ".join(f"{difference:+.3f}" for difference in differences)
+    return f"fracrule at 65 % of all-linear rank 8's bytes: {times} of the time a step, {losses} nats"
 
 
-def _losses(axes: Axes, points: Sequence[Point], task: str) -> None:
-    reference = next(point.loss for point in points if point.plan.name == REFERENCE)
-    for index, (group, members) in enumerate(_groups(points).items()):
-        for point in sorted((p for p in members if p.difference), key=lambda p: p.share):
-            spread = point.difference
-            assert spread is not None
-            bar = [[spread.value - spread.low], [spread.high - spread.value]]
-            label = group if point is members[0] else None
-            axes.errorbar(
-                point.share, spread.value, bar, fmt=MARKS[index], color=COLORS[index], ms=5, lw=1, label=label
-            )
-    axes.axhline(0, color="#8a8a8a", lw=0.8, zorder=0)
-    axes.set_title(f"{task}: all-linear rank 8 reaches {reference:.3f} nats", fontsize=9, loc="left")
-    axes.set_ylabel("held-out loss, difference (nats)", fontsize=8)
-    axes.set_xlabel("peak bytes", fontsize=8)
-
-
-def _times(axes: Axes, points: Sequence[Point]) -> None:
-    for index, (group, members) in enumerate(_groups(points).items()):
-        shares, ratios = [p.share for p in members], [p.step_ratio.value for p in members]
-        axes.plot(shares, ratios, MARKS[index], color=COLORS[index], ms=5, label=group)
-    axes.set_ylabel("time of a step", fontsize=8)
-    axes.set_xlabel("peak bytes", fontsize=8)
+def _draw(axes: Axes, outcomes: Mapping[str, Outcome], estimates: Mapping[str, Estimate], base: float) -> None:
+    clean_axes(axes)
+    whole = outcomes[REFERENCE].measured_bytes
+    axes.axhline(base, color=INK, linewidth=0.8, linestyle=":")
+    axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
+    for group, style in STYLES.items():
+        names = [name for name, outcome in outcomes.items() if outcome.plan.group == group]
+        if not names:
+            continue
+        shares = np.array([outcomes[name].measured_bytes / whole for name in names])
+        values = np.array([estimates[name].value for name in names])
+        bars = np.array([[e.value - e.low, e.high - e.value] for e in (estimates[name] for name in names)]).T
+        looks: dict[str, Any] = style | {"linewidth": 1.3, "markersize": 6, "markerfacecolor": "white"}
+        axes.errorbar(shares, values, np.maximum(bars, 0), label=group, elinewidth=0.8, capsize=0, **looks)
+        if REQUIRED in names:
+            index = names.index(REQUIRED)
+            axes.plot(shares[index], values[index], style["marker"], color=style["color"], markersize=9, zorder=5)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.margins(x=0.05, y=0.08)

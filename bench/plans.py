@@ -17,6 +17,7 @@ TOP_RANKS = (8, 16)
 DEPTHS = {"top third": 1 / 3, "top half": 1 / 2, "top two thirds": 2 / 3}
 BUDGETS = (0.30, 0.50, 0.65, 0.80, 1.00)
 RULES: dict[str, Callable[[PlanProblem], IntArray]] = {"rule16": rule16, "fracrule": fracrule}
+PLAN_COUNT = len(UNIFORM) + len(TOP_RANKS) * len(DEPTHS) + len(RULES) * len(BUDGETS)
 REFERENCE = f"all-linear, rank {START_RANK}"
 REQUIRED = "fracrule at 65 %"
 

@@ -1,0 +1,112 @@
+"""Part A of the memory benchmark as tables and flat figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ..lora.budget import format_bytes
+from .accuracy import Errors
+from .harness import Figures, make_table
+from .settings import Setting
+
+Results = Mapping[Setting, Mapping[str, Any]]
+Chosen = Callable[[Setting, Mapping[str, Any]], bool]
+
+BARS = "median 0.5 %, 95th percentile 2 % (peak 3 %), worst 4 %"
+"""What errors may be; the margin under checkpointing is part of them."""
+
+
+def accuracy(results: Results, console: Console) -> Figures:
+    """Print the errors of random plans by setting, shape and precision; returns the figures."""
+    figures: Figures = {"accuracy.plans": sum(len(result["plans"]) for result in results.values())}
+    rows = []
+    for title, chosen in _lines(results):
+        count, saved, peak = _errors(results, chosen)
+        steps = [result["calibration_steps"] for setting, result in results.items() if _any(chosen, setting, result)]
+        rows.append((title, str(count), *_cells(saved), *_cells(peak), f"{np.median(steps):.1f}"))
+        prefix = f"accuracy.{title.replace(', ', '.').replace(' ', '_')}"
+        figures[f"{prefix}.calibration_steps"] = float(np.median(steps))
+        for kind, errors in (("saved", saved), ("peak", peak)):
+            if errors:
+                figures |= {f"{prefix}.{kind}_error_{name}": value for name, value in vars(errors).items()}
+    parts = ("median", "95 %", "over", "under")
+    columns = (
+        "model, checkpointing",
+        "plans",
+        *(f"saved {p}" for p in parts),
+        *(f"peak {p}" for p in parts),
+        "calibr.",
+    )
+    title = f"Predicted over measured bytes, minus 1; calibration in training steps. Bars for the size: {BARS}"
+    console.print(make_table(title, columns, rows))
+    return figures
+
+
+def _is(setting: Setting, plan: Mapping[str, Any], **wanted: str) -> bool:
+    """Whether a setting has these fields."""
+    return all(getattr(setting, name) == value for name, value in wanted.items())
+
+
+def _lines(results: Results) -> Iterable[tuple[str, Chosen]]:
+    """Titles of rows, and the plans of each."""
+    for family, checkpointing in dict.fromkeys((setting.family, setting.checkpointing) for setting in results):
+        yield f"{family}, {checkpointing}", partial(_is, family=family, checkpointing=checkpointing)
+    for precision in dict.fromkeys(setting.precision for setting in results):
+        yield f"all, {precision}", partial(_is, precision=precision)
+    yield "shape of calibration", lambda setting, plan: bool(plan["calibrated"])
+    yield "other shapes", lambda setting, plan: not plan["calibrated"]
+    yield "without checkpointing", lambda setting, plan: setting.checkpointing == "none"
+    yield "with checkpointing", lambda setting, plan: setting.checkpointing != "none"
+
+
+def _any(chosen: Chosen, setting: Setting, result: Mapping[str, Any]) -> bool:
+    return any(chosen(setting, plan) for plan in result["plans"])
+
+
+def _errors(results: Results, chosen: Chosen) -> tuple[int, Errors | None, Errors | None]:
+    """Number of plans, errors of saved tensors (without checkpointing only) and of the peak."""
+    plans = [plan for setting, result in results.items() for plan in result["plans"] if chosen(setting, plan)]
+    saved = Errors.of(plan["saved"] for plan in plans if plan["saved"])
+    return len(plans), saved, Errors.of(plan["peak"] for plan in plans)
+
+
+def _cells(errors: Errors | None) -> tuple[str, ...]:
+    if errors is None:
+        return ("",) * 4
+    return f"{errors.median:.3%}", f"{errors.high:.3%}", f"{errors.over:+.3%}", f"{errors.under:+.3%}"
+
+
+def guard(results: Mapping[str, Mapping[str, Any]], console: Console) -> Figures:
+    """Print what is seen from outside and what the guard costs; returns the figures."""
+    figures: Figures = {}
+    for family, result in results.items():
+        seen = result.get("outside") or {}
+        if seen:
+            names = [name for name in next(iter(seen.values())) if name != "predicted"]
+            rows = [(plan, *_beside(sizes, names)) for plan, sizes in seen.items()]
+            console.print(make_table(f"{family}, one step from outside", ("plan", "predicted", *_titles(names)), rows))
+            figures |= {f"outside.{family}.{p}.{n}": v for p, sizes in seen.items() for n, v in sizes.items()}
+        value, low, high = result["guard"]["step_ratio"]
+        share = result["guard"]["look_share"]
+        console.print(
+            f"{family}: a measured step takes {value:.3f} ({low:.3f} to {high:.3f}) of a plain one; other steps carry "
+            f"the look at the batch, {share:.3%} of a step.",
+            highlight=False,
+        )
+        figures |= {f"guard.{family}.step_ratio": value, f"guard.{family}.step_ratio_low": low}
+        figures |= {f"guard.{family}.step_ratio_high": high, f"guard.{family}.look_share": share}
+    return figures
+
+
+def _beside(sizes: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    predicted = sizes["predicted"]
+    return [format_bytes(predicted), *(f"{format_bytes(sizes[n])} ({sizes[n] / predicted - 1:+.1%})" for n in names)]
+
+
+def _titles(names: Iterable[str]) -> list[str]:
+    return [name.replace("resident_given_back", "resident, heap given back") for name in names]
