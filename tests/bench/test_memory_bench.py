@@ -1,0 +1,98 @@
+"""The memory benchmark: errors, plans, the ledger of finished runs, and one setting measured for real."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.bench import memory
+from rankpilot.bench.accuracy import CALIBRATED, Errors, compare_plans, random_plan, saved_bytes
+from rankpilot.bench.ledger import Ledger
+from rankpilot.bench.pareto import FULL, QUICK
+from rankpilot.bench.plans import BUDGETS, REFERENCE, REQUIRED, named_plans
+from rankpilot.bench.settings import MODELS, Setting
+from rankpilot.errors import ConfigError
+from rankpilot.lora.cost import total_cost
+from rankpilot.lora.shape import Shape
+
+CPU = torch.device("cpu")
+
+
+def test_errors_are_signed_and_sized() -> None:
+    errors = Errors.of([(110, 100), (95, 100), (100, 100)])
+    assert errors is not None
+    assert (errors.over, errors.under) == pytest.approx((0.1, -0.05))
+    assert errors.median == pytest.approx(0.05)
+    assert Errors.of([]) is None
+
+
+def test_random_plans_adapt_something_and_differ_in_kind() -> None:
+    generator, blocks = np.random.default_rng(0), np.repeat(np.arange(4), 7)
+    plans = [random_plan(generator, blocks, turn) for turn in range(60)]
+    assert all(plan.any() for plan in plans)
+    assert any((plan > 0).all() for plan in plans)
+    assert any((plan == 0).sum() > 20 for plan in plans)
+    tops = [plan for plan in plans if plan[blocks == 0].sum() == 0 and plan[blocks == 3].all()]
+    assert tops, "top layers only"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "not reentrant", "reentrant"])
+def test_one_setting_is_predicted_as_measured(checkpointing: str) -> None:
+    setting = Setting("llama", checkpointing, "fp32")  # type: ignore[arg-type]
+    result = compare_plans(setting, (CALIBRATED, Shape(3, 20)), 2, CPU, seed=0)
+    assert len(result["plans"]) == 4
+    assert [plan["calibrated"] for plan in result["plans"]] == [True, True, False, False]
+    margin = {"none": 0.0, "not reentrant": 0.006, "reentrant": 0.016}[checkpointing]
+    for plan in result["plans"]:
+        predicted, measured = plan["peak"]
+        assert measured <= predicted <= measured * (1 + margin) + 1
+        assert (plan["saved"] is None) == (checkpointing != "none")
+        if plan["saved"]:
+            assert plan["saved"][0] == plan["saved"][1] > 0
+    assert result["calibration_steps"] > 0
+
+
+def test_saved_bytes_fall_with_the_adapted_layers() -> None:
+    setting = Setting("gpt2", "none", "fp32")
+    learner, batch = setting.learner(CPU, 0), setting.batch(Shape(2, 16), CPU, 0)
+    whole = saved_bytes(learner, batch)
+    learner.set_ranks([0] * (len(learner.targets) - 1) + [4])
+    assert 0 < saved_bytes(learner, batch) < whole / 3
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_named_plans_keep_to_their_budgets(family: str) -> None:
+    setting = Setting(family, "none", "fp32")
+    learner = setting.learner(CPU, 0)
+    cost = learner.calibrate(setting.batch(Shape(2, 16), CPU, 0)).cost()
+    plans = named_plans(learner.targets, cost, 4)
+    reference = plans[REFERENCE].predicted_bytes
+    assert {plan.budget for plan in plans.values()} == {None, *BUDGETS}
+    for plan in plans.values():
+        assert plan.predicted_bytes == total_cost(cost, plan.ranks)
+        assert plan.budget is None or plan.predicted_bytes <= plan.budget * reference
+    known = set(plans)
+    for course in (*FULL.values(), *QUICK.values()):
+        assert {REFERENCE, REQUIRED} <= set(course.plans or known) <= known
+
+
+def test_a_ledger_goes_on_where_it_was_and_refuses_to_mix(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    ledger = Ledger(path)
+    assert ledger.fetch({"plan": [1, 2], "seed": 0}, lambda: 0.5) == 0.5
+    with pytest.raises(ConfigError, match="--resume"):
+        Ledger(path)
+    resumed = Ledger(path, resume=True)
+    assert resumed.fetch({"seed": 0, "plan": [1, 2]}, lambda: math.nan) == 0.5
+    assert resumed.get({"seed": 1, "plan": [1, 2]}) is None
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--workers", "0"], ["--device", "cuda"]])
+def test_options_that_cannot_work(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert memory.main(["--quick", *arguments]) == 1
+    assert "error:" in capsys.readouterr().err
