@@ -16,7 +16,8 @@ from transformers import set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..errors import ConfigError, UnsupportedError
-from ..lora.memory import MemoryModel, calibrate
+from ..lora.calibration import calibrate
+from ..lora.memory import MemoryModel
 from ..lora.ranks import set_ranks
 from ..lora.targets import TargetModule, find_target_modules
 from .config import MemoryConfig, OptimizerName, Task

@@ -15,10 +15,11 @@ from ..env.controller import RankController
 from ..env.observation import Observation
 from ..errors import UnsupportedError
 from ..lora.budget import format_bytes
+from ..lora.calibration import calibrate
 from ..lora.cost import ByteCost
 from ..lora.held_state import signal_buffer_bytes
 from ..lora.ladder import IntArray
-from ..lora.memory import MemoryModel, calibrate
+from ..lora.memory import MemoryModel
 from ..lora.peak import PeakMeter
 from ..lora.plan import Plan, check_budget
 from ..lora.recording import Batch

@@ -18,9 +18,10 @@ from ..env.controller import ProbeResult, budget_limit, probe
 from ..env.schedule import DecisionSchedule
 from ..errors import DataError
 from ..lora.budget import Budget
+from ..lora.calibration import calibrate
 from ..lora.cost import Cost, ParameterCost
 from ..lora.held_state import signal_buffer_bytes
-from ..lora.memory import MemoryModel, calibrate
+from ..lora.memory import MemoryModel
 from ..lora.ranks import reset_adapters
 from ..lora.recording import Batch
 from ..lora.shape import MASK, padded

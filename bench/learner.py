@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from ..lora.calibration import calibrate
 from ..lora.ladder import IntArray
-from ..lora.memory import MemoryModel, calibrate
+from ..lora.memory import MemoryModel
 from ..lora.peak import PeakMeter
 from ..lora.ranks import set_ranks
 from ..lora.recording import Batch

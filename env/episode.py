@@ -10,9 +10,9 @@ import torch
 
 from ..errors import NonFiniteError
 from ..lora.budget import Budget
+from ..lora.calibration import calibrate
 from ..lora.cost import ByteCost, FloatArray
 from ..lora.ladder import IntArray
-from ..lora.memory import calibrate
 from ..lora.plan import Plan, PlanProblem, uniform_ranks
 from ..lora.ranks import reset_adapters, set_ranks
 from .controller import ProbeResult, RankController, budget_limit, probe

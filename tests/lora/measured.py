@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rankpilot.lora.memory import calibrate
+from rankpilot.lora.calibration import calibrate
 from rankpilot.lora.peak import PeakMeter
 from rankpilot.lora.ranks import set_ranks
 from rankpilot.lora.targets import find_target_modules

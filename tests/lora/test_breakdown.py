@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.lora.breakdown import KINDS, LOSS, Breakdown, break_down, frozen_bytes
+from rankpilot.lora.calibration import calibrate
 from rankpilot.lora.cost import total_cost
 from rankpilot.lora.held_state import state_bytes
-from rankpilot.lora.memory import MemoryModel, calibrate
+from rankpilot.lora.memory import MemoryModel
 from rankpilot.lora.shape import Shape
 from rankpilot.lora.targets import TargetModule, find_target_modules
 

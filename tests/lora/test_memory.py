@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.errors import UnsupportedError
+from rankpilot.lora.calibration import calibrate
 from rankpilot.lora.cost import total_cost
 from rankpilot.lora.held_state import signal_buffer_bytes
-from rankpilot.lora.memory import calibrate
 from rankpilot.lora.peak import PeakMeter
 from rankpilot.lora.ranks import set_ranks
 from rankpilot.lora.shape import Shape

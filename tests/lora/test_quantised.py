@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.base_weight import base_norm, guard_base, real_weight
+from rankpilot.lora.calibration import calibrate
 from rankpilot.lora.checkpoint import adapter_ranks, make_resizable, settle, sync_config
 from rankpilot.lora.cost import total_cost
-from rankpilot.lora.memory import calibrate
 from rankpilot.lora.peak import PeakMeter
 from rankpilot.lora.ranks import set_ranks
 from rankpilot.lora.signals import SignalMeter
