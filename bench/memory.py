@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -28,6 +28,9 @@ from .memory_parts import FULL, QUICK, Extent, accuracy_part, guard_part
 from .pareto import Outcome, compare
 from .pareto_picture import pareto_picture
 
+WIDTH = 120
+"""Columns of output that goes into a file."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -41,8 +44,8 @@ class Memory:
     holds a margin. Then one larger step is looked at from outside: what the operating system (on CUDA the allocator)
     says; and a step is timed with and without the guard that measures it.
 
-    Part B trains MiniLM-L6 on film reviews and a small Llama on source code with 20 plans: one rank everywhere, top
-    layers, and two placement rules at 30 to 100 % of the bytes of all-linear rank 8. For each: bytes predicted and
+    Part B trains MiniLM-L6 on film reviews and a small Llama on source code with up to 20 plans: one rank everywhere,
+    top layers, and two placement rules at 30 to 100 % of the bytes of all-linear rank 8. For each: bytes predicted and
     measured, time of a step on the largest batch (plans take turns in one process), and held-out loss after training,
     with the same seeds for all. Intervals are 95 % (bootstrap; over few seeds, so rather too narrow).
 
@@ -90,6 +93,8 @@ def benchmark(options: Memory, extent: Extent, console: Console) -> Figures:
     """
     options.check()
     device = find_device(options.device)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     ledger = Ledger(options.json.with_suffix(".jsonl") if options.json else None, resume=options.resume)
     figures: Figures = {**machine_facts(device), "quick": options.quick, "seed": options.seed}
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
@@ -109,10 +114,17 @@ def benchmark(options: Memory, extent: Extent, console: Console) -> Figures:
     return figures
 
 
+def _pool(options: Memory) -> Executor:
+    """Where training runs; a quick run's are shorter than the start of a process."""
+    if options.quick:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"))
+
+
 def _train(options: Memory, extent: Extent, ledger: Ledger, bar: Progress) -> dict[str, dict[str, Outcome]]:
     """Part B's outcomes, by fine-tune and plan."""
     tasks = {}
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+    with _pool(options) as pool:
         for name, course in extent.courses.items():
             shown = bar.add_task(f"{name}, training runs", total=course.runs)
             tasks[name] = compare(course, ledger, pool, partial(bar.advance, shown))

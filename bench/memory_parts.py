@@ -65,7 +65,7 @@ QUICK = Extent(
         for checkpointing in ("none", CHECKPOINTING[1 + index % 2])
     ),
     shapes=SHAPES[:2],
-    plans=2,
+    plans=1,
     size=Size(layers=2, rows=4),
     families=FAMILIES[:1],
     outside=(REFERENCE,),

@@ -17,33 +17,28 @@ from .settings import Setting
 Results = Mapping[Setting, Mapping[str, Any]]
 Chosen = Callable[[Setting, Mapping[str, Any]], bool]
 
-BARS = "median 0.5 %, 95th percentile 2 % (peak 3 %), worst 4 %"
-"""What errors may be; the margin under checkpointing is part of them."""
+KINDS = {"saved": "Saved for backward", "peak": "Peak of a step"}
+BARS = {"saved": "Bars: 0.5, 2, 4, -4", "peak": "Bars: 0.5, 3, 4, -4"}
+"""What errors may be: median and 95th percentile of their size, the worst over and under."""
 
 
 def accuracy(results: Results, console: Console) -> Figures:
     """Print the errors of random plans by setting, shape and precision; returns the figures."""
     figures: Figures = {"accuracy.plans": sum(len(result["plans"]) for result in results.values())}
-    rows = []
-    for title, chosen in _lines(results):
-        count, saved, peak = _errors(results, chosen)
-        steps = [result["calibration_steps"] for setting, result in results.items() if _any(chosen, setting, result)]
-        rows.append((title, str(count), *_cells(saved), *_cells(peak), f"{np.median(steps):.1f}"))
-        prefix = f"accuracy.{title.replace(', ', '.').replace(' ', '_')}"
-        figures[f"{prefix}.calibration_steps"] = float(np.median(steps))
-        for kind, errors in (("saved", saved), ("peak", peak)):
-            if errors:
-                figures |= {f"{prefix}.{kind}_error_{name}": value for name, value in vars(errors).items()}
-    parts = ("median", "95 %", "over", "under")
-    columns = (
-        "model, checkpointing",
-        "plans",
-        *(f"saved {p}" for p in parts),
-        *(f"peak {p}" for p in parts),
-        "calibr.",
-    )
-    title = f"Predicted over measured bytes, minus 1; calibration in training steps. Bars for the size: {BARS}"
-    console.print(make_table(title, columns, rows))
+    for kind, what in KINDS.items():
+        rows = []
+        for title, chosen in _lines(results):
+            count, errors = _errors(results, chosen, kind)
+            if errors is None:
+                continue
+            steps = float(np.median([r["calibration_steps"] for s, r in results.items() if _any(chosen, s, r)]))
+            rows.append((title, str(count), *_cells(errors), f"{steps:.1f}"))
+            prefix = f"accuracy.{title.replace(', ', '.').replace(' ', '_')}"
+            figures[f"{prefix}.calibration_steps"] = steps
+            figures |= {f"{prefix}.{kind}_error_{name}": value for name, value in vars(errors).items()}
+        columns = ("model, checkpointing", "plans", "median", "95th", "over", "under", "calibr.")
+        console.print(make_table(f"{what}, predicted over measured - 1, in %. {BARS[kind]}", columns, rows))
+    console.print("calibr.: time of the calibration, in training steps", highlight=False)
     return figures
 
 
@@ -58,27 +53,26 @@ def _lines(results: Results) -> Iterable[tuple[str, Chosen]]:
         yield f"{family}, {checkpointing}", partial(_is, family=family, checkpointing=checkpointing)
     for precision in dict.fromkeys(setting.precision for setting in results):
         yield f"all, {precision}", partial(_is, precision=precision)
-    yield "shape of calibration", lambda setting, plan: bool(plan["calibrated"])
+    yield "calibrated shape", lambda setting, plan: bool(plan["calibrated"])
     yield "other shapes", lambda setting, plan: not plan["calibrated"]
-    yield "without checkpointing", lambda setting, plan: setting.checkpointing == "none"
-    yield "with checkpointing", lambda setting, plan: setting.checkpointing != "none"
+    yield "no checkpointing", lambda setting, plan: setting.checkpointing == "none"
+    yield "checkpointing", lambda setting, plan: setting.checkpointing != "none"
 
 
 def _any(chosen: Chosen, setting: Setting, result: Mapping[str, Any]) -> bool:
     return any(chosen(setting, plan) for plan in result["plans"])
 
 
-def _errors(results: Results, chosen: Chosen) -> tuple[int, Errors | None, Errors | None]:
-    """Number of plans, errors of saved tensors (without checkpointing only) and of the peak."""
+def _errors(results: Results, chosen: Chosen, kind: str) -> tuple[int, Errors | None]:
+    """Number of plans that were measured, and their errors."""
     plans = [plan for setting, result in results.items() for plan in result["plans"] if chosen(setting, plan)]
-    saved = Errors.of(plan["saved"] for plan in plans if plan["saved"])
-    return len(plans), saved, Errors.of(plan["peak"] for plan in plans)
+    pairs = [plan[kind] for plan in plans if plan[kind]]
+    return len(pairs), Errors.of(pairs)
 
 
-def _cells(errors: Errors | None) -> tuple[str, ...]:
-    if errors is None:
-        return ("",) * 4
-    return f"{errors.median:.3%}", f"{errors.high:.3%}", f"{errors.over:+.3%}", f"{errors.under:+.3%}"
+def _cells(errors: Errors) -> tuple[str, ...]:
+    sizes = f"{100 * errors.median:.3f}", f"{100 * errors.high:.3f}"
+    return *sizes, f"{100 * errors.over:+.3f}", f"{100 * errors.under:+.3f}"
 
 
 def guard(results: Mapping[str, Mapping[str, Any]], console: Console) -> Figures:
@@ -109,4 +103,4 @@ def _beside(sizes: Mapping[str, float], names: Iterable[str]) -> list[str]:
 
 
 def _titles(names: Iterable[str]) -> list[str]:
-    return [name.replace("resident_given_back", "resident, heap given back") for name in names]
+    return [name.replace("resident_given_back", "resident, freed heap returned") for name in names]

@@ -23,7 +23,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "fracrule": {"color": COLORS[1], "marker": "o"},
 }
 LABELLED = "all-linear"
-"""The group whose points get their labels; the others are told apart by their bytes."""
+"""The group whose points are labelled; those of the others differ enough in their bytes."""
 
 
 def pareto_picture(tasks: Mapping[str, Mapping[str, Outcome]]) -> Figure:
@@ -36,19 +36,21 @@ def pareto_picture(tasks: Mapping[str, Mapping[str, Outcome]]) -> Figure:
         "Relative to all-linear rank 8 (dotted). Bars: 95 % bootstrap intervals, of losses over paired seeds. "
         f"Filled: {REQUIRED}."
     )
-    figure = new_figure(0.9 + 2.9 * len(tasks), _title(list(tasks.values())), note)
+    figure = new_figure(0.9 + 2.6 * len(tasks), _title(list(tasks.values())), note)
     panels = figure.subplots(len(tasks), 2, squeeze=False)
     for (left, right), (title, outcomes) in zip(panels, tasks.items(), strict=True):
         reference = outcomes[REFERENCE]
         _draw(left, outcomes, {name: o.loss_difference(reference) for name, o in outcomes.items()}, base=0)
         _draw(right, outcomes, {name: o.step_ratio(reference) for name, o in outcomes.items()}, base=1)
-        left.set_ylabel("held-out loss minus rank 8's, nats")
-        right.set_ylabel("time of a step over rank 8's")
+        left.set_ylabel("loss - rank 8's (nats)")
+        right.set_ylabel("step time / rank 8's")
         left.set_title(title, fontsize=10.5, color=INK, loc="left")
         for axes in (left, right):
-            axes.set_xlabel("bytes at the peak, measured, of all-linear rank 8")
-    handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
+            axes.set_xlabel("bytes at the peak, measured")
+    shown = {name: mark for axes in panels.flat for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [name for name in STYLES if name in shown]
+    marks = [shown[name] for name in order]
+    figure.legend(marks, order, loc="outside lower center", ncols=len(order), fontsize=9, frameon=False)
     return figure
 
 
@@ -57,7 +59,7 @@ def _title(tasks: Sequence[Mapping[str, Outcome]]) -> str:
     differences = [outcomes[REQUIRED].loss_difference(outcomes[REFERENCE]).value for outcomes in tasks]
     times = " and ".join(f"{ratio:.0%}" for ratio in ratios)
     losses = " and ".join(f"{difference:+.3f}" for difference in differences)
-    return f"fracrule at 65 % of all-linear rank 8's bytes: {times} of the time a step, {losses} nats"
+    return f"At 65% of all-linear rank 8's bytes, fracrule's step takes {times} of its time; loss {losses} nats"
 
 
 def _draw(axes: Axes, outcomes: Mapping[str, Outcome], estimates: Mapping[str, Estimate], base: float) -> None:
@@ -74,8 +76,12 @@ def _draw(axes: Axes, outcomes: Mapping[str, Outcome], estimates: Mapping[str, E
         bars = np.array([[e.value - e.low, e.high - e.value] for e in (estimates[name] for name in names)]).T
         looks: dict[str, Any] = style | {"linewidth": 1.3, "markersize": 6, "markerfacecolor": "white"}
         axes.errorbar(shares, values, np.maximum(bars, 0), label=group, elinewidth=0.8, capsize=0, **looks)
+        if group == LABELLED:
+            for share, value, name in zip(shares, values, names, strict=True):
+                place = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 8, "color": style["color"]}
+                axes.annotate(outcomes[name].plan.label, (share, value), **place)
         if REQUIRED in names:
             index = names.index(REQUIRED)
             axes.plot(shares[index], values[index], style["marker"], color=style["color"], markersize=9, zorder=5)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.margins(x=0.05, y=0.08)

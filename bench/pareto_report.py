@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from ..lora.budget import format_bytes
+from ..study.drawing import MIB
 from .harness import Estimate, Figures, make_table
 from .pareto import Course, Outcome
 from .plans import REFERENCE, REQUIRED
@@ -18,15 +19,15 @@ FASTER = 0.8
 
 def table_of(course: Course, outcomes: Mapping[str, Outcome]) -> Table:
     """One fine-tune's plans for people."""
-    columns = ("plan", "predicted", "measured", "of rank 8", "a step", "loss", "loss - rank 8's")
+    columns = ("plan", "MiB predicted", "measured", "share", "a step", "loss", "minus rank 8's")
     reference, rows = outcomes[REFERENCE], []
     for name, outcome in outcomes.items():
         other = outcome is not reference
         rows.append(
             (
                 name,
-                format_bytes(outcome.plan.predicted_bytes),
-                format_bytes(outcome.measured_bytes),
+                f"{outcome.plan.predicted_bytes / MIB:.2f}",
+                f"{outcome.measured_bytes / MIB:.2f}",
                 f"{outcome.measured_bytes / reference.measured_bytes:.1%}",
                 str(outcome.step_ratio(reference)) if other else f"{1e3 * np.median(reference.seconds):.0f} ms",
                 f"{np.mean([outcome.losses[seed] for seed in range(course.seeds)]):.4f}",
@@ -35,7 +36,7 @@ def table_of(course: Course, outcomes: Mapping[str, Outcome]) -> Table:
         )
     title = (
         f"{course.task.title}: {course.task.steps} steps, {course.seeds} paired seeds ({course.more_seeds} for "
-        f"{REQUIRED}); time of a step over rank 8's"
+        f"{REQUIRED}). Share and time of a step are of rank 8's."
     )
     return make_table(title, columns, rows)
 

@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,11 @@ def observe(family: Family, size: Size, ranks: Sequence[int], device: torch.devi
         RankPilotError: the process failed.
     """
     given = {"family": family, "size": vars(size), "ranks": list(ranks), "device": str(device), "seed": seed}
-    seen = _in_process(given, {})
-    if device.type != "cuda":
-        seen["resident_given_back"] = _in_process(given, GIVING_BACK)["resident"]
-    return seen
+    if device.type == "cuda":
+        return _in_process(given, {})
+    with ThreadPoolExecutor(2) as pool:
+        usual, giving_back = pool.map(partial(_in_process, given), ({}, GIVING_BACK))
+    return usual | {"resident_given_back": giving_back["resident"]}
 
 
 def _in_process(given: dict[str, Any], environment: dict[str, str]) -> dict[str, int]:

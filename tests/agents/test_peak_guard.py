@@ -116,7 +116,7 @@ def test_every_step_costs_what_was_predicted(launch: Callable[..., Run], checkpo
     run = launch(**options)
     assert run.highest <= run.limit
     (_, first), (at, second) = run.pilot.predictions
-    margin = {None: 0.0, False: 0.005, True: 0.015}[checkpointing]
+    margin = {None: 0.0, False: 0.005, True: 0.02}[checkpointing]
     for step, peak in run.pilot.peaks:
         predicted = first if step <= at else second
         assert 0 <= predicted - peak * (1 + margin) <= 1.5 * LOOP_BYTES

@@ -45,7 +45,7 @@ def test_one_setting_is_predicted_as_measured(checkpointing: str) -> None:
     result = compare_plans(setting, (CALIBRATED, Shape(3, 20)), 2, CPU, seed=0)
     assert len(result["plans"]) == 4
     assert [plan["calibrated"] for plan in result["plans"]] == [True, True, False, False]
-    margin = {"none": 0.0, "not reentrant": 0.006, "reentrant": 0.016}[checkpointing]
+    margin = {"none": 0.0, "not reentrant": 0.006, "reentrant": 0.021}[checkpointing]
     for plan in result["plans"]:
         predicted, measured = plan["peak"]
         assert measured <= predicted <= measured * (1 + margin) + 1

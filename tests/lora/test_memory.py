@@ -172,14 +172,14 @@ def test_an_unadapted_embedding_passes_on_gradients_that_were_asked_for(reentran
     cost = run.calibrated().cost()
     top, bottom = (np.eye(9, dtype=np.int64)[index] for index in (8, 1))
     assert total_cost(cost, top) > 0.95 * total_cost(cost, bottom)
-    assert total_cost(cost, top) == pytest.approx(run.peak(top), rel=0.016)
+    assert total_cost(cost, top) == pytest.approx(run.peak(top), rel=0.021)
 
 
 def test_doras_norms_in_a_second_pass_are_known_to_a_few_percent():
     """They are recomputed with weights of the size of the layer's own, which weigh as much as activations here."""
     errors = peak_errors("llama-dora", "fp32", False, 8, ((9, 16),))
     assert errors.min() >= -0.01
-    assert errors.max() <= 0.015
+    assert errors.max() <= 0.02
 
 
 # Batches of other shapes ------------------------------------------------------------------------------------------

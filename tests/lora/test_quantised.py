@@ -455,7 +455,7 @@ def test_the_peak_of_a_step_is_predicted(base, folder, checkpointing):
             meter.end(step, model)
         print(base.name, checkpointing, density, total_cost(cost, ranks) / meter.history[-1][1] - 1)
         over.append(total_cost(cost, ranks) / meter.history[-1][1] - 1)
-    margin = {None: 0.0, False: 0.005, True: 0.015}[checkpointing]
+    margin = {None: 0.0, False: 0.005, True: 0.02}[checkpointing]
     if base.name == "bnb-int8" and checkpointing is False:
         margin = 0.08  # its functions keep tensors on their contexts, which such a checkpoint does not free
     assert min(over) >= 0
