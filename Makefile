@@ -12,8 +12,8 @@ help: ## list the targets
 
 setup: $(VENV)/.installed-test ## make .venv and install the package with what the tests need
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest
+test: setup ## run the tests, a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/.installed-dev ## lint, format, types and import rules
 	scripts/check

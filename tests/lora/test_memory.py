@@ -179,7 +179,7 @@ def test_doras_norms_in_a_second_pass_are_known_to_a_few_percent():
     """They are recomputed with weights of the size of the layer's own, which weigh as much as activations here."""
     errors = peak_errors("llama-dora", "fp32", False, 8, ((9, 16),))
     assert errors.min() >= -0.01
-    assert errors.max() <= 0.02
+    assert errors.max() <= 0.015
 
 
 # Batches of other shapes ------------------------------------------------------------------------------------------
