@@ -25,7 +25,6 @@ _FACTOR_OF: dict[str, dict[str, int]] = {
     "MulBackward0": {"self": 1, "other": 0},
     "DivBackward0": {"self": 1},
     "LinearBackward0": {"input": 1, "weight": 0},
-    "ConvolutionBackward0": {"input": 1, "weight": 0},
 }
 """Operations that save a tensor for the gradient of one input: the saved name, and the number of that input
 (tools/autograd/derivatives.yaml of PyTorch). Any other operation is taken to save for all of its inputs, which can
