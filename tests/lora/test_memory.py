@@ -119,7 +119,12 @@ def test_a_plan_of_no_ranks_saves_only_what_trains_beside_the_adapters():
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*((name, how) for name in THOROUGH for how in PRECISIONS), ("vit", "fp32"), ("distilbert", "autocast")],
+    [
+        *((name, how) for name in THOROUGH[:3] for how in PRECISIONS),
+        ("t5", "fp32"),
+        ("vit", "fp32"),
+        ("distilbert", "autocast"),
+    ],
 )
 def test_peaks_without_checkpointing_are_exact(name, precision):
     assert np.abs(peak_errors(name, precision, None, 3, ((4, 12), (9, 16)))).max() <= EXACT
@@ -143,9 +148,11 @@ LOW = {
 a hidden state, which no larger model would notice."""
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+CHECKPOINTED = [*itertools.product(("llama", "bert", "gpt2"), PRECISIONS), ("t5", "fp32"), ("t5", "autocast")]
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
-@pytest.mark.parametrize("name", THOROUGH)
+@pytest.mark.parametrize(("name", "precision"), CHECKPOINTED)
 def test_checkpointed_peaks_are_within_three_percent_and_not_too_low(name, reentrant, precision):
     """On `gpt2` and `t5` an adapted embedding counts twice, as its adapter's graph and as the leaf that it would be."""
     shapes = ((4, 12), (9, 16)) if name != "t5" else ((4, 12),)
