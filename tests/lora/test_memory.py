@@ -139,13 +139,11 @@ def test_biases_and_magnitudes_count_their_gradients_from_the_start(name):
 
 
 LOW = {
-    ("bert", True, "autocast"): 0.001,
     ("t5", False, "fp32"): 0.006,
-    ("t5", True, "fp32"): 0.008,
-    ("t5", True, "autocast"): 0.013,
+    ("t5", True, "fp32"): 0.003,
+    ("t5", True, "autocast"): 0.008,
 }
-"""By how much tiny models are under-estimated all the same: the second pass holds relative positions, and casts of half
-a hidden state, which no larger model would notice."""
+"""By how much tiny T5s are under-estimated all the same: their relative positions weigh as much as hidden states."""
 
 
 CHECKPOINTED = [*itertools.product(("llama", "bert", "gpt2"), PRECISIONS), ("t5", "fp32"), ("t5", "autocast")]
