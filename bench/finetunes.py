@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from ..agents.workload import Workload, load_model, load_workload
 from ..env.bases import find_base, load_base_model
@@ -87,6 +88,7 @@ class Reviews:
     def learner(self, seed: int) -> Learner:
         """A fresh model; the classifier and the adapters follow the seed."""
         work = self._workload
+        disable_progress_bar()  # transformers would draw one for each model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             base = load_model("all-minilm-l6-v2", work.task, work.labels, work.tokenizer)
