@@ -19,16 +19,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..errors import ConfigError
-from ..study.drawing import save_figure
 from . import memory_report as report
 from . import pareto_report
 from .harness import Figures, find_device, machine_facts, run_command
 from .ledger import Ledger
 from .memory_parts import FULL, QUICK, Extent, accuracy_part, guard_part
 from .pareto import Outcome, compare
-from .pareto_picture import pareto_picture
+from .pareto_picture import pareto_picture, save_picture
 
-WIDTH = 120
+WIDTH = 132
 """Columns of output that goes into a file."""
 
 
@@ -110,7 +109,7 @@ def benchmark(options: Memory, extent: Extent, console: Console) -> Figures:
         console.print(line, highlight=False)
     if options.picture:
         titled = {extent.courses[name].task.title: outcomes for name, outcomes in tasks.items()}
-        save_figure(pareto_picture(titled), options.picture)
+        save_picture(pareto_picture(titled), options.picture)
     return figures
 
 

@@ -55,8 +55,8 @@ _MINILM_PLANS = (
     *(f"fracrule at {share} %" for share in (50, 65, 80)),
 )
 FULL: dict[str, Course] = {
-    "minilm": Course(Reviews(steps=60), seeds=2, more_seeds=5, rounds=8, plans=_MINILM_PLANS),
-    "llama": Course(Code(steps=120), seeds=3, more_seeds=5, rounds=20),
+    "minilm": Course(Reviews(steps=60), seeds=2, more_seeds=5, rounds=30, plans=_MINILM_PLANS),
+    "llama": Course(Code(steps=120), seeds=3, more_seeds=5, rounds=40),
 }
 QUICK: dict[str, Course] = {
     "minilm": Course(Reviews(steps=2, rows=8, length=32, eval_rows=32), 1, 1, rounds=2, plans=_QUICK_PLANS),

@@ -29,7 +29,6 @@ class NamedPlan:
     Attributes:
         name: for people.
         group: plans that are drawn with one mark: "all-linear", "top layers, rank 8", "rule16", ...
-        label: of its point among those of its group.
         ranks: int64 (modules,).
         predicted_bytes: at the peak of a step.
         budget: share of `REFERENCE`'s bytes that it was made for; None for none.
@@ -37,7 +36,6 @@ class NamedPlan:
 
     name: str
     group: str
-    label: str
     ranks: IntArray
     predicted_bytes: float
     budget: float | None = None
@@ -62,13 +60,12 @@ def _simple(problem: PlanProblem, layers: int) -> Iterator[NamedPlan]:
     above = int(problem.blocks.max()) + 1 - layers
     for rank in UNIFORM:
         ranks = problem.uniform(rank)
-        yield NamedPlan(f"all-linear, rank {rank}", "all-linear", f"r {rank}", ranks, problem.price(ranks))
+        yield NamedPlan(f"all-linear, rank {rank}", "all-linear", ranks, problem.price(ranks))
     for rank in TOP_RANKS:
         for depth, share in DEPTHS.items():
-            count = round(share * layers)
-            ranks = top_layers(problem, count + above, rank)
+            ranks = top_layers(problem, round(share * layers) + above, rank)
             group = f"top layers, rank {rank}"
-            yield NamedPlan(f"{depth}, rank {rank}", group, str(count), ranks, problem.price(ranks))
+            yield NamedPlan(f"{depth}, rank {rank}", group, ranks, problem.price(ranks))
 
 
 def _ruled(targets: Sequence[TargetModule], cost: Cost, reference: float) -> Iterator[NamedPlan]:
@@ -76,4 +73,4 @@ def _ruled(targets: Sequence[TargetModule], cost: Cost, reference: float) -> Ite
         for budget in BUDGETS:
             problem = problem_of(targets, cost, budget * reference)
             ranks = rule(problem)
-            yield NamedPlan(f"{name} at {budget:.0%}".replace("%", " %"), name, "", ranks, problem.price(ranks), budget)
+            yield NamedPlan(f"{name} at {budget:.0%}".replace("%", " %"), name, ranks, problem.price(ranks), budget)

@@ -105,7 +105,7 @@ def test_options_that_cannot_work(arguments: list[str], capsys: pytest.CaptureFi
 
 def outcome(name: str, *, measured: int, step: float, loss: float, budget: float | None = None) -> Outcome:
     """Of two modules, with two seeds and four timed steps."""
-    plan = NamedPlan(name, name.split(" at ")[0], "r", np.array([8, 8]), float(measured), budget)
+    plan = NamedPlan(name, name.split(" at ")[0], np.array([8, 8]), float(measured), budget)
     return Outcome(plan, measured, np.full(4, step), {0: loss, 1: loss + 0.5})
 
 
