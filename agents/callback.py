@@ -124,7 +124,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             memory = self._begin(args, state, model, targets, objects)
         self._losses.attach(model, args.gradient_accumulation_steps)
         accumulates = args.gradient_accumulation_steps > 1
-        self._guard.attach(model, optimizer, self._controller, memory, self._corrected, accumulates=accumulates)
+        self._guard.attach(
+            model, optimizer, self._controller, memory, self._losses, self._corrected, accumulates=accumulates
+        )
         if state.global_step == 0:
             self._decide(0, optimizer)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ class LossMeter:
         self.total: torch.Tensor | float = 0.0
         self.count = 0.0
         self._micro_batches = 1
+        self._heard = True
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def attach(self, model: nn.Module, micro_batches: int = 1) -> None:
@@ -39,6 +42,15 @@ class LossMeter:
             self._handle.remove()
             self._handle = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no notice of forward passes for a while: they are not of the run."""
+        self._heard, before = False, self._heard
+        try:
+            yield
+        finally:
+            self._heard = before
+
     def restart(self) -> None:
         """Begin a new interval."""
         self.total, self.count = 0.0, 0.0
@@ -50,6 +62,6 @@ class LossMeter:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take(self, module: nn.Module, inputs: Any, options: dict[str, Any], outputs: Any) -> None:
         loss = getattr(outputs, "loss", None)
-        if module.training and loss is not None:
+        if self._heard and module.training and loss is not None:
             self.total = self.total + loss.detach().float().mean()
             self.count += 1 if options.get("num_items_in_batch") is None else 1 / self._micro_batches

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from ..lora import resident
 from ..lora.held_state import state_bytes
 from ..lora.peak import PeakMeter
 from .memory_setup import Setup
-
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -54,11 +47,11 @@ def measure_step(setup: Setup) -> MeasuredStep:
     assert peak is not None, "the step was measured"
     if reserved is not None:
         return MeasuredStep(peak, reserved_bytes=reserved)
-    before = _restart_resident_peak()
+    before = resident.restart_peak()
     if before is None:
         return MeasuredStep(peak)
     _step(setup)
-    highest = _resident("VmHWM")
+    highest = resident.peak()
     return MeasuredStep(peak, highest - before + held, highest)
 
 
@@ -68,25 +61,3 @@ def _step(setup: Setup) -> None:
     loss.backward()
     setup.optimizer.step()
     setup.optimizer.zero_grad(set_to_none=True)
-
-
-def _restart_resident_peak() -> int | None:
-    """Give free memory back to the system and let its record of the peak start anew (Linux).
-
-    Returns:
-        Bytes resident now; None where that cannot be done.
-    """
-    gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        _CLEAR.write_text("5")
-    except OSError:
-        return None
-    return _resident("VmRSS")
-
-
-def _resident(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text())
-    assert found, f"{name} stands in {_STATUS}"
-    return 1024 * int(found[1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -22,7 +22,7 @@ from ..lora.ranks import set_ranks
 from ..lora.targets import TargetModule, find_target_modules
 from .config import MemoryConfig, OptimizerName, Task
 from .probing import largest_batch
-from .workload import Workload, load_config, load_model, load_workload
+from .workload import Workload, adapt, load_config, load_model, load_workload
 
 Batch = dict[str, torch.Tensor]
 Tell = Callable[[str], None]
@@ -95,7 +95,8 @@ def set_up(config: MemoryConfig, tell: Tell) -> Setup:
     base.config.use_cache = False  # as in the Trainer
     _check_length(config.max_length, base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _adapted(base, task, config).to(device).train()
+    model = adapt(base, config.model, task, target_modules=config.target_modules, rank=config.rank, scaling=2.0)
+    model = model.to(device).train()
     targets = find_target_modules(model)
     set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
     if workload:
@@ -151,24 +152,6 @@ def _check_length(length: int, model: nn.Module) -> None:
             most = min(most, module.num_embeddings - module.padding_idx - 1)
     if 0 < most < length:
         raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")
-
-
-def _adapted(base: Any, task: Task, config: MemoryConfig) -> PeftModel:
-    modules: str | list[str] = config.target_modules
-    if modules != "all-linear":
-        modules = [name.strip() for name in config.target_modules.split(",")]
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=2 * config.rank,
-        target_modules=modules,
-        task_type="SEQ_CLS" if task == "classification" else "CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(base, lora)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"Cannot adapt {config.model!r} with target_modules={config.target_modules!r}: {error}"
-        ) from error
 
 
 def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:

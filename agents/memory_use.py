@@ -186,15 +186,14 @@ class _Plans:
     def by_batch(self, tell: Tell) -> Iterator[Alternative]:
         """Half the rows, half the tokens; calibrated anew where the operations of the model depend on its data."""
         shape = self._memory.shape
-        for name, rows, shrink in (("half the batch", shape.rows // 2, 1), ("half the length", shape.rows, 2)):
-            smaller = reshaped(self._setup.batch, max(rows, 1), shrink)
-            half = Shape.of(smaller)
+        fewer, shorter = Shape(max(1, shape.rows // 2), shape.length), Shape(shape.rows, -(-shape.length // 2))
+        for name, half in (("half the batch", fewer), ("half the length", shorter)):
             if half == shape:
                 continue
             try:
                 yield self._alternative("batch", f"{name} ({half})", self._asked, shape=half)
             except UnsupportedError:
-                memory = _calibrated(self._setup, tell, f"of {name}", smaller)
+                memory = _calibrated(self._setup, tell, f"of {name}", reshaped(self._setup.batch, half))
                 yield self._alternative("batch", f"{name} ({half})", self._asked, memory)
 
     def switched(self, memory: MemoryModel | None) -> Iterator[Alternative]:

@@ -15,7 +15,6 @@ from ..env.controller import RankController
 from ..env.observation import Observation
 from ..errors import UnsupportedError
 from ..lora.budget import format_bytes
-from ..lora.calibration import calibrate
 from ..lora.cost import ByteCost
 from ..lora.held_state import signal_buffer_bytes
 from ..lora.ladder import IntArray
@@ -23,8 +22,10 @@ from ..lora.memory import MemoryModel
 from ..lora.peak import PeakMeter
 from ..lora.plan import Plan, check_budget
 from ..lora.recording import Batch
-from ..lora.shape import Shape
+from ..lora.shape import Shape, reshaped
 from .batch_watch import BatchWatch
+from .loss_meter import LossMeter
+from .probing import measure_memory, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Correction:
 
 
 class PeakGuard:
-    """Watches one run under a budget of bytes; under one of parameters it only measures.
+    """Watches one run under a budget of bytes; under one of parameters it only measures, every `every_steps`.
 
     A step is measured after each change of ranks and every `every_steps`. A peak above the budget corrects the
     prediction by the error and rolls the last change back, as far as the plan before fits the corrected prediction;
@@ -77,6 +78,7 @@ class PeakGuard:
         optimizer: torch.optim.Optimizer,
         controller: RankController,
         memory: MemoryModel | None,
+        losses: LossMeter,
         corrected: Callable[[Correction], None],
         *,
         accumulates: bool,
@@ -88,11 +90,13 @@ class PeakGuard:
             optimizer: its state follows corrections.
             controller: applies them.
             memory: prices other batch shapes; made when it is needed if it is None.
+            losses: must not hear what is run for that.
             corrected: told of each correction.
             accumulates: whether gradients are kept over several micro-batches.
         """
         self._model, self._optimizer, self._controller = model, optimizer, controller
-        self._memory, self._corrected, self._accumulates = memory, corrected, accumulates
+        self._memory, self._losses = memory, losses
+        self._corrected, self._accumulates = corrected, accumulates
         if isinstance(controller.cost, ByteCost):
             self._watch.attach(model, memory.shape if memory else self._watch.shape, self._larger_batch)
 
@@ -135,7 +139,8 @@ class PeakGuard:
     def decided(self, before: IntArray, step: int) -> None:
         """A decision was applied; `before` are the ranks that it found, (modules,)."""
         self._before = before if step > 0 else None  # the first plan follows no plan
-        self.meter.request()
+        if isinstance(self._controller.cost, ByteCost):
+            self.meter.request()
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on after a restart, as JSON values."""
@@ -171,8 +176,13 @@ class PeakGuard:
                 return self._memory.cost(shape)
             except UnsupportedError:  # only the shape of calibration can be priced
                 logger.debug("Calibrating anew for %s.", shape)
+        # The largest rows and the largest length so far may be of two batches.
+        batch = reshaped(batch, shape)
         targets = self._controller.targets
-        self._memory = calibrate(self._model, targets, batch, self._optimizer, accumulates=self._accumulates)
+        with undisturbed(), self._losses.paused():
+            self._memory = measure_memory(
+                targets, self._model, batch, self._optimizer, signals=True, accumulates=self._accumulates
+            )
         return self._memory.cost()
 
     def _correct(self, reason: str, towards: IntArray) -> None:

@@ -112,6 +112,20 @@ class Prices:
     memory: MemoryModel | None
 
 
+def measure_memory(
+    targets: Sequence[TargetModule],
+    model: nn.Module,
+    batch: Batch,
+    optimizer: Any,
+    *,
+    signals: bool,
+    accumulates: bool,
+) -> MemoryModel:
+    """`calibrate` for a training loop, with room for the scalars that it adds."""
+    memory = calibrate(model, targets, batch, optimizer, signal_bytes=signals, accumulates=accumulates)
+    return replace(memory, held=replace(memory.held, others=memory.held.others + LOOP_BYTES))
+
+
 def price_plans(
     budget: Budget,
     targets: Sequence[TargetModule],
@@ -140,8 +154,7 @@ def price_plans(
     if budget.kind == "parameters":
         counted = ParameterCost.of(targets)
         return Prices(counted, budget_limit(budget, counted, max_ranks), None)
-    memory = calibrate(model, targets, batch, optimizer, signal_bytes=False, accumulates=accumulates)
-    memory = replace(memory, held=replace(memory.held, others=memory.held.others + LOOP_BYTES))
+    memory = measure_memory(targets, model, batch, optimizer, signals=False, accumulates=accumulates)
     cost = memory.cost()
     limit = budget_limit(budget, cost, max_ranks)
     if signals:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -137,6 +138,33 @@ def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
     return model
+
+
+def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, rank: int, scaling: float) -> PeftModel:
+    """The model with fresh LoRA adapters.
+
+    Args:
+        base: the model.
+        name: what the user calls it, for errors.
+        task: of its head.
+        target_modules: "all-linear" or names separated by commas.
+        rank: of every adapter.
+        scaling: lora_alpha over the rank.
+
+    Raises:
+        ConfigError: no such modules, or some that cannot carry an adapter.
+    """
+    named = [module.strip() for module in target_modules.split(",")]
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=scaling * rank,
+        target_modules=target_modules if target_modules == "all-linear" else named,
+        task_type="SEQ_CLS" if task == "classification" else "CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base, lora)
+    except (ValueError, TypeError) as error:  # the latter where a head is both trained whole and adapted (DistilBERT)
+        raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
 
 
 def load_splits(name: str) -> DatasetDict:

@@ -21,6 +21,9 @@ from ..errors import ConfigError, RankPilotError
 from ..files import write_json
 from ..lora.cost import FloatArray
 
+WIDTH = 132
+"""Columns of output that goes into a file."""
+
 Figures = dict[str, float | int | str | bool]
 """Results by flat name, such as "bert.adalora.step_ratio"."""
 
@@ -196,7 +199,10 @@ def run_command(benchmark: Callable[[Console], Figures], json: Path | None) -> i
     try:
         if json:
             check_output(json)
-        figures = benchmark(Console())
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, WIDTH)
+        figures = benchmark(console)
         if json:
             write_json(json, figures)
     except RankPilotError as error:

@@ -27,9 +27,6 @@ from .memory_parts import FULL, QUICK, Extent, accuracy_part, guard_part
 from .pareto import Outcome, compare
 from .pareto_picture import pareto_picture, save_picture
 
-WIDTH = 132
-"""Columns of output that goes into a file."""
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -92,8 +89,6 @@ def benchmark(options: Memory, extent: Extent, console: Console) -> Figures:
     """
     options.check()
     device = find_device(options.device)
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
     ledger = Ledger(options.json.with_suffix(".jsonl") if options.json else None, resume=options.resume)
     figures: Figures = {**machine_facts(device), "quick": options.quick, "seed": options.seed}
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())

@@ -7,8 +7,6 @@ default it raises that threshold as it goes (mallopt(3)), and keeps holes betwee
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import subprocess
@@ -16,24 +14,23 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import RankPilotError
+from ..lora import resident
 from ..lora.held_state import state_bytes
 from ..lora.recording import Batch
 from .learner import Learner
 from .models import TASKS, Family, Size, random_loader, random_model
 
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def is_supported(device: torch.device) -> bool:
     """Whether the peak of a step can be read from outside: on CUDA, and on Linux."""
-    return device.type == "cuda" or CLEAR.exists()
+    return device.type == "cuda" or resident.can_tell()
 
 
 def large_learner(family: Family, size: Size, device: torch.device, seed: int) -> tuple[Learner, Batch]:
@@ -77,7 +74,6 @@ def _measure(given: dict[str, Any]) -> dict[str, int]:
     learner.set_ranks(given["ranks"])
     learner.step({name: tensor[:2] for name, tensor in batch.items()})
     held = state_bytes(learner.model, learner.optimizer, gradients=False)
-    gc.collect()
     rises = _cuda_rises if device.type == "cuda" else _resident_rise
     return {name: held + rise for name, rise in rises(learner, batch).items()}
 
@@ -95,19 +91,11 @@ def _cuda_rises(learner: Learner, batch: Batch) -> dict[str, int]:
 
 
 def _resident_rise(learner: Learner, batch: Batch) -> dict[str, int]:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim:
-        trim(0)
-    before = _status_bytes("VmRSS")
-    CLEAR.write_text("5")
+    before = resident.restart_peak()
+    if before is None:
+        raise RankPilotError("This system keeps no record of the peak that can be started anew.")
     learner.step(batch)
-    return {"resident": _status_bytes("VmHWM") - before}
-
-
-def _status_bytes(field: str) -> int:
-    """A line of Linux's record of this process, which counts in KiB."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return 1024 * int(line.split()[1])
+    return {"resident": resident.peak() - before}
 
 
 if __name__ == "__main__":

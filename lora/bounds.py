@@ -30,10 +30,15 @@ def rank_bounds(targets: Sequence[TargetModule], bounds: Bounds) -> tuple[IntArr
         chosen = [i for i, target in enumerate(targets) if target.name == name or target.name.endswith(f".{name}")]
         if not chosen:
             raise UnknownNameError.of("target module", name, [target.name for target in targets])
-        least, most = (bound, bound) if isinstance(bound, int) else bound
-        if not 0 <= least <= most:
-            raise ConfigError(
-                f"The bounds of {name!r} are a rank or a pair from low to high, from 0 on; got {bound!r}."
-            )
+        least, most = _pair(name, bound)
         low[chosen], high[chosen] = np.minimum(least, high[chosen]), most
     return low, high
+
+
+def _pair(name: str, bound: object) -> tuple[int, int]:
+    match bound:
+        case int(rank) if rank >= 0:
+            return rank, rank
+        case (int(least), int(most)) if 0 <= least <= most:
+            return least, most
+    raise ConfigError(f"The bounds of {name!r} are a rank or a pair from low to high, from 0 on; got {bound!r}.")

@@ -150,12 +150,9 @@ def _kinds(peak: PeakStorages, moment: Moment, ranks: IntArray) -> IntArray:
     """The kind of each storage, if it is there, as an index into `KINDS`, (storages,)."""
     recording = peak.recording
     forward = recording.births <= recording.forward_end
-    active = sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
-    wanted = [serial for serial, modules in recording.needed.items() if modules & active]
-    saved = forward & np.isin(np.arange(len(forward)), wanted) & (recording.deaths > recording.forward_end)
     backward = moment.time > recording.forward_end
     kinds = np.full(len(forward), KINDS.index("moment"))
-    kinds[saved] = KINDS.index("saved")
+    kinds[recording.saved_under(ranks)] = KINDS.index("saved")
     kinds[forward & (recording.parts >= 0) & backward] = KINDS.index("again")
     kinds[forward & moment.inputs] = KINDS.index("inputs")
     for serial, module in recording.gradients.items():

@@ -53,12 +53,14 @@ def calibrate(
     half = 2 if shape.length >= 4 else 1
     few = half if shape.rows == 1 else 2  # one row takes short cuts; two of half the length are not more
     part = 1 if shape.rows >= 4 else half  # of the length: all modules adapted may be more than the budget
-    small = reshaped(batch, few, part)
+    length = -(-shape.length // part)
+    shorter = -(-length // half)
+    small = reshaped(batch, Shape(few, length))
     with _probing(model, targets):
         recorder = Recorder(model, targets)
         base = _record(recorder, targets, small)
-        short = _record(recorder, targets, reshaped(batch, few, part * half))
-        wide = _record(recorder, targets, reshaped(batch, few + 1, part * half))
+        short = _record(recorder, targets, reshaped(batch, Shape(few, shorter)))
+        wide = _record(recorder, targets, reshaped(batch, Shape(few + 1, shorter)))
         flexible = _alike(base, wide) and _alike(base, short) and _grows_regularly(short, wide, (few + 1) / few)
         if not flexible:  # operations depend on the data: only the batch itself tells
             base = _record(recorder, targets, batch)
@@ -68,7 +70,7 @@ def calibrate(
         base = recorder.lifetimes(base, small)
     _check_flow(base, targets)
     probed = Shape.of(small)
-    shortened = -(-probed.length // half) / probed.length
+    shortened = -(-probed.length // half) / probed.length  # of the batch itself where only that tells
     slope = np.where(base.owners >= 0, (double.sizes - base.sizes) / RANK, 0.0)
     return MemoryModel(
         shape,

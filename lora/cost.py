@@ -86,3 +86,9 @@ class ByteCost:
         """Bytes that depend on which modules are adapted and not on their ranks, and the constant, (moments,)."""
         result: FloatArray = self.constant + self.held @ self.needs[:, active].any(axis=1)
         return result
+
+    def prices(self, plans: IntArray) -> FloatArray:
+        """Bytes of several plans at each moment, (plans, modules) -> (plans, moments)."""
+        held = (plans > 0).astype(np.float64) @ self.needs.T > 0
+        result: FloatArray = self.constant + held @ self.held.T + plans @ self.per_rank.T
+        return result

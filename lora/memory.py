@@ -10,8 +10,8 @@ buffers, tensors held for the backward pass, and what lives for a moment, such a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -101,7 +101,7 @@ class MemoryModel:
         every, moments, groups = self._candidates(base, slope)
         kept = needed_moments(every, np.random.default_rng(0))
         cost = _with_margin(prune(every, kept), self.margin)
-        prices = cost.fixed(ranks > 0) + cost.per_rank @ ranks
+        prices = cost.prices(ranks[None])[0]
         highest = int(prices.argmax())
         found = PeakStorages(cost.moments[highest], float(prices[highest]), None, np.zeros(len(base)), self._recording)
         if kept[highest] == len(moments):  # the optimiser steps
@@ -109,18 +109,23 @@ class MemoryModel:
         moment = moments[kept[highest]]
         alive, group = groups.at(moment)
         held = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
-        ranked = slope * np.where(self._recording.owners >= 0, ranks[self._recording.owners], 1)
+        ranked = slope * self._ranked(ranks)
         copies = 1 + moment.twice
         sizes = np.where(alive & held, copies * base, 0) + np.where(alive, ranked, 0)
-        for serial, module in self._gradients(moment):
-            sizes[serial] = base[serial] if module < 0 else slope[serial] * ranks[module]
+        serials, modules = self._gradients(moment)
+        sizes[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
         return replace(found, moment=moment, sizes=sizes)
 
-    def _gradients(self, moment: Moment) -> Iterator[tuple[int, int]]:
-        """Serial number and target module (-1 for none) of each parameter's gradient that is there at a moment."""
-        for serial, module in self._recording.gradients.items():
-            if self.accumulates or self._recording.births[serial] <= moment.time:
-                yield serial, module
+    @cached_property
+    def _every_gradient(self) -> IntArray:
+        """Serial numbers and target modules of the gradients of all parameters, (2, gradients)."""
+        return np.array([*self._recording.gradients.items()], dtype=np.int64).reshape(-1, 2).T
+
+    def _gradients(self, moment: Moment) -> tuple[IntArray, IntArray]:
+        """Serial numbers and target modules (-1 for none) of the gradients that are there at a moment."""
+        serials, modules = self._every_gradient
+        there = self.accumulates | (self._recording.births[serials] <= moment.time)
+        return serials[there], modules[there]
 
     def _candidates(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[Moment], _Groups]:
         """The price of plans at every moment, the optimiser's step last, without margin."""
@@ -151,14 +156,12 @@ class MemoryModel:
     def saved(self, ranks: IntArray, shape: Shape | None = None) -> float:
         """Bytes that autograd saves for backward under a plan, checkpointed segments apart, (modules,) -> bytes."""
         base, slope = self.sizes(shape or self.shape)
-        recording = self._recording
-        forward = recording.births <= recording.forward_end
-        active = sum(1 << int(module) for module in np.flatnonzero(ranks))
-        active |= 1 << len(ranks)
-        kept = forward & (recording.deaths > recording.forward_end)
-        chosen = [s for s, modules in recording.needed.items() if kept[s] and modules & active]
-        ranked = np.where(recording.owners >= 0, np.asarray(ranks)[recording.owners], 1)
-        return float((base + slope * ranked)[chosen].sum())
+        return float((base + slope * self._ranked(ranks))[self._recording.saved_under(ranks)].sum())
+
+    def _ranked(self, ranks: IntArray) -> IntArray:
+        """The rank of the module that each storage belongs to, 1 where it belongs to none, (storages,)."""
+        owners = self._recording.owners
+        return np.where(owners >= 0, np.asarray(ranks)[owners], 1)
 
     def _moment(
         self, moment: Moment, base: FloatArray, slope: FloatArray, groups: _Groups
@@ -172,11 +175,10 @@ class MemoryModel:
         lone = alive & (group < 0)
         copies = 1 + moment.twice
         constant = float((copies * base)[lone].sum() + slope[alive & ~owned].sum()) + held.others
-        for serial, module in self._gradients(moment):
-            if module < 0:
-                constant += base[serial]
-            else:
-                per_rank[module] += slope[serial]
+        serials, modules = self._gradients(moment)
+        constant += float(base[serials[modules < 0]].sum())
+        own = modules >= 0
+        per_rank += np.bincount(modules[own], slope[serials[own]], minlength=len(held.weights))
         sums = np.bincount(group[alive & ~lone], (copies * base)[alive & ~lone])
         return constant, dict(enumerate(sums.tolist())), per_rank
 
@@ -216,7 +218,9 @@ class _Groups:
         self._count = count
         self._numbers: dict[Modules, int] = {}
         self._masks: list[Modules] = [0]
-        segments = [_any_of(recording, index) for index in range(len(recording.segments))]
+        segments = [0] * len(recording.segments)
+        for serial, modules in recording.inside.items():
+            segments[recording.parts[serial]] |= modules
         inputs = {
             serial: mask
             for segment, mask in zip(recording.segments, segments, strict=True)
@@ -242,14 +246,16 @@ class _Groups:
         alive = moment.always | kinds.any(axis=0)
         group = np.full(len(alive), -1)
         chosen = np.flatnonzero(alive & ~moment.always)
-        codes, inverse = np.unique(np.where(kinds, self._columns, 0)[:, chosen], axis=1, return_inverse=True)
-        numbers = [self._number(tuple(code)) for code in codes.T.tolist()]
-        group[chosen] = np.array(numbers, dtype=np.int64)[inverse.reshape(-1)]
+        indices = np.where(kinds, self._columns, 0)[:, chosen]
+        base = len(self._masks)
+        codes, inverse = np.unique((indices[0] * base + indices[1]) * base + indices[2], return_inverse=True)
+        numbers = [self._number(code // base**2, code // base % base, code % base) for code in codes.tolist()]
+        group[chosen] = np.array(numbers, dtype=np.int64)[inverse]
         return alive, group
 
-    def _number(self, code: tuple[int, ...]) -> int:
+    def _number(self, *indices: int) -> int:
         mask = 0
-        for index in code:
+        for index in indices:
             mask |= self._masks[index]
         if not mask or mask >> self._count:
             return -1
@@ -265,12 +271,3 @@ class _Groups:
                 self._masks.append(mask)
             column[serial] = known[mask]
         return column
-
-
-def _any_of(recording: Recording, segment: int) -> Modules:
-    """The modules for which anything of a segment is saved."""
-    mask = 0
-    for serial, modules in recording.inside.items():
-        if recording.parts[serial] == segment:
-            mask |= modules
-    return mask

@@ -190,7 +190,7 @@ def needed_moments(cost: ByteCost, generator: np.random.Generator, plans: int = 
         generator: draws the plans: any density, top layers only, ranks 1 to 64.
         plans: how many.
     """
-    prices = np.array([_price(cost, ranks) for ranks in _sampled(cost, generator, plans)])
+    prices = cost.prices(np.stack([*_sampled(cost, generator, plans)]))
     peaks = prices.max(axis=1)
     kept: list[int] = []
     while True:
@@ -212,11 +212,6 @@ def prune(cost: ByteCost, kept: list[int]) -> ByteCost:
         held=cost.held[kept][:, used],
         needs=cost.needs[used],
     )
-
-
-def _price(cost: ByteCost, ranks: IntArray) -> FloatArray:
-    price: FloatArray = cost.fixed(ranks > 0) + cost.per_rank @ ranks
-    return price
 
 
 def _sampled(cost: ByteCost, generator: np.random.Generator, plans: int) -> Iterator[IntArray]:

@@ -64,7 +64,6 @@ class Recorder:
         self.place = {id(module): index for index, module in enumerate(named.values())}
         self.target = {id(target.layer): index for index, target in enumerate(targets)}
         self.target_of = {id(p): index for index, target in enumerate(targets) for p in target.parameters.values()}
-        self.all_modules = (1 << len(targets)) - 1
         self.always = 1 << len(targets)
         self.opened = {index: target.layer for index, target in enumerate(targets) if _is_opened(target.layer)}
 

@@ -84,3 +84,14 @@ class Recording:
     names: tuple[str, ...]
     forward_end: int
     segments: tuple[Segment, ...]
+
+    def saved_under(self, ranks: IntArray) -> BoolArray:
+        """Which storages autograd holds at the end of the forward pass under a plan, (modules,) -> bool (storages,).
+
+        What is saved inside checkpointed segments is left out.
+        """
+        adapted = sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
+        held = np.zeros(len(self.sizes), dtype=np.bool_)
+        held[[serial for serial, modules in self.needed.items() if modules & adapted]] = True
+        result: BoolArray = held & (self.births <= self.forward_end) & (self.deaths > self.forward_end)
+        return result

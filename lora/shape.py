@@ -57,19 +57,27 @@ def padded(batch: Batch) -> dict[str, torch.Tensor]:
     return result
 
 
-def reshaped(batch: Batch, rows: int, shrink: int) -> dict[str, torch.Tensor]:
-    """A batch of so many rows, repeated if need be, and of a length that is so many times shorter.
+def reshaped(batch: Batch, shape: Shape) -> dict[str, torch.Tensor]:
+    """A batch of this shape: rows and tokens are left out, or repeated.
 
-    Where the batch has padding, so has the result.
+    A tensor of another length than the longest (labels of an encoder-decoder) changes in proportion. Where the batch
+    has padding, so has the result.
     """
     given = Shape.of(batch)
     result = {}
     for name, tensor in batch.items():
         if tensor.dim() and tensor.shape[0] == given.rows:
-            tensor = tensor[torch.arange(rows, device=tensor.device) % given.rows]
-            if _has_tokens(tensor, rows):
-                tensor = tensor[:, : -(-tensor.shape[1] // shrink)].contiguous()
+            has_tokens = _has_tokens(tensor, given.rows)
+            tensor = tensor[_cycled(shape.rows, given.rows, tensor)]
+            if has_tokens:
+                length = -(-tensor.shape[1] * shape.length // given.length)
+                tensor = tensor[:, _cycled(length, tensor.shape[1], tensor)]
         result[name] = tensor
     if MASK in batch and not bool(batch[MASK].all()):
         result = padded(result)
     return result
+
+
+def _cycled(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """So many indices into an axis, from its start again where it ends."""
+    return torch.arange(count, device=like.device) % size

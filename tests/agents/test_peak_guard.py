@@ -21,6 +21,7 @@ from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.lora.budget import Budget, free_bytes
 from rankpilot.lora.checkpoint import adapter_ranks
+from rankpilot.lora.cost import total_cost
 from rankpilot.lora.shape import Shape
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -162,6 +163,34 @@ def test_a_resumed_run_knows_the_largest_batch(launch: Callable[..., Run], caplo
     assert resumed.pilot.peaks == whole.pilot.peaks
 
 
+def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: Callable[..., Run]) -> None:
+    """The memory model is not in the checkpoint: it is made anew on the batch that has come."""
+    late = 15
+    whole = launch(data=Growing(late))
+    resumed = launch(data=Growing(late), resume=str(whole.folder / "checkpoint-12"))
+    assert resumed.steps.ranks == whole.steps.ranks[12:]
+    assert resumed.steps.ranks[-1] != resumed.steps.ranks[0]
+    assert resumed.highest <= resumed.limit == whole.limit
+    here, there = resumed.log(), whole.log()
+    assert here["step"].to_pylist()[-1] == late
+    assert here["loss"].to_pylist() == there["loss"].to_pylist(), "losses of measuring do not count"
+    for (name, a), (_, b) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_largest_rows_and_length_of_two_batches_are_priced_together(launch: Callable[..., Run]) -> None:
+    run = launch()
+    guard = run.pilot._guard
+    guard._memory = None
+    few = {name: torch.ones(1, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
+    priced = guard._priced(few, Shape(ROWS, LONG))
+    many = {name: torch.ones(ROWS, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
+    guard._memory = None
+    expected = guard._priced(many, Shape(ROWS, LONG))
+    ranks = np.full(len(run.pilot.controller.targets), 4)  # type: ignore[union-attr]
+    assert total_cost(priced, ranks) == total_cost(expected, ranks)
+
+
 @pytest.mark.parametrize("excess", [3_000, 40_000])
 def test_a_breach_rolls_the_plan_back(
     launch: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, excess: int
@@ -224,6 +253,8 @@ def test_bounds_hold_at_every_step(launch: Callable[..., Run]) -> None:
         ({"q_proj": (4, 2)}, ConfigError, "from low to high"),
         ({"q_proj": -1}, ConfigError, "from low to high"),
         ({"q_proj": (3, 3)}, ConfigError, "no rank of"),
+        ({"q_proj": "8"}, ConfigError, "got '8'"),
+        ({"q_proj": (1, 2, 3)}, ConfigError, "from low to high"),
     ],
 )
 def test_bounds_that_make_no_sense(

@@ -86,3 +86,10 @@ def test_plans_of_all_kinds_cost_the_same_with_the_moments_left(seed):
         lost.append(1 - price / total_cost(cost, ranks))
     assert np.quantile(lost, 0.95) <= UNDERESTIMATE
     assert max(lost) <= 0.01
+
+
+def test_prices_of_several_plans_are_those_of_each():
+    cost, *_ = transformer_cost(np.random.default_rng(0), 3)
+    plans = np.random.default_rng(1).choice([0, 0, 1, 8], size=(20, cost.per_rank.shape[1]))
+    expected = [cost.fixed(ranks > 0) + cost.per_rank @ ranks for ranks in plans]
+    assert np.array_equal(cost.prices(plans), expected)
