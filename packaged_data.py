@@ -43,6 +43,24 @@ def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
     return [{"text": text, "label": label} for text, label in reviews[source].items()]
 
 
+def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows behind `load_packaged_dataset`, without the `datasets` library.
+
+    Args:
+        name: one of `DATASETS`.
+
+    Returns:
+        {"train": rows, "validation": rows, "test": rows}, rows as in `read_reviews`.
+
+    Raises:
+        UnknownNameError: no such data set.
+        AssetError: its texts are neither cached nor downloadable.
+    """
+    if name not in DATASETS:
+        raise UnknownNameError.of("packaged data set", name, DATASETS)
+    return _split(read_reviews(DATASETS[name]))
+
+
 def load_packaged_dataset(name: str) -> DatasetDict:
     """A text classification data set with fixed splits.
 
@@ -59,14 +77,27 @@ def load_packaged_dataset(name: str) -> DatasetDict:
         UnknownNameError: no such data set.
         AssetError: its texts are neither cached nor downloadable.
     """
-    if name not in DATASETS:
-        raise UnknownNameError.of("packaged data set", name, DATASETS)
-    rows = read_reviews(DATASETS[name])
+    splits = read_splits(name)
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
-    splits = _split(rows)
     return DatasetDict({split: Dataset.from_list(part, features=features) for split, part in splits.items()})
+
+
+def read_orange_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a data table in Orange's text format: tabs between columns, three header lines.
+
+    Args:
+        path: a `.tab` file in UTF-8; its first line names the columns, the other two describe them.
+
+    Returns:
+        One row a document, {column: text without blanks around it}; rows in which a column is empty are dropped, as
+        files may hold a blank row at either end.
+    """
+    with path.open(encoding="utf-8", newline="") as stream:
+        columns, _, _, *lines = csv.reader(stream, delimiter="\t")
+    rows = ({column: text.strip() for column, text in zip(columns, line, strict=False)} for line in lines)
+    return [row for row in rows if len(row) == len(columns) and all(row.values())]
 
 
 def _split(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

