@@ -48,7 +48,7 @@ def train_command(options: Train) -> None:
     from .agents.learned import LearnedPolicy
     from .agents.rules import RULES
     from .agents.training import PROGRESS, finish, is_finished, train
-    from .env.tasks import validation_tasks
+    from .env.suites import evenly, find_tasks
     from .study.figures import learning_curve, save_figure
 
     folder = options.output
@@ -61,7 +61,8 @@ def train_command(options: Train) -> None:
     results: dict[str, Any] = {}
     if options.validation_tasks:
         policies = [LearnedPolicy("learned", network), *RULES.values()]
-        tasks = validation_tasks(options.validation_tasks, options.corpora)
+        tasks = find_tasks(options.suites, "validation", options.bases, options.task_overrides)
+        tasks = evenly(tasks, options.validation_tasks)
         with _progress("comparing with the rules on new tasks") as report:
             results = summarise(
                 compare(

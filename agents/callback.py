@@ -16,6 +16,7 @@ from ..env.decision_log import DecisionLog, DecisionRecord
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from ..env.schedule import DecisionSchedule
 from ..errors import UnsupportedError
+from ..lora.adapters import PeftAdapters
 from ..lora.bounds import Bounds, rank_bounds
 from ..lora.budget import Budget
 from ..lora.checkpoint import make_resizable, settle
@@ -81,7 +82,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self.budget = Budget.parse(budget)
         self.schedule = schedule or policy_schedule(policy)
         self.seed = seed
-        self.controller: RankController | None = None
+        self.controller: RankController[PeftAdapters] | None = None
         self.predictions: list[tuple[int, float]] = []
         self._log_folder = Path(log) if log else None
         self._bounds = bounds or {}
@@ -142,7 +143,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         """Gradients are whole: take them into the signals."""
         self._guard.meter.stepping()
         if not self._controller.finished:
-            self._controller.meter.accumulate()
+            self._controller.adapters.meter.accumulate()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -170,7 +171,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     # What they do -------------------------------------------------------------------------------------------------
 
     @property
-    def _controller(self) -> RankController:
+    def _controller(self) -> RankController[PeftAdapters]:
         assert self.controller is not None, "training has not begun"
         return self.controller
 
@@ -203,8 +204,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._losses.restart()
         reset_adapters(targets, 1, self._seed)
         self.controller = RankController(
-            model,
-            targets,
+            PeftAdapters(model, targets),
             prices.cost,
             prices.limit,
             self.schedule,

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import tyro
 
 from ..env.schedule import DecisionSchedule
+from ..env.suites import SUITES
+from ..env.tasks import ProxyTask
 from ..errors import ConfigError
 from ..lora.budget import Budget
 
@@ -44,9 +46,11 @@ class TrainConfig:
         learning_rate: of PPO.
         epochs: passes over each iteration's decisions.
         clip_range: PPO's clip on the probability ratio.
-        corpora: texts of the shift tasks.
-        task_steps: optimiser steps of an episode.
-        validation_tasks: tasks on which policy and rules are compared at the end; 0 for none.
+        suites: where tasks come from, "planted" and "shift".
+        bases: proxy bases of the tasks.
+        task_steps: optimiser steps of an episode; None for as many as the suites' tasks have.
+        validation_tasks: tasks of the validation split on which policy and rules are compared at the end, at most; 0
+            for none.
         schedule: when ranks are decided in an episode.
         network: size and start of the network.
         seed: of everything.
@@ -61,15 +65,17 @@ class TrainConfig:
     learning_rate: float = 3e-3
     epochs: int = 6
     clip_range: float = 0.2
-    corpora: tuple[str, ...] = ("code", "reviews")
-    task_steps: int = 100
+    suites: tuple[str, ...] = SUITES
+    bases: tuple[str, ...] = ("llama-4x64",)
+    task_steps: int | None = None
     validation_tasks: int = 8
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.iterations, self.epochs, self.task_steps) < 1 or self.group < 2:
+        steps = 1 if self.task_steps is None else self.task_steps
+        if min(self.iterations, self.epochs, steps) < 1 or self.group < 2:
             raise ConfigError(
                 "iterations, epochs and task_steps are at least 1 and group at least 2 (returns are compared inside "
                 f"it); got {self.iterations}, {self.epochs}, {self.task_steps} and {self.group}."
@@ -88,11 +94,16 @@ class TrainConfig:
     @property
     def rollout_steps(self) -> int:
         """Decisions of one worker in an iteration."""
-        return self.group * len(self.schedule.steps(self.task_steps))
+        return self.group * len(self.schedule.steps(self.task_steps or ProxyTask.steps))
+
+    @property
+    def task_overrides(self) -> dict[str, Any]:
+        """Fields that every task gets."""
+        return {} if self.task_steps is None else {"steps": self.task_steps}
 
 
 PRESETS: dict[str, TrainConfig] = {
-    "quick": TrainConfig(iterations=8, group=8, task_steps=80, validation_tasks=6),
+    "quick": TrainConfig(iterations=8, group=8, validation_tasks=6),
     "default": TrainConfig(iterations=120, group=12, learning_rate=1.5e-3, validation_tasks=16),
 }
 """Presets of `rankpilot train`; "quick" is made for two cores and a few minutes."""

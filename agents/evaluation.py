@@ -9,15 +9,15 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from ..env.episode import Episode, baseline
+from ..env.episode import Episode, reference_of
 from ..env.schedule import DecisionSchedule
-from ..env.tasks import ProxyTask
+from ..env.tasks import FineTune
 from .policy import Policy
 
 
-def run_episode(policy: Policy, task: ProxyTask, schedule: DecisionSchedule) -> float:
+def run_episode(policy: Policy, task: FineTune, schedule: DecisionSchedule) -> float:
     """Improvement of one episode over the uniform run, as a share of the uniform run's gain (1 = twice the gain)."""
-    reference = baseline(task, schedule)
+    reference = reference_of(task, schedule)
     episode = Episode(task, schedule)
     observation = episode.observe()
     while True:
@@ -29,7 +29,7 @@ def run_episode(policy: Policy, task: ProxyTask, schedule: DecisionSchedule) -> 
         observation = episode.observe(loss)
 
 
-def _task_results(job: tuple[ProxyTask, Sequence[Policy], DecisionSchedule]) -> list[float]:
+def _task_results(job: tuple[FineTune, Sequence[Policy], DecisionSchedule]) -> list[float]:
     task, policies, schedule = job
     torch.set_num_threads(1)
     return [run_episode(policy, task, schedule) for policy in policies]
@@ -37,7 +37,7 @@ def _task_results(job: tuple[ProxyTask, Sequence[Policy], DecisionSchedule]) -> 
 
 def compare(
     policies: Sequence[Policy],
-    tasks: Sequence[ProxyTask],
+    tasks: Sequence[FineTune],
     schedule: DecisionSchedule,
     *,
     workers: int,

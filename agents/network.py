@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES
-from ..env.score_actions import SCORE_BOUND
+from ..env.spaces import SCORE_BOUND
 from ..lora.signals import SIGNALS
 from .config import NetworkConfig
 

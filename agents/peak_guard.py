@@ -76,7 +76,7 @@ class PeakGuard:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        controller: RankController,
+        controller: RankController[Any],
         memory: MemoryModel | None,
         losses: LossMeter,
         corrected: Callable[[Correction], None],

@@ -16,6 +16,7 @@ from ..env.controller import ProbeResult, RankController
 from ..env.schedule import DecisionSchedule
 from ..errors import RunFolderError
 from ..files import atomic_path, read_json, write_json
+from ..lora.adapters import PeftAdapters
 from ..lora.cost import ByteCost, Cost, ParameterCost
 from ..lora.ladder import IntArray
 from ..lora.targets import TargetModule
@@ -38,7 +39,7 @@ class Flight:
         guard: for `PeakGuard.load`.
     """
 
-    controller: RankController
+    controller: RankController[PeftAdapters]
     loss_total: float
     loss_count: float
     peaks: list[tuple[int, int]]
@@ -53,14 +54,14 @@ def is_complete(checkpoint: Path) -> bool:
 
 def save_flight(
     folder: Path,
-    controller: RankController,
+    controller: RankController[PeftAdapters],
     losses: LossMeter,
     guard: PeakGuard,
     predictions: list[tuple[int, float]],
 ) -> None:
     """Write a run's state into a checkpoint folder."""
     cost = controller.cost
-    tensors = {f"signals.{name}": value for name, value in controller.meter.state_dict().items()}
+    tensors = {f"signals.{name}": value for name, value in controller.adapters.meter.state_dict().items()}
     tensors["signal_ranks"] = torch.from_numpy(controller.signal_ranks)
     scalars: dict[str, Any] = {}
     for field in fields(cost):  # type: ignore[arg-type]  # both kinds of cost are dataclasses
@@ -122,8 +123,7 @@ def load_flight(
     signals = {name.removeprefix("signals."): t for name, t in tensors.items() if name.startswith("signals.")}
     result = ProbeResult(signals["values"].numpy(), state["first_loss"])
     controller = RankController(
-        model,
-        targets,
+        PeftAdapters(model, targets),
         cost,
         state["limit"],
         schedule,
@@ -133,7 +133,7 @@ def load_flight(
         high=bounds[1],
         seed=state["seed"],
     )
-    controller.meter.load_state_dict(signals)
+    controller.adapters.meter.load_state_dict(signals)
     controller.signal_ranks = tensors["signal_ranks"].numpy().copy()
     controller.decision = state["decision"]
     controller.interval_losses = list(state["interval_losses"])

@@ -21,7 +21,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from ..env.rank_allocation import RankAllocationEnv
 from ..env.score_actions import ScoreActions
-from ..env.tasks import check_corpora
+from ..env.suites import find_tasks
+from ..env.task_data import check_texts
 from ..errors import RunFolderError
 from ..files import append_json_line, atomic_path, read_json_lines, write_text
 from .config import TrainConfig, as_json
@@ -43,10 +44,11 @@ class _Worker:
         if self.config.worker_count > 1:
             torch.set_num_threads(1)
         env = RankAllocationEnv(
-            corpora=self.config.corpora,
+            suites=self.config.suites,
+            bases=self.config.bases,
             episodes_per_task=self.config.group,
             schedule=self.config.schedule,
-            task_overrides={"steps": self.config.task_steps},
+            task_overrides=self.config.task_overrides,
         )
         return ScoreActions(env)
 
@@ -169,9 +171,10 @@ def train(
 
     Raises:
         RunFolderError: see `open_run`.
-        AssetError: a corpus is not at hand.
+        UnknownNameError: no such suite or base.
+        AssetError: a text is not at hand.
     """
-    check_corpora(config.corpora)
+    check_texts(find_tasks(config.suites, "train", config.bases))
     open_run(folder, as_json(config), resume=resume)
     total = config.iterations * config.rollout_steps * config.worker_count
     workers = _make_workers(config)

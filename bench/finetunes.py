@@ -13,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..agents.workload import Workload, load_model, load_workload
 from ..env.bases import find_base, load_base_model
-from ..env.tasks import ProxyTask, TaskData, load_task
+from ..env.task_data import TaskData, load_task
+from ..env.tasks import ProxyTask
 from ..lora.recording import Batch
 from .learner import Learner
 
@@ -154,7 +155,7 @@ class Code:
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Random windows of the training text."""
-        for tokens in self._data(seed).train:
+        for tokens in self._data(seed).inputs:
             yield {"input_ids": tokens, "labels": tokens}
 
     def held_out_loss(self, learner: Learner, seed: int) -> float:

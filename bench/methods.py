@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from ..agents.callback import RankPilotCallback
 from ..env.controller import REFERENCE_RANK, RankController
 from ..env.schedule import DecisionSchedule
+from ..lora.adapters import PeftAdapters
 from ..lora.budget import Budget
 from ..lora.held_state import state_bytes
 from ..lora.recording import Batch
@@ -196,7 +197,7 @@ class RankPilot(PlainLora):
         self._send("on_step_end")
 
     @property
-    def controller(self) -> RankController:
+    def controller(self) -> RankController[PeftAdapters]:
         """The callback's link to the adapters."""
         assert self.callback.controller is not None, "the callback was begun with this object"
         return self.callback.controller
@@ -207,7 +208,7 @@ class RankPilot(PlainLora):
 
     def buffer_bytes(self) -> int:
         """The averages of gradients that the signals come from."""
-        return self.controller.meter.buffer_bytes
+        return self.controller.adapters.meter.buffer_bytes
 
 
 def every(period: int, total_steps: int) -> DecisionSchedule:

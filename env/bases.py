@@ -15,44 +15,96 @@ if TYPE_CHECKING:
 BASES_FOLDER = Path(__file__).parent / "bases"
 
 
+MASK_TOKEN = 256
+"""What masked language models read in place of a hidden byte."""
+
+
 @dataclass(frozen=True)
 class ProxyBase:
-    """One proxy architecture, a causal language model over bytes.
+    """One proxy architecture, a language model over bytes.
 
     Attributes:
         name: folder below `env/bases`.
+        family: "llama", "bert" or "gpt2".
+        depth: layers.
         target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
         config: keyword arguments of the transformers configuration.
     """
 
     name: str
+    family: str
+    depth: int
     target_modules: tuple[str, ...]
     config: dict[str, Any]
 
+    @property
+    def masked(self) -> bool:
+        """Whether it fills in masked bytes, instead of predicting the next one."""
+        return self.family == "bert"
 
-_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+POSITIONS = 128
+"""The longest window that a base can read."""
+
+
+def _llama(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": 256,
+        "hidden_size": width,
+        "intermediate_size": {32: 88, 64: 176}[width],
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return ProxyBase(f"llama-{depth}x{width}", "llama", depth, targets, config)
+
+
+def _bert(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": MASK_TOKEN + 1,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "type_vocab_size": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.06,  # for narrow layers; the usual 0.02 learns nothing here
+        "pad_token_id": None,
+    }
+    targets = ("query", "key", "value", "output.dense", "intermediate.dense")
+    return ProxyBase(f"bert-{depth}x{width}", "bert", depth, targets, config)
+
+
+def _gpt2(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": 256,
+        "n_embd": width,
+        "n_layer": depth,
+        "n_head": 4,
+        "n_positions": POSITIONS,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": 0.06,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
+
 
 PROXY_BASES = {
     base.name: base
-    for base in (
-        ProxyBase(
-            name="llama-4x64",
-            target_modules=_LLAMA,
-            config={
-                "model_type": "llama",
-                "vocab_size": 256,
-                "hidden_size": 64,
-                "intermediate_size": 176,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 128,
-                "tie_word_embeddings": True,
-                "bos_token_id": None,
-                "eos_token_id": None,
-            },
-        ),
-    )
+    for make in (_llama, _bert, _gpt2)
+    for depth in (4, 8)
+    for width in (32, 64)
+    for base in (make(depth, width),)
 }
 
 
@@ -63,13 +115,20 @@ def find_base(name: str) -> ProxyBase:
     return PROXY_BASES[name]
 
 
-def new_base_model(base: ProxyBase) -> PreTrainedModel:
-    """An untrained model of the base's architecture, in fp32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
+    """An untrained model of the base's architecture, in fp32.
 
-    options = dict(base.config)
-    config = AutoConfig.for_model(options.pop("model_type"), **options)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    Args:
+        base: the architecture.
+        causal: a masked language model as a decoder, with the same weights by name.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    config = AutoConfig.for_model(base.family, **base.config)
+    if base.masked:
+        config.is_decoder = causal
+    kind = AutoModelForMaskedLM if base.masked and not causal else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(config)
     return model
 
 

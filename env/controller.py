@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +16,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import NonFiniteError
+from ..lora.adapters import Adapters
 from ..lora.budget import Budget
-from ..lora.checkpoint import adapter_ranks, sync_config
 from ..lora.cost import ByteCost, Cost, FloatArray, total_cost
 from ..lora.held_state import signal_buffer_bytes
 from ..lora.ladder import IntArray, RankLadder
 from ..lora.plan import Plan, PlanProblem, check_budget, problem_of, project
-from ..lora.ranks import non_finite, reset_adapters, set_ranks
+from ..lora.ranks import reset_adapters
 from ..lora.signals import SignalMeter
 from ..lora.targets import TargetModule
 from .observation import Observation, RunState, observe
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 REFERENCE_RANK = 8
 """Budgets given as a share are shares of what this rank on every target module takes."""
+
+
+FIRST_LOSSES = 5
+"""The first loss is the mean of so many losses of the probe."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +87,7 @@ def probe(
         meter.accumulate()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return ProbeResult(meter.read(), float(np.mean(history[:5])))
+    return ProbeResult(meter.read(), float(np.mean(history[:FIRST_LOSSES])))
 
 
 def budget_limit(budget: Budget, cost: Cost, max_ranks: IntArray) -> float:
@@ -97,12 +102,14 @@ def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
     return total_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))
 
 
-class RankController:
+AdaptersT = TypeVar("AdaptersT", bound=Adapters)
+
+
+class RankController(Generic[AdaptersT]):
     """Observes one run's adapters and applies decisions to them.
 
     Args:
-        model: the PEFT model.
-        targets: its target modules.
+        adapters: whose ranks are decided.
         cost: price of a plan, signal buffers included.
         limit: the hard budget, in the unit of `cost`.
         schedule: when decisions fall.
@@ -122,8 +129,7 @@ class RankController:
 
     def __init__(
         self,
-        model: nn.Module,
-        targets: Sequence[TargetModule],
+        adapters: AdaptersT,
         cost: Cost,
         limit: float,
         schedule: DecisionSchedule,
@@ -135,8 +141,8 @@ class RankController:
         high: IntArray | None = None,
         seed: int = 0,
     ) -> None:
-        self.model = model
-        self.targets = list(targets)
+        self.adapters = adapters
+        self.targets = list(adapters.targets)
         self.cost = cost
         self.limit = limit
         self.schedule = schedule
@@ -145,8 +151,7 @@ class RankController:
         self.ladder = ladder or RankLadder()
         self.low, self.high = low, high
         self.seed = seed
-        self.meter = SignalMeter(targets)
-        self.meter.values = probe_result.signals.copy()
+        adapters.meter.values = probe_result.signals.copy()
         self.first_loss = probe_result.first_loss
         self.interval_losses: list[float] = []
         self.signal_ranks = np.ones(len(self.targets), dtype=np.int64)
@@ -162,7 +167,7 @@ class RankController:
     @property
     def ranks(self) -> IntArray:
         """Current ranks, (modules,)."""
-        return np.array([target.rank for target in self.targets], dtype=np.int64)
+        return self.adapters.ranks
 
     @property
     def finished(self) -> bool:
@@ -189,6 +194,7 @@ class RankController:
             max_step=self.schedule.reach(self.decision),
             low=self.low,
             high=self.high,
+            ranks=self.ranks,
         )
 
     def observe(self, step: int, interval_loss: float | None = None) -> Observation:
@@ -200,8 +206,9 @@ class RankController:
         """
         if self.decision > 0:
             live = self.ranks > 0
-            self.meter.read()
-            self.signal_ranks = np.where(live & (self.meter.age == 0), self.ranks, self.signal_ranks)
+            meter = self.adapters.meter
+            meter.read()
+            self.signal_ranks = np.where(live & (meter.age == 0), self.ranks, self.signal_ranks)
         if interval_loss is not None and np.isfinite(interval_loss):
             self.interval_losses.append(interval_loss)
         return self.observation_now(step)
@@ -218,9 +225,9 @@ class RankController:
         return observe(
             self.problem(),
             self.names,
-            self.meter.values,
+            self.adapters.meter.values,
             self.signal_ranks,
-            self.meter.age,
+            self.adapters.meter.age,
             self._shapes,
             state,
         )
@@ -238,7 +245,7 @@ class RankController:
             deltas: rungs to move, (modules,).
             scores: order of precedence, (modules,).
             step: optimiser steps done; decides fresh rows together with the seed.
-            optimizer: its state follows.
+            optimizer: its state follows, unless the adapters keep their own.
 
         Returns:
             The plan as applied.
@@ -258,15 +265,12 @@ class RankController:
         still = np.zeros(len(self.targets), dtype=np.int64)
         problem = replace(self.problem(), held=self._hold_broken(optimizer))
         plan = project(problem, still if deltas is None else deltas, scores)
-        ranks = dict(zip(self.names, plan.ranks.tolist(), strict=True))
-        set_ranks(self.targets, ranks, optimizer, seed=self.seed, step=step)
-        sync_config(self.model, self.targets)
-        self.meter.restart()
+        self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
         return plan
 
     def _hold_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
         """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""
-        broken = non_finite(self.targets, optimizer)
+        broken = self.adapters.non_finite(optimizer)
         fresh = sorted(set(broken) - self._warned)
         if fresh:
             self._warned.update(fresh)
@@ -281,4 +285,4 @@ class RankController:
 
     def ranks_by_name(self) -> dict[str, int]:
         """Current rank by module name."""
-        return adapter_ranks(self.targets)
+        return dict(zip(self.names, self.ranks.tolist(), strict=True))

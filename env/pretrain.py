@@ -1,4 +1,4 @@
-"""Make a proxy base: `python -m rankpilot.env.pretrain llama-4x64`.
+"""Make proxy bases: `python -m rankpilot.env.pretrain llama-4x64 bert-4x64`.
 
 Pretrains on Python's documentation (byte level) and writes `env/bases/NAME/model.safetensors` in fp16, with a
 card of how it came about. Users never need this: the bases ship with the package.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,19 +19,27 @@ import torch
 import tyro
 from numpy.typing import NDArray
 from rich.progress import track
+from transformers import PreTrainedModel
 
 from ..files import atomic_path, write_json
-from .bases import BASES_FOLDER, ProxyBase, find_base, new_base_model
+from .bases import BASES_FOLDER, ProxyBase, find_base, load_base_model, new_base_model
 from .corpora import load_corpus, sample_windows
+from .objectives import label_loss, language_inputs
+
+TIED = ("lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+"""Weights that are tied to others, and left out of the file."""
+
+SHALLOW = 4
+"""Layers of the bases from which deep masked language models start."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How a proxy base is pretrained."""
+    """How proxy bases are pretrained."""
 
-    name: Annotated[str, tyro.conf.Positional]
-    """Which base to make."""
-    steps: int = 9000
+    names: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Which bases to make."""
+    steps: int = 4000
     """Optimiser steps."""
     batch_size: int = 32
     """Windows a step."""
@@ -40,60 +48,110 @@ class PretrainConfig:
     learning_rate: float = 3e-3
     """Peak of a cosine schedule with 200 steps of warm-up."""
     corpus: str = "documentation"
-    """What it reads."""
+    """What they read."""
+    causal_share: float = 0.125
+    """Share of the steps in which a masked language model first learns to predict the next byte. Without them it stays
+    at the frequencies of single bytes for thousands of steps."""
     seed: int = 0
     """Seed of initialisation and batches."""
 
 
-def _batches(config: PretrainConfig, data: NDArray[np.uint8]) -> Iterator[torch.Tensor]:
-    generator = np.random.default_rng(config.seed)
-    for _ in range(config.steps):
-        yield sample_windows(data, config.batch_size, config.length, generator)
-
-
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(name: str, config: PretrainConfig) -> Path:
     """Pretrain a base and write it with its card; returns its folder."""
-    base = find_base(config.name)
+    base = find_base(name)
     train, held_out = load_corpus(config.corpus)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = new_base_model(base).train()
+    generator = np.random.default_rng(config.seed)
+    started = time.monotonic()
+    left = config.steps
+    if base.masked and base.depth > SHALLOW:
+        model = _doubled(base)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = new_base_model(base, causal=base.masked)
+        if base.masked:
+            first = round(config.steps * config.causal_share)
+            _train(model, base, config, first, train, generator, causal=True)
+            decoder, model, left = model, new_base_model(base), left - first
+            model.load_state_dict(decoder.state_dict())
+    _train(model, base, config, left, train, generator)
+    with torch.no_grad():
+        loss = _loss(model.eval(), base, held_out, 512, config.length, np.random.default_rng(config.seed + 1))
+    return _write(base, model, config, float(loss), time.monotonic() - started)
+
+
+def _doubled(base: ProxyBase) -> PreTrainedModel:
+    """A deep base whose layers are those of the shallow one of its width, twice (Gong et al., 2019).
+
+    Started anew, BERT of 8 layers stays at the frequencies of single bytes.
+    """
+    shallow = load_base_model(base.name.replace(f"{base.family}-{base.depth}", f"{base.family}-{SHALLOW}"))
+    weights = shallow.state_dict()
+    for name in list(weights):
+        layer = re.search(r"\.layer\.(\d+)\.", name)
+        if layer:
+            above = f".layer.{int(layer[1]) + SHALLOW}."
+            weights[name.replace(layer[0], above)] = weights[name].clone()
+    model = new_base_model(base)
+    model.load_state_dict(weights)
+    return model
+
+
+def _loss(
+    model: torch.nn.Module,
+    base: ProxyBase,
+    data: NDArray[np.uint8],
+    rows: int,
+    length: int,
+    generator: np.random.Generator,
+    *,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Loss of a batch of random windows, in nats a predicted byte."""
+    windows = sample_windows(data, rows, length, generator)
+    if causal:
+        loss: torch.Tensor = model(input_ids=windows, labels=windows, use_cache=False).loss
+        return loss
+    inputs, labels = language_inputs(base, windows, generator)
+    return label_loss(model(input_ids=inputs).logits, labels)[0]
+
+
+def _train(
+    model: torch.nn.Module,
+    base: ProxyBase,
+    config: PretrainConfig,
+    steps: int,
+    data: NDArray[np.uint8],
+    generator: np.random.Generator,
+    *,
+    causal: bool = False,
+) -> None:
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
 
     def rate(step: int) -> float:
-        return min(1.0, step / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / config.steps)))
+        return min(1.0, step / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    started = time.monotonic()
-    for batch in track(_batches(config, train), f"pretraining {base.name}", total=config.steps):
-        model(input_ids=batch, labels=batch).loss.backward()
+    for _ in track(range(steps), f"{base.name}, next byte" if causal else base.name):
+        _loss(model, base, data, config.batch_size, config.length, generator, causal=causal).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
-    generator = np.random.default_rng(config.seed + 1)
-    test = sample_windows(held_out, 512, config.length, generator)
-    with torch.no_grad():
-        loss = float(model.eval()(input_ids=test, labels=test).loss)
-    return _write(base, model, config, loss, time.monotonic() - started)
-
 
 def _write(base: ProxyBase, model: torch.nn.Module, config: PretrainConfig, loss: float, wall_s: float) -> Path:
     from safetensors.torch import save_file
 
-    state = model.state_dict()
-    weights = {
-        name: value.half().contiguous()
-        for name, value in state.items()
-        if name != "lm_head.weight"  # tied to the embedding
-    }
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items() if name not in TIED}
     folder = BASES_FOLDER / base.name
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(weights, temporary)
     card = {
+        "family": base.family,
         "architecture": base.config,
-        "pretraining": asdict(config),
+        "pretraining": {**asdict(config), "names": [base.name]},
         "held_out_loss_nats_per_byte": round(loss, 4),
         "wall_s": round(wall_s),
         "python": platform.python_version(),
@@ -104,4 +162,6 @@ def _write(base: ProxyBase, model: torch.nn.Module, config: PretrainConfig, loss
 
 
 if __name__ == "__main__":
-    pretrain(tyro.cli(PretrainConfig, description=__doc__))
+    settings = tyro.cli(PretrainConfig, description=__doc__)
+    for chosen in settings.names:
+        pretrain(chosen, settings)

@@ -1,40 +1,44 @@
-"""The Gymnasium environment `rankpilot/RankAllocation-v1`."""
+"""The Gymnasium environment `rankpilot/RankAllocation-v2`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, NonFiniteError
 from ..lora.cost import FloatArray
-from ..lora.ladder import DEFAULT_RANKS, RankLadder
-from .episode import Episode, baseline
-from .observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from .episode import Episode, reference_of
+from .observation import Observation
+from .rendering import describe, draw
 from .schedule import DecisionSchedule
-from .tasks import ProxyTask, adapted_base, sample_task
-
-REWARD_BOUND = 1.0
-"""Rewards lie between minus and plus this; a run whose loss is not finite gets the lower end."""
+from .session import Session
+from .spaces import delta_space, observation_space, read_deltas
+from .suites import SUITES, find_tasks, task_stream
+from .tasks import FineTune, ProxyTask, adapted_base
 
 
 class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.EzPickle):
     """Decide the LoRA rank of every target module of a short fine-tune, a few times, inside a budget of bytes.
 
     ## Description
-    An episode is one fine-tune of a small pretrained transformer (a `ProxyTask`) with real LoRA adapters. A probe with
-    all modules at rank 1 reads the first signals; then ranks are decided before the first step and at the schedule's
-    later points, and training goes on in between. Adapters really change size and the optimiser's state is kept.
+    An episode is one fine-tune with real LoRA adapters: of a small pretrained transformer (a `ProxyTask`), or of any
+    model, data set and collator of yours (an `OwnTask`). A probe with all modules at rank 1 reads the first signals;
+    then ranks are decided before the first step and at the schedule's later points, and training goes on in between.
+    Adapters really change size and the optimiser's state is kept.
+
+    `gym.make_vec(..., vectorization_mode="vector_entry_point")` runs many episodes at once on one frozen base
+    (`env.vector.StackedVectorEnv`); it is the same decision process, several times faster.
 
     ## Action Space
-    `MultiDiscrete([2 * top + 1] * max_modules)`, `top` the highest rung of the rank ladder: entry m minus `top` is the
-    number of rungs by which module m should move. The wish is clipped to the schedule's `max_step` and projected onto
-    the budget: never above it, and with none of it left where another rung would fit. Entries past the last module are
-    ignored.
+    `MultiDiscrete([21] * max_modules)`: entry m minus 10 is the number of rungs of the ladder 0, 1, 2, 4, 8, 12, 16,
+    24, 32, 48, 64 by which module m should move. The wish is clipped to the schedule's `max_step` (the first decision
+    may use the whole ladder) and projected onto the budget: never above it, and with none of it left where another
+    rung would fit. Entries past the last module are ignored. `ScoreActions` takes scores instead.
 
     ## Observation Space
     A `Dict`:
@@ -42,178 +46,227 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     | key | space | meaning |
     |---|---|---|
     | module_features | Box(-3, 3, (max_modules * 12,), float32) | `observation.MODULE_FEATURES`, module after module |
-    | run_features | Box(-3, 3, (8,), float32) | see `observation.RUN_FEATURES` |
+    | run_features | Box(-3, 3, (8,), float32) | `observation.RUN_FEATURES` |
     | mask | MultiBinary(max_modules) | 1 for modules that exist, 0 for padding |
 
+    Features of each module, all of them relative, none of them a name:
+
+    | feature | meaning | range |
+    |---|---|---|
+    | sensitivity | log component sensitivity per rank, minus its mean over the modules | -3 to 3 |
+    | snr | log gradient signal-to-noise, minus its mean | -3 to 3 |
+    | relative_change | log norm(delta W) / norm(W), minus its mean | -3 to 3 |
+    | rank | rung over highest rung | 0 to 1 |
+    | adapted | 1 if the rank is above 0 | 0 or 1 |
+    | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
+    | shape | log(d_out / d_in) | -3 to 3 |
+    | price | log price of one rank at the moment where it is highest, minus its mean | -3 to 3 |
+    | rise | price of the next rung up, as a share of the budget | 0 to 3 |
+    | release | what dropping the module would free, as a share of the budget | 0 to 3 |
+    | entry | what adapting it at rank 1 would add, as a share of the budget | 0 to 3 |
+    | stale | decisions since its signals were fresh, over 4 | 0 to 3 |
+
+    Features of the run:
+
+    | feature | meaning | range |
+    |---|---|---|
+    | progress | share of the run's steps that are done | 0 to 1 |
+    | decisions_left | decisions after this one, over 4 | 0 to 3 |
+    | budget | the budget over what uniform rank 8 takes | 0 to 3 |
+    | spent | price of the current ranks over the budget | 0 to 3 |
+    | modules | log2 of the number of modules, over 10 | 0 to 3 |
+    | depth | share of the layers that are adapted | 0 to 1 |
+    | loss | log of training loss since the last decision over the loss of the probe's start | -3 to 3 |
+    | trend | change of `loss` since the last decision | -3 to 3 |
+
     ## Rewards
-    0 until the end, then how much lower the held-out loss is than the uniform run's (same seed, batches and budget), as
-    a share of what the uniform run gained over the untrained base, clipped to -1 to 1.
+    Until the end only churn and shaping. At the end, how much lower the held-out loss is than that of the uniform run
+    (same seed, batches and budget) as a share of the task's headroom: the gap between uniform and the best known
+    allocation, at least 5 % of what uniform gained over the untrained base. Clipped to -3 to 3. Minus 0.002 for each
+    rung that the modules move on average after the first decision. With `shaping`, plus a difference of potentials
+    (the log of the training loss's fall, times `shaping`), which sums to 0 over an episode. In vectors with
+    groups, the mean of the group is subtracted before the clip.
 
     ## Starting State
-    A task drawn from the training distribution (`sample_task`), or the one given; adapters fresh.
+    A task drawn from the suites, or the one given; adapters fresh, probe done.
 
     ## Episode End
-    Terminates after the last interval of training, or at a loss that is not finite (reward -1). Never truncates.
+    Terminates after the last interval of training, or at a loss that is not finite (reward -3, the worst). Never
+    truncates; `gym.make(..., max_episode_steps=n)` does.
 
     ## Information
-    The same keys at each step: `task` (id), `step`, `loss` (mean training loss of the interval; None at reset and where
-    it is not finite), `held_out_loss` and `uniform_loss` (None before the end), `cost`, `limit` (bytes), `ranks`
-    (tuple), `non_finite`.
+    The same keys at each step:
+
+    | key | meaning |
+    |---|---|
+    | task | id of the task |
+    | step | optimiser steps done |
+    | loss | mean training loss of the interval in nats; None at reset and where it is not finite |
+    | held_out_loss | at the end, in nats; None before it |
+    | uniform_loss | held-out loss of the uniform run, in nats |
+    | cost, limit | price of the plan, and the budget: bytes, or parameters |
+    | ranks | rank of each module, a tuple |
+    | non_finite | whether the episode ended at a loss that is not finite |
+    | improvement, group_mean, churn, shaping | the parts of the reward |
+
+    ## Rendering
+    "rgb_array": ranks, losses and budget as a picture, uint8 (600, 900, 3). "ansi": as text.
 
     ## Arguments
-    * `task`: a fixed `ProxyTask`; None draws one at each reset.
-    * `corpora`: texts of the shift tasks that are drawn.
+    * `task`: a fixed task; None draws one at each reset.
+    * `suites`: names of the suites to draw from ("planted", "shift").
+    * `split`: "train", "validation" or "test".
+    * `bases`: draw only tasks on these proxy bases.
     * `episodes_per_task`: how many episodes in a row share a drawn task, seed and batches, so that their returns can
       be compared with each other.
     * `schedule`: a `DecisionSchedule`.
-    * `max_modules`: padding; None for as many as the base has.
+    * `max_modules`: padding; None for the most that any of the tasks has.
     * `task_overrides`: fields of `ProxyTask` that every drawn task gets, such as `{"steps": 60}`.
+    * `shaping`: weight of the potential.
 
-    Options of `reset`: `task` overrides the task of one episode; `skip_tasks` draws and discards that many tasks first,
-    which is how an interrupted training goes on.
+    Options of `reset`: `task` overrides the task of one episode; `budget` its budget, as a share of what uniform rank
+    8 takes; `skip_tasks` draws and discards that many tasks first, which is how an interrupted training goes on.
 
     ## Version History
+    * v2: tasks come from suites with fixed splits; the reward is a share of the headroom, and pays for churn.
     * v1: the budget is the peak of the whole step, not only what is saved for backward; the last decision may spend
       the bytes of signal buffers; at later decisions a module's own rungs count as cheaper, against churn.
     * v0: first version.
 
     Raises:
-        ConfigError: an argument out of range, or an action of the wrong shape or range.
+        ConfigError: an argument out of range, an action of the wrong shape or range, or a step after the end.
     """
 
-    metadata = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012  (declared so by Gymnasium)
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}  # noqa: RUF012  (declared so by Gymnasium)
 
     def __init__(
         self,
-        task: ProxyTask | None = None,
-        corpora: tuple[str, ...] = ("code",),
+        task: FineTune | None = None,
+        suites: tuple[str, ...] = SUITES,
+        split: str = "train",
+        bases: tuple[str, ...] | None = None,
         episodes_per_task: int = 1,
         schedule: DecisionSchedule | None = None,
         max_modules: int | None = None,
         task_overrides: dict[str, Any] | None = None,
+        shaping: float = 0.0,
         render_mode: str | None = None,
     ) -> None:
         gym.utils.EzPickle.__init__(
-            self, task, corpora, episodes_per_task, schedule, max_modules, task_overrides, render_mode
-        )
-        modules = len(adapted_base(task.base if task else ProxyTask.base)[1])
+            self, task, suites, split, bases, episodes_per_task, schedule, max_modules, task_overrides, shaping,
+            render_mode,
+        )  # fmt: skip
+        self.task = task
+        self.tasks: tuple[ProxyTask, ...] = () if task else find_tasks(suites, split, bases, task_overrides)
+        modules = len(task.adapted()[1]) if task else most_modules(self.tasks)
         self.max_modules = max_modules or modules
         if self.max_modules < modules or episodes_per_task < 1:
             raise ConfigError(
                 f"max_modules is at least {modules} and episodes_per_task at least 1; got {max_modules} and "
                 f"{episodes_per_task}."
             )
-        self.task = task
-        self.corpora = corpora
         self.episodes_per_task = episodes_per_task
         self.schedule = schedule or DecisionSchedule()
-        self.task_overrides = dict(task_overrides or {})
+        self.shaping = shaping
         self.render_mode = render_mode
-        self.ladder = RankLadder(DEFAULT_RANKS)
-        self.observation_space = spaces.Dict(
-            {
-                "module_features": spaces.Box(-3, 3, (self.max_modules * len(MODULE_FEATURES),), np.float32),
-                "run_features": spaces.Box(-3, 3, (len(RUN_FEATURES),), np.float32),
-                "mask": spaces.MultiBinary(self.max_modules),
-            }
-        )
-        self.action_space = spaces.MultiDiscrete(np.full(self.max_modules, 2 * self.ladder.top + 1))
-        self.observation: Observation | None = None
-        """The latest observation with the plans that it allows; wrappers decode their actions against it."""
+        self.observation_space = observation_space(self.max_modules)
+        self.action_space = delta_space(self.max_modules)
+        self._stream: Iterator[ProxyTask] | None = None
         self._episode: Episode | None = None
-        self._drawn: ProxyTask | None = None
-        self._episodes_of_drawn = 0
+        self._session: Session | None = None
+
+    @property
+    def observation(self) -> Observation:
+        """The latest observation with the plans that it allows; wrappers decode their actions against it."""
+        if self._session is None:
+            raise ConfigError("No episode is under way: call reset() first.")
+        return self._session.observation
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start an episode; a new seed also draws a new task."""
         super().reset(seed=seed)
-        if seed is not None:
-            self._drawn = None
-        options = options or {}
-        for _ in range(int(options.get("skip_tasks", 0))):
-            sample_task(self.np_random, self.corpora)
-        task = options.get("task", self.task) or self._draw()
-        baseline(task, self.schedule)  # before the episode: both train the same adapters
+        options = check_options(options)
+        skip = int(options.get("skip_tasks", 0))
+        if self._stream is None or seed is not None or skip:
+            self._stream = task_stream(self.tasks, self.np_random, self.episodes_per_task, skip)
+        task: FineTune = options.get("task") or self.task or next(self._stream)
+        if "budget" in options:
+            task = within_budget(task, options["budget"])
+        self._episode = None  # so that nothing of it is kept aside
+        reference = reference_of(task, self.schedule)  # before the episode: both train the same adapters
         self._episode = Episode(task, self.schedule)
-        self.observation = self._episode.observe()
-        return self._arrays(), self._info(None)
-
-    def _draw(self) -> ProxyTask:
-        if self._drawn is None or self._episodes_of_drawn >= self.episodes_per_task:
-            self._drawn = replace(sample_task(self.np_random, self.corpora), **self.task_overrides)
-            self._episodes_of_drawn = 0
-        self._episodes_of_drawn += 1
-        return self._drawn
+        first = self._episode.observe()
+        self._session = Session(task, reference, self._episode.controller, first, self.shaping)
+        return self._arrays(), self._session.info(0)
 
     def step(self, action: NDArray[np.int64]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Take one decision and train until the next one or the end."""
-        action = np.asarray(action)
-        if action.shape != (self.max_modules,) or not self.action_space.contains(action.astype(np.int64)):
-            raise ConfigError(
-                f"An action holds {self.max_modules} whole numbers from 0 to {2 * self.ladder.top}; got "
-                f"{action.tolist()}."
-            )
-        count = len(self._running().targets)
-        return self.decide(action[:count].astype(np.int64) - self.ladder.top, np.zeros(count))
+        count = len(self.observation.modules)
+        return self.decide(read_deltas(action, self.max_modules, count), np.zeros(count))
 
     def decide(
         self, deltas: NDArray[np.int64], scores: FloatArray
     ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """As `step`, with deltas in rungs and scores that order the projection; both of shape (modules,)."""
-        episode = self._running()
+        episode, session = self._episode, self._session
+        if episode is None or session is None:
+            raise ConfigError("No episode is under way: call reset() first.")
         episode.apply(deltas, scores)
+        session.decided(episode.step)
+        loss: float | None = None
         try:
             loss = episode.advance()
         except NonFiniteError:
-            info = self._info(None, non_finite=True)
-            self._episode = None
-            return self._arrays(), -REWARD_BOUND, True, False, info
-        terminated = episode.step == episode.task.steps
-        held_out = episode.held_out_loss() if terminated else None
-        reward = 0.0
-        if held_out is not None:
-            gain = baseline(episode.task, self.schedule).improvement(held_out)
-            reward = float(np.clip(gain, -REWARD_BOUND, REWARD_BOUND))
+            terminated = True
         else:
-            self.observation = episode.observe(loss)
-        info = self._info(loss, held_out=held_out)
+            terminated = episode.step == episode.task.steps
+        reward, info = session.close_interval(
+            episode.step,
+            loss,
+            ended=terminated,
+            held_out_loss=episode.held_out_loss() if terminated and loss is not None else None,
+            observation=None if terminated else episode.observe(loss),
+        )
         if terminated:
             self._episode = None
         return self._arrays(), reward, terminated, False, info
 
-    def _running(self) -> Episode:
-        if self._episode is None:
-            raise ConfigError("No episode is under way: call reset() first.")
-        return self._episode
-
     def _arrays(self) -> dict[str, Any]:
-        assert self.observation is not None
         return self.observation.padded(self.max_modules)
 
-    def _info(self, loss: float | None, *, held_out: float | None = None, non_finite: bool = False) -> dict[str, Any]:
-        episode = self._running()
-        problem = episode.controller.problem()
-        return {
-            "task": episode.task.id,
-            "step": episode.step,
-            "loss": loss,
-            "held_out_loss": held_out,
-            "uniform_loss": None if held_out is None else baseline(episode.task, self.schedule).uniform_loss,
-            "cost": problem.price(problem.ranks),
-            "limit": problem.limit,
-            "ranks": tuple(problem.ranks.tolist()),
-            "non_finite": non_finite,
-        }
-
-    def render(self) -> str | None:
-        """The ranks of each layer as a line of text, if `render_mode` is "ansi"."""
-        if self.render_mode != "ansi" or self._episode is None:
+    def render(self) -> Any:
+        """The episode so far as `render_mode` asks: a picture (height, width, 3), a text, or None."""
+        if self._session is None or self.render_mode is None:
             return None
-        problem = self._episode.controller.problem()
-        rows = [
-            f"layer {block:3d}  " + " ".join(f"{rank:3d}" for rank in problem.ranks[problem.blocks == block])
-            for block in np.unique(problem.blocks)[::-1]
-        ]
-        return "\n".join([f"step {self._episode.step} of {self._episode.task.steps}", *rows])
+        return draw(self._session.trace) if self.render_mode == "rgb_array" else describe(self._session.trace)
+
+
+def most_modules(tasks: tuple[ProxyTask, ...]) -> int:
+    """The most target modules that the base of any of these tasks has."""
+    return max(len(adapted_base(name)[1]) for name in {task.base for task in tasks})
+
+
+def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """The options of a reset.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    known = ("task", "budget", "skip_tasks")
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise ConfigError(f"Options of reset are {known}; got {unknown}.")
+    return options or {}
+
+
+def within_budget(task: FineTune, budget: float) -> ProxyTask:
+    """The task within another budget, a share of what uniform rank 8 takes.
+
+    Raises:
+        ConfigError: the task is not a `ProxyTask`, or the budget is not above 0.
+    """
+    if not isinstance(task, ProxyTask):
+        raise ConfigError(f"The option budget is for proxy tasks; give task {task.id} its budget when you make it.")
+    return replace(task, budget=budget, reference=None)

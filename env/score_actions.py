@@ -11,7 +11,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
@@ -19,12 +18,10 @@ from ..lora.cost import FloatArray, ParameterCost
 from ..lora.ladder import IntArray
 from ..lora.plan import PlanProblem, pack
 from .rank_allocation import RankAllocationEnv
+from .spaces import read_scores, score_space
 
 FLOOR = 16.0
 """Rank that an adapted module should be able to have, before the policy's correction (rule16 of docs/design.md)."""
-
-SCORE_BOUND = 4.0
-"""Scores and the log2 of the floor's correction lie between minus and plus this."""
 
 
 def decode(problem: PlanProblem, scores: FloatArray, floor_shift: float) -> tuple[IntArray, float]:
@@ -57,15 +54,11 @@ class ScoreActions(gym.Wrapper[Any, Any, Any, Any]):
         if not isinstance(env.unwrapped, RankAllocationEnv):
             raise ConfigError(f"ScoreActions wraps RankAllocationEnv, not {type(env.unwrapped).__name__}.")
         self._base: RankAllocationEnv = env.unwrapped
-        size = self._base.max_modules + 1
-        self.action_space = spaces.Box(-SCORE_BOUND, SCORE_BOUND, (size,), np.float32)
+        self.action_space = score_space(self._base.max_modules)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Decode the scores and take the decision; scores also order the projection."""
         observation = self._base.observation
-        if observation is None:
-            raise ConfigError("No episode is under way: call reset() first.")
-        values = np.asarray(action, dtype=np.float64)
-        scores = values[: len(observation.modules)]
-        deltas, _ = decode(observation.problem, scores, float(values[-1]))
+        scores, shift = read_scores(action, self._base.max_modules, len(observation.modules))
+        deltas, _ = decode(observation.problem, scores, shift)
         return self._base.decide(deltas, scores)

@@ -2,38 +2,117 @@
 
 * *planted*: a teacher is the base plus known low-rank changes on some modules; the student learns its outputs. The
   loss is the divergence KL(teacher || student) in nats a token: where the rank is needed is known.
-* *shift*: the base, pretrained on documentation, is fine-tuned on text of another kind; the loss is next-byte
-  cross-entropy in nats.
+* *shift*: the base, pretrained on documentation, is fine-tuned on text of another kind; the loss is the cross-entropy
+  of the next byte, or of masked bytes, in nats.
+* *classify*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ..errors import ConfigError
+from ..lora.budget import Budget
+from ..lora.calibration import calibrate
+from ..lora.cost import Cost, ParameterCost
 from ..lora.targets import TargetModule, find_target_modules
-from .bases import find_base, load_base_model
-from .corpora import CORPORA, load_corpus, sample_windows
+from .bases import POSITIONS, find_base, load_base_model
 
-Kind = Literal["planted", "shift"]
+if TYPE_CHECKING:
+    from .task_data import TaskData
+
+Kind = Literal["planted", "shift", "classify"]
 Placement = Literal["low", "high", "spread"]
-KINDS: tuple[Kind, ...] = ("planted", "shift")
-PLACEMENTS: tuple[Placement, ...] = ("low", "high", "spread")
-
-EVAL_BATCH = 64
-"""Rows of a forward pass without gradients."""
+Unit = Literal["bytes", "parameters"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 SCALING = 2.0
 """Constant LoRA scaling of proxy runs (alpha 16 at rank 8, PEFT users' most common setting)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What fixed allocations of a task achieve, held-out losses in nats.
+
+    Attributes:
+        initial: before training.
+        uniform: after the run of `uniform_ranks` within the task's budget.
+        best: after the run of the oracle (planted tasks) or of rank 32 everywhere, whatever it costs; None if unknown.
+    """
+
+    initial: float
+    uniform: float
+    best: float | None = None
+
+    @property
+    def gain(self) -> float:
+        """What the uniform run gained; at least 1 % of the initial loss, so that it can be divided by."""
+        return max(self.initial - self.uniform, 0.01 * self.initial, 1e-6)
+
+    @property
+    def headroom(self) -> float:
+        """What a better allocation could gain over uniform, nearly; at least 5 % of what uniform gained.
+
+        Where `best` is unknown, a tenth of what uniform gained.
+        """
+        if self.best is None:
+            return 0.1 * self.gain
+        return max(self.uniform - self.best, 0.05 * self.gain)
+
+    def improvement(self, loss: float) -> float:
+        """How much lower a loss is than the uniform run's, as a share of what the uniform run gained."""
+        return (self.uniform - loss) / self.gain
+
+
+class FineTune(Hashable, Protocol):
+    """What an episode needs of a fine-tune; `ProxyTask` and `OwnTask` are the two there are."""
+
+    @property
+    def seed(self) -> int:
+        """Decides data and adapters."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows a step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak of a linear decay."""
+
+    @property
+    def id(self) -> str:
+        """A readable name."""
+
+    @property
+    def limit(self) -> Budget:
+        """The budget."""
+
+    @property
+    def reference(self) -> Reference | None:
+        """What fixed allocations achieve, if it is known already."""
+
+    def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
+        """The model with a LoRA pair on every target module; the same object each time."""
+
+    def cost(self) -> Cost:
+        """Price of a plan."""
+
+    def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
+        """Loss of the batch of one step, or of its first rows, in nats."""
+
+    def held_out_loss(self, model: torch.nn.Module) -> float:
+        """Loss on the held-out set, in nats."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +120,21 @@ class ProxyTask:
     """One proxy fine-tune, fully determined by its fields.
 
     Attributes:
-        kind: "planted" or "shift".
+        kind: "planted", "shift" or "classify".
         seed: of data, teacher and adapters.
         base: name of a proxy base.
-        budget: share of uniform rank 8's bytes, > 0.
-        placement: which layers a planted teacher changes; unused by "shift".
-        corpus: the text; planted teachers are queried on it.
+        budget: share of what uniform rank 8 takes, > 0.
+        unit: what is counted: "bytes" at the peak of a step, or "parameters" of the adapter.
+        checkpointing: whether bytes are those of a step with gradient checkpointing. Losses do not depend on it.
+        placement: which layers a planted teacher changes; unused otherwise.
+        corpus: the text (one of `CORPORA`) that a planted teacher is queried on or a shift leads to, or the labelled
+            texts (one of `LABELS`) of a classification.
         steps: optimiser steps.
         batch_size: rows a step.
         length: tokens a row.
         eval_rows: rows of the held-out set.
-        learning_rate: peak of a linear decay, tuned for uniform rank (docs/experiments.md).
+        learning_rate: peak of a linear decay; on instances of suites tuned for uniform rank.
+        reference: what uniform and the best known allocation achieve; measured when it is needed if it is None.
 
     Raises:
         ConfigError: a value out of range.
@@ -61,176 +144,101 @@ class ProxyTask:
     seed: int
     base: str = "llama-4x64"
     budget: float = 0.7
+    unit: Unit = "bytes"
+    checkpointing: bool = False
     placement: Placement = "spread"
     corpus: str = "code"
     steps: int = 100
-    batch_size: int = 8
+    batch_size: int = 4
     length: int = 32
     eval_rows: int = 192
     learning_rate: float = 5e-3
+    reference: Reference | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.placement not in PLACEMENTS:
-            raise ConfigError(f"The kind of a task is one of {KINDS}, its placement one of {PLACEMENTS}; got {self}.")
-        if min(self.steps, self.batch_size, self.eval_rows) < 1 or self.length < 2 or self.budget <= 0:
-            raise ConfigError(f"Steps, batch, rows, length and budget of a task are positive; got {self}.")
+        for name, value, allowed in (
+            ("kind", self.kind, KINDS),
+            ("placement", self.placement, PLACEMENTS),
+            ("unit", self.unit, get_args(Unit)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"The {name} of a task is one of {allowed}; got {value!r}.")
+        find_base(self.base)
+        if min(self.steps, self.batch_size, self.eval_rows) < 1 or not 2 <= self.length <= POSITIONS:
+            raise ConfigError(
+                f"Steps, batch_size and eval_rows of a task are at least 1, and length is 2 to {POSITIONS}; got "
+                f"{self.steps}, {self.batch_size}, {self.eval_rows} and {self.length}."
+            )
+        if not self.budget > 0 or not self.learning_rate > 0:
+            raise ConfigError(
+                f"Budget and learning rate of a task are above 0; got {self.budget} and {self.learning_rate}."
+            )
 
     @property
     def id(self) -> str:
         """A readable name, unique among tasks that differ in kind, place, budget or seed."""
         where = self.placement if self.kind == "planted" else self.corpus
-        return f"{self.base}/{self.kind}-{where}/{self.budget:.0%}/{self.seed}"
+        price = "parameters" if self.unit == "parameters" else "checkpointed" if self.checkpointing else "bytes"
+        return f"{self.base}/{self.kind}-{where}/{self.budget:.3g} {price}/{self.seed}"
+
+    @property
+    def limit(self) -> Budget:
+        """The budget, as a share."""
+        return Budget("share", self.budget)
+
+    def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
+        """See `FineTune`."""
+        return adapted_base(self.base)
+
+    def cost(self) -> Cost:
+        """See `FineTune`."""
+        return proxy_cost(self.base, self.batch_size, self.length, self.unit, self.checkpointing)
+
+    @property
+    def data(self) -> TaskData:
+        """Everything that the task's episodes share."""
+        from .task_data import load_task  # it needs this module
+
+        return load_task(self)
+
+    def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
+        """See `FineTune`."""
+        return self.data.train_loss(model, step, rows)
+
+    def held_out_loss(self, model: torch.nn.Module) -> float:
+        """See `FineTune`."""
+        return self.data.held_out_loss(model)
 
 
-def sample_task(generator: np.random.Generator, corpora: tuple[str, ...] = ("code",)) -> ProxyTask:
-    """Draw a training task: half planted, half shift; budgets from a third of uniform rank 8's bytes to all of them."""
-    kind = KINDS[int(generator.integers(len(KINDS)))]
-    return ProxyTask(
-        kind=kind,
-        seed=int(generator.integers(1_000_000, 2**31)),
-        budget=round(float(generator.uniform(0.35, 1.05)), 3),
-        placement=PLACEMENTS[int(generator.integers(len(PLACEMENTS)))],
-        corpus=corpora[int(generator.integers(len(corpora)))] if kind == "shift" else "documentation",
-    )
-
-
-def validation_tasks(count: int, corpora: tuple[str, ...] = ("code",)) -> list[ProxyTask]:
-    """A fixed set of tasks that training never draws (their seeds lie below 1,000,000)."""
-    tasks = []
-    for seed in range(count):
-        kind, turn = KINDS[seed % 2], seed // 2
-        corpus = corpora[turn % len(corpora)] if kind == "shift" else "documentation"
-        budget = (0.45, 0.65, 0.8, 1.0)[turn % 4]
-        tasks.append(ProxyTask(kind, seed, budget=budget, placement=PLACEMENTS[turn % 3], corpus=corpus))
-    return tasks
-
-
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
     """The proxy base with a LoRA pair on every target module; one a process, since episodes run one after another."""
+    base = find_base(name)
     config = LoraConfig(
         r=8,
         lora_alpha=int(8 * SCALING),
-        target_modules=list(find_base(name).target_modules),
+        target_modules=list(base.target_modules),
         lora_dropout=0.0,
+        fan_in_fan_out=base.family == "gpt2",
     )
     model = get_peft_model(load_base_model(name), config)
     return model, find_target_modules(model)
 
 
-@dataclass(frozen=True, eq=False)
-class TaskData:
-    """Everything that a task's episodes share.
-
-    Attributes:
-        train: token ids, int64 (steps, batch_size, length).
-        held_out: token ids, int64 (eval_rows, length).
-        train_logits: the teacher's log-probabilities for `train`, float32 (steps, batch, length, vocabulary), or None.
-        held_out_logits: the same for `held_out`.
-        planted: names of the modules that the teacher changed.
-    """
-
-    train: torch.Tensor
-    held_out: torch.Tensor
-    train_logits: torch.Tensor | None
-    held_out_logits: torch.Tensor | None
-    planted: tuple[str, ...]
-
-    def loss(self, model: torch.nn.Module, tokens: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
-        """Mean loss in nats a token."""
-        if teacher is None:
-            loss: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
-            return loss
-        student = torch.log_softmax(model(input_ids=tokens).logits, dim=-1)
-        divergence = torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True)
-        return divergence.sum(-1).mean()
-
-    def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
-        """Loss of the batch of one step, or of its first rows."""
-        teacher = self.train_logits[step, :rows] if self.train_logits is not None else None
-        return self.loss(model, self.train[step, :rows], teacher)
-
-    @torch.no_grad()
-    def held_out_loss(self, model: torch.nn.Module) -> float:
-        """Loss on the held-out set."""
-        parts = []
-        for start in range(0, len(self.held_out), EVAL_BATCH):
-            rows = slice(start, start + EVAL_BATCH)
-            teacher = self.held_out_logits[rows] if self.held_out_logits is not None else None
-            tokens = self.held_out[rows]
-            parts.append(float(self.loss(model, tokens, teacher)) * len(tokens))
-        return sum(parts) / len(self.held_out)
-
-
-@lru_cache(maxsize=6)
-def load_task(task: ProxyTask) -> TaskData:
-    """Draw a task's data, and its teacher if it has one; the same task gives the same data."""
-    generator = np.random.default_rng(task.seed)
-    train_text, held_out_text = load_corpus(task.corpus)
-    rows = task.steps * task.batch_size
-    train = sample_windows(train_text, rows, task.length, generator)
-    held_out = sample_windows(held_out_text, task.eval_rows, task.length, generator)
-    train_logits = held_out_logits = None
-    names: tuple[str, ...] = ()
-    if task.kind == "planted":
-        model, targets = adapted_base(task.base)
-        with _teacher(targets, task.placement, generator) as names, model.disable_adapter():
-            train_logits = _log_probabilities(model, train).view(task.steps, task.batch_size, task.length, -1)
-            held_out_logits = _log_probabilities(model, held_out)
-    shape = (task.steps, task.batch_size, task.length)
-    return TaskData(train.view(shape), held_out, train_logits, held_out_logits, names)
-
-
-@torch.no_grad()
-def _log_probabilities(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
-    parts = [torch.log_softmax(model(input_ids=part).logits, dim=-1) for part in torch.split(tokens, EVAL_BATCH)]
-    return torch.cat(parts)
-
-
-def _planted_modules(
-    targets: list[TargetModule], placement: Placement, generator: np.random.Generator
-) -> list[TargetModule]:
-    """15 to 50 % of the modules, from the lower half of the layers, the upper half, or anywhere."""
-    half = (max(target.block for target in targets) + 1) / 2
-    allowed = {
-        "low": [t for t in targets if t.block < half],
-        "high": [t for t in targets if t.block >= half],
-        "spread": targets,
-    }[placement]
-    count = max(1, round(float(generator.uniform(0.15, 0.5)) * len(allowed)))
-    return [allowed[index] for index in generator.choice(len(allowed), size=count, replace=False)]
-
-
-@contextmanager
-def _teacher(
-    targets: list[TargetModule], placement: Placement, generator: np.random.Generator
-) -> Iterator[tuple[str, ...]]:
-    """The base with planted changes of rank 1 to 8, each about a third of the weight's norm; undone afterwards."""
-    chosen = _planted_modules(targets, placement, generator)
-    originals = []
+@lru_cache(maxsize=64)
+def proxy_cost(base: str, batch_size: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> Cost:
+    """Price of plans on a proxy base at one batch shape."""
+    model, targets = adapted_base(base)
+    if unit == "parameters":
+        return ParameterCost.of(targets)
+    tokens = torch.zeros(batch_size, length, dtype=torch.int64)
+    inner = model.get_base_model()
+    if not checkpointing:
+        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # transformers checkpoints in training alone; the bases have no dropout
     try:
-        for target in chosen:
-            weight = target.layer.get_base_layer().weight
-            originals.append((weight, weight.data))
-            rank = int(generator.integers(1, 9))
-            left = torch.from_numpy(generator.standard_normal((target.d_out, rank))).float()
-            right = torch.from_numpy(generator.standard_normal((rank, target.d_in))).float()
-            change = left @ right / math.sqrt(rank)
-            weight.data = weight.data + change * (0.35 * weight.data.norm() / change.norm())
-        yield tuple(target.name for target in chosen)
+        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
     finally:
-        for weight, data in originals:
-            weight.data = data
-
-
-def check_corpora(names: tuple[str, ...]) -> None:
-    """Make sure that the corpora exist and can be read, before a long run starts.
-
-    Raises:
-        UnknownNameError, AssetError: see `load_corpus`.
-        ConfigError: none was named.
-    """
-    if not names:
-        raise ConfigError(f"Name at least one corpus of {CORPORA}.")
-    for name in names:
-        load_corpus(name)
+        inner.gradient_checkpointing_disable()
+        model.eval()

@@ -150,6 +150,7 @@ def problem_of(
     low: IntArray | None = None,
     high: IntArray | None = None,
     hysteresis: float | None = None,
+    ranks: IntArray | None = None,
 ) -> PlanProblem:
     """The plans that are possible for these modules at their current ranks.
 
@@ -162,11 +163,14 @@ def problem_of(
         low: least rank of each module, (modules,).
         high: largest rank of each module, (modules,).
         hysteresis: see `PlanProblem`; by default 0 at the first decision and `HYSTERESIS` at later ones.
+        ranks: current ranks, (modules,), where the targets do not hold them.
     """
+    if ranks is None:
+        ranks = np.array([target.rank for target in targets], dtype=np.int64)
     if hysteresis is None:
         hysteresis = 0.0 if max_step is None else HYSTERESIS
     return PlanProblem(
-        ranks=np.array([target.rank for target in targets], dtype=np.int64),
+        ranks=ranks,
         max_ranks=np.array([target.max_rank for target in targets], dtype=np.int64),
         blocks=np.array([target.block for target in targets], dtype=np.int64),
         cost=cost,

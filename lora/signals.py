@@ -23,6 +23,40 @@ from .targets import TargetModule
 SIGNALS = ("sensitivity", "snr", "relative_change")
 
 
+def base_norms(targets: Sequence[TargetModule]) -> torch.Tensor:
+    """Norm of the frozen weight of each module, at least 1e-12, fp64 (modules,)."""
+    return torch.tensor([base_norm(target.layer) for target in targets], dtype=torch.float64).clamp_min(1e-12)
+
+
+def pair_signals(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    scalings: Sequence[float],
+    sums: Sequence[torch.Tensor],
+    squares: torch.Tensor,
+    count: int,
+    base_norms: torch.Tensor,
+) -> torch.Tensor:
+    """The signals of an interval, (modules, len(SIGNALS)).
+
+    Args:
+        factors: A (rank, d_in) and B (d_out, rank) of each module.
+        scalings: factor in front of each B A.
+        sums: the gradients of each B, summed over the interval's steps, (d_out, rank).
+        squares: the squared norms of the gradients of each B, summed over the steps, (modules,).
+        count: steps of the interval.
+        base_norms: norm of each frozen weight, fp64 (modules,).
+    """
+    snr = torch.stack(torch._foreach_norm(list(sums))).square() / (count * squares).clamp_min(1e-30)
+    rows = []
+    for (a, b), scaling, total in zip(factors, scalings, sums, strict=True):
+        sensitivity = (b * total).sum(dim=0).abs().sum() / count
+        # norm(B A)^2 = trace((B^T B)(A A^T)), never the dense product.
+        square = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
+        rows.append(torch.stack([sensitivity, square.sqrt() * abs(scaling)]))
+    columns = torch.stack(rows)
+    return torch.stack([columns[:, 0], snr.to(columns), columns[:, 1] / base_norms.to(columns)], dim=1)
+
+
 class SignalMeter:
     """Averages the gradients of B over an interval and reads the signals at its end.
 
@@ -39,8 +73,7 @@ class SignalMeter:
         self.targets = list(targets)
         self.values: FloatArray = np.full((len(targets), len(SIGNALS)), np.nan)
         self.age: IntArray = np.zeros(len(targets), dtype=np.int64)
-        norms = [base_norm(target.layer) for target in targets]
-        self._base_norms = torch.tensor(norms, dtype=torch.float64).clamp_min(1e-12)
+        self._base_norms = base_norms(targets)
         self.restart()
 
     def restart(self) -> None:
@@ -76,20 +109,11 @@ class SignalMeter:
         self.restart()
         return self.values
 
-    @torch.no_grad()
     def _signals(self) -> torch.Tensor:
-        count = self._count
-        snr = torch.stack(torch._foreach_norm(self._means)).square() / (count * self._squares[0]).clamp_min(1e-30)
-        rows = []
-        for mean, target in zip(self._means, self._live, strict=True):
-            a, b = target.weight_a, target.weight_b
-            sensitivity = (b * mean).sum(dim=0).abs().sum() / count
-            # norm(B A)^2 = trace((B^T B)(A A^T)), never the dense product.
-            square = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
-            rows.append(torch.stack([sensitivity, square.sqrt() * abs(target.scaling)]))
-        columns = torch.stack(rows)
-        bases = self._base_norms[self._index].to(columns)
-        return torch.stack([columns[:, 0], snr.to(columns), columns[:, 1] / bases], dim=1)
+        factors = [(target.weight_a.detach(), target.weight_b.detach()) for target in self._live]
+        scalings = [target.scaling for target in self._live]
+        bases = self._base_norms[self._index]
+        return pair_signals(factors, scalings, self._means, self._squares[0], self._count, bases)
 
     @property
     def buffer_bytes(self) -> int:

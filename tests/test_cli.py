@@ -113,9 +113,9 @@ def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    line = failure(["train", "--corpora", "code", "--output", str(tmp_path)], capsys)
+    line = failure(["train", "--output", str(tmp_path)], capsys)
     assert "exists already. Pass --resume" in line
-    line = failure(["train", "--corpora", "code", "--output", str(tmp_path), "--resume"], capsys)
+    line = failure(["train", "--output", str(tmp_path), "--resume"], capsys)
     assert "is no run of rankpilot's" in line
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -160,7 +160,7 @@ def test_settings_of_a_training_run_from_its_file(seen: list[Any], tmp_path: Pat
     config = TrainConfig(
         iterations=3,
         group=4,
-        corpora=("code",),
+        suites=("planted",),
         schedule=DecisionSchedule(probe_steps=5, fractions=(0.0, 0.3)),
         network=NetworkConfig(width=9),
         seed=11,
@@ -237,7 +237,7 @@ def test_train_agent_script() -> None:
 def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rankpilot.agents.policy_file import load_policy
 
-    small = ["--iterations", "1", "--group", "2", "--workers", "1", "--task-steps", "8", "--corpora", "code"]
+    small = ["--iterations", "1", "--group", "2", "--workers", "1", "--task-steps", "8", "--suites", "planted"]
     command = ["train", *small, "--validation-tasks", "0", "--schedule.probe-steps", "2"]
     folder = tmp_path / "pilot"
     assert cli.run([*command, "--output", str(folder)]) == 0

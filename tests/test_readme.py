@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 
 SMALLER = {
-    "train": "--iterations 1 --group 2 --workers 1 --task-steps 12 --validation-tasks 2 --corpora code",
+    "train": "--iterations 1 --group 2 --workers 1 --task-steps 12 --validation-tasks 2 --suites planted",
     "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 32 --batch-size 4",
     "export": "",
     "assets": "",

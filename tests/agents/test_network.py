@@ -17,7 +17,7 @@ from rankpilot.agents.policy import signal_score
 from rankpilot.agents.rules import RULES, FracRule, SignalRule, find_rule
 from rankpilot.agents.sb3_policy import GroupRolloutBuffer, MaskedGaussian, RankPolicy, decision_index
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.env.score_actions import SCORE_BOUND
+from rankpilot.env.spaces import SCORE_BOUND
 from rankpilot.errors import UnknownNameError
 
 MakeObservation = Callable[..., Observation]

@@ -33,7 +33,7 @@ CONFIG = TrainConfig(
     iterations=2,
     group=2,
     workers=1,
-    corpora=("code",),
+    suites=("planted",),
     task_steps=12,
     validation_tasks=0,
     schedule=DecisionSchedule(probe_steps=4),
@@ -191,7 +191,7 @@ def test_bad_settings(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="at least 0"):
             TrainConfig(**options)
     with pytest.raises(UnknownNameError):
-        train(dataclasses.replace(CONFIG, corpora=("coed",)), tmp_path / "run")
+        train(dataclasses.replace(CONFIG, suites=("shfit",)), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "refused before anything is written"
 
 

@@ -1,15 +1,49 @@
-"""Tiny proxy tasks."""
+"""Tiny proxy tasks, whole episodes, and one thread for products that are the same bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
+import torch
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.env.tasks import ProxyTask
 
-SIZES = {"steps": 12, "batch_size": 4, "length": 16, "eval_rows": 16}
+SIZES = {"base": "llama-4x32", "steps": 12, "batch_size": 4, "length": 16, "eval_rows": 16}
+INFO_KEYS = {
+    "task",
+    "step",
+    "loss",
+    "held_out_loss",
+    "uniform_loss",
+    "cost",
+    "limit",
+    "ranks",
+    "non_finite",
+    "improvement",
+    "group_mean",
+    "churn",
+    "shaping",
+}
+
+Row = tuple[dict[str, Any], float, bool, bool, dict[str, Any]]
+Rollout = Callable[..., list[Row]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def info_keys() -> set[str]:
+    return INFO_KEYS
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +57,35 @@ def make_task() -> Callable[..., ProxyTask]:
         return ProxyTask(kind, seed, **{**SIZES, **options})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rollout() -> Rollout:
+    """Whole episodes of random actions: every (observation, reward, terminated, truncated, info)."""
+
+    def roll(env: gym.Env[Any, Any], *, seed: int, episodes: int = 1) -> list[Row]:
+        env.action_space.seed(seed)
+        rows: list[Row] = []
+        for episode in range(episodes):
+            observation, info = env.reset(seed=seed if episode == 0 else None)
+            rows.append((observation, 0.0, False, False, info))
+            while not rows[-1][2]:
+                rows.append(env.step(env.action_space.sample()))  # type: ignore[arg-type]
+        return rows
+
+    return roll
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[list[Row], list[Row]], None]:
+    """Two lists of steps are equal bit for bit."""
+
+    def check(left: list[Row], right: list[Row]) -> None:
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            for key in a[0]:
+                np.testing.assert_array_equal(a[0][key], b[0][key])
+            assert a[1:4] == b[1:4]
+            np.testing.assert_equal(a[4], b[4])
+
+    return check

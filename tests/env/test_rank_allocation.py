@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -13,65 +14,54 @@ import pytest
 import rankpilot
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
-from rankpilot.env.episode import Episode, baseline, proxy_cost, proxy_probe
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import RecordEpisodeStatistics
+from rankpilot.env.episode import Episode, _measured_reference, probe_task, reference_of
 from rankpilot.env.observation import MODULE_FEATURES
 from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.env.rendering import HEIGHT, WIDTH
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.env.score_actions import ScoreActions, decode
-from rankpilot.env.tasks import ProxyTask, TaskData, adapted_base, load_task
-from rankpilot.errors import ConfigError
+from rankpilot.env.task_data import TaskData, load_task
+from rankpilot.env.tasks import ProxyTask, Reference, adapted_base, proxy_cost
+from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
+from rankpilot.lora.ladder import DEFAULT_RANKS
 from rankpilot.lora.plan import uniform_ranks
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 MakeTask = Callable[..., ProxyTask]
-INFO_KEYS = {
-    "task",
-    "step",
-    "loss",
-    "held_out_loss",
-    "uniform_loss",
-    "cost",
-    "limit",
-    "ranks",
-    "non_finite",
-}
-OVERRIDES = {"steps": 12, "batch_size": 4, "length": 16, "eval_rows": 16, "corpus": "code"}
+MakeEnv = Callable[..., RankAllocationEnv]
+Rollout = Callable[..., list[tuple[Any, ...]]]
+AssertSame = Callable[..., None]
 
 
 def forget() -> None:
     """Drop everything that is remembered about tasks, so that it has to come out the same again."""
-    for cached in (load_task, proxy_probe, proxy_cost, baseline, adapted_base):
+    for cached in (load_task, probe_task, proxy_cost, _measured_reference, adapted_base):
         cached.cache_clear()
 
 
 @pytest.fixture
-def make_env(make_task: MakeTask, schedule: DecisionSchedule) -> Callable[..., RankAllocationEnv]:
+def make_env(make_task: MakeTask, schedule: DecisionSchedule) -> MakeEnv:
     def make(**options: Any) -> RankAllocationEnv:
         return RankAllocationEnv(**{"task": make_task(), "schedule": schedule, **options})
 
     return make
 
 
-def rollout(env: gym.Env[Any, Any], *, seed: int, episodes: int = 1) -> list[tuple[Any, ...]]:
-    """Whole episodes of random actions: every (observation, reward, terminated, truncated, info)."""
-    env.action_space.seed(seed)
-    rows: list[tuple[Any, ...]] = []
-    for episode in range(episodes):
-        observation, info = env.reset(seed=seed if episode == 0 else None)
-        rows.append((observation, 0.0, False, False, info))
-        while not rows[-1][2]:
-            rows.append(env.step(env.action_space.sample()))
-    return rows
+@pytest.fixture
+def make_pool(make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch) -> MakeEnv:
+    """Environments that draw from a few tiny tasks in place of the suites."""
+    from rankpilot.env import suites
 
+    pool = tuple(make_task("shift", 50 + index, budget=0.6 + 0.02 * index) for index in range(12))
+    monkeypatch.setattr(suites, "load_suite", lambda name, split: pool if name == "shift" else ())
 
-def assert_same(left: list[tuple[Any, ...]], right: list[tuple[Any, ...]]) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        for key in a[0]:
-            np.testing.assert_array_equal(a[0][key], b[0][key])
-        assert a[1:4] == b[1:4]
-        np.testing.assert_equal(a[4], b[4])
+    def make(**options: Any) -> RankAllocationEnv:
+        return RankAllocationEnv(**{"schedule": schedule, **options})
+
+    return make
 
 
 def test_gymnasium_check_has_nothing_to_complain_of(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -83,7 +73,18 @@ def test_gymnasium_check_has_nothing_to_complain_of(make_task: MakeTask, schedul
 
 
 @pytest.mark.parametrize("wrap", [lambda env: env, ScoreActions])
-def test_sb3_check_has_nothing_to_complain_of(make_env: Callable[..., RankAllocationEnv], wrap: Any) -> None:
+def test_gymnasium_check_of_each_action_form(make_env: MakeEnv, wrap: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        if wrap is ScoreActions:  # the checker itself warns of any wrapper that it is given
+            warnings.filterwarnings("ignore", message=".*is different from the unwrapped version.*")
+            warnings.filterwarnings("ignore", message=".*symmetric and normalized.*")  # log2 ranks, on purpose
+        gymnasium_check(wrap(make_env(render_mode="rgb_array")), skip_render_check=True)
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, ScoreActions])
+def test_sb3_check_has_nothing_to_complain_of(make_env: MakeEnv, wrap: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -93,17 +94,28 @@ def test_sb3_check_has_nothing_to_complain_of(make_env: Callable[..., RankAlloca
         sb3_check(wrap(make_env()), warn=True)
 
 
-def test_same_seed_same_run_even_with_nothing_remembered(schedule: DecisionSchedule) -> None:
-    env = RankAllocationEnv(schedule=schedule, task_overrides=OVERRIDES)
+def test_sb3_check_of_the_registered_id(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        sb3_check(gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule), warn=True)
+
+
+def test_same_seed_same_run_even_with_nothing_remembered(
+    make_pool: MakeEnv, rollout: Rollout, assert_same: AssertSame
+) -> None:
+    env = make_pool()
     first = rollout(env, seed=3, episodes=2)
     forget()
-    assert_same(first, rollout(RankAllocationEnv(schedule=schedule, task_overrides=OVERRIDES), seed=3, episodes=2))
+    assert_same(first, rollout(make_pool(), seed=3, episodes=2))
     assert first[0][4]["task"] != first[-1][4]["task"], "each episode draws its task"
     other = rollout(env, seed=4)
     assert other[0][4]["task"] != first[0][4]["task"]
 
 
-def test_envs_that_take_turns_do_not_touch_each_other(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+def test_envs_that_take_turns_do_not_touch_each_other(
+    make_task: MakeTask, schedule: DecisionSchedule, rollout: Rollout, assert_same: AssertSame
+) -> None:
     tasks = (make_task(), make_task("planted", 2))
     envs = [RankAllocationEnv(task=task, schedule=schedule) for task in tasks]
     alone = [rollout(env, seed=5) for env in envs]
@@ -111,14 +123,42 @@ def test_envs_that_take_turns_do_not_touch_each_other(make_task: MakeTask, sched
         assert_same(alone[index], rollout(envs[index], seed=5))
 
 
-def test_pickling(schedule: DecisionSchedule) -> None:
-    env = RankAllocationEnv(schedule=schedule, task_overrides=OVERRIDES, max_modules=30)
+def test_envs_that_take_turns_within_episodes_do_not_touch_each_other(
+    make_task: MakeTask, schedule: DecisionSchedule, rollout: Rollout, assert_same: AssertSame
+) -> None:
+    """As a vector of them does, though they share the frozen base."""
+    tasks = (make_task(), make_task("planted", 2), make_task(seed=3, steps=20))
+    envs = [RankAllocationEnv(task=task, schedule=schedule, render_mode="ansi") for task in tasks]
+    alone = [rollout(env, seed=5) for env in envs]
+    pictures = [env.render() for env in envs]
+    rows: list[list[tuple[Any, ...]]] = []
+    for env in envs:
+        env.action_space.seed(5)
+        observation, info = env.reset(seed=5)
+        rows.append([(observation, 0.0, False, False, info)])
+    assert len({env.render() for env in envs}) == 3
+    while any(not own[-1][2] for own in rows):
+        for env, own in zip(envs, rows, strict=True):
+            if not own[-1][2]:
+                own.append(env.step(env.action_space.sample()))
+    for before, own, picture, env in zip(alone, rows, pictures, envs, strict=True):
+        assert_same(before, own)
+        assert env.render() == picture
+
+
+def test_pickling(make_pool: MakeEnv, rollout: Rollout, assert_same: AssertSame) -> None:
+    env = make_pool(max_modules=30, shaping=0.5, episodes_per_task=2, split="validation")
     twin = pickle.loads(pickle.dumps(env))  # noqa: S301
-    assert twin.max_modules == 30
+    assert (twin.max_modules, twin.shaping, twin.episodes_per_task) == (30, 0.5, 2)
     assert_same(rollout(env, seed=6), rollout(twin, seed=6))
 
 
-def test_observations_are_in_their_space_and_padding_is_zero(make_env: Callable[..., RankAllocationEnv]) -> None:
+def test_pickling_with_a_task(make_env: MakeEnv, rollout: Rollout, assert_same: AssertSame) -> None:
+    env = make_env()
+    assert_same(rollout(env, seed=6), rollout(pickle.loads(pickle.dumps(env)), seed=6))  # noqa: S301
+
+
+def test_observations_are_in_their_space_and_padding_is_zero(make_env: MakeEnv) -> None:
     small, large = make_env(), make_env(max_modules=40)
     actions = np.random.default_rng(0).integers(0, 21, size=(4, 40))  # what padding asks for must not matter
     seen = {}
@@ -146,11 +186,14 @@ def test_observations_are_in_their_space_and_padding_is_zero(make_env: Callable[
         np.zeros((28, 1), dtype=np.int64),
         np.full(28, 21),
         np.full(28, -1),
+        np.full(28, 10.5),
+        np.full(28, np.nan),
+        np.full(28, True),
+        np.full(28, "10"),
+        None,
     ],
 )
-def test_a_wrong_action_is_refused_and_the_episode_goes_on(
-    make_env: Callable[..., RankAllocationEnv], action: np.ndarray[Any, Any]
-) -> None:
+def test_a_wrong_action_is_refused_and_the_episode_goes_on(make_env: MakeEnv, action: Any) -> None:
     env = make_env()
     env.reset(seed=0)
     with pytest.raises(ConfigError, match="28 whole numbers from 0 to 20"):
@@ -158,15 +201,41 @@ def test_a_wrong_action_is_refused_and_the_episode_goes_on(
     assert env.step(np.full(28, 10))[4]["step"] == 2
 
 
-def test_an_empty_action_is_refused(make_env: Callable[..., RankAllocationEnv]) -> None:
+def test_an_empty_action_is_refused(make_env: MakeEnv) -> None:
     env = make_env()
     env.reset(seed=0)
     with pytest.raises(ConfigError, match="28 whole numbers"):
         env.step(np.zeros(0, dtype=np.int64))
 
 
+def test_whole_numbers_of_any_type_are_taken(make_env: MakeEnv) -> None:
+    env = make_env()
+    seen = []
+    for action in (np.full(28, 11), np.full(28, 11.0), [11] * 28, np.full(28, 11, dtype=np.uint8)):
+        env.reset(seed=0)
+        seen.append(env.step(action)[4]["ranks"])  # type: ignore[arg-type]
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("bad", [np.zeros(28), np.full(29, np.nan), np.append(np.zeros(28), np.inf), np.zeros((29, 1))])
+def test_wrong_scores_are_refused_and_the_episode_goes_on(make_env: MakeEnv, bad: np.ndarray[Any, Any]) -> None:
+    env = ScoreActions(make_env())
+    env.reset(seed=0)
+    with pytest.raises(ConfigError, match="29 finite numbers, the floor's correction last"):
+        env.step(bad)
+    assert env.step(np.zeros(29, dtype=np.float32))[4]["step"] == 2
+
+
+def test_scores_out_of_range_are_clipped(make_env: MakeEnv) -> None:
+    env, ranks = ScoreActions(make_env()), []
+    for scale in (4.0, 100.0):
+        env.reset(seed=0)
+        ranks.append(env.step(scale * np.sign(np.arange(29) - 14.0))[4]["ranks"])
+    assert ranks[0] == ranks[1]
+
+
 @pytest.mark.parametrize("wrap", [lambda env: env, ScoreActions])
-def test_no_step_before_reset_or_after_the_end(make_env: Callable[..., RankAllocationEnv], wrap: Any) -> None:
+def test_no_step_before_reset_or_after_the_end(make_env: MakeEnv, wrap: Any) -> None:
     env = wrap(make_env())
     action = env.action_space.sample()
     with pytest.raises(ConfigError, match="call reset"):
@@ -179,9 +248,9 @@ def test_no_step_before_reset_or_after_the_end(make_env: Callable[..., RankAlloc
 
 
 def test_a_loss_that_is_not_finite_ends_the_episode(
-    make_env: Callable[..., RankAllocationEnv], monkeypatch: pytest.MonkeyPatch
+    make_env: MakeEnv, rollout: Rollout, info_keys: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    env = make_env()
+    env = make_env(shaping=0.7)
     env.reset(seed=0)
     env.step(np.full(28, 10))
     original = TaskData.train_loss
@@ -190,9 +259,11 @@ def test_a_loss_that_is_not_finite_ends_the_episode(
         return original(self, model, step, rows) * (float("nan") if step == 3 else 1.0)
 
     monkeypatch.setattr(TaskData, "train_loss", diverged)
-    observation, reward, terminated, truncated, info = env.step(np.full(28, 10))
-    assert (reward, terminated, truncated, info["non_finite"]) == (-1.0, True, False, True)
-    assert set(info) == INFO_KEYS
+    observation, reward, terminated, truncated, info = env.step(np.full(28, 11))
+    assert (reward, terminated, truncated, info["non_finite"]) == (-3.0, True, False, True)
+    assert (info["loss"], info["held_out_loss"]) == (None, None)
+    assert info["improvement"] - info["group_mean"] - info["churn"] + info["shaping"] == -3.0
+    assert set(info) == info_keys
     assert env.observation_space.contains(observation)
     with pytest.raises(ConfigError, match="call reset"):
         env.step(np.full(28, 10))
@@ -200,20 +271,50 @@ def test_a_loss_that_is_not_finite_ends_the_episode(
     assert not rollout(env, seed=0)[-1][4]["non_finite"], "the next episode is sound"
 
 
+@pytest.mark.parametrize("rate", [1e6, 1e9, 1e30])
+@pytest.mark.parametrize("kind", ["shift", "planted"])
 def test_a_huge_learning_rate_does_not_crash(
-    make_env: Callable[..., RankAllocationEnv], make_task: MakeTask, schedule: DecisionSchedule
+    make_env: MakeEnv, make_task: MakeTask, rollout: Rollout, info_keys: set[str], rate: float, kind: str
 ) -> None:
-    env = make_env(task=make_task(learning_rate=1e6))
-    last = rollout(env, seed=0)[-1]
+    env = make_env(task=make_task(kind, 5, learning_rate=rate, budget=2.0))
+    rows = rollout(env, seed=0)
+    last = rows[-1]
     assert last[2]
-    assert -1 <= last[1] <= 1
-    assert set(last[4]) == INFO_KEYS
+    assert all(np.isfinite(row[1]) and env.observation_space.contains(row[0]) for row in rows)
+    assert last[1] >= -3.01
+    assert set(last[4]) == info_keys
+    assert last[4]["non_finite"] or rate < 1e30
+    if last[4]["non_finite"]:
+        assert last[1] == -3.0
+    assert np.isfinite(last[4]["uniform_loss"])
     assert rollout(make_env(), seed=0)[-1][4]["held_out_loss"] < 10, "nothing of it is left in the shared base"
+
+
+def test_a_held_out_loss_that_is_not_finite_is_a_failed_run(
+    make_env: MakeEnv, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = make_env(task=make_task(reference=Reference(3.0, 2.0, 1.5)), shaping=0.3)
+    env.reset(seed=0)
+    monkeypatch.setattr(TaskData, "held_out_loss", lambda self, model: float("nan"))
+    action, terminated = np.full(28, 11), False
+    while not terminated:
+        _, reward, terminated, _, info = env.step(action)
+        action = 20 - action
+    assert reward == -3.0
+    assert info["improvement"] - info["group_mean"] - info["churn"] + info["shaping"] == -3.0
+
+
+def test_a_uniform_run_without_a_finite_end_gained_nothing(
+    make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, found = make_task(seed=61), iter([3.0, float("nan")])
+    monkeypatch.setattr(TaskData, "held_out_loss", lambda self, model: next(found))
+    assert reference_of(task, schedule) == Reference(3.0, 3.0)
 
 
 @pytest.mark.parametrize("budget", [0.35, 0.7, 1.05])
 def test_the_budget_holds_and_ranks_are_real(
-    make_env: Callable[..., RankAllocationEnv], make_task: MakeTask, budget: float
+    make_env: MakeEnv, make_task: MakeTask, info_keys: set[str], budget: float
 ) -> None:
     env = make_env(task=make_task(budget=budget))
     env.action_space.seed(1)
@@ -223,29 +324,43 @@ def test_the_budget_holds_and_ranks_are_real(
     while not terminated:
         _, _, terminated, _, info = env.step(env.action_space.sample())
         assert info["cost"] <= info["limit"]
-        assert set(info) == INFO_KEYS
-        shapes = [(t.weight_a.shape, t.weight_b.shape) for t in adapted_base("llama-4x64")[1]]
-        targets = adapted_base("llama-4x64")[1]
+        assert set(info) == info_keys
+        shapes = [(t.weight_a.shape, t.weight_b.shape) for t in adapted_base("llama-4x32")[1]]
+        targets = adapted_base("llama-4x32")[1]
         assert shapes == [((r, t.d_in), (t.d_out, r)) for r, t in zip(info["ranks"], targets, strict=True)]
         seen.add(info["ranks"])
     assert len(seen) > 1, "ranks move"
     assert all(any(ranks) for ranks in seen)
 
 
-def test_reward_is_the_documented_formula(make_env: Callable[..., RankAllocationEnv], make_task: MakeTask) -> None:
+@pytest.mark.parametrize("best", [None, 0.9])
+def test_reward_is_the_documented_formula(
+    make_env: MakeEnv, make_task: MakeTask, schedule: DecisionSchedule, rollout: Rollout, best: float | None
+) -> None:
     for kind in ("shift", "planted"):
         task = make_task(kind)
-        env = make_env(task=task)
-        rows = rollout(env, seed=2)
-        assert [row[1] for row in rows[:-1]] == [0.0] * (len(rows) - 1)
-        assert all(row[4]["held_out_loss"] is None and row[4]["uniform_loss"] is None for row in rows[:-1])
+        known = reference_of(task, schedule)
+        if best is not None:  # share of the uniform run's loss that the best known allocation reaches
+            task = make_task(kind, reference=Reference(known.initial, known.uniform, best * known.uniform))
+        rows = rollout(make_env(task=task), seed=2)
+        rungs = np.searchsorted(DEFAULT_RANKS, [row[4]["ranks"] for row in rows], side="right") - 1
+        moved = np.abs(np.diff(rungs, axis=0)).mean(axis=1)
+        assert moved[1:].min() > 0
+        assert rows[1][1] == 0.0, "the first plan is free"
+        assert [row[1] for row in rows[2:-1]] == pytest.approx((-0.002 * moved[1:-1]).tolist())
+        assert all(row[4]["held_out_loss"] is None for row in rows[:-1])
         info = rows[-1][4]
         model, targets = adapted_base(task.base)
         with model.disable_adapter():
             untrained = load_task(task).held_out_loss(model)
-        expected = (info["uniform_loss"] - info["held_out_loss"]) / (untrained - info["uniform_loss"])
-        assert rows[-1][1] == pytest.approx(np.clip(expected, -1, 1), abs=1e-6)
+        uniform = info["uniform_loss"]
+        gain = max(untrained - uniform, 0.01 * untrained)
+        headroom = 0.1 * gain if best is None else max((1 - best) * uniform, 0.05 * gain)
+        expected = np.clip((uniform - info["held_out_loss"]) / headroom, -3, 3)
+        assert info["improvement"] == pytest.approx(expected, abs=1e-4)
+        assert rows[-1][1] == pytest.approx(expected - 0.002 * moved[-1], abs=1e-4)
         assert info["held_out_loss"] == pytest.approx(load_task(task).held_out_loss(model), abs=1e-6)
+        assert {row[4]["uniform_loss"] for row in rows} == {known.uniform}
         assert len(targets) == 28
 
 
@@ -254,14 +369,26 @@ def test_the_uniform_plan_is_the_zero_of_the_reward(make_task: MakeTask, schedul
         episode = Episode(task, schedule)
         ranks = uniform_ranks(episode.controller.problem())
         loss = episode.run_fixed(ranks)
-        assert baseline(task, schedule).improvement(loss) == 0.0
+        assert reference_of(task, schedule).improvement(loss) == 0.0
         assert episode.controller.problem().fits(ranks)
 
 
-def test_options_of_reset(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    env = RankAllocationEnv(schedule=schedule, task_overrides=OVERRIDES)
+def test_shaping_sums_to_nothing(make_env: MakeEnv, rollout: Rollout, info_keys: set[str]) -> None:
+    plain, shaped = (rollout(make_env(shaping=weight), seed=8) for weight in (0.0, 0.9))
+    assert [row[4]["shaping"] for row in plain] == [0.0] * len(plain)
+    parts = [row[4]["shaping"] for row in shaped]
+    assert all(abs(part) > 1e-4 for part in parts[1:])
+    assert sum(parts) == pytest.approx(0, abs=1e-9)
+    assert sum(row[1] for row in shaped) == pytest.approx(sum(row[1] for row in plain), abs=1e-9)
+    for _, reward, _, _, info in shaped:
+        assert set(info) == info_keys
+        assert info["improvement"] - info["group_mean"] - info["churn"] + info["shaping"] == pytest.approx(reward)
+
+
+def test_options_of_reset(make_pool: MakeEnv, make_task: MakeTask) -> None:
+    env = make_pool()
     names = [env.reset(seed=9 if i == 0 else None)[1]["task"] for i in range(4)]
-    assert len(set(names)) == 4
+    assert len(set(names)) >= 3
     assert env.reset(seed=9, options={"skip_tasks": 2})[1]["task"] == names[2]
     assert env.reset()[1]["task"] == names[3]
     mine = make_task("planted", 77, placement="low")
@@ -269,32 +396,100 @@ def test_options_of_reset(make_task: MakeTask, schedule: DecisionSchedule) -> No
     assert env.reset()[1]["task"] == names[0], "a given task draws none"
 
 
-def test_episodes_of_a_group_share_their_task(schedule: DecisionSchedule) -> None:
-    env = RankAllocationEnv(schedule=schedule, task_overrides=OVERRIDES, episodes_per_task=2)
+def test_the_budget_of_one_episode(make_env: MakeEnv, make_task: MakeTask) -> None:
+    env = make_env(task=make_task(reference=Reference(3.0, 2.0, 1.0)))
+    usual = env.reset()[1]
+    tight = env.reset(options={"budget": 0.35})[1]
+    assert tight["limit"] == pytest.approx(usual["limit"] * 0.35 / 0.7)
+    assert usual["uniform_loss"] == 2.0
+    assert tight["uniform_loss"] != 2.0, "the reference is for another budget"
+    assert env.step(np.full(28, 20))[4]["cost"] <= tight["limit"]
+    assert env.reset()[1] == usual, "the next episode has its own budget again"
+    other = make_task("planted", 5)
+    both = env.reset(options={"task": other, "budget": 0.5})[1]
+    assert (both["task"], both["limit"]) == (replace(other, budget=0.5).id, pytest.approx(usual["limit"] * 0.5 / 0.7))
+    with pytest.raises(ConfigError, match="Budget and learning rate of a task are above 0"):
+        env.reset(options={"budget": -1.0})
+    with pytest.raises(ConfigError, match=r"Options of reset are .*'skip_tasks'.*; got \['bugdet'\]"):
+        env.reset(options={"bugdet": 0.5})
+
+
+def test_episodes_of_a_group_share_their_task(make_pool: MakeEnv) -> None:
+    env = make_pool(episodes_per_task=2)
     names = [env.reset(seed=9 if i == 0 else None)[1]["task"] for i in range(4)]
     assert names[0] == names[1] != names[2] == names[3]
 
 
+def test_overrides_of_drawn_tasks(make_pool: MakeEnv) -> None:
+    env = make_pool(task_overrides={"steps": 7, "unit": "parameters"})
+    assert {(task.steps, task.unit) for task in env.tasks} == {(7, "parameters")}
+    env.reset(seed=1)
+    terminated = False
+    while not terminated:
+        _, _, terminated, _, info = env.step(np.full(28, 10))
+    assert info["step"] == 7
+    assert info["limit"] < 30_000, "parameters, not bytes"
+
+
+def test_unknown_names_are_refused(schedule: DecisionSchedule) -> None:
+    with pytest.raises(UnknownNameError, match=r"suite 'shfit'. Did you mean: 'shift'"):
+        RankAllocationEnv(suites=("shfit",), schedule=schedule)
+    with pytest.raises(UnknownNameError, match=r"split 'tets'. Did you mean: 'test'"):
+        RankAllocationEnv(split="tets", schedule=schedule)
+    with pytest.raises(UnknownNameError, match=r"proxy base 'lama-4x32'. Did you mean: 'llama-4x32'"):
+        RankAllocationEnv(bases=("lama-4x32",), schedule=schedule)
+
+
+def test_a_split_without_tasks_on_a_base_is_refused(make_pool: MakeEnv) -> None:
+    with pytest.raises(ConfigError, match=r"No task of the train split of .* is on \('gpt2-4x32',\)"):
+        make_pool(bases=("gpt2-4x32",))
+
+
+def test_a_budget_that_fits_nothing_is_refused(make_env: MakeEnv, make_task: MakeTask) -> None:
+    with pytest.raises(BudgetError, match="The smallest that works is"):
+        make_env(task=make_task(budget=0.001)).reset()
+
+
 @pytest.mark.parametrize("options", [{"max_modules": 27}, {"episodes_per_task": 0}])
-def test_arguments_are_checked(make_env: Callable[..., RankAllocationEnv], options: dict[str, Any]) -> None:
+def test_arguments_are_checked(make_env: MakeEnv, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="max_modules is at least 28"):
         make_env(**options)
 
 
-def test_render(make_env: Callable[..., RankAllocationEnv]) -> None:
+def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
     env = make_env(render_mode="ansi")
+    assert env.render() is None, "nothing to show before the first reset"
     env.reset(seed=0)
+    assert "step 0 of 12" in env.render()
     info = env.step(np.full(28, 11))[4]
     text = env.render()
     assert text is not None
     lines = text.splitlines()
-    assert lines[0] == "step 2 of 12"
-    assert [line.split()[1] for line in lines[1:]] == ["3", "2", "1", "0"]
-    assert sum(int(word) for line in lines[1:] for word in line.split()[2:]) == sum(info["ranks"])
+    assert lines[0] == make_task().id
+    assert lines[1].startswith(f"step 2 of 12, loss {info['loss']:.3f}, ")
+    assert [line.split()[1] for line in lines[2:]] == ["3", "2", "1", "0"]
+    assert sum(int(word) for line in lines[2:] for word in line.split()[2:] if word.isdigit()) == sum(info["ranks"])
+    terminated = False
+    while not terminated:
+        _, _, terminated, _, info = env.step(np.full(28, 10))
+    end = f"held-out loss {info['held_out_loss']:.3f} (uniform {info['uniform_loss']:.3f})"
+    assert env.render().splitlines()[1].endswith(end)
     assert make_env().render() is None
 
 
-def test_score_actions_decode_against_the_present_plans(make_env: Callable[..., RankAllocationEnv]) -> None:
+def test_render_as_a_picture(make_env: MakeEnv) -> None:
+    env = make_env(render_mode="rgb_array")
+    env.reset(seed=0)
+    first = env.render()
+    env.step(np.full(28, 12))
+    second = env.render()
+    for picture in (first, second):
+        assert isinstance(picture, np.ndarray)
+        assert (picture.shape, picture.dtype) == ((HEIGHT, WIDTH, 3), np.uint8)
+    assert not np.array_equal(first, second)
+
+
+def test_score_actions_decode_against_the_present_plans(make_env: MakeEnv) -> None:
     env = ScoreActions(make_env())
     env.reset(seed=0)
     action = np.append(np.linspace(-1, 1, 28), 0.5).astype(np.float32)
@@ -309,9 +504,76 @@ def test_score_actions_decode_against_the_present_plans(make_env: Callable[..., 
         ScoreActions(gym.make("CartPole-v1"))
 
 
-def test_ppo_of_sb3_runs_on_the_plain_env(make_env: Callable[..., RankAllocationEnv]) -> None:
+def test_ppo_of_sb3_runs_on_the_plain_env(make_env: MakeEnv) -> None:
     model = PPO("MultiInputPolicy", make_env(), n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
     before = [p.detach().clone() for p in model.policy.parameters()]
     model.learn(8)
     assert model.num_timesteps == 8
     assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+# Wrappers and vectors of Gymnasium ------------------------------------------------------------------------------------
+
+
+def test_a_time_limit_truncates(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    env = gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule, max_episode_steps=2)
+    env.reset(seed=0)
+    assert env.step(np.full(28, 10))[2:4] == (False, False)
+    assert env.step(np.full(28, 10))[2:4] == (False, True)
+
+
+def test_episode_statistics_of_one_env(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    env = RecordEpisodeStatistics(gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule, shaping=0.2))
+    env.reset(seed=0)
+    rewards, terminated = [], False
+    while not terminated:
+        _, reward, terminated, _, info = env.step(env.action_space.sample())
+        rewards.append(reward)
+    assert info["episode"]["l"] == len(rewards) == 4
+    assert info["episode"]["r"] == pytest.approx(sum(rewards))
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_a_vector_of_copies(
+    make_task: MakeTask,
+    schedule: DecisionSchedule,
+    rollout: Rollout,
+    info_keys: set[str],
+    mode: AutoresetMode,
+) -> None:
+    """Each copy goes through the episode that it would go through alone, though all share a frozen base."""
+    envs = gym.make_vec(
+        rankpilot.ENV_ID,
+        num_envs=2,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": mode},
+        task=make_task(),
+        schedule=schedule,
+    )
+    assert envs.single_action_space == gym.spaces.MultiDiscrete(np.full(28, 21))
+    alone = RankAllocationEnv(task=make_task(), schedule=schedule)
+    actions = np.random.default_rng(0).integers(0, 21, size=(4, 2, 28))
+    expected = []
+    for copy in range(2):
+        alone.reset(seed=0)
+        expected.append([alone.step(action) for action in actions[:, copy]])
+    observations, infos = envs.reset(seed=0)
+    assert info_keys <= set(infos)
+    first = {key: value.copy() for key, value in observations.items()}
+    for turn, action in enumerate(actions):
+        observations, rewards, terminated, truncated, infos = envs.step(action)
+        assert rewards.tolist() == [own[turn][1] for own in expected]
+        assert terminated.tolist() == [turn == 3] * 2
+        assert not truncated.any()
+        same = mode is AutoresetMode.SAME_STEP and turn == 3
+        for copy in range(2):
+            seen = infos["final_obs"][copy] if same else {key: value[copy] for key, value in observations.items()}
+            for key, value in expected[copy][turn][0].items():
+                np.testing.assert_array_equal(seen[key], value)
+        losses = infos["final_info"]["loss"] if same else infos["loss"]
+        assert losses.tolist() == [own[turn][4]["loss"] for own in expected]
+    if mode is AutoresetMode.NEXT_STEP:
+        observations = envs.step(actions[0])[0]
+    for key, value in first.items():
+        np.testing.assert_array_equal(observations[key], value)
+    envs.close()

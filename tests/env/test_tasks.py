@@ -9,42 +9,48 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.env.bases import PROXY_BASES, find_base, load_base_model
-from rankpilot.env.corpora import load_corpus
-from rankpilot.env.episode import Baseline, Episode, proxy_probe
+from rankpilot.env.bases import BASES_FOLDER, PROXY_BASES, find_base, load_base_model
+from rankpilot.env.corpora import load_corpus, sample_windows
+from rankpilot.env.episode import Episode, probe_task
+from rankpilot.env.labelled import load_labelled
+from rankpilot.env.objectives import FIRST_CLASS, label_loss, language_inputs
 from rankpilot.env.schedule import DecisionSchedule
-from rankpilot.env.tasks import (
-    ProxyTask,
-    TaskData,
-    adapted_base,
-    check_corpora,
-    load_task,
-    sample_task,
-    validation_tasks,
-)
-from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.env.task_data import TaskData, check_texts, load_task
+from rankpilot.env.tasks import ProxyTask, Reference, adapted_base
+from rankpilot.errors import AssetError, ConfigError, UnknownNameError
+from rankpilot.lora.budget import Budget
+from rankpilot.lora.calibration import calibrate
+from rankpilot.lora.cost import ByteCost, ParameterCost, total_cost
 from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.targets import find_target_modules
 from torch.nn import functional
 
 MakeTask = Callable[..., ProxyTask]
 
 
-@pytest.mark.parametrize("kind", ["shift", "planted"])
-def test_the_same_task_gives_the_same_data(make_task: MakeTask, kind: str) -> None:
-    first = load_task(make_task(kind, 5))
+@pytest.mark.parametrize(("kind", "corpus"), [("shift", "code"), ("planted", "code"), ("classify", "sentiment")])
+def test_the_same_task_gives_the_same_data(make_task: MakeTask, kind: str, corpus: str) -> None:
+    first = load_task(make_task(kind, 5, corpus=corpus))
     load_task.cache_clear()
-    second = load_task(make_task(kind, 5))
-    other = load_task(make_task(kind, 6))
+    second = load_task(make_task(kind, 5, corpus=corpus))
+    other = load_task(make_task(kind, 6, corpus=corpus))
     assert first is not second
-    for name in ("train", "held_out", "train_logits", "held_out_logits"):
+    for name in ("inputs", "held_out_inputs", "labels", "held_out_labels", "teacher", "held_out_teacher"):
         a, b, c = (getattr(data, name) for data in (first, second, other))
-        assert (a is None) == (kind == "shift" and "logits" in name)
+        assert (a is None) == (kind != "planted" and "teacher" in name)
         if a is not None:
             assert torch.equal(a, b)
             assert not torch.equal(a, c)
-    assert first.planted == second.planted
-    assert first.train.shape == (12, 4, 16)
-    assert first.held_out.shape == (16, 16)
+    for one, two in zip(first.changes, second.changes, strict=True):
+        assert one.name == two.name
+        assert torch.equal(one.left, two.left)
+        assert torch.equal(one.right, two.right)
+    assert bool(first.changes) == (kind == "planted")
+    assert first.inputs.shape == first.labels.shape == (12, 4, 16)
+    assert first.held_out_inputs.shape == first.held_out_labels.shape == (16, 16)
+    if first.teacher is not None and first.held_out_teacher is not None:
+        assert first.teacher.shape == (12, 4, 16, 256)
+        assert first.held_out_teacher.shape == (16, 16, 256)
 
 
 def test_held_out_text_is_never_trained_on(make_task: MakeTask) -> None:
@@ -53,68 +59,23 @@ def test_held_out_text_is_never_trained_on(make_task: MakeTask) -> None:
     assert np.concatenate([train[-40:], held_out[:40]]).tobytes() in (train.tobytes()[-40:] + held_out.tobytes())
     data = load_task(make_task("shift", 5))
     text = held_out.tobytes()
-    assert all(bytes(row.tolist()) in text for row in data.held_out)
+    assert all(bytes(row.tolist()) in text for row in data.held_out_inputs)
     text = train.tobytes()
-    assert all(bytes(row.tolist()) in text for row in data.train.view(-1, 16)[:8])
+    assert all(bytes(row.tolist()) in text for row in data.inputs.view(-1, 16)[:8])
 
 
-def test_the_teacher_is_taken_out_again(make_task: MakeTask) -> None:
-    model, targets = adapted_base("llama-4x64")
-    before = {name: value.clone() for name, value in model.get_base_model().state_dict().items() if "lora_" not in name}
-    load_task.cache_clear()
-    data = load_task(make_task("planted", 11))
-    after = model.get_base_model().state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert data.train_logits is not None
-    with model.disable_adapter():
-        divergence = data.held_out_loss(model)
-    assert divergence > 0.01, "the teacher differs from the base"
-    assert set(data.planted) < {target.name for target in targets}
-
-
-def test_the_teacher_is_taken_out_after_an_error(make_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.env import tasks
-
-    model, _ = adapted_base("llama-4x64")
-    before = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
-
-    def fail(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tasks, "_log_probabilities", fail)
-    with pytest.raises(KeyboardInterrupt):
-        load_task(make_task("planted", 12))
-    after = model.state_dict()
-    assert before
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-@pytest.mark.parametrize(("placement", "allowed"), [("low", {0, 1}), ("high", {2, 3}), ("spread", {0, 1, 2, 3})])
-def test_placement(make_task: MakeTask, placement: str, allowed: set[int]) -> None:
-    blocks = {target.name: target.block for target in adapted_base("llama-4x64")[1]}
-    seen = set()
-    for seed in range(6):
-        planted = load_task(make_task("planted", seed, placement=placement, steps=1, batch_size=1, eval_rows=1)).planted
-        possible = 28 * len(allowed) // 4
-        assert round(0.15 * possible) <= len(planted) <= round(0.5 * possible)
-        assert len(set(planted)) == len(planted)
-        seen |= {blocks[name] for name in planted}
-    assert seen == allowed
-
-
-def test_validation_tasks_are_never_drawn() -> None:
-    fixed = validation_tasks(30)
-    assert fixed == validation_tasks(30)
-    assert [task.seed for task in fixed] == list(range(30))
-    assert fixed[:8] == validation_tasks(8)
-    assert {task.kind for task in fixed} == {"planted", "shift"}
-    assert {task.placement for task in fixed if task.kind == "planted"} == {"low", "high", "spread"}
-    generator = np.random.default_rng(0)
-    drawn = [sample_task(generator) for _ in range(300)]
-    assert min(task.seed for task in drawn) >= 1_000_000
-    assert {task.kind for task in drawn} == {"planted", "shift"}
-    assert 0.35 <= min(task.budget for task in drawn) < max(task.budget for task in drawn) <= 1.05
-    assert len({task.id for task in drawn}) == 300
+def test_held_out_texts_of_a_classification_are_never_trained_on(make_task: MakeTask) -> None:
+    """Each window without its last byte, the question, is of a text of the right half, and the label is its class."""
+    data = load_task(make_task("classify", 5, corpus="sentiment"))
+    halves = load_labelled("sentiment")
+    drawn = ((data.inputs.view(-1, 16), data.labels.view(-1, 16)), (data.held_out_inputs, data.held_out_labels))
+    for texts, (inputs, labels) in zip(halves, drawn, strict=True):
+        assert set(labels[:, -1].tolist()) == {FIRST_CLASS, FIRST_CLASS + 1}
+        for row, label in zip(inputs[:12].tolist(), labels[:12, -1].tolist(), strict=True):
+            assert row[-1] == ord("\n")
+            window = bytes(row[:-1])
+            assert any(window in text for text, index in texts if index == label - FIRST_CLASS)
+    assert not {text for text, _ in halves[0]} & {text for text, _ in halves[1]}
 
 
 @pytest.mark.parametrize(
@@ -122,16 +83,22 @@ def test_validation_tasks_are_never_drawn() -> None:
     [
         {"kind": "other"},
         {"placement": "middle"},
+        {"unit": "bits"},
         {"steps": 0},
         {"batch_size": 0},
         {"eval_rows": 0},
         {"length": 1},
+        {"length": 129},
         {"budget": 0.0},
         {"budget": -1.0},
+        {"budget": float("nan")},
+        {"learning_rate": 0.0},
+        {"learning_rate": -1e-3},
+        {"learning_rate": float("nan")},
     ],
 )
 def test_bad_tasks_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=r"of a task (is|are)"):
         ProxyTask(**{"kind": "shift", "seed": 0, **options})
 
 
@@ -164,18 +131,49 @@ def test_schedule() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(UnknownNameError, match="llama-4x64"):
         find_base("llama-4x46")
-    with pytest.raises(UnknownNameError, match="Did you mean: 'code'"):
-        check_corpora(("coed",))
-    with pytest.raises(ConfigError, match="at least one corpus"):
-        check_corpora(())
+    with pytest.raises(UnknownNameError, match="llama-4x64"):
+        ProxyTask("shift", 0, base="llama-4x46")
+    with pytest.raises(UnknownNameError, match=r"corpus 'coed'. Did you mean: 'code'"):
+        check_texts([ProxyTask("shift", 0), ProxyTask("shift", 1, corpus="coed")])
+    with pytest.raises(UnknownNameError, match=r"labelled text 'topcis'. Did you mean: 'topics'"):
+        check_texts([ProxyTask("classify", 0, corpus="topcis")])
+    with pytest.raises(UnknownNameError, match="labelled text 'code'"):
+        check_texts([ProxyTask("classify", 0, corpus="code")])
+    check_texts([ProxyTask("shift", 0), ProxyTask("classify", 0, corpus="sentiment")])
 
 
-def test_baseline_measures_in_shares_of_the_uniform_gain() -> None:
-    reference = Baseline(initial_loss=3.0, uniform_loss=2.0)
+def test_ids_tell_tasks_apart() -> None:
+    tasks = [
+        ProxyTask("shift", 1),
+        ProxyTask("shift", 2),
+        ProxyTask("shift", 1, corpus="news"),
+        ProxyTask("shift", 1, base="llama-4x32"),
+        ProxyTask("shift", 1, budget=0.71),
+        ProxyTask("shift", 1, unit="parameters"),
+        ProxyTask("shift", 1, checkpointing=True),
+        ProxyTask("classify", 1, corpus="topics"),
+        *(ProxyTask("planted", 1, placement=place) for place in ("low", "high", "spread")),  # type: ignore[arg-type]
+    ]
+    assert len({task.id for task in tasks}) == len(tasks)
+    assert tasks[0].id == "llama-4x64/shift-code/0.7 bytes/1"
+
+
+def test_a_reference_measures_in_shares_of_the_uniform_gain() -> None:
+    reference = Reference(initial=3.0, uniform=2.0)
     assert reference.improvement(2.0) == 0
     assert reference.improvement(1.5) == pytest.approx(0.5)
     assert reference.improvement(3.0) == pytest.approx(-1)
-    assert Baseline(2.0, 2.5).improvement(2.0) == pytest.approx(0.5 / 0.02), "no division by a gain that is none"
+    assert Reference(2.0, 2.5).improvement(2.0) == pytest.approx(0.5 / 0.02), "no division by a gain that is none"
+    assert np.isfinite(Reference(0.0, 0.0).improvement(1.0))
+
+
+def test_headroom_is_what_a_better_allocation_could_gain() -> None:
+    assert Reference(3.0, 2.0, 1.7).headroom == pytest.approx(0.3)
+    assert Reference(3.0, 2.0, 1.99).headroom == pytest.approx(0.05), "at least 5 % of the gain"
+    assert Reference(3.0, 2.0, 2.5).headroom == pytest.approx(0.05)
+    assert Reference(3.0, 2.0).headroom == pytest.approx(0.1), "without a best one, a tenth of the gain"
+    assert Reference(2.0, 2.5).headroom == pytest.approx(0.1 * 0.02)
+    assert Reference(0.0, 0.0, 0.0).headroom > 0
 
 
 def test_an_episode_is_a_plain_fine_tune(
@@ -210,8 +208,8 @@ def test_an_episode_is_a_plain_fine_tune(
     optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=0.0)
     data, expected = load_task(task), []
     for step in range(task.steps):
-        logits = plain(input_ids=data.train[step]).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), data.train[step][:, 1:].flatten())
+        logits = plain(input_ids=data.inputs[step]).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), data.inputs[step][:, 1:].flatten())
         expected.append(loss.item())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -219,8 +217,9 @@ def test_an_episode_is_a_plain_fine_tune(
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        logits = plain(input_ids=data.held_out).logits
-        held_out = float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), data.held_out[:, 1:].flatten()))
+        logits = plain(input_ids=data.held_out_inputs).logits
+        predicted, text = logits[:, :-1].flatten(0, 1), data.held_out_inputs[:, 1:].flatten()
+        held_out = float(functional.cross_entropy(predicted, text))
 
     losses = []
     original = TaskData.train_loss
@@ -239,11 +238,11 @@ def test_an_episode_is_a_plain_fine_tune(
 def test_planted_loss_is_the_divergence_from_the_teacher(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     task = make_task("planted", 3)
     episode = Episode(task, schedule)
-    data = episode.data
-    assert data.held_out_logits is not None
+    data = task.data
+    assert data.held_out_teacher is not None
     with torch.no_grad():
-        student = torch.log_softmax(episode.model(input_ids=data.held_out).logits.double(), -1)
-    teacher = data.held_out_logits.double()
+        student = torch.log_softmax(episode.model(input_ids=data.held_out_inputs).logits.double(), -1)
+    teacher = data.held_out_teacher.double()
     expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
     assert data.held_out_loss(episode.model) == pytest.approx(float(expected), rel=1e-4)
 
@@ -265,14 +264,14 @@ def test_every_episode_of_a_task_starts_alike(make_task: MakeTask, schedule: Dec
 def test_the_probe_leaves_its_result_alone(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     """Episodes share the remembered probe, so no run may write into it."""
     task = make_task("shift", 31)
-    before = proxy_probe(task, schedule).signals.copy()
+    before = probe_task(task, schedule).signals.copy()
     assert np.isfinite(before).all()
     episode = Episode(task, schedule)
     for _ in range(4):
         episode.observe(1.0)
         episode.apply(np.ones(28, dtype=np.int64), np.zeros(28))
         episode.advance()
-    np.testing.assert_array_equal(proxy_probe(task, schedule).signals, before)
+    np.testing.assert_array_equal(probe_task(task, schedule).signals, before)
 
 
 def test_the_first_plan_has_no_two_equal_directions(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -285,7 +284,7 @@ def test_the_first_plan_has_no_two_equal_directions(make_task: MakeTask, schedul
             assert int(torch.linalg.matrix_rank(target.weight_a.detach())) == target.rank
 
 
-def test_a_corpus_comes_back_from_the_cache_as_it_was(tmp_path, monkeypatch) -> None:
+def test_a_corpus_comes_back_from_the_cache_as_it_was(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from rankpilot.env import corpora
 
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
@@ -298,3 +297,89 @@ def test_a_corpus_comes_back_from_the_cache_as_it_was(tmp_path, monkeypatch) -> 
     again = corpora.load_corpus("code")
     corpora.load_corpus.cache_clear()
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+# Bases ----------------------------------------------------------------------------------------------------------------
+
+ON_DISK = sorted(name for name in PROXY_BASES if (BASES_FOLDER / name / "model.safetensors").is_file())
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_base_knows_more_than_how_often_bytes_occur(name: str) -> None:
+    base, (train, held_out) = find_base(name), load_corpus("documentation")
+    shares = np.bincount(train, minlength=256) / len(train)
+    entropy = -float((shares[shares > 0] * np.log(shares[shares > 0])).sum())
+    generator = np.random.default_rng(0)
+    windows = sample_windows(held_out, 48, 32, generator)
+    inputs, labels = language_inputs(base, windows, generator)
+    model = load_base_model(name)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    with torch.no_grad():
+        loss = float(label_loss(model(input_ids=inputs).logits, labels))
+    assert 0 < loss < entropy < 3.6
+    blocks = {target.block for target in adapted_base(name)[1]}
+    assert blocks == set(range(base.depth))
+
+
+def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.env import bases
+
+    assert {"llama-4x32", "llama-4x64", "bert-4x64", "gpt2-4x32"} <= set(ON_DISK)
+    assert sum(path.stat().st_size for path in BASES_FOLDER.rglob("*") if path.is_file()) <= 6_000_000
+    monkeypatch.setattr(bases, "BASES_FOLDER", tmp_path)
+    bases._weights.cache_clear()
+    with pytest.raises(AssetError, match=r"weights of proxy base 'llama-4x32' are missing .*env.pretrain llama-4x32"):
+        load_base_model("llama-4x32")
+
+
+def test_weights_of_another_architecture_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.env import bases
+
+    monkeypatch.setattr(bases, "_weights", lambda name: {"stranger": torch.zeros(1)})
+    with pytest.raises(AssetError, match="do not fit its architecture"):
+        load_base_model("llama-4x32")
+
+
+# Prices ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["llama-4x32", "bert-4x64", "gpt2-4x32"])
+def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make_task: MakeTask, base: str) -> None:
+    plain, checkpointed = (make_task(base=base, length=32, checkpointing=on).cost() for on in (False, True))
+    model, targets = adapted_base(base)
+    uniform = np.array([min(8, target.max_rank) for target in targets], dtype=np.int64)
+    assert total_cost(checkpointed, uniform) < total_cost(plain, uniform)
+
+    kind = find_base(base)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(kind.target_modules), fan_in_fan_out=kind.family == "gpt2"
+    )
+    own = get_peft_model(load_base_model(base), config).train()
+    own.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    real = calibrate(own, find_target_modules(own), {"input_ids": tokens, "labels": tokens}).cost()
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        ranks = generator.integers(0, 9, len(targets))
+        assert total_cost(checkpointed, ranks) == total_cost(real, ranks)
+    assert not model.training
+    assert not model.get_base_model().is_gradient_checkpointing
+
+
+def test_losses_do_not_depend_on_checkpointing(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    ranks = np.full(28, 2, dtype=np.int64)
+    losses = {Episode(make_task(checkpointing=on, budget=2.0), schedule).run_fixed(ranks) for on in (False, True)}
+    assert len(losses) == 1
+
+
+def test_a_budget_of_parameters(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    task = make_task(unit="parameters", budget=0.25)
+    cost, targets = task.cost(), adapted_base(task.base)[1]
+    assert isinstance(cost, ParameterCost)
+    assert isinstance(make_task().cost(), ByteCost)
+    assert task.limit == Budget("share", 0.25)
+    problem = Episode(task, schedule).controller.problem()
+    assert problem.limit == sum(2 * (target.d_in + target.d_out) for target in targets)
+    assert problem.price(np.full(28, 2)) == problem.limit == total_cost(cost, np.full(28, 2))
+    assert task.cost() is cost, "prices are remembered"

@@ -554,7 +554,7 @@ def test_room_for_larger_ranks_keeps_all_that_is_held(make_tiny: MakeTiny) -> No
         assert torch.equal(b, other)
 
 
-def test_widths_are_multiples_of_sixteen_and_as_small_as_the_ranks_allow(make_tiny: MakeTiny) -> None:
+def test_widths_are_multiples_of_sixteen_and_little_more_than_the_ranks_need(make_tiny: MakeTiny) -> None:
     tiny = make_tiny()
     adapters = tiny.stacked(2)
     start_over(adapters, {0: 0, 1: 1})
@@ -563,7 +563,11 @@ def test_widths_are_multiples_of_sixteen_and_as_small_as_the_ranks_allow(make_ti
         set_stacked_ranks(adapters, [Move(row, ranks[row], 0, seed) for row in range(2)])
         highest = np.maximum(*ranks)
         np.testing.assert_array_equal(adapters.ranks, ranks)
-        np.testing.assert_array_equal(adapters.layout.widths, -(-highest // 16) * 16)
+        needed = -(-highest // 16) * 16
+        widths, dims = adapters.layout.widths, adapters.layout.d_in + adapters.layout.d_out
+        assert (widths % 16 == 0).all()
+        assert (widths >= needed).all()
+        assert needed @ dims > 0.75 * adapters.layout.size or (widths == needed).all()
         assert adapters.weights.shape == (2, adapters.layout.size)
 
 
@@ -576,7 +580,7 @@ def test_memory_is_linear_in_the_runs_and_the_model_is_not_copied(make_tiny: Mak
         adapters = StackedAdapters(model, tiny.targets, count)
         runs = {row: Run(row, 1e-2, row, {1: [tiny.all_at(17)]}) for row in range(count)}
         train_stacked(tiny, adapters, runs, 2)
-        buffers = [value for value in vars(adapters).values() if isinstance(value, torch.Tensor) and value.dim()]
+        buffers = [value for value in vars(adapters).values() if isinstance(value, torch.Tensor) and value.dim() == 2]
         sizes = {buffer.data_ptr(): buffer.numel() for buffer in buffers}
         assert sum(sizes.values()) == 5 * count * own
         for module in model.modules():  # another number of runs, on the same model

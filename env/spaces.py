@@ -1,0 +1,68 @@
+"""The spaces of the environments, and actions read with a clear error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+from ..lora.ladder import DEFAULT_RANKS, IntArray
+from .observation import MODULE_FEATURES, RUN_FEATURES
+
+TOP = len(DEFAULT_RANKS) - 1
+"""The highest rung of the rank ladder, and the largest delta in rungs."""
+
+SCORE_BOUND = 4.0
+"""Scores and the log2 of the floor's correction lie between minus and plus this."""
+
+
+def observation_space(max_modules: int) -> spaces.Dict:
+    """Features of modules (flat, module after module) and of the run, and which modules exist."""
+    return spaces.Dict(
+        {
+            "module_features": spaces.Box(-3, 3, (max_modules * len(MODULE_FEATURES),), np.float32),
+            "run_features": spaces.Box(-3, 3, (len(RUN_FEATURES),), np.float32),
+            "mask": spaces.MultiBinary(max_modules),
+        }
+    )
+
+
+def delta_space(max_modules: int) -> spaces.MultiDiscrete:
+    """A number of rungs for each module, plus TOP."""
+    return spaces.MultiDiscrete(np.full(max_modules, 2 * TOP + 1))
+
+
+def score_space(max_modules: int) -> spaces.Box:
+    """A score for each module, and the floor's correction."""
+    return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + 1,), np.float32)
+
+
+def read_deltas(action: Any, max_modules: int, count: int) -> IntArray:
+    """Deltas in rungs, (count,), from an action of `delta_space`.
+
+    Raises:
+        ConfigError: the action has another shape, or a value out of range.
+    """
+    array = np.asarray(action)
+    whole = array.dtype.kind in "iu" or (array.dtype.kind == "f" and bool((array == np.round(array)).all()))
+    if array.shape != (max_modules,) or not whole or not bool(((array >= 0) & (array <= 2 * TOP)).all()):
+        shown = np.array2string(array, threshold=12)
+        raise ConfigError(f"An action holds {max_modules} whole numbers from 0 to {2 * TOP}; got {shown}.")
+    return array[:count].astype(np.int64) - TOP
+
+
+def read_scores(action: Any, max_modules: int, count: int) -> tuple[NDArray[np.float64], float]:
+    """Scores (count,) and the floor's correction, from an action of `score_space`; values out of range are clipped.
+
+    Raises:
+        ConfigError: the action has another shape, or a value that is not finite.
+    """
+    values = np.asarray(action, dtype=np.float64)
+    if values.shape != (max_modules + 1,) or not np.isfinite(values).all():
+        shown = np.array2string(values, threshold=12)
+        raise ConfigError(f"Scores are {max_modules + 1} finite numbers, the floor's correction last; got {shown}.")
+    values = np.clip(values, -SCORE_BOUND, SCORE_BOUND)
+    return values[:count], float(values[-1])
