@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,9 @@ from .harness import Figures, machine_facts, make_table, run_command
 TARGETS = {"stacked": 4.0, "compiled": 6.0}
 """How many times as many env steps per CPU second as SubprocVecEnv."""
 
+LONG = 100
+"""Train steps of an episode of the suites, decisions included: 25 an env step."""
+
 NO_COMPILER = "skipped: no C++ compiler is at hand, which torch.compile needs"
 
 
@@ -47,6 +50,7 @@ class Extent:
     Attributes:
         load: what each environment trains.
         rounds: of the race at the top.
+        long_rounds: of the same race with episodes of LONG train steps, as the suites have; 0 leaves it out.
         runs: stacked episodes in it.
         compiled: whether the compiled model races too.
         bases: of the sweep; the first one is the base of race, phases and memory.
@@ -58,6 +62,7 @@ class Extent:
 
     load: Load = field(default_factory=Load)
     rounds: int = 7
+    long_rounds: int = 4
     runs: int = 16
     compiled: bool = True
     bases: tuple[str, ...] = ("llama-4x64", "llama-4x32", "bert-4x64", "gpt2-4x64", "llama-8x64")
@@ -68,7 +73,7 @@ class Extent:
 
 
 FULL = Extent()
-QUICK = Extent(rounds=3, compiled=False, sweep_runs=(), memory_runs=())
+QUICK = Extent(rounds=3, long_rounds=2, compiled=False, sweep_runs=(), memory_runs=())
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ class EnvSpeed:
     Time is CPU time, of this process and of its children, and so depends little on what else runs; wall time stands
     beside it. A ratio is the median over pairs of the same round, with a 95 % interval (bootstrap). A compiled
     iteration in which something was compiled is made again, and its time is told apart. Targets: 4 times
-    SubprocVecEnv's env steps per CPU second, and 6 times if compiled.
+    SubprocVecEnv's env steps per CPU second, and 6 times if compiled. The race is run twice: with five train steps an
+    env step, where decisions weigh most, and with 25, as in the suites that policies train on.
 
     Then: where stacked episodes spend CPU time; the same over bases and numbers of episodes, with the growth that fits;
     and their memory, each number in a process of its own, which has to grow linearly from the frozen weights.
@@ -224,7 +230,15 @@ def memory_table(seen: Mapping[int, Mapping[str, int]]) -> Table:
 
 
 def race_part(extent: Extent, console: Console, bar: Progress) -> Figures:
-    """The race at the top, and the phases of stacked episodes."""
+    """The races at the top, with short and long episodes, and the phases of stacked ones."""
+    figures = _race(extent, console, bar)
+    if extent.long_rounds:
+        longer = replace(extent, load=replace(extent.load, steps=LONG), rounds=extent.long_rounds)
+        figures |= {f"long/{name}": value for name, value in _race(longer, console, bar).items()}
+    return figures
+
+
+def _race(extent: Extent, console: Console, bar: Progress) -> Figures:
     base, load, key = extent.bases[0], extent.load, f"{extent.bases[0]}/n{extent.runs}"
     contenders = {
         "subproc": Contender(subproc_envs(load, base, extent.workers), load.transitions),

@@ -264,7 +264,7 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("training, both passes", StackedEpisodes, "_train"),
     ("Adam and clipping", StackedAdapters, "clip"),
     ("Adam and clipping", StackedAdapters, "step"),
-    ("signals", StackedMeter, "accumulate"),
+    ("signals", stacked_episodes, "take_in"),
     ("signals", StackedMeter, "read"),
     ("rank changes", stacked_episodes, "set_stacked_ranks"),
     ("rank changes", stacked_episodes, "start_over"),
@@ -376,7 +376,7 @@ def _episode(envs: StackedVecEnv) -> int:
     adapters, most = envs.core.episodes._adapters, 0
     envs.reset()
     for _ in FRACTIONS:
-        most = max(most, sum(buffer.nbytes for buffer in adapters._buffers))
+        most = max(most, adapters.buffer_bytes)
         envs.step(np.zeros((envs.num_envs, envs.core.max_modules + 1), dtype=np.float32))
     return most
 

@@ -160,6 +160,11 @@ class StackedAdapters:
         """What is kept from step to step."""
         return self.weights, self.first, self.second, self.sums
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all buffers, gradients included."""
+        return self.gradients.nbytes + sum(buffer.nbytes for buffer in self._buffers)
+
     def make_room(self, ranks: IntArray) -> None:
         """Give every module at least the width that these ranks need, (runs, modules).
 

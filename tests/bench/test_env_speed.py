@@ -28,7 +28,7 @@ from rankpilot.bench.env_speed_parts import (
 from rich.console import Console
 
 TINY = Load(steps=4, rows=2, length=8, eval_rows=4, transitions=8)
-SMALL = Extent(TINY, 1, 2, False, ("llama-4x32",), (), 1, (), workers=1)
+SMALL = Extent(TINY, 1, 0, 2, False, ("llama-4x32",), (), 1, (), workers=1)
 BURN = "import time\nwhile time.process_time() < 0.6: pass\nprint('done', flush=True)\ninput()"
 
 
@@ -205,7 +205,7 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(env_speed, "find_compiler", lambda: None)
-    monkeypatch.setattr(env_speed, "FULL", Extent(sweep_runs=(), memory_runs=()))
+    monkeypatch.setattr(env_speed, "FULL", Extent(long_rounds=0, sweep_runs=(), memory_runs=()))
     path = tmp_path / "figures.json"
     assert main(["--json", str(path)]) == 0
     assert "no C++ compiler" in capsys.readouterr().out
