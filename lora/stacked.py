@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -26,60 +25,14 @@ from torch.optim.adamw import adamw
 from ..errors import UnsupportedError
 from .cost import FloatArray
 from .ladder import IntArray
+from .stacked_layout import WIDTH_STEP, Layout, Pair
 from .targets import TargetModule
-
-WIDTH_STEP = 16
-"""Widths are multiples of this."""
 
 SPARING = 0.75
 """Buffers become narrower if that leaves less than this share of them."""
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 """Of AdamW (without decay), as in transformers' Trainer."""
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A and B^T of one module, (runs, width, d_in) and (runs, width, d_out)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the factors of each module lie in a row of a buffer: all of A first, then all of B^T.
-
-    Attributes:
-        widths: components of each module, int64 (modules,).
-        d_in: int64 (modules,).
-        d_out: int64 (modules,).
-    """
-
-    widths: IntArray
-    d_in: IntArray
-    d_out: IntArray
-
-    @property
-    def size(self) -> int:
-        """Elements of a row."""
-        return int(self.widths @ (self.d_in + self.d_out))
-
-    @property
-    def bounds(self) -> IntArray:
-        """Where each block begins, A of all modules and then B^T of all, and the end, (2 * modules + 1,)."""
-        sizes = np.concatenate([self.widths * self.d_in, self.widths * self.d_out])
-        return np.concatenate([[0], np.cumsum(sizes)])
-
-    @property
-    def split(self) -> int:
-        """Where B^T of the first module begins."""
-        return int(self.widths @ self.d_in)
-
-    def pairs(self, flat: torch.Tensor) -> list[Pair]:
-        """Views of a buffer (runs, size), one pair a module."""
-        starts, widths = self.bounds.tolist(), self.widths.tolist()
-        dims = [*self.d_in.tolist(), *self.d_out.tolist()]
-        views = [
-            torch.unflatten(flat[:, start:end], 1, (width, d))
-            for start, end, width, d in zip(starts, starts[1:], widths * 2, dims, strict=False)
-        ]
-        return list(zip(views[: len(widths)], views[len(widths) :], strict=True))
 
 
 class StackedAdapters:

@@ -16,7 +16,8 @@ from rankpilot.errors import UnsupportedError
 from rankpilot.lora.ladder import IntArray
 from rankpilot.lora.ranks import reset_adapters, set_ranks
 from rankpilot.lora.signals import SIGNALS, SignalMeter, base_norms
-from rankpilot.lora.stacked import WIDTH_STEP, StackedAdapters
+from rankpilot.lora.stacked import StackedAdapters
+from rankpilot.lora.stacked_layout import WIDTH_STEP
 from rankpilot.lora.stacked_ranks import Move, set_stacked_ranks, start_over
 from rankpilot.lora.stacked_run import StackedMeter, StackedRun
 from rankpilot.lora.targets import TargetModule, find_target_modules
