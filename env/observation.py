@@ -36,6 +36,8 @@ MODULE_FEATURES = (
 | sensitivity | log component sensitivity per rank, minus its mean over the modules | -3 to 3 |
 | snr | log gradient signal-to-noise, minus its mean | -3 to 3 |
 | relative_change | log norm(delta W) / norm(W), minus its mean | -3 to 3 |
+| gradient_norm | log root mean square norm of the gradient of B, minus its mean | -3 to 3 |
+| importance | log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean | -3 to 3 |
 | rank | rung over highest rung | 0 to 1 |
 | adapted | 1 if the rank is above 0 | 0 or 1 |
 | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
@@ -46,6 +48,9 @@ MODULE_FEATURES = (
 | entry | what adapting it at rank 1 would add, as a share of the budget | 0 to 3 |
 | stale | decisions since its signals were fresh, over 4 | 0 to 3 |
 """
+
+_SUMS = [SIGNALS.index(name) for name in ("sensitivity", "importance")]
+"""Signals that are sums over the components of a module, and grow with its rank."""
 
 RUN_FEATURES = (
     "progress",
@@ -152,7 +157,7 @@ def observe(
     per_rank = problem.cost.per_rank.max(axis=0)
     release, entry = _price_changes(problem)
     scaled = signals.copy()
-    scaled[:, 0] /= np.maximum(signal_ranks, 1)
+    scaled[:, _SUMS] /= np.maximum(signal_ranks, 1)[:, None]
     columns = [_centred_log(scaled[:, index]) for index in range(len(SIGNALS))]
     columns += [
         rungs / ladder.top,

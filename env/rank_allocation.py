@@ -45,7 +45,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
 
     | key | space | meaning |
     |---|---|---|
-    | module_features | Box(-3, 3, (max_modules * 12,), float32) | `observation.MODULE_FEATURES`, module after module |
+    | module_features | Box(-3, 3, (max_modules * 14,), float32) | `observation.MODULE_FEATURES`, module after module |
     | run_features | Box(-3, 3, (8,), float32) | `observation.RUN_FEATURES` |
     | mask | MultiBinary(max_modules) | 1 for modules that exist, 0 for padding |
 
@@ -56,6 +56,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     | sensitivity | log component sensitivity per rank, minus its mean over the modules | -3 to 3 |
     | snr | log gradient signal-to-noise, minus its mean | -3 to 3 |
     | relative_change | log norm(delta W) / norm(W), minus its mean | -3 to 3 |
+    | gradient_norm | log root mean square norm of the gradient of B, minus its mean | -3 to 3 |
+    | importance | log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean | -3 to 3 |
     | rank | rung over highest rung | 0 to 1 |
     | adapted | 1 if the rank is above 0 | 0 or 1 |
     | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
@@ -128,7 +130,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     8 takes; `skip_tasks` draws and discards that many tasks first, which is how an interrupted training goes on.
 
     ## Version History
-    * v2: tasks come from suites with fixed splits; the reward is a share of the headroom, and pays for churn.
+    * v2: tasks come from suites with fixed splits; the reward is a share of the headroom, and pays for churn; the
+      gradient's norm and AdaLoRA's importance are features.
     * v1: the budget is the peak of the whole step, not only what is saved for backward; the last decision may spend
       the bytes of signal buffers; at later decisions a module's own rungs count as cheaper, against churn.
     * v0: first version.

@@ -1,11 +1,17 @@
 """How much each target module wants to change: signals from the gradients of its LoRA pair.
 
-Three signals, chosen because they find planted changes where plain gradient norms do not (docs/experiments.md):
+Three signals, chosen because they find planted changes where plain gradient norms do not (docs/experiments.md), lead
+the columns, and `heur3` is made of them:
 
 * *component sensitivity*: sum over the components j of abs(b_j . G a_j), G the mean gradient of delta W over the
   interval: how strongly the loss pulls on what the adapter has already built;
 * *gradient signal-to-noise*: norm(mean g)^2 / mean norm(g)^2, g the gradient of B: do the batches agree?
 * *relative change*: norm(delta W) / norm(W): how far training has moved the module so far.
+
+Two more are what others go by:
+
+* *gradient norm*: root mean square of norm(g);
+* *importance*: the sum over B's entries of abs(b * mean g), AdaLoRA's (Zhang et al., 2023, arXiv 2303.10512).
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from .cost import FloatArray
 from .ladder import IntArray
 from .targets import TargetModule
 
-SIGNALS = ("sensitivity", "snr", "relative_change")
+SIGNALS = ("sensitivity", "snr", "relative_change", "gradient_norm", "importance")
 
 
 def base_norms(targets: Sequence[TargetModule]) -> torch.Tensor:
@@ -49,12 +55,14 @@ def pair_signals(
     snr = torch.stack(torch._foreach_norm(list(sums))).square() / (count * squares).clamp_min(1e-30)
     rows = []
     for (a, b), scaling, total in zip(factors, scalings, sums, strict=True):
-        sensitivity = (b * total).sum(dim=0).abs().sum() / count
+        pulls = b * total
         # norm(B A)^2 = trace((B^T B)(A A^T)), never the dense product.
         square = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
-        rows.append(torch.stack([sensitivity, square.sqrt() * abs(scaling)]))
-    columns = torch.stack(rows)
-    return torch.stack([columns[:, 0], snr.to(columns), columns[:, 1] / base_norms.to(columns)], dim=1)
+        rows.append(torch.stack([pulls.sum(dim=0).abs().sum(), square.sqrt() * abs(scaling), pulls.abs().sum()]))
+    sensitivity, change, importance = torch.stack(rows).unbind(dim=1)
+    relative = change / base_norms.to(change)
+    norms = (squares / count).sqrt()
+    return torch.stack([sensitivity / count, snr.to(change), relative, norms.to(change), importance / count], dim=1)
 
 
 class SignalMeter:
