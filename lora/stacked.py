@@ -82,6 +82,7 @@ class StackedAdapters:
         self._gradients: list[Pair] = []
         dims = [np.array([getattr(t, side) for t in targets], dtype=np.int64) for side in ("d_in", "d_out")]
         self.layout = Layout(np.zeros(len(targets), dtype=np.int64), *dims)
+        self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate(dims)))
         self._segments: dict[int, list[tuple[int, int, int]]] = {}
         self._allocate()
         for index, target in enumerate(targets):
@@ -92,7 +93,7 @@ class StackedAdapters:
         buffers = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(5)]
         self.weights, self.gradients, self.first, self.second, self.sums = buffers
         # The module and side that each piece of a row belongs to.
-        blocks = np.repeat(np.arange(2 * len(self.targets)), np.diff(self.layout.bounds) // WIDTH_STEP)
+        blocks = np.repeat(np.arange(2 * len(self.targets)), np.diff(self.layout.bounds) // self._piece)
         self._blocks = torch.from_numpy(blocks).to(self.device)
         self._views = {id(buffer): self.layout.pairs(buffer) for buffer in buffers}
         self.forget_segments()
@@ -201,7 +202,7 @@ class StackedAdapters:
         Summed so that neither the width nor the other runs change a bit of it.
         """
         gradients = self.gradients if self._are_all(rows) else self.gradients[list(rows)]
-        pieces = torch.unflatten(gradients, 1, (-1, WIDTH_STEP)).square().sum(dim=-1).double()
+        pieces = torch.linalg.vector_norm(torch.unflatten(gradients, 1, (-1, self._piece)), dim=-1).double().square()
         sums = pieces.new_zeros(len(rows), 2 * len(self.targets))
         return sums.index_add_(1, self._blocks, pieces)
 
