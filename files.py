@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ def append_json_line(path: Path, value: Any) -> None:
         stream.write((json.dumps(value) + "\n").encode("utf-8"))
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write JSON objects, one a line, in one step; NaN and infinity are refused."""
+    write_text(path, "".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

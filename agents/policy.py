@@ -20,7 +20,7 @@ class Decision:
     Attributes:
         deltas: rungs to move, int64 (modules,).
         scores: log rank relative to the other modules, (modules,); orders the projection.
-        floor: rank floor that decided how deep the adapters go.
+        floor: rank floor that decided how deep the adapters go; 0 where a plan was made without one.
         log_prob: log-probability density of the scores and floor; 0 for a rule.
     """
 
@@ -41,6 +41,27 @@ class Policy(Protocol):
         """Decide on one observation."""
 
 
+def decision_from_plan(observation: Observation, ranks: IntArray) -> Decision:
+    """The decision that asks for these ranks, rounded down onto the ladder; `project` spends what that leaves.
+
+    Args:
+        observation: of the decision.
+        ranks: int64 (modules,).
+    """
+    problem = observation.problem
+    return Decision(problem.ladder.rung(ranks) - problem.rungs, np.zeros(len(ranks)), 0.0, 0.0)
+
+
+def decision_to_keep(observation: Observation) -> Decision:
+    """The decision that leaves all ranks as they are."""
+    return decision_from_plan(observation, observation.problem.ranks)
+
+
+def is_first(observation: Observation) -> bool:
+    """Whether this is a run's first decision, which may use the whole ladder."""
+    return observation.problem.max_step is None
+
+
 def decision_from_scores(
     observation: Observation, scores: FloatArray, floor_shift: float, log_prob: float = 0.0
 ) -> Decision:
@@ -49,7 +70,21 @@ def decision_from_scores(
     return Decision(deltas, scores, floor, log_prob)
 
 
+HEUR3 = ("sensitivity", "snr", "relative_change")
+"""The signals whose mean is heur3."""
+
+
+def mean_feature(observation: Observation, names: tuple[str, ...]) -> FloatArray:
+    """Mean of some columns of `MODULE_FEATURES`, (modules,)."""
+    columns = [MODULE_FEATURES.index(name) for name in names]
+    return np.asarray(observation.modules[:, columns].mean(axis=1), dtype=np.float64)
+
+
+def module_feature(observation: Observation, name: str) -> FloatArray:
+    """One column of `MODULE_FEATURES`, (modules,)."""
+    return mean_feature(observation, (name,))
+
+
 def signal_score(observation: Observation) -> FloatArray:
     """heur3: the mean of the three centred log signals, (modules,); see docs/design.md."""
-    columns = [MODULE_FEATURES.index(name) for name in ("sensitivity", "snr", "relative_change")]
-    return np.asarray(observation.modules[:, columns].mean(axis=1), dtype=np.float64)
+    return mean_feature(observation, HEUR3)

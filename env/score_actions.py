@@ -24,6 +24,11 @@ FLOOR = 16.0
 """Rank that an adapted module should be able to have, before the policy's correction (rule16 of docs/design.md)."""
 
 
+def base_floor(problem: PlanProblem) -> float:
+    """The rank floor before a policy's correction: depth costs nothing under a parameter budget."""
+    return 1.0 if isinstance(problem.cost, ParameterCost) else FLOOR
+
+
 def decode(problem: PlanProblem, scores: FloatArray, floor_shift: float) -> tuple[IntArray, float]:
     """Rank deltas that scores ask for.
 
@@ -36,8 +41,7 @@ def decode(problem: PlanProblem, scores: FloatArray, floor_shift: float) -> tupl
     Returns:
         Deltas in rungs, int64 (modules,), and the floor as a rank.
     """
-    base = 1.0 if isinstance(problem.cost, ParameterCost) else FLOOR
-    floor = base * 2.0**floor_shift
+    floor = base_floor(problem) * 2.0**floor_shift
     target = pack(problem, scores, floor)
     return problem.ladder.rung(target) - problem.ladder.rung(problem.ranks), floor
 

@@ -1,4 +1,4 @@
-"""Hand-written policies: what a learned one starts from and is compared with."""
+"""fracrule: equal ranks on as many top layers as can have the floor rank; and the same with other floors and orders."""
 
 from __future__ import annotations
 
@@ -6,43 +6,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..env.observation import Observation
-from ..errors import UnknownNameError
-from .policy import Decision, Policy, decision_from_scores, signal_score
+from ...env.observation import Observation
+from ..policy import Decision, decision_from_scores, module_feature
 
 
 @dataclass(frozen=True)
 class FracRule:
-    """Equal ranks on the top layers: as many layers as can have the floor rank, the lowest in part."""
+    """Equal ranks on the top layers: as many layers as can have the floor rank, the lowest in part.
+
+    Attributes:
+        name: what logs and tables call it.
+        floor_shift: octaves by which the floor differs from fracrule's; below 0 the adapters go deeper and are
+            thinner. Under a parameter budget the floor is rank 1 already, and lower ones change nothing.
+    """
 
     name: str = "fracrule"
+    floor_shift: float = 0.0
 
     def decide(self, observation: Observation) -> Decision:
         """Equal scores."""
-        return decision_from_scores(observation, np.zeros(len(observation.modules)), 0.0)
+        return decision_from_scores(observation, np.zeros(len(observation.modules)), self.floor_shift)
 
 
 @dataclass(frozen=True)
-class SignalRule:
-    """fracrule's placement, and inside it ranks by heur3: the mean of the three centred log signals.
+class LargeModulesFirst:
+    """fracrule that prefers modules whose ranks cost most, which are the MLP's: rank goes as d_in + d_out, nearly."""
 
-    Attributes:
-        gain: exponent of the ranks in the score; the default was the best on training tasks.
-    """
-
-    name: str = "heur3"
-    gain: float = 0.5
+    name: str = "fracrule-mlp"
 
     def decide(self, observation: Observation) -> Decision:
-        """Scores from the signals alone."""
-        return decision_from_scores(observation, self.gain * signal_score(observation), 0.0)
-
-
-RULES: dict[str, Policy] = {rule.name: rule for rule in (FracRule(), SignalRule())}
-
-
-def find_rule(name: str) -> Policy:
-    """The rule of that name; UnknownNameError if there is none."""
-    if name not in RULES:
-        raise UnknownNameError.of("rule", name, RULES, "A trained policy is given by its folder.")
-    return RULES[name]
+        """Scores are the log price of a rank."""
+        return decision_from_scores(observation, module_feature(observation, "price"), 0.0)

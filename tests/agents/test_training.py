@@ -12,18 +12,15 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from rankpilot.agents import evaluation, training
+from rankpilot.agents import training
 from rankpilot.agents.config import NetworkConfig, TrainConfig
-from rankpilot.agents.evaluation import compare, mean_and_interval, run_episode, summarise
 from rankpilot.agents.learned import LearnedPolicy
 from rankpilot.agents.network import RankNetwork
 from rankpilot.agents.policy_file import load_policy
-from rankpilot.agents.rules import FracRule, SignalRule
 from rankpilot.agents.sb3_policy import GroupRolloutBuffer, RankPolicy
 from rankpilot.agents.training import CHECKPOINT, PROGRESS, finish, is_finished, train
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.env.schedule import DecisionSchedule
-from rankpilot.env.tasks import ProxyTask
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
 from rankpilot.files import read_json, read_json_lines
 from stable_baselines3 import PPO
@@ -257,60 +254,3 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
     scores, floor = miss()
     assert scores < 0.25
     assert floor < 0.25
-
-
-# Evaluation ---------------------------------------------------------------------------------------------------------
-
-TASKS = [ProxyTask("shift", seed, steps=12, batch_size=4, length=16, eval_rows=16, budget=0.8) for seed in (1, 2)]
-
-
-class InProcess:
-    """Stands for the process pool."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __enter__(self) -> InProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, function: Any, *arguments: Any) -> Any:
-        from concurrent.futures import Future
-
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
-def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "ProcessPoolExecutor", InProcess)
-    schedule = CONFIG.schedule
-    untrained = LearnedPolicy("learned", RankNetwork())
-    done: list[int] = []
-    results = compare([untrained, SignalRule(), FracRule()], TASKS, schedule, workers=1, on_task=done.append)
-    assert list(results) == ["learned", "heur3", "fracrule"]
-    assert done == [1, 2]
-    assert results["learned"] == results["heur3"] != results["fracrule"]
-    for index, task in enumerate(TASKS):
-        assert results["fracrule"][index] == run_episode(FracRule(), task, schedule)
-    assert results["fracrule"][0] != results["fracrule"][1]
-
-
-def test_summary() -> None:
-    row = summarise({"a": [0.1, -0.2, 0.0, 0.4]})["a"]
-    assert (row["tasks"], row["wins"], row["losses"]) == (4, 2, 1)
-    assert row["improvement"] == pytest.approx(0.075)
-    assert -0.2 <= row["low"] < 0.075 < row["high"] <= 0.4
-    assert summarise({}) == {}
-
-
-def test_interval() -> None:
-    assert mean_and_interval([2.0]) == (2.0, 2.0, 2.0)
-    values = np.random.default_rng(0).normal(1.0, 2.0, size=400)
-    mean, low, high = mean_and_interval(values)
-    assert mean == pytest.approx(values.mean())
-    half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.03)
-    assert mean_and_interval(values) == (mean, low, high)

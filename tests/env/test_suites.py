@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import rankpilot
-from rankpilot.agents.evaluation import mean_and_interval
+from rankpilot.agents.statistics import mean_and_interval
 from rankpilot.env import make_suites, suites
 from rankpilot.env.bases import BASES_FOLDER, PROXY_BASES
 from rankpilot.env.controller import budget_limit

@@ -1,0 +1,62 @@
+"""What is left of a policy that takes no notice of the task: its mean action."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...env.observation import Observation
+from ...env.score_actions import base_floor
+from ...lora.cost import FloatArray
+from ..policy import Decision, Policy, decision_from_scores, module_feature
+
+KNOTS = np.linspace(0, 1, 5)
+"""Heights at which scores are averaged; between them they are interpolated."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same action whatever is seen: a score for each height, and one correction of the floor.
+
+    Attributes:
+        name: what logs and tables call it.
+        scores: at each of `KNOTS`.
+        floor_shift: log2 of the factor on the rank floor.
+    """
+
+    name: str
+    scores: tuple[float, ...]
+    floor_shift: float
+
+    def decide(self, observation: Observation) -> Decision:
+        """The constant action."""
+        scores = np.interp(module_feature(observation, "height"), KNOTS, self.scores)
+        return decision_from_scores(observation, scores, self.floor_shift)
+
+
+def constant_of(policy: Policy, observations: Sequence[Observation], name: str) -> Constant:
+    """A policy's mean action over some tasks.
+
+    Modules of different models have nothing in common but their height, so scores are averaged by it: the least
+    squares fit of what `Constant` interpolates.
+
+    Args:
+        policy: one that decides by scores and a floor.
+        observations: first decisions.
+        name: of the constant policy.
+    """
+    heights, scores, shifts = [], [], []
+    for observation in observations:
+        decision = policy.decide(observation)
+        heights.append(module_feature(observation, "height"))
+        scores.append(decision.scores)
+        shifts.append(np.log2(decision.floor / base_floor(observation.problem)))
+    fitted = np.linalg.lstsq(_hats(np.concatenate(heights)), np.concatenate(scores), rcond=None)[0]
+    return Constant(name, tuple(fitted.tolist()), float(np.mean(shifts)))
+
+
+def _hats(heights: FloatArray) -> FloatArray:
+    """Weights of each knot in the interpolated value at each height, (heights, knots)."""
+    return np.stack([np.interp(heights, KNOTS, one) for one in np.eye(len(KNOTS))], axis=1)
