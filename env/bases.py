@@ -153,6 +153,5 @@ def load_base_model(name: str) -> PreTrainedModel:
     if unexpected:
         raise AssetError(f"The weights of proxy base {name!r} do not fit its architecture: {unexpected[:3]}.")
     model.tie_weights()
-    model.config.use_cache = False  # nothing is generated
     model.requires_grad_(False)
     return model.eval()

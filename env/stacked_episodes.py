@@ -105,7 +105,9 @@ class StackedEpisodes:
         self.device = torch.device(device)
         self.flights: dict[int, Flight] = {}
         self._targets = adapted_base(base)[1]
-        self._adapters = StackedAdapters(load_base_model(base).to(self.device), self._targets, slots, compiled=compiled)
+        model = load_base_model(base).to(self.device)
+        model.config.use_cache = False  # nothing is generated
+        self._adapters = StackedAdapters(model, self._targets, slots, compiled=compiled)
         self._base_norms = base_norms(self._targets)
         self._probes: dict[ProxyTask, ProbeResult] = {}
         self._references: dict[ProxyTask, Reference] = {}
@@ -127,7 +129,7 @@ class StackedEpisodes:
         """
         shapes = {self._checked(task) for task in tasks.values()}
         if len(shapes) > 1:
-            raise ConfigError(f"Stacked episodes share one batch shape; got {sorted(shapes)}.")
+            raise ConfigError(f"Stacked episodes share one base and one batch shape; got {sorted(shapes)}.")
         self._shape = next(iter(shapes), self._shape)
         for slot in tasks:
             self.flights.pop(slot, None)

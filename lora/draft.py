@@ -49,9 +49,14 @@ class Draft:
         return np.asarray(self._ranks[self.rungs], dtype=np.int64)
 
     @property
+    def preference(self) -> FloatArray:
+        """Scores, higher where a module has a rank already, (modules,)."""
+        return self._scores + self._hysteresis * (self._now > 0)
+
+    @property
     def precedence(self) -> IntArray:
         """Modules in the order in which they are adapted, (modules,)."""
-        return np.argsort(-(self._scores + self._hysteresis * (self._now > 0)), kind="stable")
+        return np.argsort(-self.preference, kind="stable")
 
     def fits(self) -> bool:
         """Whether the plan keeps to the budget at every moment."""

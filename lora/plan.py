@@ -28,6 +28,9 @@ from .problem import HYSTERESIS, PlanProblem, problem_of
 
 __all__ = ["HYSTERESIS", "Plan", "PlanProblem", "check_budget", "pack", "problem_of", "project", "uniform_ranks"]
 
+TOP_DOWN = 100.0
+"""Tilt with which scores only decide inside a layer."""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -109,23 +112,25 @@ def uniform_ranks(problem: PlanProblem) -> IntArray:
     return pack(problem.fresh(), np.zeros(len(problem.ranks)), floor=1.0)
 
 
-def pack(problem: PlanProblem, scores: FloatArray, floor: float) -> IntArray:
+def pack(problem: PlanProblem, scores: FloatArray, floor: float, tilt: float = TOP_DOWN) -> IntArray:
     """The ranks that a set of scores asks for, as if every module were free to move between its bounds.
 
-    Layers are taken from the top down as long as each of their modules can have the floor rank (the lowest layer
-    in part, best scores first); then every adapted module starts at rank 1 and ranks rise in the order of
-    log(rank) - score until the budget is spent. With equal scores this is "fracrule" of docs/design.md.
+    Modules are admitted as long as they can have the floor rank, in the order of score + tilt * layer: with a large
+    tilt layers from the top down, the lowest in part; with none the best scores wherever they are. Then every
+    admitted module starts at rank 1 and ranks rise in the order of log(rank) - score until the budget is spent. With
+    equal scores and a large tilt this is "fracrule" of docs/design.md.
 
     Args:
         problem: the current state; its `max_step` and `held` are ignored.
         scores: log rank relative to the other modules, float (modules,).
         floor: rank that an adapted module should at least be able to have, > 0.
+        tilt: how much a module's score counts less than that of one in the next layer up, in log rank.
 
     Returns:
         Ranks on the ladder, int64 (modules,); no more than the lower bounds if nothing else fits.
     """
     for rung in range(int(np.clip(problem.ladder.rung(round(max(floor, 1))), 1, problem.ladder.top)), 0, -1):
-        rungs = _admit(problem, scores, rung)
+        rungs = _admit(problem, scores, rung, tilt)
         if (rungs > problem.bottoms).any():
             break
     draft = Draft(problem, scores, np.maximum(np.minimum(rungs, 1), problem.bottoms))
@@ -136,15 +141,15 @@ def pack(problem: PlanProblem, scores: FloatArray, floor: float) -> IntArray:
     return draft.ranks
 
 
-def _admit(problem: PlanProblem, scores: FloatArray, rung: int) -> IntArray:
-    """Rungs with as many modules at `rung` as fit, whole layers from the top, the lowest one in part."""
+def _admit(problem: PlanProblem, scores: FloatArray, rung: int, tilt: float) -> IntArray:
+    """Rungs with as many modules at `rung` as fit: neighbours in the order from one layer together, the last in part."""
     draft = Draft(problem, scores, problem.bottoms)
     rungs = np.clip(rung, problem.bottoms, problem.tops)
-    by_block = np.argsort(problem.blocks, kind="stable")
-    for members in np.split(by_block, np.flatnonzero(np.diff(problem.blocks[by_block])) + 1)[::-1]:
+    order = np.argsort(-(draft.preference + tilt * problem.blocks), kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(problem.blocks[order])) + 1):
         able = members[rungs[members] > draft.rungs[members]]
         if not draft.lift_all(able, rungs[able]):
-            for member in draft.precedence[np.isin(draft.precedence, able)].tolist():
+            for member in able.tolist():
                 draft.lift(member, int(rungs[member]))
             break
     return draft.rungs

@@ -13,12 +13,13 @@ same bit for bit, whatever the other runs do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+import torch.fx.experimental._config as dynamic_shapes
 from torch import nn
 from torch.optim.adamw import adamw
 
@@ -43,8 +44,8 @@ class StackedAdapters:
             weights. Must hold no active dropout, and mix no rows.
         targets: what is adapted: names, shapes and scaling are taken from there.
         runs: how many.
-        compiled: run the model through torch.compile, which takes a minute once for each set of widths and of runs;
-            widths then never shrink.
+        compiled: run the model through torch.compile, which takes a minute once for each number of runs; every module
+            then has at least the least width.
 
     Attributes:
         ranks: int64 (runs, modules); `lora.stacked_ranks` changes them.
@@ -155,13 +156,16 @@ class StackedAdapters:
             weights, gradients = weights[list(rows)], gradients.new_empty(len(rows), self.layout.size)
         self._rows, self._gradient, self._compiled = list(rows), gradients, compiled
         pairs = self.layout.pairs(weights) if weights is not self.weights else self.pairs(weights)
-        self._leaves = [(a.detach().requires_grad_(compiled), b.detach().requires_grad_(compiled)) for a, b in pairs]
+        self._leaves = pairs
         self._gradients = self.layout.pairs(gradients) if gradients is not self.gradients else self.pairs(gradients)
-        if compiled:  # one graph for all widths
+        if compiled:  # one graph for all widths: strides must follow from shapes
+            self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in pairs]
             for leaf in (leaf for pair in self._leaves for leaf in pair):
                 torch._dynamo.maybe_mark_dynamic(leaf, 1)
+        distinct_widths = dynamic_shapes.patch(use_duck_shape=False) if compiled else nullcontext()
         try:
-            yield self._call if compiled else self.model
+            with distinct_widths:
+                yield self._call if compiled else self.model
         finally:
             self._rows, self._leaves, self._gradients, self._compiled = [], [], [], False
 
