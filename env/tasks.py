@@ -241,4 +241,6 @@ def proxy_cost(base: str, batch_size: int, length: int, unit: Unit = "bytes", ch
         return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
     finally:
         inner.gradient_checkpointing_disable()
+        if hasattr(inner, "_require_grads_hook"):  # set by enabling; it would make all later steps save everything
+            inner.disable_input_require_grads()
         model.eval()

@@ -16,7 +16,7 @@ from rankpilot.env.labelled import load_labelled
 from rankpilot.env.objectives import FIRST_CLASS, label_loss, language_inputs
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.env.task_data import TaskData, check_texts, load_task
-from rankpilot.env.tasks import ProxyTask, Reference, adapted_base
+from rankpilot.env.tasks import ProxyTask, Reference, adapted_base, proxy_cost
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from rankpilot.lora.budget import Budget
 from rankpilot.lora.calibration import calibrate
@@ -365,6 +365,9 @@ def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make
         assert total_cost(checkpointed, ranks) == total_cost(real, ranks)
     assert not model.training
     assert not model.get_base_model().is_gradient_checkpointing
+    proxy_cost.cache_clear()
+    after = make_task(base=base, length=32).cost()
+    assert total_cost(after, uniform) == total_cost(plain, uniform), "pricing with checkpointing leaves no trace"
 
 
 def test_losses_do_not_depend_on_checkpointing(make_task: MakeTask, schedule: DecisionSchedule) -> None:
