@@ -1,10 +1,11 @@
-"""The command line: `rankpilot train`, `finetune`, `memory`, `export` and `assets`."""
+"""The command line: `rankpilot train`, `evaluate`, `finetune`, `memory`, `export` and `assets`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,11 +22,13 @@ from rich.table import Table
 
 from .cli_options import (
     Assets,
+    Evaluate,
     Export,
     Finetune,
     Memory,
     Train,
     parse_assets,
+    parse_evaluate,
     parse_export,
     parse_finetune,
     parse_memory,
@@ -92,6 +95,21 @@ def _print_validation(results: dict[str, dict[str, float]]) -> None:
         cells = (f"{row['tasks']:.0f}", f"{row['improvement']:+.1%}", interval)
         table.add_row(name, *cells, f"{row['wins']:.0f}", f"{row['losses']:.0f}")
     console.print(table)
+
+
+def evaluate_command(options: Evaluate) -> None:
+    """Compare policies, and show who is better."""
+    from .agents.comparison import ROWS, evaluate
+    from .study.evaluation_report import standings_table
+
+    if options.split == "test":
+        console.print("The test split is for final reports: whoever chooses by it has no test left.")
+    with _progress("policies on the same proxy fine-tunes (runs)") as report:
+        groups = evaluate(options, options.output, resume=options.resume, on_progress=report)
+    for group in groups:
+        console.print(standings_table(group, Path(options.against).name))
+    console.print("Below a figure: its 95 % interval; below a chance also the runs won / tied / lost.", style="dim")
+    console.print(f"A line for each run: {options.output / ROWS}", soft_wrap=True, markup=False)
 
 
 def finetune_command(options: Finetune) -> None:
@@ -182,6 +200,7 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 _USAGE = """[bold]rankpilot[/]: LoRA ranks that a learned policy decides, inside a hard memory budget.
 
   [bold]rankpilot train[/]      train a policy on proxy fine-tunes
+  [bold]rankpilot evaluate[/]   compare policies and rules on the same proxy fine-tunes
   [bold]rankpilot finetune[/]   fine-tune a model under a policy
   [bold]rankpilot memory[/]     where the bytes of a training step go, and what would save some
   [bold]rankpilot export[/]     write an adapter for vLLM, llama.cpp or axolotl
@@ -204,6 +223,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if command == "train":
             train_command(parse_train(rest))
+        elif command == "evaluate":
+            evaluate_command(parse_evaluate(rest))
         elif command == "finetune":
             finetune_command(parse_finetune(rest))
         elif command == "memory":
@@ -215,7 +236,9 @@ def run(arguments: Sequence[str]) -> int:
         else:
             from .errors import UnknownNameError
 
-            raise UnknownNameError.of("command", command, ("train", "finetune", "memory", "export", "assets"))
+            raise UnknownNameError.of(
+                "command", command, ("train", "evaluate", "finetune", "memory", "export", "assets")
+            )
     except RankPilotError as error:
         line = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(line, highlight=False, soft_wrap=True)

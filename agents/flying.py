@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..env.observation import Observation
 from ..env.stacked_episodes import StackedEpisodes
 from ..env.tasks import ProxyTask, Reference
 from .task_rules import Attempt
@@ -56,3 +57,19 @@ def measure_references(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], sl
         episodes.start(dict(enumerate(some)))
         references += [episodes.reference(task) for task in some]
     return references
+
+
+def first_observations(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Observation]:
+    """What a policy sees at the first decision of each task.
+
+    Args:
+        episodes: of the base of all tasks.
+        tasks: of one batch shape.
+        slots: how many are probed at once.
+    """
+    observations: list[Observation] = []
+    for start in range(0, len(tasks), slots):
+        some = tasks[start : start + slots]
+        episodes.start(dict(enumerate(some)))
+        observations += [episodes.observe(slot) for slot in range(len(some))]
+    return observations

@@ -42,14 +42,12 @@ class PairedComparison:
     """One policy against another on the same runs.
 
     Attributes:
-        difference: mean of the first's improvement minus the second's.
-        better: probability that the first is better, a tie counting half.
+        better: probability that the first is better, a tie counting half, 0 to 1.
         wins: runs on which the first is better.
         ties: runs on which both are equal.
         losses: runs on which the second is better.
     """
 
-    difference: Estimate
     better: Estimate
     wins: int
     ties: int
@@ -102,21 +100,20 @@ def _draws(tasks: Sequence[str]) -> IntArray:
 def compare_pairs(
     first: Sequence[float] | FloatArray, second: Sequence[float] | FloatArray, tasks: Sequence[str]
 ) -> PairedComparison:
-    """Compare two policies, run by run.
+    """Compare two policies, run by run. For the mean difference, pass differences to `estimate`.
 
     Args:
-        first: improvements of one policy, (runs,), at least one; more is better.
+        first: results of one policy, (runs,), at least one; more is better, and infinity is allowed.
         second: of the other on the same runs.
         tasks: the task of each run.
     """
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    signs = np.sign(differences)
+    left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    wins, losses = left > right, left < right
     return PairedComparison(
-        difference=estimate(differences, tasks),
-        better=estimate((signs + 1) / 2, tasks),
-        wins=int((signs > 0).sum()),
-        ties=int((signs == 0).sum()),
-        losses=int((signs < 0).sum()),
+        better=estimate(np.where(wins, 1.0, np.where(losses, 0.0, 0.5)), tasks),
+        wins=int(wins.sum()),
+        ties=int((~wins & ~losses).sum()),
+        losses=int(losses.sum()),
     )
 
 

@@ -1,0 +1,216 @@
+"""What `rankpilot evaluate` does: competitors by name, the run's folder, rows and summary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from ..env.schedule import DecisionSchedule
+from ..env.stacked_episodes import StackedEpisodes
+from ..env.suites import SUITES, evenly, find_tasks
+from ..env.task_data import check_texts
+from ..env.tasks import ProxyTask
+from ..errors import ConfigError, RunFolderError, UnknownNameError
+from ..files import read_json, write_json
+from .evaluation import SLOTS, Competitor, compare
+from .flying import first_observations
+from .policy_file import load_policy, policy_schedule, read_card
+from .results import read_rows, write_rows
+from .rules import RULES
+from .rules.constant import Constant, constant_of
+from .run_folder import open_run
+from .standings import Group, groups_of
+from .task_rules import TASK_RULES
+
+ROWS, SUMMARY, POLICIES = "rows.jsonl", "summary.json", "policies.json"
+
+_FIXED = ("suite", "split", "bases", "tasks", "task_steps")
+"""Settings that stay the same when a comparison goes on."""
+
+CONSTANT = "constant:"
+"""Before the folder of a policy: its mean action in its place."""
+
+CONSTANT_TASKS = 32
+"""Training tasks over which a constant action is averaged."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which policies are compared, and on what.
+
+    Attributes:
+        policies: rules, folders of trained policies, or constant:FOLDER.
+        suite: suites of tasks, "planted" and "shift".
+        split: which of a suite's tasks.
+        bases: only tasks on these proxy bases; all if none is given.
+        tasks: at most so many tasks, evenly spread over the suites; all of them if None.
+        seeds: repetitions of each task with another teacher, data and adapters.
+        task_steps: optimiser steps of a run; None for as many as the suites' tasks have. With another number, uniform
+            is run again and the best known allocation counts as unknown.
+        against: rule or folder that each policy is compared with, run by run.
+        workers: worker processes; 0 for as many as there are cores.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    policies: tyro.conf.Positional[tuple[str, ...]]
+    suite: tuple[str, ...] = SUITES
+    split: Literal["train", "validation", "test"] = "validation"
+    bases: tuple[str, ...] = ()
+    tasks: int | None = None
+    seeds: int = 1
+    task_steps: int | None = None
+    against: str = "heur3"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            known = ", ".join([*RULES, *TASK_RULES])
+            raise ConfigError(f"Name at least one policy: the folder of a trained one, or a rule ({known}).")
+        if self.tasks is not None and self.tasks < 2:
+            raise ConfigError(f"Intervals need at least 2 tasks; got {self.tasks}.")
+        steps = 1 if self.task_steps is None else self.task_steps
+        if min(self.seeds, steps) < 1 or self.workers < 0:
+            raise ConfigError(
+                f"seeds and task_steps are at least 1 and workers at least 0; got {self.seeds}, {self.task_steps} and "
+                f"{self.workers}."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All competitors as given, each once."""
+        return tuple(dict.fromkeys((*self.policies, self.against)))
+
+    def find_tasks(self) -> tuple[ProxyTask, ...]:
+        """The tasks.
+
+        Raises:
+            UnknownNameError: no such suite or base.
+            ConfigError: fewer than two tasks.
+        """
+        overrides = None if self.task_steps is None else {"steps": self.task_steps}
+        tasks = find_tasks(self.suite, self.split, self.bases or None, overrides)
+        if len(tasks) < 2:
+            raise ConfigError(f"Intervals need at least 2 tasks; {self.suite} has {len(tasks)} on {self.bases}.")
+        return tasks if self.tasks is None else evenly(tasks, self.tasks)
+
+
+def evaluate(
+    config: EvaluateConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Group]:
+    """Compare policies, and write rows and summary into a folder.
+
+    Args:
+        config: who and on what.
+        folder: of the comparison.
+        resume: go on with what is there; further policies and seeds may join, the tasks stay the same.
+        on_progress: called with (runs done, runs in all).
+
+    Returns:
+        The standings: on all tasks first, then by kind and unit.
+
+    Raises:
+        UnknownNameError, PolicyFileError, ConfigError: a competitor or task that cannot be.
+        RunFolderError: the folder holds something else.
+        AssetError: a text is not at hand.
+    """
+    tasks = config.find_tasks()
+    schedule = _common_schedule(config.names)
+    competitors = {name: find_competitor(name, schedule) for name in config.names}
+    check_texts(tasks)
+    settings = {name: getattr(config, name) for name in _FIXED} | {"schedule": asdict(schedule)}
+    open_run(folder, _plain(settings), resume=resume)
+    _check_weights(folder, {competitors[name].name: name for name in config.names})
+    rows = compare(
+        list(competitors.values()),
+        tasks,
+        schedule,
+        workers=config.workers or os.cpu_count() or 1,
+        seeds=config.seeds,
+        file=folder / ROWS,
+        on_progress=on_progress,
+    )
+    keys = {row.key for row in rows}
+    write_rows(folder / ROWS, [*rows, *(row for row in read_rows(folder / ROWS) if row.key not in keys)])
+    groups = groups_of(rows, competitors[config.against].name)
+    summary = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
+    write_json(folder / SUMMARY, _plain(summary) | {"groups": [asdict(group) for group in groups]})
+    return groups
+
+
+def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
+    """A competitor by its name on the command line.
+
+    Raises:
+        UnknownNameError: no such rule or folder.
+        PolicyFileError: a folder that cannot be used.
+    """
+    if name.startswith(CONSTANT):
+        return _constant(name.removeprefix(CONSTANT), schedule)
+    if name in TASK_RULES:
+        return TASK_RULES[name]
+    if name not in RULES and Path(name).name == name and not Path(name).exists():
+        raise UnknownNameError.of("rule", name, [*RULES, *TASK_RULES], "A trained policy is given by its folder.")
+    return load_policy(name)
+
+
+def _constant(folder: str, schedule: DecisionSchedule) -> Constant:
+    """A policy's mean action over training tasks."""
+    policy = load_policy(folder)
+    tasks = sorted(evenly(find_tasks(SUITES, "train"), CONSTANT_TASKS), key=lambda task: task.base)
+    check_texts(tasks)
+    observations = []
+    for base, some in groupby(tasks, key=lambda task: task.base):
+        observations += first_observations(StackedEpisodes(base, schedule, SLOTS), list(some), SLOTS)
+    return constant_of(policy, observations, f"{CONSTANT}{policy.name}")
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of a trained policy among the competitors; None for a rule."""
+    path = Path(name.removeprefix(CONSTANT))
+    return path if name not in TASK_RULES and path.is_dir() else None
+
+
+def _common_schedule(names: Sequence[str]) -> DecisionSchedule:
+    """When ranks are decided: as the trained policies learned it.
+
+    Raises:
+        ConfigError: they learned different ones.
+    """
+    schedules = {policy_schedule(folder) for name in names if (folder := _folder(name))}
+    if len(schedules) > 1:
+        raise ConfigError("These policies were trained with different schedules, so no run is fair to all of them.")
+    return schedules.pop() if schedules else DecisionSchedule()
+
+
+def _check_weights(folder: Path, names: dict[str, str]) -> None:
+    """Note which weights the policies have, and refuse others of the same name: rows would mix.
+
+    Args:
+        folder: of the comparison.
+        names: what each competitor is called in rows, and how it was given.
+    """
+    weights = {name: read_card(path)["sha256"] for name, given in names.items() if (path := _folder(given))}
+    path = folder / POLICIES
+    known: dict[str, Any] = read_json(path) if path.exists() else {}
+    for name, digest in weights.items():
+        if known.get(name, digest) != digest:
+            raise RunFolderError(f"{folder} holds results of another policy named {name!r}. Use another --output.")
+    write_json(path, known | weights)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with lists in place of tuples, as JSON reads them back."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: _plain(value) if isinstance(value, dict) else value for name, value in plain.items()}
