@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_tex
 
 SMALLER = {
     "train": "--iterations 1 --group 2 --workers 1 --task-steps 12 --validation-tasks 2 --suites planted",
+    "evaluate": "--tasks 2 --task-steps 12 --workers 1 --bases llama-4x32",
     "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 32 --batch-size 4",
     "export": "",
     "assets": "",
