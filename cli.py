@@ -42,6 +42,8 @@ from .quiet import silence_libraries
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .agents.training import Stage
+
 console = Console()
 
 
@@ -59,12 +61,12 @@ def train_command(options: Train) -> None:
         console.print(f"{folder} holds a finished policy already.")
         _print_validation(read_json(folder / "card.json")["validation"])
         return
-    with _progress("training on proxy fine-tunes (decisions)") as report:
-        network = train(options, folder, resume=options.resume, on_decision=report)
+    with _stages() as on_stage:
+        network = train(options, folder, resume=options.resume, on_stage=on_stage)
     results: dict[str, Any] = {}
     if options.validation_tasks:
         policies = [LearnedPolicy("learned", network), find_rule("heur3"), find_rule("fracrule")]
-        tasks = find_tasks(options.suites, "validation", options.bases, options.task_overrides)
+        tasks = find_tasks(options.suites, "validation", options.bases or None, options.task_overrides)
         tasks = evenly(tasks, options.validation_tasks)
         with _progress("comparing with the rules on new tasks") as report:
             results = summarise(
@@ -195,6 +197,23 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[Stage], None]]:
+    """The progress bar of training; yields its report."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    console.rule("training on proxy fine-tunes (rounds)", align="left")
+    with Progress(*columns, console=console, speed_estimate_period=600) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda stage: bar.update(task, description=stage.name, completed=stage.done, total=stage.total)
 
 
 _USAGE = """[bold]rankpilot[/]: LoRA ranks that a learned policy decides, inside a hard memory budget.

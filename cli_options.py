@@ -29,12 +29,12 @@ class Train(TrainConfig):
 
     Attributes:
         output: folder of the run; the policy is written there.
-        preset: sets all options that are not given: quick takes minutes on two cores, default an hour or two.
+        preset: sets all options that are not given: on two cores quick takes minutes, default about an hour, full five.
         resume: go on with an interrupted run in the same folder; a finished one is left as it is.
     """
 
     output: Path = Path("runs/policy")
-    preset: Literal["quick", "default"] = "quick"
+    preset: Literal["quick", "default", "full"] = "quick"
     resume: bool = False
 
 

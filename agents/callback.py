@@ -240,7 +240,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def _corrected(self, correction: Correction) -> None:
         """The guard changed ranks: write that down like a decision."""
         scores = np.zeros(len(correction.deltas))
-        decision = Decision(correction.deltas, scores, 0.0, 0.0)
+        decision = Decision(correction.deltas, scores)
         moved = correction.plan.ranks != correction.observation.problem.ranks
         names = np.array(self._controller.names)[moved].tolist()
         notes = dict.fromkeys(names, correction.reason)

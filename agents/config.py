@@ -24,14 +24,22 @@ class NetworkConfig:
 
     Attributes:
         width: of every hidden layer.
+        attention_heads: of one layer of attention between the modules; 0 for none.
+        critics: networks that judge a run; their disagreement is the uncertainty.
         score_std: standard deviation of exploration on each score.
-        floor_std: the same on log2 of the rank floor.
+        shared_std: of exploration on the gain of each feature, shared by the modules.
+        floor_std: of exploration on log2 of the rank floor.
+        tilt_std: of exploration on the tilt.
         signal_gain: weight of heur3 in the score at the start.
     """
 
     width: int = 32
-    score_std: float = 0.3
-    floor_std: float = 0.7
+    attention_heads: int = 0
+    critics: int = 4
+    score_std: float = 0.15
+    shared_std: float = 0.2
+    floor_std: float = 0.5
+    tilt_std: float = 0.7
     signal_gain: float = 0.5
 
 
@@ -40,17 +48,22 @@ class TrainConfig:
     """How a policy is trained.
 
     Attributes:
-        iterations: PPO updates.
-        group: episodes of one task that each worker runs in an iteration.
-        workers: worker processes; 0 for as many as there are cores.
+        iterations: PPO updates; each follows a round of stacks * groups * group episodes.
+        stacks: of episodes that train together on one base; each can have a core of its own.
+        groups: fresh tasks of each stack.
+        group: episodes of each task, whose returns are compared.
+        workers: worker processes; 0 for as many as there are cores. Results do not depend on it.
         learning_rate: of PPO.
         epochs: passes over each iteration's decisions.
         clip_range: PPO's clip on the probability ratio.
+        target_kl: an update ends early when the policy has moved so far.
+        warm_tasks: fresh tasks from which scores are learned before PPO, where the oracle knows; 0 for none.
         suites: where tasks come from, "planted" and "shift".
-        bases: proxy bases of the tasks.
+        bases: proxy bases of the tasks; all of the training split if none is given.
         task_steps: optimiser steps of an episode; None for as many as the suites' tasks have.
-        validation_tasks: tasks of the validation split on which policy and rules are compared at the end, at most; 0
-            for none.
+        validation_tasks: tasks of the validation split on which the policy is measured on the way and at the end, at
+            most; 0 for none.
+        validate_every: iterations between measurements; the best policy is kept.
         schedule: when ranks are decided in an episode.
         network: size and start of the network.
         seed: of everything.
@@ -60,30 +73,39 @@ class TrainConfig:
     """
 
     iterations: int = 10
+    stacks: int = 2
+    groups: int = 3
     group: int = 8
     workers: int = 0
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     epochs: int = 6
     clip_range: float = 0.2
+    target_kl: float = 0.05
+    warm_tasks: int = 0
     suites: tuple[str, ...] = SUITES
-    bases: tuple[str, ...] = ("llama-4x64",)
+    bases: tuple[str, ...] = ()
     task_steps: int | None = None
-    validation_tasks: int = 8
+    validation_tasks: int = 32
+    validate_every: int = 20
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
         steps = 1 if self.task_steps is None else self.task_steps
-        if min(self.iterations, self.epochs, steps) < 1 or self.group < 2:
+        if (
+            min(self.iterations, self.stacks, self.groups, self.epochs, steps, self.validate_every) < 1
+            or self.group < 2
+        ):
             raise ConfigError(
-                "iterations, epochs and task_steps are at least 1 and group at least 2 (returns are compared inside "
-                f"it); got {self.iterations}, {self.epochs}, {self.task_steps} and {self.group}."
+                "iterations, stacks, groups, epochs, task_steps and validate_every are at least 1 and group at least 2 (returns "
+                f"are compared inside it); got {self.iterations}, {self.stacks}, {self.groups}, {self.epochs}, {self.task_steps}, "
+                f"{self.validate_every} and {self.group}."
             )
-        if self.workers < 0 or self.validation_tasks < 0 or self.learning_rate <= 0:
+        if min(self.workers, self.validation_tasks, self.warm_tasks) < 0 or self.learning_rate <= 0:
             raise ConfigError(
-                "workers and validation_tasks are at least 0 and learning_rate above 0; got "
-                f"{self.workers}, {self.validation_tasks} and {self.learning_rate}."
+                "workers, validation_tasks and warm_tasks are at least 0 and learning_rate above 0; got "
+                f"{self.workers}, {self.validation_tasks}, {self.warm_tasks} and {self.learning_rate}."
             )
 
     @property
@@ -92,21 +114,17 @@ class TrainConfig:
         return self.workers or os.cpu_count() or 1
 
     @property
-    def rollout_steps(self) -> int:
-        """Decisions of one worker in an iteration."""
-        return self.group * len(self.schedule.steps(self.task_steps or ProxyTask.steps))
-
-    @property
     def task_overrides(self) -> dict[str, Any]:
         """Fields that every task gets."""
         return {} if self.task_steps is None else {"steps": self.task_steps}
 
 
 PRESETS: dict[str, TrainConfig] = {
-    "quick": TrainConfig(iterations=8, group=8, validation_tasks=6),
-    "default": TrainConfig(iterations=120, group=12, learning_rate=1.5e-3, validation_tasks=16),
+    "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
+    "default": TrainConfig(iterations=200, warm_tasks=480),
+    "full": TrainConfig(iterations=1500, warm_tasks=1920, learning_rate=5e-4, validation_tasks=64, validate_every=50),
 }
-"""Presets of `rankpilot train`; "quick" is made for two cores and a few minutes."""
+"""Presets of `rankpilot train`: a few minutes, about an hour and about five hours on two cores."""
 
 
 @dataclass(frozen=True)

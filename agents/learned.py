@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..env.observation import Observation
+from .gaussian import CorrelatedGaussian
 from .network import RankNetwork
 from .policy import Decision, decision_from_scores
 
@@ -28,11 +28,10 @@ class LearnedPolicy:
     def decide(self, observation: Observation) -> Decision:
         """Decide on one observation; deterministic."""
         count = len(observation.modules)
-        mean, log_std, _ = self.network(
-            torch.from_numpy(observation.modules).unsqueeze(0),
-            torch.from_numpy(observation.run).unsqueeze(0),
-            torch.ones(1, count),
+        mask = torch.ones(1, count)
+        action = self.network(
+            torch.from_numpy(observation.modules).unsqueeze(0), torch.from_numpy(observation.run).unsqueeze(0), mask
         )
-        density = -(log_std + 0.5 * np.log(2 * np.pi)).sum()
-        values = mean[0].double().numpy()
-        return decision_from_scores(observation, values[:count], float(values[-1]), float(density))
+        density = float(CorrelatedGaussian(action, mask).log_prob(action.mean))
+        values = action.mean[0].double().numpy()
+        return decision_from_scores(observation, values[:count], values[count:], density)

@@ -1,23 +1,52 @@
 """The policy network: one set of weights for every module, so that any number of modules fits.
 
-Each module's features and the run's features become a token; mean and maximum over the modules give the context; a
-head per module adds a correction to the rule's score, and a head on the context corrects the rank floor. Both
-corrections start at zero: an untrained network *is* the rule (fracrule's placement, heur3's reallocation).
+Each module's features and the run's become a token; mean and maximum over the modules (and attention between them, as
+an option) give the context. A module's score is a sum of its signals, height and price, with gains that the context
+sets, and a correction that a head gives for the module; a further head gives the steering numbers. All corrections start
+at zero: an untrained network *is* the rule (fracrule's placement, heur3's reallocation).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES
-from ..env.spaces import SCORE_BOUND
+from ..env.spaces import SCORE_BOUND, STEERING
 from ..lora.signals import SIGNALS
 from .config import NetworkConfig
+from .policy import HEUR3
+
+DIRECTIONS = (*SIGNALS, "height", "price")
+"""Module features that scores move along together: the context sets a gain for each, and exploration shares a draw."""
+
+LATER_NOISE = 0.5
+"""Exploration at decisions after the first, as a share of that at the first: later ones move rank by two rungs."""
+
+_COLUMNS = [MODULE_FEATURES.index(name) for name in DIRECTIONS]
+
+
+@dataclass(frozen=True, eq=False)
+class Action:
+    """A distribution over actions, and what it is worth; the action is a score for each module and then STEERING.
+
+    Attributes:
+        mean: (batch, modules + 2), zero for padding.
+        std: of each number's own noise, the same shape.
+        factors: of the noise that modules share, (batch, modules + 2, len(DIRECTIONS)): noise is std * e + factors @ z.
+        values: what each critic expects of the run, in shares of the headroom over the rule, (batch, critics).
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    factors: torch.Tensor
+    values: torch.Tensor
 
 
 class RankNetwork(nn.Module):
-    """Scores for every module, a correction of the rank floor, and a value.
+    """Scores for every module, steering numbers, and values.
 
     Args:
         config: its size and start.
@@ -28,41 +57,55 @@ class RankNetwork(nn.Module):
         self.config = config or NetworkConfig()
         width = self.config.width
         self.module_encoder = nn.Sequential(
-            nn.Linear(len(MODULE_FEATURES), width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
+            nn.Linear(len(MODULE_FEATURES) + len(RUN_FEATURES), width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
         )
+        heads = self.config.attention_heads
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True) if heads else None
         self.context_encoder = nn.Sequential(nn.Linear(2 * width + len(RUN_FEATURES), width), nn.Tanh())
         self.score_head = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
-        self.floor_head = nn.Linear(width, 1)
-        self.value_head = nn.Linear(width, 1)
-        self.signal_gain = nn.Parameter(torch.tensor(float(self.config.signal_gain)))
-        stds = torch.tensor([self.config.score_std, self.config.floor_std])
-        self.log_std = nn.Parameter(stds.log())
-        for head in (self.score_head[-1], self.floor_head, self.value_head):
+        self.gain_head = nn.Linear(width, len(DIRECTIONS))
+        self.steering_head = nn.Linear(width, len(STEERING))
+        self.critics = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)) for _ in range(self.config.critics)
+        )
+        gains = [self.config.signal_gain / len(HEUR3) if name in HEUR3 else 0.0 for name in DIRECTIONS]
+        self.gains = nn.Parameter(torch.tensor(gains))
+        stds = [self.config.score_std, self.config.floor_std, self.config.tilt_std]
+        self.log_std = nn.Parameter(torch.tensor(stds).log())
+        self.shared_log_std = nn.Parameter(torch.full((len(DIRECTIONS),), self.config.shared_std).log())
+        for head in (self.score_head[-1], self.gain_head, self.steering_head):
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(
-        self, modules: torch.Tensor, run: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean and log standard deviation of the action, and the value.
+    def forward(self, modules: torch.Tensor, run: torch.Tensor, mask: torch.Tensor) -> Action:
+        """The distribution of the action, and values.
 
         Args:
             modules: (batch, modules, len(MODULE_FEATURES)).
             run: (batch, len(RUN_FEATURES)).
             mask: (batch, modules), 1 for modules that exist.
-
-        Returns:
-            Mean (batch, modules + 1), zero for padding, the floor's correction last; log standard deviation of the
-            same shape; value (batch,).
         """
         exists = mask.unsqueeze(-1).to(modules.dtype)
-        tokens = self.module_encoder(modules)
+        spread = run.unsqueeze(1).expand(-1, modules.shape[1], -1)
+        tokens = self.module_encoder(torch.cat([modules, spread], dim=-1))
+        if self.attention is not None:
+            tokens = tokens + self.attention(tokens, tokens, tokens, key_padding_mask=mask == 0, need_weights=False)[0]
         mean = (tokens * exists).sum(1) / exists.sum(1).clamp_min(1)
-        top = tokens.masked_fill(exists == 0, -1.0).amax(1)  # tanh is never below -1
+        top = tokens.masked_fill(exists == 0, -torch.inf).amax(1)
         context = self.context_encoder(torch.cat([mean, top, run], dim=-1))
-        spread = context.unsqueeze(1).expand(-1, tokens.shape[1], -1)
-        correction = self.score_head(torch.cat([tokens, spread], dim=-1)).squeeze(-1)
-        scores = correction + self.signal_gain * modules[..., : len(SIGNALS)].mean(-1)
-        means = torch.cat([scores * exists.squeeze(-1), self.floor_head(context)], dim=1)
-        log_std = torch.cat([self.log_std[:1].expand_as(scores), self.log_std[1:].expand(len(run), 1)], dim=1)
-        return means.clamp(-SCORE_BOUND, SCORE_BOUND), log_std, self.value_head(context).squeeze(-1)
+        features = modules[..., _COLUMNS]
+        features = (features - (features * exists).sum(1, keepdim=True) / exists.sum(1, keepdim=True)) * exists
+        gains = self.gains + self.gain_head(context)
+        around = context.unsqueeze(1).expand(-1, tokens.shape[1], -1)
+        correction = self.score_head(torch.cat([tokens, around], dim=-1)).squeeze(-1) * exists.squeeze(-1)
+        scores = (features @ gains.unsqueeze(-1)).squeeze(-1) + correction
+        means = torch.cat([scores, self.steering_head(context)], dim=1).clamp(-SCORE_BOUND, SCORE_BOUND)
+        later = run[:, RUN_FEATURES.index("progress")] > 0
+        noise = torch.where(later, LATER_NOISE, 1.0).unsqueeze(1)
+        own = (
+            torch.cat([self.log_std[:1].expand_as(scores), self.log_std[1:].expand(len(run), -1)], dim=1).exp() * noise
+        )
+        shared = features * (self.shared_log_std.exp() * noise).unsqueeze(1)
+        factors = torch.cat([shared, shared.new_zeros(len(run), len(STEERING), len(DIRECTIONS))], dim=1)
+        values = torch.cat([critic(context.detach()) for critic in self.critics], dim=1)
+        return Action(means, own, factors, values)

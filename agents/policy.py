@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,13 +22,15 @@ class Decision:
         deltas: rungs to move, int64 (modules,).
         scores: log rank relative to the other modules, (modules,); orders the projection.
         floor: rank floor that decided how deep the adapters go; 0 where a plan was made without one.
-        log_prob: log-probability density of the scores and floor; 0 for a rule.
+        tilt: how much upper layers went before lower ones; 0 where a plan was made without one.
+        log_prob: log-probability density of the scores and steering numbers; 0 for a rule.
     """
 
     deltas: IntArray
     scores: FloatArray
-    floor: float
-    log_prob: float
+    floor: float = 0.0
+    tilt: float = 0.0
+    log_prob: float = 0.0
 
 
 class Policy(Protocol):
@@ -49,7 +52,7 @@ def decision_from_plan(observation: Observation, ranks: IntArray) -> Decision:
         ranks: int64 (modules,).
     """
     problem = observation.problem
-    return Decision(problem.ladder.rung(ranks) - problem.rungs, np.zeros(len(ranks)), 0.0, 0.0)
+    return Decision(problem.ladder.rung(ranks) - problem.rungs, np.zeros(len(ranks)))
 
 
 def decision_to_keep(observation: Observation) -> Decision:
@@ -63,11 +66,14 @@ def is_first(observation: Observation) -> bool:
 
 
 def decision_from_scores(
-    observation: Observation, scores: FloatArray, floor_shift: float, log_prob: float = 0.0
+    observation: Observation,
+    scores: FloatArray,
+    steering: Sequence[float] | FloatArray = (0.0, 0.0),
+    log_prob: float = 0.0,
 ) -> Decision:
-    """The decision that scores and a floor correction (log2) ask for."""
-    deltas, floor = decode(observation.problem, scores, floor_shift)
-    return Decision(deltas, scores, floor, log_prob)
+    """The decision that scores and corrections of floor and tilt ask for; see `decode`."""
+    deltas, floor, tilt = decode(observation.problem, scores, steering)
+    return Decision(deltas, scores, floor, tilt, log_prob)
 
 
 HEUR3 = ("sensitivity", "snr", "relative_change")

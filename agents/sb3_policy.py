@@ -9,37 +9,17 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictRolloutBuffer
-from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from ..env.observation import MODULE_FEATURES
 from .config import NetworkConfig
+from .gaussian import CorrelatedGaussian
 from .network import RankNetwork
 
 
-class MaskedGaussian(DiagGaussianDistribution):
-    """A diagonal Gaussian in which padding counts neither in log-probability nor in entropy."""
-
-    def masked(self, mean: torch.Tensor, log_std: torch.Tensor, mask: torch.Tensor) -> MaskedGaussian:
-        """Set mean, log standard deviation and mask, all (batch, action size)."""
-        self.distribution = torch.distributions.Normal(mean, log_std.exp())
-        self.mask = mask
-        return self
-
-    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
-        """Log-probability density of actions (batch, action size), shape (batch,)."""
-        density: torch.Tensor = self.distribution.log_prob(actions)  # type: ignore[no-untyped-call]
-        return (density * self.mask).sum(-1)
-
-    def entropy(self) -> torch.Tensor:
-        """Entropy, shape (batch,)."""
-        entropy: torch.Tensor = self.distribution.entropy()  # type: ignore[no-untyped-call]
-        return (entropy * self.mask).sum(-1)
-
-
 class RankPolicy(ActorCriticPolicy):
-    """`RankNetwork` for PPO: observation Dict(module_features, run_features, mask), action Box(modules + 1).
+    """`RankNetwork` for PPO: observation Dict(module_features, run_features, mask), action Box(modules + 2).
 
     Args:
         network: size and start of the network.
@@ -58,61 +38,59 @@ class RankPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.network = RankNetwork(self.network_config)
-        self.action_dist = MaskedGaussian(int(np.prod(self.action_space.shape or (1,))))
         self.optimizer = self.optimizer_class(self.network.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
-    def _evaluate(self, obs: PyTorchObs) -> tuple[MaskedGaussian, torch.Tensor]:
+    def _evaluate(self, obs: PyTorchObs) -> tuple[CorrelatedGaussian, torch.Tensor]:
+        """The action's distribution, and what each critic expects, (batch, critics)."""
         assert isinstance(obs, dict)
         mask = obs["mask"].float()
         modules = obs["module_features"].float().reshape(len(mask), mask.shape[1], len(MODULE_FEATURES))
-        mean, log_std, value = self.network(modules, obs["run_features"].float(), mask)
-        everything = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        distribution = MaskedGaussian(mean.shape[1]).masked(mean, log_std, everything)
-        return distribution, value.unsqueeze(-1)
+        action = self.network(modules, obs["run_features"].float(), mask)
+        return CorrelatedGaussian(action, mask), action.values
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Actions (batch, action size), values (batch, 1) and log-probabilities (batch,)."""
-        distribution, value = self._evaluate(obs)
+        distribution, values = self._evaluate(obs)
         actions = distribution.get_actions(deterministic=deterministic)
-        return actions, value, distribution.log_prob(actions)
+        return actions, values.mean(dim=1, keepdim=True), distribution.log_prob(actions)
 
     def evaluate_actions(
         self, obs: PyTorchObs, actions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Values, log-probabilities and entropies of given actions."""
-        distribution, value = self._evaluate(obs)
-        return value, distribution.log_prob(actions), distribution.entropy()
+        """Values, log-probabilities and entropies of given actions.
 
-    def get_distribution(self, obs: PyTorchObs) -> MaskedGaussian:
+        Each value is that of a critic drawn by lot, so that critics learn from different runs and disagree where they
+        have seen little.
+        """
+        distribution, values = self._evaluate(obs)
+        chosen = torch.randint(values.shape[1], (len(values), 1), device=values.device)
+        return values.gather(1, chosen), distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: PyTorchObs) -> CorrelatedGaussian:
         """The action distribution."""
         return self._evaluate(obs)[0]
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """Values, (batch, 1)."""
-        return self._evaluate(obs)[1]
-
-
-def decision_index(episode_starts: NDArray[np.float32]) -> NDArray[np.int64]:
-    """How many decisions of its episode each transition has behind it; input and output (steps, envs)."""
-    index = np.zeros(episode_starts.shape, dtype=np.int64)
-    for step in range(1, len(index)):
-        index[step] = np.where(episode_starts[step] > 0, 0, index[step - 1] + 1)
-    return index
+        return self._evaluate(obs)[1].mean(dim=1, keepdim=True)
 
 
 class GroupRolloutBuffer(DictRolloutBuffer):
     """Advantages relative to a group, as in GRPO (Shao et al., 2024, arXiv 2402.03300) and RLOO.
 
-    All episodes of one environment in one rollout share task, seed and batches, so the mean return of the group is a
-    far better baseline than a critic: what is left is the effect of the actions. The group is one environment's
-    column, at the same decision.
+    Neighbouring episodes share task, seed and batches, so the mean return of the group is a far better baseline than a
+    critic: what is left is the effect of the actions.
+
+    Args:
+        group: episodes of a group; the number of environments is a multiple of it.
     """
 
+    def __init__(self, *arguments: Any, group: int, **options: Any) -> None:
+        self.group = group
+        super().__init__(*arguments, **options)
+
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: NDArray[Any]) -> None:
-        """Undiscounted returns, less the mean return of the group at the same decision."""
+        """Undiscounted returns, less the group's mean return from the same decision on."""
         super().compute_returns_and_advantage(last_values, dones)
-        index = decision_index(self.episode_starts)
-        for decision in range(int(index.max()) + 1):
-            members = index == decision
-            means = np.where(members, self.returns, 0).sum(axis=0) / np.maximum(members.sum(axis=0), 1)
-            self.advantages = np.where(members, self.returns - means, self.advantages).astype(np.float32)
+        groups = self.returns.reshape(len(self.returns), -1, self.group)
+        self.advantages = (groups - groups.mean(axis=2, keepdims=True)).reshape(self.returns.shape).astype(np.float32)

@@ -1,73 +1,130 @@
 """Train a policy with PPO on proxy fine-tunes (Stable-Baselines3).
 
-Each iteration, every worker process runs a group of episodes of one task; PPO (Schulman et al., 2017,
-arXiv 1707.06347) updates the network on all of them, with advantages relative to the group. A checkpoint after each
-iteration makes the run resumable: weights, optimiser, random state and task sequence go on as if nothing had happened.
+First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
+processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
+them, with advantages relative to the group of each task. A checkpoint after each iteration makes the run resumable:
+weights, optimiser, random state and tasks go on as if nothing had happened. The policy that did best on the validation
+tasks is kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from ..env.rank_allocation import RankAllocationEnv
-from ..env.score_actions import ScoreActions
-from ..env.suites import find_tasks
+from ..env.suites import evenly, find_tasks
 from ..env.task_data import check_texts
+from ..env.tasks import ProxyTask, adapted_base
 from ..errors import RunFolderError
 from ..files import append_json_line, atomic_path, read_json_lines, write_text
 from .config import TrainConfig, as_json
 from .network import RankNetwork
 from .policy_file import CARD, save_policy
+from .rounds_vec_env import Arrays, RoundsConfig, RoundsVecEnv
+from .rules import find_rule
 from .run_folder import open_run
 from .sb3_policy import GroupRolloutBuffer, RankPolicy
+from .warm_start import warm_start
 
-CHECKPOINT, PROGRESS = "checkpoint.pt", "progress.jsonl"
+CHECKPOINT, PROGRESS, TENSORBOARD = "checkpoint.pt", "progress.jsonl", "tensorboard"
 
+WARM_ROUND = 1_000_000
+"""Tasks of the warm start are drawn as those of rounds from this one on."""
 
-class _Worker:
-    """Makes one worker's environment; a class, because it has to be pickled to the worker process."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-
-    def __call__(self) -> gym.Env[Any, Any]:
-        if self.config.worker_count > 1:
-            torch.set_num_threads(1)
-        env = RankAllocationEnv(
-            suites=self.config.suites,
-            bases=self.config.bases,
-            episodes_per_task=self.config.group,
-            schedule=self.config.schedule,
-            task_overrides=self.config.task_overrides,
-        )
-        return ScoreActions(env)
+START = "heur3"
+"""The rule that an untrained network is, and that episodes are measured against."""
 
 
-def _make_workers(config: TrainConfig) -> VecEnv:
-    makers: list[Callable[[], gym.Env[Any, Any]]] = [_Worker(config)] * config.worker_count
-    return DummyVecEnv(makers) if len(makers) == 1 else SubprocVecEnv(makers, start_method="spawn")
+@dataclass(frozen=True)
+class Stage:
+    """How far training has come, for progress bars.
+
+    Attributes:
+        name: "warm start", "training" or "validation".
+        done: iterations done.
+        total: iterations in all.
+    """
+
+    name: str
+    done: int
+    total: int
 
 
-class _Checkpoint(BaseCallback):
-    """Writes progress and a checkpoint after each update, and tells the caller about every decision."""
+OnStage = Callable[[Stage], None]
 
-    def __init__(self, folder: Path, iteration: int, on_decision: Callable[[int], None]) -> None:
+
+def greedy(policy: RankPolicy) -> Callable[[Arrays], Any]:
+    """Mean actions."""
+
+    @torch.no_grad()
+    def act(arrays: Arrays) -> Any:
+        return policy.get_distribution(policy.obs_to_tensor(arrays)[0]).mode().cpu().numpy()
+
+    return act
+
+
+class _Validation:
+    """Measures the policy on validation tasks, and keeps the best one.
+
+    Attributes:
+        history: one row a measurement.
+        best: state of the best network so far, and its score.
+    """
+
+    def __init__(self, tasks: Sequence[ProxyTask], envs: RoundsVecEnv) -> None:
+        self._tasks, self._envs = tasks, envs
+        self._start: list[float] = []
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[float, dict[str, torch.Tensor]] | None = None
+
+    def measure(self, policy: RankPolicy, iteration: int) -> dict[str, float]:
+        """Fly the tasks; improvements over the untrained policy and over uniform, in shares of the headroom."""
+        losses = self._envs.play(self._tasks, greedy(policy))
+        self._start = self._start or losses
+        headrooms = [task.reference.headroom for task in self._tasks if task.reference]
+        uniform = [task.reference.uniform for task in self._tasks if task.reference]
+        row = {"iteration": float(iteration)}
+        for name, baseline in (("over_start", self._start), ("over_uniform", uniform)):
+            shares = [
+                min(max((before - after) / headroom, -1.0), 1.0) if math.isfinite(after) else -1.0
+                for before, after, headroom in zip(baseline, losses, headrooms, strict=True)
+            ]
+            row[name] = float(np.mean(shares))
+        self.history.append(row)
+        if self.best is None or row["over_start"] > self.best[0]:
+            state = {name: value.clone() for name, value in policy.network.state_dict().items()}
+            self.best = row["over_start"], state
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"start": self._start, "history": self.history, "best": self.best}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._start, self.history, self.best = state["start"], state["history"], state["best"]
+
+
+class _Progress(BaseCallback):
+    """After each update: a row of progress, validation if it is due, and a checkpoint."""
+
+    def __init__(self, folder: Path, config: TrainConfig, validation: _Validation, report: OnStage) -> None:
         super().__init__()
-        self.folder, self.iteration, self.on_decision = folder, iteration, on_decision
-        self._collected = False
+        self._folder, self._config, self._validation, self._report = folder, config, validation, report
+        self.iteration = 0
+        self._returns: Any = None
 
     def _on_step(self) -> bool:
-        self.on_decision(self.training_env.num_envs)
         return True
 
     def _on_rollout_start(self) -> None:
@@ -75,42 +132,62 @@ class _Checkpoint(BaseCallback):
         self._save()
 
     def _on_rollout_end(self) -> None:
-        buffer = self.locals["rollout_buffer"]
-        ended = np.ones_like(buffer.episode_starts, dtype=bool)
-        ended[:-1] = buffer.episode_starts[1:] > 0
-        self.returns = buffer.rewards[ended]
-        self._collected = True
+        self._returns = self.locals["rollout_buffer"].rewards.sum(axis=0)
 
     def _on_training_end(self) -> None:
         self._save()
 
     def _save(self) -> None:
-        if not self._collected:
+        if self._returns is None:
             return
-        self._collected = False
+        returns, self._returns = self._returns, None
         self.iteration += 1
-        assert isinstance(self.model, PPO)
+        assert isinstance(self.model, PPO) and isinstance(self.training_env, RoundsVecEnv)
         network: RankNetwork = self.model.policy.network  # type: ignore[assignment]
+        envs = self.training_env
+        groups = returns.reshape(-1, self._config.group)
         row = {
             "iteration": self.iteration,
-            "episodes": int(self.returns.size),
-            "return_mean": float(self.returns.mean()),
-            "return_p10": float(np.quantile(self.returns, 0.1)),
-            "return_p90": float(np.quantile(self.returns, 0.9)),
-            "signal_gain": float(network.signal_gain.detach()),
+            "episodes": int(returns.size),
+            "return_mean": float(returns.mean()),
+            "return_p10": float(np.quantile(returns, 0.1)),
+            "return_p90": float(np.quantile(returns, 0.9)),
+            "spread_in_groups": float(groups.std(axis=1).mean()),
+            "tasks": [task.id for s in range(self._config.stacks) for task in envs.config.draw(self.iteration - 1, s)],
+            "returns": [round(float(value), 3) for value in groups.mean(axis=1)],
             "score_std": float(network.log_std[0].exp().detach()),
             "floor_std": float(network.log_std[1].exp().detach()),
+            "tilt_std": float(network.log_std[2].exp().detach()),
             **{
                 key.removeprefix("train/"): float(value)
                 for key, value in self.logger.name_to_value.items()
-                if key in ("train/approx_kl", "train/clip_fraction", "train/loss")
+                if key in ("train/approx_kl", "train/clip_fraction", "train/loss", "train/value_loss")
             },
         }
-        append_json_line(self.folder / PROGRESS, row)
-        _write_checkpoint(self.folder / CHECKPOINT, self.model, self.iteration)
+        for key in ("return_mean", "spread_in_groups"):
+            self.logger.record(f"rollout/{key}", row[key])
+        if self.iteration % self._config.validate_every == 0 or self.iteration == self._config.iterations:
+            row |= self.validate()
+        append_json_line(self._folder / PROGRESS, row)
+        _write_checkpoint(self._folder / CHECKPOINT, self.model, self.iteration, self._validation)
+        self._report(Stage("training", self.iteration, self._config.iterations))
+
+    def validate(self) -> dict[str, float]:
+        """Measure the policy, if there are validation tasks; ends the round under way."""
+        if not self._config.validation_tasks:
+            return {}
+        assert isinstance(self.model, PPO) and isinstance(self.model.policy, RankPolicy)
+        self._report(Stage("validation", self.iteration, self._config.iterations))
+        found = self._validation.measure(self.model.policy, self.iteration)
+        rows = {f"validation_{key}": value for key, value in found.items() if key != "iteration"}
+        for key, value in rows.items():
+            self.logger.record(f"validation/{key.removeprefix('validation_')}", value)
+        if self.iteration < self._config.iterations and self.iteration:
+            self.model._last_obs = self.training_env.reset()  # type: ignore[assignment]
+        return rows
 
 
-def _write_checkpoint(path: Path, model: PPO, iteration: int) -> None:
+def _write_checkpoint(path: Path, model: PPO, iteration: int, validation: _Validation) -> None:
     """Tensors and numbers only, so that reading it back never unpickles code."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  (SB3 shuffles with it)
     state = {
@@ -118,6 +195,7 @@ def _write_checkpoint(path: Path, model: PPO, iteration: int) -> None:
         "timesteps": model.num_timesteps,
         "policy": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict(),
+        "validation": validation.state(),
         "torch_rng": torch.get_rng_state(),
         "numpy_rng": [
             str(kind),
@@ -131,13 +209,14 @@ def _write_checkpoint(path: Path, model: PPO, iteration: int) -> None:
         torch.save(state, temporary)
 
 
-def _restore(path: Path, model: PPO) -> int:
+def _restore(path: Path, model: PPO, validation: _Validation) -> int:
     """Go on from a checkpoint; returns the iterations done."""
     try:
         state = torch.load(path, weights_only=True)
         model.policy.load_state_dict(state["policy"])
         model.policy.optimizer.load_state_dict(state["optimizer"])
         model.num_timesteps = int(state["timesteps"])
+        validation.restore(state["validation"])
         torch.set_rng_state(state["torch_rng"])
         kind, keys, position, has_gauss, gauss = state["numpy_rng"]
         np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
@@ -151,72 +230,99 @@ def is_finished(folder: Path) -> bool:
     return (folder / CARD).exists()
 
 
-def train(
-    config: TrainConfig,
-    folder: Path,
-    *,
-    resume: bool = False,
-    on_decision: Callable[[int, int], None] | None = None,
-) -> RankNetwork:
+def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: OnStage | None = None) -> RankNetwork:
     """Train a policy; the run's progress and checkpoint are in `folder`.
 
     Args:
         config: how.
         folder: the run's folder.
         resume: go on with an interrupted run.
-        on_decision: called with (decisions done, decisions in all) as training goes on.
+        on_stage: called as training goes on.
 
     Returns:
-        The trained network. `finish` writes it as a policy.
+        The network that did best on the validation tasks; the last one without any. `finish` writes it as a policy.
 
     Raises:
         RunFolderError: see `open_run`.
         UnknownNameError: no such suite or base.
+        ConfigError: no such tasks.
         AssetError: a text is not at hand.
     """
-    check_texts(find_tasks(config.suites, "train", config.bases))
+    templates = [_tasks((suite,), "train", config) for suite in config.suites]
+    validation_tasks = evenly(_tasks(config.suites, "validation", config), config.validation_tasks)
+    everything = [*(task for suite in templates for task in suite), *validation_tasks]
+    check_texts(everything)
     open_run(folder, as_json(config), resume=resume)
-    total = config.iterations * config.rollout_steps * config.worker_count
-    workers = _make_workers(config)
+    report = on_stage or (lambda stage: None)
+    rounds = RoundsConfig(
+        tuple(templates), config.stacks, config.groups, config.group, config.schedule, config.seed, config.workers
+    )
+    envs = RoundsVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
     try:
-        model = _new_model(config, workers)
-        done = _restore(folder / CHECKPOINT, model) if (folder / CHECKPOINT).exists() else 0
+        model = _new_model(config, envs, folder)
+        validation = _Validation(validation_tasks, envs)
+        progress = _Progress(folder, config, validation, report)
+        if (folder / CHECKPOINT).exists():
+            progress.iteration = _restore(folder / CHECKPOINT, model, validation)
         # Progress is written before the checkpoint: a run that was killed in between repeats an iteration.
-        rows = [row for row in read_json_lines(folder / PROGRESS) if row["iteration"] <= done]
+        rows = [row for row in read_json_lines(folder / PROGRESS) if row["iteration"] <= progress.iteration]
         write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
-        if done < config.iterations:
-            workers.seed(config.seed)
-            workers.set_options({"skip_tasks": done})
-            model._last_obs = workers.reset()  # type: ignore[assignment]
-            model._last_episode_starts = np.ones(workers.num_envs, dtype=bool)
-
-            def report(count: int) -> None:
-                if on_decision:
-                    on_decision(model.num_timesteps, total)
-
+        if not (folder / CHECKPOINT).exists():
+            _begin(model, envs, config, progress, report)
+        if progress.iteration < config.iterations:
+            envs.round = progress.iteration
+            model._last_obs = envs.reset()  # type: ignore[assignment]
+            model._last_episode_starts = np.ones(envs.num_envs, dtype=bool)
             # A checkpoint holds the random state of the moment after its update, so nothing may be drawn before.
-            rest = total - model.num_timesteps
-            model.learn(rest, callback=_Checkpoint(folder, done, report), reset_num_timesteps=False)
+            rest = (config.iterations - progress.iteration) * envs.decisions * envs.num_envs
+            model.learn(rest, callback=progress, reset_num_timesteps=False, tb_log_name="ppo")
     finally:
-        workers.close()
+        envs.close()
     network: RankNetwork = model.policy.network  # type: ignore[assignment]
+    if validation.best:
+        network.load_state_dict(validation.best[1])
     return network.cpu().eval()
 
 
-def _new_model(config: TrainConfig, workers: VecEnv) -> PPO:
+def _tasks(suites: Sequence[str], split: str, config: TrainConfig) -> tuple[ProxyTask, ...]:
+    """Tasks of a split; with other steps, they keep their references as a measure of headroom."""
+    tasks = find_tasks(suites, split, config.bases or None)
+    return tuple(replace(task, **config.task_overrides) for task in tasks)
+
+
+def _begin(model: PPO, envs: RoundsVecEnv, config: TrainConfig, progress: _Progress, report: OnStage) -> None:
+    """Measure the untrained policy, teach it scores, and measure again."""
+    policy = model.policy
+    assert isinstance(policy, RankPolicy)
+    model._setup_learn(0, progress, reset_num_timesteps=False)
+    progress.init_callback(model)
+    row: dict[str, Any] = {"iteration": 0} | progress.validate()
+    if config.warm_tasks:
+        report(Stage("warm start", 0, config.iterations))
+        rounds = range(WARM_ROUND, WARM_ROUND + -(-config.warm_tasks // config.groups))
+        tasks = [task for round_ in rounds for task in envs.config.draw(round_, 0)][: config.warm_tasks]
+        row |= {f"warm_{key}": value for key, value in warm_start(policy, envs, tasks, seed=config.seed).items()}
+        row |= {f"warm_{key}": value for key, value in progress.validate().items()}
+    append_json_line(progress._folder / PROGRESS, row)
+
+
+def _new_model(config: TrainConfig, envs: RoundsVecEnv, folder: Path) -> PPO:
     return PPO(
         RankPolicy,
-        workers,
-        n_steps=config.rollout_steps,
-        batch_size=config.rollout_steps * config.worker_count,
+        envs,
+        n_steps=envs.decisions,
+        batch_size=envs.decisions * envs.num_envs,
         n_epochs=config.epochs,
         learning_rate=config.learning_rate,
         clip_range=config.clip_range,
+        target_kl=config.target_kl,
         gamma=1.0,
         gae_lambda=1.0,
         vf_coef=0.1,
         rollout_buffer_class=GroupRolloutBuffer,
+        rollout_buffer_kwargs={"group": config.group},
         policy_kwargs={"network": config.network},
+        tensorboard_log=str(folder / TENSORBOARD) if find_spec("tensorboard") else None,
         seed=config.seed,
         device="cpu",
     )
@@ -224,10 +330,12 @@ def _new_model(config: TrainConfig, workers: VecEnv) -> PPO:
 
 def finish(folder: Path, network: RankNetwork, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:
     """Write the trained policy and its card into the run's folder; the run then counts as finished."""
+    rows = read_json_lines(folder / PROGRESS)
     provenance = {
         "name": folder.name,
         "training": as_json(config),
-        "episodes": sum(row["episodes"] for row in read_json_lines(folder / PROGRESS)),
+        "episodes": sum(row.get("episodes", 0) for row in rows),
+        "start": rows[0],
         "validation": results or {},
     }
     return save_policy(folder, network, config.schedule, provenance)

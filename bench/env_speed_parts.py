@@ -26,7 +26,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from ..agents.config import TrainConfig
-from ..agents.sb3_policy import GroupRolloutBuffer, RankPolicy
+from ..agents.sb3_policy import RankPolicy
 from ..agents.stacked_vec_env import StackedVecEnv
 from ..env import stacked_episodes
 from ..env.rank_allocation import RankAllocationEnv
@@ -140,7 +140,6 @@ class Contender:
             gamma=1.0,
             gae_lambda=1.0,
             vf_coef=0.1,
-            rollout_buffer_class=GroupRolloutBuffer,
             seed=0,
             device="cpu",
         )

@@ -16,7 +16,10 @@ TOP = len(DEFAULT_RANKS) - 1
 """The highest rung of the rank ladder, and the largest delta in rungs."""
 
 SCORE_BOUND = 4.0
-"""Scores and the log2 of the floor's correction lie between minus and plus this."""
+"""Scores and steering numbers lie between minus and plus this."""
+
+STEERING = ("floor", "tilt")
+"""What a policy gives beside the scores: corrections of the rank floor (log2) and of the tilt towards upper layers."""
 
 
 def observation_space(max_modules: int) -> spaces.Dict:
@@ -36,8 +39,8 @@ def delta_space(max_modules: int) -> spaces.MultiDiscrete:
 
 
 def score_space(max_modules: int) -> spaces.Box:
-    """A score for each module, and the floor's correction."""
-    return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + 1,), np.float32)
+    """A score for each module, and the steering numbers."""
+    return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + len(STEERING),), np.float32)
 
 
 def read_deltas(action: Any, max_modules: int, count: int) -> IntArray:
@@ -54,15 +57,16 @@ def read_deltas(action: Any, max_modules: int, count: int) -> IntArray:
     return array[:count].astype(np.int64) - TOP
 
 
-def read_scores(action: Any, max_modules: int, count: int) -> tuple[NDArray[np.float64], float]:
-    """Scores (count,) and the floor's correction, from an action of `score_space`; values out of range are clipped.
+def read_scores(action: Any, max_modules: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scores (count,) and steering numbers, from an action of `score_space`; values out of range are clipped.
 
     Raises:
         ConfigError: the action has another shape, or a value that is not finite.
     """
     values = np.asarray(action, dtype=np.float64)
-    if values.shape != (max_modules + 1,) or not np.isfinite(values).all():
+    size = max_modules + len(STEERING)
+    if values.shape != (size,) or not np.isfinite(values).all():
         shown = np.array2string(values, threshold=12)
-        raise ConfigError(f"Scores are {max_modules + 1} finite numbers, the floor's correction last; got {shown}.")
+        raise ConfigError(f"Scores are {size} finite numbers, the corrections of floor and tilt last; got {shown}.")
     values = np.clip(values, -SCORE_BOUND, SCORE_BOUND)
-    return values[:count], float(values[-1])
+    return values[:count], values[max_modules:]

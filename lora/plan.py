@@ -142,7 +142,7 @@ def pack(problem: PlanProblem, scores: FloatArray, floor: float, tilt: float = T
 
 
 def _admit(problem: PlanProblem, scores: FloatArray, rung: int, tilt: float) -> IntArray:
-    """Rungs with as many modules at `rung` as fit: neighbours in the order from one layer together, the last in part."""
+    """Rungs with as many modules at `rung` as fit: neighbours from one layer together, the last in part."""
     draft = Draft(problem, scores, problem.bottoms)
     rungs = np.clip(rung, problem.bottoms, problem.tops)
     order = np.argsort(-(draft.preference + tilt * problem.blocks), kind="stable")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...env.observation import Observation
-from ...env.score_actions import base_floor
+from ...env.score_actions import base_floor, base_tilt
 from ...lora.cost import FloatArray
 from ..policy import Decision, Policy, decision_from_scores, module_feature
 
@@ -18,22 +18,22 @@ KNOTS = np.linspace(0, 1, 5)
 
 @dataclass(frozen=True)
 class Constant:
-    """The same action whatever is seen: a score for each height, and one correction of the floor.
+    """The same action whatever is seen: a score for each height, and corrections of floor and tilt.
 
     Attributes:
         name: what logs and tables call it.
         scores: at each of `KNOTS`.
-        floor_shift: log2 of the factor on the rank floor.
+        steering: corrections of the rank floor (log2) and of the tilt.
     """
 
     name: str
     scores: tuple[float, ...]
-    floor_shift: float
+    steering: tuple[float, ...]
 
     def decide(self, observation: Observation) -> Decision:
         """The constant action."""
         scores = np.interp(module_feature(observation, "height"), KNOTS, self.scores)
-        return decision_from_scores(observation, scores, self.floor_shift)
+        return decision_from_scores(observation, scores, self.steering)
 
 
 def constant_of(policy: Policy, observations: Sequence[Observation], name: str) -> Constant:
@@ -47,14 +47,15 @@ def constant_of(policy: Policy, observations: Sequence[Observation], name: str) 
         observations: first decisions.
         name: of the constant policy.
     """
-    heights, scores, shifts = [], [], []
+    heights, scores, steering = [], [], []
     for observation in observations:
         decision = policy.decide(observation)
         heights.append(module_feature(observation, "height"))
         scores.append(decision.scores)
-        shifts.append(np.log2(decision.floor / base_floor(observation.problem)))
+        problem = observation.problem
+        steering.append((np.log2(decision.floor / base_floor(problem)), decision.tilt - base_tilt(problem)))
     fitted = np.linalg.lstsq(_hats(np.concatenate(heights)), np.concatenate(scores), rcond=None)[0]
-    return Constant(name, tuple(fitted.tolist()), float(np.mean(shifts)))
+    return Constant(name, tuple(fitted.tolist()), tuple(np.mean(steering, axis=0).tolist()))
 
 
 def _hats(heights: FloatArray) -> FloatArray:

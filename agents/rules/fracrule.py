@@ -25,7 +25,7 @@ class FracRule:
 
     def decide(self, observation: Observation) -> Decision:
         """Equal scores."""
-        return decision_from_scores(observation, np.zeros(len(observation.modules)), self.floor_shift)
+        return decision_from_scores(observation, np.zeros(len(observation.modules)), (self.floor_shift, 0.0))
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,4 @@ class LargeModulesFirst:
 
     def decide(self, observation: Observation) -> Decision:
         """Scores are the log price of a rank."""
-        return decision_from_scores(observation, module_feature(observation, "price"), 0.0)
+        return decision_from_scores(observation, module_feature(observation, "price"))

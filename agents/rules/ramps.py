@@ -26,4 +26,4 @@ class Ramp:
 
     def decide(self, observation: Observation) -> Decision:
         """Scores go with the height."""
-        return decision_from_scores(observation, math.log(self.factor) * module_feature(observation, "height"), 0.0)
+        return decision_from_scores(observation, math.log(self.factor) * module_feature(observation, "height"))

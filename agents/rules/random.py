@@ -32,4 +32,4 @@ class RandomScores:
         seen = np.concatenate([observation.run, observation.modules.ravel()]).round(2) + np.float32(0)  # no -0
         digest = hashlib.sha256(seen.tobytes()).digest()
         generator = np.random.default_rng([self.draw, *digest])
-        return decision_from_scores(observation, generator.normal(size=len(observation.modules)), 0.0)
+        return decision_from_scores(observation, generator.normal(size=len(observation.modules)))

@@ -26,7 +26,7 @@ class SignalRule:
 
     def decide(self, observation: Observation) -> Decision:
         """Scores from the signals alone."""
-        return decision_from_scores(observation, self.gain * mean_feature(observation, self.signals), 0.0)
+        return decision_from_scores(observation, self.gain * mean_feature(observation, self.signals))
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ class UtilityPerPrice:
 
     def decide(self, observation: Observation) -> Decision:
         """Scores are log signal minus log price."""
-        return decision_from_scores(observation, signal_score(observation) - module_feature(observation, "price"), 0.0)
+        return decision_from_scores(observation, signal_score(observation) - module_feature(observation, "price"))

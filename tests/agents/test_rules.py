@@ -182,7 +182,7 @@ def test_a_constant_action_is_the_mean(make_observation: MakeObservation) -> Non
 
         def decide(self, observation: Observation) -> Any:
             height = observation.modules[:, MODULE_FEATURES.index("height")].astype(np.float64)
-            return decision_from_scores(observation, 2 * height - 1, float(observation.run[0] > 0.5))
+            return decision_from_scores(observation, 2 * height - 1, (float(observation.run[0] > 0.5), -1.0))
 
     observations = []
     for seed, modules in enumerate((8, 20, 12, 16)):
@@ -194,7 +194,7 @@ def test_a_constant_action_is_the_mean(make_observation: MakeObservation) -> Non
     constant = constant_of(ByHeight(), observations, "constant:x")
     assert constant.name == "constant:x"
     np.testing.assert_allclose(constant.scores, 2 * KNOTS - 1, atol=1e-6)
-    assert constant.floor_shift == pytest.approx(1 / 4)
+    assert constant.steering == pytest.approx((1 / 4, -1))
     blind = [constant.decide(replace(o, run=0 * o.run)).scores for o in observations[:1]]
     np.testing.assert_array_equal(blind[0], constant.decide(observations[0]).scores)
     assert isinstance(constant, Constant)

@@ -63,7 +63,7 @@ class Script:
         left = round(4 * float(observation.run[RUN_FEATURES.index("decisions_left")]))
         lower, upper = self.plans[-1 - left]
         wanted = problem.ladder.rung(np.where(problem.blocks == 0, lower, upper))
-        return Decision(wanted - problem.ladder.rung(problem.ranks), np.zeros(len(wanted)), 0.0, 0.0)
+        return Decision(wanted - problem.ladder.rung(problem.ranks), np.zeros(len(wanted)))
 
 
 def rows(count: int, seed: int = 0, *, masked: bool = False) -> Dataset:

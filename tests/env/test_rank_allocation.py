@@ -492,11 +492,11 @@ def test_render_as_a_picture(make_env: MakeEnv) -> None:
 def test_score_actions_decode_against_the_present_plans(make_env: MakeEnv) -> None:
     env = ScoreActions(make_env())
     env.reset(seed=0)
-    action = np.append(np.linspace(-1, 1, 28), 0.5).astype(np.float32)
+    action = np.append(np.linspace(-1, 1, 28), [0.5, -0.25]).astype(np.float32)
     observation = env.unwrapped.observation
     assert observation is not None
-    deltas, floor = decode(observation.problem, action[:28].astype(np.float64), float(action[28]))
-    assert floor == pytest.approx(16 * 2**0.5)
+    deltas, floor, tilt = decode(observation.problem, action[:28].astype(np.float64), (0.5, -0.25))
+    assert (floor, tilt) == (pytest.approx(16 * 2**0.5), 3.75)
     asked = observation.problem.ladder.array[observation.problem.ladder.rung(observation.problem.ranks) + deltas]
     info = env.step(action)[4]
     assert info["ranks"] == tuple(asked.tolist()), "what scores ask for fits the budget already"

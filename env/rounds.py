@@ -1,0 +1,69 @@
+"""Rounds: episodes of any tasks on one base that begin and end together, decision by decision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..lora.cost import FloatArray
+from ..lora.ladder import IntArray
+from .observation import Observation
+from .reward import churn_cost
+from .stacked_episodes import StackedEpisodes
+from .tasks import ProxyTask
+
+
+class Round:
+    """One round; an episode whose training fails sits out the rest of it.
+
+    Args:
+        episodes: of the base of all tasks; no other episodes may be under way.
+        tasks: by slot; of one length.
+
+    Attributes:
+        observations: the latest one of each episode.
+        churn: cost of the rungs that each has moved after its first decision.
+        decisions: how many have been taken.
+    """
+
+    def __init__(self, episodes: StackedEpisodes, tasks: Sequence[ProxyTask]) -> None:
+        episodes.start(dict(enumerate(tasks)))
+        self.tasks = list(tasks)
+        self._episodes = episodes
+        self.observations: list[Observation] = [episodes.observe(slot) for slot in range(len(tasks))]
+        self.churn = [0.0] * len(tasks)
+        self.decisions = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether all episodes are over."""
+        return all(self._episodes.flights[slot].ended for slot in range(len(self.tasks)))
+
+    def initial_loss(self, slot: int) -> float:
+        """Held-out loss before training, in nats; to be asked before the first step."""
+        return self._episodes.held_out_losses([slot])[slot]
+
+    def step(self, decisions: Sequence[tuple[IntArray, FloatArray]]) -> None:
+        """Take a decision in every episode and train all until the next one, or the end.
+
+        Args:
+            decisions: deltas in rungs and scores by slot, (modules,) each.
+        """
+        flights = self._episodes.flights
+        flying = [slot for slot in range(len(self.tasks)) if not flights[slot].ended]
+        for slot in flying:
+            problem = self.observations[slot].problem
+            plan = self._episodes.apply(slot, *decisions[slot])
+            if self.decisions:
+                self.churn[slot] += churn_cost(problem.rungs, problem.ladder.rung(plan.ranks))
+        losses = self._episodes.advance(flying)
+        self.decisions += 1
+        for slot in flying:
+            if not flights[slot].ended:
+                self.observations[slot] = self._episodes.observe(slot, losses[slot])
+
+    def losses(self) -> list[float]:
+        """Held-out losses in nats, NaN for episodes that failed."""
+        whole = [slot for slot in range(len(self.tasks)) if not self._episodes.flights[slot].failed]
+        found = self._episodes.held_out_losses(whole)
+        return [found.get(slot, math.nan) for slot in range(len(self.tasks))]
