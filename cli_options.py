@@ -60,7 +60,9 @@ class Evaluate(EvaluateConfig):
 
     POLICIES are folders of trained policies and rules: uniform, top-half, top-third, rule16, fracrule, fracrule-mlp,
     one-deeper, two-deeper, all-layers, ramp-up, ramp-down, random, gradient-norm, adalora, snr, heur3,
-    utility-per-byte. constant:FOLDER is a policy's mean action, which takes no notice of the task. Four more show what
+    utility-per-byte. constant:FOLDER is a policy's mean action, which takes no notice of the task; once:FOLDER
+    decides at the start alone; without-signals:FOLDER (or -prices, -place, -progress, or one feature) does not see those.
+    Four more show what
     could be reached, and are allowed more than the others: uniform-115 (15 % more budget), oracle (knows what was
     planted), best-window and best-of-8 (the best of eight runs).
 

@@ -18,6 +18,7 @@ from ..env.task_data import check_texts
 from ..env.tasks import ProxyTask
 from ..errors import ConfigError, RunFolderError, UnknownNameError
 from ..files import read_json, write_json
+from .ablation import Once, Without
 from .evaluation import SLOTS, Competitor, compare
 from .flying import first_observations
 from .policy_file import load_policy, policy_schedule, read_card
@@ -36,6 +37,9 @@ _FIXED = ("suite", "split", "bases", "tasks", "task_steps")
 CONSTANT = "constant:"
 """Before the folder of a policy: its mean action in its place."""
 
+ONCE, WITHOUT = "once", "without-"
+"""Before a colon and the folder of a policy: see `agents.ablation`."""
+
 CONSTANT_TASKS = 32
 """Training tasks over which a constant action is averaged."""
 
@@ -45,7 +49,7 @@ class EvaluateConfig:
     """Which policies are compared, and on what.
 
     Attributes:
-        policies: rules, folders of trained policies, or constant:FOLDER.
+        policies: rules, folders of trained policies, or constant:FOLDER, once:FOLDER, without-FEATURES:FOLDER.
         suite: suites of tasks, "planted" and "shift".
         split: which of a suite's tasks.
         bases: only tasks on these proxy bases; all if none is given.
@@ -156,8 +160,13 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
         UnknownNameError: no such rule or folder.
         PolicyFileError: a folder that cannot be used.
     """
+    before, colon, folder = name.rpartition(":")
     if name.startswith(CONSTANT):
-        return _constant(name.removeprefix(CONSTANT), schedule)
+        return _constant(folder, schedule)
+    if colon and before == ONCE:
+        return Once(load_policy(folder))
+    if colon and before.startswith(WITHOUT):
+        return Without(load_policy(folder), (before.removeprefix(WITHOUT),))
     if name in TASK_RULES:
         return TASK_RULES[name]
     if name not in RULES and Path(name).name == name and not Path(name).exists():
@@ -178,7 +187,7 @@ def _constant(folder: str, schedule: DecisionSchedule) -> Constant:
 
 def _folder(name: str) -> Path | None:
     """The folder of a trained policy among the competitors; None for a rule."""
-    path = Path(name.removeprefix(CONSTANT))
+    path = Path(name.rpartition(":")[2])
     return path if name not in TASK_RULES and path.is_dir() else None
 
 

@@ -38,6 +38,9 @@ from .warm_start import warm_start
 
 CHECKPOINT, PROGRESS, TENSORBOARD = "checkpoint.pt", "progress.jsonl", "tensorboard"
 
+WARM_START = "warm_start"
+"""Folder, inside a run's, of the policy before PPO."""
+
 WARM_ROUND = 1_000_000
 """Tasks of the warm start are drawn as those of rounds from this one on."""
 
@@ -120,7 +123,7 @@ class _Progress(BaseCallback):
 
     def __init__(self, folder: Path, config: TrainConfig, validation: _Validation, report: OnStage) -> None:
         super().__init__()
-        self._folder, self._config, self._validation, self._report = folder, config, validation, report
+        self._folder, self._config, self._validation, self.report = folder, config, validation, report
         self.iteration = 0
         self._returns: Any = None
 
@@ -142,7 +145,8 @@ class _Progress(BaseCallback):
             return
         returns, self._returns = self._returns, None
         self.iteration += 1
-        assert isinstance(self.model, PPO) and isinstance(self.training_env, RoundsVecEnv)
+        assert isinstance(self.model, PPO)
+        assert isinstance(self.training_env, RoundsVecEnv)
         network: RankNetwork = self.model.policy.network  # type: ignore[assignment]
         envs = self.training_env
         groups = returns.reshape(-1, self._config.group)
@@ -170,14 +174,15 @@ class _Progress(BaseCallback):
             row |= self.validate()
         append_json_line(self._folder / PROGRESS, row)
         _write_checkpoint(self._folder / CHECKPOINT, self.model, self.iteration, self._validation)
-        self._report(Stage("training", self.iteration, self._config.iterations))
+        self.report(Stage("training", self.iteration, self._config.iterations))
 
     def validate(self) -> dict[str, float]:
         """Measure the policy, if there are validation tasks; ends the round under way."""
         if not self._config.validation_tasks:
             return {}
-        assert isinstance(self.model, PPO) and isinstance(self.model.policy, RankPolicy)
-        self._report(Stage("validation", self.iteration, self._config.iterations))
+        assert isinstance(self.model, PPO)
+        assert isinstance(self.model.policy, RankPolicy)
+        self.report(Stage("validation", self.iteration, self._config.iterations))
         found = self._validation.measure(self.model.policy, self.iteration)
         rows = {f"validation_{key}": value for key, value in found.items() if key != "iteration"}
         for key, value in rows.items():
@@ -268,7 +273,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         rows = [row for row in read_json_lines(folder / PROGRESS) if row["iteration"] <= progress.iteration]
         write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
         if not (folder / CHECKPOINT).exists():
-            _begin(model, envs, config, progress, report)
+            _begin(model, envs, config, progress, folder)
         if progress.iteration < config.iterations:
             envs.round = progress.iteration
             model._last_obs = envs.reset()  # type: ignore[assignment]
@@ -290,20 +295,23 @@ def _tasks(suites: Sequence[str], split: str, config: TrainConfig) -> tuple[Prox
     return tuple(replace(task, **config.task_overrides) for task in tasks)
 
 
-def _begin(model: PPO, envs: RoundsVecEnv, config: TrainConfig, progress: _Progress, report: OnStage) -> None:
-    """Measure the untrained policy, teach it scores, and measure again."""
+def _begin(model: PPO, envs: RoundsVecEnv, config: TrainConfig, progress: _Progress, folder: Path) -> None:
+    """Measure the untrained policy, teach it scores, measure again, and keep it to compare with."""
     policy = model.policy
     assert isinstance(policy, RankPolicy)
     model._setup_learn(0, progress, reset_num_timesteps=False)
     progress.init_callback(model)
     row: dict[str, Any] = {"iteration": 0} | progress.validate()
     if config.warm_tasks:
-        report(Stage("warm start", 0, config.iterations))
+        progress.report(Stage("warm start", 0, config.iterations))
         rounds = range(WARM_ROUND, WARM_ROUND + -(-config.warm_tasks // config.groups))
         tasks = [task for round_ in rounds for task in envs.config.draw(round_, 0)][: config.warm_tasks]
         row |= {f"warm_{key}": value for key, value in warm_start(policy, envs, tasks, seed=config.seed).items()}
         row |= {f"warm_{key}": value for key, value in progress.validate().items()}
-    append_json_line(progress._folder / PROGRESS, row)
+        save_policy(
+            folder / WARM_START, policy.network, config.schedule, {"name": WARM_START, "training": as_json(config)}
+        )
+    append_json_line(folder / PROGRESS, row)
 
 
 def _new_model(config: TrainConfig, envs: RoundsVecEnv, folder: Path) -> PPO:

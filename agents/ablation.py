@@ -1,0 +1,74 @@
+"""Policies with something taken from them, to see what it was good for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from ..errors import UnknownNameError
+from .policy import Decision, Policy, decision_to_keep, is_first
+
+FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
+    "signals": ("sensitivity", "snr", "relative_change", "gradient_norm", "importance"),
+    "prices": ("price", "rise", "release", "entry", "budget", "spent"),
+    "place": ("height", "shape"),
+    "progress": ("progress", "decisions_left", "loss", "trend"),
+}
+"""Features that are taken together, by name."""
+
+_ALL = (*MODULE_FEATURES, *RUN_FEATURES)
+
+
+@dataclass(frozen=True)
+class Without:
+    """A policy that sees 0 in place of some features.
+
+    Attributes:
+        policy: whose.
+        features: names of features or of groups of them.
+
+    Raises:
+        UnknownNameError: no such feature.
+    """
+
+    policy: Policy
+    features: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in self.features:
+            if name not in FEATURE_GROUPS and name not in _ALL:
+                raise UnknownNameError.of("feature", name, [*FEATURE_GROUPS, *_ALL])
+
+    @property
+    def name(self) -> str:
+        """What logs and tables call it."""
+        return f"{self.policy.name} without {', '.join(self.features)}"
+
+    def decide(self, observation: Observation) -> Decision:
+        """As the policy, on what is left."""
+        names = {name for given in self.features for name in FEATURE_GROUPS.get(given, (given,))}
+        modules = observation.modules * np.float32(~np.isin(MODULE_FEATURES, list(names)))
+        run = observation.run * np.float32(~np.isin(RUN_FEATURES, list(names)))
+        return self.policy.decide(replace(observation, modules=modules, run=run))
+
+
+@dataclass(frozen=True)
+class Once:
+    """A policy that decides at the start of the run alone.
+
+    Attributes:
+        policy: whose.
+    """
+
+    policy: Policy
+
+    @property
+    def name(self) -> str:
+        """What logs and tables call it."""
+        return f"{self.policy.name} once"
+
+    def decide(self, observation: Observation) -> Decision:
+        """As the policy at the first decision; no change after."""
+        return self.policy.decide(observation) if is_first(observation) else decision_to_keep(observation)
