@@ -9,7 +9,8 @@
     ├── NonFiniteError     a loss or weight that is NaN or infinite                (ArithmeticError)
     ├── PolicyFileError    a policy file that is corrupt, foreign or too new       (ValueError)
     ├── RunFolderError     a folder of a run or adapter: exists, missing or cut off    (OSError)
-    └── AssetError         a packaged model or data set that is not at hand        (OSError)
+    ├── AssetError         a packaged model or data set that is not at hand        (OSError)
+    └── WorkerError        a worker process that ended in the middle of its work   (RuntimeError)
 
 Each also inherits the builtin in brackets, so that code that knows nothing of rankpilot can catch it.
 """
@@ -80,3 +81,7 @@ class RunFolderError(RankPilotError, OSError):
 
 class AssetError(RankPilotError, OSError):
     """A packaged model or data set that is neither cached nor downloadable."""
+
+
+class WorkerError(RankPilotError, RuntimeError):
+    """A worker process that ended in the middle of its work."""

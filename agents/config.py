@@ -10,7 +10,6 @@ import tyro
 
 from ..env.schedule import DecisionSchedule
 from ..env.suites import SUITES
-from ..env.tasks import ProxyTask
 from ..errors import ConfigError
 from ..lora.budget import Budget
 
@@ -98,9 +97,9 @@ class TrainConfig:
             or self.group < 2
         ):
             raise ConfigError(
-                "iterations, stacks, groups, epochs, task_steps and validate_every are at least 1 and group at least 2 (returns "
-                f"are compared inside it); got {self.iterations}, {self.stacks}, {self.groups}, {self.epochs}, {self.task_steps}, "
-                f"{self.validate_every} and {self.group}."
+                "iterations, stacks, groups, epochs, task_steps and validate_every are at least 1 and group at least "
+                f"2 (returns are compared inside it); got {self.iterations}, {self.stacks}, {self.groups}, {self.epochs}, "
+                f"{self.task_steps}, {self.validate_every} and {self.group}."
             )
         if min(self.workers, self.validation_tasks, self.warm_tasks) < 0 or self.learning_rate <= 0:
             raise ConfigError(

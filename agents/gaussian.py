@@ -39,8 +39,8 @@ class CorrelatedGaussian(DiagGaussianDistribution):
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """Log-probability density of actions (batch, action size), shape (batch,)."""
         z = (actions - self.mean) / self.std * self.mask
-        along = torch.linalg.solve_triangular(self._root, self._whitened.mT @ z.unsqueeze(-1), upper=False).squeeze(-1)
-        square = z.square().sum(-1) - along.square().sum(-1)
+        along = torch.linalg.solve_triangular(self._root, self._whitened.mT @ z.unsqueeze(-1), upper=False)
+        square: torch.Tensor = z.square().sum(-1) - along.square().sum((-2, -1))
         return -0.5 * square - self._log_volume() - 0.5 * math.log(2 * math.pi) * self.mask.sum(-1)
 
     def entropy(self) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 Each module's features and the run's become a token; mean and maximum over the modules (and attention between them, as
 an option) give the context. A module's score is a sum of its signals, height and price, with gains that the context
-sets, and a correction that a head gives for the module; a further head gives the steering numbers. All corrections start
-at zero: an untrained network *is* the rule (fracrule's placement, heur3's reallocation).
+sets, and a correction that a head gives for the module; a further head gives the steering numbers. All corrections
+start at zero: an untrained network *is* the rule (fracrule's placement, heur3's reallocation).
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """PPO's environment for training a policy: groups of episodes on fresh tasks, all cores at work.
 
 Each iteration is a round of a few stacks, each on one base: groups of episodes of one fresh task each, and one more
-episode of it that is flown by the rule which an untrained policy is. The reward comes at the end: how much lower an episode's held-out loss is than
-the rule's, as a share of the task's headroom. Which process trains a stack decides nothing, so results are the same on any
-number of cores.
+episode of it that is flown by the rule which an untrained policy is. The reward comes at the end: how much lower an
+episode's held-out loss is than the rule's, as a share of the task's headroom. Which process trains a stack decides
+nothing, so results are the same on any number of cores.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -30,7 +31,7 @@ from ..env.score_actions import decode
 from ..env.spaces import observation_space, read_scores, score_space
 from ..env.stacked_episodes import StackedEpisodes
 from ..env.tasks import ProxyTask
-from ..errors import ConfigError
+from ..errors import ConfigError, WorkerError
 from ..lora.cost import FloatArray
 from .policy import Policy
 
@@ -73,11 +74,10 @@ class RoundsConfig:
         generator = np.random.default_rng([self.seed, round_, stack])
         bases = sorted({task.base for suite in self.templates for task in suite})
         base = bases[int(generator.integers(len(bases)))]
+        suites = [own for suite in self.templates if (own := [task for task in suite if task.base == base])]
         tasks = []
         for group in range(self.groups):
-            suite = [
-                task for task in self.templates[(round_ + stack + group) % len(self.templates)] if task.base == base
-            ]
+            suite = suites[(round_ + stack + group) % len(suites)]
             template = suite[int(generator.integers(len(suite)))]
             tasks.append(replace(template, seed=FRESH_SEEDS + int(generator.integers(2**30))))
         return tasks
@@ -175,6 +175,18 @@ def _serve(pipe: Connection, *options: Any) -> None:
             pipe.send(error)
 
 
+@contextmanager
+def _apart() -> Iterator[None]:
+    """As if in a worker's process: one thread, and no trace in the random state (bases are adapted at random)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class RoundsVecEnv(VecEnv):
     """Rounds of fresh tasks for PPO: every episode has the same number of decisions, and all end together.
 
@@ -185,6 +197,10 @@ class RoundsVecEnv(VecEnv):
 
     Attributes:
         round: number of the round under way.
+
+    Raises:
+        ConfigError: tasks of several lengths.
+        WorkerError: a worker's process ended; what it raises is raised here as it is.
     """
 
     def __init__(self, config: RoundsConfig, rule: Policy, max_modules: int) -> None:
@@ -208,14 +224,18 @@ class RoundsVecEnv(VecEnv):
         """Have the workers answer calls, by stack."""
         if self.config.worker_count == 1:
             self._local = self._local or _Worker(*self._worker_options)
-            return {stack: getattr(self._local, name)(stack, *values) for stack, (name, values) in calls.items()}
+            with _apart():
+                return {stack: getattr(self._local, name)(stack, *values) for stack, (name, values) in calls.items()}
         if not self._pipes:
             self._start_processes()
         shares = [{s: call for s, call in calls.items() if s % len(self._pipes) == i} for i in range(len(self._pipes))]
-        for pipe, share in zip(self._pipes, shares, strict=True):
-            pipe.send(share)
         found: dict[int, Standing] = {}
-        answers = [pipe.recv() for pipe in self._pipes]
+        try:
+            for pipe, share in zip(self._pipes, shares, strict=True):
+                pipe.send(share)
+            answers = [pipe.recv() for pipe in self._pipes]
+        except (EOFError, ConnectionError) as error:
+            raise WorkerError("A worker process ended, for lack of memory perhaps. Try fewer workers.") from error
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
@@ -228,6 +248,7 @@ class RoundsVecEnv(VecEnv):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, *self._worker_options), daemon=True)
             process.start()
+            there.close()  # else nobody would notice that the process ended
             self._pipes.append(here)
             self._processes.append(process)
 
@@ -260,14 +281,15 @@ class RoundsVecEnv(VecEnv):
         parts = np.split(self._actions, self.config.stacks)
         found = self._calls({stack: ("step", (part,)) for stack, part in enumerate(parts)})
         self._taken += 1
-        observations = self._joined(found)
+        seen = self._joined(found)
+        observations: VecEnvObs = seen
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
         rewards = np.zeros(self.num_envs, dtype=np.float32)
         ended = self._taken == self.decisions
         if ended:
             rewards = np.concatenate([rewards_of(found[stack], own) for stack, own in enumerate(self._tasks)])
             for slot, info in enumerate(infos):
-                info["terminal_observation"] = {key: value[slot] for key, value in observations.items()}
+                info["terminal_observation"] = {key: value[slot] for key, value in seen.items()}
             self.round += 1
             observations = self.reset()
         return observations, rewards, np.full(self.num_envs, ended), infos
@@ -295,8 +317,9 @@ class RoundsVecEnv(VecEnv):
         losses = [math.nan] * len(tasks)
         for start in range(0, len(chunks), self.config.stacks):
             some = dict(enumerate(chunks[start : start + self.config.stacks]))
-            begun = {s: ("begin", ([tasks[i] for i in own], [], note is not None)) for s, own in some.items()}
-            found = self._calls(begun)
+            found = self._calls(
+                {s: ("begin", ([tasks[i] for i in own], [], note is not None)) for s, own in some.items()}
+            )
             worth = {stack: standing.utilities for stack, standing in found.items()}
             for _ in range(self.decisions):
                 if note:

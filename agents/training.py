@@ -2,9 +2,9 @@
 
 First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
 processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
-them, with advantages relative to the group of each task. A checkpoint after each iteration makes the run resumable:
-weights, optimiser, random state and tasks go on as if nothing had happened. The policy that did best on the validation
-tasks is kept.
+them, with advantages relative to the group of each task. A checkpoint after the start and after each iteration makes
+the run resumable: weights, optimiser, random state and tasks go on as if nothing had happened. The policy that did best
+on the validation tasks is kept.
 """
 
 from __future__ import annotations
@@ -98,11 +98,7 @@ class _Validation:
         uniform = [task.reference.uniform for task in self._tasks if task.reference]
         row = {"iteration": float(iteration)}
         for name, baseline in (("over_start", self._start), ("over_uniform", uniform)):
-            shares = [
-                min(max((before - after) / headroom, -1.0), 1.0) if math.isfinite(after) else -1.0
-                for before, after, headroom in zip(baseline, losses, headrooms, strict=True)
-            ]
-            row[name] = float(np.mean(shares))
+            row[name] = float(np.mean([_share(*each) for each in zip(baseline, losses, headrooms, strict=True)]))
         self.history.append(row)
         if self.best is None or row["over_start"] > self.best[0]:
             state = {name: value.clone() for name, value in policy.network.state_dict().items()}
@@ -116,6 +112,13 @@ class _Validation:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._start, self.history, self.best = state["start"], state["history"], state["best"]
+
+
+def _share(before: float, after: float, headroom: float) -> float:
+    """How much lower a loss is, in shares of the headroom, -1 to 1; a run that failed (NaN) counts as the worst."""
+    if math.isfinite(before) and math.isfinite(after):
+        return min(max((before - after) / headroom, -1.0), 1.0)
+    return float(math.isfinite(after)) - float(math.isfinite(before))
 
 
 class _Progress(BaseCallback):
@@ -267,13 +270,15 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         model = _new_model(config, envs, folder)
         validation = _Validation(validation_tasks, envs)
         progress = _Progress(folder, config, validation, report)
-        if (folder / CHECKPOINT).exists():
+        begun = (folder / CHECKPOINT).exists()
+        if begun:
             progress.iteration = _restore(folder / CHECKPOINT, model, validation)
         # Progress is written before the checkpoint: a run that was killed in between repeats an iteration.
-        rows = [row for row in read_json_lines(folder / PROGRESS) if row["iteration"] <= progress.iteration]
+        rows = [row for row in read_json_lines(folder / PROGRESS) if begun and row["iteration"] <= progress.iteration]
         write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
-        if not (folder / CHECKPOINT).exists():
+        if not begun:
             _begin(model, envs, config, progress, folder)
+            _write_checkpoint(folder / CHECKPOINT, model, 0, validation)
         if progress.iteration < config.iterations:
             envs.round = progress.iteration
             model._last_obs = envs.reset()  # type: ignore[assignment]

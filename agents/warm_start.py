@@ -86,7 +86,10 @@ def warm_start(policy: RankPolicy, envs: RoundsVecEnv, tasks: Sequence[ProxyTask
 
     Returns:
         Mean squared error of the scores where the worth is known: "before" and "after", and "constant" for equal ones.
+        Nothing where no task is planted: there is nothing to learn then.
     """
+    if not any(task.kind == "planted" for task in tasks):
+        return {}
     lessons = Lessons()
     envs.play(tasks, explore(policy), note=lessons.note)
     keys = lessons.rows[0].keys()
@@ -111,10 +114,11 @@ def warm_start(policy: RankPolicy, envs: RoundsVecEnv, tasks: Sequence[ProxyTask
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.network.parameters(), lr=RATE, weight_decay=1e-2)
     for _ in range(PASSES):
-        for rows in torch.randperm(len(known), generator=generator).split(BATCH):
+        order = torch.randperm(len(known), generator=generator)
+        for rows in torch.split(order, BATCH):
             scores, steered = errors(rows)
             optimizer.zero_grad()
-            (scores.mean() + steered.mean()).backward()
+            (scores.mean() + steered.mean()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     with torch.no_grad():
         after = errors(everything)[0][known].mean()

@@ -32,6 +32,7 @@ from ..env import stacked_episodes
 from ..env.rank_allocation import RankAllocationEnv
 from ..env.schedule import DecisionSchedule
 from ..env.score_actions import ScoreActions
+from ..env.spaces import STEERING
 from ..env.stacked_env import StackedConfig
 from ..env.stacked_episodes import StackedEpisodes
 from ..env.tasks import ProxyTask, Reference
@@ -376,7 +377,7 @@ def _episode(envs: StackedVecEnv) -> int:
     envs.reset()
     for _ in FRACTIONS:
         most = max(most, adapters.buffer_bytes)
-        envs.step(np.zeros((envs.num_envs, envs.core.max_modules + 1), dtype=np.float32))
+        envs.step(np.zeros((envs.num_envs, envs.core.max_modules + len(STEERING)), dtype=np.float32))
     return most
 
 

@@ -27,7 +27,7 @@ from .controller import FIRST_LOSSES, ProbeResult, RankController, budget_limit
 from .episode import MAX_GRAD_NORM, new_controller, rate_at, unknown_signals
 from .observation import Observation
 from .schedule import DecisionSchedule
-from .task_data import task_losses
+from .task_data import TaskData, task_losses
 from .tasks import ProxyTask, Reference, adapted_base
 
 EVAL_TOKENS = 8192
@@ -77,6 +77,10 @@ class _Lane:
     rows: int | None = None
     failed: bool = False
     losses: list[float] = field(default_factory=list)
+    data: TaskData = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = self.task.data  # held here: more tasks can be in training than the cache of tasks holds
 
 
 class StackedEpisodes:
@@ -241,7 +245,7 @@ class StackedEpisodes:
 
     def _losses(self, model: Callable[..., Any], lanes: Sequence[_Lane]) -> torch.Tensor:
         """The loss of the next batch of each lane, (lanes,)."""
-        batches = [(lane, lane.task.data, lane.step % lane.task.steps) for lane in lanes]
+        batches = [(lane, lane.data, lane.step % lane.task.steps) for lane in lanes]
         inputs = torch.cat([data.inputs[step, : lane.rows] for lane, data, step in batches])
         labels = torch.cat([data.labels[step, : lane.rows] for lane, data, step in batches])
         teachers = [None if data.teacher is None else data.teacher[step, : lane.rows] for lane, data, step in batches]

@@ -162,7 +162,9 @@ class StackedAdapters:
             self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in pairs]
             for leaf in (leaf for pair in self._leaves for leaf in pair):
                 torch._dynamo.maybe_mark_dynamic(leaf, 1)
-        distinct_widths = dynamic_shapes.patch(use_duck_shape=False) if compiled else nullcontext()
+        distinct_widths: Any = nullcontext()
+        if compiled:
+            distinct_widths = dynamic_shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         try:
             with distinct_widths:
                 yield self._call if compiled else self.model
@@ -207,7 +209,7 @@ class StackedAdapters:
         """
         gradients = self.gradients if self._are_all(rows) else self.gradients[list(rows)]
         pieces = torch.linalg.vector_norm(torch.unflatten(gradients, 1, (-1, self._piece)), dim=-1).double().square()
-        sums = pieces.new_zeros(len(rows), 2 * len(self.targets))
+        sums: torch.Tensor = pieces.new_zeros(len(rows), 2 * len(self.targets))
         return sums.index_add_(1, self._blocks, pieces)
 
     @torch.no_grad()

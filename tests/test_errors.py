@@ -18,6 +18,7 @@ BUILTINS = {
     "PolicyFileError": ValueError,
     "RunFolderError": OSError,
     "AssetError": OSError,
+    "WorkerError": RuntimeError,
 }
 
 
