@@ -98,8 +98,8 @@ class TrainConfig:
         ):
             raise ConfigError(
                 "iterations, stacks, groups, epochs, task_steps and validate_every are at least 1 and group at least "
-                f"2 (returns are compared inside it); got {self.iterations}, {self.stacks}, {self.groups}, {self.epochs}, "
-                f"{self.task_steps}, {self.validate_every} and {self.group}."
+                f"2 (returns are compared inside it); got {self.iterations}, {self.stacks}, {self.groups}, "
+                f"{self.epochs}, {self.task_steps}, {self.validate_every} and {self.group}."
             )
         if min(self.workers, self.validation_tasks, self.warm_tasks) < 0 or self.learning_rate <= 0:
             raise ConfigError(
