@@ -30,6 +30,9 @@ class NetworkConfig:
         floor_std: of exploration on log2 of the rank floor.
         tilt_std: of exploration on the tilt.
         signal_gain: weight of heur3 in the score at the start.
+
+    Raises:
+        ConfigError: a value out of range.
     """
 
     width: int = 32
@@ -40,6 +43,16 @@ class NetworkConfig:
     floor_std: float = 0.5
     tilt_std: float = 0.7
     signal_gain: float = 0.5
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.critics) < 1 or self.attention_heads < 0 or self.width % max(self.attention_heads, 1):
+            raise ConfigError(
+                "width and critics of the network are at least 1, and attention_heads divides the width; got "
+                f"{self.width}, {self.critics} and {self.attention_heads}."
+            )
+        stds = (self.score_std, self.shared_std, self.floor_std, self.tilt_std)
+        if not min(stds) > 0:
+            raise ConfigError(f"Standard deviations of exploration are above 0; got {stds}.")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The whole chain but the training of adapters: environment, decoder, plan, PPO. The loss has a closed form.
 
-Module m is worth w_m log(1 + rank_m), so the best ranks are proportional to the worth, which one of the three signals
-shows. A policy starts with half of one sixth of that: it has to learn to follow the signal, and reach what `best_plan`
-reaches.
+Module m is worth w_m log(1 + rank_m), so the best ranks are proportional to the worth, which one of the signals shows.
+A policy starts with one sixth of that: it has to learn to follow the signal, and reach what `best_plan` reaches.
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ from rankpilot.env.tasks import Reference
 from rankpilot.lora.budget import Budget
 from rankpilot.lora.cost import ParameterCost
 from rankpilot.lora.plan import uniform_ranks
+from rankpilot.lora.signals import SIGNALS
 from rankpilot.lora.utility import best_plan
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 MODULES = 12
 SCHEDULE = DecisionSchedule(fractions=(0.0,))
-TASKS, GROUP, WORKERS = 64, 8, 4
+TASKS, GROUP, GROUPS, EPISODES = 64, 8, 4, 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Adapters:
 
     def __post_init__(self) -> None:
         self.meter = self
-        self.values = np.zeros((MODULES, 3))
+        self.values = np.zeros((MODULES, len(SIGNALS)))
         self.age = np.zeros(MODULES, dtype=np.int64)
 
     def set_ranks(self, ranks: Any, optimizer: Any, *, seed: int, step: int) -> None:
@@ -96,7 +96,8 @@ class Episode:
         self.task, self.step = task, 0
         cost = ParameterCost.of(TARGETS)  # type: ignore[arg-type]
         limit = budget_limit(Budget("share", 0.6), cost, np.full(MODULES, 64))
-        signals = np.stack([task.worth, np.ones(MODULES), np.ones(MODULES)], axis=1)
+        signals = np.ones((MODULES, len(SIGNALS)))
+        signals[:, 0] = task.worth
         result = ProbeResult(signals, 10.0)
         self.controller = RankController(Adapters(), cost, limit, schedule, task.steps, result)
 
@@ -122,18 +123,20 @@ def reference_of(task: Task, schedule: DecisionSchedule) -> Reference:
 
 
 class Env(RankAllocationEnv):
-    """Draws a task after every group of episodes."""
+    """Draws the same tasks as its neighbours of the group."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: int) -> None:
         super().__init__(task=Task(0), schedule=SCHEDULE)  # type: ignore[arg-type]
-        self._count = 0
+        self._draws = np.random.default_rng(group)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         gym.Env.reset(self, seed=seed)
-        if self._count % GROUP == 0:
-            self._task = Task(int(self.np_random.integers(TASKS)))
-        self._count += 1
+        self._task = Task(int(self._draws.integers(TASKS)))
         return super().reset(options={"task": self._task})
+
+
+def make_env(group: int) -> ScoreActions:
+    return ScoreActions(Env(group))
 
 
 def reached(network: Any) -> float:
@@ -156,20 +159,21 @@ def test_ppo_reaches_a_known_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = PPO(
         RankPolicy,
-        DummyVecEnv([lambda: ScoreActions(Env()) for _ in range(WORKERS)]),
-        n_steps=2 * GROUP,
-        batch_size=2 * GROUP * WORKERS,
+        DummyVecEnv([functools.partial(make_env, slot // GROUP) for slot in range(GROUPS * GROUP)]),
+        n_steps=EPISODES,
+        batch_size=EPISODES * GROUPS * GROUP,
         n_epochs=6,
         learning_rate=1e-2,
         gamma=1.0,
         gae_lambda=1.0,
         vf_coef=0.1,
         rollout_buffer_class=GroupRolloutBuffer,
+        rollout_buffer_kwargs={"group": GROUP},
         policy_kwargs={"network": NetworkConfig(width=16)},
         seed=0,
         device="cpu",
     )
     before = reached(model.policy.network)
     assert before < 0.6
-    model.learn(2 * GROUP * WORKERS * 60)
+    model.learn(EPISODES * GROUPS * GROUP * 60)
     assert reached(model.policy.network) > 0.9

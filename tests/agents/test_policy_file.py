@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rankpilot.errors import PolicyFileError, RankPilotError, UnknownNameError
 from rankpilot.files import sha256
 from safetensors.torch import save_file
 
+NETWORK = asdict(NetworkConfig(width=12))
 SCHEDULE = DecisionSchedule(probe_steps=7, fractions=(0.0, 0.25), max_step=3)
 
 
@@ -143,9 +145,15 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
         ({"format": "other"}, "not the card of a rankpilot policy"),
         ({"network": None}, "does not describe the network"),
         ({"network": {"width": 12}}, "does not describe the network"),
-        ({"network": {"width": 13, "score_std": 1.0, "floor_std": 1, "signal_gain": 1}}, "do not fit its card"),
-        ({"network": {"width": "a", "score_std": 1, "floor_std": 1, "signal_gain": 1}}, "network"),
-        ({"network": {"width": -1, "score_std": 1, "floor_std": 1, "signal_gain": 1}}, "network"),
+        ({"network": {"width": 12, "score_std": 1.0, "floor_std": 1, "signal_gain": 1}}, "does not describe the netw"),
+        ({"network": NETWORK | {"width": 13}}, "do not fit its card"),
+        ({"network": NETWORK | {"critics": 3}}, "do not fit its card"),
+        ({"network": NETWORK | {"attention_heads": 4}}, "do not fit its card"),
+        ({"network": NETWORK | {"attention_heads": 5}}, "does not describe the network: .* divides the width"),
+        ({"network": NETWORK | {"width": "a"}}, "does not describe the network"),
+        ({"network": NETWORK | {"width": -1}}, "does not describe the network"),
+        ({"network": NETWORK | {"critics": 0}}, "does not describe the network"),
+        ({"network": NETWORK | {"tilt_std": 0.0}}, "does not describe the network"),
     ],
 )
 def test_foreign_cards(folder: Path, changes: dict[str, Any], message: str) -> None:
