@@ -125,6 +125,11 @@ def _loss(row: Row) -> float:
     return math.inf if row.loss is None else row.loss
 
 
+def _reached(row: Row) -> float:
+    """The held-out loss; a run that failed has gained nothing."""
+    return row.initial_loss if row.loss is None else row.loss
+
+
 def _number(found: Estimate, sign: str = "+") -> str:
     return f"{found.value:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
 
@@ -159,13 +164,13 @@ def oracle_share(rows: Sequence[Row], policy: str) -> Estimate | None:
     Returns:
         A ratio of means; its interval is a bootstrap over tasks. None where nothing was measured.
     """
-    some = [row for row in rows if row.kind == "planted" and row.unit == "parameters" and row.loss]
+    some = [row for row in rows if row.kind == "planted" and row.unit == "parameters"]
     oracle = {row.key[1:]: row for row in some if row.policy == "oracle"}
     mine = [row for row in some if row.policy == policy and row.key[1:] in oracle]
     if not mine:
         return None
-    gained = np.array([math.log(row.uniform_loss / _loss(row)) for row in mine])
-    possible = np.array([math.log(row.uniform_loss / _loss(oracle[row.key[1:]])) for row in mine])
+    gained = np.array([math.log(row.uniform_loss / _reached(row)) for row in mine])
+    possible = np.array([math.log(row.uniform_loss / _reached(oracle[row.key[1:]])) for row in mine])
 
     def ratio(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
         return np.asarray((counts @ values) / (counts @ possible))

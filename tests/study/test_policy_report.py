@@ -1,0 +1,93 @@
+"""The report says what the rows say: shares, chances and verdicts by hand, from rows that are made up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.agents.comparison import ROWS
+from rankpilot.agents.network import RankNetwork
+from rankpilot.agents.policy_file import save_policy
+from rankpilot.agents.results import Row, write_rows
+from rankpilot.agents.training import PROGRESS
+from rankpilot.env.schedule import DecisionSchedule
+from rankpilot.files import write_json_lines
+from rankpilot.study.policy_report import main, oracle_share
+
+PLANTED: dict[str, Any] = {"kind": "planted", "unit": "parameters", "place": "spread", "budget": 0.125}
+SHIFT: dict[str, Any] = {"kind": "shift", "unit": "bytes", "place": "news", "budget": 0.5}
+
+
+def row(policy: str, index: int, loss: float | None, **options: Any) -> Row:
+    """A run of one of a few tasks; uniform ends at 1 nat."""
+    fields: dict[str, Any] = {
+        "policy": policy,
+        "task": f"{options['kind']}-{index // 2}",
+        "seed": index,
+        "base": "llama-4x32",
+        "family": "llama",
+        "depth": 4,
+        "checkpointing": False,
+        "initial_loss": 2.0,
+        "uniform_loss": 1.0,
+        "best_loss": 0.5,
+        "loss": loss,
+        "improvement": -3.0 if loss is None else (1.0 - loss) / 0.5,
+        "failed": loss is None,
+    }
+    return Row(**(fields | options))
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    found = []
+    for index in range(8):
+        found += [row("pilot", index, math.exp(-0.3), **PLANTED), row("oracle", index, math.exp(-0.5), **PLANTED)]
+        found += [row("pilot", index, 0.9, **SHIFT), row("fracrule", index, 0.8, **SHIFT)]
+    return found
+
+
+def test_share_of_the_oracle(rows: list[Row]) -> None:
+    share = oracle_share(rows, "pilot")
+    assert share is not None
+    assert (share.value, share.low, share.high) == (pytest.approx(0.6), pytest.approx(0.6), pytest.approx(0.6))
+    assert oracle_share(rows, "fracrule") is None, "it has no planted run"
+    failed = [row("pilot", 0, None, **PLANTED) if r.key == ("pilot", "planted-0", 0) else r for r in rows]
+    lower = oracle_share(failed, "pilot")
+    assert lower is not None
+    assert lower.value == pytest.approx((7 * 0.3 - math.log(2)) / (8 * 0.5)), "a failed run counts as no gain at all"
+
+
+def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, evaluation, output = tmp_path / "run", tmp_path / "evaluation", tmp_path / "docs" / "policy.md"
+    save_policy(run, RankNetwork(), DecisionSchedule(), {"name": "pilot", "episodes": 96, "training": {"seed": 7}})
+    write_json_lines(
+        run / PROGRESS,
+        [
+            {"iteration": 0, "validation_over_start": 0.0, "validation_over_uniform": 0.1},
+            *(
+                {"iteration": i, "episodes": 48, "return_mean": 0.1, "return_p10": -0.5, "return_p90": 0.5}
+                | {"spread_in_groups": 0.3, "score_std": 0.1, "floor_std": 0.5, "tilt_std": 0.7}
+                for i in (1, 2)
+            ),
+        ],
+    )
+    write_rows(evaluation / ROWS, rows)
+    assert main([str(run), str(evaluation), "--output", str(output), "--ablations", str(evaluation)]) == 0
+    text = output.read_text()
+    (against_fracrule,) = [line for line in text.splitlines() if line.startswith("| real shifts, 30 to 100 %")]
+    cells = [cell.strip() for cell in against_fracrule.strip("|").split("|")]
+    assert cells[1:3] == ["fracrule", "4 x 2"]
+    assert cells[3].startswith("-0.100"), "nats that it gained over fracrule"
+    assert cells[5].startswith("0 %") or cells[5].startswith("0%")
+    assert cells[6] == "0 / 0 / 8"
+    assert cells[-1] == "**no**"
+    (over_uniform,) = [line for line in text.splitlines() if line.startswith("| real shifts, bytes")]
+    assert over_uniform.rstrip(" |").endswith("yes")
+    assert "| pilot | 60% (60% to 60%) |" in text
+    assert "from seed 7" in text
+    assert (output.parent / "images" / "learning_curve.png").stat().st_size > 1000
+    assert main([str(run), str(tmp_path / "none"), "--output", str(output)]) == 1
+    assert "holds no results" in capsys.readouterr().err
