@@ -217,20 +217,20 @@ def test_whole_numbers_of_any_type_are_taken(make_env: MakeEnv) -> None:
     assert len(set(seen)) == 1
 
 
-@pytest.mark.parametrize("bad", [np.zeros(28), np.full(29, np.nan), np.append(np.zeros(28), np.inf), np.zeros((29, 1))])
+@pytest.mark.parametrize("bad", [np.zeros(29), np.full(30, np.nan), np.append(np.zeros(29), np.inf), np.zeros((30, 1))])
 def test_wrong_scores_are_refused_and_the_episode_goes_on(make_env: MakeEnv, bad: np.ndarray[Any, Any]) -> None:
     env = ScoreActions(make_env())
     env.reset(seed=0)
-    with pytest.raises(ConfigError, match="29 finite numbers, the floor's correction last"):
+    with pytest.raises(ConfigError, match="30 finite numbers, the corrections of floor and tilt last"):
         env.step(bad)
-    assert env.step(np.zeros(29, dtype=np.float32))[4]["step"] == 2
+    assert env.step(np.zeros(30, dtype=np.float32))[4]["step"] == 2
 
 
 def test_scores_out_of_range_are_clipped(make_env: MakeEnv) -> None:
     env, ranks = ScoreActions(make_env()), []
     for scale in (4.0, 100.0):
         env.reset(seed=0)
-        ranks.append(env.step(scale * np.sign(np.arange(29) - 14.0))[4]["ranks"])
+        ranks.append(env.step(scale * np.sign(np.arange(30) - 14.0))[4]["ranks"])
     assert ranks[0] == ranks[1]
 
 

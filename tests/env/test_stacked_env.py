@@ -574,7 +574,7 @@ def test_failed_runs_in_the_vector_of_sb3(make_task: MakeTask, schedule: Decisio
     envs = make_vec(2, task=make_task(learning_rate=1e30), schedule=schedule, shaping=0.2)
     envs.reset()
     for _ in range(2):
-        observations, rewards, dones, infos = envs.step(np.zeros((2, 29), dtype=np.float32))
+        observations, rewards, dones, infos = envs.step(np.zeros((2, 30), dtype=np.float32))
         assert rewards.tolist() == [-3.0, -3.0]
         assert dones.all()
         assert all(info["non_finite"] and info["loss"] is None for info in infos)
@@ -584,10 +584,10 @@ def test_failed_runs_in_the_vector_of_sb3(make_task: MakeTask, schedule: Decisio
 def test_refusals_of_the_vector_of_sb3(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     envs = make_vec(2, task=make_task(reference=Reference(3.0, 2.0)), schedule=schedule)
     with pytest.raises(ConfigError, match="call reset"):
-        envs.step(np.zeros((2, 29), dtype=np.float32))
+        envs.step(np.zeros((2, 30), dtype=np.float32))
     envs.reset()
-    for bad in (np.full((2, 29), np.nan), np.zeros((2, 28))):
-        with pytest.raises(ConfigError, match="29 finite numbers"):
+    for bad in (np.full((2, 30), np.nan), np.zeros((2, 29))):
+        with pytest.raises(ConfigError, match="30 finite numbers"):
             envs.step(bad)
     with pytest.raises(ConfigError, match="share their settings"):
         envs.set_attr("num_envs", 3)
@@ -595,7 +595,7 @@ def test_refusals_of_the_vector_of_sb3(make_task: MakeTask, schedule: DecisionSc
         envs.env_method("jump")
     assert envs.env_is_wrapped(ScoreActions) == [False, False]
     assert envs.get_attr("num_envs", [0]) == [2]
-    assert envs.step(np.zeros((2, 29), dtype=np.float32))[3][0]["step"] == 2
+    assert envs.step(np.zeros((2, 30), dtype=np.float32))[3][0]["step"] == 2
     envs.close()
 
 
