@@ -38,7 +38,7 @@ class NetworkConfig:
     width: int = 32
     attention_heads: int = 0
     critics: int = 4
-    score_std: float = 0.15
+    score_std: float = 0.05
     shared_std: float = 0.2
     floor_std: float = 0.5
     tilt_std: float = 0.7
@@ -133,8 +133,8 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
-    "default": TrainConfig(iterations=200, warm_tasks=480),
-    "full": TrainConfig(iterations=1500, warm_tasks=1920, learning_rate=5e-4, validation_tasks=64, validate_every=50),
+    "default": TrainConfig(iterations=100, warm_tasks=480),
+    "full": TrainConfig(iterations=750, warm_tasks=1920, learning_rate=5e-4, validation_tasks=64, validate_every=50),
 }
 """Presets of `rankpilot train`: a few minutes, about an hour and about five hours on two cores."""
 

@@ -1,9 +1,15 @@
 """The policy network: one set of weights for every module, so that any number of modules fits.
 
 Each module's features and the run's become a token; mean and maximum over the modules (and attention between them, as
-an option) give the context. A module's score is a sum of its signals, height and price, with gains that the context
-sets, and a correction that a head gives for the module; a further head gives the steering numbers. All corrections
-start at zero: an untrained network *is* the rule (fracrule's placement, heur3's reallocation).
+an option) give the context. Two parts use it:
+
+* the *estimate*: what each module is worth, a score from its token and the context. The warm start teaches it, and it
+  is 0 before;
+* the *steering*: a gain for each direction (the signals, height, price and the estimate), of which the scores are the
+  weighted sum, and two numbers that correct the rank floor and the tilt. PPO trains it alone: a dozen numbers for a
+  decision, where one for each module moved the policy by dozens of nats in a single update (docs/experiments.md).
+
+All corrections start at zero: an untrained network *is* the rule (fracrule's placement, heur3's reallocation).
 """
 
 from __future__ import annotations
@@ -19,13 +25,13 @@ from ..lora.signals import SIGNALS
 from .config import NetworkConfig
 from .policy import HEUR3
 
-DIRECTIONS = (*SIGNALS, "height", "price")
-"""Module features that scores move along together: the context sets a gain for each, and exploration shares a draw."""
+DIRECTIONS = (*SIGNALS, "height", "price", "estimate")
+"""What scores are made of: the context sets a gain for each, and exploration shares a draw among the modules."""
 
 LATER_NOISE = 0.5
 """Exploration at decisions after the first, as a share of that at the first: later ones move rank by two rungs."""
 
-_COLUMNS = [MODULE_FEATURES.index(name) for name in DIRECTIONS]
+_COLUMNS = [MODULE_FEATURES.index(name) for name in DIRECTIONS[:-1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,20 +68,27 @@ class RankNetwork(nn.Module):
         heads = self.config.attention_heads
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True) if heads else None
         self.context_encoder = nn.Sequential(nn.Linear(2 * width + len(RUN_FEATURES), width), nn.Tanh())
-        self.score_head = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
+        self.estimate_head = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
+        self.steering_encoder = nn.Sequential(nn.Linear(2 * width + len(RUN_FEATURES), width), nn.Tanh())
         self.gain_head = nn.Linear(width, len(DIRECTIONS))
         self.steering_head = nn.Linear(width, len(STEERING))
         self.critics = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)) for _ in range(self.config.critics)
         )
-        gains = [self.config.signal_gain / len(HEUR3) if name in HEUR3 else 0.0 for name in DIRECTIONS]
-        self.gains = nn.Parameter(torch.tensor(gains))
+        gains = [self.config.signal_gain / len(HEUR3) if name in HEUR3 else 0.0 for name in DIRECTIONS[:-1]]
+        self.gains = nn.Parameter(torch.tensor([*gains, 1.0]))
         stds = [self.config.score_std, self.config.floor_std, self.config.tilt_std]
         self.log_std = nn.Parameter(torch.tensor(stds).log())
         self.shared_log_std = nn.Parameter(torch.full((len(DIRECTIONS),), self.config.shared_std).log())
-        for head in (self.score_head[-1], self.gain_head, self.steering_head):
+        for head in (self.estimate_head[-1], self.gain_head, self.steering_head):
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
+
+    def freeze_estimate(self) -> None:
+        """Leave the estimate as it is from here on."""
+        for part in (self.module_encoder, self.attention, self.context_encoder, self.estimate_head):
+            if part is not None:
+                part.requires_grad_(False)
 
     def forward(self, modules: torch.Tensor, run: torch.Tensor, mask: torch.Tensor) -> Action:
         """The distribution of the action, and values.
@@ -92,13 +105,13 @@ class RankNetwork(nn.Module):
             tokens = tokens + self.attention(tokens, tokens, tokens, key_padding_mask=mask == 0, need_weights=False)[0]
         mean = (tokens * exists).sum(1) / exists.sum(1).clamp_min(1)
         top = tokens.masked_fill(exists == 0, -torch.inf).amax(1)
-        context = self.context_encoder(torch.cat([mean, top, run], dim=-1))
-        features = modules[..., _COLUMNS]
+        pooled = torch.cat([mean, top, run], dim=-1)
+        around = self.context_encoder(pooled).unsqueeze(1).expand(-1, tokens.shape[1], -1)
+        estimate = self.estimate_head(torch.cat([tokens, around], dim=-1))
+        features = torch.cat([modules[..., _COLUMNS], estimate], dim=-1)
         features = (features - (features * exists).sum(1, keepdim=True) / exists.sum(1, keepdim=True)) * exists
-        gains = self.gains + self.gain_head(context)
-        around = context.unsqueeze(1).expand(-1, tokens.shape[1], -1)
-        correction = self.score_head(torch.cat([tokens, around], dim=-1)).squeeze(-1) * exists.squeeze(-1)
-        scores = (features @ gains.unsqueeze(-1)).squeeze(-1) + correction
+        context = self.steering_encoder(pooled)
+        scores = (features @ (self.gains + self.gain_head(context)).unsqueeze(-1)).squeeze(-1)
         means = torch.cat([scores, self.steering_head(context)], dim=1).clamp(-SCORE_BOUND, SCORE_BOUND)
         later = run[:, RUN_FEATURES.index("progress")] > 0
         noise = torch.where(later, LATER_NOISE, 1.0).unsqueeze(1)

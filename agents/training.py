@@ -279,6 +279,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         if not begun:
             _begin(model, envs, config, progress, folder)
             _write_checkpoint(folder / CHECKPOINT, model, 0, validation)
+        network: RankNetwork = model.policy.network  # type: ignore[assignment]
+        network.freeze_estimate()
         if progress.iteration < config.iterations:
             envs.round = progress.iteration
             model._last_obs = envs.reset()  # type: ignore[assignment]
@@ -288,7 +290,6 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
             model.learn(rest, callback=progress, reset_num_timesteps=False, tb_log_name="ppo")
     finally:
         envs.close()
-    network: RankNetwork = model.policy.network  # type: ignore[assignment]
     if validation.best:
         network.load_state_dict(validation.best[1])
     return network.cpu().eval()

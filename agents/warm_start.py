@@ -25,7 +25,7 @@ SPAN = 4.0
 EXPONENT = 0.5
 """Rank goes as this power of the worth: each further rank of a module captures less."""
 
-PASSES, BATCH, RATE = 60, 64, 2e-3
+PASSES, BATCH, RATE = 30, 64, 2e-3
 
 
 def target_scores(worth: FloatArray) -> FloatArray:
