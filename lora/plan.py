@@ -116,9 +116,9 @@ def pack(problem: PlanProblem, scores: FloatArray, floor: float, tilt: float = T
     """The ranks that a set of scores asks for, as if every module were free to move between its bounds.
 
     Modules are admitted as long as they can have the floor rank, in the order of score + tilt * layer: with a large
-    tilt layers from the top down, the lowest in part; with none the best scores wherever they are. Then every
-    admitted module starts at rank 1 and ranks rise in the order of log(rank) - score until the budget is spent. With
-    equal scores and a large tilt this is "fracrule" of docs/design.md.
+    tilt layers from the top down, the lowest in part; with none the best scores wherever they are, and of equal ones
+    those further up. Then every admitted module starts at rank 1 and ranks rise in the order of log(rank) - score until
+    the budget is spent. With equal scores and a large tilt this is "fracrule" of docs/design.md.
 
     Args:
         problem: the current state; its `max_step` and `held` are ignored.
@@ -145,7 +145,7 @@ def _admit(problem: PlanProblem, scores: FloatArray, rung: int, tilt: float) -> 
     """Rungs with as many modules at `rung` as fit: neighbours from one layer together, the last in part."""
     draft = Draft(problem, scores, problem.bottoms)
     rungs = np.clip(rung, problem.bottoms, problem.tops)
-    order = np.argsort(-(draft.preference + tilt * problem.blocks), kind="stable")
+    order = np.lexsort((-problem.blocks, -(draft.preference + tilt * problem.blocks)))
     for members in np.split(order, np.flatnonzero(np.diff(problem.blocks[order])) + 1):
         able = members[rungs[members] > draft.rungs[members]]
         if not draft.lift_all(able, rungs[able]):

@@ -13,6 +13,7 @@ from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.lora.budget import Budget
 from rankpilot.lora.cost import ByteCost, ParameterCost
 from rankpilot.lora.ladder import RankLadder
+from rankpilot.lora.placements import fracrule
 from rankpilot.lora.plan import PlanProblem, check_budget, pack, project, uniform_ranks
 
 from .synthetic_costs import random_cost
@@ -105,24 +106,27 @@ def test_a_wish_that_fits_is_granted_and_only_added_to(problem, seed):
         assert (plan.ranks >= plan.asked).all()
 
 
-@given(problems(), SEEDS, st.floats(0.1, 100))
-def test_packed_ranks_fit(problem, seed, floor):
+TILTS = st.one_of(st.just(0.0), st.floats(-8, 8), st.just(100.0))
+
+
+@given(problems(), SEEDS, st.floats(0.1, 100), TILTS)
+def test_packed_ranks_fit(problem, seed, floor, tilt):
     _, scores = wishes(problem, seed)
-    ranks = pack(problem, scores, floor)
+    ranks = pack(problem, scores, floor, tilt)
     assert problem.fits(ranks) or not ranks.any()
     assert np.isin(ranks, problem.ladder.array).all()
     assert (ranks <= problem.max_ranks).all()
 
 
-@given(problems(), SEEDS)
-def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed):
+@given(problems(), SEEDS, TILTS)
+def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, tilt):
     deltas, scores = wishes(problem, seed)
     try:
         check_budget(problem, [f"module.{i}" for i in range(len(problem.ranks))])
     except BudgetError:
-        assert not pack(problem, scores, 4.0).any()
+        assert not pack(problem, scores, 4.0, tilt).any()
         return
-    assert pack(problem, scores, 4.0).any()
+    assert pack(problem, scores, 4.0, tilt).any()
     assert uniform_ranks(problem).any()
     assert problem.fits(uniform_ranks(problem))
     assert project(problem.unbounded(), deltas, scores).ranks.any()
@@ -194,6 +198,44 @@ def test_the_top_layers_come_first_when_depth_costs():
     problem = alike(6, 10 * 8 * 4, blocks=3)
     assert pack(problem, np.zeros(6), 8.0).tolist() == [0, 0, 8, 8, 8, 8]
     assert (pack(problem, np.zeros(6), 1.0) > 0).all()
+
+
+@given(st.integers(2, 12), st.integers(10, 2000), SEEDS, st.sampled_from([1.0, 8.0, 16.0]))
+def test_without_tilt_the_best_scores_are_adapted_wherever_they_are(count, limit, seed, floor):
+    scores = np.random.default_rng(seed).normal(scale=2, size=count)
+    ranks = pack(alike(count, limit, blocks=min(count, 3)), scores, floor, 0.0)
+    adapted = ranks > 0
+    assert adapted.any()
+    assert scores[adapted].min() > scores[~adapted].max(initial=-np.inf)
+    assert (np.diff(ranks[np.argsort(scores)]) >= 0).all()
+
+
+@given(problems(), st.floats(0.1, 100))
+def test_with_a_large_tilt_and_equal_scores_it_is_fracrule(problem, floor):
+    fresh, scores = problem.fresh(), np.zeros(len(problem.ranks))
+    packed = pack(fresh, scores, floor, 100.0)
+    assert (project(fresh, problem.ladder.rung(packed), scores).ranks == fracrule(problem, floor)).all()
+
+
+@given(problems(), SEEDS, st.floats(0.1, 100))
+def test_a_large_tilt_adapts_layers_from_the_top_down(problem, seed, floor):
+    _, scores = wishes(problem, seed)
+    count, blocks = len(scores), problem.blocks
+    same_price = replace(problem, cost=ParameterCost(np.full((1, count), 10.0)), max_ranks=np.full(count, 64))
+    adapted = pack(same_price, scores, floor, 100.0) > 0
+    for block in np.unique(blocks[adapted]):
+        assert adapted[blocks > block].all(), "all above it come first"
+
+
+def test_equal_scores_without_tilt_go_from_the_top_down_too():
+    assert pack(alike(6, 10 * 4, blocks=3), np.zeros(6), 1.0, 0.0).tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_tilt_is_what_a_layer_is_worth_in_score():
+    problem = alike(3, 10 * 8, blocks=3)
+    for lower, tilt, expected in ((1.0, 0.9, 0), (1.0, 1.1, 2), (-1.0, -0.9, 2), (-1.0, -1.1, 0)):
+        ranks = pack(problem, np.array([2 * lower, lower, 0.0]), 8.0, tilt)
+        assert np.flatnonzero(ranks).tolist() == [expected]
 
 
 def test_a_lower_layer_is_adapted_in_part_by_score():
