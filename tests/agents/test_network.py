@@ -102,7 +102,7 @@ def test_attention_looks_at_other_modules() -> None:
     for config in CONFIGS:
         network = stirred(config)
         tokens: list[torch.Tensor] = []
-        network.score_head.register_forward_hook(lambda _, given, __, tokens=tokens: tokens.append(given[0]))
+        network.estimate_head.register_forward_hook(lambda _, given, __, tokens=tokens: tokens.append(given[0]))
         network(modules, run, mask)
         network(changed, run, mask)
         own = [found[:, :5, : config.width] for found in tokens]
@@ -160,6 +160,26 @@ def test_what_critics_learn_stays_with_them(config: NetworkConfig) -> None:
             assert parameter.grad.any()
         else:
             assert parameter.grad is None, name
+
+
+@SHAPES
+def test_a_frozen_estimate_stays_as_it_is(config: NetworkConfig) -> None:
+    """Whatever else is trained; and everything else can be."""
+    network = stirred(config)
+    seen: list[torch.Tensor] = []
+    network.estimate_head.register_forward_hook(lambda _, __, found: seen.append(found))
+    given = arrays(6)
+    network.freeze_estimate()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    for _ in range(2):
+        action = network(*given)
+        gaussian = CorrelatedGaussian(action, given[2])
+        (gaussian.log_prob(torch.zeros(3, 8)).sum() + action.values.sum()).backward()
+        optimizer.step()
+    assert torch.equal(*seen)
+    frozen = ("module_encoder.", "attention.", "context_encoder.", "estimate_head.")
+    for name, parameter in network.named_parameters():
+        assert (parameter.grad is None) == name.startswith(frozen), name
 
 
 def test_exploration_is_smaller_at_later_decisions() -> None:
@@ -340,15 +360,20 @@ def test_each_critic_learns_from_runs_of_its_own() -> None:
 
 
 def test_advantages_are_relative_to_the_group() -> None:
-    """Two groups of two neighbours, episodes of three decisions; neither critic nor other group may matter."""
+    """Two groups of two neighbours, episodes of three decisions; neither critic nor other group may matter.
+
+    Returns of a group are made comparable with those of others by their standard deviation and a little more.
+    """
     rewards = np.array([[0, 0, 1.0], [0, 0, -5.0], [0, 0, 3.0], [0, 0.5, 0]], dtype=np.float32).T
     space = spaces.Dict({"mask": spaces.MultiBinary(1)})
-    buffer = GroupRolloutBuffer(3, space, spaces.Box(-1, 1, (1,)), gamma=1.0, gae_lambda=1.0, n_envs=4, group=2)
+    buffer = GroupRolloutBuffer(
+        3, space, spaces.Box(-1, 1, (1,)), gamma=1.0, gae_lambda=1.0, n_envs=4, group=2, least_spread=0.5
+    )
     for step, reward in enumerate(rewards):
         starts = np.full(4, float(step == 0), dtype=np.float32)
         buffer.add({"mask": np.ones((4, 1))}, np.zeros((4, 1)), reward, starts, torch.randn(4), torch.zeros(4))
     buffer.compute_returns_and_advantage(torch.randn(4), np.ones(4, dtype=bool))
     returns = [[1, 1, 1], [-5, -5, -5], [3, 3, 3], [0.5, 0.5, 0]]
     np.testing.assert_allclose(buffer.returns.T, returns, atol=1e-5)
-    expected = [[3, 3, 3], [-3, -3, -3], [1.25, 1.25, 1.5], [-1.25, -1.25, -1.5]]
-    np.testing.assert_allclose(buffer.advantages.T, expected, atol=1e-5)
+    distance = np.array([[3, 3, 3], [-3, -3, -3], [1.25, 1.25, 1.5], [-1.25, -1.25, -1.5]])
+    np.testing.assert_allclose(buffer.advantages.T, distance / (np.abs(distance) + 0.5), atol=1e-5)
