@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from ..lora.cost import FloatArray
 from .drawing import (
@@ -96,36 +96,74 @@ def memory_timeline(runs: Mapping[str, Points], limit_bytes: float, predicted: P
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Episode returns over the iterations of policy training.
+    """Returns of episodes over the iterations of policy training, and what the policy gains on validation tasks.
 
     Args:
-        rows: dicts with iteration, episodes (in it), return_mean, return_p10, return_p90 and, now and then, validation
-            (mean return on tasks that are not trained on).
+        rows: progress of a training. That of iteration 0 holds validation_over_start and validation_over_uniform, if it
+            was measured, and the same with warm_ in front after a warm start; later ones episodes, return_mean,
+            return_p10 and return_p90 over the rule, and now and then those of validation.
     """
+    checks = {name: _validation_points(rows, name) for name in ("over_start", "over_uniform")}
+    returns = [row for row in rows if "return_mean" in row]
+    note = "Gains are in shares of a task's headroom: what the best known allocation gains over uniform ranks."
+    figure = new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
+    measured = len(checks["over_start"]) > 0
+    panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
+    _draw_returns(clean_axes(panels[0]), returns)
+    if measured:
+        _draw_validation(clean_axes(panels[1]), checks)
+    last = max((float(row["iteration"]) for row in rows), default=0) or 1.0
+    for axes in panels:
+        axes.set_xlim(-0.02 * last, 1.02 * last)
+        axes.margins(y=0.18)  # room for the legend
+        axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _validation_points(rows: Sequence[Mapping[str, Any]], name: str) -> FloatArray:
+    """(iteration, share of the headroom), the untrained policy first and the one after the warm start second."""
+    keys = (f"validation_{name}", f"warm_validation_{name}")
+    return finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
+
+
+def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the mean and the spread of each iteration's episodes."""
     keys = ("iteration", "return_mean", "return_p10", "return_p90")
-    table = np.array([[float(row[key]) for key in keys] for row in rows]).reshape(-1, 4)
-    iterations, means, low, high = table.T
-    checks = finite_points([(r["iteration"], r["validation"]) for r in rows if r.get("validation") is not None])
-    figure = new_figure(4.0, _learning_title(table, checks))
-    axes = clean_axes(figure.subplots())
-    blue, orange = COLORS[:2]
+    iterations, means, low, high = np.array([[float(row[key]) for key in keys] for row in rows]).reshape(-1, 4).T
+    blue = COLORS[0]
     axes.fill_between(iterations, low, high, color=blue, alpha=0.15, linewidth=0, label="10–90% of episodes")
     if len(rows) > 40:
         axes.plot(iterations, means, color=blue, linewidth=1, alpha=0.35)
         axes.plot(iterations, smooth(means, len(means) // 12), color=blue, linewidth=2, label="mean, smoothed")
     else:
-        axes.plot(iterations, means, color=blue, linewidth=2, label="mean")
-    if len(checks):
-        axes.plot(*checks.T, "o-", color=orange, markersize=5, linewidth=1.2, label="validation tasks")
-    if low.min(initial=0) < 0 < high.max(initial=0):
-        axes.axhline(0, color=FAINT, linewidth=0.8)
+        axes.plot(iterations, means, "o-", color=blue, linewidth=2, markersize=3, label="mean")
     episodes = sum(int(row.get("episodes", 0)) for row in rows)
     axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
-    axes.set_ylabel("episode return")
-    axes.margins(x=0.01)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("return: gain over the rule")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title("Training, on new tasks each time", fontsize=10.5, color=INK, loc="left")
     draw_legend(axes, loc="best")
-    return figure
+
+
+def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
+    """Draw what the policy gains on tasks that stay the same; on them alone iterations can be compared."""
+    orange, green = COLORS[1], COLORS[2]
+    for name, color, label in (
+        ("over_start", orange, "over the rule it starts from"),
+        ("over_uniform", green, "over uniform ranks"),
+    ):
+        points = checks[name]
+        if len(points):
+            axes.plot(*points.T, "o-", color=color, markersize=5, linewidth=1.5, label=label)
+    points = checks["over_start"]
+    if len(points) > 1 and points[1, 0] == points[0, 0]:
+        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": orange}
+        axes.annotate("warm start", points[1], **style)
+    axes.set(xlabel="PPO iteration", ylabel="gain")
+    axes.set_title("Validation tasks", fontsize=10.5, color=INK, loc="left")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    draw_legend(axes, loc="best")
 
 
 def _draw_peaks(axes: Axes, points: FloatArray, color: str, run: str, limit: float | None) -> None:
@@ -219,8 +257,10 @@ def _memory_title(curves: Mapping[str, FloatArray], limit: float) -> str:
     return f"{run} keeps to the budget at every measured step: at most {share} ({used})"
 
 
-def _learning_title(table: FloatArray, checks: FloatArray) -> str:
-    """No claim about the trend of the means: each iteration draws other tasks, so they are not comparable."""
-    text = f"Return over the uniform run in {len(table)} iterations, each on newly drawn tasks"
-    text = f"{text}; {checks[-1, 1]:.3f} on validation tasks" if len(checks) else text
-    return text.replace("-", "−")
+def _learning_title(rows: Sequence[Mapping[str, Any]], checks: FloatArray) -> str:
+    """No claim about the trend of returns: each iteration draws other tasks, so they are not comparable."""
+    if not len(checks):
+        return f"Return over the rule in {len(rows)} iterations, each on newly drawn tasks"
+    best = checks[int(np.argmax(checks[:, 1]))]
+    where = f"after {best[0]:.0f} iterations" if best[0] else "before PPO"
+    return f"Best on validation tasks {where}: {best[1]:+.1%} over the rule".replace("-", "−")

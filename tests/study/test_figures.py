@@ -178,23 +178,48 @@ def test_loss_curves_without_held_out_data() -> None:
     assert "no held-out" in texts(figure)[0]
 
 
+def progress(iterations: int) -> list[dict[str, float]]:
+    """Rows of a training with a warm start, measured after every second iteration."""
+    measured = ("validation_over_start", "validation_over_uniform")
+    first = dict(zip(measured, (0.0, 0.5), strict=True))
+    rows: list[dict[str, float]] = [{"iteration": 0, **first} | {f"warm_{key}": first[key] + 0.1 for key in measured}]
+    for i in range(1, iterations + 1):
+        rows.append({"iteration": i, "episodes": 64, "return_mean": i / 10, "return_p10": -1.0, "return_p90": 2.0})
+        if i % 2 == 0:
+            rows[-1] |= {key: round(0.1 + first[key] + i / 20, 9) for key in measured}
+    return rows
+
+
 def test_learning_curve() -> None:
-    rows = [
-        {"iteration": i, "episodes": 64, "return_mean": i / 10, "return_p10": -1.0, "return_p90": 2.0}
-        | ({"validation": 0.75} if i == 4 else {"validation": None})
-        for i in range(1, 6)
-    ]
-    figure = learning_curve(rows)
-    axes = figure.axes[0]
-    assert (
-        texts(figure)[0]
-        == "Return over the uniform run in 5 iterations, each on newly drawn tasks; 0.750 on validation tasks"
-    )
-    assert axes.get_xlabel() == "PPO iteration (320 episodes in all)"
-    assert any(list(line.get_ydata()) == [0.75] for line in axes.lines)
-    band = axes.collections[0].get_paths()[0].vertices
+    figure = learning_curve(progress(5))
+    assert texts(figure)[0] == "Best on validation tasks after 4 iterations: +30.0% over the rule"
+    training, validation = figure.axes
+    assert training.get_xlabel() == "PPO iteration (320 episodes in all)"
+    assert list(training.lines[0].get_ydata()) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    band = training.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (-1.0, 2.0)
+    over_rule, over_uniform = (np.asarray(line.get_xydata()).tolist() for line in validation.lines[:2])
+    assert over_rule == [[0, 0], [0, 0.1], [2, 0.2], [4, 0.3]]
+    assert over_uniform == [[0, 0.5], [0, 0.6], [2, 0.7], [4, 0.8]]
+    assert [text.get_text() for text in validation.texts] == ["warm start"]
+
+
+def test_learning_curve_of_a_policy_that_got_worse() -> None:
+    rows = [row | ({"validation_over_start": -0.2} if row["iteration"] == 4 else {}) for row in progress(4)[1:]]
+    first = {"iteration": 0, "validation_over_start": 0.0, "validation_over_uniform": 0.5}
+    figure = learning_curve([first, *(row for row in rows if row["iteration"] != 2)])
+    assert texts(figure)[0] == "Best on validation tasks before PPO: +0.0% over the rule"
+    assert not figure.axes[1].texts
+
+
+def test_learning_curve_without_validation() -> None:
+    rows = [{key: value for key, value in row.items() if "validation" not in key} for row in progress(60)]
+    figure = learning_curve(rows)
+    (axes,) = figure.axes
+    assert texts(figure)[0] == "Return over the rule in 60 iterations, each on newly drawn tasks"
+    assert "mean, smoothed" in axes.get_legend_handles_labels()[1]
     assert learning_curve([]).axes
+    assert learning_curve([{"iteration": 0}]).axes
 
 
 def test_smooth_has_no_bias_at_the_start() -> None:
