@@ -458,7 +458,10 @@ GROUP = 8
 
 
 class Toy(gym.Env[dict[str, Any], Any]):
-    """One decision whose best action is known: scores as the module's height, a floor shift of 1 and a tilt of -1."""
+    """One decision whose best action is known: scores that rise with height, a floor shift of 1 and a tilt of -1.
+
+    Scores are compared with each other alone, so the best ones are centred.
+    """
 
     def __init__(self, modules: int = 4) -> None:
         self.modules = modules
@@ -468,8 +471,8 @@ class Toy(gym.Env[dict[str, Any], Any]):
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         features = np.zeros((self.modules, len(MODULE_FEATURES)), dtype=np.float32)
-        self.height = np.linspace(0, 1, self.modules, dtype=np.float32)
-        features[:, MODULE_FEATURES.index("height")] = self.height
+        features[:, MODULE_FEATURES.index("height")] = np.linspace(0, 1, self.modules)
+        self.best = np.linspace(-1, 1, self.modules, dtype=np.float32)
         mask = np.ones(self.modules, dtype=np.int8)
         run = np.zeros(len(RUN_FEATURES), dtype=np.float32)
         self.observed = {"module_features": features.reshape(-1), "run_features": run, "mask": mask}
@@ -477,7 +480,7 @@ class Toy(gym.Env[dict[str, Any], Any]):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         steering = float(np.square(action[-2] - 1) + np.square(action[-1] + 1))
-        miss = float(np.square(action[:-2] - self.height).mean()) + steering
+        miss = float(np.square(action[:-2] - self.best).mean()) + steering
         # A large offset that no action can change: what the group's mean must take away.
         return self.observed, 100.0 - miss, True, False, {}
 
@@ -504,7 +507,7 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
 
     def miss() -> tuple[float, float, float]:
         action, _ = model.predict(observation, deterministic=True)
-        return float(np.abs(action[:-2] - np.linspace(0, 1, 4)).max()), abs(action[-2] - 1), abs(action[-1] + 1)
+        return float(np.abs(action[:-2] - np.linspace(-1, 1, 4)).max()), abs(action[-2] - 1), abs(action[-1] + 1)
 
     assert miss() == pytest.approx((1.0, 1.0, 1.0)), "it starts at zero"
     model.learn(64 * 60)

@@ -84,7 +84,7 @@ def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
     envs: RoundsVecEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BATCH", 3)  # more steps, for fewer tasks
-    monkeypatch.setattr(module, "PASSES", 200)
+    monkeypatch.setattr(module, "PASSES", 300)
     seen, lessons = seen_on(envs, PLANTED + SHIFT)
     known = torch.tensor(lessons.known)
     assert (len(known), int(known.sum())) == (2 * 9, 2 * 6)
