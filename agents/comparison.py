@@ -21,7 +21,7 @@ from ..files import read_json, write_json
 from .ablation import Once, Without
 from .evaluation import SLOTS, Competitor, compare
 from .flying import first_observations
-from .policy_file import load_policy, policy_schedule, read_card
+from .policy_file import load_policy, policy_folder, policy_schedule, read_card
 from .results import read_rows, write_rows
 from .rules import RULES
 from .rules.constant import Constant, constant_of
@@ -169,7 +169,7 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
         return Without(load_policy(folder), (before.removeprefix(WITHOUT),))
     if name in TASK_RULES:
         return TASK_RULES[name]
-    if name not in RULES and Path(name).name == name and not Path(name).exists():
+    if name not in RULES and Path(name).name == name and not policy_folder(name).exists():
         raise UnknownNameError.of("rule", name, [*RULES, *TASK_RULES], "A trained policy is given by its folder.")
     return load_policy(name)
 
@@ -187,7 +187,7 @@ def _constant(folder: str, schedule: DecisionSchedule) -> Constant:
 
 def _folder(name: str) -> Path | None:
     """The folder of a trained policy among the competitors; None for a rule."""
-    path = Path(name.rpartition(":")[2])
+    path = policy_folder(name.rpartition(":")[2])
     return path if name not in TASK_RULES and path.is_dir() else None
 
 

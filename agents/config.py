@@ -69,7 +69,7 @@ class TrainConfig:
         epochs: passes over each iteration's decisions.
         clip_range: PPO's clip on the probability ratio.
         target_kl: an update ends early when the policy has moved so far.
-        warm_tasks: fresh tasks from which scores are learned before PPO, where the oracle knows; 0 for none.
+        warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for none.
         suites: where tasks come from, "planted" and "shift".
         bases: proxy bases of the tasks; all of the training split if none is given.
         task_steps: optimiser steps of an episode; None for as many as the suites' tasks have.

@@ -28,6 +28,10 @@ FORMAT = "rankpilot-policy"
 SCHEMA = 1
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
+PACKAGED = Path(__file__).parent / "policies"
+DEFAULT = "default"
+"""Name of the policy that ships with the package, in a folder of that name in PACKAGED."""
+
 
 def save_policy(folder: Path, network: RankNetwork, schedule: DecisionSchedule, provenance: dict[str, Any]) -> Path:
     """Write a policy; an existing one of that name is replaced file by file.
@@ -64,10 +68,11 @@ def save_policy(folder: Path, network: RankNetwork, schedule: DecisionSchedule, 
 
 
 def load_policy(given: str | Path | Policy) -> Policy:
-    """A policy by rule name or folder.
+    """A policy by name or folder.
 
     Args:
-        given: a rule ("heur3", "fracrule"), the folder of a trained policy, or a policy object, which is returned.
+        given: the policy that ships with the package ("default"), a rule ("heur3", "fracrule"), the folder of a trained
+            policy, or a policy object, which is returned.
 
     Raises:
         PolicyFileError: the folder is incomplete, corrupt, or of another format, schema, feature set or ladder.
@@ -75,12 +80,13 @@ def load_policy(given: str | Path | Policy) -> Policy:
     """
     if not isinstance(given, str | Path):
         return given
-    folder = Path(given)
+    folder = policy_folder(given)
     if not folder.exists():
         if folder.name == str(given):
             return find_rule(str(given))
         raise UnknownNameError(
-            f"There is no policy folder {folder}. Pass one made by `rankpilot train`, or a rule: {', '.join(RULES)}."
+            f"There is no policy folder {folder}. Pass one made by `rankpilot train`, {DEFAULT!r}, or a rule: "
+            f"{', '.join(RULES)}."
         )
     if folder.is_file():
         raise PolicyFileError(
@@ -97,6 +103,11 @@ def load_policy(given: str | Path | Policy) -> Policy:
     except RuntimeError as error:
         raise PolicyFileError(f"The weights in {folder} do not fit its card: {_first_line(error)}") from error
     return LearnedPolicy(str(card.get("name", folder.name)), network.eval())
+
+
+def policy_folder(given: str | Path) -> Path:
+    """The folder of a policy: that of the packaged one for its name, else the path itself."""
+    return PACKAGED / DEFAULT if str(given) == DEFAULT else Path(given)
 
 
 def _first_line(error: Exception) -> str:
@@ -137,9 +148,9 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     """When a policy was trained to decide; the default schedule for rules and policy objects."""
-    if not isinstance(given, str | Path) or not Path(given).is_dir():
+    if not isinstance(given, str | Path) or not policy_folder(given).is_dir():
         return DecisionSchedule()
-    fields: Any = read_card(Path(given)).get("schedule")
+    fields: Any = read_card(policy_folder(given)).get("schedule")
     try:
         return DecisionSchedule(**{**fields, "fractions": tuple(fields["fractions"])})
     except (TypeError, KeyError, ConfigError) as error:
