@@ -58,7 +58,7 @@ def test_features_are_zero_and_the_rest_is_untouched(observation: Observation, n
 def test_groups_hold_features_that_exist() -> None:
     known = {*MODULE_FEATURES, *RUN_FEATURES}
     assert all(set(names) <= known for names in FEATURE_GROUPS.values())
-    with pytest.raises(UnknownNameError, match="Unknown feature 'snrr'. Did you mean: 'snr'"):
+    with pytest.raises(UnknownNameError, match=r"Unknown feature 'snrr'\. Did you mean: 'snr'"):
         Without(Recorder(), ("snrr",))
 
 
