@@ -68,7 +68,7 @@ def train_command(options: Train) -> None:
         policies = [LearnedPolicy("learned", network), find_rule("heur3"), find_rule("fracrule")]
         tasks = find_tasks(options.suites, "validation", options.bases or None, options.task_overrides)
         tasks = evenly(tasks, options.validation_tasks)
-        with _progress("comparing with the rules on new tasks") as report:
+        with _progress("comparing with the rules on validation tasks") as report:
             results = summarise(
                 compare(
                     policies,

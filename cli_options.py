@@ -21,11 +21,14 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class Train(TrainConfig):
-    """Train a policy with PPO on proxy fine-tunes and save it as a folder (safetensors and JSON).
+    """Train a policy on proxy fine-tunes and save it as a folder (safetensors and JSON).
 
-    The policy moves LoRA rank between modules under a budget of bytes. It starts as the best hand-written rule and
-    learns a correction from short fine-tunes of a small pretrained transformer. Afterwards it is compared with that
-    rule and with uniform ranks on tasks that training never saw.
+    The policy moves LoRA rank between modules inside a hard budget. Untrained, it is the rule heur3. A warm start
+    teaches it what modules are worth, on tasks where that is known. Then PPO trains how it uses that and the signals:
+    each iteration is a round of short fine-tunes of small pretrained transformers, several episodes of each fresh task
+    beside one that heur3 flies. Now and then the policy is measured on validation tasks, and the best one is kept.
+    Afterwards it is compared there with heur3, fracrule and uniform ranks; for a comparison on tasks that decided
+    nothing, see rankpilot evaluate --split test.
 
     Attributes:
         output: folder of the run; the policy is written there.
@@ -61,10 +64,9 @@ class Evaluate(EvaluateConfig):
     POLICIES are folders of trained policies and rules: uniform, top-half, top-third, rule16, fracrule, fracrule-mlp,
     one-deeper, two-deeper, all-layers, ramp-up, ramp-down, random, gradient-norm, adalora, snr, heur3,
     utility-per-byte. constant:FOLDER is a policy's mean action, which takes no notice of the task; once:FOLDER
-    decides at the start alone; without-signals:FOLDER (or -prices, -place, -progress, or one feature) does not see those.
-    Four more show what
-    could be reached, and are allowed more than the others: uniform-115 (15 % more budget), oracle (knows what was
-    planted), best-window and best-of-8 (the best of eight runs).
+    decides at the start alone; without-signals:FOLDER (or -prices, -place, -progress, or one feature) does not see
+    those. Four more show what could be reached, and are allowed more than the others: uniform-115 (15 % more budget),
+    oracle (knows what was planted), best-window and best-of-8 (the best of eight runs).
 
     Gains are how much lower the held-out loss is than that of uniform rank in the same budget, as a share of the
     headroom, which is what the best known allocation gains over uniform. Every figure comes with the 95 % interval of
