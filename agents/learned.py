@@ -22,8 +22,8 @@ class LearnedPolicy:
     Attributes:
         name: what logs and tables call it.
         network: on the CPU, in evaluation mode.
-        caution: standard deviations of the critics that count against the network: its share in the action falls from 1,
-            where they expect more than that, to 0, where they expect as much of a loss. 0 for the network alone.
+        caution: standard deviations of the critics that count against the network: its share in the action falls from
+            1, where they expect more than that, to 0, where they expect as much of a loss. 0 for the network alone.
     """
 
     name: str

@@ -237,13 +237,18 @@ def test_train_agent_script() -> None:
 def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rankpilot.agents.policy_file import load_policy
 
-    small = ["--iterations", "1", "--group", "2", "--workers", "1", "--task-steps", "8", "--suites", "planted"]
-    command = ["train", *small, "--validation-tasks", "0", "--schedule.probe-steps", "2"]
+    small = ["--iterations", "2", "--stacks", "1", "--groups", "1", "--group", "2", "--workers", "1"]
+    tasks = ["--task-steps", "8", "--suites", "planted", "--warm-tasks", "1", "--validation-tasks", "1"]
+    command = ["train", *small, *tasks, "--validate-every", "1", "--schedule.probe-steps", "2"]
     folder = tmp_path / "pilot"
     assert cli.run([*command, "--output", str(folder)]) == 0
     assert load_policy(folder).name == "pilot"
     assert (folder / "learning_curve.png").stat().st_size > 1000
     assert json.loads((folder / "config.json").read_text())["group"] == 2
+    card = json.loads((folder / "card.json").read_text())
+    assert (card["episodes"], set(card["validation"])) == (4, {"learned", "heur3", "fracrule"})
+    assert "warm_after" in card["start"]
+    assert "fracrule" in capsys.readouterr().out
     assert "exists already" in failure([*command, "--output", str(folder)], capsys)
     assert cli.run([*command, "--output", str(folder), "--resume"]) == 0
     assert "holds a finished policy already" in capsys.readouterr().out.replace("\n", "")

@@ -104,7 +104,7 @@ def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_pa
 
 def _stirred() -> RankNetwork:
     network = RankNetwork()
-    network.signal_gain.data += 1
+    network.gains.data += 1
     return network
 
 
