@@ -136,7 +136,7 @@ PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(iterations=100, warm_tasks=480),
     "full": TrainConfig(iterations=750, warm_tasks=1920, learning_rate=5e-4, validation_tasks=64, validate_every=50),
 }
-"""Presets of `rankpilot train`: a few minutes, about an hour and about five hours on two cores."""
+"""Presets of `rankpilot train`: a few minutes, about 40 minutes and about five hours on two cores."""
 
 
 @dataclass(frozen=True)
