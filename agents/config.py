@@ -146,7 +146,7 @@ class FinetuneConfig:
     Attributes:
         model: packaged name, Hugging Face id or local folder.
         data: packaged name, Hugging Face id, local file or folder.
-        policy: folder of a trained policy, or a rule.
+        policy: "default", which ships with the package, the folder of a trained one, or a rule.
         budget: see `Budget.parse`.
         compare_uniform: also run uniform LoRA in the same budget.
         task: classification or causal-lm; by the data's columns if None.
@@ -170,7 +170,7 @@ class FinetuneConfig:
 
     model: tyro.conf.Positional[str]
     data: tyro.conf.Positional[str]
-    policy: str = "heur3"
+    policy: str = "default"
     budget: str = "100%"
     compare_uniform: bool = False
     task: Task | None = None
