@@ -42,8 +42,6 @@ from .quiet import silence_libraries
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .agents.training import Stage
-
 console = Console()
 
 
@@ -61,8 +59,10 @@ def train_command(options: Train) -> None:
         console.print(f"{folder} holds a finished policy already.")
         _print_validation(read_json(folder / "card.json")["validation"])
         return
-    with _stages() as on_stage:
-        network = train(options, folder, resume=options.resume, on_stage=on_stage)
+    with _bar("training on proxy fine-tunes (rounds)", "starting") as report_stage:
+        network = train(
+            options, folder, resume=options.resume, on_stage=lambda s: report_stage(s.done, s.total, s.name)
+        )
     results: dict[str, Any] = {}
     if options.validation_tasks:
         policies = [LearnedPolicy("learned", network), find_rule("heur3"), find_rule("fracrule")]
@@ -190,30 +190,20 @@ def assets_command(options: Assets) -> None:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left; yields report(done, total)."""
+def _bar(title: str, first: str = "") -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar with the time left; yields report(done, total, what is under way)."""
     columns = (BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
     console.rule(title, align="left")
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(TextColumn("{task.description}"), *columns, console=console, speed_estimate_period=600) as bar:
+        task = bar.add_task(first, total=None)
+        yield lambda done, total, what: bar.update(task, description=what, completed=done, total=total)
 
 
 @contextmanager
-def _stages() -> Iterator[Callable[[Stage], None]]:
-    """The progress bar of training; yields its report."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    console.rule("training on proxy fine-tunes (rounds)", align="left")
-    with Progress(*columns, console=console, speed_estimate_period=600) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda stage: bar.update(task, description=stage.name, completed=stage.done, total=stage.total)
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of one kind of work; yields report(done, total)."""
+    with _bar(title) as report:
+        yield lambda done, total: report(done, total, "")
 
 
 _USAGE = """[bold]rankpilot[/]: LoRA ranks that a learned policy decides, inside a hard memory budget.

@@ -30,7 +30,7 @@ from .compiled import warn_of_recompiles
 from .loss_meter import LossMeter
 from .peak_guard import Correction, PeakGuard
 from .policy import Decision, Policy
-from .policy_file import load_policy, policy_schedule
+from .policy_file import DEFAULT, load_policy, policy_schedule
 from .probing import largest_batch, precision, price_plans, run_probe, undisturbed
 from .resume import load_flight, save_flight
 
@@ -45,7 +45,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     and every checkpoint is an adapter that plain PEFT loads.
 
     Args:
-        policy: folder of a trained policy, the name of a rule ("heur3", "fracrule"), or a policy object.
+        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule ("heur3",
+            "fracrule"), or a policy object.
         budget: bytes at the peak of a step ("350MB", "6GiB", an int), a share of what uniform rank 8 takes there
             ("80%"), what is free on the device ("auto"), or a number of adapter parameters ("300k params"). See
             `Budget.parse`.
@@ -69,7 +70,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        policy: str | Path | Policy = "heur3",
+        policy: str | Path | Policy = DEFAULT,
         budget: str | float | Budget = "100%",
         *,
         log: str | Path | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -17,8 +16,9 @@ from ..env.suites import SUITES, evenly, find_tasks
 from ..env.task_data import check_texts
 from ..env.tasks import ProxyTask
 from ..errors import ConfigError, RunFolderError, UnknownNameError
-from ..files import read_json, write_json
+from ..files import as_plain, read_json, write_json
 from .ablation import Once, Without
+from .config import count_workers
 from .evaluation import SLOTS, Competitor, compare
 from .flying import first_observations
 from .policy_file import load_policy, policy_folder, policy_schedule, read_card
@@ -134,13 +134,13 @@ def evaluate(
     competitors = {name: find_competitor(name, schedule) for name in config.names}
     check_texts(tasks)
     settings = {name: getattr(config, name) for name in _FIXED} | {"schedule": asdict(schedule)}
-    open_run(folder, _plain(settings), resume=resume)
+    open_run(folder, as_plain(settings), resume=resume)
     _check_weights(folder, {competitors[name].name: name for name in config.names})
     rows = compare(
         list(competitors.values()),
         tasks,
         schedule,
-        workers=config.workers or os.cpu_count() or 1,
+        workers=count_workers(config.workers),
         seeds=config.seeds,
         file=folder / ROWS,
         on_progress=on_progress,
@@ -149,7 +149,7 @@ def evaluate(
     write_rows(folder / ROWS, [*rows, *(row for row in read_rows(folder / ROWS) if row.key not in keys)])
     groups = groups_of(rows, competitors[config.against].name)
     summary = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
-    write_json(folder / SUMMARY, _plain(summary) | {"groups": [asdict(group) for group in groups]})
+    write_json(folder / SUMMARY, as_plain(summary) | {"groups": [asdict(group) for group in groups]})
     return groups
 
 
@@ -217,9 +217,3 @@ def _check_weights(folder: Path, names: dict[str, str]) -> None:
         if known.get(name, digest) != digest:
             raise RunFolderError(f"{folder} holds results of another policy named {name!r}. Use another --output.")
     write_json(path, known | weights)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The same with lists in place of tuples, as JSON reads them back."""
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {name: _plain(value) if isinstance(value, dict) else value for name, value in plain.items()}

@@ -11,10 +11,16 @@ import tyro
 from ..env.schedule import DecisionSchedule
 from ..env.suites import SUITES
 from ..errors import ConfigError
+from ..files import as_plain
 from ..lora.budget import Budget
 
 Task = Literal["classification", "causal-lm"]
 OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit"]
+
+
+def count_workers(asked: int) -> int:
+    """Worker processes for a setting in which 0 stands for as many as there are cores."""
+    return asked or os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class TrainConfig:
     @property
     def worker_count(self) -> int:
         """Worker processes that run."""
-        return self.workers or os.cpu_count() or 1
+        return count_workers(self.workers)
 
     @property
     def task_overrides(self) -> dict[str, Any]:
@@ -255,12 +261,6 @@ class MemoryConfig:
 
 def as_json(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
     """A config as JSON values; the fields that a subclass adds are left out."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
     base = TrainConfig if isinstance(config, TrainConfig) else FinetuneConfig
     values = asdict(config)
-    return {name: plain(values[name]) for name in base.__dataclass_fields__}
+    return {name: as_plain(values[name]) for name in base.__dataclass_fields__}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..env.observation import Observation
+from ..env.rounds import Round
 from ..env.stacked_episodes import StackedEpisodes
 from ..env.tasks import ProxyTask, Reference
 from .task_rules import Attempt
@@ -24,23 +24,13 @@ def fly(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: int) -> l
     """
     losses: list[float] = []
     for start in range(0, len(attempts), slots):
-        losses += _fly_together(episodes, attempts[start : start + slots])
+        some = attempts[start : start + slots]
+        flown = Round(episodes, [task for task, _ in some])
+        while flown.flying:
+            decided = {slot: some[slot][1].decide(flown.observations[slot]) for slot in flown.flying}
+            flown.step({slot: (decision.deltas, decision.scores) for slot, decision in decided.items()})
+        losses += flown.losses()
     return losses
-
-
-def _fly_together(episodes: StackedEpisodes, attempts: Sequence[Attempt]) -> list[float]:
-    episodes.start({slot: task for slot, (task, _) in enumerate(attempts)})
-    flying = list(range(len(attempts)))
-    interval_losses: dict[int, float | None] = {}
-    while flying:
-        for slot in flying:
-            decision = attempts[slot][1].decide(episodes.observe(slot, interval_losses.get(slot)))
-            episodes.apply(slot, decision.deltas, decision.scores)
-        interval_losses = episodes.advance(flying)
-        flying = [slot for slot in flying if not episodes.flights[slot].ended]
-    whole = [slot for slot in range(len(attempts)) if not episodes.flights[slot].failed]
-    losses = episodes.held_out_losses(whole)
-    return [losses.get(slot, math.nan) for slot in range(len(attempts))]
 
 
 def measure_references(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Reference]:
@@ -51,12 +41,7 @@ def measure_references(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], sl
         tasks: of one batch shape.
         slots: how many run at once.
     """
-    references: list[Reference] = []
-    for start in range(0, len(tasks), slots):
-        some = tasks[start : start + slots]
-        episodes.start(dict(enumerate(some)))
-        references += [episodes.reference(task) for task in some]
-    return references
+    return [episodes.reference(task) for _, task in _started(episodes, tasks, slots)]
 
 
 def first_observations(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Observation]:
@@ -67,9 +52,12 @@ def first_observations(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], sl
         tasks: of one batch shape.
         slots: how many are probed at once.
     """
-    observations: list[Observation] = []
+    return [episodes.observe(slot) for slot, _ in _started(episodes, tasks, slots)]
+
+
+def _started(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> Iterator[tuple[int, ProxyTask]]:
+    """Start tasks, so many at a time; yields each with its slot while it is at its start."""
     for start in range(0, len(tasks), slots):
-        some = tasks[start : start + slots]
-        episodes.start(dict(enumerate(some)))
-        observations += [episodes.observe(slot) for slot in range(len(some))]
-    return observations
+        some = dict(enumerate(tasks[start : start + slots]))
+        episodes.start(some)
+        yield from some.items()

@@ -9,7 +9,6 @@ nothing, so results are the same on any number of cores.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,7 +52,7 @@ class RoundsConfig:
         group: episodes of each task.
         schedule: when ranks are decided.
         seed: of the tasks.
-        workers: processes; 0 for as many as there are cores. No more than stacks are of use.
+        workers: processes, at least 1; no more than stacks are of use.
     """
 
     templates: tuple[tuple[ProxyTask, ...], ...]
@@ -62,12 +61,12 @@ class RoundsConfig:
     group: int
     schedule: DecisionSchedule
     seed: int = 0
-    workers: int = 0
+    workers: int = 1
 
     @property
     def worker_count(self) -> int:
         """Processes that run."""
-        return min(self.workers or os.cpu_count() or 1, self.stacks)
+        return min(self.workers, self.stacks)
 
     def draw(self, round_: int, stack: int) -> list[ProxyTask]:
         """The fresh tasks of a stack, one a group; each keeps its template's reference, as a measure of headroom."""
@@ -84,7 +83,7 @@ class RoundsConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Standing:
+class StackState:
     """What a worker tells of a stack: before its first decision, and after each.
 
     Attributes:
@@ -115,7 +114,7 @@ class _Worker:
 
     def begin(
         self, stack: int, tasks: Sequence[ProxyTask], ruled: Sequence[ProxyTask], with_utilities: bool
-    ) -> Standing:
+    ) -> StackState:
         """Start a stack.
 
         Args:
@@ -134,23 +133,25 @@ class _Worker:
         if with_utilities:
             pairs = zip(tasks, found.observations, strict=False)
             worth = tuple(utilities(t, o.problem)[:, -1] if t.kind == "planted" else None for t, o in pairs)
-        return Standing(self._arrays(stack), utilities=worth)
+        return StackState(self._arrays(stack), utilities=worth)
 
-    def step(self, stack: int, actions: NDArray[Any]) -> Standing:
+    def step(self, stack: int, actions: NDArray[Any]) -> StackState:
         """Take decisions, (episodes, action size)."""
         found, count = self._rounds[stack]
-        decisions = []
-        for observation, action in zip(found.observations, actions, strict=False):
-            scores, steering = read_scores(action, self._max_modules, len(observation.modules))
-            decisions.append((decode(observation.problem, scores, steering)[0], scores))
-        for observation in found.observations[count:]:
-            ruled = self._rule.decide(observation)
-            decisions.append((ruled.deltas, ruled.scores))
+        decisions = {}
+        for slot in found.flying:
+            observation = found.observations[slot]
+            if slot < count:
+                scores, steering = read_scores(actions[slot], self._max_modules, len(observation.modules))
+                decisions[slot] = decode(observation.problem, scores, steering)[0], scores
+            else:
+                ruled = self._rule.decide(observation)
+                decisions[slot] = ruled.deltas, ruled.scores
         found.step(decisions)
-        if not found.ended:
-            return Standing(self._arrays(stack))
+        if found.flying:
+            return StackState(self._arrays(stack))
         losses = tuple(found.losses())
-        return Standing(
+        return StackState(
             self._arrays(stack), losses[:count], tuple(found.churn[:count]), losses[count:], self._initial[stack]
         )
 
@@ -220,7 +221,7 @@ class RoundsVecEnv(VecEnv):
         self._processes: list[Any] = []
         self._actions: NDArray[Any] | None = None
 
-    def _calls(self, calls: dict[int, tuple[str, tuple[Any, ...]]]) -> dict[int, Standing]:
+    def _calls(self, calls: dict[int, tuple[str, tuple[Any, ...]]]) -> dict[int, StackState]:
         """Have the workers answer calls, by stack."""
         if self.config.worker_count == 1:
             self._local = self._local or _Worker(*self._worker_options)
@@ -229,7 +230,7 @@ class RoundsVecEnv(VecEnv):
         if not self._pipes:
             self._start_processes()
         shares = [{s: call for s, call in calls.items() if s % len(self._pipes) == i} for i in range(len(self._pipes))]
-        found: dict[int, Standing] = {}
+        found: dict[int, StackState] = {}
         try:
             for pipe, share in zip(self._pipes, shares, strict=True):
                 pipe.send(share)
@@ -267,7 +268,7 @@ class RoundsVecEnv(VecEnv):
         )
         return self._joined(found)
 
-    def _joined(self, found: dict[int, Standing]) -> Arrays:
+    def _joined(self, found: dict[int, StackState]) -> Arrays:
         ordered = [found[stack].arrays for stack in range(len(found))]
         return {key: np.concatenate([arrays[key] for arrays in ordered]) for key in ordered[0]}
 
@@ -299,7 +300,7 @@ class RoundsVecEnv(VecEnv):
     def play(
         self, tasks: Sequence[ProxyTask], act: Callable[[Arrays], NDArray[Any]], *, note: Note | None = None
     ) -> list[float]:
-        """Fly tasks to their end; ends the round under way, so `reset` has to follow.
+        """Fly tasks to their end, in stacks of their own: the round under way waits.
 
         Args:
             tasks: any, of the templates' length; those on one base run side by side.
@@ -316,16 +317,16 @@ class RoundsVecEnv(VecEnv):
         chunks = [own[i : i + size] for own in by_base.values() for i in range(0, len(own), size)]
         losses = [math.nan] * len(tasks)
         for start in range(0, len(chunks), self.config.stacks):
-            some = dict(enumerate(chunks[start : start + self.config.stacks]))
+            some = dict(enumerate(chunks[start : start + self.config.stacks], start=self.config.stacks))
             found = self._calls(
                 {s: ("begin", ([tasks[i] for i in own], [], note is not None)) for s, own in some.items()}
             )
-            worth = {stack: standing.utilities for stack, standing in found.items()}
+            worth = {stack: state.utilities for stack, state in found.items()}
             for _ in range(self.decisions):
                 if note:
-                    for stack, standing in found.items():
-                        note(standing.arrays, worth[stack])
-                actions = {stack: act(standing.arrays) for stack, standing in found.items()}
+                    for stack, state in found.items():
+                        note(state.arrays, worth[stack])
+                actions = {stack: act(state.arrays) for stack, state in found.items()}
                 found = self._calls({stack: ("step", (own,)) for stack, own in actions.items()})
             for stack, own in some.items():
                 for index, loss in zip(own, found[stack].losses, strict=True):
@@ -361,20 +362,20 @@ class RoundsVecEnv(VecEnv):
         return [False] * len(list(self._get_indices(indices)))
 
 
-def rewards_of(standing: Standing, tasks: Sequence[ProxyTask]) -> NDArray[np.float32]:
+def rewards_of(state: StackState, tasks: Sequence[ProxyTask]) -> NDArray[np.float32]:
     """Improvements over the rule in shares of the headroom, less the churn; -3 to 3, failed runs at the lower end.
 
     Args:
-        standing: of a stack that has ended.
+        state: of a stack that has ended.
         tasks: one a group; the reference of each says how the headroom compares with what uniform gains.
     """
     rows = []
-    groups = np.array(standing.losses).reshape(len(tasks), -1)
-    for task, losses, rule, initial in zip(tasks, groups, standing.rule_losses, standing.initial_losses, strict=True):
+    groups = np.array(state.losses).reshape(len(tasks), -1)
+    for task, losses, rule, initial in zip(tasks, groups, state.rule_losses, state.initial_losses, strict=True):
         assert task.reference is not None
         sound = losses[np.isfinite(losses)]
         level = rule if math.isfinite(rule) else float(np.median(sound)) if len(sound) else initial
         gain = max(initial - level, 0.01 * initial, 1e-6)
         shares = (level - losses) / (gain * task.reference.headroom / task.reference.gain)
         rows.append(np.clip(np.nan_to_num(shares, nan=-REWARD_BOUND), -REWARD_BOUND, REWARD_BOUND))
-    return np.asarray(np.concatenate(rows) - np.array(standing.churn), dtype=np.float32)
+    return np.asarray(np.concatenate(rows) - np.array(state.churn), dtype=np.float32)

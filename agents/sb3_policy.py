@@ -75,6 +75,10 @@ class RankPolicy(ActorCriticPolicy):
         return self._evaluate(obs)[1].mean(dim=1, keepdim=True)
 
 
+LEAST_SPREAD = 0.25
+"""Added to the standard deviation of a group's returns: where all episodes end alike, what is left is noise."""
+
+
 class GroupRolloutBuffer(DictRolloutBuffer):
     """Advantages relative to a group, as in GRPO (Shao et al., 2024, arXiv 2402.03300) and RLOO.
 
@@ -83,20 +87,16 @@ class GroupRolloutBuffer(DictRolloutBuffer):
 
     Args:
         group: episodes of a group; the number of environments is a multiple of it.
-        least_spread: added to the standard deviation of a group's returns, > 0.
     """
 
-    def __init__(self, *arguments: Any, group: int, least_spread: float = 0.25, **options: Any) -> None:
-        self.group, self.least_spread = group, least_spread
+    def __init__(self, *arguments: Any, group: int, **options: Any) -> None:
+        self.group = group
         super().__init__(*arguments, **options)
 
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: NDArray[Any]) -> None:
-        """Undiscounted returns, less the group's mean return from the same decision on, over the group's spread.
-
-        A little is added to the spread: where all episodes end alike, what is left is noise.
-        """
+        """Undiscounted returns, less the group's mean return from the same decision on, over the group's spread."""
         super().compute_returns_and_advantage(last_values, dones)
         groups = self.returns.reshape(len(self.returns), -1, self.group)
         centred = groups - groups.mean(axis=2, keepdims=True)
-        relative = centred / (groups.std(axis=2, keepdims=True) + self.least_spread)
+        relative = centred / (groups.std(axis=2, keepdims=True) + LEAST_SPREAD)
         self.advantages = relative.reshape(self.returns.shape).astype(np.float32)

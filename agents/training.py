@@ -22,7 +22,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ..env.suites import evenly, find_tasks
+from ..env.suites import VERSION, evenly, find_tasks
 from ..env.task_data import check_texts
 from ..env.tasks import ProxyTask, adapted_base
 from ..errors import RunFolderError
@@ -80,26 +80,23 @@ class _Validation:
     """Measures the policy on validation tasks, and keeps the best one.
 
     Attributes:
-        history: one row a measurement.
         best: state of the best network so far, and its score.
     """
 
     def __init__(self, tasks: Sequence[ProxyTask], envs: RoundsVecEnv) -> None:
         self._tasks, self._envs = tasks, envs
         self._start: list[float] = []
-        self.history: list[dict[str, float]] = []
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
 
-    def measure(self, policy: RankPolicy, iteration: int) -> dict[str, float]:
+    def measure(self, policy: RankPolicy) -> dict[str, float]:
         """Fly the tasks; improvements over the untrained policy and over uniform, in shares of the headroom."""
         losses = self._envs.play(self._tasks, greedy(policy))
         self._start = self._start or losses
         headrooms = [task.reference.headroom for task in self._tasks if task.reference]
         uniform = [task.reference.uniform for task in self._tasks if task.reference]
-        row = {"iteration": float(iteration)}
+        row = {}
         for name, baseline in (("over_start", self._start), ("over_uniform", uniform)):
             row[name] = float(np.mean([_share(*each) for each in zip(baseline, losses, headrooms, strict=True)]))
-        self.history.append(row)
         if self.best is None or row["over_start"] > self.best[0]:
             state = {name: value.clone() for name, value in policy.network.state_dict().items()}
             self.best = row["over_start"], state
@@ -107,11 +104,11 @@ class _Validation:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"start": self._start, "history": self.history, "best": self.best}
+        return {"start": self._start, "best": self.best}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._start, self.history, self.best = state["start"], state["history"], state["best"]
+        self._start, self.best = state["start"], state["best"]
 
 
 def _share(before: float, after: float, headroom: float) -> float:
@@ -180,19 +177,16 @@ class _Progress(BaseCallback):
         self.report(Stage("training", self.iteration, self._config.iterations))
 
     def validate(self) -> dict[str, float]:
-        """Measure the policy, if there are validation tasks; ends the round under way."""
+        """Measure the policy, if there are validation tasks."""
         if not self._config.validation_tasks:
             return {}
         assert isinstance(self.model, PPO)
         assert isinstance(self.model.policy, RankPolicy)
         self.report(Stage("validation", self.iteration, self._config.iterations))
-        found = self._validation.measure(self.model.policy, self.iteration)
-        rows = {f"validation_{key}": value for key, value in found.items() if key != "iteration"}
-        for key, value in rows.items():
-            self.logger.record(f"validation/{key.removeprefix('validation_')}", value)
-        if self.iteration < self._config.iterations and self.iteration:
-            self.model._last_obs = self.training_env.reset()  # type: ignore[assignment]
-        return rows
+        found = self._validation.measure(self.model.policy)
+        for key, value in found.items():
+            self.logger.record(f"validation/{key}", value)
+        return {f"validation_{key}": value for key, value in found.items()}
 
 
 def _write_checkpoint(path: Path, model: PPO, iteration: int, validation: _Validation) -> None:
@@ -263,7 +257,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     open_run(folder, as_json(config), resume=resume)
     report = on_stage or (lambda stage: None)
     rounds = RoundsConfig(
-        tuple(templates), config.stacks, config.groups, config.group, config.schedule, config.seed, config.workers
+        tuple(templates), config.stacks, config.groups, config.group, config.schedule, config.seed, config.worker_count
     )
     envs = RoundsVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
     try:
@@ -348,6 +342,7 @@ def finish(folder: Path, network: RankNetwork, config: TrainConfig, results: dic
     provenance = {
         "name": folder.name,
         "training": as_json(config),
+        "suite_version": VERSION,
         "episodes": sum(row.get("episodes", 0) for row in rows),
         "start": rows[0],
         "validation": results or {},

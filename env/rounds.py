@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..lora.cost import FloatArray
 from ..lora.ladder import IntArray
@@ -18,7 +18,7 @@ class Round:
 
     Args:
         episodes: of the base of all tasks; no other episodes may be under way.
-        tasks: by slot; of one length.
+        tasks: by slot.
 
     Attributes:
         observations: the latest one of each episode.
@@ -35,22 +35,21 @@ class Round:
         self.decisions = 0
 
     @property
-    def ended(self) -> bool:
-        """Whether all episodes are over."""
-        return all(self._episodes.flights[slot].ended for slot in range(len(self.tasks)))
+    def flying(self) -> list[int]:
+        """Slots of the episodes that go on."""
+        return [slot for slot in range(len(self.tasks)) if not self._episodes.flights[slot].ended]
 
     def initial_loss(self, slot: int) -> float:
         """Held-out loss before training, in nats; to be asked before the first step."""
         return self._episodes.held_out_losses([slot])[slot]
 
-    def step(self, decisions: Sequence[tuple[IntArray, FloatArray]]) -> None:
-        """Take a decision in every episode and train all until the next one, or the end.
+    def step(self, decisions: Mapping[int, tuple[IntArray, FloatArray]]) -> None:
+        """Take a decision in every episode that goes on, and train all until the next one, or the end.
 
         Args:
-            decisions: deltas in rungs and scores by slot, (modules,) each.
+            decisions: deltas in rungs and scores by slot, (modules,) each; those of episodes that are over are ignored.
         """
-        flights = self._episodes.flights
-        flying = [slot for slot in range(len(self.tasks)) if not flights[slot].ended]
+        flying = self.flying
         for slot in flying:
             problem = self.observations[slot].problem
             plan = self._episodes.apply(slot, *decisions[slot])
@@ -58,9 +57,8 @@ class Round:
                 self.churn[slot] += churn_cost(problem.rungs, problem.ladder.rung(plan.ranks))
         losses = self._episodes.advance(flying)
         self.decisions += 1
-        for slot in flying:
-            if not flights[slot].ended:
-                self.observations[slot] = self._episodes.observe(slot, losses[slot])
+        for slot in self.flying:
+            self.observations[slot] = self._episodes.observe(slot, losses[slot])
 
     def losses(self) -> list[float]:
         """Held-out losses in nats, NaN for episodes that failed."""

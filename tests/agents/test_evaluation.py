@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rankpilot.agents import evaluation
 from rankpilot.agents.evaluation import SEED_STEP, compare, repetition, summarise
 from rankpilot.agents.policy import Decision, Policy
@@ -25,20 +24,14 @@ from rankpilot.env.suites import SPLITS, SUITES, load_suite
 from rankpilot.env.tasks import ProxyTask, Reference
 from rankpilot.errors import ConfigError, RunFolderError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCHEDULE = DecisionSchedule(probe_steps=4)
 SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
 TASKS = (
     ProxyTask("planted", 1, corpus="documentation", budget=0.25, unit="parameters", **SIZES),
     ProxyTask("planted", 2, corpus="documentation", budget=0.6, reference=Reference(0.3, 0.2, 0.15), **SIZES),
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from rankpilot.agents.learned import LearnedPolicy
 from rankpilot.agents.network import DIRECTIONS, LATER_NOISE, Action, RankNetwork
 from rankpilot.agents.policy import signal_score
 from rankpilot.agents.rules import RULES, FracRule, SignalRule, find_rule
-from rankpilot.agents.sb3_policy import GroupRolloutBuffer, RankPolicy
+from rankpilot.agents.sb3_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.env.spaces import SCORE_BOUND, STEERING, observation_space, score_space
 from rankpilot.errors import UnknownNameError
@@ -387,9 +387,7 @@ def test_advantages_are_relative_to_the_group() -> None:
     """
     rewards = np.array([[0, 0, 1.0], [0, 0, -5.0], [0, 0, 3.0], [0, 0.5, 0]], dtype=np.float32).T
     space = spaces.Dict({"mask": spaces.MultiBinary(1)})
-    buffer = GroupRolloutBuffer(
-        3, space, spaces.Box(-1, 1, (1,)), gamma=1.0, gae_lambda=1.0, n_envs=4, group=2, least_spread=0.5
-    )
+    buffer = GroupRolloutBuffer(3, space, spaces.Box(-1, 1, (1,)), gamma=1.0, gae_lambda=1.0, n_envs=4, group=2)
     for step, reward in enumerate(rewards):
         starts = np.full(4, float(step == 0), dtype=np.float32)
         buffer.add({"mask": np.ones((4, 1))}, np.zeros((4, 1)), reward, starts, torch.randn(4), torch.zeros(4))
@@ -397,4 +395,4 @@ def test_advantages_are_relative_to_the_group() -> None:
     returns = [[1, 1, 1], [-5, -5, -5], [3, 3, 3], [0.5, 0.5, 0]]
     np.testing.assert_allclose(buffer.returns.T, returns, atol=1e-5)
     distance = np.array([[3, 3, 3], [-3, -3, -3], [1.25, 1.25, 1.5], [-1.25, -1.25, -1.5]])
-    np.testing.assert_allclose(buffer.advantages.T, distance / (np.abs(distance) + 0.5), atol=1e-5)
+    np.testing.assert_allclose(buffer.advantages.T, distance / (np.abs(distance) + LEAST_SPREAD), atol=1e-5)

@@ -311,9 +311,9 @@ def fake_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[list[float]]) 
     given, seen = iter(losses), []
     measure = training._Validation.measure
 
-    def watched(self: Any, policy: RankPolicy, iteration: int) -> dict[str, float]:
+    def watched(self: Any, policy: RankPolicy) -> dict[str, float]:
         seen.append({name: value.clone() for name, value in policy.network.state_dict().items()})
-        return measure(self, policy, iteration)
+        return measure(self, policy)
 
     monkeypatch.setattr(RoundsVecEnv, "play", lambda *_, **__: next(given))
     monkeypatch.setattr(training._Validation, "measure", watched)
@@ -360,11 +360,9 @@ def test_measurements_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "LOSSES", iter(given))
     validation = validation_of(Reference(3.0, 2.2, 2.0), Reference(2.0, 1.0))
     policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
-    rows = [validation.measure(policy, iteration) for iteration in (0, 1, 5, 6)]
-    assert [row["iteration"] for row in rows] == [0, 1, 5, 6]
+    rows = [validation.measure(policy) for _ in given]
     assert [row["over_start"] for row in rows] == pytest.approx([0, (0.5 - 0.2) / 2, 0, (-1 + 0) / 2])
     assert [row["over_uniform"] for row in rows] == pytest.approx([(0 - 1) / 2, (0.5 - 1) / 2, 0, -1])
-    assert validation.history == rows
     assert validation.best is not None
     assert validation.best[0] == pytest.approx(0.15)
 
@@ -374,7 +372,7 @@ def test_a_start_that_failed_is_easily_bettered(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(globals(), "LOSSES", iter([[math.nan, 1.0], [math.nan, 0.95], [2.0, 1.0]]))
     validation = validation_of(Reference(3.0, 2.2, 2.0), Reference(2.0, 1.0))
     policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
-    rows = [validation.measure(policy, iteration) for iteration in range(3)]
+    rows = [validation.measure(policy) for iteration in range(3)]
     assert [row["over_start"] for row in rows] == pytest.approx([0, 0.25, 0.5])
     assert validation.best is not None
     assert validation.best[0] == pytest.approx(0.5)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.env.tasks import ProxyTask
 
@@ -34,11 +33,8 @@ Rollout = Callable[..., list[Row]]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _alone(one_thread: None) -> None:
+    """Every test of the environment."""
 
 
 @pytest.fixture(scope="session")

@@ -42,9 +42,9 @@ def decision(task: ProxyTask, turn: int, count: int) -> Any:
 def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[Round, list[list[Any]]]:
     """A whole round of random decisions; also the ranks that were seen at each."""
     found, ranks = Round(engine, tasks), []
-    while not found.ended:
+    while found.flying:
         ranks.append([observation.problem.ranks for observation in found.observations])
-        found.step([decision(task, found.decisions, engine.module_count) for task in tasks])
+        found.step({slot: decision(task, found.decisions, engine.module_count) for slot, task in enumerate(tasks)})
     return found, ranks
 
 
@@ -56,7 +56,7 @@ def together(engine: StackedEpisodes, tasks: list[ProxyTask]) -> tuple[Round, li
 
 def test_all_begin_and_end_together(together: tuple[Round, list[list[Any]], list[float]]) -> None:
     found, ranks, losses = together
-    assert found.ended
+    assert not found.flying
     assert found.decisions == len(ranks) == 3
     assert [math.isfinite(loss) for loss in losses] == [True, True, False]
 
@@ -81,9 +81,9 @@ def test_a_failed_episode_sits_out(together: tuple[Round, list[list[Any]], list[
 
 def test_a_round_of_failures_ends(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
     found = Round(engine, [tasks[2], tasks[2]])
-    found.step([decision(tasks[2], 0, engine.module_count)] * 2)
-    assert found.ended
-    found.step([decision(tasks[2], 1, engine.module_count)] * 2)
+    found.step(dict.fromkeys(range(2), decision(tasks[2], 0, engine.module_count)))
+    assert not found.flying
+    found.step(dict.fromkeys(range(2), decision(tasks[2], 1, engine.module_count)))
     assert found.decisions == 2
     assert np.isnan(found.losses()).all()
 
@@ -110,10 +110,10 @@ def test_the_first_plan_and_keeping_it_are_free(engine: StackedEpisodes, tasks: 
     """But for the bytes of signal buffers, which the last plan may spend as well: here the unit is parameters."""
     quiet = Round(engine, [replace(tasks[0], unit="parameters")])
     count = engine.module_count
-    quiet.step([(np.full(count, 20), np.zeros(count))])
+    quiet.step({0: (np.full(count, 20), np.zeros(count))})
     assert (quiet.observations[0].problem.ranks != 1).any()
-    quiet.step([(np.zeros(count, dtype=np.int64), np.zeros(count))])
-    quiet.step([(np.zeros(count, dtype=np.int64), np.zeros(count))])
+    quiet.step({0: (np.zeros(count, dtype=np.int64), np.zeros(count))})
+    quiet.step({0: (np.zeros(count, dtype=np.int64), np.zeros(count))})
     assert quiet.churn == [0.0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,19 +24,12 @@ from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MAX_NORM = 1.0
 DECISIONS = (20, 40, 60)
 HELD = ("weights", "first", "second")
 SIDES = (*HELD, "gradients")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products that are the same bit for bit, and no waiting for other threads on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
