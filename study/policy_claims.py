@@ -112,6 +112,8 @@ def claims(constant: str) -> list[Claim]:
         Claim("all tasks", _everything, constant, BETTER),
         Claim("all tasks", _everything, "warm_start", BETTER),
         Claim("all tasks", _everything, "heur3", None),
+        Claim("all tasks", _everything, "fracrule-mlp", None),
+        Claim("real shifts, bytes", _shift(_plain_bytes(0, math.inf)), "fracrule-mlp", None),
         Claim("all tasks", _everything, UNIFORM, None),
         Claim("bases that are twice as deep", lambda row: row.depth == 8, UNIFORM, NOWHERE_WORSE),
         Claim("another family (GPT-2)", lambda row: row.family == "gpt2", UNIFORM, NOWHERE_WORSE),

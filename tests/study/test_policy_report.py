@@ -87,9 +87,9 @@ def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cells[3].startswith("-0.100"), "nats that it gained over fracrule"
     assert cells[5].startswith("0% ")
     assert cells[6:8] == ["0 / 0 / 8", "8"], "runs lost, and by more than 1 %"
-    assert cells[-1] == "**no**"
-    (over_uniform,) = [line for line in text.splitlines() if line.startswith("| real shifts, bytes")]
-    assert over_uniform.rstrip(" |").endswith("yes")
+    assert cells[-1] == "**no**, few tasks"
+    (over_uniform,) = [line for line in text.splitlines() if line.startswith("| real shifts, bytes | uniform")]
+    assert over_uniform.rstrip(" |").endswith("yes, few tasks")
     assert "| pilot | 60% (60% to 60%) |" in text
     assert "from seed 7" in text
     assert (output.parent / "images" / "learning_curve.png").stat().st_size > 1000
