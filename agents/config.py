@@ -71,7 +71,7 @@ class TrainConfig:
         groups: fresh tasks of each stack.
         group: episodes of each task, whose returns are compared.
         workers: worker processes; 0 for as many as there are cores. Results do not depend on it.
-        learning_rate: of PPO.
+        learning_rate: of PPO at the start; it falls to zero along a line.
         epochs: passes over each iteration's decisions.
         clip_range: PPO's clip on the probability ratio.
         target_kl: an update ends early when the policy has moved so far.
@@ -85,6 +85,7 @@ class TrainConfig:
         schedule: when ranks are decided in an episode.
         network: size and start of the network.
         seed: of everything.
+        device: where episodes train; "auto" is CUDA where there is one.
 
     Raises:
         ConfigError: a value out of range.
@@ -108,6 +109,7 @@ class TrainConfig:
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     seed: int = 0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         steps = 1 if self.task_steps is None else self.task_steps
@@ -139,10 +141,10 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
-    "default": TrainConfig(iterations=100, warm_tasks=480),
+    "default": TrainConfig(iterations=200, warm_tasks=960),
     "full": TrainConfig(iterations=750, warm_tasks=1920, learning_rate=5e-4, validation_tasks=64, validate_every=50),
 }
-"""Presets of `rankpilot train`: a few minutes, about 40 minutes and about five hours on two cores."""
+"""Presets of `rankpilot train`: a few minutes, about an hour and about five hours on two cores."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from ..devices import find_device
 from ..errors import ConfigError, UnsupportedError
 from ..lora.calibration import calibrate
 from ..lora.memory import MemoryModel
@@ -94,7 +95,7 @@ def set_up(config: MemoryConfig, tell: Tell) -> Setup:
     base = load_model(config.model, task, labels, workload.tokenizer if workload else None)
     base.config.use_cache = False  # as in the Trainer
     _check_length(config.max_length, base)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     model = adapt(base, config.model, task, target_modules=config.target_modules, rank=config.rank, scaling=2.0)
     model = model.to(device).train()
     targets = find_target_modules(model)

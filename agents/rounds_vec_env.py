@@ -53,6 +53,7 @@ class RoundsConfig:
         schedule: when ranks are decided.
         seed: of the tasks.
         workers: processes, at least 1; no more than stacks are of use.
+        device: where they train.
     """
 
     templates: tuple[tuple[ProxyTask, ...], ...]
@@ -62,6 +63,7 @@ class RoundsConfig:
     schedule: DecisionSchedule
     seed: int = 0
     workers: int = 1
+    device: torch.device = torch.device("cpu")
 
     @property
     def worker_count(self) -> int:
@@ -106,8 +108,11 @@ class StackState:
 class _Worker:
     """Trains stacks; lives in a process of its own, or in this one."""
 
-    def __init__(self, rule: Policy, schedule: DecisionSchedule, slots: int, max_modules: int) -> None:
+    def __init__(
+        self, rule: Policy, schedule: DecisionSchedule, slots: int, max_modules: int, device: torch.device
+    ) -> None:
         self._rule, self._schedule, self._slots, self._max_modules = rule, schedule, slots, max_modules
+        self._device = device
         self._engines: dict[tuple[int, str], StackedEpisodes] = {}
         self._rounds: dict[int, tuple[Round, int]] = {}
         self._initial: dict[int, tuple[float, ...]] = {}
@@ -125,7 +130,7 @@ class _Worker:
         """
         key = (stack, tasks[0].base)
         if key not in self._engines:
-            self._engines[key] = StackedEpisodes(tasks[0].base, self._schedule, self._slots)
+            self._engines[key] = StackedEpisodes(tasks[0].base, self._schedule, self._slots, device=self._device)
         found = Round(self._engines[key], [*tasks, *ruled])
         self._rounds[stack] = found, len(tasks)
         self._initial[stack] = tuple(found.initial_loss(len(tasks) + place) for place in range(len(ruled)))
@@ -215,7 +220,8 @@ class RoundsVecEnv(VecEnv):
         episodes = config.stacks * config.groups * config.group
         super().__init__(episodes, observation_space(max_modules), score_space(max_modules))
         self.round = 0
-        self._worker_options = (rule, config.schedule, config.groups * (config.group + 1), max_modules)
+        slots = config.groups * (config.group + 1)
+        self._worker_options = (rule, config.schedule, slots, max_modules, config.device)
         self._local: _Worker | None = None
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import LinearSchedule
 
+from ..devices import find_device
 from ..env.suites import VERSION, evenly, find_tasks
 from ..env.task_data import check_texts
 from ..env.tasks import ProxyTask, adapted_base
@@ -247,7 +249,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     Raises:
         RunFolderError: see `open_run`.
         UnknownNameError: no such suite or base.
-        ConfigError: no such tasks.
+        ConfigError: no such tasks, or no such device.
         AssetError: a text is not at hand.
     """
     templates = [_tasks((suite,), "train", config) for suite in config.suites]
@@ -257,7 +259,14 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     open_run(folder, as_json(config), resume=resume)
     report = on_stage or (lambda stage: None)
     rounds = RoundsConfig(
-        tuple(templates), config.stacks, config.groups, config.group, config.schedule, config.seed, config.worker_count
+        tuple(templates),
+        config.stacks,
+        config.groups,
+        config.group,
+        config.schedule,
+        config.seed,
+        config.worker_count,
+        find_device(config.device),
     )
     envs = RoundsVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
     try:
@@ -321,7 +330,7 @@ def _new_model(config: TrainConfig, envs: RoundsVecEnv, folder: Path) -> PPO:
         n_steps=envs.decisions,
         batch_size=envs.decisions * envs.num_envs,
         n_epochs=config.epochs,
-        learning_rate=config.learning_rate,
+        learning_rate=LinearSchedule(config.learning_rate, 0.0, 1.0),
         clip_range=config.clip_range,
         target_kl=config.target_kl,
         gamma=1.0,

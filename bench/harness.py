@@ -166,19 +166,6 @@ def bootstrap(
     return Estimate(float(statistic(ratios)), float(low), float(high))
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one.
-
-    Raises:
-        ConfigError: CUDA is asked for and absent.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("No CUDA device is at hand. Use --device cpu, or leave it at auto.")
-    return torch.device(name)
-
-
 def machine_facts(device: torch.device) -> Figures:
     """What a figure depends on beside the code: versions, threads, device."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -18,10 +18,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..devices import find_device
 from ..errors import ConfigError
 from . import memory_report as report
 from . import pareto_report
-from .harness import Figures, find_device, machine_facts, run_command
+from .harness import Figures, machine_facts, run_command
 from .ledger import Ledger
 from .memory_parts import FULL, QUICK, Extent, accuracy_part, guard_part
 from .pareto import Outcome, compare

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..devices import find_device
 from ..errors import ConfigError
 from ..lora.budget import format_bytes
-from .harness import Figures, find_device, machine_facts, make_table, run_command, usual_step, whole_cycle
+from .harness import Figures, machine_facts, make_table, run_command, usual_step, whole_cycle
 from .models import FAMILIES, Family, Size
 from .race import PERIOD, Course, Result, run
 

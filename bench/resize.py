@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from ..devices import find_device
 from ..lora.factors import write_in_place
 from ..lora.ranks import set_ranks
 from ..lora.targets import TargetModule, find_target_modules
-from .harness import Figures, find_device, interleave, machine_facts, make_table, run_command
+from .harness import Figures, interleave, machine_facts, make_table, run_command
 
 RANK = 16
 SHAPES = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (4096, 4096)) | {

@@ -16,7 +16,6 @@ from rankpilot.bench.harness import (
     Figures,
     bootstrap,
     check_output,
-    find_device,
     interleave,
     machine_facts,
     make_table,
@@ -138,13 +137,6 @@ def test_the_interval_of_identical_methods_holds_one_as_often_as_it_says() -> No
         estimate = bootstrap(paired_ratios(seconds, base, 10), whole_cycle, draws=400)
         inside += estimate.low <= 1 <= estimate.high
     assert 0.9 <= inside / 200 <= 1
-
-
-def test_an_unknown_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert find_device("auto") == find_device("cpu") == CPU
-    with pytest.raises(ConfigError, match="--device cpu"):
-        find_device("cuda")
 
 
 def test_facts_name_versions_and_threads() -> None:

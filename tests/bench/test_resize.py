@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from rankpilot.bench import resize
-from rankpilot.bench.harness import find_device
+from rankpilot.devices import find_device
 
 
 def test_plans_really_change_ranks_and_each_starts_over(monkeypatch):
