@@ -46,7 +46,8 @@ CORPORA = {
     "test": ("news", "tales", "french", "russian", "templates"),
 }
 LABELLED = {"train": "sentiment", "validation": "newsgroups", "test": "topics"}
-BUDGETS = {
+Counts = dict[str, int]
+BUDGETS: dict[tuple[str, str], Counts] = {
     ("planted", "train"): {"parameters": 8, "low": 10, "middle": 16, "high": 4, "checkpointed": 10},
     ("planted", "validation"): {"parameters": 3, "low": 3, "middle": 5, "high": 1, "checkpointed": 4},
     ("planted", "test"): {"parameters": 24, "low": 8, "middle": 12, "high": 2, "checkpointed": 14},
@@ -57,6 +58,19 @@ BUDGETS = {
 """How many tasks of each split have each kind of budget: a number of parameters; bytes from one module at rank 1 to
 30 % of what uniform rank 8 takes, from there to all of it, from there to rank 32 everywhere; the whole range of bytes
 under gradient checkpointing."""
+
+MORE: dict[str, Counts] = {
+    "planted": {"low": 5, "middle": 7},
+    "shift": {"parameters": 14, "low": 3, "30 to 50 %": 8, "50 to 75 %": 15, "75 to 100 %": 19},
+}
+"""Further tasks of the test split, so that each question asked of a policy meets 20 of them: planted ones in low layers
+alone."""
+
+BANDS = {"30 to 50 %": (0.3, 0.5), "50 to 75 %": (0.5, 0.75), "75 to 100 %": (0.75, 1.0)}
+"""Kinds of budget that are bytes, as shares of what uniform rank 8 takes."""
+
+_DRAWS = 1
+"""Seeds the draws of all definitions; another number would give other tasks."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +87,26 @@ class MakeConfig:
 
 def definitions(suite: str, split: str) -> list[ProxyTask]:
     """The tasks of one split, without results; always the same ones."""
-    generator = np.random.default_rng([SUITES.index(suite), SPLITS.index(split), VERSION])
+    generator = np.random.default_rng([SUITES.index(suite), SPLITS.index(split), _DRAWS])
     first = 1_000_000 * (1 + SUITES.index(suite)) + 100_000 * SPLITS.index(split)
-    kinds = [kind for kind, count in BUDGETS[suite, split].items() for _ in range(count)]
     shifts = [("shift", corpus) for corpus in CORPORA[split]]
     places = list(PLACEMENTS) if suite == "planted" else [*shifts, ("classify", LABELLED[split])]
+    tasks = _draw(suite, split, BUDGETS[suite, split], places, first, generator)
+    if split == "test":
+        places = ["low"] if suite == "planted" else places
+        tasks += _draw(suite, split, MORE[suite], places, first + len(tasks), generator)
+    return tasks
+
+
+def _draw(
+    suite: str, split: str, counts: Counts, places: Sequence[Any], first: int, generator: np.random.Generator
+) -> list[ProxyTask]:
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
     # Kinds of budget and places meet evenly; bases are dealt out on their own.
     bases = generator.permutation(np.resize(np.array(BASES[split]), len(kinds))).tolist()
     tasks = []
     for index, (kind, base) in enumerate(zip(kinds, bases, strict=True)):
-        place: Any = places[index % len(places)]
+        place = places[index % len(places)]
         budget = _budget(base, suite, kind, index // len(places), generator)
         if suite == "planted":
             budget |= {"kind": "planted", "placement": place, "corpus": "documentation"}
@@ -102,7 +126,9 @@ def _budget(base: str, suite: str, kind: str, turn: int, generator: np.random.Ge
     least *= 1.02  # a little room for rounding
     # What is held whatever the plan, logits for one, takes more than 30 % on the narrowest bases.
     edge = max(0.3, 1.2 * least)
-    low, high = {"low": (least, edge), "middle": (edge, 1.0), "high": (1.0, most)}.get(kind, (least, most))
+    ranges = {"low": (least, edge), "middle": (edge, 1.0), "high": (1.0, most), **BANDS}
+    low, high = ranges.get(kind, (least, most))
+    low = max(low, least)
     level = float(generator.uniform())
     return {"checkpointing": checkpointing, "budget": float(f"{low * (high / low) ** level:.3g}")}
 

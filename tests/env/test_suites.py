@@ -18,7 +18,7 @@ from rankpilot.env import make_suites, suites
 from rankpilot.env.bases import BASES_FOLDER, PROXY_BASES
 from rankpilot.env.controller import budget_limit
 from rankpilot.env.episode import Episode, reference_of
-from rankpilot.env.make_suites import BUDGETS, RATES, MakeConfig, budget_range, definitions
+from rankpilot.env.make_suites import BUDGETS, MORE, RATES, MakeConfig, budget_range, definitions
 from rankpilot.env.oracle import oracle_plan
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.schedule import DecisionSchedule
@@ -83,14 +83,16 @@ def check_separate(parts: dict[tuple[str, str], Any]) -> None:
 def test_definitions_are_always_the_same(defined: dict[tuple[str, str], list[ProxyTask]]) -> None:
     for part in PARTS:
         assert definitions(*part) == defined[part]
-        assert len(defined[part]) == sum(BUDGETS[part].values())
+        more = sum(MORE[part[0]].values()) if part[1] == "test" else 0
+        assert len(defined[part]) == sum(BUDGETS[part].values()) + more
         assert all(task.reference is None for task in defined[part])
 
 
 @needs_bases
 def test_definitions_are_separate_and_spread(defined: dict[tuple[str, str], list[ProxyTask]]) -> None:
     check_separate(defined)
-    for (suite, split), tasks in defined.items():
+    for (suite, split), every in defined.items():
+        tasks = every[: sum(BUDGETS[suite, split].values())]
         bases = Counter(task.base for task in tasks)
         assert set(bases) == set(make_suites.BASES[split])
         assert max(bases.values()) - min(bases.values()) <= 1
@@ -111,6 +113,25 @@ def test_definitions_are_separate_and_spread(defined: dict[tuple[str, str], list
         low = [task for task in plain if task.budget < max(0.3, 1.2 * 1.02 * budget_range(task)[0])]
         assert len(low) == pytest.approx(counted["low"], abs=1)
         assert sum(task.budget > 1.0 for task in plain) == pytest.approx(counted["high"], abs=1)
+
+
+@needs_bases
+def test_each_question_meets_twenty_tasks_of_the_test_split(
+    defined: dict[tuple[str, str], list[ProxyTask]],
+) -> None:
+    planted, shifts = defined["planted", "test"], defined["shift", "test"]
+    for tasks in (planted[60:], shifts[60:]):
+        bases = Counter(task.base for task in tasks)
+        assert set(bases) == set(make_suites.BASES["test"])
+        assert max(bases.values()) - min(bases.values()) <= 1
+    assert {task.placement for task in planted[60:]} == {"low"}
+    assert sum(task.placement == "low" and task.unit == "bytes" for task in planted) >= 20
+    plain = [task for task in shifts if task.unit == "bytes" and not task.checkpointing]
+    assert sum(task.unit == "parameters" for task in shifts) >= 20
+    for low, high in make_suites.BANDS.values():
+        assert sum(low <= task.budget <= high for task in plain) >= 20
+    tight = [task for task in planted if task.unit == "bytes" and not task.checkpointing and task.budget <= 0.3]
+    assert len(tight) + sum(task.budget <= 0.3 for task in plain) >= 20
 
 
 def test_the_range_of_budgets(make_task: MakeTask) -> None:
