@@ -63,7 +63,7 @@ class RoundsConfig:
     schedule: DecisionSchedule
     seed: int = 0
     workers: int = 1
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     @property
     def worker_count(self) -> int:
@@ -108,9 +108,7 @@ class StackState:
 class _Worker:
     """Trains stacks; lives in a process of its own, or in this one."""
 
-    def __init__(
-        self, rule: Policy, schedule: DecisionSchedule, slots: int, max_modules: int, device: torch.device
-    ) -> None:
+    def __init__(self, rule: Policy, schedule: DecisionSchedule, slots: int, max_modules: int, device: str) -> None:
         self._rule, self._schedule, self._slots, self._max_modules = rule, schedule, slots, max_modules
         self._device = device
         self._engines: dict[tuple[int, str], StackedEpisodes] = {}

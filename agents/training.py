@@ -266,7 +266,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         config.schedule,
         config.seed,
         config.worker_count,
-        find_device(config.device),
+        str(find_device(config.device)),
     )
     envs = RoundsVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
     try:

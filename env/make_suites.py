@@ -90,7 +90,7 @@ def definitions(suite: str, split: str) -> list[ProxyTask]:
     generator = np.random.default_rng([SUITES.index(suite), SPLITS.index(split), _DRAWS])
     first = 1_000_000 * (1 + SUITES.index(suite)) + 100_000 * SPLITS.index(split)
     shifts = [("shift", corpus) for corpus in CORPORA[split]]
-    places = list(PLACEMENTS) if suite == "planted" else [*shifts, ("classify", LABELLED[split])]
+    places: Sequence[Any] = PLACEMENTS if suite == "planted" else [*shifts, ("classify", LABELLED[split])]
     tasks = _draw(suite, split, BUDGETS[suite, split], places, first, generator)
     if split == "test":
         places = ["low"] if suite == "planted" else places
