@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,6 @@ console = Console()
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
     from .agents.evaluation import compare, summarise
-    from .agents.learned import LearnedPolicy
     from .agents.rules import find_rule
     from .agents.training import PROGRESS, finish, is_finished, train
     from .env.suites import evenly, find_tasks
@@ -60,12 +60,10 @@ def train_command(options: Train) -> None:
         _print_validation(read_json(folder / "card.json")["validation"])
         return
     with _bar("training on proxy fine-tunes (rounds)", "starting") as report_stage:
-        network = train(
-            options, folder, resume=options.resume, on_stage=lambda s: report_stage(s.done, s.total, s.name)
-        )
+        policy = train(options, folder, resume=options.resume, on_stage=lambda s: report_stage(s.done, s.total, s.name))
     results: dict[str, Any] = {}
     if options.validation_tasks:
-        policies = [LearnedPolicy("learned", network), find_rule("heur3"), find_rule("fracrule")]
+        policies = [replace(policy, name="learned"), find_rule("heur3"), find_rule("fracrule")]
         tasks = find_tasks(options.suites, "validation", options.bases or None, options.task_overrides)
         tasks = evenly(tasks, options.validation_tasks)
         with _progress("comparing with the rules on validation tasks") as report:
@@ -79,7 +77,7 @@ def train_command(options: Train) -> None:
                 )
             )
     save_figure(learning_curve(read_json_lines(folder / PROGRESS)), folder / "learning_curve.png")
-    finish(folder, network, options, results)
+    finish(folder, policy, options, results)
     _print_validation(results)
     console.print(f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}")
 

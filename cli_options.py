@@ -24,15 +24,17 @@ class Train(TrainConfig):
     """Train a policy on proxy fine-tunes and save it as a folder (safetensors and JSON).
 
     The policy moves LoRA rank between modules inside a hard budget. Untrained, it is the rule heur3. A warm start
-    teaches it what modules are worth, on tasks where that is known. Then PPO trains how it uses that and the signals:
-    each iteration is a round of short fine-tunes of small pretrained transformers, several episodes of each fresh task
-    beside one that heur3 flies. Now and then the policy is measured on validation tasks, and the best one is kept.
-    Afterwards it is compared there with heur3, fracrule and uniform ranks; for a comparison on tasks that decided
-    nothing, see rankpilot evaluate --split test.
+    teaches it what modules are worth, on tasks where that is known. Then PPO trains how it uses that and the
+    signals: each iteration is a round of short fine-tunes of small pretrained transformers, several episodes of
+    each fresh task beside one that heur3 flies. Now and then this actor is measured on validation tasks, and the
+    best one is kept. Last, if trial tasks are asked for, many plans are tried on each of them, and critics learn
+    from that to choose between the actor's plan and others. Afterwards the policy is compared on validation tasks
+    with heur3, fracrule and uniform ranks; for a comparison on tasks that decided nothing, see rankpilot evaluate
+    --split test.
 
     Attributes:
         output: folder of the run; the policy is written there.
-        preset: sets all options that are not given: on two cores quick takes 5 minutes, default 60, full 300.
+        preset: sets all options that are not given: on two cores quick takes 5 minutes, default 90, full 300.
         resume: go on with an interrupted run in the same folder; a finished one is left as it is.
     """
 
@@ -61,12 +63,13 @@ class Finetune(FinetuneConfig):
 class Evaluate(EvaluateConfig):
     """Compare policies and rules on the same proxy fine-tunes: same tasks, seeds, batches and budgets.
 
-    POLICIES are folders of trained policies and rules: uniform, top-half, top-third, rule16, fracrule, fracrule-mlp,
-    one-deeper, two-deeper, all-layers, ramp-up, ramp-down, random, gradient-norm, adalora, snr, heur3,
-    utility-per-byte. constant:FOLDER is a policy's mean action, which takes no notice of the task; once:FOLDER
-    decides at the start alone; without-signals:FOLDER (or -prices, -place, -progress, or one feature) does not see
-    those. Four more show what could be reached, and are allowed more than the others: uniform-115 (15 % more budget),
-    oracle (knows what was planted), best-window and best-of-8 (the best of eight runs).
+    POLICIES are folders of trained policies and rules: uniform, top-half, top-third, rule16, fracrule,
+    fracrule-mlp, one-deeper, two-deeper, all-layers, ramp-up, ramp-down, random, gradient-norm, adalora, snr,
+    heur3, utility-per-byte. constant:FOLDER is a policy's mean action, which takes no notice of the task;
+    actor:FOLDER leaves its plan critics out; once:FOLDER decides at the start alone; without-signals:FOLDER (or
+    -prices, -place, -progress, or one feature) does not see those. Four more show what could be reached, and are
+    allowed more than the others: uniform-115 (15 % more budget), oracle (knows what was planted), best-window and
+    best-of-8 (the best of eight runs).
 
     Gains are how much lower the held-out loss is than that of uniform rank in the same budget, as a share of the
     headroom, which is what the best known allocation gains over uniform. Every figure comes with the 95 % interval of

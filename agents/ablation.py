@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from ..errors import UnknownNameError
+from ..errors import ConfigError, UnknownNameError
+from .learned import LearnedPolicy
 from .policy import Decision, Policy, decision_to_keep, is_first
 
 FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
@@ -72,3 +73,10 @@ class Once:
     def decide(self, observation: Observation) -> Decision:
         """As the policy at the first decision; no change after."""
         return self.policy.decide(observation) if is_first(observation) else decision_to_keep(observation)
+
+
+def actor_of(policy: Policy) -> Policy:
+    """A learned policy without its plan critics; ConfigError for one that has none."""
+    if not isinstance(policy, LearnedPolicy) or policy.critics is None:
+        raise ConfigError(f"{policy.name} has no plan critics that could be left out.")
+    return replace(policy, name=f"{policy.name} actor", critics=None)

@@ -17,7 +17,7 @@ from ..env.task_data import check_texts
 from ..env.tasks import ProxyTask
 from ..errors import ConfigError, RunFolderError, UnknownNameError
 from ..files import as_plain, read_json, write_json
-from .ablation import Once, Without
+from .ablation import Once, Without, actor_of
 from .config import count_workers
 from .evaluation import SLOTS, Competitor, compare
 from .flying import first_observations
@@ -37,7 +37,7 @@ _FIXED = ("suite", "split", "bases", "tasks", "task_steps")
 CONSTANT = "constant:"
 """Before the folder of a policy: its mean action in its place."""
 
-ONCE, WITHOUT = "once", "without-"
+ACTOR, ONCE, WITHOUT = "actor", "once", "without-"
 """Before a colon and the folder of a policy: see `agents.ablation`."""
 
 CONSTANT_TASKS = 32
@@ -49,7 +49,8 @@ class EvaluateConfig:
     """Which policies are compared, and on what.
 
     Attributes:
-        policies: rules, folders of trained policies, or constant:FOLDER, once:FOLDER, without-FEATURES:FOLDER.
+        policies: rules, folders of trained policies, or constant:FOLDER, actor:FOLDER, once:FOLDER,
+            without-FEATURES:FOLDER.
         suite: suites of tasks, "planted" and "shift".
         split: which of a suite's tasks.
         bases: only tasks on these proxy bases; all if none is given.
@@ -163,6 +164,8 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
     before, colon, folder = name.rpartition(":")
     if name.startswith(CONSTANT):
         return _constant(folder, schedule)
+    if colon and before == ACTOR:
+        return actor_of(load_policy(folder))
     if colon and before == ONCE:
         return Once(load_policy(folder))
     if colon and before.startswith(WITHOUT):

@@ -76,6 +76,8 @@ class TrainConfig:
         clip_range: PPO's clip on the probability ratio.
         target_kl: an update ends early when the policy has moved so far.
         warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for none.
+        trial_tasks: fresh tasks of the trials after PPO, from which plan critics learn; 0 for none, and the actor
+            decides alone.
         suites: where tasks come from, "planted" and "shift".
         bases: proxy bases of the tasks; all of the training split if none is given.
         task_steps: optimiser steps of an episode; None for as many as the suites' tasks have.
@@ -101,6 +103,7 @@ class TrainConfig:
     clip_range: float = 0.2
     target_kl: float = 0.05
     warm_tasks: int = 0
+    trial_tasks: int = 0
     suites: tuple[str, ...] = SUITES
     bases: tuple[str, ...] = ()
     task_steps: int | None = None
@@ -122,10 +125,11 @@ class TrainConfig:
                 f"2 (returns are compared inside it); got {self.iterations}, {self.stacks}, {self.groups}, "
                 f"{self.epochs}, {self.task_steps}, {self.validate_every} and {self.group}."
             )
-        if min(self.workers, self.validation_tasks, self.warm_tasks) < 0 or self.learning_rate <= 0:
+        if min(self.workers, self.validation_tasks, self.warm_tasks, self.trial_tasks) < 0 or self.learning_rate <= 0:
             raise ConfigError(
-                "workers, validation_tasks and warm_tasks are at least 0 and learning_rate above 0; got "
-                f"{self.workers}, {self.validation_tasks}, {self.warm_tasks} and {self.learning_rate}."
+                "workers, validation_tasks, warm_tasks and trial_tasks are at least 0 and learning_rate above 0; got "
+                f"{self.workers}, {self.validation_tasks}, {self.warm_tasks}, {self.trial_tasks} and "
+                f"{self.learning_rate}."
             )
 
     @property
@@ -141,10 +145,17 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
-    "default": TrainConfig(iterations=200, warm_tasks=960),
-    "full": TrainConfig(iterations=750, warm_tasks=1920, learning_rate=5e-4, validation_tasks=64, validate_every=50),
+    "default": TrainConfig(iterations=200, warm_tasks=960, trial_tasks=480),
+    "full": TrainConfig(
+        iterations=750,
+        warm_tasks=1920,
+        trial_tasks=1920,
+        learning_rate=5e-4,
+        validation_tasks=64,
+        validate_every=50,
+    ),
 }
-"""Presets of `rankpilot train`: a few minutes, about an hour and about five hours on two cores."""
+"""Presets of `rankpilot train`: a few minutes, an hour and a half, and about five hours on two cores."""
 
 
 @dataclass(frozen=True)

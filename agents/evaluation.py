@@ -7,17 +7,12 @@ the rows are the same for any number of workers and in whatever order they come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from multiprocessing import get_context
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from ..env.schedule import DecisionSchedule
 from ..env.stacked_episodes import StackedEpisodes
@@ -25,6 +20,7 @@ from ..env.tasks import ProxyTask, Reference
 from ..errors import ConfigError
 from .flying import fly, measure_references
 from .policy import Policy
+from .pool import worker_pool
 from .results import Key, Row, append_rows, read_rows, row_of
 from .statistics import mean_and_interval
 from .task_rules import TaskRule
@@ -36,8 +32,6 @@ SEED_STEP = 7_000_000
 """Between the seeds of a task's repetitions; the suites' own seeds lie from 1 to 3 million."""
 
 Competitor = Policy | TaskRule
-Work = Callable[[list["Job"], DecisionSchedule], list[Any]]
-Spread = Callable[[Work, list[list["Job"]], DecisionSchedule], Iterator[tuple[list["Job"], list[Any]]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +105,12 @@ def compare(
     unmeasured = [Job(None, *pair) for pair in dict.fromkeys((job.origin, job.task) for job in missing)]
     unmeasured = [job for job in unmeasured if job.task.reference is None and job.key[1:] not in references]
     total, done = sum(job.runs for job in (*unmeasured, *missing)), 0
-    with _spread(workers) as spread:
-        for chunk, results in spread(_measure, _chunks(unmeasured, workers), schedule):
+    with worker_pool(workers) as spread:
+        for chunk, results in spread(partial(_measure, schedule), _chunks(unmeasured, workers)):
             references |= {job.key[1:]: result for job, result in zip(chunk, results, strict=True)}
             done += _report(chunk, done, total, on_progress)
         missing = [_with_reference(job, references) for job in missing]
-        for chunk, rows in spread(_run, _chunks(missing, workers), schedule):
+        for chunk, rows in spread(partial(_run, schedule), _chunks(missing, workers)):
             known |= {row.key: row for row in rows}
             if file:
                 append_rows(file, rows)
@@ -157,43 +151,13 @@ def _place(task: ProxyTask) -> tuple[str, int, int]:
     return task.base, task.batch_size, task.length
 
 
-@contextmanager
-def _spread(workers: int) -> Iterator[Spread]:
-    """Yields what spreads chunks over processes, and yields each with its results as soon as they are there."""
-    if workers == 1:
-        yield _one_by_one
-        return
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
-
-    def side_by_side(
-        work: Work, chunks: list[list[Job]], schedule: DecisionSchedule
-    ) -> Iterator[tuple[list[Job], list[Any]]]:
-        futures = {pool.submit(work, chunk, schedule): chunk for chunk in chunks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-    try:
-        yield side_by_side
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _one_by_one(
-    work: Work, chunks: list[list[Job]], schedule: DecisionSchedule
-) -> Iterator[tuple[list[Job], list[Any]]]:
-    for chunk in chunks:
-        yield chunk, work(chunk, schedule)
-
-
 @lru_cache(maxsize=1)
 def _episodes(place: tuple[str, int, int], schedule: DecisionSchedule) -> StackedEpisodes:
     """The stack of this process."""
     return StackedEpisodes(place[0], schedule, SLOTS)
 
 
-def _measure(jobs: list[Job], schedule: DecisionSchedule) -> list[Reference]:
+def _measure(schedule: DecisionSchedule, jobs: list[Job]) -> list[Reference]:
     """The references of some tasks; the best loss of a repetition is estimated from that of its origin."""
     episodes = _episodes(_place(jobs[0].task), schedule)
     found = measure_references(episodes, [job.task for job in jobs], SLOTS)
@@ -207,7 +171,7 @@ def _estimated(reference: Reference, origin: Reference | None) -> Reference:
     return replace(reference, best=reference.uniform - reference.gain * origin.headroom / origin.gain)
 
 
-def _run(jobs: list[Job], schedule: DecisionSchedule) -> list[Row]:
+def _run(schedule: DecisionSchedule, jobs: list[Job]) -> list[Row]:
     """The rows of some jobs; of several attempts the best counts."""
     episodes = _episodes(_place(jobs[0].task), schedule)
     attempts = []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES
 from ..env.schedule import DecisionSchedule
@@ -21,6 +22,7 @@ from ..lora.ladder import DEFAULT_RANKS
 from .config import NetworkConfig
 from .learned import LearnedPolicy
 from .network import RankNetwork
+from .plan_critic import CriticConfig, PlanCritics
 from .policy import Policy
 from .rules import RULES, find_rule
 
@@ -28,25 +30,36 @@ FORMAT = "rankpilot-policy"
 SCHEMA = 1
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
+CRITICS = "plan_critics."
+"""Before the names of the plan critics' weights."""
+
 PACKAGED = Path(__file__).parent / "policies"
 DEFAULT = "default"
 """Name of the policy that ships with the package, in a folder of that name in PACKAGED."""
 
 
-def save_policy(folder: Path, network: RankNetwork, schedule: DecisionSchedule, provenance: dict[str, Any]) -> Path:
+def save_policy(
+    folder: Path,
+    network: RankNetwork,
+    schedule: DecisionSchedule,
+    provenance: dict[str, Any],
+    critics: PlanCritics | None = None,
+) -> Path:
     """Write a policy; an existing one of that name is replaced file by file.
 
     Args:
         folder: where to.
-        network: its weights.
+        network: the actor.
         schedule: when it was trained to decide.
         provenance: how it came about and what it achieved, as JSON values.
+        critics: of plans, if it has any.
 
     Returns:
         The folder.
     """
     with atomic_path(folder / WEIGHTS) as temporary:
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, temporary)
+        weights = network.state_dict() | (critics.state_dict(prefix=CRITICS) if critics else {})
+        save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
         temporary.chmod(0o644)
     card = {
         "format": FORMAT,
@@ -57,6 +70,7 @@ def save_policy(folder: Path, network: RankNetwork, schedule: DecisionSchedule, 
         "ladder": list(DEFAULT_RANKS),
         "schedule": asdict(schedule),
         "network": asdict(network.config),
+        "plan_critics": asdict(critics.config) if critics else None,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("rankpilot", "torch", "stable-baselines3")},
@@ -95,14 +109,17 @@ def load_policy(given: str | Path | Policy) -> Policy:
     card = read_card(folder)
     try:
         network = RankNetwork(NetworkConfig(**card["network"]))
+        critics = PlanCritics(CriticConfig(**card["plan_critics"])) if card.get("plan_critics") else None
     except (TypeError, ValueError, RuntimeError) as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {_first_line(error)}") from error
     weights = _read_weights(folder, card)
+    judging = {name.removeprefix(CRITICS): weights.pop(name) for name in list(weights) if name.startswith(CRITICS)}
     try:
         network.load_state_dict(weights)
+        (critics or nn.Module()).load_state_dict(judging)
     except RuntimeError as error:
         raise PolicyFileError(f"The weights in {folder} do not fit its card: {_first_line(error)}") from error
-    return LearnedPolicy(str(card.get("name", folder.name)), network.eval())
+    return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), critics.eval() if critics else None)
 
 
 def policy_folder(given: str | Path) -> Path:

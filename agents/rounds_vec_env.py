@@ -9,8 +9,7 @@ nothing, so results are the same on any number of cores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -33,6 +32,7 @@ from ..env.tasks import ProxyTask
 from ..errors import ConfigError, WorkerError
 from ..lora.cost import FloatArray
 from .policy import Policy
+from .pool import apart
 
 Arrays = dict[str, NDArray[Any]]
 Note = Callable[[Arrays, Sequence[FloatArray | None]], None]
@@ -179,18 +179,6 @@ def _serve(pipe: Connection, *options: Any) -> None:
             pipe.send(error)
 
 
-@contextmanager
-def _apart() -> Iterator[None]:
-    """As if in a worker's process: one thread, and no trace in the random state (bases are adapted at random)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class RoundsVecEnv(VecEnv):
     """Rounds of fresh tasks for PPO: every episode has the same number of decisions, and all end together.
 
@@ -229,7 +217,7 @@ class RoundsVecEnv(VecEnv):
         """Have the workers answer calls, by stack."""
         if self.config.worker_count == 1:
             self._local = self._local or _Worker(*self._worker_options)
-            with _apart():
+            with apart():
                 return {stack: getattr(self._local, name)(stack, *values) for stack, (name, values) in calls.items()}
         if not self._pipes:
             self._start_processes()

@@ -28,14 +28,17 @@ from ..env.suites import VERSION, evenly, find_tasks
 from ..env.task_data import check_texts
 from ..env.tasks import ProxyTask, adapted_base
 from ..errors import RunFolderError
-from ..files import append_json_line, atomic_path, read_json_lines, write_text
+from ..files import append_json_line, atomic_path, read_json, read_json_lines, write_json, write_text
 from .config import TrainConfig, as_json
+from .learned import LearnedPolicy
 from .network import RankNetwork
+from .plan_critic import PlanCritics, fit_critics
 from .policy_file import CARD, save_policy
 from .rounds_vec_env import Arrays, RoundsConfig, RoundsVecEnv
 from .rules import find_rule
 from .run_folder import open_run
 from .sb3_policy import GroupRolloutBuffer, RankPolicy
+from .trials import RUNS, Stack, lessons_of, run_trials
 from .warm_start import warm_start
 
 CHECKPOINT, PROGRESS, TENSORBOARD = "checkpoint.pt", "progress.jsonl", "tensorboard"
@@ -43,8 +46,11 @@ CHECKPOINT, PROGRESS, TENSORBOARD = "checkpoint.pt", "progress.jsonl", "tensorbo
 WARM_START = "warm_start"
 """Folder, inside a run's, of the policy before PPO."""
 
-WARM_ROUND = 1_000_000
-"""Tasks of the warm start are drawn as those of rounds from this one on."""
+WARM_ROUND, TRIAL_ROUND = 1_000_000, 2_000_000
+"""Tasks of the warm start and of the trials are drawn as those of rounds from these on."""
+
+TRIALS, SUMMARY = "trials", "summary.json"
+"""Folder, inside a run's, of what the plan critics learn from, and what came of it."""
 
 START = "heur3"
 """The rule that an untrained network is, and that episodes are measured against."""
@@ -55,9 +61,9 @@ class Stage:
     """How far training has come, for progress bars.
 
     Attributes:
-        name: "warm start", "training" or "validation".
-        done: iterations done.
-        total: iterations in all.
+        name: "warm start", "training", "validation", "trials" or "plan critics".
+        done: iterations done; of trials stacks of runs.
+        total: iterations in all; of trials stacks.
     """
 
     name: str
@@ -234,7 +240,7 @@ def is_finished(folder: Path) -> bool:
     return (folder / CARD).exists()
 
 
-def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: OnStage | None = None) -> RankNetwork:
+def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: OnStage | None = None) -> LearnedPolicy:
     """Train a policy; the run's progress and checkpoint are in `folder`.
 
     Args:
@@ -244,7 +250,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         on_stage: called as training goes on.
 
     Returns:
-        The network that did best on the validation tasks; the last one without any. `finish` writes it as a policy.
+        The actor that did best on the validation tasks, the last one without any, and the plan critics, if trials were
+        asked for. `finish` writes it.
 
     Raises:
         RunFolderError: see `open_run`.
@@ -295,7 +302,32 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         envs.close()
     if validation.best:
         network.load_state_dict(validation.best[1])
-    return network.cpu().eval()
+    actor = LearnedPolicy(folder.name, network.eval())
+    return replace(actor, critics=_judges(actor, rounds, config, folder, report)) if config.trial_tasks else actor
+
+
+def _judges(
+    actor: LearnedPolicy, rounds: RoundsConfig, config: TrainConfig, folder: Path, report: OnStage
+) -> PlanCritics:
+    """Plan critics, from trials of fresh tasks."""
+    drawn = [tuple(rounds.draw(TRIAL_ROUND + number, 0)) for number in range(-(-config.trial_tasks // rounds.groups))]
+    drawn.sort(key=lambda tasks: tasks[0].base)  # bases take long to load
+    stacks = [
+        Stack(number, tasks, actor, config.schedule, config.seed, rounds.device) for number, tasks in enumerate(drawn)
+    ]
+    report(Stage("trials", 0, len(stacks)))
+    trials = run_trials(
+        stacks,
+        folder / TRIALS,
+        workers=config.worker_count,
+        on_progress=lambda done, total: report(Stage("trials", done, total)),
+    )
+    lessons = lessons_of(list(trials))
+    report(Stage("plan critics", len(stacks), len(stacks)))
+    critics = PlanCritics()
+    facts = fit_critics(critics, lessons, seed=config.seed)
+    write_json(folder / TRIALS / SUMMARY, {"runs": len(stacks) * rounds.groups * RUNS} | facts)
+    return critics
 
 
 def _tasks(suites: Sequence[str], split: str, config: TrainConfig) -> tuple[ProxyTask, ...]:
@@ -345,7 +377,7 @@ def _new_model(config: TrainConfig, envs: RoundsVecEnv, folder: Path) -> PPO:
     )
 
 
-def finish(folder: Path, network: RankNetwork, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:
+def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:
     """Write the trained policy and its card into the run's folder; the run then counts as finished."""
     rows = read_json_lines(folder / PROGRESS)
     provenance = {
@@ -354,6 +386,7 @@ def finish(folder: Path, network: RankNetwork, config: TrainConfig, results: dic
         "suite_version": VERSION,
         "episodes": sum(row.get("episodes", 0) for row in rows),
         "start": rows[0],
+        "trials": read_json(folder / TRIALS / SUMMARY) if policy.critics else {},
         "validation": results or {},
     }
-    return save_policy(folder, network, config.schedule, provenance)
+    return save_policy(folder, policy.network, config.schedule, provenance, policy.critics)

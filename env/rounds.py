@@ -22,6 +22,7 @@ class Round:
 
     Attributes:
         observations: the latest one of each episode.
+        ranks: those of each, after its latest decision.
         churn: cost of the rungs that each has moved after its first decision.
         decisions: how many have been taken.
     """
@@ -31,6 +32,7 @@ class Round:
         self.tasks = list(tasks)
         self._episodes = episodes
         self.observations: list[Observation] = [episodes.observe(slot) for slot in range(len(tasks))]
+        self.ranks = [observation.problem.ranks for observation in self.observations]
         self.churn = [0.0] * len(tasks)
         self.decisions = 0
 
@@ -53,6 +55,7 @@ class Round:
         for slot in flying:
             problem = self.observations[slot].problem
             plan = self._episodes.apply(slot, *decisions[slot])
+            self.ranks[slot] = plan.ranks
             if self.decisions:
                 self.churn[slot] += churn_cost(problem.rungs, problem.ladder.rung(plan.ranks))
         losses = self._episodes.advance(flying)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..agents.comparison import ACTOR, CONSTANT
 from ..agents.results import Row
 from ..agents.statistics import Estimate, PairedComparison, compare_pairs, estimate, interquartile_means
+from ..agents.training import WARM_START
 from ..lora.cost import FloatArray
 from ..lora.ladder import IntArray
 
@@ -96,12 +98,8 @@ BLIND: dict[str, Callable[[Row], bool]] = {
 """Where the rules are blind."""
 
 
-def claims(constant: str) -> list[Claim]:
-    """All claims.
-
-    Args:
-        constant: name of the competitor that is the policy's constant mean action.
-    """
+def claims(policy: str) -> list[Claim]:
+    """All claims about a policy of that name."""
     return [
         Claim("real shifts, equal parameters", _shift(lambda row: row.unit == "parameters"), UNIFORM, BETTER),
         Claim("real shifts, 30 to 50 % of the bytes", _shift(_plain_bytes(0.3, 0.5)), "fracrule", NOT_WORSE),
@@ -109,8 +107,9 @@ def claims(constant: str) -> list[Claim]:
         Claim("real shifts, 75 to 100 %", _shift(_plain_bytes(0.75, 1)), "fracrule", NOT_WORSE),
         Claim("real shifts, bytes", _shift(_plain_bytes(0, math.inf)), UNIFORM, BETTER),
         *(Claim(title, keep, "fracrule", BETTER) for title, keep in BLIND.items()),
-        Claim("all tasks", _everything, constant, BETTER),
-        Claim("all tasks", _everything, "warm_start", BETTER),
+        Claim("all tasks", _everything, f"{CONSTANT}{policy}", BETTER),
+        Claim("all tasks", _everything, WARM_START, BETTER),
+        Claim("all tasks", _everything, f"{policy} {ACTOR}", None),
         Claim("all tasks", _everything, "heur3", None),
         Claim("all tasks", _everything, "fracrule-mlp", None),
         Claim("real shifts, bytes", _shift(_plain_bytes(0, math.inf)), "fracrule-mlp", None),

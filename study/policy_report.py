@@ -1,6 +1,6 @@
 """The report on a trained policy, docs/policy.md: what it had to show on the test split, and what came of it.
 
-    rankpilot evaluate RUN constant:RUN RUN/warm_start fracrule fracrule-mlp oracle best-window \
+    rankpilot evaluate RUN constant:RUN actor:RUN RUN/warm_start fracrule fracrule-mlp oracle best-window \
         --split test --seeds 2 --output TEST
     rankpilot evaluate RUN once:RUN without-signals:RUN without-prices:RUN --seeds 2 --output ABLATIONS
     python -m rankpilot.study.policy_report RUN TEST --ablations ABLATIONS --output docs/policy.md
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..agents.comparison import CONSTANT, ROWS
+from ..agents.comparison import ROWS
 from ..agents.policy_file import read_card
 from ..agents.results import Row, read_rows
 from ..agents.statistics import Estimate, estimate
@@ -87,7 +87,9 @@ docs/experiments.md for what else was tried."""
 
 
 def _training(card: dict[str, Any], rounds: int) -> str:
-    return f"## Training\n\n{card['episodes']} episodes in {rounds} rounds, from seed {card['training']['seed']}."
+    trials = f", then {card['trials']['runs']} trials" if card.get("trials") else ""
+    seed = card["training"]["seed"]
+    return f"## Training\n\n{card['episodes']} episodes in {rounds} rounds{trials}, from seed {seed}."
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -97,7 +99,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _claims(rows: Sequence[Row], policy: str) -> str:
     """The table of what was asked for."""
-    lines = [line for claim in claims(f"{CONSTANT}{policy}") if (line := _claim(rows, policy, claim))]
+    lines = [line for claim in claims(policy) if (line := _claim(rows, policy, claim))]
     columns = ["runs", "against", "tasks x seeds", "nats gained, mean", "interquartile mean", "chance of being better"]
     columns += ["wins / ties / losses", "1 % worse", "asked for", "reached"]
     return "## What it had to show\n\n" + _table(columns, lines)

@@ -15,15 +15,17 @@ import torch
 from rankpilot.agents.config import NetworkConfig
 from rankpilot.agents.learned import LearnedPolicy
 from rankpilot.agents.network import RankNetwork
-from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
+from rankpilot.agents.plan_critic import CriticConfig, PlanCritics
+from rankpilot.agents.policy_file import CARD, CRITICS, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.agents.rules import RULES, SignalRule
 from rankpilot.env.observation import Observation
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.errors import PolicyFileError, RankPilotError, UnknownNameError
 from rankpilot.files import sha256
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 NETWORK = asdict(NetworkConfig(width=12))
+JUDGES = asdict(CriticConfig(count=2, width=8, dropout=0.5))
 SCHEDULE = DecisionSchedule(probe_steps=7, fractions=(0.0, 0.25), max_step=3)
 
 
@@ -204,3 +206,120 @@ def test_unknown_names(tmp_path: Path) -> None:
         load_policy(tmp_path / "none")
     with pytest.raises(RankPilotError):
         load_policy("")
+
+
+# Plan critics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def critics() -> PlanCritics:
+    critics = PlanCritics(CriticConfig(**JUDGES))
+    with torch.no_grad():
+        for parameter in critics.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return critics.eval()
+
+
+@pytest.fixture
+def judged(tmp_path: Path, network: RankNetwork, critics: PlanCritics) -> Path:
+    return save_policy(tmp_path / "judged", network, SCHEDULE, {"name": "judged"}, critics)
+
+
+def decisions_of(policy: LearnedPolicy, make_observation: Callable[..., Observation]) -> list[dict[str, Any]]:
+    observations = [make_observation(11, seed, max_step=step) for seed in range(4) for step in (None, 2)]
+    return [vars(policy.decide(observation)) for observation in observations]
+
+
+def test_critics_come_back(
+    judged: Path, network: RankNetwork, critics: PlanCritics, make_observation: Callable[..., Observation]
+) -> None:
+    loaded = load_policy(judged)
+    assert isinstance(loaded, LearnedPolicy)
+    assert loaded.critics is not None
+    assert loaded.critics.config == critics.config
+    assert not any(module.training for module in loaded.critics.modules())
+    found = decisions_of(loaded, make_observation)
+    expected = decisions_of(LearnedPolicy("x", network, critics), make_observation)
+    alone = decisions_of(LearnedPolicy("x", network), make_observation)
+    for a, b in zip(found, expected, strict=True):
+        for name, value in b.items():
+            np.testing.assert_array_equal(a[name], value)
+    assert any(not np.array_equal(a["deltas"], b["deltas"]) for a, b in zip(found, alone, strict=True))
+    assert json.loads((judged / CARD).read_text())["plan_critics"] == JUDGES
+    assert {path.name for path in judged.iterdir()} == {WEIGHTS, CARD}
+
+
+def test_a_policy_without_critics_loads_as_before(folder: Path, make_observation: Callable[..., Observation]) -> None:
+    """Also one whose card was written when there were none."""
+    assert json.loads((folder / CARD).read_text())["plan_critics"] is None
+    assert not any(name.startswith(CRITICS) for name in load_file(folder / WEIGHTS))
+    new = load_policy(folder)
+    edit_card(folder, plan_critics=None)
+    assert "plan_critics" not in json.loads((folder / CARD).read_text())
+    old = load_policy(folder)
+    assert isinstance(new, LearnedPolicy)
+    assert isinstance(old, LearnedPolicy)
+    assert new.critics is old.critics is None
+    for a, b in zip(decisions_of(new, make_observation), decisions_of(old, make_observation), strict=True):
+        np.testing.assert_array_equal(a["deltas"], b["deltas"])
+        assert a["log_prob"] == b["log_prob"] != 0
+
+
+def test_a_policy_can_be_written_again_without_its_critics(judged: Path, network: RankNetwork) -> None:
+    save_policy(judged, network, SCHEDULE, {})
+    loaded = load_policy(judged)
+    assert isinstance(loaded, LearnedPolicy)
+    assert loaded.critics is None
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        (None, "do not fit its card"),
+        ({}, "do not fit its card"),
+        (JUDGES | {"count": 1}, "do not fit its card"),
+        (JUDGES | {"count": 3}, "do not fit its card"),
+        (JUDGES | {"width": 9}, "do not fit its card"),
+        ({"count": 2}, "do not fit its card"),
+        (JUDGES | {"depth": 2}, "does not describe"),
+        (JUDGES | {"count": 0}, "does not describe the network: count and width of the plan critics"),
+        (JUDGES | {"width": -1}, "does not describe"),
+        (JUDGES | {"width": "a"}, "does not describe"),
+        (JUDGES | {"width": 8.5}, "does not describe"),
+        (JUDGES | {"dropout": 1.0}, "does not describe"),
+        (JUDGES | {"dropout": None}, "does not describe"),
+        ([2, 8], "does not describe"),
+        ("critics", "does not describe"),
+        (True, "does not describe"),
+    ],
+)
+def test_cards_that_do_not_describe_the_critics(judged: Path, described: Any, message: str) -> None:
+    edit_card(judged, plan_critics=described)
+    with pytest.raises(PolicyFileError, match=message):
+        load_policy(judged)
+
+
+@pytest.mark.parametrize("change", ["all missing", "one missing", "one more", "another shape"])
+def test_weights_that_are_not_those_of_the_critics(judged: Path, change: str) -> None:
+    weights = load_file(judged / WEIGHTS)
+    own = [name for name in weights if name.startswith(CRITICS)]
+    assert len(own) == 2 * 8
+    if change == "one more":
+        weights[CRITICS + "critics.0.other"] = torch.zeros(2)
+    elif change == "another shape":
+        weights[own[0]] = weights[own[0]][..., None].repeat_interleave(2, dim=-1)
+    else:
+        for name in own[: 1 if change == "one missing" else None]:
+            del weights[name]
+    save_file(weights, judged / WEIGHTS)
+    edit_card(judged, sha256=sha256(judged / WEIGHTS))
+    with pytest.raises(PolicyFileError, match="do not fit its card"):
+        load_policy(judged)
+
+
+def test_critics_that_no_card_describes(folder: Path, judged: Path) -> None:
+    """The weights of one policy with the card of another."""
+    (folder / WEIGHTS).write_bytes((judged / WEIGHTS).read_bytes())
+    edit_card(folder, sha256=sha256(folder / WEIGHTS))
+    with pytest.raises(PolicyFileError, match="do not fit its card"):
+        load_policy(folder)

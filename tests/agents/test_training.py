@@ -23,7 +23,8 @@ from rankpilot.agents.network import RankNetwork
 from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy
 from rankpilot.agents.rounds_vec_env import RoundsVecEnv
 from rankpilot.agents.sb3_policy import GroupRolloutBuffer, RankPolicy
-from rankpilot.agents.training import CHECKPOINT, PROGRESS, WARM_START, finish, is_finished, train
+from rankpilot.agents.training import CHECKPOINT, PROGRESS, TRIALS, WARM_START, finish, is_finished, train
+from rankpilot.agents.trials import RUNS
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.env.spaces import observation_space, score_space
@@ -51,6 +52,7 @@ CONFIG = TrainConfig(
 )
 BARE = dataclasses.replace(CONFIG, iterations=2, warm_tasks=0, validation_tasks=0)
 BEGIN = [("validation", 0, 3), ("warm start", 0, 3), ("validation", 0, 3)]
+TRIED = dataclasses.replace(BARE, iterations=1, trial_tasks=2)
 
 
 def same_weights(left: RankNetwork, right: RankNetwork) -> bool:
@@ -64,15 +66,19 @@ class Run:
 
     Attributes:
         folder: of the run.
-        network: what came out.
+        policy: what came out.
         stages: reports.
         calls: how often workers were called.
     """
 
     folder: Path
-    network: RankNetwork
+    policy: LearnedPolicy
     stages: list[tuple[str, int, int]] = field(default_factory=list)
     calls: int = 0
+
+    @property
+    def network(self) -> RankNetwork:
+        return self.policy.network
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -98,8 +104,8 @@ def noted(config: TrainConfig, folder: Path, *, resume: bool = False, kill_at: i
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RoundsVecEnv, "_calls", counted)
-        network = train(config, folder, resume=resume, on_stage=lambda stage: stages.append(dataclasses.astuple(stage)))
-    return Run(folder, network, stages, calls)
+        policy = train(config, folder, resume=resume, on_stage=lambda stage: stages.append(dataclasses.astuple(stage)))
+    return Run(folder, policy, stages, calls)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +165,7 @@ def test_a_policy_file_is_the_same_byte_for_byte(whole: Run, bare: Run, tmp_path
     assert again.rows == whole.rows
     assert (again.folder / WARM_START / WEIGHTS).read_bytes() == (whole.folder / WARM_START / WEIGHTS).read_bytes()
     again = noted(BARE, tmp_path / "bare")
-    folders = [finish(run.folder, run.network, BARE) for run in (again, bare)]
+    folders = [finish(run.folder, run.policy, BARE) for run in (again, bare)]
     for name in (WEIGHTS, CARD):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     other = noted(dataclasses.replace(BARE, seed=1), tmp_path / "other")
@@ -242,7 +248,7 @@ def test_a_finished_training_resumes_to_itself(bare: Run, make_observation: Call
     again = noted(BARE, bare.folder, resume=True)
     assert again.calls == 0
     assert same_weights(again.network, bare.network)
-    finish(bare.folder, bare.network, BARE, {"learned": {"improvement": 0.1}})
+    finish(bare.folder, bare.policy, BARE, {"learned": {"improvement": 0.1}})
     assert is_finished(bare.folder)
     card = read_json(bare.folder / "card.json")
     assert card["episodes"] == 4
@@ -303,6 +309,35 @@ class _Payload:
         return (Path.touch, (self.path,))
 
 
+# Trials ---------------------------------------------------------------------------------------------------------------
+
+
+def test_trials_give_the_policy_critics(tmp_path: Path, make_observation: Callable[..., Any]) -> None:
+    """Also if a run is interrupted among them, and in processes; byte for byte the same."""
+    run = noted(TRIED, tmp_path / "one" / "pilot")
+    assert run.stages == [("training", 1, 1), *(("trials", done, 2) for done in range(3)), ("plan critics", 2, 2)]
+    finish(run.folder, run.policy, TRIED)
+    facts = read_json(run.folder / CARD)["trials"]
+    assert facts["runs"] == 2 * RUNS
+    loaded = load_policy(run.folder)
+    assert isinstance(loaded, LearnedPolicy)
+    assert loaded.critics is not None
+    with torch.no_grad():
+        assert all(float(value.abs().max()) > 0 for value in loaded.critics.parameters())
+    observation = make_observation(9)
+    np.testing.assert_array_equal(loaded.decide(observation).deltas, run.policy.decide(observation).deltas)
+
+    other = tmp_path / "two" / "pilot"
+    spread = dataclasses.replace(TRIED, workers=2, stacks=1)
+    noted(spread, other)
+    (other / TRIALS / "00001.safetensors").unlink()
+    again = noted(spread, other, resume=True)
+    assert again.stages[0] == ("trials", 0, 2)
+    assert again.stages[1] == ("trials", 2, 2), "one of the two was there"
+    finish(again.folder, again.policy, spread)
+    assert (other / WEIGHTS).read_bytes() == (run.folder / WEIGHTS).read_bytes()
+
+
 # The best network -----------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +373,7 @@ def test_the_best_network_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         patch.setattr(RoundsVecEnv, "step_wait", kill)
         with pytest.raises(Killed):
             train(config, tmp_path / "run")
-    network = train(config, tmp_path / "run", resume=True)
+    network = train(config, tmp_path / "run", resume=True).network
     assert len(seen) == 4
     for name, value in network.state_dict().items():
         assert torch.equal(value, seen[best][name])
