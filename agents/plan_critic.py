@@ -178,7 +178,7 @@ def fit_critics(critics: PlanCritics, lessons: Lessons, *, seed: int) -> dict[st
 
     Returns:
         "explained": share of the variance inside groups that critics explain on tasks that they have not seen. Nothing
-        where each has seen all of them.
+        where each has seen all of them, or all plans end alike.
     """
     groups = _groups(lessons.groups)
     targets = torch.zeros_like(lessons.gains)
@@ -191,17 +191,18 @@ def fit_critics(critics: PlanCritics, lessons: Lessons, *, seed: int) -> dict[st
     said, judges = torch.zeros(len(rows)), torch.zeros(len(rows))
     for number, critic in enumerate(critics.critics):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + number)
+            torch.manual_seed(seed * len(critics.critics) + number)
             count = int(tasks.max()) + 1
             drawn = torch.bincount(torch.randint(count, (count,)), minlength=count)
             _fit_one(critic, lessons.plans, targets, [g for g in groups for _ in range(int(drawn[tasks[g[0]]]))])
         unseen = drawn[tasks[rows]] == 0
         said += unseen * _said(critic, lessons.plans, groups)
         judges += unseen
+    critics.eval()
     known = judges > 0
-    if not known.any():
-        return {}
     truth = targets[rows][known]
+    if not truth.any():
+        return {}
     left = (said[known] / judges[known] - truth).square().sum()
     return {"explained": float(1 - left / truth.square().sum())}
 

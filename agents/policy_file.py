@@ -109,7 +109,7 @@ def load_policy(given: str | Path | Policy) -> Policy:
     card = read_card(folder)
     try:
         network = RankNetwork(NetworkConfig(**card["network"]))
-        critics = PlanCritics(CriticConfig(**card["plan_critics"])) if card.get("plan_critics") else None
+        critics = _new_critics(card.get("plan_critics"))
     except (TypeError, ValueError, RuntimeError) as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {_first_line(error)}") from error
     weights = _read_weights(folder, card)
@@ -120,6 +120,15 @@ def load_policy(given: str | Path | Policy) -> Policy:
     except RuntimeError as error:
         raise PolicyFileError(f"The weights in {folder} do not fit its card: {_first_line(error)}") from error
     return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), critics.eval() if critics else None)
+
+
+def _new_critics(described: Any) -> PlanCritics | None:
+    """Plan critics without weights, of the size that a card tells; None if it tells none."""
+    if described is None:
+        return None
+    if not isinstance(described, dict) or set(described) != set(asdict(CriticConfig())):
+        raise ConfigError(f"plan_critics is {described!r}.")
+    return PlanCritics(CriticConfig(**described))
 
 
 def policy_folder(given: str | Path) -> Path:

@@ -45,7 +45,7 @@ class Trial:
         modules: float32 (decisions, runs, modules, features).
         scores: the actor's, centred, float32 (decisions, runs, modules).
         run: float32 (decisions, runs, features).
-        ranks: after each decision, int64 (decisions, runs, modules).
+        ranks: after each decision, int64 (decisions, runs, modules); -1 for runs that had failed before.
         losses: held-out losses at the end in nats, NaN for runs that failed, float64 (runs,).
         initial: the same before training, float64 (runs,).
     """
@@ -93,7 +93,7 @@ def fly_trial(stack: Stack) -> Trial:
     initial = [flown.initial_loss(place * RUNS) for place in range(len(stack.tasks)) for _ in range(RUNS)]
     seen: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": []}
     while flown.flying:
-        observations = list(flown.observations)
+        observations, flying = list(flown.observations), flown.flying
         own = [stack.actor.act(observation) for observation in observations]
         pairs = enumerate(zip(observations, own, strict=True))
         decided = [_decide(*pair, slot % RUNS, generator) for slot, pair in pairs]
@@ -101,7 +101,9 @@ def fly_trial(stack: Stack) -> Trial:
         seen["modules"].append(np.stack([observation.modules for observation in observations]))
         seen["scores"].append(np.stack([action.scores - action.scores.mean() for action in own]).astype(np.float32))
         seen["run"].append(np.stack([observation.run for observation in observations]))
-        seen["ranks"].append(np.stack(flown.ranks))
+        ranks = np.full((len(own), len(observations[0].modules)), -1)
+        ranks[flying] = np.stack(flown.ranks)[flying]
+        seen["ranks"].append(ranks)
     arrays = {name: np.stack(parts) for name, parts in seen.items()}
     return Trial(**arrays, losses=np.array(flown.losses()), initial=np.array(initial))
 
@@ -165,6 +167,8 @@ def lessons_of(trials: Sequence[Trial]) -> Lessons:
         tasks.append(own)
         groups.append(own * most_decisions + np.repeat(np.arange(decisions), runs))
         number += runs // RUNS
-    plans = Plans(**{name: torch.from_numpy(np.concatenate(parts)) for name, parts in arrays.items()})
-    numbers = [torch.from_numpy(np.concatenate(parts)) for parts in (groups, tasks)]
-    return Lessons(plans, torch.from_numpy(np.concatenate(gains)).float(), *numbers)
+    whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    under_way = whole["ranks"].min(axis=(1, 2)) >= 0
+    plans = Plans(**{name: torch.from_numpy(values[under_way]) for name, values in whole.items()})
+    numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks)]
+    return Lessons(plans, torch.from_numpy(np.concatenate(gains)[under_way]).float(), *numbers)

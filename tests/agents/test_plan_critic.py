@@ -235,6 +235,11 @@ def test_what_all_have_seen_tells_nothing_of_other_tasks() -> None:
     assert fit_critics(PlanCritics(TINY), lessons, seed=0) == {}
 
 
+def test_plans_that_all_end_alike_tell_nothing() -> None:
+    lessons = lessons_on(lambda plans: torch.zeros(len(plans.run)), groups=6, runs=4)
+    assert fit_critics(PlanCritics(TINY), lessons, seed=0) == {}
+
+
 # How they are fitted --------------------------------------------------------------------------------------------------
 
 

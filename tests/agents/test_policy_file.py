@@ -276,11 +276,11 @@ def test_a_policy_can_be_written_again_without_its_critics(judged: Path, network
     ("described", "message"),
     [
         (None, "do not fit its card"),
-        ({}, "do not fit its card"),
+        ({}, "does not describe"),
         (JUDGES | {"count": 1}, "do not fit its card"),
         (JUDGES | {"count": 3}, "do not fit its card"),
         (JUDGES | {"width": 9}, "do not fit its card"),
-        ({"count": 2}, "do not fit its card"),
+        ({"count": 2}, "does not describe"),
         (JUDGES | {"depth": 2}, "does not describe"),
         (JUDGES | {"count": 0}, "does not describe the network: count and width of the plan critics"),
         (JUDGES | {"width": -1}, "does not describe"),

@@ -167,7 +167,12 @@ def test_runs_that_fail_have_gained_nothing() -> None:
     assert not failed[RUNS:].any()
     np.testing.assert_allclose(trial.gains[:RUNS], -np.log(trial.initial[:RUNS]))
     np.testing.assert_allclose(trial.gains[RUNS:], -np.log(trial.losses[RUNS:]))
+    gone = trial.ranks.min(axis=2) < 0
+    assert not gone[0].any()
+    assert gone[1].any(), "some fail before the second decision"
+    assert not gone[1, ~failed].any()
     lessons = lessons_of([trial])
+    assert len(lessons.gains) == len(lessons.plans.ranks) == np.count_nonzero(~gone), "they decide no more"
     assert torch.isfinite(lessons.gains).all()
     assert all(bool(torch.isfinite(part).all()) for part in vars(lessons.plans).values())
 
