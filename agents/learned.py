@@ -20,8 +20,9 @@ from .proposals import propose
 DRAWS = 48
 """Proposals beside the fixed ones; the same draws at every decision, so that decisions are reproducible."""
 
-CAUTION = 1.0
-"""Standard deviations among the critics that are taken off what they expect of a plan."""
+CAUTION, LATER_CAUTION = 1.0, 2.0
+"""Standard deviations among the critics that are taken off what they expect of a plan: at the first decision, and at later
+ones, where a change has to be surer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,8 @@ class LearnedPolicy:
         judged = self.critics(plans)[:, 0]
         gains = (judged - judged[:, :1]).numpy()
         mean, std = gains.mean(axis=0), gains.std(axis=0)
-        return mean - CAUTION * std, mean, std
+        caution = CAUTION if is_first(observation) else LATER_CAUTION
+        return mean - caution * std, mean, std
 
 
 def _proposals(observation: Observation, action: MeanAction) -> list[Decision]:

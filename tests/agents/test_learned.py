@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.config import NetworkConfig
-from rankpilot.agents.learned import CAUTION, DRAWS, LearnedPolicy
+from rankpilot.agents.learned import CAUTION, DRAWS, LATER_CAUTION, LearnedPolicy
 from rankpilot.agents.network import RankNetwork
 from rankpilot.agents.plan_critic import CriticConfig, PlanCritics, Plans
 from rankpilot.agents.policy import Decision, decision_from_scores
@@ -191,9 +191,9 @@ def test_what_critics_disagree_about_is_not_worth_a_risk(
     def decided(gains: Mapping[int, Sequence[float]]) -> Decision:
         return LearnedPolicy("p", network, judges_of(gains)).decide(observation)
 
-    spread = 0.2
-    bold = 1.5 * CAUTION * spread
-    timid = 0.5 * CAUTION * spread
+    spread, caution = 0.2, CAUTION if max_step is None else LATER_CAUTION
+    bold = 1.5 * caution * spread
+    timid = 0.5 * caution * spread
     stays, goes = (decided({9: (gain - spread, gain + spread)}) for gain in (timid, bold))
     assert same(stays, decided({}))
     assert (goes.expected, goes.uncertainty) == pytest.approx((bold, spread))
