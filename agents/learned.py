@@ -21,8 +21,8 @@ DRAWS = 48
 """Proposals beside the fixed ones; the same draws at every decision, so that decisions are reproducible."""
 
 CAUTION, LATER_CAUTION = 1.0, 2.0
-"""Standard deviations among the critics that are taken off what they expect of a plan: at the first decision, and at later
-ones, where a change has to be surer."""
+"""Standard deviations among the critics that are taken off what they expect of a plan, at the first decision and at
+later ones: a change in mid-run has to be surer."""
 
 
 @dataclass(frozen=True, eq=False)
