@@ -49,8 +49,9 @@ def judges_of(gains: Mapping[int, Sequence[float]], offsets: Sequence[float] = (
     return Judges(say)
 
 
-def stirred(module: torch.nn.Module, scale: float = 0.2) -> Any:
+def stirred(make: Callable[[], torch.nn.Module], scale: float = 0.2) -> Any:
     torch.manual_seed(3)
+    module = make()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
@@ -59,7 +60,7 @@ def stirred(module: torch.nn.Module, scale: float = 0.2) -> Any:
 
 @pytest.fixture(scope="module")
 def network() -> RankNetwork:
-    found: RankNetwork = stirred(RankNetwork(NetworkConfig(width=8)))
+    found: RankNetwork = stirred(lambda: RankNetwork(NetworkConfig(width=8)))
     return found
 
 
@@ -88,7 +89,7 @@ def test_it_takes_the_plan_that_critics_expect_the_most_of(
 ) -> None:
     observation = make_observation(12, max_step=max_step)
     place = number if max_step is None else number + 1
-    critics = judges_of({3: (0.1, 0.05)} | {place: (0.3, 0.1)})
+    critics = judges_of({3: (0.1, 0.05)} | {place: (0.3, 0.2)})
     found = LearnedPolicy("p", network, critics).decide(observation)
     expected = proposed(network, observation)[number]
     np.testing.assert_array_equal(found.deltas, expected.deltas)
@@ -228,7 +229,7 @@ def test_what_a_critic_says_of_all_plans_does_not_count(
 
 @pytest.fixture(scope="module")
 def critics() -> PlanCritics:
-    found: PlanCritics = stirred(PlanCritics(CriticConfig(count=2, width=8)))
+    found: PlanCritics = stirred(lambda: PlanCritics(CriticConfig(count=2, width=8)))
     return found
 
 
