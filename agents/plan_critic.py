@@ -96,10 +96,11 @@ class PlanCritic(nn.Module):
         """Gains in standard deviations, up to a constant for each state, (states, plans)."""
         exists = plans.mask[:, None, :, None].to(plans.modules.dtype)
         count = exists.sum(2)
-        logs = torch.log2(1 + plans.ranks.to(plans.modules.dtype)).unsqueeze(-1) * exists
-        adapted = (plans.ranks > 0).to(plans.modules.dtype).unsqueeze(-1) * exists
+        ranks = plans.ranks.to(plans.modules.dtype).unsqueeze(-1)
+        logs = torch.log2(1 + ranks) * exists
+        adapted = (ranks > 0) * exists
         relative = (logs - (logs.sum(2) / count).unsqueeze(2)) * exists
-        own = torch.cat([logs / 3, adapted, relative / 2, plans.ranks.to(plans.modules.dtype).unsqueeze(-1) / 32], -1)
+        own = torch.cat([logs / 3, adapted, relative / 2, ranks / 32], -1)
         seen = torch.cat([plans.modules, plans.scores.clamp(-3, 3).unsqueeze(-1)], -1)
         shape = (*plans.ranks.shape, -1)
         tokens = self.encoder(

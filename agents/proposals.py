@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..env.observation import Observation
-from ..env.score_actions import FLOOR, TILT
+from ..env.score_actions import base_floor, base_tilt
 from ..env.spaces import SCORE_BOUND
 from ..lora.cost import FloatArray, ParameterCost
 from .policy import module_feature, signal_score
@@ -43,7 +43,7 @@ def propose(
     by_parameters = isinstance(observation.problem.cost, ParameterCost)
     parts = (signal_score(observation), *(module_feature(observation, name) for name in ("price", "height")), scores)
     basis = np.stack([part - part.mean() for part in parts])
-    level = (0.0, 0.0) if by_parameters else (-np.log2(FLOOR), -TILT)
+    level = (-np.log2(base_floor(observation.problem)), -base_tilt(observation.problem))
     fixed = np.array([level, (0, 0), (0, 0), (0, 0), tuple(steering)], dtype=np.float64)
     gains = np.concatenate([np.array(_FIXED_GAINS, dtype=np.float64), _draw_gains(draws, generator)])
     corrections = np.concatenate([fixed, _draw_corrections(draws, by_parameters, generator)])

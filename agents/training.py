@@ -263,6 +263,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     validation_tasks = evenly(_tasks(config.suites, "validation", config), config.validation_tasks)
     everything = [*(task for suite in templates for task in suite), *validation_tasks]
     check_texts(everything)
+    device = str(find_device(config.device))
     open_run(folder, as_json(config), resume=resume)
     report = on_stage or (lambda stage: None)
     rounds = RoundsConfig(
@@ -273,7 +274,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         config.schedule,
         config.seed,
         config.worker_count,
-        str(find_device(config.device)),
+        device,
     )
     envs = RoundsVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
     try:
@@ -315,7 +316,6 @@ def _judges(
     stacks = [
         Stack(number, tasks, actor, config.schedule, config.seed, rounds.device) for number, tasks in enumerate(drawn)
     ]
-    report(Stage("trials", 0, len(stacks)))
     trials = run_trials(
         stacks,
         folder / TRIALS,

@@ -137,6 +137,8 @@ def run_trials(
     paths = {stack.number: folder / f"{stack.number:05}.safetensors" for stack in stacks}
     missing = [stack for stack in stacks if not paths[stack.number].exists()]
     done = len(stacks) - len(missing)
+    if on_progress:
+        on_progress(done, len(stacks))
     with worker_pool(workers) as spread:
         for stack, trial in spread(fly_trial, missing):
             with atomic_path(paths[stack.number]) as temporary:

@@ -243,7 +243,7 @@ def test_trials_come_in_order_and_stay_in_files(fake_flights: list[int], tmp_pat
     given = numbered(2, 0, 1)
     found = list(run_trials(given, folder, workers=1, on_progress=lambda *done: progress.append(done)))
     assert fake_flights == [2, 0, 1]
-    assert progress == [(1, 3), (2, 3), (3, 3)]
+    assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert all(same(trial, made_up(stack.number)) for trial, stack in zip(found, given, strict=True))
     assert names(folder) == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
     for number in range(3):
@@ -257,7 +257,7 @@ def test_what_is_there_is_not_flown_again(fake_flights: list[int], tmp_path: Pat
     progress: list[tuple[int, int]] = []
     more = list(run_trials(numbered(0, 1, 2, 3), tmp_path, workers=1, on_progress=lambda *done: progress.append(done)))
     assert fake_flights == [0, 2, 1, 3]
-    assert progress == [(3, 4), (4, 4)]
+    assert progress == [(2, 4), (3, 4), (4, 4)]
     assert same(more[0], first[0])
     assert same(more[2], first[1])
     assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
