@@ -145,7 +145,7 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
-    "default": TrainConfig(iterations=120, warm_tasks=960, trial_tasks=480),
+    "default": TrainConfig(iterations=100, warm_tasks=960, trial_tasks=600),
     "full": TrainConfig(
         iterations=750,
         warm_tasks=1920,

@@ -48,8 +48,8 @@ class MeanAction:
 class LearnedPolicy:
     """Decides by the actor's mean action; with plan critics, by the plan of which they expect the most.
 
-    The critics compare proposals (`propose`) with the ranks as they are, at the first decision with the level plan.
-    What they agree on counts; without any such plan nothing changes.
+    The critics compare proposals (`propose`) with the ranks as they are, at the first decision with uniform rank. What
+    they agree on counts; without any such plan nothing changes.
 
     Attributes:
         name: what logs and tables call it.

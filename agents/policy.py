@@ -24,7 +24,7 @@ class Decision:
         floor: rank floor that decided how deep the adapters go; 0 where a plan was made without one.
         tilt: how much upper layers went before lower ones; 0 where a plan was made without one.
         log_prob: log-probability density of the scores and steering numbers; 0 for a rule.
-        expected: improvement over the level plan, later over no change, in standard deviations between plans; of a
+        expected: improvement over uniform rank, later over no change, in standard deviations between plans; of a
             policy without plan critics over the rule that it started from, in shares of the headroom; 0 for a rule.
         uncertainty: standard deviation of that among the policy's critics; 0 for a rule.
     """

@@ -27,7 +27,7 @@ from .policy import Policy
 from .rules import RULES, find_rule
 
 FORMAT = "rankpilot-policy"
-SCHEMA = 1
+SCHEMA = 2
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
 CRITICS = "plan_critics."

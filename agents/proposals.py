@@ -11,16 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..env.observation import Observation
-from ..env.score_actions import base_floor, base_tilt
+from ..env.score_actions import base_floor
 from ..env.spaces import SCORE_BOUND
 from ..lora.cost import FloatArray, ParameterCost
+from ..lora.plan import uniform_ranks
 from .policy import module_feature, signal_score
 
 BASIS = ("heur3", "price", "height", "actor")
 """What scores are sums of."""
 
 _FIXED_GAINS = ((0, 0, 0, 0), (0, 0, 0, 0), (0.5, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1))
-"""Gains of the plans that are always among the proposals: level, fracrule, heur3, fracrule-mlp and the actor's."""
+"""Gains of the plans that are always among the proposals: uniform, fracrule, heur3, fracrule-mlp and the actor's."""
 
 FIXED = len(_FIXED_GAINS)
 
@@ -40,11 +41,12 @@ def propose(
     Returns:
         Scores (FIXED + draws, modules) and corrections of floor and tilt (FIXED + draws, 2), the fixed ones first.
     """
-    by_parameters = isinstance(observation.problem.cost, ParameterCost)
+    problem = observation.problem
+    by_parameters = isinstance(problem.cost, ParameterCost)
     parts = (signal_score(observation), *(module_feature(observation, name) for name in ("price", "height")), scores)
     basis = np.stack([part - part.mean() for part in parts])
-    level = (-np.log2(base_floor(observation.problem)), -base_tilt(observation.problem))
-    fixed = np.array([level, (0, 0), (0, 0), (0, 0), tuple(steering)], dtype=np.float64)
+    uniform = (np.log2(max(1, uniform_ranks(problem.fresh()).max()) / base_floor(problem)), 0)
+    fixed = np.array([uniform, (0, 0), (0, 0), (0, 0), tuple(steering)], dtype=np.float64)
     gains = np.concatenate([np.array(_FIXED_GAINS, dtype=np.float64), _draw_gains(draws, generator)])
     corrections = np.concatenate([fixed, _draw_corrections(draws, by_parameters, generator)])
     return np.clip(gains @ basis, -SCORE_BOUND, SCORE_BOUND), np.clip(corrections, -SCORE_BOUND, SCORE_BOUND)
@@ -68,4 +70,4 @@ def _draw_corrections(draws: int, by_parameters: bool, generator: np.random.Gene
     if by_parameters:
         tilts = generator.choice([0.0, 1.0], draws) * generator.normal(0, 1, draws)
         return np.stack([generator.uniform(-0.5, 3.0, draws), tilts], axis=1)
-    return np.stack([generator.uniform(-4.0, 1.5, draws), generator.uniform(-4.0, 1.0, draws)], axis=1)
+    return np.stack([generator.uniform(-4.0, 2.0, draws), generator.uniform(-4.0, 1.0, draws)], axis=1)

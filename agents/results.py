@@ -31,8 +31,7 @@ class Row:
         family: "llama", "bert" or "gpt2".
         depth: layers of the base.
         budget: share of what uniform rank 8 takes.
-        unit: "bytes" or "parameters".
-        checkpointing: whether bytes are those under gradient checkpointing.
+        price: what is counted; see `ProxyTask.price`.
         place: where a change was planted, or the text that was shifted to.
         initial_loss: before training.
         uniform_loss: of the uniform run in the same budget, at the learning rate that is best for it.
@@ -50,8 +49,7 @@ class Row:
     family: str
     depth: int
     budget: float
-    unit: str
-    checkpointing: bool
+    price: str
     place: str
     initial_loss: float
     uniform_loss: float
@@ -69,11 +67,6 @@ class Row:
     def reference(self) -> Reference:
         """What fixed allocations achieve."""
         return Reference(self.initial_loss, self.uniform_loss, self.best_loss)
-
-    @property
-    def price(self) -> str:
-        """What is counted: "bytes", "checkpointed" bytes or "parameters"."""
-        return "checkpointed" if self.checkpointing and self.unit == "bytes" else self.unit
 
 
 def row_of(policy: str, origin: ProxyTask, task: ProxyTask, reference: Reference, loss: float) -> Row:
@@ -97,8 +90,7 @@ def row_of(policy: str, origin: ProxyTask, task: ProxyTask, reference: Reference
         family=base.family,
         depth=base.depth,
         budget=task.budget,
-        unit=task.unit,
-        checkpointing=task.checkpointing,
+        price=task.price,
         place=task.placement if task.kind == "planted" else task.corpus,
         initial_loss=reference.initial,
         uniform_loss=reference.uniform,

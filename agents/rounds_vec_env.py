@@ -46,7 +46,8 @@ class RoundsConfig:
     """What is trained on.
 
     Attributes:
-        templates: tasks by suite; fresh ones differ from one of them in the seed alone, and suites take turns.
+        templates: tasks by suite; fresh ones differ from one of them in the seed alone. Suites take turns, and what
+            budgets count (`ProxyTask.price`) is drawn evenly.
         stacks: how many stacks of episodes a round has, each on one base.
         groups: tasks of a stack.
         group: episodes of each task.
@@ -79,7 +80,10 @@ class RoundsConfig:
         tasks = []
         for group in range(self.groups):
             suite = suites[(round_ + stack + group) % len(suites)]
-            template = suite[int(generator.integers(len(suite)))]
+            prices = sorted({task.price for task in suite})
+            price = prices[int(generator.integers(len(prices)))]
+            alike = [task for task in suite if task.price == price]
+            template = alike[int(generator.integers(len(alike)))]
             tasks.append(replace(template, seed=FRESH_SEEDS + int(generator.integers(2**30))))
         return tasks
 

@@ -69,6 +69,13 @@ alone."""
 BANDS = {"30 to 50 %": (0.3, 0.5), "50 to 75 %": (0.5, 0.75), "75 to 100 %": (0.75, 1.0)}
 """Kinds of budget that are bytes, as shares of what uniform rank 8 takes."""
 
+LARGE_BATCH = {"train": 24, "validation": 8, "test": 32}
+"""Tasks of each suite whose budget is bytes of a step with many rows, up to what uniform rank 8 takes: there a rank on
+a whole layer takes about 1 % of what the layer itself takes, as in large fine-tunes, in place of 3 to 4 %."""
+
+MANY_ROWS = (16, 32, 64)
+"""Rows of these steps."""
+
 _DRAWS = 1
 """Seeds the draws of all definitions; another number would give other tasks."""
 
@@ -93,9 +100,10 @@ def definitions(suite: str, split: str) -> list[ProxyTask]:
     places: Sequence[Any] = PLACEMENTS if suite == "planted" else [*shifts, ("classify", LABELLED[split])]
     tasks = _draw(suite, split, BUDGETS[suite, split], places, first, generator)
     if split == "test":
-        places = ["low"] if suite == "planted" else places
-        tasks += _draw(suite, split, MORE[suite], places, first + len(tasks), generator)
-    return tasks
+        more = ["low"] if suite == "planted" else places
+        tasks += _draw(suite, split, MORE[suite], more, first + len(tasks), generator)
+    counts = {"large batch": LARGE_BATCH[split]}
+    return tasks + _draw(suite, split, counts, places, first + len(tasks), generator)
 
 
 def _draw(
@@ -121,16 +129,18 @@ def _budget(base: str, suite: str, kind: str, turn: int, generator: np.random.Ge
         # Mean rank 1 and 2, where planted changes leave most to win; up to 8 for real shifts.
         ranks = (1, 2) if suite == "planted" else (1, 2, 4, 8)
         return {"unit": "parameters", "budget": ranks[turn % len(ranks)] / REFERENCE_RANK}
-    checkpointing = kind == "checkpointed"
-    least, most = budget_range(ProxyTask("shift", 0, base=base, checkpointing=checkpointing))
+    priced: dict[str, Any] = {"checkpointing": kind == "checkpointed"}
+    if kind == "large batch":
+        priced["priced_rows"] = int(generator.choice(MANY_ROWS))
+    least, most = budget_range(ProxyTask("shift", 0, base=base, **priced))
     least *= 1.02  # a little room for rounding
     # What is held whatever the plan, logits for one, takes more than 30 % on the narrowest bases.
     edge = max(0.3, 1.2 * least)
-    ranges = {"low": (least, edge), "middle": (edge, 1.0), "high": (1.0, most), **BANDS}
+    ranges = {"low": (least, edge), "middle": (edge, 1.0), "high": (1.0, most), "large batch": (least, 1.0), **BANDS}
     low, high = ranges.get(kind, (least, most))
     low = max(low, least)
     level = float(generator.uniform())
-    return {"checkpointing": checkpointing, "budget": float(f"{low * (high / low) ** level:.3g}")}
+    return priced | {"budget": float(f"{low * (high / low) ** level:.3g}")}
 
 
 def budget_range(task: ProxyTask) -> tuple[float, float]:

@@ -43,9 +43,9 @@ MODULE_FEATURES = (
 | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
 | shape | log(d_out / d_in) | -3 to 3 |
 | price | log price of one rank at the moment where it is highest, minus its mean | -3 to 3 |
-| rise | price of the next rung up, as a share of the budget | 0 to 3 |
-| release | what dropping the module would free, as a share of the budget | 0 to 3 |
-| entry | what adapting it at rank 1 would add, as a share of the budget | 0 to 3 |
+| rise | log10 of the price of the next rung up on as many modules as there are, over the budget | -3 to 3 |
+| release | the same of what dropping the module would free; -3 if it is not adapted | -3 to 3 |
+| entry | the same of what adapting it at rank 1 would add; -3 if it is adapted | -3 to 3 |
 | stale | decisions since its signals were fresh, over 4 | 0 to 3 |
 """
 
@@ -165,14 +165,17 @@ def observe(
         problem.blocks / max(1, int(problem.blocks.max())),
         np.clip(np.log(shapes), -3, 3),
         _centred_log(per_rank),
-        per_rank * rise / limit,
-        release / limit,
-        entry / limit,
+        *(_log_share(prices, limit) for prices in (per_rank * rise, release, entry)),
         age / 4,
     ]
     modules = np.clip(np.stack(columns, axis=1), -3, 3).astype(np.float32)
     run = np.clip(_run_features(problem, spent, state), -3, 3).astype(np.float32)
     return Observation(modules, run, problem, names)
+
+
+def _log_share(prices: FloatArray, limit: float) -> FloatArray:
+    """log10 of prices over an equal share of the budget, in -3 to 3: alike in models of any size."""
+    return np.asarray(np.log10(np.clip(prices * len(prices) / limit, 1e-3, 1e3)))
 
 
 def _price_changes(problem: PlanProblem) -> tuple[FloatArray, FloatArray]:

@@ -63,9 +63,9 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
     | shape | log(d_out / d_in) | -3 to 3 |
     | price | log price of one rank at the moment where it is highest, minus its mean | -3 to 3 |
-    | rise | price of the next rung up, as a share of the budget | 0 to 3 |
-    | release | what dropping the module would free, as a share of the budget | 0 to 3 |
-    | entry | what adapting it at rank 1 would add, as a share of the budget | 0 to 3 |
+    | rise | log10 of the price of the next rung up on as many modules as there are, over the budget | -3 to 3 |
+    | release | the same of what dropping the module would free; -3 if it is not adapted | -3 to 3 |
+    | entry | the same of what adapting it at rank 1 would add; -3 if it is adapted | -3 to 3 |
     | stale | decisions since its signals were fresh, over 4 | 0 to 3 |
 
     Features of the run:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Kind = Literal["planted", "shift", "classify"]
 Placement = Literal["low", "high", "spread"]
 Unit = Literal["bytes", "parameters"]
+Price = Literal["bytes", "checkpointed", "large batch", "parameters"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
@@ -126,6 +127,9 @@ class ProxyTask:
         budget: share of what uniform rank 8 takes, > 0.
         unit: what is counted: "bytes" at the peak of a step, or "parameters" of the adapter.
         checkpointing: whether bytes are those of a step with gradient checkpointing. Losses do not depend on it.
+        priced_rows: rows of the step whose bytes are counted; batch_size if None. A proxy can afford few tokens a step,
+            which makes ranks dear beside activations; with more rows ranks are as cheap as in large fine-tunes. Losses
+            do not depend on it.
         placement: which layers a planted teacher changes; unused otherwise.
         corpus: the text (one of `CORPORA`) that a planted teacher is queried on or a shift leads to, or the labelled
             texts (one of `LABELS`) of a classification.
@@ -146,6 +150,7 @@ class ProxyTask:
     budget: float = 0.7
     unit: Unit = "bytes"
     checkpointing: bool = False
+    priced_rows: int | None = None
     placement: Placement = "spread"
     corpus: str = "code"
     steps: int = 100
@@ -164,10 +169,11 @@ class ProxyTask:
             if value not in allowed:
                 raise ConfigError(f"The {name} of a task is one of {allowed}; got {value!r}.")
         find_base(self.base)
-        if min(self.steps, self.batch_size, self.eval_rows) < 1 or not 2 <= self.length <= POSITIONS:
+        rows = self.batch_size if self.priced_rows is None else self.priced_rows
+        if min(self.steps, self.batch_size, rows, self.eval_rows) < 1 or not 2 <= self.length <= POSITIONS:
             raise ConfigError(
-                f"Steps, batch_size and eval_rows of a task are at least 1, and length is 2 to {POSITIONS}; got "
-                f"{self.steps}, {self.batch_size}, {self.eval_rows} and {self.length}."
+                "Steps, batch_size, priced_rows and eval_rows of a task are at least 1, and length is 2 to "
+                f"{POSITIONS}; got {self.steps}, {self.batch_size}, {rows}, {self.eval_rows} and {self.length}."
             )
         if not self.budget > 0 or not self.learning_rate > 0:
             raise ConfigError(
@@ -178,8 +184,15 @@ class ProxyTask:
     def id(self) -> str:
         """A readable name, unique among tasks that differ in kind, place, budget or seed."""
         where = self.placement if self.kind == "planted" else self.corpus
-        price = "parameters" if self.unit == "parameters" else "checkpointed" if self.checkpointing else "bytes"
+        price = self.price if self.priced_rows is None else f"{self.price} of {self.priced_rows}"
         return f"{self.base}/{self.kind}-{where}/{self.budget:.3g} {price}/{self.seed}"
+
+    @property
+    def price(self) -> Price:
+        """What is counted: "bytes", "checkpointed" bytes, those of a "large batch", or "parameters"."""
+        if self.unit == "parameters" or not (self.checkpointing or self.priced_rows):
+            return self.unit
+        return "checkpointed" if self.checkpointing else "large batch"
 
     @property
     def limit(self) -> Budget:
@@ -192,7 +205,8 @@ class ProxyTask:
 
     def cost(self) -> Cost:
         """See `FineTune`."""
-        return proxy_cost(self.base, self.batch_size, self.length, self.unit, self.checkpointing)
+        rows = self.batch_size if self.priced_rows is None else self.priced_rows
+        return proxy_cost(self.base, rows, self.length, self.unit, self.checkpointing)
 
     @property
     def data(self) -> TaskData:
@@ -226,12 +240,12 @@ def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
 
 
 @lru_cache(maxsize=64)
-def proxy_cost(base: str, batch_size: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> Cost:
+def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> Cost:
     """Price of plans on a proxy base at one batch shape."""
     model, targets = adapted_base(base)
     if unit == "parameters":
         return ParameterCost.of(targets)
-    tokens = torch.zeros(batch_size, length, dtype=torch.int64)
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
     inner = model.get_base_model()
     if not checkpointing:
         return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()

@@ -86,12 +86,16 @@ def _shift(keep: Callable[[Row], bool]) -> Callable[[Row], bool]:
     return lambda row: row.kind != "planted" and keep(row)
 
 
+def _large_batch(row: Row) -> bool:
+    return row.price == "large batch"
+
+
 def _everything(row: Row) -> bool:
     return True
 
 
 BLIND: dict[str, Callable[[Row], bool]] = {
-    "planted in low layers, bytes": lambda row: row.place == "low" and row.unit == "bytes",
+    "planted in low layers, bytes": lambda row: row.place == "low" and row.price != "parameters",
     "checkpointed": lambda row: row.price == "checkpointed",
     "30 % of the bytes and less": _plain_bytes(0, 0.3),
 }
@@ -101,11 +105,16 @@ BLIND: dict[str, Callable[[Row], bool]] = {
 def claims(policy: str) -> list[Claim]:
     """All claims about a policy of that name."""
     return [
-        Claim("real shifts, equal parameters", _shift(lambda row: row.unit == "parameters"), UNIFORM, BETTER),
+        Claim("real shifts, equal parameters", _shift(lambda row: row.price == "parameters"), UNIFORM, BETTER),
         Claim("real shifts, 30 to 50 % of the bytes", _shift(_plain_bytes(0.3, 0.5)), "fracrule", NOT_WORSE),
         Claim("real shifts, 50 to 75 %", _shift(_plain_bytes(0.5, 0.75)), "fracrule", NOT_WORSE),
         Claim("real shifts, 75 to 100 %", _shift(_plain_bytes(0.75, 1)), "fracrule", NOT_WORSE),
         Claim("real shifts, bytes", _shift(_plain_bytes(0, math.inf)), UNIFORM, BETTER),
+        Claim("real shifts, bytes of a large batch", _shift(_large_batch), UNIFORM, BETTER),
+        Claim("real shifts, bytes of a large batch", _shift(_large_batch), "fracrule", NOT_WORSE),
+        Claim(
+            "planted, bytes of a large batch", lambda row: row.kind == "planted" and _large_batch(row), UNIFORM, BETTER
+        ),
         *(Claim(title, keep, "fracrule", BETTER) for title, keep in BLIND.items()),
         Claim("all tasks", _everything, f"{CONSTANT}{policy}", BETTER),
         Claim("all tasks", _everything, WARM_START, BETTER),

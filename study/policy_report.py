@@ -125,7 +125,7 @@ def _verdict(bar: Bar, found: Measured) -> str:
 def _shares(rows: Sequence[Row]) -> str:
     """What is gained of what could be, by competitor."""
     names = list(dict.fromkeys(row.policy for row in rows))
-    sparse = [row for row in rows if row.kind == "planted" and row.unit == "parameters"]
+    sparse = [row for row in rows if row.kind == "planted" and row.price == "parameters"]
     title = "planted, mean rank 1 and 2: of the oracle over uniform"
     columns = {title: {name: share(sparse, name, "oracle", UNIFORM, logs=True) for name in names}}
     for title, keep in BLIND.items():

@@ -207,6 +207,3 @@ def test_rows_as_lines(tmp_path: Path) -> None:
     append_rows(file, rows[:1])
     append_rows(file, rows[1:])
     assert read_rows(file) == rows
-    checkpointed = dataclasses.replace(rows[0], checkpointing=True)
-    assert [rows[0].price, checkpointed.price] == ["bytes", "checkpointed"]
-    assert dataclasses.replace(checkpointed, unit="parameters").price == "parameters"

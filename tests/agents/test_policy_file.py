@@ -77,7 +77,7 @@ def test_round_trip(folder: Path, network: RankNetwork, make_observation: Callab
     assert policy_schedule(folder) == SCHEDULE
     card = json.loads((folder / CARD).read_text())
     assert card["note"] == [1, 2]
-    assert card["schema"] == 1
+    assert card["schema"] == 2
     assert card["network"]["width"] == 12
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CARD}
 
@@ -139,7 +139,7 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "has schema 2; this version of rankpilot reads 1"),
+        ({"schema": 1}, "has schema 1; this version of rankpilot reads 2"),
         ({"schema": None}, "has schema None"),
         ({"module_features": ["snr"]}, r"has module_features \['snr'\]"),
         ({"run_features": []}, "has run_features"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,6 +198,16 @@ def test_suites_take_turns() -> None:
             kinds = [one.kind for one in some.draw(round_, stack)]
             expected = ["planted", "shift", "planted", "shift"]
             assert kinds == expected[(round_ + stack) % 2 :][:3]
+
+
+def test_kinds_of_budget_come_equally_often() -> None:
+    odd = [replace(PLANTED[0], checkpointing=True), replace(PLANTED[0], priced_rows=32)]
+    odd.append(replace(PLANTED[0], unit="parameters"))
+    many = [replace(PLANTED[0], budget=0.5 + 0.01 * turn) for turn in range(30)]
+    some = config(templates=((*odd, *many),), groups=4)
+    drawn = Counter(one.price for round_ in range(100) for one in some.draw(round_, 0))
+    assert drawn.keys() == {"bytes", "checkpointed", "large batch", "parameters"}
+    assert all(70 <= count <= 130 for count in drawn.values())
 
 
 def test_a_stack_has_one_base() -> None:

@@ -18,7 +18,7 @@ from rankpilot.env import make_suites, suites
 from rankpilot.env.bases import BASES_FOLDER, PROXY_BASES
 from rankpilot.env.controller import budget_limit
 from rankpilot.env.episode import Episode, reference_of
-from rankpilot.env.make_suites import BUDGETS, MORE, RATES, MakeConfig, budget_range, definitions
+from rankpilot.env.make_suites import BUDGETS, LARGE_BATCH, MORE, RATES, MakeConfig, budget_range, definitions
 from rankpilot.env.oracle import oracle_plan
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.schedule import DecisionSchedule
@@ -27,6 +27,7 @@ from rankpilot.env.task_data import check_texts
 from rankpilot.env.tasks import PLACEMENTS, ProxyTask, Reference, adapted_base
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.files import append_json_line
+from rankpilot.lora.cost import total_cost
 from rankpilot.lora.plan import check_budget, problem_of, uniform_ranks
 
 MakeTask = Callable[..., ProxyTask]
@@ -84,7 +85,7 @@ def test_definitions_are_always_the_same(defined: dict[tuple[str, str], list[Pro
     for part in PARTS:
         assert definitions(*part) == defined[part]
         more = sum(MORE[part[0]].values()) if part[1] == "test" else 0
-        assert len(defined[part]) == sum(BUDGETS[part].values()) + more
+        assert len(defined[part]) == sum(BUDGETS[part].values()) + more + LARGE_BATCH[part[1]]
         assert all(task.reference is None for task in defined[part])
 
 
@@ -120,18 +121,40 @@ def test_each_question_meets_twenty_tasks_of_the_test_split(
     defined: dict[tuple[str, str], list[ProxyTask]],
 ) -> None:
     planted, shifts = defined["planted", "test"], defined["shift", "test"]
-    for tasks in (planted[60:], shifts[60:]):
+    large = LARGE_BATCH["test"]
+    for tasks in (planted[60:-large], shifts[60:-large], planted[-large:], shifts[-large:]):
         bases = Counter(task.base for task in tasks)
         assert set(bases) == set(make_suites.BASES["test"])
         assert max(bases.values()) - min(bases.values()) <= 1
-    assert {task.placement for task in planted[60:]} == {"low"}
+    assert {task.placement for task in planted[60:-large]} == {"low"}
     assert sum(task.placement == "low" and task.unit == "bytes" for task in planted) >= 20
-    plain = [task for task in shifts if task.unit == "bytes" and not task.checkpointing]
+    plain = [task for task in shifts[:-large] if task.unit == "bytes" and not task.checkpointing]
     assert sum(task.unit == "parameters" for task in shifts) >= 20
     for low, high in make_suites.BANDS.values():
         assert sum(low <= task.budget <= high for task in plain) >= 20
     tight = [task for task in planted if task.unit == "bytes" and not task.checkpointing and task.budget <= 0.3]
     assert len(tight) + sum(task.budget <= 0.3 for task in plain) >= 20
+
+
+@needs_bases
+def test_bytes_of_large_batches_make_ranks_cheap(defined: dict[tuple[str, str], list[ProxyTask]]) -> None:
+    for (suite, split), every in defined.items():
+        large = [task for task in every if task.priced_rows]
+        assert large == every[-LARGE_BATCH[split] :]
+        assert {task.priced_rows for task in large} <= set(make_suites.MANY_ROWS)
+        assert {task.placement for task in large} == (set(PLACEMENTS) if suite == "planted" else {"spread"})
+        for task in large:
+            assert (task.unit, task.checkpointing) == ("bytes", False)
+            assert 1.02 * budget_range(task)[0] * 0.99 <= task.budget <= 1.0
+            assert _rank_over_layer(task) < 0.6 * _rank_over_layer(replace(task, priced_rows=None))
+
+
+def _rank_over_layer(task: ProxyTask) -> float:
+    """What one more rank on all modules costs beside what one more layer at rank 1 costs."""
+    cost, (_, targets) = task.cost(), adapted_base(task.base)
+    blocks = np.array([target.block for target in targets])
+    top, two = (blocks >= blocks.max()).astype(np.int64), (blocks >= blocks.max() - 1).astype(np.int64)
+    return (total_cost(cost, 2 * top) - total_cost(cost, top)) / (total_cost(cost, two) - total_cost(cost, top))
 
 
 def test_the_range_of_budgets(make_task: MakeTask) -> None:

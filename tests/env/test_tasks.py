@@ -86,6 +86,7 @@ def test_held_out_texts_of_a_classification_are_never_trained_on(make_task: Make
         {"unit": "bits"},
         {"steps": 0},
         {"batch_size": 0},
+        {"priced_rows": 0},
         {"eval_rows": 0},
         {"length": 1},
         {"length": 129},
@@ -151,11 +152,16 @@ def test_ids_tell_tasks_apart() -> None:
         ProxyTask("shift", 1, budget=0.71),
         ProxyTask("shift", 1, unit="parameters"),
         ProxyTask("shift", 1, checkpointing=True),
+        ProxyTask("shift", 1, priced_rows=16),
+        ProxyTask("shift", 1, priced_rows=32),
         ProxyTask("classify", 1, corpus="topics"),
         *(ProxyTask("planted", 1, placement=place) for place in ("low", "high", "spread")),  # type: ignore[arg-type]
     ]
     assert len({task.id for task in tasks}) == len(tasks)
     assert tasks[0].id == "llama-4x64/shift-code/0.7 bytes/1"
+    prices = ["bytes", "parameters", "checkpointed", "large batch", "large batch"]
+    assert [task.price for task in (tasks[0], *tasks[5:9])] == prices
+    assert ProxyTask("shift", 1, unit="parameters", priced_rows=16).price == "parameters"
 
 
 def test_a_reference_measures_in_shares_of_the_uniform_gain() -> None:
@@ -371,9 +377,19 @@ def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make
     assert total_cost(after, uniform) == total_cost(plain, uniform), "pricing with checkpointing leaves no trace"
 
 
-def test_losses_do_not_depend_on_checkpointing(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+def test_the_price_is_that_of_the_rows_asked_for(make_task: MakeTask) -> None:
+    priced, real = make_task(priced_rows=12).cost(), make_task(batch_size=12).cost()
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        ranks = generator.integers(0, 9, 28)
+        assert total_cost(priced, ranks) == total_cost(real, ranks)
+        assert total_cost(priced, ranks) > total_cost(make_task().cost(), ranks)
+
+
+def test_losses_do_not_depend_on_what_is_priced(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     ranks = np.full(28, 2, dtype=np.int64)
-    losses = {Episode(make_task(checkpointing=on, budget=2.0), schedule).run_fixed(ranks) for on in (False, True)}
+    options: list[dict[str, Any]] = [{}, {"checkpointing": True}, {"priced_rows": 12}]
+    losses = {Episode(make_task(budget=2.0, **each), schedule).run_fixed(ranks) for each in options}
     assert len(losses) == 1
 
 
