@@ -13,8 +13,8 @@ _SETTINGS = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
-_TALKATIVE = ("torchao", "torch.utils._pytree")
-"""They speak while PEFT imports torchao, of kernels and internals that nothing here uses."""
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""They speak while PEFT imports torchao and bitsandbytes, of kernels and internals that nothing here uses."""
 
 
 def silence_libraries() -> None:

@@ -1,0 +1,285 @@
+"""Whether a policy trained on proxies is worth having on real fine-tunes: MiniLM-L6 under it and under uniform rank.
+
+`python -m rankpilot.bench.transfer --help` tells what is measured.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..agents.config import FinetuneConfig
+from ..agents.finetune import PILOT, UNIFORM, run_one
+from ..agents.policy_file import load_policy
+from ..agents.pool import worker_pool
+from ..agents.statistics import compare_pairs, estimate
+from ..agents.workload import load_workload
+from ..errors import ConfigError
+from .harness import Figures, machine_facts, make_table, run_command
+from .ledger import Ledger
+
+MODEL = "all-minilm-l6-v2"
+
+RATES = {"rotten-tomatoes": 2e-3, "reuters-r8": 4e-3}
+"""Peak learning rates by data set: of 1e-3, 2e-3, 4e-3 and 8e-3 the best for uniform rank 8 (docs/experiments.md)."""
+
+WORSE = 1.01
+"""A run counts as worse where its loss is more than so many times the uniform run's."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which fine-tunes are run.
+
+    Attributes:
+        data: data sets.
+        budgets: shares of the bytes that uniform rank 8 takes.
+        seeds: how many, from 0.
+        steps: of a run.
+        length: tokens of a row at most.
+        held_out_rows: of the held-out set.
+    """
+
+    data: tuple[str, ...]
+    budgets: tuple[str, ...]
+    seeds: int
+    steps: int
+    length: int
+    held_out_rows: int
+
+    def runs(self, policies: Sequence[str]) -> list[Piece]:
+        """All runs; those that are compared follow one another."""
+        return [
+            Piece(policy, data, budget, seed, self.steps, self.length, self.held_out_rows)
+            for seed in range(self.seeds)
+            for data in self.data
+            for budget in self.budgets
+            for policy in (UNIFORM, *policies)
+        ]
+
+
+FULL = Course(tuple(RATES), ("30%", "45%", "60%", "80%", "100%"), seeds=2, steps=160, length=48, held_out_rows=800)
+QUICK = Course(("rotten-tomatoes",), ("60%",), seeds=1, steps=4, length=16, held_out_rows=32)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One run.
+
+    Attributes:
+        policy: decides, or UNIFORM.
+        data: data set.
+        budget: see `Budget.parse`.
+        seed: of everything.
+        steps: of the run.
+        length: tokens of a row at most.
+        held_out_rows: of the held-out set.
+    """
+
+    policy: str
+    data: str
+    budget: str
+    seed: int
+    steps: int
+    length: int
+    held_out_rows: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Fine-tune MiniLM-L6 under policies and under uniform rank, in the same bytes.
+
+    all-MiniLM-L6-v2 (6 layers, 37 linear modules) learns Rotten Tomatoes (2 classes) and Reuters R8 (8 classes) for 160
+    steps of 16 rows with the transformers Trainer and PEFT, at 30 to 100 % of the bytes of a step with rank 8 on all
+    linear layers. Uniform rank is the largest one that fits, on as many top layers as fit. Both have the same seed,
+    batches and learning rate, the one that is best for uniform rank 8. Each adapter is loaded by plain PEFT in another
+    process.
+
+    Told are held-out losses, how often a policy's is lower, the mean difference of their logs, and runs that are more
+    than 1 % worse; intervals are 95 %, by a bootstrap over data sets and budgets. The full run takes about 40 minutes
+    on two cores for one policy.
+
+    Attributes:
+        policies: "default", folders of trained policies, or rules.
+        quick: under a minute: one short run of each, whose losses mean nothing.
+        json: also write the figures to this file, as flat JSON with names like "default.better"; runs go into a .jsonl
+            file beside it as they end.
+        resume: go on with the runs of an interrupted benchmark, from the .jsonl file.
+        workers: processes, one thread each.
+    """
+
+    policies: tuple[str, ...] = ("default",)
+    quick: bool = False
+    json: Path | None = None
+    resume: bool = False
+    workers: int = 2
+
+    def check(self) -> None:
+        """Make sure that the values are in range, and that the policies exist.
+
+        Raises:
+            ConfigError, UnknownNameError, PolicyFileError: they are not.
+        """
+        if self.workers < 1 or not self.policies:
+            raise ConfigError(f"--workers is at least 1 and --policies names one; got {self.workers} workers.")
+        if UNIFORM in self.policies:
+            raise ConfigError(f"{UNIFORM} is what all --policies are compared with; leave it out.")
+        if self.resume and not self.json:
+            raise ConfigError("--resume goes on with the .jsonl file beside --json FILE: name that too.")
+        for policy in self.policies:
+            load_policy(policy)
+
+
+def fly(piece: Piece) -> dict[str, Any]:
+    """Run one fine-tune; returns its figures, and for a policy whether plain PEFT loads the adapter."""
+    name = UNIFORM if piece.policy == UNIFORM else PILOT
+    config = FinetuneConfig(
+        MODEL,
+        piece.data,
+        policy="default" if name == UNIFORM else piece.policy,
+        budget=piece.budget,
+        steps=piece.steps,
+        learning_rate=RATES[piece.data],
+        max_length=piece.length,
+        held_out_rows=piece.held_out_rows,
+        seed=piece.seed,
+        eval_every=piece.steps,
+    )
+    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        workload = load_workload(
+            MODEL, piece.data, max_length=piece.length, held_out_rows=piece.held_out_rows, seed=piece.seed
+        )
+        return run_one(config, workload, Path(folder), name)
+
+
+def run_all(options: Transfer, course: Course, ledger: Ledger, console: Console) -> dict[Piece, dict[str, Any]]:
+    """Run what the ledger does not hold yet; returns the results of all runs."""
+    pieces = course.runs(options.policies)
+    missing = [piece for piece in pieces if ledger.get(asdict(piece)) is None]
+    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar, worker_pool(options.workers) as spread:
+        shown = bar.add_task("fine-tunes", total=len(pieces), completed=len(pieces) - len(missing))
+        for piece, result in spread(fly, missing):
+            ledger.add(asdict(piece), result)
+            bar.advance(shown)
+    return {piece: ledger.get(asdict(piece)) for piece in pieces}
+
+
+Pair = tuple[Piece, dict[str, Any], dict[str, Any]]
+
+
+def pairs_of(results: dict[Piece, dict[str, Any]], policy: str) -> Iterator[Pair]:
+    """Runs of a policy with its result and the uniform run's."""
+    for piece, result in results.items():
+        if piece.policy == policy:
+            yield piece, result, results[Piece(**{**asdict(piece), "policy": UNIFORM})]
+
+
+def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
+    """A policy against uniform rank."""
+    tasks = [f"{piece.data} {piece.budget}" for piece, _, _ in pairs]
+    losses, others = ([float(pair[side]["held_out_loss"]) for pair in pairs] for side in (1, 2))
+    gain = estimate(np.log(others) - np.log(losses), tasks)
+    versus = compare_pairs([-loss for loss in losses], [-loss for loss in others], tasks)
+    right, right_of_others = ([float(pair[side]["held_out_accuracy"]) for pair in pairs] for side in (1, 2))
+    figures: Figures = {
+        "runs": len(pairs),
+        "better": versus.better.value,
+        "better_low": versus.better.low,
+        "better_high": versus.better.high,
+        "log_loss_gain": gain.value,
+        "log_loss_gain_low": gain.low,
+        "log_loss_gain_high": gain.high,
+        "accuracy_gain": float(np.mean(np.subtract(right, right_of_others))),
+        "one_percent_worse": sum(loss > WORSE * other for loss, other in zip(losses, others, strict=True)),
+        "worst_ratio": max(loss / other for loss, other in zip(losses, others, strict=True)),
+        "over_budget": sum(result["peak_bytes"] > result["budget_bytes"] for _, result, _ in pairs),
+        "identical_reloads": sum(bool(result["reload"]["identical"]) for _, result, _ in pairs),
+        "step_ratio": float(np.median([own["median_step_s"] / other["median_step_s"] for _, own, other in pairs])),
+    }
+    return {f"{policy}.{name}": value for name, value in figures.items()}
+
+
+def _runs_table(policy: str, pairs: Sequence[Pair]) -> Any:
+    rows = [
+        [
+            f"{piece.data}, {piece.budget}, seed {piece.seed}",
+            *(f"{result['held_out_loss']:.4f}" for result in (own, other)),
+            f"{100 * (own['held_out_loss'] / other['held_out_loss'] - 1):+.1f} %",
+            *(f"{100 * result['held_out_accuracy']:.1f} %" for result in (own, other)),
+            *(f"{result['adapter_parameters']:,}" for result in (own, other)),
+        ]
+        for piece, own, other in pairs
+    ]
+    columns = ("run", "loss", "uniform", "difference", "accuracy", "uniform", "parameters", "uniform")
+    return make_table(f"{policy} against uniform rank in the same bytes", columns, rows)
+
+
+def _summary_table(figures: Figures, policies: Sequence[str]) -> Any:
+    def row(policy: str) -> list[str]:
+        own = {name.removeprefix(f"{policy}."): value for name, value in figures.items()}
+        return [
+            policy,
+            f"{own['runs']}",
+            f"{own['better']:.0%} ({own['better_low']:.0%} to {own['better_high']:.0%})",
+            f"{own['log_loss_gain']:+.3f} ({own['log_loss_gain_low']:+.3f} to {own['log_loss_gain_high']:+.3f})",
+            f"{own['one_percent_worse']}",
+            f"{own['worst_ratio']:.3f}",
+            f"{100 * float(own['accuracy_gain']):+.2f}",
+            f"{own['over_budget']}",
+            f"{own['step_ratio']:.2f}",
+        ]
+
+    columns = (
+        "policy",
+        "runs",
+        "better",
+        "log loss gained",
+        "1 % worse",
+        "worst",
+        "points",
+        "over budget",
+        "step time",
+    )
+    return make_table("over all runs", columns, [row(policy) for policy in policies])
+
+
+def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
+    """Run all fine-tunes, print the tables, and return the figures.
+
+    Raises:
+        ConfigError, UnknownNameError, PolicyFileError: bad options, or results that are in the way.
+    """
+    options.check()
+    ledger = Ledger(options.json.with_suffix(".jsonl") if options.json else None, resume=options.resume)
+    results = run_all(options, course, ledger, Console(stderr=True))
+    figures: Figures = {**machine_facts(torch.device("cpu")), "quick": options.quick}
+    for policy in options.policies:
+        pairs = list(pairs_of(results, policy))
+        console.print(_runs_table(policy, pairs))
+        figures |= figures_of(policy, pairs)
+    console.print(_summary_table(figures, options.policies))
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = tyro.cli(Transfer, args=arguments, prog="python -m rankpilot.bench.transfer")
+    return run_command(partial(benchmark, options, QUICK if options.quick else FULL), options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

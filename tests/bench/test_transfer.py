@@ -1,0 +1,145 @@
+"""The transfer benchmark: pairs, figures, what goes on after an interruption, bad options; one quick run for real."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.agents.finetune import UNIFORM
+from rankpilot.bench import transfer
+from rankpilot.bench.ledger import Ledger
+from rankpilot.bench.transfer import FULL, QUICK, RATES, Course, Piece, Transfer, figures_of, fly, main, pairs_of
+from rankpilot.errors import ConfigError, UnknownNameError
+from rich.console import Console
+
+COURSE = Course(("rotten-tomatoes", "reuters-r8"), ("40%", "80%"), seeds=2, steps=3, length=8, held_out_rows=16)
+CONSOLE = Console(file=io.StringIO())
+
+
+def made_up(piece: Piece) -> dict[str, Any]:
+    """Policy "a" is 10 % better everywhere; "b" 5 % worse on one data set and equal on the other."""
+    loss = 0.5 + 0.1 * piece.seed + float(piece.budget.rstrip("%")) / 1000
+    factor = {"a": 0.9, "b": 1.05 if piece.data == "reuters-r8" else 1.0}.get(piece.policy, 1.0)
+    result: dict[str, Any] = {
+        "held_out_loss": loss * factor,
+        "held_out_accuracy": 0.8 + 0.01 * (piece.policy == "a"),
+        "adapter_parameters": 1000,
+        "peak_bytes": 90,
+        "budget_bytes": 100.0,
+        "median_step_s": 0.2 if piece.policy == UNIFORM else 0.3,
+    }
+    return result if piece.policy == UNIFORM else result | {"reload": {"identical": piece.seed == 0}}
+
+
+def results(*policies: str) -> dict[Piece, dict[str, Any]]:
+    return {piece: made_up(piece) for piece in COURSE.runs(policies)}
+
+
+def test_all_runs_of_a_comparison_are_paired() -> None:
+    pieces = COURSE.runs(("a", "b"))
+    assert len(set(pieces)) == len(pieces) == 2 * 2 * 2 * 3
+    assert [piece.policy for piece in pieces[:3]] == [UNIFORM, "a", "b"]
+    assert len({replace(piece, policy="") for piece in pieces[:3]}) == 1
+    found = results("a", "b")
+    for policy in ("a", "b"):
+        pairs = list(pairs_of(found, policy))
+        assert len(pairs) == 8
+        for piece, own, other in pairs:
+            assert piece.policy == policy
+            assert own == found[piece]
+            assert other == found[replace(piece, policy=UNIFORM)]
+
+
+def test_figures() -> None:
+    found = results("a", "b")
+    good = figures_of("a", list(pairs_of(found, "a")))
+    assert good["a.runs"] == 8
+    assert (good["a.better"], good["a.better_low"], good["a.better_high"]) == (1, 1, 1)
+    for name in ("log_loss_gain", "log_loss_gain_low", "log_loss_gain_high"):
+        assert good[f"a.{name}"] == pytest.approx(-math.log(0.9))
+    assert good["a.accuracy_gain"] == pytest.approx(0.01)
+    assert (good["a.one_percent_worse"], good["a.over_budget"], good["a.identical_reloads"]) == (0, 0, 4)
+    assert good["a.worst_ratio"] == pytest.approx(0.9)
+    assert good["a.step_ratio"] == pytest.approx(1.5)
+    bad = figures_of("b", list(pairs_of(found, "b")))
+    assert bad["b.better"] == 0.25
+    assert bad["b.one_percent_worse"] == 4
+    assert bad["b.log_loss_gain"] == pytest.approx(-math.log(1.05) / 2)
+    low, high = float(bad["b.log_loss_gain_low"]), float(bad["b.log_loss_gain_high"])
+    assert low < -math.log(1.05) / 2 < high
+
+
+def test_a_run_above_its_budget_is_told() -> None:
+    piece = COURSE.runs(("a",))[1]
+    pair = piece, made_up(piece) | {"peak_bytes": 101}, made_up(replace(piece, policy=UNIFORM))
+    assert figures_of("a", [pair])["a.over_budget"] == 1
+
+
+def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flown: list[Piece] = []
+
+    def stop_at_seven(piece: Piece) -> dict[str, Any]:
+        flown.append(piece)
+        if len(flown) == 7:
+            raise KeyboardInterrupt
+        return made_up(piece)
+
+    monkeypatch.setattr(transfer, "fly", stop_at_seven)
+    options = Transfer(policies=("heur3",), json=tmp_path / "figures.json", workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.benchmark(options, COURSE, CONSOLE)
+    with pytest.raises(ConfigError, match="Go on with --resume"):
+        transfer.benchmark(options, COURSE, CONSOLE)
+    figures = transfer.benchmark(replace(options, resume=True), COURSE, CONSOLE)
+    assert len(flown) == len(COURSE.runs(("heur3",))) + 1, "only the run that failed is repeated"
+    assert figures["heur3.runs"] == 8
+    ledger = Ledger(tmp_path / "figures.jsonl", resume=True)
+    assert all(ledger.get(asdict(piece)) == made_up(piece) for piece in COURSE.runs(("heur3",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"workers": 0}, ConfigError, "--workers is at least 1"),
+        ({"policies": ()}, ConfigError, "--policies names one"),
+        ({"policies": ("uniform",)}, ConfigError, "leave it out"),
+        ({"policies": ("heur4",)}, UnknownNameError, "heur3"),
+        ({"resume": True}, ConfigError, "--json FILE"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Transfer(**options).check()
+
+
+def test_every_data_set_has_a_rate_and_every_question_twenty_runs() -> None:
+    assert {*FULL.data, *QUICK.data} <= RATES.keys()
+    assert len(FULL.runs(("default",))) == 2 * 20
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.lower().split())
+    for part in ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"):
+        assert part in shown
+
+
+@pytest.mark.assets
+def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    assert main(["--quick", "--policies", "heur3", "--workers", "1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["quick"] is True
+    assert figures["heur3.runs"] == figures["heur3.identical_reloads"] == 1
+    assert figures["heur3.over_budget"] == 0
+    assert "heur3 against uniform rank" in capsys.readouterr().out
+    (piece,) = (piece for piece in QUICK.runs(("heur3",)) if piece.policy == UNIFORM)
+    again, stored = fly(piece), Ledger(path.with_suffix(".jsonl"), resume=True).get(asdict(piece))
+    assert again["held_out_loss"] == stored["held_out_loss"], "the same seed, the same run"
+    assert again["ranks"] == stored["ranks"]
