@@ -191,10 +191,11 @@ def pairs_of(results: dict[Piece, dict[str, Any]], policy: str) -> Iterator[Pair
 def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
     """A policy against uniform rank."""
     tasks = [f"{piece.data} {piece.budget}" for piece, _, _ in pairs]
-    losses, others = ([float(pair[side]["held_out_loss"]) for pair in pairs] for side in (1, 2))
+    runs, uniform = [own for _, own, _ in pairs], [other for _, _, other in pairs]
+    losses, others = ([float(run["held_out_loss"]) for run in side] for side in (runs, uniform))
     gain = estimate(np.log(others) - np.log(losses), tasks)
     versus = compare_pairs([-loss for loss in losses], [-loss for loss in others], tasks)
-    right, right_of_others = ([float(pair[side]["held_out_accuracy"]) for pair in pairs] for side in (1, 2))
+    right, right_of_others = ([float(run["held_out_accuracy"]) for run in side] for side in (runs, uniform))
     figures: Figures = {
         "runs": len(pairs),
         "better": versus.better.value,
@@ -206,8 +207,8 @@ def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
         "accuracy_gain": float(np.mean(np.subtract(right, right_of_others))),
         "one_percent_worse": sum(loss > WORSE * other for loss, other in zip(losses, others, strict=True)),
         "worst_ratio": max(loss / other for loss, other in zip(losses, others, strict=True)),
-        "over_budget": sum(result["peak_bytes"] > result["budget_bytes"] for _, result, _ in pairs),
-        "identical_reloads": sum(bool(result["reload"]["identical"]) for _, result, _ in pairs),
+        "over_budget": sum(run["peak_bytes"] > run["budget_bytes"] for run in runs),
+        "identical_reloads": sum(bool(run["reload"]["identical"]) for run in runs),
         "step_ratio": float(np.median([own["median_step_s"] / other["median_step_s"] for _, own, other in pairs])),
     }
     return {f"{policy}.{name}": value for name, value in figures.items()}

@@ -1,0 +1,78 @@
+"""The benchmark of decision times: what is timed is what decides, on a model that was really priced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.agents.learned import LearnedPolicy
+from rankpilot.agents.policy import Decision
+from rankpilot.agents.rules import find_rule
+from rankpilot.bench import decide
+from rankpilot.bench.decide import RULE, deciders, main, observation_of
+from rankpilot.lora.plan import project, uniform_ranks
+
+
+@pytest.fixture(scope="module")
+def observation() -> Any:
+    return observation_of(2)
+
+
+def learned(critics: bool) -> LearnedPolicy:
+    policy = decide.load_policy("default")
+    assert isinstance(policy, LearnedPolicy)
+    return policy if critics else decide.replace(policy, critics=None)
+
+
+def test_a_first_decision_with_something_to_decide(observation: Any) -> None:
+    problem = observation.problem
+    assert len(observation.modules) == 14
+    assert problem.max_step is None
+    uniform = uniform_ranks(problem)
+    assert uniform.any()
+    assert not problem.fits(np.minimum(8, problem.max_ranks))
+
+
+def test_what_is_timed_decides(observation: Any) -> None:
+    policy = learned(critics=True)
+    found = {name: call() for name, call in deciders(policy, observation).items()}
+    assert list(found) == [RULE, "network", "actor", "policy"]
+    expected = {
+        RULE: find_rule(RULE).decide(observation),
+        "actor": learned(critics=False).decide(observation),
+        "policy": policy.decide(observation),
+    }
+    for name, decision in expected.items():
+        own = found[name]
+        assert isinstance(own, Decision)
+        np.testing.assert_array_equal(own.deltas, decision.deltas)
+        assert observation.problem.fits(project(observation.problem, own.deltas, own.scores).ranks)
+    assert "policy" not in deciders(learned(critics=False), observation)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decide, "QUICK", (1, 2))
+    path = tmp_path / "figures.json"
+    assert main(["--quick", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    for count in (7, 14):
+        for name in (RULE, "network", "actor", "policy"):
+            assert figures[f"modules_{count}.{name}_ms"] > 0
+        assert figures[f"modules_{count}.policy_ratio"] > 1, "53 plans take longer than one"
+    assert "One first decision" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "heur3"], "is a rule"),
+        (["--policy", "nowhere/at/all"], "no policy folder"),
+        (["--json", "."], "--json"),
+    ],
+)
+def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quick", *arguments]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
