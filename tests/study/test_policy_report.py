@@ -13,12 +13,12 @@ from rankpilot.agents.policy_file import save_policy
 from rankpilot.agents.results import Row, write_rows
 from rankpilot.agents.training import PROGRESS
 from rankpilot.env.schedule import DecisionSchedule
-from rankpilot.files import write_json_lines
-from rankpilot.study.policy_claims import UNIFORM, share
+from rankpilot.files import write_json, write_json_lines
+from rankpilot.study.policy_claims import UNIFORM, claims, measure, share
 from rankpilot.study.policy_report import main
 
-PLANTED: dict[str, Any] = {"kind": "planted", "unit": "parameters", "place": "spread", "budget": 0.125}
-SHIFT: dict[str, Any] = {"kind": "shift", "unit": "bytes", "place": "news", "budget": 0.5}
+PLANTED: dict[str, Any] = {"kind": "planted", "price": "parameters", "place": "spread", "budget": 0.125}
+SHIFT: dict[str, Any] = {"kind": "shift", "price": "bytes", "place": "news", "budget": 0.5}
 
 
 def row(policy: str, index: int, loss: float | None, **options: Any) -> Row:
@@ -30,7 +30,6 @@ def row(policy: str, index: int, loss: float | None, **options: Any) -> Row:
         "base": "llama-4x32",
         "family": "llama",
         "depth": 4,
-        "checkpointing": False,
         "initial_loss": 2.0,
         "uniform_loss": 1.0,
         "best_loss": 0.5,
@@ -79,8 +78,16 @@ def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixtu
         ],
     )
     write_rows(evaluation / ROWS, rows)
-    assert main([str(run), str(evaluation), "--output", str(output), "--ablations", str(evaluation)]) == 0
+    transfer, options = tmp_path / "transfer.json", ["--output", str(output)]
+    figures = {"runs": 20, "better": 0.75, "better_low": 0.6, "better_high": 0.9, "one_percent_worse": 3}
+    figures |= {"log_loss_gain": 0.02, "log_loss_gain_low": -0.01, "log_loss_gain_high": 0.05}
+    figures |= {"worst_ratio": 1.0312, "accuracy_gain": 0.0044}
+    write_json(transfer, {"threads": 1} | {f"pilot.{name}": value for name, value in figures.items()})
+    options += ["--ablations", str(evaluation), "--transfer", str(transfer)]
+    assert main([str(run), str(evaluation), *options]) == 0
     text = output.read_text()
+    expected = "| pilot | 20 | 75% (60% to 90%) | +0.020 (-0.010 to +0.050) | 3 | 1.031 | +0.44 |"
+    assert text.splitlines().count(expected) == 1
     (against_fracrule,) = [line for line in text.splitlines() if line.startswith("| real shifts, 30 to 50 %")]
     cells = [cell.strip() for cell in against_fracrule.strip("|").split("|")]
     assert cells[1:3] == ["fracrule", "4 x 2"]
@@ -95,3 +102,16 @@ def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (output.parent / "images" / "learning_curve.png").stat().st_size > 1000
     assert main([str(run), str(tmp_path / "none"), "--output", str(output)]) == 1
     assert "holds no results" in capsys.readouterr().err
+    for content in ({}, {"threads": 1}):
+        write_json(transfer, content)
+        assert main([str(run), str(evaluation), *options]) == 1
+        assert "transfer.json holds no results" in capsys.readouterr().err
+
+
+def test_large_batches_are_a_claim_of_their_own() -> None:
+    found = [row("pilot", index, 0.9, **(SHIFT | {"price": "large batch"})) for index in range(4)]
+    found += [row("fracrule", index, 0.8, **(SHIFT | {"price": "large batch"})) for index in range(4)]
+    measured = {(c.title, c.other): m for c in claims("pilot") if (m := measure(found, "pilot", c))}
+    title = "real shifts, bytes of a large batch"
+    assert measured[title, UNIFORM].versus.wins == measured[title, "fracrule"].versus.losses == 4
+    assert not [other for name, other in measured if name.startswith("real shifts, 30")]
