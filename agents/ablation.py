@@ -21,10 +21,13 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
 
 _ALL = (*MODULE_FEATURES, *RUN_FEATURES)
 
+_NOTHING = {"rise": -3.0, "release": -3.0, "entry": -3.0}
+"""What is seen in place of features whose 0 says something: these are logarithms of shares of the budget."""
+
 
 @dataclass(frozen=True)
 class Without:
-    """A policy that sees 0 in place of some features.
+    """A policy that sees a constant in place of some features: 0, or -3 where that is the logarithm of next to nothing.
 
     Attributes:
         policy: whose.
@@ -50,7 +53,8 @@ class Without:
     def decide(self, observation: Observation) -> Decision:
         """As the policy, on what is left."""
         names = {name for given in self.features for name in FEATURE_GROUPS.get(given, (given,))}
-        modules = observation.modules * np.float32(~np.isin(MODULE_FEATURES, list(names)))
+        nothing = np.array([_NOTHING.get(name, 0.0) for name in MODULE_FEATURES], dtype=np.float32)
+        modules = np.where(np.isin(MODULE_FEATURES, list(names)), nothing, observation.modules)
         run = observation.run * np.float32(~np.isin(RUN_FEATURES, list(names)))
         return self.policy.decide(replace(observation, modules=modules, run=run))
 

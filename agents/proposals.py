@@ -14,7 +14,7 @@ from ..env.observation import Observation
 from ..env.score_actions import base_floor
 from ..env.spaces import SCORE_BOUND
 from ..lora.cost import FloatArray, ParameterCost
-from ..lora.plan import uniform_ranks
+from ..lora.plan import uniform_window
 from .policy import module_feature, signal_score
 
 BASIS = ("heur3", "price", "height", "actor")
@@ -45,7 +45,8 @@ def propose(
     by_parameters = isinstance(problem.cost, ParameterCost)
     parts = (signal_score(observation), *(module_feature(observation, name) for name in ("price", "height")), scores)
     basis = np.stack([part - part.mean() for part in parts])
-    uniform = (np.log2(max(1, uniform_ranks(problem.fresh()).max()) / base_floor(problem)), 0)
+    rank, _ = uniform_window(problem.fresh()) or (1, 0)
+    uniform = (np.log2(rank / base_floor(problem)), 0)
     fixed = np.array([uniform, (0, 0), (0, 0), (0, 0), tuple(steering)], dtype=np.float64)
     gains = np.concatenate([np.array(_FIXED_GAINS, dtype=np.float64), _draw_gains(draws, generator)])
     corrections = np.concatenate([fixed, _draw_corrections(draws, by_parameters, generator)])

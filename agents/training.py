@@ -33,7 +33,7 @@ from .config import TrainConfig, as_json
 from .learned import LearnedPolicy
 from .network import RankNetwork
 from .plan_critic import PlanCritics, fit_critics
-from .policy_file import CARD, save_policy
+from .policy_file import CARD, SCHEMA, save_policy
 from .rounds_vec_env import Arrays, RoundsConfig, RoundsVecEnv
 from .rules import find_rule
 from .run_folder import open_run
@@ -201,6 +201,7 @@ def _write_checkpoint(path: Path, model: PPO, iteration: int, validation: _Valid
     """Tensors and numbers only, so that reading it back never unpickles code."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  (SB3 shuffles with it)
     state = {
+        "schema": SCHEMA,
         "iteration": iteration,
         "timesteps": model.num_timesteps,
         "policy": model.policy.state_dict(),
@@ -223,6 +224,8 @@ def _restore(path: Path, model: PPO, validation: _Validation) -> int:
     """Go on from a checkpoint; returns the iterations done."""
     try:
         state = torch.load(path, weights_only=True)
+        if state.get("schema") != SCHEMA:
+            raise ValueError("it was written by another version of rankpilot")
         model.policy.load_state_dict(state["policy"])
         model.policy.optimizer.load_state_dict(state["optimizer"])
         model.num_timesteps = int(state["timesteps"])

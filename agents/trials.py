@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..env.observation import Observation
 from ..env.rounds import Round
 from ..env.schedule import DecisionSchedule
 from ..env.stacked_episodes import StackedEpisodes
 from ..env.tasks import ProxyTask
+from ..errors import RunFolderError
 from ..files import atomic_path
 from .learned import LearnedPolicy, MeanAction
 from .plan_critic import Lessons, Plans
 from .policy import Decision, decision_from_scores, decision_to_keep, is_first
+from .policy_file import SCHEMA
 from .pool import worker_pool
 from .proposals import FIXED, propose
 
@@ -133,6 +136,9 @@ def run_trials(
         folder: of the trials' files.
         workers: processes.
         on_progress: called with (stacks done, stacks in all).
+
+    Raises:
+        RunFolderError: the folder holds a damaged trial, or one of another version.
     """
     paths = {stack.number: folder / f"{stack.number:05}.safetensors" for stack in stacks}
     missing = [stack for stack in stacks if not paths[stack.number].exists()]
@@ -142,12 +148,23 @@ def run_trials(
     with worker_pool(workers) as spread:
         for stack, trial in spread(fly_trial, missing):
             with atomic_path(paths[stack.number]) as temporary:
-                save_file({field.name: getattr(trial, field.name) for field in fields(trial)}, temporary)
+                arrays = {field.name: getattr(trial, field.name) for field in fields(trial)}
+                save_file(arrays, temporary, metadata={"schema": str(SCHEMA)})
             done += 1
             if on_progress:
                 on_progress(done, len(stacks))
     for path in paths.values():
-        yield Trial(**load_file(path))
+        yield _read(path)
+
+
+def _read(path: Path) -> Trial:
+    try:
+        with safe_open(path, "np") as file:
+            if (file.metadata() or {}).get("schema") != str(SCHEMA):
+                raise RunFolderError(f"{path} was written by another version of rankpilot. Train in a new folder.")
+            return Trial(**{field.name: file.get_tensor(field.name) for field in fields(Trial)})
+    except SafetensorError as error:
+        raise RunFolderError(f"The trial {path} cannot be read ({error}). Delete it to fly it again.") from error
 
 
 def lessons_of(trials: Sequence[Trial]) -> Lessons:

@@ -205,10 +205,12 @@ def check_output(path: Path) -> None:
     """Make sure, before minutes of work, that a file can be written.
 
     Raises:
-        ConfigError: the path is a folder, or its folder cannot be made.
+        ConfigError: the path is a folder, a file of JSON lines, or its folder cannot be made.
     """
     if path.is_dir():
         raise ConfigError(f"--json names the folder {path}. Name a file in it, such as {path / 'figures.json'}.")
+    if path.suffix == ".jsonl":
+        raise ConfigError(f"--json {path}: figures are one JSON object. Name {path.with_suffix('.json')}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,7 +19,7 @@ class Ledger:
         resume: take over what the file holds already.
 
     Raises:
-        ConfigError: there is something in the file, and it is not to be taken over.
+        ConfigError: there is something in the file, and it is not to be taken over, or no results.
     """
 
     def __init__(self, path: Path | None, *, resume: bool = False) -> None:
@@ -27,7 +27,10 @@ class Ledger:
         rows = read_json_lines(path) if path else []
         if rows and not resume:
             raise ConfigError(f"{path} holds {len(rows)} results of an earlier run. Go on with --resume, or remove it.")
-        self._results = {_text(row["work"]): row["result"] for row in rows}
+        try:
+            self._results = {_text(row["work"]): row["result"] for row in rows}
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path} holds something else than results of a benchmark. Name another file.") from error
 
     def get(self, work: Mapping[str, Any]) -> Any:
         """The result of a piece of work; None if there is none yet."""

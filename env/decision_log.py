@@ -30,7 +30,7 @@ from ..files import atomic_path
 from ..lora.cost import FloatArray
 from ..lora.ladder import IntArray
 
-SCHEMA_KEY, SCHEMA_VERSION = b"rankpilot.schema", b"1"
+SCHEMA_KEY, SCHEMA_VERSION = b"rankpilot.schema", b"2"
 FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
 
 _DECISION_TYPES = {

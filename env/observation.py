@@ -43,7 +43,7 @@ MODULE_FEATURES = (
 | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
 | shape | log(d_out / d_in) | -3 to 3 |
 | price | log price of one rank at the moment where it is highest, minus its mean | -3 to 3 |
-| rise | log10 of the price of the next rung up on as many modules as there are, over the budget | -3 to 3 |
+| rise | log10(price of the next rung up x modules / budget); -3 at the highest rung | -3 to 3 |
 | release | the same of what dropping the module would free; -3 if it is not adapted | -3 to 3 |
 | entry | the same of what adapting it at rank 1 would add; -3 if it is adapted | -3 to 3 |
 | stale | decisions since its signals were fresh, over 4 | 0 to 3 |

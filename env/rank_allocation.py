@@ -1,4 +1,4 @@
-"""The Gymnasium environment `rankpilot/RankAllocation-v2`."""
+"""The Gymnasium environment `rankpilot/RankAllocation-v3`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
     | shape | log(d_out / d_in) | -3 to 3 |
     | price | log price of one rank at the moment where it is highest, minus its mean | -3 to 3 |
-    | rise | log10 of the price of the next rung up on as many modules as there are, over the budget | -3 to 3 |
+    | rise | log10(price of the next rung up x modules / budget); -3 at the highest rung | -3 to 3 |
     | release | the same of what dropping the module would free; -3 if it is not adapted | -3 to 3 |
     | entry | the same of what adapting it at rank 1 would add; -3 if it is adapted | -3 to 3 |
     | stale | decisions since its signals were fresh, over 4 | 0 to 3 |
@@ -130,6 +130,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     8 takes; `skip_tasks` draws and discards that many tasks first, which is how an interrupted training goes on.
 
     ## Version History
+    * v3: a third of the training tasks count the bytes of a large batch; rise, release and entry are logarithms.
     * v2: tasks come from suites with fixed splits; the reward is a share of the headroom, and pays for churn; the
       gradient's norm and AdaLoRA's importance are features.
     * v1: the budget is the peak of the whole step, not only what is saved for backward; the last decision may spend

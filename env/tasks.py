@@ -127,9 +127,9 @@ class ProxyTask:
         budget: share of what uniform rank 8 takes, > 0.
         unit: what is counted: "bytes" at the peak of a step, or "parameters" of the adapter.
         checkpointing: whether bytes are those of a step with gradient checkpointing. Losses do not depend on it.
-        priced_rows: rows of the step whose bytes are counted; batch_size if None. A proxy can afford few tokens a step,
-            which makes ranks dear beside activations; with more rows ranks are as cheap as in large fine-tunes. Losses
-            do not depend on it.
+        priced_rows: rows of the step whose bytes are counted, more than batch_size; batch_size if None. A proxy can
+            afford few tokens a step, which makes ranks dear beside activations; with more rows ranks are as cheap as in
+            large fine-tunes. Losses do not depend on it.
         placement: which layers a planted teacher changes; unused otherwise.
         corpus: the text (one of `CORPORA`) that a planted teacher is queried on or a shift leads to, or the labelled
             texts (one of `LABELS`) of a classification.
@@ -169,11 +169,15 @@ class ProxyTask:
             if value not in allowed:
                 raise ConfigError(f"The {name} of a task is one of {allowed}; got {value!r}.")
         find_base(self.base)
-        rows = self.batch_size if self.priced_rows is None else self.priced_rows
-        if min(self.steps, self.batch_size, rows, self.eval_rows) < 1 or not 2 <= self.length <= POSITIONS:
+        if min(self.steps, self.batch_size, self.eval_rows) < 1 or not 2 <= self.length <= POSITIONS:
             raise ConfigError(
-                "Steps, batch_size, priced_rows and eval_rows of a task are at least 1, and length is 2 to "
-                f"{POSITIONS}; got {self.steps}, {self.batch_size}, {rows}, {self.eval_rows} and {self.length}."
+                f"Steps, batch_size and eval_rows of a task are at least 1, and length is 2 to {POSITIONS}; got "
+                f"{self.steps}, {self.batch_size}, {self.eval_rows} and {self.length}."
+            )
+        if self.priced_rows is not None and self.priced_rows <= self.batch_size:
+            raise ConfigError(
+                f"The priced_rows of a task are None or more than its batch_size of {self.batch_size}; got "
+                f"{self.priced_rows}."
             )
         if not self.budget > 0 or not self.learning_rate > 0:
             raise ConfigError(
@@ -205,8 +209,7 @@ class ProxyTask:
 
     def cost(self) -> Cost:
         """See `FineTune`."""
-        rows = self.batch_size if self.priced_rows is None else self.priced_rows
-        return proxy_cost(self.base, rows, self.length, self.unit, self.checkpointing)
+        return proxy_cost(self.base, self.priced_rows or self.batch_size, self.length, self.unit, self.checkpointing)
 
     @property
     def data(self) -> TaskData:

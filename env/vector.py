@@ -18,7 +18,7 @@ from .stacked_env import StackedConfig, StackedRankAllocation
 class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]]):
     """`RankAllocationEnv`, stacked: the same spaces, rewards and infos, all episodes trained together.
 
-    `gym.make_vec("rankpilot/RankAllocation-v2", num_envs=8, vectorization_mode="vector_entry_point", base=...)`. An
+    `gym.make_vec("rankpilot/RankAllocation-v3", num_envs=8, vectorization_mode="vector_entry_point", base=...)`. An
     episode that ends is reset in the same step: its last observation and info are in `final_obs` and `final_info`.
 
     Args:

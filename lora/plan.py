@@ -97,18 +97,25 @@ def _shortfall(problem: PlanProblem, ranks: IntArray) -> tuple[str, str, str]:
     return format_bytes(price, up=True), format_bytes(problem.limit), reason
 
 
+def uniform_window(problem: PlanProblem) -> tuple[int, int] | None:
+    """The rank, at least 1, and the lowest layer of the best plan with one rank on whole layers; None if none fits."""
+    blocks = range(int(problem.blocks.max()) + 1)
+    lowest = bisect_left(blocks, True, key=lambda block: problem.fits(problem.uniform(1, block)))
+    if lowest not in blocks or not problem.uniform(1, lowest).any():
+        return None
+    ranks = range(1, problem.ladder.ranks[-1] + 1)
+    return bisect_left(ranks, True, key=lambda r: not problem.fits(problem.uniform(r, lowest))), lowest
+
+
 def uniform_ranks(problem: PlanProblem) -> IntArray:
     """The best plan with one rank: on all modules if rank 1 fits there, else on as many top layers as fit.
 
     Not tied to the ladder: the largest whole rank up to the ladder's end; `low` and `high` bound it for each module.
+    Where not even the top layer fits at rank 1, as many of its modules as fit, at ranks as equal as may be.
     """
-    blocks = range(int(problem.blocks.max()) + 1)
-    lowest = bisect_left(blocks, True, key=lambda block: problem.fits(problem.uniform(1, block)))
-    if lowest in blocks and problem.uniform(1, lowest).any():
-        ranks = range(1, problem.ladder.ranks[-1] + 1)
-        return problem.uniform(
-            bisect_left(ranks, True, key=lambda r: not problem.fits(problem.uniform(r, lowest))), lowest
-        )
+    window = uniform_window(problem)
+    if window:
+        return problem.uniform(*window)
     return pack(problem.fresh(), np.zeros(len(problem.ranks)), floor=1.0)
 
 

@@ -31,7 +31,7 @@ def test_public_names() -> None:
 
 
 def test_the_environment_is_registered() -> None:
-    assert rankpilot.ENV_ID == "rankpilot/RankAllocation-v2"
+    assert rankpilot.ENV_ID == "rankpilot/RankAllocation-v3"
     assert rankpilot.ENV_ID in gym.registry
 
 

@@ -17,8 +17,9 @@ from rankpilot.agents.policy import Decision, decision_from_scores
 from rankpilot.agents.proposals import FIXED, propose
 from rankpilot.agents.rules import find_rule
 from rankpilot.env.observation import Observation
+from rankpilot.lora.cost import ByteCost
 from rankpilot.lora.ladder import IntArray
-from rankpilot.lora.plan import project
+from rankpilot.lora.plan import project, uniform_ranks
 
 MakeObservation = Callable[..., Observation]
 WHEN = pytest.mark.parametrize("max_step", [None, 2], ids=["first", "later"])
@@ -152,14 +153,26 @@ def no_critics_opinion() -> PlanCritics:
     return critics.eval()
 
 
-def test_without_a_better_plan_the_first_is_level(make_observation: MakeObservation, network: RankNetwork) -> None:
-    observation = make_observation(12)
+@pytest.mark.parametrize("per_layer", [None, 700.0], ids=["parameters", "bytes"])
+def test_without_a_better_plan_the_first_is_uniform(
+    make_observation: MakeObservation, network: RankNetwork, per_layer: float | None
+) -> None:
+    """In bytes there is room for rank 14 everywhere; fracrule would leave modules out so that others have 16."""
+    options: dict[str, Any] = {}
+    if per_layer:
+        per_rank, needs = np.full((1, 12), 10.0), np.arange(3)[:, None] >= np.arange(12)[None] // 4
+        cost = ByteCost(("backward",), np.array([1000.0]), per_rank, np.full((1, 3), per_layer), needs)
+        options = {"cost": cost, "limit": 1000 + 3 * per_layer + 14 * 120.0}
+    observation = make_observation(12, **options)
+    problem = observation.problem
     found = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
-    level = find_rule("fracrule").decide(observation)  # under a parameter budget
-    np.testing.assert_array_equal(found.deltas, level.deltas)
-    rungs = observation.problem.ladder.rung(ranks_of(observation, found))
-    assert rungs.min() > 0
-    assert np.ptp(rungs) <= 1
+    ranks, uniform = ranks_of(observation, found), uniform_ranks(problem)
+    below = problem.ladder.array[problem.ladder.rung(uniform)]
+    assert uniform.any()
+    assert (ranks >= below).all()
+    if per_layer:
+        assert uniform.tolist() == [14] * 12
+        assert not ranks_of(observation, find_rule("fracrule").decide(observation)).all()
     assert (found.expected, found.uncertainty) == (0.0, 0.0)
 
 

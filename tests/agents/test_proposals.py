@@ -16,7 +16,7 @@ from rankpilot.env.score_actions import base_floor, base_tilt
 from rankpilot.env.spaces import SCORE_BOUND
 from rankpilot.lora.cost import ByteCost
 from rankpilot.lora.ladder import IntArray
-from rankpilot.lora.plan import project, uniform_ranks
+from rankpilot.lora.plan import project, uniform_ranks, uniform_window
 
 MakeObservation = Callable[..., Observation]
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -105,7 +105,7 @@ def test_the_fixed_ones_are_different_plans(make_observation: MakeObservation, o
 def test_the_first_is_uniform_rank_up_to_what_that_leaves(
     make_observation: MakeObservation, options: dict[str, Any]
 ) -> None:
-    """At least the rung below uniform's rank wherever uniform has an adapter; what is left may go a little deeper."""
+    """At least uniform's rank, rounded down to the ladder; what is left may go a little deeper."""
     observation = make_observation(16, **options)
     problem = observation.problem
     ranks, uniform = ranks_of(observation, proposals(observation), UNIFORM), uniform_ranks(problem)
@@ -115,6 +115,17 @@ def test_the_first_is_uniform_rank_up_to_what_that_leaves(
     deeper = np.flatnonzero((ranks > 0) & (uniform == 0)) // 4
     assert len(set(deeper.tolist())) <= 1, "one more layer in part at most"
     assert problem.fits(ranks)
+
+
+def test_the_first_is_uniform_where_not_even_the_top_layer_fits(make_observation: MakeObservation) -> None:
+    cost = byte_cost(16)
+    two = np.arange(16) >= 14
+    observation = make_observation(16, cost=cost, limit=float(cost.fixed(two).max() + cost.per_rank[:, two].sum() + 60))
+    problem = observation.problem
+    assert uniform_window(problem) is None
+    uniform = uniform_ranks(problem)
+    assert 0 < (uniform > 0).sum() < 4
+    np.testing.assert_array_equal(ranks_of(observation, proposals(observation), UNIFORM), uniform)
 
 
 def test_fixed_ones_do_not_depend_on_what_is_drawn(make_observation: MakeObservation, options: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ def test_datasets_opens_it_by_pattern(log: DecisionLog, tmp_path: Path) -> None:
     assert rows.num_rows == 12
     assert rows[3]["step"] == 36
     assert set(DecisionLog(renamed).read()["seed"].to_pylist()) == {2**40}
-    assert pq.ParquetFile(renamed / "part-00000.parquet").schema_arrow.metadata[b"rankpilot.schema"] == b"1"
+    assert pq.ParquetFile(renamed / "part-00000.parquet").schema_arrow.metadata[b"rankpilot.schema"] == b"2"
 
 
 @pytest.mark.parametrize(("step", "left"), [(-1, 0), (0, 1), (35, 1), (36, 2), (99, 3), (100, 4), (10**6, 4)])
@@ -196,11 +196,11 @@ def test_a_corrupt_part_is_named(log: DecisionLog, keep: int) -> None:
     assert len(log) == 4
 
 
-@pytest.mark.parametrize("metadata", [None, {b"rankpilot.schema": b"2"}])
+@pytest.mark.parametrize("metadata", [None, {b"rankpilot.schema": b"1"}])
 def test_a_foreign_schema_is_refused(log: DecisionLog, metadata: dict[bytes, bytes] | None) -> None:
     path = log.folder / "part-00001.parquet"
     pq.write_table(pa.table({"step": [1]}).replace_schema_metadata(metadata), path)
-    with pytest.raises(RunFolderError, match=r"part-00001\.parquet is no decision log of schema 1"):
+    with pytest.raises(RunFolderError, match=r"part-00001\.parquet is no decision log of schema 2"):
         log.read()
 
 

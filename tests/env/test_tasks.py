@@ -87,6 +87,7 @@ def test_held_out_texts_of_a_classification_are_never_trained_on(make_task: Make
         {"steps": 0},
         {"batch_size": 0},
         {"priced_rows": 0},
+        {"priced_rows": 4},
         {"eval_rows": 0},
         {"length": 1},
         {"length": 129},
