@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ..agents.learned import LearnedPolicy
+from ..agents.network import Action, RankNetwork
 from ..agents.policy_file import load_policy
+from ..agents.pool import apart
 from ..agents.rules import find_rule
 from ..env.controller import reference_cost
 from ..env.observation import Observation, RunState, observe
@@ -84,10 +86,16 @@ def deciders(policy: LearnedPolicy, observation: Observation) -> dict[str, Calla
     mask = torch.ones(1, modules.shape[1])
     found: dict[str, Callable[[], object]] = {
         RULE: partial(find_rule(RULE).decide, observation),
-        "network": partial(torch.no_grad()(policy.network), modules, run, mask),
+        "network": partial(_forward, policy.network, modules, run, mask),
         "actor": partial(replace(policy, critics=None).decide, observation),
     }
     return found | ({"policy": partial(policy.decide, observation)} if policy.critics else {})
+
+
+@torch.no_grad()
+def _forward(network: RankNetwork, *inputs: torch.Tensor) -> Action:
+    found: Action = network(*inputs)
+    return found
 
 
 def time_decisions(policy: LearnedPolicy, layers: int, rounds: int) -> tuple[int, Figures]:
@@ -120,11 +128,11 @@ def benchmark(options: Decide, console: Console) -> Figures:
     policy = load_policy(options.policy)
     if not isinstance(policy, LearnedPolicy):
         raise ConfigError(f"--policy names a trained policy; {options.policy!r} is a rule.")
-    torch.set_num_threads(1)
-    figures: Figures = {**machine_facts(torch.device("cpu")), "quick": options.quick}
+    figures: Figures = {**machine_facts(torch.device("cpu")), "threads": 1, "quick": options.quick}
     rows = []
     for layers in track(QUICK if options.quick else FULL, "decisions", console=Console(stderr=True), transient=True):
-        count, own = time_decisions(policy, layers, 5 if options.quick else 15)
+        with apart():
+            count, own = time_decisions(policy, layers, 5 if options.quick else 15)
         figures |= {f"modules_{count}.{name}": value for name, value in own.items()}
         times = [f"{own[f'{name}_ms']:.2f} ms" for name in (RULE, "network", "actor")]
         rows.append([str(count), *times, f"{own['policy_ms']:.1f} ms" if "policy_ms" in own else "no critics"])

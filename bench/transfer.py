@@ -6,35 +6,38 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..agents.config import FinetuneConfig
 from ..agents.finetune import PILOT, UNIFORM, run_one
-from ..agents.policy_file import load_policy
+from ..agents.learned import LearnedPolicy
+from ..agents.policy_file import load_policy, policy_folder, read_card
 from ..agents.pool import worker_pool
 from ..agents.statistics import compare_pairs, estimate
 from ..agents.workload import load_workload
-from ..errors import ConfigError
+from ..devices import find_device
+from ..errors import ConfigError, NonFiniteError
 from .harness import Figures, machine_facts, make_table, run_command
 from .ledger import Ledger
 
 MODEL = "all-minilm-l6-v2"
 
 RATES = {"rotten-tomatoes": 2e-3, "reuters-r8": 4e-3}
-"""Peak learning rates by data set: of 1e-3, 2e-3, 4e-3 and 8e-3 the best for uniform rank 8 (docs/experiments.md)."""
+"""Peak learning rates by data set, the best for uniform rank 8 in all its bytes; twice as much diverges
+(docs/experiments.md)."""
 
 WORSE = 1.01
 """A run counts as worse where its loss is more than so many times the uniform run's."""
@@ -60,14 +63,18 @@ class Course:
     length: int
     held_out_rows: int
 
-    def runs(self, policies: Sequence[str]) -> list[Piece]:
-        """All runs; those that are compared follow one another."""
+    def runs(self, policies: Mapping[str, str | None]) -> list[Piece]:
+        """All runs; those that are compared follow one another.
+
+        Args:
+            policies: sha256 of each one's weights; None for rules.
+        """
         return [
-            Piece(policy, data, budget, seed, self.steps, self.length, self.held_out_rows)
+            Piece(policy, weights, data, budget, seed, RATES[data], self.steps, self.length, self.held_out_rows)
             for seed in range(self.seeds)
             for data in self.data
             for budget in self.budgets
-            for policy in (UNIFORM, *policies)
+            for policy, weights in ({UNIFORM: None} | dict(policies)).items()
         ]
 
 
@@ -77,22 +84,26 @@ QUICK = Course(("rotten-tomatoes",), ("60%",), seeds=1, steps=4, length=16, held
 
 @dataclass(frozen=True)
 class Piece:
-    """One run.
+    """One run, with all that its result depends on.
 
     Attributes:
         policy: decides, or UNIFORM.
+        weights: sha256 of its weights; None for rules.
         data: data set.
         budget: see `Budget.parse`.
         seed: of everything.
+        learning_rate: peak of a linear decay.
         steps: of the run.
         length: tokens of a row at most.
         held_out_rows: of the held-out set.
     """
 
     policy: str
+    weights: str | None
     data: str
     budget: str
     seed: int
+    learning_rate: float
     steps: int
     length: int
     held_out_rows: int
@@ -105,12 +116,14 @@ class Transfer:
     all-MiniLM-L6-v2 (6 layers, 37 linear modules) learns Rotten Tomatoes (2 classes) and Reuters R8 (8 classes) for 160
     steps of 16 rows with the transformers Trainer and PEFT, at 30 to 100 % of the bytes of a step with rank 8 on all
     linear layers. Uniform rank is the largest one that fits, on as many top layers as fit. Both have the same seed,
-    batches and learning rate, the one that is best for uniform rank 8. Each adapter is loaded by plain PEFT in another
-    process.
+    batches and learning rate, the one that is best for uniform rank 8 in all its bytes. Each adapter that a policy
+    leaves is loaded by plain PEFT in another process, and its logits compared.
 
-    Told are held-out losses, how often a policy's is lower, the mean difference of their logs, and runs that are more
-    than 1 % worse; intervals are 95 %, by a bootstrap over data sets and budgets. The full run takes about 40 minutes
-    on two cores for one policy.
+    Told are held-out losses and accuracy, how often a policy's loss is lower, the mean difference of their logs, runs
+    that are more than 1 % worse, measured peaks above the budget (every tenth step is measured), adapters that give
+    the same logits again, and the time of a step; intervals are 95 %, by a bootstrap over data sets and budgets. A run
+    that diverges counts as worse than any other, and in means as a model that guesses. The full run takes about 40
+    minutes on two cores for one policy.
 
     Attributes:
         policies: "default", folders of trained policies, or rules.
@@ -133,18 +146,30 @@ class Transfer:
         Raises:
             ConfigError, UnknownNameError, PolicyFileError: they are not.
         """
-        if self.workers < 1 or not self.policies:
-            raise ConfigError(f"--workers is at least 1 and --policies names one; got {self.workers} workers.")
+        if self.workers < 1:
+            raise ConfigError(f"--workers is at least 1; got {self.workers}.")
+        if not self.policies or len(set(self.policies)) < len(self.policies):
+            raise ConfigError(f"--policies names at least one policy, and none twice; got {self.policies}.")
         if UNIFORM in self.policies:
             raise ConfigError(f"{UNIFORM} is what all --policies are compared with; leave it out.")
         if self.resume and not self.json:
             raise ConfigError("--resume goes on with the .jsonl file beside --json FILE: name that too.")
-        for policy in self.policies:
-            load_policy(policy)
+        self.weights()
+
+    def weights(self) -> dict[str, str | None]:
+        """The sha256 of each policy's weights; None for rules."""
+        learned = {policy: isinstance(load_policy(policy), LearnedPolicy) for policy in self.policies}
+        return {
+            policy: str(read_card(policy_folder(policy))["sha256"]) if has_weights else None
+            for policy, has_weights in learned.items()
+        }
 
 
 def fly(piece: Piece) -> dict[str, Any]:
-    """Run one fine-tune; returns its figures, and for a policy whether plain PEFT loads the adapter."""
+    """Run one fine-tune; returns its figures, for a policy also whether plain PEFT loads the adapter.
+
+    The loss of a run that diverges is None; "guess" is that of a model that gives each class the same probability.
+    """
     name = UNIFORM if piece.policy == UNIFORM else PILOT
     config = FinetuneConfig(
         MODEL,
@@ -152,7 +177,7 @@ def fly(piece: Piece) -> dict[str, Any]:
         policy="default" if name == UNIFORM else piece.policy,
         budget=piece.budget,
         steps=piece.steps,
-        learning_rate=RATES[piece.data],
+        learning_rate=piece.learning_rate,
         max_length=piece.length,
         held_out_rows=piece.held_out_rows,
         seed=piece.seed,
@@ -162,12 +187,16 @@ def fly(piece: Piece) -> dict[str, Any]:
         workload = load_workload(
             MODEL, piece.data, max_length=piece.length, held_out_rows=piece.held_out_rows, seed=piece.seed
         )
-        return run_one(config, workload, Path(folder), name)
+        guess = {"guess": math.log(len(workload.labels))}
+        try:
+            return guess | run_one(config, workload, Path(folder), name)
+        except NonFiniteError:
+            return guess | {"held_out_loss": None}
 
 
 def run_all(options: Transfer, course: Course, ledger: Ledger, console: Console) -> dict[Piece, dict[str, Any]]:
     """Run what the ledger does not hold yet; returns the results of all runs."""
-    pieces = course.runs(options.policies)
+    pieces = course.runs(options.weights())
     missing = [piece for piece in pieces if ledger.get(asdict(piece)) is None]
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar, worker_pool(options.workers) as spread:
@@ -185,17 +214,18 @@ def pairs_of(results: dict[Piece, dict[str, Any]], policy: str) -> Iterator[Pair
     """Runs of a policy with its result and the uniform run's."""
     for piece, result in results.items():
         if piece.policy == policy:
-            yield piece, result, results[Piece(**{**asdict(piece), "policy": UNIFORM})]
+            yield piece, result, results[replace(piece, policy=UNIFORM, weights=None)]
 
 
 def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
     """A policy against uniform rank."""
     tasks = [f"{piece.data} {piece.budget}" for piece, _, _ in pairs]
     runs, uniform = [own for _, own, _ in pairs], [other for _, _, other in pairs]
-    losses, others = ([float(run["held_out_loss"]) for run in side] for side in (runs, uniform))
-    gain = estimate(np.log(others) - np.log(losses), tasks)
+    losses, others = ([_loss(run, math.inf) for run in side] for side in (runs, uniform))
+    logs, other_logs = (np.log([_loss(run, run["guess"]) for run in side]) for side in (runs, uniform))
+    gain = estimate(other_logs - logs, tasks)
+    whole = [(own, other) for _, own, other in pairs if _ended(own) and _ended(other)]
     versus = compare_pairs([-loss for loss in losses], [-loss for loss in others], tasks)
-    right, right_of_others = ([float(run["held_out_accuracy"]) for run in side] for side in (runs, uniform))
     figures: Figures = {
         "runs": len(pairs),
         "better": versus.better.value,
@@ -204,24 +234,38 @@ def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
         "log_loss_gain": gain.value,
         "log_loss_gain_low": gain.low,
         "log_loss_gain_high": gain.high,
-        "accuracy_gain": float(np.mean(np.subtract(right, right_of_others))),
+        "diverged": sum(not _ended(run) for run in runs),
         "one_percent_worse": sum(loss > WORSE * other for loss, other in zip(losses, others, strict=True)),
-        "worst_ratio": max(loss / other for loss, other in zip(losses, others, strict=True)),
-        "over_budget": sum(run["peak_bytes"] > run["budget_bytes"] for run in runs),
-        "identical_reloads": sum(bool(run["reload"]["identical"]) for run in runs),
-        "step_ratio": float(np.median([own["median_step_s"] / other["median_step_s"] for _, own, other in pairs])),
+        "worst_ratio": float(np.exp(np.max(logs - other_logs))),
+        "accuracy_gain": _mean(own["held_out_accuracy"] - other["held_out_accuracy"] for own, other in whole),
+        "over_budget": sum(own["peak_bytes"] > own["budget_bytes"] for own, _ in whole),
+        "identical_reloads": sum(bool(own["reload"]["identical"]) for own, _ in whole),
+        "step_ratio": _mean(own["median_step_s"] / other["median_step_s"] for own, other in whole),
     }
     return {f"{policy}.{name}": value for name, value in figures.items()}
+
+
+def _ended(run: dict[str, Any]) -> bool:
+    return run["held_out_loss"] is not None and math.isfinite(run["held_out_loss"])
+
+
+def _loss(run: dict[str, Any], otherwise: float) -> float:
+    return float(run["held_out_loss"]) if _ended(run) else otherwise
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean; 0 of nothing."""
+    return float(np.mean(found)) if (found := list(values)) else 0.0
 
 
 def _runs_table(policy: str, pairs: Sequence[Pair]) -> Any:
     rows = [
         [
             f"{piece.data}, {piece.budget}, seed {piece.seed}",
-            *(f"{result['held_out_loss']:.4f}" for result in (own, other)),
-            f"{100 * (own['held_out_loss'] / other['held_out_loss'] - 1):+.1f} %",
-            *(f"{100 * result['held_out_accuracy']:.1f} %" for result in (own, other)),
-            *(f"{result['adapter_parameters']:,}" for result in (own, other)),
+            *(f"{result['held_out_loss']:.4f}" if _ended(result) else "diverged" for result in (own, other)),
+            f"{100 * (_loss(own, math.inf) / _loss(other, math.inf) - 1):+.1f} %",
+            *(f"{100 * result.get('held_out_accuracy', math.nan):.1f} %" for result in (own, other)),
+            *(f"{result.get('adapter_parameters', 0):,}" for result in (own, other)),
         ]
         for piece, own, other in pairs
     ]
@@ -241,20 +285,11 @@ def _summary_table(figures: Figures, policies: Sequence[str]) -> Any:
             f"{own['worst_ratio']:.3f}",
             f"{100 * float(own['accuracy_gain']):+.2f}",
             f"{own['over_budget']}",
+            f"{own['identical_reloads']}",
             f"{own['step_ratio']:.2f}",
         ]
 
-    columns = (
-        "policy",
-        "runs",
-        "better",
-        "log loss gained",
-        "1 % worse",
-        "worst",
-        "points",
-        "over budget",
-        "step time",
-    )
+    columns = ("policy", "runs", "better", "log loss gained", "1 % worse", "worst", "points", "over", "reloads", "step")
     return make_table("over all runs", columns, [row(policy) for policy in policies])
 
 
@@ -266,8 +301,9 @@ def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
     """
     options.check()
     ledger = Ledger(options.json.with_suffix(".jsonl") if options.json else None, resume=options.resume)
-    results = run_all(options, course, ledger, Console(stderr=True))
-    figures: Figures = {**machine_facts(torch.device("cpu")), "quick": options.quick}
+    # The stream itself, since runs in this process write their own words elsewhere.
+    results = run_all(options, course, ledger, Console(file=sys.stderr))
+    figures: Figures = {**machine_facts(find_device("auto")), "threads": 1, "quick": options.quick}
     for policy in options.policies:
         pairs = list(pairs_of(results, policy))
         console.print(_runs_table(policy, pairs))

@@ -8,11 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rankpilot.agents.learned import LearnedPolicy
+from rankpilot.agents.network import Action, RankNetwork
+from rankpilot.agents.plan_critic import PlanCritics
 from rankpilot.agents.policy import Decision
+from rankpilot.agents.policy_file import save_policy
 from rankpilot.agents.rules import find_rule
 from rankpilot.bench import decide
 from rankpilot.bench.decide import RULE, deciders, main, observation_of
+from rankpilot.env.schedule import DecisionSchedule
+from rankpilot.env.spaces import STEERING
 from rankpilot.lora.plan import project, uniform_ranks
 
 
@@ -22,9 +28,10 @@ def observation() -> Any:
 
 
 def learned(critics: bool) -> LearnedPolicy:
-    policy = decide.load_policy("default")
-    assert isinstance(policy, LearnedPolicy)
-    return policy if critics else decide.replace(policy, critics=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judges = PlanCritics().eval()
+    return LearnedPolicy("mine", RankNetwork().eval(), judges if critics else None)
 
 
 def test_a_first_decision_with_something_to_decide(observation: Any) -> None:
@@ -50,18 +57,24 @@ def test_what_is_timed_decides(observation: Any) -> None:
         assert isinstance(own, Decision)
         np.testing.assert_array_equal(own.deltas, decision.deltas)
         assert observation.problem.fits(project(observation.problem, own.deltas, own.scores).ranks)
+    assert isinstance(found["network"], Action)
+    assert found["network"].mean.shape == (1, 14 + len(STEERING))
     assert "policy" not in deciders(learned(critics=False), observation)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decide, "QUICK", (1, 2))
-    path = tmp_path / "figures.json"
-    assert main(["--quick", "--json", str(path)]) == 0
+    path, threads, trained = tmp_path / "figures.json", torch.get_num_threads(), learned(critics=True)
+    save_policy(tmp_path / "policy", trained.network, DecisionSchedule(), {"name": "mine"}, trained.critics)
+    assert main(["--quick", "--policy", str(tmp_path / "policy"), "--json", str(path)]) == 0
+    assert torch.get_num_threads() == threads
     figures = json.loads(path.read_text())
     for count in (7, 14):
         for name in (RULE, "network", "actor", "policy"):
             assert figures[f"modules_{count}.{name}_ms"] > 0
-        assert figures[f"modules_{count}.policy_ratio"] > 1, "53 plans take longer than one"
+        ratios = [figures[f"modules_{count}.{name}_ratio"] for name in ("network", "actor", "policy")]
+        assert all(ratio > 0 for ratio in ratios)
+        assert ratios[2] > 1, "53 plans take longer than one"
     assert "One first decision" in capsys.readouterr().out
 
 
@@ -70,7 +83,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     [
         (["--policy", "heur3"], "is a rule"),
         (["--policy", "nowhere/at/all"], "no policy folder"),
-        (["--json", "."], "--json"),
+        (["--json", "."], "names the folder"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

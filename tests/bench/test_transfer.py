@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 from rankpilot.agents.finetune import UNIFORM
+from rankpilot.agents.network import RankNetwork
+from rankpilot.agents.policy_file import WEIGHTS, save_policy
+from rankpilot.agents.pool import apart
 from rankpilot.bench import transfer
 from rankpilot.bench.ledger import Ledger
 from rankpilot.bench.transfer import FULL, QUICK, RATES, Course, Piece, Transfer, figures_of, fly, main, pairs_of
+from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.files import sha256
 from rich.console import Console
 
 COURSE = Course(("rotten-tomatoes", "reuters-r8"), ("40%", "80%"), seeds=2, steps=3, length=8, held_out_rows=16)
@@ -32,27 +37,30 @@ def made_up(piece: Piece) -> dict[str, Any]:
         "peak_bytes": 90,
         "budget_bytes": 100.0,
         "median_step_s": 0.2 if piece.policy == UNIFORM else 0.3,
+        "guess": math.log(2),
     }
     return result if piece.policy == UNIFORM else result | {"reload": {"identical": piece.seed == 0}}
 
 
 def results(*policies: str) -> dict[Piece, dict[str, Any]]:
-    return {piece: made_up(piece) for piece in COURSE.runs(policies)}
+    return {piece: made_up(piece) for piece in COURSE.runs(dict.fromkeys(policies))}
 
 
 def test_all_runs_of_a_comparison_are_paired() -> None:
-    pieces = COURSE.runs(("a", "b"))
+    pieces = COURSE.runs({"a": None, "b": "0123"})
     assert len(set(pieces)) == len(pieces) == 2 * 2 * 2 * 3
     assert [piece.policy for piece in pieces[:3]] == [UNIFORM, "a", "b"]
-    assert len({replace(piece, policy="") for piece in pieces[:3]}) == 1
-    found = results("a", "b")
+    assert [piece.weights for piece in pieces[:3]] == [None, None, "0123"]
+    assert len({replace(piece, policy="", weights=None) for piece in pieces[:3]}) == 1
+    assert {piece.learning_rate for piece in pieces if piece.data == "reuters-r8"} == {RATES["reuters-r8"]}
+    found = {piece: made_up(piece) for piece in pieces}
     for policy in ("a", "b"):
         pairs = list(pairs_of(found, policy))
         assert len(pairs) == 8
         for piece, own, other in pairs:
             assert piece.policy == policy
             assert own == found[piece]
-            assert other == found[replace(piece, policy=UNIFORM)]
+            assert other == found[replace(piece, policy=UNIFORM, weights=None)]
 
 
 def test_figures() -> None:
@@ -75,9 +83,33 @@ def test_figures() -> None:
 
 
 def test_a_run_above_its_budget_is_told() -> None:
-    piece = COURSE.runs(("a",))[1]
+    piece = COURSE.runs({"a": None})[1]
     pair = piece, made_up(piece) | {"peak_bytes": 101}, made_up(replace(piece, policy=UNIFORM))
     assert figures_of("a", [pair])["a.over_budget"] == 1
+
+
+def test_a_run_that_diverges_loses_and_counts_as_a_guess() -> None:
+    found = results("a")
+    first = next(piece for piece in found if piece.policy == "a")
+    found[first] = {"held_out_loss": None, "guess": math.log(2)}
+    figures = figures_of("a", list(pairs_of(found, "a")))
+    assert figures["a.better"] == pytest.approx(7 / 8)
+    assert (figures["a.diverged"], figures["a.one_percent_worse"]) == (1, 1)
+    uniform = float(found[replace(first, policy=UNIFORM)]["held_out_loss"])
+    expected = (-7 * math.log(0.9) + math.log(uniform) - math.log(math.log(2))) / 8
+    assert figures["a.log_loss_gain"] == pytest.approx(expected)
+    assert figures["a.worst_ratio"] == pytest.approx(math.log(2) / uniform)
+    assert figures["a.accuracy_gain"] == pytest.approx(0.01), "of the runs that ended"
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(transfer._runs_table("a", list(pairs_of(found, "a"))))
+    assert shown.getvalue().count("diverged") == 1
+
+
+@pytest.mark.assets
+def test_a_rate_that_is_too_high_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RATES, "rotten-tomatoes", 1e30)
+    (_, piece) = QUICK.runs({"heur3": None})
+    assert fly(piece) == {"held_out_loss": None, "guess": math.log(2)}
 
 
 def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,17 +128,19 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="Go on with --resume"):
         transfer.benchmark(options, COURSE, CONSOLE)
     figures = transfer.benchmark(replace(options, resume=True), COURSE, CONSOLE)
-    assert len(flown) == len(COURSE.runs(("heur3",))) + 1, "only the run that failed is repeated"
+    pieces = COURSE.runs({"heur3": None})
+    assert len(flown) == len(pieces) + 1, "only the run that failed is repeated"
     assert figures["heur3.runs"] == 8
     ledger = Ledger(tmp_path / "figures.jsonl", resume=True)
-    assert all(ledger.get(asdict(piece)) == made_up(piece) for piece in COURSE.runs(("heur3",)))
+    assert all(ledger.get(asdict(piece)) == made_up(piece) for piece in pieces)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"workers": 0}, ConfigError, "--workers is at least 1"),
-        ({"policies": ()}, ConfigError, "--policies names one"),
+        ({"policies": ()}, ConfigError, "--policies names at least one"),
+        ({"policies": ("heur3", "heur3")}, ConfigError, "none twice"),
         ({"policies": ("uniform",)}, ConfigError, "leave it out"),
         ({"policies": ("heur4",)}, UnknownNameError, "heur3"),
         ({"resume": True}, ConfigError, "--json FILE"),
@@ -117,9 +151,19 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         Transfer(**options).check()
 
 
+def test_runs_are_told_apart_by_the_weights(trained: Path) -> None:
+    weights = Transfer(policies=(str(trained), "heur3")).weights()
+    assert weights == {str(trained): sha256(trained / WEIGHTS), "heur3": None}
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    return save_policy(tmp_path / "policy", RankNetwork(), DecisionSchedule(), {"name": "mine"})
+
+
 def test_every_data_set_has_a_rate_and_every_question_twenty_runs() -> None:
     assert {*FULL.data, *QUICK.data} <= RATES.keys()
-    assert len(FULL.runs(("default",))) == 2 * 20
+    assert len(FULL.runs({"default": None})) == 2 * 20
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +183,8 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["heur3.runs"] == figures["heur3.identical_reloads"] == 1
     assert figures["heur3.over_budget"] == 0
     assert "heur3 against uniform rank" in capsys.readouterr().out
-    (piece,) = (piece for piece in QUICK.runs(("heur3",)) if piece.policy == UNIFORM)
-    again, stored = fly(piece), Ledger(path.with_suffix(".jsonl"), resume=True).get(asdict(piece))
+    piece, _ = QUICK.runs({"heur3": None})
+    with apart():
+        again, stored = fly(piece), Ledger(path.with_suffix(".jsonl"), resume=True).get(asdict(piece))
     assert again["held_out_loss"] == stored["held_out_loss"], "the same seed, the same run"
     assert again["ranks"] == stored["ranks"]
