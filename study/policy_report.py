@@ -150,25 +150,31 @@ of the bytes, a share says nothing."""
 
 
 _TRANSFER = """Held-out loss on Rotten Tomatoes and Reuters R8 at 30 to 100 % of the bytes of uniform rank 8, against
-uniform rank at the learning rate that is best for it (`python -m rankpilot.bench.transfer`; intervals over data sets
-and budgets). Better on average and no run more than 1 % worse was asked for."""
+uniform rank in the same bytes, at the learning rate that is best for rank 8 in all of them
+(`python -m rankpilot.bench.transfer`; intervals over data sets and budgets). Better on average and no run more than 1 %
+worse was asked for."""
 
 
 def _transfer(path: Path) -> str:
-    figures = read_json(path) if path.is_file() else {}
-    policies = [name.removesuffix(".better") for name in figures if name.endswith(".better")]
-    if not policies:
-        raise RunFolderError(f"{path} holds no results. Pass the --json of `python -m rankpilot.bench.transfer`.")
-    lines = []
-    for policy in policies:
-        own = {name.removeprefix(f"{policy}."): value for name, value in figures.items()}
-        better, gain = (
-            Estimate(*(own[f"{name}{end}"] for end in ("", "_low", "_high"))) for name in ("better", "log_loss_gain")
-        )
-        counts = [f"{own['one_percent_worse']}", f"{own['worst_ratio']:.3f}", f"{100 * own['accuracy_gain']:+.2f}"]
-        lines.append([policy, f"{own['runs']}", _number(better, ".0%"), _number(gain, "+.3f"), *counts])
+    try:
+        figures = read_json(path)
+        policies = [name.removesuffix(".better") for name in figures if name.endswith(".better")]
+        lines = [_transferred(policy, figures) for policy in policies]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{path} holds no results of `python -m rankpilot.bench.transfer` ({error}).") from error
+    if not lines or figures["quick"]:
+        raise RunFolderError(f"{path} holds no results of a full run of `python -m rankpilot.bench.transfer`.")
     columns = ["", "runs", "chance of being better", "log loss gained", "1 % worse", "worst ratio of losses"]
     return _table([*columns, "points of accuracy"], lines)
+
+
+def _transferred(policy: str, figures: dict[str, Any]) -> list[str]:
+    own = {name.removeprefix(f"{policy}."): value for name, value in figures.items() if name.startswith(f"{policy}.")}
+    better, gain = (
+        Estimate(*(own[f"{name}{end}"] for end in ("", "_low", "_high"))) for name in ("better", "log_loss_gain")
+    )
+    counts = [f"{own['one_percent_worse']}", f"{own['worst_ratio']:.3f}", f"{100 * own['accuracy_gain']:+.2f}"]
+    return [Path(policy).name, f"{own['runs']}", _number(better, ".0%"), _number(gain, "+.3f"), *counts]
 
 
 _GAINS = "Mean improvement over uniform in shares of the task's headroom (-3 to 3)."

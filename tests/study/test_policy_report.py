@@ -82,7 +82,8 @@ def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixtu
     figures = {"runs": 20, "better": 0.75, "better_low": 0.6, "better_high": 0.9, "one_percent_worse": 3}
     figures |= {"log_loss_gain": 0.02, "log_loss_gain_low": -0.01, "log_loss_gain_high": 0.05}
     figures |= {"worst_ratio": 1.0312, "accuracy_gain": 0.0044}
-    write_json(transfer, {"threads": 1} | {f"pilot.{name}": value for name, value in figures.items()})
+    flat: dict[str, Any] = {"quick": False} | {f"runs/pilot.{name}": value for name, value in figures.items()}
+    write_json(transfer, flat)
     options += ["--ablations", str(evaluation), "--transfer", str(transfer)]
     assert main([str(run), str(evaluation), *options]) == 0
     text = output.read_text()
@@ -102,7 +103,7 @@ def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (output.parent / "images" / "learning_curve.png").stat().st_size > 1000
     assert main([str(run), str(tmp_path / "none"), "--output", str(output)]) == 1
     assert "holds no results" in capsys.readouterr().err
-    for content in ({}, {"threads": 1}):
+    for content in ({}, {"quick": False}, flat | {"quick": True}, {"runs/pilot.better": 0.75, "quick": False}, []):
         write_json(transfer, content)
         assert main([str(run), str(evaluation), *options]) == 1
         assert "transfer.json holds no results" in capsys.readouterr().err
