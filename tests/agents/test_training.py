@@ -280,7 +280,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "pickle", "other keys"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "pickle", "other keys", "other version"])
 def test_a_corrupt_checkpoint_is_named(interrupted: Path, tmp_path: Path, damage: str) -> None:
     path = interrupted / CHECKPOINT
     before, trap = path.read_bytes(), tmp_path / "ran"
@@ -291,6 +291,8 @@ def test_a_corrupt_checkpoint_is_named(interrupted: Path, tmp_path: Path, damage
     elif damage == "other keys":
         state = torch.load(path, weights_only=True)
         torch.save({key: value for key, value in state.items() if key != "numpy_rng"}, path)
+    elif damage == "other version":
+        torch.save(torch.load(path, weights_only=True) | {"schema": 1}, path)
     else:
         torch.save(_Payload(trap), path)
     rows = (interrupted / PROGRESS).read_bytes()

@@ -28,10 +28,11 @@ from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.env.stacked_episodes import StackedEpisodes
 from rankpilot.env.suites import load_suite
 from rankpilot.env.tasks import ProxyTask, adapted_base
+from rankpilot.errors import RunFolderError
 from rankpilot.lora.cost import total_cost
 from rankpilot.lora.held_state import signal_buffer_bytes
 from rankpilot.lora.plan import project
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -274,7 +275,7 @@ def test_an_interrupted_training_goes_on_where_it_was(fake_flights: list[int], t
 
 
 def test_a_file_is_whole_or_absent(fake_flights: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def torn(arrays: Any, path: Path) -> None:
+    def torn(arrays: Any, path: Path, metadata: dict[str, str]) -> None:
         path.write_bytes(b"half of it")
         raise Killed
 
@@ -285,6 +286,20 @@ def test_a_file_is_whole_or_absent(fake_flights: list[int], monkeypatch: pytest.
     assert names(tmp_path) == []
     assert same(next(run_trials(numbered(0), tmp_path, workers=1)), made_up(0))
     assert fake_flights == [0, 0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "other version", "no version"])
+def test_a_trial_that_is_damaged_or_of_another_version_is_refused(
+    fake_flights: list[int], tmp_path: Path, damage: str
+) -> None:
+    list(run_trials(numbered(0), tmp_path, workers=1))
+    (path,) = tmp_path.iterdir()
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        save_file(load_file(path), path, metadata={"schema": "1"} if damage == "other version" else None)
+    with pytest.raises(RunFolderError, match="cannot be read" if damage == "cut" else "another version"):
+        list(run_trials(numbered(0), tmp_path, workers=1))
 
 
 # Lessons --------------------------------------------------------------------------------------------------------------
