@@ -16,13 +16,15 @@ from rankpilot.agents.policy_file import WEIGHTS, save_policy
 from rankpilot.agents.pool import apart
 from rankpilot.bench import transfer
 from rankpilot.bench.ledger import Ledger
-from rankpilot.bench.transfer import FULL, QUICK, RATES, Course, Piece, Transfer, figures_of, fly, main, pairs_of
+from rankpilot.bench.transfer import FULL, QUICK, Course, Piece, Transfer, figures_of, fly, main, pairs_of
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.files import sha256
 from rich.console import Console
 
-COURSE = Course(("rotten-tomatoes", "reuters-r8"), ("40%", "80%"), seeds=2, steps=3, length=8, held_out_rows=16)
+COURSE = Course(
+    {"rotten-tomatoes": {"40%": 1e-3, "80%": 2e-3}, "reuters-r8": {"40%": 3e-3, "80%": 4e-3}}, 2, 3, 8, held_out_rows=16
+)
 CONSOLE = Console(file=io.StringIO())
 
 
@@ -52,7 +54,7 @@ def test_all_runs_of_a_comparison_are_paired() -> None:
     assert [piece.policy for piece in pieces[:3]] == [UNIFORM, "a", "b"]
     assert [piece.weights for piece in pieces[:3]] == [None, None, "0123"]
     assert len({replace(piece, policy="", weights=None) for piece in pieces[:3]}) == 1
-    assert {piece.learning_rate for piece in pieces if piece.data == "reuters-r8"} == {RATES["reuters-r8"]}
+    assert all(piece.learning_rate == COURSE.rates[piece.data][piece.budget] for piece in pieces)
     found = {piece: made_up(piece) for piece in pieces}
     for policy in ("a", "b"):
         pairs = list(pairs_of(found, policy))
@@ -106,10 +108,9 @@ def test_a_run_that_diverges_loses_and_counts_as_a_guess() -> None:
 
 
 @pytest.mark.assets
-def test_a_rate_that_is_too_high_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RATES, "rotten-tomatoes", 1e30)
-    (_, piece) = QUICK.runs({"heur3": None})
-    assert fly(piece) == {"held_out_loss": None, "guess": math.log(2)}
+def test_a_rate_that_is_too_high_diverges() -> None:
+    _, piece = QUICK.runs({"heur3": None})
+    assert fly(replace(piece, learning_rate=1e30)) == {"held_out_loss": None, "guess": math.log(2)}
 
 
 def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +162,7 @@ def trained(tmp_path: Path) -> Path:
     return save_policy(tmp_path / "policy", RankNetwork(), DecisionSchedule(), {"name": "mine"})
 
 
-def test_every_data_set_has_a_rate_and_every_question_twenty_runs() -> None:
-    assert {*FULL.data, *QUICK.data} <= RATES.keys()
+def test_there_are_twenty_runs_of_each_policy() -> None:
     assert len(FULL.runs({"default": None})) == 2 * 20
 
 
