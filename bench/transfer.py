@@ -36,8 +36,8 @@ from .ledger import Ledger
 MODEL = "all-minilm-l6-v2"
 
 RATES: dict[str, dict[str, float]] = {
-    "rotten-tomatoes": {"30%": 1e-3, "45%": 1e-3, "60%": 1e-3, "80%": 1e-3, "100%": 2e-3},
-    "reuters-r8": {"30%": 2e-3, "45%": 2e-3, "60%": 2e-3, "80%": 2e-3, "100%": 4e-3},
+    "rotten-tomatoes": {"30%": 1e-3, "60%": 1e-3, "100%": 2e-3},
+    "reuters-r8": {"30%": 2e-3, "60%": 2e-3, "100%": 4e-3},
 }
 """Peak learning rates by data set and budget: of 1e-3, 2e-3 and 4e-3 the best for the uniform run, tuned with a seed
 that the benchmark does not use (docs/experiments.md)."""
@@ -79,7 +79,7 @@ class Course:
         ]
 
 
-FULL = Course(RATES, seeds=2, steps=160, length=48, held_out_rows=800)
+FULL = Course(RATES, seeds=4, steps=160, length=48, held_out_rows=800)
 QUICK = Course({"rotten-tomatoes": {"60%": 1e-3}}, seeds=1, steps=4, length=16, held_out_rows=32)
 
 
