@@ -150,7 +150,7 @@ of the bytes, a share says nothing."""
 
 
 _TRANSFER = """Held-out loss on Rotten Tomatoes and Reuters R8 at 30 to 100 % of the bytes of uniform rank 8, against
-uniform rank in the same bytes, at the learning rate that is best for uniform rank on these data in this budget
+uniform rank in the same bytes, at the highest learning rate of three at which uniform rank diverges in no budget
 (`python -m rankpilot.bench.transfer`; intervals over data sets and budgets). Better on average and no run more than 1 %
 worse was asked for."""
 

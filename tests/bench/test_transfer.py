@@ -16,7 +16,19 @@ from rankpilot.agents.policy_file import WEIGHTS, save_policy
 from rankpilot.agents.pool import apart
 from rankpilot.bench import transfer
 from rankpilot.bench.ledger import Ledger
-from rankpilot.bench.transfer import FULL, QUICK, Course, Piece, Transfer, figures_of, fly, main, pairs_of
+from rankpilot.bench.transfer import (
+    BUDGETS,
+    FULL,
+    QUICK,
+    RATES,
+    Course,
+    Piece,
+    Transfer,
+    figures_of,
+    fly,
+    main,
+    pairs_of,
+)
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.files import sha256
@@ -162,8 +174,10 @@ def trained(tmp_path: Path) -> Path:
     return save_policy(tmp_path / "policy", RankNetwork(), DecisionSchedule(), {"name": "mine"})
 
 
-def test_there_are_more_than_twenty_runs_of_each_policy() -> None:
-    assert len(FULL.runs({"default": None})) == 2 * 24
+def test_budgets_and_data_of_the_full_run() -> None:
+    pieces = FULL.runs({"default": None})
+    assert {(piece.data, piece.learning_rate) for piece in pieces} == set(RATES.items())
+    assert {piece.budget for piece in pieces} == set(BUDGETS)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
