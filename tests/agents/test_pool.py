@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from multiprocessing import active_children
 from operator import call
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rankpilot.agents.pool import Spread, apart, worker_pool
@@ -101,3 +106,38 @@ def test_threads_and_random_state_are_put_back_after_an_error() -> None:
         fail()
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), before)
+
+
+_SCRIPT = """
+import os, time
+from operator import call
+from rankpilot.agents.pool import worker_pool
+
+if __name__ == "__main__":
+    with worker_pool(2) as spread:
+        for _, pid in spread(call, [os.getpid, os.getpid]):
+            print(pid, flush=True)
+        next(spread(time.sleep, [100.0, 100.0]))
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """In the middle of a piece of work, too: nobody would read its result."""
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = {int(parent.stdout.readline()) for _ in range(2)}
+        parent.kill()
+        parent.wait()
+        end = time.monotonic() + 30
+        while any(map(_runs, workers)) and time.monotonic() < end:
+            time.sleep(0.1)
+    assert not any(map(_runs, workers))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return str(psutil.Process(pid).status()) != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
