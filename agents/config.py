@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -270,6 +271,23 @@ class MemoryConfig:
                 "rank and batch_size are at least 1, max_length and labels at least 2; got "
                 f"{self.rank}, {self.batch_size}, {self.max_length} and {self.labels}."
             )
+
+
+def train_config(values: Mapping[str, Any]) -> TrainConfig:
+    """A config from what `as_json` made of it.
+
+    Raises:
+        ConfigError: these are no settings of training.
+    """
+    try:
+        schedule = dict(values["schedule"]) | {"fractions": tuple(values["schedule"]["fractions"])}
+        return TrainConfig(
+            **dict(values)
+            | {name: tuple(values[name]) for name in ("suites", "bases")}
+            | {"schedule": DecisionSchedule(**schedule), "network": NetworkConfig(**values["network"])}
+        )
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"These are no settings of training of this version of rankpilot ({error}).") from error
 
 
 def as_json(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 A policy's mean action is one answer; a critic can compare many. It reads what the policy reads and a plan, and tells
 by how much the held-out loss will be lower than that of other plans, in standard deviations of the log loss between
-plans for the same task: what is at stake differs a hundredfold from task to task. Several critics, each fitted to its
-own draw of the tasks, disagree where they have seen little, and what they disagree about is not worth a risk (the lower
-bound of an ensemble, as in Ghasemipour et al., 2022, arXiv 2205.13703).
+plans for the same task: what is at stake differs a hundredfold from task to task. Several critics disagree where they
+have seen little, and what they disagree about is not worth a risk (the lower bound of an ensemble, as in Ghasemipour et
+al., 2022, arXiv 2205.13703).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,107 +140,3 @@ class PlanCritics(nn.Module):
     def forward(self, plans: Plans) -> torch.Tensor:
         """What each critic says, (critics, states, plans)."""
         return torch.stack([critic(plans) for critic in self.critics])
-
-
-@dataclass(frozen=True, eq=False)
-class Lessons:
-    """What plans led to.
-
-    Attributes:
-        plans: states and one plan for each, that is ranks (states, 1, modules).
-        gains: minus the log of the held-out loss at the end, (states,).
-        groups: states that can be compared, of one task and one decision, have one number, int64 (states,).
-        tasks: number of each state's task, int64 (states,).
-    """
-
-    plans: Plans
-    gains: torch.Tensor
-    groups: torch.Tensor
-    tasks: torch.Tensor
-
-
-EPOCHS, BATCH, RATE, DECAY = 30, 32, 2e-3, 0.05
-
-LEAST_SPREAD = 0.02
-"""Added to the standard deviation of a group's gains, in log loss: what is left below is noise."""
-
-MOST_GAIN = 1.0
-"""Gains differ from the median of their group by no more than this, in log loss."""
-
-
-def fit_critics(critics: PlanCritics, lessons: Lessons, *, seed: int) -> dict[str, float]:
-    """Fit critics to differences between plans for like states, each to a draw of the tasks with replacement.
-
-    Args:
-        critics: are fitted afresh; what they say of a group is compared after its mean is taken off.
-        lessons: groups of several states each.
-        seed: of the draws, the order of the lessons, and dropout.
-
-    Returns:
-        "explained": share of the variance inside groups that critics explain on tasks that they have not seen. Nothing
-        where each has seen all of them, or all plans end alike.
-    """
-    groups = _groups(lessons.groups)
-    targets = torch.zeros_like(lessons.gains)
-    for group in groups:
-        own = lessons.gains[group]
-        own = (own - own.median()).clamp(-MOST_GAIN, MOST_GAIN)
-        targets[group] = (own - own.mean()) / (own.std(unbiased=False) + LEAST_SPREAD)
-    rows = torch.cat(groups)
-    tasks = torch.unique(lessons.tasks, return_inverse=True)[1]
-    said, judges = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for number, critic in enumerate(critics.critics):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * len(critics.critics) + number)
-            count = int(tasks.max()) + 1
-            drawn = torch.bincount(torch.randint(count, (count,)), minlength=count)
-            _fit_one(critic, lessons.plans, targets, [g for g in groups for _ in range(int(drawn[tasks[g[0]]]))])
-        unseen = drawn[tasks[rows]] == 0
-        said += unseen * _said(critic, lessons.plans, groups)
-        judges += unseen
-    critics.eval()
-    known = judges > 0
-    truth = targets[rows][known]
-    if not truth.any():
-        return {}
-    left = (said[known] / judges[known] - truth).square().sum()
-    return {"explained": float(1 - left / truth.square().sum())}
-
-
-def _groups(numbers: torch.Tensor) -> list[torch.Tensor]:
-    """Rows of each group of two states or more."""
-    order = torch.argsort(numbers, stable=True)
-    sizes = torch.unique_consecutive(numbers[order], return_counts=True)[1].tolist()
-    return [group for group in torch.split(order, sizes) if len(group) > 1]
-
-
-def _centred(critic: nn.Module, plans: Plans, groups: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What a critic says of groups that follow one another, less the mean of each."""
-    said = critic(plans[torch.cat(list(groups))]).squeeze(1)
-    return torch.cat([part - part.mean() for part in torch.split(said, [len(group) for group in groups])])
-
-
-@torch.no_grad()
-def _said(critic: nn.Module, plans: Plans, groups: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The same for many groups."""
-    starts = range(0, len(groups), BATCH)
-    return torch.cat([_centred(critic, plans, groups[start : start + BATCH]) for start in starts])
-
-
-def _fit_one(critic: nn.Module, plans: Plans, targets: torch.Tensor, groups: Sequence[torch.Tensor]) -> None:
-    for module in critic.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=RATE, weight_decay=DECAY)
-    steps = EPOCHS * -(-len(groups) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    critic.train()
-    for _ in range(EPOCHS):
-        for chosen in torch.split(torch.randperm(len(groups)), BATCH):
-            some = [groups[index] for index in chosen.tolist()]
-            loss = (_centred(critic, plans, some) - targets[torch.cat(some)]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-    critic.eval()

@@ -30,9 +30,10 @@ from ..env.tasks import ProxyTask, adapted_base
 from ..errors import RunFolderError
 from ..files import append_json_line, atomic_path, read_json, read_json_lines, write_json, write_text
 from .config import TrainConfig, as_json
+from .critic_fit import fit_critics
 from .learned import LearnedPolicy
 from .network import RankNetwork
-from .plan_critic import PlanCritics, fit_critics
+from .plan_critic import PlanCritics
 from .policy_file import CARD, SCHEMA, save_policy
 from .rounds_vec_env import Arrays, RoundsConfig, RoundsVecEnv
 from .rules import find_rule
@@ -265,23 +266,12 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         ConfigError: no such tasks, or no such device.
         AssetError: a text is not at hand.
     """
-    templates = [_tasks((suite,), "train", config) for suite in config.suites]
+    rounds = rounds_of(config)
     validation_tasks = evenly(_tasks(config.suites, "validation", config), config.validation_tasks)
-    everything = [*(task for suite in templates for task in suite), *validation_tasks]
+    everything = [*(task for suite in rounds.templates for task in suite), *validation_tasks]
     check_texts(everything)
-    device = str(find_device(config.device))
     open_run(folder, as_json(config), resume=resume)
     report = on_stage or (lambda stage: None)
-    rounds = RoundsConfig(
-        tuple(templates),
-        config.stacks,
-        config.groups,
-        config.group,
-        config.schedule,
-        config.seed,
-        config.worker_count,
-        device,
-    )
     envs = RoundsVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
     try:
         model = _new_model(config, envs, folder)
@@ -317,11 +307,9 @@ def _judges(
     actor: LearnedPolicy, rounds: RoundsConfig, config: TrainConfig, folder: Path, report: OnStage
 ) -> PlanCritics:
     """Plan critics, from trials of fresh tasks."""
-    drawn = [tuple(rounds.draw(TRIAL_ROUND + number, 0)) for number in range(-(-config.trial_tasks // rounds.groups))]
-    order = sorted(range(len(drawn)), key=lambda number: (number // TRIAL_BATCH, drawn[number][0].base))
     stacks = [
-        Stack(number, drawn[drew], actor, config.schedule, config.seed, rounds.device)
-        for number, drew in enumerate(order)
+        Stack(number, tasks, actor, config.schedule, config.seed, rounds.device)
+        for number, tasks in enumerate(trial_draws(rounds, config.trial_tasks))
     ]
     trials = run_trials(
         stacks,
@@ -332,9 +320,35 @@ def _judges(
     lessons = lessons_of(list(trials))
     report(Stage("plan critics", len(stacks), len(stacks)))
     critics = PlanCritics()
-    facts = fit_critics(critics, lessons, seed=config.seed)
+    facts = fit_critics(critics, lessons, seed=config.seed, workers=config.worker_count)
     write_json(folder / TRIALS / SUMMARY, {"runs": len(stacks) * rounds.groups * RUNS} | facts)
     return critics
+
+
+def rounds_of(config: TrainConfig) -> RoundsConfig:
+    """What rounds of a training run are drawn from, and where they are flown.
+
+    Raises:
+        UnknownNameError: no such suite or base.
+        ConfigError: no such tasks, or no such device.
+    """
+    return RoundsConfig(
+        tuple(_tasks((suite,), "train", config) for suite in config.suites),
+        config.stacks,
+        config.groups,
+        config.group,
+        config.schedule,
+        config.seed,
+        config.worker_count,
+        str(find_device(config.device)),
+    )
+
+
+def trial_draws(rounds: RoundsConfig, tasks: int) -> list[tuple[ProxyTask, ...]]:
+    """The fresh tasks of each stack of trials, in the order in which they are flown; at least so many in all."""
+    drawn = [tuple(rounds.draw(TRIAL_ROUND + number, 0)) for number in range(-(-tasks // rounds.groups))]
+    order = sorted(range(len(drawn)), key=lambda number: (number // TRIAL_BATCH, drawn[number][0].base))
+    return [drawn[number] for number in order]
 
 
 def _tasks(suites: Sequence[str], split: str, config: TrainConfig) -> tuple[ProxyTask, ...]:

@@ -26,8 +26,9 @@ from ..env.stacked_episodes import StackedEpisodes
 from ..env.tasks import ProxyTask
 from ..errors import RunFolderError
 from ..files import atomic_path
+from .critic_fit import Lessons
 from .learned import LearnedPolicy, MeanAction
-from .plan_critic import Lessons, Plans
+from .plan_critic import Plans
 from .policy import Decision, decision_from_scores, decision_to_keep, is_first
 from .policy_file import SCHEMA
 from .pool import worker_pool
@@ -140,7 +141,7 @@ def run_trials(
     Raises:
         RunFolderError: the folder holds a damaged trial, or one of another version.
     """
-    paths = {stack.number: folder / f"{stack.number:05}.safetensors" for stack in stacks}
+    paths = {stack.number: _path(folder, stack.number) for stack in stacks}
     missing = [stack for stack in stacks if not paths[stack.number].exists()]
     done = len(stacks) - len(missing)
     if on_progress:
@@ -155,6 +156,22 @@ def run_trials(
                 on_progress(done, len(stacks))
     for path in paths.values():
         yield _read(path)
+
+
+def read_trials(folder: Path, count: int) -> list[Trial]:
+    """The first trials of a folder, in order.
+
+    Raises:
+        RunFolderError: one is missing, damaged or of another version.
+    """
+    missing = [number for number in range(count) if not _path(folder, number).exists()]
+    if missing:
+        raise RunFolderError(f"{len(missing)} of {count} trials are not in {folder}; finish the training run first.")
+    return [_read(_path(folder, number)) for number in range(count)]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05}.safetensors"
 
 
 def _read(path: Path) -> Trial:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.agents import plan_critic
-from rankpilot.agents.plan_critic import CriticConfig, Lessons, PlanCritics, Plans, fit_critics
+from rankpilot.agents.critic_fit import FitConfig, Lessons, fit_critics
+from rankpilot.agents.plan_critic import CriticConfig, PlanCritics, Plans
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import ConfigError
 
@@ -243,10 +243,7 @@ def test_plans_that_all_end_alike_tell_nothing() -> None:
 # How they are fitted --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_critic, "EPOCHS", 3)
-    monkeypatch.setattr(plan_critic, "BATCH", 4)
+SHORT = FitConfig(epochs=3, batch=4)
 
 
 def dyadic(plans: Plans) -> torch.Tensor:
@@ -257,10 +254,10 @@ def dyadic(plans: Plans) -> torch.Tensor:
 LESSONS = lessons_on(dyadic, groups=10, runs=4)
 
 
-def fit(lessons: Lessons, seed: int = 0, start: int = 0) -> dict[str, torch.Tensor]:
+def fit(lessons: Lessons, seed: int = 0, start: int = 0, workers: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(start)
     critics = PlanCritics(TINY)
-    fit_critics(critics, lessons, seed=seed)
+    fit_critics(critics, lessons, seed=seed, fit=SHORT, workers=workers)
     return critics.state_dict()
 
 
@@ -268,7 +265,6 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, right[name]) for name, value in left.items())
 
 
-@pytest.mark.usefixtures("short")
 def test_a_fit_depends_on_its_seed_alone() -> None:
     """Not on the weights that critics came with, and not on the random state."""
     found = fit(LESSONS)
@@ -279,15 +275,25 @@ def test_a_fit_depends_on_its_seed_alone() -> None:
     assert (said_by(critics, LESSONS.plans).std(dim=0) > 1e-4).all(), "critics have seeds of their own"
 
 
-@pytest.mark.usefixtures("short")
 def test_a_fit_leaves_the_random_state_as_it_was() -> None:
     critics = PlanCritics(TINY)
     before = torch.get_rng_state()
-    fit_critics(critics, LESSONS, seed=0)
+    fit_critics(critics, LESSONS, seed=0, fit=SHORT)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.usefixtures("short")
+def test_a_fit_does_not_depend_on_the_number_of_processes() -> None:
+    assert same(fit(LESSONS), fit(LESSONS, workers=2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"epochs": 0}, {"batch": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"decay": -1.0}]
+)
+def test_bad_settings_of_a_fit(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="epochs and batch of a fit are at least 1"):
+        FitConfig(**options)
+
+
 def test_what_all_runs_of_a_group_have_in_common_does_not_count() -> None:
     offsets = torch.randint(-90, 90, (10,), generator=torch.Generator().manual_seed(2)).float()
     moved = replace(LESSONS, gains=LESSONS.gains + offsets[LESSONS.groups])
@@ -296,7 +302,6 @@ def test_what_all_runs_of_a_group_have_in_common_does_not_count() -> None:
     assert not same(fit(LESSONS), fit(other))
 
 
-@pytest.mark.usefixtures("short")
 def test_groups_of_one_state_are_ignored() -> None:
     rows = torch.cat([torch.arange(40), torch.tensor([3, 17])])
     lonely = Lessons(
@@ -308,7 +313,6 @@ def test_groups_of_one_state_are_ignored() -> None:
     assert same(fit(LESSONS), fit(lonely))
 
 
-@pytest.mark.usefixtures("short")
 def test_the_numbers_of_groups_need_not_follow_one_another() -> None:
     """Nor do their states; only the order of groups decides."""
     order = torch.arange(40).reshape(10, 4).T.reshape(-1)
@@ -319,7 +323,6 @@ def test_the_numbers_of_groups_need_not_follow_one_another() -> None:
         torch.testing.assert_close(found[name], value)
 
 
-@pytest.mark.usefixtures("short")
 def test_one_run_that_went_wrong_counts_only_so_much() -> None:
     """Beyond the most that gains may differ, it does not matter by how much."""
     found = []
@@ -331,7 +334,6 @@ def test_one_run_that_went_wrong_counts_only_so_much() -> None:
     assert not same(found[0], fit(LESSONS))
 
 
-@pytest.mark.usefixtures("short")
 def test_a_fit_does_not_depend_on_what_is_in_the_padding() -> None:
     found = [fit(replace(LESSONS, plans=padded(LESSONS.plans, filling))) for filling in (0.0, 2.9)]
     for name, value in found[0].items():

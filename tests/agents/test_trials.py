@@ -14,9 +14,10 @@ import pytest
 import torch
 from rankpilot.agents import trials
 from rankpilot.agents.config import NetworkConfig
+from rankpilot.agents.critic_fit import fit_critics
 from rankpilot.agents.learned import LearnedPolicy
 from rankpilot.agents.network import RankNetwork
-from rankpilot.agents.plan_critic import CriticConfig, PlanCritics, fit_critics
+from rankpilot.agents.plan_critic import CriticConfig, PlanCritics
 from rankpilot.agents.pool import apart
 from rankpilot.agents.proposals import FIXED
 from rankpilot.agents.rules import find_rule
