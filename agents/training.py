@@ -24,6 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
 from ..devices import find_device
+from ..env.fresh import vary
 from ..env.suites import VERSION, evenly, find_tasks
 from ..env.task_data import check_texts
 from ..env.tasks import ProxyTask, adapted_base
@@ -345,8 +346,15 @@ def rounds_of(config: TrainConfig) -> RoundsConfig:
 
 
 def trial_draws(rounds: RoundsConfig, tasks: int) -> list[tuple[ProxyTask, ...]]:
-    """The fresh tasks of each stack of trials, in the order in which they are flown; at least so many in all."""
-    drawn = [tuple(rounds.draw(TRIAL_ROUND + number, 0)) for number in range(-(-tasks // rounds.groups))]
+    """The fresh tasks of each stack of trials, in the order in which they are flown; at least so many in all.
+
+    They vary more than those of rounds, since nothing has to be known of them in advance.
+    """
+    suites = {(task.kind, task.base): suite for suite in rounds.templates for task in suite}
+    drawn = [
+        tuple(vary(task, suites[task.kind, task.base]) for task in rounds.draw(TRIAL_ROUND + number, 0))
+        for number in range(-(-tasks // rounds.groups))
+    ]
     order = sorted(range(len(drawn)), key=lambda number: (number // TRIAL_BATCH, drawn[number][0].base))
     return [drawn[number] for number in order]
 

@@ -86,16 +86,16 @@ class Critics:
     """Cross-validate plan critics on the trials of a training run (`rankpilot train` with --trial-tasks).
 
     Tasks are split into parts; critics fitted to the others choose, at the first decision, among the 15 plans that were
-    tried on each task that they have not seen. Fresh tasks of one template stay together, so these are new templates
-    too. Gains are told over uniform rank, in log loss, cut at 1, and in standard deviations between the plans of a
+    tried on each task that they have not seen. Tasks on one base with one text or placement and one kind of budget stay
+    together. Gains are told over uniform rank, in log loss, cut at 1, and in standard deviations between the plans of a
     task; with the share of tasks on which the choice is better (a tie counts half) and on which it is 1 % worse;
-    intervals are 95 %, by a bootstrap over templates. Beside the settings stand fixed choices and the best plan in
+    intervals are 95 %, by a bootstrap over those sets of tasks. Beside the settings stand fixed choices and the best plan in
     hindsight, which noise flatters.
 
     With --search, Optuna (pip install rankpilot[tune]) looks for a better setting first, by the mean gain in standard
     deviations; the best that it finds is measured on another split beside the usual one.
 
-    The full table takes about an hour and a half on two cores for 9,000 trials.
+    The full table takes about half an hour on two cores for 9,000 trials.
 
     Attributes:
         run: folder of a training run.
@@ -161,14 +161,14 @@ class Tried:
         rows: of the first decision, by task and plan, (tasks, RUNS).
         gains: of the same, float64 (tasks, RUNS).
         tasks: which they are.
-        templates: number of each one's template, (tasks,).
+        cells: number of each one's cell, (tasks,): tasks that differ in seed, budget and learning rate alone are in one.
     """
 
     lessons: Lessons
     rows: IntArray
     gains: FloatArray
     tasks: tuple[ProxyTask, ...]
-    templates: IntArray
+    cells: IntArray
 
 
 @lru_cache(maxsize=1)
@@ -184,13 +184,13 @@ def tried_in(run: Path) -> Tried:
     lessons = lessons_of(read_trials(run / TRIALS, len(draws)))
     tasks = tuple(task for drawn in draws for task in drawn)
     first = torch.nonzero(lessons.plans.run[:, RUN_FEATURES.index("progress")] == 0).reshape(-1, RUNS)
-    templates = {template: number for number, template in enumerate(dict.fromkeys(map(_template, tasks)))}
+    cells = {cell: number for number, cell in enumerate(dict.fromkeys(map(_cell, tasks)))}
     return Tried(
         lessons,
         first.numpy(),
         lessons.gains[first].double().numpy(),
         tasks,
-        np.array([templates[_template(task)] for task in tasks]),
+        np.array([cells[_cell(task)] for task in tasks]),
     )
 
 
@@ -204,8 +204,8 @@ def _config_of(run: Path) -> TrainConfig:
     return config
 
 
-def _template(task: ProxyTask) -> ProxyTask:
-    return replace(task, seed=0)
+def _cell(task: ProxyTask) -> tuple[object, ...]:
+    return task.base, task.kind, task.placement, task.corpus, task.price
 
 
 def judge(piece: Piece) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def judge(piece: Piece) -> dict[str, Any]:
     """
     tried, setting = tried_in(piece.run), piece.setting
     generator = np.random.default_rng(piece.split)
-    part = generator.permutation(int(tried.templates.max()) + 1)[tried.templates] % piece.folds
+    part = generator.permutation(int(tried.cells.max()) + 1)[tried.cells] % piece.folds
     others = generator.permutation(np.flatnonzero(part != piece.fold))
     own = np.flatnonzero(part == piece.fold)
     taught = others[: max(round(setting.tasks * len(others)), 2)]
@@ -267,9 +267,9 @@ def gains_of(tried: Tried, chosen: IntArray) -> tuple[FloatArray, FloatArray]:
 def figures_of(tried: Tried, chosen: IntArray, among: IntArray) -> Figures:
     """What choices gain over uniform on some of the tasks."""
     own, standard = (values[among] for values in gains_of(tried, chosen))
-    templates = [str(number) for number in tried.templates[among]]
-    gain, deviations = estimate(own, templates), estimate(standard, templates)
-    better = compare_pairs(own, np.zeros(len(own)), templates).better
+    cells = [str(number) for number in tried.cells[among]]
+    gain, deviations = estimate(own, cells), estimate(standard, cells)
+    better = compare_pairs(own, np.zeros(len(own)), cells).better
     return {
         "tasks": len(among),
         "gain": gain.value,
