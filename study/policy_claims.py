@@ -164,7 +164,8 @@ def share(rows: Iterable[Row], policy: str, best: str, other: str, *, logs: bool
         logs: compare logs of losses, where those differ in size from task to task.
 
     Returns:
-        A ratio of means; its interval is a bootstrap over tasks. None where nothing was measured.
+        A ratio of means; its interval is a bootstrap over tasks. None where nothing was measured, or nothing could be
+        gained.
     """
     rows = list(rows)
     tops = {row.key[1:]: _loss(row) for row in rows if row.policy == best}
@@ -176,8 +177,12 @@ def share(rows: Iterable[Row], policy: str, best: str, other: str, *, logs: bool
     found.append(_finite([tops[row.key[1:]] for row, _ in pairs], starts))
     base, own, top = [np.log(losses) for losses in found] if logs else found
 
+    if not (base - top).any():
+        return None
+
     def ratio(values: FloatArray, counts: IntArray) -> FloatArray:
-        return np.asarray((counts @ values) / (counts @ (base - top)))
+        whole = counts @ (base - top)
+        return np.divide(counts @ values, whole, out=np.zeros(len(whole)), where=whole != 0)
 
     return estimate(base - own, [row.task for row, _ in pairs], ratio)
 

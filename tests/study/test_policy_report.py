@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def test_share_of_the_oracle(rows: list[Row]) -> None:
     lower = share(failed, "pilot", "oracle", UNIFORM, logs=True)
     assert lower is not None
     assert lower.value == pytest.approx((7 * 0.3 - math.log(2)) / (8 * 0.5)), "a failed run counts as no gain at all"
+
+
+def test_a_share_of_nothing(rows: list[Row]) -> None:
+    """Where nothing could be gained on any task there is no share; draws without any count as none gained."""
+    level = [replace(r, loss=1.0) if r.policy == "oracle" else r for r in rows]
+    assert share(level, "pilot", "oracle", UNIFORM, logs=True) is None
+    one = [replace(r, loss=1.0) if r.policy == "oracle" and r.task != "planted-0" else r for r in rows]
+    found = share(one, "pilot", "oracle", UNIFORM, logs=True)
+    assert found is not None
+    assert all(map(math.isfinite, (found.value, found.low, found.high)))
 
 
 def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
