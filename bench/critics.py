@@ -89,8 +89,8 @@ class Critics:
     tried on each task that they have not seen. Tasks on one base with one text or placement and one kind of budget stay
     together. Gains are told over uniform rank, in log loss, cut at 1, and in standard deviations between the plans of a
     task; with the share of tasks on which the choice is better (a tie counts half) and on which it is 1 % worse;
-    intervals are 95 %, by a bootstrap over those sets of tasks. Beside the settings stand fixed choices and the best plan in
-    hindsight, which noise flatters.
+    intervals are 95 %, by a bootstrap over those sets of tasks. Beside the settings stand fixed choices and the best
+    plan in hindsight, which noise flatters.
 
     With --search, Optuna (pip install rankpilot[tune]) looks for a better setting first, by the mean gain in standard
     deviations; the best that it finds is measured on another split beside the usual one.
@@ -161,7 +161,7 @@ class Tried:
         rows: of the first decision, by task and plan, (tasks, RUNS).
         gains: of the same, float64 (tasks, RUNS).
         tasks: which they are.
-        cells: number of each one's cell, (tasks,): tasks that differ in seed, budget and learning rate alone are in one.
+        cells: number of each one's cell, (tasks,): tasks that differ in seed, budget and rate alone share one.
     """
 
     lessons: Lessons
