@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..env.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from ..errors import ConfigError, UnknownNameError
@@ -25,9 +27,31 @@ _NOTHING = {"rise": -3.0, "release": -3.0, "entry": -3.0}
 """What is seen in place of features whose 0 says something: these are logarithms of shares of the budget."""
 
 
+def hide(
+    names: Sequence[str], modules: NDArray[np.float32], run: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Features with a constant in place of some: 0, or -3 where that is the logarithm of next to nothing.
+
+    Args:
+        names: of features or of groups of them.
+        modules: (..., len(MODULE_FEATURES)).
+        run: (..., len(RUN_FEATURES)).
+
+    Raises:
+        UnknownNameError: no such feature.
+    """
+    for name in names:
+        if name not in FEATURE_GROUPS and name not in _ALL:
+            raise UnknownNameError.of("feature", name, [*FEATURE_GROUPS, *_ALL])
+    hidden = [feature for name in names for feature in FEATURE_GROUPS.get(name, (name,))]
+    nothing = np.array([_NOTHING.get(name, 0.0) for name in MODULE_FEATURES], dtype=np.float32)
+    left = np.where(np.isin(MODULE_FEATURES, hidden), nothing, modules)
+    return left, run * np.float32(~np.isin(RUN_FEATURES, hidden))
+
+
 @dataclass(frozen=True)
 class Without:
-    """A policy that sees a constant in place of some features: 0, or -3 where that is the logarithm of next to nothing.
+    """A policy that sees a constant in place of some features, see `hide`.
 
     Attributes:
         policy: whose.
@@ -41,9 +65,7 @@ class Without:
     features: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for name in self.features:
-            if name not in FEATURE_GROUPS and name not in _ALL:
-                raise UnknownNameError.of("feature", name, [*FEATURE_GROUPS, *_ALL])
+        hide(self.features, np.zeros(len(MODULE_FEATURES), np.float32), np.zeros(len(RUN_FEATURES), np.float32))
 
     @property
     def name(self) -> str:
@@ -52,10 +74,7 @@ class Without:
 
     def decide(self, observation: Observation) -> Decision:
         """As the policy, on what is left."""
-        names = {name for given in self.features for name in FEATURE_GROUPS.get(given, (given,))}
-        nothing = np.array([_NOTHING.get(name, 0.0) for name in MODULE_FEATURES], dtype=np.float32)
-        modules = np.where(np.isin(MODULE_FEATURES, list(names)), nothing, observation.modules)
-        run = observation.run * np.float32(~np.isin(RUN_FEATURES, list(names)))
+        modules, run = hide(self.features, observation.modules, observation.run)
         return self.policy.decide(replace(observation, modules=modules, run=run))
 
 

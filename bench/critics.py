@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..agents.ablation import FEATURE_GROUPS, hide
 from ..agents.config import TrainConfig, train_config
 from ..agents.critic_fit import LEAST_SPREAD, MOST_GAIN, FitConfig, Lessons, fit_critics
 from ..agents.learned import CAUTION
@@ -28,6 +29,7 @@ from ..agents.run_folder import CONFIG
 from ..agents.statistics import compare_pairs, estimate
 from ..agents.training import TRIALS, rounds_of, trial_draws
 from ..agents.trials import RUNS, lessons_of, read_trials
+from ..env.bases import find_base
 from ..env.observation import RUN_FEATURES
 from ..env.tasks import ProxyTask
 from ..errors import ConfigError
@@ -41,6 +43,12 @@ FIXED = {"uniform": 0, "fracrule": 1, "heur3": 2, "fracrule-mlp": 3, "actor": 4}
 """Places of plans that every task has tried."""
 
 
+SCORES = "scores"
+"""Stands for the actor's scores among the features that critics do not see."""
+
+Apart = Literal["cell", "family"]
+
+
 @dataclass(frozen=True)
 class Setting:
     """One way to get critics.
@@ -49,12 +57,14 @@ class Setting:
         critic: how many, and their size.
         fit: how they are fitted.
         tasks: share of the tasks that are not held out.
+        without: features that the critics do not see, see `rankpilot.agents.ablation`, or "scores" for the actor's.
         caution: see `rankpilot.agents.learned.CAUTION`.
     """
 
     critic: CriticConfig = field(default_factory=CriticConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     tasks: float = 1.0
+    without: tuple[str, ...] = ()
     caution: float = CAUTION
 
 
@@ -64,6 +74,7 @@ SETTINGS: dict[str, Setting] = {
     "usual": USUAL,
     "half of the tasks": replace(USUAL, tasks=0.5),
     "a quarter": replace(USUAL, tasks=0.25),
+    **{f"without {name}": replace(USUAL, without=(name,)) for name in (*FEATURE_GROUPS, "modules", SCORES)},
     "one critic": replace(USUAL, critic=CriticConfig(count=1)),
     "caution 0": replace(USUAL, caution=0.0),
     "caution 2": replace(USUAL, caution=2.0),
@@ -87,7 +98,8 @@ class Critics:
 
     Tasks are split into parts; critics fitted to the others choose, at the first decision, among the 15 plans that were
     tried on each task that they have not seen. Tasks on one base with one text or placement and one kind of budget stay
-    together. Gains are told over uniform rank, in log loss, cut at 1, and in standard deviations between the plans of a
+    together; with --apart family whole families of models do, so that each is unknown to the critics that choose there.
+    Gains are told over uniform rank, in log loss, cut at 1, and in standard deviations between the plans of a
     task; with the share of tasks on which the choice is better (a tie counts half) and on which it is 1 % worse;
     intervals are 95 %, by a bootstrap over those sets of tasks. Beside the settings stand fixed choices and the best
     plan in hindsight, which noise flatters.
@@ -101,7 +113,8 @@ class Critics:
         run: folder of a training run.
         settings: names of what is compared; all of them if none is given.
         search: settings that Optuna tries; 0 for none.
-        folds: parts of the tasks.
+        folds: parts of the tasks; families are one part each.
+        apart: what stays together.
         quick: under a minute: few passes over a fifth of the tasks.
         json: also write the figures to this file, as flat JSON with names like "usual.better".
         workers: processes, one thread each.
@@ -111,6 +124,7 @@ class Critics:
     settings: tuple[str, ...] = ()
     search: int = 0
     folds: int = 2
+    apart: Apart = "cell"
     quick: bool = False
     json: Path | None = None
     workers: int = 2
@@ -141,15 +155,15 @@ class Piece:
         run: folder of the training run.
         setting: how they are fitted.
         fold: which part is held out.
-        folds: how many there are.
-        split: number of the split.
+        parts: number of each task's part, (tasks,).
+        seed: of the fit.
     """
 
     run: Path
     setting: Setting
     fold: int
-    folds: int
-    split: int
+    parts: tuple[int, ...]
+    seed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,16 +228,14 @@ def judge(piece: Piece) -> dict[str, Any]:
     Returns:
         "tasks": those of the part, "chosen": the plan of each, and "explained", see `fit_critics`.
     """
-    tried, setting = tried_in(piece.run), piece.setting
-    generator = np.random.default_rng(piece.split)
-    part = generator.permutation(int(tried.cells.max()) + 1)[tried.cells] % piece.folds
-    others = generator.permutation(np.flatnonzero(part != piece.fold))
-    own = np.flatnonzero(part == piece.fold)
-    taught = others[: max(round(setting.tasks * len(others)), 2)]
-    lessons = tried.lessons
+    tried, setting, parts = tried_in(piece.run), piece.setting, np.array(piece.parts)
+    own, others = np.flatnonzero(parts == piece.fold), np.flatnonzero(parts != piece.fold)
+    others = np.random.default_rng(piece.seed).permutation(others)
+    taught = torch.from_numpy(others[: max(round(setting.tasks * len(others)), 2)])
+    lessons = _hidden(tried.lessons, setting.without)
+    known = torch.nonzero(torch.isin(lessons.tasks, taught)).squeeze(1)
     critics = PlanCritics(setting.critic)
-    known = torch.isin(lessons.tasks, torch.from_numpy(taught))
-    facts = fit_critics(critics, lessons[torch.nonzero(known).squeeze(1)], seed=piece.split, fit=setting.fit)
+    facts = fit_critics(critics, lessons[known], seed=piece.seed, fit=setting.fit)
     rows = torch.from_numpy(tried.rows[own].reshape(-1))
     with torch.no_grad():
         said = torch.cat([critics(lessons.plans[some]) for some in torch.split(rows, 512)], dim=1)
@@ -233,17 +245,35 @@ def judge(piece: Piece) -> dict[str, Any]:
     return {"tasks": own.tolist(), "chosen": lower.argmax(axis=1).tolist()} | facts
 
 
+def _hidden(lessons: Lessons, without: Sequence[str]) -> Lessons:
+    """Lessons in which some features say nothing."""
+    plans, names = lessons.plans, [name for name in without if name != SCORES]
+    modules, run = (torch.from_numpy(part) for part in hide(names, plans.modules.numpy(), plans.run.numpy()))
+    scores = torch.zeros_like(plans.scores) if SCORES in without else plans.scores
+    return replace(lessons, plans=replace(plans, modules=modules, run=run, scores=scores))
+
+
+def parts_of(tried: Tried, apart: Apart, folds: int, split: int) -> IntArray:
+    """The part of each task, (tasks,)."""
+    if apart == "family":
+        families = [find_base(task.base).family for task in tried.tasks]
+        return np.unique(families, return_inverse=True)[1]
+    shuffled = np.random.default_rng(split).permutation(int(tried.cells.max()) + 1)
+    return np.asarray(shuffled[tried.cells] % folds)
+
+
 def judge_all(
     options: Critics, settings: Mapping[str, Setting], split: int, console: Console
 ) -> dict[str, tuple[IntArray, list[float]]]:
     """The plan that each setting's critics choose for each task, (tasks,), and what they explain in each part."""
+    parts = tuple(parts_of(tried_in(options.run), options.apart, options.folds, split).tolist())
     pieces = {
-        (name, fold): Piece(options.run, setting, fold, options.folds, split)
+        (name, fold): Piece(options.run, setting, fold, parts, split)
         for name, setting in settings.items()
-        for fold in range(options.folds)
+        for fold in sorted(set(parts))
     }
     names = {id(piece): name for (name, _), piece in pieces.items()}
-    chosen = {name: np.zeros(len(tried_in(options.run).tasks), dtype=np.int64) for name in settings}
+    chosen = {name: np.zeros(len(parts), dtype=np.int64) for name in settings}
     explained: dict[str, list[float]] = {name: [] for name in settings}
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar, worker_pool(options.workers) as spread:

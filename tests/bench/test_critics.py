@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rankpilot.agents import trials
+from rankpilot.agents.ablation import FEATURE_GROUPS
 from rankpilot.agents.config import TrainConfig, as_json, train_config
 from rankpilot.agents.critic_fit import FitConfig
-from rankpilot.agents.plan_critic import CriticConfig
+from rankpilot.agents.plan_critic import CriticConfig, PlanCritics, Plans
 from rankpilot.agents.training import TRIALS, rounds_of, trial_draws
 from rankpilot.agents.trials import RUNS, Stack, Trial, read_trials, run_trials
 from rankpilot.bench import critics
-from rankpilot.bench.critics import Critics, Piece, Setting, figures_of, gains_of, judge, main, tried_in
+from rankpilot.bench.critics import Critics, Piece, Setting, figures_of, gains_of, judge, main, parts_of, tried_in
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.errors import ConfigError, RunFolderError
+from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
 from rankpilot.files import write_json
 
 MODULES, DECISIONS = 6, 2
@@ -57,6 +59,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def halves(run: Path) -> tuple[int, ...]:
+    return tuple(parts_of(tried_in(run), "cell", 2, 0).tolist())
+
+
 def test_first_decisions_are_found(run: Path) -> None:
     tried = tried_in(run)
     assert tried.rows.shape == (30, RUNS)
@@ -73,7 +79,8 @@ def test_first_decisions_are_found(run: Path) -> None:
 
 def test_critics_choose_well_on_tasks_that_they_have_not_seen(run: Path) -> None:
     tried = tried_in(run)
-    found = [judge(Piece(run, SMALL, fold, 2, 0)) for fold in range(2)]
+    parts = halves(run)
+    found = [judge(Piece(run, SMALL, fold, parts, 0)) for fold in range(2)]
     tasks = [task for part in found for task in part["tasks"]]
     assert sorted(tasks) == list(range(30))
     apart = [{tried.cells[task] for task in part["tasks"]} for part in found]
@@ -85,7 +92,7 @@ def test_critics_choose_well_on_tasks_that_they_have_not_seen(run: Path) -> None
     own, _ = gains_of(tried, chosen)
     best, _ = gains_of(tried, tried.gains.argmax(axis=1))
     assert own.mean() > 0.7 * best.mean()
-    blind = judge(Piece(run, replace(SMALL, fit=FitConfig(epochs=1, rate=1e-9)), 0, 2, 0))
+    blind = judge(Piece(run, replace(SMALL, fit=FitConfig(epochs=1, rate=1e-9)), 0, parts, 0))
     assert blind["explained"] < 0.3
 
 
@@ -102,9 +109,37 @@ def test_figures_of_choices(run: Path) -> None:
     assert worst["deviations_low"] <= worst["deviations"] <= worst["deviations_high"]
 
 
+def test_what_critics_do_not_see(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is hidden is hidden from what they are taught by and from what they judge."""
+    seen = []
+
+    def forward(self: PlanCritics, plans: Plans) -> torch.Tensor:
+        seen.append(plans)
+        return torch.zeros(2, *plans.ranks.shape[:2])
+
+    fitted = []
+    monkeypatch.setattr(critics, "fit_critics", lambda _, lessons, **options: fitted.append(lessons.plans) or {})
+    monkeypatch.setattr(PlanCritics, "forward", forward)
+    judge(Piece(run, replace(SMALL, without=("signals", "scores", "modules")), 0, halves(run), 0))
+    for plans in (*seen, *fitted):
+        for name, column in zip(MODULE_FEATURES, plans.modules.unbind(-1), strict=True):
+            assert bool(column.any()) == (name not in FEATURE_GROUPS["signals"])
+        assert not plans.scores.any()
+    assert len(fitted) == 1
+    with pytest.raises(UnknownNameError, match="colour"):
+        judge(Piece(run, replace(SMALL, without=("colour",)), 0, halves(run), 0))
+
+
+def test_families_apart(run: Path) -> None:
+    tried = tried_in(run)
+    tasks = tuple(replace(task, base="bert-4x32") if place % 3 else task for place, task in enumerate(tried.tasks))
+    parts = parts_of(replace(tried, tasks=tasks), "family", 2, 0)
+    assert parts.tolist() == [place % 3 == 0 for place in range(30)]
+
+
 def test_more_caution_moves_less(run: Path) -> None:
     """At last nothing is worth the risk."""
-    found = judge(Piece(run, replace(SMALL, caution=1e9), 0, 2, 0))
+    found = judge(Piece(run, replace(SMALL, caution=1e9), 0, halves(run), 0))
     assert set(found["chosen"]) == {0}
 
 
