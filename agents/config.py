@@ -77,8 +77,8 @@ class TrainConfig:
         clip_range: PPO's clip on the probability ratio.
         target_kl: an update ends early when the policy has moved so far.
         warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for none.
-        trial_tasks: fresh tasks of the trials after PPO, from which plan critics learn; 0 for none, and the actor
-            decides alone.
+        trial_tasks: fresh tasks of the trials after PPO, from which plan critics learn, half of them varied in text,
+            place and budget; 0 for none, and the actor decides alone.
         suites: where tasks come from, "planted" and "shift".
         bases: proxy bases of the tasks; all of the training split if none is given.
         task_steps: optimiser steps of an episode; None for as many as the suites' tasks have.
@@ -147,16 +147,10 @@ class TrainConfig:
 PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
     "default": TrainConfig(iterations=100, warm_tasks=960, trial_tasks=600),
-    "full": TrainConfig(
-        iterations=750,
-        warm_tasks=1920,
-        trial_tasks=1920,
-        learning_rate=5e-4,
-        validation_tasks=64,
-        validate_every=50,
-    ),
+    "full": TrainConfig(iterations=100, warm_tasks=960, trial_tasks=1200),
 }
-"""Presets of `rankpilot train`: a few minutes, an hour and a half, and by estimate six to seven hours on two cores."""
+"""Presets of `rankpilot train`: a few minutes, an hour and a half, and more than two hours on two cores. More trials
+make better policies, more rounds of PPO hardly do (docs/experiments.md)."""
 
 
 @dataclass(frozen=True)

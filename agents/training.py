@@ -51,9 +51,6 @@ WARM_START = "warm_start"
 WARM_ROUND, TRIAL_ROUND = 1_000_000, 2_000_000
 """Tasks of the warm start and of the trials are drawn as those of rounds from these on."""
 
-TRIAL_BATCH = 200
-"""Stacks of trials that are flown base by base, since bases take long to load. More trials begin with the same ones."""
-
 TRIALS, SUMMARY = "trials", "summary.json"
 """Folder, inside a run's, of what the plan critics learn from, and what came of it."""
 
@@ -308,9 +305,10 @@ def _judges(
     actor: LearnedPolicy, rounds: RoundsConfig, config: TrainConfig, folder: Path, report: OnStage
 ) -> PlanCritics:
     """Plan critics, from trials of fresh tasks."""
+    draws = trial_draws(rounds, config.trial_tasks)
     stacks = [
-        Stack(number, tasks, actor, config.schedule, config.seed, rounds.device)
-        for number, tasks in enumerate(trial_draws(rounds, config.trial_tasks))
+        Stack(number, number % (len(draws) // 2), tasks, actor, config.schedule, config.seed, rounds.device)
+        for number, tasks in enumerate(draws)
     ]
     trials = run_trials(
         stacks,
@@ -348,15 +346,16 @@ def rounds_of(config: TrainConfig) -> RoundsConfig:
 def trial_draws(rounds: RoundsConfig, tasks: int) -> list[tuple[ProxyTask, ...]]:
     """The fresh tasks of each stack of trials, in the order in which they are flown; at least so many in all.
 
-    They vary more than those of rounds, since nothing has to be known of them in advance.
+    The first half are like those of rounds; the second half are the same ones varied, see `vary`.
     """
+    numbers = range(TRIAL_ROUND, TRIAL_ROUND - (-tasks // (2 * rounds.groups)))
+    plain = sorted((tuple(rounds.draw(number, 0)) for number in numbers), key=_base)  # bases take long to load
     suites = {(task.kind, task.base): suite for suite in rounds.templates for task in suite}
-    drawn = [
-        tuple(vary(task, suites[task.kind, task.base]) for task in rounds.draw(TRIAL_ROUND + number, 0))
-        for number in range(-(-tasks // rounds.groups))
-    ]
-    order = sorted(range(len(drawn)), key=lambda number: (number // TRIAL_BATCH, drawn[number][0].base))
-    return [drawn[number] for number in order]
+    return plain + [tuple(vary(task, suites[task.kind, task.base]) for task in drawn) for drawn in plain]
+
+
+def _base(tasks: Sequence[ProxyTask]) -> str:
+    return tasks[0].base
 
 
 def _tasks(suites: Sequence[str], split: str, config: TrainConfig) -> tuple[ProxyTask, ...]:

@@ -73,7 +73,8 @@ class Stack:
     """One stack to be flown.
 
     Attributes:
-        number: of the stack; with the seed it decides the proposals.
+        number: of the stack.
+        draw: with the seed it decides the proposals.
         tasks: on one base, of one batch shape.
         actor: its scores are one part of what proposals are made of.
         schedule: when ranks are decided.
@@ -82,6 +83,7 @@ class Stack:
     """
 
     number: int
+    draw: int
     tasks: tuple[ProxyTask, ...]
     actor: LearnedPolicy
     schedule: DecisionSchedule
@@ -91,7 +93,7 @@ class Stack:
 
 def fly_trial(stack: Stack) -> Trial:
     """Fly a stack of `RUNS` runs a task."""
-    generator = np.random.default_rng([stack.seed, stack.number])
+    generator = np.random.default_rng([stack.seed, stack.draw])
     episodes = _episodes(stack.tasks[0].base, stack.schedule, len(stack.tasks) * RUNS, stack.device)
     flown = Round(episodes, [task for task in stack.tasks for _ in range(RUNS)])
     initial = [flown.initial_loss(place * RUNS) for place in range(len(stack.tasks)) for _ in range(RUNS)]

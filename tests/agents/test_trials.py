@@ -55,7 +55,7 @@ BYTES, PARAMETERS = task_in("bytes", 0.6), task_in("parameters")
 def stack_of(*tasks: ProxyTask, number: int = 0, seed: int = 0) -> Stack:
     torch.manual_seed(0)
     actor = LearnedPolicy("actor", RankNetwork(NetworkConfig(width=8)).eval())
-    return Stack(number, tasks, actor, SCHEDULE, seed, "cpu")
+    return Stack(number, number, tasks, actor, SCHEDULE, seed, "cpu")
 
 
 def fly(stack: Stack) -> Trial:

@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(folder / "config.json", as_json(CONFIG))
     draws = trial_draws(rounds_of(CONFIG), CONFIG.trial_tasks)
     actor: Any = None
-    stacks = [Stack(number, tasks, actor, CONFIG.schedule, 0, "cpu") for number, tasks in enumerate(draws)]
+    stacks = [Stack(number, number, tasks, actor, CONFIG.schedule, 0, "cpu") for number, tasks in enumerate(draws)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials, "fly_trial", invented)
         assert len(list(run_trials(stacks, folder / TRIALS, workers=1))) == 10
