@@ -23,7 +23,17 @@ from rankpilot.agents.network import RankNetwork
 from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy
 from rankpilot.agents.rounds_vec_env import RoundsVecEnv
 from rankpilot.agents.sb3_policy import GroupRolloutBuffer, RankPolicy
-from rankpilot.agents.training import CHECKPOINT, PROGRESS, TRIALS, WARM_START, finish, is_finished, train
+from rankpilot.agents.training import (
+    CHECKPOINT,
+    PROGRESS,
+    TRIALS,
+    WARM_START,
+    finish,
+    is_finished,
+    rounds_of,
+    train,
+    trial_draws,
+)
 from rankpilot.agents.trials import RUNS
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.env.schedule import DecisionSchedule
@@ -555,3 +565,22 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
     assert scores < 0.25
     assert floor < 0.25
     assert tilt < 0.25
+
+
+def test_tasks_of_trials() -> None:
+    """Each draw comes twice, as its template is and varied, base by base."""
+    config = TrainConfig(trial_tasks=100)
+    rounds = rounds_of(config)
+    draws = trial_draws(rounds, config.trial_tasks)
+    half = len(draws) // 2
+    assert len(draws) == 2 * half
+    assert 100 <= sum(map(len, draws)) < 100 + 2 * rounds.groups
+    templates = {replace(task, seed=0) for suite in rounds.templates for task in suite}
+    for plain, varied in zip(draws[:half], draws[half:], strict=True):
+        for task, other in zip(plain, varied, strict=True):
+            assert replace(task, seed=0) in templates
+            assert (task.seed, task.base, task.price) == (other.seed, other.base, other.price)
+            assert other.reference is None
+    bases = [tasks[0].base for tasks in draws[:half]]
+    assert bases == sorted(bases)
+    assert len({task.seed for tasks in draws[:half] for task in tasks}) == half * rounds.groups

@@ -24,7 +24,8 @@ from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
 from rankpilot.files import write_json
 
 MODULES, DECISIONS = 6, 2
-CONFIG = TrainConfig(trial_tasks=30, bases=("llama-4x32",))
+TASKS, STACKS = 60, 20
+CONFIG = TrainConfig(trial_tasks=TASKS, bases=("llama-4x32",))
 SMALL = Setting(CriticConfig(count=2, width=16), FitConfig(epochs=25, batch=8))
 
 
@@ -55,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stacks = [Stack(number, number, tasks, actor, CONFIG.schedule, 0, "cpu") for number, tasks in enumerate(draws)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials, "fly_trial", invented)
-        assert len(list(run_trials(stacks, folder / TRIALS, workers=1))) == 10
+        assert len(list(run_trials(stacks, folder / TRIALS, workers=1))) == STACKS
     return folder
 
 
@@ -65,15 +66,15 @@ def halves(run: Path) -> tuple[int, ...]:
 
 def test_first_decisions_are_found(run: Path) -> None:
     tried = tried_in(run)
-    assert tried.rows.shape == (30, RUNS)
-    assert len(tried.lessons.gains) == DECISIONS * 30 * RUNS
-    flown = read_trials(run / TRIALS, 10)
-    expected = np.concatenate([trial.gains for trial in flown]).reshape(30, RUNS)
+    assert tried.rows.shape == (TASKS, RUNS)
+    assert len(tried.lessons.gains) == DECISIONS * TASKS * RUNS
+    flown = read_trials(run / TRIALS, STACKS)
+    expected = np.concatenate([trial.gains for trial in flown]).reshape(TASKS, RUNS)
     np.testing.assert_allclose(tried.gains, expected, rtol=1e-6)
     ranks = np.concatenate([trial.ranks[0] for trial in flown])
     np.testing.assert_array_equal(tried.lessons.plans.ranks[tried.rows.reshape(-1), 0].numpy(), ranks)
     assert [task.id for task in tried.tasks] == [
-        task.id for tasks in trial_draws(rounds_of(CONFIG), 30) for task in tasks
+        task.id for tasks in trial_draws(rounds_of(CONFIG), TASKS) for task in tasks
     ]
 
 
@@ -82,10 +83,10 @@ def test_critics_choose_well_on_tasks_that_they_have_not_seen(run: Path) -> None
     parts = halves(run)
     found = [judge(Piece(run, SMALL, fold, parts, 0)) for fold in range(2)]
     tasks = [task for part in found for task in part["tasks"]]
-    assert sorted(tasks) == list(range(30))
+    assert sorted(tasks) == list(range(TASKS))
     apart = [{tried.cells[task] for task in part["tasks"]} for part in found]
     assert not apart[0] & apart[1], "like tasks stay together"
-    chosen = np.zeros(30, dtype=np.int64)
+    chosen = np.zeros(TASKS, dtype=np.int64)
     for part in found:
         chosen[part["tasks"]] = part["chosen"]
         assert part["explained"] > 0.5
@@ -98,11 +99,11 @@ def test_critics_choose_well_on_tasks_that_they_have_not_seen(run: Path) -> None
 
 def test_figures_of_choices(run: Path) -> None:
     tried = tried_in(run)
-    uniform = figures_of(tried, np.zeros(30, dtype=np.int64), np.arange(30))
+    uniform = figures_of(tried, np.zeros(TASKS, dtype=np.int64), np.arange(TASKS))
     assert uniform["gain"] == 0
     assert uniform["better"] == 0.5
     assert uniform["worse"] == 0
-    worst = figures_of(tried, tried.gains.argmin(axis=1), np.arange(30))
+    worst = figures_of(tried, tried.gains.argmin(axis=1), np.arange(TASKS))
     assert worst["gain"] < 0
     assert worst["better"] < 0.5
     assert worst["worse"] > 0.5
@@ -134,7 +135,7 @@ def test_families_apart(run: Path) -> None:
     tried = tried_in(run)
     tasks = tuple(replace(task, base="bert-4x32") if place % 3 else task for place, task in enumerate(tried.tasks))
     parts = parts_of(replace(tried, tasks=tasks), "family", 2, 0)
-    assert parts.tolist() == [place % 3 == 0 for place in range(30)]
+    assert parts.tolist() == [place % 3 == 0 for place in range(TASKS)]
 
 
 def test_more_caution_moves_less(run: Path) -> None:
@@ -151,7 +152,7 @@ def test_command(
     assert main([str(run), "--quick", "--workers", "1", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
     for name in ("usual", "rash", "fracrule", "actor", "the best in hindsight"):
-        assert figures[f"{name}.tasks"] == 30
+        assert figures[f"{name}.tasks"] == TASKS
     assert figures["the best in hindsight.gain"] >= figures["usual.gain"] > figures["actor.gain"]
     assert "explained" in capsys.readouterr().out
 
@@ -186,7 +187,7 @@ def test_folders_without_trials(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trained without trials"):
         tried_in(tmp_path)
     write_json(tmp_path / "config.json", as_json(CONFIG))
-    with pytest.raises(RunFolderError, match="10 of 10 trials are not in"):
+    with pytest.raises(RunFolderError, match="20 of 20 trials are not in"):
         tried_in(tmp_path)
     write_json(tmp_path / "config.json", {"steps": 3})
     with pytest.raises(ConfigError, match="no settings of training"):
