@@ -575,10 +575,10 @@ def test_tasks_of_trials() -> None:
     half = len(draws) // 2
     assert len(draws) == 2 * half
     assert 100 <= sum(map(len, draws)) < 100 + 2 * rounds.groups
-    templates = {replace(task, seed=0) for suite in rounds.templates for task in suite}
+    templates = {dataclasses.replace(task, seed=0) for suite in rounds.templates for task in suite}
     for plain, varied in zip(draws[:half], draws[half:], strict=True):
         for task, other in zip(plain, varied, strict=True):
-            assert replace(task, seed=0) in templates
+            assert dataclasses.replace(task, seed=0) in templates
             assert (task.seed, task.base, task.price) == (other.seed, other.base, other.price)
             assert other.reference is None
     bases = [tasks[0].base for tasks in draws[:half]]
