@@ -226,7 +226,7 @@ def judge(piece: Piece) -> dict[str, Any]:
     """Fit critics without one part of the tasks, and let them choose there.
 
     Returns:
-        "tasks": those of the part, "chosen": the plan of each, and "explained", see `fit_critics`.
+        "tasks": those of the part, "chosen": the plan of each, and "explained", see `fit_critics`; 0 if unknown.
     """
     tried, setting, parts = tried_in(piece.run), piece.setting, np.array(piece.parts)
     own, others = np.flatnonzero(parts == piece.fold), np.flatnonzero(parts != piece.fold)
@@ -242,7 +242,7 @@ def judge(piece: Piece) -> dict[str, Any]:
     judged = said.reshape(len(said), len(own), RUNS).numpy()
     over_uniform = judged - judged[:, :, :1]
     lower = over_uniform.mean(axis=0) - setting.caution * over_uniform.std(axis=0)
-    return {"tasks": own.tolist(), "chosen": lower.argmax(axis=1).tolist()} | facts
+    return {"tasks": own.tolist(), "chosen": lower.argmax(axis=1).tolist(), "explained": 0.0} | facts
 
 
 def _hidden(lessons: Lessons, without: Sequence[str]) -> Lessons:
