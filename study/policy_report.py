@@ -181,14 +181,17 @@ _GAINS = "Mean improvement over uniform in shares of the task's headroom (-3 to 
 
 
 def _gains(rows: Sequence[Row]) -> str:
-    """Mean gain over uniform, by competitor, kind of task and what the budget counts."""
+    """Mean gain over uniform, by competitor, kind of task and what the budget counts; of all for who flew all kinds."""
     cells: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         place = "planted" if row.kind == "planted" else "shift", row.price
         cells.setdefault(row.policy, {}).setdefault(place, []).append(row)
     places = sorted({place for own in cells.values() for place in own})
-    lines = [[policy, *(_gain(own.get(place, [])) for place in places)] for policy, own in cells.items()]
-    return _table(["", *(", ".join(place) for place in places)], lines)
+    lines = []
+    for policy, own in cells.items():
+        everything = [row for some in own.values() for row in some] if len(own) == len(places) else []
+        lines.append([policy, *(_gain(own.get(place, [])) for place in places), _gain(everything)])
+    return _table(["", *(", ".join(place) for place in places), "all"], lines)
 
 
 def _gain(rows: Sequence[Row]) -> str:

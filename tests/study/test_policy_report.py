@@ -110,6 +110,14 @@ def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixtu
     (over_uniform,) = [line for line in text.splitlines() if line.startswith("| real shifts, bytes | uniform")]
     assert over_uniform.rstrip(" |").endswith("yes, few tasks")
     assert "| pilot | 60% (60% to 60%) |" in text
+    gains = {
+        line.split("|")[1].strip(): line.split("|")[2:-1]
+        for line in text[text.index("## Gain over") :].splitlines()
+        if "|" in line
+    }
+    whole = sum(r.improvement for r in rows if r.policy == "pilot") / 16
+    assert gains["pilot"][-1].startswith(f" {whole:+.2f}"), "of all kinds"
+    assert not gains["oracle"][-1].strip(), "it flew one kind alone"
     assert "from seed 7" in text
     assert (output.parent / "images" / "learning_curve.png").stat().st_size > 1000
     assert main([str(run), str(tmp_path / "none"), "--output", str(output)]) == 1
