@@ -40,13 +40,18 @@ def hide(
     Raises:
         UnknownNameError: no such feature.
     """
-    for name in names:
-        if name not in FEATURE_GROUPS and name not in _ALL:
-            raise UnknownNameError.of("feature", name, [*FEATURE_GROUPS, *_ALL])
-    hidden = [feature for name in names for feature in FEATURE_GROUPS.get(name, (name,))]
+    hidden = _features(names)
     nothing = np.array([_NOTHING.get(name, 0.0) for name in MODULE_FEATURES], dtype=np.float32)
     left = np.where(np.isin(MODULE_FEATURES, hidden), nothing, modules)
     return left, run * np.float32(~np.isin(RUN_FEATURES, hidden))
+
+
+def _features(names: Sequence[str]) -> list[str]:
+    """Single features; UnknownNameError for a name that is neither one nor a group of them."""
+    for name in names:
+        if name not in FEATURE_GROUPS and name not in _ALL:
+            raise UnknownNameError.of("feature", name, [*FEATURE_GROUPS, *_ALL])
+    return [feature for name in names for feature in FEATURE_GROUPS.get(name, (name,))]
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Without:
     features: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        hide(self.features, np.zeros(len(MODULE_FEATURES), np.float32), np.zeros(len(RUN_FEATURES), np.float32))
+        _features(self.features)
 
     @property
     def name(self) -> str:

@@ -267,6 +267,11 @@ class MemoryConfig:
             )
 
 
+def schedule_from(values: Mapping[str, Any]) -> DecisionSchedule:
+    """A schedule from its fields as JSON has them; KeyError, TypeError or ConfigError if these are others."""
+    return DecisionSchedule(**{**values, "fractions": tuple(values["fractions"])})
+
+
 def train_config(values: Mapping[str, Any]) -> TrainConfig:
     """A config from what `as_json` made of it.
 
@@ -274,11 +279,10 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
         ConfigError: these are no settings of training.
     """
     try:
-        schedule = dict(values["schedule"]) | {"fractions": tuple(values["schedule"]["fractions"])}
         return TrainConfig(
             **dict(values)
             | {name: tuple(values[name]) for name in ("suites", "bases")}
-            | {"schedule": DecisionSchedule(**schedule), "network": NetworkConfig(**values["network"])}
+            | {"schedule": schedule_from(values["schedule"]), "network": NetworkConfig(**values["network"])}
         )
     except (KeyError, TypeError) as error:
         raise ConfigError(f"These are no settings of training of this version of rankpilot ({error}).") from error

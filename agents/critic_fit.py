@@ -155,8 +155,17 @@ def groups_of(numbers: torch.Tensor) -> list[torch.Tensor]:
 
 def standardised(gains: torch.Tensor) -> torch.Tensor:
     """What critics learn of the gains of a group: differences from their mean in standard deviations, (states,)."""
-    near = (gains - gains.median()).clamp(-MOST_GAIN, MOST_GAIN)
-    return (near - near.mean()) / (near.std(unbiased=False) + LEAST_SPREAD)
+    near = _near(gains)
+    return (near - near.mean()) / spread_of(gains)
+
+
+def spread_of(gains: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of the gains of groups (..., states), outliers cut and `LEAST_SPREAD` added, (..., 1)."""
+    return _near(gains).std(dim=-1, keepdim=True, unbiased=False) + LEAST_SPREAD
+
+
+def _near(gains: torch.Tensor) -> torch.Tensor:
+    return (gains - gains.median(dim=-1, keepdim=True).values).clamp(-MOST_GAIN, MOST_GAIN)
 
 
 def _fit_one(piece: _Fit) -> _Fitted:

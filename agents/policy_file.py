@@ -19,7 +19,7 @@ from ..env.schedule import DecisionSchedule
 from ..errors import ConfigError, PolicyFileError, UnknownNameError
 from ..files import atomic_path, read_json, sha256, write_json
 from ..lora.ladder import DEFAULT_RANKS
-from .config import NetworkConfig
+from .config import NetworkConfig, schedule_from
 from .learned import LearnedPolicy
 from .network import RankNetwork
 from .plan_critic import CriticConfig, PlanCritics
@@ -178,7 +178,7 @@ def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
         return DecisionSchedule()
     fields: Any = read_card(policy_folder(given)).get("schedule")
     try:
-        return DecisionSchedule(**{**fields, "fractions": tuple(fields["fractions"])})
+        return schedule_from(fields)
     except (TypeError, KeyError, ConfigError) as error:
         raise PolicyFileError(f"The card in {given} does not describe the schedule: {fields!r}.") from error
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..agents.ablation import FEATURE_GROUPS, hide
 from ..agents.config import TrainConfig, train_config
-from ..agents.critic_fit import LEAST_SPREAD, MOST_GAIN, FitConfig, Lessons, fit_critics
+from ..agents.critic_fit import MOST_GAIN, FitConfig, Lessons, fit_critics, spread_of
 from ..agents.learned import CAUTION
 from ..agents.plan_critic import CriticConfig, PlanCritics
 from ..agents.pool import worker_pool
@@ -41,7 +41,6 @@ from .harness import Figures, machine_facts, make_table, run_command
 
 FIXED = {"uniform": 0, "fracrule": 1, "heur3": 2, "fracrule-mlp": 3, "actor": 4}
 """Places of plans that every task has tried."""
-
 
 SCORES = "scores"
 """Stands for the actor's scores among the features that critics do not see."""
@@ -290,8 +289,7 @@ def gains_of(tried: Tried, chosen: IntArray) -> tuple[FloatArray, FloatArray]:
     """Gain over uniform of the plan that is chosen for each task: log loss, cut, and in standard deviations."""
     gains = tried.gains - tried.gains[:, :1]
     own = np.clip(gains[np.arange(len(gains)), chosen], -MOST_GAIN, MOST_GAIN)
-    spread = np.clip(tried.gains - np.median(tried.gains, axis=1, keepdims=True), -MOST_GAIN, MOST_GAIN).std(axis=1)
-    return own, own / (spread + LEAST_SPREAD)
+    return own, own / spread_of(torch.from_numpy(tried.gains))[:, 0].numpy()
 
 
 def figures_of(tried: Tried, chosen: IntArray, among: IntArray) -> Figures:

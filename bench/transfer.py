@@ -126,8 +126,8 @@ class Transfer:
     Told are held-out losses and accuracy, how often a policy's loss is lower, the mean difference of their logs, runs
     that are more than 1 % worse, measured peaks above the budget (every tenth step is measured), adapters that give
     the same logits again, and the time of a step; intervals are 95 %, by a bootstrap over data sets and budgets. A run
-    that diverges counts as worse than any other, and in means as a model that guesses. The full run takes about three
-    quarters of an hour on two cores for one policy.
+    that diverges counts as worse than any other, and in means as a model that guesses. The full run takes about an hour
+    on two cores for one policy.
 
     Attributes:
         policies: "default", folders of trained policies, or rules.
