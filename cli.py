@@ -49,8 +49,9 @@ console = Console()
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
     from .agents.evaluation import compare, summarise
+    from .agents.ppo_progress import PROGRESS
     from .agents.rules import find_rule
-    from .agents.training import PROGRESS, finish, is_finished, train
+    from .agents.training import finish, is_finished, train
     from .env.suites import evenly, find_tasks
     from .study.figures import learning_curve, save_figure
 

@@ -41,7 +41,9 @@ def measure_references(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], sl
         tasks: of one batch shape.
         slots: how many run at once.
     """
-    return [episodes.reference(task) for _, task in _started(episodes, tasks, slots)]
+    for some in _batches(tasks, slots):
+        episodes.measure_references(some)
+    return [episodes.reference(task) for task in tasks]
 
 
 def first_observations(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Observation]:
@@ -52,12 +54,14 @@ def first_observations(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], sl
         tasks: of one batch shape.
         slots: how many are probed at once.
     """
-    return [episodes.observe(slot) for slot, _ in _started(episodes, tasks, slots)]
-
-
-def _started(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> Iterator[tuple[int, ProxyTask]]:
-    """Start tasks, so many at a time; yields each with its slot while it is at its start."""
-    for start in range(0, len(tasks), slots):
-        some = dict(enumerate(tasks[start : start + slots]))
+    found = []
+    for some in _batches(tasks, slots):
         episodes.start(some)
-        yield from some.items()
+        found += [episodes.observe(slot) for slot in some]
+    return found
+
+
+def _batches(tasks: Sequence[ProxyTask], slots: int) -> Iterator[dict[int, ProxyTask]]:
+    """Tasks by slot, so many at a time."""
+    for start in range(0, len(tasks), slots):
+        yield dict(enumerate(tasks[start : start + slots]))

@@ -28,9 +28,11 @@ from ..env.schedule import DecisionSchedule
 from ..env.score_actions import decode
 from ..env.spaces import observation_space, read_scores, score_space
 from ..env.stacked_episodes import StackedEpisodes
+from ..env.task_data import TASKS_HELD
 from ..env.tasks import ProxyTask
 from ..errors import ConfigError, WorkerError
 from ..lora.cost import FloatArray
+from ..lora.ladder import IntArray
 from .policy import Policy
 from .pool import apart
 
@@ -99,6 +101,7 @@ class StackState:
         rule_losses: those of the rule's episodes, one a group.
         initial_losses: before training, one a group.
         utilities: what each module is worth at most, in nats, (modules,) by episode; None where it is not known.
+        ranks: at the end, int64 (modules,) by episode.
     """
 
     arrays: Arrays
@@ -107,6 +110,7 @@ class StackState:
     rule_losses: tuple[float, ...] = ()
     initial_losses: tuple[float, ...] = ()
     utilities: tuple[FloatArray | None, ...] = ()
+    ranks: tuple[IntArray, ...] = ()
 
 
 class _Worker:
@@ -159,7 +163,12 @@ class _Worker:
             return StackState(self._arrays(stack))
         losses = tuple(found.losses())
         return StackState(
-            self._arrays(stack), losses[:count], tuple(found.churn[:count]), losses[count:], self._initial[stack]
+            self._arrays(stack),
+            losses[:count],
+            tuple(found.churn[:count]),
+            losses[count:],
+            self._initial[stack],
+            ranks=tuple(found.ranks[:count]),
         )
 
     def _arrays(self, stack: int) -> Arrays:
@@ -285,7 +294,9 @@ class RoundsVecEnv(VecEnv):
         ended = self._taken == self.decisions
         if ended:
             rewards = np.concatenate([rewards_of(found[stack], own) for stack, own in enumerate(self._tasks)])
+            ranks = [own for stack in range(len(self._tasks)) for own in found[stack].ranks]
             for slot, info in enumerate(infos):
+                info["ranks"] = ranks[slot]
                 info["terminal_observation"] = {key: value[slot] for key, value in seen.items()}
             self.round += 1
             observations = self.reset()
@@ -294,7 +305,12 @@ class RoundsVecEnv(VecEnv):
     # Whole tasks ------------------------------------------------------------------------------------------------------
 
     def play(
-        self, tasks: Sequence[ProxyTask], act: Callable[[Arrays], NDArray[Any]], *, note: Note | None = None
+        self,
+        tasks: Sequence[ProxyTask],
+        act: Callable[[Arrays], NDArray[Any]],
+        *,
+        note: Note | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> list[float]:
         """Fly tasks to their end, in stacks of their own: the round under way waits.
 
@@ -302,16 +318,19 @@ class RoundsVecEnv(VecEnv):
             tasks: any, of the templates' length; those on one base run side by side.
             act: actions (episodes, action size) for observations.
             note: called with the observations and the worth of modules, at each decision of each stack.
+            on_progress: called with the tasks that have been flown and all of them, at first and now and then.
 
         Returns:
             Held-out losses in nats, NaN for failed runs.
         """
-        size = self.config.groups * (self.config.group + 1)
+        size = min(self.config.groups * (self.config.group + 1), TASKS_HELD)
         by_base: dict[str, list[int]] = {}
         for index, task in enumerate(tasks):
             by_base.setdefault(task.base, []).append(index)
         chunks = [own[i : i + size] for own in by_base.values() for i in range(0, len(own), size)]
         losses = [math.nan] * len(tasks)
+        report = on_progress or (lambda done, total: None)
+        report(0, len(tasks))
         for start in range(0, len(chunks), self.config.stacks):
             some = dict(enumerate(chunks[start : start + self.config.stacks], start=self.config.stacks))
             found = self._calls(
@@ -327,6 +346,7 @@ class RoundsVecEnv(VecEnv):
             for stack, own in some.items():
                 for index, loss in zip(own, found[stack].losses, strict=True):
                     losses[index] = loss
+            report(sum(map(len, chunks[: start + len(some)])), len(tasks))
         return losses
 
     # The rest of the contract -----------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ from .policy_file import SCHEMA
 from .pool import worker_pool
 from .proposals import FIXED, propose
 
+TRIALS = "trials"
+"""Folder, inside a training run's, of what its plan critics learn from."""
+
 RUNS = 15
 """Plans of each task."""
 

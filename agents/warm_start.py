@@ -75,7 +75,14 @@ def explore(policy: RankPolicy) -> Callable[[Arrays], NDArray[np.float32]]:
     return act
 
 
-def warm_start(policy: RankPolicy, envs: RoundsVecEnv, tasks: Sequence[ProxyTask], *, seed: int) -> dict[str, float]:
+def warm_start(
+    policy: RankPolicy,
+    envs: RoundsVecEnv,
+    tasks: Sequence[ProxyTask],
+    *,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
     """Teach a policy's network the worth of modules.
 
     Args:
@@ -83,6 +90,7 @@ def warm_start(policy: RankPolicy, envs: RoundsVecEnv, tasks: Sequence[ProxyTask
         envs: flies the tasks.
         tasks: planted ones, and others.
         seed: of the order of the lessons.
+        on_progress: called with the tasks that have been flown and all of them, now and then.
 
     Returns:
         Mean squared error of the scores where the worth is known: "before" and "after", and "constant" for equal ones.
@@ -91,7 +99,7 @@ def warm_start(policy: RankPolicy, envs: RoundsVecEnv, tasks: Sequence[ProxyTask
     if not any(task.kind == "planted" for task in tasks):
         return {}
     lessons = Lessons()
-    envs.play(tasks, explore(policy), note=lessons.note)
+    envs.play(tasks, explore(policy), note=lessons.note, on_progress=on_progress)
     keys = lessons.rows[0].keys()
     seen = {key: torch.from_numpy(np.stack([row[key] for row in lessons.rows])) for key in keys}
     known = torch.tensor(lessons.known)

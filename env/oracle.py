@@ -20,7 +20,7 @@ from ..lora.ladder import IntArray
 from ..lora.plan import PlanProblem
 from ..lora.utility import best_plan
 from .planted import Change, changed_weights
-from .task_data import load_task
+from .task_data import TASKS_HELD, load_task
 from .tasks import ProxyTask, adapted_base
 
 
@@ -66,7 +66,7 @@ def regret(task: ProxyTask, problem: PlanProblem, ranks: IntArray) -> float:
     return attainable_loss(task, ranks) - attainable_loss(task, oracle_plan(task, problem))
 
 
-@lru_cache(maxsize=24)
+@lru_cache(maxsize=TASKS_HELD)
 def _worth(task: ProxyTask) -> list[float]:
     """The divergence of the teacher from itself without each of its changes, in nats."""
     ranks = [change.left.shape[1] for change in _changes(task)]

@@ -141,6 +141,7 @@ class StackedRankAllocation:
             task: ProxyTask = options.get("task") or next(self._streams[slot])
             tasks[slot] = within_budget(task, options["budget"]) if "budget" in options else task
             self._rounds[slot] += 1
+        self.episodes.measure_references(tasks)
         self.episodes.start(tasks)
         for slot, task in tasks.items():
             controller = self.episodes.flights[slot].controller

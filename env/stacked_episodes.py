@@ -131,19 +131,21 @@ class StackedEpisodes:
         Raises:
             ConfigError: a task is of another base, or its batches have another shape than those of the other tasks.
         """
+        rows = self._rows_for(tasks)
+        self._probe({task: row for task, row in rows.items() if task not in self._probes})
+        start_over(self._adapters, {slot: task.seed for slot, task in tasks.items()})
+        for slot, task in tasks.items():
+            self.flights[slot] = Flight(task, slot, self._controller(task, slot))
+
+    def _rows_for(self, tasks: Mapping[int, ProxyTask]) -> dict[ProxyTask, int]:
+        """One row for each different task, free from now on."""
         shapes = {self._checked(task) for task in tasks.values()}
         if len(shapes) > 1:
             raise ConfigError(f"Stacked episodes share one base and one batch shape; got {sorted(shapes)}.")
         self._shape = next(iter(shapes), self._shape)
         for slot in tasks:
             self.flights.pop(slot, None)
-        rows = {task: slot for slot, task in tasks.items()}  # one free row for each different task
-        self._probe({task: row for task, row in rows.items() if task not in self._probes})
-        unknown = {t: row for t, row in rows.items() if t.reference is None and t not in self._references}
-        self._measure_references(unknown)
-        start_over(self._adapters, {slot: task.seed for slot, task in tasks.items()})
-        for slot, task in tasks.items():
-            self.flights[slot] = Flight(task, slot, self._controller(task, slot))
+        return {task: slot for slot, task in tasks.items()}
 
     def _checked(self, task: ProxyTask) -> tuple[int, int]:
         """The batch shape of a task that fits those before it."""
@@ -160,7 +162,7 @@ class StackedEpisodes:
         return new_controller(task, run, self.schedule, self._probes[task])
 
     def reference(self, task: ProxyTask) -> Reference:
-        """What fixed allocations of a task that was started achieve."""
+        """What fixed allocations of a task achieve that knows it, or that was given to `measure_references`."""
         return task.reference or self._references[task]
 
     def problem(self, task: ProxyTask) -> PlanProblem:
@@ -300,14 +302,23 @@ class StackedEpisodes:
                 unknown_signals(self.module_count) if failed else ProbeResult(lane.meter.read(), first)
             )
 
-    def _measure_references(self, tasks: Mapping[ProxyTask, int]) -> None:
-        """Run the uniform plan of tasks that do not know its result, each in a free row."""
-        if not tasks:
+    def measure_references(self, tasks: Mapping[int, ProxyTask]) -> None:
+        """Run the uniform plan of tasks that do not know its result; a slot's last episode is forgotten.
+
+        Args:
+            tasks: by slot.
+
+        Raises:
+            ConfigError: see `start`.
+        """
+        rows = {task: row for task, row in self._rows_for(tasks).items() if task.reference is None}
+        unknown = {row: task for task, row in rows.items() if task not in self._references}
+        if not unknown:
             return
-        start_over(self._adapters, {row: task.seed for task, row in tasks.items()})
-        initial = self._held_out({row: task for task, row in tasks.items()})
-        final = self.run_fixed({row: (task, uniform_ranks(self.problem(task))) for task, row in tasks.items()})
-        for task, before, after in zip(tasks, initial, final, strict=True):
+        start_over(self._adapters, {row: task.seed for row, task in unknown.items()})
+        initial = self._held_out(unknown)
+        final = self.run_fixed({row: (task, uniform_ranks(self.problem(task))) for row, task in unknown.items()})
+        for task, before, after in zip(unknown.values(), initial, final, strict=True):
             self._references[task] = Reference(before, after if np.isfinite(after) else before)
 
     def run_fixed(self, runs: Mapping[int, tuple[ProxyTask, IntArray]]) -> list[float]:

@@ -21,9 +21,9 @@ import tyro
 
 from ..agents.comparison import ROWS
 from ..agents.policy_file import read_card
+from ..agents.ppo_progress import PROGRESS
 from ..agents.results import Row, read_rows
 from ..agents.statistics import Estimate, estimate
-from ..agents.training import PROGRESS
 from ..errors import RankPilotError, RunFolderError
 from ..files import read_json, read_json_lines, write_text
 from .figures import learning_curve, save_figure

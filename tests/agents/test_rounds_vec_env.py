@@ -120,6 +120,8 @@ def test_a_round_from_beginning_to_end(envs: RoundsVecEnv) -> None:
     assert envs.round == 6
     for slot, info in enumerate(infos):
         assert envs.observation_space.contains(info["terminal_observation"])
+        assert info["ranks"].shape == (MODULES,)
+        assert info["ranks"].any()
         assert not np.array_equal(
             info["terminal_observation"]["module_features"], observations["module_features"][slot]
         ), "the next round has begun"
@@ -339,7 +341,11 @@ def test_play_is_flying(envs: RoundsVecEnv) -> None:
     hot = task("shift", 20, learning_rate=1e30)
     tasks = [task("shift", seed, base) for seed, base in enumerate(["llama-4x32", "bert-4x32"] * 4)]
     tasks = [*tasks[:3], hot, *tasks[3:], *(task("planted", seed) for seed in range(5))]
-    losses = envs.play(tasks, steered_actions)
+    told: list[tuple[int, int]] = []
+    losses = envs.play(tasks, steered_actions, on_progress=lambda done, total: told.append((done, total)))
+    assert told[0] == (0, len(tasks))
+    assert told[-1] == (len(tasks), len(tasks))
+    assert told == sorted(set(told))
     assert math.isnan(losses[3])
     assert len(set(losses)) == len(tasks)
     for base in ("llama-4x32", "bert-4x32"):

@@ -16,25 +16,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents import training
+from rankpilot.agents import draws, ppo_progress, training
+from rankpilot.agents.checkpoint import CHECKPOINT, write_checkpoint
 from rankpilot.agents.config import NetworkConfig, TrainConfig
+from rankpilot.agents.draws import rounds_of, trial_draws
 from rankpilot.agents.learned import LearnedPolicy
 from rankpilot.agents.network import RankNetwork
 from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy
+from rankpilot.agents.ppo_progress import PROGRESS
 from rankpilot.agents.rounds_vec_env import RoundsVecEnv
 from rankpilot.agents.sb3_policy import GroupRolloutBuffer, RankPolicy
-from rankpilot.agents.training import (
-    CHECKPOINT,
-    PROGRESS,
-    TRIALS,
-    WARM_START,
-    finish,
-    is_finished,
-    rounds_of,
-    train,
-    trial_draws,
-)
-from rankpilot.agents.trials import RUNS
+from rankpilot.agents.training import WARM_START, finish, is_finished, train
+from rankpilot.agents.trials import RUNS, TRIALS
+from rankpilot.agents.validation import Validation
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.env.spaces import observation_space, score_space
@@ -61,7 +55,7 @@ CONFIG = TrainConfig(
     network=NetworkConfig(width=8),
 )
 BARE = dataclasses.replace(CONFIG, iterations=2, warm_tasks=0, validation_tasks=0)
-BEGIN = [("validation", 0, 3), ("warm start", 0, 3), ("validation", 0, 3)]
+BEGIN = [("validation", 0, 3), ("warm start", 0, 2), ("warm start", 2, 2), ("validation", 0, 3)]
 TRIED = dataclasses.replace(BARE, iterations=1, trial_tasks=2)
 
 
@@ -149,6 +143,8 @@ def test_rows_of_progress(whole: Run) -> None:
         assert row["episodes"] == 2
         assert row["return_p10"] <= row["return_mean"] <= row["return_p90"]
         assert row["spread_in_groups"] >= 0
+        assert 0 < row["adapted"] <= 1
+        assert row["adapted"] <= row["mean_rank"] <= 64
         assert len(row["tasks"]) == len(row["returns"]) == 1
         assert row["score_std"] == pytest.approx(CONFIG.network.score_std, rel=0.1)
         assert {"floor_std", "tilt_std", "loss", "approx_kl", "value_loss"} <= set(row)
@@ -225,7 +221,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(whole: Run, tmp_path: 
     rest = noted(CONFIG, folder, resume=True)
     assert same_weights(rest.network, whole.network)
     assert rest.rows == whole.rows
-    assert (rest.stages[:3] == BEGIN) == (not started), "what is done is not done again"
+    assert (rest.stages[: len(BEGIN)] == BEGIN) == (not started), "what is done is not done again"
     states = [torch.load(run / CHECKPOINT, weights_only=True) for run in (folder, whole.folder)]
     for name, value in states[0]["policy"].items():
         assert torch.equal(value, states[1]["policy"][name])
@@ -234,7 +230,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(whole: Run, tmp_path: 
 
 @pytest.mark.parametrize("iteration", [0, 1, 3])
 def test_killed_between_progress_and_checkpoint(whole: Run, tmp_path: Path, iteration: int) -> None:
-    write = training._write_checkpoint
+    write = write_checkpoint
 
     def kill(path: Path, model: PPO, done: int, validation: Any) -> None:
         if done == iteration:
@@ -243,7 +239,8 @@ def test_killed_between_progress_and_checkpoint(whole: Run, tmp_path: Path, iter
 
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_write_checkpoint", kill)
+        for module in (training, ppo_progress):
+            patch.setattr(module, "write_checkpoint", kill)
         with pytest.raises(Killed):
             train(CONFIG, folder)
     assert read_json_lines(folder / PROGRESS)[-1]["iteration"] == iteration
@@ -355,14 +352,14 @@ def test_trials_give_the_policy_critics(tmp_path: Path, make_observation: Callab
 def fake_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[list[float]]) -> list[dict[str, torch.Tensor]]:
     """Have validations find these losses; returns the network at each."""
     given, seen = iter(losses), []
-    measure = training._Validation.measure
+    measure = Validation.measure
 
     def watched(self: Any, policy: RankPolicy) -> dict[str, float]:
         seen.append({name: value.clone() for name, value in policy.network.state_dict().items()})
         return measure(self, policy)
 
     monkeypatch.setattr(RoundsVecEnv, "play", lambda *_, **__: next(given))
-    monkeypatch.setattr(training._Validation, "measure", watched)
+    monkeypatch.setattr(Validation, "measure", watched)
     return seen
 
 
@@ -392,9 +389,9 @@ def test_the_best_network_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert all(torch.equal(value, last[f"network.{name}"]) for name, value in seen[3].items())
 
 
-def validation_of(*references: Reference) -> training._Validation:
+def validation_of(*references: Reference) -> Validation:
     tasks = [ProxyTask("planted", seed, reference=reference) for seed, reference in enumerate(references)]
-    return training._Validation(tasks, SimpleNamespace(play=lambda *_: next(LOSSES)))  # type: ignore[arg-type]
+    return Validation(tasks, SimpleNamespace(play=lambda *_: next(LOSSES)))  # type: ignore[arg-type]
 
 
 LOSSES: Iterator[list[float]] = iter(())
@@ -430,7 +427,7 @@ def test_a_start_that_failed_is_easily_bettered(monkeypatch: pytest.MonkeyPatch)
 def with_tasks(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[tuple[ProxyTask, ...]], tuple[ProxyTask, ...]]
 ) -> None:
-    monkeypatch.setattr(training, "find_tasks", lambda *given: change(find_tasks(*given)))
+    monkeypatch.setattr(draws, "find_tasks", lambda *given: change(find_tasks(*given)))
 
 
 def test_a_suite_of_one_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -459,7 +456,7 @@ def test_without_planted_tasks_there_is_nothing_to_start_from(tmp_path: Path) ->
     config = dataclasses.replace(CONFIG, iterations=1, suites=("shift",), validation_tasks=0)
     run = noted(config, tmp_path / "run")
     assert run.rows[0] == {"iteration": 0}
-    assert run.stages == [("warm start", 0, 1), ("training", 1, 1)]
+    assert run.stages == [("training", 1, 1)]
 
 
 def test_an_absent_device_leaves_no_folder_behind(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from rankpilot.agents import trials
 from rankpilot.agents.ablation import FEATURE_GROUPS
 from rankpilot.agents.config import TrainConfig, as_json, train_config
 from rankpilot.agents.critic_fit import FitConfig
+from rankpilot.agents.draws import rounds_of, trial_draws
 from rankpilot.agents.plan_critic import CriticConfig, PlanCritics, Plans
-from rankpilot.agents.training import TRIALS, rounds_of, trial_draws
-from rankpilot.agents.trials import RUNS, Stack, Trial, read_trials, run_trials
-from rankpilot.bench import critics
-from rankpilot.bench.critics import Critics, Piece, Setting, figures_of, gains_of, judge, main, parts_of, tried_in
+from rankpilot.agents.trials import RUNS, TRIALS, Stack, Trial, read_trials, run_trials
+from rankpilot.bench import critic_choices, critics
+from rankpilot.bench.critic_choices import Piece, Setting, figures_of, gains_of, judge, parts_of, tried_in
+from rankpilot.bench.critics import Critics, main
 from rankpilot.env.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
 from rankpilot.files import write_json
@@ -119,7 +120,7 @@ def test_what_critics_do_not_see(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return torch.zeros(2, *plans.ranks.shape[:2])
 
     fitted = []
-    monkeypatch.setattr(critics, "fit_critics", lambda _, lessons, **options: fitted.append(lessons.plans) or {})
+    monkeypatch.setattr(critic_choices, "fit_critics", lambda _, lessons, **options: fitted.append(lessons.plans) or {})
     monkeypatch.setattr(PlanCritics, "forward", forward)
     judge(Piece(run, replace(SMALL, without=("signals", "scores", "modules")), 0, halves(run), 0))
     for plans in (*seen, *fitted):

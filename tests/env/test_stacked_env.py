@@ -63,6 +63,7 @@ def fly(
     """All tasks at once in a stack; an id decides an episode's actions."""
     ids = ids or range(len(tasks))
     episodes = StackedEpisodes(tasks[0].base, schedule, slots or len(tasks))
+    episodes.measure_references(dict(enumerate(tasks)))
     episodes.start(dict(enumerate(tasks)))
     stories, sessions = [Story() for _ in tasks], {}
     losses: dict[int, float | None] = {}

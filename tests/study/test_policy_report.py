@@ -11,8 +11,8 @@ import pytest
 from rankpilot.agents.comparison import ROWS
 from rankpilot.agents.network import RankNetwork
 from rankpilot.agents.policy_file import save_policy
+from rankpilot.agents.ppo_progress import PROGRESS
 from rankpilot.agents.results import Row, write_rows
-from rankpilot.agents.training import PROGRESS
 from rankpilot.env.schedule import DecisionSchedule
 from rankpilot.files import write_json, write_json_lines
 from rankpilot.study.policy_claims import UNIFORM, claims, measure, share
