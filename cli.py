@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +37,6 @@ from .cli_options import (
 from .errors import ConfigError, RankPilotError
 from .files import read_json, read_json_lines
 from .lora.budget import format_bytes
-from .quiet import silence_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -255,13 +253,3 @@ def run(arguments: Sequence[str]) -> int:
         Console(stderr=True).print("Interrupted. The same command with --resume goes on from here.")
         return 130
     return 0
-
-
-def main() -> None:
-    """Entry point of the `rankpilot` script."""
-    silence_libraries()
-    sys.exit(run(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -33,6 +34,21 @@ def test_public_names() -> None:
 def test_the_environment_is_registered() -> None:
     assert rankpilot.ENV_ID == "rankpilot/RankAllocation-v3"
     assert rankpilot.ENV_ID in gym.registry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["train", "--help"], ["evaluate", "--help"], ["frobnicate"]])
+def test_the_command_line_speaks_for_itself_alone(command: list[str]) -> None:
+    """Whatever the libraries that it loads have to say."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RANKPILOT")}
+    done = subprocess.run(
+        [sys.executable, "-m", "rankpilot", *command], capture_output=True, text=True, check=False, env=environment
+    )
+    if "--help" in command:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
 
 
 def test_importing_is_light_and_quiet() -> None:

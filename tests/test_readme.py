@@ -34,7 +34,7 @@ def run_shell(line: str, folder: Path) -> str:
         assert words[1:] == ["install", "-e", ".[test]"]
     else:
         assert words[0] == "rankpilot"
-        command = [sys.executable, "-m", "rankpilot.cli", *words[1:], *SMALLER[words[1]].split()]
+        command = [sys.executable, "-m", "rankpilot", *words[1:], *SMALLER[words[1]].split()]
         where = folder
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)

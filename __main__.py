@@ -1,0 +1,19 @@
+"""The command line: `rankpilot`, or `python -m rankpilot`."""
+
+from __future__ import annotations
+
+import sys
+
+from .quiet import silence_libraries
+
+
+def main() -> None:
+    """Entry point of the `rankpilot` script; libraries are quieted before anything loads them."""
+    silence_libraries()
+    from .cli import run
+
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
