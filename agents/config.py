@@ -146,7 +146,7 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
-    "default": TrainConfig(iterations=100, warm_tasks=960, trial_tasks=600),
+    "default": TrainConfig(iterations=80, warm_tasks=960, trial_tasks=600),
     "full": TrainConfig(iterations=100, warm_tasks=960, trial_tasks=1200),
 }
 """Presets of `rankpilot train`: a few minutes, an hour and a half, and more than two hours on two cores. More trials

@@ -33,7 +33,7 @@ class Learners:
     sixth of the weight on that signal that would be right. Told is how far the mean action comes on the way from
     uniform rank (0) to the best ranks (1), on 30 tasks that are never drawn; a round is 8 episodes of 8 tasks.
 
-    The full table takes about six minutes on two cores.
+    The full table takes about four minutes on two cores.
 
     Attributes:
         settings: names of what is compared; all of them if none is given.
