@@ -34,7 +34,7 @@ class Train(TrainConfig):
 
     Attributes:
         output: folder of the run; the policy is written there.
-        preset: sets all options that are not given: on two cores quick takes 5 minutes, default 90, full 130.
+        preset: sets all options that are not given: on two cores quick takes 5 minutes, default 90, full 140.
         resume: go on with an interrupted run in the same folder; a finished one is left as it is.
     """
 

@@ -22,7 +22,7 @@ from ..agents.pool import apart, worker_pool
 from ..errors import ConfigError
 from .closed_form import reached
 from .harness import Figures, machine_facts, make_table, run_command
-from .learning import ROUND, SETTINGS, Piece, Setting, learn
+from .learning import ROUND, SETTINGS, Piece, learn
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,12 @@ class Learners:
     json: Path | None = None
     workers: int = 2
 
-    def __post_init__(self) -> None:
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the settings that are compared.
+
+        Raises:
+            ConfigError: a value out of range, or no such setting.
+        """
         if self.rounds < 4 or min(self.seeds, self.workers) < 1:
             raise ConfigError(
                 f"--rounds is at least 4, --seeds and --workers at least 1; got {self.rounds}, {self.seeds} and "
@@ -60,17 +65,18 @@ class Learners:
         for name in self.settings:
             if name not in SETTINGS:
                 raise ConfigError(f"There is no setting {name!r}; there are {', '.join(map(repr, SETTINGS))}.")
+        return self.settings or tuple(SETTINGS)
 
 
 def benchmark(options: Learners, console: Console) -> Figures:
     """Train all settings, print the table, and return the figures.
 
     Raises:
-        ConfigError: see `Learners`.
+        ConfigError: see `Learners.chosen`.
     """
+    names = options.chosen()
     rounds, seeds = (4, 1) if options.quick else (options.rounds, options.seeds)
     told = tuple(dict.fromkeys((rounds // 4, rounds // 2, rounds)))
-    names = options.settings or tuple(SETTINGS)
     pieces = [Piece(name, seed, rounds, told) for name in names for seed in range(seeds)]
     with apart(), worker_pool(options.workers) as spread:
         found = dict(
@@ -82,12 +88,12 @@ def benchmark(options: Learners, console: Console) -> Figures:
                 transient=True,
             )
         )
-        before = {name: reached(_untrained(SETTINGS[name])) for name in names}
+        before = reached(RankNetwork())  # the rule, whatever its size
     figures: Figures = {**machine_facts(torch.device("cpu")), "threads": 1, "quick": options.quick, "seeds": seeds}
     rows = []
     for name in names:
-        figures[f"{name}.share_0"] = before[name]
-        row = [f"{before[name]:.3f}"]
+        figures[f"{name}.share_0"] = before
+        row = [f"{before:.3f}"]
         for round_ in told:
             shares = np.array([found[piece][round_] for piece in pieces if piece.name == name])
             figures[f"{name}.share_{round_ * ROUND}"] = float(shares.mean())
@@ -101,11 +107,6 @@ def benchmark(options: Learners, console: Console) -> Figures:
     )
     console.print(make_table("Learners on a closed-form fine-tune, tasks that were never drawn", columns, rows))
     return figures
-
-
-def _untrained(setting: Setting) -> RankNetwork:
-    torch.manual_seed(0)
-    return RankNetwork(setting.network)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

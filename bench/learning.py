@@ -151,7 +151,6 @@ class _Measuring(BaseCallback):
 def learn(piece: Piece) -> dict[int, float]:
     """Train once; the share reached after each of the rounds that are told."""
     setting = SETTINGS[piece.name]
-    torch.manual_seed(piece.seed)
     if setting.learner == "es":
         return evolve(setting, piece)
     grouped = LeaveOneOutBuffer if setting.learner == "rloo" else GroupRolloutBuffer
@@ -181,6 +180,7 @@ def learn(piece: Piece) -> dict[int, float]:
 @torch.no_grad()
 def evolve(setting: Setting, piece: Piece) -> dict[int, float]:
     """ES on what steers the network: each pair of episodes tries a direction and its opposite on one task."""
+    torch.manual_seed(piece.seed)
     network = RankNetwork(setting.network)
     network.freeze_estimate()
     steering = [

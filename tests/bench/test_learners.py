@@ -97,9 +97,11 @@ def test_settings_are_what_their_names_say() -> None:
 @pytest.mark.parametrize("options", [{"rounds": 3}, {"seeds": 0}, {"workers": 0}])
 def test_values_out_of_range(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="--rounds is at least 4"):
-        Learners(**options)  # type: ignore[arg-type]
+        Learners(**options).chosen()  # type: ignore[arg-type]
 
 
 def test_unknown_settings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="no setting 'a2c'; there are 'ppo'"):
-        Learners(settings=("a2c",))
+        Learners(settings=("a2c",)).chosen()
+    assert main(["--settings", "a2c"]) == 1
+    assert capsys.readouterr().err.startswith("error: There is no setting 'a2c'")
