@@ -24,11 +24,11 @@ demo: setup ## train a small policy, then fly a real fine-tune with it (goes on 
 	    --steps 160 --max-length 48 --held-out-rows 400 --eval-every 40 --output runs/demo/finetune --resume
 
 bench: setup ## measure what a training step costs, what memory is predicted and saved, how fast the environment is, what learns, how policies transfer (two hours)
-	$(BIN)/python -m rankpilot.bench.overhead --json runs/bench/overhead.json
-	$(BIN)/python -m rankpilot.bench.memory --json runs/bench/memory.json --picture runs/bench/memory.png --resume
-	$(BIN)/python -m rankpilot.bench.env_speed --json runs/bench/env_speed.json
-	$(BIN)/python -m rankpilot.bench.decide --json runs/bench/decide.json
-	$(BIN)/python -m rankpilot.bench.learners --json runs/bench/learners.json
+	$(BIN)/python -m rankpilot.bench.step.overhead --json runs/bench/overhead.json
+	$(BIN)/python -m rankpilot.bench.memory.run --json runs/bench/memory.json --picture runs/bench/memory.png --resume
+	$(BIN)/python -m rankpilot.bench.training.env_speed --json runs/bench/env_speed.json
+	$(BIN)/python -m rankpilot.bench.step.decide --json runs/bench/decide.json
+	$(BIN)/python -m rankpilot.bench.training.learners --json runs/bench/learners.json
 	$(BIN)/python -m rankpilot.bench.transfer --json runs/bench/transfer.json --resume
 
 clean: ## remove .venv, build output and caches (keeps runs/)

@@ -8,25 +8,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .common.quiet import silence_worker
 from .env import ENV_ID
 from .errors import RankPilotError
-from .quiet import silence_worker
 
 if TYPE_CHECKING:
-    from .agents.callback import RankPilotCallback
-    from .agents.policy_file import load_policy
-    from .env.decision_log import DecisionLog
-    from .env.schedule import DecisionSchedule
-    from .lora.budget import Budget
+    from .agents.learned.policy_file import load_policy
+    from .allocation.decision_log import DecisionLog
+    from .allocation.schedule import DecisionSchedule
+    from .finetune.callback import RankPilotCallback
+    from .memory.budget import Budget
 
 silence_worker()
 
 _LAZY = {
-    "Budget": ".lora.budget",
-    "DecisionLog": ".env.decision_log",
-    "DecisionSchedule": ".env.schedule",
-    "RankPilotCallback": ".agents.callback",
-    "load_policy": ".agents.policy_file",
+    "Budget": ".memory.budget",
+    "DecisionLog": ".allocation.decision_log",
+    "DecisionSchedule": ".allocation.schedule",
+    "RankPilotCallback": ".finetune.callback",
+    "load_policy": ".agents.learned.policy_file",
 }
 
 __all__ = [

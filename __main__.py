@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from .quiet import silence_libraries
+from .common.quiet import silence_libraries
 
 
 def main() -> None:
     """Entry point of the `rankpilot` script; libraries are quieted before anything loads them."""
     silence_libraries()
-    from .cli import run
+    from .cli.main import run
 
     sys.exit(run(sys.argv[1:]))
 

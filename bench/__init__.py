@@ -1,5 +1,5 @@
 """Benchmarks: each module is a command, `python -m rankpilot.bench.NAME`."""
 
-from ..quiet import silence_libraries
+from ..common.quiet import silence_libraries
 
 silence_libraries()

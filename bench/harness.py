@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..common.arrays import FloatArray
+from ..common.files import write_json
 from ..errors import ConfigError, RankPilotError
-from ..files import write_json
-from ..lora.cost import FloatArray
 
 WIDTH = 132
 """Columns of output that goes into a file."""

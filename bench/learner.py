@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from ..lora.calibration import calibrate
-from ..lora.ladder import IntArray
-from ..lora.memory import MemoryModel
-from ..lora.peak import PeakMeter
-from ..lora.ranks import set_ranks
-from ..lora.recording import Batch
+from ..common.arrays import IntArray
+from ..lora.resize import set_ranks
 from ..lora.targets import find_target_modules
+from ..memory.calibration import calibrate
+from ..memory.model import MemoryModel
+from ..memory.peak_meter import PeakMeter
+from ..memory.recording import Batch
 
 START_RANK = 8
 """Rank that every adapter has at first; all-linear LoRA of this rank is what plans are compared with."""

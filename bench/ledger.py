@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..common.files import append_json_line, read_json_lines
 from ..errors import ConfigError
-from ..files import append_json_line, read_json_lines
 
 
 class Ledger:

@@ -21,16 +21,16 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..agents.config import FinetuneConfig
-from ..agents.finetune import PILOT, UNIFORM, run_one
-from ..agents.learned import LearnedPolicy
-from ..agents.policy_file import load_policy, policy_folder, read_card
-from ..agents.pool import worker_pool
-from ..agents.statistics import compare_pairs, estimate
-from ..agents.workload import load_workload
-from ..devices import find_device
+from ..agents.learned.policy import LearnedPolicy
+from ..agents.learned.policy_file import load_policy, policy_folder, read_card
+from ..common.devices import find_device
+from ..common.statistics import compare_pairs, estimate
+from ..common.workers import worker_pool
+from ..data.models_and_data import load_workload
 from ..errors import ConfigError, NonFiniteError
-from ..study.policy_claims import WORSE
+from ..finetune.config import FinetuneConfig
+from ..finetune.experiment import PILOT, UNIFORM, run_one
+from ..study.policy.claims import WORSE
 from .harness import Figures, machine_facts, make_table, run_command
 from .ledger import Ledger
 

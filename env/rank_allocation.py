@@ -10,16 +10,18 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from ..allocation.observation import Observation
+from ..allocation.schedule import DecisionSchedule
+from ..common.arrays import FloatArray
 from ..errors import ConfigError, NonFiniteError
-from ..lora.cost import FloatArray
-from .episode import Episode, reference_of
-from .observation import Observation
+from .episode_record import Session
+from .episodes.single import Episode, reference_of
+from .proxies.adapted import adapted_base
 from .rendering import describe, draw
-from .schedule import DecisionSchedule
-from .session import Session
 from .spaces import delta_space, observation_space, read_deltas
-from .suites import SUITES, find_tasks, task_stream
-from .tasks import FineTune, ProxyTask, adapted_base
+from .tasks.finetune import FineTune
+from .tasks.proxy_task import ProxyTask
+from .tasks.suites import SUITES, find_tasks, task_stream
 
 
 class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.EzPickle):

@@ -20,9 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ..lora.budget import format_bytes
-from ..lora.cost import FloatArray
-from ..lora.ladder import IntArray
+from ..common.arrays import FloatArray, IntArray
+from ..memory.budget import format_bytes
 
 WIDTH, HEIGHT, DPI = 900, 600, 100
 """Pixels of a frame, and pixels per inch."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..lora.ladder import IntArray
-from .tasks import Reference
+from ..common.arrays import IntArray
+from .tasks.finetune import Reference
 
 REWARD_BOUND = 3.0
 """Improvements, and what is left of them without the group's mean, lie between minus and plus this; a loss that is not

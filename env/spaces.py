@@ -8,18 +8,14 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from ..allocation.actions import SCORE_BOUND, STEERING
+from ..allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from ..common.arrays import IntArray
 from ..errors import ConfigError
-from ..lora.ladder import DEFAULT_RANKS, IntArray
-from .observation import MODULE_FEATURES, RUN_FEATURES
+from ..lora.ladder import DEFAULT_RANKS
 
 TOP = len(DEFAULT_RANKS) - 1
 """The highest rung of the rank ladder, and the largest delta in rungs."""
-
-SCORE_BOUND = 4.0
-"""Scores and steering numbers lie between minus and plus this."""
-
-STEERING = ("floor", "tilt")
-"""What a policy gives beside the scores: corrections of the rank floor (log2) and of the tilt towards upper layers."""
 
 
 def observation_space(max_modules: int) -> spaces.Dict:

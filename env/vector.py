@@ -10,9 +10,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from .episodes.slots import StackedConfig, StackedRankAllocation
 from .rendering import describe, draw
 from .spaces import delta_space, observation_space, read_deltas
-from .stacked_env import StackedConfig, StackedRankAllocation
 
 
 class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]]):

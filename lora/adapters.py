@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .checkpoint import sync_config
-from .cost import FloatArray
-from .ladder import IntArray
-from .ranks import non_finite, set_ranks
+from ..common.arrays import FloatArray, IntArray
+from .peft_config import sync_config
+from .resize import non_finite, set_ranks
 from .signals import SignalMeter
 from .targets import TargetModule
 

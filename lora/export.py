@@ -23,8 +23,8 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
+from ..common.files import atomic_path
 from ..errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
-from ..files import atomic_path
 from .adapter_file import PAIR_KEY, SavedAdapter, read_adapter
 from .targets import CHANGES_THE_BASE
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..common.arrays import IntArray
 from ..errors import ConfigError
-
-IntArray = NDArray[np.int64]
 
 DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 

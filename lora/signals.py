@@ -21,9 +21,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .base_weight import base_norm
-from .cost import FloatArray
-from .ladder import IntArray
+from ..common.arrays import FloatArray, IntArray
+from .frozen_weights import base_norm
 from .targets import TargetModule
 
 SIGNALS = ("sensitivity", "snr", "relative_change", "gradient_norm", "importance")
@@ -150,3 +149,8 @@ class SignalMeter:
             device = self._live[0].weight_b.device
             self._squares = [state["squares"].to(device, copy=True)]
             self._means = [state[f"mean.{target.name}"].to(device, copy=True) for target in self._live]
+
+
+def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
+    """Bytes that `SignalMeter` holds for one rank on each module: a mean gradient of B."""
+    return np.array([t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64)

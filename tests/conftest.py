@@ -6,12 +6,19 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.allocation.problem import PlanProblem
+from rankpilot.lora.ladder import RankLadder
+from rankpilot.memory.cost import ParameterCost
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
+
+from .families import FAMILIES, Family
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -142,3 +149,43 @@ def bert_batch(make_tokens: Callable[..., torch.Tensor]) -> Batch:
         "attention_mask": torch.ones_like(tokens),
         "labels": torch.arange(len(tokens)) % 3,
     }
+
+
+@pytest.fixture(scope="session")
+def make_observation() -> Callable[..., Observation]:
+    """A random state of a run with any number of modules in layers of four; parameters are the budget."""
+
+    def make(modules: int = 8, seed: int = 0, **problem: Any) -> Observation:
+        generator = np.random.default_rng(seed)
+        ranks = generator.choice([0, 1, 2, 4, 8], size=modules)
+        cost = ParameterCost(generator.integers(50, 150, size=(1, modules)).astype(np.float64))
+        options = {
+            "ranks": ranks,
+            "max_ranks": np.full(modules, 32),
+            "blocks": np.arange(modules) // 4,
+            "cost": cost,
+            "limit": float(6 * cost.per_rank.sum()),
+            "ladder": RankLadder(),
+        } | problem
+        return Observation(
+            modules=np.clip(generator.normal(size=(modules, len(MODULE_FEATURES))), -3, 3).astype(np.float32),
+            run=generator.uniform(0, 1, size=len(RUN_FEATURES)).astype(np.float32),
+            problem=PlanProblem(**options),
+            names=tuple(f"layers.{m // 4}.m{m % 4}" for m in range(modules)),
+        )
+
+    return make
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Every row of the matrix in turn."""
+    row: Family = request.param
+    return row
+
+
+@pytest.fixture
+def named_family() -> Callable[[str], Family]:
+    """One row of the matrix by name."""
+    rows = {family.name: family for family in FAMILIES}
+    return lambda name: rows[name]

@@ -15,20 +15,20 @@
 | utility-per-byte | heur3 over price | yes |
 
 Rules that read signals decide anew at every decision, and so does fracrule's family, whose scores do not change; plans
-are made at the first decision and kept. A new rule is a policy (`agents/policy.py`) and an entry here.
+are made at the first decision and kept. A new rule is a policy (`allocation/policy.py`) and an entry here.
 """
 
 from __future__ import annotations
 
+from ...allocation.placements import rule16
+from ...allocation.plan import uniform_ranks
+from ...allocation.policy import Policy
 from ...errors import UnknownNameError
-from ...lora.placements import rule16
-from ...lora.plan import uniform_ranks
-from ..policy import Policy
-from .fracrule import FracRule, LargeModulesFirst
-from .plans import FixedPlan, Window
+from .by_signal import SignalRule, UtilityPerPrice
+from .fixed_plan import FixedPlan, Window
 from .ramps import Ramp
 from .random import RandomScores
-from .signals import SignalRule, UtilityPerPrice
+from .top_down import FracRule, LargeModulesFirst
 
 __all__ = ["RULES", "FracRule", "SignalRule", "find_rule"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...env.observation import Observation
-from ...env.score_actions import base_floor, base_tilt
-from ...lora.cost import FloatArray
-from ..policy import Decision, Policy, decision_from_scores, module_feature
+from ...allocation.actions import base_floor, base_tilt
+from ...allocation.observation import Observation, module_feature
+from ...allocation.policy import Decision, Policy, decision_from_scores
+from ...common.arrays import FloatArray
 
 KNOTS = np.linspace(0, 1, 5)
 """Heights at which scores are averaged; between them they are interpolated."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...env.observation import Observation
-from ..policy import Decision, decision_from_scores, module_feature
+from ...allocation.observation import Observation, module_feature
+from ...allocation.policy import Decision, decision_from_scores
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...env.observation import Observation
-from ..policy import Decision, decision_from_scores, decision_to_keep, is_first
+from ...allocation.observation import Observation
+from ...allocation.policy import Decision, decision_from_scores, decision_to_keep, is_first
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from rankpilot.bench.models import Size
-from rankpilot.bench.race import Course
+from rankpilot.bench.step.race import Course
 
 TINY = Size(layers=2, width=32, vocabulary=64, rows=4, length=8)
 SHORT = Course(cycles=2)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankpilot.agents.finetune import UNIFORM
-from rankpilot.agents.network import RankNetwork
-from rankpilot.agents.policy_file import WEIGHTS, save_policy
-from rankpilot.agents.pool import apart
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.policy_file import WEIGHTS, save_policy
+from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.bench import transfer
 from rankpilot.bench.ledger import Ledger
 from rankpilot.bench.transfer import (
@@ -29,9 +28,10 @@ from rankpilot.bench.transfer import (
     main,
     pairs_of,
 )
-from rankpilot.env.schedule import DecisionSchedule
+from rankpilot.common.files import sha256
+from rankpilot.common.workers import apart
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.files import sha256
+from rankpilot.finetune.experiment import UNIFORM
 from rich.console import Console
 
 COURSE = Course(

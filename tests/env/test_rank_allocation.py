@@ -16,17 +16,20 @@ import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics
-from rankpilot.env.episode import Episode, _measured_reference, probe_task, reference_of
-from rankpilot.env.observation import MODULE_FEATURES
+from rankpilot.allocation.actions import decode
+from rankpilot.allocation.observation import MODULE_FEATURES
+from rankpilot.allocation.plan import uniform_ranks
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.env.episodes.single import Episode, _measured_reference, probe_task, reference_of
+from rankpilot.env.proxies.adapted import adapted_base, proxy_cost
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.rendering import HEIGHT, WIDTH
-from rankpilot.env.schedule import DecisionSchedule
-from rankpilot.env.score_actions import ScoreActions, decode
-from rankpilot.env.task_data import TaskData, load_task
-from rankpilot.env.tasks import ProxyTask, Reference, adapted_base, proxy_cost
+from rankpilot.env.score_actions import ScoreActions
+from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_finetune import TaskData, load_task
+from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.ladder import DEFAULT_RANKS
-from rankpilot.lora.plan import uniform_ranks
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
@@ -53,7 +56,7 @@ def make_env(make_task: MakeTask, schedule: DecisionSchedule) -> MakeEnv:
 @pytest.fixture
 def make_pool(make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch) -> MakeEnv:
     """Environments that draw from a few tiny tasks in place of the suites."""
-    from rankpilot.env import suites
+    from rankpilot.env.tasks import suites
 
     pool = tuple(make_task("shift", 50 + index, budget=0.6 + 0.02 * index) for index in range(12))
     monkeypatch.setattr(suites, "load_suite", lambda name, split: pool if name == "shift" else ())

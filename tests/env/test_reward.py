@@ -6,16 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from rankpilot.env.reward import (
-    CHURN,
-    REWARD_BOUND,
-    GroupMeans,
-    Reward,
-    churn_cost,
-    potential,
-    terminal_improvement,
-)
-from rankpilot.env.tasks import Reference
+from rankpilot.env.reward import CHURN, REWARD_BOUND, GroupMeans, Reward, churn_cost, potential, terminal_improvement
+from rankpilot.env.tasks.finetune import Reference
 
 REFERENCE = Reference(initial=3.0, uniform=2.0, best=1.8)
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from rankpilot.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
-from rankpilot.lora.checkpoint import make_resizable, sync_config
 from rankpilot.lora.export import SLOTS, export_padded, export_rank_pattern, rank_pattern_yaml
-from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.peft_config import make_resizable, sync_config
+from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from safetensors.torch import load_file, save_file
 

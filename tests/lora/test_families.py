@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.checkpoint import adapter_ranks, make_resizable, settle, sync_config
-from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.peft_config import adapter_ranks, make_resizable, settle, sync_config
+from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 

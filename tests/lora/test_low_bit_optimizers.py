@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.optimizer_state import StateMap, map_state
-from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM

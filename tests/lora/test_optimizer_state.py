@@ -7,13 +7,8 @@ import torch
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.factors import shrink_maps
 from rankpilot.lora.optimizer_layouts import unwrap_optimizer
-from rankpilot.lora.optimizer_state import (
-    StateMap,
-    check_optimizer,
-    reset_state,
-    state_bytes_of,
-)
-from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.optimizer_state import StateMap, check_optimizer, reset_state, state_bytes_of
+from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 
 OPTIMIZERS = {

@@ -15,14 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.base_weight import base_norm, guard_base, real_weight
-from rankpilot.lora.calibration import calibrate
-from rankpilot.lora.checkpoint import adapter_ranks, make_resizable, settle, sync_config
-from rankpilot.lora.cost import total_cost
-from rankpilot.lora.peak import PeakMeter
-from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.frozen_weights import base_norm, guard_base, real_weight
+from rankpilot.lora.peft_config import adapter_ranks, make_resizable, settle, sync_config
+from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import SignalMeter
 from rankpilot.lora.targets import TargetModule, find_target_modules
+from rankpilot.memory.calibration import calibrate
+from rankpilot.memory.cost import total_cost
+from rankpilot.memory.peak_meter import PeakMeter
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,

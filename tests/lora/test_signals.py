@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from rankpilot.lora.ranks import set_ranks
+from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import SIGNALS, SignalMeter
 from rankpilot.lora.targets import find_target_modules
 

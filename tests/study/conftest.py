@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.env.decision_log import DecisionLog, DecisionRecord
-from rankpilot.files import append_json_line, write_json
+from rankpilot.allocation.decision_log import DecisionLog, DecisionRecord
+from rankpilot.common.files import append_json_line, write_json
 
 KINDS = (
     "attention.self.query",

@@ -1,0 +1,75 @@
+"""Settings of `rankpilot evaluate`: which policies are compared, and on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...env.tasks.proxy_task import ProxyTask
+from ...env.tasks.suites import SUITES, evenly, find_tasks
+from ...errors import ConfigError
+from ..rules import RULES
+from .hindsight import TASK_RULES
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which policies are compared, and on what.
+
+    Attributes:
+        policies: rules, folders of trained policies, or constant:FOLDER, actor:FOLDER, once:FOLDER,
+            without-FEATURES:FOLDER.
+        suite: suites of tasks, "planted" and "shift".
+        split: which of a suite's tasks.
+        bases: only tasks on these proxy bases; all if none is given.
+        tasks: at most so many tasks, evenly spread over the suites; all of them if None.
+        seeds: repetitions of each task with another teacher, data and adapters.
+        task_steps: optimiser steps of a run; None for as many as the suites' tasks have. With another number, uniform
+            is run again and the best known allocation counts as unknown.
+        against: rule or folder that each policy is compared with, run by run.
+        workers: worker processes; 0 for as many as there are cores.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    policies: tuple[str, ...]
+    suite: tuple[str, ...] = SUITES
+    split: Literal["train", "validation", "test"] = "validation"
+    bases: tuple[str, ...] = ()
+    tasks: int | None = None
+    seeds: int = 1
+    task_steps: int | None = None
+    against: str = "heur3"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            known = ", ".join([*RULES, *TASK_RULES])
+            raise ConfigError(f"Name at least one policy: the folder of a trained one, or a rule ({known}).")
+        if self.tasks is not None and self.tasks < 2:
+            raise ConfigError(f"Intervals need at least 2 tasks; got {self.tasks}.")
+        steps = 1 if self.task_steps is None else self.task_steps
+        if min(self.seeds, steps) < 1 or self.workers < 0:
+            raise ConfigError(
+                f"seeds and task_steps are at least 1 and workers at least 0; got {self.seeds}, {self.task_steps} and "
+                f"{self.workers}."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All competitors as given, each once."""
+        return tuple(dict.fromkeys((*self.policies, self.against)))
+
+    def find_tasks(self) -> tuple[ProxyTask, ...]:
+        """The tasks.
+
+        Raises:
+            UnknownNameError: no such suite or base.
+            ConfigError: fewer than two tasks.
+        """
+        overrides = None if self.task_steps is None else {"steps": self.task_steps}
+        tasks = find_tasks(self.suite, self.split, self.bases or None, overrides)
+        if len(tasks) < 2:
+            raise ConfigError(f"Intervals need at least 2 tasks; {self.suite} has {len(tasks)} on {self.bases}.")
+        return tasks if self.tasks is None else evenly(tasks, self.tasks)

@@ -1,0 +1,156 @@
+"""What `rankpilot evaluate` does: competitors by name, the run's folder, rows and summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ...allocation.schedule import DecisionSchedule
+from ...common.files import as_plain, read_json, write_json
+from ...common.run_folder import open_run
+from ...common.workers import count_workers
+from ...env.episodes.stacked import StackedEpisodes
+from ...env.tasks.proxy_finetune import check_texts
+from ...env.tasks.suites import SUITES, evenly, find_tasks
+from ...errors import ConfigError, RunFolderError, UnknownNameError
+from ..learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
+from ..rules import RULES
+from ..rules.constant import Constant, constant_of
+from .ablation import Once, Without, actor_of
+from .config import EvaluateConfig
+from .hindsight import TASK_RULES
+from .results import read_rows, write_rows
+from .runs import SLOTS, Competitor, compare, first_observations
+from .tables import Group, groups_of
+
+ROWS, SUMMARY, POLICIES = "rows.jsonl", "summary.json", "policies.json"
+
+_FIXED = ("suite", "split", "bases", "tasks", "task_steps")
+"""Settings that stay the same when a comparison goes on."""
+
+CONSTANT = "constant:"
+"""Before the folder of a policy: its mean action in its place."""
+
+ACTOR, ONCE, WITHOUT = "actor", "once", "without-"
+"""Before a colon and the folder of a policy: see `agents.ablation`."""
+
+CONSTANT_TASKS = 32
+"""Training tasks over which a constant action is averaged."""
+
+
+def evaluate(
+    config: EvaluateConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Group]:
+    """Compare policies, and write rows and summary into a folder.
+
+    Args:
+        config: who and on what.
+        folder: of the comparison.
+        resume: go on with what is there; further policies and seeds may join, the tasks stay the same.
+        on_progress: called with (runs done, runs in all).
+
+    Returns:
+        The standings: on all tasks first, then by kind and unit.
+
+    Raises:
+        UnknownNameError, PolicyFileError, ConfigError: a competitor or task that cannot be.
+        RunFolderError: the folder holds something else.
+        AssetError: a text is not at hand.
+    """
+    tasks = config.find_tasks()
+    schedule = _common_schedule(config.names)
+    competitors = {name: find_competitor(name, schedule) for name in config.names}
+    check_texts(tasks)
+    settings = {name: getattr(config, name) for name in _FIXED} | {"schedule": asdict(schedule)}
+    open_run(folder, as_plain(settings), resume=resume)
+    _check_weights(folder, {competitors[name].name: name for name in config.names})
+    rows = compare(
+        list(competitors.values()),
+        tasks,
+        schedule,
+        workers=count_workers(config.workers),
+        seeds=config.seeds,
+        file=folder / ROWS,
+        on_progress=on_progress,
+    )
+    keys = {row.key for row in rows}
+    write_rows(folder / ROWS, [*rows, *(row for row in read_rows(folder / ROWS) if row.key not in keys)])
+    groups = groups_of(rows, competitors[config.against].name)
+    summary = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
+    write_json(folder / SUMMARY, as_plain(summary) | {"groups": [asdict(group) for group in groups]})
+    return groups
+
+
+def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
+    """A competitor by its name on the command line.
+
+    Raises:
+        UnknownNameError: no such rule or folder.
+        PolicyFileError: a folder that cannot be used.
+    """
+    before, colon, folder = name.rpartition(":")
+    if name.startswith(CONSTANT):
+        return _constant(folder, schedule)
+    if colon and before == ACTOR:
+        return actor_of(load_policy(folder))
+    if colon and before == ONCE:
+        return Once(load_policy(folder))
+    if colon and before.startswith(WITHOUT):
+        return Without(load_policy(folder), (before.removeprefix(WITHOUT),))
+    if name in TASK_RULES:
+        return TASK_RULES[name]
+    if name not in RULES and Path(name).name == name and not policy_folder(name).exists():
+        raise UnknownNameError.of("rule", name, [*RULES, *TASK_RULES], "A trained policy is given by its folder.")
+    return load_policy(name)
+
+
+def _constant(folder: str, schedule: DecisionSchedule) -> Constant:
+    """A policy's mean action over training tasks."""
+    policy = load_policy(folder)
+    tasks = sorted(evenly(find_tasks(SUITES, "train"), CONSTANT_TASKS), key=lambda task: task.base)
+    check_texts(tasks)
+    observations = []
+    for base, some in groupby(tasks, key=lambda task: task.base):
+        observations += first_observations(StackedEpisodes(base, schedule, SLOTS), list(some), SLOTS)
+    return constant_of(policy, observations, f"{CONSTANT}{policy.name}")
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of a trained policy among the competitors; None for a rule."""
+    path = policy_folder(name.rpartition(":")[2])
+    return path if name not in TASK_RULES and path.is_dir() else None
+
+
+def _common_schedule(names: Sequence[str]) -> DecisionSchedule:
+    """When ranks are decided: as the trained policies learned it.
+
+    Raises:
+        ConfigError: they learned different ones.
+    """
+    schedules = {policy_schedule(folder) for name in names if (folder := _folder(name))}
+    if len(schedules) > 1:
+        raise ConfigError("These policies were trained with different schedules, so no run is fair to all of them.")
+    return schedules.pop() if schedules else DecisionSchedule()
+
+
+def _check_weights(folder: Path, names: dict[str, str]) -> None:
+    """Note which weights the policies have, and refuse others of the same name: rows would mix.
+
+    Args:
+        folder: of the comparison.
+        names: what each competitor is called in rows, and how it was given.
+    """
+    weights = {name: read_card(path)["sha256"] for name, given in names.items() if (path := _folder(given))}
+    path = folder / POLICIES
+    known: dict[str, Any] = read_json(path) if path.exists() else {}
+    for name, digest in weights.items():
+        if known.get(name, digest) != digest:
+            raise RunFolderError(f"{folder} holds results of another policy named {name!r}. Use another --output.")
+    write_json(path, known | weights)

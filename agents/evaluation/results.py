@@ -1,0 +1,126 @@
+"""Results of comparisons: one row for each run that counts, as JSON lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...common.files import append_json_line, read_json_lines, write_json_lines
+from ...env.proxies.bases import find_base
+from ...env.reward import terminal_improvement
+from ...env.tasks.finetune import Reference
+from ...env.tasks.proxy_task import ProxyTask
+from ...errors import RunFolderError
+
+Key = tuple[str, str, int]
+"""Policy, task and seed: what makes a row unique."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one policy on one run of a task. Losses are on the held-out set, in nats.
+
+    Attributes:
+        policy: its name.
+        task: id of the suite's task; repetitions with other seeds share it.
+        seed: of this repetition.
+        kind: "planted", "shift" or "classify".
+        base: proxy base.
+        family: "llama", "bert" or "gpt2".
+        depth: layers of the base.
+        budget: share of what uniform rank 8 takes.
+        price: what is counted; see `ProxyTask.price`.
+        place: where a change was planted, or the text that was shifted to.
+        initial_loss: before training.
+        uniform_loss: of the uniform run in the same budget, at the learning rate that is best for it.
+        best_loss: of the best known allocation; None if none is known.
+        loss: at the end; None for a run that failed.
+        improvement: over uniform, in shares of the headroom, -3 to 3; -3 for a run that failed.
+        failed: whether a loss was not finite.
+    """
+
+    policy: str
+    task: str
+    seed: int
+    kind: str
+    base: str
+    family: str
+    depth: int
+    budget: float
+    price: str
+    place: str
+    initial_loss: float
+    uniform_loss: float
+    best_loss: float | None
+    loss: float | None
+    improvement: float
+    failed: bool
+
+    @property
+    def key(self) -> Key:
+        """What tells it from other rows."""
+        return self.policy, self.task, self.seed
+
+    @property
+    def reference(self) -> Reference:
+        """What fixed allocations achieve."""
+        return Reference(self.initial_loss, self.uniform_loss, self.best_loss)
+
+
+def row_of(policy: str, origin: ProxyTask, task: ProxyTask, reference: Reference, loss: float) -> Row:
+    """The row of a finished run.
+
+    Args:
+        policy: its name.
+        origin: the suite's task.
+        task: the repetition of it that was run.
+        reference: of the repetition.
+        loss: held-out, in nats; NaN if the run failed.
+    """
+    base = find_base(task.base)
+    failed = not math.isfinite(loss)
+    return Row(
+        policy=policy,
+        task=origin.id,
+        seed=task.seed,
+        kind=task.kind,
+        base=task.base,
+        family=base.family,
+        depth=base.depth,
+        budget=task.budget,
+        price=task.price,
+        place=task.placement if task.kind == "planted" else task.corpus,
+        initial_loss=reference.initial,
+        uniform_loss=reference.uniform,
+        best_loss=reference.best,
+        loss=None if failed else loss,
+        improvement=terminal_improvement(reference, None if failed else loss),
+        failed=failed,
+    )
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows to a file, each at once on disk."""
+    for row in rows:
+        append_json_line(path, asdict(row))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a file of rows in one step."""
+    write_json_lines(path, [asdict(row) for row in rows])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; none if it is absent. A torn last line is left out.
+
+    Raises:
+        RunFolderError: it holds something else.
+    """
+    lines: list[Any] = read_json_lines(path)
+    try:
+        return [Row(**line) for line in lines]
+    except TypeError as error:
+        raise RunFolderError(f"{path} holds no results of this version of rankpilot ({error}).") from error

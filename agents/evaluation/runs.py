@@ -1,0 +1,269 @@
+"""Compare policies on the same tasks, seeds and batches, many runs at a time.
+
+The work is cut into chunks of runs that share a base and a batch shape; worker processes take them one after another
+and fly each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
+the rows are the same for any number of workers and in whatever order they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from ...allocation.observation import Observation
+from ...allocation.policy import Policy
+from ...allocation.schedule import DecisionSchedule
+from ...common.statistics import mean_and_interval
+from ...common.workers import worker_pool
+from ...env.episodes.rollout import Round
+from ...env.episodes.stacked import StackedEpisodes
+from ...env.tasks.finetune import Reference
+from ...env.tasks.proxy_task import ProxyTask
+from ...errors import ConfigError
+from .hindsight import Attempt, TaskRule
+from .results import Key, Row, append_rows, read_rows, row_of
+
+SLOTS = 16
+"""Runs at a time in one process."""
+
+SEED_STEP = 7_000_000
+"""Between the seeds of a task's repetitions; the suites' own seeds lie from 1 to 3 million."""
+
+Competitor = Policy | TaskRule
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One row to be found, or one reference.
+
+    Attributes:
+        competitor: who runs; None for the reference's uniform run.
+        origin: the suite's task.
+        task: the repetition of it that is run.
+    """
+
+    competitor: Competitor | None
+    origin: ProxyTask
+    task: ProxyTask
+
+    @property
+    def key(self) -> Key:
+        """That of its row."""
+        return self.competitor.name if self.competitor else "", self.origin.id, self.task.seed
+
+    @property
+    def runs(self) -> int:
+        """How many runs it takes, at most."""
+        return self.competitor.attempts if isinstance(self.competitor, TaskRule) else 1
+
+
+def repetition(task: ProxyTask, number: int) -> ProxyTask:
+    """The same task with another teacher, data and adapters; number 0 is the task itself."""
+    return replace(task, seed=task.seed + SEED_STEP * number, reference=None) if number else task
+
+
+def compare(
+    competitors: Sequence[Competitor],
+    tasks: Sequence[ProxyTask],
+    schedule: DecisionSchedule,
+    *,
+    workers: int,
+    seeds: int = 1,
+    file: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Run every competitor on every task.
+
+    Args:
+        competitors: policies and task rules, with different names.
+        tasks: the same ones for each.
+        schedule: when ranks are decided.
+        workers: processes; with one, all happens in this process.
+        seeds: repetitions of each task, at least 1.
+        file: rows go there as soon as they are found; those that it holds already are not run again.
+        on_progress: called with (runs done, runs in all).
+
+    Returns:
+        Rows by competitor, task and repetition, in the order given. A rule that does not apply to a task has none.
+
+    Raises:
+        ConfigError: two competitors have one name, or seeds or workers are below 1.
+    """
+    names = [competitor.name for competitor in competitors]
+    if len(set(names)) < len(names) or min(seeds, workers) < 1:
+        raise ConfigError(
+            f"Competitors have different names, and seeds and workers are at least 1; got {', '.join(names)}, {seeds} "
+            f"and {workers}."
+        )
+    known = {row.key: row for row in read_rows(file)} if file else {}
+    pairs = [(task, repetition(task, number)) for task in tasks for number in range(seeds)]
+    jobs = [Job(competitor, *pair) for competitor in competitors for pair in pairs]
+    missing = [job for job in jobs if job.key not in known]
+    references = {key[1:]: row.reference for key, row in known.items()}
+    unmeasured = [Job(None, *pair) for pair in dict.fromkeys((job.origin, job.task) for job in missing)]
+    unmeasured = [job for job in unmeasured if job.task.reference is None and job.key[1:] not in references]
+    total, done = sum(job.runs for job in (*unmeasured, *missing)), 0
+    with worker_pool(workers) as spread:
+        for chunk, results in spread(partial(_measure, schedule), _chunks(unmeasured, workers)):
+            references |= {job.key[1:]: result for job, result in zip(chunk, results, strict=True)}
+            done += _report(chunk, done, total, on_progress)
+        missing = [_with_reference(job, references) for job in missing]
+        for chunk, rows in spread(partial(_run, schedule), _chunks(missing, workers)):
+            known |= {row.key: row for row in rows}
+            if file:
+                append_rows(file, rows)
+            done += _report(chunk, done, total, on_progress)
+    return [known[job.key] for job in jobs if job.key in known]
+
+
+def _report(chunk: Iterable[Job], done: int, total: int, on_progress: Callable[[int, int], None] | None) -> int:
+    """Tell how far it is; returns the runs of a chunk."""
+    runs = sum(job.runs for job in chunk)
+    if on_progress:
+        on_progress(done + runs, total)
+    return runs
+
+
+def _with_reference(job: Job, references: Mapping[tuple[str, int], Reference]) -> Job:
+    """The job on a task that knows its reference."""
+    reference = job.task.reference or references[job.key[1:]]
+    return replace(job, task=replace(job.task, reference=reference))
+
+
+def _chunks(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+    """Jobs that can share a stack, each task's side by side; `SLOTS` runs at most, unless one job alone has more."""
+    size = min(SLOTS, -(-sum(job.runs for job in jobs) // workers))
+    chunks: list[list[Job]] = []
+    place, runs = None, 0
+    for job in sorted(jobs, key=lambda job: (*_place(job.task), job.task.seed)):
+        if _place(job.task) != place or runs + job.runs > size:
+            chunks.append([])
+            place, runs = _place(job.task), 0
+        chunks[-1].append(job)
+        runs += job.runs
+    return chunks
+
+
+def _place(task: ProxyTask) -> tuple[str, int, int]:
+    """What runs in one stack have in common."""
+    return task.base, task.batch_size, task.length
+
+
+@lru_cache(maxsize=1)
+def _episodes(place: tuple[str, int, int], schedule: DecisionSchedule) -> StackedEpisodes:
+    """The stack of this process."""
+    return StackedEpisodes(place[0], schedule, SLOTS)
+
+
+def _measure(schedule: DecisionSchedule, jobs: list[Job]) -> list[Reference]:
+    """The references of some tasks; the best loss of a repetition is estimated from that of its origin."""
+    episodes = _episodes(_place(jobs[0].task), schedule)
+    found = measure_references(episodes, [job.task for job in jobs], SLOTS)
+    return [_estimated(reference, job.origin.reference) for job, reference in zip(jobs, found, strict=True)]
+
+
+def _estimated(reference: Reference, origin: Reference | None) -> Reference:
+    """A reference with the headroom that its origin has, in proportion to what uniform gained."""
+    if origin is None or origin.best is None:
+        return reference
+    return replace(reference, best=reference.uniform - reference.gain * origin.headroom / origin.gain)
+
+
+def _run(schedule: DecisionSchedule, jobs: list[Job]) -> list[Row]:
+    """The rows of some jobs; of several attempts the best counts."""
+    episodes = _episodes(_place(jobs[0].task), schedule)
+    attempts = []
+    for job in jobs:
+        assert job.competitor is not None
+        if isinstance(job.competitor, TaskRule):
+            attempts.append(job.competitor.prepare(job.task, episodes.problem(job.task)))
+        else:
+            attempts.append([(job.task, job.competitor)])
+    losses = iter(fly(episodes, [attempt for some in attempts for attempt in some], SLOTS))
+    rows = []
+    for job, some in zip(jobs, attempts, strict=True):
+        own = np.array([next(losses) for _ in some])
+        if len(own):
+            assert job.task.reference is not None
+            loss = float(np.nanmin(own)) if np.isfinite(own).any() else float("nan")
+            rows.append(row_of(job.key[0], job.origin, job.task, job.task.reference, loss))
+    return rows
+
+
+def summarise(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """By policy: mean improvement over uniform in shares of the headroom, its interval, wins and losses."""
+    improvements: dict[str, list[float]] = {}
+    for row in rows:
+        improvements.setdefault(row.policy, []).append(row.improvement)
+    summary = {}
+    for name, values in improvements.items():
+        mean, low, high = mean_and_interval(values)
+        summary[name] = {
+            "tasks": len(values),
+            "improvement": mean,
+            "low": low,
+            "high": high,
+            "wins": int(sum(value > 0 for value in values)),
+            "losses": int(sum(value < 0 for value in values)),
+        }
+    return summary
+
+
+def fly(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: int) -> list[float]:
+    """Run policies on tasks; each result is as if it had run alone.
+
+    Args:
+        episodes: of the base of all tasks.
+        attempts: tasks, of one batch shape and each with its reference, and who decides.
+        slots: how many run at once.
+
+    Returns:
+        Held-out losses in nats, NaN for a run that failed.
+    """
+    losses: list[float] = []
+    for start in range(0, len(attempts), slots):
+        some = attempts[start : start + slots]
+        flown = Round(episodes, [task for task, _ in some])
+        while flown.flying:
+            decided = {slot: some[slot][1].decide(flown.observations[slot]) for slot in flown.flying}
+            flown.step({slot: (decision.deltas, decision.scores) for slot, decision in decided.items()})
+        losses += flown.losses()
+    return losses
+
+
+def measure_references(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Reference]:
+    """Run the uniform plan of tasks that do not know its result.
+
+    Args:
+        episodes: of the base of all tasks.
+        tasks: of one batch shape.
+        slots: how many run at once.
+    """
+    for some in _batches(tasks, slots):
+        episodes.measure_references(some)
+    return [episodes.reference(task) for task in tasks]
+
+
+def first_observations(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Observation]:
+    """What a policy sees at the first decision of each task.
+
+    Args:
+        episodes: of the base of all tasks.
+        tasks: of one batch shape.
+        slots: how many are probed at once.
+    """
+    found = []
+    for some in _batches(tasks, slots):
+        episodes.start(some)
+        found += [episodes.observe(slot) for slot in some]
+    return found
+
+
+def _batches(tasks: Sequence[ProxyTask], slots: int) -> Iterator[dict[int, ProxyTask]]:
+    """Tasks by slot, so many at a time."""
+    for start in range(0, len(tasks), slots):
+        yield dict(enumerate(tasks[start : start + slots]))

@@ -1,0 +1,1 @@
+"""The trained policy: its network, its plan values and its files."""

@@ -1,0 +1,198 @@
+"""Policy files: a folder with `policy.safetensors` and `card.json`. Loading never unpickles and never runs code."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ...allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.policy import Policy
+from ...allocation.schedule import DecisionSchedule, schedule_from
+from ...common.files import atomic_path, read_json, sha256, write_json
+from ...errors import ConfigError, PolicyFileError, UnknownNameError
+from ...lora.ladder import DEFAULT_RANKS
+from ..rules import RULES, find_rule
+from .network import NetworkConfig, RankNetwork
+from .plan_value import CriticConfig, PlanCritics
+from .policy import LearnedPolicy
+
+FORMAT = "rankpilot-policy"
+SCHEMA = 2
+WEIGHTS, CARD = "policy.safetensors", "card.json"
+
+CRITICS = "plan_critics."
+"""Before the names of the plan critics' weights."""
+
+PACKAGED = Path(__file__).parent / "policies"
+DEFAULT = "default"
+"""Name of the policy that ships with the package, in a folder of that name in PACKAGED."""
+
+
+def save_policy(
+    folder: Path,
+    network: RankNetwork,
+    schedule: DecisionSchedule,
+    provenance: dict[str, Any],
+    critics: PlanCritics | None = None,
+) -> Path:
+    """Write a policy; an existing one of that name is replaced file by file.
+
+    Args:
+        folder: where to.
+        network: the actor.
+        schedule: when it was trained to decide.
+        provenance: how it came about and what it achieved, as JSON values.
+        critics: of plans, if it has any.
+
+    Returns:
+        The folder.
+    """
+    with atomic_path(folder / WEIGHTS) as temporary:
+        weights = network.state_dict() | (critics.state_dict(prefix=CRITICS) if critics else {})
+        save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+        temporary.chmod(0o644)
+    card = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "sha256": sha256(folder / WEIGHTS),
+        "module_features": list(MODULE_FEATURES),
+        "run_features": list(RUN_FEATURES),
+        "ladder": list(DEFAULT_RANKS),
+        "schedule": asdict(schedule),
+        "network": asdict(network.config),
+        "plan_critics": asdict(critics.config) if critics else None,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("rankpilot", "torch", "stable-baselines3")},
+        },
+        **provenance,
+    }
+    write_json(folder / CARD, card)
+    return folder
+
+
+def load_policy(given: str | Path | Policy) -> Policy:
+    """A policy by name or folder.
+
+    Args:
+        given: the policy that ships with the package ("default"), a rule ("heur3", "fracrule"), the folder of a trained
+            policy, or a policy object, which is returned.
+
+    Raises:
+        PolicyFileError: the folder is incomplete, corrupt, or of another format, schema, feature set or ladder.
+        UnknownNameError: neither a rule nor a folder.
+    """
+    if not isinstance(given, str | Path):
+        return given
+    folder = policy_folder(given)
+    if not folder.exists():
+        if folder.name == str(given):
+            return find_rule(str(given))
+        raise UnknownNameError(
+            f"There is no policy folder {folder}. Pass one made by `rankpilot train`, {DEFAULT!r}, or a rule: "
+            f"{', '.join(RULES)}."
+        )
+    if folder.is_file():
+        raise PolicyFileError(
+            f"{folder} is a file. A policy is a folder with {WEIGHTS} and {CARD}; pickles and zips are never read."
+        )
+    card = read_card(folder)
+    try:
+        network = RankNetwork(NetworkConfig(**card["network"]))
+        critics = _new_critics(card.get("plan_critics"))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PolicyFileError(f"The card in {folder} does not describe the network: {_first_line(error)}") from error
+    weights = _read_weights(folder, card)
+    judging = {name.removeprefix(CRITICS): weights.pop(name) for name in list(weights) if name.startswith(CRITICS)}
+    try:
+        network.load_state_dict(weights)
+        (critics or nn.Module()).load_state_dict(judging)
+    except RuntimeError as error:
+        raise PolicyFileError(f"The weights in {folder} do not fit its card: {_first_line(error)}") from error
+    return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), critics.eval() if critics else None)
+
+
+def _new_critics(described: Any) -> PlanCritics | None:
+    """Plan critics without weights, of the size that a card tells; None if it tells none."""
+    if described is None:
+        return None
+    if not isinstance(described, dict) or set(described) != set(asdict(CriticConfig())):
+        raise ConfigError(f"plan_critics is {described!r}.")
+    return PlanCritics(CriticConfig(**described))
+
+
+def policy_folder(given: str | Path) -> Path:
+    """The folder of a policy: that of the packaged one for its name, else the path itself."""
+    return PACKAGED / DEFAULT if str(given) == DEFAULT else Path(given)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card of a policy folder, checked.
+
+    Raises:
+        PolicyFileError: it is missing, unreadable, or belongs to another format, schema, feature set or ladder.
+    """
+    path = folder / CARD
+    try:
+        card = read_json(path)
+    except FileNotFoundError as error:
+        raise PolicyFileError(f"{folder} is no policy folder: {CARD} is missing.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PolicyFileError(f"{path} is not valid JSON: {_first_line(error)}") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
+    expected = {
+        "schema": SCHEMA,
+        "module_features": list(MODULE_FEATURES),
+        "run_features": list(RUN_FEATURES),
+        "ladder": list(DEFAULT_RANKS),
+    }
+    for key, value in expected.items():
+        if card.get(key) != value:
+            raise PolicyFileError(
+                f"The policy in {folder} has {key} {card.get(key)!r}; this version of rankpilot reads {value!r}. "
+                "Train it again, or install the version that made it."
+            )
+    if not isinstance(card.get("network"), dict) or set(card["network"]) != set(asdict(NetworkConfig())):
+        raise PolicyFileError(f"{path} does not describe the network: {card.get('network')!r}.")
+    return card
+
+
+def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
+    """When a policy was trained to decide; the default schedule for rules and policy objects."""
+    if not isinstance(given, str | Path) or not policy_folder(given).is_dir():
+        return DecisionSchedule()
+    fields: Any = read_card(policy_folder(given)).get("schedule")
+    try:
+        return schedule_from(fields)
+    except (TypeError, KeyError, ConfigError) as error:
+        raise PolicyFileError(f"The card in {given} does not describe the schedule: {fields!r}.") from error
+
+
+def _read_weights(folder: Path, card: dict[str, Any]) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise PolicyFileError(f"{folder} is incomplete: {WEIGHTS} is missing.")
+    with path.open("rb") as stream:
+        head = stream.read(4)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        raise PolicyFileError(f"{path} is a pickle or zip file in disguise and was not opened.")
+    if sha256(path) != card.get("sha256"):
+        raise PolicyFileError(f"{path} is corrupt: its sha256 is not the one in {CARD}. Copy or train it again.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise PolicyFileError(f"{path} is not a safetensors file: {_first_line(error)}") from error

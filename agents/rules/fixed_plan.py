@@ -1,0 +1,74 @@
+"""Plans that read no signal: made at the first decision, and kept."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...allocation.observation import Observation
+from ...allocation.plan import uniform_ranks
+from ...allocation.policy import Decision, decision_from_plan, decision_to_keep, is_first
+from ...allocation.problem import PlanProblem
+from ...common.arrays import IntArray
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """One plan for the whole run.
+
+    Attributes:
+        name: what logs and tables call it.
+        ranks: finds the plan, int64 (modules,); off the ladder it is rounded down, and what that leaves is spent.
+    """
+
+    name: str
+    ranks: Callable[[PlanProblem], IntArray]
+
+    def decide(self, observation: Observation) -> Decision:
+        """The plan at first, and no change after it."""
+        if not is_first(observation):
+            return decision_to_keep(observation)
+        return decision_from_plan(observation, self.ranks(observation.problem))
+
+
+def window_ranks(problem: PlanProblem, start: float, end: float) -> IntArray:
+    """The largest rank that fits on a window of neighbouring layers, and no adapter elsewhere.
+
+    Args:
+        problem: the plans that are possible; current ranks play no part.
+        start: where the window begins, as a share of the layers from the bottom, 0 to 1.
+        end: where it ends; rounded like `start` to whole layers, of which there is at least one.
+
+    Returns:
+        Whole ranks, on the ladder or not, int64 (modules,). Where not even rank 1 fits, those of `uniform_ranks`.
+    """
+    layers = np.unique(problem.blocks)
+    first = min(round(start * len(layers)), len(layers) - 1)
+    chosen = np.isin(problem.blocks, layers[first : max(round(end * len(layers)), first + 1)])
+
+    def on_window(rank: int) -> IntArray:
+        return np.where(chosen, problem.uniform(rank), problem.uniform(0))
+
+    ranks = range(1, problem.ladder.ranks[-1] + 1)
+    rank = bisect_left(ranks, True, key=lambda r: not problem.fits(on_window(r)))
+    return on_window(rank) if rank else uniform_ranks(problem)
+
+
+@dataclass(frozen=True)
+class Window:
+    """`window_ranks` with a place: a function that can be pickled.
+
+    Attributes:
+        start: see `window_ranks`.
+        end: see `window_ranks`.
+    """
+
+    start: float
+    end: float = 1.0
+
+    def __call__(self, problem: PlanProblem) -> IntArray:
+        """The ranks."""
+        return window_ranks(problem, self.start, self.end)

@@ -1,0 +1,210 @@
+"""Fit plan critics to what plans led to: each learns differences between plans for like states, on a draw of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ...common.workers import worker_pool
+from ...errors import ConfigError
+from ..learned.plan_value import CriticConfig, PlanCritic, PlanCritics, Plans
+
+
+@dataclass(frozen=True, eq=False)
+class Lessons:
+    """What plans led to.
+
+    Attributes:
+        plans: states and one plan for each, that is ranks (states, 1, modules).
+        gains: minus the log of the held-out loss at the end, (states,).
+        groups: states that can be compared, of one task and one decision, have one number, int64 (states,).
+        tasks: number of each state's task, int64 (states,).
+    """
+
+    plans: Plans
+    gains: torch.Tensor
+    groups: torch.Tensor
+    tasks: torch.Tensor
+
+    def __getitem__(self, states: torch.Tensor) -> Lessons:
+        return Lessons(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How critics are fitted (AdamW, one cycle of the learning rate).
+
+    Attributes:
+        epochs: passes over the groups of a critic's draw.
+        batch: groups a step.
+        rate: the highest learning rate.
+        decay: weight decay.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    epochs: int = 30
+    batch: int = 32
+    rate: float = 2e-3
+    decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch) < 1 or not self.rate > 0 or not self.decay >= 0:
+            raise ConfigError(
+                "epochs and batch of a fit are at least 1, rate above 0 and decay at least 0; got "
+                f"{self.epochs}, {self.batch}, {self.rate} and {self.decay}."
+            )
+
+
+LEAST_SPREAD = 0.02
+"""Added to the standard deviation of a group's gains, in log loss: what is left below is noise."""
+
+MOST_GAIN = 1.0
+"""Gains differ from the median of their group by no more than this, in log loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """What it takes to fit one critic, without tensors: those would cross to another process in shared memory.
+
+    Attributes:
+        number: of the critic.
+        critic: its size.
+        fit: how.
+        plans: `Plans` of rows that are ordered by group, by name.
+        targets: (rows,).
+        sizes: rows of each group, (groups,).
+        tasks: of each group, from 0 on, (groups,).
+        seed: of the draw, the order of the lessons, and dropout.
+    """
+
+    number: int
+    critic: CriticConfig
+    fit: FitConfig
+    plans: dict[str, NDArray[Any]]
+    targets: NDArray[np.float32]
+    sizes: list[int]
+    tasks: NDArray[np.int64]
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """Weights by name, and what the critic says of the rows of tasks that it has not seen, NaN of others, (rows,)."""
+
+    weights: dict[str, NDArray[Any]]
+    unseen: NDArray[np.float32]
+
+
+def fit_critics(
+    critics: PlanCritics, lessons: Lessons, *, seed: int, fit: FitConfig | None = None, workers: int = 1
+) -> dict[str, float]:
+    """Fit critics to differences between plans for like states, each to a draw of the tasks with replacement.
+
+    Args:
+        critics: are fitted afresh; what they say of a group is compared after its mean is taken off.
+        lessons: groups of several states each.
+        seed: of the draws, the order of the lessons, and dropout.
+        fit: how.
+        workers: processes; the result does not depend on it.
+
+    Returns:
+        "explained": share of the variance inside groups that critics explain on tasks that they have not seen. Nothing
+        where each has seen all of them, or all plans end alike.
+    """
+    groups = groups_of(lessons.groups)
+    rows = torch.cat(groups)
+    sizes = [len(group) for group in groups]
+    targets = torch.cat([standardised(lessons.gains[group]) for group in groups])
+    ordered = lessons.plans[rows]
+    plans = {name: getattr(ordered, name).numpy() for name in Plans.__dataclass_fields__}
+    tasks = torch.unique(lessons.tasks, return_inverse=True)[1][[int(group[0]) for group in groups]].numpy()
+    count = len(critics.critics)
+    pieces = [
+        _Fit(number, critics.config, fit or FitConfig(), plans, targets.numpy(), sizes, tasks, seed * count + number)
+        for number in range(count)
+    ]
+    said = torch.full((count, len(rows)), torch.nan)
+    with worker_pool(min(workers, count)) as spread:
+        for piece, fitted in spread(_fit_one, pieces):
+            weights = {name: torch.from_numpy(values) for name, values in fitted.weights.items()}
+            critics.critics[piece.number].load_state_dict(weights)
+            said[piece.number] = torch.from_numpy(fitted.unseen)
+    critics.eval()
+    mean = said.nanmean(dim=0)
+    known = ~mean.isnan()
+    truth = targets[known]
+    if not truth.any():
+        return {}
+    return {"explained": float(1 - (mean[known] - truth).square().sum() / truth.square().sum())}
+
+
+def groups_of(numbers: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of each group of two states or more."""
+    order = torch.argsort(numbers, stable=True)
+    sizes = torch.unique_consecutive(numbers[order], return_counts=True)[1].tolist()
+    return [group for group in torch.split(order, sizes) if len(group) > 1]
+
+
+def standardised(gains: torch.Tensor) -> torch.Tensor:
+    """What critics learn of the gains of a group: differences from their mean in standard deviations, (states,)."""
+    near = _near(gains)
+    return (near - near.mean()) / spread_of(gains)
+
+
+def spread_of(gains: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of the gains of groups (..., states), outliers cut and `LEAST_SPREAD` added, (..., 1)."""
+    return _near(gains).std(dim=-1, keepdim=True, unbiased=False) + LEAST_SPREAD
+
+
+def _near(gains: torch.Tensor) -> torch.Tensor:
+    return (gains - gains.median(dim=-1, keepdim=True).values).clamp(-MOST_GAIN, MOST_GAIN)
+
+
+def _fit_one(piece: _Fit) -> _Fitted:
+    torch.manual_seed(piece.seed)
+    plans = Plans(**{name: torch.from_numpy(values) for name, values in piece.plans.items()})
+    groups = list(torch.split(torch.arange(len(piece.targets)), piece.sizes))
+    count = int(piece.tasks.max()) + 1
+    drawn = torch.bincount(torch.randint(count, (count,)), minlength=count)[torch.from_numpy(piece.tasks)]
+    own = [group for group, times in zip(groups, drawn.tolist(), strict=True) for _ in range(times)]
+    critic = PlanCritic(piece.critic)
+    _learn(critic, plans, torch.from_numpy(piece.targets), own, piece.fit)
+    said = torch.full((len(piece.targets),), torch.nan)
+    unseen = [group for group, times in zip(groups, drawn.tolist(), strict=True) if not times]
+    with torch.no_grad():
+        for start in range(0, len(unseen), piece.fit.batch):
+            some = unseen[start : start + piece.fit.batch]
+            said[torch.cat(some)] = _centred(critic, plans, some)
+    return _Fitted({name: value.numpy() for name, value in critic.state_dict().items()}, said.numpy())
+
+
+def _centred(critic: nn.Module, plans: Plans, groups: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a critic says of some groups, less the mean of each."""
+    said = critic(plans[torch.cat(list(groups))]).squeeze(1)
+    return torch.cat([part - part.mean() for part in torch.split(said, [len(group) for group in groups])])
+
+
+def _learn(
+    critic: nn.Module, plans: Plans, targets: torch.Tensor, groups: Sequence[torch.Tensor], fit: FitConfig
+) -> None:
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=fit.rate, weight_decay=fit.decay)
+    steps = fit.epochs * -(-len(groups) // fit.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fit.rate, total_steps=steps)
+    critic.train()
+    for _ in range(fit.epochs):
+        for chosen in torch.split(torch.randperm(len(groups)), fit.batch):
+            some = [groups[index] for index in chosen.tolist()]
+            loss = (_centred(critic, plans, some) - targets[torch.cat(some)]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    critic.eval()

@@ -1,0 +1,215 @@
+"""Trials: many plans for each of many fresh tasks, flown to their end, from which plan critics learn.
+
+All runs of a task share its seed and batches, so that they differ by their plans alone. At the first decision each
+takes another proposal; at later ones most keep what they have, and some take a proposal again. What is seen and decided
+goes to a file for each stack of runs, so that an interrupted training goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ...allocation.observation import Observation
+from ...allocation.policy import Decision, decision_from_scores, decision_to_keep, is_first
+from ...allocation.schedule import DecisionSchedule
+from ...common.files import atomic_path
+from ...common.workers import worker_pool
+from ...env.episodes.rollout import Round
+from ...env.episodes.stacked import StackedEpisodes
+from ...env.tasks.proxy_task import ProxyTask
+from ...errors import RunFolderError
+from ..learned.candidates import FIXED, propose
+from ..learned.plan_value import Plans
+from ..learned.policy import LearnedPolicy, MeanAction
+from ..learned.policy_file import SCHEMA
+from .fit_plan_value import Lessons
+
+TRIALS = "trials"
+"""Folder, inside a training run's, of what its plan critics learn from."""
+
+RUNS = 15
+"""Plans of each task."""
+
+MOVES = 0.25
+"""Share of the runs that move at a decision after the first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What one stack of runs was, decision by decision.
+
+    Attributes:
+        modules: float32 (decisions, runs, modules, features).
+        scores: the actor's, centred, float32 (decisions, runs, modules).
+        run: float32 (decisions, runs, features).
+        ranks: after each decision, int64 (decisions, runs, modules); -1 for runs that had failed before.
+        losses: held-out losses at the end in nats, NaN for runs that failed, float64 (runs,).
+        initial: the same before training, float64 (runs,).
+    """
+
+    modules: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    run: NDArray[np.float32]
+    ranks: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    initial: NDArray[np.float64]
+
+    @property
+    def gains(self) -> NDArray[np.float64]:
+        """Minus the log of the loss, (runs,); a run that failed or ended worse than it began has gained nothing."""
+        ends = np.fmin(self.losses, self.initial)
+        return -np.log(np.maximum(ends, 1e-6))
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """One stack to be flown.
+
+    Attributes:
+        number: of the stack.
+        draw: with the seed it decides the proposals.
+        tasks: on one base, of one batch shape.
+        actor: its scores are one part of what proposals are made of.
+        schedule: when ranks are decided.
+        seed: of all stacks.
+        device: where to train.
+    """
+
+    number: int
+    draw: int
+    tasks: tuple[ProxyTask, ...]
+    actor: LearnedPolicy
+    schedule: DecisionSchedule
+    seed: int
+    device: str
+
+
+def fly_trial(stack: Stack) -> Trial:
+    """Fly a stack of `RUNS` runs a task."""
+    generator = np.random.default_rng([stack.seed, stack.draw])
+    episodes = _episodes(stack.tasks[0].base, stack.schedule, len(stack.tasks) * RUNS, stack.device)
+    flown = Round(episodes, [task for task in stack.tasks for _ in range(RUNS)])
+    initial = [flown.initial_loss(place * RUNS) for place in range(len(stack.tasks)) for _ in range(RUNS)]
+    seen: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": []}
+    while flown.flying:
+        observations, flying = list(flown.observations), flown.flying
+        own = [stack.actor.act(observation) for observation in observations]
+        pairs = enumerate(zip(observations, own, strict=True))
+        decided = [_decide(*pair, slot % RUNS, generator) for slot, pair in pairs]
+        flown.step({slot: (decision.deltas, decision.scores) for slot, decision in enumerate(decided)})
+        seen["modules"].append(np.stack([observation.modules for observation in observations]))
+        seen["scores"].append(np.stack([action.scores - action.scores.mean() for action in own]).astype(np.float32))
+        seen["run"].append(np.stack([observation.run for observation in observations]))
+        ranks = np.full((len(own), len(observations[0].modules)), -1)
+        ranks[flying] = np.stack(flown.ranks)[flying]
+        seen["ranks"].append(ranks)
+    arrays = {name: np.stack(parts) for name, parts in seen.items()}
+    return Trial(**arrays, losses=np.array(flown.losses()), initial=np.array(initial))
+
+
+def _decide(observation: Observation, action: MeanAction, number: int, generator: np.random.Generator) -> Decision:
+    """A fixed proposal or one that is drawn; later on the ranks as they are, for the most part."""
+    scores, steering = propose(observation, action.scores, action.steering, 1, generator)
+    if not is_first(observation) and generator.uniform() > MOVES:
+        return decision_to_keep(observation)
+    chosen = min(number, FIXED) if is_first(observation) else FIXED
+    return decision_from_scores(observation, scores[chosen], steering[chosen])
+
+
+@lru_cache(maxsize=1)
+def _episodes(base: str, schedule: DecisionSchedule, slots: int, device: str) -> StackedEpisodes:
+    """The stack of this process."""
+    return StackedEpisodes(base, schedule, slots, device=device)
+
+
+def run_trials(
+    stacks: Sequence[Stack], folder: Path, *, workers: int, on_progress: Callable[[int, int], None] | None = None
+) -> Iterator[Trial]:
+    """Fly what the folder does not hold yet, and yield all trials in order.
+
+    Args:
+        stacks: what to fly; those on one base best follow one another.
+        folder: of the trials' files.
+        workers: processes.
+        on_progress: called with (stacks done, stacks in all).
+
+    Raises:
+        RunFolderError: the folder holds a damaged trial, or one of another version.
+    """
+    paths = {stack.number: _path(folder, stack.number) for stack in stacks}
+    missing = [stack for stack in stacks if not paths[stack.number].exists()]
+    done = len(stacks) - len(missing)
+    if on_progress:
+        on_progress(done, len(stacks))
+    with worker_pool(workers) as spread:
+        for stack, trial in spread(fly_trial, missing):
+            with atomic_path(paths[stack.number]) as temporary:
+                arrays = {field.name: getattr(trial, field.name) for field in fields(trial)}
+                save_file(arrays, temporary, metadata={"schema": str(SCHEMA)})
+            done += 1
+            if on_progress:
+                on_progress(done, len(stacks))
+    for path in paths.values():
+        yield _read(path)
+
+
+def read_trials(folder: Path, count: int) -> list[Trial]:
+    """The first trials of a folder, in order.
+
+    Raises:
+        RunFolderError: one is missing, damaged or of another version.
+    """
+    missing = [number for number in range(count) if not _path(folder, number).exists()]
+    if missing:
+        raise RunFolderError(f"{len(missing)} of {count} trials are not in {folder}; finish the training run first.")
+    return [_read(_path(folder, number)) for number in range(count)]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05}.safetensors"
+
+
+def _read(path: Path) -> Trial:
+    try:
+        with safe_open(path, "np") as file:
+            if (file.metadata() or {}).get("schema") != str(SCHEMA):
+                raise RunFolderError(f"{path} was written by another version of rankpilot. Train in a new folder.")
+            return Trial(**{field.name: file.get_tensor(field.name) for field in fields(Trial)})
+    except SafetensorError as error:
+        raise RunFolderError(f"The trial {path} cannot be read ({error}). Delete it to fly it again.") from error
+
+
+def lessons_of(trials: Sequence[Trial]) -> Lessons:
+    """All decisions of some trials, padded to one number of modules."""
+    most_decisions, _, most = np.max([trial.ranks.shape for trial in trials], axis=0).tolist()
+    arrays: dict[str, list[NDArray[np.generic]]] = {name: [] for name in Plans.__dataclass_fields__}
+    gains, groups, tasks, number = [], [], [], 0
+    for trial in trials:
+        decisions, runs, modules = trial.ranks.shape
+        rows = decisions * runs
+        padding = (0, most - modules)
+        arrays["modules"].append(np.pad(trial.modules.reshape(rows, modules, -1), ((0, 0), padding, (0, 0))))
+        arrays["scores"].append(np.pad(trial.scores.reshape(rows, modules), ((0, 0), padding)))
+        arrays["run"].append(trial.run.reshape(rows, -1))
+        arrays["mask"].append(np.pad(np.ones((rows, modules), dtype=np.float32), ((0, 0), padding)))
+        arrays["ranks"].append(np.pad(trial.ranks.reshape(rows, 1, modules), ((0, 0), (0, 0), padding)))
+        gains.append(np.tile(trial.gains, decisions))
+        own = np.tile(number + np.arange(runs) // RUNS, decisions)
+        tasks.append(own)
+        groups.append(own * most_decisions + np.repeat(np.arange(decisions), runs))
+        number += runs // RUNS
+    whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    under_way = whole["ranks"].min(axis=(1, 2)) >= 0
+    plans = Plans(**{name: torch.from_numpy(values[under_way]) for name, values in whole.items()})
+    numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks)]
+    return Lessons(plans, torch.from_numpy(np.concatenate(gains)[under_way]).float(), *numbers)

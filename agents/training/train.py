@@ -1,0 +1,201 @@
+"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3), and critics of plans on trials.
+
+First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
+processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
+them, with advantages relative to the group of each task. A checkpoint after the start and after each iteration makes
+the run resumable: weights, optimiser, random state and tasks go on as if nothing had happened. The policy that did best
+on the validation tasks is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3 import PPO
+from stable_baselines3.common.utils import LinearSchedule
+
+from ...common.files import append_json_line, read_json, read_json_lines, write_json, write_text
+from ...common.run_folder import open_run
+from ...common.settings import as_json
+from ...env.proxies.adapted import adapted_base
+from ...env.tasks.proxy_finetune import check_texts
+from ...env.tasks.suites import VERSION
+from ..learned.network import RankNetwork
+from ..learned.plan_value import PlanCritics
+from ..learned.policy import LearnedPolicy
+from ..learned.policy_file import CARD, save_policy
+from ..rules import find_rule
+from .checkpoint import CHECKPOINT, restore, write_checkpoint
+from .config import TrainConfig
+from .fit_plan_value import fit_critics
+from .plan_runs import RUNS, TRIALS, Stack, lessons_of, run_trials
+from .ppo_policy import GroupRolloutBuffer, RankPolicy
+from .progress import PROGRESS, OnStage, PPOProgress, Stage
+from .rollout_env import RoundsVecEnv
+from .task_sampling import RoundsConfig, rounds_of, trial_draws, validation_tasks, warm_draws
+from .validation import Validation
+from .warm_start import warm_start
+
+TENSORBOARD = "tensorboard"
+
+WARM_START = "warm_start"
+"""Folder, inside a run's, of the policy before PPO."""
+
+SUMMARY = "summary.json"
+"""File, among a run's trials, that tells what came of them."""
+
+START = "heur3"
+"""The rule that an untrained network is, and that episodes are measured against."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training run has written its policy."""
+    return (folder / CARD).exists()
+
+
+def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: OnStage | None = None) -> LearnedPolicy:
+    """Train a policy; the run's progress and checkpoint are in `folder`.
+
+    Args:
+        config: how.
+        folder: the run's folder.
+        resume: go on with an interrupted run.
+        on_stage: called as training goes on.
+
+    Returns:
+        The actor that did best on the validation tasks, the last one without any, and the plan critics, if trials were
+        asked for. `finish` writes it.
+
+    Raises:
+        RunFolderError: see `open_run`.
+        UnknownNameError: no such suite or base.
+        ConfigError: no such tasks, or no such device.
+        AssetError: a text is not at hand.
+    """
+    rounds = rounds_of(config)
+    validation = validation_tasks(config)
+    everything = [*(task for suite in rounds.templates for task in suite), *validation]
+    check_texts(everything)
+    open_run(folder, as_json(TrainConfig, config), resume=resume)
+    report = on_stage or (lambda stage: None)
+    envs = RoundsVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
+    try:
+        model = _new_model(config, envs, folder)
+        measured = Validation(validation, envs)
+        progress = PPOProgress(folder, config, measured, report)
+        begun = (folder / CHECKPOINT).exists()
+        if begun:
+            progress.iteration = restore(folder / CHECKPOINT, model, measured)
+        # Progress is written before the checkpoint: a run that was killed in between repeats an iteration.
+        rows = [row for row in read_json_lines(folder / PROGRESS) if begun and row["iteration"] <= progress.iteration]
+        write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
+        if not begun:
+            _begin(model, envs, config, progress, folder)
+            write_checkpoint(folder / CHECKPOINT, model, 0, measured)
+        network: RankNetwork = model.policy.network  # type: ignore[assignment]
+        network.freeze_estimate()
+        if progress.iteration < config.iterations:
+            envs.round = progress.iteration
+            model._last_obs = envs.reset()  # type: ignore[assignment]
+            model._last_episode_starts = np.ones(envs.num_envs, dtype=bool)
+            # A checkpoint holds the random state of the moment after its update, so nothing may be drawn before.
+            rest = (config.iterations - progress.iteration) * envs.decisions * envs.num_envs
+            model.learn(rest, callback=progress, reset_num_timesteps=False, tb_log_name="ppo")
+    finally:
+        envs.close()
+    if measured.best:
+        network.load_state_dict(measured.best[1])
+    actor = LearnedPolicy(folder.name, network.eval())
+    return replace(actor, critics=_judges(actor, rounds, config, folder, report)) if config.trial_tasks else actor
+
+
+def _judges(
+    actor: LearnedPolicy, rounds: RoundsConfig, config: TrainConfig, folder: Path, report: OnStage
+) -> PlanCritics:
+    """Plan critics, from trials of fresh tasks."""
+    draws = trial_draws(rounds, config.trial_tasks)
+    stacks = [
+        Stack(number, number % (len(draws) // 2), tasks, actor, config.schedule, config.seed, rounds.device)
+        for number, tasks in enumerate(draws)
+    ]
+    trials = run_trials(
+        stacks,
+        folder / TRIALS,
+        workers=config.worker_count,
+        on_progress=lambda done, total: report(Stage("trials", done, total)),
+    )
+    lessons = lessons_of(list(trials))
+    report(Stage("plan critics", len(stacks), len(stacks)))
+    critics = PlanCritics()
+    facts = fit_critics(critics, lessons, seed=config.seed, workers=config.worker_count)
+    write_json(folder / TRIALS / SUMMARY, {"runs": len(stacks) * rounds.groups * RUNS} | facts)
+    return critics
+
+
+def _begin(model: PPO, envs: RoundsVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:
+    """Measure the untrained policy, teach it scores, measure again, and keep it to compare with."""
+    policy = model.policy
+    assert isinstance(policy, RankPolicy)
+    model._setup_learn(0, progress, reset_num_timesteps=False)
+    progress.init_callback(model)
+    row: dict[str, Any] = {"iteration": 0} | progress.validate()
+    if config.warm_tasks:
+        tasks = warm_draws(envs.config, config.warm_tasks)
+        facts = warm_start(
+            policy,
+            envs,
+            tasks,
+            seed=config.seed,
+            on_progress=lambda done, total: progress.report(Stage("warm start", done, total)),
+        )
+        row |= {f"warm_{key}": value for key, value in facts.items()}
+        row |= {f"warm_{key}": value for key, value in progress.validate().items()}
+        save_policy(
+            folder / WARM_START,
+            policy.network,
+            config.schedule,
+            {"name": WARM_START, "training": as_json(TrainConfig, config)},
+        )
+    append_json_line(folder / PROGRESS, row)
+
+
+def _new_model(config: TrainConfig, envs: RoundsVecEnv, folder: Path) -> PPO:
+    return PPO(
+        RankPolicy,
+        envs,
+        n_steps=envs.decisions,
+        batch_size=envs.decisions * envs.num_envs,
+        n_epochs=config.epochs,
+        learning_rate=LinearSchedule(config.learning_rate, 0.0, 1.0),
+        clip_range=config.clip_range,
+        target_kl=config.target_kl,
+        gamma=1.0,
+        gae_lambda=1.0,
+        vf_coef=0.1,
+        rollout_buffer_class=GroupRolloutBuffer,
+        rollout_buffer_kwargs={"group": config.group},
+        policy_kwargs={"network": config.network},
+        tensorboard_log=str(folder / TENSORBOARD) if find_spec("tensorboard") else None,
+        seed=config.seed,
+        device="cpu",
+    )
+
+
+def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:
+    """Write the trained policy and its card into the run's folder; the run then counts as finished."""
+    rows = read_json_lines(folder / PROGRESS)
+    provenance = {
+        "name": folder.name,
+        "training": as_json(TrainConfig, config),
+        "suite_version": VERSION,
+        "episodes": sum(row.get("episodes", 0) for row in rows),
+        "start": rows[0],
+        "trials": read_json(folder / TRIALS / SUMMARY) if policy.critics else {},
+        "validation": results or {},
+    }
+    return save_policy(folder, policy.network, config.schedule, provenance, policy.critics)

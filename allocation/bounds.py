@@ -1,0 +1,44 @@
+"""Bounds that users put on the ranks of single modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..common.arrays import IntArray
+from ..errors import ConfigError, UnknownNameError
+from ..lora.targets import TargetModule
+
+Bounds = Mapping[str, int | tuple[int, int]]
+"""A rank, or the least and the largest rank, by module name or its end, as in `LoraConfig.target_modules`."""
+
+
+def rank_bounds(targets: Sequence[TargetModule], bounds: Bounds) -> tuple[IntArray, IntArray]:
+    """The least and the largest rank of each module, int64 (modules,) each; a later entry wins over an earlier one.
+
+    Raises:
+        UnknownNameError: an entry fits no module.
+        ConfigError: a bound is negative, or the least is above the largest.
+
+    Example:
+        >>> rank_bounds(targets, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
+    """
+    low = np.zeros(len(targets), dtype=np.int64)
+    high = np.array([target.max_rank for target in targets], dtype=np.int64)
+    for name, bound in bounds.items():
+        chosen = [i for i, target in enumerate(targets) if target.name == name or target.name.endswith(f".{name}")]
+        if not chosen:
+            raise UnknownNameError.of("target module", name, [target.name for target in targets])
+        least, most = _pair(name, bound)
+        low[chosen], high[chosen] = np.minimum(least, high[chosen]), most
+    return low, high
+
+
+def _pair(name: str, bound: object) -> tuple[int, int]:
+    match bound:
+        case int(rank) if rank >= 0:
+            return rank, rank
+        case (int(least), int(most)) if 0 <= least <= most:
+            return least, most
+    raise ConfigError(f"The bounds of {name!r} are a rank or a pair from low to high, from 0 on; got {bound!r}.")

@@ -1,0 +1,214 @@
+"""The link between decisions and tensors, written once for proxy episodes and real fine-tunes.
+
+signals -> observation -> (a policy decides) -> plan within the budget -> ranks
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..common.arrays import FloatArray, IntArray
+from ..lora.adapters import Adapters
+from ..lora.ladder import RankLadder
+from ..lora.signals import signal_buffer_bytes
+from ..memory.budget import reference_cost
+from ..memory.cost import ByteCost, Cost
+from .observation import Observation, RunState, observe
+from .plan import Plan, check_budget, project
+from .probe import ProbeResult
+from .problem import PlanProblem, problem_of
+from .schedule import DecisionSchedule
+
+logger = logging.getLogger(__name__)
+
+
+AdaptersT = TypeVar("AdaptersT", bound=Adapters)
+
+
+class RankController(Generic[AdaptersT]):
+    """Observes one run's adapters and applies decisions to them.
+
+    Args:
+        adapters: whose ranks are decided.
+        cost: price of a plan, signal buffers included.
+        limit: the hard budget, in the unit of `cost`.
+        schedule: when decisions fall.
+        total_steps: optimiser steps of the run.
+        probe_result: from `probe`.
+        ladder: allowed ranks.
+        low: the least rank of each module, int64 (modules,); 0 by default.
+        high: the largest, int64 (modules,); any by default.
+        seed: decides fresh rows on growth.
+
+    Attributes:
+        notes: why a module was left out of the latest plan, by name.
+
+    Raises:
+        BudgetError: no plan fits the limit.
+    """
+
+    def __init__(
+        self,
+        adapters: AdaptersT,
+        cost: Cost,
+        limit: float,
+        schedule: DecisionSchedule,
+        total_steps: int,
+        probe_result: ProbeResult,
+        *,
+        ladder: RankLadder | None = None,
+        low: IntArray | None = None,
+        high: IntArray | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.adapters = adapters
+        self.targets = list(adapters.targets)
+        self.cost = cost
+        self.limit = limit
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.decision_steps = schedule.steps(total_steps)
+        self.ladder = ladder or RankLadder()
+        self.low, self.high = low, high
+        self.seed = seed
+        adapters.meter.values = probe_result.signals.copy()
+        self.first_loss = probe_result.first_loss
+        self.interval_losses: list[float] = []
+        self.signal_ranks = np.ones(len(self.targets), dtype=np.int64)
+        self.decision = 0
+        self.names = tuple(target.name for target in self.targets)
+        self.notes: dict[str, str] = {}
+        self._warned: set[str] = set()
+        self._shapes = np.array([t.d_out / t.d_in for t in self.targets])
+        problem = self.problem()
+        self._reference = reference_cost(cost, problem.max_ranks)
+        check_budget(problem, list(self.names))
+
+    @property
+    def ranks(self) -> IntArray:
+        """Current ranks, (modules,)."""
+        return self.adapters.ranks
+
+    @property
+    def finished(self) -> bool:
+        """Whether every decision has been taken."""
+        return self.decision >= len(self.decision_steps)
+
+    def due(self, step: int) -> bool:
+        """Whether the next decision falls before optimiser step `step` (counted from 0)."""
+        return not self.finished and step >= self.decision_steps[self.decision]
+
+    def problem(self) -> PlanProblem:
+        """The plans that are possible at the next decision.
+
+        The last one may spend what signal buffers took: no more signals are read after it.
+        """
+        cost = self.cost
+        if isinstance(cost, ByteCost) and self.decision >= len(self.decision_steps) - 1:
+            cost = replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
+        return problem_of(
+            self.targets,
+            cost,
+            self.limit,
+            ladder=self.ladder,
+            max_step=self.schedule.reach(self.decision),
+            low=self.low,
+            high=self.high,
+            ranks=self.ranks,
+        )
+
+    def observe(self, step: int, interval_loss: float | None = None) -> Observation:
+        """Close the interval that ends before `step` and describe the next decision.
+
+        Args:
+            step: optimiser steps done.
+            interval_loss: mean training loss since the last decision, if known.
+        """
+        if self.decision > 0:
+            live = self.ranks > 0
+            meter = self.adapters.meter
+            meter.read()
+            self.signal_ranks = np.where(live & (meter.age == 0), self.ranks, self.signal_ranks)
+        if interval_loss is not None and np.isfinite(interval_loss):
+            self.interval_losses.append(interval_loss)
+        return self.observation_now(step)
+
+    def observation_now(self, step: int) -> Observation:
+        """The observation as things stand, without closing the interval."""
+        state = RunState(
+            progress=step / self.total_steps,
+            decisions_left=max(0, len(self.decision_steps) - self.decision - 1),
+            reference_cost=self._reference,
+            first_loss=self.first_loss,
+            losses=tuple(self.interval_losses),
+        )
+        return observe(
+            self.problem(),
+            self.names,
+            self.adapters.meter.values,
+            self.signal_ranks,
+            self.adapters.meter.age,
+            self._shapes,
+            state,
+        )
+
+    def apply(
+        self,
+        deltas: IntArray,
+        scores: FloatArray,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Plan:
+        """Project a decision onto the budget and give the adapters their new ranks.
+
+        Args:
+            deltas: rungs to move, (modules,).
+            scores: order of precedence, (modules,).
+            step: optimiser steps done; decides fresh rows together with the seed.
+            optimizer: its state follows, unless the adapters keep their own.
+
+        Returns:
+            The plan as applied.
+        """
+        plan = self.correct(scores, step, optimizer, deltas)
+        self.decision += 1
+        return plan
+
+    def correct(
+        self,
+        scores: FloatArray,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        deltas: IntArray | None = None,
+    ) -> Plan:
+        """As `apply`, but not counted as a decision: brings the ranks back under a limit that has become tighter."""
+        still = np.zeros(len(self.targets), dtype=np.int64)
+        problem = replace(self.problem(), held=self._hold_broken(optimizer))
+        plan = project(problem, still if deltas is None else deltas, scores)
+        self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
+        return plan
+
+    def _hold_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
+        """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""
+        broken = self.adapters.non_finite(optimizer)
+        fresh = sorted(set(broken) - self._warned)
+        if fresh:
+            self._warned.update(fresh)
+            logger.warning(
+                "The adapter or optimizer state of %s holds NaN or infinity: %s no more changes of rank. Lower the "
+                "learning rate or clip gradients.",
+                ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more modules" if len(fresh) > 3 else ""),
+                "it gets" if len(fresh) == 1 else "they get",
+            )
+        self.notes = dict.fromkeys(broken, "left alone: NaN or infinity in its factors, gradients or optimizer state")
+        return np.isin(self.names, broken)
+
+    def ranks_by_name(self) -> dict[str, int]:
+        """Current rank by module name."""
+        return dict(zip(self.names, self.ranks.tolist(), strict=True))

@@ -1,0 +1,171 @@
+"""A plan in the making: how it is raised and lowered along the ladder within a budget."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import numpy as np
+
+from ..common.arrays import FloatArray, IntArray
+from .pricing import FixedPrice, price_of
+from .problem import PlanProblem
+
+
+class Draft:
+    """Ranks on the ladder that move one rung at a time, with their price always at hand.
+
+    Moves go in the order of their *level*, log(rank) - score, rank being the higher one of the two: equal scores give
+    equal ranks. Rungs that a module has already are `hysteresis` lower, and so is its place among the modules to
+    adapt: a rank moves for a difference of scores above that. Among equal levels the lower module gives way first and
+    the first module is raised first.
+
+    One more rank or module never makes a plan cheaper at any moment. So what was refused once stays refused while
+    the plan rises, and what fits is found by bisection.
+
+    Args:
+        problem: prices, budget, ladder and current ranks.
+        scores: log rank relative to the other modules, float (modules,).
+        rungs: where the plan starts, int64 (modules,).
+
+    Attributes:
+        rungs: where it is now, int64 (modules,).
+        price: what that costs, (moments,).
+    """
+
+    def __init__(self, problem: PlanProblem, scores: FloatArray, rungs: IntArray) -> None:
+        self.rungs = rungs.copy()
+        self._limit, self._blocks, self._scores = problem.limit, problem.blocks, scores
+        self._ranks = problem.ladder.array
+        self._rises = np.diff(self._ranks, prepend=0)
+        self._cost, self._per_rank = problem.cost, problem.cost.per_rank
+        self._now, self._hysteresis = problem.rungs, problem.hysteresis
+        self._fixed = FixedPrice(problem.cost, rungs > 0)
+        self.price: FloatArray = self._fixed.value + self._per_rank @ self.ranks
+
+    @property
+    def ranks(self) -> IntArray:
+        """The ranks at these rungs, int64 (modules,)."""
+        return np.asarray(self._ranks[self.rungs], dtype=np.int64)
+
+    @property
+    def preference(self) -> FloatArray:
+        """Scores, higher where a module has a rank already, (modules,)."""
+        return self._scores + self._hysteresis * (self._now > 0)
+
+    @property
+    def precedence(self) -> IntArray:
+        """Modules in the order in which they are adapted, (modules,)."""
+        return np.argsort(-self.preference, kind="stable")
+
+    def fits(self) -> bool:
+        """Whether the plan keeps to the budget at every moment."""
+        return bool(self.price.max() <= self._limit)
+
+    def additions(self, modules: IntArray) -> FloatArray:
+        """What adapting each of these modules alone would add, before its first rank, (moments, len(modules))."""
+        return self._fixed.additions(modules)
+
+    def lift(self, module: int, rung: int) -> bool:
+        """Put a module on this higher rung, if that fits."""
+        price = self.price + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
+        if price.max() > self._limit:
+            return False
+        if self.rungs[module] == 0:
+            fixed = self._fixed.having(module)
+            price = price + (fixed - self._fixed.value)
+            if price.max() > self._limit:
+                return False
+            self._fixed.add(module, fixed)
+        self.price = price
+        self.rungs[module] = rung
+        return True
+
+    def lift_all(self, modules: IntArray, rungs: IntArray) -> bool:
+        """Put modules on these higher rungs, if that fits for all of them together."""
+        fixed, fresh = self._fixed.value, modules[self.rungs[modules] == 0]
+        rise = self._per_rank[:, modules] @ (self._ranks[rungs] - self._ranks[self.rungs[modules]])
+        self._fixed.add_all(fresh)
+        price = self.price + rise + (self._fixed.value - fixed)
+        if price.max() > self._limit:
+            self._fixed.remove_all(fresh)
+            return False
+        self.price = price
+        self.rungs[modules] = rungs
+        return True
+
+    def drop(self, modules: IntArray) -> None:
+        """Take adapted modules to rank 0."""
+        fixed = self._fixed.value
+        self._fixed.remove_all(modules)
+        self.price = self.price - self._per_rank[:, modules] @ self.ranks[modules] + (self._fixed.value - fixed)
+        self.rungs[modules] = 0
+
+    def lower(self, bound: IntArray) -> None:
+        """Lower modules one rung at a time, highest level first and none below its bound, until the plan fits."""
+        if self.fits():
+            return
+        modules, rungs, levels = self._moves(bound, self.rungs)
+        order = np.lexsort((-rungs, modules, self._blocks[modules], -levels))
+        modules = modules[order]
+
+        def fits_after(moves: int) -> bool:
+            rungs = self.rungs - np.bincount(modules[:moves], minlength=len(self.rungs))
+            return bool(price_of(self._cost, self._ranks[rungs]).max() <= self._limit)
+
+        moves = bisect_left(range(len(modules)), True, key=fits_after)
+        self.rungs -= np.bincount(modules[:moves], minlength=len(self.rungs))
+        self._fixed = FixedPrice(self._cost, self.rungs > 0)
+        self.price = self._fixed.value + self._per_rank @ self.ranks
+
+    def fill(self, upper: IntArray) -> None:
+        """Raise modules until no rung of any of them fits, none above its bound; adapted ones first, then others."""
+        self.raise_adapted(upper)
+        if self._adapt_more(upper):
+            self.raise_adapted(upper)
+
+    def _adapt_more(self, upper: IntArray) -> bool:
+        """Adapt further modules where that fits, best scores first; returns whether any did."""
+        absent = np.flatnonzero((self.rungs == 0) & (upper > 0))
+        alone = self.price[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
+        able = np.zeros(len(self.rungs), dtype=np.bool_)
+        able[absent] = (alone <= self._limit).all(axis=0)
+        lifted = [self.lift(module, 1) for module in self.precedence.tolist() if able[module]]
+        return any(lifted)
+
+    def raise_adapted(self, upper: IntArray) -> None:
+        """Raise adapted modules one rung at a time, lowest level first, wherever the next rung fits."""
+        modules, rungs, levels = self._moves(self.rungs, np.where(self.rungs > 0, upper, 0))
+        order = np.argsort(levels, kind="stable")
+        self.take(modules[order], rungs[order])
+
+    def take(self, modules: IntArray, rungs: IntArray) -> None:
+        """Make these moves of adapted modules, one rung each, in this order, wherever the next rung fits.
+
+        Args:
+            modules: which module each move raises, (moves,).
+            rungs: the rung that it leads to, (moves,); the moves of one module in rising order.
+        """
+        prices = self._per_rank[:, modules] * self._rises[rungs]
+        while len(modules):
+            # A module that was refused once stays where it is, and what follows its refused rung is out too.
+            refused = (prices > (self._limit - self.price)[:, None]).any(axis=0)
+            if refused.any():
+                barred = np.full(len(self.rungs), len(self._ranks))
+                np.minimum.at(barred, modules[refused], rungs[refused])
+                left = rungs < barred[modules]
+                modules, rungs, prices = modules[left], rungs[left], prices[:, left]
+            sums = self.price[:, None] + np.cumsum(prices, axis=1)
+            count = int(np.count_nonzero((sums <= self._limit).all(axis=0)))
+            if count == 0:
+                return
+            self.price = sums[:, count - 1]
+            np.add.at(self.rungs, modules[:count], 1)
+            modules, rungs, prices = modules[count:], rungs[count:], prices[:, count:]
+
+    def _moves(self, low: IntArray, high: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
+        """All single rungs between two plans: modules, the higher rung of each move, its level; in that order."""
+        counts = np.maximum(high - low, 0)
+        modules = np.repeat(np.arange(len(low)), counts)
+        rungs = np.arange(1, len(modules) + 1) + np.repeat(low - np.cumsum(counts) + counts, counts)
+        kept = self._hysteresis * (rungs <= self._now[modules])
+        return modules, rungs, np.log(self._ranks[rungs]) - self._scores[modules] - kept

@@ -1,0 +1,71 @@
+"""The probe: a few small steps at rank 1, which read the first signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..common.arrays import FloatArray
+from ..errors import NonFiniteError
+from ..lora.resize import reset_adapters
+from ..lora.signals import SignalMeter
+from ..lora.targets import TargetModule
+
+FIRST_LOSSES = 5
+"""The first loss is the mean of so many losses of the probe."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """What the probe found.
+
+    Attributes:
+        signals: (modules, len(SIGNALS)).
+        first_loss: mean training loss of its first steps.
+    """
+
+    signals: FloatArray
+    first_loss: float
+
+
+def probe(
+    targets: Sequence[TargetModule],
+    optimizer: torch.optim.Optimizer,
+    losses: Iterable[Callable[[], torch.Tensor]],
+    *,
+    seed: int,
+    max_grad_norm: float = 1.0,
+) -> ProbeResult:
+    """Train all modules at rank 1 for a few small steps, and read the signals.
+
+    Args:
+        targets: the target modules; their adapters are started over, and the caller resets them afterwards.
+        optimizer: over the adapter's parameters, without state; thrown away afterwards.
+        losses: one callable a step; it runs the forward pass on a micro-batch and returns the loss.
+        seed: of the rank-1 adapters.
+        max_grad_norm: gradients are clipped to this norm.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    reset_adapters(targets, 1, seed)
+    meter = SignalMeter(targets)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    history = []
+    for closure in losses:
+        loss = closure()
+        history.append(float(loss.detach()))
+        if not np.isfinite(history[-1]):
+            raise NonFiniteError(
+                f"The loss of probe step {len(history)} is {history[-1]}. Check the data and lower the learning rate."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        meter.accumulate()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return ProbeResult(meter.read(), float(np.mean(history[:FIRST_LOSSES])))

@@ -1,0 +1,174 @@
+"""Plans that prices choose: the relaxation behind `rankpilot.allocation.optimum.best_plan`.
+
+Give every byte a price and each module takes the rank that is worth most after paying for it. Tensors that several
+modules need are paid together, by those that gain from them in proportion to what they gain, and nobody takes part
+who loses. The higher the price, the smaller the plan; the right price just spends the budget.
+
+Moments have prices of their own, since each has the whole budget: bytes at the one that is nearest to it cost most.
+What lies below the *entry*, the deepest module that may be adapted, is left out. What the entry needs counts as paid
+before the others choose: in a deep model that is the backward chain from there up, the bulk of what a plan costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..common.arrays import BoolArray, FloatArray, IntArray
+from .pricing import coverage_of, price_of
+from .problem import PlanProblem
+
+_GRID = np.geomspace(1e-5, 1.0, 16)
+"""Prices at which all entries are compared, over the highest that any module pays."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What modules take at one price.
+
+    Attributes:
+        rungs: their rungs, those that are left out at their lower bounds, int64 (modules,).
+        paid: what each pays for its ranks and for its part of the groups, as a share of the slack, (modules,).
+    """
+
+    rungs: IntArray
+    paid: FloatArray
+
+
+class Relaxation:
+    """One problem and its utilities, relaxed.
+
+    Args:
+        problem: the plans that are possible; its lower bounds fit the budget.
+        utility: of each rung on each module, (modules, rungs).
+
+    Attributes:
+        low: the lower bounds, as rungs, int64 (modules,).
+        held: groups that the lower bounds do not pay at each moment, (moments, groups).
+        needs: which of them each module needs, bool (modules, groups).
+        per_rank: price of one rank at each moment, (moments, modules).
+        gains: utility above the lower bound, minus infinity outside the bounds, (modules, rungs).
+        rises: ranks above the lower bound, (modules, rungs).
+    """
+
+    def __init__(self, problem: PlanProblem, utility: FloatArray) -> None:
+        self._problem, self._ranks = problem, problem.ladder.array
+        self.low = problem.bottoms
+        self._modules = np.arange(len(self.low))
+        rungs = np.arange(len(self._ranks))
+        within = (rungs >= self.low[:, None]) & (rungs <= problem.tops[:, None])
+        self.gains = np.where(within, utility - utility[self._modules, self.low][:, None], -np.inf)
+        self.rises = np.where(within, self._ranks - self._ranks[self.low][:, None], 0)
+        self._base = price_of(problem.cost, self._ranks[self.low])
+        self._slack = np.maximum(problem.limit - self._base, 1.0)
+        table = coverage_of(problem.cost)
+        unpaid = np.flatnonzero(~table.by_module[self.low > 0].any(axis=0))
+        self.held, self.needs = table.held[:, unpaid], table.by_module[:, unpaid]
+        self.per_rank = problem.cost.per_rank
+
+    def start(self) -> FloatArray:
+        """Prices of the moments to begin with: alike at all that everything together would exceed, (moments,)."""
+        exceeded = price_of(self._problem.cost, self._ranks[self._problem.tops]) > self._problem.limit
+        result: FloatArray = exceeded / self._slack / max(1, int(np.count_nonzero(exceeded)))
+        return result
+
+    def shifted(self, prices: FloatArray, rungs: IntArray) -> FloatArray:
+        """Prices of the moments after seeing a plan: higher where it comes nearest to the budget, (moments,)."""
+        used = (price_of(self._problem.cost, self._ranks[rungs]) - self._base) / self._slack
+        shares = prices * self._slack * np.exp(3 * (used - used.max()))
+        result: FloatArray = shares / shares.sum() / self._slack
+        return result
+
+    def entries(self, prices: FloatArray) -> tuple[IntArray, FloatArray]:
+        """Modules from the cheapest to the deepest to reach, and what a plan with each as its entry would be worth.
+
+        Args:
+            prices: of a byte at each moment, (moments,).
+
+        Returns:
+            The modules, int64 (modules,), and an estimate of the best utility, (modules,); -inf if it does not fit.
+        """
+        reach = self.needs @ (prices @ self.held)
+        order = np.argsort(reach, kind="stable")
+        choose = Market(self, order).priced(prices)
+        tables = []
+        for share in _GRID:
+            choice = choose(share)
+            worth = self.gains[self._modules, choice.rungs]
+            tables.append((np.cumsum(worth[order]), reach[order] + np.cumsum(choice.paid[order])))
+        worths, costs = np.array([w for w, _ in tables]), np.array([c for _, c in tables])
+        return order, _interpolated(worths, costs)
+
+
+def _interpolated(worths: FloatArray, costs: FloatArray) -> FloatArray:
+    """Utility that fits a cost of 1, between rows of falling utility and cost, (rows, entries) -> (entries,)."""
+    fitting = costs <= 1.0
+    row = np.where(fitting.any(axis=0), fitting.argmax(axis=0), -1)
+    column = np.arange(costs.shape[1])
+    upper = np.maximum(row - 1, 0)
+    gap = costs[upper, column] - costs[row, column]
+    part = np.where(gap > 0, (1.0 - costs[row, column]) / np.where(gap > 0, gap, 1.0), 0.0)
+    result = worths[row, column] + np.minimum(part, 1.0) * (worths[upper, column] - worths[row, column])
+    return np.where(row < 0, -np.inf, result)
+
+
+class Market:
+    """The choices of the modules down to one entry, at any prices.
+
+    Args:
+        relaxation: the problem.
+        allowed: modules that may be adapted, the entry last, int64 (allowed,).
+    """
+
+    def __init__(self, relaxation: Relaxation, allowed: IntArray) -> None:
+        self._allowed, self._start = allowed, relaxation.low
+        left = np.flatnonzero(~relaxation.needs[allowed[-1]])
+        self._payer, self._group = np.nonzero(relaxation.needs[:, left][allowed])
+        self._held, self._per_rank = relaxation.held[:, left], relaxation.per_rank[:, allowed]
+        self._gains, self._rises = relaxation.gains[allowed], relaxation.rises[allowed]
+        self._low = relaxation.low[allowed]
+        self._members = np.arange(len(allowed))
+
+    def priced(self, prices: FloatArray) -> Callable[[float], Choice]:
+        """What the modules take when a byte at each moment costs a share of the most that any module gains by one.
+
+        Args:
+            prices: of a byte at each moment, relative to each other, (moments,).
+
+        Returns:
+            The choice at each share of the highest price, 0 to 1.
+        """
+        burden, bare = prices @ self._held, (prices @ self._per_rank)[:, None] * self._rises
+        positive = bare > 0
+        highest = float((self._gains[positive] / bare[positive]).max(initial=0.0))
+
+        def choose(share: float) -> Choice:
+            level = share * highest
+            net = self._gains - level * bare
+            rungs = net.argmax(axis=1)
+            joined, dues = self._settle(rungs > self._low, net[self._members, rungs], level, burden)
+            rungs = np.where(joined, rungs, self._low)
+            plan, paid = self._start.copy(), np.zeros(len(self._start))
+            plan[self._allowed] = rungs
+            paid[self._allowed] = bare[self._members, rungs] + dues * joined
+            return Choice(plan, paid)
+
+        return choose
+
+    def _settle(
+        self, joined: BoolArray, value: FloatArray, level: float, burden: FloatArray
+    ) -> tuple[BoolArray, FloatArray]:
+        """Who takes part, and what each pays for groups: those who would lose leave until nobody does."""
+        free = self._low > 0  # whose groups are held in any case
+        value = np.where(free, 0.0, value)
+        while True:
+            stake = np.where(joined, value, 0.0)
+            total = np.bincount(self._group, weights=stake[self._payer], minlength=len(burden))
+            rate = np.where(total > 0, burden / np.where(total > 0, total, 1.0), 0.0)
+            dues = np.bincount(self._payer, weights=rate[self._group], minlength=len(stake)).astype(np.float64) * stake
+            losing = joined & ~free & (level * dues > value)
+            if not losing.any():
+                return joined, dues
+            joined = joined & ~losing

@@ -1,0 +1,1 @@
+"""Predicted bytes beside measured ones."""

@@ -1,0 +1,81 @@
+"""What the guard of the budget costs: measured steps beside plain ones, and the look at each batch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...finetune.batch_watch import BatchWatch
+from ...memory.batch_shape import Shape
+from ...memory.cost import total_cost
+from ...memory.recording import Batch
+from ..harness import bootstrap, interleave, paired_ratios, usual_step
+from ..models import Family, Size
+from .plans import REFERENCE, named_plans
+from .resident import is_supported, large_learner, observe
+
+PLANS = (REFERENCE, "top half, rank 16", "fracrule at 50 %")
+
+
+def measured_steps(family: Family, size: Size, rounds: int, device: torch.device, seed: int) -> dict[str, Any]:
+    """Time steps under `PeakMeter` and plain ones in turn.
+
+    Returns:
+        "step_ratio" (value, low, high) of a measured step, and "look_share" of a plain step that the callback's
+        look at its batch takes.
+    """
+    learner, batch = large_learner(family, size, device, seed)
+    learner.step(batch)
+
+    def plain(turn: int) -> None:
+        learner.step(batch)
+
+    def measured(turn: int) -> None:
+        learner.measured_step(batch)
+
+    seconds = interleave({"plain": plain, "measured": measured}, rounds, device)
+    ratio = bootstrap(paired_ratios(seconds["measured"], seconds["plain"], 1), usual_step)
+    share = _look_seconds(batch) / float(np.median(seconds["plain"]))
+    return {"step_ratio": [ratio.value, ratio.low, ratio.high], "look_share": share}
+
+
+class _Nothing(nn.Module):
+    """A model that does nothing."""
+
+    def forward(self, **batch: torch.Tensor) -> None:
+        """Do nothing."""
+
+
+def _look_seconds(batch: Batch, calls: int = 1000) -> float:
+    """What the callback's look at a batch takes, which every step carries."""
+    watch, model = BatchWatch(), _Nothing()
+    watch.attach(model, Shape.of(batch), lambda batch, shape: None)
+    start = time.perf_counter()
+    for _ in range(calls):
+        model(**batch)
+    return (time.perf_counter() - start) / calls
+
+
+def outside_view(
+    family: Family, size: Size, device: torch.device, seed: int, plans: tuple[str, ...] = PLANS
+) -> dict[str, Any]:
+    """What the operating system or CUDA's allocator says of single steps, beside the prediction.
+
+    Returns:
+        By plan "predicted" bytes, and those that `resident.observe` tells; no plan where nothing can be read.
+    """
+    if not is_supported(device):
+        return {}
+    learner, batch = large_learner(family, size, device, seed)
+    learner.step(batch)
+    cost = learner.calibrate(batch).cost()
+    named = named_plans(learner.targets, cost, size.layers)
+    seen = {}
+    for name in plans:
+        ranks = named[name].ranks
+        seen[name] = {"predicted": total_cost(cost, ranks)} | observe(family, size, ranks.tolist(), device, seed)
+    return seen

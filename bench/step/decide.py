@@ -1,0 +1,150 @@
+"""How long a decision takes: the shipped policy, its actor alone, its networks alone, and a rule.
+
+`python -m rankpilot.bench.step.decide --help` tells what is measured.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.progress import track
+
+from ...agents.learned.network import Action, RankNetwork
+from ...agents.learned.policy import LearnedPolicy
+from ...agents.learned.policy_file import load_policy
+from ...agents.rules import find_rule
+from ...allocation.observation import Observation, RunState, observe
+from ...allocation.problem import problem_of
+from ...common.workers import apart
+from ...errors import ConfigError
+from ...lora.signals import SIGNALS
+from ...lora.targets import find_target_modules
+from ...memory.budget import reference_cost
+from ...memory.calibration import calibrate
+from ..harness import Figures, interleave, machine_facts, make_table, paired_ratios, run_command
+from ..models import Size, random_model
+
+RULE = "heur3"
+QUICK, FULL = (4, 36), (4, 36, 143)
+"""Layers of seven modules each."""
+
+BUDGET = 0.6
+"""Share of what uniform rank 8 takes."""
+
+
+@dataclass(frozen=True)
+class Decide:
+    """Time one first decision on Llama models of 28 to 1,001 target modules, on one thread.
+
+    The models are narrow and random; prices are theirs, signals are random. "Network" is the actor's forward pass,
+    "actor" its whole decision, "policy" the decision with plan critics, which packs and judges 53 plans; all take turns
+    with the rule heur3. Figures are medians.
+
+    Attributes:
+        policy: "default" or the folder of a trained policy.
+        quick: under a minute: without the largest model, and fewer rounds.
+        json: also write the figures to this file, as flat JSON with names like "modules_1001.policy_ms".
+    """
+
+    policy: str = "default"
+    quick: bool = False
+    json: Path | None = None
+
+
+def observation_of(layers: int) -> Observation:
+    """A first decision on a model of so many layers, inside 60 % of the bytes of uniform rank 8."""
+    size = Size(layers=layers, width=64, vocabulary=256, rows=2, length=16)
+    model = get_peft_model(random_model("llama", size, 0), LoraConfig(r=1, target_modules="all-linear"))
+    targets = find_target_modules(model)
+    tokens = torch.zeros(size.rows, size.length, dtype=torch.int64)
+    cost = calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
+    whole = reference_cost(cost, np.array([target.max_rank for target in targets], dtype=np.int64))
+    count = len(targets)
+    return observe(
+        problem_of(targets, cost, BUDGET * whole),
+        tuple(target.name for target in targets),
+        np.random.default_rng(0).lognormal(size=(count, len(SIGNALS))),
+        np.ones(count, dtype=np.int64),
+        np.zeros(count, dtype=np.int64),
+        np.array([target.d_out / target.d_in for target in targets]),
+        RunState(progress=0.0, decisions_left=3, reference_cost=whole, first_loss=5.0, losses=()),
+    )
+
+
+def deciders(policy: LearnedPolicy, observation: Observation) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    modules, run = (torch.from_numpy(array).unsqueeze(0) for array in (observation.modules, observation.run))
+    mask = torch.ones(1, modules.shape[1])
+    found: dict[str, Callable[[], object]] = {
+        RULE: partial(find_rule(RULE).decide, observation),
+        "network": partial(_forward, policy.network, modules, run, mask),
+        "actor": partial(replace(policy, critics=None).decide, observation),
+    }
+    return found | ({"policy": partial(policy.decide, observation)} if policy.critics else {})
+
+
+@torch.no_grad()
+def _forward(network: RankNetwork, *inputs: torch.Tensor) -> Action:
+    found: Action = network(*inputs)
+    return found
+
+
+def time_decisions(policy: LearnedPolicy, layers: int, rounds: int) -> tuple[int, Figures]:
+    """Number of modules, and the figures of one model."""
+    observation = observation_of(layers)
+    work = {name: _ignoring_turn(call) for name, call in deciders(policy, observation).items()}
+    device = torch.device("cpu")
+    interleave(work, 1, device)  # to warm up
+    seconds = interleave(work, rounds, device)
+    figures: Figures = {f"{name}_ms": 1e3 * float(np.median(own)) for name, own in seconds.items()}
+    for name in work.keys() - {RULE}:
+        figures[f"{name}_ratio"] = float(np.median(paired_ratios(seconds[name], seconds[RULE], 1)))
+    return len(observation.modules), figures
+
+
+def _ignoring_turn(call: Callable[[], object]) -> Callable[[int], None]:
+    def work(turn: int) -> None:
+        call()
+
+    return work
+
+
+def benchmark(options: Decide, console: Console) -> Figures:
+    """Time all sizes, print the table, and return all figures.
+
+    Raises:
+        ConfigError: the policy is a rule.
+        UnknownNameError, PolicyFileError: there is no such policy, or it cannot be read.
+    """
+    policy = load_policy(options.policy)
+    if not isinstance(policy, LearnedPolicy):
+        raise ConfigError(f"--policy names a trained policy; {options.policy!r} is a rule.")
+    figures: Figures = {**machine_facts(torch.device("cpu")), "threads": 1, "quick": options.quick}
+    rows = []
+    for layers in track(QUICK if options.quick else FULL, "decisions", console=Console(stderr=True), transient=True):
+        with apart():
+            count, own = time_decisions(policy, layers, 5 if options.quick else 15)
+        figures |= {f"modules_{count}.{name}": value for name, value in own.items()}
+        times = [f"{own[f'{name}_ms']:.2f} ms" for name in (RULE, "network", "actor")]
+        rows.append([str(count), *times, f"{own['policy_ms']:.1f} ms" if "policy_ms" in own else "no critics"])
+    console.print(make_table("One first decision, medians", ("modules", RULE, "network", "actor", "policy"), rows))
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = tyro.cli(Decide, args=arguments, prog="python -m rankpilot.bench.step.decide")
+    return run_command(partial(benchmark, options), options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

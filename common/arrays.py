@@ -1,0 +1,19 @@
+"""Types of NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+
+
+IntArray = NDArray[np.int64]
+
+
+FloatArray = NDArray[np.float64]
+
+
+BoolArray = NDArray[np.bool_]

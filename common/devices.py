@@ -1,0 +1,22 @@
+"""Which device to use, by name."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ConfigError
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: there is no device of that name here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of being absent
+        raise ConfigError(f"No device {name!r} is at hand. Use cpu, or leave it at auto.") from error
+    return torch.device(name)

@@ -1,0 +1,123 @@
+"""Paired comparisons with bootstrap intervals, after Agarwal et al., 2021 (arXiv 2108.13264).
+
+There are few runs of few tasks, so every figure comes with an interval; means come with the interquartile mean, which
+one run that went astray hardly moves, and differences with the probability of improvement, which no scale enters. Runs
+are compared in pairs: same task, seed and batches. Repetitions of a task are alike, so the bootstrap draws tasks, each
+with all its repetitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import FloatArray, IntArray
+
+DRAWS = 4000
+"""Bootstrap draws."""
+
+Statistic = Callable[[FloatArray, IntArray], FloatArray]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval.
+
+    Attributes:
+        value: of all runs.
+        low: 2.5 % of the bootstrap draws lie below it.
+        high: 2.5 % lie above it.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """One policy against another on the same runs.
+
+    Attributes:
+        better: probability that the first is better, a tie counting half, 0 to 1.
+        wins: runs on which the first is better.
+        ties: runs on which both are equal.
+        losses: runs on which the second is better.
+    """
+
+    better: Estimate
+    wins: int
+    ties: int
+    losses: int
+
+
+def means(values: FloatArray, counts: IntArray) -> FloatArray:
+    """Mean of each draw, (draws,); `counts` (draws, runs) tells how often each run is in it."""
+    return np.asarray(counts @ values / counts.sum(axis=1))
+
+
+def interquartile_means(values: FloatArray, counts: IntArray) -> FloatArray:
+    """Mean of the middle half of each draw, (draws,): of n values floor(n / 4) are left out at either end.
+
+    Args:
+        values: (runs,).
+        counts: how often each run is in each draw, (draws, runs).
+    """
+    order = np.argsort(values)
+    counts = counts[:, order]
+    ends = np.cumsum(counts, axis=1)
+    total = ends[:, -1:]
+    cut = total // 4
+    kept = np.clip(np.minimum(ends, total - cut) - np.maximum(ends - counts, cut), 0, None)
+    return np.asarray(kept @ values[order] / (total - 2 * cut)[:, 0])
+
+
+def estimate(values: Sequence[float] | FloatArray, tasks: Sequence[str], statistic: Statistic = means) -> Estimate:
+    """A statistic of some runs, with the interval of a bootstrap over tasks.
+
+    Args:
+        values: one a run, (runs,), at least one.
+        tasks: the task of each run.
+        statistic: of each draw, see `means` and `interquartile_means`.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    whole = np.ones((1, len(array)), dtype=np.int64)
+    low, high = np.quantile(statistic(array, _draws(tasks)), [0.025, 0.975])
+    return Estimate(float(statistic(array, whole)[0]), float(low), float(high))
+
+
+def _draws(tasks: Sequence[str]) -> IntArray:
+    """How often each run is in each bootstrap draw of tasks, (DRAWS, runs); always the same draws."""
+    _, task_of = np.unique(np.asarray(tasks), return_inverse=True)
+    count = int(task_of.max()) + 1
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+    return np.asarray(drawn[:, task_of], dtype=np.int64)
+
+
+def compare_pairs(
+    first: Sequence[float] | FloatArray, second: Sequence[float] | FloatArray, tasks: Sequence[str]
+) -> PairedComparison:
+    """Compare two policies, run by run. For the mean difference, pass differences to `estimate`.
+
+    Args:
+        first: results of one policy, (runs,), at least one; more is better, and infinity is allowed.
+        second: of the other on the same runs.
+        tasks: the task of each run.
+    """
+    left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    wins, losses = left > right, left < right
+    return PairedComparison(
+        better=estimate(np.where(wins, 1.0, np.where(losses, 0.0, 0.5)), tasks),
+        wins=int(wins.sum()),
+        ties=int((~wins & ~losses).sum()),
+        losses=int(losses.sum()),
+    )
+
+
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean of runs of different tasks, and its 95 % bootstrap interval."""
+    array = np.asarray(list(values), dtype=np.float64)
+    found = estimate(array, [str(index) for index in range(len(array))])
+    return found.value, found.low, found.high

@@ -1,0 +1,1 @@
+"""Models, texts and data sets by name."""

@@ -1,0 +1,62 @@
+"""Batches of a training set: its largest one, as tensors on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from ..memory.batch_shape import MASK, padded
+from ..memory.recording import Batch
+
+Collate = Callable[[list[Any]], Any]
+
+
+def _rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    return [dataset[int(index)] for index in indices]
+
+
+def largest_batch(dataset: Any, collate: Collate, rows: int, device: torch.device) -> Batch:
+    """A batch of the longest examples, so that no later batch is larger, with padding where there may be any.
+
+    Args:
+        dataset: map-style or iterable; the length of `input_ids` decides, the first rows where there is none.
+        collate: the data loader's.
+        rows: batch size.
+        device: of the model.
+
+    Raises:
+        DataError: the data set is empty, or the collator returns no tensors by name.
+    """
+    names = getattr(dataset, "column_names", None) or ()
+    lengths: list[int] = []
+    if not hasattr(dataset, "__len__"):
+        chosen = list(islice(iter(dataset), rows))
+    else:
+        lengths = [len(ids) for ids in dataset["input_ids"]] if "input_ids" in names else []
+        order = np.argsort(-np.asarray(lengths), kind="stable") if lengths else np.arange(len(dataset))
+        chosen = _rows(dataset, order[:rows].tolist())
+    if not chosen:
+        raise DataError("The training set is empty. Check its path, split and filters.")
+    chosen = [chosen[index % len(chosen)] for index in range(rows)]
+    batch = to_batch(collate(chosen), device)
+    # The longest rows may need no padding where others do; rows of one length without a mask need none.
+    never = len(set(lengths)) == 1 and MASK not in names
+    return batch if never else padded(batch)
+
+
+def to_batch(collated: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a collated batch, on the device.
+
+    Raises:
+        DataError: there are none.
+    """
+    items = collated.items() if hasattr(collated, "items") else ()
+    batch = {name: value.to(device) for name, value in items if isinstance(value, torch.Tensor)}
+    if not batch:
+        raise DataError(f"The data collator returned {type(collated).__name__} without tensors by name.")
+    return batch

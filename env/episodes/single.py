@@ -1,0 +1,179 @@
+"""One fine-tune from probe to held-out loss on a real PEFT model, with ranks decided on the way."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...allocation.controller import AdaptersT, RankController
+from ...allocation.observation import Observation
+from ...allocation.plan import Plan, uniform_ranks
+from ...allocation.probe import ProbeResult, probe
+from ...allocation.schedule import DecisionSchedule
+from ...common.arrays import FloatArray, IntArray
+from ...errors import NonFiniteError
+from ...lora.adapters import PeftAdapters
+from ...lora.factors import write_in_place
+from ...lora.resize import reset_adapters, resize, set_ranks
+from ...lora.signals import SIGNALS
+from ...memory.budget import budget_limit
+from ..tasks.finetune import FineTune, Reference
+
+MAX_GRAD_NORM = 1.0
+"""Gradients are clipped to this norm, the Trainer's default."""
+
+_holders: WeakKeyDictionary[nn.Module, ref[Episode]] = WeakKeyDictionary()
+"""The episode whose factors each model holds."""
+
+
+def new_controller(
+    task: FineTune, adapters: AdaptersT, schedule: DecisionSchedule, result: ProbeResult
+) -> RankController[AdaptersT]:
+    """The link between decisions and the adapters of one episode."""
+    cost = task.cost()
+    max_ranks = np.array([target.max_rank for target in adapters.targets], dtype=np.int64)
+    limit = budget_limit(task.limit, cost, max_ranks)
+    return RankController(adapters, cost, limit, schedule, task.steps, result, seed=task.seed)
+
+
+def rate_at(task: FineTune, step: int) -> float:
+    """The learning rate of a step: a linear decay."""
+    return task.learning_rate * (1 - step / task.steps)
+
+
+@lru_cache(maxsize=64)
+def probe_task(task: FineTune, schedule: DecisionSchedule) -> ProbeResult:
+    """The probe of a task; every episode of the task starts from the same one."""
+    model, targets = task.adapted()
+    rows = min(schedule.probe_batch, task.batch_size)
+    steps = (step % task.steps for step in range(schedule.probe_steps))
+    losses = (partial(task.train_loss, model, step, rows) for step in steps)
+    try:
+        return probe(targets, _optimizer(task), losses, seed=task.seed, max_grad_norm=MAX_GRAD_NORM)
+    except NonFiniteError:  # the episode will find out, and end
+        return unknown_signals(len(targets))
+
+
+def unknown_signals(modules: int) -> ProbeResult:
+    """The result of a probe that met a loss that is not finite."""
+    return ProbeResult(np.full((modules, len(SIGNALS)), np.nan), 1.0)
+
+
+def _optimizer(task: FineTune) -> torch.optim.AdamW:
+    """A fresh AdamW over the adapters of a task, with the Trainer's defaults."""
+    parameters = [weight for target in task.adapted()[1] for weight in (target.weight_a, target.weight_b)]
+    return torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=0.0, fused=True)
+
+
+class Episode:
+    """One run of a task.
+
+    Args:
+        task: what is fine-tuned.
+        schedule: when ranks are decided.
+
+    All episodes of a model share it and take turns: one that goes on keeps aside what another has left there, and puts
+    its own factors back.
+    """
+
+    def __init__(self, task: FineTune, schedule: DecisionSchedule) -> None:
+        self.task = task
+        self.model, self.targets = task.adapted()
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._take_model()
+        result = probe_task(task, schedule)
+        reset_adapters(self.targets, 1, task.seed)
+        self.controller = new_controller(task, PeftAdapters(self.model, self.targets), schedule, result)
+        self.optimizer = _optimizer(task)
+        self.step = 0
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _take_model(self) -> None:
+        """Put this episode's factors into the model, if another episode has taken it since."""
+        last = _holders.get(self.model)
+        holder = last and last()
+        if holder is self:
+            return
+        if holder:
+            holder._kept = [(t.weight_a.detach().clone(), t.weight_b.detach().clone()) for t in holder.targets]
+        _holders[self.model] = ref(self)
+        for target, (weight_a, weight_b) in zip(self.targets, self._kept, strict=bool(self._kept)):
+            resize(target, len(weight_a))
+            write_in_place(target.weight_a, weight_a)
+            write_in_place(target.weight_b, weight_b)
+
+    def observe(self, interval_loss: float | None = None) -> Observation:
+        """The next decision's input."""
+        self._take_model()
+        return self.controller.observe(self.step, interval_loss)
+
+    def apply(self, deltas: IntArray, scores: FloatArray) -> Plan:
+        """Take a decision."""
+        self._take_model()
+        return self.controller.apply(deltas, scores, self.step, self.optimizer)
+
+    @property
+    def until(self) -> int:
+        """The step before which the next decision falls, or the end."""
+        controller = self.controller
+        return self.task.steps if controller.finished else controller.decision_steps[controller.decision]
+
+    def advance(self) -> float:
+        """Train until the next decision or the end; returns the mean training loss.
+
+        Raises:
+            NonFiniteError: the loss became NaN or infinite.
+        """
+        return self._train(self.until, signals=not self.controller.finished)
+
+    def _train(self, until: int, *, signals: bool) -> float:
+        self._take_model()
+        losses = []
+        for step in range(self.step, until):
+            loss = self.task.train_loss(self.model, step)
+            losses.append(float(loss.detach()))
+            if not np.isfinite(losses[-1]):
+                raise NonFiniteError(f"The loss of step {step} of task {self.task.id} is {losses[-1]}.")
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRAD_NORM)
+            if signals:
+                self.controller.adapters.meter.accumulate()
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate_at(self.task, step)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step = until
+        return float(np.mean(losses))
+
+    def run_fixed(self, ranks: IntArray) -> float:
+        """Train the whole task at fixed ranks, off the ladder if need be; returns the held-out loss."""
+        self._take_model()
+        plan = dict(zip(self.controller.names, ranks.tolist(), strict=True))
+        set_ranks(self.targets, plan, seed=self.task.seed)
+        self._train(self.task.steps, signals=False)
+        return self.held_out_loss()
+
+    def held_out_loss(self) -> float:
+        """Loss on the held-out set, now."""
+        self._take_model()
+        return self.task.held_out_loss(self.model)
+
+
+def reference_of(task: FineTune, schedule: DecisionSchedule) -> Reference:
+    """What fixed allocations of a task achieve; runs the uniform one, once, if the task does not know."""
+    return task.reference or _measured_reference(task, schedule)
+
+
+@lru_cache(maxsize=512)
+def _measured_reference(task: FineTune, schedule: DecisionSchedule) -> Reference:
+    episode = Episode(task, schedule)
+    initial = episode.held_out_loss()
+    try:
+        uniform = episode.run_fixed(uniform_ranks(episode.controller.problem()))
+    except NonFiniteError:
+        uniform = np.nan
+    return Reference(initial, uniform if np.isfinite(uniform) else initial)  # a run that failed gained nothing

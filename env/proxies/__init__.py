@@ -1,0 +1,1 @@
+"""Small pretrained transformers that ship with the package."""

@@ -1,0 +1,56 @@
+"""A proxy base with LoRA adapters, and what plans on it cost."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from ...lora.targets import TargetModule, find_target_modules
+from ...memory.calibration import calibrate
+from ...memory.cost import Cost, ParameterCost
+from .bases import find_base, load_base_model
+
+Unit = Literal["bytes", "parameters"]
+
+
+SCALING = 2.0
+"""Constant LoRA scaling of proxy runs (alpha 16 at rank 8, PEFT users' most common setting)."""
+
+
+@lru_cache(maxsize=4)
+def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
+    """The proxy base with a LoRA pair on every target module; one a process, since episodes run one after another."""
+    base = find_base(name)
+    config = LoraConfig(
+        r=8,
+        lora_alpha=int(8 * SCALING),
+        target_modules=list(base.target_modules),
+        lora_dropout=0.0,
+        fan_in_fan_out=base.family == "gpt2",
+    )
+    model = get_peft_model(load_base_model(name), config)
+    return model, find_target_modules(model)
+
+
+@lru_cache(maxsize=64)
+def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> Cost:
+    """Price of plans on a proxy base at one batch shape."""
+    model, targets = adapted_base(base)
+    if unit == "parameters":
+        return ParameterCost.of(targets)
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    inner = model.get_base_model()
+    if not checkpointing:
+        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # transformers checkpoints in training alone; the bases have no dropout
+    try:
+        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
+    finally:
+        inner.gradient_checkpointing_disable()
+        if hasattr(inner, "_require_grads_hook"):  # set by enabling; it would make all later steps save everything
+            inner.disable_input_require_grads()
+        model.eval()

@@ -1,0 +1,157 @@
+"""The small pretrained transformers on which the proxy fine-tunes run; they ship with the package."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import AssetError, UnknownNameError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BASES_FOLDER = Path(__file__).parent / "weights"
+
+
+MASK_TOKEN = 256
+"""What masked language models read in place of a hidden byte."""
+
+
+@dataclass(frozen=True)
+class ProxyBase:
+    """One proxy architecture, a language model over bytes.
+
+    Attributes:
+        name: folder below `env/bases`.
+        family: "llama", "bert" or "gpt2".
+        depth: layers.
+        target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
+        config: keyword arguments of the transformers configuration.
+    """
+
+    name: str
+    family: str
+    depth: int
+    target_modules: tuple[str, ...]
+    config: dict[str, Any]
+
+    @property
+    def masked(self) -> bool:
+        """Whether it fills in masked bytes, instead of predicting the next one."""
+        return self.family == "bert"
+
+
+POSITIONS = 128
+"""The longest window that a base can read."""
+
+
+def _llama(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": 256,
+        "hidden_size": width,
+        "intermediate_size": {32: 88, 64: 176}[width],
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return ProxyBase(f"llama-{depth}x{width}", "llama", depth, targets, config)
+
+
+def _bert(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": MASK_TOKEN + 1,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "type_vocab_size": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.06,  # for narrow layers; the usual 0.02 learns nothing here
+        "pad_token_id": None,
+    }
+    targets = ("query", "key", "value", "output.dense", "intermediate.dense")
+    return ProxyBase(f"bert-{depth}x{width}", "bert", depth, targets, config)
+
+
+def _gpt2(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": 256,
+        "n_embd": width,
+        "n_layer": depth,
+        "n_head": 4,
+        "n_positions": POSITIONS,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": 0.06,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
+
+
+PROXY_BASES = {
+    base.name: base
+    for make in (_llama, _bert, _gpt2)
+    for depth in (4, 8)
+    for width in (32, 64)
+    for base in (make(depth, width),)
+}
+
+
+def find_base(name: str) -> ProxyBase:
+    """The proxy base of that name; UnknownNameError if there is none."""
+    if name not in PROXY_BASES:
+        raise UnknownNameError.of("proxy base", name, PROXY_BASES)
+    return PROXY_BASES[name]
+
+
+def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
+    """An untrained model of the base's architecture, in fp32.
+
+    Args:
+        base: the architecture.
+        causal: a masked language model as a decoder, with the same weights by name.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    config = AutoConfig.for_model(base.family, **base.config)
+    if base.masked:
+        config.is_decoder = causal
+    kind = AutoModelForMaskedLM if base.masked and not causal else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(config)
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(name: str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    path = BASES_FOLDER / name / "model.safetensors"
+    if not path.is_file():
+        raise AssetError(
+            f"The weights of proxy base {name!r} are missing ({path}). Reinstall rankpilot, or make them with "
+            f"`python -m rankpilot.env.proxies.pretrain {name}`."
+        )
+    return load_file(path)
+
+
+def load_base_model(name: str) -> PreTrainedModel:
+    """A fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
+    model = new_base_model(find_base(name))
+    weights = {key: value.float() for key, value in _weights(name).items()}
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected:
+        raise AssetError(f"The weights of proxy base {name!r} do not fit its architecture: {unexpected[:3]}.")
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,169 @@
+"""Your own fine-tune as a task: any model, data set and collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import default_data_collator
+
+from ...errors import ConfigError, UnsupportedError
+from ...lora.targets import TargetModule, find_target_modules
+from ...memory.budget import Budget
+from ...memory.calibration import calibrate
+from ...memory.cost import Cost, ParameterCost
+from ..proxies.adapted import SCALING
+from .finetune import Reference
+
+Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
+START_RANK = 8
+"""Rank of adapters that are put into a plain model, before ranks are decided."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnTask:
+    """A fine-tune of any model, for `RankAllocationEnv(task=OwnTask(...))`.
+
+    The model computes its own loss, as under transformers' Trainer. All episodes train the same adapters, one after
+    another; the model's own weights stay as they are. Modules that train beside the adapter (`modules_to_save`) are
+    left frozen.
+
+    Attributes:
+        model: a PEFT model with a LoRA adapter, or a plain model, which gets adapters on its linear layers.
+        train: rows to train on, at least one batch.
+        held_out: rows of the held-out set.
+        steps: optimiser steps of an episode.
+        batch_size: rows a step.
+        learning_rate: peak of a linear decay.
+        budget: see `Budget.parse`.
+        collate: makes a batch of rows, "labels" included; transformers' default.
+        target_modules: of a plain model, as in `peft.LoraConfig`.
+        seed: of batches and adapters.
+        name: what logs call it.
+        reference: what uniform achieves; measured when it is needed if it is None.
+
+    Raises:
+        ConfigError: a value out of range, or data shorter than a batch.
+        BudgetError: the budget is unreadable.
+        UnsupportedError: the model has no target module whose rank can change; later, if it returns no loss.
+
+    Example:
+        >>> env = gym.make(rankpilot.ENV_ID, task=OwnTask(model, train, held_out, steps=100))  # doctest: +SKIP
+    """
+
+    model: nn.Module
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    steps: int = 100
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    budget: Budget | str | float = "70%"
+    collate: Collator = default_data_collator
+    target_modules: str | tuple[str, ...] = "all-linear"
+    seed: int = 0
+    name: str = "own"
+    reference: Reference | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size) < 1 or not self.learning_rate > 0:
+            raise ConfigError(
+                f"steps and batch_size are at least 1 and learning_rate is above 0; got {self.steps}, "
+                f"{self.batch_size} and {self.learning_rate}."
+            )
+        if len(self.train) < self.batch_size or len(self.held_out) < 1:
+            raise ConfigError(
+                f"The training data holds at least one batch of {self.batch_size} rows, and the held-out data at "
+                f"least one row; got {len(self.train)} and {len(self.held_out)}. Lower batch_size or add data."
+            )
+        Budget.parse(self.budget)
+        self.adapted()
+
+    @property
+    def id(self) -> str:
+        """Its name and seed."""
+        return f"{self.name}/{self.seed}"
+
+    @property
+    def limit(self) -> Budget:
+        """The budget."""
+        return Budget.parse(self.budget).on(next(self.model.parameters()).device)
+
+    @cached_property
+    def _adapted(self) -> tuple[PeftModel, list[TargetModule]]:
+        model = self.model
+        if not isinstance(model, PeftModel):
+            names = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+            config = LoraConfig(
+                r=START_RANK, lora_alpha=int(START_RANK * SCALING), lora_dropout=0.0, target_modules=names
+            )
+            try:
+                model = get_peft_model(model, config)
+            except ValueError as error:
+                raise ConfigError(
+                    f"No adapter can be put on {self.target_modules!r} of {type(self.model).__name__}: {error}"
+                ) from error
+        targets = find_target_modules(model)
+        factors = {id(weight) for target in targets for weight in (target.weight_a, target.weight_b)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in factors)
+        return model.eval(), targets
+
+    def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
+        """See `FineTune`."""
+        return self._adapted
+
+    @cached_property
+    def _cost(self) -> Cost:
+        model, targets = self.adapted()
+        if self.limit.kind == "parameters":
+            return ParameterCost.of(targets)
+        return calibrate(model, targets, self._batch(0)).cost()
+
+    def cost(self) -> Cost:
+        """See `FineTune`."""
+        return self._cost
+
+    @cached_property
+    def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Rows that each step trains on, (steps, batch_size): whole passes over the data, each in its own order."""
+        generator = np.random.default_rng(self.seed)
+        passes = -(-self.steps * self.batch_size // len(self.train))
+        rows = np.concatenate([generator.permutation(len(self.train)) for _ in range(passes)])
+        return rows[: self.steps * self.batch_size].reshape(self.steps, self.batch_size)
+
+    def _batch(self, step: int, rows: int | None = None) -> dict[str, Any]:
+        return self._collated(self.train, self._order[step, :rows].tolist())
+
+    def _collated(self, data: Sequence[Any], rows: Sequence[int]) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        batch = self.collate([data[row] for row in rows])
+        return {key: value.to(device) for key, value in batch.items()}
+
+    def train_loss(self, model: nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
+        """See `FineTune`."""
+        return _loss(model, self._batch(step, rows))
+
+    @torch.no_grad()
+    def held_out_loss(self, model: nn.Module) -> float:
+        """See `FineTune`; the mean over batches, weighted by their rows."""
+        total = 0.0
+        for start in range(0, len(self.held_out), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(self.held_out)))
+            total += float(_loss(model, self._collated(self.held_out, rows))) * len(rows)
+        return total / len(self.held_out)
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    loss: torch.Tensor | None = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} returns no loss for a batch with {sorted(batch)}. It has to compute its own loss; "
+            'most models of transformers need "labels" for that.'
+        )
+    return loss

@@ -1,0 +1,135 @@
+"""The data of a proxy task: batches, held-out rows, and the teacher's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from ...data.corpora import CORPORA, load_corpus, sample_windows
+from ...data.labelled import LABELS, load_labelled
+from ...errors import UnknownNameError
+from ..proxies.adapted import adapted_base
+from ..proxies.bases import ProxyBase, find_base
+from .objectives import Inputs, class_inputs, divergence, label_loss, language_inputs
+from .planted import Change, changed_weights, draw_changes
+from .proxy_task import ProxyTask
+
+EVAL_BATCH = 64
+"""Rows of a forward pass without gradients."""
+
+TASKS_HELD = 32
+"""Tasks whose data a process holds, of 20 MB each with a teacher; whatever flies more side by side draws them again."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """Everything that a task's episodes share.
+
+    Attributes:
+        inputs: token ids, int64 (steps, batch_size, length).
+        labels: what the logits at each position should predict, or IGNORED; of the same shape.
+        teacher: a teacher's log-probabilities for them, float32 (steps, batch, length, vocabulary), or None.
+        held_out_inputs: int64 (eval_rows, length).
+        held_out_labels: of the same shape.
+        held_out_teacher: float32 (eval_rows, length, vocabulary), or None.
+        changes: what the teacher has and the base does not; empty without a teacher.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    teacher: torch.Tensor | None
+    held_out_inputs: torch.Tensor
+    held_out_labels: torch.Tensor
+    held_out_teacher: torch.Tensor | None
+    changes: tuple[Change, ...]
+
+    def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
+        """Loss of the batch of one step, or of its first rows, in nats."""
+        teacher = None if self.teacher is None else self.teacher[step, :rows]
+        logits = model(input_ids=self.inputs[step, :rows]).logits
+        return task_losses(logits, self.labels[step, :rows], teacher)[0]
+
+    @torch.no_grad()
+    def held_out_loss(self, model: torch.nn.Module) -> float:
+        """Loss on the held-out set, in nats."""
+        logits = [model(input_ids=rows).logits for rows in torch.split(self.held_out_inputs, EVAL_BATCH)]
+        return self.held_out_loss_of(torch.cat(logits))
+
+    def held_out_loss_of(self, logits: torch.Tensor) -> float:
+        """Loss of answers to the held-out set, (eval_rows, length, vocabulary), in nats."""
+        labels, teacher = self.held_out_labels.to(logits.device), self.held_out_teacher
+        return float(task_losses(logits, labels, None if teacher is None else teacher.to(logits.device))[0])
+
+
+def task_losses(
+    logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None, groups: int = 1
+) -> torch.Tensor:
+    """Mean loss of each of some runs that share a batch, in nats, (groups,)."""
+    return label_loss(logits, labels, groups) if teacher is None else divergence(logits, teacher, groups)
+
+
+@lru_cache(maxsize=TASKS_HELD)
+def load_task(task: ProxyTask) -> TaskData:
+    """Draw a task's data, and its teacher if it has one; the same task gives the same data."""
+    generator = np.random.default_rng(task.seed)
+    base, rows = find_base(task.base), task.steps * task.batch_size
+    if task.kind == "classify":
+        train_rows, held_out_rows = load_labelled(task.corpus)
+        train = _labelled(base, train_rows, rows, task.length, generator)
+        held_out = _labelled(base, held_out_rows, task.eval_rows, task.length, generator)
+    else:
+        train_text, held_out_text = load_corpus(task.corpus)
+        train = language_inputs(base, sample_windows(train_text, rows, task.length, generator), generator)
+        windows = sample_windows(held_out_text, task.eval_rows, task.length, generator)
+        held_out = language_inputs(base, windows, generator)
+    teacher = held_out_teacher = None
+    changes: tuple[Change, ...] = ()
+    shape = (task.steps, task.batch_size, task.length)
+    if task.kind == "planted":
+        model, targets = adapted_base(task.base)
+        changes = tuple(draw_changes(targets, task.placement, generator))
+        with changed_weights(targets, changes), model.disable_adapter():
+            teacher = _log_probabilities(model, train[0]).view(*shape, -1)
+            held_out_teacher = _log_probabilities(model, held_out[0])
+    inputs, labels = (part.view(shape) for part in train)
+    return TaskData(inputs, labels, teacher, *held_out, held_out_teacher, changes)
+
+
+def _labelled(
+    base: ProxyBase, texts: list[tuple[bytes, int]], count: int, length: int, generator: np.random.Generator
+) -> Inputs:
+    """Random windows of random texts, with the byte of their class to be predicted at the end."""
+    windows, classes = np.full((count, length), ord(" "), dtype=np.int64), np.zeros(count, dtype=np.int64)
+    for row, index in enumerate(generator.integers(0, len(texts), size=count)):
+        text, classes[row] = texts[index]
+        start = int(generator.integers(0, max(1, len(text) - length + 1)))
+        window = np.frombuffer(text[start : start + length], dtype=np.uint8)
+        windows[row, : len(window)] = window
+    return class_inputs(base, torch.from_numpy(windows), torch.from_numpy(classes))
+
+
+@torch.no_grad()
+def _log_probabilities(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
+    parts = [torch.log_softmax(model(input_ids=part).logits, dim=-1) for part in torch.split(tokens, EVAL_BATCH)]
+    return torch.cat(parts)
+
+
+def check_texts(tasks: Iterable[ProxyTask]) -> None:
+    """Make sure that the texts of some tasks exist and can be read, before a long run starts.
+
+    Raises:
+        UnknownNameError, AssetError: see `load_corpus` and `load_labelled`.
+    """
+    for classify, name in sorted({(task.kind == "classify", task.corpus) for task in tasks}):
+        known = tuple(LABELS) if classify else CORPORA
+        if name not in known:
+            raise UnknownNameError.of("labelled text" if classify else "corpus", name, known)
+        if classify:
+            load_labelled(name)
+        else:
+            load_corpus(name)

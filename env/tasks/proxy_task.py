@@ -1,0 +1,144 @@
+"""Proxy tasks: short fine-tunes of a small pretrained transformer that stand for the real ones.
+
+* *planted*: a teacher is the base plus known low-rank changes on some modules; the student learns its outputs. The
+  loss is the divergence KL(teacher || student) in nats a token: where the rank is needed is known.
+* *shift*: the base, pretrained on documentation, is fine-tuned on text of another kind; the loss is the cross-entropy
+  of the next byte, or of masked bytes, in nats.
+* *classify*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from peft import PeftModel
+
+from ...errors import ConfigError
+from ...lora.targets import TargetModule
+from ...memory.budget import Budget
+from ...memory.cost import Cost
+from ..proxies.adapted import Unit, adapted_base, proxy_cost
+from ..proxies.bases import POSITIONS, find_base
+from .finetune import Reference
+
+if TYPE_CHECKING:
+    from .proxy_finetune import TaskData
+
+Kind = Literal["planted", "shift", "classify"]
+Placement = Literal["low", "high", "spread"]
+Price = Literal["bytes", "checkpointed", "large batch", "parameters"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+
+
+@dataclass(frozen=True)
+class ProxyTask:
+    """One proxy fine-tune, fully determined by its fields.
+
+    Attributes:
+        kind: "planted", "shift" or "classify".
+        seed: of data, teacher and adapters.
+        base: name of a proxy base.
+        budget: share of what uniform rank 8 takes, > 0.
+        unit: what is counted: "bytes" at the peak of a step, or "parameters" of the adapter.
+        checkpointing: whether bytes are those of a step with gradient checkpointing. Losses do not depend on it.
+        priced_rows: rows of the step whose bytes are counted, more than batch_size; batch_size if None. A proxy can
+            afford few tokens a step, which makes ranks dear beside activations; with more rows ranks are as cheap as in
+            large fine-tunes. Losses do not depend on it.
+        placement: which layers a planted teacher changes; unused otherwise.
+        corpus: the text (one of `CORPORA`) that a planted teacher is queried on or a shift leads to, or the labelled
+            texts (one of `LABELS`) of a classification.
+        steps: optimiser steps.
+        batch_size: rows a step.
+        length: tokens a row.
+        eval_rows: rows of the held-out set.
+        learning_rate: peak of a linear decay; on instances of suites tuned for uniform rank.
+        reference: what uniform and the best known allocation achieve; measured when it is needed if it is None.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    kind: Kind
+    seed: int
+    base: str = "llama-4x64"
+    budget: float = 0.7
+    unit: Unit = "bytes"
+    checkpointing: bool = False
+    priced_rows: int | None = None
+    placement: Placement = "spread"
+    corpus: str = "code"
+    steps: int = 100
+    batch_size: int = 4
+    length: int = 32
+    eval_rows: int = 192
+    learning_rate: float = 5e-3
+    reference: Reference | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("kind", self.kind, KINDS),
+            ("placement", self.placement, PLACEMENTS),
+            ("unit", self.unit, get_args(Unit)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"The {name} of a task is one of {allowed}; got {value!r}.")
+        find_base(self.base)
+        if min(self.steps, self.batch_size, self.eval_rows) < 1 or not 2 <= self.length <= POSITIONS:
+            raise ConfigError(
+                f"Steps, batch_size and eval_rows of a task are at least 1, and length is 2 to {POSITIONS}; got "
+                f"{self.steps}, {self.batch_size}, {self.eval_rows} and {self.length}."
+            )
+        if self.priced_rows is not None and self.priced_rows <= self.batch_size:
+            raise ConfigError(
+                f"The priced_rows of a task are None or more than its batch_size of {self.batch_size}; got "
+                f"{self.priced_rows}."
+            )
+        if not self.budget > 0 or not self.learning_rate > 0:
+            raise ConfigError(
+                f"Budget and learning rate of a task are above 0; got {self.budget} and {self.learning_rate}."
+            )
+
+    @property
+    def id(self) -> str:
+        """A readable name, unique among tasks that differ in kind, place, budget or seed."""
+        where = self.placement if self.kind == "planted" else self.corpus
+        price = self.price if self.priced_rows is None else f"{self.price} of {self.priced_rows}"
+        return f"{self.base}/{self.kind}-{where}/{self.budget:.3g} {price}/{self.seed}"
+
+    @property
+    def price(self) -> Price:
+        """What is counted: "bytes", "checkpointed" bytes, those of a "large batch", or "parameters"."""
+        if self.unit == "parameters" or not (self.checkpointing or self.priced_rows):
+            return self.unit
+        return "checkpointed" if self.checkpointing else "large batch"
+
+    @property
+    def limit(self) -> Budget:
+        """The budget, as a share."""
+        return Budget("share", self.budget)
+
+    def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
+        """See `FineTune`."""
+        return adapted_base(self.base)
+
+    def cost(self) -> Cost:
+        """See `FineTune`."""
+        return proxy_cost(self.base, self.priced_rows or self.batch_size, self.length, self.unit, self.checkpointing)
+
+    @property
+    def data(self) -> TaskData:
+        """Everything that the task's episodes share."""
+        from .proxy_finetune import load_task
+
+        return load_task(self)
+
+    def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
+        """See `FineTune`."""
+        return self.data.train_loss(model, step, rows)
+
+    def held_out_loss(self, model: torch.nn.Module) -> float:
+        """See `FineTune`."""
+        return self.data.held_out_loss(model)

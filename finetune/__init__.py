@@ -1,0 +1,1 @@
+"""A real fine-tune, from before the first step to the saved adapter."""

@@ -1,0 +1,304 @@
+"""The transformers Trainer callback: a policy flies a real fine-tune."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
+from ..allocation.bounds import Bounds, rank_bounds
+from ..allocation.controller import RankController
+from ..allocation.decision_log import DecisionLog, DecisionRecord
+from ..allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from ..allocation.plan import Plan
+from ..allocation.policy import Decision, Policy
+from ..allocation.schedule import DecisionSchedule
+from ..data.batches import largest_batch
+from ..errors import UnsupportedError
+from ..lora.adapters import PeftAdapters
+from ..lora.optimizer_state import check_optimizer, reset_state
+from ..lora.peft_config import make_resizable, settle
+from ..lora.resize import reset_adapters
+from ..lora.targets import TargetModule, check_trains, find_target_modules
+from ..memory.budget import Budget
+from ..memory.cost import ParameterCost
+from ..memory.for_training import price_plans
+from ..memory.model import MemoryModel
+from .before_training import precision, run_probe, undisturbed
+from .checkpoint import load_flight, save_flight
+from .loss_meter import LossMeter
+from .peak_guard import Correction, PeakGuard
+from .recompiles import warn_of_recompiles
+
+logger = logging.getLogger(__name__)
+
+
+class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
+    """Moves LoRA rank between modules during a Trainer's run, inside a hard budget.
+
+    Before the first step it measures what plans cost on your model and data and probes which modules matter; then the
+    policy decides, and again at a few later steps. Adapters really change size, the optimiser's state is carried,
+    and every checkpoint is an adapter that plain PEFT loads.
+
+    Args:
+        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule ("heur3",
+            "fracrule"), or a policy object.
+        budget: bytes at the peak of a step ("350MB", "6GiB", an int), a share of what uniform rank 8 takes there
+            ("80%"), what is free on the device ("auto"), or a number of adapter parameters ("300k params"). See
+            `Budget.parse`.
+        log: folder of the decision log; `decisions` in the Trainer's output folder by default.
+        schedule: when to decide; the policy's own by default.
+        seed: of the probe and of fresh rows; `TrainingArguments.seed` by default.
+        measure_every: measure the real peak every so many steps, and after each change.
+        bounds: a rank, or the least and the largest, of single modules, by name or its end: `{"q_proj": 8,
+            "layers.0.mlp.down_proj": (0, 4)}`.
+
+    Attributes:
+        controller: the link to the adapters, from the start of training on.
+        peaks: (step, bytes) as measured.
+        predictions: (step, cost) as predicted at each decision.
+
+    Example:
+        >>> trainer = Trainer(..., callbacks=[RankPilotCallback("heur3", budget="80%")])  # doctest: +SKIP
+
+    Pass it in the Trainer's `callbacks`: added later, it cannot resume a checkpoint.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | Policy = DEFAULT,
+        budget: str | float | Budget = "100%",
+        *,
+        log: str | Path | None = None,
+        schedule: DecisionSchedule | None = None,
+        seed: int | None = None,
+        measure_every: int = 100,
+        bounds: Bounds | None = None,
+    ) -> None:
+        self.policy = load_policy(policy)
+        self.budget = Budget.parse(budget)
+        self.schedule = schedule or policy_schedule(policy)
+        self.seed = seed
+        self.controller: RankController[PeftAdapters] | None = None
+        self.predictions: list[tuple[int, float]] = []
+        self._log_folder = Path(log) if log else None
+        self._bounds = bounds or {}
+        self._measure_every = measure_every
+        self._guard = PeakGuard(measure_every)
+        self._losses = LossMeter()
+
+    @property
+    def peaks(self) -> list[tuple[int, int]]:
+        """(step, bytes) of the measured steps."""
+        return self._guard.meter.history
+
+    # Trainer events, in the order of a run ------------------------------------------------------------------------
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Let the adapters load any ranks, since a checkpoint may be loaded before training begins."""
+        make_resizable(objects["model"], find_target_modules(objects["model"]))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Probe and take the first decision, or go on from a checkpoint."""
+        _check_setting(args)
+        model, optimizer = objects["model"], objects["optimizer"]
+        check_optimizer(optimizer)
+        targets = find_target_modules(model)
+        make_resizable(model, targets)
+        later = [step for step in self.schedule.steps(state.max_steps) if step > state.global_step]
+        warn_of_recompiles(model, args, 1 + len(later))
+        self._seed = args.seed if self.seed is None else self.seed
+        self._run = Path(args.output_dir).name
+        self._log = DecisionLog(self._log_folder or Path(args.output_dir) / "decisions")
+        if state.global_step > 0:
+            self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", model, targets)
+            memory = None
+        else:
+            self._log.truncate(-1)
+            memory = self._begin(args, state, model, targets, objects)
+        self._losses.attach(model, args.gradient_accumulation_steps)
+        accumulates = args.gradient_accumulation_steps > 1
+        self._guard.attach(
+            model, optimizer, self._controller, memory, self._losses, self._corrected, accumulates=accumulates
+        )
+        if state.global_step == 0:
+            self._decide(0, optimizer)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Measure this step if it is due."""
+        self._guard.before_step(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Gradients are whole: take them into the signals."""
+        self._guard.meter.stepping()
+        if not self._controller.finished:
+            self._controller.adapters.meter.accumulate()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Check the peak against the budget, and decide if a decision is due."""
+        step = state.global_step
+        self._guard.after_step(step)
+        if self._controller.due(step) and step < state.max_steps:
+            self._decide(step, objects["optimizer"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        """Put our state into the checkpoint, last of all its files."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            save_flight(folder, self._controller, self._losses, self._guard, self.predictions)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """The best checkpoint may have been loaded just now: tell PEFT its ranks."""
+        self._guard.detach()
+        self._losses.detach()
+        settle(objects["model"], self._controller.targets)
+
+    # What they do -------------------------------------------------------------------------------------------------
+
+    @property
+    def _controller(self) -> RankController[PeftAdapters]:
+        assert self.controller is not None, "training has not begun"
+        return self.controller
+
+    def _begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        targets: list[TargetModule],
+        objects: dict[str, Any],
+    ) -> MemoryModel | None:
+        check_trains(targets)
+        low, high = rank_bounds(targets, self._bounds)
+        # It may not be the first beginning: `train` can be called again, and `auto_find_batch_size` does so.
+        reset_state(objects["optimizer"], (w for target in targets for w in (target.weight_a, target.weight_b)))
+        self._losses.detach()
+        self._guard.detach()
+        self._guard = PeakGuard(self._measure_every)
+        self.predictions = []
+        loader = objects["train_dataloader"]
+        training = model.training
+        model.train()
+        with undisturbed():
+            batch = largest_batch(loader.dataset, loader.collate_fn, state.train_batch_size, args.device)
+            with precision(args):
+                accumulates = args.gradient_accumulation_steps > 1
+                prices = price_plans(self.budget, targets, model, batch, objects["optimizer"], accumulates=accumulates)
+            result = run_probe(model, targets, loader.dataset, loader.collate_fn, args, self.schedule, self._seed)
+        model.train(training)
+        self._losses.restart()
+        reset_adapters(targets, 1, self._seed)
+        self.controller = RankController(
+            PeftAdapters(model, targets),
+            prices.cost,
+            prices.limit,
+            self.schedule,
+            state.max_steps,
+            result,
+            low=low,
+            high=high,
+            seed=self._seed,
+        )
+        return prices.memory
+
+    def _resume(self, folder: Path, model: nn.Module, targets: list[TargetModule]) -> None:
+        settle(model, targets)
+        flight = load_flight(folder, model, targets, self.schedule, rank_bounds(targets, self._bounds))
+        self.controller = flight.controller
+        self._losses.total, self._losses.count = flight.loss_total, flight.loss_count
+        self._guard.meter.history = flight.peaks
+        self._guard.load(flight.guard)
+        self.predictions = flight.predictions
+        step = int(folder.name.rpartition("-")[2])
+        self._log.truncate(step)
+
+    def _decide(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        controller = self._controller
+        loss = self._losses.mean()
+        observation = controller.observe(step, loss)
+        decision = self.policy.decide(observation)
+        plan = controller.apply(decision.deltas, decision.scores, step, optimizer)
+        self._losses.restart()
+        self._guard.decided(observation.problem.ranks, step)
+        self._record(step, loss, observation, decision, plan)
+
+    def _corrected(self, correction: Correction) -> None:
+        """The guard changed ranks: write that down like a decision."""
+        scores = np.zeros(len(correction.deltas))
+        decision = Decision(correction.deltas, scores)
+        moved = correction.plan.ranks != correction.observation.problem.ranks
+        names = np.array(self._controller.names)[moved].tolist()
+        notes = dict.fromkeys(names, correction.reason)
+        self._record(correction.step, self._losses.mean(), correction.observation, decision, correction.plan, notes)
+
+    def _record(
+        self,
+        step: int,
+        loss: float | None,
+        observation: Observation,
+        decision: Decision,
+        plan: Plan,
+        notes: dict[str, str] | None = None,
+    ) -> None:
+        problem = observation.problem
+        self.predictions.append((step, plan.cost))
+        self._log.append(
+            DecisionRecord(
+                run=self._run,
+                policy=self.policy.name,
+                decision=len(self.predictions) - 1,
+                step=step,
+                seed=self._seed,
+                loss=loss,
+                limit=problem.limit,
+                predicted_cost=plan.cost,
+                measured_cost=float(self.peaks[-1][1]) if self.peaks and self._counts_bytes else None,
+                unit="bytes" if self._counts_bytes else "parameters",
+                log_prob=decision.log_prob,
+                floor=decision.floor,
+                modules=observation.names,
+                blocks=problem.blocks,
+                delta=decision.deltas,
+                rank_before=problem.ranks,
+                rank_asked=plan.asked,
+                rank_after=plan.ranks,
+                score=decision.scores,
+                features=observation.modules,
+                feature_names=MODULE_FEATURES,
+                run_features=dict(zip(RUN_FEATURES, observation.run.tolist(), strict=True)),
+                notes=(notes or {}) | self._controller.notes,
+            )
+        )
+
+    @property
+    def _counts_bytes(self) -> bool:
+        return not isinstance(self._controller.cost, ParameterCost)
+
+
+def _check_setting(args: TrainingArguments) -> None:
+    """Refuse what would go wrong silently."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise UnsupportedError(
+            f"This run spreads over {max(args.world_size, args.n_gpu)} processes or devices; ranks can be changed in "
+            "a run on one device only so far. Set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    if args.deepspeed_plugin or args.fsdp:
+        raise UnsupportedError("Ranks cannot be changed under DeepSpeed or FSDP. Use a plain single-device run.")

@@ -1,0 +1,198 @@
+"""Keeps a run inside its bytes: measures real steps, looks at every batch, and shrinks the plan when it has to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..allocation.controller import RankController
+from ..allocation.observation import Observation
+from ..allocation.plan import Plan, check_budget
+from ..common.arrays import IntArray
+from ..errors import UnsupportedError
+from ..lora.signals import signal_buffer_bytes
+from ..memory.batch_shape import Shape, reshaped
+from ..memory.budget import format_bytes
+from ..memory.cost import ByteCost
+from ..memory.for_training import measure_memory
+from ..memory.model import MemoryModel
+from ..memory.peak_meter import PeakMeter
+from ..memory.recording import Batch
+from .batch_watch import BatchWatch
+from .before_training import undisturbed
+from .loss_meter import LossMeter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """A change of ranks that no policy asked for.
+
+    Attributes:
+        step: optimiser steps done before it.
+        reason: for the decision log.
+        deltas: rungs towards the plan before, zero where there was none, int64 (modules,).
+        observation: how things stood.
+        plan: what was applied.
+    """
+
+    step: int
+    reason: str
+    deltas: IntArray
+    observation: Observation
+    plan: Plan
+
+
+class PeakGuard:
+    """Watches one run under a budget of bytes; under one of parameters it only measures, every `every_steps`.
+
+    A step is measured after each change of ranks and every `every_steps`. A peak above the budget corrects the
+    prediction by the error and rolls the last change back, as far as the plan before fits the corrected prediction;
+    where there is none, the plan shrinks. A batch larger than the one that was priced is priced before the model sees
+    it.
+
+    Args:
+        every_steps: see `PeakMeter`.
+
+    Attributes:
+        meter: what has been measured.
+    """
+
+    def __init__(self, every_steps: int) -> None:
+        self.meter = PeakMeter(every_steps)
+        self._watch = BatchWatch()
+        self._underestimate = 0.0
+        self._before: IntArray | None = None
+        self._step = 0
+        self._optimizer: Any = None
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        controller: RankController[Any],
+        memory: MemoryModel | None,
+        losses: LossMeter,
+        corrected: Callable[[Correction], None],
+        *,
+        accumulates: bool,
+    ) -> None:
+        """Begin to watch.
+
+        Args:
+            model: as the Trainer calls it.
+            optimizer: its state follows corrections.
+            controller: applies them.
+            memory: prices other batch shapes; made when it is needed if it is None.
+            losses: must not hear what is run for that.
+            corrected: told of each correction.
+            accumulates: whether gradients are kept over several micro-batches.
+        """
+        self._model, self._optimizer, self._controller = model, optimizer, controller
+        self._memory, self._losses = memory, losses
+        self._corrected, self._accumulates = corrected, accumulates
+        if isinstance(controller.cost, ByteCost):
+            self._watch.attach(model, memory.shape if memory else self._watch.shape, self._larger_batch)
+
+    def detach(self) -> None:
+        """Stop watching."""
+        self.meter.close()
+        self._watch.detach()
+
+    def before_step(self, step: int) -> None:
+        """A step begins; measure it if that is due."""
+        self._step = step
+        controller = self._controller
+        if self.meter.due(step):
+            # Signal buffers are made in the first step of an interval, and held from then on.
+            buffers = 0 if controller.finished else int(signal_buffer_bytes(controller.targets) @ controller.ranks)
+            self.meter.begin(self._model, self._optimizer, buffers)
+
+    def after_step(self, step: int) -> None:
+        """A step is over: check its peak, if it was measured."""
+        self._step = step
+        peak = self.meter.end(step, self._model)
+        controller = self._controller
+        if peak is None or not isinstance(controller.cost, ByteCost) or peak <= controller.limit:
+            return
+        problem = controller.problem()
+        error = max(peak - problem.price(problem.ranks), 0.0)
+        self._underestimate += error
+        controller.cost = replace(controller.cost, constant=controller.cost.constant + error)
+        before = problem.ranks if self._before is None else self._before
+        back = not np.array_equal(before, problem.ranks)
+        logger.warning(
+            "The peak of step %d was %s, above the budget of %s: the plan is %s.",
+            step,
+            format_bytes(peak, up=True),
+            format_bytes(controller.limit),
+            "rolled back" if back else "shrunk by the difference",
+        )
+        self._correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
+
+    def decided(self, before: IntArray, step: int) -> None:
+        """A decision was applied; `before` are the ranks that it found, (modules,)."""
+        self._before = before if step > 0 else None  # the first plan follows no plan
+        if isinstance(self._controller.cost, ByteCost):
+            self.meter.request()
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to go on after a restart, as JSON values."""
+        shape = self._watch.shape
+        return {"rows": shape.rows, "length": shape.length, "underestimate": self._underestimate}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; call before `attach`."""
+        self._watch.shape = Shape(state["rows"], state["length"])
+        self._underestimate = state["underestimate"]
+
+    def _larger_batch(self, batch: Batch, shape: Shape) -> None:
+        """Price the new shape, and shrink the plan if it no longer fits, before the model sees the batch."""
+        controller = self._controller
+        self.meter.close()  # calibration must not count as this step
+        self.meter.request()
+        cost = self._priced(batch, shape)
+        controller.cost = replace(cost, constant=cost.constant + self._underestimate)
+        problem = controller.problem()
+        fits = problem.fits(problem.ranks)
+        logger.warning(
+            "A batch of %s came, larger than the memory was planned for. The plan %s.",
+            shape,
+            "still fits" if fits else "is shrunk",
+        )
+        if not fits:
+            check_budget(problem, list(controller.names))
+            self._correct(f"shrunk: batch of {shape}", problem.ranks)
+
+    def _priced(self, batch: Batch, shape: Shape) -> ByteCost:
+        if self._memory is not None:
+            try:
+                return self._memory.cost(shape)
+            except UnsupportedError:  # only the shape of calibration can be priced
+                logger.debug("Calibrating anew for %s.", shape)
+        # The largest rows and the largest length so far may be of two batches.
+        batch = reshaped(batch, shape)
+        targets = self._controller.targets
+        with undisturbed(), self._losses.paused():
+            self._memory = measure_memory(
+                targets, self._model, batch, self._optimizer, signals=True, accumulates=self._accumulates
+            )
+        return self._memory.cost()
+
+    def _correct(self, reason: str, towards: IntArray) -> None:
+        """Bring the ranks under the limit, as near to some ranks as it allows."""
+        controller, step = self._controller, self._step
+        problem = controller.problem()
+        deltas = problem.ladder.rung(towards) - problem.rungs
+        observation = controller.observation_now(step)
+        plan = controller.correct(np.zeros(len(deltas)), step, self._optimizer, deltas)
+        self._before = None
+        self.meter.request()
+        self._corrected(Correction(step, reason, deltas, observation, plan))

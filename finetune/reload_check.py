@@ -1,0 +1,63 @@
+"""Loads a saved adapter with plain PEFT in a fresh process, and compares logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from ..data.models_and_data import Workload, resolve_model
+from ..errors import RunFolderError
+from .config import FinetuneConfig
+
+_RELOAD = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from peft import PeftModel
+import transformers
+spec = json.load(sys.stdin)
+kind = getattr(transformers, spec["auto_class"])
+base = kind.from_pretrained(spec["base"], **spec["options"])
+model = PeftModel.from_pretrained(base, spec["adapter"]).eval()
+with torch.no_grad():
+    logits = model(**load_file(spec["inputs"])).logits
+save_file({"logits": logits.contiguous()}, spec["logits"])
+assert not any(name.split(".")[0] == "rankpilot" for name in sys.modules)
+"""
+
+
+def check_reload(config: FinetuneConfig, workload: Workload, model: PeftModel, adapter: Path) -> dict[str, Any]:
+    """Load the adapter with plain PEFT in a fresh process that never imports rankpilot, and compare logits.
+
+    Returns:
+        `identical`, and `max_abs_difference` of the logits of 16 held-out rows.
+    """
+    scratch = adapter.parent / "reload"
+    scratch.mkdir(exist_ok=True)
+    rows = [workload.held_out[i] for i in range(min(16, len(workload.held_out)))]
+    batch = {k: v.cpu() for k, v in workload.collator(rows).items() if k in ("input_ids", "attention_mask")}
+    model = model.cpu().eval()
+    with torch.no_grad():
+        expected = model(**batch).logits
+    save_file({k: v.contiguous() for k, v in batch.items()}, scratch / "inputs.safetensors")
+    classifies = workload.task == "classification"
+    spec = {
+        "base": resolve_model(config.model),
+        "options": {"num_labels": len(workload.labels)} if classifies else {},
+        "auto_class": "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM",
+        "adapter": str(adapter.resolve()),
+        "inputs": str((scratch / "inputs.safetensors").resolve()),
+        "logits": str((scratch / "logits.safetensors").resolve()),
+    }
+    command = [sys.executable, "-c", _RELOAD]
+    done = subprocess.run(command, input=json.dumps(spec), text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise RunFolderError(f"Plain PEFT could not load {adapter}: {done.stderr.strip().splitlines()[-1:]}")
+    difference = float((load_file(scratch / "logits.safetensors")["logits"] - expected).abs().max())
+    return {"identical": difference == 0.0, "max_abs_difference": difference}

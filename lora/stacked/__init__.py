@@ -1,0 +1,1 @@
+"""Many adapters on one frozen base, trained side by side."""

@@ -1,0 +1,317 @@
+"""LoRA pairs of many runs at once, on one frozen, unmodified model.
+
+The runs are folded into the batch, one after another: x has shape (runs * rows, length, d). Each target module holds
+stacked factors A (runs, width, d_in) and B^T (runs, width, d_out), zero above the rank of each run, and a forward hook
+adds scaling * x A^T B^T. Where a component of both factors is zero, its gradients are zero and Adam leaves it there:
+no masks are needed, and a run computes what it would compute alone.
+
+All factors of a run lie in one row of a flat buffer, and so do their gradients and both moments of Adam. Widths are
+multiples of 16: from there on the products of matrices (oneMKL) do not depend on the width, so a run's result is the
+same bit for bit, whatever the other runs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx.experimental._config as dynamic_shapes
+from torch import nn
+from torch.optim.adamw import adamw
+
+from ...common.arrays import FloatArray, IntArray
+from ...errors import UnsupportedError
+from ..targets import TargetModule
+from .layout import WIDTH_STEP, Layout, Pair
+
+SPARING = 0.75
+"""Buffers become narrower if that leaves less than this share of them."""
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+"""Of AdamW (without decay), as in transformers' Trainer."""
+
+
+class StackedAdapters:
+    """The adapters and Adam states of several runs on one frozen model.
+
+    Args:
+        model: a plain model with linear layers (or Conv1D) by the names of the targets; it is frozen, and keeps its
+            weights. Must hold no active dropout, and mix no rows.
+        targets: what is adapted: names, shapes and scaling are taken from there.
+        runs: how many.
+        compiled: run the model through torch.compile, which takes a minute once for each number of runs; every module
+            then has at least the least width.
+
+    Attributes:
+        ranks: int64 (runs, modules); `lora.stacked_ranks` changes them.
+        ages: Adam's steps on each pair since it was made or revived, int64 (runs, modules).
+        layout: where the factors lie.
+        weights: the factors, (runs, layout.size).
+        gradients: of the latest `backward`.
+        first: Adam's first moments.
+        second: Adam's second moments.
+        sums: of gradients since the last decision, for signals; the part of A stays zero.
+
+    Raises:
+        UnsupportedError: a target is an embedding, or trains a bias or a magnitude.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[TargetModule], runs: int, *, compiled: bool = False) -> None:
+        for target in targets:
+            if target.embedding or len(target.parameters) > 2:
+                raise UnsupportedError(
+                    f"Target module {target.name!r} cannot be stacked: only plain LoRA pairs on linear layers can, "
+                    "without bias, DoRA or embeddings."
+                )
+        self.model = model.requires_grad_(False)
+        self.targets = list(targets)
+        self.ranks: IntArray = np.zeros((runs, len(targets)), dtype=np.int64)
+        self.ages: IntArray = np.zeros((runs, len(targets)), dtype=np.int64)
+        parameter = next(model.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+        self.compiled = compiled
+        self._call: Callable[..., Any] = torch.compile(model) if compiled else model
+        self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self._rows: list[int] = []
+        self._compiled = False
+        self._leaves: list[Pair] = []
+        self._gradients: list[Pair] = []
+        dims = [np.array([getattr(t, side) for t in targets], dtype=np.int64) for side in ("d_in", "d_out")]
+        self.layout = Layout(np.zeros(len(targets), dtype=np.int64), *dims)
+        self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate(dims)))
+        self._segments: dict[int, list[tuple[int, int, int]]] = {}
+        self._allocate()
+        for index, target in enumerate(targets):
+            model.get_submodule(target.name).register_forward_hook(self._hook(index))
+
+    def _allocate(self) -> None:
+        shape = (len(self.ranks), self.layout.size)
+        buffers = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(5)]
+        self.weights, self.gradients, self.first, self.second, self.sums = buffers
+        # The module and side that each piece of a row belongs to.
+        blocks = np.repeat(np.arange(2 * len(self.targets)), np.diff(self.layout.bounds) // self._piece)
+        self._blocks = torch.from_numpy(blocks).to(self.device)
+        self._views = {id(buffer): self.layout.pairs(buffer) for buffer in buffers}
+        self.forget_segments()
+
+    def _are_all(self, rows: Sequence[int]) -> bool:
+        return list(rows) == list(range(len(self.ranks)))
+
+    def pairs(self, buffer: torch.Tensor) -> list[Pair]:
+        """Views of one of the buffers, one pair a module; made once for each layout."""
+        return self._views[id(buffer)]
+
+    def forget_segments(self) -> None:
+        """Call after each change of ranks or ages."""
+        self._segments = {}
+
+    @property
+    def _buffers(self) -> tuple[torch.Tensor, ...]:
+        """What is kept from step to step."""
+        return self.weights, self.first, self.second, self.sums
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all buffers, gradients included."""
+        return self.gradients.nbytes + sum(buffer.nbytes for buffer in self._buffers)
+
+    def make_room(self, ranks: IntArray) -> None:
+        """Give every module at least the width that these ranks need, (runs, modules).
+
+        Where a module gets narrower, what lies beyond its width must be zero; it does so only where that saves much.
+        Gradients are forgotten.
+        """
+        least = WIDTH_STEP if self.compiled else 0
+        widths = np.maximum(-(-ranks.max(axis=0) // WIDTH_STEP) * WIDTH_STEP, least)
+        old = self.layout
+        fits = bool((widths <= old.widths).all())
+        if fits and Layout(widths, old.d_in, old.d_out).size > SPARING * old.size:
+            return
+        views = [self.pairs(buffer) for buffer in self._buffers]
+        self.layout = Layout(widths, old.d_in, old.d_out)
+        self._allocate()
+        kept = np.minimum(widths, old.widths).tolist()
+        for source, target in zip(views, self._buffers, strict=True):
+            for width, here, there in zip(kept, source, self.pairs(target), strict=True):
+                for narrow, wide in zip(here, there, strict=True):
+                    wide[:, :width] = narrow[:, :width]
+
+    # Forward and backward ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def running(self, rows: Sequence[int], *, compiled: bool = False) -> Iterator[Callable[..., Any]]:
+        """The model with these runs in its batch, in this order; to be called any number of times.
+
+        Args:
+            rows: the runs.
+            compiled: yield it compiled, for training.
+        """
+        weights, gradients = self.weights, self.gradients
+        if not self._are_all(rows):
+            weights, gradients = weights[list(rows)], gradients.new_empty(len(rows), self.layout.size)
+        self._rows, self._gradient, self._compiled = list(rows), gradients, compiled
+        pairs = self.layout.pairs(weights) if weights is not self.weights else self.pairs(weights)
+        self._leaves = pairs
+        self._gradients = self.layout.pairs(gradients) if gradients is not self.gradients else self.pairs(gradients)
+        if compiled:  # one graph for all widths: strides must follow from shapes
+            self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in pairs]
+            for leaf in (leaf for pair in self._leaves for leaf in pair):
+                torch._dynamo.maybe_mark_dynamic(leaf, 1)
+        distinct_widths: Any = nullcontext()
+        if compiled:
+            distinct_widths = dynamic_shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+        try:
+            with distinct_widths:
+                yield self._call if compiled else self.model
+        finally:
+            self._rows, self._leaves, self._gradients, self._compiled = [], [], [], False
+
+    def _hook(self, index: int) -> Callable[..., torch.Tensor]:
+        d_in, d_out = self.targets[index].d_in, self.targets[index].d_out
+        scaling = self.targets[index].scaling
+
+        def add_delta(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+            if not self._leaves or self._leaves[index][0].shape[1] == 0:
+                return output
+            a, b = self._leaves[index]
+            x, y = args[0].reshape(len(a), -1, d_in), output.reshape(len(a), -1, d_out)
+            if self._compiled or not torch.is_grad_enabled():
+                y = torch.baddbmm(y, torch.bmm(x, a.mT), b, alpha=scaling)
+            else:
+                y = _AddDelta.apply(y, x, a, b, scaling, self._gradients[index], self._anchor)  # type: ignore[no-untyped-call]
+            return y.view(output.shape)
+
+        return add_delta
+
+    def backward(self, losses: torch.Tensor) -> None:
+        """Fill `gradients` for the runs in the batch from their losses, (runs,); call within `running`."""
+        if self._compiled:
+            leaves = [leaf for pair in self._leaves for leaf in pair]
+            found = torch.autograd.grad(losses.sum(), leaves)
+            torch._foreach_copy_([view for pair in self._gradients for view in pair], list(found))
+        else:
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        if self._gradient is not self.gradients:
+            self.gradients[self._rows] = self._gradient
+
+    # Adam -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def square_norms(self, rows: Sequence[int]) -> torch.Tensor:
+        """Squared norm of the gradients of each A, then of each B, fp64 (len(rows), 2 * modules).
+
+        Summed so that neither the width nor the other runs change a bit of it.
+        """
+        gradients = self.gradients if self._are_all(rows) else self.gradients[list(rows)]
+        pieces = torch.linalg.vector_norm(torch.unflatten(gradients, 1, (-1, self._piece)), dim=-1).double().square()
+        sums: torch.Tensor = pieces.new_zeros(len(rows), 2 * len(self.targets))
+        return sums.index_add_(1, self._blocks, pieces)
+
+    @torch.no_grad()
+    def clip(self, rows: Sequence[int], max_norm: float) -> FloatArray:
+        """Clip the gradients of each run to a norm; returns the squared norms of each B's, (len(rows), modules)."""
+        squares = self.square_norms(rows)
+        shares = (max_norm / (squares.sum(dim=1).sqrt() + 1e-6)).clamp(max=1.0)
+        if not bool((shares == 1).all()):
+            factors = shares[:, None].to(self.dtype)
+            if self._are_all(rows):
+                self.gradients *= factors
+            else:
+                self.gradients[list(rows)] *= factors
+        own: FloatArray = (squares[:, len(self.targets) :] * shares[:, None].square()).cpu().numpy()
+        return own
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[int], rates: Sequence[float]) -> None:
+        """One step of Adam, each run at its own learning rate.
+
+        Args:
+            rows: the runs.
+            rates: one learning rate for each.
+        """
+        self.ages[list(rows)] += 1
+        places: dict[float, list[tuple[int, int, int, int]]] = {}
+        for row, rate in zip(rows, rates, strict=True):
+            oldest = int(self.ages[row].max())
+            places.setdefault(rate, []).extend((row, a, b, oldest - younger) for a, b, younger in self._parts(row))
+        for rate, found in places.items():
+            buffers = (self.weights, self.gradients, self.first, self.second)
+            weights, gradients, first, second = ([buffer[row, a:b] for row, a, b, _ in found] for buffer in buffers)
+            before = torch.tensor([age - 1.0 for *_, age in found], device=self.device)
+            adamw(
+                weights,
+                gradients,
+                first,
+                second,
+                [],
+                list(before.unbind()),
+                fused=True,
+                amsgrad=False,
+                beta1=BETA_1,
+                beta2=BETA_2,
+                lr=rate,
+                weight_decay=0.0,
+                eps=EPSILON,
+                maximize=False,
+            )
+
+    def _parts(self, row: int) -> list[tuple[int, int, int]]:
+        """The parts of a row whose pairs have one age: begin, end, and how much younger than the oldest they are."""
+        if row not in self._segments:
+            live = np.tile(self.ranks[row] > 0, 2)
+            starts, ends = self.layout.bounds[:-1][live].tolist(), self.layout.bounds[1:][live].tolist()
+            younger = np.tile(self.ages[row].max() - self.ages[row], 2)[live].tolist()
+            groups = groupby(zip(starts, ends, younger, strict=True), key=lambda block: block[2])
+            blocks = [(age, list(group)) for age, group in groups]
+            self._segments[row] = [(group[0][0], group[-1][1], age) for age, group in blocks]
+        return self._segments[row]
+
+    def add_to_sums(self, rows: Sequence[int]) -> None:
+        """Add the gradients of B of these runs to their sums."""
+        start = self.layout.split
+        if self._are_all(rows):
+            self.sums[:, start:] += self.gradients[:, start:]
+        else:
+            for row in rows:
+                self.sums[row, start:] += self.gradients[row, start:]
+
+
+class _AddDelta(torch.autograd.Function):
+    """y + scaling * x A^T B^T, written into y; the gradients of A and B go straight into their buffers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        gradients: Pair,
+        anchor: torch.Tensor,
+    ) -> torch.Tensor:
+        """Shapes (runs, tokens, d_out), (runs, tokens, d_in), (runs, width, d_in), (runs, width, d_out).
+
+        `anchor` is any tensor that needs a gradient: it makes autograd come here also where x needs none.
+        """
+        hidden = torch.bmm(x, a.mT)
+        ctx.save_for_backward(x, hidden, a, b)
+        ctx.scaling, ctx.gradients = scaling, gradients
+        ctx.mark_dirty(y)
+        return y.baddbmm_(hidden, b, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of y and x."""
+        x, hidden, a, b = ctx.saved_tensors
+        (upper,) = outputs
+        inner = torch.bmm(upper, b.mT).mul_(ctx.scaling)
+        into_a, into_b = ctx.gradients
+        into_a.copy_(torch.bmm(inner.mT, x))
+        torch.mul(torch.bmm(hidden.mT, upper), ctx.scaling, out=into_b)
+        below = torch.bmm(inner, a) if ctx.needs_input_grad[1] else None
+        return upper, below, None, None, None, None, None

@@ -1,0 +1,87 @@
+"""Prices of plans for a training loop, and its budget in the same unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..lora.signals import signal_buffer_bytes
+from ..lora.targets import TargetModule
+from .budget import Budget, budget_limit
+from .calibration import calibrate
+from .cost import Cost, ParameterCost
+from .model import MemoryModel
+from .recording import Batch
+
+LOOP_BYTES = 1024
+"""Room for the few scalars that a training loop adds to the graph, such as a loss divided by a token count."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """What plans may cost.
+
+    Attributes:
+        cost: price of a plan.
+        limit: the budget, in the unit of `cost`.
+        memory: predicts other batch shapes; None under a budget of parameters.
+    """
+
+    cost: Cost
+    limit: float
+    memory: MemoryModel | None
+
+
+def measure_memory(
+    targets: Sequence[TargetModule],
+    model: nn.Module,
+    batch: Batch,
+    optimizer: Any,
+    *,
+    signals: bool,
+    accumulates: bool,
+) -> MemoryModel:
+    """`calibrate` for a training loop, with room for the scalars that it adds."""
+    memory = calibrate(model, targets, batch, optimizer, signal_bytes=signals, accumulates=accumulates)
+    return replace(memory, held=replace(memory.held, others=memory.held.others + LOOP_BYTES))
+
+
+def price_plans(
+    budget: Budget,
+    targets: Sequence[TargetModule],
+    model: nn.Module,
+    batch: Batch,
+    optimizer: Any,
+    *,
+    signals: bool = True,
+    accumulates: bool = False,
+) -> Prices:
+    """The price of plans on this model and batch, and the limit in the same unit.
+
+    A share is a share of what *plain* LoRA of uniform rank 8 takes, without our signal buffers.
+
+    Args:
+        budget: the limit.
+        targets: target modules of the model.
+        model: the PEFT model, on its device.
+        batch: as large as the largest that training will see.
+        optimizer: decides the bytes of state.
+        signals: whether plans pay for signal buffers.
+        accumulates: whether gradients are kept over several micro-batches.
+    """
+    budget = budget.on(targets[0].weight_a.device)
+    max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
+    if budget.kind == "parameters":
+        counted = ParameterCost.of(targets)
+        return Prices(counted, budget_limit(budget, counted, max_ranks), None)
+    memory = measure_memory(targets, model, batch, optimizer, signals=False, accumulates=accumulates)
+    cost = memory.cost()
+    limit = budget_limit(budget, cost, max_ranks)
+    if signals:
+        memory = replace(memory, held=replace(memory.held, signals=signal_buffer_bytes(targets)))
+        cost = memory.cost()
+    return Prices(cost, limit, memory)

@@ -1,0 +1,138 @@
+"""What an adapter and its optimiser hold between steps: weights, gradients, optimiser state, signal buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..common.arrays import FloatArray
+from ..lora.ladder import RankLadder
+from ..lora.optimizer_layouts import unwrap_optimizer
+from ..lora.optimizer_state import state_bytes_of
+from ..lora.signals import signal_buffer_bytes
+from ..lora.targets import TargetModule
+from .live_storages import storages
+
+
+@dataclass(frozen=True, eq=False)
+class HeldState:
+    """What an adapter and its optimiser hold between steps.
+
+    Attributes:
+        weights: bytes of one rank's weights on each module, (modules,); its gradients take as much.
+        optimizer: bytes of one rank's optimiser state on each module, (modules,).
+        scratch: bytes of one rank that the optimiser takes for the time of its step, (modules,).
+        signals: bytes of one rank that `SignalMeter` holds on each module, (modules,).
+        fixed: bytes of an adapted module that do not depend on its rank: gradients and state of biases and magnitudes,
+            (modules,).
+        others: bytes of weights and state of everything else that trains, such as a classifier.
+        other_gradients: bytes of its gradients, and of what the optimiser takes beside them for the time of its step.
+    """
+
+    weights: FloatArray
+    optimizer: FloatArray
+    scratch: FloatArray
+    signals: FloatArray
+    fixed: FloatArray
+    others: float
+    other_gradients: float
+
+
+def held_state(
+    model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
+) -> HeldState:
+    """What these adapters hold.
+
+    Args:
+        model: the PEFT model.
+        targets: its target modules.
+        optimizer: decides the bytes of state; AdamW's two tensors without one.
+        signal_bytes: whether signals are read.
+    """
+    weights = np.array(
+        [t.d_in * t.weight_a.element_size() + t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64
+    )
+    states = [_state_line(target, optimizer) for target in targets]
+    own = {id(p) for target in targets for p in target.parameters.values()}
+    others = [p.detach() for p in model.parameters() if p.requires_grad and id(p) not in own]
+    unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
+    sizes = [_bytes(p) for p in others]
+    copies = _steps_with_copies(optimizer, model)
+    fixed = [sum(_bytes(p) + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
+    return HeldState(
+        weights=weights,
+        optimizer=np.array([slope for slope, _ in states]),
+        scratch=weights * copies,
+        signals=signal_buffer_bytes(targets) * signal_bytes,
+        fixed=np.array([own + start for own, (_, start) in zip(fixed, states, strict=True)], dtype=np.float64),
+        others=float(
+            sum(_bytes(p) + state_bytes_of(optimizer, p) for p in others) + sum(_bytes(p) for g in unranked for p in g)
+        ),
+        other_gradients=float(
+            sum(sizes) + (sum(sizes) if copies else _copies_of_one(optimizer) * max(sizes, default=0))
+        ),
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
+    """Bytes of optimiser state as a straight line over the rank, nowhere too low: slope and start.
+
+    Most states are one. Factored ones start above zero, and 8-bit ones are fp32 below a certain size.
+    """
+    ranks = [rank for rank in RankLadder().ranks if 0 < rank <= target.max_rank]
+    a, b = target.weight_a.detach(), target.weight_b.detach()
+    sizes = [
+        state_bytes_of(optimizer, a.new_empty(rank, target.d_in))
+        + state_bytes_of(optimizer, b.new_empty(target.d_out, rank))
+        for rank in ranks
+    ]
+    slope = -(-sizes[-1] // ranks[-1])
+    if len(ranks) > 1:
+        slope = -((sizes[-2] - sizes[-1]) // (ranks[-1] - ranks[-2]))
+    start = max(size - slope * rank for size, rank in zip(sizes, ranks, strict=True))
+    return float(slope), float(max(start, 0))
+
+
+def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> bool:
+    """Whether the optimiser works on all parameters at once, with a temporary copy of each."""
+    if optimizer is None:
+        return False
+    settings = unwrap_optimizer(optimizer).defaults
+    if "foreach" not in settings or settings.get("fused"):
+        return False
+    foreach = settings["foreach"]
+    return bool(next(model.parameters()).is_cuda if foreach is None else foreach)
+
+
+def _copies_of_one(optimizer: torch.optim.Optimizer | None) -> int:
+    """How many copies an optimiser takes that works on one parameter after the other: Adam's most, three."""
+    return 0 if optimizer is None or unwrap_optimizer(optimizer).defaults.get("fused") else 3
+
+
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
+    """Bytes that training holds between steps beside the frozen model: live storages of weights, state, gradients.
+
+    Args:
+        model: the PEFT model.
+        optimizer: None counts no state.
+        gradients: count a gradient for each parameter that trains, whether it is allocated at this moment or not;
+            otherwise those that are.
+    """
+    total = 0
+    state = unwrap_optimizer(optimizer).state if optimizer else {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            size = parameter.untyped_storage().nbytes()
+            tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
+            total += size + sum(storage.nbytes() for storage in storages(tensors))
+            if gradients or parameter.grad is not None:
+                total += size
+    return total

@@ -1,0 +1,228 @@
+"""Where the bytes of a LoRA training step go on a user's model, and what each choice would save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ...allocation.placements import fracrule, rule16, top_layers
+from ...allocation.plan import check_budget
+from ...allocation.problem import problem_of
+from ...common.arrays import IntArray
+from ...data.task import Task
+from ...errors import UnsupportedError
+from ...memory.batch_shape import Shape, reshaped
+from ...memory.breakdown import Breakdown, break_down, frozen_bytes
+from ...memory.budget import Budget, budget_limit, reference_cost
+from ...memory.cost import ByteCost, Cost, ParameterCost, total_cost
+from ...memory.model import MemoryModel
+from .config import MemoryConfig
+from .measured_step import MeasuredStep, measure_step
+from .setup import Batch, Setup, Tell, set_up
+
+AlternativeKind = Literal["asked", "rank", "layers", "batch", "checkpointing", "budget"]
+
+RANKS = (1, 4, 8, 16, 32)
+"""Of the all-linear plans that are shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Alternative:
+    """Another choice.
+
+    Attributes:
+        kind: what is changed.
+        label: the choice, for people.
+        breakdown: the peak of a training step under it.
+        ranks: the plan, (modules,).
+        fits: whether it keeps to the budget; None without a budget.
+    """
+
+    kind: AlternativeKind
+    label: str
+    breakdown: Breakdown
+    ranks: IntArray
+    fits: bool | None = None
+
+    @property
+    def peak_bytes(self) -> float:
+        """Bytes at the peak of a training step."""
+        return self.breakdown.total
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryUse:
+    """Where the bytes go.
+
+    Attributes:
+        config: what was asked for.
+        task: of the model's head.
+        device: "cpu" or "cuda".
+        shape: of the batch.
+        modules: names of the target modules.
+        frozen_bytes: of the loaded model, which no budget counts.
+        reference_bytes: the peak of rank 8 on all of them, of which budgets are shares.
+        alternatives: the plan that was asked for, then others.
+        notes: what could not be shown, and why.
+        limit_bytes: the budget; None without one, or if it counts parameters.
+        measured: a real step, if asked for.
+    """
+
+    config: MemoryConfig
+    task: Task
+    device: str
+    shape: Shape
+    modules: tuple[str, ...]
+    frozen_bytes: int
+    reference_bytes: float
+    alternatives: tuple[Alternative, ...]
+    notes: tuple[str, ...]
+    limit_bytes: float | None
+    measured: MeasuredStep | None
+
+    @property
+    def breakdown(self) -> Breakdown:
+        """The peak of what was asked for."""
+        return self.alternatives[0].breakdown
+
+
+def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
+    """Look at a model, a batch and an adapter.
+
+    Args:
+        config: which ones.
+        tell: called with a few words on what is about to happen.
+
+    Raises:
+        UnknownNameError, AssetError, DataError, ConfigError, UnsupportedError: see `set_up`; or checkpointing is asked
+            for and the model has none.
+        BudgetError: nothing fits the budget.
+    """
+    setup = set_up(config, tell)
+    notes: list[str] = []
+    plain = None
+    if config.checkpointing:
+        plain = _calibrated(setup, tell, "without gradient checkpointing")
+        setup.checkpoint_segments()
+    memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
+    plans = _Plans(setup, memory)
+    rules = tuple(plans.rules())  # or the error that nothing fits, before the longer part
+    measured = None
+    if config.measure:
+        tell("measuring real steps")
+        measured = measure_step(setup)
+    batches = tuple(plans.by_batch(tell))
+    switched = plain or _with_checkpointing(setup, tell, notes)
+    return MemoryUse(
+        config=config,
+        task=setup.task,
+        device=setup.device.type,
+        shape=memory.shape,
+        modules=tuple(target.name for target in setup.targets),
+        frozen_bytes=frozen_bytes(setup.model),
+        reference_bytes=plans.reference_bytes,
+        alternatives=(*plans.by_rank(), *plans.by_layers(), *batches, *plans.switched(switched), *rules),
+        notes=tuple(notes),
+        limit_bytes=plans.limit_bytes,
+        measured=measured,
+    )
+
+
+def _calibrated(setup: Setup, tell: Tell, how: str, batch: Batch | None = None) -> MemoryModel:
+    tell(f"calibrating on a few small steps {how}".rstrip())
+    return setup.calibrate(batch)
+
+
+def _with_checkpointing(setup: Setup, tell: Tell, notes: list[str]) -> MemoryModel | None:
+    """The byte model with checkpointing switched on; None, and a note, where that does not work."""
+    try:
+        setup.checkpoint_segments()
+        return _calibrated(setup, tell, "with gradient checkpointing")
+    except UnsupportedError as error:
+        notes.append(f"Without a figure for gradient checkpointing: {error}")
+        return None
+
+
+class _Plans:
+    """Prices the choices that a user has."""
+
+    def __init__(self, setup: Setup, memory: MemoryModel) -> None:
+        self._setup, self._config, self._targets, self._memory = setup, setup.config, setup.targets, memory
+        self._max_ranks = np.array([target.max_rank for target in setup.targets], dtype=np.int64)
+        self._asked = np.minimum(setup.config.rank, self._max_ranks)
+        cost = memory.cost()
+        self.reference_bytes = reference_cost(cost, self._max_ranks)
+        budget = Budget.parse(setup.config.budget).on(setup.device) if setup.config.budget else None
+        counts_parameters = budget is not None and budget.kind == "parameters"
+        self._priced: Cost = ParameterCost.of(setup.targets) if counts_parameters else cost
+        self._limit = budget_limit(budget, self._priced, self._max_ranks) if budget else None
+        self._problem = problem_of(setup.targets, self._priced, math.inf if self._limit is None else self._limit)
+
+    @property
+    def limit_bytes(self) -> float | None:
+        """The budget; None without one, or if it counts parameters."""
+        return self._limit if isinstance(self._priced, ByteCost) else None
+
+    def by_rank(self) -> Iterator[Alternative]:
+        """What was asked for, and other ranks on all modules."""
+        others = [rank for rank in RANKS if rank != self._config.rank]
+        yield self._alternative("asked", f"rank {self._config.rank} on all modules, as asked", self._asked)
+        for rank in others:
+            yield self._alternative("rank", f"rank {rank} on all modules", np.minimum(rank, self._max_ranks))
+
+    def by_layers(self) -> Iterator[Alternative]:
+        """The top half and third of the layers."""
+        layers = len(np.unique(self._problem.blocks))
+        for name, parts in (("half", 2), ("third", 3)):
+            count = round(layers / parts)
+            if 0 < count < layers:
+                ranks = np.where(top_layers(self._problem, count, 1) > 0, self._asked, 0)
+                label = f"rank {self._config.rank} on the top {name} ({count} of {layers} layers)"
+                yield self._alternative("layers", label, ranks)
+
+    def by_batch(self, tell: Tell) -> Iterator[Alternative]:
+        """Half the rows, half the tokens; calibrated anew where the operations of the model depend on its data."""
+        shape = self._memory.shape
+        fewer, shorter = Shape(max(1, shape.rows // 2), shape.length), Shape(shape.rows, -(-shape.length // 2))
+        for name, half in (("half the batch", fewer), ("half the length", shorter)):
+            if half == shape:
+                continue
+            try:
+                yield self._alternative("batch", f"{name} ({half})", self._asked, shape=half)
+            except UnsupportedError:
+                memory = _calibrated(self._setup, tell, f"of {name}", reshaped(self._setup.batch, half))
+                yield self._alternative("batch", f"{name} ({half})", self._asked, memory)
+
+    def switched(self, memory: MemoryModel | None) -> Iterator[Alternative]:
+        """Gradient checkpointing on, or off where it was asked for."""
+        if memory is not None:
+            word = "without" if self._config.checkpointing else "with"
+            yield self._alternative("checkpointing", f"{word} gradient checkpointing", self._asked, memory)
+
+    def rules(self) -> Iterator[Alternative]:
+        """What the placement rules make of the budget.
+
+        Raises:
+            BudgetError: nothing fits.
+        """
+        if self._limit is None:
+            return
+        check_budget(self._problem, [target.name for target in self._targets])
+        for name, rule in (("rule16", rule16), ("fracrule", fracrule)):
+            yield self._alternative("budget", f"{name} inside {self._config.budget}", rule(self._problem))
+
+    def _alternative(
+        self,
+        kind: AlternativeKind,
+        label: str,
+        ranks: IntArray,
+        memory: MemoryModel | None = None,
+        shape: Shape | None = None,
+    ) -> Alternative:
+        found = break_down(memory or self._memory, self._targets, ranks, shape)
+        price = found.total if isinstance(self._priced, ByteCost) else total_cost(self._priced, ranks)
+        return Alternative(kind, label, found, ranks, None if self._limit is None else price <= self._limit)

@@ -1,0 +1,63 @@
+"""Real training steps, measured: bytes of tensors, and what the process or the allocator took for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...memory import resident
+from ...memory.model_states import state_bytes
+from ...memory.peak_meter import PeakMeter
+from .setup import Setup
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A real step, the frozen model excluded unless said otherwise; None where the system does not tell.
+
+    Attributes:
+        peak_bytes: of live tensors on the CPU, of what the allocator had handed out on CUDA.
+        resident_bytes: how far the process's resident memory rose above what it was without training state (CPU).
+        process_bytes: the process's peak resident memory, the model and all libraries included (CPU).
+        reserved_bytes: what the allocator had reserved, the model included (CUDA).
+    """
+
+    peak_bytes: int
+    resident_bytes: int | None = None
+    process_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+
+def measure_step(setup: Setup) -> MeasuredStep:
+    """Train a step to make the optimiser's state, then measure further ones. Adapters change.
+
+    Args:
+        setup: what to run.
+    """
+    _step(setup)
+    held = state_bytes(setup.model, setup.optimizer, gradients=False)
+    if setup.device.type == "cuda":
+        torch.cuda.empty_cache()
+    meter = PeakMeter()
+    meter.begin(setup.model, setup.optimizer)
+    _step(setup)
+    reserved = torch.cuda.max_memory_reserved(setup.device) if setup.device.type == "cuda" else None
+    peak = meter.end(1, setup.model)
+    assert peak is not None, "the step was measured"
+    if reserved is not None:
+        return MeasuredStep(peak, reserved_bytes=reserved)
+    before = resident.restart_peak()
+    if before is None:
+        return MeasuredStep(peak)
+    _step(setup)
+    highest = resident.peak()
+    return MeasuredStep(peak, highest - before + held, highest)
+
+
+def _step(setup: Setup) -> None:
+    with setup.precision():
+        loss = setup.model(**setup.batch).loss
+    loss.backward()
+    setup.optimizer.step()
+    setup.optimizer.zero_grad(set_to_none=True)

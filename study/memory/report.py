@@ -1,0 +1,243 @@
+"""Tables of where the bytes of a training step go, and the folder with all figures.
+
+memory.json  memory.png
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ...common.drawing import save_figure
+from ...common.files import write_json
+from ...common.module_names import layer_titles
+from ...memory.breakdown import KINDS, Kind
+from ...memory.budget import format_bytes
+from .alternatives import Alternative, MemoryUse
+from .config import MemoryConfig
+from .picture import memory_picture
+
+WORDS: dict[Kind, str] = {
+    "saved": "tensors saved for backward",
+    "inputs": "kept inputs of checkpointed segments",
+    "again": "the segment that runs again",
+    "moment": "momentary: logits, activations' gradients",
+    "weights": "adapter weights",
+    "gradients": "adapter gradients",
+    "optimizer": "optimiser state",
+    "signals": "signal buffers",
+    "others": "what trains outside the adapter",
+}
+"""The kinds of bytes, for people."""
+
+MOST_LISTED = 3
+"""Different ranks in one cell, above which it gives their range."""
+
+
+HELD_BACK = 0.05, 8 * 2**20
+"""Share of the peak, and bytes, above which resident memory beyond it is worth a word."""
+
+
+def subject(use: MemoryUse) -> str:
+    """What was looked at, in one line."""
+    config = use.config
+    parts = [
+        f"{Path(config.model).name}, {use.task}, {use.shape.rows} x {use.shape.length} tokens",
+        f"rank {config.rank} on {len(use.modules)} modules",
+        config.optimizer,
+        *(["bf16 autocast"] if config.bf16 else []),
+        *(["gradient checkpointing"] if config.checkpointing else []),
+        use.device,
+    ]
+    return ", ".join(parts)
+
+
+def moment_text(label: str) -> str:
+    """A moment of the step as people name it: without the wrappers' names."""
+    phase, colon, place = label.partition(": ")
+    place = place.removeprefix("base_model.model").removeprefix(".").removesuffix(".base_layer")
+    return f"{phase}: {place or 'loss'}" if colon else phase
+
+
+def peak_table(use: MemoryUse) -> Table:
+    """The peak by kind."""
+    found = use.breakdown
+    table = Table(title=f"Peak of a training step: {moment_text(found.moment)}", title_justify="left")
+    for column in ("what", "bytes", "share"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for kind in sorted(KINDS, key=found.of_kind, reverse=True):
+        if found.of_kind(kind):
+            table.add_row(WORDS[kind], *_with_share(found.of_kind(kind), found.total))
+    if found.margin:
+        table.add_row("margin, so as not to predict too little", *_with_share(found.margin, found.total))
+    table.add_section()
+    table.add_row("[bold]total[/]", f"[bold]{format_bytes(found.total)}[/]", "")
+    table.add_row("frozen model, beside it, in no budget", format_bytes(use.frozen_bytes), "")
+    return table
+
+
+def _with_share(count: float, total: float) -> tuple[str, str]:
+    return format_bytes(count), f"{count / total:.1%}"
+
+
+def layer_table(use: MemoryUse) -> Table:
+    """The peak by layer, the model's output at the top."""
+    found = use.breakdown
+    saved, moment, adapter = (found.by_layer(*kinds) for kinds in _COLUMNS.values())
+    table = Table(title="By layer, the model's output at the top", title_justify="left")
+    rules = [alternative for alternative in use.alternatives if alternative.kind == "budget"]
+    table.add_column("layer", no_wrap=True)
+    for column in (*_COLUMNS, "share", *(f"ranks of {rule.label.partition(' ')[0]}" for rule in rules)):
+        table.add_column(column, justify="right")
+    every = (found.bytes.sum(axis=1) / found.total).tolist()
+    titles = layer_titles(found.layers)
+    for row in range(len(titles))[::-1]:
+        cells = [format_bytes(values[row]) if values[row] else "–" for values in (saved, moment, adapter)]
+        ranks = [_ranks_text(_ranks_in(use, rule, found.layers[row])) for rule in rules]
+        table.add_row(titles[row], *cells, f"{every[row]:.1%}", *ranks)
+    return table
+
+
+_COLUMNS: dict[str, tuple[Kind, ...]] = {
+    "saved": ("saved", "inputs", "again"),
+    "momentary": ("moment",),
+    "adapter": ("weights", "gradients", "optimizer", "signals", "others"),
+}
+
+
+def _ranks_in(use: MemoryUse, plan: Alternative, layer: str) -> list[int]:
+    """The ranks of a plan in one layer."""
+    return [rank for rank, place in zip(plan.ranks.tolist(), use.breakdown.layer_of, strict=True) if place == layer]
+
+
+def _ranks_text(ranks: Sequence[int]) -> str:
+    """The ranks of a layer's modules: "16", "–" for no adapter, "8 ×4, 12 ×2" for mixed ones."""
+    counts = Counter(ranks)
+    if not any(ranks):
+        return "–" if ranks else ""
+    if len(counts) == 1:
+        return str(ranks[0])
+    if len(counts) > MOST_LISTED:
+        return f"{min(ranks)} to {max(ranks)}"
+    return ", ".join(f"{rank} ×{count}" for rank, count in sorted(counts.items(), reverse=True))
+
+
+def change_table(use: MemoryUse) -> Table:
+    """What other choices would take."""
+    asked = use.alternatives[0].peak_bytes
+    title = "What to change" if use.limit_bytes is None else f"What to change, budget {format_bytes(use.limit_bytes)}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("choice")
+    budgeted = use.config.budget is not None
+    for column in ("peak", "saves", "of rank 8", *(["fits"] if budgeted else [])):
+        table.add_column(column, justify="right")
+    previous = "rank"
+    for choice in use.alternatives:
+        if choice.kind not in (previous, "asked"):
+            table.add_section()
+            previous = choice.kind
+        saves = f"{1 - choice.peak_bytes / asked:.1%}".replace("-", "−") if choice.kind != "asked" else ""
+        fits = [["no", "yes"][choice.fits]] if choice.fits is not None else []
+        share = f"{choice.peak_bytes / use.reference_bytes:.1%}"
+        table.add_row(choice.label, format_bytes(choice.peak_bytes), saves, share, *fits)
+    return table
+
+
+def measured_table(use: MemoryUse) -> Table | None:
+    """Predicted beside measured bytes; None if nothing was measured."""
+    measured = use.measured
+    if measured is None:
+        return None
+    table = Table(title="A real step", title_justify="left")
+    for column in ("what", "bytes", "of predicted"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    tensors = "live tensors" if use.device == "cpu" else "allocated by CUDA's allocator"
+    for word, count in (
+        ("predicted", use.breakdown.total),
+        (f"measured: {tensors}", measured.peak_bytes),
+        ("measured: rise of resident memory", measured.resident_bytes),
+    ):
+        if count is not None:
+            table.add_row(word, format_bytes(count), f"{count / use.breakdown.total:.1%}")
+    for word, whole in (
+        ("peak resident memory of the process", measured.process_bytes),
+        ("reserved by CUDA's allocator, the model included", measured.reserved_bytes),
+    ):
+        if whole is not None:
+            table.add_row(word, format_bytes(whole), "")
+    return table
+
+
+def allocator_note(use: MemoryUse) -> str:
+    """Why the process takes more than its tensors, and how to change that; empty where it does not."""
+    resident = use.measured.resident_bytes if use.measured else None
+    share, count = HELD_BACK
+    if resident is None or resident - use.breakdown.total < max(share * use.breakdown.total, count):
+        return ""
+    return (
+        "The process took more than its tensors: the C library keeps freed memory for later. With "
+        "MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives large pieces back at once."
+    )
+
+
+def finding(use: MemoryUse) -> str:
+    """The one thing to know, in a sentence."""
+    found = use.breakdown
+    held = sum(found.of_kind(kind) for kind in _COLUMNS["saved"])
+    least = min(use.alternatives[1:], key=lambda choice: choice.peak_bytes)
+    thin = next(choice for choice in use.alternatives if choice.label.startswith("rank 1 "))
+    return (
+        f"{held / found.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
+        f"{thin.peak_bytes / use.reference_bytes:.0%} of what rank 8 takes; the choice that saves most bytes is "
+        f"{least.label} ({least.peak_bytes / use.reference_bytes:.0%})."
+    )
+
+
+def as_json(use: MemoryUse) -> dict[str, Any]:
+    """All figures."""
+    found = use.breakdown
+    settings = asdict(use.config)
+    return {
+        "config": {name: settings[name] for name in MemoryConfig.__dataclass_fields__},
+        "task": use.task,
+        "device": use.device,
+        "rows": use.shape.rows,
+        "length": use.shape.length,
+        "frozen_bytes": use.frozen_bytes,
+        "peak_bytes": found.total,
+        "reference_bytes": use.reference_bytes,
+        "limit_bytes": use.limit_bytes,
+        "moment": found.moment,
+        "margin_bytes": found.margin,
+        "kinds": {kind: found.of_kind(kind) for kind in KINDS},
+        "layers": [
+            {"layer": layer, **dict(zip(KINDS, row, strict=True))}
+            for layer, row in zip(found.layers, found.bytes.tolist(), strict=True)
+        ],
+        "alternatives": [
+            {
+                "kind": choice.kind,
+                "label": choice.label,
+                "peak_bytes": choice.peak_bytes,
+                "share": choice.peak_bytes / use.reference_bytes,
+                "kinds": {kind: choice.breakdown.of_kind(kind) for kind in KINDS},
+                "fits": choice.fits,
+                "ranks": dict(zip(use.modules, np.asarray(choice.ranks).tolist(), strict=True)),
+            }
+            for choice in use.alternatives
+        ],
+        "notes": list(use.notes),
+        "measured": asdict(use.measured) if use.measured else None,
+    }
+
+
+def write_memory_report(use: MemoryUse, folder: Path) -> None:
+    """Write memory.json and memory.png, again if they exist."""
+    write_json(folder / "memory.json", as_json(use))
+    save_figure(memory_picture(use), folder / "memory.png")

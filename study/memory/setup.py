@@ -1,0 +1,198 @@
+"""The model, adapter, batch and optimiser that `rankpilot memory` looks at."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from ...common.devices import find_device
+from ...data.batches import largest_batch
+from ...data.models_and_data import Workload, adapt, load_config, load_model, load_workload
+from ...data.task import Task
+from ...errors import ConfigError, UnsupportedError
+from ...lora.resize import set_ranks
+from ...lora.targets import TargetModule, find_target_modules
+from ...memory.calibration import calibrate
+from ...memory.model import MemoryModel
+from .config import MemoryConfig, OptimizerName
+
+Batch = dict[str, torch.Tensor]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """One training step, ready to run.
+
+    Attributes:
+        config: what was asked for.
+        task: of the model's head.
+        model: with adapters of the rank asked for, in training mode, on its device.
+        targets: its target modules.
+        batch: the largest that training would see.
+        optimizer: over all that trains.
+    """
+
+    config: MemoryConfig
+    task: Task
+    model: PeftModel
+    targets: list[TargetModule]
+    batch: Batch
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.targets[0].weight_a.device
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context of forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
+
+    def calibrate(self, batch: Batch | None = None) -> MemoryModel:
+        """The byte model of this step or, given another batch, of that; as set up now, without signal buffers."""
+        with self.precision():
+            return calibrate(self.model, self.targets, batch or self.batch, self.optimizer, signal_bytes=False)
+
+    def checkpoint_segments(self) -> None:
+        """Switch gradient checkpointing on, as the Trainer does.
+
+        Raises:
+            UnsupportedError: the model has none.
+        """
+        base = self.model.get_base_model()
+        if not getattr(base, "supports_gradient_checkpointing", False):
+            raise UnsupportedError(f"{type(base).__name__} does not support gradient checkpointing.")
+        if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def set_up(config: MemoryConfig, tell: Tell) -> Setup:
+    """Load what a configuration names.
+
+    Raises:
+        UnknownNameError, AssetError, DataError: there is no such model or data, or the data cannot be used.
+        ConfigError: the rows are longer than the model's positions, or no module can be adapted.
+        UnsupportedError: the adapter or the optimiser cannot be handled.
+    """
+    tell(f"loading {config.model}")
+    architecture = load_config(config.model)
+    workload = _workload(config)
+    task = workload.task if workload else config.task or default_task(architecture)
+    labels = workload.labels if workload else tuple(f"class {number}" for number in range(config.labels))
+    set_seed(config.seed)
+    base = load_model(config.model, task, labels, workload.tokenizer if workload else None)
+    base.config.use_cache = False  # as in the Trainer
+    _check_length(config.max_length, base)
+    device = find_device()
+    model = adapt(base, config.model, task, target_modules=config.target_modules, rank=config.rank, scaling=2.0)
+    model = model.to(device).train()
+    targets = find_target_modules(model)
+    set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
+    if workload:
+        batch = dict(largest_batch(workload.train, workload.collator, config.batch_size, device))
+    else:
+        batch = {name: tensor.to(device) for name, tensor in _random_batch(config, base.config, task).items()}
+    return Setup(config, task, model, targets, batch, new_optimizer(config.optimizer, model))
+
+
+def _workload(config: MemoryConfig) -> Workload | None:
+    if config.data is None:
+        return None
+    return load_workload(
+        config.model,
+        config.data,
+        task=config.task,
+        max_length=config.max_length,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        seed=config.seed,
+    )
+
+
+def default_task(config: Any) -> Task:
+    """What a model is usually fine-tuned for.
+
+    A head for generation decides; without one, a kind of model that reads one way only.
+
+    Args:
+        config: the model's configuration.
+    """
+    for architecture in config.architectures or ():
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal-lm"
+        if architecture.endswith("ForSequenceClassification"):
+            return "classification"
+    kind = type(config)
+    reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    return "causal-lm" if reads_one_way else "classification"
+
+
+def _check_length(length: int, model: nn.Module) -> None:
+    """Refuse rows that are longer than the model's positions.
+
+    Raises:
+        ConfigError: they are.
+    """
+    config: Any = model.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding token's number.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
+    if 0 < most < length:
+        raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")
+
+
+def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
+    """Full rows of ordinary token ids, none that the model reads as padding or as an end."""
+    text = model_config.get_text_config()
+    special: set[int] = set()
+    for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
+        special.update(np.atleast_1d(getattr(text, f"{name}_token_id", None) or 0).tolist())
+    ordinary = torch.tensor([token for token in range(text.vocab_size) if token not in special])
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.batch_size, config.max_length)
+    tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
+    if model_config.is_encoder_decoder and text.eos_token_id is not None:
+        tokens[:, 0] = text.eos_token_id  # such classifiers look for one; shorter rows keep the first token
+    labels = torch.arange(config.batch_size) % config.labels if task == "classification" else tokens.clone()
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of that name with the Trainer's settings, over all that trains.
+
+    Raises:
+        UnsupportedError: it needs a library that is not installed.
+    """
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "sgd":
+        return torch.optim.SGD(trains, lr=1e-4)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        factored: torch.optim.Optimizer = Adafactor(trains, lr=1e-4, scale_parameter=False, relative_step=False)
+        return factored
+    if name == "adamw8bit":
+        try:
+            kinds: Any = importlib.import_module("bitsandbytes.optim")
+        except ImportError as error:
+            raise UnsupportedError(
+                "The optimizer adamw8bit needs bitsandbytes: pip install 'rankpilot[quant]'."
+            ) from error
+        optimizer: torch.optim.Optimizer = kinds.AdamW8bit(trains, lr=1e-4)
+        return optimizer
+    return torch.optim.AdamW(trains, lr=1e-4, fused=True)

@@ -1,0 +1,52 @@
+"""The result of a comparison of policies as tables."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from ...agents.evaluation.tables import Group, Standing
+from ...common.statistics import Estimate, PairedComparison
+
+
+def standings_table(group: Group, against: str) -> Table:
+    """Who is better on one group of tasks, best first.
+
+    Below each figure is its 95 % interval, below a chance also how many runs were won, tied and lost.
+
+    Args:
+        group: the standings.
+        against: name of the policy that all are compared with.
+    """
+    table = Table(title=f"{group.name} ({group.tasks} tasks)", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("policy", overflow="fold")
+    for column in ("runs", "held-out\nloss", "gain, of\nheadroom", "interquartile\nmean", "better than\nuniform"):
+        table.add_column(column, justify="right")
+    table.add_column(f"better than\n{against}", justify="right")
+    for standing in group.standings:
+        table.add_row(*_cells(standing))
+    return table
+
+
+def _cells(standing: Standing) -> tuple[str, ...]:
+    against, failed = standing.against, f"\n[red]{standing.failed} failed[/]" if standing.failed else ""
+    return (
+        standing.policy,
+        f"{standing.runs}{failed}",
+        "" if standing.loss is None else f"{standing.loss:.4f}",
+        _gain(standing.improvement),
+        _gain(standing.interquartile),
+        _chance(standing.uniform),
+        _chance(against) if against else "",
+    )
+
+
+def _gain(found: Estimate) -> str:
+    return f"{found.value:+.2f}\n[dim]{found.low:+.2f} to {found.high:+.2f}[/]"
+
+
+def _chance(found: PairedComparison) -> str:
+    """The chance of being better, its interval, and the wins, ties and losses behind it."""
+    chance = found.better
+    counts = f"{found.wins} / {found.ties} / {found.losses}"
+    return f"{chance.value:.0%}\n[dim]{chance.low:.0%} to {chance.high:.0%}[/]\n[dim]{counts}[/]"

@@ -1,0 +1,95 @@
+"""Decisions in words: what moved, and which of its features stood out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...allocation.decision_log import FEATURE_PREFIX
+from ...common.arrays import FloatArray
+from ...common.module_names import short_names
+from ...memory.budget import format_bytes
+
+MOVES_TOLD = 3
+STANDS_OUT = 1.0
+"""Standard deviations from the mean of all modules."""
+
+
+def describe_decisions(log: pa.Table) -> list[str]:
+    """One Markdown paragraph with a list for each decision.
+
+    A feature's distance from the mean shows what was unusual about a module, not what the policy weighed.
+
+    Args:
+        log: as `DecisionLog.read` returns it.
+    """
+    numbers = sorted(pc.unique(log["decision"]).to_pylist())
+    return [_describe(log.filter(pc.equal(log["decision"], number))) for number in numbers]
+
+
+def cost_text(cost: float, unit: str) -> str:
+    """A cost with its unit: "96.5 MiB", "120,000 parameters"."""
+    return format_bytes(cost) if unit == "bytes" else f"{cost:,.0f} parameters"
+
+
+def standing_out(table: pa.Table) -> list[list[tuple[str, float]]]:
+    """For each module the two features that are farthest from the mean of all modules, farthest first.
+
+    Features with fewer than three different values (flags) and distances below `STANDS_OUT` are left out.
+
+    Args:
+        table: the rows of one decision.
+
+    Returns:
+        For each row up to two pairs (feature, distance in standard deviations).
+    """
+    names, distances = [], []
+    for column in table.column_names:
+        if not column.startswith(FEATURE_PREFIX):
+            continue
+        values = np.asarray(table[column].to_numpy(), dtype=np.float64)
+        known = values[np.isfinite(values)]
+        if np.unique(known).size >= 3:
+            names.append(column.removeprefix(FEATURE_PREFIX))
+            distances.append(np.nan_to_num((values - known.mean()) / known.std()))
+    if not names:
+        return [[] for _ in range(table.num_rows)]
+    return [_farthest(row, names) for row in np.array(distances).T]
+
+
+def _farthest(distances: FloatArray, names: Sequence[str]) -> list[tuple[str, float]]:
+    order = np.argsort(-np.abs(distances), kind="stable")[:2]
+    return [(names[i], float(distances[i])) for i in order if abs(distances[i]) >= STANDS_OUT]
+
+
+def _describe(table: pa.Table) -> str:
+    first: dict[str, Any] = table.slice(0, 1).to_pylist()[0]
+    before, after = (table[name].to_numpy() for name in ("rank_before", "rank_after"))
+    names, features = short_names(table["module"].to_pylist()), standing_out(table)
+    # Far moves on the ladder are far in log rank; the +1 lets rank 0 take part.
+    move = np.abs(np.log2(after + 1) - np.log2(before + 1))
+    lines = [_headline(first, before, after, int(pc.sum(table["changed_by_projection"]).as_py()))]
+    telling = np.array([max((abs(distance) for _, distance in found), default=0.0) for found in features])
+    for index in np.lexsort((-telling, -move))[:MOVES_TOLD]:
+        if move[index] > 0:
+            told = ", ".join(f"{name} {distance:+.1f} sd" for name, distance in features[index])
+            reason = told.replace("-", "−") or "no feature stood out"
+            lines.append(f"- `{names[index]}`: rank {before[index]} → {after[index]} ({reason})")
+    return lines[0] + "\n\n" + "\n".join(lines[1:]) if len(lines) > 1 else lines[0]
+
+
+def _headline(first: dict[str, Any], before: FloatArray, after: FloatArray, projected: int) -> str:
+    loss = f", loss {first['loss']:.3f}" if first["loss"] is not None else ""
+    up, down = int((after > before).sum()), int((after < before).sum())
+    same = len(after) - up - down
+    plan = f"{cost_text(first['predicted_cost'], first['unit'])} of {cost_text(first['limit'], first['unit'])}"
+    measured = first["measured_cost"]
+    seen = f" (measured before it: {cost_text(measured, first['unit'])})" if measured is not None else ""
+    changed = f" The budget changed what was asked for {projected} modules." if projected else ""
+    moved = f"{up} up, {down} down, {same} unchanged"
+    lead = f"**Decision {first['decision']}, step {first['step']}{loss}.**"
+    return f"{lead} {moved}; predicted cost {plan}{seen}.{changed}"

@@ -1,0 +1,266 @@
+"""Pictures of a fine-tune and of policy training; each function returns a matplotlib Figure.
+
+Drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
+README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles say what was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+from ...common.arrays import FloatArray
+from ...common.drawing import (
+    COLORS,
+    FAINT,
+    INK,
+    MIB,
+    Points,
+    clean_axes,
+    draw_legend,
+    finite_points,
+    in_mib,
+    new_figure,
+    run_colors,
+    save_figure,
+    smooth,
+)
+from .heatmap import rank_heatmap
+
+__all__ = ["learning_curve", "loss_curves", "memory_timeline", "rank_heatmap", "save_figure"]
+
+
+def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequence[int] = ()) -> Figure:
+    """Training loss, raw and smoothed, beside the held-out loss.
+
+    Args:
+        runs: for each run "train" and "eval", each a list of (step, loss); either may be empty.
+        decision_steps: where ranks were moved, drawn as dotted lines.
+    """
+    curves = {run: {part: finite_points(points) for part, points in parts.items()} for run, parts in runs.items()}
+    titles = {"train": "Training loss", "eval": "Held-out loss"}
+    parts = [part for part in titles if any(len(curves[run].get(part, ())) for run in curves)] or ["train"]
+    lasts = {run: curve["eval"][-1, 1] for run, curve in curves.items() if len(curve.get("eval", ()))}
+    figure = new_figure(3.9, _loss_title(lasts), "Dotted lines: decisions." if len(decision_steps) else "")
+    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axes, part in zip(panels, parts, strict=True):
+        clean_axes(axes)
+        _mark_steps(axes, decision_steps)
+        ends = []
+        for color, (run, curve) in zip(run_colors(len(curves)), curves.items(), strict=True):
+            points = curve.get(part, np.empty((0, 2)))
+            if len(points):
+                ends.append((_draw_loss(axes, points, part, color, run), color))
+        axes.set(xlabel="training step", ylabel="loss", xlim=(0, None))
+        axes.set_title(titles[part], fontsize=10.5, color=INK, loc="left")
+        _limit_loss(axes, [curve.get(part, np.empty((0, 2))) for curve in curves.values()])
+        _label_ends(axes, ends)
+    if len(curves) > 1 or len(parts) == 1:
+        draw_legend(panels[0], loc="upper right")
+    return figure
+
+
+def memory_timeline(runs: Mapping[str, Points], limit_bytes: float, predicted: Points = ()) -> Figure:
+    """Measured peak memory below the hard budget.
+
+    Args:
+        runs: for each run (step, peak bytes since the point before); the first run's headroom is shaded.
+        limit_bytes: the budget.
+        predicted: (step, bytes) that each plan was predicted to take from that step on.
+    """
+    curves = {run: points for run, given in runs.items() if len(points := finite_points(given))}
+    plan = finite_points(predicted)
+    end = max((points[-1, 0] for points in (*curves.values(), plan) if len(points)), default=0) or 1
+    highest = max(points[:, 1].max() for points in (*curves.values(), np.array([[0, limit_bytes]]))) / MIB
+    figure = new_figure(3.9, _memory_title(curves, limit_bytes))
+    axes = clean_axes(figure.subplots())
+    for color, (run, points) in zip(run_colors(len(curves)), curves.items(), strict=True):
+        _draw_peaks(axes, points, color, run, limit_bytes if run == next(iter(curves)) else None)
+    if len(plan):
+        steps, costs = np.append(plan[:, 0], end), np.append(plan[:, 1], plan[-1, 1]) / MIB
+        style: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 2)), "zorder": 4}
+        axes.plot(steps, costs, drawstyle="steps-post", label="predicted", **style)
+        axes.plot(steps[:-1], costs[:-1], "o", color=INK, markersize=4, zorder=5, clip_on=False)
+    _draw_budget(axes, limit_bytes)
+    axes.set(xlabel="training step", ylabel="peak memory of training (MiB)", xlim=(0, end))
+    axes.set_ylim(0, highest * 1.14)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    draw_legend(axes, loc="lower right")
+    return figure
+
+
+def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Returns of episodes over the iterations of policy training, and what the policy gains on validation tasks.
+
+    Args:
+        rows: progress of a training. That of iteration 0 holds validation_over_start and validation_over_uniform, if it
+            was measured, and the same with warm_ in front after a warm start; later ones episodes, return_mean,
+            return_p10 and return_p90 over the rule, and now and then those of validation.
+    """
+    checks = {name: _validation_points(rows, name) for name in ("over_start", "over_uniform")}
+    returns = [row for row in rows if "return_mean" in row]
+    note = "Gains are in shares of a task's headroom: what the best known allocation gains over uniform ranks."
+    figure = new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
+    measured = len(checks["over_start"]) > 0
+    panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
+    _draw_returns(clean_axes(panels[0]), returns)
+    if measured:
+        _draw_validation(clean_axes(panels[1]), checks)
+    last = max((float(row["iteration"]) for row in rows), default=0) or 1.0
+    for axes in panels:
+        axes.set_xlim(-0.02 * last, 1.02 * last)
+        axes.margins(y=0.18)  # room for the legend
+        axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _validation_points(rows: Sequence[Mapping[str, Any]], name: str) -> FloatArray:
+    """(iteration, share of the headroom), the untrained policy first and the one after the warm start second."""
+    keys = (f"validation_{name}", f"warm_validation_{name}")
+    return finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
+
+
+def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the mean and the spread of each iteration's episodes."""
+    keys = ("iteration", "return_mean", "return_p10", "return_p90")
+    iterations, means, low, high = np.array([[float(row[key]) for key in keys] for row in rows]).reshape(-1, 4).T
+    blue = COLORS[0]
+    axes.fill_between(iterations, low, high, color=blue, alpha=0.15, linewidth=0, label="10–90% of episodes")
+    if len(rows) > 40:
+        axes.plot(iterations, means, color=blue, linewidth=1, alpha=0.35)
+        axes.plot(iterations, smooth(means, len(means) // 12), color=blue, linewidth=2, label="mean, smoothed")
+    else:
+        axes.plot(iterations, means, "o-", color=blue, linewidth=2, markersize=3, label="mean")
+    episodes = sum(int(row.get("episodes", 0)) for row in rows)
+    axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
+    axes.set_ylabel("return: gain over the rule")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title("Training, on new tasks each time", fontsize=10.5, color=INK, loc="left")
+    draw_legend(axes, loc="best")
+
+
+def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
+    """Draw what the policy gains on tasks that stay the same; on them alone iterations can be compared."""
+    orange, green = COLORS[1], COLORS[2]
+    for name, color, label in (
+        ("over_start", orange, "over the rule it starts from"),
+        ("over_uniform", green, "over uniform ranks"),
+    ):
+        points = checks[name]
+        if len(points):
+            axes.plot(*points.T, "o-", color=color, markersize=5, linewidth=1.5, label=label)
+    points = checks["over_start"]
+    if len(points) > 1 and points[1, 0] == points[0, 0]:
+        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": orange}
+        axes.annotate("warm start", points[1], **style)
+    axes.set(xlabel="PPO iteration", ylabel="gain")
+    axes.set_title("Validation tasks", fontsize=10.5, color=INK, loc="left")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    draw_legend(axes, loc="best")
+
+
+def _draw_peaks(axes: Axes, points: FloatArray, color: str, run: str, limit: float | None) -> None:
+    """Draw one run's peaks and, below a limit, its headroom; a peak belongs to the steps up to its point."""
+    steps, peaks = np.insert(points[:, 0], 0, 0), np.insert(points[:, 1], 0, points[0, 1]) / MIB
+    axes.plot(steps, peaks, drawstyle="steps-pre", color=color, linewidth=1.8, label=run, zorder=3)
+    if limit is not None:
+        room = np.maximum(peaks, limit / MIB)
+        axes.fill_between(steps, peaks, room, step="pre", color=color, alpha=0.1, linewidth=0, label="headroom")
+
+
+def _draw_budget(axes: Axes, limit: float) -> None:
+    """The red line that no step may cross."""
+    red = "#b00020"
+    axes.axhline(limit / MIB, color=red, linewidth=2, zorder=2)
+    place: dict[str, Any] = {
+        "xycoords": axes.get_yaxis_transform(),
+        "textcoords": "offset points",
+        "ha": "right",
+    }
+    axes.annotate(f"budget {in_mib(limit)} MiB", (1, limit / MIB), (-4, 4), color=red, fontsize=9.5, **place)
+
+
+def _mark_steps(axes: Axes, steps: Sequence[int]) -> None:
+    for step in steps:
+        axes.axvline(step, color="#bbbbbb", linewidth=1, linestyle=":", zorder=1)
+
+
+def _draw_loss(axes: Axes, points: FloatArray, part: str, color: str, run: str) -> tuple[float, float]:
+    """Draw one run and return the end of its line."""
+    if part == "eval":
+        axes.plot(points[:, 0], points[:, 1], "o-", color=color, markersize=4.5, linewidth=1.6, label=run)
+        return points[-1, 0], points[-1, 1]
+    line = smooth(points[:, 1], max(1, len(points) // 12))
+    axes.plot(points[:, 0], points[:, 1], color=color, linewidth=0.8, alpha=0.25)
+    axes.plot(points[:, 0], line, color=color, linewidth=2, label=f"{run} (smoothed)")
+    return points[-1, 0], float(line[-1])
+
+
+def _limit_loss(axes: Axes, curves: Sequence[FloatArray]) -> None:
+    """Cut outliers off the loss axis, so that one spike does not flatten all curves."""
+    values = np.concatenate([points[:, 1] for points in curves])
+    if len(values) >= 20:
+        middle, usual = np.percentile(values, (50, 99))
+        low, high = values.min(), min(values.max(), 2 * usual - middle)
+        if high > low:
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str]]) -> None:
+    """Write the last value right of each line, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap, previous = 0.065 * (high - low), -math.inf
+    axes.set_xlim(0, axes.dataLim.x1 or 1.0)
+    for (step, value), color in sorted(ends, key=lambda end: end[0][1]):
+        previous = max(value, previous + gap)
+        style: dict[str, Any] = {
+            "color": color,
+            "fontsize": 9.5,
+            "fontweight": "bold",
+            "va": "center",
+            "annotation_clip": False,
+        }
+        axes.annotate(f"{value:.3f}", (step, previous), (6, 0), textcoords="offset points", **style)
+
+
+def _loss_title(lasts: Mapping[str, float]) -> str:
+    """What the held-out losses say about the first run."""
+    if not lasts:
+        return "Training loss; no held-out loss was measured"
+    (run, value), *others = lasts.items()
+    if not others:
+        return f"{run} ends at a held-out loss of {value:.3f}"
+    other, reference = others[0]
+    change = (value - reference) / reference
+    if abs(change) < 0.0005:
+        return f"{run} and {other} end level at a held-out loss of {value:.3f}"
+    word = "below" if change < 0 else "above"
+    return f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
+
+
+def _memory_title(curves: Mapping[str, FloatArray], limit: float) -> str:
+    if not curves:
+        return f"Budget of {in_mib(limit)} MiB; nothing was measured"
+    run, points = next(iter(curves.items()))
+    over = int((points[:, 1] > limit).sum())
+    share = f"{in_mib(points[:, 1].max())} of {in_mib(limit)} MiB"
+    if over:
+        return f"{run} exceeds the budget at {over} of {len(points)} measured steps: {share}"
+    used = f"{points[:, 1].max() / limit:.0%}"
+    return f"{run} keeps to the budget at every measured step: at most {share} ({used})"
+
+
+def _learning_title(rows: Sequence[Mapping[str, Any]], checks: FloatArray) -> str:
+    """No claim about the trend of returns: each iteration draws other tasks, so they are not comparable."""
+    if not len(checks):
+        return f"Return over the rule in {len(rows)} iterations, each on newly drawn tasks"
+    best = checks[int(np.argmax(checks[:, 1]))]
+    where = f"after {best[0]:.0f} iterations" if best[0] else "before PPO"
+    return f"Best on validation tasks {where}: {best[1]:+.1%} over the rule".replace("-", "−")

@@ -1,0 +1,218 @@
+"""The picture of a run: the rank of every module over the steps of a fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from ...common.arrays import IntArray
+from ...common.drawing import FAINT, INK, new_figure
+from ...common.module_names import ShortName, short_names
+from ...lora.ladder import DEFAULT_RANKS
+
+NO_ADAPTER = "#e9e9e9"
+MOST_LABELLED_ROWS = 72
+"""Above this many modules only layers are named."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Modules from the bottom of the picture to its top.
+
+    Attributes:
+        ranks: (modules, changes), in the order of the rows.
+        names: short names in the order of the rows.
+        edges: row at which each layer begins, and the number of rows at the end.
+        edge_steps: step at which each column begins, and the last step.
+    """
+
+    ranks: IntArray
+    names: list[ShortName]
+    edges: list[int]
+    edge_steps: list[float]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each row has a name and numbers."""
+        return len(self.names) <= MOST_LABELLED_ROWS
+
+
+def rank_heatmap(
+    steps: Sequence[int], ranks: IntArray, modules: Sequence[str], blocks: IntArray, total_steps: int
+) -> Figure:
+    """Rank of each module over the run; layers as in the network, its output at the top.
+
+    Args:
+        steps: steps at which ranks took effect, rising, (changes,).
+        ranks: ranks from that step on, int (changes, modules).
+        modules: full names, (modules,).
+        blocks: layer of each module, 0 at the bottom, int (modules,).
+        total_steps: where the run ends.
+    """
+    order = np.argsort(blocks, kind="stable")
+    starts = np.flatnonzero(np.diff(np.asarray(blocks)[order], prepend=-1))
+    names = short_names(modules)
+    rows = _Rows(
+        np.asarray(ranks)[:, order].T,
+        [names[i] for i in order],
+        [*starts.tolist(), len(order)],
+        [*steps, total_steps],
+    )
+    row_height = 0.19 if rows.labelled else max(0.033, 0.11 * (len(starts)) / len(order))
+    figure = new_figure(1.25 + row_height * max(len(order), 12), _title(rows), _note(rows))
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.022), wspace=0.03)
+    axes = figure.add_subplot(grid[0])
+    ladder = _ladder(rows.ranks)
+    colors = _colors(ladder)
+    _draw_cells(axes, rows, ladder, colors)
+    _draw_labels(axes, rows)
+    _draw_decisions(axes, rows)
+    _draw_key(figure.add_subplot(grid[1]), ladder, colors)
+    return figure
+
+
+def _ladder(ranks: IntArray) -> IntArray:
+    """Rungs for the colour key, up to the highest rank in use and to 8 at least."""
+    highest = max(int(ranks.max(initial=0)), 8)
+    rungs = [rank for rank in DEFAULT_RANKS if rank <= highest]
+    return np.array(rungs if rungs[-1] == highest else [*rungs, highest], dtype=np.int64)
+
+
+def _colors(ladder: IntArray) -> Colormap:
+    """Viridis from light (rank 1) to dark, in 256 steps."""
+    return ListedColormap(colormaps["viridis_r"](np.linspace(0.04, 0.97, 256)))
+
+
+def _shade(ranks: IntArray, ladder: IntArray) -> NDArray[np.float64]:
+    """Position on the ladder from 0 (rank 1) to 1 (highest), also of ranks between rungs."""
+    return (np.interp(ranks, ladder, np.arange(len(ladder))) - 1) / max(len(ladder) - 2, 1)
+
+
+def _draw_cells(axes: Axes, rows: _Rows, ladder: IntArray, colors: Colormap) -> None:
+    count = len(rows.names)
+    shades = np.ma.masked_where(rows.ranks == 0, _shade(rows.ranks, ladder))
+    axes.pcolormesh(rows.edge_steps, np.arange(count + 1), shades, cmap=colors, vmin=0, vmax=1, zorder=1)
+    axes.set_facecolor(NO_ADAPTER)
+    if rows.labelled:
+        for row, column in np.argwhere(rows.ranks == 0):
+            left, right = rows.edge_steps[column : column + 2]
+            axes.add_patch(_hatched((left, row), right - left))
+        axes.hlines(range(1, count), *axes.get_xlim(), color="white", linewidth=0.8, zorder=2)
+        _write_ranks(axes, rows, ladder, colors)
+    axes.hlines(rows.edges[1:-1], 0, rows.edge_steps[-1], color="white", linewidth=3 if rows.labelled else 1, zorder=2)
+    axes.set(xlim=(0, rows.edge_steps[-1]), ylim=(0, count), xlabel="training step")
+
+
+def _hatched(corner: tuple[float, float], width: float, height: float = 1.0) -> Rectangle:
+    """A cell without an adapter."""
+    return Rectangle(corner, width, height, facecolor=NO_ADAPTER, edgecolor="#cccccc", hatch="/////", linewidth=0)
+
+
+def _write_ranks(axes: Axes, rows: _Rows, ladder: IntArray, colors: Colormap) -> None:
+    """Number the cells where a rank is new, if the cell is wide enough."""
+    steps, total = rows.edge_steps, rows.edge_steps[-1]
+    for column, (left, right) in enumerate(pairwise(steps)):
+        if right - left < 0.03 * total:
+            continue
+        for row in range(len(rows.names)):
+            rank = int(rows.ranks[row, column])
+            if column and rank == rows.ranks[row, column - 1]:
+                continue
+            red, green, blue, _ = colors(float(_shade(rows.ranks[row, column], ladder)))
+            dark = rank > 0 and 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+            color = FAINT if rank == 0 else "white" if dark else INK
+            style: dict[str, Any] = {
+                "ha": "left",
+                "va": "center_baseline",
+                "fontsize": 8,
+                "color": color,
+                "zorder": 4,
+            }
+            axes.annotate(str(rank), (left, row + 0.5), (5, 0), textcoords="offset points", **style)
+
+
+def _draw_labels(axes: Axes, rows: _Rows) -> None:
+    """Kinds beside their rows, layers as groups left of them."""
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    middles = [(low + high) / 2 for low, high in pairwise(rows.edges)]
+    # A module outside the layers: where rows are labelled, its own row bears its name already.
+    layers = [rows.names[low].layer or ("" if rows.labelled else rows.names[low].kind) for low in rows.edges[:-1]]
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
+    axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=9)
+    if not rows.labelled:
+        every = 1 + len(layers) // 45
+        axes.set_yticks(middles[::every], layers[::every])
+        return
+    kinds = [name.kind if len(name.kind) <= 28 else f"…{name.kind[-27:]}" for name in rows.names]
+    axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
+    groups = axes.secondary_yaxis(-0.02 - 0.0115 * max(len(kind) for kind in kinds))
+    groups.set_yticks(middles, layers)
+    groups.tick_params(length=0, labelsize=9, labelcolor=INK, pad=4)
+    for label in groups.get_yticklabels():
+        label.set_fontweight("bold")
+    groups.spines[:].set_visible(False)
+
+
+def _draw_decisions(axes: Axes, rows: _Rows) -> None:
+    """A line and, above the picture, the step of each change; steps that would overlap stay unnamed."""
+    total = rows.edge_steps[-1]
+    marks = axes.secondary_xaxis("top")
+    labels, previous = [], -total
+    for step in rows.edge_steps[:-1]:
+        clear = step - previous >= 0.045 * total
+        labels.append(f"{step:g}" if clear else "")
+        previous = step if clear else previous
+        axes.axvline(step, color="white", linewidth=1.6, zorder=3)
+        axes.plot([step], [1.004], marker="v", markersize=6, color=INK, clip_on=False, zorder=5,
+                  transform=axes.get_xaxis_transform(), linestyle="none")  # fmt: skip
+    marks.set_xticks(rows.edge_steps[:-1], labels)
+    marks.tick_params(length=0, labelsize=9, labelcolor=INK, pad=6)
+    marks.spines[:].set_visible(False)
+
+
+def _draw_key(axes: Axes, ladder: IntArray, colors: Colormap) -> None:
+    """The ladder as a column of swatches, rank 0 at the bottom."""
+    axes.add_patch(_hatched((0, 0), 1))
+    for rung, shade in list(enumerate(_shade(ladder, ladder)))[1:]:
+        axes.add_patch(Rectangle((0, rung), 1, 1, facecolor=colors(float(shade)), edgecolor="white", linewidth=0.8))
+    axes.set(xlim=(0, 1), ylim=(0, len(ladder)), xticks=[])
+    axes.yaxis.tick_right()
+    axes.set_yticks(np.arange(len(ladder)) + 0.5, [str(rank) for rank in ladder])
+    axes.tick_params(length=0, labelsize=9, labelcolor=INK)
+    axes.set_title("rank", fontsize=9.5, color=INK, loc="left", pad=6)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _title(rows: _Rows) -> str:
+    """How concentrated the final ranks are."""
+    final = rows.ranks[:, -1]
+    if not final.any():
+        return "No module ends with an adapter"
+    if np.unique(final).size == 1:
+        return f"All {len(final)} modules end at rank {final[0]}"
+    reached = np.cumsum(np.sort(final)[::-1]) / final.sum()
+    few = int(np.searchsorted(reached, 0.8 - 1e-9)) + 1
+    without = int((final == 0).sum())
+    ending = f"; {without} end without an adapter" if without else ""
+    return f"{few} of {len(final)} modules end with {reached[few - 1]:.0%} of all rank{ending}"
+
+
+def _note(rows: _Rows) -> str:
+    """How to read the picture."""
+    if rows.labelled:
+        return "Output of the network at the top. Triangles: decisions. A number stands where a rank is new."
+    kinds = [name.kind for name in rows.names[rows.edges[0] : rows.edges[1]]]
+    note = f"Output at the top; inside a layer, upwards: {', '.join(kinds)}."
+    return note if len(note) < 115 else "Output of the network at the top. Triangles: decisions."

@@ -1,0 +1,211 @@
+"""Comparisons: the same rows each time, those of real PEFT episodes, and never the same work twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.agents.evaluation import runs as evaluation
+from rankpilot.agents.evaluation.hindsight import TASK_RULES
+from rankpilot.agents.evaluation.results import Row, append_rows, read_rows, row_of, write_rows
+from rankpilot.agents.evaluation.runs import SEED_STEP, compare, repetition, summarise
+from rankpilot.agents.evaluation.tables import groups_of
+from rankpilot.agents.rules import RULES
+from rankpilot.agents.rules.by_signal import SignalRule
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.policy import Decision, Policy
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.env.episodes.single import Episode, reference_of
+from rankpilot.env.reward import terminal_improvement
+from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.tasks.suites import SPLITS, SUITES, load_suite
+from rankpilot.errors import ConfigError, RunFolderError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCHEDULE = DecisionSchedule(probe_steps=4)
+SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
+TASKS = (
+    ProxyTask("planted", 1, corpus="documentation", budget=0.25, unit="parameters", **SIZES),
+    ProxyTask("planted", 2, corpus="documentation", budget=0.6, reference=Reference(0.3, 0.2, 0.15), **SIZES),
+)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many runs each chunk flew."""
+    counts: list[int] = []
+
+    def fly(episodes: Any, attempts: Any, slots: int) -> list[float]:
+        counts.append(len(attempts))
+        return list(real(episodes, attempts, slots))
+
+    real: Callable[..., Any] = evaluation.fly
+    monkeypatch.setattr(evaluation, "fly", fly)
+    return counts
+
+
+def loss_with_peft(policy: Policy, task: ProxyTask) -> float:
+    episode, loss = Episode(task, SCHEDULE), None
+    while episode.step < task.steps:
+        decision = policy.decide(episode.observe(loss))
+        episode.apply(decision.deltas, decision.scores)
+        loss = episode.advance()
+    return episode.held_out_loss()
+
+
+def test_rows_are_those_of_peft_episodes() -> None:
+    rows = compare([RULES["heur3"], RULES["fracrule"]], TASKS, SCHEDULE, workers=1)
+    assert [(row.policy, row.task) for row in rows] == [(p, t.id) for p in ("heur3", "fracrule") for t in TASKS]
+    for row, task in zip(rows, (*TASKS, *TASKS), strict=True):
+        assert row.loss == pytest.approx(loss_with_peft(RULES[row.policy], task), abs=1e-4)
+        assert row.uniform_loss == pytest.approx(reference_of(task, SCHEDULE).uniform, abs=1e-4)
+        assert row.improvement == terminal_improvement(row.reference, row.loss)
+        assert (row.seed, row.kind, row.family, row.depth, row.failed) == (task.seed, "planted", "llama", 4, False)
+    assert rows[0].loss != rows[2].loss
+
+
+def test_repetitions_and_progress() -> None:
+    progress: list[tuple[int, int]] = []
+    rows = compare(
+        [RULES["fracrule"]], TASKS, SCHEDULE, workers=1, seeds=2, on_progress=lambda *done: progress.append(done)
+    )
+    assert [row.seed for row in rows] == [1, 1 + SEED_STEP, 2, 2 + SEED_STEP]
+    assert len({row.task for row in rows}) == 2, "repetitions share their task"
+    assert len({row.loss for row in rows}) == 4
+    assert rows[3].uniform_loss != 0.2, "a repetition's uniform run is its own"
+    origin, repeated = rows[2].reference, rows[3].reference
+    assert repeated.headroom / repeated.gain == pytest.approx(origin.headroom / origin.gain)
+    assert progress[-1] == (7, 7), "four runs, and three uniform ones"
+    alone = compare([RULES["fracrule"]], TASKS[:1], SCHEDULE, workers=1)
+    assert alone == rows[:1], "whatever runs beside it"
+
+
+def test_seeds_of_repetitions_are_nobody_elses() -> None:
+    seeds = [task.seed for suite in SUITES for split in SPLITS for task in load_suite(suite, split)]
+    repeated = [repetition(ProxyTask("shift", seed), number).seed for seed in seeds for number in range(6)]
+    assert len(set(repeated)) == 6 * len(seeds)
+    assert repetition(TASKS[1], 0) is TASKS[1]
+
+
+def test_rows_that_exist_are_not_run_again(tmp_path: Path, counted: list[int]) -> None:
+    file = tmp_path / "rows.jsonl"
+    competitors = [RULES["heur3"], RULES["uniform"], TASK_RULES["best-of-8"]]
+    whole = compare(competitors, TASKS, SCHEDULE, workers=1, file=file)
+    assert sorted(read_rows(file), key=lambda row: row.key) == sorted(whole, key=lambda row: row.key)
+    assert sum(counted) == 2 + 2 + 16
+    counted.clear()
+    progress: list[Any] = []
+    again = compare(competitors, TASKS, SCHEDULE, workers=1, file=file, on_progress=lambda *done: progress.append(done))
+    assert (again, counted, progress) == (whole, [], [])
+    lines = file.read_text().splitlines()
+    kept = [row for row in whole if row.policy != "uniform"]
+    write_rows(file, kept)
+    file.write_text(file.read_text() + lines[0][:30])  # killed while writing
+    assert compare(competitors, TASKS, SCHEDULE, workers=1, file=file) == whole
+    assert sum(counted) == 2
+    assert len(read_rows(file)) == len(whole)
+
+
+def test_two_processes_find_the_same_rows() -> None:
+    competitors = [RULES["heur3"], TASK_RULES["oracle"]]
+    assert compare(competitors, TASKS, SCHEDULE, workers=2) == compare(competitors, TASKS, SCHEDULE, workers=1)
+
+
+def test_hindsight_takes_the_best(counted: list[int]) -> None:
+    from rankpilot.agents.rules.random import RandomScores
+
+    draws = [RandomScores(f"draw {draw}", draw) for draw in range(8)]
+    *single, best = compare([*draws, TASK_RULES["best-of-8"]], TASKS[:1], SCHEDULE, workers=1)
+    assert best.loss == min(row.loss for row in single if row.loss is not None)
+    shift = ProxyTask("shift", 3, corpus="code", reference=Reference(2.0, 1.0), **SIZES)
+    assert compare([TASK_RULES["oracle"]], [shift], SCHEDULE, workers=1) == [], "nothing planted, no row"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reckless:
+    name: str = "reckless"
+
+    def decide(self, observation: Observation) -> Decision:
+        return SignalRule().decide(observation)
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_run(tmp_path: Path) -> None:
+    hot = dataclasses.replace(TASKS[1], seed=3, learning_rate=1e30)
+    good, bad = compare([Reckless()], [TASKS[1], hot], SCHEDULE, workers=1)
+    assert not good.failed
+    assert (bad.loss, bad.improvement, bad.failed) == (None, -3, True)
+    write_rows(tmp_path / "rows.jsonl", [bad])
+    assert read_rows(tmp_path / "rows.jsonl") == [bad]
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="different names"):
+        compare([RULES["heur3"], SignalRule(gain=1.0)], TASKS, SCHEDULE, workers=1)
+    for options in ({"workers": 0}, {"workers": 1, "seeds": 0}):
+        with pytest.raises(ConfigError, match="at least 1"):
+            compare([RULES["heur3"]], TASKS, SCHEDULE, **options)
+    (tmp_path / "rows.jsonl").write_text('{"policy": "heur3"}\n')
+    with pytest.raises(RunFolderError, match="no results of this version"):
+        compare([RULES["heur3"]], TASKS, SCHEDULE, workers=1, file=tmp_path / "rows.jsonl")
+
+
+# Standings -----------------------------------------------------------------------------------------------------------
+
+
+def made_up(policy: str, losses: dict[int, float], kind: Any = "planted") -> list[Row]:
+    tasks = {seed: ProxyTask(kind, seed, corpus="code", **SIZES) for seed in losses}
+    reference = Reference(2.0, 1.0, 0.5)
+    return [row_of(policy, task, task, reference, losses[seed]) for seed, task in tasks.items()]
+
+
+def test_standings() -> None:
+    rows = [
+        *made_up("a", {1: 0.5, 2: 0.75, 3: 1.25, 4: math.nan}),
+        *made_up("b", {1: 0.75, 2: 0.75, 3: 1.0, 4: 1.5, 5: 0.5}),
+        *made_up("a", {7: 1.0}, "shift"),
+    ]
+    everything, planted = groups_of(rows, "b")
+    assert (everything.name, everything.tasks) == ("all tasks", 6)
+    assert (planted.name, planted.tasks) == ("planted, bytes", 5), "one task of shift makes no interval"
+    first, second = planted.standings
+    assert (first.policy, second.policy) == ("b", "a")
+    assert first.against is first.difference is None
+    assert (second.runs, second.failed, second.loss) == (4, 1, pytest.approx(2.5 / 3))
+    assert second.improvement.value == pytest.approx((1 + 0.5 - 0.5 - 3) / 4)
+    assert (second.uniform.wins, second.uniform.ties, second.uniform.losses) == (2, 0, 2)
+    assert second.against is not None
+    assert second.difference is not None
+    assert (second.against.wins, second.against.ties, second.against.losses) == (1, 1, 2)
+    assert second.difference.value == pytest.approx(((1 - 0.5) + 0 + (-0.5 - 0) + (-3 + 1)) / 4)
+
+
+def test_two_bad_runs_are_told_apart_where_their_improvements_are_clipped() -> None:
+    rows = [*made_up("a", {1: 9.0, 2: 8.0}), *made_up("b", {1: 8.0, 2: 7.0})]
+    assert {row.improvement for row in rows} == {-3}
+    (group,) = groups_of(rows, "b")
+    against = {standing.policy: standing.against for standing in group.standings}["a"]
+    assert against is not None
+    assert (against.wins, against.ties, against.losses) == (0, 0, 2)
+
+
+def test_summary() -> None:
+    row = summarise(made_up("a", {1: 0.95, 2: 1.1, 3: 1.0, 4: 0.8}))["a"]
+    assert (row["tasks"], row["wins"], row["losses"]) == (4, 2, 1)
+    assert row["improvement"] == pytest.approx(0.075)
+    assert -0.2 <= row["low"] < 0.075 < row["high"] <= 0.4
+    assert summarise([]) == {}
+
+
+def test_rows_as_lines(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert read_rows(file) == []
+    rows = made_up("a", {1: 0.1, 2: math.nan})
+    append_rows(file, rows[:1])
+    append_rows(file, rows[1:])
+    assert read_rows(file) == rows

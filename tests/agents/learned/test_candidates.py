@@ -1,0 +1,212 @@
+"""Proposals: the rules and the actor are always among them, and the rest is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rankpilot.agents.learned.candidates import BASIS, FIXED, propose
+from rankpilot.agents.rules import find_rule
+from rankpilot.allocation.actions import SCORE_BOUND, base_floor, base_tilt
+from rankpilot.allocation.observation import MODULE_FEATURES, Observation
+from rankpilot.allocation.plan import project, uniform_ranks, uniform_window
+from rankpilot.allocation.policy import decision_from_scores
+from rankpilot.common.arrays import IntArray
+from rankpilot.memory.cost import ByteCost
+
+MakeObservation = Callable[..., Observation]
+Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
+UNIFORM, FRACRULE, HEUR3, FRACRULE_MLP, ACTOR = range(FIXED)
+STEERING = np.array([0.7, -0.4])
+
+
+def byte_cost(modules: int) -> ByteCost:
+    """Going deeper holds more for the backward pass."""
+    layers = -(-modules // 4)
+    needs = np.arange(layers)[:, None] >= np.arange(modules)[None] // 4
+    per_rank = np.random.default_rng(1).integers(50, 150, size=(1, modules)).astype(np.float64)
+    return ByteCost(("backward",), np.array([1000.0]), per_rank, np.full((1, layers), 700.0), needs)
+
+
+@pytest.fixture(params=["parameters", "bytes", "few bytes"])
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Budgets: what a problem of 16 modules is to have."""
+    if request.param == "parameters":
+        return {}
+    cost = byte_cost(16)
+    everything = float(cost.fixed(np.ones(16, dtype=np.bool_)).max())
+    whole = {"bytes": everything + 9.5 * cost.per_rank.sum(), "few bytes": everything + 600}
+    return {"cost": cost, "limit": float(whole[request.param])}
+
+
+def actor_scores(modules: int = 16, seed: int = 0) -> NDArray[np.float64]:
+    return np.random.default_rng([5, seed]).normal(0.3, 0.6, size=modules)
+
+
+def proposals(observation: Observation, draws: int = 0, seed: int = 0, **actor: Any) -> Arrays:
+    given = {"scores": actor_scores(len(observation.modules)), "steering": STEERING} | actor
+    return propose(observation, **given, draws=draws, generator=np.random.default_rng(seed))
+
+
+def ranks_of(observation: Observation, actions: Arrays, number: int) -> IntArray:
+    decision = decision_from_scores(observation, actions[0][number], actions[1][number])
+    return project(observation.problem, decision.deltas, decision.scores).ranks
+
+
+# The fixed ones -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("max_step", [None, 2], ids=["first", "later"])
+@pytest.mark.parametrize(("number", "rule"), [(FRACRULE, "fracrule"), (HEUR3, "heur3"), (FRACRULE_MLP, "fracrule-mlp")])
+def test_rules_are_among_them(
+    make_observation: MakeObservation,
+    options: dict[str, Any],
+    number: int,
+    rule: str,
+    seed: int,
+    max_step: int | None,
+) -> None:
+    observation = make_observation(16, seed, max_step=max_step, **options)
+    expected = find_rule(rule).decide(observation)
+    scores, steering = proposals(observation)
+    found = decision_from_scores(observation, scores[number], steering[number])
+    np.testing.assert_array_equal(found.deltas, expected.deltas)
+    assert (found.floor, found.tilt) == (expected.floor, expected.tilt)
+    plan = project(observation.problem, expected.deltas, expected.scores)
+    np.testing.assert_array_equal(ranks_of(observation, (scores, steering), number), plan.ranks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("max_step", [None, 2], ids=["first", "later"])
+def test_the_actor_is_among_them(
+    make_observation: MakeObservation, options: dict[str, Any], seed: int, max_step: int | None
+) -> None:
+    observation, scores = make_observation(16, seed, max_step=max_step, **options), actor_scores(16, seed)
+    expected = decision_from_scores(observation, scores, STEERING)
+    actions = proposals(observation, scores=scores)
+    found = decision_from_scores(observation, actions[0][ACTOR], actions[1][ACTOR])
+    np.testing.assert_array_equal(found.deltas, expected.deltas)
+    assert (found.floor, found.tilt) == (expected.floor, expected.tilt)
+
+
+def test_the_fixed_ones_are_different_plans(make_observation: MakeObservation, options: dict[str, Any]) -> None:
+    observation = make_observation(16, **options)
+    actions = proposals(observation)
+    plans = {tuple(ranks_of(observation, actions, number).tolist()) for number in range(FIXED)}
+    by_parameters = not options  # there fracrule is uniform
+    assert len(plans) == FIXED - by_parameters
+
+
+def test_the_first_is_uniform_rank_up_to_what_that_leaves(
+    make_observation: MakeObservation, options: dict[str, Any]
+) -> None:
+    """At least uniform's rank, rounded down to the ladder; what is left may go a little deeper."""
+    observation = make_observation(16, **options)
+    problem = observation.problem
+    ranks, uniform = ranks_of(observation, proposals(observation), UNIFORM), uniform_ranks(problem)
+    below = problem.ladder.array[problem.ladder.rung(uniform)]
+    assert uniform.any()
+    assert (ranks >= below).all()
+    deeper = np.flatnonzero((ranks > 0) & (uniform == 0)) // 4
+    assert len(set(deeper.tolist())) <= 1, "one more layer in part at most"
+    assert problem.fits(ranks)
+
+
+def test_the_first_is_uniform_where_not_even_the_top_layer_fits(make_observation: MakeObservation) -> None:
+    cost = byte_cost(16)
+    two = np.arange(16) >= 14
+    observation = make_observation(16, cost=cost, limit=float(cost.fixed(two).max() + cost.per_rank[:, two].sum() + 60))
+    problem = observation.problem
+    assert uniform_window(problem) is None
+    uniform = uniform_ranks(problem)
+    assert 0 < (uniform > 0).sum() < 4
+    np.testing.assert_array_equal(ranks_of(observation, proposals(observation), UNIFORM), uniform)
+
+
+def test_fixed_ones_do_not_depend_on_what_is_drawn(make_observation: MakeObservation, options: dict[str, Any]) -> None:
+    observation = make_observation(16, **options)
+    alone, more = proposals(observation), proposals(observation, draws=9, seed=3)
+    for a, b in zip(alone, more, strict=True):
+        np.testing.assert_array_equal(b[:FIXED], a)
+
+
+# The drawn ones -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", [0, 1, 48])
+def test_so_many_are_drawn(make_observation: MakeObservation, options: dict[str, Any], draws: int) -> None:
+    scores, steering = proposals(make_observation(16, **options), draws=draws)
+    assert scores.shape == (FIXED + draws, 16)
+    assert steering.shape == (FIXED + draws, 2)
+    assert scores.dtype == steering.dtype == np.float64
+
+
+@pytest.mark.parametrize("modules", [1, 16, 300])
+def test_all_are_within_the_bounds_of_actions(make_observation: MakeObservation, modules: int) -> None:
+    observation = make_observation(modules)
+    wild = np.where(np.arange(modules) % 3 == 0, SCORE_BOUND, -SCORE_BOUND)
+    scores, steering = proposals(observation, 200, scores=wild, steering=np.array([-SCORE_BOUND, SCORE_BOUND]))
+    assert np.abs(scores).max() <= SCORE_BOUND
+    assert np.abs(steering).max() <= SCORE_BOUND
+    for number in range(0, FIXED + 200, 20):
+        assert observation.problem.fits(ranks_of(observation, (scores, steering), number))
+
+
+def test_corrections_are_within_the_bounds_whatever_the_unit(
+    make_observation: MakeObservation, options: dict[str, Any]
+) -> None:
+    observation = make_observation(16, **options)
+    scores, steering = proposals(observation, 500)
+    assert np.abs(scores).max() <= SCORE_BOUND
+    assert np.abs(steering).max() <= SCORE_BOUND
+    floors, tilts = (
+        base_floor(observation.problem) * 2.0 ** steering[FIXED:, 0],
+        base_tilt(observation.problem) + steering[FIXED:, 1],
+    )
+    assert floors.min() < 1.1, "from a floor that lets all in"
+    assert floors.max() > 6, "to one that lets few in"
+    assert tilts.min() < 0.2, "with tilts that hardly favour upper layers, or not"
+    assert tilts.max() > 1, "and others that do"
+
+
+def test_the_same_seed_draws_the_same(make_observation: MakeObservation, options: dict[str, Any]) -> None:
+    observation = make_observation(16, **options)
+    first, again, other = (proposals(observation, 20, seed) for seed in (3, 3, 4))
+    for a, b, c in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a[FIXED:] != c[FIXED:]).any(axis=1).sum() > 15
+
+
+def test_what_is_drawn_does_not_depend_on_the_state(make_observation: MakeObservation) -> None:
+    """Weights and corrections are the same at every decision; only what they weigh differs."""
+    steering = [proposals(make_observation(modules, seed), 20)[1] for modules, seed in ((16, 0), (16, 1), (5, 2))]
+    np.testing.assert_array_equal(steering[0], steering[1])
+    np.testing.assert_array_equal(steering[0], steering[2])
+
+
+def test_plans_differ_in_depth_and_in_order(make_observation: MakeObservation, options: dict[str, Any]) -> None:
+    observation = make_observation(16, **options)
+    actions = proposals(observation, 48)
+    ranks = np.stack([ranks_of(observation, actions, number) for number in range(FIXED, FIXED + 48)])
+    assert len(np.unique(ranks, axis=0)) > 20
+    assert len(np.unique((ranks > 0).sum(axis=1))) >= 3
+    assert len(np.unique(ranks.argmax(axis=1))) >= 4
+
+
+def test_scores_are_sums_of_what_can_be_read_off(make_observation: MakeObservation) -> None:
+    observation, own = make_observation(16), 0.1 * actor_scores(16)
+    scores, _ = proposals(observation, 48, scores=own)
+    columns = [MODULE_FEATURES.index(name) for name in ("price", "height")]
+    signals = observation.modules[:, :3].astype(np.float64).mean(axis=1)
+    basis = np.stack([signals, *observation.modules[:, columns].T.astype(np.float64), own], axis=1)
+    basis -= basis.mean(axis=0)
+    free = np.abs(scores).max(axis=1) < SCORE_BOUND
+    assert free.sum() > 40
+    weights, *_ = np.linalg.lstsq(basis, scores[free].T, rcond=None)
+    np.testing.assert_allclose(basis @ weights, scores[free].T, atol=1e-5)
+    assert np.linalg.matrix_rank(weights, tol=1e-3) == len(BASIS), "each part plays a role"
+    np.testing.assert_allclose(scores[free].mean(axis=1), 0, atol=1e-6)

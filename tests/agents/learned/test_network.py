@@ -1,0 +1,390 @@
+"""The network, correlated exploration, the policy of SB3, and the group advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from rankpilot.agents.learned.gaussian import CorrelatedGaussian
+from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, NetworkConfig, RankNetwork
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.rules import RULES, find_rule
+from rankpilot.agents.rules.by_signal import SignalRule, signal_score
+from rankpilot.agents.rules.top_down import FracRule
+from rankpilot.agents.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
+from rankpilot.allocation.actions import SCORE_BOUND, STEERING
+from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.env.spaces import observation_space, score_space
+from rankpilot.errors import UnknownNameError
+from torch.distributions import MultivariateNormal
+
+MakeObservation = Callable[..., Observation]
+Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+PROGRESS = RUN_FEATURES.index("progress")
+CONFIGS = [NetworkConfig(), NetworkConfig(attention_heads=4)]
+SHAPES = pytest.mark.parametrize("config", CONFIGS, ids=["pooled", "attention"])
+
+
+def stirred(config: NetworkConfig | None = None, seed: int = 0) -> RankNetwork:
+    """A network whose heads do something."""
+    torch.manual_seed(seed)
+    network = RankNetwork(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return network
+
+
+def arrays(modules: int, batch: int = 3, seed: int = 0) -> Arrays:
+    generator = torch.Generator().manual_seed(seed)
+    run = torch.randn(batch, len(RUN_FEATURES), generator=generator)
+    run[:, PROGRESS] = torch.tensor([0.0, 0.18, 0.5])[torch.arange(batch) % 3]
+    return torch.randn(batch, modules, len(MODULE_FEATURES), generator=generator), run, torch.ones(batch, modules)
+
+
+def padded(modules: torch.Tensor, run: torch.Tensor, mask: torch.Tensor, filling: float = 2.9, by: int = 5) -> Arrays:
+    """The same with modules that do not exist, full of anything."""
+    batch = len(mask)
+    garbage = torch.full((batch, by, len(MODULE_FEATURES)), filling)
+    return torch.cat([modules, garbage], dim=1), run, torch.cat([mask, torch.zeros(batch, by)], dim=1)
+
+
+def covariance(action: Action) -> torch.Tensor:
+    """Of the noise, (batch, action size, action size)."""
+    return torch.diag_embed(action.std.square()) + action.factors @ action.factors.mT
+
+
+def part(action: Action, keep: list[int]) -> Action:
+    """The action of some modules and the steering numbers."""
+    return Action(action.mean[:, keep], action.std[:, keep], action.factors[:, keep], action.values)
+
+
+# The network ------------------------------------------------------------------------------------------------------
+
+
+@SHAPES
+def test_scores_follow_their_modules(config: NetworkConfig) -> None:
+    network = stirred(config)
+    modules, run, mask = arrays(9)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    places = [*order.tolist(), 9, 10]
+    action = network(modules, run, mask)
+    moved = network(modules[:, order], run, mask)
+    torch.testing.assert_close(moved.mean, action.mean[:, places])
+    torch.testing.assert_close(moved.std, action.std[:, places])
+    torch.testing.assert_close(moved.factors, action.factors[:, places])
+    torch.testing.assert_close(moved.values, action.values)
+    assert action.mean[:, :9].std() > 0.05, "the modules are told apart"
+
+
+@SHAPES
+def test_modules_that_do_not_exist_change_nothing(config: NetworkConfig) -> None:
+    network = stirred(config)
+    given = arrays(6)
+    action = network(*given)
+    more = network(*padded(*given))
+    keep = [*range(6), 11, 12]
+    for found, expected in zip(vars(part(more, keep)).values(), vars(action).values(), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert not more.mean[:, 6:11].any()
+    assert not more.factors[:, 6:11].any()
+
+
+def test_attention_looks_at_other_modules() -> None:
+    """Without it a module knows of others by mean and maximum alone; with it the features of another one count."""
+    modules, run, mask = arrays(6)
+    changed = modules.clone()
+    changed[:, 5] += 1
+    for config in CONFIGS:
+        network = stirred(config)
+        tokens: list[torch.Tensor] = []
+        network.estimate_head.register_forward_hook(lambda _, given, __, tokens=tokens: tokens.append(given[0]))
+        network(modules, run, mask)
+        network(changed, run, mask)
+        own = [found[:, :5, : config.width] for found in tokens]
+        assert torch.equal(*own) == (config.attention_heads == 0)
+
+
+@SHAPES
+@pytest.mark.parametrize("seed", range(4))
+def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, seed: int, config: NetworkConfig) -> None:
+    torch.manual_seed(seed)
+    observation = make_observation(28, seed)
+    centred = observation.modules - observation.modules.mean(axis=0)  # as signals are in any real observation
+    observation = replace(observation, modules=centred)
+    learned = LearnedPolicy("p", RankNetwork(config)).decide(observation)
+    rule = find_rule("heur3").decide(observation)
+    np.testing.assert_allclose(learned.scores, rule.scores, atol=1e-6)
+    np.testing.assert_array_equal(learned.deltas, rule.deltas)
+    assert (learned.floor, learned.tilt) == (rule.floor, rule.tilt)
+    other = SignalRule(gain=-0.5).decide(observation)
+    assert not np.array_equal(other.deltas, rule.deltas)
+
+
+@SHAPES
+def test_it_is_small(config: NetworkConfig) -> None:
+    assert sum(parameter.numel() for parameter in RankNetwork(config).parameters()) < 100_000
+
+
+@SHAPES
+def test_weights_fit_any_number_of_modules(config: NetworkConfig) -> None:
+    small, large = stirred(config), RankNetwork(config)
+    assert small(*arrays(28)).mean.shape == (3, 30)
+    large.load_state_dict(small.state_dict())
+    action = large(*arrays(56))
+    assert action.mean.shape == (3, 58)
+    gaussian = CorrelatedGaussian(action, torch.ones(3, 56))
+    assert torch.isfinite(gaussian.log_prob(gaussian.sample())).all()
+
+
+@pytest.mark.parametrize("modules", [1, 2, 37, 300])
+def test_any_number_of_modules(make_observation: MakeObservation, modules: int) -> None:
+    observation = make_observation(modules)
+    decision = LearnedPolicy("p", stirred()).decide(observation)
+    assert decision.deltas.shape == decision.scores.shape == (modules,)
+    assert np.isfinite(decision.scores).all()
+    assert np.abs(decision.scores).max() <= SCORE_BOUND
+
+
+@SHAPES
+def test_what_critics_learn_stays_with_them(config: NetworkConfig) -> None:
+    network = stirred(config)
+    network(*arrays(6)).values.square().sum().backward()
+    for name, parameter in network.named_parameters():
+        if name.startswith("critics."):
+            assert parameter.grad is not None
+            assert parameter.grad.any()
+        else:
+            assert parameter.grad is None, name
+
+
+@SHAPES
+def test_a_frozen_estimate_stays_as_it_is(config: NetworkConfig) -> None:
+    """Whatever else is trained; and everything else can be."""
+    network = stirred(config)
+    seen: list[torch.Tensor] = []
+    network.estimate_head.register_forward_hook(lambda _, __, found: seen.append(found))
+    given = arrays(6)
+    network.freeze_estimate()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    for _ in range(2):
+        action = network(*given)
+        gaussian = CorrelatedGaussian(action, given[2])
+        (gaussian.log_prob(torch.zeros(3, 8)).sum() + action.values.sum()).backward()
+        optimizer.step()
+    assert torch.equal(*seen)
+    frozen = ("module_encoder.", "attention.", "context_encoder.", "estimate_head.")
+    for name, parameter in network.named_parameters():
+        assert (parameter.grad is None) == name.startswith(frozen), name
+
+
+def test_exploration_is_smaller_at_later_decisions() -> None:
+    modules, run, mask = arrays(4)
+    action = RankNetwork()(modules, run, mask)
+    config = NetworkConfig()
+    expected = torch.tensor([*[config.score_std] * 4, config.floor_std, config.tilt_std])
+    torch.testing.assert_close(action.std[0], expected)
+    torch.testing.assert_close(action.std[1], LATER_NOISE * expected)
+    run[:, PROGRESS] = 0
+    first = RankNetwork()(modules, run, mask).factors
+    torch.testing.assert_close(action.factors[1:], LATER_NOISE * first[1:])
+    torch.testing.assert_close(action.factors[0], first[0])
+    column = DIRECTIONS.index("height")
+    height = modules[..., MODULE_FEATURES.index("height")]
+    centred = height - height.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(first[:, :4, column], config.shared_std * centred)
+    assert not first[:, 4:].any(), "steering has noise of its own alone"
+
+
+# Its distribution ---------------------------------------------------------------------------------------------------
+
+
+def doubles(modules: int) -> tuple[RankNetwork, Arrays]:
+    modules_, run, mask = arrays(modules)
+    return stirred().double(), (modules_.double(), run.double(), mask.double())
+
+
+def test_density_and_entropy_are_those_of_a_normal_distribution() -> None:
+    network, given = doubles(7)
+    action = network(*given)
+    gaussian = CorrelatedGaussian(action, given[2])
+    normal = MultivariateNormal(action.mean, covariance(action))
+    generator = torch.Generator().manual_seed(3)
+    points = action.mean + torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(gaussian.log_prob(points), normal.log_prob(points))
+    torch.testing.assert_close(gaussian.entropy(), normal.entropy())
+    parameters = [parameter for name, parameter in network.named_parameters() if "critics" not in name]
+    for ours, theirs in (
+        (gaussian.log_prob(points), normal.log_prob(points)),
+        (gaussian.entropy(), normal.entropy()),
+    ):
+        found, expected = (
+            torch.autograd.grad(value.sum(), parameters, retain_graph=True, allow_unused=True)
+            for value in (ours, theirs)
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other)
+    off_diagonal = covariance(action)[:, :7, :7] - torch.diag_embed(action.std[:, :7].square())
+    assert off_diagonal.abs().max() > 1e-3, "scores move together"
+
+
+def test_padding_counts_for_nothing() -> None:
+    network, (modules, run, mask) = doubles(6)
+    given = padded(modules, run, mask)
+    action = network(*(tensor.double() for tensor in given))
+    gaussian = CorrelatedGaussian(action, given[2].double())
+    keep = [*range(6), 11, 12]
+    real = part(action, keep)
+    normal = MultivariateNormal(real.mean, covariance(real))
+    points = torch.randn(3, 13, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(gaussian.log_prob(points), normal.log_prob(points[:, keep]))
+    torch.testing.assert_close(gaussian.entropy(), normal.entropy())
+    assert not gaussian.sample()[:, 6:11].any()
+
+    elsewhere = points.clone()
+    elsewhere[:, 6:11] = 3.3
+    assert torch.equal(gaussian.log_prob(elsewhere), gaussian.log_prob(points)), "not by a bit"
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (action.mean, action.std, action.factors)]
+    points.requires_grad_()
+    own = CorrelatedGaussian(Action(*leaves, values=action.values), given[2].double())
+    for value in (own.log_prob(points), own.entropy()):
+        gradients = torch.autograd.grad(value.sum(), [*leaves, points], retain_graph=True, allow_unused=True)
+        for gradient in gradients:
+            assert gradient is None or not gradient[:, 6:11].any()
+
+
+def test_gradients_do_not_depend_on_what_is_in_the_padding() -> None:
+    """Not by a bit, even if it is absurd."""
+    points = torch.randn(3, 13, generator=torch.Generator().manual_seed(2))
+    found = []
+    for filling in (0.0, 2.9):
+        network = stirred()
+        given = padded(*arrays(6), filling=filling)
+        gaussian = CorrelatedGaussian(network(*given), given[2])
+        (gaussian.log_prob(points).sum() + gaussian.entropy().sum()).backward()
+        found.append([p.grad for name, p in network.named_parameters() if "critics" not in name])
+    for one, other in zip(*found, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+def test_samples_have_the_mean_and_covariance_of_the_density() -> None:
+    network, (modules, run, mask) = doubles(4)
+    count = 100_000
+    one = [tensor[:1].expand(count, *tensor.shape[1:]) for tensor in padded(modules, run, mask, by=2)]
+    with torch.no_grad():
+        action = network(*(tensor.double() for tensor in one))
+        samples = CorrelatedGaussian(action, one[2].double()).sample()
+    keep = [0, 1, 2, 3, 6, 7]
+    expected = covariance(part(action, keep))[0]
+    scale = expected.diagonal().sqrt()
+    error = (samples[:, keep].T.cov() - expected) / (scale[:, None] * scale)
+    assert error.abs().max() < 0.02
+    assert ((samples[:, keep].mean(dim=0) - action.mean[0, keep]) / scale).abs().max() < 0.02
+    assert not samples[:, 4:6].any()
+
+
+def test_log_prob_of_a_decision_is_the_density_at_its_mean(make_observation: MakeObservation) -> None:
+    observation = make_observation(5)
+    network = RankNetwork(NetworkConfig(score_std=0.2, floor_std=0.9, tilt_std=0.4))
+    decision = LearnedPolicy("p", network).decide(observation)
+    with torch.no_grad():
+        action = network(
+            torch.from_numpy(observation.modules)[None], torch.from_numpy(observation.run)[None], torch.ones(1, 5)
+        )
+    normal = MultivariateNormal(action.mean.double(), covariance(action).double())
+    assert decision.log_prob == pytest.approx(float(normal.log_prob(action.mean.double())), abs=1e-4)
+    assert FracRule().decide(make_observation(5)).log_prob == 0
+
+
+@pytest.mark.parametrize("each", [[0.3, 0.5], [0.1, 0.1], [-0.5, 0.3]])
+def test_critics_tell_what_to_expect(make_observation: MakeObservation, each: list[float]) -> None:
+    network, observation = stirred(NetworkConfig(critics=2)), make_observation(6)
+    with torch.no_grad():
+        for critic, value in zip(network.critics, each, strict=True):
+            critic[-1].weight.zero_()  # type: ignore[index]
+            critic[-1].bias.fill_(value)  # type: ignore[index]
+    decision, rule = LearnedPolicy("p", network).decide(observation), find_rule("heur3").decide(observation)
+    assert (decision.expected, decision.uncertainty) == pytest.approx((np.mean(each), np.std(each)), abs=1e-6)
+    assert rule.expected == rule.uncertainty == 0
+
+
+def test_rules(make_observation: MakeObservation) -> None:
+    observation = make_observation(8)
+    modules = observation.modules.copy()
+    modules[:, :3] = np.linspace(-2, 2, 8)[:, None]
+    observation = replace(observation, modules=modules)
+    np.testing.assert_allclose(signal_score(observation), np.linspace(-2, 2, 8), atol=1e-6)
+    rungs = observation.problem.rungs + SignalRule().decide(observation).deltas
+    assert (np.diff(rungs) >= -1).all(), "more signal, more rank, but for a last rung that fits a cheaper module alone"
+    assert rungs[0] + 2 <= rungs[-1]
+    assert all(RULES[name].name == name for name in RULES)
+    with pytest.raises(UnknownNameError, match="Did you mean: 'heur3'"):
+        find_rule("heur4")
+
+
+# PPO's side -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_of_sb3_agrees_with_the_network() -> None:
+    policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
+    assert score_space(4).shape == (4 + len(STEERING),)
+    policy.network.load_state_dict(stirred().state_dict())
+    modules, run, mask = arrays(4)
+    mask[:, 3] = 0
+    observation: Any = {"module_features": modules.flatten(1), "run_features": run, "mask": mask}
+    action = policy.network(modules, run, mask)
+    gaussian = CorrelatedGaussian(action, mask)
+    actions, values, log_prob = policy(observation, deterministic=True)
+    torch.testing.assert_close(actions, action.mean)
+    torch.testing.assert_close(values, action.values.mean(dim=1, keepdim=True))
+    torch.testing.assert_close(policy.predict_values(observation), values)
+    torch.testing.assert_close(log_prob, gaussian.log_prob(action.mean))
+    sampled, _, sampled_log_prob = policy(observation)
+    assert not torch.equal(sampled, action.mean)
+    _, evaluated, entropy = policy.evaluate_actions(observation, sampled)
+    torch.testing.assert_close(evaluated, sampled_log_prob)
+    torch.testing.assert_close(evaluated, gaussian.log_prob(sampled))
+    assert entropy is not None
+    torch.testing.assert_close(entropy, gaussian.entropy())
+    assert {id(p) for p in policy.network.parameters()} == {
+        id(p) for group in policy.optimizer.param_groups for p in group["params"]
+    }
+
+
+def test_each_critic_learns_from_runs_of_its_own() -> None:
+    policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
+    policy.network.load_state_dict(stirred().state_dict())
+    modules, run, mask = (tensor[:1].expand(400, *tensor.shape[1:]) for tensor in arrays(4))
+    observation: Any = {"module_features": modules.flatten(1), "run_features": run, "mask": mask}
+    each = policy.network(modules[:1], run[:1], mask[:1]).values[0]
+    values, _, _ = policy.evaluate_actions(observation, torch.zeros(400, 6))
+    chosen = (values - each).abs().argmin(dim=1)
+    torch.testing.assert_close(values[:, 0], each[chosen])
+    assert (chosen.bincount(minlength=4) > 60).all()
+
+
+def test_advantages_are_relative_to_the_group() -> None:
+    """Two groups of two neighbours, episodes of three decisions; neither critic nor other group may matter.
+
+    Returns of a group are made comparable with those of others by their standard deviation and a little more.
+    """
+    rewards = np.array([[0, 0, 1.0], [0, 0, -5.0], [0, 0, 3.0], [0, 0.5, 0]], dtype=np.float32).T
+    space = spaces.Dict({"mask": spaces.MultiBinary(1)})
+    buffer = GroupRolloutBuffer(3, space, spaces.Box(-1, 1, (1,)), gamma=1.0, gae_lambda=1.0, n_envs=4, group=2)
+    for step, reward in enumerate(rewards):
+        starts = np.full(4, float(step == 0), dtype=np.float32)
+        buffer.add({"mask": np.ones((4, 1))}, np.zeros((4, 1)), reward, starts, torch.randn(4), torch.zeros(4))
+    buffer.compute_returns_and_advantage(torch.randn(4), np.ones(4, dtype=bool))
+    returns = [[1, 1, 1], [-5, -5, -5], [3, 3, 3], [0.5, 0.5, 0]]
+    np.testing.assert_allclose(buffer.returns.T, returns, atol=1e-5)
+    distance = np.array([[3, 3, 3], [-3, -3, -3], [1.25, 1.25, 1.5], [-1.25, -1.25, -1.5]])
+    np.testing.assert_allclose(buffer.advantages.T, distance / (np.abs(distance) + LEAST_SPREAD), atol=1e-5)

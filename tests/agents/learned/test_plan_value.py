@@ -1,0 +1,340 @@
+"""Plan critics: what they may look at, and that they learn which of many plans is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from rankpilot.agents.learned.plan_value import CriticConfig, PlanCritics, Plans
+from rankpilot.agents.training.fit_plan_value import FitConfig, Lessons, fit_critics
+from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = CriticConfig(count=2, width=24)
+TINY = CriticConfig(count=2, width=6)
+RANKS = torch.tensor([0, 1, 2, 4, 8, 16, 32])
+BUDGET = RUN_FEATURES.index("budget")
+Truth = Callable[[Plans], torch.Tensor]
+
+
+def some_plans(states: int = 5, plans: int = 3, modules: int = 7, seed: int = 0) -> Plans:
+    """States at random, and for each some plans that differ in depth and in where the ranks are."""
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.randint(1, 7, (states, plans, 1), generator=generator)
+    rungs = level + torch.randint(-2, 3, (states, plans, modules), generator=generator)
+    return Plans(
+        torch.randn(states, modules, len(MODULE_FEATURES), generator=generator).clamp(-3, 3),
+        torch.randn(states, modules, generator=generator),
+        torch.rand(states, len(RUN_FEATURES), generator=generator),
+        torch.ones(states, modules),
+        RANKS[rungs.clamp(0, 6)],
+    )
+
+
+def padded(plans: Plans, filling: float = 2.9, by: int = 4) -> Plans:
+    """The same with modules that do not exist, full of anything."""
+    states = len(plans.mask)
+    count = plans.ranks.shape[1]
+    return Plans(
+        torch.cat([plans.modules, torch.full((states, by, len(MODULE_FEATURES)), filling)], dim=1),
+        torch.cat([plans.scores, torch.full((states, by), filling)], dim=1),
+        plans.run,
+        torch.cat([plans.mask, torch.zeros(states, by)], dim=1),
+        torch.cat([plans.ranks, torch.full((states, count, by), round(8 * abs(filling)))], dim=2),
+    )
+
+
+def stirred(config: CriticConfig | None = None) -> PlanCritics:
+    """Critics whose words differ, without dropout."""
+    torch.manual_seed(1)
+    critics = PlanCritics(config or CriticConfig(count=3, width=16))
+    with torch.no_grad():
+        for parameter in critics.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return critics.eval()
+
+
+@torch.no_grad()
+def said_by(critics: PlanCritics, plans: Plans) -> torch.Tensor:
+    found: torch.Tensor = critics(plans)
+    return found
+
+
+# What they look at ----------------------------------------------------------------------------------------------------
+
+
+def test_each_critic_has_a_word_on_each_plan() -> None:
+    said = said_by(stirred(), some_plans(5, 3))
+    assert said.shape == (3, 5, 3)
+    assert said.std(dim=0).min() > 1e-3, "critics differ"
+    assert said.std(dim=2).min() > 1e-3, "plans are told apart"
+
+
+@pytest.mark.parametrize("filling", [0.0, 2.9, -1e6])
+def test_modules_that_do_not_exist_change_nothing(filling: float) -> None:
+    critics, plans = stirred(), some_plans()
+    torch.testing.assert_close(said_by(critics, padded(plans, filling)), said_by(critics, plans))
+
+
+def test_the_order_of_modules_does_not_matter() -> None:
+    critics, plans = stirred(), some_plans()
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    moved = replace(
+        plans,
+        modules=plans.modules[:, order],
+        scores=plans.scores[:, order],
+        mask=plans.mask[:, order],
+        ranks=plans.ranks[:, :, order],
+    )
+    torch.testing.assert_close(said_by(critics, moved), said_by(critics, plans))
+    ranks_alone = replace(plans, ranks=plans.ranks[:, :, order])
+    assert (said_by(critics, ranks_alone) - said_by(critics, plans)).abs().max() > 1e-3, "but where ranks are does"
+
+
+def test_plans_of_one_state_say_what_each_says_alone() -> None:
+    critics, plans = stirred(), some_plans()
+    together = said_by(critics, plans)
+    for state in range(5):
+        for plan in range(3):
+            own = plans[torch.tensor([state])]
+            alone = replace(own, ranks=own.ranks[:, plan : plan + 1])
+            torch.testing.assert_close(said_by(critics, alone)[:, 0, 0], together[:, state, plan])
+
+
+@pytest.mark.parametrize("part", ["modules", "scores", "run"])
+def test_everything_of_a_state_is_read(part: str) -> None:
+    critics, plans = stirred(), some_plans()
+    values = getattr(plans, part)
+    for column in range(values.shape[-1]):
+        other = values.clone()
+        other[..., column] += 0.5
+        moved = replace(plans, **{part: other})
+        assert (said_by(critics, moved) - said_by(critics, plans)).abs().max() > 1e-4, column
+
+
+@pytest.mark.parametrize("modules", [1, 2, 300])
+def test_any_number_of_modules_and_any_ranks(modules: int) -> None:
+    plans = some_plans(2, 3, modules)
+    plans.ranks[:, 0] = 0
+    plans.ranks[:, 1] = 64
+    said = said_by(stirred(), plans)
+    assert torch.isfinite(said).all()
+    assert (said[:, :, 0] != said[:, :, 1]).all()
+
+
+def test_states_are_taken_by_number() -> None:
+    plans = some_plans()
+    some = plans[torch.tensor([3, 0])]
+    for name in ("modules", "scores", "run", "mask", "ranks"):
+        assert torch.equal(getattr(some, name), getattr(plans, name)[[3, 0]])
+
+
+@pytest.mark.parametrize(
+    "options", [{"count": 0}, {"width": 0}, {"dropout": -0.1}, {"dropout": 1.0}, {"dropout": float("nan")}]
+)
+def test_bad_settings(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="at least 1 and dropout is from 0 to below 1"):
+        CriticConfig(**options)
+
+
+# What they learn ------------------------------------------------------------------------------------------------------
+
+
+def lessons_on(truth: Truth, groups: int, runs: int, modules: int = 6, seed: int = 0) -> Lessons:
+    """Groups of runs from one state each, with one plan a run; a task has two groups."""
+    plans = some_plans(groups, runs, modules, seed)
+    rows = plans[torch.arange(groups).repeat_interleave(runs)]
+    rows = replace(rows, ranks=plans.ranks.reshape(groups * runs, 1, modules))
+    numbers = torch.arange(groups).repeat_interleave(runs)
+    return Lessons(rows, truth(rows), numbers, numbers // 2)
+
+
+def logs(plans: Plans) -> torch.Tensor:
+    return torch.log2(1 + plans.ranks[:, 0].float())
+
+
+def right_depth(plans: Plans) -> torch.Tensor:
+    """A run feature tells how much rank is best; how much depends on the task."""
+    return -0.3 * (logs(plans).mean(dim=1) - (1 + 3 * plans.run[:, BUDGET])).abs()
+
+
+def right_module(plans: Plans) -> torch.Tensor:
+    """Rank counts on one module alone, the one with the largest first feature."""
+    best = plans.modules[:, :, 0].argmax(dim=1, keepdim=True)
+    return 0.1 * (logs(plans).gather(1, best).squeeze(1) - logs(plans).mean(dim=1))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    truth: Truth
+    critics: PlanCritics
+    facts: dict[str, float]
+
+
+@pytest.fixture(scope="module", params=[right_depth, right_module], ids=lambda truth: truth.__name__)
+def fitted(request: pytest.FixtureRequest) -> Fitted:
+    """Critics that were taught one of two truths."""
+    critics = PlanCritics(SMALL)
+    facts = fit_critics(critics, lessons_on(request.param, groups=400, runs=10), seed=0)
+    return Fitted(request.param, critics, facts)
+
+
+def share_of_headroom(critics: PlanCritics, lessons: Lessons, runs: int) -> float:
+    """What the plans that critics choose gain over the mean of all plans; 1 for the best, 0 for chance."""
+    said = said_by(critics, lessons.plans).mean(dim=0).reshape(-1, runs)
+    gains = lessons.gains.reshape(-1, runs)
+    chosen = gains.gather(1, said.argmax(dim=1, keepdim=True)).squeeze(1)
+    mean, best = gains.mean(dim=1), gains.amax(dim=1)
+    return float((chosen - mean).sum() / (best - mean).sum())
+
+
+def test_on_fresh_groups_they_choose_well(fitted: Fitted) -> None:
+    fresh = lessons_on(fitted.truth, groups=60, runs=20, seed=7)
+    assert share_of_headroom(fitted.critics, fresh, 20) > 0.7
+    said = said_by(fitted.critics, fresh.plans).mean(dim=0).reshape(60, 20)
+    gains = fresh.gains.reshape(60, 20)
+    better = (gains > gains.gather(1, said.argmax(dim=1, keepdim=True))).float().mean(dim=1)
+    assert better.mean() < 0.15, "by chance it were a half"
+    assert better.median() < 0.15
+
+
+def test_they_look_at_what_tells(fitted: Fitted) -> None:
+    """With what tells taken from other states, the same plans are chosen worse."""
+    fresh = lessons_on(fitted.truth, groups=60, runs=20, seed=7)
+    foreign = fresh.plans[torch.arange(1200).roll(200)]
+    lost = replace(fresh.plans, modules=foreign.modules, run=foreign.run)
+    blind = share_of_headroom(fitted.critics, replace(fresh, plans=lost), 20)
+    assert blind < share_of_headroom(fitted.critics, fresh, 20) - 0.3
+
+
+def test_they_are_ready_to_judge(fitted: Fitted) -> None:
+    """Nothing is left out at random any more."""
+    plans = some_plans()
+    assert torch.equal(said_by(fitted.critics, plans), said_by(fitted.critics, plans))
+
+
+def test_much_is_explained_of_tasks_that_they_have_not_seen(fitted: Fitted) -> None:
+    assert 0.7 < fitted.facts["explained"] <= 1
+
+
+def test_noise_is_not_explained() -> None:
+    def noise(plans: Plans) -> torch.Tensor:
+        return 0.1 * torch.randn(len(plans.run), generator=torch.Generator().manual_seed(3))
+
+    facts = fit_critics(PlanCritics(SMALL), lessons_on(noise, groups=40, runs=8), seed=0)
+    assert facts["explained"] < 0.1
+
+
+def test_what_all_have_seen_tells_nothing_of_other_tasks() -> None:
+    lessons = lessons_on(right_depth, groups=2, runs=4)
+    assert fit_critics(PlanCritics(TINY), lessons, seed=0) == {}
+
+
+def test_plans_that_all_end_alike_tell_nothing() -> None:
+    lessons = lessons_on(lambda plans: torch.zeros(len(plans.run)), groups=6, runs=4)
+    assert fit_critics(PlanCritics(TINY), lessons, seed=0) == {}
+
+
+# How they are fitted --------------------------------------------------------------------------------------------------
+
+
+SHORT = FitConfig(epochs=3, batch=4)
+
+
+def dyadic(plans: Plans) -> torch.Tensor:
+    """Gains that can be moved by whole numbers without any rounding."""
+    return (right_depth(plans) * 256).round() / 256
+
+
+LESSONS = lessons_on(dyadic, groups=10, runs=4)
+
+
+def fit(lessons: Lessons, seed: int = 0, start: int = 0, workers: int = 1) -> dict[str, torch.Tensor]:
+    torch.manual_seed(start)
+    critics = PlanCritics(TINY)
+    fit_critics(critics, lessons, seed=seed, fit=SHORT, workers=workers)
+    return critics.state_dict()
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_a_fit_depends_on_its_seed_alone() -> None:
+    """Not on the weights that critics came with, and not on the random state."""
+    found = fit(LESSONS)
+    assert same(found, fit(LESSONS, start=5))
+    assert not same(found, fit(LESSONS, seed=7))
+    critics = PlanCritics(TINY)
+    critics.load_state_dict(found)
+    assert (said_by(critics, LESSONS.plans).std(dim=0) > 1e-4).all(), "critics have seeds of their own"
+
+
+def test_a_fit_leaves_the_random_state_as_it_was() -> None:
+    critics = PlanCritics(TINY)
+    before = torch.get_rng_state()
+    fit_critics(critics, LESSONS, seed=0, fit=SHORT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_fit_does_not_depend_on_the_number_of_processes() -> None:
+    assert same(fit(LESSONS), fit(LESSONS, workers=2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"epochs": 0}, {"batch": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"decay": -1.0}]
+)
+def test_bad_settings_of_a_fit(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="epochs and batch of a fit are at least 1"):
+        FitConfig(**options)
+
+
+def test_what_all_runs_of_a_group_have_in_common_does_not_count() -> None:
+    offsets = torch.randint(-90, 90, (10,), generator=torch.Generator().manual_seed(2)).float()
+    moved = replace(LESSONS, gains=LESSONS.gains + offsets[LESSONS.groups])
+    assert same(fit(LESSONS), fit(moved))
+    other = replace(LESSONS, gains=LESSONS.gains + torch.arange(40) / 64)
+    assert not same(fit(LESSONS), fit(other))
+
+
+def test_groups_of_one_state_are_ignored() -> None:
+    rows = torch.cat([torch.arange(40), torch.tensor([3, 17])])
+    lonely = Lessons(
+        LESSONS.plans[rows],
+        torch.cat([LESSONS.gains, torch.tensor([5.0, -8.0])]),
+        torch.cat([LESSONS.groups, torch.tensor([10, 11])]),
+        torch.cat([LESSONS.tasks, torch.tensor([0, 4])]),
+    )
+    assert same(fit(LESSONS), fit(lonely))
+
+
+def test_the_numbers_of_groups_need_not_follow_one_another() -> None:
+    """Nor do their states; only the order of groups decides."""
+    order = torch.arange(40).reshape(10, 4).T.reshape(-1)
+    groups, tasks = 7 * LESSONS.groups[order] - 30, 5 * LESSONS.tasks[order] - 11
+    scattered = Lessons(LESSONS.plans[order], LESSONS.gains[order], groups, tasks)
+    found, expected = fit(scattered), fit(LESSONS)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_one_run_that_went_wrong_counts_only_so_much() -> None:
+    """Beyond the most that gains may differ, it does not matter by how much."""
+    found = []
+    for gain in (-2.0, -9.0):
+        gains = LESSONS.gains.clone()
+        gains[5] = gains[4:8].median() + gain
+        found.append(fit(replace(LESSONS, gains=gains)))
+    assert same(*found)
+    assert not same(found[0], fit(LESSONS))
+
+
+def test_a_fit_does_not_depend_on_what_is_in_the_padding() -> None:
+    found = [fit(replace(LESSONS, plans=padded(LESSONS.plans, filling))) for filling in (0.0, 2.9)]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)

@@ -1,0 +1,323 @@
+"""A learned policy with plan critics: it takes the plan that they agree is better, or leaves things as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.agents.learned.candidates import FIXED, propose
+from rankpilot.agents.learned.network import NetworkConfig, RankNetwork
+from rankpilot.agents.learned.plan_value import CriticConfig, PlanCritics, Plans
+from rankpilot.agents.learned.policy import CAUTION, DRAWS, LATER_CAUTION, LearnedPolicy
+from rankpilot.agents.rules import find_rule
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.plan import project, uniform_ranks
+from rankpilot.allocation.policy import Decision, decision_from_scores
+from rankpilot.common.arrays import IntArray
+from rankpilot.memory.cost import ByteCost
+
+MakeObservation = Callable[..., Observation]
+WHEN = pytest.mark.parametrize("max_step", [None, 2], ids=["first", "later"])
+
+
+class Judges(PlanCritics):
+    """Critics that say what a test wants, (critics, plans), and keep what they were asked."""
+
+    def __init__(self, say: Callable[[Plans], torch.Tensor]) -> None:
+        super().__init__(CriticConfig(count=1, width=1))
+        self.say = say
+        self.asked: list[Plans] = []
+
+    def forward(self, plans: Plans) -> torch.Tensor:
+        self.asked.append(plans)
+        return self.say(plans)[:, None]
+
+
+def judges_of(gains: Mapping[int, Sequence[float]], offsets: Sequence[float] = (0.0, 0.0)) -> Judges:
+    """Two critics; what each expects of some plans, by number, over the rest."""
+
+    def say(plans: Plans) -> torch.Tensor:
+        said = torch.tensor(offsets)[:, None].repeat(1, plans.ranks.shape[1])
+        for number, each in gains.items():
+            said[:, number] += torch.tensor(each)
+        return said
+
+    return Judges(say)
+
+
+def stirred(make: Callable[[], torch.nn.Module], scale: float = 0.2) -> Any:
+    torch.manual_seed(3)
+    module = make()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> RankNetwork:
+    found: RankNetwork = stirred(lambda: RankNetwork(NetworkConfig(width=8)))
+    return found
+
+
+def proposed(network: RankNetwork, observation: Observation) -> list[Decision]:
+    """In the order in which critics see them; ahead of them, later on, the ranks as they are."""
+    own = LearnedPolicy("actor", network).act(observation)
+    actions = propose(observation, own.scores, own.steering, DRAWS, np.random.default_rng(0))
+    return [decision_from_scores(observation, *action) for action in zip(*actions, strict=True)]
+
+
+def same(left: Decision, right: Decision) -> bool:
+    return all(np.array_equal(getattr(left, field.name), getattr(right, field.name)) for field in fields(Decision))
+
+
+def ranks_of(observation: Observation, decision: Decision) -> IntArray:
+    return project(observation.problem, decision.deltas, decision.scores).ranks
+
+
+# Which plan -----------------------------------------------------------------------------------------------------------
+
+
+@WHEN
+@pytest.mark.parametrize("number", [1, 2, 4, FIXED, FIXED + DRAWS - 1])
+def test_it_takes_the_plan_that_critics_expect_the_most_of(
+    make_observation: MakeObservation, network: RankNetwork, number: int, max_step: int | None
+) -> None:
+    observation = make_observation(12, max_step=max_step)
+    place = number if max_step is None else number + 1
+    critics = judges_of({3: (0.1, 0.05)} | {place: (0.3, 0.2)})
+    found = LearnedPolicy("p", network, critics).decide(observation)
+    expected = proposed(network, observation)[number]
+    np.testing.assert_array_equal(found.deltas, expected.deltas)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert (found.floor, found.tilt) == (expected.floor, expected.tilt)
+
+
+@WHEN
+@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["few", "many"])
+def test_it_takes_the_best_ranks_of_all(
+    make_observation: MakeObservation, network: RankNetwork, sign: float, max_step: int | None
+) -> None:
+    """Critics are asked about the ranks that a decision leads to."""
+    critics = Judges(lambda plans: sign * (plans.ranks[0] > 4).sum(dim=1)[None].float())
+    for seed in range(3):
+        observation = make_observation(16, seed, max_step=max_step)
+        found = LearnedPolicy("p", network, critics).decide(observation)
+        plans = [ranks_of(observation, decision) for decision in proposed(network, observation)]
+        if max_step is not None:
+            plans.insert(0, project(observation.problem, np.zeros(16, dtype=np.int64), np.zeros(16)).ranks)
+        worth = [sign * np.count_nonzero(ranks > 4) for ranks in plans]
+        assert sign * np.count_nonzero(ranks_of(observation, found) > 4) == max(worth)
+        assert max(worth) > min(worth)
+        assert found.expected == pytest.approx(max(worth) - worth[0])
+
+
+@WHEN
+def test_critics_see_the_state_and_the_ranks(
+    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
+) -> None:
+    observation = make_observation(12, max_step=max_step)
+    critics = judges_of({})
+    policy = LearnedPolicy("p", network, critics)
+    policy.decide(observation)
+    (plans,) = critics.asked
+    scores = policy.act(observation).scores
+    np.testing.assert_array_equal(plans.modules, observation.modules[None])
+    np.testing.assert_array_equal(plans.run, observation.run[None])
+    np.testing.assert_allclose(plans.scores, (scores - scores.mean())[None], atol=1e-6)
+    assert plans.mask.tolist() == [[1.0] * 12]
+    assert {plans.modules.dtype, plans.run.dtype, plans.scores.dtype, plans.mask.dtype} == {torch.float32}
+    expected = np.stack([ranks_of(observation, decision) for decision in proposed(network, observation)])
+    np.testing.assert_array_equal(plans.ranks[0, -len(expected) :], expected)
+    assert plans.ranks.shape[1] == len(expected) + (max_step is not None)
+    if max_step is not None:
+        still = np.zeros(12, dtype=np.int64)
+        np.testing.assert_array_equal(plans.ranks[0, 0], project(observation.problem, still, np.zeros(12)).ranks)
+
+
+# Or none --------------------------------------------------------------------------------------------------------------
+
+
+def no_critics_opinion() -> PlanCritics:
+    """Critics of which each says the same of all plans."""
+    critics = PlanCritics(CriticConfig(width=4))
+    with torch.no_grad():
+        for number, critic in enumerate(critics.critics):
+            critic.head[-1].weight.zero_()  # type: ignore[index, union-attr]
+            critic.head[-1].bias.fill_(float(number))  # type: ignore[index, union-attr]
+    return critics.eval()
+
+
+@pytest.mark.parametrize("per_layer", [None, 700.0], ids=["parameters", "bytes"])
+def test_without_a_better_plan_the_first_is_uniform(
+    make_observation: MakeObservation, network: RankNetwork, per_layer: float | None
+) -> None:
+    """In bytes there is room for rank 14 everywhere; fracrule would leave modules out so that others have 16."""
+    options: dict[str, Any] = {}
+    if per_layer:
+        per_rank, needs = np.full((1, 12), 10.0), np.arange(3)[:, None] >= np.arange(12)[None] // 4
+        cost = ByteCost(("backward",), np.array([1000.0]), per_rank, np.full((1, 3), per_layer), needs)
+        options = {"cost": cost, "limit": 1000 + 3 * per_layer + 14 * 120.0}
+    observation = make_observation(12, **options)
+    problem = observation.problem
+    found = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
+    ranks, uniform = ranks_of(observation, found), uniform_ranks(problem)
+    below = problem.ladder.array[problem.ladder.rung(uniform)]
+    assert uniform.any()
+    assert (ranks >= below).all()
+    if per_layer:
+        assert uniform.tolist() == [14] * 12
+        assert not ranks_of(observation, find_rule("fracrule").decide(observation)).all()
+    assert (found.expected, found.uncertainty) == (0.0, 0.0)
+
+
+def test_without_a_better_plan_nothing_changes_later(make_observation: MakeObservation, network: RankNetwork) -> None:
+    for seed in range(3):
+        observation = make_observation(12, seed, max_step=2)
+        found = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
+        assert not found.deltas.any()
+        assert (found.expected, found.uncertainty) == (0.0, 0.0)
+        assert any(decision.deltas.any() for decision in proposed(network, observation))
+
+
+@WHEN
+def test_plans_that_are_worse_are_not_taken(
+    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
+) -> None:
+    observation = make_observation(12, max_step=max_step)
+    everything = range(1, FIXED + DRAWS + (max_step is not None))
+    worse = LearnedPolicy("p", network, judges_of(dict.fromkeys(everything, (-0.1, -0.1))))
+    indifferent = LearnedPolicy("p", network, judges_of({}))
+    assert same(worse.decide(observation), indifferent.decide(observation))
+
+
+@WHEN
+def test_what_critics_disagree_about_is_not_worth_a_risk(
+    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
+) -> None:
+    observation = make_observation(12, max_step=max_step)
+
+    def decided(gains: Mapping[int, Sequence[float]]) -> Decision:
+        return LearnedPolicy("p", network, judges_of(gains)).decide(observation)
+
+    spread, caution = 0.2, CAUTION if max_step is None else LATER_CAUTION
+    bold = 1.5 * caution * spread
+    timid = 0.5 * caution * spread
+    stays, goes = (decided({9: (gain - spread, gain + spread)}) for gain in (timid, bold))
+    assert same(stays, decided({}))
+    assert (goes.expected, goes.uncertainty) == pytest.approx((bold, spread))
+    assert not np.array_equal(ranks_of(observation, goes), ranks_of(observation, stays))
+
+
+def test_a_surer_plan_goes_before_one_that_promises_more(
+    make_observation: MakeObservation, network: RankNetwork
+) -> None:
+    observation = make_observation(12)
+    critics = judges_of({7: (0.9, 0.1), 9: (0.3, 0.2)})
+    found = LearnedPolicy("p", network, critics).decide(observation)
+    assert (found.expected, found.uncertainty) == pytest.approx((0.25, 0.05))
+    np.testing.assert_array_equal(found.deltas, proposed(network, observation)[9].deltas)
+
+
+@WHEN
+def test_what_a_critic_says_of_all_plans_does_not_count(
+    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
+) -> None:
+    observation = make_observation(12, max_step=max_step)
+    one, other = (
+        LearnedPolicy("p", network, judges_of({9: (0.5, 0.25)}, offsets)).decide(observation)
+        for offsets in ((0.0, 0.0), (8.0, -16.0))
+    )
+    assert same(one, other)
+    assert (one.expected, one.uncertainty) == (0.375, 0.125)
+
+
+# With critics that can be trained -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def critics() -> PlanCritics:
+    found: PlanCritics = stirred(lambda: PlanCritics(CriticConfig(count=2, width=8)))
+    return found
+
+
+@WHEN
+@pytest.mark.parametrize("modules", [1, 2, 12, 60])
+def test_decisions_are_deterministic_and_possible(
+    make_observation: MakeObservation, network: RankNetwork, critics: PlanCritics, modules: int, max_step: int | None
+) -> None:
+    observation = make_observation(modules, max_step=max_step)
+    state, draws = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["pos"]  # noqa: NPY002
+    first, again = (LearnedPolicy("p", network, critics).decide(observation) for _ in range(2))
+    assert same(first, again)
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn from what others draw from"
+    assert np.random.get_state(legacy=False)["state"]["pos"] == draws  # noqa: NPY002
+    ranks = ranks_of(observation, first)
+    assert observation.problem.fits(ranks)
+    moved = observation.problem.ladder.rung(ranks) - observation.problem.rungs
+    assert max_step is None or np.abs(moved).max() <= max_step
+    assert all(parameter.grad is None for parameter in critics.parameters())
+
+
+def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
+    make_observation: MakeObservation, network: RankNetwork, critics: PlanCritics
+) -> None:
+    taken = 0
+    for seed in range(6):
+        observation = make_observation(12, seed)
+        asked: list[Plans] = []
+
+        def note(_: torch.nn.Module, given: tuple[Plans], asked: list[Plans] = asked) -> None:
+            asked.append(given[0])
+
+        handle = critics.register_forward_pre_hook(note)
+        found = LearnedPolicy("p", network, critics).decide(observation)
+        handle.remove()
+        with torch.no_grad():
+            said = critics(asked[0])[:, 0].double().numpy()
+        gains = said - said[:, :1]
+        means, stds = gains.mean(axis=0), gains.std(axis=0)
+        chosen = int(np.argmax(means - CAUTION * stds))
+        assert (found.expected, found.uncertainty) == pytest.approx((means[chosen], stds[chosen]), abs=1e-5)
+        np.testing.assert_array_equal(asked[0].ranks[0, chosen], ranks_of(observation, found))
+        assert found.expected >= CAUTION * found.uncertainty - 1e-6
+        taken += chosen > 0
+    assert taken > 2
+
+
+# Without critics ------------------------------------------------------------------------------------------------------
+
+
+@WHEN
+def test_without_critics_the_actor_decides(
+    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
+) -> None:
+    policy = LearnedPolicy("p", network)
+    assert policy.critics is None
+    for seed in range(4):
+        observation = make_observation(12, seed, max_step=max_step)
+        found, action = policy.decide(observation), policy.act(observation)
+        expected = decision_from_scores(observation, action.scores, action.steering)
+        np.testing.assert_array_equal(found.deltas, expected.deltas)
+        np.testing.assert_array_equal(found.scores, action.scores)
+        assert (found.floor, found.tilt) == (expected.floor, expected.tilt)
+        assert (found.log_prob, found.expected, found.uncertainty) == (
+            action.log_prob,
+            action.expected,
+            action.uncertainty,
+        )
+        assert found.log_prob != 0
+        assert found.uncertainty > 0
+
+
+def test_critics_do_not_change_what_the_actor_wants(
+    make_observation: MakeObservation, network: RankNetwork, critics: PlanCritics
+) -> None:
+    observation = make_observation(12)
+    alone, judged = (LearnedPolicy("p", network, given).act(observation) for given in (None, critics))
+    for field in fields(alone):
+        np.testing.assert_array_equal(getattr(alone, field.name), getattr(judged, field.name))

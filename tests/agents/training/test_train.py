@@ -1,0 +1,586 @@
+"""PPO training: reproducible, resumable, and able to learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from rankpilot.agents.learned.network import NetworkConfig, RankNetwork
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
+from rankpilot.agents.training import progress as ppo_progress
+from rankpilot.agents.training import task_sampling as draws
+from rankpilot.agents.training import train as training
+from rankpilot.agents.training.checkpoint import CHECKPOINT, write_checkpoint
+from rankpilot.agents.training.config import TrainConfig
+from rankpilot.agents.training.plan_runs import RUNS, TRIALS
+from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
+from rankpilot.agents.training.progress import PROGRESS
+from rankpilot.agents.training.rollout_env import RoundsVecEnv
+from rankpilot.agents.training.task_sampling import rounds_of, trial_draws
+from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
+from rankpilot.agents.training.validation import Validation
+from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.common.files import read_json, read_json_lines
+from rankpilot.env.spaces import observation_space, score_space
+from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.tasks.suites import find_tasks
+from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+CONFIG = TrainConfig(
+    iterations=3,
+    stacks=1,
+    groups=1,
+    group=2,
+    workers=1,
+    warm_tasks=2,
+    suites=("planted",),
+    bases=("llama-4x32",),
+    task_steps=6,
+    validation_tasks=2,
+    validate_every=2,
+    schedule=DecisionSchedule(probe_steps=2, fractions=(0.0, 0.4)),
+    network=NetworkConfig(width=8),
+)
+BARE = dataclasses.replace(CONFIG, iterations=2, warm_tasks=0, validation_tasks=0)
+BEGIN = [("validation", 0, 3), ("warm start", 0, 2), ("warm start", 2, 2), ("validation", 0, 3)]
+TRIED = dataclasses.replace(BARE, iterations=1, trial_tasks=2)
+
+
+def same_weights(left: RankNetwork, right: RankNetwork) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@dataclass
+class Run:
+    """A training that has ended.
+
+    Attributes:
+        folder: of the run.
+        policy: what came out.
+        stages: reports.
+        calls: how often workers were called.
+    """
+
+    folder: Path
+    policy: LearnedPolicy
+    stages: list[tuple[str, int, int]] = field(default_factory=list)
+    calls: int = 0
+
+    @property
+    def network(self) -> RankNetwork:
+        return self.policy.network
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.folder / PROGRESS)
+
+
+class Killed(Exception):
+    pass
+
+
+def noted(config: TrainConfig, folder: Path, *, resume: bool = False, kill_at: int | None = None) -> Run:
+    """Train; be killed at one of the calls of the workers."""
+    stages: list[tuple[str, int, int]] = []
+    calls = 0
+    call = RoundsVecEnv._calls
+
+    def counted(envs: RoundsVecEnv, given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            raise Killed
+        return call(envs, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoundsVecEnv, "_calls", counted)
+        policy = train(config, folder, resume=resume, on_stage=lambda stage: stages.append(dataclasses.astuple(stage)))
+    return Run(folder, policy, stages, calls)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run."""
+    return noted(CONFIG, tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run of PPO alone."""
+    return noted(BARE, tmp_path_factory.mktemp("runs") / "bare")
+
+
+# The run's folder -----------------------------------------------------------------------------------------------------
+
+
+def test_stages_in_their_order(whole: Run) -> None:
+    late = [("training", 1, 3), ("validation", 2, 3), ("training", 2, 3), ("validation", 3, 3), ("training", 3, 3)]
+    assert whole.stages == BEGIN + late
+
+
+def test_rows_of_progress(whole: Run) -> None:
+    first, *rows = whole.rows
+    errors = {"warm_before", "warm_after", "warm_constant"}
+    measured = {"validation_over_start", "validation_over_uniform"}
+    assert set(first) == {"iteration"} | errors | measured | {f"warm_{key}" for key in measured}
+    assert first["iteration"] == first["validation_over_start"] == 0, "it is measured against itself"
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["episodes"] == 2
+        assert row["return_p10"] <= row["return_mean"] <= row["return_p90"]
+        assert row["spread_in_groups"] >= 0
+        assert 0 < row["adapted"] <= 1
+        assert row["adapted"] <= row["mean_rank"] <= 64
+        assert len(row["tasks"]) == len(row["returns"]) == 1
+        assert row["score_std"] == pytest.approx(CONFIG.network.score_std, rel=0.1)
+        assert {"floor_std", "tilt_std", "loss", "approx_kl", "value_loss"} <= set(row)
+        assert (measured <= set(row)) == (row["iteration"] >= 2)
+    assert len({task for row in rows for task in row["tasks"]}) == 3, "tasks are fresh"
+    assert json.loads((whole.folder / PROGRESS).read_text().splitlines()[-1]) == rows[-1]
+
+
+def test_the_run_folder(whole: Run, bare: Run) -> None:
+    assert read_json(whole.folder / "config.json")["task_steps"] == 6
+    assert not is_finished(whole.folder), "the command finishes it"
+    assert not same_weights(bare.network, RankNetwork(BARE.network))
+    assert not bare.network.training
+    assert [row["iteration"] for row in bare.rows] == [0, 1, 2]
+    assert bare.rows[0] == {"iteration": 0}
+    assert not (bare.folder / WARM_START).exists()
+    warm = load_policy(whole.folder / WARM_START)
+    assert isinstance(warm, LearnedPolicy)
+    assert not same_weights(warm.network, RankNetwork(CONFIG.network))
+
+
+def test_a_policy_file_is_the_same_byte_for_byte(whole: Run, bare: Run, tmp_path: Path) -> None:
+    again = noted(CONFIG, tmp_path / "again")
+    assert again.rows == whole.rows
+    assert (again.folder / WARM_START / WEIGHTS).read_bytes() == (whole.folder / WARM_START / WEIGHTS).read_bytes()
+    again = noted(BARE, tmp_path / "bare")
+    folders = [finish(run.folder, run.policy, BARE) for run in (again, bare)]
+    for name in (WEIGHTS, CARD):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    other = noted(dataclasses.replace(BARE, seed=1), tmp_path / "other")
+    assert not same_weights(other.network, bare.network)
+    assert other.rows[1]["tasks"] != bare.rows[1]["tasks"]
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_gives_the_same_policy(tmp_path: Path) -> None:
+    bases = ("llama-4x32", "bert-4x32")
+    config = dataclasses.replace(CONFIG, iterations=2, stacks=2, bases=bases, warm_tasks=3, seed=3)
+    one, two = (noted(dataclasses.replace(config, workers=workers), tmp_path / str(workers)) for workers in (1, 2))
+    assert one.rows == two.rows
+    assert same_weights(one.network, two.network)
+    assert {task.split("/")[0] for row in one.rows[1:] for task in row["tasks"]} == set(bases)
+    checkpoints = [torch.load(run.folder / CHECKPOINT, weights_only=True) for run in (one, two)]
+    for name, value in checkpoints[0]["policy"].items():
+        assert torch.equal(value, checkpoints[1]["policy"][name])
+    assert torch.equal(checkpoints[0]["torch_rng"], checkpoints[1]["torch_rng"])
+
+
+# Going on -------------------------------------------------------------------------------------------------------------
+
+STARTED = 11
+MOMENTS = {
+    1: "before anything",
+    3: "in the first validation",
+    6: "in the warm start",
+    10: "in the validation after it",
+    STARTED: "after the start",
+    13: "in the first round",
+    14: "after the first round",
+    16: "in the second round",
+    19: "in the validation of the second iteration",
+    24: "after the third round",
+    26: "in the last validation",
+}
+"""Calls of the workers at which a run is killed."""
+
+
+@pytest.mark.parametrize("kill_at", MOMENTS, ids=[name.replace(" ", "-") for name in MOMENTS.values()])
+def test_killed_and_resumed_is_as_if_nothing_had_happened(whole: Run, tmp_path: Path, kill_at: int) -> None:
+    folder, started = tmp_path / "run", kill_at >= STARTED
+    with pytest.raises(Killed):
+        noted(CONFIG, folder, kill_at=kill_at)
+    assert (folder / CHECKPOINT).exists() == started
+    rest = noted(CONFIG, folder, resume=True)
+    assert same_weights(rest.network, whole.network)
+    assert rest.rows == whole.rows
+    assert (rest.stages[: len(BEGIN)] == BEGIN) == (not started), "what is done is not done again"
+    states = [torch.load(run / CHECKPOINT, weights_only=True) for run in (folder, whole.folder)]
+    for name, value in states[0]["policy"].items():
+        assert torch.equal(value, states[1]["policy"][name])
+    assert torch.equal(states[0]["torch_rng"], states[1]["torch_rng"])
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 3])
+def test_killed_between_progress_and_checkpoint(whole: Run, tmp_path: Path, iteration: int) -> None:
+    write = write_checkpoint
+
+    def kill(path: Path, model: PPO, done: int, validation: Any) -> None:
+        if done == iteration:
+            raise Killed
+        write(path, model, done, validation)
+
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (training, ppo_progress):
+            patch.setattr(module, "write_checkpoint", kill)
+        with pytest.raises(Killed):
+            train(CONFIG, folder)
+    assert read_json_lines(folder / PROGRESS)[-1]["iteration"] == iteration
+    with (folder / PROGRESS).open("a") as stream:
+        stream.write('{"iteration": 4, "retu')  # and a line that was cut off
+    rest = noted(CONFIG, folder, resume=True)
+    assert same_weights(rest.network, whole.network)
+    assert rest.rows == whole.rows
+
+
+def test_a_finished_training_resumes_to_itself(bare: Run, make_observation: Callable[..., Any]) -> None:
+    again = noted(BARE, bare.folder, resume=True)
+    assert again.calls == 0
+    assert same_weights(again.network, bare.network)
+    finish(bare.folder, bare.policy, BARE, {"learned": {"improvement": 0.1}})
+    assert is_finished(bare.folder)
+    card = read_json(bare.folder / "card.json")
+    assert card["episodes"] == 4
+    assert card["start"] == {"iteration": 0}
+    assert card["validation"] == {"learned": {"improvement": 0.1}}
+    loaded = load_policy(bare.folder)
+    observation = make_observation(9)
+    np.testing.assert_array_equal(
+        loaded.decide(observation).scores, LearnedPolicy("x", bare.network).decide(observation).scores
+    )
+
+
+def test_run_folders_are_never_overwritten(whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"exists already\. Pass --resume"):
+        train(CONFIG, whole.folder)
+    with pytest.raises(RunFolderError, match=r"other settings \(learning_rate: 0.001 there, 0.1 now\)"):
+        train(dataclasses.replace(CONFIG, learning_rate=0.1), whole.folder, resume=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="no run of rankpilot's"):
+        train(CONFIG, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "interrupted"
+    with pytest.raises(Killed):
+        noted(BARE, folder, kill_at=6)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "pickle", "other keys", "other version"])
+def test_a_corrupt_checkpoint_is_named(interrupted: Path, tmp_path: Path, damage: str) -> None:
+    path = interrupted / CHECKPOINT
+    before, trap = path.read_bytes(), tmp_path / "ran"
+    if damage == "cut":
+        path.write_bytes(before[:1000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "other keys":
+        state = torch.load(path, weights_only=True)
+        torch.save({key: value for key, value in state.items() if key != "numpy_rng"}, path)
+    elif damage == "other version":
+        torch.save(torch.load(path, weights_only=True) | {"schema": 1}, path)
+    else:
+        torch.save(_Payload(trap), path)
+    rows = (interrupted / PROGRESS).read_bytes()
+    with pytest.raises(RunFolderError, match=r"checkpoint\.pt cannot be read"):
+        train(BARE, interrupted, resume=True)
+    assert not trap.exists()
+    assert (interrupted / PROGRESS).read_bytes() == rows
+    path.write_bytes(before)
+
+
+class _Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+# Trials ---------------------------------------------------------------------------------------------------------------
+
+
+def test_trials_give_the_policy_critics(tmp_path: Path, make_observation: Callable[..., Any]) -> None:
+    """Also if a run is interrupted among them, and in processes; byte for byte the same."""
+    run = noted(TRIED, tmp_path / "one" / "pilot")
+    assert run.stages == [("training", 1, 1), *(("trials", done, 2) for done in range(3)), ("plan critics", 2, 2)]
+    finish(run.folder, run.policy, TRIED)
+    facts = read_json(run.folder / CARD)["trials"]
+    assert facts["runs"] == 2 * RUNS
+    loaded = load_policy(run.folder)
+    assert isinstance(loaded, LearnedPolicy)
+    assert loaded.critics is not None
+    with torch.no_grad():
+        assert all(float(value.abs().max()) > 0 for value in loaded.critics.parameters())
+    observation = make_observation(9)
+    np.testing.assert_array_equal(loaded.decide(observation).deltas, run.policy.decide(observation).deltas)
+
+    other = tmp_path / "two" / "pilot"
+    spread = dataclasses.replace(TRIED, workers=2, stacks=1)
+    noted(spread, other)
+    (other / TRIALS / "00001.safetensors").unlink()
+    again = noted(spread, other, resume=True)
+    assert again.stages[:2] == [("trials", 1, 2), ("trials", 2, 2)], "one of the two was there"
+    finish(again.folder, again.policy, spread)
+    assert (other / WEIGHTS).read_bytes() == (run.folder / WEIGHTS).read_bytes()
+
+
+# The best network -----------------------------------------------------------------------------------------------------
+
+
+def fake_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[list[float]]) -> list[dict[str, torch.Tensor]]:
+    """Have validations find these losses; returns the network at each."""
+    given, seen = iter(losses), []
+    measure = Validation.measure
+
+    def watched(self: Any, policy: RankPolicy) -> dict[str, float]:
+        seen.append({name: value.clone() for name, value in policy.network.state_dict().items()})
+        return measure(self, policy)
+
+    monkeypatch.setattr(RoundsVecEnv, "play", lambda *_, **__: next(given))
+    monkeypatch.setattr(Validation, "measure", watched)
+    return seen
+
+
+@pytest.mark.parametrize("best", range(4))
+def test_the_best_network_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, best: int) -> None:
+    """Also if the run is killed after it, and the network goes on from where it was."""
+    config = dataclasses.replace(BARE, iterations=3, validation_tasks=2, validate_every=1)
+    losses = [[1.0, 1.0] if index == best else [1.5, 1.5] for index in range(4)]
+    seen = fake_losses(monkeypatch, losses)
+    with pytest.MonkeyPatch.context() as patch:
+        step = RoundsVecEnv.step_wait
+        steps = itertools.count(1)
+
+        def kill(envs: RoundsVecEnv) -> Any:
+            if next(steps) == 5:
+                raise Killed
+            return step(envs)
+
+        patch.setattr(RoundsVecEnv, "step_wait", kill)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run")
+    network = train(config, tmp_path / "run", resume=True).network
+    assert len(seen) == 4
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, seen[best][name])
+    last = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["policy"]
+    assert all(torch.equal(value, last[f"network.{name}"]) for name, value in seen[3].items())
+
+
+def validation_of(*references: Reference) -> Validation:
+    tasks = [ProxyTask("planted", seed, reference=reference) for seed, reference in enumerate(references)]
+    return Validation(tasks, SimpleNamespace(play=lambda *_: next(LOSSES)))  # type: ignore[arg-type]
+
+
+LOSSES: Iterator[list[float]] = iter(())
+
+
+def test_measurements_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headrooms are 0.2 and 0.1."""
+    given = [[2.2, 1.1], [2.1, 1.12], [9.0, 0.0], [math.nan, 1.1]]
+    monkeypatch.setitem(globals(), "LOSSES", iter(given))
+    validation = validation_of(Reference(3.0, 2.2, 2.0), Reference(2.0, 1.0))
+    policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
+    rows = [validation.measure(policy) for _ in given]
+    assert [row["over_start"] for row in rows] == pytest.approx([0, (0.5 - 0.2) / 2, 0, (-1 + 0) / 2])
+    assert [row["over_uniform"] for row in rows] == pytest.approx([(0 - 1) / 2, (0.5 - 1) / 2, 0, -1])
+    assert validation.best is not None
+    assert validation.best[0] == pytest.approx(0.15)
+
+
+def test_a_start_that_failed_is_easily_bettered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And measurements stay numbers, by which networks can be compared."""
+    monkeypatch.setitem(globals(), "LOSSES", iter([[math.nan, 1.0], [math.nan, 0.95], [2.0, 1.0]]))
+    validation = validation_of(Reference(3.0, 2.2, 2.0), Reference(2.0, 1.0))
+    policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
+    rows = [validation.measure(policy) for iteration in range(3)]
+    assert [row["over_start"] for row in rows] == pytest.approx([0, 0.25, 0.5])
+    assert validation.best is not None
+    assert validation.best[0] == pytest.approx(0.5)
+
+
+# Odd tasks ------------------------------------------------------------------------------------------------------------
+
+
+def with_tasks(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[tuple[ProxyTask, ...]], tuple[ProxyTask, ...]]
+) -> None:
+    monkeypatch.setattr(draws, "find_tasks", lambda *given: change(find_tasks(*given)))
+
+
+def test_a_suite_of_one_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_tasks(monkeypatch, lambda tasks: tasks[:1])
+    config = dataclasses.replace(CONFIG, iterations=1, groups=2, stacks=2, warm_tasks=1)
+    run = noted(config, tmp_path / "run")
+    assert len(set(run.rows[1]["tasks"])) == 4, "each with a seed of its own"
+    assert run.rows[1]["episodes"] == 8
+    assert "validation_over_start" in run.rows[1]
+
+
+def test_runs_that_fail_do_no_harm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In rounds, in the warm start and in validation."""
+    with_tasks(monkeypatch, lambda tasks: tuple(dataclasses.replace(task, learning_rate=1e30) for task in tasks))
+    run = noted(dataclasses.replace(CONFIG, iterations=2), tmp_path / "run")
+    assert all(bool(torch.isfinite(value).all()) for value in run.network.state_dict().values())
+    for row in run.rows[1:]:
+        assert row["return_mean"] == pytest.approx(-3, abs=0.01)
+        assert row["spread_in_groups"] < 0.01
+    numbers = [value for row in run.rows for value in row.values() if isinstance(value, float)]
+    assert numbers
+    assert all(map(math.isfinite, numbers))
+
+
+def test_without_planted_tasks_there_is_nothing_to_start_from(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, iterations=1, suites=("shift",), validation_tasks=0)
+    run = noted(config, tmp_path / "run")
+    assert run.rows[0] == {"iteration": 0}
+    assert run.stages == [("training", 1, 1)]
+
+
+def test_an_absent_device_leaves_no_folder_behind(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No device 'bogus'"):
+        train(dataclasses.replace(BARE, device="bogus"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_episodes_have_the_steps_that_were_asked_for(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[RoundsVecEnv] = []
+    start = RoundsVecEnv.__init__
+
+    def noting(envs: RoundsVecEnv, *given: Any) -> None:
+        found.append(envs)
+        start(envs, *given)
+
+    monkeypatch.setattr(RoundsVecEnv, "__init__", noting)
+    train(BARE, bare.folder, resume=True)
+    templates = [task for suite in found[0].config.templates for task in suite]
+    assert {task.steps for task in templates} == {6}
+    assert all(task.reference is not None for task in templates)
+    assert found[0].decisions == 2
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    for name in ("iterations", "stacks", "groups", "epochs", "task_steps", "validate_every"):
+        with pytest.raises(ConfigError, match="at least 1"):
+            TrainConfig(**{name: 0})
+    with pytest.raises(ConfigError, match="group at least 2"):
+        TrainConfig(group=1)
+    for name in ("workers", "validation_tasks", "warm_tasks"):
+        with pytest.raises(ConfigError, match="at least 0"):
+            TrainConfig(**{name: -1})
+    with pytest.raises(ConfigError, match="learning_rate above 0"):
+        TrainConfig(learning_rate=0.0)
+    with pytest.raises(UnknownNameError):
+        train(dataclasses.replace(CONFIG, suites=("shfit",)), tmp_path / "run")
+    with pytest.raises(UnknownNameError):
+        train(dataclasses.replace(CONFIG, bases=("llama-4x3",)), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "refused before anything is written"
+
+
+# The plumbing learns -----------------------------------------------------------------------------------------------
+
+GROUP = 8
+
+
+class Toy(gym.Env[dict[str, Any], Any]):
+    """One decision whose best action is known: scores that rise with height, a floor shift of 1 and a tilt of -1.
+
+    Scores are compared with each other alone, so the best ones are centred.
+    """
+
+    def __init__(self, modules: int = 4) -> None:
+        self.modules = modules
+        self.observation_space = observation_space(modules)
+        self.action_space = score_space(modules)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        features = np.zeros((self.modules, len(MODULE_FEATURES)), dtype=np.float32)
+        features[:, MODULE_FEATURES.index("height")] = np.linspace(0, 1, self.modules)
+        self.best = np.linspace(-1, 1, self.modules, dtype=np.float32)
+        mask = np.ones(self.modules, dtype=np.int8)
+        run = np.zeros(len(RUN_FEATURES), dtype=np.float32)
+        self.observed = {"module_features": features.reshape(-1), "run_features": run, "mask": mask}
+        return self.observed, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        steering = float(np.square(action[-2] - 1) + np.square(action[-1] + 1))
+        miss = float(np.square(action[:-2] - self.best).mean()) + steering
+        # A large offset that no action can change: what the group's mean must take away.
+        return self.observed, 100.0 - miss, True, False, {}
+
+
+def test_the_plumbing_learns_a_known_optimum() -> None:
+    torch.manual_seed(0)
+    model = PPO(
+        RankPolicy,
+        DummyVecEnv([Toy] * GROUP),
+        n_steps=8,
+        batch_size=64,
+        n_epochs=6,
+        learning_rate=1e-2,
+        gamma=1.0,
+        gae_lambda=1.0,
+        vf_coef=0.1,
+        rollout_buffer_class=GroupRolloutBuffer,
+        rollout_buffer_kwargs={"group": GROUP},
+        policy_kwargs={"network": NetworkConfig(width=16)},
+        seed=0,
+        device="cpu",
+    )
+    observation, _ = Toy().reset()
+
+    def miss() -> tuple[float, float, float]:
+        action, _ = model.predict(observation, deterministic=True)
+        return float(np.abs(action[:-2] - np.linspace(-1, 1, 4)).max()), abs(action[-2] - 1), abs(action[-1] + 1)
+
+    assert miss() == pytest.approx((1.0, 1.0, 1.0)), "it starts at zero"
+    model.learn(64 * 60)
+    scores, floor, tilt = miss()
+    assert scores < 0.25
+    assert floor < 0.25
+    assert tilt < 0.25
+
+
+def test_tasks_of_trials() -> None:
+    """Each draw comes twice, as its template is and varied, base by base."""
+    config = TrainConfig(trial_tasks=100)
+    rounds = rounds_of(config)
+    draws = trial_draws(rounds, config.trial_tasks)
+    half = len(draws) // 2
+    assert len(draws) == 2 * half
+    assert 100 <= sum(map(len, draws)) < 100 + 2 * rounds.groups
+    templates = {dataclasses.replace(task, seed=0) for suite in rounds.templates for task in suite}
+    for plain, varied in zip(draws[:half], draws[half:], strict=True):
+        for task, other in zip(plain, varied, strict=True):
+            assert dataclasses.replace(task, seed=0) in templates
+            assert (task.seed, task.base, task.price) == (other.seed, other.base, other.price)
+            assert other.reference is None
+    bases = [tasks[0].base for tasks in draws[:half]]
+    assert bases == sorted(bases)
+    assert len({task.seed for tasks in draws[:half] for task in tasks}) == half * rounds.groups

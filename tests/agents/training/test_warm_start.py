@@ -1,0 +1,141 @@
+"""The warm start: what is taught, that it is learned, and that the rest stays as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.agents.learned.network import NetworkConfig
+from rankpilot.agents.rules import find_rule
+from rankpilot.agents.training import warm_start as module
+from rankpilot.agents.training.ppo_policy import RankPolicy
+from rankpilot.agents.training.rollout_env import RoundsVecEnv
+from rankpilot.agents.training.task_sampling import RoundsConfig
+from rankpilot.agents.training.warm_start import EXPONENT, SPAN, Lessons, explore, target_scores, warm_start
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.common.arrays import Arrays
+from rankpilot.env.spaces import observation_space, score_space
+from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_task import ProxyTask
+
+SCHEDULE = DecisionSchedule(probe_steps=6, fractions=(0.0, 0.4))
+SIZES: Any = {"base": "llama-4x32", "steps": 8, "batch_size": 4, "length": 16, "eval_rows": 16, "learning_rate": 4e-3}
+MODULES = 28
+PLANTED = [ProxyTask("planted", seed, reference=Reference(3.0, 2.2), **SIZES) for seed in range(6)]
+SHIFT = [ProxyTask("shift", seed, reference=Reference(3.0, 2.2), **SIZES) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def envs() -> Iterator[RoundsVecEnv]:
+    config = RoundsConfig((tuple(PLANTED), tuple(SHIFT)), 1, 2, 2, SCHEDULE, workers=1)
+    made = RoundsVecEnv(config, find_rule("heur3"), MODULES + 2)
+    yield made
+    made.close()
+
+
+def new_policy() -> RankPolicy:
+    torch.manual_seed(0)
+    return RankPolicy(
+        observation_space(MODULES + 2), score_space(MODULES + 2), lambda _: 1e-3, network=NetworkConfig(width=16)
+    )
+
+
+def seen_on(envs: RoundsVecEnv, tasks: list[ProxyTask]) -> Any:
+    """What an untrained policy sees when it explores; the same whenever it is asked."""
+    policy, lessons = new_policy(), Lessons()
+    torch.manual_seed(1)
+    envs.play(tasks, explore(policy), note=lessons.note)
+    return {key: torch.from_numpy(np.stack([row[key] for row in lessons.rows])) for key in lessons.rows[0]}, lessons
+
+
+def centred_error(scores: torch.Tensor, lessons: Lessons) -> float:
+    own = scores[:, :MODULES] - torch.from_numpy(np.stack(lessons.targets))[:, :MODULES]
+    return float((own - own.mean(dim=1, keepdim=True)).square().mean())
+
+
+# Targets --------------------------------------------------------------------------------------------------------------
+
+
+def test_targets_by_hand() -> None:
+    """Half the logarithm of the worth, from the largest one down, as far as SPAN, centred."""
+    worth = np.array([1.0, math.exp(-1), math.exp(-2), 1e-5, 0.0])
+    expected = np.array([0, -0.5, -1, -2, -2]) + 5.5 / 5
+    np.testing.assert_allclose(target_scores(worth), expected)
+    assert (EXPONENT, SPAN) == (0.5, 4.0)
+    np.testing.assert_allclose(target_scores(1000 * worth), expected, err_msg="the unit does not matter")
+    assert not target_scores(np.zeros(3)).any()
+    assert target_scores(np.array([0.3])) == 0
+
+
+def test_lessons_are_padded_like_observations() -> None:
+    lessons = Lessons()
+    arrays: Arrays = {"mask": np.array([[1, 1, 0], [1, 1, 1]]), "other": np.array([[5.0], [6.0]])}
+    lessons.note(arrays, [np.array([1.0, math.exp(-2)]), None])
+    assert lessons.known == [True, False]
+    np.testing.assert_allclose(lessons.targets, [[0.5, -0.5, 0], [0, 0, 0]])
+    assert [row["other"].tolist() for row in lessons.rows] == [[5.0], [6.0]]
+
+
+# Learning -------------------------------------------------------------------------------------------------------------
+
+
+def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
+    envs: RoundsVecEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH", 3)  # more steps, for fewer tasks
+    monkeypatch.setattr(module, "PASSES", 300)
+    seen, lessons = seen_on(envs, PLANTED + SHIFT)
+    known = torch.tensor(lessons.known)
+    assert (len(known), int(known.sum())) == (2 * 9, 2 * 6)
+    policy = new_policy()
+    torch.manual_seed(1)
+    errors = warm_start(policy, envs, PLANTED + SHIFT, seed=0)
+    assert errors["after"] < 0.5 * errors["before"]
+    assert errors["after"] < 0.5 * errors["constant"]
+
+    with torch.no_grad():
+        before, after = (one.get_distribution(seen).mean for one in (new_policy(), policy))
+    rows = [index for index, own in enumerate(lessons.known) if own]
+    own = Lessons(targets=[lessons.targets[index] for index in rows])
+    for scores, key in ((before, "before"), (after, "after")):
+        assert centred_error(scores[known], own) == pytest.approx(errors[key], rel=1e-3), "as it says itself"
+    constant = np.stack(own.targets)[:, :MODULES]
+    assert np.square(constant).mean() == pytest.approx(errors["constant"], rel=1e-3)
+
+    moved = (after - before)[:, :MODULES]
+    moved = (moved - moved.mean(dim=1, keepdim=True)).square().mean(dim=1)
+    assert moved[~known].mean() < 0.2 * moved[known].mean(), "scores stay where nothing is known"
+    assert not (after - before)[:, -2:].any(), "floor and tilt stay the rule's"
+
+
+def test_it_is_learned_the_same_again(envs: RoundsVecEnv) -> None:
+    found = []
+    for _ in range(2):
+        policy = new_policy()
+        torch.manual_seed(1)
+        found.append((warm_start(policy, envs, PLANTED[:2], seed=3), policy.network.state_dict()))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
+def test_critics_and_exploration_are_not_taught(envs: RoundsVecEnv) -> None:
+    """They have no part in the scores."""
+    policy = new_policy()
+    before = {name: value.clone() for name, value in policy.network.state_dict().items()}
+    warm_start(policy, envs, PLANTED[:2], seed=0)
+    for name, value in policy.network.state_dict().items():
+        same = torch.equal(value, before[name])
+        if name.startswith("critics.") or name in ("log_std", "shared_log_std"):
+            assert same, name
+    assert not torch.equal(policy.network.gains, before["gains"])
+
+
+def test_where_nothing_is_known_nothing_is_learned(envs: RoundsVecEnv) -> None:
+    policy = new_policy()
+    before = {name: value.clone() for name, value in policy.network.state_dict().items()}
+    assert warm_start(policy, envs, SHIFT, seed=0) == {}
+    assert all(torch.equal(value, before[name]) for name, value in policy.network.state_dict().items())

@@ -1,0 +1,87 @@
+"""What a policy sees of prices: logarithms of equal shares of the budget, alike in models of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.allocation.observation import MODULE_FEATURES, Observation, RunState, observe
+from rankpilot.allocation.problem import PlanProblem
+from rankpilot.lora.ladder import RankLadder
+from rankpilot.lora.signals import SIGNALS
+from rankpilot.memory.cost import ByteCost
+
+LAYERS, A_LAYER = 3, 2
+RANKS = (0, 1, 0, 64, 4, 8)
+PER_RANK, FIXED, CONSTANT = 10.0, 500.0, 300.0
+
+
+def seen(copies: int = 1, **options: Any) -> Observation:
+    """Three layers of two modules; each of them `copies` times, under as many times the budget."""
+    count = copies * LAYERS * A_LAYER
+    blocks = np.arange(count) // (copies * A_LAYER)
+    needs = np.arange(LAYERS)[:, None] >= blocks[None]
+    fields: dict[str, Any] = {
+        "ranks": np.repeat(RANKS, copies),
+        "max_ranks": np.full(count, 64),
+        "blocks": blocks,
+        "cost": ByteCost(
+            ("backward",),
+            np.array([copies * CONSTANT]),
+            np.full((1, count), PER_RANK),
+            np.full((1, LAYERS), copies * FIXED),
+            needs,
+        ),
+        "limit": copies * 4000.0,
+        "ladder": RankLadder(),
+    } | options
+    return observe(
+        PlanProblem(**fields),
+        tuple(map(str, range(count))),
+        np.ones((count, len(SIGNALS))),
+        np.ones(count, dtype=np.int64),
+        np.zeros(count, dtype=np.int64),
+        np.ones(count),
+        RunState(0.0, 3, 4000.0 * copies, 1.0, ()),
+    )
+
+
+def column(observation: Observation, name: str) -> list[float]:
+    return [float(value) for value in observation.modules[:, MODULE_FEATURES.index(name)]]
+
+
+def share(price: float) -> float:
+    return float(np.log10(price * LAYERS * A_LAYER / 4000))
+
+
+def test_rise_is_the_price_of_the_next_rung() -> None:
+    steps = {0: 1, 1: 1, 4: 4, 8: 4}
+    expected = [share(PER_RANK * steps[rank]) if rank in steps else -3 for rank in RANKS]
+    assert column(seen(), "rise") == pytest.approx(expected)
+
+
+def test_release_is_what_dropping_a_module_frees() -> None:
+    """The lowest adapted module takes with it what its layer, and layers below the next adapted one, hold."""
+    expected = [-3, share(FIXED + PER_RANK), -3, share(64 * PER_RANK), share(4 * PER_RANK), share(8 * PER_RANK)]
+    assert column(seen(), "release") == pytest.approx(expected)
+
+
+def test_entry_is_what_a_module_adds_at_rank_one() -> None:
+    assert column(seen(), "entry") == pytest.approx([share(PER_RANK), -3, share(PER_RANK), -3, -3, -3])
+    above = seen(ranks=np.array([0, 0, 0, 0, 4, 8]))
+    deepest, next_layer = share(2 * FIXED + PER_RANK), share(FIXED + PER_RANK)
+    assert column(above, "entry") == pytest.approx([deepest, deepest, next_layer, next_layer, -3, -3])
+
+
+def test_prices_look_alike_in_a_model_of_more_modules() -> None:
+    small, large = seen(), seen(copies=5)
+    np.testing.assert_allclose(column(large, "rise"), np.repeat(column(small, "rise"), 5), atol=1e-6)
+    fresh = np.array([0, 0, 0, 0, 4, 8])
+    several = seen(copies=5, ranks=np.repeat(fresh, 5))
+    assert np.ptp(column(several, "entry")[:10]) == pytest.approx(0)
+
+
+def test_prices_of_next_to_nothing_end_at_minus_three() -> None:
+    observation = seen(limit=1e9)
+    assert column(observation, "rise") == [-3.0] * 6

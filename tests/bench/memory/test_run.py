@@ -1,0 +1,182 @@
+"""The memory benchmark: errors, plans, the ledger of finished runs, and one setting measured for real."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.bench.ledger import Ledger
+from rankpilot.bench.memory import run as memory
+from rankpilot.bench.memory.accuracy import CALIBRATED, Errors, compare_plans, random_plan, saved_bytes
+from rankpilot.bench.memory.pareto import FULL, QUICK, Course, Outcome
+from rankpilot.bench.memory.pareto_picture import pareto_picture
+from rankpilot.bench.memory.pareto_report import figures_of, requirement, table_of
+from rankpilot.bench.memory.plans import BUDGETS, REFERENCE, REQUIRED, NamedPlan, named_plans
+from rankpilot.bench.memory.report import accuracy, guard
+from rankpilot.bench.memory.settings import MODELS, Setting
+from rankpilot.errors import ConfigError
+from rankpilot.memory.batch_shape import Shape
+from rankpilot.memory.cost import total_cost
+from rich.console import Console
+
+CPU = torch.device("cpu")
+
+
+def test_errors_are_signed_and_sized() -> None:
+    errors = Errors.of([(110, 100), (95, 100), (100, 100)])
+    assert errors is not None
+    assert (errors.over, errors.under) == pytest.approx((0.1, -0.05))
+    assert errors.median == pytest.approx(0.05)
+    assert Errors.of([]) is None
+
+
+def test_random_plans_adapt_something_and_differ_in_kind() -> None:
+    generator, blocks = np.random.default_rng(0), np.repeat(np.arange(4), 7)
+    plans = [random_plan(generator, blocks, turn) for turn in range(60)]
+    assert all(plan.any() for plan in plans)
+    assert any((plan > 0).all() for plan in plans)
+    assert any((plan == 0).sum() > 20 for plan in plans)
+    tops = [plan for plan in plans if plan[blocks == 0].sum() == 0 and plan[blocks == 3].all()]
+    assert tops, "top layers only"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "not reentrant", "reentrant"])
+def test_one_setting_is_predicted_as_measured(checkpointing: str) -> None:
+    setting = Setting("llama", checkpointing, "fp32")  # type: ignore[arg-type]
+    result = compare_plans(setting, (CALIBRATED, Shape(3, 20)), 2, CPU, seed=0)
+    assert len(result["plans"]) == 4
+    assert [plan["calibrated"] for plan in result["plans"]] == [True, True, False, False]
+    margin = {"none": 0.0, "not reentrant": 0.006, "reentrant": 0.021}[checkpointing]
+    for plan in result["plans"]:
+        predicted, measured = plan["peak"]
+        assert measured <= predicted <= measured * (1 + margin) + 1
+        assert (plan["saved"] is None) == (checkpointing != "none")
+        if plan["saved"]:
+            assert plan["saved"][0] == plan["saved"][1] > 0
+    assert result["calibration_steps"] > 0
+
+
+def test_saved_bytes_fall_with_the_adapted_layers() -> None:
+    setting = Setting("gpt2", "none", "fp32")
+    learner, batch = setting.learner(CPU, 0), setting.batch(Shape(2, 16), CPU, 0)
+    whole = saved_bytes(learner, batch)
+    learner.set_ranks([0] * (len(learner.targets) - 1) + [4])
+    assert 0 < saved_bytes(learner, batch) < whole / 3
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_named_plans_keep_to_their_budgets(family: str) -> None:
+    setting = Setting(family, "none", "fp32")
+    learner = setting.learner(CPU, 0)
+    cost = learner.calibrate(setting.batch(Shape(2, 16), CPU, 0)).cost()
+    plans = named_plans(learner.targets, cost, 4)
+    reference = plans[REFERENCE].predicted_bytes
+    assert {plan.budget for plan in plans.values()} == {None, *BUDGETS}
+    for plan in plans.values():
+        assert plan.predicted_bytes == total_cost(cost, plan.ranks)
+        assert plan.budget is None or plan.predicted_bytes <= plan.budget * reference
+    known = set(plans)
+    for course in (*FULL.values(), *QUICK.values()):
+        assert {REFERENCE, REQUIRED} <= set(course.plans or known) <= known
+
+
+def test_a_ledger_goes_on_where_it_was_and_refuses_to_mix(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    ledger = Ledger(path)
+    assert ledger.fetch({"plan": [1, 2], "seed": 0}, lambda: 0.5) == 0.5
+    with pytest.raises(ConfigError, match="--resume"):
+        Ledger(path)
+    resumed = Ledger(path, resume=True)
+    assert resumed.fetch({"seed": 0, "plan": [1, 2]}, lambda: math.nan) == 0.5
+    assert resumed.get({"seed": 1, "plan": [1, 2]}) is None
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--workers", "0"], ["--resume"], ["--device", "cuda"]])
+def test_options_that_cannot_work(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert memory.main(["--quick", *arguments]) == 1
+    assert "error:" in capsys.readouterr().err
+
+
+def outcome(name: str, *, measured: int, step: float, loss: float, budget: float | None = None) -> Outcome:
+    """Of two modules, with two seeds and four timed steps."""
+    plan = NamedPlan(name, name.split(" at ")[0], np.array([8, 8]), float(measured), budget)
+    return Outcome(plan, measured, np.full(4, step), {0: loss, 1: loss + 0.5})
+
+
+def outcomes(*, measured: int = 650, step: float = 0.7) -> dict[str, Outcome]:
+    found = (
+        outcome(REFERENCE, measured=1000, step=1.0, loss=1.0),
+        outcome(REQUIRED, measured=measured, step=step, loss=0.9, budget=0.65),
+    )
+    return {each.plan.name: each for each in found}
+
+
+COURSE = Course(FULL["llama"].task, seeds=2, more_seeds=2, rounds=4)
+
+
+@pytest.mark.parametrize(
+    ("measured", "step", "words"),
+    [
+        (650, 0.7, "allowed, fits. A step takes 0.700 (0.700 to 0.700) of rank 8's: at least 20 % shorter"),
+        (651, 0.7, "DOES NOT FIT"),
+        (650, 0.9, "NOT 20 % shorter"),
+    ],
+)
+def test_the_requirement_is_told_as_it_is(measured: int, step: float, words: str) -> None:
+    found = outcomes(measured=measured, step=step)
+    line = requirement(COURSE, found, quick=False)
+    assert words in line
+    assert "1.1500 against 1.2500, difference -0.1000 (-0.1000 to -0.1000) over 2 paired seeds" in line
+    assert "not for a quick run" in requirement(COURSE, found, quick=True)
+
+
+def test_figures_are_flat_and_compare_with_rank_8() -> None:
+    figures = figures_of("llama", outcomes())
+    assert figures["llama.fracrule_at_65.step_ratio"] == pytest.approx(0.7)
+    assert figures["llama.fracrule_at_65.loss_difference_high"] == pytest.approx(-0.1)
+    assert figures["llama.all_linear_rank_8.step_ratio"] == 1
+    json.dumps(figures, allow_nan=False)
+    assert table_of(COURSE, outcomes()).row_count == 2
+
+
+def test_the_picture_has_a_row_for_each_task() -> None:
+    figure = pareto_picture({"one": outcomes(), "two": outcomes()})
+    assert len(figure.axes) == 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fracrule"]
+
+
+def test_part_a_is_printed_and_flat(tmp_path: Path) -> None:
+    plan = {"calibrated": True, "saved": [110, 100], "peak": [99, 100]}
+    other = plan | {"calibrated": False, "saved": None, "peak": [100, 100]}
+    results = {
+        Setting("llama", "none", "fp32"): {"calibration_steps": 4.0, "plans": [plan]},
+        Setting("llama", "reentrant", "bf16"): {"calibration_steps": 6.0, "plans": [other]},
+    }
+    watched = {"guard": {"step_ratio": [1.2, 1.1, 1.3], "look_share": 1e-5}}
+    seen = {REFERENCE: {"predicted": 2**20, "resident": 2**21}}
+    with (tmp_path / "tables.txt").open("w") as stream:
+        console = Console(width=120, file=stream)
+        figures = accuracy(results, console) | guard({"bert": watched | {"outside": seen}}, console)
+    printed = (tmp_path / "tables.txt").read_text()
+    assert "+10.000" in printed
+    assert "2 MiB (+100.0%)" in printed
+    assert figures["accuracy.plans"] == 2
+    assert figures["accuracy.no_checkpointing.saved_error_over"] == pytest.approx(0.1)
+    assert figures["accuracy.llama.reentrant.peak_error_median"] == 0
+    assert figures["accuracy.all.fp32.peak_error_under"] == pytest.approx(-0.01)
+    json.dumps(figures, allow_nan=False)
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        memory.main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out.lower()
+    for part in ("--quick", "--json", "--picture", "--resume", "--workers", "part a", "fracrule"):
+        assert part in printed

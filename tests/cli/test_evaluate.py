@@ -1,0 +1,124 @@
+"""`rankpilot evaluate`: mistakes in one line, a tiny comparison from end to end, and going on with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rankpilot.agents.evaluation.config import EvaluateConfig
+from rankpilot.agents.evaluation.evaluate import find_competitor
+from rankpilot.agents.evaluation.results import read_rows
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.policy_file import save_policy
+from rankpilot.agents.rules.constant import Constant
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.cli import main as cli
+from rankpilot.errors import ConfigError
+
+TINY = ["--suite", "planted", "--bases", "llama-4x32", "--task-steps", "8", "--tasks", "2", "--workers", "1"]
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command which fails leaves on stderr."""
+    capsys.readouterr()
+    assert cli.run(["evaluate", *arguments]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    return save_policy(tmp_path / "pilot", RankNetwork(), DecisionSchedule(), {"name": "pilot"})
+
+
+def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
+    output = ["--output", str(tmp_path / "out")]
+    assert "Unknown rule 'heur4'. Did you mean: 'heur3'" in failure(["heur4", *output], capsys)
+    assert "Unknown rule 'orakel'. Did you mean: 'oracle'" in failure(["heur3", "--against=orakel", *output], capsys)
+    assert "There is no policy folder" in failure(["runs/none", *output], capsys)
+    assert "Unknown suite" in failure(["heur3", "--suite", "plantd", *output], capsys)
+    assert "Unknown proxy base" in failure(["heur3", "--bases", "llama", *output], capsys)
+    card = json.loads((policy / "card.json").read_text())
+    (policy / "card.json").write_text(json.dumps(card | {"module_features": ["rank"]}))
+    assert "has module_features ['rank']" in failure([str(policy), *output], capsys)
+    (policy / "card.json").write_text(json.dumps(card | {"ladder": [0, 1]}))
+    assert "has ladder [0, 1]" in failure([str(policy), *output], capsys)
+    assert not (tmp_path / "out").exists(), "a mistake leaves no folder behind"
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ConfigError, match="Name at least one policy"):
+        EvaluateConfig(())
+    with pytest.raises(ConfigError, match="at least 2 tasks"):
+        EvaluateConfig(("heur3",), tasks=1)
+    for options in ({"seeds": 0}, {"workers": -1}, {"task_steps": 0}):
+        with pytest.raises(ConfigError, match="at least 1"):
+            EvaluateConfig(("heur3",), **options)
+    assert EvaluateConfig(("fracrule", "heur3")).names == ("fracrule", "heur3")
+
+
+def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.agents.evaluation import evaluate as comparison
+
+    monkeypatch.setattr(comparison, "find_tasks", lambda *_: ("one",))
+    with pytest.raises(ConfigError, match="at least 2 tasks"):
+        EvaluateConfig(("heur3",)).find_tasks()
+
+
+def test_policies_of_different_schedules(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
+    other = save_policy(tmp_path / "other", RankNetwork(), DecisionSchedule(probe_steps=9), {})
+    assert "different schedules" in failure([str(policy), str(other), "--output", str(tmp_path / "out")], capsys)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["evaluate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "bootstrap over tasks" in text
+    assert "test split is for the final report" in text
+
+
+def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
+    folder = tmp_path / "out"
+    command = ["evaluate", "fracrule", str(policy), *TINY, "--output", str(folder)]
+    assert cli.run(command) == 0
+    shown = capsys.readouterr().out
+    assert "all tasks (2 tasks)" in shown
+    assert "final reports" not in shown
+    rows = read_rows(folder / "rows.jsonl")
+    assert [row.policy for row in rows] == ["fracrule"] * 2 + ["pilot"] * 2 + ["heur3"] * 2
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {standing["policy"] for standing in summary["groups"][0]["standings"]} == {"fracrule", "pilot", "heur3"}
+
+    assert "exists already" in failure(command[1:], capsys)
+    assert "other settings (split" in failure([*command[1:], "--resume", "--split", "train"], capsys)
+    more = ["evaluate", "uniform", *TINY, "--seeds", "2", "--output", str(folder), "--resume"]
+    assert cli.run(more) == 0
+    longer = read_rows(folder / "rows.jsonl")
+    assert len(longer) == 4 + 4 + 2 + 2
+    assert set(rows) < set(longer), "what was there is still there"
+
+    save_policy(policy, _stirred(), DecisionSchedule(), {"name": "pilot"})
+    assert "another policy named 'pilot'" in failure([*command[1:], "--resume"], capsys)
+
+
+def _stirred() -> RankNetwork:
+    network = RankNetwork()
+    network.gains.data += 1
+    return network
+
+
+def test_the_test_split_is_for_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.run(["evaluate", "fracrule", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
+    assert "The test split is for final reports" in capsys.readouterr().out
+
+
+def test_a_constant_action(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.agents.evaluation import evaluate as comparison
+
+    monkeypatch.setattr(comparison, "CONSTANT_TASKS", 3)
+    found = find_competitor(f"constant:{policy}", DecisionSchedule(probe_steps=2))
+    assert isinstance(found, Constant)
+    assert found.name == "constant:pilot"
+    assert found.steering == (0, 0), "an untrained policy keeps the rule's floor and tilt"

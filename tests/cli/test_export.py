@@ -1,0 +1,104 @@
+"""`rankpilot export`: both formats, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+from rankpilot.cli import main as cli
+from rankpilot.lora.export import rank_pattern_yaml
+from safetensors.torch import load_file, save_file
+
+LONG = "model.language_model.layers.0.some_quite_long_block_name.self_attention.dense_h_to_4h.q_proj"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A saved adapter with two modules, at ranks 4 and 9."""
+    folder = tmp_path / "adapter"
+    LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], rank_pattern={"b.q_proj": 9}).save_pretrained(str(folder))
+    tensors = {}
+    for name, rank in ((LONG, 4), ("b.q_proj", 9)):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, 5)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(3, rank)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a failed export leaves on stderr."""
+    capsys.readouterr()
+    assert cli.run(["export", *arguments]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(("more", "rank"), [([], 16), (["--rank", "64"], 64)])
+def test_padded(more: list[str], rank: int, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "padded"
+    assert cli.run(["export", str(adapter), "--output", str(output), *more]) == 0
+    assert capsys.readouterr().out == f"{output} holds the adapter with all modules at rank {rank}.\n"
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == rank
+    shapes = [t.shape for k, t in load_file(output / "adapter_model.safetensors").items() if "lora_A" in k]
+    assert shapes == [(rank, 5), (rank, 5)]
+
+
+def test_rank_pattern(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", str(adapter), "--format", "rank-pattern"]
+    assert cli.run(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed == rank_pattern_yaml(adapter), "not wrapped, not styled"
+    assert yaml.safe_load(printed)["lora_target_modules"] == ["b.q_proj", LONG]
+    output = tmp_path / "ranks.yaml"
+    assert cli.run([*arguments, "--output", str(output)]) == 0
+    assert output.read_text() == printed
+    assert capsys.readouterr().out == f"{output} holds the ranks for axolotl.\n"
+
+
+def test_mistakes(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "padded"
+    to_output = ["--output", str(output)]
+    assert "pass --output FOLDER" in failure([str(adapter)], capsys)
+    no_slot = failure([str(adapter), *to_output, "--rank", "12"], capsys)
+    assert "no slot for rank 12. Allowed: 1, 8, 16, 32, 64, 128, 256, 320, 512." in no_slot
+    assert "rank 9, which does not fit rank 8" in failure([str(adapter), *to_output, "--rank", "8"], capsys)
+    pattern = [str(adapter), "--format", "rank-pattern"]
+    assert "--rank is for padded adapters" in failure([*pattern, "--rank", "16"], capsys)
+    nowhere = str(tmp_path / "nowhere")
+    assert "save_pretrained" in failure([nowhere, *to_output], capsys)
+    assert "save_pretrained" in failure([nowhere, "--format", "rank-pattern"], capsys)
+    assert not output.exists()
+
+
+def test_nothing_is_overwritten(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for format_ in ("padded", "rank-pattern"):
+        line = failure([str(adapter), "--format", format_, "--output", str(notes)], capsys)
+        assert f"{notes} exists already" in line
+    assert "exists already" in failure([str(adapter), "--output", str(adapter)], capsys)
+    assert notes.read_text() == "mine"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(["export", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for words in ("rankpilot export", "--output", "--rank", "{padded,rank-pattern}", "vLLM", "axolotl"):
+        assert words in shown
+    assert cli.run(["--help"]) == 0
+    assert "rankpilot export" in capsys.readouterr().out
+
+
+def test_unknown_format(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(["export", str(adapter), "--format", "gguf"])
+    assert caught.value.code == 2
+    assert "rank-pattern" in capsys.readouterr().err

@@ -1,0 +1,263 @@
+"""The command line: one clear line for every mistake, and settings from files and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.agents.learned.network import NetworkConfig
+from rankpilot.agents.training.config import PRESETS, TrainConfig
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.cli import main as cli
+from rankpilot.common.files import write_json
+from rankpilot.common.settings import as_json
+from rankpilot.finetune.config import FinetuneConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command which fails leaves on stderr."""
+    capsys.readouterr()
+    assert cli.run(arguments) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What tyro says of an option that it cannot take, as one line."""
+    with pytest.raises(SystemExit) as caught:
+        cli.run(arguments)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return " ".join(err.replace("│", " ").split())
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The options with which commands would have run."""
+    options: list[Any] = []
+    monkeypatch.setattr(cli, "train_command", options.append)
+    monkeypatch.setattr(cli, "finetune_command", options.append)
+    return options
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Unknown command 'trian'. Did you mean: 'train'" in failure(["trian"], capsys)
+
+
+def test_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.data import models_and_data as workload
+
+    def offline(name: str) -> None:
+        raise OSError("no network\nmore lines")
+
+    monkeypatch.setattr(workload.AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.chdir(tmp_path)
+    line = failure(["finetune", "bert-tinny", "sst2", "--output", str(tmp_path / "run")], capsys)
+    assert "Unknown model 'bert-tinny'" in line
+    missing = failure(["finetune", "./nowhere", "sst2", "--output", str(tmp_path / "run")], capsys)
+    assert "There is no model folder" in missing
+    assert not (tmp_path / "run").exists(), "a mistake leaves no folder behind"
+
+
+def test_unknown_data(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.data import models_and_data as workload
+
+    monkeypatch.setattr(workload, "load_tokenizer", lambda model: None)
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network\nmore lines")
+
+    monkeypatch.setattr(workload, "load_dataset", offline)
+    monkeypatch.chdir(tmp_path)
+    name = next(iter(workload.DATASETS))
+    line = failure(["finetune", "m", f"{name}x", "--output", str(tmp_path / "run")], capsys)
+    assert f"Unknown data set '{name}x'. Did you mean: '{name}'" in line
+    assert "no network" in line
+    (tmp_path / "data.xls").write_text("")
+    assert "its suffix is not one of" in failure(["finetune", "m", "data.xls"], capsys)
+
+
+@pytest.mark.parametrize("budget", ["lots", "-3GiB", "0", "1.5e"])
+def test_bad_budget(capsys: pytest.CaptureFixture[str], seen: list[Any], budget: str) -> None:
+    assert f"Cannot read the budget '{budget}'" in usage_error(["finetune", "m", "d", f"--budget={budget}"], capsys)
+    assert not seen
+
+
+def test_bad_numbers(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+    assert "at least 1" in usage_error(["finetune", "m", "d", "--steps", "0"], capsys)
+    assert "group at least 2" in usage_error(["train", "--group", "1"], capsys)
+    assert "fractions rise" in usage_error(["train", "--schedule.fractions", "0.5"], capsys)
+    assert not seen
+
+
+def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path / "run")]
+    assert "Unknown rule 'heur4'. Did you mean: 'heur3'" in failure(
+        ["finetune", "m", "d", "--policy", "heur4", *output], capsys
+    )
+    assert "There is no policy folder" in failure(["finetune", "m", "d", "--policy", "runs/none", *output], capsys)
+    (tmp_path / "empty").mkdir()
+    line = failure(["finetune", "m", "d", "--policy", str(tmp_path / "empty"), *output], capsys)
+    assert "card.json is missing" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    line = failure(["train", "--output", str(tmp_path)], capsys)
+    assert "exists already. Pass --resume" in line
+    line = failure(["train", "--output", str(tmp_path), "--resume"], capsys)
+    assert "is no run of rankpilot's" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_brackets_in_messages_survive(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich takes [words] for markup, and a message may well hold some."""
+    assert "'[bold]x'" in failure(["[bold]x"], capsys)
+    assert "'x[/]'" in failure(["x[/]"], capsys)
+
+
+def test_unknown_asset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Unknown" in failure(["assets", "no-such-thing"], capsys)
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["finetune"], ["assets"]])
+def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run([*arguments, "--help"])
+    assert caught.value.code == 0
+    assert f"rankpilot {arguments[0]}" in capsys.readouterr().out
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    assert cli.run([]) == 2
+    assert capsys.readouterr().out.count("rankpilot finetune") == 2
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_presets_and_flags(seen: list[Any]) -> None:
+    assert cli.run(["train"]) == 0
+    assert cli.run(["train", "--preset", "default", "--group", "5"]) == 0
+    assert cli.run(["train", "--preset=default"]) == 0
+    quick, changed, default = seen
+    assert as_json(TrainConfig, quick) == as_json(TrainConfig, PRESETS["quick"])
+    assert as_json(TrainConfig, default) == as_json(TrainConfig, PRESETS["default"])
+    assert as_json(TrainConfig, changed) == as_json(TrainConfig, dataclasses.replace(PRESETS["default"], group=5))
+
+
+def test_settings_of_a_training_run_from_its_file(seen: list[Any], tmp_path: Path) -> None:
+    config = TrainConfig(
+        iterations=3,
+        group=4,
+        suites=("planted",),
+        schedule=DecisionSchedule(probe_steps=5, fractions=(0.0, 0.3)),
+        network=NetworkConfig(width=9),
+        seed=11,
+    )
+    path = tmp_path / "config.json"
+    write_json(path, as_json(TrainConfig, config))
+    assert cli.run(["train", "--config", str(path)]) == 0
+    assert cli.run(["train", f"--config={path}", "--group", "6", "--schedule.probe-steps", "8", "--output", "x"]) == 0
+    assert as_json(TrainConfig, seen[0]) == as_json(TrainConfig, config)
+    assert seen[0].schedule == config.schedule
+    assert seen[1].output == Path("x")
+    schedule = dataclasses.replace(config.schedule, probe_steps=8)
+    assert as_json(TrainConfig, seen[1]) == as_json(
+        TrainConfig, dataclasses.replace(config, group=6, schedule=schedule)
+    )
+
+
+def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) -> None:
+    config = FinetuneConfig("model", "data", policy="fracrule", budget="350MB", compare_uniform=True, train_rows=7)
+    path = tmp_path / "config.json"
+    write_json(path, as_json(FinetuneConfig, config))
+    assert cli.run(["finetune", "--config", str(path)]) == 0
+    assert cli.run(["finetune", "--config", str(path), "--budget", "50%", "--train-rows", "9"]) == 0
+    assert cli.run(["finetune", "other", "data", "--config", str(path), "--no-compare-uniform"]) == 0
+    assert as_json(FinetuneConfig, seen[0]) == as_json(FinetuneConfig, config)
+    assert as_json(FinetuneConfig, seen[1]) == as_json(
+        FinetuneConfig, dataclasses.replace(config, budget="50%", train_rows=9)
+    )
+    assert as_json(FinetuneConfig, seen[2]) == as_json(
+        FinetuneConfig, dataclasses.replace(config, model="other", compare_uniform=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "Cannot read the config file"),
+        ("{", "Cannot read the config file"),
+        ("[1]", "config file"),
+        ('{"grup": 3}', "grup"),
+        ('{"schedule": {"probes": 3}}', "probes"),
+        ('{"schedule": 3}', "schedule"),
+        ('{"group": 1}', "group at least 2"),
+        ('{"group": "many"}', "do not fit"),
+    ],
+)
+def test_a_bad_config_file(
+    capsys: pytest.CaptureFixture[str], seen: list[Any], tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    assert message in failure(["train", "--config", str(path)], capsys)
+    assert not seen
+
+
+def test_a_config_option_without_a_file(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+    assert "--config" in failure(["train", "--config"], capsys)
+    assert not seen
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_command", interrupt)
+    assert cli.run(["train"]) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+
+
+def test_train_agent_script() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_agent.py"), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--iterations" in done.stdout
+    assert "rankpilot train" in done.stdout
+
+
+def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rankpilot.agents.learned.policy_file import load_policy
+
+    small = ["--iterations", "2", "--stacks", "1", "--groups", "1", "--group", "2", "--workers", "1"]
+    tasks = ["--task-steps", "8", "--suites", "planted", "--warm-tasks", "1", "--validation-tasks", "1"]
+    command = ["train", *small, *tasks, "--validate-every", "1", "--schedule.probe-steps", "2"]
+    folder = tmp_path / "pilot"
+    assert cli.run([*command, "--output", str(folder)]) == 0
+    assert load_policy(folder).name == "pilot"
+    assert (folder / "learning_curve.png").stat().st_size > 1000
+    assert json.loads((folder / "config.json").read_text())["group"] == 2
+    card = json.loads((folder / "card.json").read_text())
+    assert (card["episodes"], set(card["validation"])) == (4, {"learned", "heur3", "fracrule"})
+    assert "warm_after" in card["start"]
+    assert "fracrule" in capsys.readouterr().out
+    assert "exists already" in failure([*command, "--output", str(folder)], capsys)
+    assert cli.run([*command, "--output", str(folder), "--resume"]) == 0
+    assert "holds a finished policy already" in capsys.readouterr().out.replace("\n", "")

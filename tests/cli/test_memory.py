@@ -1,0 +1,198 @@
+"""`rankpilot memory`: figures that a real step confirms, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.cli import main as cli
+from rankpilot.common.files import read_json
+from rankpilot.study.memory.setup import default_task
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    XLNetConfig,
+    XLNetModel,
+)
+
+SMALL = ["--batch-size", "4", "--max-length", "16"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, bert_config: BertConfig, llama_config: LlamaConfig) -> Path:
+    """A folder with tiny saved models."""
+    folder = tmp_path_factory.mktemp("models")
+    roberta = RobertaConfig(**bert_config.to_dict() | {"model_type": "roberta", "pad_token_id": 1})
+    every = {
+        "bert": BertModel(bert_config),
+        "llama": LlamaForCausalLM(llama_config),
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
+        "roberta": RobertaModel(roberta),
+        "xlnet": XLNetModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)),
+    }
+    for name, model in every.items():
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str], output: Path) -> tuple[str, Any]:
+    """What a run prints, and its figures."""
+    capsys.readouterr()
+    assert cli.run(["memory", *arguments, "--output", str(output)]) == 0
+    return " ".join(capsys.readouterr().out.split()), read_json(output / "memory.json")
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert cli.run(["memory", *arguments]) == 1
+    err = [line for line in capsys.readouterr().err.strip().splitlines() if "Loading weights" not in line]
+    assert len(err) == 1, err
+    assert err[0].startswith("error: ")
+    return err[0]
+
+
+def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(["memory", *arguments])
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("name", "task"), [("bert", "classification"), ("gpt2", "causal-lm")])
+def test_a_step_is_predicted_and_measured(
+    models: Path, name: str, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed, figures = run([str(models / name), *SMALL, "--measure"], capsys, tmp_path / "memory")
+    assert figures["task"] == task
+    assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
+    if sys.platform == "linux":
+        assert figures["measured"]["process_bytes"] > figures["measured"]["peak_bytes"]
+    assert (tmp_path / "memory" / "memory.png").is_file()
+    for words in ("calibrating", "tensors saved for backward", "layer 1", "half the batch (2 x 16)", "A real step"):
+        assert words in printed
+    peaks = {choice["label"]: choice["peak_bytes"] for choice in figures["alternatives"]}
+    assert peaks["rank 1 on all modules"] < figures["peak_bytes"] < peaks["rank 32 on all modules"]
+    assert peaks["half the length (4 x 8)"] < 0.7 * figures["peak_bytes"]
+    assert peaks["with gradient checkpointing"] < figures["peak_bytes"]
+
+
+def test_settings_are_followed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--checkpointing", "--rank", "4", "--optimizer", "sgd", "--bf16", "--measure", "--budget", "90%"]
+    printed, figures = run([str(models / "llama"), *SMALL, *options], capsys, tmp_path / "memory")
+    assert figures["kinds"]["optimizer"] == 0
+    assert figures["kinds"]["inputs"] > 0
+    assert figures["margin_bytes"] > 0
+    assert figures["measured"]["peak_bytes"] <= figures["peak_bytes"]
+    assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.03)
+    choices = {choice["label"]: choice for choice in figures["alternatives"]}
+    assert choices["without gradient checkpointing"]["peak_bytes"] > figures["peak_bytes"]
+    assert figures["limit_bytes"] == pytest.approx(0.9 * figures["reference_bytes"])
+    assert figures["reference_bytes"] == choices["rank 8 on all modules"]["peak_bytes"]
+    for rule in ("rule16", "fracrule"):
+        assert choices[f"{rule} inside 90%"]["peak_bytes"] <= figures["limit_bytes"]
+    assert "rule16 inside 90%" in printed
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
+def test_optimizers(models: Path, optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--target-modules", "q_proj, v_proj", "--optimizer", optimizer]
+    _, figures = run([str(models / "llama"), *SMALL, *only], capsys, tmp_path / "memory")
+    assert 0 < figures["kinds"]["optimizer"] <= 2 * figures["kinds"]["weights"]
+    assert set(figures["alternatives"][0]["ranks"]) == {
+        f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"
+    }
+
+
+def test_data_makes_the_batch(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, "good": 2, "bad": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+    tokenizer.save_pretrained(models / "bert")
+    # Shorter rows are padded: with a mask the model runs other operations than without.
+    lines = [f"{'good ' * (5 if number % 20 else 7)},{number % 3}" for number in range(40)]
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    arguments = [str(models / "bert"), str(tmp_path / "reviews.csv"), *SMALL]
+    printed, figures = run(arguments, capsys, tmp_path / "memory")
+    assert (figures["rows"], figures["length"]) == (4, 7)
+    assert "classification, 4 x 7 tokens" in printed
+    peaks = {choice["label"]: choice["peak_bytes"] for choice in figures["alternatives"]}
+    assert peaks["half the batch (2 x 7)"] < 0.9 * figures["peak_bytes"]
+    assert peaks["half the length (4 x 4)"] < 0.9 * figures["peak_bytes"]
+
+
+def test_a_model_without_checkpointing(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed, figures = run([str(models / "xlnet"), *SMALL], capsys, tmp_path / "memory")
+    assert "does not support gradient checkpointing" in printed
+    assert len(figures["notes"]) == 1
+    assert not [choice for choice in figures["alternatives"] if choice["kind"] == "checkpointing"]
+    line = failure([str(models / "xlnet"), *SMALL, "--checkpointing"], capsys)
+    assert "does not support gradient checkpointing" in line
+
+
+def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "There is no model folder" in failure(["./nowhere"], capsys)
+    assert "has 32 positions, and max_length is 33" in failure([str(models / "bert"), "--max-length", "33"], capsys)
+    # RoBERTa's first positions are those of padding.
+    assert "has 30 positions" in failure([str(models / "roberta"), "--max-length", "31"], capsys)
+    line = failure([str(models / "bert"), *SMALL, "--budget", "1KiB"], capsys)
+    assert "fits no adapter at all. The smallest that works is" in line
+    assert "Cannot adapt" in failure([str(models / "bert"), *SMALL, "--target-modules", "nothing"], capsys)
+    assert "Cannot read the budget" in usage_error(["m", "--budget", "lots"], capsys)
+    assert "at least 1" in usage_error(["m", "--batch-size", "0"], capsys)
+    assert "at least 2; got" in usage_error(["m", "--max-length", "-4"], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_names(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Path
+) -> None:
+    from rankpilot.data import models_and_data as workload
+
+    def offline(name: str) -> None:
+        raise OSError("no network\nmore lines")
+
+    monkeypatch.setattr(workload.AutoConfig, "from_pretrained", offline)
+    monkeypatch.chdir(tmp_path)
+    line = failure(["all-minilm-l6-v3"], capsys)
+    assert "Unknown model 'all-minilm-l6-v3'. Did you mean: 'all-minilm-l6-v2'" in line
+
+
+def test_tasks_follow_the_architecture() -> None:
+    assert default_task(LlamaConfig(architectures=["LlamaForCausalLM"])) == "causal-lm"
+    assert default_task(LlamaConfig(architectures=["LlamaModel"])) == "causal-lm"
+    assert default_task(LlamaConfig(architectures=["LlamaForSequenceClassification"])) == "classification"
+    assert default_task(GPT2Config()) == "causal-lm"
+    assert default_task(BertConfig(architectures=["BertForMaskedLM"])) == "classification"
+    assert default_task(BertConfig(architectures=["BertLMHeadModel"])) == "causal-lm"
+    assert default_task(T5Config()) == "classification"
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(["memory", "--help"])
+    assert caught.value.code == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "rankpilot memory" in out
+    assert "hardly from the rank" in out
+
+
+@pytest.mark.assets
+def test_the_packaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed, figures = run(["all-minilm-l6-v2", *SMALL], capsys, tmp_path / "memory")
+    assert "layer 5" in printed
+    assert len(figures["alternatives"][0]["ranks"]) == 37
+    assert figures["kinds"]["saved"] > 0.5 * figures["peak_bytes"]

@@ -1,0 +1,77 @@
+"""Paired statistics against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rankpilot.common.statistics import compare_pairs, estimate, interquartile_means, mean_and_interval, means
+
+
+def alone(count: int) -> list[str]:
+    return [str(index) for index in range(count)]
+
+
+def test_the_interval_of_a_mean() -> None:
+    assert mean_and_interval([2.0]) == (2.0, 2.0, 2.0)
+    values = np.random.default_rng(0).normal(1.0, 2.0, size=400)
+    found = estimate(values, alone(400))
+    half = 1.96 * values.std() / 20
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.03)
+    assert mean_and_interval(values) == (found.value, found.low, found.high)
+    assert estimate(values, alone(400)) == found, "the same draws each time"
+
+
+def test_repetitions_of_a_task_are_no_new_tasks() -> None:
+    """Twenty tasks, each repeated five times with the same result: as wide as twenty tasks, not as a hundred."""
+    values = np.random.default_rng(1).normal(size=20)
+    once = estimate(values, alone(20))
+    often = estimate(np.repeat(values, 5), np.repeat(alone(20), 5).tolist())
+    assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
+    pretended = estimate(np.repeat(values, 5), alone(100))
+    assert pretended.high - pretended.low < 0.6 * (often.high - often.low)
+
+
+def test_tasks_of_different_size_count_by_their_runs() -> None:
+    found = estimate([1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"])
+    assert (found.value, found.low, found.high) == (2.0, 1.0, 5.0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 11])
+def test_interquartile_mean_by_hand(size: int) -> None:
+    values = np.random.default_rng(size).normal(size=size)
+    ordered, cut = np.sort(values), size // 4
+    assert estimate(values, alone(size), interquartile_means).value == pytest.approx(ordered[cut : size - cut].mean())
+    generator = np.random.default_rng(0)
+    counts = generator.multinomial(size, np.full(size, 1 / size), size=7)
+    drawn = [np.sort(np.repeat(values, count))[cut : size - cut].mean() for count in counts]
+    np.testing.assert_allclose(interquartile_means(values, counts), drawn)
+    np.testing.assert_allclose(means(values, counts), [np.repeat(values, count).mean() for count in counts])
+
+
+def test_one_run_astray_hardly_moves_the_interquartile_mean() -> None:
+    values = np.zeros(16)
+    values[3] = -1e6
+    found = estimate(values, alone(16), interquartile_means)
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_wins_ties_and_losses() -> None:
+    first = [1.0, 2.0, 3.0, -np.inf, -np.inf, 0.0]
+    second = [0.0, 2.0, 4.0, 1.0, -np.inf, -1.0]
+    found = compare_pairs(first, second, alone(6))
+    assert (found.wins, found.ties, found.losses) == (2, 2, 2)
+    assert found.better.value == 0.5
+    back = compare_pairs(second, first, alone(6))
+    assert back.better.value == pytest.approx(1 - found.better.value)
+    assert (back.better.low, back.better.high) == pytest.approx((1 - found.better.high, 1 - found.better.low))
+
+
+def test_the_chance_of_being_better_is_a_binomial_share() -> None:
+    wins = np.random.default_rng(2).random(300) < 0.7
+    found = compare_pairs(wins.astype(float), np.full(300, 0.5), alone(300))
+    half = 1.96 * np.sqrt(0.7 * 0.3 / 300)
+    assert found.better.value == pytest.approx(wins.mean())
+    assert found.better.high - found.better.low == pytest.approx(2 * half, rel=0.1)
+    sure = compare_pairs(np.ones(5), np.zeros(5), alone(5)).better
+    assert (sure.value, sure.low, sure.high) == (1, 1, 1)

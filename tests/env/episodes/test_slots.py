@@ -1,0 +1,615 @@
+"""Many episodes at once: the same as one PEFT model for each, the same whatever runs beside them, and vector APIs."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import rankpilot
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from numpy.typing import NDArray
+from rankpilot.agents.training.stacked_vec_env import StackedVecEnv
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.env.episode_record import Session
+from rankpilot.env.episodes.single import Episode, reference_of
+from rankpilot.env.episodes.slots import StackedConfig, StackedRankAllocation
+from rankpilot.env.episodes.stacked import StackedEpisodes
+from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.env.rendering import HEIGHT, WIDTH
+from rankpilot.env.score_actions import ScoreActions
+from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.vector import StackedVectorEnv
+from rankpilot.errors import ConfigError, UnknownNameError
+from stable_baselines3 import PPO
+
+MakeTask = Callable[..., ProxyTask]
+Rollout = Callable[..., list[tuple[Any, ...]]]
+BASE = "llama-4x32"
+LONG = DecisionSchedule(probe_steps=10, fractions=(0.0, 0.2, 0.4, 0.6), max_step=10)
+
+
+def random_decision(slot: int, turn: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    generator = np.random.default_rng([slot, turn])
+    return generator.integers(-10, 11, count), generator.normal(size=count)
+
+
+@dataclass
+class Story:
+    """What one episode went through."""
+
+    observations: list[Any] = field(default_factory=list)
+    ranks: list[Any] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    held_out: float | None = None
+    reference: Reference | None = None
+    rewards: list[float] = field(default_factory=list)
+
+
+def session_of(task: ProxyTask, reference: Reference, controller: Any, observation: Any) -> Session:
+    return Session(task, reference, controller, observation, 0.5)
+
+
+def fly(
+    tasks: Sequence[ProxyTask], schedule: DecisionSchedule, ids: Sequence[int] | None = None, slots: int | None = None
+) -> list[Story]:
+    """All tasks at once in a stack; an id decides an episode's actions."""
+    ids = ids or range(len(tasks))
+    episodes = StackedEpisodes(tasks[0].base, schedule, slots or len(tasks))
+    episodes.measure_references(dict(enumerate(tasks)))
+    episodes.start(dict(enumerate(tasks)))
+    stories, sessions = [Story() for _ in tasks], {}
+    losses: dict[int, float | None] = {}
+    flying = list(range(len(tasks)))
+    for turn in range(len(schedule.fractions)):
+        for slot in flying:
+            seen = episodes.observe(slot, losses.get(slot))
+            stories[slot].observations.append(seen)
+            if turn == 0:
+                reference = episodes.reference(tasks[slot])
+                stories[slot].reference = reference
+                sessions[slot] = session_of(tasks[slot], reference, episodes.flights[slot].controller, seen)
+            plan = episodes.apply(slot, *random_decision(ids[slot], turn, episodes.module_count))
+            stories[slot].ranks.append(plan.ranks)
+        for slot in flying:
+            sessions[slot].decided(episodes.flights[slot].step)
+        losses = episodes.advance(flying)
+        for slot in flying:
+            stories[slot].losses.append(losses[slot])
+        ended = [slot for slot in flying if episodes.flights[slot].ended]
+        held_out = episodes.held_out_losses([slot for slot in ended if not episodes.flights[slot].failed])
+        for slot in flying:
+            flight, story = episodes.flights[slot], stories[slot]
+            story.held_out = held_out.get(slot)
+            over = slot in ended
+            # The real loop observes before it closes; here the next turn does, with the same result.
+            reward, _ = sessions[slot].close_interval(
+                flight.step, losses[slot], ended=over, held_out_loss=story.held_out, observation=None
+            )
+            story.rewards.append(reward)
+        flying = [slot for slot in flying if slot not in ended]
+    assert not flying
+    return stories
+
+
+def fly_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Story:
+    """One task on a PEFT model."""
+    episode, story = Episode(task, schedule), Story()
+    loss: float | None = None
+    for turn in range(len(schedule.fractions)):
+        story.observations.append(episode.observe(loss))
+        plan = episode.apply(*random_decision(identity, turn, len(episode.targets)))
+        story.ranks.append(plan.ranks)
+        loss = episode.advance()
+        story.losses.append(loss)
+    story.held_out = episode.held_out_loss()
+    story.reference = reference_of(task, schedule)
+    return story
+
+
+def mixed_tasks(base: str) -> list[ProxyTask]:
+    sizes: dict[str, Any] = {"base": base, "steps": 90, "length": 16}
+    return [
+        ProxyTask("planted", 1, corpus="documentation", budget=0.9, eval_rows=32, **sizes),
+        ProxyTask("shift", 2, corpus="code", budget=0.7, eval_rows=48, learning_rate=8e-3, **sizes),
+        ProxyTask("classify", 3, corpus="sentiment", budget=1.3, eval_rows=32, learning_rate=2e-3, **sizes),
+        ProxyTask("shift", 4, corpus="documentation", budget=0.25, unit="parameters", eval_rows=32, **sizes),
+    ]
+
+
+@pytest.mark.parametrize("base", ["llama-4x32", "bert-4x64", "gpt2-4x32"])
+def test_stacked_episodes_are_those_of_peft_models(base: str) -> None:
+    tasks = mixed_tasks(base)
+    stories = fly(tasks, LONG)
+    assert any((ranks == 0).any() and ranks.any() for story in stories for ranks in story.ranks)
+    assert len({tuple(ranks) for story in stories for ranks in story.ranks}) == 16
+    for identity, (task, story) in enumerate(zip(tasks, stories, strict=True)):
+        alone = fly_alone(task, LONG, identity)
+        assert [ranks.tolist() for ranks in story.ranks] == [ranks.tolist() for ranks in alone.ranks]
+        assert story.losses == pytest.approx(alone.losses, abs=1e-4)
+        assert story.held_out == pytest.approx(alone.held_out, abs=1e-4)
+        assert story.reference is not None
+        assert alone.reference is not None
+        assert story.reference.initial == pytest.approx(alone.reference.initial, abs=1e-4)
+        assert story.reference.uniform == pytest.approx(alone.reference.uniform, abs=1e-4)
+        for one, two in zip(story.observations, alone.observations, strict=True):
+            np.testing.assert_allclose(one.modules, two.modules, rtol=0, atol=1e-3)
+            np.testing.assert_allclose(one.run, two.run, rtol=0, atol=1e-3)
+            assert one.names == two.names
+            assert one.problem.limit == two.problem.limit
+
+
+def assert_equal_stories(one: Story, two: Story) -> None:
+    assert one.losses == two.losses
+    assert one.held_out == two.held_out
+    assert one.reference == two.reference
+    assert one.rewards == two.rewards
+    for a, b in zip(one.observations, two.observations, strict=True):
+        np.testing.assert_array_equal(a.modules, b.modules)
+        np.testing.assert_array_equal(a.run, b.run)
+    for a, b in zip(one.ranks, two.ranks, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("base", ["llama-4x32", "bert-4x64"])
+def test_an_episode_does_not_notice_its_neighbours(make_task: MakeTask, schedule: DecisionSchedule, base: str) -> None:
+    tasks = [
+        make_task("shift", 1, base=base),
+        make_task("planted", 2, base=base),
+        make_task("classify", 3, base=base, corpus="sentiment"),
+        make_task("shift", 4, base=base, steps=20),
+        make_task("planted", 5, base=base, steps=9, eval_rows=8),
+        make_task("shift", 6, base=base, learning_rate=1e30),
+        make_task("shift", 1, base=base),
+        make_task("shift", 8, base=base, unit="parameters", budget=0.25),
+    ]
+    together = fly(tasks, schedule)
+    assert together[5].losses[-1] is None, "one fails, so its slot stops early"
+    assert together[5].rewards[-1] == -3.0
+    for index in (0, 1, 2, 3, 5):
+        assert_equal_stories(fly([tasks[index]], schedule, ids=[index])[0], together[index])
+    wide = fly(tasks[1:4], schedule, ids=[1, 2, 3], slots=8)
+    for index, story in enumerate(wide, start=1):
+        assert_equal_stories(story, together[index])
+
+
+# The vector environment of Gymnasium ----------------------------------------------------------------------------------
+
+
+def make_vector(num_envs: int, **settings: Any) -> StackedVectorEnv:
+    envs = gym.make_vec(
+        rankpilot.ENV_ID, num_envs=num_envs, vectorization_mode="vector_entry_point", base=BASE, **settings
+    )
+    assert isinstance(envs, StackedVectorEnv)
+    return envs
+
+
+@pytest.fixture
+def pool(make_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> tuple[ProxyTask, ...]:
+    """A few tiny tasks in place of the suites; their numbers of steps differ."""
+    from rankpilot.env.tasks import suites
+
+    reference = Reference(3.0, 2.5, 0.5)
+    tasks = tuple(
+        make_task("shift", 70 + index, steps=(8, 12, 15)[index % 3], budget=0.6 + 0.02 * index, reference=reference)
+        for index in range(9)
+    )
+    monkeypatch.setattr(suites, "load_suite", lambda name, split: tasks if name == "shift" else ())
+    return tasks
+
+
+def test_the_vector_is_single_environments_side_by_side(
+    make_task: MakeTask, schedule: DecisionSchedule, info_keys: set[str]
+) -> None:
+    task = make_task("planted", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own deprecations
+        envs = make_vector(3, task=task, schedule=schedule, shaping=0.4)
+    single = RankAllocationEnv(task=task, schedule=schedule, shaping=0.4)
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    assert envs.single_observation_space == single.observation_space
+    assert envs.single_action_space == single.action_space
+    assert envs.action_space.shape == (3, 28)
+    actions = np.random.default_rng(0).integers(0, 21, size=(4, 3, 28))
+    observations, infos = envs.reset(seed=0)
+    start = observations
+    assert envs.observation_space.contains(observations)
+    assert info_keys <= set(infos)
+    expected = []
+    for copy in range(3):
+        single.reset(seed=copy)
+        expected.append([single.step(action) for action in actions[:, copy]])
+    for turn, action in enumerate(actions):
+        observations, rewards, terminated, truncated, infos = envs.step(action)
+        assert envs.observation_space.contains(observations)
+        assert (rewards.shape, rewards.dtype) == ((3,), np.float64)
+        assert terminated.dtype == truncated.dtype == np.bool_
+        assert terminated.tolist() == [turn == 3] * 3
+        assert not truncated.any()
+        np.testing.assert_allclose(rewards, [own[turn][1] for own in expected], rtol=0, atol=1e-4)
+        final = infos["final_info"] if turn == 3 else infos
+        assert info_keys <= set(final)
+        assert ("final_obs" in infos) == ("final_info" in infos) == (turn == 3)
+        for copy in range(3):
+            wanted_observation, _, _, _, wanted = expected[copy][turn]
+            seen = infos["final_obs"][copy] if turn == 3 else {key: part[copy] for key, part in observations.items()}
+            for key, value in wanted_observation.items():
+                np.testing.assert_allclose(seen[key], value, rtol=0, atol=1e-3)
+            for key in ("task", "step", "cost", "limit", "ranks", "non_finite", "churn"):
+                assert final[key][copy] == wanted[key], key
+            assert final["loss"][copy] == pytest.approx(wanted["loss"], abs=1e-4)
+            parts = [final[key][copy] for key in ("improvement", "group_mean", "churn", "shaping")]
+            assert parts[0] - parts[1] - parts[2] + parts[3] == pytest.approx(rewards[copy])
+    assert final["held_out_loss"][0] == pytest.approx(expected[0][3][4]["held_out_loss"], abs=1e-4)
+    for key, value in start.items():
+        np.testing.assert_array_equal(observations[key], value)
+    assert infos["step"].tolist() == [0, 0, 0]
+
+
+def run_vector(envs: StackedVectorEnv, turns: int, seed: int | list[int]) -> list[tuple[Any, ...]]:
+    envs.action_space.seed(0)
+    rows: list[tuple[Any, ...]] = [envs.reset(seed=seed)]  # type: ignore[arg-type]
+    rows += [envs.step(envs.action_space.sample()) for _ in range(turns)]
+    return rows
+
+
+def assert_equal_parts(one: Any, two: Any) -> None:
+    """Equal bit for bit, however dicts, tuples and arrays of objects are nested."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        one, two = list(one.values()), [two[key] for key in one]
+    if isinstance(one, np.ndarray) and one.dtype == object:
+        one, two = one.tolist(), two.tolist()
+    if isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_equal_parts(a, b)
+    else:
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_same_seed_gives_the_same_steps(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
+    one, two = (make_vector(3, schedule=schedule) for _ in range(2))
+    first = run_vector(one, 9, 5)
+    assert_equal_parts(run_vector(two, 9, 5), first)
+    assert_equal_parts(run_vector(one, 9, 5), first)  # with probes and references remembered
+    assert_equal_parts(run_vector(one, 9, [5, 6, 7]), first)
+    other = run_vector(one, 1, 6)
+    assert other[0][1]["task"].tolist() != first[0][1]["task"].tolist()
+    assert len({name for row in first for name in row[-1]["task"]}) > 3
+
+
+def test_slots_that_end_apart_are_reset_alone(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
+    """Each slot goes through the tasks and the very numbers that it would meet in a vector of one."""
+    schedule = replace(schedule, fractions=(0.0, 0.3, 0.6))
+    actions = np.random.default_rng(0).integers(0, 21, size=(8, 4, 28))
+    failing = replace(pool[0], learning_rate=1e30, seed=79)
+    envs = make_vector(4, schedule=schedule)
+    together: list[tuple[Any, ...]] = [envs.reset(seed=3)]
+    envs.core.reset([1], {"task": failing})
+    together += [envs.step(action) for action in actions]
+    ends = [row[2].tolist() for row in together[1:]]
+    assert any(any(row) and not all(row) for row in ends), "they do end apart"
+    for slot in range(4):
+        alone = make_vector(1, schedule=schedule)
+        alone.reset(seed=3 + slot)
+        if slot == 1:
+            alone.core.reset([0], {"task": failing})
+        for turn, action in enumerate(actions):
+            observations, rewards, terminated, _, infos = alone.step(action[slot : slot + 1])
+            wide = together[turn + 1]
+            assert rewards[0] == wide[1][slot]
+            assert terminated[0] == wide[2][slot]
+            assert infos["task"][0] == wide[4]["task"][slot]
+            np.testing.assert_equal(
+                {key: part[0] for key, part in observations.items()}, {key: part[slot] for key, part in wide[0].items()}
+            )
+            if terminated[0]:
+                np.testing.assert_equal(infos["final_obs"][0], wide[4]["final_obs"][slot])
+                for key in ("held_out_loss", "loss", "improvement"):
+                    np.testing.assert_equal(_number(infos, key, 0), _number(wide[4], key, slot))
+
+
+def _number(infos: Mapping[str, Any], key: str, slot: int) -> float:
+    value = infos["final_info"][key][slot]
+    return np.nan if value is None else float(value)
+
+
+def test_groups_share_a_task_and_are_compared(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
+    envs = make_vector(4, schedule=schedule, group=2)
+    _, infos = envs.reset(seed=1)
+    names = infos["task"].tolist()
+    assert names[0] == names[1] != names[2] == names[3]
+    finals = 0
+    for action in np.random.default_rng(0).integers(0, 21, size=(12, 4, 28)):
+        _, rewards, terminated, _, infos = envs.step(action)
+        assert infos["task"][0] == infos["task"][1]
+        for first in (0, 2):
+            if not terminated[first]:
+                continue
+            finals += 1
+            final = {key: value[first : first + 2] for key, value in infos["final_info"].items()}
+            mean = final["improvement"].mean()
+            assert final["group_mean"].tolist() == pytest.approx([mean] * 2)
+            expected = np.clip(final["improvement"] - mean, -3, 3) - final["churn"] + final["shaping"]
+            np.testing.assert_allclose(rewards[first : first + 2], expected)
+            assert final["improvement"][0] != final["improvement"][1]
+    assert finals > 3
+
+
+def test_a_new_seed_pairs_groups_anew(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    """Also after one of them alone has failed and begun again."""
+    task = make_task(reference=Reference(3.0, 2.0, 1.9))
+    core = StackedRankAllocation(StackedConfig(2, base=BASE, task=task, group=2, schedule=schedule))
+    core.reset([0, 1])
+    core.reset([0])
+    core.seed(4)
+    core.reset([0, 1])
+    for turn in range(4):
+        steps = core.step({slot: random_decision(slot, turn, 28) for slot in range(2)})
+    improvements = [steps[slot].info["improvement"] for slot in range(2)]
+    assert [steps[slot].info["group_mean"] for slot in range(2)] == pytest.approx([np.mean(improvements)] * 2)
+
+
+@pytest.mark.parametrize("kind", ["shift", "planted"])
+def test_a_vector_survives_failed_runs(
+    make_task: MakeTask, schedule: DecisionSchedule, info_keys: set[str], kind: str
+) -> None:
+    """The probe and the uniform run fail as well."""
+    envs = make_vector(2, task=make_task(kind, learning_rate=1e30), schedule=schedule, shaping=0.5, group=2)
+    envs.reset(seed=0)
+    for _ in range(2):
+        observations, rewards, terminated, _, infos = envs.step(np.full((2, 28), 12))
+        assert rewards.tolist() == [-3.0, -3.0]
+        assert terminated.all()
+        assert envs.observation_space.contains(observations)
+        final = infos["final_info"]
+        assert info_keys <= set(final)
+        assert final["non_finite"].all()
+        assert (final["improvement"] - final["group_mean"] - final["churn"] + final["shaping"]).tolist() == [-3.0] * 2
+        assert np.isfinite(infos["uniform_loss"]).all()
+
+
+def test_one_failed_run_among_others(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    task = make_task(reference=Reference(3.0, 2.0, 1.9))
+    envs = make_vector(3, task=task, schedule=schedule)
+    envs.reset(seed=0)
+    envs.core.reset([1], {"task": replace(task, learning_rate=1e30)})
+    _, rewards, terminated, _, infos = envs.step(np.full((3, 28), 11))
+    assert terminated.tolist() == [False, True, False]
+    assert rewards[1] == -3.0
+    assert rewards[0] == rewards[2] != -3.0
+    assert infos["loss"][0] == infos["loss"][2]
+    assert infos["final_info"]["non_finite"].tolist() == [False, True, False]
+    assert infos["_final_info"].tolist() == [False, True, False]
+
+
+def test_statistics_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    envs = RecordEpisodeStatistics(make_vector(2, task=make_task(), schedule=schedule, shaping=0.3))
+    envs.reset(seed=0)
+    total = np.zeros(2)
+    for turn in range(8):
+        _, rewards, _, _, infos = envs.step(envs.action_space.sample())
+        total += rewards
+        if turn % 4 == 3:
+            assert infos["episode"]["l"].tolist() == [4, 4]
+            np.testing.assert_allclose(infos["episode"]["r"], total)
+            total[:] = 0
+    assert list(envs.length_queue) == [4] * 4
+
+
+def test_options_of_a_vector(pool: tuple[ProxyTask, ...], make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    envs = make_vector(2, schedule=schedule)
+    names = envs.reset(seed=2)[1]["task"].tolist()
+    later = envs.reset()[1]["task"].tolist()
+    assert envs.reset(seed=2, options={"skip_tasks": 1})[1]["task"].tolist() == later
+    mine = make_task("planted", 77)
+    assert envs.reset(seed=2, options={"task": mine})[1]["task"].tolist() == [mine.id] * 2
+    assert envs.reset()[1]["task"].tolist() == names, "a given task draws none"
+    limits = [envs.reset(options={"task": mine, "budget": share})[1]["limit"][0] for share in (0.4, 0.8)]
+    assert limits[1] == pytest.approx(2 * limits[0])
+    with pytest.raises(ConfigError, match="Options of reset are"):
+        envs.reset(options={"bugdet": 0.5})
+    with pytest.raises(ConfigError, match="Budget and learning rate of a task are above 0"):
+        envs.reset(options={"budget": 0.0})
+    with pytest.raises(ConfigError, match="One seed for each of 2 environments is needed; got 3"):
+        envs.reset(seed=[1, 2, 3])
+
+
+def test_overrides_and_padding_of_a_vector(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
+    envs = make_vector(2, schedule=schedule, task_overrides=(("steps", 5),), max_modules=30)
+    observations, _ = envs.reset(seed=0)
+    assert observations["mask"].tolist() == [[1] * 28 + [0] * 2] * 2
+    assert envs.single_action_space.shape == (30,)
+    assert {task.steps for task in envs.core.tasks} == {5}
+    action = np.full((2, 30), 10)
+    action[:, 28:] = 20
+    assert envs.step(action)[4]["ranks"].tolist() == envs.step(np.full((2, 30), 10))[4]["ranks"].tolist()
+
+
+def test_pictures_and_texts_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    envs = make_vector(2, task=make_task(), schedule=schedule, render_mode="rgb_array")
+    assert envs.render() is None
+    envs.reset(seed=0)
+    envs.step(np.stack([np.full(28, 12), np.full(28, 9)]))
+    pictures = envs.render()
+    assert pictures is not None
+    assert [(p.shape, p.dtype) for p in pictures] == [((HEIGHT, WIDTH, 3), np.uint8)] * 2
+    assert not np.array_equal(*pictures)
+    envs = make_vector(2, task=make_task(), schedule=schedule, render_mode="ansi")
+    envs.reset(seed=0)
+    texts = envs.render()
+    assert texts is not None
+    assert all(text.startswith(f"{make_task().id}\nstep 0 of 12") for text in texts)
+    assert make_vector(1, task=make_task(), schedule=schedule).render() is None
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_step_of_a_vector_before_reset(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    with pytest.raises(ConfigError, match="call reset"):
+        make_vector(2, task=make_task(), schedule=schedule).step(np.full((2, 28), 10))
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        np.full((2, 27), 10),
+        np.full((2, 28), 21),
+        np.full((2, 28), -1),
+        np.full((2, 28), 10.5),
+        np.full((2, 28), np.nan),
+        np.full(28, 10),
+        np.full((3, 28), 10),
+        np.full((1, 28), 10),
+    ],
+)
+def test_wrong_actions_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule, actions: NDArray[Any]) -> None:
+    envs = make_vector(2, task=make_task(reference=Reference(3.0, 2.0)), schedule=schedule)
+    envs.reset(seed=0)
+    with pytest.raises(ConfigError, match=r"28 whole numbers from 0 to 20|One action for each of 2"):
+        envs.step(actions)
+    assert envs.step(np.full((2, 28), 10))[4]["step"].tolist() == [2, 2], "and the episodes go on"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_envs": 4, "group": 3}, "num_envs is at least 1 and a multiple of group; got 4 and 3"),
+        ({"num_envs": 0}, "num_envs is at least 1"),
+        ({"num_envs": 2, "group": 0}, "multiple of group"),
+        ({"num_envs": 1, "base": "llama-4x64"}, "The task is on base llama-4x32, not llama-4x64. Give base="),
+        ({"num_envs": 1, "max_modules": 27}, "max_modules is at least 28 for llama-4x32; got 27"),
+    ],
+)
+def test_wrong_settings_of_a_stack(make_task: MakeTask, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        StackedVectorEnv(**{"base": BASE, "task": make_task(), **settings})
+
+
+def test_unknown_names_of_a_stack() -> None:
+    with pytest.raises(UnknownNameError, match="proxy base 'llama'"):
+        StackedVectorEnv(1, base="llama")
+    with pytest.raises(UnknownNameError, match="suite 'plantd'"):
+        StackedVectorEnv(1, suites=("plantd",))
+    with pytest.raises(UnknownNameError, match="split 'dev'"):
+        StackedVectorEnv(1, split="dev")
+
+
+def test_batches_of_different_shapes_cannot_be_stacked(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    episodes = StackedEpisodes(BASE, schedule, 2)
+    for other in (make_task(batch_size=2), make_task(length=24), make_task(base="gpt2-4x32")):
+        with pytest.raises(ConfigError, match="Stacked episodes share one base and one batch shape"):
+            episodes.start({0: make_task(), 1: other})
+    episodes.start({0: make_task(), 1: make_task("planted")})
+
+
+# Stable-Baselines3 ----------------------------------------------------------------------------------------------------
+
+
+def make_vec(num_envs: int, *, scores: bool = True, **settings: Any) -> StackedVecEnv:
+    return StackedVecEnv(StackedConfig(num_envs, **{"base": BASE, **settings}), scores=scores)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_the_vector_of_sb3_is_single_environments(
+    make_task: MakeTask, schedule: DecisionSchedule, info_keys: set[str], scores: bool
+) -> None:
+    task = make_task("planted", 2)
+    envs = make_vec(2, scores=scores, task=task, schedule=schedule)
+    single: Any = RankAllocationEnv(task=task, schedule=schedule)
+    single = ScoreActions(single) if scores else single
+    assert envs.observation_space == single.observation_space
+    assert envs.action_space == single.action_space
+    envs.action_space.seed(0)
+    actions = np.array([[envs.action_space.sample() for _ in range(2)] for _ in range(4)])
+    first = envs.reset()
+    assert isinstance(first, dict)
+    assert info_keys <= set(envs.reset_infos[0])
+    expected = []
+    for copy in range(2):
+        single.reset()
+        expected.append([single.step(action) for action in actions[:, copy]])
+    for turn, action in enumerate(actions):
+        observations, rewards, dones, infos = envs.step(action)
+        assert dones.tolist() == [turn == 3] * 2
+        assert rewards.dtype == np.float32
+        np.testing.assert_allclose(rewards, [own[turn][1] for own in expected], rtol=0, atol=1e-4)
+        for copy, info in enumerate(infos):
+            assert info["ranks"] == expected[copy][turn][4]["ranks"]
+            assert ("terminal_observation" in info) == (turn == 3)
+            seen = info["terminal_observation"] if turn == 3 else {k: part[copy] for k, part in observations.items()}
+            for key, value in expected[copy][turn][0].items():
+                np.testing.assert_allclose(seen[key], value, rtol=0, atol=1e-3)
+    np.testing.assert_equal(observations, first)
+
+
+def test_seeds_and_options_of_the_vector_of_sb3(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
+    envs = make_vec(2, schedule=schedule)
+
+    def names() -> list[str]:
+        envs.reset()
+        return [info["task"] for info in envs.reset_infos]
+
+    envs.seed(3)
+    first, second = names(), names()
+    envs.seed(3)
+    assert names() == first
+    envs.seed(3)
+    envs.set_options({"skip_tasks": 1})
+    assert names() == second
+    vector = make_vector(2, schedule=schedule)
+    assert vector.reset(seed=3)[1]["task"].tolist() == first, "both vectors draw alike"
+
+
+def test_failed_runs_in_the_vector_of_sb3(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    envs = make_vec(2, task=make_task(learning_rate=1e30), schedule=schedule, shaping=0.2)
+    envs.reset()
+    for _ in range(2):
+        observations, rewards, dones, infos = envs.step(np.zeros((2, 30), dtype=np.float32))
+        assert rewards.tolist() == [-3.0, -3.0]
+        assert dones.all()
+        assert all(info["non_finite"] and info["loss"] is None for info in infos)
+        assert all(np.isfinite(part).all() for part in observations.values())
+
+
+def test_refusals_of_the_vector_of_sb3(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    envs = make_vec(2, task=make_task(reference=Reference(3.0, 2.0)), schedule=schedule)
+    with pytest.raises(ConfigError, match="call reset"):
+        envs.step(np.zeros((2, 30), dtype=np.float32))
+    envs.reset()
+    for bad in (np.full((2, 30), np.nan), np.zeros((2, 29))):
+        with pytest.raises(ConfigError, match="30 finite numbers"):
+            envs.step(bad)
+    with pytest.raises(ConfigError, match="share their settings"):
+        envs.set_attr("num_envs", 3)
+    with pytest.raises(AttributeError, match="no method 'jump'"):
+        envs.env_method("jump")
+    assert envs.env_is_wrapped(ScoreActions) == [False, False]
+    assert envs.get_attr("num_envs", [0]) == [2]
+    assert envs.step(np.zeros((2, 30), dtype=np.float32))[3][0]["step"] == 2
+    envs.close()
+
+
+def test_ppo_of_sb3_learns_on_the_stack(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    envs = make_vec(2, task=make_task(), schedule=schedule)
+    model = PPO("MultiInputPolicy", envs, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
+    before = [p.detach().clone() for p in model.policy.parameters()]
+    model.learn(16)
+    assert model.num_timesteps == 16
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+def test_a_stack_of_settings_can_be_pickled(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    config = StackedConfig(2, base=BASE, task=make_task(), schedule=schedule, task_overrides=(("steps", 5),))
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301

@@ -1,0 +1,408 @@
+"""Proxy tasks, schedules and episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.data.corpora import load_corpus, sample_windows
+from rankpilot.data.labelled import load_labelled
+from rankpilot.env.episodes.single import Episode, probe_task
+from rankpilot.env.proxies.adapted import adapted_base, proxy_cost
+from rankpilot.env.proxies.bases import BASES_FOLDER, PROXY_BASES, find_base, load_base_model
+from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.objectives import FIRST_CLASS, label_loss, language_inputs
+from rankpilot.env.tasks.proxy_finetune import TaskData, check_texts, load_task
+from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.errors import AssetError, ConfigError, UnknownNameError
+from rankpilot.lora.resize import set_ranks
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.budget import Budget
+from rankpilot.memory.calibration import calibrate
+from rankpilot.memory.cost import ByteCost, ParameterCost, total_cost
+from torch.nn import functional
+
+MakeTask = Callable[..., ProxyTask]
+
+
+@pytest.mark.parametrize(("kind", "corpus"), [("shift", "code"), ("planted", "code"), ("classify", "sentiment")])
+def test_the_same_task_gives_the_same_data(make_task: MakeTask, kind: str, corpus: str) -> None:
+    first = load_task(make_task(kind, 5, corpus=corpus))
+    load_task.cache_clear()
+    second = load_task(make_task(kind, 5, corpus=corpus))
+    other = load_task(make_task(kind, 6, corpus=corpus))
+    assert first is not second
+    for name in ("inputs", "held_out_inputs", "labels", "held_out_labels", "teacher", "held_out_teacher"):
+        a, b, c = (getattr(data, name) for data in (first, second, other))
+        assert (a is None) == (kind != "planted" and "teacher" in name)
+        if a is not None:
+            assert torch.equal(a, b)
+            assert not torch.equal(a, c)
+    for one, two in zip(first.changes, second.changes, strict=True):
+        assert one.name == two.name
+        assert torch.equal(one.left, two.left)
+        assert torch.equal(one.right, two.right)
+    assert bool(first.changes) == (kind == "planted")
+    assert first.inputs.shape == first.labels.shape == (12, 4, 16)
+    assert first.held_out_inputs.shape == first.held_out_labels.shape == (16, 16)
+    if first.teacher is not None and first.held_out_teacher is not None:
+        assert first.teacher.shape == (12, 4, 16, 256)
+        assert first.held_out_teacher.shape == (16, 16, 256)
+
+
+def test_held_out_text_is_never_trained_on(make_task: MakeTask) -> None:
+    train, held_out = load_corpus("code")
+    assert len(held_out) == pytest.approx(0.1 * (len(train) + len(held_out)), abs=1)
+    assert np.concatenate([train[-40:], held_out[:40]]).tobytes() in (train.tobytes()[-40:] + held_out.tobytes())
+    data = load_task(make_task("shift", 5))
+    text = held_out.tobytes()
+    assert all(bytes(row.tolist()) in text for row in data.held_out_inputs)
+    text = train.tobytes()
+    assert all(bytes(row.tolist()) in text for row in data.inputs.view(-1, 16)[:8])
+
+
+def test_held_out_texts_of_a_classification_are_never_trained_on(make_task: MakeTask) -> None:
+    """Each window without its last byte, the question, is of a text of the right half, and the label is its class."""
+    data = load_task(make_task("classify", 5, corpus="sentiment"))
+    halves = load_labelled("sentiment")
+    drawn = ((data.inputs.view(-1, 16), data.labels.view(-1, 16)), (data.held_out_inputs, data.held_out_labels))
+    for texts, (inputs, labels) in zip(halves, drawn, strict=True):
+        assert set(labels[:, -1].tolist()) == {FIRST_CLASS, FIRST_CLASS + 1}
+        for row, label in zip(inputs[:12].tolist(), labels[:12, -1].tolist(), strict=True):
+            assert row[-1] == ord("\n")
+            window = bytes(row[:-1])
+            assert any(window in text for text, index in texts if index == label - FIRST_CLASS)
+    assert not {text for text, _ in halves[0]} & {text for text, _ in halves[1]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "other"},
+        {"placement": "middle"},
+        {"unit": "bits"},
+        {"steps": 0},
+        {"batch_size": 0},
+        {"priced_rows": 0},
+        {"priced_rows": 4},
+        {"eval_rows": 0},
+        {"length": 1},
+        {"length": 129},
+        {"budget": 0.0},
+        {"budget": -1.0},
+        {"budget": float("nan")},
+        {"learning_rate": 0.0},
+        {"learning_rate": -1e-3},
+        {"learning_rate": float("nan")},
+    ],
+)
+def test_bad_tasks_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"of a task (is|are)"):
+        ProxyTask(**{"kind": "shift", "seed": 0, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"probe_steps": 0},
+        {"probe_batch": 0},
+        {"max_step": 0},
+        {"fractions": ()},
+        {"fractions": (0.1, 0.5)},
+        {"fractions": (0.0, 0.5, 0.5)},
+        {"fractions": (0.0, 0.5, 0.3)},
+        {"fractions": (0.0, 1.0)},
+    ],
+)
+def test_bad_schedules_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        DecisionSchedule(**options)
+
+
+def test_schedule() -> None:
+    schedule = DecisionSchedule()
+    assert schedule.steps(100) == (0, 18, 34, 50)
+    assert schedule.steps(2) == (0, 1), "decisions that fall together are one"
+    assert schedule.steps(1) == (0,)
+    assert [schedule.reach(decision) for decision in range(3)] == [None, 2, 2]
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UnknownNameError, match="llama-4x64"):
+        find_base("llama-4x46")
+    with pytest.raises(UnknownNameError, match="llama-4x64"):
+        ProxyTask("shift", 0, base="llama-4x46")
+    with pytest.raises(UnknownNameError, match=r"corpus 'coed'. Did you mean: 'code'"):
+        check_texts([ProxyTask("shift", 0), ProxyTask("shift", 1, corpus="coed")])
+    with pytest.raises(UnknownNameError, match=r"labelled text 'topcis'. Did you mean: 'topics'"):
+        check_texts([ProxyTask("classify", 0, corpus="topcis")])
+    with pytest.raises(UnknownNameError, match="labelled text 'code'"):
+        check_texts([ProxyTask("classify", 0, corpus="code")])
+    check_texts([ProxyTask("shift", 0), ProxyTask("classify", 0, corpus="sentiment")])
+
+
+def test_ids_tell_tasks_apart() -> None:
+    tasks = [
+        ProxyTask("shift", 1),
+        ProxyTask("shift", 2),
+        ProxyTask("shift", 1, corpus="news"),
+        ProxyTask("shift", 1, base="llama-4x32"),
+        ProxyTask("shift", 1, budget=0.71),
+        ProxyTask("shift", 1, unit="parameters"),
+        ProxyTask("shift", 1, checkpointing=True),
+        ProxyTask("shift", 1, priced_rows=16),
+        ProxyTask("shift", 1, priced_rows=32),
+        ProxyTask("classify", 1, corpus="topics"),
+        *(ProxyTask("planted", 1, placement=place) for place in ("low", "high", "spread")),  # type: ignore[arg-type]
+    ]
+    assert len({task.id for task in tasks}) == len(tasks)
+    assert tasks[0].id == "llama-4x64/shift-code/0.7 bytes/1"
+    prices = ["bytes", "parameters", "checkpointed", "large batch", "large batch"]
+    assert [task.price for task in (tasks[0], *tasks[5:9])] == prices
+    assert ProxyTask("shift", 1, unit="parameters", priced_rows=16).price == "parameters"
+
+
+def test_a_reference_measures_in_shares_of_the_uniform_gain() -> None:
+    reference = Reference(initial=3.0, uniform=2.0)
+    assert reference.improvement(2.0) == 0
+    assert reference.improvement(1.5) == pytest.approx(0.5)
+    assert reference.improvement(3.0) == pytest.approx(-1)
+    assert Reference(2.0, 2.5).improvement(2.0) == pytest.approx(0.5 / 0.02), "no division by a gain that is none"
+    assert np.isfinite(Reference(0.0, 0.0).improvement(1.0))
+
+
+def test_headroom_is_what_a_better_allocation_could_gain() -> None:
+    assert Reference(3.0, 2.0, 1.7).headroom == pytest.approx(0.3)
+    assert Reference(3.0, 2.0, 1.99).headroom == pytest.approx(0.05), "at least 5 % of the gain"
+    assert Reference(3.0, 2.0, 2.5).headroom == pytest.approx(0.05)
+    assert Reference(3.0, 2.0).headroom == pytest.approx(0.1), "without a best one, a tenth of the gain"
+    assert Reference(2.0, 2.5).headroom == pytest.approx(0.1 * 0.02)
+    assert Reference(0.0, 0.0, 0.0).headroom > 0
+
+
+def test_an_episode_is_a_plain_fine_tune(
+    make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT and AdamW alone, written out by hand, train exactly as `run_fixed` does."""
+    task = make_task("shift", 21)
+    ranks = np.array([(3, 5, 0, 2, 8, 1, 4)[i % 7] for i in range(28)], dtype=np.int64)
+    episode = Episode(task, schedule)
+    names = [target.name for target in episode.targets]
+    set_ranks(episode.targets, dict(zip(names, ranks.tolist(), strict=True)), seed=task.seed)
+    start = {t.name: (t.weight_a.detach().clone(), t.weight_b.detach().clone()) for t in episode.targets}
+
+    live = {f"^{name.replace('.', '[.]')}$": int(rank) for name, rank in zip(names, ranks, strict=True) if rank}
+    dropped = [name for name, rank in zip(names, ranks, strict=True) if rank == 0]
+    config = LoraConfig(
+        r=1,
+        lora_alpha=2,
+        target_modules=list(PROXY_BASES[task.base].target_modules),
+        exclude_modules="|".join(dropped),
+        rank_pattern=live,
+        alpha_pattern={name: 2 * rank for name, rank in live.items()},
+    )
+    plain = get_peft_model(load_base_model(task.base), config)
+    with torch.no_grad():
+        for name, (a, b) in start.items():
+            if len(a):
+                layer = plain.get_base_model().get_submodule(name)
+                layer.lora_A["default"].weight.copy_(a)
+                layer.lora_B["default"].weight.copy_(b)
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=0.0)
+    data, expected = load_task(task), []
+    for step in range(task.steps):
+        logits = plain(input_ids=data.inputs[step]).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), data.inputs[step][:, 1:].flatten())
+        expected.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.param_groups[0]["lr"] = task.learning_rate * (task.steps - step) / task.steps
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        logits = plain(input_ids=data.held_out_inputs).logits
+        predicted, text = logits[:, :-1].flatten(0, 1), data.held_out_inputs[:, 1:].flatten()
+        held_out = float(functional.cross_entropy(predicted, text))
+
+    losses = []
+    original = TaskData.train_loss
+
+    def recorded(self: TaskData, model: Any, step: int, rows: int | None = None) -> torch.Tensor:
+        loss = original(self, model, step, rows)
+        losses.append(float(loss.detach()))
+        return loss
+
+    episode = Episode(task, schedule)
+    monkeypatch.setattr(TaskData, "train_loss", recorded)
+    assert episode.run_fixed(ranks) == pytest.approx(held_out, abs=1e-5)
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_planted_loss_is_the_divergence_from_the_teacher(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    task = make_task("planted", 3)
+    episode = Episode(task, schedule)
+    data = task.data
+    assert data.held_out_teacher is not None
+    with torch.no_grad():
+        student = torch.log_softmax(episode.model(input_ids=data.held_out_inputs).logits.double(), -1)
+    teacher = data.held_out_teacher.double()
+    expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    assert data.held_out_loss(episode.model) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_every_episode_of_a_task_starts_alike(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    task = make_task("planted", 3)
+    first = Episode(task, schedule)
+    start = [(t.weight_a.detach().clone(), t.weight_b.detach().clone()) for t in first.targets]
+    observed = first.observe()
+    first.apply(np.full(28, 10), np.zeros(28))
+    first.advance()
+    second = Episode(task, schedule)
+    for target, (a, b) in zip(second.targets, start, strict=True):
+        assert torch.equal(target.weight_a, a)
+        assert torch.equal(target.weight_b, b)
+    np.testing.assert_array_equal(second.observe().modules, observed.modules)
+
+
+def test_the_probe_leaves_its_result_alone(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    """Episodes share the remembered probe, so no run may write into it."""
+    task = make_task("shift", 31)
+    before = probe_task(task, schedule).signals.copy()
+    assert np.isfinite(before).all()
+    episode = Episode(task, schedule)
+    for _ in range(4):
+        episode.observe(1.0)
+        episode.apply(np.ones(28, dtype=np.int64), np.zeros(28))
+        episode.advance()
+    np.testing.assert_array_equal(probe_task(task, schedule).signals, before)
+
+
+def test_the_first_plan_has_no_two_equal_directions(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    """A row of A that repeats another one stays equal to it for ever: a rank paid for and not had."""
+    episode = Episode(make_task("shift", 41), schedule)
+    episode.observe()
+    episode.apply(np.full(28, 4), np.zeros(28))
+    for target in episode.targets:
+        if target.rank > 1:
+            assert int(torch.linalg.matrix_rank(target.weight_a.detach())) == target.rank
+
+
+def test_a_corpus_comes_back_from_the_cache_as_it_was(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.data import corpora
+
+    monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
+    corpora.load_corpus.cache_clear()
+    first = corpora.load_corpus("code")
+    kept = list((tmp_path / "corpora").iterdir())
+    assert [path.name.partition("-")[0] for path in kept] == ["code"]
+    corpora.load_corpus.cache_clear()
+    monkeypatch.setitem(corpora._READERS, "code", lambda: pytest.fail("the text was read again"))
+    again = corpora.load_corpus("code")
+    corpora.load_corpus.cache_clear()
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+# Bases ----------------------------------------------------------------------------------------------------------------
+
+ON_DISK = sorted(name for name in PROXY_BASES if (BASES_FOLDER / name / "model.safetensors").is_file())
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_base_knows_more_than_how_often_bytes_occur(name: str) -> None:
+    base, (train, held_out) = find_base(name), load_corpus("documentation")
+    shares = np.bincount(train, minlength=256) / len(train)
+    entropy = -float((shares[shares > 0] * np.log(shares[shares > 0])).sum())
+    generator = np.random.default_rng(0)
+    windows = sample_windows(held_out, 48, 32, generator)
+    inputs, labels = language_inputs(base, windows, generator)
+    model = load_base_model(name)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    with torch.no_grad():
+        loss = float(label_loss(model(input_ids=inputs).logits, labels))
+    assert 0 < loss < entropy < 3.6
+    blocks = {target.block for target in adapted_base(name)[1]}
+    assert blocks == set(range(base.depth))
+
+
+def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.env.proxies import bases
+
+    assert {"llama-4x32", "llama-4x64", "bert-4x64", "gpt2-4x32"} <= set(ON_DISK)
+    assert sum(path.stat().st_size for path in BASES_FOLDER.rglob("*") if path.is_file()) <= 6_000_000
+    monkeypatch.setattr(bases, "BASES_FOLDER", tmp_path)
+    bases._weights.cache_clear()
+    with pytest.raises(AssetError, match=r"weights of proxy base 'llama-4x32' are missing .*env.pretrain llama-4x32"):
+        load_base_model("llama-4x32")
+
+
+def test_weights_of_another_architecture_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankpilot.env.proxies import bases
+
+    monkeypatch.setattr(bases, "_weights", lambda name: {"stranger": torch.zeros(1)})
+    with pytest.raises(AssetError, match="do not fit its architecture"):
+        load_base_model("llama-4x32")
+
+
+# Prices ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["llama-4x32", "bert-4x64", "gpt2-4x32"])
+def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make_task: MakeTask, base: str) -> None:
+    proxy_cost.cache_clear()  # a price from before may be of a model that is gone
+    plain, checkpointed = (make_task(base=base, length=32, checkpointing=on).cost() for on in (False, True))
+    model, targets = adapted_base(base)
+    uniform = np.array([min(8, target.max_rank) for target in targets], dtype=np.int64)
+    assert total_cost(checkpointed, uniform) < total_cost(plain, uniform)
+
+    kind = find_base(base)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(kind.target_modules), fan_in_fan_out=kind.family == "gpt2"
+    )
+    own = get_peft_model(load_base_model(base), config).train()
+    own.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    real = calibrate(own, find_target_modules(own), {"input_ids": tokens, "labels": tokens}).cost()
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        ranks = generator.integers(0, 9, len(targets))
+        assert total_cost(checkpointed, ranks) == total_cost(real, ranks)
+    assert not model.training
+    assert not model.get_base_model().is_gradient_checkpointing
+    proxy_cost.cache_clear()
+    after = make_task(base=base, length=32).cost()
+    assert total_cost(after, uniform) == total_cost(plain, uniform), "pricing with checkpointing leaves no trace"
+
+
+def test_the_price_is_that_of_the_rows_asked_for(make_task: MakeTask) -> None:
+    priced, real = make_task(priced_rows=12).cost(), make_task(batch_size=12).cost()
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        ranks = generator.integers(0, 9, 28)
+        assert total_cost(priced, ranks) == total_cost(real, ranks)
+        assert total_cost(priced, ranks) > total_cost(make_task().cost(), ranks)
+
+
+def test_losses_do_not_depend_on_what_is_priced(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    ranks = np.full(28, 2, dtype=np.int64)
+    options: list[dict[str, Any]] = [{}, {"checkpointing": True}, {"priced_rows": 12}]
+    losses = {Episode(make_task(budget=2.0, **each), schedule).run_fixed(ranks) for each in options}
+    assert len(losses) == 1
+
+
+def test_a_budget_of_parameters(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    task = make_task(unit="parameters", budget=0.25)
+    cost, targets = task.cost(), adapted_base(task.base)[1]
+    assert isinstance(cost, ParameterCost)
+    assert isinstance(make_task().cost(), ByteCost)
+    assert task.limit == Budget("share", 0.25)
+    problem = Episode(task, schedule).controller.problem()
+    assert problem.limit == sum(2 * (target.d_in + target.d_out) for target in targets)
+    assert problem.price(np.full(28, 2)) == problem.limit == total_cost(cost, np.full(28, 2))
+    assert task.cost() is cost, "prices are remembered"

@@ -1,0 +1,216 @@
+"""The fine-tune command on a tiny local model and local files: both tasks, comparison, kill and resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.errors import (
+    AssetError,
+    BudgetError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    RunFolderError,
+    UnknownNameError,
+)
+from rankpilot.finetune import experiment as module
+from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.experiment import finetune
+from rankpilot.study.run.report import write_report
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = ("good", "fine", "great", "nice", "bad", "poor", "awful", "dull", "film", "plot", "the", "a", "was", "very")
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers with its tokenizer, as a user's local folder."""
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=0
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=0
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "[EOS]", *WORDS))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=32
+    )
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred invented reviews with labels by name."""
+    generator = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    rows = []
+    for index in range(200):
+        label = index % 2
+        words = [*generator.choice(WORDS[8:], 3), generator.choice(WORDS[4 * label : 4 * label + 4])]
+        rows.append({"text": " ".join(words), "label": ("positive", "negative")[label]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def make_config(bert_folder: Path, reviews: Path) -> Callable[..., FinetuneConfig]:
+    def make(**changes: Any) -> FinetuneConfig:
+        base = FinetuneConfig(
+            model=str(bert_folder),
+            data=str(reviews),
+            steps=12,
+            batch_size=4,
+            eval_every=4,
+            max_length=8,
+            learning_rate=5e-3,
+            budget="90%",
+        )
+        return replace(base, **changes)
+
+    return make
+
+
+def test_a_run_writes_what_it_promises(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = finetune(make_config(compare_uniform=True), folder)
+    assert summary["reload"] == {"identical": True, "max_abs_difference": 0.0}
+    for run in summary["runs"].values():
+        assert 0 < run["peak_bytes"] <= run["budget_bytes"]
+        assert np.isfinite(run["held_out_loss"])
+        assert 0 <= run["held_out_accuracy"] <= 1
+    assert summary["runs"]["rankpilot"]["budget_bytes"] == summary["runs"]["uniform"]["budget_bytes"]
+    live = {rank for rank in summary["runs"]["uniform"]["ranks"].values() if rank}
+    assert len(live) == 1
+    assert len(DecisionLog(folder / "decisions")) == 4
+    assert json.loads((folder / "config.json").read_text())["steps"] == 12
+    write_report(folder)
+    assert {path.name for path in (folder / "figures").iterdir()} == {"ranks.png", "loss.png", "memory.png"}
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    whole = finetune(config, tmp_path / "whole")
+    on_step_end = module.RunMetrics.on_step_end
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        on_step_end(self, args, state, control, **objects)
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.RunMetrics, "on_step_end", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, tmp_path / "killed")
+    monkeypatch.undo()
+    # A checkpoint cut off while being written is passed over.
+    torn = tmp_path / "killed" / "rankpilot" / "checkpoint-8"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text("{")
+    with pytest.raises(RunFolderError, match="--resume"):
+        finetune(config, tmp_path / "killed")
+    resumed = finetune(config, tmp_path / "killed", resume=True)
+    for key in ("held_out_loss", "held_out_accuracy", "ranks", "peak_bytes"):
+        assert resumed["runs"]["rankpilot"][key] == whole["runs"]["rankpilot"][key], key
+    metrics = [(tmp_path / name / "metrics-rankpilot.jsonl").read_text() for name in ("whole", "killed")]
+    # Logged training losses are means since the last log, which the Trainer starts anew on resume: evaluations are not.
+    losses = [re.findall(r'"step": (\d+), "eval_loss": ([\d.]+)', text) for text in metrics]
+    assert losses[0] == losses[1]
+    assert losses[0]
+
+
+def test_a_finished_run_is_not_repeated(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    config = make_config(steps=4)
+    first = finetune(config, tmp_path / "run")
+    told: list[str] = []
+    assert finetune(config, tmp_path / "run", resume=True, on_phase=told.append) == first
+    with pytest.raises(RunFolderError, match="other settings"):
+        finetune(replace(config, steps=5), tmp_path / "run", resume=True)
+
+
+def test_a_run_killed_after_its_last_step_still_gives_its_figures(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path
+) -> None:
+    config = make_config(steps=4, compare_uniform=True)
+    first = finetune(config, tmp_path / "run")
+    for name in ("rankpilot", "uniform"):
+        (tmp_path / "run" / f"result-{name}.json").unlink()
+    again = finetune(config, tmp_path / "run", resume=True)
+    for name in ("rankpilot", "uniform"):
+        for key in ("held_out_loss", "peak_bytes", "ranks"):
+            assert again["runs"][name][key] == first["runs"][name][key], (name, key)
+    write_report(tmp_path / "run")
+
+
+def test_language_modelling_from_a_text_file(llama_folder: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(generator.choice(WORDS, 12)) for _ in range(200)))
+    config = FinetuneConfig(str(llama_folder), str(text), steps=6, batch_size=2, eval_every=3, max_length=16)
+    summary = finetune(config, tmp_path / "run")
+    assert summary["reload"]["identical"]
+    assert summary["runs"]["rankpilot"]["held_out_accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"text_column": "texts"}, UnknownNameError, "'text'"),
+        ({"budget": "1kB"}, BudgetError, "smallest that works"),
+        ({"target_modules": "nothing_like_it"}, ConfigError, "nothing_like_it"),
+        ({"model": "/no/such/folder"}, AssetError, "/no/such/folder"),
+        ({"policy": "heur"}, UnknownNameError, "heur3"),
+        ({"data": "{tmp}/empty.jsonl"}, DataError, "empty.jsonl is empty"),
+        ({"data": "{tmp}/one.jsonl"}, DataError, "at least 2 rows"),
+        ({"data": "{tmp}/same.jsonl"}, DataError, "single class"),
+        ({"data": "{tmp}/data.xyz"}, DataError, "suffix"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path, changes: dict[str, str], error: type, words: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "one.jsonl").write_text('{"text": "a film", "label": "good"}\n')
+    (tmp_path / "same.jsonl").write_text('{"text": "a film", "label": "good"}\n' * 30)
+    (tmp_path / "data.xyz").write_text("1")
+    changes = {key: value.format(tmp=tmp_path) for key, value in changes.items()}
+    with pytest.raises(error, match=re.escape(words)):
+        finetune(make_config(**changes), tmp_path / "run")
+
+
+def test_a_run_that_diverges_says_so(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"learning.rate"):
+        finetune(make_config(learning_rate=1e30, steps=40), tmp_path / "run")

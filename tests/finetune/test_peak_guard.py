@@ -1,0 +1,329 @@
+"""The guard of the byte budget in real Trainer runs: measured peaks, breaches, batches larger than planned, bounds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
+from rankpilot.finetune import peak_guard as guard_module
+from rankpilot.finetune.batch_watch import BatchWatch
+from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.lora.peft_config import adapter_ranks
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.batch_shape import Shape
+from rankpilot.memory.budget import Budget, free_bytes
+from rankpilot.memory.cost import total_cost
+from rankpilot.memory.for_training import LOOP_BYTES
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+STEPS, ROWS = 20, 4
+SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.3))
+SHORT, LONG, LONG_AT = 12, 24, 9
+
+
+class Growing(torch.utils.data.IterableDataset):
+    """Rows whose length rises in mid-run: nothing tells so beforehand."""
+
+    def __init__(self, long_at: int = LONG_AT) -> None:
+        self.long_at = long_at
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        generator = np.random.default_rng(0)
+        for index in range(STEPS * ROWS):
+            ids = generator.integers(1, 64, LONG if index >= self.long_at * ROWS else SHORT).tolist()
+            yield {"input_ids": ids, "labels": ids}
+
+
+class RanksAtEachStep(TrainerCallback):
+    def __init__(self) -> None:
+        self.ranks: list[dict[str, int]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        self.ranks.append(adapter_ranks(find_target_modules(objects["model"])))
+
+
+class Run:
+    def __init__(self, folder: Path, config: LlamaConfig, data: Any, budget: Any, **options: Any) -> None:
+        set_seed(0)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        self.model = get_peft_model(LlamaForCausalLM(config), lora)
+        prepare = options.pop("prepare", lambda model: None)
+        prepare(self.model)
+        self.pilot = RankPilotCallback(
+            "heur3",
+            budget,
+            schedule=SCHEDULE,
+            measure_every=options.pop("measure_every", 1),
+            bounds=options.pop("bounds", None),
+        )
+        self.steps = RanksAtEachStep()
+        resume = options.pop("resume", None)
+        settings = {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": ROWS,
+            "learning_rate": 1e-3,
+            "save_steps": 12,
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+        } | options
+        self.folder = folder
+        arguments = TrainingArguments(str(folder), **settings)
+        trainer = Trainer(model=self.model, args=arguments, train_dataset=data, callbacks=[self.pilot, self.steps])
+        trainer.train(resume_from_checkpoint=resume)
+
+    @property
+    def limit(self) -> float:
+        assert self.pilot.controller is not None
+        return self.pilot.controller.limit
+
+    @property
+    def highest(self) -> int:
+        return max(peak for _, peak in self.pilot.peaks)
+
+    def log(self) -> Any:
+        return DecisionLog(self.folder / "decisions").read()
+
+
+@pytest.fixture
+def launch(tmp_path: Path, llama_config: LlamaConfig) -> Callable[..., Run]:
+    def start(budget: Any = "70%", data: Any = None, name: str = "run", **options: Any) -> Run:
+        return Run(tmp_path / name, llama_config, data or Growing(long_at=STEPS), budget, **options)
+
+    return start
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("rankpilot")]
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_every_step_costs_what_was_predicted(launch: Callable[..., Run], checkpointing: bool | None) -> None:
+    options: dict[str, Any] = {}
+    if checkpointing is not None:
+        reentrant = {"use_reentrant": checkpointing}
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": reentrant}
+        options["prepare"] = lambda model: model.enable_input_require_grads()
+    run = launch(**options)
+    assert run.highest <= run.limit
+    (_, first), (at, second) = run.pilot.predictions
+    margin = {None: 0.0, False: 0.005, True: 0.02}[checkpointing]
+    for step, peak in run.pilot.peaks:
+        predicted = first if step <= at else second
+        assert 0 <= predicted - peak * (1 + margin) <= 1.5 * LOOP_BYTES
+
+
+def test_a_larger_batch_is_priced_before_the_model_sees_it(
+    launch: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        run = launch(data=Growing())
+    assert run.highest <= run.limit, "not even in the step in which the length doubled"
+    assert {step for step, _ in run.pilot.peaks} >= {LONG_AT, LONG_AT + 2}
+    (message,) = warnings_of(caplog)
+    assert "A batch of 4 x 24 came, larger than the memory was planned for. The plan is shrunk." in message
+    before, after = run.steps.ranks[LONG_AT - 1], run.steps.ranks[LONG_AT]
+    assert sum(rank > 0 for rank in after.values()) < sum(rank > 0 for rank in before.values())
+    last = run.log().slice(2 * len(after))
+    assert set(last["step"].to_pylist()) == {LONG_AT}
+    noted = {note for note in last["note"].to_pylist() if note}
+    assert noted == {"shrunk: batch of 4 x 24"}
+
+
+def test_a_larger_batch_that_fits_changes_nothing(launch: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+    quiet = launch("90MB", name="quiet")
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        run = launch("90MB", data=Growing())
+    assert [m for m in warnings_of(caplog) if "The plan still fits." in m]
+    assert run.steps.ranks == quiet.steps.ranks
+
+
+def test_a_larger_batch_that_fits_no_plan_is_an_error(launch: Callable[..., Run]) -> None:
+    with pytest.raises(BudgetError, match="fits no adapter at all"):
+        launch("100KiB", data=Growing())
+
+
+def test_a_resumed_run_knows_the_largest_batch(launch: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+    whole = launch(data=Growing())
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        resumed = launch(data=Growing(), resume=str(whole.folder / "checkpoint-12"))
+    assert warnings_of(caplog) == []
+    assert resumed.steps.ranks == whole.steps.ranks[12:]
+    assert resumed.pilot.peaks == whole.pilot.peaks
+
+
+def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: Callable[..., Run]) -> None:
+    """The memory model is not in the checkpoint: it is made anew on the batch that has come."""
+    late = 15
+    whole = launch(data=Growing(late))
+    resumed = launch(data=Growing(late), resume=str(whole.folder / "checkpoint-12"))
+    assert resumed.steps.ranks == whole.steps.ranks[12:]
+    assert resumed.steps.ranks[-1] != resumed.steps.ranks[0]
+    assert resumed.highest <= resumed.limit == whole.limit
+    here, there = resumed.log(), whole.log()
+    assert here["step"].to_pylist()[-1] == late
+    assert here["loss"].to_pylist() == there["loss"].to_pylist(), "losses of measuring do not count"
+    for (name, a), (_, b) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_largest_rows_and_length_of_two_batches_are_priced_together(launch: Callable[..., Run]) -> None:
+    run = launch()
+    guard = run.pilot._guard
+    guard._memory = None
+    few = {name: torch.ones(1, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
+    priced = guard._priced(few, Shape(ROWS, LONG))
+    many = {name: torch.ones(ROWS, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
+    guard._memory = None
+    expected = guard._priced(many, Shape(ROWS, LONG))
+    ranks = np.full(len(run.pilot.controller.targets), 4)  # type: ignore[union-attr]
+    assert total_cost(priced, ranks) == total_cost(expected, ranks)
+
+
+@pytest.mark.parametrize("excess", [3_000, 40_000])
+def test_a_breach_rolls_the_plan_back(
+    launch: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, excess: int
+) -> None:
+    """From the second decision on something else takes some bytes."""
+    decision = SCHEDULE.steps(STEPS)[1]
+    right = guard_module.PeakMeter.end
+
+    def end(meter: Any, step: int, model: torch.nn.Module) -> int | None:
+        peak = right(meter, step, model)
+        return peak if peak is None or step <= decision else peak + excess
+
+    monkeypatch.setattr(guard_module.PeakMeter, "end", end)
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        run = launch()
+    before, decided, back = (run.steps.ranks[step] for step in (decision - 2, decision - 1, decision))
+    (message,) = warnings_of(caplog)
+    assert f"The peak of step {decision + 1} was" in message
+    assert "the plan is rolled back." in message
+    assert before != decided
+    if excess > 10_000:
+        assert sum(back.values()) < sum(before.values()), "the plan before does not fit either"
+    else:
+        nearer = sum(back[name] == before[name] for name in back)
+        assert nearer > sum(decided[name] == before[name] for name in back)
+    assert run.steps.ranks[-1] == back, "one correction is enough"
+    assert all(peak + excess <= run.limit for step, peak in run.pilot.peaks if step > decision + 1)
+    table = run.log()
+    assert {note for note in table["note"].to_pylist() if note} == {"rolled back: peak above the budget"}
+
+
+@pytest.mark.parametrize("every", [1, 7, 100])
+def test_steps_are_measured_after_changes_and_now_and_then(launch: Callable[..., Run], every: int) -> None:
+    run = launch(measure_every=every)
+    second = SCHEDULE.steps(STEPS)[1]
+    expected = {1, second + 1} | {step + 1 for step in range(0, STEPS, every)}
+    assert {step for step, _ in run.pilot.peaks} == expected
+
+
+def test_measuring_changes_no_result(launch: Callable[..., Run]) -> None:
+    often, seldom = launch(measure_every=1), launch(measure_every=100, name="seldom")
+    assert often.steps.ranks == seldom.steps.ranks
+    for (name, a), (_, b) in zip(often.model.named_parameters(), seldom.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_bounds_hold_at_every_step(launch: Callable[..., Run]) -> None:
+    run = launch(bounds={"q_proj": 4, "model.layers.1.mlp.down_proj": (0, 2), "layers.0.self_attn.o_proj": (1, 8)})
+    for ranks in run.steps.ranks:
+        assert {rank for name, rank in ranks.items() if name.endswith("q_proj")} == {4}
+        assert ranks["model.layers.1.mlp.down_proj"] <= 2
+        assert 1 <= ranks["model.layers.0.self_attn.o_proj"] <= 8
+    assert run.highest <= run.limit
+
+
+@pytest.mark.parametrize(
+    ("bounds", "error", "message"),
+    [
+        ({"q_prj": 4}, UnknownNameError, "q_prj"),
+        ({"q_proj": (4, 2)}, ConfigError, "from low to high"),
+        ({"q_proj": -1}, ConfigError, "from low to high"),
+        ({"q_proj": (3, 3)}, ConfigError, "no rank of"),
+        ({"q_proj": "8"}, ConfigError, "got '8'"),
+        ({"q_proj": (1, 2, 3)}, ConfigError, "from low to high"),
+    ],
+)
+def test_bounds_that_make_no_sense(
+    launch: Callable[..., Run], bounds: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        launch(bounds=bounds)
+
+
+def test_bounds_above_the_budget_are_named(launch: Callable[..., Run]) -> None:
+    with pytest.raises(BudgetError, match=r"lower bound.*smallest that works is"):
+        launch("150KiB", bounds={"layers.0.self_attn.q_proj": 8})
+
+
+def test_a_module_frozen_by_hand_is_refused(launch: Callable[..., Run]) -> None:
+    def freeze(model: Any) -> None:
+        find_target_modules(model)[3].weight_a.requires_grad_(False)
+
+    with pytest.raises(UnsupportedError, match=r"o_proj' is frozen"):
+        launch(prepare=freeze)
+
+
+def test_auto_takes_most_of_what_is_free(launch: Callable[..., Run]) -> None:
+    run = launch("auto")
+    free = free_bytes(torch.device("cpu"))
+    assert 0.5 * free < run.limit < free
+    assert set(run.steps.ranks[0].values()) <= {t.max_rank for t in find_target_modules(run.model)} | {
+        64,
+        48,
+        32,
+        24,
+        16,
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_auto_on_a_gpu_leaves_a_margin() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    free, _ = torch.cuda.mem_get_info(device)
+    assert 0 < Budget.parse("auto").on(device).value <= 0.9 * (free + torch.cuda.memory_reserved(device))
+
+
+def test_the_watch_ignores_evaluation_and_calls_once_for_a_shape() -> None:
+    seen: list[Shape] = []
+    model = torch.nn.Module()
+    model.forward = lambda **batch: None  # type: ignore[method-assign]
+    watch = BatchWatch()
+    watch.attach(model, Shape(2, 8), lambda batch, shape: seen.append(shape))
+    model.eval()(input_ids=torch.zeros(9, 9, dtype=torch.long))
+    model.train()
+    for rows, length in ((2, 8), (1, 9), (3, 2), (3, 9)):
+        model(input_ids=torch.zeros(rows, length, dtype=torch.long), num_items_in_batch=torch.tensor(3))
+    assert seen == [Shape(2, 9), Shape(3, 9)]
+    watch.detach()
+    model(input_ids=torch.zeros(50, 50, dtype=torch.long))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("lengths", [(LONG, LONG, LONG, LONG, 5, 7), (LONG,) * 6])
+def test_padding_in_later_batches_is_planned_for(launch: Callable[..., Run], lengths: tuple[int, ...]) -> None:
+    """The longest rows need no mask, and models skip masks that mask nothing; any other batch may need one."""
+    rows = [
+        {"input_ids": [3] * size + [0] * (LONG - size), "attention_mask": [1] * size + [0] * (LONG - size)}
+        for size in lengths * 8
+    ]
+    data = Dataset.from_list([row | {"labels": row["input_ids"]} for row in rows])
+    run = launch(data=data)
+    assert run.highest <= run.limit
+    (_, first), (at, second) = run.pilot.predictions
+    for step, peak in run.pilot.peaks:
+        assert peak <= (first if step <= at else second)

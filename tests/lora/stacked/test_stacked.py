@@ -1,0 +1,691 @@
+"""Stacked adapters: the same mathematics as one PEFT model for each run, and no run that notices the others."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.common.arrays import IntArray
+from rankpilot.errors import UnsupportedError
+from rankpilot.lora.resize import reset_adapters, set_ranks
+from rankpilot.lora.signals import SIGNALS, SignalMeter, base_norms
+from rankpilot.lora.stacked.adapters import StackedAdapters
+from rankpilot.lora.stacked.layout import WIDTH_STEP
+from rankpilot.lora.stacked.resize import Move, set_stacked_ranks, start_over
+from rankpilot.lora.stacked.run import StackedMeter, StackedRun
+from rankpilot.lora.targets import TargetModule, find_target_modules
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MAX_NORM = 1.0
+DECISIONS = (20, 40, 60)
+HELD = ("weights", "first", "second")
+SIDES = (*HELD, "gradients")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        seed: of its fresh directions.
+        rate: its learning rate at the start; it decays linearly.
+        data: decides its batches.
+        moves: new ranks by step, one after another.
+        reads: further steps before which the signals are read.
+    """
+
+    seed: int
+    rate: float
+    data: int
+    moves: Mapping[int, Sequence[IntArray]] = field(default_factory=dict)
+    reads: Sequence[int] = ()
+
+    def rate_at(self, step: int) -> float:
+        return self.rate * (1 - step / 100)
+
+
+@dataclass
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        losses: of each step.
+        pairs: A (rank, d_in) and B^T (rank, d_out) of each module, under each name in SIDES.
+        ages: Adam's steps of each module.
+        signals: values and ages, at each reading.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    ages: list[int] = field(default_factory=list)
+    signals: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiny:
+    """A tiny model twice: plain, and with a LoRA pair on every target module."""
+
+    plain: nn.Module
+    peft: PeftModel
+    targets: list[TargetModule]
+    classes: int = 0
+    rows: int = 2
+
+    @property
+    def max_ranks(self) -> IntArray:
+        return np.array([target.max_rank for target in self.targets], dtype=np.int64)
+
+    def stacked(self, runs: int, *, compiled: bool = False, device: str = "cpu") -> StackedAdapters:
+        return StackedAdapters(copy.deepcopy(self.plain).to(device), self.targets, runs, compiled=compiled)
+
+    def all_at(self, rank: int) -> IntArray:
+        return np.full(len(self.targets), rank, dtype=np.int64)
+
+    def batch(self, run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens, and labels in line with the logits."""
+        generator = torch.Generator().manual_seed(100 * run.data + step % 5)
+        tokens = torch.randint(1, 48, (self.rows, 8), generator=generator)
+        labels = torch.randint(0, self.classes or 48, tokens.shape[: 1 if self.classes else 2], generator=generator)
+        return tokens, labels
+
+    def random_moves(self, seed: int, steps: Sequence[int] = DECISIONS) -> dict[int, list[IntArray]]:
+        """Random ranks of all modules, rank 0 among them."""
+        random = np.random.default_rng(seed)
+        moves = {step: random.integers(1, self.max_ranks + 1) for step in steps}
+        return {step: [np.where(random.random(len(ranks)) < 0.3, 0, ranks)] for step, ranks in moves.items()}
+
+    def runs(self, steps: Sequence[int] = DECISIONS) -> list[Run]:
+        """Runs that differ in all that they can differ in."""
+        rates = (1e-2, 3e-3, 1e-3, 5e-3)
+        return [Run(10 + i, rate, i, self.random_moves(i, steps)) for i, rate in enumerate(rates)]
+
+
+MakeTiny = Callable[..., Tiny]
+
+
+@pytest.fixture
+def make_tiny(named_family: Callable[[str], Any]) -> MakeTiny:
+    """Builds both models of a family, without dropout."""
+
+    def make(name: str = "llama", dtype: torch.dtype = torch.float64, rows: int = 2) -> Tiny:
+        family = named_family(name)
+        options = {"target_modules": ["c_attn", "c_proj", "c_fc"]} if name.startswith("gpt2") else {}
+        peft = family.model(dtype, **options).eval()
+        return Tiny(family.base().to(dtype).eval(), peft, find_target_modules(peft), 3 if name == "bert" else 0, rows)
+
+    return make
+
+
+def losses_of(logits: torch.Tensor, labels: torch.Tensor, runs: int = 1) -> torch.Tensor:
+    """The mean loss of each run in a batch."""
+    each = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return each.view(runs, -1).mean(dim=1)
+
+
+def peft_outcome(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer, outcome: Outcome) -> Outcome:
+    """Note the factors, gradients and moments of a PEFT model."""
+    for side in SIDES:
+        outcome.pairs[side] = []
+    for target in targets:
+        held: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}
+        for weight, turned in ((target.weight_a, False), (target.weight_b, True)):
+            state, zeros = optimizer.state.get(weight, {}), torch.zeros_like(weight)
+            gradient = zeros if weight.grad is None else weight.grad
+            found = (weight.detach(), state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros), gradient)
+            for side, value in zip(SIDES, found, strict=True):
+                held[side].append((value.mT if turned else value).detach().clone())
+        for side, (a, b) in held.items():
+            outcome.pairs[side].append((a, b))
+        outcome.ages.append(int(optimizer.state.get(target.weight_a, {}).get("step", 0)))
+    return outcome
+
+
+def train_peft(tiny: Tiny, run: Run, steps: int) -> Outcome:
+    """A run on a PEFT model, from fresh adapters of rank 1."""
+    reset_adapters(tiny.targets, 1, run.seed)
+    parameters = [weight for target in tiny.targets for weight in (target.weight_a, target.weight_b)]
+    optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0, fused=True)
+    meter, outcome = SignalMeter(tiny.targets), Outcome()
+    for step in range(steps):
+        if step in run.moves or step in run.reads:
+            outcome.signals.append((meter.read().copy(), meter.age.copy()))
+        for ranks in run.moves.get(step, ()):
+            plan = {target.name: rank for target, rank in zip(tiny.targets, ranks.tolist(), strict=True)}
+            set_ranks(tiny.targets, plan, optimizer, seed=run.seed, step=step)
+            meter.restart()
+        tokens, labels = tiny.batch(run, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss = losses_of(tiny.peft(input_ids=tokens).logits, labels)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        outcome.losses.append(float(loss.detach()))
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        meter.accumulate()
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate_at(step)
+        optimizer.step()
+    return peft_outcome(tiny.targets, optimizer, outcome)
+
+
+def held_by(adapters: StackedAdapters, row: int, sides: Sequence[str] = HELD) -> Outcome:
+    """The factors and moments of a row, which must be zero above its ranks."""
+    outcome = Outcome()
+    for side in sides:
+        outcome.pairs[side] = []
+        pairs = adapters.layout.pairs(getattr(adapters, side))
+        for (a, b), rank in zip(pairs, adapters.ranks[row].tolist(), strict=True):
+            assert not a[row, rank:].any()
+            assert not b[row, rank:].any()
+            outcome.pairs[side].append((a[row, :rank].cpu().clone(), b[row, :rank].cpu().clone()))
+    outcome.ages = np.where(adapters.ranks[row] > 0, adapters.ages[row], 0).tolist()
+    return outcome
+
+
+def train_stacked(
+    tiny: Tiny,
+    adapters: StackedAdapters,
+    runs: Mapping[int, Run],
+    steps: int,
+    *,
+    start: int = 0,
+    broken: Sequence[int] = (),
+    compiled: bool = False,
+) -> dict[int, Outcome]:
+    """Runs by row, in this order in the batch; from fresh adapters of rank 1 if they start at step 0.
+
+    What broken rows hold in the end is not looked at.
+    """
+    if start == 0:
+        start_over(adapters, {row: run.seed for row, run in runs.items()})
+    norms = base_norms(tiny.targets)
+    meters = {row: StackedMeter(adapters, row, norms) for row in runs}
+    outcomes = {row: Outcome() for row in runs}
+    rows = list(runs)
+    for step in range(start, steps):
+        for row, run in runs.items():
+            if step in run.moves or step in run.reads:
+                meter = meters[row]
+                outcomes[row].signals.append((meter.read().copy(), meter.age.copy()))
+        changes = {row: run.moves[step] for row, run in runs.items() if step in run.moves}
+        for turn in range(max(map(len, changes.values()), default=0)):
+            moves = [
+                Move(row, ranks[turn], runs[row].seed, step) for row, ranks in changes.items() if turn < len(ranks)
+            ]
+            set_stacked_ranks(adapters, moves)
+        for row in changes:
+            meters[row].restart()
+        one_step(tiny, adapters, runs, step, outcomes, compiled=compiled)
+        for row, own in zip(rows, adapters.clip(rows, MAX_NORM), strict=True):
+            meters[row].accumulate(own)
+        adapters.step(rows, [run.rate_at(step) for run in runs.values()])
+    for row in set(runs) - set(broken):
+        end = held_by(adapters, row, SIDES)
+        outcomes[row].pairs, outcomes[row].ages = end.pairs, end.ages
+    return outcomes
+
+
+def one_step(
+    tiny: Tiny,
+    adapters: StackedAdapters,
+    runs: Mapping[int, Run],
+    step: int,
+    outcomes: Mapping[int, Outcome],
+    *,
+    compiled: bool = False,
+) -> None:
+    """Losses and gradients of a step."""
+    batches = [tiny.batch(run, step) for run in runs.values()]
+    tokens, labels = (torch.cat(parts).to(adapters.device) for parts in zip(*batches, strict=True))
+    with adapters.running(list(runs), compiled=compiled) as model:
+        losses = losses_of(model(input_ids=tokens).logits, labels, len(runs))
+        adapters.backward(losses)
+    for outcome, loss in zip(outcomes.values(), losses.tolist(), strict=True):
+        outcome.losses.append(loss)
+
+
+def assert_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
+    """Everything alike but for the signs of the components, which a singular value decomposition leaves open."""
+    assert found.ages == expected.ages
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=tolerance)
+    for side in SIDES:
+        for mine, theirs in zip(found.pairs[side], expected.pairs[side], strict=True):
+            for one, other in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(one.abs(), other.abs(), rtol=tolerance, atol=tolerance)
+    for (a, b), (c, d) in zip(found.pairs["weights"], expected.pairs["weights"], strict=True):
+        torch.testing.assert_close(b.mT @ a, d.mT @ c, rtol=tolerance, atol=tolerance)
+    grads = zip(found.pairs["weights"], found.pairs["gradients"], strict=True)
+    others = zip(expected.pairs["weights"], expected.pairs["gradients"], strict=True)
+    for ((a, b), (ga, gb)), ((c, d), (gc, gd)) in zip(grads, others, strict=True):
+        torch.testing.assert_close(gb.mT @ a, gd.mT @ c, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(b.mT @ ga, d.mT @ gc, rtol=tolerance, atol=tolerance)
+
+
+def assert_equal(found: Outcome, expected: Outcome) -> None:
+    """The same bit for bit."""
+    assert found.losses == expected.losses
+    assert found.ages == expected.ages
+    for side in SIDES:
+        for mine, theirs in zip(found.pairs[side], expected.pairs[side], strict=True):
+            assert torch.equal(mine[0], theirs[0])
+            assert torch.equal(mine[1], theirs[1])
+
+
+def kinds(runs: Sequence[Run], modules: int) -> set[str]:
+    """Which kinds of change occur."""
+    found = set()
+    for run in runs:
+        before = np.ones(modules, dtype=np.int64)
+        for ranks in (ranks for several in run.moves.values() for ranks in several):
+            found |= {"drop"} if (ranks[before > 0] == 0).any() else set()
+            found |= {"revive"} if (ranks[before == 0] > 0).any() else set()
+            found |= {"shrink"} if ((ranks > 0) & (ranks < before)).any() else set()
+            found |= {"grow"} if ((before > 0) & (ranks > before)).any() else set()
+            before = ranks
+    return found
+
+
+# The same as PEFT ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("llama", torch.float64, 1e-8),
+        ("llama-rslora", torch.float64, 1e-8),
+        ("bert", torch.float64, 1e-8),
+        ("gpt2", torch.float64, 1e-8),
+        ("llama", torch.float32, 1e-4),
+        ("bert", torch.float32, 1e-4),
+        ("gpt2", torch.float32, 1e-4),
+    ],
+)
+def test_stacked_runs_are_the_runs_of_peft_models(
+    make_tiny: MakeTiny, name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    tiny = make_tiny(name, dtype)
+    runs = tiny.runs()[: 4 if (name, dtype) == ("llama", torch.float64) else 3 if dtype == torch.float64 else 2]
+    assert kinds(runs, len(tiny.targets)) == {"drop", "revive", "shrink", "grow"}
+    found = train_stacked(tiny, tiny.stacked(len(runs)), dict(enumerate(runs)), 90)
+    for row, run in enumerate(runs):
+        expected = train_peft(tiny, run, 90)
+        if dtype == torch.float64:
+            assert_same(found[row], expected, tolerance)
+        else:
+            np.testing.assert_allclose(found[row].losses, expected.losses, rtol=0, atol=tolerance)
+        assert min(expected.losses) < expected.losses[0] - 0.02  # it did learn
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_directions_without_function_are_seeded_anew_as_on_a_peft_model(make_tiny: MakeTiny, name: str) -> None:
+    """Ranks that grow and shrink at once leave more directions than carry function."""
+    tiny = make_tiny(name)
+    moves = {0: [tiny.all_at(7), tiny.all_at(5)], 8: [tiny.all_at(11), tiny.all_at(8)]}
+    run, still = Run(1, 1e-2, 1, moves), Run(2, 0.0, 2, moves)
+    found = train_stacked(tiny, tiny.stacked(2), {0: still, 1: run}, 16)
+    assert_same(found[1], train_peft(tiny, run, 16), 1e-8)
+    assert_same(found[0], train_peft(tiny, still, 16), 1e-8)
+    assert not any(b.any() for _, b in found[0].pairs["weights"])  # at rate 0 no direction carries function
+
+
+def test_a_fresh_start_is_that_of_reset_adapters(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    adapters = tiny.stacked(3)
+    train_stacked(tiny, adapters, {row: Run(row, 1e-2, row, {1: [tiny.all_at(5)]}) for row in range(3)}, 3)
+    start_over(adapters, {2: 7, 0: 8})
+    assert adapters.ranks.tolist() == [[1] * 14, [5] * 14, [1] * 14]
+    for row, seed in {2: 7, 0: 8}.items():
+        reset_adapters(tiny.targets, 1, seed)
+        fresh = held_by(adapters, row)
+        assert fresh.ages == [0] * 14
+        for (a, b), first, second, target in zip(
+            fresh.pairs["weights"], fresh.pairs["first"], fresh.pairs["second"], tiny.targets, strict=True
+        ):
+            assert torch.equal(a, target.weight_a)
+            assert not any(part.any() for part in (b, *first, *second))
+
+
+def test_growth_draws_the_directions_that_set_ranks_draws(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    adapters = tiny.stacked(2)
+    reset_adapters(tiny.targets, 1, 3)
+    start_over(adapters, {0: 4, 1: 3})
+    ranks = tiny.random_moves(5, (0,))[0][0]
+    set_ranks(
+        tiny.targets, {t.name: rank for t, rank in zip(tiny.targets, ranks.tolist(), strict=True)}, seed=9, step=6
+    )
+    set_stacked_ranks(adapters, [Move(1, ranks, 9, 6)])
+    for (a, b), target in zip(held_by(adapters, 1).pairs["weights"], tiny.targets, strict=True):
+        assert torch.equal(a, target.weight_a)
+        assert torch.equal(b.mT, target.weight_b)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_without_gradients_the_logits_are_those_of_the_peft_model(make_tiny: MakeTiny, name: str) -> None:
+    """And without runs in the batch they are the frozen model's own."""
+    tiny = make_tiny(name)
+    adapters = tiny.stacked(2)
+    run = Run(1, 1e-2, 1, {4: tiny.random_moves(1, (4,))[4]})
+    train_stacked(tiny, adapters, {0: Run(2, 1e-2, 2), 1: run}, 12)
+    train_peft(tiny, run, 12)
+    tokens = tiny.batch(run, 0)[0]
+    with torch.no_grad():
+        expected, bare = tiny.peft(input_ids=tokens).logits, tiny.plain(input_ids=tokens).logits
+        with adapters.running([1, 0]) as model:
+            found = model(input_ids=torch.cat([tokens, tokens])).logits[:2]
+        outside = adapters.model(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(outside, bare)
+    assert (expected - bare).abs().max() > 1e-3
+
+
+# Signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_signals_are_those_of_a_signal_meter(make_tiny: MakeTiny, name: str) -> None:
+    """Each run reads and moves at its own times, so that others move in the middle of its intervals."""
+    tiny = make_tiny(name)
+    steps = ((6, 14), (9, 14), (3, 11))
+    runs = [Run(i, 5e-3, i, tiny.random_moves(i, own), reads=(1, 12, 19)) for i, own in enumerate(steps)]
+    found = train_stacked(tiny, tiny.stacked(3), dict(enumerate(runs)), 20)
+    for row, run in enumerate(runs):
+        expected = train_peft(tiny, run, 20)
+        assert len(found[row].signals) == 5
+        for (values, age), (their_values, their_age) in zip(found[row].signals, expected.signals, strict=True):
+            np.testing.assert_allclose(values, their_values, rtol=1e-7, atol=1e-10)
+            np.testing.assert_array_equal(age, their_age)
+        assert max(age.max() for _, age in found[row].signals) > 0
+
+
+def test_a_run_without_any_adapter_keeps_its_signals(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    runs = {0: Run(0, 1e-2, 0, {4: [tiny.all_at(0)]}, reads=(8,)), 1: Run(1, 1e-2, 1)}
+    (first, _), (second, age) = train_stacked(tiny, tiny.stacked(2), runs, 9)[0].signals
+    np.testing.assert_array_equal(first, second)
+    assert (age == 1).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_gradients_are_left_out_of_the_signals(make_tiny: MakeTiny, value: float) -> None:
+    tiny = make_tiny()
+    adapters = tiny.stacked(2)
+    start_over(adapters, {0: 1, 1: 1})
+    meters = [StackedMeter(adapters, row, base_norms(tiny.targets)) for row in range(2)]
+    one_step(tiny, adapters, {0: Run(0, 0, 0), 1: Run(0, 0, 0)}, 0, {0: Outcome(), 1: Outcome()})
+    for meter, own in zip(meters, adapters.clip([0, 1], MAX_NORM), strict=True):
+        meter.accumulate(own)
+    adapters.gradients[0, -1] = value
+    meters[0].accumulate(adapters.clip([0], MAX_NORM)[0])
+    values, clean = (meter.read() for meter in meters)
+    assert values.shape == (14, len(SIGNALS))
+    assert np.isfinite(values).all()
+    np.testing.assert_array_equal(values, clean)
+
+
+# Independence ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_a_run_is_the_same_bit_for_bit_in_any_company(make_tiny: MakeTiny, name: str) -> None:
+    """Alone, and in two rows among four others of far larger ranks.
+
+    Sixteen sequences: up to eight rows, depending on the processor, oneMKL takes another way, and a classifier has but
+    one row a sequence.
+    """
+    tiny = make_tiny(name, torch.float32, rows=16)
+    run = Run(
+        1, 1e-2, 1, {5: [tiny.all_at(4)], 15: tiny.random_moves(3, (15,))[15], 22: [tiny.all_at(3)]}, reads=(5, 29)
+    )
+    alone = train_stacked(tiny, tiny.stacked(1), {0: run}, 30)[0]
+    for place in (0, 3):
+        ranks = (40, 70, 24, 33)
+        crowd = [Run(10 + r, 2e-2, r, {2: [tiny.all_at(r)], 18: [tiny.all_at(r // 2)]}) for r in ranks]
+        crowd.insert(place, run)
+        adapters = tiny.stacked(5)
+        among = train_stacked(tiny, adapters, dict(enumerate(crowd)), 30)[place]
+        assert (adapters.layout.widths == 48).all()
+        assert_equal(among, alone)
+        for one, other in zip(among.signals, alone.signals, strict=True):
+            np.testing.assert_array_equal(one[0], other[0])
+
+
+def test_training_some_rows_leaves_the_others_alone(make_tiny: MakeTiny) -> None:
+    """Bit for bit, and it is what training all would have done to them."""
+    tiny = make_tiny(dtype=torch.float32)
+    runs = dict(enumerate(tiny.runs((2, 5))))
+    some, whole = tiny.stacked(4), tiny.stacked(4)
+    train_stacked(tiny, some, runs, 10)
+    train_stacked(tiny, whole, runs, 10)
+    before = [held_by(some, row) for row in range(4)]
+    held = [buffer.clone() for buffer in (some.weights, some.first, some.second)]
+    found = train_stacked(tiny, some, {3: runs[3], 1: runs[1]}, 20, start=10)
+    everyone = train_stacked(tiny, whole, runs, 20, start=10)
+    for row in (0, 2):
+        assert held_by(some, row).ages == before[row].ages
+        for buffer, old in zip((some.weights, some.first, some.second), held, strict=True):
+            assert torch.equal(buffer[row], old[row])
+    for row in (1, 3):
+        assert_equal(found[row], everyone[row])
+        assert found[row].ages != before[row].ages
+
+
+def test_a_run_that_breaks_harms_no_other(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny(dtype=torch.float32)
+    runs = dict(enumerate(tiny.runs((2, 12))[:3]))
+    broken, sound = tiny.stacked(3), tiny.stacked(3)
+    for adapters in (broken, sound):
+        train_stacked(tiny, adapters, runs, 8)
+    broken.weights[1] = torch.where(broken.weights[1] != 0, float("nan"), 0.0)
+    calm = {0: runs[0], 1: Run(5, 1e-2, 5, reads=(19,)), 2: runs[2]}  # no rank is decided for a run that broke
+    found = train_stacked(tiny, broken, calm, 20, start=8, broken=[1])
+    expected = train_stacked(tiny, sound, calm, 20, start=8)
+    assert np.isnan(found[1].losses).all()
+    assert np.isnan(found[1].signals[0][0]).all()
+    for row in (0, 2):
+        assert_equal(found[row], expected[row])
+    again = train_stacked(tiny, broken, {1: Run(6, 1e-2, 6)}, 10)[1]  # its row is as good as new
+    assert_equal(again, train_stacked(tiny, tiny.stacked(1), {0: Run(6, 1e-2, 6)}, 10)[0])
+
+
+# Adam ------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_of_different_age_step_as_they_do_in_a_peft_model(make_tiny: MakeTiny) -> None:
+    """Neighbours revived at different times, and one that never stopped."""
+    tiny = make_tiny()
+    kind = np.arange(len(tiny.targets)) % 3
+    moves = {2: [np.where(kind == 0, 2, 0)], 6: [np.where(kind == 2, 0, 3)], 11: [tiny.all_at(3)]}
+    run = Run(1, 1e-2, 1, moves)
+    found = train_stacked(tiny, tiny.stacked(2), {0: Run(2, 1e-2, 2), 1: run}, 30)[1]
+    assert found.ages == [(30, 24, 19)[k] for k in kind]
+    assert_same(found, train_peft(tiny, run, 30), 1e-8)
+
+
+def test_each_run_has_its_own_learning_rate(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    adapters = tiny.stacked(3)
+    runs = {row: Run(1, rate, 1) for row, rate in enumerate((0.0, 1e-3, 1e-2))}
+    found = train_stacked(tiny, adapters, runs, 1)
+    for (_, none), (_, slow), (_, fast) in zip(*(found[row].pairs["weights"] for row in range(3)), strict=True):
+        assert not none.any()
+        assert slow.abs().max() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step is as large as the rate
+        torch.testing.assert_close(fast, 10 * slow)
+
+
+# Layout ----------------------------------------------------------------------------------------------------------
+
+
+def test_room_for_larger_ranks_keeps_all_that_is_held(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    adapters = tiny.stacked(3)
+    train_stacked(tiny, adapters, dict(enumerate(tiny.runs((3,))[:3])), 6)
+    before = [held_by(adapters, row) for row in range(3)]
+    old, sums = adapters.layout, adapters.layout.pairs(adapters.sums.clone())
+    assert adapters.sums.any()
+    wide = adapters.ranks + np.arange(len(tiny.targets)) * 3 + WIDTH_STEP
+    adapters.make_room(wide)
+    assert (adapters.layout.widths > old.widths).all()
+    for row in range(3):
+        now = held_by(adapters, row)
+        for side in HELD:
+            for mine, theirs in zip(now.pairs[side], before[row].pairs[side], strict=True):
+                assert torch.equal(mine[0], theirs[0])
+                assert torch.equal(mine[1], theirs[1])
+    for (_, b), (_, other), width in zip(adapters.layout.pairs(adapters.sums), sums, old.widths.tolist(), strict=True):
+        assert torch.equal(b[:, :width], other)
+        assert not b[:, width:].any()
+    adapters.make_room(adapters.ranks)
+    np.testing.assert_array_equal(adapters.layout.widths, old.widths)
+    for (_, b), (_, other) in zip(adapters.layout.pairs(adapters.sums), sums, strict=True):
+        assert torch.equal(b, other)
+
+
+def test_widths_are_multiples_of_sixteen_and_little_more_than_the_ranks_need(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    adapters = tiny.stacked(2)
+    start_over(adapters, {0: 0, 1: 1})
+    for seed in range(6):
+        ranks = [tiny.random_moves(10 * seed + row, (0,))[0][0] for row in range(2)]
+        set_stacked_ranks(adapters, [Move(row, ranks[row], 0, seed) for row in range(2)])
+        highest = np.maximum(*ranks)
+        np.testing.assert_array_equal(adapters.ranks, ranks)
+        needed = -(-highest // 16) * 16
+        widths, dims = adapters.layout.widths, adapters.layout.d_in + adapters.layout.d_out
+        assert (widths % 16 == 0).all()
+        assert (widths >= needed).all()
+        assert needed @ dims > 0.75 * adapters.layout.size or (widths == needed).all()
+        assert adapters.weights.shape == (2, adapters.layout.size)
+
+
+def test_memory_is_linear_in_the_runs_and_the_model_is_not_copied(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    model = copy.deepcopy(tiny.plain)
+    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    own = sum(target.d_in + target.d_out for target in tiny.targets) * 32
+    for count in (2, 4, 8):
+        adapters = StackedAdapters(model, tiny.targets, count)
+        runs = {row: Run(row, 1e-2, row, {1: [tiny.all_at(17)]}) for row in range(count)}
+        train_stacked(tiny, adapters, runs, 2)
+        buffers = [value for value in vars(adapters).values() if isinstance(value, torch.Tensor) and value.dim() == 2]
+        sizes = {buffer.data_ptr(): buffer.numel() for buffer in buffers}
+        assert sum(sizes.values()) == 5 * count * own
+        for module in model.modules():  # another number of runs, on the same model
+            module._forward_hooks.clear()
+    assert adapters.model is model
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == addresses
+    for parameter, before in zip(model.parameters(), tiny.plain.parameters(), strict=True):
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+        assert torch.equal(parameter, before)
+
+
+# Moves -----------------------------------------------------------------------------------------------------------
+
+
+def test_moves_at_once_are_moves_one_after_another(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    together, apart = tiny.stacked(4), tiny.stacked(4)
+    runs = dict(enumerate(tiny.runs((3,))))
+    for adapters in (together, apart):
+        train_stacked(tiny, adapters, runs, 8)
+    moves = [Move(row, tiny.random_moves(row + 50, (8,))[8][0], row, 8) for row in (3, 0, 2)]
+    set_stacked_ranks(together, moves)
+    for move in moves[::-1]:
+        set_stacked_ranks(apart, [move])
+    np.testing.assert_array_equal(together.ranks, apart.ranks)
+    np.testing.assert_array_equal(together.layout.widths, apart.layout.widths)
+    for row in range(4):
+        found, expected = (held_by(adapters, row) for adapters in (together, apart))
+        for side in HELD:
+            for mine, theirs in zip(found.pairs[side], expected.pairs[side], strict=True):
+                torch.testing.assert_close(mine[0].abs(), theirs[0].abs(), rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(mine[1].abs(), theirs[1].abs(), rtol=1e-10, atol=1e-12)
+        assert found.ages == expected.ages
+
+
+def test_a_run_notes_its_move_and_names_what_is_not_finite(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    adapters = tiny.stacked(2)
+    start_over(adapters, {0: 0, 1: 1})
+    run, other = (StackedRun(adapters, row, base_norms(tiny.targets)) for row in (1, 0))
+    assert run.ranks.tolist() == [1] * 14
+    run.set_ranks(tiny.all_at(4), None, seed=3, step=5)
+    assert run.ranks.tolist() == [4] * 14
+    assert adapters.ranks.tolist() == [[1] * 14] * 2
+    assert run.move is not None
+    set_stacked_ranks(adapters, [run.move])
+    assert adapters.ranks.tolist() == [[1] * 14, [4] * 14]
+    assert run.non_finite(None) == []
+    adapters.layout.pairs(adapters.second)[3][1][1, 0, 0] = float("inf")
+    assert run.non_finite(None) == [tiny.targets[3].name]
+    assert other.non_finite(None) == []
+
+
+# Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("gpt2", "transformer.wte"),
+        ("llama-tied-embedding", "model.embed_tokens"),
+        ("llama-dora", "model.layers.0.self_attn.q_proj"),
+        ("bert-lora-bias", "bert.encoder.layer.0.attention.self.query"),
+    ],
+)
+def test_what_is_no_plain_pair_on_a_linear_layer_is_refused(
+    named_family: Callable[[str], Any], name: str, module: str
+) -> None:
+    family = named_family(name)
+    with pytest.raises(UnsupportedError, match=f"'{module}' cannot be stacked"):
+        StackedAdapters(family.base(), find_target_modules(family.model()), 2)
+
+
+# Compiled, and on a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_runs_have_the_same_losses(llama_config: LlamaConfig) -> None:
+    config = copy.deepcopy(llama_config)
+    config.num_hidden_layers = 1
+    plain = LlamaForCausalLM(config).eval()
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    peft = get_peft_model(copy.deepcopy(plain), lora).eval()
+    tiny = Tiny(plain, peft, find_target_modules(peft))
+    ranks = [np.array([5, 0, 2]), np.array([0, 9, 16])]
+    runs = {row: Run(row, 1e-2, row, {3: [ranks[row]], 5: [ranks[1 - row]]}, reads=(7,)) for row in range(2)}
+    adapters = tiny.stacked(2, compiled=True)
+    found = train_stacked(tiny, adapters, runs, 8, compiled=True)
+    expected = train_stacked(tiny, tiny.stacked(2), runs, 8)
+    for row in runs:
+        np.testing.assert_allclose(found[row].losses, expected[row].losses, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found[row].signals[-1][0], expected[row].signals[-1][0], rtol=1e-2, atol=1e-5)
+    set_stacked_ranks(adapters, [Move(row, tiny.all_at(0), 0, 8) for row in runs])
+    assert adapters.layout.widths.tolist() == [16, 16, 16]  # else it would be compiled anew
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_a_gpu_gives_the_same_losses(make_tiny: MakeTiny, name: str) -> None:
+    tiny = make_tiny(name, torch.float32)
+    extra = {0: [tiny.all_at(7), tiny.all_at(5)]}  # some directions are seeded anew
+    runs = {i: Run(i, run.rate, i, extra | dict(run.moves)) for i, run in enumerate(tiny.runs((8, 16)))}
+    found = train_stacked(tiny, tiny.stacked(4, device="cuda"), runs, 24)
+    expected = train_stacked(tiny, tiny.stacked(4), runs, 24)
+    for row in runs:
+        np.testing.assert_allclose(found[row].losses, expected[row].losses, rtol=0, atol=1e-3)
+        values = zip(found[row].signals[1:], expected[row].signals[1:], strict=True)
+        for (mine, age), (theirs, their_age) in values:
+            np.testing.assert_allclose(mine, theirs, rtol=0.05, atol=1e-3)
+            np.testing.assert_array_equal(age, their_age)

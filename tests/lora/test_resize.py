@@ -1,0 +1,369 @@
+"""Rank changes: the function, the bookkeeping, the memory, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
+from rankpilot.lora import resize as ranks_module
+from rankpilot.lora.factors import growth_generator, shrink_maps, write_in_place
+from rankpilot.lora.resize import RankChange, bookkeep, non_finite, reset_adapters, set_ranks
+from rankpilot.lora.targets import TargetModule, find_target_modules
+from torch import nn
+
+
+def lone_pair(d_in: int, d_out: int, rank: int, dtype: torch.dtype = torch.float32, **options: object) -> TargetModule:
+    """A LoRA pair on one linear layer, with next to no model around it."""
+    base = nn.Sequential(OrderedDict(layer=nn.Linear(d_in, d_out)))
+    settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["layer"]} | options
+    return find_target_modules(get_peft_model(base, LoraConfig(**settings)).to(dtype))[0]
+
+
+def product(target: TargetModule) -> torch.Tensor:
+    """Scaling times B A, in fp64."""
+    return target.scaling * target.weight_b.detach().double() @ target.weight_a.detach().double()
+
+
+def fill(target: TargetModule, live: int, generator: torch.Generator, spread: float = 1.0) -> None:
+    """Random factors whose product has rank `live`, with singular values spread over decades."""
+    rank, dtype = target.rank, target.weight_a.dtype
+    mix = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+    a = torch.randn(rank, target.d_in, generator=generator, dtype=torch.float64)
+    b = torch.randn(target.d_out, rank, generator=generator, dtype=torch.float64)
+    b[:, live:] = 0
+    b = b * 10 ** (-spread * torch.arange(rank) / rank)
+    with torch.no_grad():
+        target.weight_a.copy_((torch.linalg.inv(mix) @ a).to(dtype))
+        target.weight_b.copy_((b @ mix).to(dtype))
+
+
+def random_ranks(targets, generator, low=0):
+    return {t.name: int(torch.randint(low, min(9, t.max_rank + 1), (), generator=generator)) for t in targets}
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_growth_leaves_the_function_alone(make_llama, make_bert, make_tokens, dtype, tolerance, family):
+    model = (make_llama if family == "llama" else make_bert)().to(dtype).eval()
+    targets = find_target_modules(model)
+    before = logits(model, make_tokens())
+    changes = set_ranks(targets, {t.name: 16 for t in targets})
+    assert len(changes) == len(targets)
+    assert {t.rank for t in targets} == {16}
+    assert (logits(model, make_tokens()) - before).abs().max() <= tolerance
+
+
+@given(data=st.data())
+def test_shrinking_is_the_best_approximation_of_that_rank(data):
+    d_in, d_out = data.draw(st.integers(2, 24), "d_in"), data.draw(st.integers(2, 24), "d_out")
+    # PEFT also allows ranks above the width, which add nothing.
+    rank = data.draw(st.integers(2, min(d_in, d_out) + 2), "rank")
+    after = data.draw(st.integers(1, min(rank - 1, d_in, d_out)), "after")
+    live = data.draw(st.integers(0, rank), "live")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]), "dtype")
+    target = lone_pair(d_in, d_out, rank, dtype)
+    fill(target, live, torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed")))
+    old = product(target)
+    set_ranks([target], {"layer": after})
+
+    singular = torch.linalg.svdvals(old)
+    best = float(singular[after:].square().sum().sqrt())
+    error = float(torch.linalg.matrix_norm(product(target) - old))
+    assert target.rank == after
+    assert error - best <= 1e-5 * float(torch.linalg.matrix_norm(old)) + 1e-12
+
+
+@given(st.integers(0, 99))
+def test_the_kept_factors_are_balanced(seed):
+    """Half of each singular value goes to either side, so neither side's gradient vanishes."""
+    target = lone_pair(12, 20, 6, torch.float64)
+    fill(target, 6, torch.Generator().manual_seed(seed))
+    set_ranks([target], {"layer": 4})
+    a, b = target.weight_a.detach(), target.weight_b.detach()
+    torch.testing.assert_close(a @ a.T, b.T @ b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("live", "after", "dead"), [(0, 3, 3), (1, 3, 2), (2, 3, 1), (5, 3, 0)])
+def test_directions_without_function_are_seeded_anew_and_train_again(live, after, dead):
+    target = lone_pair(10, 14, 6)
+    fill(target, live, torch.Generator().manual_seed(3))
+    set_ranks([target], {"layer": after}, seed=1, step=7)
+    empty = (target.weight_b == 0).all(dim=0)
+    assert int(empty.sum()) == dead
+    assert (target.weight_a.norm(dim=1) > 1e-3).all()
+
+    inputs = torch.randn(32, 10)
+    goal = torch.randn(32, 14)
+    before = target.weight_b.detach().clone()
+    optimizer = torch.optim.AdamW([target.weight_a, target.weight_b], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (target.layer(inputs) - goal).square().mean().backward()
+        optimizer.step()
+    assert ((target.weight_b - before).abs().amax(dim=0) > 1e-3).all()
+
+
+def test_shrink_maps_say_which_directions_carry_function():
+    target = lone_pair(8, 8, 4, torch.float64)
+    fill(target, 2, torch.Generator().manual_seed(0), spread=0.1)
+    maps = shrink_maps([target.weight_a.detach()], [target.weight_b.detach()], 3)
+    assert (maps.p.shape, maps.q.shape, maps.live.tolist()) == ((1, 4, 3), (1, 3, 4), [[True, True, False]])
+    assert maps.p[0, :, 2].abs().sum() == 0
+    assert maps.q[0, 2].abs().sum() == 0
+    torch.testing.assert_close(maps.q[0, :2] @ maps.p[0, :, :2], torch.eye(2, dtype=torch.float64))
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(2, 6), st.integers(0, 99))
+def test_pairs_shrink_together_as_they_do_alone(d_in, d_out, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(3, rank, d_in, generator=generator, dtype=torch.float64)
+    b = torch.randn(3, d_out, rank, generator=generator, dtype=torch.float64)
+    b[1] = 0
+    together = shrink_maps(a, b, rank - 1)
+    for index in range(3):
+        alone = shrink_maps(a[index : index + 1], b[index : index + 1], rank - 1)
+        assert torch.equal(alone.live[0], together.live[index])
+        product = b[index] @ alone.p[0] @ alone.q[0] @ a[index]
+        torch.testing.assert_close(b[index] @ together.p[index] @ together.q[index] @ a[index], product)
+
+
+def test_parameters_stay_the_same_objects_with_new_storage(make_llama):
+    model = make_llama()
+    targets = find_target_modules(model)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    for rank in (2, 8, 0, 3):
+        set_ranks(targets, {t.name: rank for t in targets}, optimizer)
+        for t in targets:
+            assert t.weight_a.untyped_storage().nbytes() == 4 * rank * t.d_in
+            assert t.weight_b.untyped_storage().nbytes() == 4 * rank * t.d_out
+            assert t.weight_a.requires_grad == t.weight_b.requires_grad == (rank > 0)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == groups
+
+
+def test_changing_ranks_while_an_old_loss_is_alive(make_llama, llama_batch):
+    """Loops keep the last loss: its graph must not stop the next step."""
+    model = make_llama()
+    targets = find_target_modules(model)
+    loss = model(**llama_batch).loss
+    loss.backward()
+    set_ranks(targets, {t.name: 6 for t in targets})
+    assert targets[0].weight_a.grad is None
+    model(**llama_batch).loss.backward()
+    assert targets[0].weight_a.grad.shape == (6, 32)
+    assert loss.isfinite()
+
+
+def test_rank_zero_and_back(make_llama, make_tokens):
+    model = make_llama().eval()
+    targets = find_target_modules(model)
+    adapted = logits(model, make_tokens())
+    with model.disable_adapter():
+        bare = logits(model, make_tokens())
+    assert (adapted - bare).abs().max() > 1e-3
+    set_ranks(targets, {t.name: 0 for t in targets})
+    assert torch.equal(logits(model, make_tokens()), bare)
+    set_ranks(targets, {t.name: 5 for t in targets})
+    assert torch.equal(logits(model, make_tokens()), bare)
+    assert all((t.weight_a != 0).all() and (t.weight_b == 0).all() for t in targets)
+
+
+def test_a_revived_module_trains_again(make_llama, llama_batch):
+    model = make_llama()
+    targets = find_target_modules(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def train():
+        optimizer.zero_grad()
+        model(**llama_batch).loss.backward()
+        optimizer.step()
+
+    train()
+    chosen = targets[9]
+    set_ranks(targets, {chosen.name: 0}, optimizer)
+    train()
+    assert chosen.weight_a.grad is None
+    assert chosen.weight_a not in optimizer.state
+    set_ranks(targets, {chosen.name: 2}, optimizer)
+    train()
+    assert (chosen.weight_b != 0).any()
+    assert optimizer.state[chosen.weight_b]["exp_avg"].shape == chosen.weight_b.shape
+    assert int(optimizer.state[targets[0].weight_b]["step"]) == 3
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@given(path=st.lists(st.integers(0, 16), min_size=1, max_size=6))
+def test_scaling_stays_and_alpha_follows_the_rank(rslora, path):
+    target = lone_pair(16, 16, 4, lora_alpha=12, use_rslora=rslora)
+    layer = target.layer
+    scaling = target.scaling
+    assert scaling == (6 if rslora else 3)
+    for rank in path:
+        set_ranks([target], {"layer": rank})
+        assert target.scaling == scaling
+        assert layer.r["default"] == rank
+        assert layer.lora_A["default"].out_features == layer.lora_B["default"].in_features == rank
+        if rank:
+            root = math.sqrt(rank) if rslora else rank
+            assert layer.lora_alpha["default"] == pytest.approx(scaling * root)
+
+
+def test_shrinks_come_before_grows_so_that_storage_never_peaks(make_llama, monkeypatch):
+    targets = find_target_modules(make_llama())
+    ranks = {t.name: (1 if i % 2 else 7) for i, t in enumerate(targets)}
+
+    def stored():
+        return sum(w.untyped_storage().nbytes() for t in targets for w in (t.weight_a, t.weight_b))
+
+    seen = []
+    monkeypatch.setattr(ranks_module, "bookkeep", lambda target, rank: (bookkeep(target, rank), seen.append(stored())))
+    before = stored()
+    changes = set_ranks(targets, ranks)
+    assert max(seen) <= max(before, stored())
+    downs = [change.after < change.before for change in changes]
+    assert downs == sorted(downs, reverse=True)
+    assert changes[0] == RankChange(targets[1].name, 4, 1)
+
+
+def test_modules_that_keep_their_rank_are_left_alone(make_llama):
+    targets = find_target_modules(make_llama())
+    storages = [t.weight_a.data_ptr() for t in targets]
+    changes = set_ranks(targets, {targets[0].name: 4, targets[1].name: 2})
+    assert changes == [RankChange(targets[1].name, 4, 2)]
+    assert [t.weight_a.data_ptr() for t in targets if t is not targets[1]] == storages[:1] + storages[2:]
+
+
+def test_new_rows_depend_on_seed_step_and_module_alone(make_llama):
+    def grown(seed, step, names=None, noise=0):
+        targets = find_target_modules(make_llama())
+        torch.manual_seed(noise)
+        torch.rand(noise)
+        wanted = [t for t in targets if names is None or t.name in names]
+        set_ranks(targets, {t.name: 6 for t in wanted}, seed=seed, step=step)
+        return {t.name: t.weight_a.detach()[4:].clone() for t in wanted}
+
+    one = grown(1, 10)
+    key = "model.layers.1.mlp.up_proj"
+    assert torch.equal(grown(1, 10, names={key}, noise=5)[key], one[key])
+    assert not torch.equal(grown(2, 10)[key], one[key])
+    assert not torch.equal(grown(1, 11)[key], one[key])
+    assert not torch.equal(one["model.layers.0.mlp.up_proj"], one[key])
+    assert one[key].abs().max() <= 1 / math.sqrt(32)
+    assert growth_generator(1, 2, "x").initial_seed() != growth_generator(12, 2, "x").initial_seed()
+
+
+def test_global_random_state_is_left_alone(make_llama):
+    targets = find_target_modules(make_llama())
+    state = torch.get_rng_state()
+    set_ranks(targets, {t.name: 8 for t in targets})
+    set_ranks(targets, {t.name: 1 for t in targets})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "error"),
+    [
+        ("model.layers.0.self_attn.q_prj", 2, UnknownNameError),
+        ("model.layers.0.self_attn.q_proj", -1, ConfigError),
+    ],
+)
+def test_a_bad_plan_changes_nothing(make_llama, name, rank, error):
+    targets = find_target_modules(make_llama())
+    with pytest.raises(error):
+        set_ranks(targets, {targets[2].name: 1, name: rank})
+    assert {t.rank for t in targets} == {4}
+
+
+def test_a_rank_above_the_width_is_clipped_and_reported(make_llama, caplog):
+    targets = find_target_modules(make_llama())
+    key, query = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"
+    changes = set_ranks(targets, {key: 99, query: 20})
+    assert changes == [
+        RankChange(query, 4, 20),
+        RankChange(key, 4, 16, "asked for 99, above min(d_in, d_out) = 16"),
+    ]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"Ranks that could not be set as asked: {key} has rank 16 (asked for 99, above min(d_in, d_out) = 16)."
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["weight_a", "weight_b", "gradient", "state"])
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_module_that_is_not_finite_is_left_alone_and_reported(make_llama, llama_batch, caplog, value, where, rank):
+    model = make_llama()
+    targets = find_target_modules(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(**llama_batch).loss.backward()
+    optimizer.step()
+    broken = targets[5]
+    place = {
+        "weight_a": broken.weight_a,
+        "weight_b": broken.weight_b,
+        "gradient": broken.weight_b.grad,
+        "state": optimizer.state[broken.weight_a]["exp_avg"],
+    }[where]
+    with torch.no_grad():
+        place[0, 0] = value
+    kept = broken.weight_b.detach().clone()
+    assert non_finite(targets, optimizer) == [broken.name]
+    changes = set_ranks(targets, {t.name: rank for t in targets}, optimizer)
+    note = f"not set to {rank}: its factors, gradients or optimizer state hold NaN or infinity"
+    assert RankChange(broken.name, 4, 4, note) in changes
+    assert len(changes) == len(targets)
+    assert [t.rank for t in targets] == [4 if t is broken else rank for t in targets]
+    torch.testing.assert_close(broken.weight_b, kept, rtol=0, atol=0, equal_nan=True)
+    assert len(caplog.records) == 1
+    assert broken.name in caplog.text
+    # Dropping it altogether is a way out.
+    assert set_ranks(targets, {broken.name: 0}, optimizer) == [RankChange(broken.name, 4, 0)]
+    assert non_finite(targets, optimizer) == []
+
+
+def test_ranks_cannot_change_while_merged(make_llama):
+    model = make_llama()
+    targets = find_target_modules(model)
+    model.merge_adapter()
+    with pytest.raises(UnsupportedError, match=r"q_proj' is merged.*unmerge_adapter"):
+        set_ranks(targets, {targets[0].name: 2})
+    model.unmerge_adapter()
+    set_ranks(targets, {targets[0].name: 2})
+    assert targets[0].rank == 2
+
+
+def test_write_in_place_frees_the_old_storage():
+    parameter = nn.Parameter(torch.ones(4, 4))
+    parameter.grad = torch.ones(4, 4)
+    write_in_place(parameter, torch.ones(8, 4)[:2])
+    assert parameter.grad is None
+    assert parameter.shape == (2, 4)
+    assert parameter.is_leaf
+
+
+def test_reset_adapters_starts_over_the_same_way_each_time(make_llama, make_tokens):
+    model = make_llama().eval()
+    targets = find_target_modules(model)
+    with model.disable_adapter():
+        bare = logits(model, make_tokens())
+    set_ranks(targets, random_ranks(targets, torch.Generator().manual_seed(0)))
+    reset_adapters(targets, 20, seed=3)
+    assert [t.rank for t in targets] == [min(20, t.max_rank) for t in targets]
+    assert torch.equal(logits(model, make_tokens()), bare)
+    first = targets[0].weight_a.detach().clone()
+    reset_adapters(targets, 20, seed=3)
+    assert torch.equal(targets[0].weight_a, first)
+    reset_adapters(targets, 20, seed=4)
+    assert not torch.equal(targets[0].weight_a, first)

@@ -1,0 +1,95 @@
+"""Prices of plans by hand, and which moments of a step are left out of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.cost import ByteCost, ParameterCost, total_cost
+from rankpilot.memory.peak_candidates import UNDERESTIMATE, needed_moments, prune
+
+from ..allocation.synthetic_costs import random_cost, transformer_cost
+
+
+def test_parameters_are_rank_times_both_widths(make_llama):
+    targets = find_target_modules(make_llama())
+    ranks = np.arange(len(targets))
+    expected = sum(int(r) * (t.d_in + t.d_out) for r, t in zip(ranks, targets, strict=True))
+    assert total_cost(ParameterCost.of(targets), ranks) == expected
+    assert total_cost(ParameterCost.of(targets), 0 * ranks) == 0
+
+
+@pytest.fixture
+def cost() -> ByteCost:
+    """Two moments, three modules; a tensor for modules 0 and 1, one for 2, and one that only the first moment holds."""
+    return ByteCost(
+        moments=("loss", "layer 0"),
+        constant=np.array([1000.0, 900.0]),
+        per_rank=np.array([[10.0, 20.0, 30.0], [11.0, 22.0, 200.0]]),
+        held=np.array([[100.0, 50.0, 400.0], [100.0, 50.0, 0.0]]),
+        needs=np.array([[True, True, False], [False, False, True], [True, False, False]]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "price"),
+    [
+        ((0, 0, 0), 1000),
+        ((0, 3, 0), 1000 + 100 + 3 * 20),
+        ((1, 1, 0), 1000 + 100 + 400 + 10 + 20),  # the shared tensor counts once
+        ((2, 0, 1), 1000 + 100 + 50 + 400 + 20 + 30),
+        ((0, 0, 1), 900 + 50 + 200),  # the second moment is the higher one
+        ((0, 0, 10), 900 + 50 + 2000),
+    ],
+)
+def test_a_plan_costs_what_its_highest_moment_holds(cost, ranks, price):
+    assert total_cost(cost, np.array(ranks)) == price
+
+
+def test_fixed_bytes_depend_on_which_modules_are_adapted_alone(cost):
+    assert cost.fixed(np.array([False, False, False])).tolist() == [1000, 900]
+    assert cost.fixed(np.array([True, False, True])).tolist() == [1550, 1050]
+
+
+def test_moments_that_are_never_the_peak_are_left_out_with_what_only_they_hold(cost):
+    lower = ByteCost(
+        (*cost.moments, "never"),
+        np.append(cost.constant, 100.0),
+        np.concatenate([cost.per_rank, [[1.0, 1.0, 1.0]]]),
+        np.concatenate([np.pad(cost.held, [(0, 0), (0, 1)]), [[10.0, 10, 10, 10]]]),
+        np.concatenate([cost.needs, [[True, False, True]]]),
+    )
+    kept = needed_moments(lower, np.random.default_rng(0))
+    assert kept == [0, 1]
+    left = prune(lower, kept)
+    assert left.moments == cost.moments
+    for name in ("constant", "per_rank", "held", "needs"):
+        assert np.array_equal(getattr(left, name), getattr(cost, name)), name
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_plans_of_all_kinds_cost_the_same_with_the_moments_left(seed):
+    """Other plans than those by which the moments were chosen."""
+    generator = np.random.default_rng(seed)
+    if seed % 2:
+        cost, _, _ = transformer_cost(generator, 6, checkpointing=seed % 4 == 1)
+    else:
+        cost = random_cost(generator, np.repeat(np.arange(5), 3))
+    left = prune(cost, needed_moments(cost, np.random.default_rng(0)))
+    assert len(left.moments) <= len(cost.moments)
+    count = cost.per_rank.shape[1]
+    lost = []
+    for _ in range(300):
+        ranks = generator.choice([0, 1, 3, 8, 24, 64], size=count) * (generator.random(count) < generator.random())
+        price = total_cost(left, ranks)
+        assert price <= total_cost(cost, ranks)
+        lost.append(1 - price / total_cost(cost, ranks))
+    assert np.quantile(lost, 0.95) <= UNDERESTIMATE
+    assert max(lost) <= 0.01
+
+
+def test_prices_of_several_plans_are_those_of_each():
+    cost, *_ = transformer_cost(np.random.default_rng(0), 3)
+    plans = np.random.default_rng(1).choice([0, 0, 1, 8], size=(20, cost.per_rank.shape[1]))
+    expected = [cost.fixed(ranks > 0) + cost.per_rank @ ranks for ranks in plans]
+    assert np.array_equal(cost.prices(plans), expected)

@@ -1,0 +1,157 @@
+"""One recorded step: what is born, when it dies, and what needs it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.errors import UnsupportedError
+from rankpilot.memory.recorder import Recorder
+from rankpilot.memory.recording import NEVER
+from torch import nn
+
+from .measured import adamw_run, family_batch, family_model
+
+FEW = 20
+"""Operators around a checkpoint."""
+
+
+@pytest.fixture
+def recorded(named_family):
+    """A recorder of a two-layer Llama, its run and one recording."""
+
+    def record(name="llama", checkpointing=None):
+        family = named_family(name)
+        model = family_model(family, checkpointing=checkpointing)
+        run = adamw_run(model, family_batch(family, model, 3, 8))
+        recorder = Recorder(model, run.targets)
+        return recorder, run, recorder.step(run.batch)
+
+    return record
+
+
+def test_each_storage_has_a_place_in_time_and_in_the_model(recorded):
+    _, run, recording = recorded()
+    count = len(recording.sizes)
+    for column in (recording.births, recording.deaths, recording.places, recording.owners, recording.parts):
+        assert len(column) == count
+    assert (np.diff(recording.births) >= 0).all()
+    assert (recording.deaths >= recording.births).all()
+    assert (recording.sizes >= 0).all()
+    owned = recording.owners >= 0
+    for owner, place in zip(recording.owners[owned].tolist(), recording.places[owned].tolist(), strict=True):
+        assert run.targets[owner].name in recording.names[place]
+    assert set(recording.owners[owned].tolist()) == set(range(len(run.targets)))
+    assert (recording.parts == -1).all()
+
+
+def test_only_gradients_outlive_the_step_and_each_belongs_to_its_module(recorded):
+    _, run, recording = recorded()
+    left = np.flatnonzero((recording.deaths == NEVER) & (recording.births > recording.forward_end))
+    assert set(left.tolist()) == set(recording.gradients)
+    for index, target in enumerate(run.targets):
+        sizes = [int(recording.sizes[s]) for s, module in recording.gradients.items() if module == index]
+        assert sorted(sizes) == sorted(4 * p.numel() for p in target.parameters.values())
+
+
+def test_gradients_of_a_classifier_belong_to_no_module(recorded):
+    _, run, recording = recorded("bert")
+    sizes = [int(recording.sizes[s]) for s, module in recording.gradients.items() if module == -1]
+    assert sum(sizes) == 4 * sum(
+        p.numel() for p in run.model.base_model.model.classifier.parameters() if p.requires_grad
+    )
+
+
+def test_recording_twice_gives_the_same(recorded):
+    recorder, run, first = recorded()
+    second = recorder.step(run.batch)
+    assert first.needed == second.needed
+    assert first.gradients == second.gradients
+    for name in ("sizes", "births", "deaths", "owners", "places", "unpacks"):
+        assert np.array_equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_gradients_are_cleared_and_hooks_removed(recorded):
+    before = len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)
+    _, run, _ = recorded()
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    after = len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)
+    assert before == after
+
+
+def test_upstream_modules_need_more_than_downstream_ones(recorded):
+    """Of a residual stream everything above the lowest adapted module is held for it."""
+    _, run, recording = recorded()
+    held = np.zeros(len(run.targets))
+    for serial, modules in recording.needed.items():
+        if recording.births[serial] <= recording.forward_end and recording.owners[serial] < 0:
+            held += [int(recording.sizes[serial]) * (modules >> index & 1) for index in range(len(run.targets))]
+    by_layer = held.reshape(2, 7)
+    assert by_layer[0].min() > by_layer[1].max()
+
+
+def test_lifetimes_without_holding_are_shorter_for_what_is_saved_and_the_same_for_the_rest(recorded):
+    recorder, run, recording = recorded()
+    assert np.array_equal(recording.alone, recording.deaths)
+    alive = recorder.lifetimes(recording, run.batch)
+    assert (alive.alone <= alive.deaths).all()
+    shorter = np.flatnonzero(alive.alone < alive.deaths)
+    assert len(shorter) > 20
+    assert set(shorter.tolist()) <= alive.needed.keys()
+    assert (alive.births[shorter] <= alive.forward_end).all()
+
+
+def test_a_pass_with_other_operations_has_no_lifetimes(recorded):
+    recorder, run, recording = recorded()
+    head = run.model.base_model.model.lm_head
+    with (
+        head.register_forward_hook(lambda module, given, output: output + 1),
+        pytest.raises(UnsupportedError, match="PeftModel runs other operations each time"),
+    ):
+        recorder.lifetimes(recording, run.batch)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_are_segments_that_run_once(recorded, reentrant):
+    _, _, plain = recorded()
+    _, run, recording = recorded(checkpointing=reentrant)
+    assert [segment.reentrant for segment in recording.segments] == [reentrant] * 2
+    first, second = recording.segments
+    assert first.start < first.end <= second.start < second.end <= recording.forward_end
+    assert set(first.outputs) & set(second.inputs)
+    assert recording.forward_end == pytest.approx(plain.forward_end, abs=FEW)  # nothing runs a second time
+    assert set(recording.parts.tolist()) == {-1, 0, 1}
+    assert {int(recording.parts[serial]) for serial in recording.inside} == {0, 1}
+    layers = run.model.base_model.model.model.layers
+    assert all("_run_segment" not in str(layer._gradient_checkpointing_func) for layer in layers)
+
+
+def test_what_a_step_saved_is_freed_with_it(recorded):
+    """On graphs that no backward pass reaches too: DoRA's norms."""
+    recorder, run, _ = recorded("gpt2-dora")
+    references = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            result = hidden.exp()
+            ctx.mark = mark = set()
+            references.append(weakref.ref(mark))
+            ctx.save_for_backward(result)
+            return result
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.saved_tensors[0]
+
+    def beside(module, given, output):
+        Watched.apply(output[0] if isinstance(output, tuple) else output).exp()  # and thrown away
+
+    with run.model.base_model.model.transformer.ln_f.register_forward_hook(beside):
+        recorder.step(run.batch)
+    gc.collect()
+    assert len(references) == 1
+    assert references[0]() is None

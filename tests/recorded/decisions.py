@@ -1,0 +1,57 @@
+"""The shipped policy's ranks on the validation suite, beside those on record: `python tests/recorded/decisions.py`.
+
+A change that is not meant to change decisions leaves them equal: rank of every module at every decision of 48 tasks,
+recorded on a 2-core Xeon. Another kind of processor rounds differently, and a near tie may then go the other way.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
+from rankpilot.common.workers import worker_pool
+from rankpilot.env.episodes.rollout import Round
+from rankpilot.env.episodes.stacked import StackedEpisodes
+from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.tasks.suites import SUITES, find_tasks
+
+RECORD = Path(__file__).with_name("decisions.json.gz")
+SLOTS = 16
+
+
+def ranks_of(tasks: list[ProxyTask]) -> list[list[list[int]]]:
+    """Ranks after each decision, by task; the tasks share a base and a batch shape."""
+    policy, schedule = load_policy("default"), policy_schedule("default")
+    under_way = Round(StackedEpisodes(tasks[0].base, schedule, SLOTS), tasks)
+    ranks: list[list[list[int]]] = [[] for _ in tasks]
+    while slots := under_way.flying:
+        decisions = {slot: policy.decide(under_way.observations[slot]) for slot in slots}
+        under_way.step({slot: (decision.deltas, decision.scores) for slot, decision in decisions.items()})
+        for slot in slots:
+            ranks[slot].append(under_way.ranks[slot].tolist())
+    return ranks
+
+
+def main() -> int:
+    """Compare; returns the exit status."""
+    recorded = json.loads(gzip.decompress(RECORD.read_bytes()))
+    tasks = sorted(find_tasks(SUITES, "validation"), key=lambda task: (task.base, task.batch_size, task.length))
+    chunks = []
+    for _, alike in groupby(tasks, key=lambda task: (task.base, task.batch_size, task.length)):
+        group = list(alike)
+        chunks += [group[start : start + SLOTS] for start in range(0, len(group), SLOTS)]
+    different = []
+    with worker_pool(os.cpu_count() or 1) as spread:
+        for chunk, ranks in spread(ranks_of, chunks):
+            different += [task.id for task, rows in zip(chunk, ranks, strict=True) if rows != recorded[task.id]]
+    print(f"{len(tasks) - len(different)} of {len(tasks)} tasks have the recorded ranks.", *sorted(different), sep="\n")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

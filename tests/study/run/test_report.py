@@ -1,0 +1,177 @@
+"""The report of a run folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.common.files import read_json, write_json
+from rankpilot.errors import RunFolderError
+from rankpilot.study.run.decisions import standing_out
+from rankpilot.study.run.report import summary_table, write_report
+from rich.console import Console
+
+
+def edit_summary(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    summary = read_json(folder / "summary.json")
+    change(summary)
+    write_json(folder / "summary.json", summary)
+
+
+def table_rows(report: str) -> dict[str, list[str]]:
+    """The comparison: label to cells."""
+    lines = [line for line in report.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_comparison_marks_the_best_values(run_folder: Path) -> None:
+    path = write_report(run_folder)
+    assert path == run_folder / "report.md"
+    assert table_rows(path.read_text()) == {
+        "": ["rankpilot", "uniform"],
+        "held-out loss": ["**0.3841**", "0.4041"],
+        "held-out accuracy": ["**86.10%**", "85.20%"],
+        "peak memory": ["**91 MiB**", "96 MiB"],
+        "budget": ["100 MiB", "100 MiB"],
+        "adapter parameters": ["120,000", "100,000"],
+        "adapted modules": ["17", "17"],
+        "median step": ["51.2 ms", "51.2 ms"],
+        "training time": ["12.3 s", "12.3 s"],
+    }
+
+
+def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
+    edit_summary(run_folder, lambda s: s["runs"]["uniform"].update(held_out_loss=0.2, held_out_accuracy=0.99))
+    report = write_report(run_folder).read_text()
+    assert table_rows(report)["held-out loss"] == ["0.3841", "**0.2000**"]
+    assert table_rows(report)["held-out accuracy"] == ["86.10%", "**99.00%**"]
+    assert "rankpilot's held-out loss is 92.0% higher than that of uniform ranks." in report
+
+
+def test_pictures_are_made_and_linked(run_folder: Path) -> None:
+    report = write_report(run_folder).read_text()
+    for name in ("ranks", "loss", "memory"):
+        assert f"(figures/{name}.png)" in report
+        assert (run_folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "rankpilot's held-out loss is 4.9% lower than that of uniform ranks." in report
+    assert '"budget": "100MiB"' in report
+    assert "* seed: 3" in report
+
+
+def test_decisions_in_words(run_folder: Path) -> None:
+    report = write_report(run_folder).read_text()
+    lines = report.split("## Decisions")[1].splitlines()
+    assert report.count("**Decision ") == 4
+    second = next(i for i, line in enumerate(lines) if line.startswith("**Decision 2"))
+    assert lines[second] == (
+        "**Decision 2, step 68, loss 0.500.** 1 up, 1 down, 34 unchanged; predicted cost 94 MiB of 100 MiB "
+        "(measured before it: 89 MiB). The budget changed what was asked for 3 modules."
+    )
+    query, value = sorted(lines[second + 2 : second + 4])
+    assert query.startswith("- `layer 5 query`: rank 8 → 16 (sensitivity +")
+    assert value.startswith("- `layer 5 value`: rank 4 → 2 (snr −")
+    assert "constant" not in query + value
+    first = next(line for line in lines if line.startswith("**Decision 0"))
+    assert "step 0.**" in first
+    told = lines[lines.index(first) + 2]  # of equal moves, the one with the most telling feature
+    assert told.startswith("- `layer 5 query`: rank 1 → 4 (sensitivity +")
+    assert "measured" not in first
+
+
+def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
+    table = DecisionLog(run_folder / "decisions").read().slice(0, 36)
+    found = standing_out(table)
+    assert found[30][0][0] == "sensitivity"
+    assert found[30][0][1] > 5
+    assert found[32][0][0] == "snr"
+    assert found[32][0][1] < -5
+    assert not {name for row in found for name, _ in row} & {"top", "constant"}
+    assert all(abs(distance) >= 1 for row in found for _, distance in row)
+
+
+def test_report_can_be_made_again(run_folder: Path) -> None:
+    first = write_report(run_folder).read_text()
+    pictures = {path: path.read_bytes() for path in (run_folder / "figures").iterdir()}
+    assert write_report(run_folder).read_text() == first
+    assert {path: path.read_bytes() for path in (run_folder / "figures").iterdir()} == pictures
+
+
+def test_missing_parts_are_left_out(run_folder: Path) -> None:
+    shutil.rmtree(run_folder / "decisions")
+    for name in ("config.json", "metrics-rankpilot.jsonl", "metrics-uniform.jsonl"):
+        (run_folder / name).unlink()
+
+    def only_loss(summary: dict[str, Any]) -> None:
+        run = summary["runs"]["rankpilot"]
+        summary.clear()
+        summary["runs"] = {"rankpilot": {"held_out_loss": run["held_out_loss"], "held_out_accuracy": None}}
+
+    edit_summary(run_folder, only_loss)
+    report = write_report(run_folder).read_text()
+    assert table_rows(report) == {"": ["rankpilot"], "held-out loss": ["0.3841"]}
+    assert [line for line in report.splitlines() if line.startswith("#")] == [
+        "# Fine-tune report",
+        "## Result",
+    ]
+    assert not (run_folder / "figures").exists()
+
+
+def test_a_causal_model_without_a_uniform_run(run_folder: Path) -> None:
+    def change(summary: dict[str, Any]) -> None:
+        del summary["runs"]["uniform"]
+        summary["runs"]["rankpilot"]["held_out_accuracy"] = None
+
+    edit_summary(run_folder, change)
+    report = write_report(run_folder).read_text()
+    assert "held-out accuracy" not in report
+    assert "uniform" not in report
+    assert table_rows(report)["held-out loss"] == ["0.3841"]
+
+
+def test_a_failed_reload_is_shown(run_folder: Path) -> None:
+    assert "gives identical outputs (largest difference 0)" in write_report(run_folder).read_text()
+    edit_summary(run_folder, lambda s: s.update(reload={"identical": False, "max_abs_difference": 0.25}))
+    assert "**does not give identical outputs** (largest difference 0.25)" in write_report(run_folder).read_text()
+
+
+def test_decisions_after_a_probe_start_from_the_ranks_in_place(run_folder: Path) -> None:
+    (run_folder / "decisions" / "part-00000.parquet").unlink()
+    assert "**Decision 1" in write_report(run_folder).read_text()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"runs": {}}', '{"runs": {"uniform": {}}}'])
+def test_an_unfinished_run_is_refused(run_folder: Path, content: str | None) -> None:
+    path = run_folder / "summary.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RunFolderError, match=r"summary\.json"):
+        write_report(run_folder)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError):
+        write_report(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_corrupt_decision_is_named(run_folder: Path) -> None:
+    (run_folder / "decisions" / "part-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunFolderError, match=r"part-00001\.parquet"):
+        write_report(run_folder)
+
+
+def test_summary_table(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    console = Console(width=80, record=True, force_terminal=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(summary_table(summary))
+    text = console.export_text(styles=True)
+    assert "\x1b[1m0.3841" in text
+    assert "\x1b[1m0.4041" not in text
+    assert "MiniLM on sst2" in text
