@@ -7,50 +7,50 @@ from collections.abc import Sequence
 from ..common.arrays import FloatArray, IntArray
 from ..memory.cost import ParameterCost
 from .plan import pack
-from .problem import PlanProblem
+from .problem import AllocationProblem
 
 SCORE_BOUND = 4.0
 """Scores and steering numbers lie between minus and plus this."""
 
 
-STEERING = ("floor", "tilt")
-"""What a policy gives beside the scores: corrections of the rank floor (log2) and of the tilt towards upper layers."""
+PLACEMENT = ("rank_floor", "depth_bias")
+"""What a policy gives beside the scores: corrections of the rank floor (log2) and of the bias towards upper layers."""
 
 
-FLOOR = 16.0
+RANK_FLOOR = 16.0
 """Rank that an adapted module should be able to have, before the policy's correction (rule16 of docs/design.md)."""
 
 
-TILT = 4.0
+DEPTH_BIAS = 4.0
 """How much lower a module's score counts than that of one in the next layer up, before the policy's correction."""
 
 
-def base_floor(problem: PlanProblem) -> float:
+def base_rank_floor(problem: AllocationProblem) -> float:
     """The rank floor before a policy's correction: depth costs nothing under a parameter budget."""
-    return 1.0 if isinstance(problem.cost, ParameterCost) else FLOOR
+    return 1.0 if isinstance(problem.cost, ParameterCost) else RANK_FLOOR
 
 
-def base_tilt(problem: PlanProblem) -> float:
-    """The tilt before a policy's correction: layers from the top down where depth costs bytes, else none."""
-    return 0.0 if isinstance(problem.cost, ParameterCost) else TILT
+def base_depth_bias(problem: AllocationProblem) -> float:
+    """The depth bias before a policy's correction: layers from the top down where depth costs bytes, else none."""
+    return 0.0 if isinstance(problem.cost, ParameterCost) else DEPTH_BIAS
 
 
 def decode(
-    problem: PlanProblem, scores: FloatArray, steering: Sequence[float] | FloatArray
+    problem: AllocationProblem, scores: FloatArray, placement: Sequence[float] | FloatArray
 ) -> tuple[IntArray, float, float]:
     """Rank deltas that scores ask for.
 
     Args:
         problem: the plans that are possible now.
         scores: log rank relative to the other modules, (modules,).
-        steering: log2 of the factor on the rank floor, and what is added to the tilt; see `STEERING`. Under a parameter
-            budget depth costs nothing: the floor starts at rank 1 instead of 16, and the tilt at none.
+        placement: log2 of the factor on the rank floor, and what is added to the depth bias; see `PLACEMENT`. Under a
+            parameter budget depth costs nothing: the floor starts at rank 1 instead of 16, and the depth bias at none.
 
     Returns:
-        Deltas in rungs, int64 (modules,), the floor as a rank, and the tilt.
+        Deltas in rungs, int64 (modules,), the floor as a rank, and the depth bias.
     """
-    floor_shift, tilt_shift = steering
-    floor = float(base_floor(problem) * 2.0**floor_shift)
-    tilt = float(base_tilt(problem) + tilt_shift)
-    target = pack(problem, scores, floor, tilt)
-    return problem.ladder.rung(target) - problem.ladder.rung(problem.ranks), floor, tilt
+    rank_floor_shift, depth_bias_shift = placement
+    rank_floor = float(base_rank_floor(problem) * 2.0**rank_floor_shift)
+    depth_bias = float(base_depth_bias(problem) + depth_bias_shift)
+    target = pack(problem, scores, rank_floor, depth_bias)
+    return problem.ladder.rung(target) - problem.ladder.rung(problem.ranks), rank_floor, depth_bias

@@ -22,7 +22,7 @@ from ..memory.cost import ByteCost, Cost
 from .observation import Observation, RunState, observe
 from .plan import Plan, check_budget, project
 from .probe import ProbeResult
-from .problem import PlanProblem, problem_of
+from .problem import AllocationProblem, problem_of
 from .schedule import DecisionSchedule
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class RankController(Generic[AdaptersT]):
         """Whether the next decision falls before optimiser step `step` (counted from 0)."""
         return not self.finished and step >= self.decision_steps[self.decision]
 
-    def problem(self) -> PlanProblem:
+    def problem(self) -> AllocationProblem:
         """The plans that are possible at the next decision.
 
         The last one may spend what signal buffers took: no more signals are read after it.

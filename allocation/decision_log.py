@@ -44,7 +44,7 @@ _DECISION_TYPES = {
     "measured_cost": pa.float64(),
     "unit": pa.string(),
     "log_prob": pa.float64(),
-    "floor": pa.float64(),
+    "rank_floor": pa.float64(),
 }
 _MODULE_TYPES = {
     "block": pa.int32(),
@@ -72,7 +72,7 @@ class DecisionRecord:
         measured_cost: measured since the decision before this one, in `unit`; None if nothing measures it.
         unit: "bytes" or "parameters".
         log_prob: log-probability of the whole action.
-        floor: rank floor of the plan (see `lora.plan.pack`).
+        rank_floor: rank floor of the plan (see `lora.plan.pack`).
         modules: full names, in the order of all arrays.
         blocks: layer of each module, int (L,).
         delta: rungs asked for, int (L,).
@@ -100,7 +100,7 @@ class DecisionRecord:
     measured_cost: float | None
     unit: Literal["bytes", "parameters"]
     log_prob: float
-    floor: float
+    rank_floor: float
     modules: tuple[str, ...]
     blocks: IntArray
     delta: IntArray

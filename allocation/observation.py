@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..common.arrays import FloatArray
 from ..lora.signals import SIGNALS
 from .pricing import FixedPrice
-from .problem import PlanProblem
+from .problem import AllocationProblem
 
 Float32Array = NDArray[np.float32]
 
@@ -90,7 +90,7 @@ class Observation:
 
     modules: Float32Array
     run: Float32Array
-    problem: PlanProblem
+    problem: AllocationProblem
     names: tuple[str, ...]
 
     def padded(self, count: int) -> dict[str, NDArray[np.generic]]:
@@ -131,7 +131,7 @@ def _centred_log(values: FloatArray) -> FloatArray:
 
 
 def observe(
-    problem: PlanProblem,
+    problem: AllocationProblem,
     names: tuple[str, ...],
     signals: FloatArray,
     signal_ranks: NDArray[np.int64],
@@ -178,7 +178,7 @@ def _log_share(prices: FloatArray, limit: float) -> FloatArray:
     return np.asarray(np.log10(np.clip(prices * len(prices) / limit, 1e-3, 1e3)))
 
 
-def _price_changes(problem: PlanProblem) -> tuple[FloatArray, FloatArray]:
+def _price_changes(problem: AllocationProblem) -> tuple[FloatArray, FloatArray]:
     """What dropping each adapted module frees, and what adapting each other one at rank 1 adds; 0 elsewhere."""
     adapted, per_rank = problem.ranks > 0, problem.cost.per_rank
     fixed = FixedPrice(problem.cost, adapted)
@@ -188,7 +188,7 @@ def _price_changes(problem: PlanProblem) -> tuple[FloatArray, FloatArray]:
     return np.where(adapted, price.max() - without, 0.0), np.where(adapted, 0.0, joined - price.max())
 
 
-def _run_features(problem: PlanProblem, spent: float, state: RunState) -> FloatArray:
+def _run_features(problem: AllocationProblem, spent: float, state: RunState) -> FloatArray:
     levels = [np.log(max(loss, 1e-6) / max(state.first_loss, 1e-6)) for loss in state.losses[-2:]] or [0.0]
     adapted = len(np.unique(problem.blocks[problem.ranks > 0]))
     return np.array(

@@ -18,9 +18,9 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import ConfigError
-from .plan_builder import Draft
+from .plan_builder import PlanBuilder
 from .pricing import FixedPrice
-from .problem import PlanProblem
+from .problem import AllocationProblem
 from .relaxation import Market, Relaxation
 
 ENTRIES = 3
@@ -41,7 +41,7 @@ REFUSALS = 20
 _LEVELS = np.geomspace(1e-7, 1.0, 400)
 
 
-def best_plan(problem: PlanProblem, utility: FloatArray) -> IntArray:
+def best_plan(problem: AllocationProblem, utility: FloatArray) -> IntArray:
     """The plan with the most utility that fits, nearly: see the module's text.
 
     Args:
@@ -68,7 +68,7 @@ def best_plan(problem: PlanProblem, utility: FloatArray) -> IntArray:
 class _Search:
     """The search for one plan; plans are rungs, int64 (modules,)."""
 
-    def __init__(self, problem: PlanProblem, utility: FloatArray) -> None:
+    def __init__(self, problem: AllocationProblem, utility: FloatArray) -> None:
         self._problem, self._utility = problem, utility
         self._ladder, self._per_rank = problem.ladder.array, problem.cost.per_rank
         self._modules, self._rungs = np.arange(len(utility)), np.arange(len(self._ladder))
@@ -87,7 +87,7 @@ class _Search:
         relaxed = Relaxation(problem, self._utility)
         plans = list(self._at_entries(relaxed))
         plan, prices = max(plans, key=lambda found: self._worth(found[0]))
-        draft = Draft(problem, self._nothing, self._exchanged(plan, prices))
+        draft = PlanBuilder(problem, self._nothing, self._exchanged(plan, prices))
         draft.fill(problem.tops)
         return draft.rungs
 
@@ -123,13 +123,13 @@ class _Search:
 
     def _spent(self, plan: IntArray, prices: FloatArray, free: BoolArray) -> IntArray:
         """A plan with what it leaves of the budget spent on the `free` modules, by utility per byte."""
-        draft = Draft(self._problem, self._nothing, plan)
+        draft = PlanBuilder(self._problem, self._nothing, plan)
         self._raise(draft, prices, free)
         self._adapt(draft, prices, free)
         self._raise(draft, prices, free)
         return draft.rungs
 
-    def _raise(self, draft: Draft, prices: FloatArray, free: BoolArray) -> None:
+    def _raise(self, draft: PlanBuilder, prices: FloatArray, free: BoolArray) -> None:
         """Raise adapted modules, the best utility per byte first."""
         more = (self._rungs > draft.rungs[:, None]) & (self._rungs <= self._problem.tops[:, None])
         modules, rungs = np.nonzero(more & (free & (draft.rungs > 0))[:, None])
@@ -137,7 +137,7 @@ class _Search:
         order = np.argsort(-self._steps[modules, rungs] / units[modules], kind="stable")
         draft.take(modules[order], rungs[order])
 
-    def _adapt(self, draft: Draft, prices: FloatArray, free: BoolArray) -> None:
+    def _adapt(self, draft: PlanBuilder, prices: FloatArray, free: BoolArray) -> None:
         """Adapt further modules, each at the rung with the best utility per byte, the best first."""
         absent = np.flatnonzero(free & (draft.rungs == 0))
         price = draft.additions(absent)[:, :, None] + self._per_rank[:, absent, None] * self._ladder

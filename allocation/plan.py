@@ -22,14 +22,14 @@ from ..common.arrays import FloatArray, IntArray
 from ..errors import BudgetError
 from ..memory.budget import format_bytes
 from ..memory.cost import ByteCost
-from .plan_builder import Draft
+from .plan_builder import PlanBuilder
 from .pricing import FixedPrice
-from .problem import HYSTERESIS, PlanProblem, problem_of
+from .problem import HYSTERESIS, AllocationProblem, problem_of
 
-__all__ = ["HYSTERESIS", "Plan", "PlanProblem", "check_budget", "pack", "problem_of", "project", "uniform_ranks"]
+__all__ = ["HYSTERESIS", "AllocationProblem", "Plan", "check_budget", "pack", "problem_of", "project", "uniform_ranks"]
 
 TOP_DOWN = 100.0
-"""Tilt with which scores only decide inside a layer."""
+"""Depth bias with which scores only decide inside a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Plan:
     cost: float
 
 
-def check_budget(problem: PlanProblem, names: list[str]) -> None:
+def check_budget(problem: AllocationProblem, names: list[str]) -> None:
     """Make sure that the lower bounds fit, and with none of them at least one module at the lowest rank above 0.
 
     Raises:
@@ -75,7 +75,7 @@ def check_budget(problem: PlanProblem, names: list[str]) -> None:
         raise BudgetError(f"The budget of {given} fits {cause}. The smallest that works is {needed} {where}.{reason}")
 
 
-def _shortfall(problem: PlanProblem, ranks: IntArray) -> tuple[str, str, str]:
+def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, str]:
     """What a plan needs, what there is, and what takes it and would lower it, for people."""
     cost, price = problem.cost, problem.price(ranks)
     if not isinstance(cost, ByteCost):
@@ -97,7 +97,7 @@ def _shortfall(problem: PlanProblem, ranks: IntArray) -> tuple[str, str, str]:
     return format_bytes(price, up=True), format_bytes(problem.limit), reason
 
 
-def uniform_window(problem: PlanProblem) -> tuple[int, int] | None:
+def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
     """The rank, at least 1, and the lowest layer of the best plan with one rank on whole layers; None if none fits."""
     blocks = range(int(problem.blocks.max()) + 1)
     lowest = bisect_left(blocks, True, key=lambda block: problem.fits(problem.uniform(1, block)))
@@ -107,7 +107,7 @@ def uniform_window(problem: PlanProblem) -> tuple[int, int] | None:
     return bisect_left(ranks, True, key=lambda r: not problem.fits(problem.uniform(r, lowest))), lowest
 
 
-def uniform_ranks(problem: PlanProblem) -> IntArray:
+def uniform_ranks(problem: AllocationProblem) -> IntArray:
     """The best plan with one rank: on all modules if rank 1 fits there, else on as many top layers as fit.
 
     Not tied to the ladder: the largest whole rank up to the ladder's end; `low` and `high` bound it for each module.
@@ -116,31 +116,31 @@ def uniform_ranks(problem: PlanProblem) -> IntArray:
     window = uniform_window(problem)
     if window:
         return problem.uniform(*window)
-    return pack(problem.fresh(), np.zeros(len(problem.ranks)), floor=1.0)
+    return pack(problem.fresh(), np.zeros(len(problem.ranks)), rank_floor=1.0)
 
 
-def pack(problem: PlanProblem, scores: FloatArray, floor: float, tilt: float = TOP_DOWN) -> IntArray:
+def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, depth_bias: float = TOP_DOWN) -> IntArray:
     """The ranks that a set of scores asks for, as if every module were free to move between its bounds.
 
-    Modules are admitted as long as they can have the floor rank, in the order of score + tilt * layer: with a large
-    tilt layers from the top down, the lowest in part; with none the best scores wherever they are, and of equal ones
-    those further up. Then every admitted module starts at rank 1 and ranks rise in the order of log(rank) - score until
-    the budget is spent. With equal scores and a large tilt this is "fracrule" of docs/design.md.
+    Modules are admitted as long as they can have the floor rank, in the order of score + depth bias * layer: with a
+    large depth bias layers from the top down, the lowest in part; with none the best scores wherever they are, and of
+    equal ones those further up. Then every admitted module starts at rank 1 and ranks rise in the order of log(rank) -
+    score until the budget is spent. With equal scores and a large depth bias this is "fracrule" of docs/design.md.
 
     Args:
         problem: the current state; its `max_step` and `held` are ignored.
         scores: log rank relative to the other modules, float (modules,).
-        floor: rank that an adapted module should at least be able to have, > 0.
-        tilt: how much a module's score counts less than that of one in the next layer up, in log rank.
+        rank_floor: rank that an adapted module should at least be able to have, > 0.
+        depth_bias: how much a module's score counts less than that of one in the next layer up, in log rank.
 
     Returns:
         Ranks on the ladder, int64 (modules,); no more than the lower bounds if nothing else fits.
     """
-    for rung in range(int(np.clip(problem.ladder.rung(round(max(floor, 1))), 1, problem.ladder.top)), 0, -1):
-        rungs = _admit(problem, scores, rung, tilt)
+    for rung in range(int(np.clip(problem.ladder.rung(round(max(rank_floor, 1))), 1, problem.ladder.top)), 0, -1):
+        rungs = _admit(problem, scores, rung, depth_bias)
         if (rungs > problem.bottoms).any():
             break
-    draft = Draft(problem, scores, np.maximum(np.minimum(rungs, 1), problem.bottoms))
+    draft = PlanBuilder(problem, scores, np.maximum(np.minimum(rungs, 1), problem.bottoms))
     if (rungs > problem.bottoms).any():
         draft.raise_adapted(problem.tops)
     else:  # no module of the top layer fits, but a smaller one further down may
@@ -148,11 +148,11 @@ def pack(problem: PlanProblem, scores: FloatArray, floor: float, tilt: float = T
     return draft.ranks
 
 
-def _admit(problem: PlanProblem, scores: FloatArray, rung: int, tilt: float) -> IntArray:
+def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias: float) -> IntArray:
     """Rungs with as many modules at `rung` as fit: neighbours from one layer together, the last in part."""
-    draft = Draft(problem, scores, problem.bottoms)
+    draft = PlanBuilder(problem, scores, problem.bottoms)
     rungs = np.clip(rung, problem.bottoms, problem.tops)
-    order = np.lexsort((-problem.blocks, -(draft.preference + tilt * problem.blocks)))
+    order = np.lexsort((-problem.blocks, -(draft.preference + depth_bias * problem.blocks)))
     for members in np.split(order, np.flatnonzero(np.diff(problem.blocks[order])) + 1):
         able = members[rungs[members] > draft.rungs[members]]
         if not draft.lift_all(able, rungs[able]):
@@ -162,7 +162,7 @@ def _admit(problem: PlanProblem, scores: FloatArray, rung: int, tilt: float) -> 
     return draft.rungs
 
 
-def project(problem: PlanProblem, deltas: IntArray, scores: FloatArray) -> Plan:
+def project(problem: AllocationProblem, deltas: IntArray, scores: FloatArray) -> Plan:
     """The plan nearest to the wished deltas that keeps to the budget and leaves nothing of it unspent.
 
     Args:
@@ -177,7 +177,7 @@ def project(problem: PlanProblem, deltas: IntArray, scores: FloatArray) -> Plan:
     lower, upper = problem.bounds()
     wished = np.clip(problem.rungs + np.asarray(deltas, dtype=np.int64), lower, upper)
     held = np.zeros(len(lower), dtype=np.bool_) if problem.held is None else problem.held
-    draft = Draft(problem, scores, wished)
+    draft = PlanBuilder(problem, scores, wished)
     draft.lower(lower)
     draft.lower(np.where(held, lower, problem.bottoms))
     if not draft.fits():

@@ -8,10 +8,10 @@ import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
 from .pricing import FixedPrice, price_of
-from .problem import PlanProblem
+from .problem import AllocationProblem
 
 
-class Draft:
+class PlanBuilder:
     """Ranks on the ladder that move one rung at a time, with their price always at hand.
 
     Moves go in the order of their *level*, log(rank) - score, rank being the higher one of the two: equal scores give
@@ -32,7 +32,7 @@ class Draft:
         price: what that costs, (moments,).
     """
 
-    def __init__(self, problem: PlanProblem, scores: FloatArray, rungs: IntArray) -> None:
+    def __init__(self, problem: AllocationProblem, scores: FloatArray, rungs: IntArray) -> None:
         self.rungs = rungs.copy()
         self._limit, self._blocks, self._scores = problem.limit, problem.blocks, scores
         self._ranks = problem.ladder.array

@@ -20,8 +20,8 @@ class Decision:
     Attributes:
         deltas: rungs to move, int64 (modules,).
         scores: log rank relative to the other modules, (modules,); orders the projection.
-        floor: rank floor that decided how deep the adapters go; 0 where a plan was made without one.
-        tilt: how much upper layers went before lower ones; 0 where a plan was made without one.
+        rank_floor: rank floor that decided how deep the adapters go; 0 where a plan was made without one.
+        depth_bias: how much upper layers went before lower ones; 0 where a plan was made without one.
         log_prob: log-probability density of the scores and steering numbers; 0 for a rule.
         expected: improvement over uniform rank, later over no change, in standard deviations between plans; of a
             policy without plan critics over the rule that it started from, in shares of the headroom; 0 for a rule.
@@ -30,8 +30,8 @@ class Decision:
 
     deltas: IntArray
     scores: FloatArray
-    floor: float = 0.0
-    tilt: float = 0.0
+    rank_floor: float = 0.0
+    depth_bias: float = 0.0
     log_prob: float = 0.0
     expected: float = 0.0
     uncertainty: float = 0.0
@@ -72,9 +72,9 @@ def is_first(observation: Observation) -> bool:
 def decision_from_scores(
     observation: Observation,
     scores: FloatArray,
-    steering: Sequence[float] | FloatArray = (0.0, 0.0),
+    placement: Sequence[float] | FloatArray = (0.0, 0.0),
     log_prob: float = 0.0,
 ) -> Decision:
-    """The decision that scores and corrections of floor and tilt ask for; see `decode`."""
-    deltas, floor, tilt = decode(observation.problem, scores, steering)
-    return Decision(deltas, scores, floor, tilt, log_prob)
+    """The decision that scores and corrections of floor and depth bias ask for; see `decode`."""
+    deltas, rank_floor, depth_bias = decode(observation.problem, scores, placement)
+    return Decision(deltas, scores, rank_floor, depth_bias, log_prob)

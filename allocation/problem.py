@@ -24,7 +24,7 @@ rank moves from one module to the other.
 
 
 @dataclass(frozen=True, eq=False)
-class PlanProblem:
+class AllocationProblem:
     """Everything that decides which plans are possible.
 
     Attributes:
@@ -121,11 +121,11 @@ class PlanProblem:
         low, high = self.ladder.array[self.bottoms], np.minimum(self.max_ranks, self._most)
         return np.clip(np.where(self.blocks >= lowest, rank, 0), low, high)
 
-    def unbounded(self) -> PlanProblem:
+    def unbounded(self) -> AllocationProblem:
         """The same problem without the limit on steps."""
         return replace(self, max_step=None)
 
-    def fresh(self) -> PlanProblem:
+    def fresh(self) -> AllocationProblem:
         """The same problem at a first decision: from no adapter at all, free to go anywhere within the bounds."""
         return replace(self, ranks=np.zeros_like(self.ranks), max_step=None, held=None, hysteresis=0.0)
 
@@ -152,7 +152,7 @@ def problem_of(
     high: IntArray | None = None,
     hysteresis: float | None = None,
     ranks: IntArray | None = None,
-) -> PlanProblem:
+) -> AllocationProblem:
     """The plans that are possible for these modules at their current ranks.
 
     Args:
@@ -163,14 +163,14 @@ def problem_of(
         max_step: rungs that a module may move; None at the first decision, which may use the whole ladder.
         low: least rank of each module, (modules,).
         high: largest rank of each module, (modules,).
-        hysteresis: see `PlanProblem`; by default 0 at the first decision and `HYSTERESIS` at later ones.
+        hysteresis: see `AllocationProblem`; by default 0 at the first decision and `HYSTERESIS` at later ones.
         ranks: current ranks, (modules,), where the targets do not hold them.
     """
     if ranks is None:
         ranks = np.array([target.rank for target in targets], dtype=np.int64)
     if hysteresis is None:
         hysteresis = 0.0 if max_step is None else HYSTERESIS
-    return PlanProblem(
+    return AllocationProblem(
         ranks=ranks,
         max_ranks=np.array([target.max_rank for target in targets], dtype=np.int64),
         blocks=np.array([target.block for target in targets], dtype=np.int64),

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from .pricing import coverage_of, price_of
-from .problem import PlanProblem
+from .problem import AllocationProblem
 
 _GRID = np.geomspace(1e-5, 1.0, 16)
 """Prices at which all entries are compared, over the highest that any module pays."""
@@ -53,7 +53,7 @@ class Relaxation:
         rises: ranks above the lower bound, (modules, rungs).
     """
 
-    def __init__(self, problem: PlanProblem, utility: FloatArray) -> None:
+    def __init__(self, problem: AllocationProblem, utility: FloatArray) -> None:
         self._problem, self._ranks = problem, problem.ladder.array
         self.low = problem.bottoms
         self._modules = np.arange(len(self.low))

@@ -19,7 +19,7 @@ Spread = Callable[[Callable[[Piece], Result], Sequence[Piece]], Iterator[tuple[P
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """As if in a worker's process: one thread, and no trace in the random state (bases are adapted at random)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def _end_with_parent() -> None:
 
 def _one_by_one(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Result]]:
     for piece in pieces:
-        with apart():
+        with isolated():
             result = work(piece)
         yield piece, result
 

@@ -8,14 +8,14 @@ import numpy as np
 
 from ..allocation.controller import RankController
 from ..allocation.observation import Observation
-from ..allocation.problem import PlanProblem
+from ..allocation.problem import AllocationProblem
 from ..memory.cost import ParameterCost
 from .rendering import EpisodeTrace
 from .reward import REWARD_BOUND, Reward, churn_cost, potential, terminal_improvement
 from .tasks.finetune import FineTune, Reference
 
 
-class Session:
+class EpisodeRecord:
     """The story of one episode.
 
     Args:
@@ -96,7 +96,7 @@ class Session:
 
     def info(self, step: int, loss: float | None = None, reward: Reward | None = None) -> dict[str, Any]:
         """The same keys at each step; see the environment's manual."""
-        problem: PlanProblem = self._controller.problem()
+        problem: AllocationProblem = self._controller.problem()
         reward = reward or Reward()
         return {
             "task": self.task.id,

@@ -14,7 +14,7 @@ from ..allocation.observation import Observation
 from ..allocation.schedule import DecisionSchedule
 from ..common.arrays import FloatArray
 from ..errors import ConfigError, NonFiniteError
-from .episode_record import Session
+from .episode_record import EpisodeRecord
 from .episodes.single import Episode, reference_of
 from .proxies.adapted import adapted_base
 from .rendering import describe, draw
@@ -179,7 +179,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         self.action_space = delta_space(self.max_modules)
         self._stream: Iterator[ProxyTask] | None = None
         self._episode: Episode | None = None
-        self._session: Session | None = None
+        self._session: EpisodeRecord | None = None
 
     @property
     def observation(self) -> Observation:
@@ -204,7 +204,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         reference = reference_of(task, self.schedule)  # before the episode: both train the same adapters
         self._episode = Episode(task, self.schedule)
         first = self._episode.observe()
-        self._session = Session(task, reference, self._episode.controller, first, self.shaping)
+        self._session = EpisodeRecord(task, reference, self._episode.controller, first, self.shaping)
         return self._arrays(), self._session.info(0)
 
     def step(self, action: NDArray[np.int64]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Scores in place of rank deltas: the action form in which policies learn.
 
 A policy gives each module a score (its log rank relative to the others) and two numbers: one for the rank floor, which
-decides how many modules are adapted, and one for the tilt, which decides how much upper layers come before lower ones.
-`decode` turns them into the rank deltas that the environment takes. Free choices per module did not learn
+decides how many modules are adapted, and one for the depth bias, which decides how much upper layers come before lower
+ones. `decode` turns them into the rank deltas that the environment takes. Free choices per module did not learn
 (docs/experiments.md).
 """
 
@@ -37,6 +37,6 @@ class ScoreActions(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: NDArray[np.float32]) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Decode the scores and take the decision; scores also order the projection."""
         observation = self._base.observation
-        scores, steering = read_scores(action, self._base.max_modules, len(observation.modules))
-        deltas, *_ = decode(observation.problem, scores, steering)
+        scores, placement = read_scores(action, self._base.max_modules, len(observation.modules))
+        deltas, *_ = decode(observation.problem, scores, placement)
         return self._base.decide(deltas, scores)

@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from ..allocation.actions import SCORE_BOUND, STEERING
+from ..allocation.actions import PLACEMENT, SCORE_BOUND
 from ..allocation.observation import MODULE_FEATURES, RUN_FEATURES
 from ..common.arrays import IntArray
 from ..errors import ConfigError
@@ -36,7 +36,7 @@ def delta_space(max_modules: int) -> spaces.MultiDiscrete:
 
 def score_space(max_modules: int) -> spaces.Box:
     """A score for each module, and the steering numbers."""
-    return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + len(STEERING),), np.float32)
+    return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + len(PLACEMENT),), np.float32)
 
 
 def read_deltas(action: Any, max_modules: int, count: int) -> IntArray:
@@ -60,9 +60,11 @@ def read_scores(action: Any, max_modules: int, count: int) -> tuple[NDArray[np.f
         ConfigError: the action has another shape, or a value that is not finite.
     """
     values = np.asarray(action, dtype=np.float64)
-    size = max_modules + len(STEERING)
+    size = max_modules + len(PLACEMENT)
     if values.shape != (size,) or not np.isfinite(values).all():
         shown = np.array2string(values, threshold=12)
-        raise ConfigError(f"Scores are {size} finite numbers, the corrections of floor and tilt last; got {shown}.")
+        raise ConfigError(
+            f"Scores are {size} finite numbers, the corrections of floor and depth bias last; got {shown}."
+        )
     values = np.clip(values, -SCORE_BOUND, SCORE_BOUND)
     return values[:count], values[max_modules:]

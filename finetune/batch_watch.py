@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..memory.batch_shape import Shape
+from ..memory.batch_shape import BatchShape
 from ..memory.recording import Batch
 
 
@@ -20,10 +20,10 @@ class BatchWatch:
     """
 
     def __init__(self) -> None:
-        self.shape = Shape(0, 0)
+        self.shape = BatchShape(0, 0)
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
-    def attach(self, model: nn.Module, shape: Shape, larger: Callable[[Batch, Shape], None]) -> None:
+    def attach(self, model: nn.Module, shape: BatchShape, larger: Callable[[Batch, BatchShape], None]) -> None:
         """Watch a model; forward passes in evaluation mode do not count.
 
         Args:
@@ -47,7 +47,7 @@ class BatchWatch:
         if not module.training:
             return
         batch = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
-        shape = Shape.of(batch)
+        shape = BatchShape.of(batch)
         if not self.shape.covers(shape):
             self.shape = self.shape.joined(shape)  # first, since the callback may run the model on this batch
             self._larger(batch, self.shape)

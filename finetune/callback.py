@@ -23,7 +23,7 @@ from ..data.batches import largest_batch
 from ..errors import UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import check_optimizer, reset_state
-from ..lora.peft_config import make_resizable, settle
+from ..lora.peft_config import finish_load, make_resizable
 from ..lora.resize import reset_adapters
 from ..lora.targets import TargetModule, check_trains, find_target_modules
 from ..memory.budget import Budget
@@ -169,7 +169,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         """The best checkpoint may have been loaded just now: tell PEFT its ranks."""
         self._guard.detach()
         self._losses.detach()
-        settle(objects["model"], self._controller.targets)
+        finish_load(objects["model"], self._controller.targets)
 
     # What they do -------------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         return prices.memory
 
     def _resume(self, folder: Path, model: nn.Module, targets: list[TargetModule]) -> None:
-        settle(model, targets)
+        finish_load(model, targets)
         flight = load_flight(folder, model, targets, self.schedule, rank_bounds(targets, self._bounds))
         self.controller = flight.controller
         self._losses.total, self._losses.count = flight.loss_total, flight.loss_count
@@ -273,7 +273,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 measured_cost=float(self.peaks[-1][1]) if self.peaks and self._counts_bytes else None,
                 unit="bytes" if self._counts_bytes else "parameters",
                 log_prob=decision.log_prob,
-                floor=decision.floor,
+                rank_floor=decision.rank_floor,
                 modules=observation.names,
                 blocks=problem.blocks,
                 delta=decision.deltas,

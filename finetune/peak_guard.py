@@ -17,7 +17,7 @@ from ..allocation.plan import Plan, check_budget
 from ..common.arrays import IntArray
 from ..errors import UnsupportedError
 from ..lora.signals import signal_buffer_bytes
-from ..memory.batch_shape import Shape, reshaped
+from ..memory.batch_shape import BatchShape, reshaped
 from ..memory.budget import format_bytes
 from ..memory.cost import ByteCost
 from ..memory.for_training import measure_memory
@@ -150,10 +150,10 @@ class PeakGuard:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`; call before `attach`."""
-        self._watch.shape = Shape(state["rows"], state["length"])
+        self._watch.shape = BatchShape(state["rows"], state["length"])
         self._underestimate = state["underestimate"]
 
-    def _larger_batch(self, batch: Batch, shape: Shape) -> None:
+    def _larger_batch(self, batch: Batch, shape: BatchShape) -> None:
         """Price the new shape, and shrink the plan if it no longer fits, before the model sees the batch."""
         controller = self._controller
         self.meter.close()  # calibration must not count as this step
@@ -171,7 +171,7 @@ class PeakGuard:
             check_budget(problem, list(controller.names))
             self._correct(f"shrunk: batch of {shape}", problem.ranks)
 
-    def _priced(self, batch: Batch, shape: Shape) -> ByteCost:
+    def _priced(self, batch: Batch, shape: BatchShape) -> ByteCost:
         if self._memory is not None:
             try:
                 return self._memory.cost(shape)

@@ -85,7 +85,7 @@ def _excluded(user: Any, dropped: list[str]) -> Any:
 def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """Let the target modules load factors of any rank, and leave rank-0 factors out of what they save.
 
-    Idempotent. After a load, call `settle` once training is about to start. Also keeps a quantised base fit for
+    Idempotent. After a load, call `finish_load` once training is about to start. Also keeps a quantised base fit for
     training (`guard_base`), so call it before the first evaluation.
 
     Raises:
@@ -156,7 +156,7 @@ class _SaveHook:
                 state.pop(f"{prefix}{name}", None)
 
 
-def settle(model: nn.Module, targets: Sequence[TargetModule]) -> None:
+def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """After a load: rank-0 pairs stop requiring gradients, and the configuration tells the ranks."""
     for target in targets:
         for parameter in target.parameters.values():

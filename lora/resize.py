@@ -156,7 +156,7 @@ def _write(target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor)
     """Give a pair its new factors, and PEFT its records of them."""
     write_in_place(target.weight_a, weight_a)
     write_in_place(target.weight_b, weight_b)
-    bookkeep(target, target.rank)
+    update_peft_records(target, target.rank)
 
 
 @torch.no_grad()
@@ -170,7 +170,7 @@ def reset_extras(target: TargetModule) -> None:
         target.magnitude.copy_(layer.get_weight_norm(weight, weight.new_zeros(()), target.scaling))
 
 
-def bookkeep(target: TargetModule, rank: int) -> None:
+def update_peft_records(target: TargetModule, rank: int) -> None:
     """PEFT's own records of the rank, with alpha such that the scaling stays."""
     layer, name = target.layer, target.adapter
     root = math.sqrt(max(rank, 1)) if layer.use_rslora.get(name) else max(rank, 1)

@@ -10,7 +10,7 @@ from .recording import Batch
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """Of a batch.
 
     Attributes:
@@ -22,18 +22,18 @@ class Shape:
     length: int
 
     @classmethod
-    def of(cls, batch: Batch) -> Shape:
+    def of(cls, batch: Batch) -> BatchShape:
         """Read from the tensors: rows are their first axis, tokens the second of those with two axes."""
         rows = max((tensor.shape[0] for tensor in batch.values() if tensor.dim()), default=1)
         return cls(rows, max((t.shape[1] for t in batch.values() if _has_tokens(t, rows)), default=1))
 
-    def covers(self, other: Shape) -> bool:
+    def covers(self, other: BatchShape) -> bool:
         """Whether no axis of the other is larger."""
         return self.rows >= other.rows and self.length >= other.length
 
-    def joined(self, other: Shape) -> Shape:
+    def joined(self, other: BatchShape) -> BatchShape:
         """The smallest shape that covers both."""
-        return Shape(max(self.rows, other.rows), max(self.length, other.length))
+        return BatchShape(max(self.rows, other.rows), max(self.length, other.length))
 
     def __str__(self) -> str:
         return f"{self.rows} x {self.length}"
@@ -57,13 +57,13 @@ def padded(batch: Batch) -> dict[str, torch.Tensor]:
     return result
 
 
-def reshaped(batch: Batch, shape: Shape) -> dict[str, torch.Tensor]:
+def reshaped(batch: Batch, shape: BatchShape) -> dict[str, torch.Tensor]:
     """A batch of this shape: rows and tokens are left out, or repeated.
 
     A tensor of another length than the longest (labels of an encoder-decoder) changes in proportion. Where the batch
     has padding, so has the result.
     """
-    given = Shape.of(batch)
+    given = BatchShape.of(batch)
     result = {}
     for name, tensor in batch.items():
         if tensor.dim() and tensor.shape[0] == given.rows:

@@ -16,10 +16,10 @@ from torch import nn
 
 from ..common.arrays import FloatArray, IntArray
 from ..lora.targets import TargetModule
-from .batch_shape import Shape
+from .batch_shape import BatchShape
 from .live_storages import storages
 from .model import MemoryModel
-from .peak_candidates import Moment, PeakStorages
+from .peak_candidates import PeakCandidate, PeakStorages
 
 Kind = Literal["saved", "inputs", "again", "moment", "weights", "gradients", "optimizer", "signals", "others"]
 """What bytes are for.
@@ -28,7 +28,7 @@ saved: tensors that autograd saved for the backward pass.
 inputs: inputs of checkpointed segments, kept to run them again.
 again: what a checkpointed segment holds while it runs again.
 moment: what lives for a moment: logits, gradients of activations, the optimiser's copies.
-weights, gradients, optimizer, signals: of the adapters, as in `HeldState`.
+weights, gradients, optimizer, signals: of the adapters, as in `ModelStates`.
 others: weights, gradients and state of what trains outside the adapters, such as a classifier.
 """
 
@@ -75,7 +75,7 @@ class Breakdown:
 
 
 def break_down(
-    memory: MemoryModel, targets: Sequence[TargetModule], ranks: IntArray, shape: Shape | None = None
+    memory: MemoryModel, targets: Sequence[TargetModule], ranks: IntArray, shape: BatchShape | None = None
 ) -> Breakdown:
     """Where the bytes are at the peak of a plan.
 
@@ -133,7 +133,7 @@ def _row(name: str, stems: set[str]) -> str:
 
 
 def _add_storages(
-    table: FloatArray, peak: PeakStorages, moment: Moment, ranks: IntArray, places: IntArray, owners: IntArray
+    table: FloatArray, peak: PeakStorages, moment: PeakCandidate, ranks: IntArray, places: IntArray, owners: IntArray
 ) -> None:
     """Count what the recording holds."""
     there = np.flatnonzero(peak.sizes)
@@ -145,7 +145,7 @@ def _add_storages(
     np.add.at(table, (rows, kinds), peak.sizes[there])
 
 
-def _kinds(peak: PeakStorages, moment: Moment, ranks: IntArray) -> IntArray:
+def _kinds(peak: PeakStorages, moment: PeakCandidate, ranks: IntArray) -> IntArray:
     """The kind of each storage, if it is there, as an index into `KINDS`, (storages,)."""
     recording = peak.recording
     forward = recording.births <= recording.forward_end
@@ -159,7 +159,9 @@ def _kinds(peak: PeakStorages, moment: Moment, ranks: IntArray) -> IntArray:
     return kinds
 
 
-def _add_held(table: FloatArray, memory: MemoryModel, moment: Moment | None, ranks: IntArray, owners: IntArray) -> None:
+def _add_held(
+    table: FloatArray, memory: MemoryModel, moment: PeakCandidate | None, ranks: IntArray, owners: IntArray
+) -> None:
     """Count what is held between steps; while the optimiser steps, all gradients and its copies too."""
     held = memory.held
     by_module: dict[Kind, FloatArray] = {

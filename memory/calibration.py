@@ -13,9 +13,9 @@ from ..common.arrays import FloatArray
 from ..errors import UnsupportedError
 from ..lora.factors import write_in_place
 from ..lora.targets import TargetModule
-from .batch_shape import Shape, reshaped
+from .batch_shape import BatchShape, reshaped
 from .model import RANK, MemoryModel
-from .model_states import held_state
+from .model_states import model_states
 from .recorder import Recorder
 from .recording import Batch, Recording
 
@@ -49,18 +49,18 @@ def calibrate(
     Raises:
         UnsupportedError: the model returns no loss, or a target module takes no part in its forward pass.
     """
-    shape = Shape.of(batch)
+    shape = BatchShape.of(batch)
     half = 2 if shape.length >= 4 else 1
     few = half if shape.rows == 1 else 2  # one row takes short cuts; two of half the length are not more
     part = 1 if shape.rows >= 4 else half  # of the length: all modules adapted may be more than the budget
     length = -(-shape.length // part)
     shorter = -(-length // half)
-    small = reshaped(batch, Shape(few, length))
+    small = reshaped(batch, BatchShape(few, length))
     with _probing(model, targets):
         recorder = Recorder(model, targets)
         base = _record(recorder, targets, small)
-        short = _record(recorder, targets, reshaped(batch, Shape(few, shorter)))
-        wide = _record(recorder, targets, reshaped(batch, Shape(few + 1, shorter)))
+        short = _record(recorder, targets, reshaped(batch, BatchShape(few, shorter)))
+        wide = _record(recorder, targets, reshaped(batch, BatchShape(few + 1, shorter)))
         flexible = _alike(base, wide) and _alike(base, short) and _grows_regularly(short, wide, (few + 1) / few)
         if not flexible:  # operations depend on the data: only the batch itself tells
             base = _record(recorder, targets, batch)
@@ -69,13 +69,13 @@ def calibrate(
         _start(targets, RANK)
         base = recorder.lifetimes(base, small)
     _check_flow(base, targets)
-    probed = Shape.of(small)
+    probed = BatchShape.of(small)
     shortened = -(-probed.length // half) / probed.length  # of the batch itself where only that tells
     slope = np.where(base.owners >= 0, (double.sizes - base.sizes) / RANK, 0.0)
     return MemoryModel(
         shape,
         accumulates,
-        held_state(model, targets, optimizer, signal_bytes),
+        model_states(model, targets, optimizer, signal_bytes),
         base,
         probed,
         base.sizes - RANK * slope,

@@ -22,7 +22,7 @@ LOOP_BYTES = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Prices:
+class PlanCosts:
     """What plans may cost.
 
     Attributes:
@@ -59,7 +59,7 @@ def price_plans(
     *,
     signals: bool = True,
     accumulates: bool = False,
-) -> Prices:
+) -> PlanCosts:
     """The price of plans on this model and batch, and the limit in the same unit.
 
     A share is a share of what *plain* LoRA of uniform rank 8 takes, without our signal buffers.
@@ -77,11 +77,11 @@ def price_plans(
     max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
     if budget.kind == "parameters":
         counted = ParameterCost.of(targets)
-        return Prices(counted, budget_limit(budget, counted, max_ranks), None)
+        return PlanCosts(counted, budget_limit(budget, counted, max_ranks), None)
     memory = measure_memory(targets, model, batch, optimizer, signals=False, accumulates=accumulates)
     cost = memory.cost()
     limit = budget_limit(budget, cost, max_ranks)
     if signals:
         memory = replace(memory, held=replace(memory.held, signals=signal_buffer_bytes(targets)))
         cost = memory.cost()
-    return Prices(cost, limit, memory)
+    return PlanCosts(cost, limit, memory)

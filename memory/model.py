@@ -18,10 +18,10 @@ import numpy as np
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
 from .autograd_flow import Modules
-from .batch_shape import Shape
+from .batch_shape import BatchShape
 from .cost import ByteCost
-from .model_states import HeldState
-from .peak_candidates import Moment, PeakStorages, find_moments, needed_moments, prune
+from .model_states import ModelStates
+from .peak_candidates import PeakCandidate, PeakStorages, find_moments, needed_moments, prune
 from .recording import Recording
 
 RANK = 2
@@ -42,11 +42,11 @@ class MemoryModel:
         held: what is held between steps.
     """
 
-    shape: Shape
+    shape: BatchShape
     accumulates: bool
-    held: HeldState
+    held: ModelStates
     _recording: Recording
-    _probed: Shape
+    _probed: BatchShape
     _base: FloatArray
     _slope: FloatArray
     _row_power: FloatArray
@@ -54,7 +54,7 @@ class MemoryModel:
     _shortened: float
     _granule: int
 
-    def sizes(self, shape: Shape) -> tuple[FloatArray, FloatArray]:
+    def sizes(self, shape: BatchShape) -> tuple[FloatArray, FloatArray]:
         """Bytes of each recorded storage at a batch shape: those that do not depend on rank, and those of one rank.
 
         Raises:
@@ -78,7 +78,7 @@ class MemoryModel:
         base = np.round(self._base * factor)
         return np.ceil(base / self._granule) * self._granule, np.round(self._slope * factor)
 
-    def cost(self, shape: Shape | None = None) -> ByteCost:
+    def cost(self, shape: BatchShape | None = None) -> ByteCost:
         """The price of plans at a batch shape, that of calibration by default.
 
         Raises:
@@ -87,7 +87,7 @@ class MemoryModel:
         every, _, _ = self._candidates(*self.sizes(shape or self.shape))
         return _with_margin(prune(every, needed_moments(every, np.random.default_rng(0))), self.margin)
 
-    def at_peak(self, ranks: IntArray, shape: Shape | None = None) -> PeakStorages:
+    def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
         """What is there at the peak of a plan.
 
         Args:
@@ -121,13 +121,13 @@ class MemoryModel:
         """Serial numbers and target modules of the gradients of all parameters, (2, gradients)."""
         return np.array([*self._recording.gradients.items()], dtype=np.int64).reshape(-1, 2).T
 
-    def _gradients(self, moment: Moment) -> tuple[IntArray, IntArray]:
+    def _gradients(self, moment: PeakCandidate) -> tuple[IntArray, IntArray]:
         """Serial numbers and target modules (-1 for none) of the gradients that are there at a moment."""
         serials, modules = self._every_gradient
         there = self.accumulates | (self._recording.births[serials] <= moment.time)
         return serials[there], modules[there]
 
-    def _candidates(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[Moment], _Groups]:
+    def _candidates(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
         """The price of plans at every moment, the optimiser's step last, without margin."""
         recording, held = self._recording, self.held
         moments = find_moments(recording, base + RANK * slope)
@@ -153,7 +153,7 @@ class MemoryModel:
         segments = self._recording.segments
         return SECOND_PASS[any(segment.reentrant for segment in segments)] if segments else 0.0
 
-    def saved(self, ranks: IntArray, shape: Shape | None = None) -> float:
+    def saved(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
         """Bytes that autograd saves for backward under a plan, checkpointed segments apart, (modules,) -> bytes."""
         base, slope = self.sizes(shape or self.shape)
         return float((base + slope * self._ranked(ranks))[self._recording.saved_under(ranks)].sum())
@@ -164,7 +164,7 @@ class MemoryModel:
         return np.where(owners >= 0, np.asarray(ranks)[owners], 1)
 
     def _moment(
-        self, moment: Moment, base: FloatArray, slope: FloatArray, groups: _Groups
+        self, moment: PeakCandidate, base: FloatArray, slope: FloatArray, groups: _Groups
     ) -> tuple[float, dict[int, float], FloatArray]:
         """Constant, bytes by group and bytes of each module's rank at one moment."""
         recording, held = self._recording, self.held
@@ -240,7 +240,7 @@ class _Groups:
         rows = [[modules >> m & 1 for m in range(self._count)] for modules in self._numbers]
         return np.array(rows, dtype=np.bool_).reshape(len(rows), self._count)
 
-    def at(self, moment: Moment) -> tuple[BoolArray, IntArray]:
+    def at(self, moment: PeakCandidate) -> tuple[BoolArray, IntArray]:
         """Which storages can be there at a moment, and the group of each: -1 under every plan, (storages,)."""
         kinds = np.stack([moment.needed, moment.inside, moment.inputs])
         alive = moment.always | kinds.any(axis=0)

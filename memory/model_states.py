@@ -19,7 +19,7 @@ from .live_storages import storages
 
 
 @dataclass(frozen=True, eq=False)
-class HeldState:
+class ModelStates:
     """What an adapter and its optimiser hold between steps.
 
     Attributes:
@@ -42,9 +42,9 @@ class HeldState:
     other_gradients: float
 
 
-def held_state(
+def model_states(
     model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
-) -> HeldState:
+) -> ModelStates:
     """What these adapters hold.
 
     Args:
@@ -63,7 +63,7 @@ def held_state(
     sizes = [_bytes(p) for p in others]
     copies = _steps_with_copies(optimizer, model)
     fixed = [sum(_bytes(p) + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
-    return HeldState(
+    return ModelStates(
         weights=weights,
         optimizer=np.array([slope for slope, _ in states]),
         scratch=weights * copies,

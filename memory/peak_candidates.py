@@ -21,7 +21,7 @@ UNDERESTIMATE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class Moment:
+class PeakCandidate:
     """What is alive at one moment; all masks are bool (storages,).
 
     Attributes:
@@ -45,7 +45,7 @@ class Moment:
 
 @dataclass(frozen=True, eq=False)
 class PeakStorages:
-    """The peak of one plan, storage by storage; what is held between steps (`HeldState`) comes on top.
+    """The peak of one plan, storage by storage; what is held between steps (`ModelStates`) comes on top.
 
     Attributes:
         label: the moment, for people.
@@ -57,12 +57,12 @@ class PeakStorages:
 
     label: str
     total: float
-    moment: Moment | None
+    moment: PeakCandidate | None
     sizes: FloatArray
     recording: Recording
 
 
-def find_moments(recording: Recording, sizes: FloatArray) -> list[Moment]:
+def find_moments(recording: Recording, sizes: FloatArray) -> list[PeakCandidate]:
     """The candidates for the peak of a step.
 
     Args:
@@ -87,14 +87,14 @@ class _Finder:
             self._first_input[list(recording.segments[index].inputs)] = index
         self._is_input = self._first_input < len(serials)
 
-    def moments(self) -> Iterator[Moment]:
+    def moments(self) -> Iterator[PeakCandidate]:
         """All candidates."""
         yield from self._forward_moments()
         yield from self._backward_moments()
         for index in range(len(self._recording.segments)):
             yield from self._recomputed_moments(index)
 
-    def _forward_moments(self) -> Iterator[Moment]:
+    def _forward_moments(self) -> Iterator[PeakCandidate]:
         recording = self._recording
         for time in self._highest(self._forward, recording.alone)[::-1]:
             lives = self._forward & (recording.births <= time)
@@ -102,16 +102,16 @@ class _Finder:
             held = lives & ~always
             needed = held & self._needed & (recording.deaths >= time)
             inputs = held & self._is_input
-            yield Moment(self._label("forward", time), always, needed, self._none, inputs, self._none, time)
+            yield PeakCandidate(self._label("forward", time), always, needed, self._none, inputs, self._none, time)
 
-    def _backward_moments(self) -> Iterator[Moment]:
+    def _backward_moments(self) -> Iterator[PeakCandidate]:
         recording = self._recording
         backward = ~self._forward & ~self._gradient
         for part in np.unique(recording.parts[backward]).tolist():
             for time in self._highest(backward & (recording.parts == part), recording.deaths, last=False):
                 yield self._in_backward(self._label("backward", time), part, time)
 
-    def _in_backward(self, label: str, part: int, time: int, *, over: bool = False) -> Moment:
+    def _in_backward(self, label: str, part: int, time: int, *, over: bool = False) -> PeakCandidate:
         """While gradients flow through a segment (-1: outside of all), during an operator or, if `over`, after it."""
         recording = self._recording
         alive = (recording.births <= time) & (recording.deaths >= time + over) & ~self._gradient
@@ -125,7 +125,7 @@ class _Finder:
         waiting = self._is_input & (self._first_input <= part if part >= 0 else alive)
         needed = alive & (~self._forward | self._needed)
         always = alive & self._forward & ~self._needed & ~self._inside & ~self._is_input
-        return Moment(label, always, needed, inside, waiting, twice, time)
+        return PeakCandidate(label, always, needed, inside, waiting, twice, time)
 
     def _start(self, part: int) -> int:
         """The time after which a segment runs again, just before gradients flow through it; -1 if none do."""
@@ -141,7 +141,7 @@ class _Finder:
         alive = (recording.births <= start) & (recording.deaths > start)
         return ~self._forward & ~self._gradient & alive
 
-    def _recomputed_moments(self, index: int) -> Iterator[Moment]:
+    def _recomputed_moments(self, index: int) -> Iterator[PeakCandidate]:
         """While a segment runs again."""
         recording, segment = self._recording, self._recording.segments[index]
         kept = self._inside & (recording.parts == index)
@@ -158,7 +158,7 @@ class _Finder:
             inside = lives & ~always & self._inside & (recording.deaths >= time)
             label, rest = self._label("recomputed", time), before.always & ~within
             twice = lives & self._on_context & self._needed
-            yield Moment(label, rest | always, before.needed, inside, before.inputs, twice, start)
+            yield PeakCandidate(label, rest | always, before.needed, inside, before.inputs, twice, start)
 
     def _highest(self, among: BoolArray, deaths: IntArray, *, last: bool = True) -> list[int]:
         """The times at which more of these storages is alive than at any later (or, not `last`, earlier) time."""

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ParameterCost
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -170,7 +170,7 @@ def make_observation() -> Callable[..., Observation]:
         return Observation(
             modules=np.clip(generator.normal(size=(modules, len(MODULE_FEATURES))), -3, 3).astype(np.float32),
             run=generator.uniform(0, 1, size=len(RUN_FEATURES)).astype(np.float32),
-            problem=PlanProblem(**options),
+            problem=AllocationProblem(**options),
             names=tuple(f"layers.{m // 4}.m{m % 4}" for m in range(modules)),
         )
 

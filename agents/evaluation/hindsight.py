@@ -21,7 +21,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ...allocation.policy import Policy
-from ...allocation.problem import PlanProblem
+from ...allocation.problem import AllocationProblem
 from ...env.tasks.oracle import oracle_plan
 from ...env.tasks.proxy_task import ProxyTask
 from ..rules import RULES
@@ -43,7 +43,7 @@ class TaskRule(Protocol):
     def attempts(self) -> int:
         """How many runs one task takes, at most."""
 
-    def prepare(self, task: ProxyTask, problem: PlanProblem) -> Sequence[Attempt]:
+    def prepare(self, task: ProxyTask, problem: AllocationProblem) -> Sequence[Attempt]:
         """What to run; the best of it counts. Nothing if the rule does not apply to the task.
 
         Args:
@@ -66,7 +66,7 @@ class LargerBudget:
     factor: float = 1.15
     attempts: int = 1
 
-    def prepare(self, task: ProxyTask, problem: PlanProblem) -> Sequence[Attempt]:
+    def prepare(self, task: ProxyTask, problem: AllocationProblem) -> Sequence[Attempt]:
         """The same task with a larger budget, and the result of uniform rank with the one that it had."""
         return [(replace(task, budget=self.factor * task.budget), RULES["uniform"])]
 
@@ -83,7 +83,7 @@ class Oracle:
     name: str = "oracle"
     attempts: int = 1
 
-    def prepare(self, task: ProxyTask, problem: PlanProblem) -> Sequence[Attempt]:
+    def prepare(self, task: ProxyTask, problem: AllocationProblem) -> Sequence[Attempt]:
         """Its plan, on planted tasks."""
         if task.kind != "planted":
             return []
@@ -113,7 +113,7 @@ class BestWindow:
         starts = [(share, np.arange(0, 1 - share + step / 2, step).tolist()) for share in self.shares]
         return [Window(start, start + share) for share, places in starts for start in places]
 
-    def prepare(self, task: ProxyTask, problem: PlanProblem) -> Sequence[Attempt]:
+    def prepare(self, task: ProxyTask, problem: AllocationProblem) -> Sequence[Attempt]:
         """Each window."""
         return [(task, FixedPlan(self.name, window)) for window in self._windows()]
 
@@ -130,7 +130,7 @@ class BestOfRandom:
     name: str = "best-of-8"
     attempts: int = 8
 
-    def prepare(self, task: ProxyTask, problem: PlanProblem) -> Sequence[Attempt]:
+    def prepare(self, task: ProxyTask, problem: AllocationProblem) -> Sequence[Attempt]:
         """Each plan."""
         return [(task, RandomScores(self.name, draw)) for draw in range(self.attempts)]
 

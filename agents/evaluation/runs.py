@@ -19,7 +19,7 @@ from ...allocation.policy import Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.statistics import mean_and_interval
 from ...common.workers import worker_pool
-from ...env.episodes.rollout import Round
+from ...env.episodes.rollout import Rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.finetune import Reference
 from ...env.tasks.proxy_task import ProxyTask
@@ -227,7 +227,7 @@ def fly(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: int) -> l
     losses: list[float] = []
     for start in range(0, len(attempts), slots):
         some = attempts[start : start + slots]
-        flown = Round(episodes, [task for task, _ in some])
+        flown = Rollout(episodes, [task for task, _ in some])
         while flown.flying:
             decided = {slot: some[slot][1].decide(flown.observations[slot]) for slot in flown.flying}
             flown.step({slot: (decision.deltas, decision.scores) for slot, decision in decided.items()})

@@ -1,7 +1,7 @@
 """Plans worth a thought at a decision: the rules', the actor's own, and many between and around them.
 
-Each is an action, a score for each module and corrections of floor and tilt. Scores are weighted sums of what can be
-read off an observation (heur3's signals, price, height) and of the actor's scores; weights and corrections are drawn
+Each is an action, a score for each module and corrections of floor and depth bias. Scores are weighted sums of what can
+be read off an observation (heur3's signals, price, height) and of the actor's scores; weights and corrections are drawn
 widely, because nobody knows in advance how deep adapters should go, or how far signals can be trusted.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ...allocation.actions import SCORE_BOUND, base_floor
+from ...allocation.actions import SCORE_BOUND, base_rank_floor
 from ...allocation.observation import Observation, module_feature
 from ...allocation.plan import uniform_window
 from ...common.arrays import FloatArray
@@ -27,27 +27,28 @@ FIXED = len(_FIXED_GAINS)
 
 
 def propose(
-    observation: Observation, scores: FloatArray, steering: FloatArray, draws: int, generator: np.random.Generator
+    observation: Observation, scores: FloatArray, placement: FloatArray, draws: int, generator: np.random.Generator
 ) -> tuple[FloatArray, FloatArray]:
     """Actions to choose from.
 
     Args:
         observation: of the decision.
         scores: the actor's, (modules,).
-        steering: the actor's, (2,).
+        placement: the actor's, (2,).
         draws: how many are drawn beside the fixed ones.
         generator: draws them.
 
     Returns:
-        Scores (FIXED + draws, modules) and corrections of floor and tilt (FIXED + draws, 2), the fixed ones first.
+        Scores (FIXED + draws, modules) and corrections of floor and depth bias (FIXED + draws, 2), the fixed ones
+        first.
     """
     problem = observation.problem
     by_parameters = isinstance(problem.cost, ParameterCost)
     parts = (signal_score(observation), *(module_feature(observation, name) for name in ("price", "height")), scores)
     basis = np.stack([part - part.mean() for part in parts])
     rank, _ = uniform_window(problem.fresh()) or (1, 0)
-    uniform = (np.log2(rank / base_floor(problem)), 0)
-    fixed = np.array([uniform, (0, 0), (0, 0), (0, 0), tuple(steering)], dtype=np.float64)
+    uniform = (np.log2(rank / base_rank_floor(problem)), 0)
+    fixed = np.array([uniform, (0, 0), (0, 0), (0, 0), tuple(placement)], dtype=np.float64)
     gains = np.concatenate([np.array(_FIXED_GAINS, dtype=np.float64), _draw_gains(draws, generator)])
     corrections = np.concatenate([fixed, _draw_corrections(draws, by_parameters, generator)])
     return np.clip(gains @ basis, -SCORE_BOUND, SCORE_BOUND), np.clip(corrections, -SCORE_BOUND, SCORE_BOUND)
@@ -67,8 +68,11 @@ def _draw_gains(draws: int, generator: np.random.Generator) -> NDArray[np.float6
 
 
 def _draw_corrections(draws: int, by_parameters: bool, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Corrections of floor (log2) and tilt, (draws, 2): where depth costs nothing, floors above 1 leave modules out."""
+    """Corrections of floor (log2) and depth bias, (draws, 2).
+
+    Where depth costs nothing, floors above 1 leave modules out.
+    """
     if by_parameters:
-        tilts = generator.choice([0.0, 1.0], draws) * generator.normal(0, 1, draws)
-        return np.stack([generator.uniform(-0.5, 3.0, draws), tilts], axis=1)
+        depth_biases = generator.choice([0.0, 1.0], draws) * generator.normal(0, 1, draws)
+        return np.stack([generator.uniform(-0.5, 3.0, draws), depth_biases], axis=1)
     return np.stack([generator.uniform(-4.0, 2.0, draws), generator.uniform(-4.0, 1.0, draws)], axis=1)

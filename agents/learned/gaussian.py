@@ -23,8 +23,8 @@ class CorrelatedGaussian:
     """
 
     def __init__(self, action: Action, mask: torch.Tensor) -> None:
-        steering = action.mean.shape[1] - mask.shape[1]
-        self.mask = torch.cat([mask, mask.new_ones(len(mask), steering)], dim=1)
+        placement = action.mean.shape[1] - mask.shape[1]
+        self.mask = torch.cat([mask, mask.new_ones(len(mask), placement)], dim=1)
         self.mean, self.std, self.factors = action.mean, action.std, action.factors
         self._whitened = self.factors / self.std.unsqueeze(-1)
         inner = self._whitened.mT @ self._whitened

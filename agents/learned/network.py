@@ -6,8 +6,8 @@ an option) give the context. Two parts use it:
 * the *estimate*: what each module is worth, a score from its token and the context. The warm start teaches it, and it
   is 0 before;
 * the *steering*: a gain for each direction (the signals, height, price and the estimate), of which the scores are the
-  weighted sum, and two numbers that correct the rank floor and the tilt. PPO trains it alone: a dozen numbers for a
-  decision, where one for each module moved the policy by dozens of nats in a single update (docs/experiments.md).
+  weighted sum, and two numbers that correct the rank floor and the depth bias. PPO trains it alone: a dozen numbers for
+  a decision, where one for each module moved the policy by dozens of nats in a single update (docs/experiments.md).
 
 All corrections start at zero: an untrained network *is* the rule (fracrule's placement, heur3's reallocation).
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...allocation.actions import SCORE_BOUND, STEERING
+from ...allocation.actions import PLACEMENT, SCORE_BOUND
 from ...allocation.observation import MODULE_FEATURES, RUN_FEATURES
 from ...errors import ConfigError
 from ...lora.signals import SIGNALS
@@ -71,7 +71,7 @@ class RankNetwork(nn.Module):
         self.estimate_head = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
         self.steering_encoder = nn.Sequential(nn.Linear(2 * width + len(RUN_FEATURES), width), nn.Tanh())
         self.gain_head = nn.Linear(width, len(DIRECTIONS))
-        self.steering_head = nn.Linear(width, len(STEERING))
+        self.steering_head = nn.Linear(width, len(PLACEMENT))
         self.critics = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)) for _ in range(self.config.critics)
         )
@@ -119,7 +119,7 @@ class RankNetwork(nn.Module):
             torch.cat([self.log_std[:1].expand_as(scores), self.log_std[1:].expand(len(run), -1)], dim=1).exp() * noise
         )
         shared = features * (self.shared_log_std.exp() * noise).unsqueeze(1)
-        factors = torch.cat([shared, shared.new_zeros(len(run), len(STEERING), len(DIRECTIONS))], dim=1)
+        factors = torch.cat([shared, shared.new_zeros(len(run), len(PLACEMENT), len(DIRECTIONS))], dim=1)
         values = torch.cat([critic(context.detach()) for critic in self.critics], dim=1)
         return Action(means, own, factors, values)
 
@@ -135,7 +135,7 @@ class NetworkConfig:
         score_std: standard deviation of exploration on each score.
         shared_std: of exploration on the gain of each feature, shared by the modules.
         floor_std: of exploration on log2 of the rank floor.
-        tilt_std: of exploration on the tilt.
+        tilt_std: of exploration on the depth bias.
         signal_gain: weight of heur3 in the score at the start.
 
     Raises:

@@ -25,7 +25,7 @@ _HEIGHT = MODULE_FEATURES.index("height")
 
 
 @dataclass(frozen=True)
-class CriticConfig:
+class PlanValueConfig:
     """Size of the critics.
 
     Attributes:
@@ -71,14 +71,14 @@ class Plans:
         return Plans(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
 
 
-class PlanCritic(nn.Module):
+class PlanValue(nn.Module):
     """One critic.
 
     Args:
         config: its size.
     """
 
-    def __init__(self, config: CriticConfig) -> None:
+    def __init__(self, config: PlanValueConfig) -> None:
         super().__init__()
         width, run = config.width, len(RUN_FEATURES)
         self.encoder = nn.Sequential(
@@ -125,17 +125,17 @@ class PlanCritic(nn.Module):
         return self.head(pooled).squeeze(-1)  # type: ignore[no-any-return]
 
 
-class PlanCritics(nn.Module):
+class PlanValueEnsemble(nn.Module):
     """Several critics.
 
     Args:
         config: how many, and their size.
     """
 
-    def __init__(self, config: CriticConfig | None = None) -> None:
+    def __init__(self, config: PlanValueConfig | None = None) -> None:
         super().__init__()
-        self.config = config or CriticConfig()
-        self.critics = nn.ModuleList(PlanCritic(self.config) for _ in range(self.config.count))
+        self.config = config or PlanValueConfig()
+        self.critics = nn.ModuleList(PlanValue(self.config) for _ in range(self.config.count))
 
     def forward(self, plans: Plans) -> torch.Tensor:
         """What each critic says, (critics, states, plans)."""

@@ -15,12 +15,12 @@ from ...common.arrays import FloatArray
 from .candidates import propose
 from .gaussian import CorrelatedGaussian
 from .network import RankNetwork
-from .plan_value import PlanCritics, Plans
+from .plan_value import Plans, PlanValueEnsemble
 
 DRAWS = 48
 """Proposals beside the fixed ones; the same draws at every decision, so that decisions are reproducible."""
 
-CAUTION, LATER_CAUTION = 1.0, 2.0
+LCB_COEFFICIENT, LATER_LCB_COEFFICIENT = 1.0, 2.0
 """Standard deviations among the critics that are taken off what they expect of a plan, at the first decision and at
 later ones: a change in mid-run has to be surer."""
 
@@ -31,14 +31,14 @@ class MeanAction:
 
     Attributes:
         scores: (modules,).
-        steering: corrections of floor and tilt, (2,).
+        placement: corrections of floor and depth bias, (2,).
         log_prob: log-probability density of the action.
         expected: improvement over the rule that it started from, in shares of the headroom.
         uncertainty: standard deviation of that among its critics.
     """
 
     scores: FloatArray
-    steering: FloatArray
+    placement: FloatArray
     log_prob: float
     expected: float
     uncertainty: float
@@ -59,7 +59,7 @@ class LearnedPolicy:
 
     name: str
     network: RankNetwork
-    critics: PlanCritics | None = None
+    critics: PlanValueEnsemble | None = None
 
     @torch.no_grad()
     def act(self, observation: Observation) -> MeanAction:
@@ -78,7 +78,7 @@ class LearnedPolicy:
         """Decide on one observation; deterministic."""
         action = self.act(observation)
         if self.critics is None:
-            decision = decision_from_scores(observation, action.scores, action.steering, action.log_prob)
+            decision = decision_from_scores(observation, action.scores, action.placement, action.log_prob)
             return replace(decision, expected=action.expected, uncertainty=action.uncertainty)
         decisions = _proposals(observation, action)
         lower, expected, uncertainty = self._judge(observation, action, decisions)
@@ -103,12 +103,14 @@ class LearnedPolicy:
         judged = self.critics(plans)[:, 0]
         gains = (judged - judged[:, :1]).numpy()
         mean, std = gains.mean(axis=0), gains.std(axis=0)
-        caution = CAUTION if is_first(observation) else LATER_CAUTION
+        caution = LCB_COEFFICIENT if is_first(observation) else LATER_LCB_COEFFICIENT
         return mean - caution * std, mean, std
 
 
 def _proposals(observation: Observation, action: MeanAction) -> list[Decision]:
     """Decisions to choose from; the one that they are compared with comes first."""
-    actions = propose(observation, action.scores, action.steering, DRAWS, np.random.default_rng(0))
-    decisions = [decision_from_scores(observation, scores, steering) for scores, steering in zip(*actions, strict=True)]
+    actions = propose(observation, action.scores, action.placement, DRAWS, np.random.default_rng(0))
+    decisions = [
+        decision_from_scores(observation, scores, placement) for scores, placement in zip(*actions, strict=True)
+    ]
     return decisions if is_first(observation) else [decision_to_keep(observation), *decisions]

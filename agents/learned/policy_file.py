@@ -22,7 +22,7 @@ from ...errors import ConfigError, PolicyFileError, UnknownNameError
 from ...lora.ladder import DEFAULT_RANKS
 from ..rules import RULES, find_rule
 from .network import NetworkConfig, RankNetwork
-from .plan_value import CriticConfig, PlanCritics
+from .plan_value import PlanValueConfig, PlanValueEnsemble
 from .policy import LearnedPolicy
 
 FORMAT = "rankpilot-policy"
@@ -42,7 +42,7 @@ def save_policy(
     network: RankNetwork,
     schedule: DecisionSchedule,
     provenance: dict[str, Any],
-    critics: PlanCritics | None = None,
+    critics: PlanValueEnsemble | None = None,
 ) -> Path:
     """Write a policy; an existing one of that name is replaced file by file.
 
@@ -121,13 +121,13 @@ def load_policy(given: str | Path | Policy) -> Policy:
     return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), critics.eval() if critics else None)
 
 
-def _new_critics(described: Any) -> PlanCritics | None:
+def _new_critics(described: Any) -> PlanValueEnsemble | None:
     """Plan critics without weights, of the size that a card tells; None if it tells none."""
     if described is None:
         return None
-    if not isinstance(described, dict) or set(described) != set(asdict(CriticConfig())):
+    if not isinstance(described, dict) or set(described) != set(asdict(PlanValueConfig())):
         raise ConfigError(f"plan_critics is {described!r}.")
-    return PlanCritics(CriticConfig(**described))
+    return PlanValueEnsemble(PlanValueConfig(**described))
 
 
 def policy_folder(given: str | Path) -> Path:

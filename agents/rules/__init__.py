@@ -20,7 +20,7 @@ are made at the first decision and kept. A new rule is a policy (`allocation/pol
 
 from __future__ import annotations
 
-from ...allocation.placements import rule16
+from ...allocation.placements import top_down_whole
 from ...allocation.plan import uniform_ranks
 from ...allocation.policy import Policy
 from ...errors import UnknownNameError
@@ -28,21 +28,21 @@ from .by_signal import SignalRule, UtilityPerPrice
 from .fixed_plan import FixedPlan, Window
 from .ramps import Ramp
 from .random import RandomScores
-from .top_down import FracRule, LargeModulesFirst
+from .top_down import LargeModulesFirst, TopDown
 
-__all__ = ["RULES", "FracRule", "SignalRule", "find_rule"]
+__all__ = ["RULES", "SignalRule", "TopDown", "find_rule"]
 
 _RULES: tuple[Policy, ...] = (
-    FracRule(),
+    TopDown(),
     SignalRule(),
     FixedPlan("uniform", uniform_ranks),
     FixedPlan("top-half", Window(1 / 2)),
     FixedPlan("top-third", Window(2 / 3)),
-    FixedPlan("rule16", rule16),
+    FixedPlan("rule16", top_down_whole),
     LargeModulesFirst(),
-    FracRule("one-deeper", -1.0),
-    FracRule("two-deeper", -2.0),
-    FracRule("all-layers", -4.0),
+    TopDown("one-deeper", -1.0),
+    TopDown("two-deeper", -2.0),
+    TopDown("all-layers", -4.0),
     Ramp(),
     Ramp("ramp-down", 1 / 4),
     RandomScores(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...allocation.actions import base_floor, base_tilt
+from ...allocation.actions import base_depth_bias, base_rank_floor
 from ...allocation.observation import Observation, module_feature
 from ...allocation.policy import Decision, Policy, decision_from_scores
 from ...common.arrays import FloatArray
@@ -18,22 +18,22 @@ KNOTS = np.linspace(0, 1, 5)
 
 @dataclass(frozen=True)
 class Constant:
-    """The same action whatever is seen: a score for each height, and corrections of floor and tilt.
+    """The same action whatever is seen: a score for each height, and corrections of floor and depth bias.
 
     Attributes:
         name: what logs and tables call it.
         scores: at each of `KNOTS`.
-        steering: corrections of the rank floor (log2) and of the tilt.
+        placement: corrections of the rank floor (log2) and of the depth bias.
     """
 
     name: str
     scores: tuple[float, ...]
-    steering: tuple[float, ...]
+    placement: tuple[float, ...]
 
     def decide(self, observation: Observation) -> Decision:
         """The constant action."""
         scores = np.interp(module_feature(observation, "height"), KNOTS, self.scores)
-        return decision_from_scores(observation, scores, self.steering)
+        return decision_from_scores(observation, scores, self.placement)
 
 
 def constant_of(policy: Policy, observations: Sequence[Observation], name: str) -> Constant:
@@ -47,15 +47,17 @@ def constant_of(policy: Policy, observations: Sequence[Observation], name: str) 
         observations: first decisions.
         name: of the constant policy.
     """
-    heights, scores, steering = [], [], []
+    heights, scores, placement = [], [], []
     for observation in observations:
         decision = policy.decide(observation)
         heights.append(module_feature(observation, "height"))
         scores.append(decision.scores)
         problem = observation.problem
-        steering.append((np.log2(decision.floor / base_floor(problem)), decision.tilt - base_tilt(problem)))
+        placement.append(
+            (np.log2(decision.rank_floor / base_rank_floor(problem)), decision.depth_bias - base_depth_bias(problem))
+        )
     fitted = np.linalg.lstsq(_hats(np.concatenate(heights)), np.concatenate(scores), rcond=None)[0]
-    return Constant(name, tuple(fitted.tolist()), tuple(np.mean(steering, axis=0).tolist()))
+    return Constant(name, tuple(fitted.tolist()), tuple(np.mean(placement, axis=0).tolist()))
 
 
 def _hats(heights: FloatArray) -> FloatArray:

@@ -11,7 +11,7 @@ import numpy as np
 from ...allocation.observation import Observation
 from ...allocation.plan import uniform_ranks
 from ...allocation.policy import Decision, decision_from_plan, decision_to_keep, is_first
-from ...allocation.problem import PlanProblem
+from ...allocation.problem import AllocationProblem
 from ...common.arrays import IntArray
 
 
@@ -25,7 +25,7 @@ class FixedPlan:
     """
 
     name: str
-    ranks: Callable[[PlanProblem], IntArray]
+    ranks: Callable[[AllocationProblem], IntArray]
 
     def decide(self, observation: Observation) -> Decision:
         """The plan at first, and no change after it."""
@@ -34,7 +34,7 @@ class FixedPlan:
         return decision_from_plan(observation, self.ranks(observation.problem))
 
 
-def window_ranks(problem: PlanProblem, start: float, end: float) -> IntArray:
+def window_ranks(problem: AllocationProblem, start: float, end: float) -> IntArray:
     """The largest rank that fits on a window of neighbouring layers, and no adapter elsewhere.
 
     Args:
@@ -69,6 +69,6 @@ class Window:
     start: float
     end: float = 1.0
 
-    def __call__(self, problem: PlanProblem) -> IntArray:
+    def __call__(self, problem: AllocationProblem) -> IntArray:
         """The ranks."""
         return window_ranks(problem, self.start, self.end)

@@ -11,21 +11,21 @@ from ...allocation.policy import Decision, decision_from_scores
 
 
 @dataclass(frozen=True)
-class FracRule:
+class TopDown:
     """Equal ranks on the top layers: as many layers as can have the floor rank, the lowest in part.
 
     Attributes:
         name: what logs and tables call it.
-        floor_shift: octaves by which the floor differs from fracrule's; below 0 the adapters go deeper and are
+        rank_floor_shift: octaves by which the floor differs from fracrule's; below 0 the adapters go deeper and are
             thinner. Under a parameter budget the floor is rank 1 already, and lower ones change nothing.
     """
 
     name: str = "fracrule"
-    floor_shift: float = 0.0
+    rank_floor_shift: float = 0.0
 
     def decide(self, observation: Observation) -> Decision:
         """Equal scores."""
-        return decision_from_scores(observation, np.zeros(len(observation.modules)), (self.floor_shift, 0.0))
+        return decision_from_scores(observation, np.zeros(len(observation.modules)), (self.rank_floor_shift, 0.0))
 
 
 @dataclass(frozen=True)

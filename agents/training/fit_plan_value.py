@@ -13,7 +13,7 @@ from torch import nn
 
 from ...common.workers import worker_pool
 from ...errors import ConfigError
-from ..learned.plan_value import CriticConfig, PlanCritic, PlanCritics, Plans
+from ..learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEnsemble
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class _Fit:
     """
 
     number: int
-    critic: CriticConfig
+    critic: PlanValueConfig
     fit: FitConfig
     plans: dict[str, NDArray[Any]]
     targets: NDArray[np.float32]
@@ -104,7 +104,7 @@ class _Fitted:
 
 
 def fit_critics(
-    critics: PlanCritics, lessons: Lessons, *, seed: int, fit: FitConfig | None = None, workers: int = 1
+    critics: PlanValueEnsemble, lessons: Lessons, *, seed: int, fit: FitConfig | None = None, workers: int = 1
 ) -> dict[str, float]:
     """Fit critics to differences between plans for like states, each to a draw of the tasks with replacement.
 
@@ -175,7 +175,7 @@ def _fit_one(piece: _Fit) -> _Fitted:
     count = int(piece.tasks.max()) + 1
     drawn = torch.bincount(torch.randint(count, (count,)), minlength=count)[torch.from_numpy(piece.tasks)]
     own = [group for group, times in zip(groups, drawn.tolist(), strict=True) for _ in range(times)]
-    critic = PlanCritic(piece.critic)
+    critic = PlanValue(piece.critic)
     _learn(critic, plans, torch.from_numpy(piece.targets), own, piece.fit)
     said = torch.full((len(piece.targets),), torch.nan)
     unseen = [group for group, times in zip(groups, drawn.tolist(), strict=True) if not times]

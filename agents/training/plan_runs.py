@@ -24,7 +24,7 @@ from ...allocation.policy import Decision, decision_from_scores, decision_to_kee
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path
 from ...common.workers import worker_pool
-from ...env.episodes.rollout import Round
+from ...env.episodes.rollout import Rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError
@@ -45,7 +45,7 @@ MOVES = 0.25
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class PlanRun:
     """What one stack of runs was, decision by decision.
 
     Attributes:
@@ -94,11 +94,11 @@ class Stack:
     device: str
 
 
-def fly_trial(stack: Stack) -> Trial:
+def fly_trial(stack: Stack) -> PlanRun:
     """Fly a stack of `RUNS` runs a task."""
     generator = np.random.default_rng([stack.seed, stack.draw])
     episodes = _episodes(stack.tasks[0].base, stack.schedule, len(stack.tasks) * RUNS, stack.device)
-    flown = Round(episodes, [task for task in stack.tasks for _ in range(RUNS)])
+    flown = Rollout(episodes, [task for task in stack.tasks for _ in range(RUNS)])
     initial = [flown.initial_loss(place * RUNS) for place in range(len(stack.tasks)) for _ in range(RUNS)]
     seen: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": []}
     while flown.flying:
@@ -114,16 +114,16 @@ def fly_trial(stack: Stack) -> Trial:
         ranks[flying] = np.stack(flown.ranks)[flying]
         seen["ranks"].append(ranks)
     arrays = {name: np.stack(parts) for name, parts in seen.items()}
-    return Trial(**arrays, losses=np.array(flown.losses()), initial=np.array(initial))
+    return PlanRun(**arrays, losses=np.array(flown.losses()), initial=np.array(initial))
 
 
 def _decide(observation: Observation, action: MeanAction, number: int, generator: np.random.Generator) -> Decision:
     """A fixed proposal or one that is drawn; later on the ranks as they are, for the most part."""
-    scores, steering = propose(observation, action.scores, action.steering, 1, generator)
+    scores, placement = propose(observation, action.scores, action.placement, 1, generator)
     if not is_first(observation) and generator.uniform() > MOVES:
         return decision_to_keep(observation)
     chosen = min(number, FIXED) if is_first(observation) else FIXED
-    return decision_from_scores(observation, scores[chosen], steering[chosen])
+    return decision_from_scores(observation, scores[chosen], placement[chosen])
 
 
 @lru_cache(maxsize=1)
@@ -134,7 +134,7 @@ def _episodes(base: str, schedule: DecisionSchedule, slots: int, device: str) ->
 
 def run_trials(
     stacks: Sequence[Stack], folder: Path, *, workers: int, on_progress: Callable[[int, int], None] | None = None
-) -> Iterator[Trial]:
+) -> Iterator[PlanRun]:
     """Fly what the folder does not hold yet, and yield all trials in order.
 
     Args:
@@ -163,7 +163,7 @@ def run_trials(
         yield _read(path)
 
 
-def read_trials(folder: Path, count: int) -> list[Trial]:
+def read_trials(folder: Path, count: int) -> list[PlanRun]:
     """The first trials of a folder, in order.
 
     Raises:
@@ -179,17 +179,17 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.safetensors"
 
 
-def _read(path: Path) -> Trial:
+def _read(path: Path) -> PlanRun:
     try:
         with safe_open(path, "np") as file:
             if (file.metadata() or {}).get("schema") != str(SCHEMA):
                 raise RunFolderError(f"{path} was written by another version of rankpilot. Train in a new folder.")
-            return Trial(**{field.name: file.get_tensor(field.name) for field in fields(Trial)})
+            return PlanRun(**{field.name: file.get_tensor(field.name) for field in fields(PlanRun)})
     except SafetensorError as error:
         raise RunFolderError(f"The trial {path} cannot be read ({error}). Delete it to fly it again.") from error
 
 
-def lessons_of(trials: Sequence[Trial]) -> Lessons:
+def lessons_of(trials: Sequence[PlanRun]) -> Lessons:
     """All decisions of some trials, padded to one number of modules."""
     most_decisions, _, most = np.max([trial.ranks.shape for trial in trials], axis=0).tolist()
     arrays: dict[str, list[NDArray[np.generic]]] = {name: [] for name in Plans.__dataclass_fields__}

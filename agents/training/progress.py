@@ -17,7 +17,7 @@ from ..learned.network import RankNetwork
 from .checkpoint import CHECKPOINT, write_checkpoint
 from .config import TrainConfig
 from .ppo_policy import RankPolicy
-from .rollout_env import RoundsVecEnv
+from .rollout_env import ProxyVecEnv
 from .validation import Validation
 
 PROGRESS = "progress.jsonl"
@@ -71,7 +71,7 @@ class PPOProgress(BaseCallback):
         returns, self._returns = self._returns, None
         self.iteration += 1
         assert isinstance(self.model, PPO)
-        assert isinstance(self.training_env, RoundsVecEnv)
+        assert isinstance(self.training_env, ProxyVecEnv)
         network: RankNetwork = self.model.policy.network  # type: ignore[assignment]
         envs = self.training_env
         groups = returns.reshape(-1, self._config.group)

@@ -21,19 +21,19 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from ...allocation.policy import Policy
 from ...common.arrays import Arrays, FloatArray
-from ...common.workers import apart
+from ...common.workers import isolated
 from ...env.spaces import observation_space, score_space
-from ...env.tasks.proxy_finetune import TASKS_HELD
+from ...env.tasks.proxy_finetune import CACHED_TASKS
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import ConfigError, WorkerError
 from .rewards import rewards_of
 from .stack_worker import StackState, _serve, _Worker
-from .task_sampling import RoundsConfig
+from .task_sampling import RolloutConfig
 
 Note = Callable[[Arrays, Sequence[FloatArray | None]], None]
 
 
-class RoundsVecEnv(VecEnv):
+class ProxyVecEnv(VecEnv):
     """Rounds of fresh tasks for PPO: every episode has the same number of decisions, and all end together.
 
     Args:
@@ -49,7 +49,7 @@ class RoundsVecEnv(VecEnv):
         WorkerError: a worker's process ended; what it raises is raised here as it is.
     """
 
-    def __init__(self, config: RoundsConfig, rule: Policy, max_modules: int) -> None:
+    def __init__(self, config: RolloutConfig, rule: Policy, max_modules: int) -> None:
         self.config = config
         steps = {task.steps for templates in config.templates for task in templates}
         if len(steps) != 1:
@@ -71,7 +71,7 @@ class RoundsVecEnv(VecEnv):
         """Have the workers answer calls, by stack."""
         if self.config.worker_count == 1:
             self._local = self._local or _Worker(*self._worker_options)
-            with apart():
+            with isolated():
                 return {stack: getattr(self._local, name)(stack, *values) for stack, (name, values) in calls.items()}
         if not self._pipes:
             self._start_processes()
@@ -164,7 +164,7 @@ class RoundsVecEnv(VecEnv):
         Returns:
             Held-out losses in nats, NaN for failed runs.
         """
-        size = min(self.config.groups * (self.config.group + 1), TASKS_HELD)
+        size = min(self.config.groups * (self.config.group + 1), CACHED_TASKS)
         by_base: dict[str, list[int]] = {}
         for index, task in enumerate(tasks):
             by_base.setdefault(task.base, []).append(index)
@@ -208,7 +208,7 @@ class RoundsVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Refused: episodes have no attributes of their own."""
-        raise ConfigError("Rounds share their settings: make a new RoundsVecEnv.")
+        raise ConfigError("Rounds share their settings: make a new ProxyVecEnv.")
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         """Refused: episodes have no methods of their own."""

@@ -15,7 +15,7 @@ from ...allocation.actions import decode
 from ...allocation.policy import Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import Arrays, FloatArray, IntArray
-from ...env.episodes.rollout import Round
+from ...env.episodes.rollout import Rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.spaces import read_scores
 from ...env.tasks.oracle import utilities
@@ -29,7 +29,7 @@ class StackState:
     Attributes:
         arrays: the observations, one row an episode.
         losses: held-out losses at the end, in nats; NaN for failed runs.
-        churn: see `Round`.
+        churn: see `Rollout`.
         rule_losses: those of the rule's episodes, one a group.
         initial_losses: before training, one a group.
         utilities: what each module is worth at most, in nats, (modules,) by episode; None where it is not known.
@@ -52,7 +52,7 @@ class _Worker:
         self._rule, self._schedule, self._slots, self._max_modules = rule, schedule, slots, max_modules
         self._device = device
         self._engines: dict[tuple[int, str], StackedEpisodes] = {}
-        self._rounds: dict[int, tuple[Round, int]] = {}
+        self._rounds: dict[int, tuple[Rollout, int]] = {}
         self._initial: dict[int, tuple[float, ...]] = {}
 
     def begin(
@@ -69,7 +69,7 @@ class _Worker:
         key = (stack, tasks[0].base)
         if key not in self._engines:
             self._engines[key] = StackedEpisodes(tasks[0].base, self._schedule, self._slots, device=self._device)
-        found = Round(self._engines[key], [*tasks, *ruled])
+        found = Rollout(self._engines[key], [*tasks, *ruled])
         self._rounds[stack] = found, len(tasks)
         self._initial[stack] = tuple(found.initial_loss(len(tasks) + place) for place in range(len(ruled)))
         worth: tuple[FloatArray | None, ...] = ()
@@ -85,8 +85,8 @@ class _Worker:
         for slot in found.flying:
             observation = found.observations[slot]
             if slot < count:
-                scores, steering = read_scores(actions[slot], self._max_modules, len(observation.modules))
-                decisions[slot] = decode(observation.problem, scores, steering)[0], scores
+                scores, placement = read_scores(actions[slot], self._max_modules, len(observation.modules))
+                decisions[slot] = decode(observation.problem, scores, placement)[0], scores
             else:
                 ruled = self._rule.decide(observation)
                 decisions[slot] = ruled.deltas, ruled.scores

@@ -80,8 +80,8 @@ class StackedVecEnv(VecEnv):
         count = len(observation.modules)
         if not self.scores:
             return read_deltas(action, self.core.max_modules, count), np.zeros(count)
-        scores, steering = read_scores(action, self.core.max_modules, count)
-        return decode(observation.problem, scores, steering)[0], scores
+        scores, placement = read_scores(action, self.core.max_modules, count)
+        return decode(observation.problem, scores, placement)[0], scores
 
     def close(self) -> None:
         """Nothing is held."""

@@ -20,14 +20,14 @@ WARM_ROUND, TRIAL_ROUND = 1_000_000, 2_000_000
 """Tasks of the warm start and of the trials are drawn as those of rounds from these on."""
 
 
-def rounds_of(config: TrainConfig) -> RoundsConfig:
+def rounds_of(config: TrainConfig) -> RolloutConfig:
     """What rounds of a training run are drawn from, and where they are flown.
 
     Raises:
         UnknownNameError: no such suite or base.
         ConfigError: no such tasks, or no such device.
     """
-    return RoundsConfig(
+    return RolloutConfig(
         tuple(_tasks((suite,), "train", config) for suite in config.suites),
         config.stacks,
         config.groups,
@@ -49,13 +49,13 @@ def validation_tasks(config: TrainConfig) -> tuple[ProxyTask, ...]:
     return evenly(_tasks(config.suites, "validation", config), config.validation_tasks)
 
 
-def warm_draws(rounds: RoundsConfig, tasks: int) -> list[ProxyTask]:
+def warm_draws(rounds: RolloutConfig, tasks: int) -> list[ProxyTask]:
     """Fresh tasks of the warm start, so many."""
     numbers = range(WARM_ROUND, WARM_ROUND - (-tasks // rounds.groups))
     return [task for number in numbers for task in rounds.draw(number, 0)][:tasks]
 
 
-def trial_draws(rounds: RoundsConfig, tasks: int) -> list[tuple[ProxyTask, ...]]:
+def trial_draws(rounds: RolloutConfig, tasks: int) -> list[tuple[ProxyTask, ...]]:
     """The fresh tasks of each stack of trials, in the order in which they are flown; at least so many in all.
 
     The first half are like those of rounds; the second half are the same ones varied, see `vary`.
@@ -117,7 +117,7 @@ FRESH_SEEDS = 10_000_000
 
 
 @dataclass(frozen=True)
-class RoundsConfig:
+class RolloutConfig:
     """What is trained on.
 
     Attributes:

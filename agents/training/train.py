@@ -26,7 +26,7 @@ from ...env.proxies.adapted import adapted_base
 from ...env.tasks.proxy_finetune import check_texts
 from ...env.tasks.suites import VERSION
 from ..learned.network import RankNetwork
-from ..learned.plan_value import PlanCritics
+from ..learned.plan_value import PlanValueEnsemble
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import CARD, save_policy
 from ..rules import find_rule
@@ -36,8 +36,8 @@ from .fit_plan_value import fit_critics
 from .plan_runs import RUNS, TRIALS, Stack, lessons_of, run_trials
 from .ppo_policy import GroupRolloutBuffer, RankPolicy
 from .progress import PROGRESS, OnStage, PPOProgress, Stage
-from .rollout_env import RoundsVecEnv
-from .task_sampling import RoundsConfig, rounds_of, trial_draws, validation_tasks, warm_draws
+from .rollout_env import ProxyVecEnv
+from .task_sampling import RolloutConfig, rounds_of, trial_draws, validation_tasks, warm_draws
 from .validation import Validation
 from .warm_start import warm_start
 
@@ -83,7 +83,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     check_texts(everything)
     open_run(folder, as_json(TrainConfig, config), resume=resume)
     report = on_stage or (lambda stage: None)
-    envs = RoundsVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
+    envs = ProxyVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
     try:
         model = _new_model(config, envs, folder)
         measured = Validation(validation, envs)
@@ -115,8 +115,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
 
 
 def _judges(
-    actor: LearnedPolicy, rounds: RoundsConfig, config: TrainConfig, folder: Path, report: OnStage
-) -> PlanCritics:
+    actor: LearnedPolicy, rounds: RolloutConfig, config: TrainConfig, folder: Path, report: OnStage
+) -> PlanValueEnsemble:
     """Plan critics, from trials of fresh tasks."""
     draws = trial_draws(rounds, config.trial_tasks)
     stacks = [
@@ -131,13 +131,13 @@ def _judges(
     )
     lessons = lessons_of(list(trials))
     report(Stage("plan critics", len(stacks), len(stacks)))
-    critics = PlanCritics()
+    critics = PlanValueEnsemble()
     facts = fit_critics(critics, lessons, seed=config.seed, workers=config.worker_count)
     write_json(folder / TRIALS / SUMMARY, {"runs": len(stacks) * rounds.groups * RUNS} | facts)
     return critics
 
 
-def _begin(model: PPO, envs: RoundsVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:
+def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:
     """Measure the untrained policy, teach it scores, measure again, and keep it to compare with."""
     policy = model.policy
     assert isinstance(policy, RankPolicy)
@@ -164,7 +164,7 @@ def _begin(model: PPO, envs: RoundsVecEnv, config: TrainConfig, progress: PPOPro
     append_json_line(folder / PROGRESS, row)
 
 
-def _new_model(config: TrainConfig, envs: RoundsVecEnv, folder: Path) -> PPO:
+def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
     return PPO(
         RankPolicy,
         envs,

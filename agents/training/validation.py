@@ -12,7 +12,7 @@ import torch
 from ...common.arrays import Arrays
 from ...env.tasks.proxy_task import ProxyTask
 from .ppo_policy import RankPolicy
-from .rollout_env import RoundsVecEnv
+from .rollout_env import ProxyVecEnv
 
 
 def greedy(policy: RankPolicy) -> Callable[[Arrays], Any]:
@@ -32,7 +32,7 @@ class Validation:
         best: state of the best network so far, and its score.
     """
 
-    def __init__(self, tasks: Sequence[ProxyTask], envs: RoundsVecEnv) -> None:
+    def __init__(self, tasks: Sequence[ProxyTask], envs: ProxyVecEnv) -> None:
         self._tasks, self._envs = tasks, envs
         self._start: list[float] = []
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None

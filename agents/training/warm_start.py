@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...common.arrays import Arrays, FloatArray
 from ...env.tasks.proxy_task import ProxyTask
 from .ppo_policy import RankPolicy
-from .rollout_env import RoundsVecEnv
+from .rollout_env import ProxyVecEnv
 
 SPAN = 4.0
 """Worths lower than the largest by more than this, in log, count alike: their order is noise."""
@@ -77,7 +77,7 @@ def explore(policy: RankPolicy) -> Callable[[Arrays], NDArray[np.float32]]:
 
 def warm_start(
     policy: RankPolicy,
-    envs: RoundsVecEnv,
+    envs: ProxyVecEnv,
     tasks: Sequence[ProxyTask],
     *,
     seed: int,
@@ -105,7 +105,7 @@ def warm_start(
     known = torch.tensor(lessons.known)
     with torch.no_grad():
         rule = policy.get_distribution(seen).mean[:, : seen["mask"].shape[1]]
-        steering = policy.get_distribution(seen).mean[:, seen["mask"].shape[1] :].clone()
+        placement = policy.get_distribution(seen).mean[:, seen["mask"].shape[1] :].clone()
     targets = torch.where(known[:, None], torch.from_numpy(np.stack(lessons.targets)).float(), rule)
     weights = seen["mask"].float() / seen["mask"].sum(dim=1, keepdim=True)
 
@@ -114,7 +114,7 @@ def warm_start(
         count = targets.shape[1]
         own = mean[:, :count] - targets[rows]
         centred = own - (own * weights[rows]).sum(dim=1, keepdim=True)  # only differences of scores matter
-        return (centred.square() * weights[rows]).sum(dim=1), (mean[:, count:] - steering[rows]).square().sum(dim=1)
+        return (centred.square() * weights[rows]).sum(dim=1), (mean[:, count:] - placement[rows]).square().sum(dim=1)
 
     everything = torch.arange(len(known))
     with torch.no_grad():

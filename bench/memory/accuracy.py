@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from ...common.arrays import IntArray
-from ...memory.batch_shape import Shape
+from ...memory.batch_shape import BatchShape
 from ...memory.cost import ByteCost, total_cost
 from ...memory.model import MemoryModel
 from ...memory.recording import Batch
 from ..learner import Learner
 from .settings import Setting
 
-CALIBRATED = Shape(8, 32)
-SHAPES = (CALIBRATED, Shape(3, 32), Shape(12, 44))
+CALIBRATED = BatchShape(8, 32)
+SHAPES = (CALIBRATED, BatchShape(3, 32), BatchShape(12, 44))
 """Batches of the plans; all but the first are predicted from a calibration on another one."""
 RANKS = (1, 2, 4, 8, 16)
 DENSITIES = (1.0, 0.6, 0.3, 0.1)
@@ -85,7 +85,7 @@ def random_plan(generator: np.random.Generator, blocks: IntArray, turn: int) -> 
 
 
 def compare_plans(
-    setting: Setting, shapes: Sequence[Shape], plans: int, device: torch.device, seed: int
+    setting: Setting, shapes: Sequence[BatchShape], plans: int, device: torch.device, seed: int
 ) -> dict[str, Any]:
     """Predict and measure random plans in one setting.
 
@@ -132,7 +132,7 @@ def _compare(
 ) -> Comparison:
     learner.step(batch)  # the optimiser's state is there from now on
     peak = total_cost(cost, ranks), float(learner.measured_step(batch))
-    shape = Shape.of(batch)
+    shape = BatchShape.of(batch)
     saved = (memory.saved(ranks, shape), float(saved_bytes(learner, batch))) if saves else None
     return Comparison(shape == memory.shape, saved, peak)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...finetune.batch_watch import BatchWatch
-from ...memory.batch_shape import Shape
+from ...memory.batch_shape import BatchShape
 from ...memory.cost import total_cost
 from ...memory.recording import Batch
 from ..harness import bootstrap, interleave, paired_ratios, usual_step
@@ -53,7 +53,7 @@ class _Nothing(nn.Module):
 def _look_seconds(batch: Batch, calls: int = 1000) -> float:
     """What the callback's look at a batch takes, which every step carries."""
     watch, model = BatchWatch(), _Nothing()
-    watch.attach(model, Shape.of(batch), lambda batch, shape: None)
+    watch.attach(model, BatchShape.of(batch), lambda batch, shape: None)
     start = time.perf_counter()
     for _ in range(calls):
         model(**batch)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from rich.progress import Progress
 
-from ...memory.batch_shape import Shape
+from ...memory.batch_shape import BatchShape
 from ..ledger import Ledger
 from ..memory import pareto
 from ..models import FAMILIES, Family, Size
@@ -39,7 +39,7 @@ class Extent:
     """
 
     settings: tuple[Setting, ...]
-    shapes: tuple[Shape, ...]
+    shapes: tuple[BatchShape, ...]
     plans: int
     size: Size
     families: tuple[Family, ...]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ...allocation.placements import fracrule, rule16, top_layers
-from ...allocation.problem import PlanProblem, problem_of
+from ...allocation.placements import top_down, top_down_whole, top_layers
+from ...allocation.problem import AllocationProblem, problem_of
 from ...common.arrays import IntArray
 from ...lora.targets import TargetModule
 from ...memory.cost import Cost, total_cost
@@ -16,7 +16,7 @@ UNIFORM = (1, 4, 8, 16)
 TOP_RANKS = (8, 16)
 DEPTHS = {"top third": 1 / 3, "top half": 1 / 2, "top two thirds": 2 / 3}
 BUDGETS = (0.30, 0.50, 0.65, 0.80, 1.00)
-RULES: dict[str, Callable[[PlanProblem], IntArray]] = {"rule16": rule16, "fracrule": fracrule}
+RULES: dict[str, Callable[[AllocationProblem], IntArray]] = {"rule16": top_down_whole, "fracrule": top_down}
 PLAN_COUNT = len(UNIFORM) + len(TOP_RANKS) * len(DEPTHS) + len(RULES) * len(BUDGETS)
 REFERENCE = f"all-linear, rank {START_RANK}"
 REQUIRED = "fracrule at 65 %"
@@ -55,7 +55,7 @@ def named_plans(targets: Sequence[TargetModule], cost: Cost, layers: int) -> dic
     return {plan.name: plan for plan in plans}
 
 
-def _simple(problem: PlanProblem, layers: int) -> Iterator[NamedPlan]:
+def _simple(problem: AllocationProblem, layers: int) -> Iterator[NamedPlan]:
     """Plans that no budget decides."""
     above = int(problem.blocks.max()) + 1 - layers
     for rank in UNIFORM:

@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ...memory.batch_shape import Shape
+from ...memory.batch_shape import BatchShape
 from ...memory.recording import Batch
 from ..learner import Learner
 
@@ -128,7 +128,7 @@ class Setting:
                 base.enable_input_require_grads()
         return learner
 
-    def batch(self, shape: Shape, device: torch.device, seed: int) -> Batch:
+    def batch(self, shape: BatchShape, device: torch.device, seed: int) -> Batch:
         """Random tokens and labels."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(1, VOCABULARY, (shape.rows, shape.length), generator=generator).to(device)

@@ -24,7 +24,7 @@ from ...agents.learned.policy_file import load_policy
 from ...agents.rules import find_rule
 from ...allocation.observation import Observation, RunState, observe
 from ...allocation.problem import problem_of
-from ...common.workers import apart
+from ...common.workers import isolated
 from ...errors import ConfigError
 from ...lora.signals import SIGNALS
 from ...lora.targets import find_target_modules
@@ -131,7 +131,7 @@ def benchmark(options: Decide, console: Console) -> Figures:
     figures: Figures = {**machine_facts(torch.device("cpu")), "threads": 1, "quick": options.quick}
     rows = []
     for layers in track(QUICK if options.quick else FULL, "decisions", console=Console(stderr=True), transient=True):
-        with apart():
+        with isolated():
             count, own = time_decisions(policy, layers, 5 if options.quick else 15)
         figures |= {f"modules_{count}.{name}": value for name, value in own.items()}
         times = [f"{own[f'{name}_ms']:.2f} ms" for name in (RULE, "network", "actor")]

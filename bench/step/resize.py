@@ -75,11 +75,11 @@ def adapters(layers: int, device: torch.device) -> tuple[list[TargetModule], tor
     targets = find_target_modules(model)
     parameters = [weight for target in targets for weight in (target.weight_a, target.weight_b)]
     optimizer = torch.optim.AdamW(parameters)
-    start_over(targets, optimizer)
+    reset_runs(targets, optimizer)
     return targets, optimizer
 
 
-def start_over(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer) -> None:
+def reset_runs(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer) -> None:
     """Random factors and state at the first rank."""
     optimizer.state.clear()
     for target in targets:
@@ -100,7 +100,7 @@ def time_plans(layers: int, rounds: int, device: torch.device) -> dict[str, floa
     medians = {}
     for title, rank_of in PLANS.items():
         plan = {target.name: rank_of(index) for index, target in enumerate(targets)}
-        start_over(targets, optimizer)
+        reset_runs(targets, optimizer)
         again = partial(_again, targets, optimizer)
         seconds = interleave({title: partial(run, plan)}, rounds, device, after_round=again)[title]
         medians[title] = float(np.median(seconds))
@@ -108,7 +108,7 @@ def time_plans(layers: int, rounds: int, device: torch.device) -> dict[str, floa
 
 
 def _again(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer, turn: int) -> None:
-    start_over(targets, optimizer)
+    reset_runs(targets, optimizer)
 
 
 def benchmark(options: Resize, console: Console) -> Figures:

@@ -269,10 +269,10 @@ def _compiled_line(results: Mapping[str, Result], rounds: int) -> list[str]:
     if "compiled" not in results:
         return []
     made = results["compiled"]
-    apart = f"{made.compile_seconds:.0f} CPU s for iterations that compiled, not counted"
+    isolated = f"{made.compile_seconds:.0f} CPU s for iterations that compiled, not counted"
     if not made.unsettled:
-        return [apart]
-    return [f"{apart}; {made.unsettled} of {rounds} rounds compiled on, and hold the time of it"]
+        return [isolated]
+    return [f"{isolated}; {made.unsettled} of {rounds} rounds compiled on, and hold the time of it"]
 
 
 def sweep_part(extent: Extent, console: Console, bar: Progress) -> Figures:

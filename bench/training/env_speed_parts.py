@@ -28,7 +28,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from ...agents.training.config import TrainConfig
 from ...agents.training.ppo_policy import RankPolicy
 from ...agents.training.stacked_vec_env import StackedVecEnv
-from ...allocation.actions import STEERING
+from ...allocation.actions import PLACEMENT
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import FloatArray
 from ...env.episodes import stacked as stacked_episodes
@@ -265,10 +265,10 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("training, both passes", StackedEpisodes, "_train"),
     ("Adam and clipping", StackedAdapters, "clip"),
     ("Adam and clipping", StackedAdapters, "step"),
-    ("signals", stacked_episodes, "take_in"),
+    ("signals", stacked_episodes, "accumulate_all"),
     ("signals", StackedMeter, "read"),
     ("rank changes", stacked_episodes, "set_stacked_ranks"),
-    ("rank changes", stacked_episodes, "start_over"),
+    ("rank changes", stacked_episodes, "reset_runs"),
     ("held-out evaluation", StackedEpisodes, "_held_out"),
     ("observations and plans", StackedVecEnv, "step_wait"),
     ("observations and plans", StackedVecEnv, "reset"),
@@ -378,7 +378,7 @@ def _episode(envs: StackedVecEnv) -> int:
     envs.reset()
     for _ in FRACTIONS:
         most = max(most, adapters.buffer_bytes)
-        envs.step(np.zeros((envs.num_envs, envs.core.max_modules + len(STEERING)), dtype=np.float32))
+        envs.step(np.zeros((envs.num_envs, envs.core.max_modules + len(PLACEMENT)), dtype=np.float32))
     return most
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ...agents.learned.network import RankNetwork
-from ...common.workers import apart, worker_pool
+from ...common.workers import isolated, worker_pool
 from ...errors import ConfigError
 from ..harness import Figures, machine_facts, make_table, run_command
 from .closed_form import reached
@@ -78,7 +78,7 @@ def benchmark(options: Learners, console: Console) -> Figures:
     rounds, seeds = (4, 1) if options.quick else (options.rounds, options.seeds)
     told = tuple(dict.fromkeys((rounds // 4, rounds // 2, rounds)))
     pieces = [Piece(name, seed, rounds, told) for name in names for seed in range(seeds)]
-    with apart(), worker_pool(options.workers) as spread:
+    with isolated(), worker_pool(options.workers) as spread:
         found = dict(
             track(
                 spread(learn, pieces),

@@ -182,21 +182,21 @@ def evolve(setting: Setting, piece: Piece) -> dict[int, float]:
     torch.manual_seed(piece.seed)
     network = RankNetwork(setting.network)
     network.freeze_estimate()
-    steering = [
+    placement = [
         parameter
         for name, parameter in network.named_parameters()
         if parameter.requires_grad and "critics" not in name and "std" not in name
     ]
-    optimizer = torch.optim.Adam(steering, lr=setting.rate)
+    optimizer = torch.optim.Adam(placement, lr=setting.rate)
     draws = np.random.default_rng(piece.seed)
     shares: dict[int, float] = {}
     for round_ in range(1, piece.rounds + 1):
         tasks = [ClosedForm(int(number)) for number in draws.integers(TASKS, size=GROUPS * EPISODES)]
-        tried = [_tried(network, steering, task, setting.sigma) for task in tasks for _ in range(GROUP // 2)]
+        tried = [_tried(network, placement, task, setting.sigma) for task in tasks for _ in range(GROUP // 2)]
         differences = torch.tensor([difference for difference, _ in tried])
         directions = [direction for _, direction in tried]
         weights = differences / (differences.std() + 1e-8)
-        for place, parameter in enumerate(steering):
+        for place, parameter in enumerate(placement):
             steps = torch.stack([direction[place] for direction in directions])
             parameter.grad = -torch.tensordot(weights, steps, dims=1) / len(weights)
         optimizer.step()
@@ -206,15 +206,15 @@ def evolve(setting: Setting, piece: Piece) -> dict[int, float]:
 
 
 def _tried(
-    network: RankNetwork, steering: Sequence[torch.nn.Parameter], task: ClosedForm, sigma: float
+    network: RankNetwork, placement: Sequence[torch.nn.Parameter], task: ClosedForm, sigma: float
 ) -> tuple[float, list[torch.Tensor]]:
     """How much more a drawn direction gives than its opposite, and the direction."""
-    direction = [torch.randn_like(parameter) for parameter in steering]
-    _move(steering, direction, sigma)
+    direction = [torch.randn_like(parameter) for parameter in placement]
+    _move(placement, direction, sigma)
     ahead = share_of(network, task)
-    _move(steering, direction, -2 * sigma)
+    _move(placement, direction, -2 * sigma)
     behind = share_of(network, task)
-    _move(steering, direction, sigma)
+    _move(placement, direction, sigma)
     return ahead - behind, direction
 
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...agents.evaluation.ablation import FEATURE_GROUPS
-from ...agents.learned.plan_value import CriticConfig
+from ...agents.learned.plan_value import PlanValueConfig
 from ...agents.training.fit_plan_value import FitConfig
 from ...common.arrays import IntArray
 from ...common.workers import worker_pool
@@ -35,20 +35,20 @@ SETTINGS: dict[str, Setting] = {
     "half of the tasks": replace(USUAL, tasks=0.5),
     "a quarter": replace(USUAL, tasks=0.25),
     **{f"without {name}": replace(USUAL, without=(name,)) for name in (*FEATURE_GROUPS, "modules", SCORES)},
-    "one critic": replace(USUAL, critic=CriticConfig(count=1)),
+    "one critic": replace(USUAL, critic=PlanValueConfig(count=1)),
     "caution 0": replace(USUAL, caution=0.0),
     "caution 2": replace(USUAL, caution=2.0),
-    "width 24": replace(USUAL, critic=CriticConfig(width=24)),
-    "width 96": replace(USUAL, critic=CriticConfig(width=96)),
-    "dropout .3": replace(USUAL, critic=CriticConfig(dropout=0.3)),
+    "width 24": replace(USUAL, critic=PlanValueConfig(width=24)),
+    "width 96": replace(USUAL, critic=PlanValueConfig(width=96)),
+    "dropout .3": replace(USUAL, critic=PlanValueConfig(dropout=0.3)),
     "15 passes": replace(USUAL, fit=FitConfig(epochs=15)),
     "60 passes": replace(USUAL, fit=FitConfig(epochs=60)),
     "decay .3": replace(USUAL, fit=FitConfig(decay=0.3)),
 }
 
 QUICK = {
-    "usual": replace(USUAL, critic=CriticConfig(count=2), fit=FitConfig(epochs=2), tasks=0.2),
-    "half of the tasks": replace(USUAL, critic=CriticConfig(count=2), fit=FitConfig(epochs=2), tasks=0.1),
+    "usual": replace(USUAL, critic=PlanValueConfig(count=2), fit=FitConfig(epochs=2), tasks=0.2),
+    "half of the tasks": replace(USUAL, critic=PlanValueConfig(count=2), fit=FitConfig(epochs=2), tasks=0.1),
 }
 
 
@@ -84,7 +84,7 @@ class Critics:
     settings: tuple[str, ...] = ()
     search: int = 0
     folds: int = 2
-    apart: Apart = "cell"
+    isolated: Apart = "cell"
     quick: bool = False
     json: Path | None = None
     workers: int = 2
@@ -111,7 +111,7 @@ def judge_all(
     options: Critics, settings: Mapping[str, Setting], split: int, console: Console
 ) -> dict[str, tuple[IntArray, list[float]]]:
     """The plan that each setting's critics choose for each task, (tasks,), and what they explain in each part."""
-    parts = tuple(parts_of(tried_in(options.run), options.apart, options.folds, split).tolist())
+    parts = tuple(parts_of(tried_in(options.run), options.isolated, options.folds, split).tolist())
     pieces = {
         (name, fold): Piece(options.run, setting, fold, parts, split)
         for name, setting in settings.items()
@@ -146,7 +146,7 @@ def search(options: Critics, console: Console) -> Setting:
 
     def value(trial: optuna.Trial) -> float:
         setting = Setting(
-            CriticConfig(
+            PlanValueConfig(
                 width=trial.suggest_int("width", 16, 96, log=True), dropout=trial.suggest_float("dropout", 0.0, 0.5)
             ),
             FitConfig(
@@ -167,7 +167,7 @@ def search(options: Critics, console: Console) -> Setting:
     study.optimize(value, n_trials=options.search)
     best = study.best_params
     return Setting(
-        CriticConfig(width=best.pop("width"), dropout=best.pop("dropout")),
+        PlanValueConfig(width=best.pop("width"), dropout=best.pop("dropout")),
         FitConfig(**best),
     )
 

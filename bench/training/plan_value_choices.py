@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ...agents.evaluation.ablation import hide
-from ...agents.learned.plan_value import CriticConfig, PlanCritics
-from ...agents.learned.policy import CAUTION
+from ...agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
+from ...agents.learned.policy import LCB_COEFFICIENT
 from ...agents.training.config import TrainConfig, train_config
 from ...agents.training.fit_plan_value import MOST_GAIN, FitConfig, Lessons, fit_critics, spread_of
 from ...agents.training.plan_runs import RUNS, TRIALS, lessons_of, read_trials
@@ -47,14 +47,14 @@ class Setting:
         fit: how they are fitted.
         tasks: share of the tasks that are not held out.
         without: features that the critics do not see, see `agents.evaluation.ablation`, or "scores" for the actor's.
-        caution: see `rankpilot.agents.learned.policy.CAUTION`.
+        caution: see `rankpilot.agents.learned.policy.LCB_COEFFICIENT`.
     """
 
-    critic: CriticConfig = field(default_factory=CriticConfig)
+    critic: PlanValueConfig = field(default_factory=PlanValueConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     tasks: float = 1.0
     without: tuple[str, ...] = ()
-    caution: float = CAUTION
+    caution: float = LCB_COEFFICIENT
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def judge(piece: Piece) -> dict[str, Any]:
     taught = torch.from_numpy(others[: max(round(setting.tasks * len(others)), 2)])
     lessons = _hidden(tried.lessons, setting.without)
     known = torch.nonzero(torch.isin(lessons.tasks, taught)).squeeze(1)
-    critics = PlanCritics(setting.critic)
+    critics = PlanValueEnsemble(setting.critic)
     facts = fit_critics(critics, lessons[known], seed=piece.seed, fit=setting.fit)
     rows = torch.from_numpy(tried.rows[own].reshape(-1))
     with torch.no_grad():
@@ -163,9 +163,9 @@ def _hidden(lessons: Lessons, without: Sequence[str]) -> Lessons:
     return replace(lessons, plans=replace(plans, modules=modules, run=run, scores=scores))
 
 
-def parts_of(tried: Tried, apart: Apart, folds: int, split: int) -> IntArray:
+def parts_of(tried: Tried, isolated: Apart, folds: int, split: int) -> IntArray:
     """The part of each task, (tasks,)."""
-    if apart == "family":
+    if isolated == "family":
         families = [find_base(task.base).family for task in tried.tasks]
         return np.unique(families, return_inverse=True)[1]
     shuffled = np.random.default_rng(split).permutation(int(tried.cells.max()) + 1)

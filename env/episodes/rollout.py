@@ -12,7 +12,7 @@ from ..tasks.proxy_task import ProxyTask
 from .stacked import StackedEpisodes
 
 
-class Round:
+class Rollout:
     """One round; an episode whose training fails sits out the rest of it.
 
     Args:

@@ -15,7 +15,7 @@ from ...allocation.observation import Observation
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import FloatArray, IntArray
 from ...errors import ConfigError
-from ..episode_record import Session
+from ..episode_record import EpisodeRecord
 from ..rank_allocation import check_options, within_budget
 from ..reward import GroupMeans
 from ..tasks.proxy_task import ProxyTask
@@ -103,7 +103,7 @@ class StackedRankAllocation:
         self.max_modules = config.max_modules or count
         if self.max_modules < count:
             raise ConfigError(f"max_modules is at least {count} for {config.base}; got {config.max_modules}.")
-        self.sessions: dict[int, Session] = {}
+        self.sessions: dict[int, EpisodeRecord] = {}
         self._streams: list[Iterator[ProxyTask]] = []
         self.seed(None)
 
@@ -146,7 +146,7 @@ class StackedRankAllocation:
             controller = self.episodes.flights[slot].controller
             first = self.episodes.observe(slot)
             reference = self.episodes.reference(task)
-            self.sessions[slot] = Session(task, reference, controller, first, self.config.shaping)
+            self.sessions[slot] = EpisodeRecord(task, reference, controller, first, self.config.shaping)
         return {slot: self.sessions[slot].info(0) for slot in slots}
 
     def step(self, decisions: dict[int, tuple[IntArray, FloatArray]]) -> dict[int, Transition]:

@@ -18,14 +18,14 @@ from ...allocation.controller import RankController
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan, uniform_ranks
 from ...allocation.probe import FIRST_LOSSES, ProbeResult
-from ...allocation.problem import PlanProblem, problem_of
+from ...allocation.problem import AllocationProblem, problem_of
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import FloatArray, IntArray
 from ...errors import ConfigError
 from ...lora.signals import base_norms
 from ...lora.stacked.adapters import StackedAdapters
-from ...lora.stacked.resize import Move, set_stacked_ranks, start_over
-from ...lora.stacked.run import StackedMeter, StackedRun, take_in
+from ...lora.stacked.resize import Move, reset_runs, set_stacked_ranks
+from ...lora.stacked.run import StackedMeter, StackedRun, accumulate_all
 from ...memory.budget import budget_limit
 from ..proxies.adapted import adapted_base
 from ..proxies.bases import load_base_model
@@ -137,7 +137,7 @@ class StackedEpisodes:
         """
         rows = self._rows_for(tasks)
         self._probe({task: row for task, row in rows.items() if task not in self._probes})
-        start_over(self._adapters, {slot: task.seed for slot, task in tasks.items()})
+        reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})
         for slot, task in tasks.items():
             self.flights[slot] = Flight(task, slot, self._controller(task, slot))
 
@@ -169,7 +169,7 @@ class StackedEpisodes:
         """What fixed allocations of a task achieve that knows it, or that was given to `measure_references`."""
         return task.reference or self._references[task]
 
-    def problem(self, task: ProxyTask) -> PlanProblem:
+    def problem(self, task: ProxyTask) -> AllocationProblem:
         """The plans that a task's first decision allows."""
         self._checked(task)
         cost = task.cost()
@@ -244,7 +244,7 @@ class StackedEpisodes:
         rows = [lane.row for lane in lanes]
         squares = self._adapters.clip(rows, MAX_GRAD_NORM)
         metered = [index for index, lane in enumerate(lanes) if lane.meter]
-        take_in([lane.meter for lane in lanes if lane.meter], squares[metered])
+        accumulate_all([lane.meter for lane in lanes if lane.meter], squares[metered])
         self._adapters.step(rows, [lane.rate(lane.step) for lane in lanes])
         for lane in lanes:
             lane.step += 1
@@ -292,7 +292,7 @@ class StackedEpisodes:
         """Probe tasks that are new, each in a free row."""
         if not tasks:
             return
-        start_over(self._adapters, {row: task.seed for task, row in tasks.items()})
+        reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()})
         lanes = []
         for task, row in tasks.items():
             rows, meter = min(self.schedule.probe_batch, task.batch_size), self._meter(row)
@@ -319,7 +319,7 @@ class StackedEpisodes:
         unknown = {row: task for task, row in rows.items() if task not in self._references}
         if not unknown:
             return
-        start_over(self._adapters, {row: task.seed for row, task in unknown.items()})
+        reset_runs(self._adapters, {row: task.seed for row, task in unknown.items()})
         initial = self._held_out(unknown)
         final = self.run_fixed({row: (task, uniform_ranks(self.problem(task))) for row, task in unknown.items()})
         for task, before, after in zip(unknown.values(), initial, final, strict=True):
@@ -331,7 +331,7 @@ class StackedEpisodes:
         Args:
             runs: task and ranks (modules,) by slot.
         """
-        start_over(self._adapters, {row: task.seed for row, (task, _) in runs.items()})
+        reset_runs(self._adapters, {row: task.seed for row, (task, _) in runs.items()})
         moves = [Move(row, ranks, task.seed, 0) for row, (task, ranks) in runs.items()]
         set_stacked_ranks(self._adapters, moves)
         lanes = [_Lane(task, row, 0, task.steps, _decay(task), None) for row, (task, _) in runs.items()]

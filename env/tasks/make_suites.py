@@ -18,7 +18,7 @@ import tyro
 from rich.progress import track
 
 from ...allocation.plan import uniform_ranks
-from ...allocation.problem import PlanProblem
+from ...allocation.problem import AllocationProblem
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import append_json_line, read_json_lines, write_json
 from ...memory.budget import REFERENCE_RANK, reference_cost
@@ -182,7 +182,7 @@ def _measure(episodes: StackedEpisodes, tasks: Sequence[ProxyTask]) -> list[Prox
     ]
 
 
-def _best_plan(task: ProxyTask, problem: PlanProblem) -> Any:
+def _best_plan(task: ProxyTask, problem: AllocationProblem) -> Any:
     return oracle_plan(task, problem) if task.kind == "planted" else np.minimum(FULL_RANK, problem.max_ranks)
 
 

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from ...allocation.optimum import best_plan
-from ...allocation.problem import PlanProblem
+from ...allocation.problem import AllocationProblem
 from ...common.arrays import FloatArray, IntArray
 from ...errors import ConfigError
 from ..proxies.adapted import adapted_base
 from .planted import Change, changed_weights
-from .proxy_finetune import TASKS_HELD, load_task
+from .proxy_finetune import CACHED_TASKS, load_task
 from .proxy_task import ProxyTask
 
 
-def oracle_plan(task: ProxyTask, problem: PlanProblem) -> IntArray:
+def oracle_plan(task: ProxyTask, problem: AllocationProblem) -> IntArray:
     """The ranks that capture most of what was planted within the budget, (modules,).
 
     Args:
@@ -37,7 +37,7 @@ def oracle_plan(task: ProxyTask, problem: PlanProblem) -> IntArray:
     return best_plan(problem, utilities(task, problem))
 
 
-def utilities(task: ProxyTask, problem: PlanProblem) -> FloatArray:
+def utilities(task: ProxyTask, problem: AllocationProblem) -> FloatArray:
     """What each rung of the ladder is worth on each module, in nats, (modules, rungs)."""
     _, targets = adapted_base(task.base)
     order = {target.name: index for index, target in enumerate(targets)}
@@ -61,12 +61,12 @@ def attainable_loss(task: ProxyTask, ranks: IntArray) -> float:
     return _loss(task, [by_name[change.name] for change in _changes(task)])
 
 
-def regret(task: ProxyTask, problem: PlanProblem, ranks: IntArray) -> float:
+def regret(task: ProxyTask, problem: AllocationProblem, ranks: IntArray) -> float:
     """How much more of the teacher's divergence these ranks must leave than the oracle's, in nats."""
     return attainable_loss(task, ranks) - attainable_loss(task, oracle_plan(task, problem))
 
 
-@lru_cache(maxsize=TASKS_HELD)
+@lru_cache(maxsize=CACHED_TASKS)
 def _worth(task: ProxyTask) -> list[float]:
     """The divergence of the teacher from itself without each of its changes, in nats."""
     ranks = [change.left.shape[1] for change in _changes(task)]

@@ -22,7 +22,7 @@ from .proxy_task import ProxyTask
 EVAL_BATCH = 64
 """Rows of a forward pass without gradients."""
 
-TASKS_HELD = 32
+CACHED_TASKS = 32
 """Tasks whose data a process holds, of 20 MB each with a teacher; whatever flies more side by side draws them again."""
 
 
@@ -73,7 +73,7 @@ def task_losses(
     return label_loss(logits, labels, groups) if teacher is None else divergence(logits, teacher, groups)
 
 
-@lru_cache(maxsize=TASKS_HELD)
+@lru_cache(maxsize=CACHED_TASKS)
 def load_task(task: ProxyTask) -> TaskData:
     """Draw a task's data, and its teacher if it has one; the same task gives the same data."""
     generator = np.random.default_rng(task.seed)

@@ -36,7 +36,7 @@ class Move:
 
 
 @torch.no_grad()
-def start_over(adapters: StackedAdapters, seeds: Mapping[int, int]) -> None:
+def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int]) -> None:
     """Give these runs fresh adapters of rank 1 everywhere, as `lora.ranks.reset_adapters` does.
 
     Args:

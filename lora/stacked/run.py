@@ -46,7 +46,7 @@ class StackedMeter:
         Args:
             squares: squared norm of the gradients of each B, (modules,).
         """
-        take_in([self], squares[None])
+        accumulate_all([self], squares[None])
 
     @torch.no_grad()
     def read(self) -> FloatArray:
@@ -70,7 +70,7 @@ class StackedMeter:
         return self.values
 
 
-def take_in(meters: Sequence[StackedMeter], squares: FloatArray) -> None:
+def accumulate_all(meters: Sequence[StackedMeter], squares: FloatArray) -> None:
     """`StackedMeter.accumulate` for several runs of the same adapters at once.
 
     Args:

@@ -9,20 +9,20 @@ from typing import Literal
 
 import numpy as np
 
-from ...allocation.placements import fracrule, rule16, top_layers
+from ...allocation.placements import top_down, top_down_whole, top_layers
 from ...allocation.plan import check_budget
 from ...allocation.problem import problem_of
 from ...common.arrays import IntArray
 from ...data.task import Task
 from ...errors import UnsupportedError
-from ...memory.batch_shape import Shape, reshaped
+from ...memory.batch_shape import BatchShape, reshaped
 from ...memory.breakdown import Breakdown, break_down, frozen_bytes
 from ...memory.budget import Budget, budget_limit, reference_cost
 from ...memory.cost import ByteCost, Cost, ParameterCost, total_cost
 from ...memory.model import MemoryModel
 from .config import MemoryConfig
 from .measured_step import MeasuredStep, measure_step
-from .setup import Batch, Setup, Tell, set_up
+from .setup import Batch, StepSetup, Tell, set_up
 
 AlternativeKind = Literal["asked", "rank", "layers", "batch", "checkpointing", "budget"]
 
@@ -75,7 +75,7 @@ class MemoryUse:
     config: MemoryConfig
     task: Task
     device: str
-    shape: Shape
+    shape: BatchShape
     modules: tuple[str, ...]
     frozen_bytes: int
     reference_bytes: float
@@ -132,12 +132,12 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
     )
 
 
-def _calibrated(setup: Setup, tell: Tell, how: str, batch: Batch | None = None) -> MemoryModel:
+def _calibrated(setup: StepSetup, tell: Tell, how: str, batch: Batch | None = None) -> MemoryModel:
     tell(f"calibrating on a few small steps {how}".rstrip())
     return setup.calibrate(batch)
 
 
-def _with_checkpointing(setup: Setup, tell: Tell, notes: list[str]) -> MemoryModel | None:
+def _with_checkpointing(setup: StepSetup, tell: Tell, notes: list[str]) -> MemoryModel | None:
     """The byte model with checkpointing switched on; None, and a note, where that does not work."""
     try:
         setup.checkpoint_segments()
@@ -150,7 +150,7 @@ def _with_checkpointing(setup: Setup, tell: Tell, notes: list[str]) -> MemoryMod
 class _Plans:
     """Prices the choices that a user has."""
 
-    def __init__(self, setup: Setup, memory: MemoryModel) -> None:
+    def __init__(self, setup: StepSetup, memory: MemoryModel) -> None:
         self._setup, self._config, self._targets, self._memory = setup, setup.config, setup.targets, memory
         self._max_ranks = np.array([target.max_rank for target in setup.targets], dtype=np.int64)
         self._asked = np.minimum(setup.config.rank, self._max_ranks)
@@ -187,7 +187,10 @@ class _Plans:
     def by_batch(self, tell: Tell) -> Iterator[Alternative]:
         """Half the rows, half the tokens; calibrated anew where the operations of the model depend on its data."""
         shape = self._memory.shape
-        fewer, shorter = Shape(max(1, shape.rows // 2), shape.length), Shape(shape.rows, -(-shape.length // 2))
+        fewer, shorter = (
+            BatchShape(max(1, shape.rows // 2), shape.length),
+            BatchShape(shape.rows, -(-shape.length // 2)),
+        )
         for name, half in (("half the batch", fewer), ("half the length", shorter)):
             if half == shape:
                 continue
@@ -212,7 +215,7 @@ class _Plans:
         if self._limit is None:
             return
         check_budget(self._problem, [target.name for target in self._targets])
-        for name, rule in (("rule16", rule16), ("fracrule", fracrule)):
+        for name, rule in (("rule16", top_down_whole), ("fracrule", top_down)):
             yield self._alternative("budget", f"{name} inside {self._config.budget}", rule(self._problem))
 
     def _alternative(
@@ -221,7 +224,7 @@ class _Plans:
         label: str,
         ranks: IntArray,
         memory: MemoryModel | None = None,
-        shape: Shape | None = None,
+        shape: BatchShape | None = None,
     ) -> Alternative:
         found = break_down(memory or self._memory, self._targets, ranks, shape)
         price = found.total if isinstance(self._priced, ByteCost) else total_cost(self._priced, ranks)

@@ -9,7 +9,7 @@ import torch
 from ...memory import resident
 from ...memory.model_states import state_bytes
 from ...memory.peak_meter import PeakMeter
-from .setup import Setup
+from .setup import StepSetup
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MeasuredStep:
     reserved_bytes: int | None = None
 
 
-def measure_step(setup: Setup) -> MeasuredStep:
+def measure_step(setup: StepSetup) -> MeasuredStep:
     """Train a step to make the optimiser's state, then measure further ones. Adapters change.
 
     Args:
@@ -55,7 +55,7 @@ def measure_step(setup: Setup) -> MeasuredStep:
     return MeasuredStep(peak, highest - before + held, highest)
 
 
-def _step(setup: Setup) -> None:
+def _step(setup: StepSetup) -> None:
     with setup.precision():
         loss = setup.model(**setup.batch).loss
     loss.backward()

@@ -31,7 +31,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Setup:
+class StepSetup:
     """One training step, ready to run.
 
     Attributes:
@@ -79,7 +79,7 @@ class Setup:
             base.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def set_up(config: MemoryConfig, tell: Tell) -> Setup:
+def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     """Load what a configuration names.
 
     Raises:
@@ -105,7 +105,7 @@ def set_up(config: MemoryConfig, tell: Tell) -> Setup:
         batch = dict(largest_batch(workload.train, workload.collator, config.batch_size, device))
     else:
         batch = {name: tensor.to(device) for name, tensor in _random_batch(config, base.config, task).items()}
-    return Setup(config, task, model, targets, batch, new_optimizer(config.optimizer, model))
+    return StepSetup(config, task, model, targets, batch, new_optimizer(config.optimizer, model))
 
 
 def _workload(config: MemoryConfig) -> Workload | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from rankpilot.allocation.optimum import best_plan
 from rankpilot.allocation.plan import pack, project
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,7 +23,7 @@ def timed_problem(generator, layers, *, checkpointing):
     ladder = RankLadder()
     ranks = ladder.array[generator.integers(0, 5, size=len(blocks))]
     max_step = (None, 2, 2)[generator.integers(3)]
-    problem = PlanProblem(
+    problem = AllocationProblem(
         ranks, max_ranks, blocks, cost, 0.0, ladder, max_step, hysteresis=0.2 * (max_step is not None)
     )
     nothing, everything = problem.price(np.zeros_like(blocks)), problem.price(ladder.array[problem.tops])
@@ -37,11 +37,11 @@ def time_decisions(layers=143, problems=60, repeats=3, seed=0):
     for index in range(problems):
         problem = timed_problem(generator, layers, checkpointing=index % 2 == 1)
         scores = generator.normal(size=len(problem.ranks)) * generator.choice([0, 0.3, 1, 3])
-        floor = 16 * 2 ** generator.uniform(-3, 3)
+        rank_floor = 16 * 2 ** generator.uniform(-3, 3)
         utility = np.exp(scores)[:, None] * np.log1p(problem.ladder.array / 8)
         for _ in range(repeats):
             start = time.perf_counter()
-            wish = pack(problem, scores, floor)
+            wish = pack(problem, scores, rank_floor)
             project(problem, problem.ladder.rung(wish) - problem.rungs, scores)
             middle = time.perf_counter()
             best_plan(problem, utility)

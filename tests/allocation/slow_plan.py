@@ -42,9 +42,9 @@ def bounds_of(problem):
     return lower, upper
 
 
-def pack(problem, scores, floor):
+def pack(problem, scores, rank_floor):
     bottoms, tops = lowest_rungs(problem), highest_rungs(problem)
-    for rung in range(int(np.clip(problem.ladder.rung(round(max(floor, 1))), 1, problem.ladder.top)), 0, -1):
+    for rung in range(int(np.clip(problem.ladder.rung(round(max(rank_floor, 1))), 1, problem.ladder.top)), 0, -1):
         rungs = _admit(problem, scores, rung, bottoms, tops)
         if (rungs > bottoms).any():
             start = np.maximum(np.minimum(rungs, 1), bottoms)

@@ -35,8 +35,8 @@ def random_cost(generator, blocks):
         blocks: layer of each module, in the forward order, (modules,).
     """
     count = len(blocks)
-    apart = np.append(True, (blocks[1:] != blocks[:-1]) | (generator.random(count - 1) < 0.6))
-    shared = np.arange(apart.sum())[:, None] == np.cumsum(apart) - 1
+    isolated = np.append(True, (blocks[1:] != blocks[:-1]) | (generator.random(count - 1) < 0.6))
+    shared = np.arange(isolated.sum())[:, None] == np.cumsum(isolated) - 1
     upstream = np.tri(count, dtype=bool)[generator.random(count) < 0.8]
     loose = generator.random((generator.integers(0, 4), count)) < generator.random()
     needs = np.concatenate([shared, upstream, loose])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.allocation.observation import MODULE_FEATURES, Observation, RunState, observe
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.lora.signals import SIGNALS
 from rankpilot.memory.cost import ByteCost
@@ -37,7 +37,7 @@ def seen(copies: int = 1, **options: Any) -> Observation:
         "ladder": RankLadder(),
     } | options
     return observe(
-        PlanProblem(**fields),
+        AllocationProblem(**fields),
         tuple(map(str, range(count))),
         np.ones((count, len(SIGNALS))),
         np.ones(count, dtype=np.int64),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rankpilot.allocation.optimum import best_plan
 from rankpilot.allocation.plan import pack
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ParameterCost
@@ -24,7 +24,7 @@ def utility_problem(generator, ladder, count):
     )
     by = np.sort(generator.choice(len(blocks), size=count, replace=False))
     blocks = np.unique(blocks[by], return_inverse=True)[1]
-    problem = PlanProblem(np.zeros(count, int), max_ranks[by], blocks, reordered(cost, by), 0.0, ladder)
+    problem = AllocationProblem(np.zeros(count, int), max_ranks[by], blocks, reordered(cost, by), 0.0, ladder)
     nothing, everything = problem.price(problem.ranks), problem.price(ladder.array[problem.tops])
     return replace(problem, limit=float(int(nothing + (everything - nothing) * generator.uniform(0.2, 0.9))))
 
@@ -92,13 +92,15 @@ def test_larger_models_get_at_least_what_scores_would_get(seed):
     """Utility exp(score) log(1 + rank / c) is what `pack` serves too, if the floor is the best of many."""
     generator = np.random.default_rng(seed)
     cost, blocks, max_ranks = transformer_cost(generator, 24, checkpointing=seed % 2 == 0)
-    problem = PlanProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
+    problem = AllocationProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
     nothing, everything = problem.price(problem.ranks), problem.price(problem.ladder.array[problem.tops])
     problem = replace(problem, limit=float(int(nothing + (everything - nothing) * generator.uniform(0.2, 0.9))))
     scores = generator.normal(size=len(blocks))
     utility = np.exp(scores)[:, None] * np.log1p(problem.ladder.array / 8)
     ranks = best_plan(problem, utility)
-    packed = max(worth(problem, utility, pack(problem, scores, floor)) for floor in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
+    packed = max(
+        worth(problem, utility, pack(problem, scores, rank_floor)) for rank_floor in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+    )
     assert problem.fits(ranks)
     assert worth(problem, utility, ranks) >= packed * 0.999
 
@@ -128,7 +130,7 @@ def test_the_best_plan_keeps_to_the_bounds_and_spends_the_budget(seed):
 
 def test_parameters_are_bytes_without_groups():
     cost = ParameterCost(np.array([[10.0, 20.0, 10.0]]))
-    problem = PlanProblem(np.zeros(3, int), np.full(3, 64), np.arange(3), cost, 160.0, RankLadder((0, 4, 8)))
+    problem = AllocationProblem(np.zeros(3, int), np.full(3, 64), np.arange(3), cost, 160.0, RankLadder((0, 4, 8)))
     utility = np.array([[0.0, 1, 1.5], [0, 3, 3.1], [0, 2, 2.2]])
     assert best_plan(problem, utility).tolist() == [4, 4, 4]
     assert best_plan(replace(problem, limit=1000.0), utility).tolist() == [8, 8, 8]
@@ -146,6 +148,6 @@ def test_parameters_are_bytes_without_groups():
 )
 def test_utilities_that_make_no_sense(utility, message):
     cost = ParameterCost(np.full((1, 3), 10.0))
-    problem = PlanProblem(np.zeros(3, int), np.full(3, 64), np.arange(3), cost, 160.0, RankLadder((0, 4, 8)))
+    problem = AllocationProblem(np.zeros(3, int), np.full(3, 64), np.arange(3), cost, 160.0, RankLadder((0, 4, 8)))
     with pytest.raises(ConfigError, match=message):
         best_plan(problem, utility)

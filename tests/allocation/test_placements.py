@@ -6,23 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rankpilot.allocation.placements import fracrule, rule16, top_layers
+from rankpilot.allocation.placements import top_down, top_down_whole, top_layers
 from rankpilot.allocation.plan import pack, uniform_ranks
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ParameterCost
 
 from .synthetic_costs import transformer_cost
 
-RULES = (rule16, fracrule, uniform_ranks)
+RULES = (top_down_whole, top_down, uniform_ranks)
 
 
 def transformer_problem(seed, layers=5, share=None):
     """A model at rank 8 with a budget for any share of everything."""
     generator = np.random.default_rng(seed)
     cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=seed % 2 == 1)
-    problem = PlanProblem(np.full(len(blocks), 8), max_ranks, blocks, cost, 0.0, RankLadder(), hysteresis=0.2)
+    problem = AllocationProblem(np.full(len(blocks), 8), max_ranks, blocks, cost, 0.0, RankLadder(), hysteresis=0.2)
     least, most = problem.price(np.zeros_like(blocks)), problem.price(problem.ladder.array[problem.tops])
     share = generator.uniform(0, 1) if share is None else share
     return replace(problem, limit=float(int(least + (most - least) * share)))
@@ -32,7 +32,7 @@ def simple_problem(limit, **options):
     """Three layers of two modules at 10 parameters a rank."""
     blocks = np.array([0, 0, 1, 1, 2, 2])
     cost = ParameterCost(np.full((1, 6), 10.0))
-    return PlanProblem(np.zeros(6, int), np.full(6, 64), blocks, cost, float(limit), RankLadder(), **options)
+    return AllocationProblem(np.zeros(6, int), np.full(6, 64), blocks, cost, float(limit), RankLadder(), **options)
 
 
 def test_top_layers():
@@ -50,17 +50,17 @@ def test_layers_that_are_not_there(layers, rank):
 
 
 def test_rule16_takes_the_most_layers_that_can_have_16_and_then_the_largest_rank():
-    assert rule16(simple_problem(10 * 16 * 4 + 50)).tolist() == [0, 0, 17, 17, 17, 17]
-    assert rule16(simple_problem(10 * 16 * 6)).tolist() == [16] * 6
-    assert rule16(simple_problem(10 * 16)).tolist() == [0, 0, 0, 0, 8, 8]
-    assert rule16(simple_problem(10 * 16), floor=2.0).tolist() == [2] * 6
-    assert rule16(simple_problem(10)).sum() == 1
-    assert rule16(simple_problem(9)).sum() == 0
+    assert top_down_whole(simple_problem(10 * 16 * 4 + 50)).tolist() == [0, 0, 17, 17, 17, 17]
+    assert top_down_whole(simple_problem(10 * 16 * 6)).tolist() == [16] * 6
+    assert top_down_whole(simple_problem(10 * 16)).tolist() == [0, 0, 0, 0, 8, 8]
+    assert top_down_whole(simple_problem(10 * 16), rank_floor=2.0).tolist() == [2] * 6
+    assert top_down_whole(simple_problem(10)).sum() == 1
+    assert top_down_whole(simple_problem(9)).sum() == 0
 
 
 def test_fracrule_puts_the_rest_on_single_modules_of_the_next_layer():
-    assert fracrule(simple_problem(10 * 16 * 5)).tolist() == [16, 0, 16, 16, 16, 16]
-    assert fracrule(simple_problem(10 * (16 * 5 + 2))).tolist() == [16, 2, 16, 16, 16, 16]
+    assert top_down(simple_problem(10 * 16 * 5)).tolist() == [16, 0, 16, 16, 16, 16]
+    assert top_down(simple_problem(10 * (16 * 5 + 2))).tolist() == [16, 2, 16, 16, 16, 16]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -84,14 +84,14 @@ def test_rule16_is_the_one_that_a_full_search_finds(seed):
     layers = max(found, default=1)
     fitting = [r for r in range(1, 65) if problem.fits(top_layers(problem, layers, r))]
     expected = top_layers(problem, layers, fitting[-1]) if fitting else pack(problem, np.zeros(35), 1.0)
-    assert rule16(problem).tolist() == expected.tolist()
+    assert top_down_whole(problem).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_fracrule_depends_on_no_current_rank_and_leaves_nothing(seed):
     problem = transformer_problem(seed)
-    ranks = fracrule(problem)
-    assert ranks.tolist() == fracrule(replace(problem, ranks=np.zeros_like(ranks), max_step=1)).tolist()
+    ranks = top_down(problem)
+    assert ranks.tolist() == top_down(replace(problem, ranks=np.zeros_like(ranks), max_step=1)).tolist()
     rungs = problem.ladder.rung(ranks)
     for module in np.flatnonzero(rungs < problem.tops):
         further = ranks.copy()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rankpilot.allocation.placements import fracrule
+from rankpilot.allocation.placements import top_down
 from rankpilot.allocation.plan import check_budget, pack, project, uniform_ranks
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.budget import Budget
@@ -37,7 +37,7 @@ def problems(draw, costs=("bytes", "parameters"), ladders=LADDERS):
         cost = ParameterCost(generator.integers(2, 100, size=(1, count)).astype(float))
     max_ranks = np.maximum(widths, ladder.ranks[1])
     ranks = ladder.array[generator.integers(0, ladder.rung(max_ranks) + 1)]
-    problem = PlanProblem(ranks, max_ranks, blocks, cost, 0.0, ladder, draw(st.sampled_from([None, 1, 2, 3])))
+    problem = AllocationProblem(ranks, max_ranks, blocks, cost, 0.0, ladder, draw(st.sampled_from([None, 1, 2, 3])))
     everything = problem.price(ladder.array[problem.tops])
     return replace(problem, limit=float(int(everything * draw(st.floats(0, 1.1)))))
 
@@ -111,23 +111,23 @@ TILTS = st.one_of(st.just(0.0), st.floats(-8, 8), st.just(100.0))
 
 
 @given(problems(), SEEDS, st.floats(0.1, 100), TILTS)
-def test_packed_ranks_fit(problem, seed, floor, tilt):
+def test_packed_ranks_fit(problem, seed, rank_floor, depth_bias):
     _, scores = wishes(problem, seed)
-    ranks = pack(problem, scores, floor, tilt)
+    ranks = pack(problem, scores, rank_floor, depth_bias)
     assert problem.fits(ranks) or not ranks.any()
     assert np.isin(ranks, problem.ladder.array).all()
     assert (ranks <= problem.max_ranks).all()
 
 
 @given(problems(), SEEDS, TILTS)
-def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, tilt):
+def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, depth_bias):
     deltas, scores = wishes(problem, seed)
     try:
         check_budget(problem, [f"module.{i}" for i in range(len(problem.ranks))])
     except BudgetError:
-        assert not pack(problem, scores, 4.0, tilt).any()
+        assert not pack(problem, scores, 4.0, depth_bias).any()
         return
-    assert pack(problem, scores, 4.0, tilt).any()
+    assert pack(problem, scores, 4.0, depth_bias).any()
     assert uniform_ranks(problem).any()
     assert problem.fits(uniform_ranks(problem))
     assert project(problem.unbounded(), deltas, scores).ranks.any()
@@ -153,7 +153,7 @@ def test_the_budget_that_the_message_names_works(problem, seed):
 
 def alike(count, limit, *, blocks=1, ladder=LADDERS[0], ranks=None, max_step=None):
     """Modules of one price."""
-    return PlanProblem(
+    return AllocationProblem(
         ranks=np.zeros(count, dtype=np.int64) if ranks is None else np.asarray(ranks),
         max_ranks=np.full(count, 64),
         blocks=np.arange(count) * blocks // count,
@@ -202,9 +202,9 @@ def test_the_top_layers_come_first_when_depth_costs():
 
 
 @given(st.integers(2, 12), st.integers(10, 2000), SEEDS, st.sampled_from([1.0, 8.0, 16.0]))
-def test_without_tilt_the_best_scores_are_adapted_wherever_they_are(count, limit, seed, floor):
+def test_without_tilt_the_best_scores_are_adapted_wherever_they_are(count, limit, seed, rank_floor):
     scores = np.random.default_rng(seed).normal(scale=2, size=count)
-    ranks = pack(alike(count, limit, blocks=min(count, 3)), scores, floor, 0.0)
+    ranks = pack(alike(count, limit, blocks=min(count, 3)), scores, rank_floor, 0.0)
     adapted = ranks > 0
     assert adapted.any()
     assert scores[adapted].min() > scores[~adapted].max(initial=-np.inf)
@@ -212,18 +212,18 @@ def test_without_tilt_the_best_scores_are_adapted_wherever_they_are(count, limit
 
 
 @given(problems(), st.floats(0.1, 100))
-def test_with_a_large_tilt_and_equal_scores_it_is_fracrule(problem, floor):
+def test_with_a_large_tilt_and_equal_scores_it_is_fracrule(problem, rank_floor):
     fresh, scores = problem.fresh(), np.zeros(len(problem.ranks))
-    packed = pack(fresh, scores, floor, 100.0)
-    assert (project(fresh, problem.ladder.rung(packed), scores).ranks == fracrule(problem, floor)).all()
+    packed = pack(fresh, scores, rank_floor, 100.0)
+    assert (project(fresh, problem.ladder.rung(packed), scores).ranks == top_down(problem, rank_floor)).all()
 
 
 @given(problems(), SEEDS, st.floats(0.1, 100))
-def test_a_large_tilt_adapts_layers_from_the_top_down(problem, seed, floor):
+def test_a_large_tilt_adapts_layers_from_the_top_down(problem, seed, rank_floor):
     _, scores = wishes(problem, seed)
     count, blocks = len(scores), problem.blocks
     same_price = replace(problem, cost=ParameterCost(np.full((1, count), 10.0)), max_ranks=np.full(count, 64))
-    adapted = pack(same_price, scores, floor, 100.0) > 0
+    adapted = pack(same_price, scores, rank_floor, 100.0) > 0
     for block in np.unique(blocks[adapted]):
         assert adapted[blocks > block].all(), "all above it come first"
 
@@ -234,8 +234,8 @@ def test_equal_scores_without_tilt_go_from_the_top_down_too():
 
 def test_tilt_is_what_a_layer_is_worth_in_score():
     problem = alike(3, 10 * 8, blocks=3)
-    for lower, tilt, expected in ((1.0, 0.9, 0), (1.0, 1.1, 2), (-1.0, -0.9, 2), (-1.0, -1.1, 0)):
-        ranks = pack(problem, np.array([2 * lower, lower, 0.0]), 8.0, tilt)
+    for lower, depth_bias, expected in ((1.0, 0.9, 0), (1.0, 1.1, 2), (-1.0, -0.9, 2), (-1.0, -1.1, 0)):
+        ranks = pack(problem, np.array([2 * lower, lower, 0.0]), 8.0, depth_bias)
         assert np.flatnonzero(ranks).tolist() == [expected]
 
 
@@ -246,7 +246,7 @@ def test_a_lower_layer_is_adapted_in_part_by_score():
 
 
 def test_an_expensive_top_layer_does_not_hide_a_cheap_one_below():
-    problem = PlanProblem(
+    problem = AllocationProblem(
         ranks=np.zeros(2, dtype=np.int64),
         max_ranks=np.array([64, 64]),
         blocks=np.array([0, 1]),
@@ -292,7 +292,7 @@ def two_moments(limit, **options):
         needs=np.array([[True, True]]),
     )
     ranks = np.zeros(2, dtype=np.int64)
-    return PlanProblem(ranks, np.array([64, 64]), np.array([0, 1]), cost, float(limit), RankLadder(), **options)
+    return AllocationProblem(ranks, np.array([64, 64]), np.array([0, 1]), cost, float(limit), RankLadder(), **options)
 
 
 def test_each_moment_has_the_whole_budget():
@@ -328,7 +328,7 @@ def test_the_message_for_bytes_says_what_takes_them():
         held=np.array([[9e6, 1e6], [9e6, 2e6]]),
         needs=np.array([[True, False], [True, True]]),
     )
-    problem = PlanProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 1e6, RankLadder())
+    problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 1e6, RankLadder())
     with pytest.raises(BudgetError) as caught:
         check_budget(problem, ["bottom", "top"])
     assert str(caught.value) == (
@@ -343,7 +343,7 @@ def test_the_message_for_bytes_says_what_takes_them():
 @pytest.mark.parametrize(("limit", "ranks"), [(400, [8, 4, 24, 4]), (90, [8, 0, 0, 1]), (70, [0, 2, 2, 2])])
 def test_held_modules_keep_their_rank_or_are_dropped(limit, ranks):
     """The first module is held: others give way for it, and it goes only if it cannot fit at all."""
-    problem = PlanProblem(
+    problem = AllocationProblem(
         ranks=np.array([8, 4, 4, 4]),
         max_ranks=np.array([32, 8, 32, 8]),
         blocks=np.array([0, 0, 1, 1]),

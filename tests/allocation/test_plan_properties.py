@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rankpilot.allocation.plan import pack, project
 from rankpilot.allocation.pricing import FixedPrice, price_of
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ByteCost, ParameterCost, total_cost
 
@@ -45,7 +45,7 @@ def random_problem(generator, make_cost, largest=12):
         ranks = ladder.array[ladder.rung(ranks)]
     held = generator.random(count) < generator.choice([0.1, 0.5]) if generator.random() < 0.3 else None
     max_step = (None, 1, 2, 3)[generator.integers(4)]
-    problem = PlanProblem(ranks, max_ranks, blocks[by], cost, 0.0, ladder, max_step, held)
+    problem = AllocationProblem(ranks, max_ranks, blocks[by], cost, 0.0, ladder, max_step, held)
     problem = replace(
         problem, hysteresis=float(generator.choice([0.0, 0.2])), **random_bounds(generator, ladder, count)
     )
@@ -163,8 +163,8 @@ def test_plans_are_those_of_the_slow_planner(make_cost, largest, problems):
     for _ in range(problems):
         problem = random_problem(generator, make_cost, largest)
         deltas, scores = random_wish(generator, problem)
-        floor = generator.uniform(0.1, 70)
-        assert pack(problem, scores, floor).tolist() == slow_plan.pack(problem, scores, floor).tolist()
+        rank_floor = generator.uniform(0.1, 70)
+        assert pack(problem, scores, rank_floor).tolist() == slow_plan.pack(problem, scores, rank_floor).tolist()
         plan, expected = (planner(problem, deltas, scores) for planner in (project, slow_plan.project))
         assert plan.asked.tolist() == expected.asked.tolist()
         assert plan.ranks.tolist() == expected.ranks.tolist()
@@ -220,7 +220,7 @@ def spread_problem(seed, *, layers=8, checkpointing=False):
     """A run after its first plan: a model of middling size, a budget for about half of everything."""
     generator = np.random.default_rng(seed)
     cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=checkpointing)
-    problem = PlanProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
+    problem = AllocationProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
     least, most = problem.price(problem.ranks), problem.price(problem.ladder.array[problem.tops])
     problem = replace(problem, limit=float(int(least + (most - least) * generator.uniform(0.2, 0.8))))
     scores = generator.normal(scale=0.7, size=len(blocks))

@@ -24,9 +24,9 @@ def test_plans_of_a_thousand_random_problems() -> None:
         for _ in range(count):
             problem = random_problem(generator, make_cost, largest)
             deltas, scores = random_wish(generator, problem)
-            floor = generator.uniform(0.1, 70)
+            rank_floor = generator.uniform(0.1, 70)
             plan = project(problem, deltas, scores)
-            packed = pack(problem, scores, floor)
+            packed = pack(problem, scores, rank_floor)
             plans.append(
                 {
                     "packed": packed.tolist(),

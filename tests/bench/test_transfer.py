@@ -29,7 +29,7 @@ from rankpilot.bench.transfer import (
     pairs_of,
 )
 from rankpilot.common.files import sha256
-from rankpilot.common.workers import apart
+from rankpilot.common.workers import isolated
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.finetune.experiment import UNIFORM
 from rich.console import Console
@@ -198,7 +198,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["heur3.over_budget"] == 0
     assert "heur3 against uniform rank" in capsys.readouterr().out
     piece, _ = QUICK.runs({"heur3": None})
-    with apart():
+    with isolated():
         again, stored = fly(piece), Ledger(path.with_suffix(".jsonl"), resume=True).get(asdict(piece))
     assert again["held_out_loss"] == stored["held_out_loss"], "the same seed, the same run"
     assert again["ranks"] == stored["ranks"]

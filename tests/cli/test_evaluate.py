@@ -121,4 +121,4 @@ def test_a_constant_action(policy: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = find_competitor(f"constant:{policy}", DecisionSchedule(probe_steps=2))
     assert isinstance(found, Constant)
     assert found.name == "constant:pilot"
-    assert found.steering == (0, 0), "an untrained policy keeps the rule's floor and tilt"
+    assert found.placement == (0, 0), "an untrained policy keeps the rule's floor and depth bias"

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from rankpilot.common.workers import Spread, apart, worker_pool
+from rankpilot.common.workers import Spread, isolated, worker_pool
 
 
 class Broken(Exception):
@@ -102,7 +102,7 @@ def test_threads_and_random_state_are_put_back_after_an_error() -> None:
         assert torch.get_num_threads() == 1
         raise Broken
 
-    with pytest.raises(Broken), apart():
+    with pytest.raises(Broken), isolated():
         fail()
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), before)

@@ -224,7 +224,7 @@ def test_whole_numbers_of_any_type_are_taken(make_env: MakeEnv) -> None:
 def test_wrong_scores_are_refused_and_the_episode_goes_on(make_env: MakeEnv, bad: np.ndarray[Any, Any]) -> None:
     env = ScoreActions(make_env())
     env.reset(seed=0)
-    with pytest.raises(ConfigError, match="30 finite numbers, the corrections of floor and tilt last"):
+    with pytest.raises(ConfigError, match="30 finite numbers, the corrections of floor and depth bias last"):
         env.step(bad)
     assert env.step(np.zeros(30, dtype=np.float32))[4]["step"] == 2
 
@@ -498,8 +498,8 @@ def test_score_actions_decode_against_the_present_plans(make_env: MakeEnv) -> No
     action = np.append(np.linspace(-1, 1, 28), [0.5, -0.25]).astype(np.float32)
     observation = env.unwrapped.observation
     assert observation is not None
-    deltas, floor, tilt = decode(observation.problem, action[:28].astype(np.float64), (0.5, -0.25))
-    assert (floor, tilt) == (pytest.approx(16 * 2**0.5), 3.75)
+    deltas, rank_floor, depth_bias = decode(observation.problem, action[:28].astype(np.float64), (0.5, -0.25))
+    assert (rank_floor, depth_bias) == (pytest.approx(16 * 2**0.5), 3.75)
     asked = observation.problem.ladder.array[observation.problem.ladder.rung(observation.problem.ranks) + deltas]
     info = env.step(action)[4]
     assert info["ranks"] == tuple(asked.tolist()), "what scores ask for fits the budget already"

@@ -20,7 +20,7 @@ from rankpilot.finetune.batch_watch import BatchWatch
 from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.batch_shape import Shape
+from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.budget import Budget, free_bytes
 from rankpilot.memory.cost import total_cost
 from rankpilot.memory.for_training import LOOP_BYTES
@@ -183,10 +183,10 @@ def test_the_largest_rows_and_length_of_two_batches_are_priced_together(launch: 
     guard = run.pilot._guard
     guard._memory = None
     few = {name: torch.ones(1, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
-    priced = guard._priced(few, Shape(ROWS, LONG))
+    priced = guard._priced(few, BatchShape(ROWS, LONG))
     many = {name: torch.ones(ROWS, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
     guard._memory = None
-    expected = guard._priced(many, Shape(ROWS, LONG))
+    expected = guard._priced(many, BatchShape(ROWS, LONG))
     ranks = np.full(len(run.pilot.controller.targets), 4)  # type: ignore[union-attr]
     assert total_cost(priced, ranks) == total_cost(expected, ranks)
 
@@ -299,16 +299,16 @@ def test_auto_on_a_gpu_leaves_a_margin() -> None:
 
 
 def test_the_watch_ignores_evaluation_and_calls_once_for_a_shape() -> None:
-    seen: list[Shape] = []
+    seen: list[BatchShape] = []
     model = torch.nn.Module()
     model.forward = lambda **batch: None  # type: ignore[method-assign]
     watch = BatchWatch()
-    watch.attach(model, Shape(2, 8), lambda batch, shape: seen.append(shape))
+    watch.attach(model, BatchShape(2, 8), lambda batch, shape: seen.append(shape))
     model.eval()(input_ids=torch.zeros(9, 9, dtype=torch.long))
     model.train()
     for rows, length in ((2, 8), (1, 9), (3, 2), (3, 9)):
         model(input_ids=torch.zeros(rows, length, dtype=torch.long), num_items_in_batch=torch.tensor(3))
-    assert seen == [Shape(2, 9), Shape(3, 9)]
+    assert seen == [BatchShape(2, 9), BatchShape(3, 9)]
     watch.detach()
     model(input_ids=torch.zeros(50, 50, dtype=torch.long))
     assert len(seen) == 2

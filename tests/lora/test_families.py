@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.peft_config import adapter_ranks, make_resizable, settle, sync_config
+from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
@@ -266,7 +266,7 @@ def test_a_fresh_model_resumes_from_the_whole_state(family):
     assert not torch.equal(family.logits(goal), family.logits(source))
     goal.load_state_dict(source.state_dict())
     found = find_target_modules(goal)
-    settle(goal, found)
+    finish_load(goal, found)
     assert adapter_ranks(found) == mixed(targets)
     assert [t.scaling for t in found] == [t.scaling for t in targets]
     check_dropped(family, goal, found)
@@ -287,7 +287,7 @@ def test_a_live_model_takes_an_adapter_file_of_other_ranks(family, tmp_path):
     set_ranks(targets, {t.name: (0, 5, 3)[i % 3] for i, t in enumerate(targets)}, optimizer)
     family.train(model, optimizer)
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    settle(model, targets)
+    finish_load(model, targets)
     assert adapter_ranks(targets) == mixed(targets)
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
     assert torch.equal(family.logits(model), best)

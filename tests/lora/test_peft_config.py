@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rankpilot.lora import peft_config as checkpoint
-from rankpilot.lora.peft_config import adapter_ranks, make_resizable, settle, sync_config
+from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import BertForSequenceClassification, LlamaForCausalLM
@@ -72,7 +72,7 @@ def test_a_model_of_other_ranks_takes_a_whole_state_dict(make_llama, make_tokens
         make_resizable(model, find_target_modules(model))
     ranks = mix(find_target_modules(source))
     goal.load_state_dict(source.state_dict(), strict=strict)
-    settle(goal, find_target_modules(goal))
+    finish_load(goal, find_target_modules(goal))
     assert adapter_ranks(find_target_modules(goal)) == ranks
     assert torch.equal(logits(goal, make_tokens()), logits(source, make_tokens()))
 
@@ -89,7 +89,7 @@ def test_a_model_of_other_ranks_takes_an_adapter_file(make_llama, make_tokens, s
     assert adapter_ranks(targets) == ranks
     # Until training starts every pair counts as trained, as it did when the first optimiser was made.
     assert all(t.weight_a.requires_grad for t in targets)
-    settle(goal, targets)
+    finish_load(goal, targets)
     assert [t.weight_a.requires_grad for t in targets] == [rank > 0 for rank in ranks.values()]
     assert goal.peft_config["default"].rank_pattern == {
         "^" + re.escape(name): rank for name, rank in ranks.items() if rank
@@ -108,7 +108,7 @@ def test_load_adapter_goes_the_same_way(make_llama, make_tokens, tmp_path):
     best = logits(model, make_tokens())
     mix(targets, (2, 0, 5))
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    settle(model, targets)
+    finish_load(model, targets)
     assert adapter_ranks(targets) == ranks
     assert torch.equal(logits(model, make_tokens()), best)
 

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.frozen_weights import base_norm, guard_base, real_weight
-from rankpilot.lora.peft_config import adapter_ranks, make_resizable, settle, sync_config
+from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import SignalMeter
 from rankpilot.lora.targets import TargetModule, find_target_modules
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_other_ranks_is_taken(base, folder):
     make_resizable(goal, targets)
     adapter = {k: v for k, v in source.state_dict().items() if "lora_" in k}
     goal.load_state_dict(adapter, strict=False)
-    settle(goal, targets)
+    finish_load(goal, targets)
     assert adapter_ranks(targets) == adapter_ranks(source_targets)
     assert torch.equal(logits(goal), logits(source))
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.lora import resize as ranks_module
 from rankpilot.lora.factors import growth_generator, shrink_maps, write_in_place
-from rankpilot.lora.resize import RankChange, bookkeep, non_finite, reset_adapters, set_ranks
+from rankpilot.lora.resize import RankChange, non_finite, reset_adapters, set_ranks, update_peft_records
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 
@@ -229,7 +229,9 @@ def test_shrinks_come_before_grows_so_that_storage_never_peaks(make_llama, monke
         return sum(w.untyped_storage().nbytes() for t in targets for w in (t.weight_a, t.weight_b))
 
     seen = []
-    monkeypatch.setattr(ranks_module, "bookkeep", lambda target, rank: (bookkeep(target, rank), seen.append(stored())))
+    monkeypatch.setattr(
+        ranks_module, "bookkeep", lambda target, rank: (update_peft_records(target, rank), seen.append(stored()))
+    )
     before = stored()
     changes = set_ranks(targets, ranks)
     assert max(seen) <= max(before, stored())

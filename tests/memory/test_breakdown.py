@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.lora.targets import TargetModule, find_target_modules
-from rankpilot.memory.batch_shape import Shape
+from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.breakdown import KINDS, LOSS, Breakdown, break_down, frozen_bytes
 from rankpilot.memory.calibration import calibrate
 from rankpilot.memory.cost import total_cost
@@ -35,7 +35,7 @@ def plans(count: int) -> list[np.ndarray]:
     return [np.full(count, 8), np.zeros(count, dtype=int), np.full(count, 5000), top, *some]
 
 
-def check_sums(memory: MemoryModel, targets: list[TargetModule], shape: Shape | None = None) -> None:
+def check_sums(memory: MemoryModel, targets: list[TargetModule], shape: BatchShape | None = None) -> None:
     cost = memory.cost(shape)
     for ranks in plans(len(targets)):
         found = break_down(memory, targets, ranks, shape)
@@ -56,7 +56,7 @@ def test_the_parts_sum_to_the_price(
     model, batch = (make_llama(), llama_batch) if kind == "llama" else (make_bert(), bert_batch)
     memory, targets = calibrated(model, batch, segments)
     check_sums(memory, targets)
-    check_sums(memory, targets, Shape(9, 5))
+    check_sums(memory, targets, BatchShape(9, 5))
 
 
 class KeptOnContext(torch.autograd.Function):

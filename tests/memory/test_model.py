@@ -15,7 +15,7 @@ import torch
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import signal_buffer_bytes
-from rankpilot.memory.batch_shape import Shape
+from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.calibration import calibrate
 from rankpilot.memory.cost import total_cost
 from rankpilot.memory.peak_meter import PeakMeter
@@ -51,7 +51,7 @@ def saved_errors(name: str, precision: str, plans: int, shapes: tuple[tuple[int,
     for seed, (rows, length) in enumerate(shapes):
         batch = family_batch(ROWS[name], run.model, rows, length, seed)
         for ranks in random_plans(run.targets, generator, plans):
-            errors.append(memory.saved(ranks, Shape.of(batch)) / run.saved(ranks, batch) - 1)
+            errors.append(memory.saved(ranks, BatchShape.of(batch)) / run.saved(ranks, batch) - 1)
     return np.array(errors)
 
 
@@ -65,7 +65,7 @@ def peak_errors(
     generator = np.random.default_rng(1)
     for seed, (rows, length) in enumerate(shapes):
         batch = family_batch(ROWS[name], run.model, rows, length, seed)
-        cost = memory.cost(Shape.of(batch))
+        cost = memory.cost(BatchShape.of(batch))
         for ranks in random_plans(run.targets, generator, plans):
             errors.append(total_cost(cost, ranks) / run.peak(ranks, batch) - 1)
     return np.array(errors)
@@ -201,8 +201,8 @@ def test_one_calibration_predicts_fewer_and_more_rows_and_tokens(name, rows):
     for length in (5, 16):
         batch = family_batch(ROWS[name], run.model, rows, length)
         short = 8 if rows == 1 and name == "llama" else 0
-        assert memory.saved(ranks, Shape.of(batch)) == run.saved(ranks, batch) - short
-        predicted, real = total_cost(memory.cost(Shape.of(batch)), ranks), run.peak(ranks, batch)
+        assert memory.saved(ranks, BatchShape.of(batch)) == run.saved(ranks, batch) - short
+        predicted, real = total_cost(memory.cost(BatchShape.of(batch)), ranks), run.peak(ranks, batch)
         assert real - short <= predicted <= real + short, (rows, length)
 
 
@@ -210,26 +210,26 @@ def test_one_calibration_predicts_fewer_and_more_rows_and_tokens(name, rows):
 def test_calibration_on_any_shape_predicts_any_other(calibrated):
     run = run_of("gpt2")
     memory = run.calibrated(family_batch(ROWS["gpt2"], run.model, *calibrated))
-    assert memory.shape == Shape(*calibrated)
+    assert memory.shape == BatchShape(*calibrated)
     ranks = np.full(len(run.targets), 2)
     for rows, length in ((2, 5), (4, 12), (8, 16)):
         batch = family_batch(ROWS["gpt2"], run.model, rows, length)
-        assert total_cost(memory.cost(Shape.of(batch)), ranks) == pytest.approx(run.peak(ranks, batch), rel=EXACT)
+        assert total_cost(memory.cost(BatchShape.of(batch)), ranks) == pytest.approx(run.peak(ranks, batch), rel=EXACT)
 
 
 def test_batches_of_three_tokens_are_too_short_to_tell_of_others():
     run = run_of("llama")
     memory = run.calibrated(family_batch(ROWS["llama"], run.model, 4, 3))
-    assert memory.saved(np.full(14, 2), Shape(9, 3)) > memory.saved(np.full(14, 2))
+    assert memory.saved(np.full(14, 2), BatchShape(9, 3)) > memory.saved(np.full(14, 2))
     with pytest.raises(UnsupportedError, match=r"Batches of 4 x 12 .* batches of \S+ x 3, which are too short"):
-        memory.cost(Shape(4, 12))
+        memory.cost(BatchShape(4, 12))
 
 
 def test_a_calibrated_shape_is_the_default():
     run = run_of("llama")
     memory, ranks = run.calibrated(), np.full(14, 2)
-    assert memory.saved(ranks) == memory.saved(ranks, Shape(*CALIBRATED)) < memory.saved(ranks, Shape(5, 12))
-    assert total_cost(memory.cost(), ranks) == total_cost(memory.cost(Shape(*CALIBRATED)), ranks)
+    assert memory.saved(ranks) == memory.saved(ranks, BatchShape(*CALIBRATED)) < memory.saved(ranks, BatchShape(5, 12))
+    assert total_cost(memory.cost(), ranks) == total_cost(memory.cost(BatchShape(*CALIBRATED)), ranks)
 
 
 def test_a_mixture_of_experts_is_known_at_the_calibrated_shape_only():
@@ -241,9 +241,9 @@ def test_a_mixture_of_experts_is_known_at_the_calibrated_shape_only():
             run.peak(ranks), rel=0.01
         )  # routes follow the adapters
     with pytest.raises(UnsupportedError, match=r"Batches of 9 x 12 cannot be predicted.* measured, 4 x 12, is known"):
-        memory.cost(Shape(9, 12))
+        memory.cost(BatchShape(9, 12))
     with pytest.raises(UnsupportedError, match=r"Batches of 4 x 11 cannot be predicted"):
-        memory.saved(np.full(8, 2), Shape(4, 11))
+        memory.saved(np.full(8, 2), BatchShape(4, 11))
 
 
 def test_batches_with_padding_are_predicted_from_batches_with_padding():
@@ -255,7 +255,7 @@ def test_batches_with_padding_are_predicted_from_batches_with_padding():
         if rows == 4:
             memory = run.calibrated(batch)
         for ranks in random_plans(run.targets, np.random.default_rng(0), 4):
-            assert memory.saved(ranks, Shape.of(batch)) == run.saved(ranks, batch)
+            assert memory.saved(ranks, BatchShape.of(batch)) == run.saved(ranks, batch)
 
 
 # Costs of single ranks, optimisers and gradients -------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rankpilot.lora.ladder import RankLadder
 from rankpilot.lora.optimizer_layouts import layout_of
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.model_states import held_state, state_bytes
+from rankpilot.memory.model_states import model_states, state_bytes
 from transformers import LlamaForCausalLM
 from transformers.optimization import Adafactor
 
@@ -76,7 +76,7 @@ def wide_llama(make_llama, llama_config):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_is_never_below_the_real_one_at_any_rank_of_the_ladder(wide_llama, name):
     targets = find_target_modules(wide_llama)
-    held = held_state(wide_llama, targets, OPTIMIZERS[name](trained(wide_llama)), signal_bytes=False)
+    held = model_states(wide_llama, targets, OPTIMIZERS[name](trained(wide_llama)), signal_bytes=False)
     for rank in RankLadder().ranks[1:]:
         set_ranks(targets, {t.name: rank for t in targets})
         optimizer = OPTIMIZERS[name](trained(wide_llama))
@@ -95,7 +95,7 @@ def test_state_is_never_below_the_real_one_at_any_rank_of_the_ladder(wide_llama,
 
 def test_factored_state_starts_above_zero_and_grows_by_two_numbers_a_rank(wide_llama):
     targets = find_target_modules(wide_llama)
-    held = held_state(wide_llama, targets, torch.optim.Adafactor(trained(wide_llama)), signal_bytes=False)
+    held = model_states(wide_llama, targets, torch.optim.Adafactor(trained(wide_llama)), signal_bytes=False)
     assert held.optimizer.tolist() == [2 * 4] * len(targets)
     assert held.fixed.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
 
@@ -113,7 +113,7 @@ def test_layouts_count_factored_averages_as_they_are(name, shape):
 
 def test_weights_gradients_and_signals_of_one_rank(wide_llama):
     targets = find_target_modules(wide_llama)
-    held = held_state(wide_llama, targets, None, signal_bytes=True)
+    held = model_states(wide_llama, targets, None, signal_bytes=True)
     assert held.weights.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
     assert held.optimizer.tolist() == (2 * held.weights).tolist()
     assert held.signals.tolist() == [4 * t.d_out for t in targets]
@@ -123,8 +123,8 @@ def test_weights_gradients_and_signals_of_one_rank(wide_llama):
 
 def test_adapters_in_half_precision_take_half(wide_llama):
     targets = find_target_modules(wide_llama)
-    full = held_state(wide_llama, targets, None, signal_bytes=True)
-    half = held_state(wide_llama.to(torch.bfloat16), targets, None, signal_bytes=True)
+    full = model_states(wide_llama, targets, None, signal_bytes=True)
+    half = model_states(wide_llama.to(torch.bfloat16), targets, None, signal_bytes=True)
     for name in ("weights", "optimizer", "signals"):
         assert (2 * getattr(half, name)).tolist() == getattr(full, name).tolist()
 
@@ -134,7 +134,7 @@ def test_what_trains_beside_the_adapters_counts_with_its_state(make_bert):
     targets = find_target_modules(model)
     optimizer = torch.optim.AdamW(trained(model), fused=True)
     head = sum(4 * p.numel() for p in model.base_model.model.classifier.parameters() if p.requires_grad)
-    held = held_state(model, targets, optimizer, signal_bytes=False)
+    held = model_states(model, targets, optimizer, signal_bytes=False)
     assert held.others == 3 * head > 0
     assert held.other_gradients == head
     assert not held.scratch.any()
@@ -144,10 +144,10 @@ def test_an_optimizer_that_works_on_all_parameters_at_once_copies_them(make_bert
     model = make_bert()
     targets = find_target_modules(model)
     heads = [4 * p.numel() for p in model.base_model.model.classifier.parameters() if p.requires_grad]
-    at_once = held_state(model, targets, torch.optim.AdamW(trained(model), foreach=True), signal_bytes=False)
+    at_once = model_states(model, targets, torch.optim.AdamW(trained(model), foreach=True), signal_bytes=False)
     assert at_once.scratch.tolist() == at_once.weights.tolist()
     assert at_once.other_gradients == 2 * sum(heads)
-    in_turn = held_state(model, targets, torch.optim.AdamW(trained(model), foreach=False), signal_bytes=False)
+    in_turn = model_states(model, targets, torch.optim.AdamW(trained(model), foreach=False), signal_bytes=False)
     assert not in_turn.scratch.any()
     assert in_turn.other_gradients == sum(heads) + 3 * max(heads)
 
@@ -156,7 +156,7 @@ def test_biases_and_magnitudes_do_not_grow_with_rank(named_family):
     for name, count in (("bert-lora-bias", 1), ("llama-dora", 1)):
         model = named_family(name).model()
         targets = find_target_modules(model)
-        held = held_state(model, targets, None, signal_bytes=False)
+        held = model_states(model, targets, None, signal_bytes=False)
         assert held.fixed.tolist() == [3 * 4 * count * t.d_out for t in targets]  # gradient and state
         assert held.weights.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
 
@@ -210,7 +210,7 @@ def test_counted_state_is_the_live_state_of_a_whole_plan(named_family, name):
     model = family_model(family)
     run = adamw_run(model, family_batch(family, model, 2, 4))
     run.optimizer = OPTIMIZERS[name](trained(model))
-    held = held_state(model, run.targets, run.optimizer, signal_bytes=False)
+    held = model_states(model, run.targets, run.optimizer, signal_bytes=False)
     ranks = np.arange(len(run.targets)) % 5
     run.apply(ranks)
     step(run.optimizer, model)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.common.workers import worker_pool
-from rankpilot.env.episodes.rollout import Round
+from rankpilot.env.episodes.rollout import Rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suites import SUITES, find_tasks
@@ -27,7 +27,7 @@ SLOTS = 16
 def ranks_of(tasks: list[ProxyTask]) -> list[list[list[int]]]:
     """Ranks after each decision, by task; the tasks share a base and a batch shape."""
     policy, schedule = load_policy("default"), policy_schedule("default")
-    under_way = Round(StackedEpisodes(tasks[0].base, schedule, SLOTS), tasks)
+    under_way = Rollout(StackedEpisodes(tasks[0].base, schedule, SLOTS), tasks)
     ranks: list[list[list[int]]] = [[] for _ in tasks]
     while slots := under_way.flying:
         decisions = {slot: policy.decide(under_way.observations[slot]) for slot in slots}

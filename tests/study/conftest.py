@@ -53,7 +53,7 @@ def write_decisions(folder: Path) -> None:
                 run="demo", policy="pilot", decision=decision, step=step, seed=3,
                 loss=None if decision == 0 else 0.7 - 0.1 * decision,
                 limit=100 * MIB, predicted_cost=(90 + 2 * decision) * MIB,
-                measured_cost=None if decision == 0 else 89 * MIB, unit="bytes", log_prob=-9.0, floor=4.0,
+                measured_cost=None if decision == 0 else 89 * MIB, unit="bytes", log_prob=-9.0, rank_floor=4.0,
                 modules=MODULES, blocks=BLOCKS, delta=np.zeros(36, dtype=int), rank_before=before,
                 rank_asked=asked, rank_after=ranks[decision], score=np.zeros(36), features=features(decision),
                 feature_names=("sensitivity", "snr", "top", "constant"),

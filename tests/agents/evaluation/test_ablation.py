@@ -9,7 +9,7 @@ import pytest
 from rankpilot.agents.evaluation.ablation import FEATURE_GROUPS, Once, Without
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.allocation.policy import Decision
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import UnknownNameError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ParameterCost
@@ -33,7 +33,7 @@ class Recorder:
 def observation() -> Observation:
     ranks = np.ones(COUNT, dtype=np.int64)
     cost = ParameterCost(np.full((1, COUNT), 10.0))
-    problem = PlanProblem(ranks, 8 * ranks, np.arange(COUNT), cost, 400.0, RankLadder())
+    problem = AllocationProblem(ranks, 8 * ranks, np.arange(COUNT), cost, 400.0, RankLadder())
     generator = np.random.default_rng(0)
     modules = generator.uniform(1, 2, size=(COUNT, len(MODULE_FEATURES))).astype(np.float32)
     run = generator.uniform(1, 2, size=len(RUN_FEATURES)).astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from rankpilot.agents.learned.candidates import BASIS, FIXED, propose
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.actions import SCORE_BOUND, base_floor, base_tilt
+from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
 from rankpilot.allocation.observation import MODULE_FEATURES, Observation
 from rankpilot.allocation.plan import project, uniform_ranks, uniform_window
 from rankpilot.allocation.policy import decision_from_scores
@@ -20,7 +20,7 @@ from rankpilot.memory.cost import ByteCost
 MakeObservation = Callable[..., Observation]
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
 UNIFORM, FRACRULE, HEUR3, FRACRULE_MLP, ACTOR = range(FIXED)
-STEERING = np.array([0.7, -0.4])
+PLACEMENT = np.array([0.7, -0.4])
 
 
 def byte_cost(modules: int) -> ByteCost:
@@ -47,7 +47,7 @@ def actor_scores(modules: int = 16, seed: int = 0) -> NDArray[np.float64]:
 
 
 def proposals(observation: Observation, draws: int = 0, seed: int = 0, **actor: Any) -> Arrays:
-    given = {"scores": actor_scores(len(observation.modules)), "steering": STEERING} | actor
+    given = {"scores": actor_scores(len(observation.modules)), "placement": PLACEMENT} | actor
     return propose(observation, **given, draws=draws, generator=np.random.default_rng(seed))
 
 
@@ -72,12 +72,12 @@ def test_rules_are_among_them(
 ) -> None:
     observation = make_observation(16, seed, max_step=max_step, **options)
     expected = find_rule(rule).decide(observation)
-    scores, steering = proposals(observation)
-    found = decision_from_scores(observation, scores[number], steering[number])
+    scores, placement = proposals(observation)
+    found = decision_from_scores(observation, scores[number], placement[number])
     np.testing.assert_array_equal(found.deltas, expected.deltas)
-    assert (found.floor, found.tilt) == (expected.floor, expected.tilt)
+    assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
     plan = project(observation.problem, expected.deltas, expected.scores)
-    np.testing.assert_array_equal(ranks_of(observation, (scores, steering), number), plan.ranks)
+    np.testing.assert_array_equal(ranks_of(observation, (scores, placement), number), plan.ranks)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,11 +86,11 @@ def test_the_actor_is_among_them(
     make_observation: MakeObservation, options: dict[str, Any], seed: int, max_step: int | None
 ) -> None:
     observation, scores = make_observation(16, seed, max_step=max_step, **options), actor_scores(16, seed)
-    expected = decision_from_scores(observation, scores, STEERING)
+    expected = decision_from_scores(observation, scores, PLACEMENT)
     actions = proposals(observation, scores=scores)
     found = decision_from_scores(observation, actions[0][ACTOR], actions[1][ACTOR])
     np.testing.assert_array_equal(found.deltas, expected.deltas)
-    assert (found.floor, found.tilt) == (expected.floor, expected.tilt)
+    assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
 
 
 def test_the_fixed_ones_are_different_plans(make_observation: MakeObservation, options: dict[str, Any]) -> None:
@@ -139,38 +139,38 @@ def test_fixed_ones_do_not_depend_on_what_is_drawn(make_observation: MakeObserva
 
 @pytest.mark.parametrize("draws", [0, 1, 48])
 def test_so_many_are_drawn(make_observation: MakeObservation, options: dict[str, Any], draws: int) -> None:
-    scores, steering = proposals(make_observation(16, **options), draws=draws)
+    scores, placement = proposals(make_observation(16, **options), draws=draws)
     assert scores.shape == (FIXED + draws, 16)
-    assert steering.shape == (FIXED + draws, 2)
-    assert scores.dtype == steering.dtype == np.float64
+    assert placement.shape == (FIXED + draws, 2)
+    assert scores.dtype == placement.dtype == np.float64
 
 
 @pytest.mark.parametrize("modules", [1, 16, 300])
 def test_all_are_within_the_bounds_of_actions(make_observation: MakeObservation, modules: int) -> None:
     observation = make_observation(modules)
     wild = np.where(np.arange(modules) % 3 == 0, SCORE_BOUND, -SCORE_BOUND)
-    scores, steering = proposals(observation, 200, scores=wild, steering=np.array([-SCORE_BOUND, SCORE_BOUND]))
+    scores, placement = proposals(observation, 200, scores=wild, placement=np.array([-SCORE_BOUND, SCORE_BOUND]))
     assert np.abs(scores).max() <= SCORE_BOUND
-    assert np.abs(steering).max() <= SCORE_BOUND
+    assert np.abs(placement).max() <= SCORE_BOUND
     for number in range(0, FIXED + 200, 20):
-        assert observation.problem.fits(ranks_of(observation, (scores, steering), number))
+        assert observation.problem.fits(ranks_of(observation, (scores, placement), number))
 
 
 def test_corrections_are_within_the_bounds_whatever_the_unit(
     make_observation: MakeObservation, options: dict[str, Any]
 ) -> None:
     observation = make_observation(16, **options)
-    scores, steering = proposals(observation, 500)
+    scores, placement = proposals(observation, 500)
     assert np.abs(scores).max() <= SCORE_BOUND
-    assert np.abs(steering).max() <= SCORE_BOUND
-    floors, tilts = (
-        base_floor(observation.problem) * 2.0 ** steering[FIXED:, 0],
-        base_tilt(observation.problem) + steering[FIXED:, 1],
+    assert np.abs(placement).max() <= SCORE_BOUND
+    floors, depth_biases = (
+        base_rank_floor(observation.problem) * 2.0 ** placement[FIXED:, 0],
+        base_depth_bias(observation.problem) + placement[FIXED:, 1],
     )
     assert floors.min() < 1.1, "from a floor that lets all in"
     assert floors.max() > 6, "to one that lets few in"
-    assert tilts.min() < 0.2, "with tilts that hardly favour upper layers, or not"
-    assert tilts.max() > 1, "and others that do"
+    assert depth_biases.min() < 0.2, "with depth biases that hardly favour upper layers, or not"
+    assert depth_biases.max() > 1, "and others that do"
 
 
 def test_the_same_seed_draws_the_same(make_observation: MakeObservation, options: dict[str, Any]) -> None:
@@ -183,9 +183,9 @@ def test_the_same_seed_draws_the_same(make_observation: MakeObservation, options
 
 def test_what_is_drawn_does_not_depend_on_the_state(make_observation: MakeObservation) -> None:
     """Weights and corrections are the same at every decision; only what they weigh differs."""
-    steering = [proposals(make_observation(modules, seed), 20)[1] for modules, seed in ((16, 0), (16, 1), (5, 2))]
-    np.testing.assert_array_equal(steering[0], steering[1])
-    np.testing.assert_array_equal(steering[0], steering[2])
+    placement = [proposals(make_observation(modules, seed), 20)[1] for modules, seed in ((16, 0), (16, 1), (5, 2))]
+    np.testing.assert_array_equal(placement[0], placement[1])
+    np.testing.assert_array_equal(placement[0], placement[2])
 
 
 def test_plans_differ_in_depth_and_in_order(make_observation: MakeObservation, options: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, Ne
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import RULES, find_rule
 from rankpilot.agents.rules.by_signal import SignalRule, signal_score
-from rankpilot.agents.rules.top_down import FracRule
+from rankpilot.agents.rules.top_down import TopDown
 from rankpilot.agents.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
-from rankpilot.allocation.actions import SCORE_BOUND, STEERING
+from rankpilot.allocation.actions import PLACEMENT, SCORE_BOUND
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.env.spaces import observation_space, score_space
 from rankpilot.errors import UnknownNameError
@@ -121,7 +121,7 @@ def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, see
     rule = find_rule("heur3").decide(observation)
     np.testing.assert_allclose(learned.scores, rule.scores, atol=1e-6)
     np.testing.assert_array_equal(learned.deltas, rule.deltas)
-    assert (learned.floor, learned.tilt) == (rule.floor, rule.tilt)
+    assert (learned.rank_floor, learned.depth_bias) == (rule.rank_floor, rule.depth_bias)
     other = SignalRule(gain=-0.5).decide(observation)
     assert not np.array_equal(other.deltas, rule.deltas)
 
@@ -302,7 +302,7 @@ def test_log_prob_of_a_decision_is_the_density_at_its_mean(make_observation: Mak
         )
     normal = MultivariateNormal(action.mean.double(), covariance(action).double())
     assert decision.log_prob == pytest.approx(float(normal.log_prob(action.mean.double())), abs=1e-4)
-    assert FracRule().decide(make_observation(5)).log_prob == 0
+    assert TopDown().decide(make_observation(5)).log_prob == 0
 
 
 @pytest.mark.parametrize("each", [[0.3, 0.5], [0.1, 0.1], [-0.5, 0.3]])
@@ -336,7 +336,7 @@ def test_rules(make_observation: MakeObservation) -> None:
 
 def test_a_policy_of_sb3_agrees_with_the_network() -> None:
     policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
-    assert score_space(4).shape == (4 + len(STEERING),)
+    assert score_space(4).shape == (4 + len(PLACEMENT),)
     policy.network.load_state_dict(stirred().state_dict())
     modules, run, mask = arrays(4)
     mask[:, 3] = 0

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.agents.learned.plan_value import CriticConfig, PlanCritics, Plans
+from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.training.fit_plan_value import FitConfig, Lessons, fit_critics
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = CriticConfig(count=2, width=24)
-TINY = CriticConfig(count=2, width=6)
+SMALL = PlanValueConfig(count=2, width=24)
+TINY = PlanValueConfig(count=2, width=6)
 RANKS = torch.tensor([0, 1, 2, 4, 8, 16, 32])
 BUDGET = RUN_FEATURES.index("budget")
 Truth = Callable[[Plans], torch.Tensor]
@@ -49,10 +49,10 @@ def padded(plans: Plans, filling: float = 2.9, by: int = 4) -> Plans:
     )
 
 
-def stirred(config: CriticConfig | None = None) -> PlanCritics:
+def stirred(config: PlanValueConfig | None = None) -> PlanValueEnsemble:
     """Critics whose words differ, without dropout."""
     torch.manual_seed(1)
-    critics = PlanCritics(config or CriticConfig(count=3, width=16))
+    critics = PlanValueEnsemble(config or PlanValueConfig(count=3, width=16))
     with torch.no_grad():
         for parameter in critics.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -60,7 +60,7 @@ def stirred(config: CriticConfig | None = None) -> PlanCritics:
 
 
 @torch.no_grad()
-def said_by(critics: PlanCritics, plans: Plans) -> torch.Tensor:
+def said_by(critics: PlanValueEnsemble, plans: Plans) -> torch.Tensor:
     found: torch.Tensor = critics(plans)
     return found
 
@@ -139,7 +139,7 @@ def test_states_are_taken_by_number() -> None:
 )
 def test_bad_settings(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="at least 1 and dropout is from 0 to below 1"):
-        CriticConfig(**options)
+        PlanValueConfig(**options)
 
 
 # What they learn ------------------------------------------------------------------------------------------------------
@@ -172,19 +172,19 @@ def right_module(plans: Plans) -> torch.Tensor:
 @dataclass(frozen=True)
 class Fitted:
     truth: Truth
-    critics: PlanCritics
+    critics: PlanValueEnsemble
     facts: dict[str, float]
 
 
 @pytest.fixture(scope="module", params=[right_depth, right_module], ids=lambda truth: truth.__name__)
 def fitted(request: pytest.FixtureRequest) -> Fitted:
     """Critics that were taught one of two truths."""
-    critics = PlanCritics(SMALL)
+    critics = PlanValueEnsemble(SMALL)
     facts = fit_critics(critics, lessons_on(request.param, groups=400, runs=10), seed=0)
     return Fitted(request.param, critics, facts)
 
 
-def share_of_headroom(critics: PlanCritics, lessons: Lessons, runs: int) -> float:
+def share_of_headroom(critics: PlanValueEnsemble, lessons: Lessons, runs: int) -> float:
     """What the plans that critics choose gain over the mean of all plans; 1 for the best, 0 for chance."""
     said = said_by(critics, lessons.plans).mean(dim=0).reshape(-1, runs)
     gains = lessons.gains.reshape(-1, runs)
@@ -226,18 +226,18 @@ def test_noise_is_not_explained() -> None:
     def noise(plans: Plans) -> torch.Tensor:
         return 0.1 * torch.randn(len(plans.run), generator=torch.Generator().manual_seed(3))
 
-    facts = fit_critics(PlanCritics(SMALL), lessons_on(noise, groups=40, runs=8), seed=0)
+    facts = fit_critics(PlanValueEnsemble(SMALL), lessons_on(noise, groups=40, runs=8), seed=0)
     assert facts["explained"] < 0.1
 
 
 def test_what_all_have_seen_tells_nothing_of_other_tasks() -> None:
     lessons = lessons_on(right_depth, groups=2, runs=4)
-    assert fit_critics(PlanCritics(TINY), lessons, seed=0) == {}
+    assert fit_critics(PlanValueEnsemble(TINY), lessons, seed=0) == {}
 
 
 def test_plans_that_all_end_alike_tell_nothing() -> None:
     lessons = lessons_on(lambda plans: torch.zeros(len(plans.run)), groups=6, runs=4)
-    assert fit_critics(PlanCritics(TINY), lessons, seed=0) == {}
+    assert fit_critics(PlanValueEnsemble(TINY), lessons, seed=0) == {}
 
 
 # How they are fitted --------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ LESSONS = lessons_on(dyadic, groups=10, runs=4)
 
 def fit(lessons: Lessons, seed: int = 0, start: int = 0, workers: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(start)
-    critics = PlanCritics(TINY)
+    critics = PlanValueEnsemble(TINY)
     fit_critics(critics, lessons, seed=seed, fit=SHORT, workers=workers)
     return critics.state_dict()
 
@@ -270,13 +270,13 @@ def test_a_fit_depends_on_its_seed_alone() -> None:
     found = fit(LESSONS)
     assert same(found, fit(LESSONS, start=5))
     assert not same(found, fit(LESSONS, seed=7))
-    critics = PlanCritics(TINY)
+    critics = PlanValueEnsemble(TINY)
     critics.load_state_dict(found)
     assert (said_by(critics, LESSONS.plans).std(dim=0) > 1e-4).all(), "critics have seeds of their own"
 
 
 def test_a_fit_leaves_the_random_state_as_it_was() -> None:
-    critics = PlanCritics(TINY)
+    critics = PlanValueEnsemble(TINY)
     before = torch.get_rng_state()
     fit_critics(critics, LESSONS, seed=0, fit=SHORT)
     assert torch.equal(torch.get_rng_state(), before)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rankpilot.agents.learned.candidates import FIXED, propose
 from rankpilot.agents.learned.network import NetworkConfig, RankNetwork
-from rankpilot.agents.learned.plan_value import CriticConfig, PlanCritics, Plans
-from rankpilot.agents.learned.policy import CAUTION, DRAWS, LATER_CAUTION, LearnedPolicy
+from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.policy import DRAWS, LATER_LCB_COEFFICIENT, LCB_COEFFICIENT, LearnedPolicy
 from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.plan import project, uniform_ranks
@@ -24,11 +24,11 @@ MakeObservation = Callable[..., Observation]
 WHEN = pytest.mark.parametrize("max_step", [None, 2], ids=["first", "later"])
 
 
-class Judges(PlanCritics):
+class Judges(PlanValueEnsemble):
     """Critics that say what a test wants, (critics, plans), and keep what they were asked."""
 
     def __init__(self, say: Callable[[Plans], torch.Tensor]) -> None:
-        super().__init__(CriticConfig(count=1, width=1))
+        super().__init__(PlanValueConfig(count=1, width=1))
         self.say = say
         self.asked: list[Plans] = []
 
@@ -67,7 +67,7 @@ def network() -> RankNetwork:
 def proposed(network: RankNetwork, observation: Observation) -> list[Decision]:
     """In the order in which critics see them; ahead of them, later on, the ranks as they are."""
     own = LearnedPolicy("actor", network).act(observation)
-    actions = propose(observation, own.scores, own.steering, DRAWS, np.random.default_rng(0))
+    actions = propose(observation, own.scores, own.placement, DRAWS, np.random.default_rng(0))
     return [decision_from_scores(observation, *action) for action in zip(*actions, strict=True)]
 
 
@@ -94,7 +94,7 @@ def test_it_takes_the_plan_that_critics_expect_the_most_of(
     expected = proposed(network, observation)[number]
     np.testing.assert_array_equal(found.deltas, expected.deltas)
     np.testing.assert_array_equal(found.scores, expected.scores)
-    assert (found.floor, found.tilt) == (expected.floor, expected.tilt)
+    assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
 
 
 @WHEN
@@ -142,9 +142,9 @@ def test_critics_see_the_state_and_the_ranks(
 # Or none --------------------------------------------------------------------------------------------------------------
 
 
-def no_critics_opinion() -> PlanCritics:
+def no_critics_opinion() -> PlanValueEnsemble:
     """Critics of which each says the same of all plans."""
-    critics = PlanCritics(CriticConfig(width=4))
+    critics = PlanValueEnsemble(PlanValueConfig(width=4))
     with torch.no_grad():
         for number, critic in enumerate(critics.critics):
             critic.head[-1].weight.zero_()  # type: ignore[index, union-attr]
@@ -204,7 +204,7 @@ def test_what_critics_disagree_about_is_not_worth_a_risk(
     def decided(gains: Mapping[int, Sequence[float]]) -> Decision:
         return LearnedPolicy("p", network, judges_of(gains)).decide(observation)
 
-    spread, caution = 0.2, CAUTION if max_step is None else LATER_CAUTION
+    spread, caution = 0.2, LCB_COEFFICIENT if max_step is None else LATER_LCB_COEFFICIENT
     bold = 1.5 * caution * spread
     timid = 0.5 * caution * spread
     stays, goes = (decided({9: (gain - spread, gain + spread)}) for gain in (timid, bold))
@@ -240,15 +240,19 @@ def test_what_a_critic_says_of_all_plans_does_not_count(
 
 
 @pytest.fixture(scope="module")
-def critics() -> PlanCritics:
-    found: PlanCritics = stirred(lambda: PlanCritics(CriticConfig(count=2, width=8)))
+def critics() -> PlanValueEnsemble:
+    found: PlanValueEnsemble = stirred(lambda: PlanValueEnsemble(PlanValueConfig(count=2, width=8)))
     return found
 
 
 @WHEN
 @pytest.mark.parametrize("modules", [1, 2, 12, 60])
 def test_decisions_are_deterministic_and_possible(
-    make_observation: MakeObservation, network: RankNetwork, critics: PlanCritics, modules: int, max_step: int | None
+    make_observation: MakeObservation,
+    network: RankNetwork,
+    critics: PlanValueEnsemble,
+    modules: int,
+    max_step: int | None,
 ) -> None:
     observation = make_observation(modules, max_step=max_step)
     state, draws = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["pos"]  # noqa: NPY002
@@ -264,7 +268,7 @@ def test_decisions_are_deterministic_and_possible(
 
 
 def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
-    make_observation: MakeObservation, network: RankNetwork, critics: PlanCritics
+    make_observation: MakeObservation, network: RankNetwork, critics: PlanValueEnsemble
 ) -> None:
     taken = 0
     for seed in range(6):
@@ -281,10 +285,10 @@ def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
             said = critics(asked[0])[:, 0].double().numpy()
         gains = said - said[:, :1]
         means, stds = gains.mean(axis=0), gains.std(axis=0)
-        chosen = int(np.argmax(means - CAUTION * stds))
+        chosen = int(np.argmax(means - LCB_COEFFICIENT * stds))
         assert (found.expected, found.uncertainty) == pytest.approx((means[chosen], stds[chosen]), abs=1e-5)
         np.testing.assert_array_equal(asked[0].ranks[0, chosen], ranks_of(observation, found))
-        assert found.expected >= CAUTION * found.uncertainty - 1e-6
+        assert found.expected >= LCB_COEFFICIENT * found.uncertainty - 1e-6
         taken += chosen > 0
     assert taken > 2
 
@@ -301,10 +305,10 @@ def test_without_critics_the_actor_decides(
     for seed in range(4):
         observation = make_observation(12, seed, max_step=max_step)
         found, action = policy.decide(observation), policy.act(observation)
-        expected = decision_from_scores(observation, action.scores, action.steering)
+        expected = decision_from_scores(observation, action.scores, action.placement)
         np.testing.assert_array_equal(found.deltas, expected.deltas)
         np.testing.assert_array_equal(found.scores, action.scores)
-        assert (found.floor, found.tilt) == (expected.floor, expected.tilt)
+        assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
         assert (found.log_prob, found.expected, found.uncertainty) == (
             action.log_prob,
             action.expected,
@@ -315,7 +319,7 @@ def test_without_critics_the_actor_decides(
 
 
 def test_critics_do_not_change_what_the_actor_wants(
-    make_observation: MakeObservation, network: RankNetwork, critics: PlanCritics
+    make_observation: MakeObservation, network: RankNetwork, critics: PlanValueEnsemble
 ) -> None:
     observation = make_observation(12)
     alone, judged = (LearnedPolicy("p", network, given).act(observation) for given in (None, critics))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.network import NetworkConfig, RankNetwork
-from rankpilot.agents.learned.plan_value import CriticConfig, PlanCritics
+from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD, CRITICS, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.agents.rules import RULES
@@ -25,7 +25,7 @@ from rankpilot.errors import PolicyFileError, RankPilotError, UnknownNameError
 from safetensors.torch import load_file, save_file
 
 NETWORK = asdict(NetworkConfig(width=12))
-JUDGES = asdict(CriticConfig(count=2, width=8, dropout=0.5))
+JUDGES = asdict(PlanValueConfig(count=2, width=8, dropout=0.5))
 SCHEDULE = DecisionSchedule(probe_steps=7, fractions=(0.0, 0.25), max_step=3)
 
 
@@ -73,7 +73,7 @@ def test_round_trip(folder: Path, network: RankNetwork, make_observation: Callab
         a, b = before.decide(make_observation(11, seed)), loaded.decide(make_observation(11, seed))
         np.testing.assert_array_equal(a.scores, b.scores)
         np.testing.assert_array_equal(a.deltas, b.deltas)
-        assert (a.floor, a.log_prob) == (b.floor, b.log_prob)
+        assert (a.rank_floor, a.log_prob) == (b.rank_floor, b.log_prob)
     assert policy_schedule(folder) == SCHEDULE
     card = json.loads((folder / CARD).read_text())
     assert card["note"] == [1, 2]
@@ -212,8 +212,8 @@ def test_unknown_names(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def critics() -> PlanCritics:
-    critics = PlanCritics(CriticConfig(**JUDGES))
+def critics() -> PlanValueEnsemble:
+    critics = PlanValueEnsemble(PlanValueConfig(**JUDGES))
     with torch.no_grad():
         for parameter in critics.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -221,7 +221,7 @@ def critics() -> PlanCritics:
 
 
 @pytest.fixture
-def judged(tmp_path: Path, network: RankNetwork, critics: PlanCritics) -> Path:
+def judged(tmp_path: Path, network: RankNetwork, critics: PlanValueEnsemble) -> Path:
     return save_policy(tmp_path / "judged", network, SCHEDULE, {"name": "judged"}, critics)
 
 
@@ -231,7 +231,7 @@ def decisions_of(policy: LearnedPolicy, make_observation: Callable[..., Observat
 
 
 def test_critics_come_back(
-    judged: Path, network: RankNetwork, critics: PlanCritics, make_observation: Callable[..., Observation]
+    judged: Path, network: RankNetwork, critics: PlanValueEnsemble, make_observation: Callable[..., Observation]
 ) -> None:
     loaded = load_policy(judged)
     assert isinstance(loaded, LearnedPolicy)

@@ -17,7 +17,7 @@ from rankpilot.agents.rules.random import RandomScores
 from rankpilot.allocation.observation import MODULE_FEATURES, Observation
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.policy import decision_from_scores
-from rankpilot.allocation.problem import PlanProblem
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.tasks.finetune import Reference
@@ -40,7 +40,7 @@ def episodes() -> StackedEpisodes:
 
 
 @pytest.fixture(scope="module")
-def problems(episodes: StackedEpisodes) -> dict[str, PlanProblem]:
+def problems(episodes: StackedEpisodes) -> dict[str, AllocationProblem]:
     return {name: episodes.problem(task(**options)) for name, options in BUDGETS.items()}
 
 
@@ -49,7 +49,7 @@ def task(**options: Any) -> ProxyTask:
     return ProxyTask("planted", 1, corpus="documentation", reference=Reference(1.0, 0.5), **sizes, **options)
 
 
-def seen(problem: PlanProblem, seed: int = 0) -> Observation:
+def seen(problem: AllocationProblem, seed: int = 0) -> Observation:
     """An observation with random signals and the features of places and prices that they go with."""
     generator = np.random.default_rng(seed)
     modules = generator.normal(size=(len(problem.ranks), len(MODULE_FEATURES)))
@@ -69,7 +69,7 @@ def first_ranks(name: str, observation: Observation) -> Any:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", RULES)
-def test_plans_keep_to_the_budget_and_spend_it(problems: dict[str, PlanProblem], name: str, budget: str) -> None:
+def test_plans_keep_to_the_budget_and_spend_it(problems: dict[str, AllocationProblem], name: str, budget: str) -> None:
     problem = problems[budget]
     for seed in range(3):
         observation = seen(problem, seed)
@@ -85,7 +85,7 @@ def test_plans_keep_to_the_budget_and_spend_it(problems: dict[str, PlanProblem],
 
 
 @pytest.mark.parametrize("name", ["uniform", "top-half", "top-third", "rule16", "random"])
-def test_plans_are_kept(problems: dict[str, PlanProblem], name: str) -> None:
+def test_plans_are_kept(problems: dict[str, AllocationProblem], name: str) -> None:
     problem = problems["bytes"]
     ranks = first_ranks(name, seen(problem))
     later = replace(problem, ranks=ranks, max_step=2, hysteresis=0.2)
@@ -98,7 +98,7 @@ def test_plans_are_kept(problems: dict[str, PlanProblem], name: str) -> None:
     ("name", "feature"), [("gradient-norm", "gradient_norm"), ("adalora", "importance"), ("snr", "snr")]
 )
 def test_signal_rules_follow_their_signal_and_no_other(
-    problems: dict[str, PlanProblem], name: str, feature: str
+    problems: dict[str, AllocationProblem], name: str, feature: str
 ) -> None:
     observation = seen(problems["parameters"])
     scores = RULES[name].decide(observation).scores
@@ -106,7 +106,7 @@ def test_signal_rules_follow_their_signal_and_no_other(
     np.testing.assert_allclose(scores, 0.5 * column, atol=1e-6)
 
 
-def test_where_rules_put_rank(problems: dict[str, PlanProblem]) -> None:
+def test_where_rules_put_rank(problems: dict[str, AllocationProblem]) -> None:
     few, many = seen(problems["parameters"]), seen(problems["bytes"])
     blocks = few.problem.blocks
     assert set(blocks[first_ranks("top-half", many) > 0]) == {2, 3}
@@ -124,16 +124,16 @@ def test_where_rules_put_rank(problems: dict[str, PlanProblem]) -> None:
     np.testing.assert_allclose(thrifty, -price, atol=1e-5)
 
 
-def test_lower_floors_go_deeper(problems: dict[str, PlanProblem]) -> None:
+def test_lower_floors_go_deeper(problems: dict[str, AllocationProblem]) -> None:
     observation = seen(problems["bytes"])
     names = ("fracrule", "one-deeper", "two-deeper", "all-layers")
     depths = [len(np.unique(observation.problem.blocks[first_ranks(name, observation) > 0])) for name in names]
     assert depths == sorted(depths)
     assert depths[0] < depths[-1]
-    assert [RULES[name].decide(observation).floor for name in names] == [16, 8, 4, 1]
+    assert [RULES[name].decide(observation).rank_floor for name in names] == [16, 8, 4, 1]
 
 
-def test_random_plans_differ_by_what_is_seen_and_by_draw(problems: dict[str, PlanProblem]) -> None:
+def test_random_plans_differ_by_what_is_seen_and_by_draw(problems: dict[str, AllocationProblem]) -> None:
     problem = problems["bytes"]
     scores = [RandomScores(draw=draw).decide(seen(problem, seed)).scores for draw, seed in ((0, 0), (0, 1), (1, 0))]
     assert len({values.tobytes() for values in scores}) == 3
@@ -147,7 +147,7 @@ def test_random_plans_differ_by_what_is_seen_and_by_draw(problems: dict[str, Pla
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_windows(problems: dict[str, PlanProblem], budget: str) -> None:
+def test_windows(problems: dict[str, AllocationProblem], budget: str) -> None:
     problem = problems[budget]
     for start, end, layers in ((0, 0.25, {0}), (0.5, 1, {2, 3}), (0.25, 0.75, {1, 2}), (0, 1, {0, 1, 2, 3})):
         ranks = window_ranks(problem, start, end)
@@ -195,7 +195,7 @@ def test_a_constant_action_is_the_mean(make_observation: MakeObservation) -> Non
     constant = constant_of(ByHeight(), observations, "constant:x")
     assert constant.name == "constant:x"
     np.testing.assert_allclose(constant.scores, 2 * KNOTS - 1, atol=1e-6)
-    assert constant.steering == pytest.approx((1 / 4, -1))
+    assert constant.placement == pytest.approx((1 / 4, -1))
     blind = [constant.decide(replace(o, run=0 * o.run)).scores for o in observations[:1]]
     np.testing.assert_array_equal(blind[0], constant.decide(observations[0]).scores)
     assert isinstance(constant, Constant)

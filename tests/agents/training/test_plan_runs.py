@@ -14,17 +14,17 @@ import pytest
 import torch
 from rankpilot.agents.learned.candidates import FIXED
 from rankpilot.agents.learned.network import NetworkConfig, RankNetwork
-from rankpilot.agents.learned.plan_value import CriticConfig, PlanCritics
+from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.training import plan_runs as trials
 from rankpilot.agents.training.fit_plan_value import fit_critics
-from rankpilot.agents.training.plan_runs import RUNS, Stack, Trial, fly_trial, lessons_of, run_trials
+from rankpilot.agents.training.plan_runs import RUNS, PlanRun, Stack, fly_trial, lessons_of, run_trials
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.common.workers import apart
-from rankpilot.env.episodes.rollout import Round
+from rankpilot.common.workers import isolated
+from rankpilot.env.episodes.rollout import Rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.tasks.proxy_task import ProxyTask
@@ -58,20 +58,21 @@ def stack_of(*tasks: ProxyTask, number: int = 0, seed: int = 0) -> Stack:
     return Stack(number, number, tasks, actor, SCHEDULE, seed, "cpu")
 
 
-def fly(stack: Stack) -> Trial:
+def fly(stack: Stack) -> PlanRun:
     """As a worker does."""
-    with apart():
+    with isolated():
         return fly_trial(stack)
 
 
-def same(left: Trial, right: Trial) -> bool:
+def same(left: PlanRun, right: PlanRun) -> bool:
     return all(
-        np.array_equal(getattr(left, field.name), getattr(right, field.name), equal_nan=True) for field in fields(Trial)
+        np.array_equal(getattr(left, field.name), getattr(right, field.name), equal_nan=True)
+        for field in fields(PlanRun)
     )
 
 
 @pytest.fixture(scope="module")
-def flown() -> Iterator[Trial]:
+def flown() -> Iterator[PlanRun]:
     """One stack of two tasks."""
     yield fly(stack_of(BYTES, PARAMETERS))
     trials._episodes.cache_clear()
@@ -80,7 +81,7 @@ def flown() -> Iterator[Trial]:
 # One stack ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_seen_and_decided_at_each_decision(flown: Trial) -> None:
+def test_what_is_seen_and_decided_at_each_decision(flown: PlanRun) -> None:
     runs = 2 * RUNS
     assert flown.modules.shape == (2, runs, MODULES, len(MODULE_FEATURES))
     assert flown.scores.shape == flown.ranks.shape == (2, runs, MODULES)
@@ -93,7 +94,7 @@ def test_what_is_seen_and_decided_at_each_decision(flown: Trial) -> None:
     assert flown.scores.std(axis=2).min() > 0.01
 
 
-def test_losses_are_those_of_whole_runs(flown: Trial) -> None:
+def test_losses_are_those_of_whole_runs(flown: PlanRun) -> None:
     assert np.isfinite(flown.losses).all()
     assert (flown.losses < flown.initial).all(), "all have learned something"
     for part in (slice(0, RUNS), slice(RUNS, 2 * RUNS)):
@@ -102,7 +103,7 @@ def test_losses_are_those_of_whole_runs(flown: Trial) -> None:
     np.testing.assert_allclose(flown.gains, -np.log(flown.losses))
 
 
-def test_runs_of_a_task_see_the_same_and_decide_differently_at_first(flown: Trial) -> None:
+def test_runs_of_a_task_see_the_same_and_decide_differently_at_first(flown: PlanRun) -> None:
     for part in (slice(0, RUNS), slice(RUNS, 2 * RUNS)):
         for seen in (flown.modules, flown.scores, flown.run):
             assert (seen[0, part] == seen[0, part.start]).all()
@@ -111,13 +112,13 @@ def test_runs_of_a_task_see_the_same_and_decide_differently_at_first(flown: Tria
     assert (flown.modules[1, :RUNS] != flown.modules[1, 0]).any(), "later they see what their plans led to"
 
 
-def test_most_runs_keep_their_ranks_later(flown: Trial) -> None:
+def test_most_runs_keep_their_ranks_later(flown: PlanRun) -> None:
     """Under a parameter budget; of bytes the last decision has more to spend."""
     moved = (flown.ranks[1] != flown.ranks[0]).any(axis=1)[RUNS:]
     assert 0 < moved.sum() < 10
 
 
-def test_ranks_fit_the_budget(flown: Trial) -> None:
+def test_ranks_fit_the_budget(flown: PlanRun) -> None:
     targets = adapted_base(BYTES.base)[1]
     most = np.array([target.max_rank for target in targets])
     for task, part in ((BYTES, slice(0, RUNS)), (PARAMETERS, slice(RUNS, 2 * RUNS))):
@@ -133,9 +134,9 @@ def test_ranks_fit_the_budget(flown: Trial) -> None:
     assert flown.ranks.min() >= 0
 
 
-def test_the_first_runs_follow_the_rules_and_the_actor(flown: Trial) -> None:
-    with apart():
-        observations = Round(StackedEpisodes(BYTES.base, SCHEDULE, 2), [BYTES, PARAMETERS]).observations
+def test_the_first_runs_follow_the_rules_and_the_actor(flown: PlanRun) -> None:
+    with isolated():
+        observations = Rollout(StackedEpisodes(BYTES.base, SCHEDULE, 2), [BYTES, PARAMETERS]).observations
     actor = stack_of().actor
     for observation, start in zip(observations, (0, RUNS), strict=True):
         np.testing.assert_allclose(flown.modules[0, start], observation.modules, atol=1e-5)
@@ -152,7 +153,7 @@ def test_stacks_share_the_fixed_plans_and_draw_others() -> None:
     assert (here.ranks[0, FIXED:] != there.ranks[0, FIXED:]).any(axis=1).sum() > 5
 
 
-def test_a_stack_flies_the_same_again(flown: Trial) -> None:
+def test_a_stack_flies_the_same_again(flown: PlanRun) -> None:
     """Whatever this process flew before, and in a new one too."""
     fly(stack_of(PARAMETERS, replace(BYTES, seed=5), number=3))
     again = fly(stack_of(BYTES, PARAMETERS))
@@ -186,9 +187,9 @@ def test_a_stack_of_which_nothing_is_left_has_one_decision() -> None:
     assert np.ptp(trial.gains) == 0
 
 
-def test_critics_can_be_fitted_to_them(flown: Trial) -> None:
+def test_critics_can_be_fitted_to_them(flown: PlanRun) -> None:
     lessons = lessons_of([flown])
-    critics = PlanCritics(CriticConfig(width=4))
+    critics = PlanValueEnsemble(PlanValueConfig(width=4))
     facts = fit_critics(critics, lessons, seed=0)
     assert all(map(math.isfinite, facts.values()))
     assert torch.isfinite(critics(lessons.plans)).all()
@@ -201,12 +202,12 @@ class Killed(Exception):
     pass
 
 
-def made_up(number: int = 0, decisions: int = 2, tasks: int = 1, modules: int = 3) -> Trial:
+def made_up(number: int = 0, decisions: int = 2, tasks: int = 1, modules: int = 3) -> PlanRun:
     generator = np.random.default_rng(number)
     runs = tasks * RUNS
     losses = generator.uniform(0.2, 0.9, runs)
     losses[number % runs] = math.nan
-    return Trial(
+    return PlanRun(
         generator.normal(size=(decisions, runs, modules, len(MODULE_FEATURES))).astype(np.float32),
         generator.normal(size=(decisions, runs, modules)).astype(np.float32),
         generator.normal(size=(decisions, runs, len(RUN_FEATURES))).astype(np.float32),
@@ -221,7 +222,7 @@ def fake_flights(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stacks whose number is 90 or more fail; the rest are made up. Returns the numbers of those that were flown."""
     seen: list[int] = []
 
-    def fake(stack: Stack) -> Trial:
+    def fake(stack: Stack) -> PlanRun:
         if stack.number >= 90:
             raise Killed
         seen.append(stack.number)
@@ -250,7 +251,7 @@ def test_trials_come_in_order_and_stay_in_files(fake_flights: list[int], tmp_pat
     assert names(folder) == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
     for number in range(3):
         arrays = load_file(folder / f"0000{number}.safetensors")
-        assert same(Trial(**arrays), made_up(number))
+        assert same(PlanRun(**arrays), made_up(number))
 
 
 def test_what_is_there_is_not_flown_again(fake_flights: list[int], tmp_path: Path) -> None:

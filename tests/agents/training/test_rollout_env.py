@@ -16,9 +16,9 @@ from rankpilot.agents.evaluation.runs import fly
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.rules.by_signal import HEUR3, signal_score
 from rankpilot.agents.training.rewards import rewards_of
-from rankpilot.agents.training.rollout_env import RoundsVecEnv
+from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.stack_worker import StackState
-from rankpilot.agents.training.task_sampling import FRESH_SEEDS, RoundsConfig
+from rankpilot.agents.training.task_sampling import FRESH_SEEDS, RolloutConfig
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.allocation.policy import Decision, decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -45,7 +45,7 @@ def task(kind: Any = "planted", seed: int = 0, base: str = "llama-4x32", **optio
 PLANTED, SHIFT = (task("planted", 1), task("planted", 2)), (task("shift", 3, budget=0.4), task("shift", 4))
 
 
-def config(**options: Any) -> RoundsConfig:
+def config(**options: Any) -> RolloutConfig:
     settings: Any = {
         "templates": (PLANTED, SHIFT),
         "stacks": 1,
@@ -54,21 +54,21 @@ def config(**options: Any) -> RoundsConfig:
         "schedule": SCHEDULE,
         "workers": 1,
     }
-    return RoundsConfig(**{**settings, **options})
+    return RolloutConfig(**{**settings, **options})
 
 
-def make(**options: Any) -> RoundsVecEnv:
-    return RoundsVecEnv(config(**options), find_rule("heur3"), MODULES)
+def make(**options: Any) -> ProxyVecEnv:
+    return ProxyVecEnv(config(**options), find_rule("heur3"), MODULES)
 
 
 @pytest.fixture(scope="module")
-def envs() -> Iterator[RoundsVecEnv]:
+def envs() -> Iterator[ProxyVecEnv]:
     made = make()
     yield made
     made.close()
 
 
-def random_actions(envs: RoundsVecEnv, seed: int) -> NDArray[np.float32]:
+def random_actions(envs: ProxyVecEnv, seed: int) -> NDArray[np.float32]:
     shape = (envs.num_envs, envs.max_modules + 2)
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -81,7 +81,7 @@ def rule_actions(arrays: Arrays) -> NDArray[np.float32]:
     return np.concatenate([scores, np.zeros((rows, 2), dtype=np.float32)], axis=1)
 
 
-def play_round(envs: RoundsVecEnv, round_: int, seed: int = 0) -> list[Any]:
+def play_round(envs: ProxyVecEnv, round_: int, seed: int = 0) -> list[Any]:
     envs.round = round_
     seen: list[Any] = [envs.reset()]
     for decision in range(envs.decisions):
@@ -97,7 +97,7 @@ def assert_same(left: Any, right: Any) -> None:
 # The contract of VecEnv -----------------------------------------------------------------------------------------------
 
 
-def test_a_round_from_beginning_to_end(envs: RoundsVecEnv) -> None:
+def test_a_round_from_beginning_to_end(envs: ProxyVecEnv) -> None:
     assert (envs.num_envs, envs.decisions) == (4, 3)
     envs.round = 5
     observations: Any = envs.reset()
@@ -137,7 +137,7 @@ def test_a_round_from_beginning_to_end(envs: RoundsVecEnv) -> None:
     assert_same(fresh, observations)
 
 
-def test_neighbours_share_the_task_until_they_act(envs: RoundsVecEnv) -> None:
+def test_neighbours_share_the_task_until_they_act(envs: ProxyVecEnv) -> None:
     envs.round = 0
     features: Any = envs.reset()
     first = features["module_features"]
@@ -148,7 +148,7 @@ def test_neighbours_share_the_task_until_they_act(envs: RoundsVecEnv) -> None:
     assert not np.array_equal(later["module_features"][0], later["module_features"][1])
 
 
-def test_equal_actions_give_equal_rewards(envs: RoundsVecEnv) -> None:
+def test_equal_actions_give_equal_rewards(envs: ProxyVecEnv) -> None:
     envs.round = 1
     envs.reset()
     for decision in range(3):
@@ -159,7 +159,7 @@ def test_equal_actions_give_equal_rewards(envs: RoundsVecEnv) -> None:
     assert rewards[2] != rewards[3]
 
 
-def test_the_rest_of_the_contract(envs: RoundsVecEnv) -> None:
+def test_the_rest_of_the_contract(envs: ProxyVecEnv) -> None:
     assert envs.get_attr("render_mode") == [None] * 4
     assert envs.get_attr("round", [0, 2]) == [envs.round] * 2
     assert envs.env_is_wrapped(object) == [False] * 4
@@ -167,7 +167,7 @@ def test_the_rest_of_the_contract(envs: RoundsVecEnv) -> None:
     assert envs.unwrapped is envs
     with pytest.raises(AttributeError):
         envs.get_attr("no_such_thing")
-    with pytest.raises(ConfigError, match="make a new RoundsVecEnv"):
+    with pytest.raises(ConfigError, match="make a new ProxyVecEnv"):
         envs.set_attr("round", 3)
     with pytest.raises(AttributeError, match="'render'"):
         envs.env_method("render")
@@ -343,7 +343,7 @@ def steered_actions(arrays: Arrays) -> NDArray[np.float32]:
     return actions
 
 
-def test_play_is_flying(envs: RoundsVecEnv) -> None:
+def test_play_is_flying(envs: ProxyVecEnv) -> None:
     """More tasks than a stack holds, of two bases, one of which fails."""
     hot = task("shift", 20, learning_rate=1e30)
     tasks = [task("shift", seed, base) for seed, base in enumerate(["llama-4x32", "bert-4x32"] * 4)]
@@ -362,7 +362,7 @@ def test_play_is_flying(envs: RoundsVecEnv) -> None:
         np.testing.assert_array_equal([losses[index] for index in own], expected)
 
 
-def test_a_round_is_as_if_nothing_had_been_played(envs: RoundsVecEnv) -> None:
+def test_a_round_is_as_if_nothing_had_been_played(envs: ProxyVecEnv) -> None:
     """Played before it, and in the middle of it."""
     before = play_round(envs, 3)
     envs.reset()
@@ -381,7 +381,7 @@ def test_a_round_is_as_if_nothing_had_been_played(envs: RoundsVecEnv) -> None:
     assert rewards[-1].any()
 
 
-def test_what_modules_are_worth_is_told_where_it_is_known(envs: RoundsVecEnv) -> None:
+def test_what_modules_are_worth_is_told_where_it_is_known(envs: ProxyVecEnv) -> None:
     tasks = [PLANTED[0], SHIFT[0]]
     noted: list[tuple[Arrays, Any]] = []
     envs.play(tasks, rule_actions, note=lambda arrays, worths: noted.append((arrays, worths)))
@@ -419,23 +419,23 @@ def test_workers_beyond_the_stacks_are_not_started() -> None:
 @pytest.mark.slow
 def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
     options: Any = {"stacks": 2, "groups": 1}
-    here, apart = make(**options), make(**options, workers=2)
+    here, isolated = make(**options), make(**options, workers=2)
     try:
-        assert_same(play_round(apart, 0), play_round(here, 0))
+        assert_same(play_round(isolated, 0), play_round(here, 0))
         tasks = [*PLANTED, *SHIFT, task("shift", 9, "bert-4x32")]
-        assert apart.play(tasks, rule_actions) == here.play(tasks, rule_actions)
+        assert isolated.play(tasks, rule_actions) == here.play(tasks, rule_actions)
 
         poor = task("shift", budget=1e-9)
-        for some in (here, apart):
+        for some in (here, isolated):
             with pytest.raises(BudgetError, match="fits no adapter at all"):
                 some.play([*SHIFT[:1] * 4, poor], rule_actions)
-        assert_same(play_round(apart, 1), play_round(here, 1))
+        assert_same(play_round(isolated, 1), play_round(here, 1))
 
-        apart._processes[1].kill()
+        isolated._processes[1].kill()
         with pytest.raises(WorkerError, match="worker process ended"):
-            apart.reset()
+            isolated.reset()
     finally:
-        processes = list(apart._processes)
-        apart.close()
-        apart.close()
+        processes = list(isolated._processes)
+        isolated.close()
+        isolated.close()
     assert not any(process.is_alive() for process in processes)

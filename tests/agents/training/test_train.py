@@ -27,7 +27,7 @@ from rankpilot.agents.training.config import TrainConfig
 from rankpilot.agents.training.plan_runs import RUNS, TRIALS
 from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
 from rankpilot.agents.training.progress import PROGRESS
-from rankpilot.agents.training.rollout_env import RoundsVecEnv
+from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.task_sampling import rounds_of, trial_draws
 from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
 from rankpilot.agents.training.validation import Validation
@@ -100,9 +100,9 @@ def noted(config: TrainConfig, folder: Path, *, resume: bool = False, kill_at: i
     """Train; be killed at one of the calls of the workers."""
     stages: list[tuple[str, int, int]] = []
     calls = 0
-    call = RoundsVecEnv._calls
+    call = ProxyVecEnv._calls
 
-    def counted(envs: RoundsVecEnv, given: Any) -> Any:
+    def counted(envs: ProxyVecEnv, given: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == kill_at:
@@ -110,7 +110,7 @@ def noted(config: TrainConfig, folder: Path, *, resume: bool = False, kill_at: i
         return call(envs, given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RoundsVecEnv, "_calls", counted)
+        patch.setattr(ProxyVecEnv, "_calls", counted)
         policy = train(config, folder, resume=resume, on_stage=lambda stage: stages.append(dataclasses.astuple(stage)))
     return Run(folder, policy, stages, calls)
 
@@ -361,7 +361,7 @@ def fake_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[list[float]]) 
         seen.append({name: value.clone() for name, value in policy.network.state_dict().items()})
         return measure(self, policy)
 
-    monkeypatch.setattr(RoundsVecEnv, "play", lambda *_, **__: next(given))
+    monkeypatch.setattr(ProxyVecEnv, "play", lambda *_, **__: next(given))
     monkeypatch.setattr(Validation, "measure", watched)
     return seen
 
@@ -373,15 +373,15 @@ def test_the_best_network_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     losses = [[1.0, 1.0] if index == best else [1.5, 1.5] for index in range(4)]
     seen = fake_losses(monkeypatch, losses)
     with pytest.MonkeyPatch.context() as patch:
-        step = RoundsVecEnv.step_wait
+        step = ProxyVecEnv.step_wait
         steps = itertools.count(1)
 
-        def kill(envs: RoundsVecEnv) -> Any:
+        def kill(envs: ProxyVecEnv) -> Any:
             if next(steps) == 5:
                 raise Killed
             return step(envs)
 
-        patch.setattr(RoundsVecEnv, "step_wait", kill)
+        patch.setattr(ProxyVecEnv, "step_wait", kill)
         with pytest.raises(Killed):
             train(config, tmp_path / "run")
     network = train(config, tmp_path / "run", resume=True).network
@@ -469,14 +469,14 @@ def test_an_absent_device_leaves_no_folder_behind(tmp_path: Path) -> None:
 
 
 def test_episodes_have_the_steps_that_were_asked_for(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[RoundsVecEnv] = []
-    start = RoundsVecEnv.__init__
+    found: list[ProxyVecEnv] = []
+    start = ProxyVecEnv.__init__
 
-    def noting(envs: RoundsVecEnv, *given: Any) -> None:
+    def noting(envs: ProxyVecEnv, *given: Any) -> None:
         found.append(envs)
         start(envs, *given)
 
-    monkeypatch.setattr(RoundsVecEnv, "__init__", noting)
+    monkeypatch.setattr(ProxyVecEnv, "__init__", noting)
     train(BARE, bare.folder, resume=True)
     templates = [task for suite in found[0].config.templates for task in suite]
     assert {task.steps for task in templates} == {6}
@@ -508,7 +508,7 @@ GROUP = 8
 
 
 class Toy(gym.Env[dict[str, Any], Any]):
-    """One decision whose best action is known: scores that rise with height, a floor shift of 1 and a tilt of -1.
+    """One decision whose best action is known: scores that rise with height, a floor shift of 1 and a depth bias of -1.
 
     Scores are compared with each other alone, so the best ones are centred.
     """
@@ -529,8 +529,8 @@ class Toy(gym.Env[dict[str, Any], Any]):
         return self.observed, {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        steering = float(np.square(action[-2] - 1) + np.square(action[-1] + 1))
-        miss = float(np.square(action[:-2] - self.best).mean()) + steering
+        placement = float(np.square(action[-2] - 1) + np.square(action[-1] + 1))
+        miss = float(np.square(action[:-2] - self.best).mean()) + placement
         # A large offset that no action can change: what the group's mean must take away.
         return self.observed, 100.0 - miss, True, False, {}
 
@@ -561,10 +561,10 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
 
     assert miss() == pytest.approx((1.0, 1.0, 1.0)), "it starts at zero"
     model.learn(64 * 60)
-    scores, floor, tilt = miss()
+    scores, rank_floor, depth_bias = miss()
     assert scores < 0.25
-    assert floor < 0.25
-    assert tilt < 0.25
+    assert rank_floor < 0.25
+    assert depth_bias < 0.25
 
 
 def test_tasks_of_trials() -> None:

@@ -13,8 +13,8 @@ from rankpilot.agents.learned.network import NetworkConfig
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.training import warm_start as module
 from rankpilot.agents.training.ppo_policy import RankPolicy
-from rankpilot.agents.training.rollout_env import RoundsVecEnv
-from rankpilot.agents.training.task_sampling import RoundsConfig
+from rankpilot.agents.training.rollout_env import ProxyVecEnv
+from rankpilot.agents.training.task_sampling import RolloutConfig
 from rankpilot.agents.training.warm_start import EXPONENT, SPAN, Lessons, explore, target_scores, warm_start
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.arrays import Arrays
@@ -30,9 +30,9 @@ SHIFT = [ProxyTask("shift", seed, reference=Reference(3.0, 2.2), **SIZES) for se
 
 
 @pytest.fixture(scope="module")
-def envs() -> Iterator[RoundsVecEnv]:
-    config = RoundsConfig((tuple(PLANTED), tuple(SHIFT)), 1, 2, 2, SCHEDULE, workers=1)
-    made = RoundsVecEnv(config, find_rule("heur3"), MODULES + 2)
+def envs() -> Iterator[ProxyVecEnv]:
+    config = RolloutConfig((tuple(PLANTED), tuple(SHIFT)), 1, 2, 2, SCHEDULE, workers=1)
+    made = ProxyVecEnv(config, find_rule("heur3"), MODULES + 2)
     yield made
     made.close()
 
@@ -44,7 +44,7 @@ def new_policy() -> RankPolicy:
     )
 
 
-def seen_on(envs: RoundsVecEnv, tasks: list[ProxyTask]) -> Any:
+def seen_on(envs: ProxyVecEnv, tasks: list[ProxyTask]) -> Any:
     """What an untrained policy sees when it explores; the same whenever it is asked."""
     policy, lessons = new_policy(), Lessons()
     torch.manual_seed(1)
@@ -84,7 +84,7 @@ def test_lessons_are_padded_like_observations() -> None:
 
 
 def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
-    envs: RoundsVecEnv, monkeypatch: pytest.MonkeyPatch
+    envs: ProxyVecEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BATCH", 3)  # more steps, for fewer tasks
     monkeypatch.setattr(module, "PASSES", 300)
@@ -109,10 +109,10 @@ def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
     moved = (after - before)[:, :MODULES]
     moved = (moved - moved.mean(dim=1, keepdim=True)).square().mean(dim=1)
     assert moved[~known].mean() < 0.2 * moved[known].mean(), "scores stay where nothing is known"
-    assert not (after - before)[:, -2:].any(), "floor and tilt stay the rule's"
+    assert not (after - before)[:, -2:].any(), "floor and depth bias stay the rule's"
 
 
-def test_it_is_learned_the_same_again(envs: RoundsVecEnv) -> None:
+def test_it_is_learned_the_same_again(envs: ProxyVecEnv) -> None:
     found = []
     for _ in range(2):
         policy = new_policy()
@@ -122,7 +122,7 @@ def test_it_is_learned_the_same_again(envs: RoundsVecEnv) -> None:
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
 
 
-def test_critics_and_exploration_are_not_taught(envs: RoundsVecEnv) -> None:
+def test_critics_and_exploration_are_not_taught(envs: ProxyVecEnv) -> None:
     """They have no part in the scores."""
     policy = new_policy()
     before = {name: value.clone() for name, value in policy.network.state_dict().items()}
@@ -134,7 +134,7 @@ def test_critics_and_exploration_are_not_taught(envs: RoundsVecEnv) -> None:
     assert not torch.equal(policy.network.gains, before["gains"])
 
 
-def test_where_nothing_is_known_nothing_is_learned(envs: RoundsVecEnv) -> None:
+def test_where_nothing_is_known_nothing_is_learned(envs: ProxyVecEnv) -> None:
     policy = new_policy()
     before = {name: value.clone() for name, value in policy.network.state_dict().items()}
     assert warm_start(policy, envs, SHIFT, seed=0) == {}

@@ -19,7 +19,7 @@ from rankpilot.bench.memory.plans import BUDGETS, REFERENCE, REQUIRED, NamedPlan
 from rankpilot.bench.memory.report import accuracy, guard
 from rankpilot.bench.memory.settings import MODELS, Setting
 from rankpilot.errors import ConfigError
-from rankpilot.memory.batch_shape import Shape
+from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.cost import total_cost
 from rich.console import Console
 
@@ -47,7 +47,7 @@ def test_random_plans_adapt_something_and_differ_in_kind() -> None:
 @pytest.mark.parametrize("checkpointing", ["none", "not reentrant", "reentrant"])
 def test_one_setting_is_predicted_as_measured(checkpointing: str) -> None:
     setting = Setting("llama", checkpointing, "fp32")  # type: ignore[arg-type]
-    result = compare_plans(setting, (CALIBRATED, Shape(3, 20)), 2, CPU, seed=0)
+    result = compare_plans(setting, (CALIBRATED, BatchShape(3, 20)), 2, CPU, seed=0)
     assert len(result["plans"]) == 4
     assert [plan["calibrated"] for plan in result["plans"]] == [True, True, False, False]
     margin = {"none": 0.0, "not reentrant": 0.006, "reentrant": 0.021}[checkpointing]
@@ -62,7 +62,7 @@ def test_one_setting_is_predicted_as_measured(checkpointing: str) -> None:
 
 def test_saved_bytes_fall_with_the_adapted_layers() -> None:
     setting = Setting("gpt2", "none", "fp32")
-    learner, batch = setting.learner(CPU, 0), setting.batch(Shape(2, 16), CPU, 0)
+    learner, batch = setting.learner(CPU, 0), setting.batch(BatchShape(2, 16), CPU, 0)
     whole = saved_bytes(learner, batch)
     learner.set_ranks([0] * (len(learner.targets) - 1) + [4])
     assert 0 < saved_bytes(learner, batch) < whole / 3
@@ -72,7 +72,7 @@ def test_saved_bytes_fall_with_the_adapted_layers() -> None:
 def test_named_plans_keep_to_their_budgets(family: str) -> None:
     setting = Setting(family, "none", "fp32")
     learner = setting.learner(CPU, 0)
-    cost = learner.calibrate(setting.batch(Shape(2, 16), CPU, 0)).cost()
+    cost = learner.calibrate(setting.batch(BatchShape(2, 16), CPU, 0)).cost()
     plans = named_plans(learner.targets, cost, 4)
     reference = plans[REFERENCE].predicted_bytes
     assert {plan.budget for plan in plans.values()} == {None, *BUDGETS}

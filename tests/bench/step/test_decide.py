@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.network import Action, RankNetwork
-from rankpilot.agents.learned.plan_value import PlanCritics
+from rankpilot.agents.learned.plan_value import PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.actions import STEERING
+from rankpilot.allocation.actions import PLACEMENT
 from rankpilot.allocation.plan import project, uniform_ranks
 from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -30,7 +30,7 @@ def observation() -> Any:
 def learned(critics: bool) -> LearnedPolicy:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        judges = PlanCritics().eval()
+        judges = PlanValueEnsemble().eval()
     return LearnedPolicy("mine", RankNetwork().eval(), judges if critics else None)
 
 
@@ -58,7 +58,7 @@ def test_what_is_timed_decides(observation: Any) -> None:
         np.testing.assert_array_equal(own.deltas, decision.deltas)
         assert observation.problem.fits(project(observation.problem, own.deltas, own.scores).ranks)
     assert isinstance(found["network"], Action)
-    assert found["network"].mean.shape == (1, 14 + len(STEERING))
+    assert found["network"].mean.shape == (1, 14 + len(PLACEMENT))
     assert "policy" not in deciders(learned(critics=False), observation)
 
 

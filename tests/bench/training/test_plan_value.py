@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.evaluation.ablation import FEATURE_GROUPS
-from rankpilot.agents.learned.plan_value import CriticConfig, PlanCritics, Plans
+from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.training import plan_runs as trials
 from rankpilot.agents.training.config import TrainConfig, train_config
 from rankpilot.agents.training.fit_plan_value import FitConfig
-from rankpilot.agents.training.plan_runs import RUNS, TRIALS, Stack, Trial, read_trials, run_trials
+from rankpilot.agents.training.plan_runs import RUNS, TRIALS, PlanRun, Stack, read_trials, run_trials
 from rankpilot.agents.training.task_sampling import rounds_of, trial_draws
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.bench.training import plan_value as critics
@@ -29,17 +29,17 @@ from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
 MODULES, DECISIONS = 6, 2
 TASKS, STACKS = 60, 20
 CONFIG = TrainConfig(trial_tasks=TASKS, bases=("llama-4x32",))
-SMALL = Setting(CriticConfig(count=2, width=16), FitConfig(epochs=25, batch=8))
+SMALL = Setting(PlanValueConfig(count=2, width=16), FitConfig(epochs=25, batch=8))
 
 
-def invented(stack: Stack) -> Trial:
+def invented(stack: Stack) -> PlanRun:
     """As if a stack had been flown: the more rank in all, the lower the loss."""
     generator = np.random.default_rng(stack.number)
     runs = len(stack.tasks) * RUNS
     first = generator.choice([0, 1, 2, 4, 8, 16], size=(runs, MODULES))
     run = np.zeros((DECISIONS, runs, len(RUN_FEATURES)), dtype=np.float32)
     run[1, :, RUN_FEATURES.index("progress")] = 0.2
-    return Trial(
+    return PlanRun(
         generator.normal(size=(DECISIONS, runs, MODULES, len(MODULE_FEATURES))).clip(-3, 3).astype(np.float32),
         generator.normal(size=(DECISIONS, runs, MODULES)).astype(np.float32),
         run,
@@ -87,8 +87,8 @@ def test_critics_choose_well_on_tasks_that_they_have_not_seen(run: Path) -> None
     found = [judge(Piece(run, SMALL, fold, parts, 0)) for fold in range(2)]
     tasks = [task for part in found for task in part["tasks"]]
     assert sorted(tasks) == list(range(TASKS))
-    apart = [{tried.cells[task] for task in part["tasks"]} for part in found]
-    assert not apart[0] & apart[1], "like tasks stay together"
+    isolated = [{tried.cells[task] for task in part["tasks"]} for part in found]
+    assert not isolated[0] & isolated[1], "like tasks stay together"
     chosen = np.zeros(TASKS, dtype=np.int64)
     for part in found:
         chosen[part["tasks"]] = part["chosen"]
@@ -117,13 +117,13 @@ def test_what_critics_do_not_see(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """What is hidden is hidden from what they are taught by and from what they judge."""
     seen = []
 
-    def forward(self: PlanCritics, plans: Plans) -> torch.Tensor:
+    def forward(self: PlanValueEnsemble, plans: Plans) -> torch.Tensor:
         seen.append(plans)
         return torch.zeros(2, *plans.ranks.shape[:2])
 
     fitted = []
     monkeypatch.setattr(critic_choices, "fit_critics", lambda _, lessons, **options: fitted.append(lessons.plans) or {})
-    monkeypatch.setattr(PlanCritics, "forward", forward)
+    monkeypatch.setattr(PlanValueEnsemble, "forward", forward)
     judge(Piece(run, replace(SMALL, without=("signals", "scores", "modules")), 0, halves(run), 0))
     for plans in (*seen, *fitted):
         for name, column in zip(MODULE_FEATURES, plans.modules.unbind(-1), strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rankpilot.allocation.plan import Plan
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.episodes.rollout import Round
+from rankpilot.env.episodes.rollout import Rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.reward import churn_cost
 from rankpilot.env.tasks.finetune import Reference
@@ -40,9 +40,9 @@ def decision(task: ProxyTask, turn: int, count: int) -> Any:
     return generator.integers(-10, 11, count), generator.normal(size=count)
 
 
-def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[Round, list[list[Any]]]:
+def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[Rollout, list[list[Any]]]:
     """A whole round of random decisions; also the ranks that were seen at each."""
-    found, ranks = Round(engine, tasks), []
+    found, ranks = Rollout(engine, tasks), []
     while found.flying:
         ranks.append([observation.problem.ranks for observation in found.observations])
         found.step({slot: decision(task, found.decisions, engine.module_count) for slot, task in enumerate(tasks)})
@@ -50,12 +50,12 @@ def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[Round, li
 
 
 @pytest.fixture(scope="module")
-def together(engine: StackedEpisodes, tasks: list[ProxyTask]) -> tuple[Round, list[list[Any]], list[float]]:
+def together(engine: StackedEpisodes, tasks: list[ProxyTask]) -> tuple[Rollout, list[list[Any]], list[float]]:
     found, ranks = play(engine, tasks)
     return found, ranks, found.losses()
 
 
-def test_all_begin_and_end_together(together: tuple[Round, list[list[Any]], list[float]]) -> None:
+def test_all_begin_and_end_together(together: tuple[Rollout, list[list[Any]], list[float]]) -> None:
     found, ranks, losses = together
     assert not found.flying
     assert found.decisions == len(ranks) == 3
@@ -63,7 +63,7 @@ def test_all_begin_and_end_together(together: tuple[Round, list[list[Any]], list
 
 
 def test_an_episode_ends_as_if_alone(
-    engine: StackedEpisodes, tasks: list[ProxyTask], together: tuple[Round, list[list[Any]], list[float]]
+    engine: StackedEpisodes, tasks: list[ProxyTask], together: tuple[Rollout, list[list[Any]], list[float]]
 ) -> None:
     """The failed one beside it included."""
     alone = []
@@ -73,7 +73,7 @@ def test_an_episode_ends_as_if_alone(
     assert alone == together[2][:2]
 
 
-def test_a_failed_episode_sits_out(together: tuple[Round, list[list[Any]], list[float]]) -> None:
+def test_a_failed_episode_sits_out(together: tuple[Rollout, list[list[Any]], list[float]]) -> None:
     found, ranks, _ = together
     assert (ranks[1][2] == ranks[2][2]).all(), "what is seen of it stays as it was"
     assert found.churn[2] == 0
@@ -81,7 +81,7 @@ def test_a_failed_episode_sits_out(together: tuple[Round, list[list[Any]], list[
 
 
 def test_a_round_of_failures_ends(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
-    found = Round(engine, [tasks[2], tasks[2]])
+    found = Rollout(engine, [tasks[2], tasks[2]])
     found.step(dict.fromkeys(range(2), decision(tasks[2], 0, engine.module_count)))
     assert not found.flying
     found.step(dict.fromkeys(range(2), decision(tasks[2], 1, engine.module_count)))
@@ -109,7 +109,7 @@ def test_churn_is_that_of_moves_after_the_first_decision(
 
 def test_the_first_plan_and_keeping_it_are_free(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
     """But for the bytes of signal buffers, which the last plan may spend as well: here the unit is parameters."""
-    quiet = Round(engine, [replace(tasks[0], unit="parameters")])
+    quiet = Rollout(engine, [replace(tasks[0], unit="parameters")])
     count = engine.module_count
     quiet.step({0: (np.full(count, 20), np.zeros(count))})
     assert (quiet.observations[0].problem.ranks != 1).any()
@@ -120,7 +120,7 @@ def test_the_first_plan_and_keeping_it_are_free(engine: StackedEpisodes, tasks: 
 
 def test_the_initial_loss_is_that_of_the_base(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
     unknown = replace(tasks[0], reference=None)
-    found = Round(engine, [tasks[1], unknown])
+    found = Rollout(engine, [tasks[1], unknown])
     losses = [found.initial_loss(slot) for slot in range(2)]
     assert losses[0] != losses[1]
     engine.measure_references({0: unknown})
@@ -129,4 +129,4 @@ def test_the_initial_loss_is_that_of_the_base(engine: StackedEpisodes, tasks: li
 
 def test_tasks_of_another_base_are_refused(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
     with pytest.raises(ConfigError, match="share one base"):
-        Round(engine, [replace(tasks[0], base="bert-4x32")])
+        Rollout(engine, [replace(tasks[0], base="bert-4x32")])

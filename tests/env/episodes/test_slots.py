@@ -18,7 +18,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from numpy.typing import NDArray
 from rankpilot.agents.training.stacked_vec_env import StackedVecEnv
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.episode_record import Session
+from rankpilot.env.episode_record import EpisodeRecord
 from rankpilot.env.episodes.single import Episode, reference_of
 from rankpilot.env.episodes.slots import StackedConfig, StackedRankAllocation
 from rankpilot.env.episodes.stacked import StackedEpisodes
@@ -54,8 +54,8 @@ class Story:
     rewards: list[float] = field(default_factory=list)
 
 
-def session_of(task: ProxyTask, reference: Reference, controller: Any, observation: Any) -> Session:
-    return Session(task, reference, controller, observation, 0.5)
+def session_of(task: ProxyTask, reference: Reference, controller: Any, observation: Any) -> EpisodeRecord:
+    return EpisodeRecord(task, reference, controller, observation, 0.5)
 
 
 def fly(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.allocation.plan import uniform_ranks
-from rankpilot.allocation.problem import PlanProblem, problem_of
+from rankpilot.allocation.problem import AllocationProblem, problem_of
 from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.proxies.bases import find_base, load_base_model
 from rankpilot.env.tasks import oracle
@@ -30,7 +30,7 @@ MakeTask = Callable[..., ProxyTask]
 BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
 
 
-def problem_for(task: ProxyTask, **options: Any) -> PlanProblem:
+def problem_for(task: ProxyTask, **options: Any) -> AllocationProblem:
     targets, cost = adapted_base(task.base)[1], task.cost()
     limit = budget_limit(task.limit, cost, np.array([target.max_rank for target in targets]))
     return problem_of(targets, cost, limit, ranks=np.ones(len(targets), dtype=np.int64), **options)

@@ -18,7 +18,7 @@ from rankpilot.lora.resize import reset_adapters, set_ranks
 from rankpilot.lora.signals import SIGNALS, SignalMeter, base_norms
 from rankpilot.lora.stacked.adapters import StackedAdapters
 from rankpilot.lora.stacked.layout import WIDTH_STEP
-from rankpilot.lora.stacked.resize import Move, set_stacked_ranks, start_over
+from rankpilot.lora.stacked.resize import Move, reset_runs, set_stacked_ranks
 from rankpilot.lora.stacked.run import StackedMeter, StackedRun
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
@@ -205,7 +205,7 @@ def train_stacked(
     What broken rows hold in the end is not looked at.
     """
     if start == 0:
-        start_over(adapters, {row: run.seed for row, run in runs.items()})
+        reset_runs(adapters, {row: run.seed for row, run in runs.items()})
     norms = base_norms(tiny.targets)
     meters = {row: StackedMeter(adapters, row, norms) for row in runs}
     outcomes = {row: Outcome() for row in runs}
@@ -340,7 +340,7 @@ def test_a_fresh_start_is_that_of_reset_adapters(make_tiny: MakeTiny) -> None:
     tiny = make_tiny()
     adapters = tiny.stacked(3)
     train_stacked(tiny, adapters, {row: Run(row, 1e-2, row, {1: [tiny.all_at(5)]}) for row in range(3)}, 3)
-    start_over(adapters, {2: 7, 0: 8})
+    reset_runs(adapters, {2: 7, 0: 8})
     assert adapters.ranks.tolist() == [[1] * 14, [5] * 14, [1] * 14]
     for row, seed in {2: 7, 0: 8}.items():
         reset_adapters(tiny.targets, 1, seed)
@@ -357,7 +357,7 @@ def test_growth_draws_the_directions_that_set_ranks_draws(make_tiny: MakeTiny) -
     tiny = make_tiny()
     adapters = tiny.stacked(2)
     reset_adapters(tiny.targets, 1, 3)
-    start_over(adapters, {0: 4, 1: 3})
+    reset_runs(adapters, {0: 4, 1: 3})
     ranks = tiny.random_moves(5, (0,))[0][0]
     set_ranks(
         tiny.targets, {t.name: rank for t, rank in zip(tiny.targets, ranks.tolist(), strict=True)}, seed=9, step=6
@@ -418,7 +418,7 @@ def test_a_run_without_any_adapter_keeps_its_signals(make_tiny: MakeTiny) -> Non
 def test_non_finite_gradients_are_left_out_of_the_signals(make_tiny: MakeTiny, value: float) -> None:
     tiny = make_tiny()
     adapters = tiny.stacked(2)
-    start_over(adapters, {0: 1, 1: 1})
+    reset_runs(adapters, {0: 1, 1: 1})
     meters = [StackedMeter(adapters, row, base_norms(tiny.targets)) for row in range(2)]
     one_step(tiny, adapters, {0: Run(0, 0, 0), 1: Run(0, 0, 0)}, 0, {0: Outcome(), 1: Outcome()})
     for meter, own in zip(meters, adapters.clip([0, 1], MAX_NORM), strict=True):
@@ -552,7 +552,7 @@ def test_room_for_larger_ranks_keeps_all_that_is_held(make_tiny: MakeTiny) -> No
 def test_widths_are_multiples_of_sixteen_and_little_more_than_the_ranks_need(make_tiny: MakeTiny) -> None:
     tiny = make_tiny()
     adapters = tiny.stacked(2)
-    start_over(adapters, {0: 0, 1: 1})
+    reset_runs(adapters, {0: 0, 1: 1})
     for seed in range(6):
         ranks = [tiny.random_moves(10 * seed + row, (0,))[0][0] for row in range(2)]
         set_stacked_ranks(adapters, [Move(row, ranks[row], 0, seed) for row in range(2)])
@@ -593,18 +593,18 @@ def test_memory_is_linear_in_the_runs_and_the_model_is_not_copied(make_tiny: Mak
 
 def test_moves_at_once_are_moves_one_after_another(make_tiny: MakeTiny) -> None:
     tiny = make_tiny()
-    together, apart = tiny.stacked(4), tiny.stacked(4)
+    together, isolated = tiny.stacked(4), tiny.stacked(4)
     runs = dict(enumerate(tiny.runs((3,))))
-    for adapters in (together, apart):
+    for adapters in (together, isolated):
         train_stacked(tiny, adapters, runs, 8)
     moves = [Move(row, tiny.random_moves(row + 50, (8,))[8][0], row, 8) for row in (3, 0, 2)]
     set_stacked_ranks(together, moves)
     for move in moves[::-1]:
-        set_stacked_ranks(apart, [move])
-    np.testing.assert_array_equal(together.ranks, apart.ranks)
-    np.testing.assert_array_equal(together.layout.widths, apart.layout.widths)
+        set_stacked_ranks(isolated, [move])
+    np.testing.assert_array_equal(together.ranks, isolated.ranks)
+    np.testing.assert_array_equal(together.layout.widths, isolated.layout.widths)
     for row in range(4):
-        found, expected = (held_by(adapters, row) for adapters in (together, apart))
+        found, expected = (held_by(adapters, row) for adapters in (together, isolated))
         for side in HELD:
             for mine, theirs in zip(found.pairs[side], expected.pairs[side], strict=True):
                 torch.testing.assert_close(mine[0].abs(), theirs[0].abs(), rtol=1e-10, atol=1e-12)
@@ -615,7 +615,7 @@ def test_moves_at_once_are_moves_one_after_another(make_tiny: MakeTiny) -> None:
 def test_a_run_notes_its_move_and_names_what_is_not_finite(make_tiny: MakeTiny) -> None:
     tiny = make_tiny()
     adapters = tiny.stacked(2)
-    start_over(adapters, {0: 0, 1: 1})
+    reset_runs(adapters, {0: 0, 1: 1})
     run, other = (StackedRun(adapters, row, base_norms(tiny.targets)) for row in (1, 0))
     assert run.ranks.tolist() == [1] * 14
     run.set_ranks(tiny.all_at(4), None, seed=3, step=5)

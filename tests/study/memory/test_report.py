@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rankpilot.common.files import read_json
 from rankpilot.common.module_names import layer_titles
-from rankpilot.memory.batch_shape import Shape
+from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.breakdown import KINDS, LOSS, Breakdown
 from rankpilot.study.memory.alternatives import Alternative, MemoryUse
 from rankpilot.study.memory.config import MemoryConfig
@@ -55,7 +55,7 @@ def memory_use(layers: int = 6, *, budget: bool = True, measured: MeasuredStep |
         config=MemoryConfig("some/model", budget="60%" if budget else None),
         task="classification",
         device="cpu",
-        shape=Shape(16, 64),
+        shape=BatchShape(16, 64),
         modules=tuple(f"m{number}" for number in range(count)),
         frozen_bytes=90 * MIB,
         reference_bytes=asked.total,
