@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 
-PeakCandidate = Literal["first", "second"]
+Moment = Literal["first", "second"]
 State = dict[str, Any]
 
 LOW_BIT_BLOCK = 256
@@ -152,7 +152,7 @@ class StateLayout:
         kept: how many moments there are under the optimiser's settings; all by default.
     """
 
-    moments: Mapping[str, PeakCandidate]
+    moments: Mapping[str, Moment]
     factored: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     form: StateForm = field(default_factory=PlainForm)
     kept: Callable[[Mapping[str, Any]], int] | None = None
@@ -166,7 +166,7 @@ class StateLayout:
         return (count - 1) * self.form.size(optimizer, like) + averages
 
 
-_ADAM: dict[str, PeakCandidate] = {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"}
+_ADAM: dict[str, Moment] = {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"}
 
 
 def _adam_kept(settings: Mapping[str, Any]) -> int:
@@ -192,7 +192,7 @@ _LAYOUTS = {
     "lion_pytorch.Lion": StateLayout({"exp_avg": "first"}),
     "torchao._AdamBase": StateLayout(_ADAM, form=TorchaoForm(), kept=_adam_kept),
 }
-_BITSANDBYTES: dict[str, dict[str, PeakCandidate]] = {
+_BITSANDBYTES: dict[str, dict[str, Moment]] = {
     "adam": {"state1": "first", "state2": "second"},
     "lion": {"state1": "first"},
     "momentum": {"state1": "first"},
