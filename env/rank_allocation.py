@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from ..allocation.observation import Observation
+from ..allocation.observation import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, Observation, feature_table
 from ..allocation.schedule import DecisionSchedule
 from ..common.arrays import FloatArray
 from ..errors import ConfigError, NonFiniteError
@@ -53,35 +53,11 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
 
     Features of each module, all of them relative, none of them a name:
 
-    | feature | meaning | range |
-    |---|---|---|
-    | sensitivity | log component sensitivity per rank, minus its mean over the modules | -3 to 3 |
-    | snr | log gradient signal-to-noise, minus its mean | -3 to 3 |
-    | relative_change | log norm(delta W) / norm(W), minus its mean | -3 to 3 |
-    | gradient_norm | log root mean square norm of the gradient of B, minus its mean | -3 to 3 |
-    | importance | log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean | -3 to 3 |
-    | rank | rung over highest rung | 0 to 1 |
-    | adapted | 1 if the rank is above 0 | 0 or 1 |
-    | height | layer, from the bottom (0) to the top (1) | 0 to 1 |
-    | shape | log(d_out / d_in) | -3 to 3 |
-    | price | log price of one rank at the moment where it is highest, minus its mean | -3 to 3 |
-    | rise | log10(price of the next rung up x modules / budget); -3 at the highest rung | -3 to 3 |
-    | release | the same of what dropping the module would free; -3 if it is not adapted | -3 to 3 |
-    | entry | the same of what adapting it at rank 1 would add; -3 if it is adapted | -3 to 3 |
-    | stale | decisions since its signals were fresh, over 4 | 0 to 3 |
+    {module_features}
 
     Features of the run:
 
-    | feature | meaning | range |
-    |---|---|---|
-    | progress | share of the run's steps that are done | 0 to 1 |
-    | decisions_left | decisions after this one, over 4 | 0 to 3 |
-    | budget | the budget over what uniform rank 8 takes | 0 to 3 |
-    | spent | price of the current ranks over the budget | 0 to 3 |
-    | modules | log2 of the number of modules, over 10 | 0 to 3 |
-    | depth | share of the layers that are adapted | 0 to 1 |
-    | loss | log of training loss since the last decision over the loss of the probe's start | -3 to 3 |
-    | trend | change of `loss` since the last decision | -3 to 3 |
+    {run_features}
 
     ## Rewards
     Until the end only churn and shaping. At the end, how much lower the held-out loss is than that of the uniform run
@@ -247,6 +223,13 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         if self._session is None or self.render_mode is None:
             return None
         return draw(self._session.trace) if self.render_mode == "rgb_array" else describe(self._session.trace)
+
+
+for _placeholder, _features in (("module_features", MODULE_FEATURE_TABLE), ("run_features", RUN_FEATURE_TABLE)):
+    # Without a docstring (python -OO) there is nothing to fill in.
+    RankAllocationEnv.__doc__ = (RankAllocationEnv.__doc__ or "").replace(
+        f"{{{_placeholder}}}", feature_table(_features, indent="    ")
+    )
 
 
 def most_modules(tasks: tuple[ProxyTask, ...]) -> int:

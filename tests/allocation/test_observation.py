@@ -6,8 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.allocation.observation import MODULE_FEATURES, Observation, RunState, observe
+from rankpilot.allocation.observation import (
+    MODULE_FEATURE_TABLE,
+    MODULE_FEATURES,
+    RUN_FEATURE_TABLE,
+    Observation,
+    RunState,
+    feature_table,
+    observe,
+)
 from rankpilot.allocation.problem import AllocationProblem
+from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.lora.signals import SIGNALS
 from rankpilot.memory.cost import ByteCost
@@ -85,3 +94,15 @@ def test_prices_look_alike_in_a_model_of_more_modules() -> None:
 def test_prices_of_next_to_nothing_end_at_minus_three() -> None:
     observation = seen(limit=1e9)
     assert column(observation, "rise") == [-3.0] * 6
+
+
+def test_the_signals_are_the_first_features() -> None:
+    assert MODULE_FEATURES[: len(SIGNALS)] == SIGNALS
+
+
+def test_the_manual_of_the_environment_explains_every_feature() -> None:
+    manual = [line.strip() for line in str(RankAllocationEnv.__doc__).splitlines()]
+    assert "{" not in "".join(line for line in manual if line.startswith("|"))
+    for feature in (*MODULE_FEATURE_TABLE, *RUN_FEATURE_TABLE):
+        assert f"| {feature.name} | {feature.meaning} | {feature.values} |" in manual
+    assert feature_table(RUN_FEATURE_TABLE[:1]).splitlines()[0] == "| feature | meaning | range |"
