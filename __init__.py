@@ -1,27 +1,30 @@
 """rankpilot: a learned policy that moves LoRA rank between modules during a fine-tune, inside a hard memory budget.
 
-The names below are loaded when first used; `import rankpilot` itself only registers the Gymnasium environment.
+The names below are loaded when first used, so that `import rankpilot` loads no other library. The Gymnasium
+environment is registered when `ENV_ID` is read, and at once if gymnasium is imported already.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .common.quiet import silence_worker
-from .env import ENV_ID
 from .errors import RankPilotError
 
 if TYPE_CHECKING:
     from .agents.learned.policy_file import load_policy
     from .allocation.decision_log import DecisionLog
     from .allocation.schedule import DecisionSchedule
+    from .env.registration import ENV_ID
     from .finetune.callback import RankPilotCallback
     from .memory.budget import Budget
 
 silence_worker()
 
 _LAZY = {
+    "ENV_ID": ".env.registration",
     "Budget": ".memory.budget",
     "DecisionLog": ".allocation.decision_log",
     "DecisionSchedule": ".allocation.schedule",
@@ -44,3 +47,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'rankpilot' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name], __name__), name)
+
+
+if "gymnasium" in sys.modules:
+    import_module(".env.registration", __name__)

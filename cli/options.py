@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from ..agents.evaluation.config import EvaluateConfig
-from ..agents.learned.network import NetworkConfig
+from ..agents.learned.config import NetworkConfig
 from ..agents.training.config import PRESETS, TrainConfig
 from ..allocation.schedule import DecisionSchedule
 from ..common.files import read_json

@@ -21,7 +21,8 @@ from .rendering import describe, draw
 from .spaces import delta_space, observation_space, read_deltas
 from .tasks.finetune import FineTune
 from .tasks.proxy_task import ProxyTask
-from .tasks.suites import SUITES, find_tasks, task_stream
+from .tasks.suite_names import SUITES
+from .tasks.suites import find_tasks, task_stream
 
 
 class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.EzPickle):

@@ -1,4 +1,4 @@
-"""Budgets as people write them."""
+"""Budgets as people write them. Settings read budgets, so this module imports torch only where it measures."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import psutil
-import torch
-
-from ..common.arrays import IntArray
 from ..errors import BudgetError
-from .cost import Cost, total_cost
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..common.arrays import IntArray
+    from .cost import Cost
 
 _UNITS = {"b": 1}
 for _index, _prefix in enumerate("kmgt", start=1):
@@ -87,6 +87,9 @@ def free_bytes(device: torch.device) -> int:
 
     A control group's limit (a container's) counts where it is lower.
     """
+    import psutil
+    import torch
+
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + cached)
@@ -124,4 +127,8 @@ def budget_limit(budget: Budget, cost: Cost, max_ranks: IntArray) -> float:
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
     """What uniform rank 8 on every module costs."""
+    import numpy as np
+
+    from .cost import total_cost
+
     return total_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))

@@ -36,6 +36,17 @@ def test_the_environment_is_registered() -> None:
     assert rankpilot.ENV_ID in gym.registry
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import gymnasium, rankpilot; assert 'rankpilot/RankAllocation-v3' in gymnasium.registry",
+        "import rankpilot, gymnasium; assert rankpilot.ENV_ID in gymnasium.registry",
+    ],
+)
+def test_the_environment_is_registered_in_either_order_of_imports(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["train", "--help"], ["evaluate", "--help"], ["frobnicate"]])
 def test_the_command_line_speaks_for_itself_alone(command: list[str]) -> None:
@@ -52,7 +63,17 @@ def test_the_command_line_speaks_for_itself_alone(command: list[str]) -> None:
 
 
 def test_importing_is_light_and_quiet() -> None:
-    heavy = ("torch", "transformers", "peft", "stable_baselines3", "datasets", "matplotlib", "pyarrow")
+    heavy = (
+        "torch",
+        "transformers",
+        "peft",
+        "stable_baselines3",
+        "datasets",
+        "matplotlib",
+        "pyarrow",
+        "gymnasium",
+        "tyro",
+    )
     code = f"import sys, rankpilot; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ...env.tasks.proxy_task import ProxyTask
-from ...env.tasks.suites import SUITES, evenly, find_tasks
+from ...env.tasks.suite_names import SUITES, Split
 from ...errors import ConfigError
-from ..rules import RULES
-from .hindsight import TASK_RULES
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class EvaluateConfig:
 
     policies: tuple[str, ...]
     suite: tuple[str, ...] = SUITES
-    split: Literal["train", "validation", "test"] = "validation"
+    split: Split = "validation"
     bases: tuple[str, ...] = ()
     tasks: int | None = None
     seeds: int = 1
@@ -45,8 +41,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if not self.policies:
-            known = ", ".join([*RULES, *TASK_RULES])
-            raise ConfigError(f"Name at least one policy: the folder of a trained one, or a rule ({known}).")
+            raise ConfigError(
+                "Name at least one policy: the folder of a trained one, or a rule. rankpilot evaluate --help lists the "
+                "rules."
+            )
         if self.tasks is not None and self.tasks < 2:
             raise ConfigError(f"Intervals need at least 2 tasks; got {self.tasks}.")
         steps = 1 if self.task_steps is None else self.task_steps
@@ -60,16 +58,3 @@ class EvaluateConfig:
     def names(self) -> tuple[str, ...]:
         """All competitors as given, each once."""
         return tuple(dict.fromkeys((*self.policies, self.against)))
-
-    def find_tasks(self) -> tuple[ProxyTask, ...]:
-        """The tasks.
-
-        Raises:
-            UnknownNameError: no such suite or base.
-            ConfigError: fewer than two tasks.
-        """
-        overrides = None if self.task_steps is None else {"steps": self.task_steps}
-        tasks = find_tasks(self.suite, self.split, self.bases or None, overrides)
-        if len(tasks) < 2:
-            raise ConfigError(f"Intervals need at least 2 tasks; {self.suite} has {len(tasks)} on {self.bases}.")
-        return tasks if self.tasks is None else evenly(tasks, self.tasks)

@@ -14,7 +14,9 @@ from ...common.run_folder import open_run
 from ...common.workers import count_workers
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_finetune import check_texts
-from ...env.tasks.suites import SUITES, evenly, find_tasks
+from ...env.tasks.proxy_task import ProxyTask
+from ...env.tasks.suite_names import SUITES
+from ...env.tasks.suites import evenly, find_tasks
 from ...errors import ConfigError, RunFolderError, UnknownNameError
 from ..learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
 from ..rules import RULES
@@ -64,7 +66,7 @@ def evaluate(
         RunFolderError: the folder holds something else.
         AssetError: a text is not at hand.
     """
-    tasks = config.find_tasks()
+    tasks = evaluation_tasks(config)
     schedule = _common_schedule(config.names)
     competitors = {name: find_competitor(name, schedule) for name in config.names}
     check_texts(tasks)
@@ -86,6 +88,20 @@ def evaluate(
     summary = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
     write_json(folder / SUMMARY, as_plain(summary) | {"groups": [asdict(group) for group in groups]})
     return groups
+
+
+def evaluation_tasks(config: EvaluateConfig) -> tuple[ProxyTask, ...]:
+    """The tasks on which policies are compared.
+
+    Raises:
+        UnknownNameError: no such suite or base.
+        ConfigError: fewer than two tasks.
+    """
+    overrides = None if config.task_steps is None else {"steps": config.task_steps}
+    tasks = find_tasks(config.suite, config.split, config.bases or None, overrides)
+    if len(tasks) < 2:
+        raise ConfigError(f"Intervals need at least 2 tasks; {config.suite} has {len(tasks)} on {config.bases}.")
+    return tasks if config.tasks is None else evenly(tasks, config.tasks)
 
 
 def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:

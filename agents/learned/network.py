@@ -21,9 +21,9 @@ from torch import nn
 
 from ...allocation.actions import PLACEMENT, SCORE_BOUND
 from ...allocation.observation import MODULE_FEATURES, RUN_FEATURES
-from ...errors import ConfigError
 from ...lora.signals import SIGNALS
 from ..rules.by_signal import HEUR3
+from .config import NetworkConfig
 
 DIRECTIONS = (*SIGNALS, "height", "price", "estimate")
 """What scores are made of: the context sets a gain for each, and exploration shares a draw among the modules."""
@@ -122,41 +122,3 @@ class RankNetwork(nn.Module):
         factors = torch.cat([shared, shared.new_zeros(len(run), len(PLACEMENT), len(DIRECTIONS))], dim=1)
         values = torch.cat([critic(context.detach()) for critic in self.critics], dim=1)
         return Action(means, own, factors, values)
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """Size and start of the network.
-
-    Attributes:
-        width: of every hidden layer.
-        attention_heads: of one layer of attention between the modules; 0 for none.
-        critics: networks that judge a run; their disagreement is the uncertainty.
-        score_std: standard deviation of exploration on each score.
-        shared_std: of exploration on the gain of each feature, shared by the modules.
-        floor_std: of exploration on log2 of the rank floor.
-        tilt_std: of exploration on the depth bias.
-        signal_gain: weight of heur3 in the score at the start.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-
-    width: int = 32
-    attention_heads: int = 0
-    critics: int = 4
-    score_std: float = 0.05
-    shared_std: float = 0.2
-    floor_std: float = 0.5
-    tilt_std: float = 0.7
-    signal_gain: float = 0.5
-
-    def __post_init__(self) -> None:
-        if min(self.width, self.critics) < 1 or self.attention_heads < 0 or self.width % max(self.attention_heads, 1):
-            raise ConfigError(
-                "width and critics of the network are at least 1, and attention_heads divides the width; got "
-                f"{self.width}, {self.critics} and {self.attention_heads}."
-            )
-        stds = (self.score_std, self.shared_std, self.floor_std, self.tilt_std)
-        if not min(stds) > 0:
-            raise ConfigError(f"Standard deviations of exploration are above 0; got {stds}.")

@@ -21,7 +21,8 @@ from ...common.files import atomic_path, read_json, sha256, write_json
 from ...errors import ConfigError, PolicyFileError, UnknownNameError
 from ...lora.ladder import DEFAULT_RANKS
 from ..rules import RULES, find_rule
-from .network import NetworkConfig, RankNetwork
+from .config import NetworkConfig
+from .network import RankNetwork
 from .plan_value import PlanValueConfig, PlanValueEnsemble
 from .policy import LearnedPolicy
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...allocation.schedule import DecisionSchedule, schedule_from
-from ...common.workers import count_workers
-from ...env.tasks.suites import SUITES
+from ...env.tasks.suite_names import SUITES
 from ...errors import ConfigError
-from ..learned.network import NetworkConfig
+from ..learned.config import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,8 @@ class TrainConfig:
     @property
     def worker_count(self) -> int:
         """Worker processes that run."""
+        from ...common.workers import count_workers  # loads torch
+
         return count_workers(self.workers)
 
     @property

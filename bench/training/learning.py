@@ -16,7 +16,8 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ...agents.learned.network import NetworkConfig, RankNetwork
+from ...agents.learned.config import NetworkConfig
+from ...agents.learned.network import RankNetwork
 from ...agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
 from ...allocation.policy import decision_from_scores
 from ...env.spaces import observation_space, score_space

@@ -19,7 +19,8 @@ from ..episode_record import EpisodeRecord
 from ..rank_allocation import check_options, within_budget
 from ..reward import GroupMeans
 from ..tasks.proxy_task import ProxyTask
-from ..tasks.suites import SUITES, find_tasks, task_stream
+from ..tasks.suite_names import SUITES
+from ..tasks.suites import find_tasks, task_stream
 from .stacked import StackedEpisodes
 
 

@@ -29,7 +29,8 @@ from ..proxies.bases import find_base
 from .finetune import Reference
 from .oracle import oracle_plan
 from .proxy_task import PLACEMENTS, ProxyTask
-from .suites import FOLDER, SPLITS, SUITES, VERSION
+from .suite_names import SPLITS, SUITES
+from .suites import FOLDER, VERSION
 
 RATES = (4e-3, 8e-3, 1.6e-2)
 """Learning rates that are tried for uniform rank."""

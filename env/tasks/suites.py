@@ -26,9 +26,8 @@ from ...errors import ConfigError, UnknownNameError
 from ..proxies.bases import PROXY_BASES, find_base
 from .finetune import Reference
 from .proxy_task import ProxyTask
+from .suite_names import SPLITS, SUITES
 
-SUITES = ("planted", "shift")
-SPLITS = ("train", "validation", "test")
 VERSION = 3
 """Rises when a suite's tasks or results change."""
 

@@ -63,7 +63,7 @@ def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(comparison, "find_tasks", lambda *_: ("one",))
     with pytest.raises(ConfigError, match="at least 2 tasks"):
-        EvaluateConfig(("heur3",)).find_tasks()
+        comparison.evaluation_tasks(EvaluateConfig(("heur3",)))
 
 
 def test_policies_of_different_schedules(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:

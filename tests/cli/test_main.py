@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankpilot.agents.learned.network import NetworkConfig
+from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.training.config import PRESETS, TrainConfig
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.cli import main as cli

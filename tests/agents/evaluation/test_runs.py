@@ -23,7 +23,8 @@ from rankpilot.env.episodes.single import Episode, reference_of
 from rankpilot.env.reward import terminal_improvement
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.suites import SPLITS, SUITES, load_suite
+from rankpilot.env.tasks.suite_names import SPLITS, SUITES
+from rankpilot.env.tasks.suites import load_suite
 from rankpilot.errors import ConfigError, RunFolderError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.gaussian import CorrelatedGaussian
-from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, NetworkConfig, RankNetwork
+from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import RULES, find_rule
 from rankpilot.agents.rules.by_signal import SignalRule, signal_score

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.candidates import FIXED, propose
-from rankpilot.agents.learned.network import NetworkConfig, RankNetwork
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import DRAWS, LATER_LCB_COEFFICIENT, LCB_COEFFICIENT, LearnedPolicy
 from rankpilot.agents.rules import find_rule

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.candidates import FIXED
-from rankpilot.agents.learned.network import NetworkConfig, RankNetwork
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule

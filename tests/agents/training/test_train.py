@@ -16,7 +16,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.network import NetworkConfig, RankNetwork
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
 from rankpilot.agents.training import progress as ppo_progress

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.network import NetworkConfig
+from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.training import warm_start as module
 from rankpilot.agents.training.ppo_policy import RankPolicy

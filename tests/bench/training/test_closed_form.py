@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.network import NetworkConfig
+from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
 from rankpilot.bench.training.closed_form import SCHEDULE, TASKS, ClosedForm, Episode, reached, reference_of
 from rankpilot.env import rank_allocation
