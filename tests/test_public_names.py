@@ -39,12 +39,18 @@ def test_the_environment_is_registered() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import gymnasium, rankpilot; assert 'rankpilot/RankAllocation-v3' in gymnasium.registry",
         "import rankpilot, gymnasium; assert rankpilot.ENV_ID in gymnasium.registry",
+        "import gymnasium, rankpilot; gymnasium.spec('rankpilot/RankAllocation-v3')",
+        pytest.param(
+            "import gymnasium; gymnasium.make('rankpilot.env.registration:rankpilot/RankAllocation-v3')",
+            marks=pytest.mark.slow,
+        ),
     ],
+    ids=["by ENV_ID", "imported after gymnasium", "without import"],
 )
-def test_the_environment_is_registered_in_either_order_of_imports(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_a_fresh_process_finds_the_environment(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -62,19 +68,24 @@ def test_the_command_line_speaks_for_itself_alone(command: list[str]) -> None:
         assert done.stderr.startswith("error: ")
 
 
+def added_modules(code: str, before: str = "pass") -> set[str]:
+    """Top-level modules outside the standard library that code loads in a fresh process, beyond those before it."""
+    program = f"import sys; {before}; first = set(sys.modules); {code}; print(*set(sys.modules) - first)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names
+
+
 def test_importing_is_light_and_quiet() -> None:
-    heavy = (
-        "torch",
-        "transformers",
-        "peft",
-        "stable_baselines3",
-        "datasets",
-        "matplotlib",
-        "pyarrow",
-        "gymnasium",
-        "tyro",
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import rankpilot"], capture_output=True, text=True, check=False
     )
-    code = f"import sys, rankpilot; print([name for name in {heavy!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() == "[]"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert added_modules("import rankpilot") == {"rankpilot"}
+
+
+@pytest.mark.slow
+def test_the_callback_loads_no_library_that_a_trainer_does_not_load() -> None:
+    trainer = "import peft; from transformers import Trainer"
+    assert added_modules("from rankpilot import RankPilotCallback", trainer) == {"rankpilot"}
+    none_of = {"gymnasium", "stable_baselines3", "matplotlib", "tyro", "rich"}
+    assert added_modules("from rankpilot import RankPilotCallback").isdisjoint(none_of)
