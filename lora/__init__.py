@@ -1,1 +1,1 @@
-"""The mechanism: target modules, rank changes, signals, memory, plans and adapter files."""
+"""Rank changes of LoRA adapters: target modules, resizing, optimiser state, signals and adapter files."""

@@ -1,4 +1,4 @@
-"""A saved LoRA adapter, read and checked without its base model."""
+"""Reads a saved LoRA adapter and checks it, without its base model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..errors import ConfigError, RunFolderError, UnsupportedError
 T = TypeVar("T")
 
 PAIR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(\.weight|\.bias)?")
-"""Names of an adapter's tensors: the module, A or B, and which parameter of it (none for an embedding)."""
+"""Matches the name of a factor; groups: the module, A or B, and the parameter's name (absent for an embedding)."""
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What a folder holds: its configuration, all tensors by key, and rank and alpha by module name."""
+    """The content of an adapter's folder: configuration, tensors by key, rank and alpha by module name."""
 
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
@@ -34,19 +34,25 @@ class SavedAdapter:
     alphas: dict[str, float]
 
     def scale(self, name: str) -> float:
-        """The factor that PEFT puts in front of B A; 0 where nothing is adapted."""
+        """The factor by which PEFT multiplies B A of this module; 0 at rank 0."""
         rank = self.ranks[name]
         root = math.sqrt(rank) if self.config.use_rslora else rank
         return self.alphas[name] / root if rank else 0.0
 
     def settings(self, names: tuple[str, ...]) -> dict[str, object]:
-        """Those of the named settings that are switched on; other versions of PEFT may lack some."""
+        """The named settings of the configuration that are switched on; a setting that PEFT lacks counts as off."""
         values = {name: getattr(self.config, name, None) for name in names}
         return {name: value for name, value in values.items() if value}
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """An adapter's files, checked against each other."""
+    """Read an adapter's configuration and weights, and check that they agree.
+
+    Raises:
+        ConfigError: the two disagree about a rank.
+        UnsupportedError: the adapter is not LoRA on modules, holds no LoRA pair, or is pickled.
+        RunFolderError: a file is missing or corrupt.
+    """
     config, tensors = _read_config(folder), _read_tensors(folder)
     ranks = _ranks(folder, tensors)
     try:
@@ -87,9 +93,9 @@ def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _read_config(folder: Path) -> LoraConfig:
-    """The adapter's configuration; UnsupportedError if it is not LoRA's."""
+    """Read the adapter's configuration; raise UnsupportedError if it is not LoRA on modules."""
     path = folder / CONFIG_NAME
-    config = _opened(path, lambda: LoraConfig.from_pretrained(str(folder)))
+    config = _read_file(path, lambda: LoraConfig.from_pretrained(str(folder)))
     if type(config) is not LoraConfig:
         raise UnsupportedError(f"{path} is of {type(config).__name__}. Only LoRA adapters can be exported.")
     if getattr(config, "target_parameters", None):
@@ -98,18 +104,18 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's weights."""
+    """Read the adapter's weights; raise UnsupportedError if they are pickled."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.exists() and (folder / WEIGHTS_NAME).exists():
         raise UnsupportedError(
             f"{folder / WEIGHTS_NAME} is a pickle, which can run code when it is read, so it is not. Load the adapter "
             "with PEFT, if you trust it, and save it with `save_pretrained(folder, safe_serialization=True)`."
         )
-    return _opened(path, lambda: load_file(path))
+    return _read_file(path, lambda: load_file(path))
 
 
-def _opened(path: Path, read: Callable[[], T]) -> T:
-    """What `read` makes of a file; RunFolderError if it is missing or corrupt."""
+def _read_file(path: Path, read: Callable[[], T]) -> T:
+    """Return what `read` reads from a file; raise RunFolderError if the file is missing or corrupt."""
     if not path.is_file():
         raise RunFolderError(f"There is no {path}. Name a folder that `save_pretrained` of a PEFT model wrote.")
     try:

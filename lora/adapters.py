@@ -1,4 +1,4 @@
-"""What decides ranks needs of adapters, whether they are one PEFT model's or a row of stacked ones."""
+"""The interface through which ranks are decided, for a PEFT model's adapters and for one run of stacked adapters."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .targets import TargetModule
 
 
 class Meter(Protocol):
-    """Signals of one run; see `SignalMeter`.
+    """Measures the signals of one run; see `SignalMeter`.
 
     Attributes:
-        values: float64 (modules, len(SIGNALS)).
-        age: int64 (modules,).
+        values: the latest signals, float64 (modules, len(SIGNALS)).
+        age: decisions since each module's values were fresh, int64 (modules,).
     """
 
     values: FloatArray
     age: IntArray
 
     def read(self) -> FloatArray:
-        """Close the interval."""
+        """Close the interval and return the updated `values`."""
 
     def restart(self) -> None:
         """Begin a new interval; call after each change of rank."""
@@ -39,11 +39,11 @@ class Adapters(Protocol):
 
     @property
     def targets(self) -> Sequence[TargetModule]:
-        """Names, shapes and scaling of the target modules; their own ranks may be another run's."""
+        """The target modules: names, shapes, scaling. Read ranks from `ranks`: stacked runs share these objects."""
 
     @property
     def meter(self) -> Meter:
-        """Reads their signals."""
+        """Measures the signals of these adapters."""
 
     @property
     def ranks(self) -> IntArray:
@@ -54,13 +54,13 @@ class Adapters(Protocol):
 
         Args:
             ranks: int64 (modules,).
-            optimizer: its state follows, unless the adapters keep their own.
-            seed: with `step`, decides fresh directions.
+            optimizer: the optimiser whose state is mapped to the new ranks; stacked adapters ignore it.
+            seed: decides fresh directions, together with `step`.
             step: optimiser steps done.
         """
 
     def non_finite(self, optimizer: torch.optim.Optimizer | None) -> list[str]:
-        """Names of modules that hold NaN or infinity."""
+        """Names of modules whose factors, gradients or optimiser state hold NaN or infinity."""
 
 
 class PeftAdapters:

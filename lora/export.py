@@ -1,12 +1,14 @@
-"""Saved adapters for other programs: padded to one rank, or reduced to the ranks that were learned.
+"""Exports saved adapters: padded to one rank for other programs, or as the configuration of their ranks.
 
-PEFT scales a module by its own alpha / rank (rsLoRA: alpha / sqrt(rank)). Others do not, and say nothing:
+PEFT scales each module by that module's alpha / rank (rsLoRA: alpha / sqrt(rank)). Other programs do not, without a
+warning:
 
-* llama.cpp scales by the adapter's one alpha / the module's rank (`llama_adapter_lora_weight::get_scale`);
-* vLLM makes room for the adapter's r and scales all modules by its alpha / r; only recent versions read
+* llama.cpp scales each module by the adapter's single alpha / the module's rank
+  (`llama_adapter_lora_weight::get_scale`);
+* vLLM allocates the adapter's r for all modules and scales them by its alpha / r; only recent versions read
   `rank_pattern` and `alpha_pattern` (`vllm/lora/peft_helper.py`).
 
-`export_padded` writes a file on which all three agree. `export_rank_pattern` and `rank_pattern_yaml` give the
+`export_padded` writes a file that all three read alike. `export_rank_pattern` and `rank_pattern_yaml` give the
 configuration of a fresh fine-tune at the same ranks. None of them loads the base model.
 """
 
@@ -30,8 +32,8 @@ from .targets import CHANGES_THE_BASE
 
 logger = logging.getLogger(__name__)
 
-SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM allows for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 _OTHER_FORMS = (
     "use_dora",
@@ -54,32 +56,32 @@ _AXOLOTL_KEYS = {
     "layer_replication": "peft_layer_replication",
     "trainable_token_indices": "peft_trainable_token_indices",
 }
-"""Settings of LoraConfig that axolotl hands on under other names (src/axolotl/utils/schemas/peft.py)."""
+"""Axolotl's key for each setting of LoraConfig that it passes on (src/axolotl/utils/schemas/peft.py)."""
 
 
 def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: int | None = None) -> Path:
     """Write an adapter in which every module has the same rank and the scale 1, for PEFT, vLLM and llama.cpp.
 
-    A gets zero rows and B zero columns; B, and the bias of `lora_bias`, are multiplied by the module's scale, in the
-    precision of the file. Everything else that the adapter holds is kept. A module without a pair stays without one.
+    A is padded with zero rows and B with zero columns. B and its bias (`lora_bias`) are multiplied by the module's
+    scale and keep their dtype. All other tensors are copied. A module without a pair stays without one.
 
     Args:
         adapter_folder: a LoRA adapter as `save_pretrained` writes it.
-        output_folder: must not exist or be empty.
-        rank: the rank of all modules, one of `SLOTS`; by default the smallest that fits.
+        output_folder: a folder that is empty or does not exist.
+        rank: the rank of all modules, one of `VLLM_RANKS`; by default the smallest that fits.
 
     Returns:
         The output folder.
 
     Raises:
-        ConfigError: vLLM has no slot for the rank, a module has a higher one, or weights and configuration disagree.
-        UnsupportedError: the adapter is no plain LoRA, is pickled, or is tied to changed base weights.
-        RunFolderError: the adapter is missing or corrupt, or the output folder is in use.
-        NonFiniteError: a tensor is not finite, or not any more when the scale is in it.
+        ConfigError: vLLM does not allow the rank, a module has a higher one, or weights and configuration disagree.
+        UnsupportedError: the adapter is not plain LoRA, is pickled, or changes the base model's weights.
+        RunFolderError: the adapter is missing or corrupt, or the output folder is not empty.
+        NonFiniteError: a tensor is not finite, before or after it is multiplied by the scale.
     """
     adapter, output = read_adapter(Path(adapter_folder)), Path(output_folder)
     _refuse_other_forms(adapter)
-    width = _slot(max(adapter.ranks.values()), rank)
+    width = _padded_rank(max(adapter.ranks.values()), rank)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise RunFolderError(f"{output} exists already. Name a folder that does not, or an empty one.")
     tensors = {key: _padded(adapter, key, tensor, width) for key, tensor in adapter.tensors.items()}
@@ -90,7 +92,7 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
         rank_pattern={},
         alpha_pattern={},
         use_rslora=False,
-        # How the pairs started is over; 'orthogonal' would not even load at an odd rank.
+        # Trained weights need no initialisation, and 'orthogonal' fails at an odd rank.
         init_lora_weights=True,
         eva_config=None,
     )
@@ -100,48 +102,48 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
             save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     except OSError as error:
         raise RunFolderError(f"Cannot write {output}: {error}") from error
-    _warn_of_more(adapter, output)
+    _warn_of_other_tensors(adapter, output)
     return output
 
 
 def export_rank_pattern(adapter_folder: str | Path) -> LoraConfig:
     """The configuration that starts a fresh fine-tune at an adapter's ranks and scalings.
 
-    Modules are named in full, so that exactly those with a pair are adapted; all other settings are the adapter's.
+    It lists exactly the modules that have a pair, by full name; all other settings are the adapter's.
 
     Args:
         adapter_folder: a LoRA adapter as `save_pretrained` writes it.
 
     Raises:
         ConfigError: weights and configuration disagree, or every module is at rank 0.
-        UnsupportedError: the adapter is no LoRA, or is pickled.
+        UnsupportedError: the adapter is not LoRA on modules, or is pickled.
         RunFolderError: the adapter is missing or corrupt.
     """
     adapter = read_adapter(Path(adapter_folder))
-    live = {name: rank for name, rank in adapter.ranks.items() if rank}
-    if not live:
+    ranks = {name: rank for name, rank in adapter.ranks.items() if rank}
+    if not ranks:
         raise ConfigError(f"All modules of {adapter_folder} are at rank 0: there is nothing to fine-tune again.")
-    widest = max(live, key=live.__getitem__)
+    widest = max(ranks, key=ranks.__getitem__)
     return replace(
         adapter.config,
-        r=live[widest],
+        r=ranks[widest],
         lora_alpha=adapter.alphas[widest],
         # Full names and no pattern: for mixtures of experts PEFT reduces a pattern to the last parts of the names.
-        target_modules=list(live),
+        target_modules=list(ranks),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern={_anchored(name): rank for name, rank in live.items()},
-        alpha_pattern={_anchored(name): adapter.alphas[name] for name in live},
+        rank_pattern={_anchored(name): rank for name, rank in ranks.items()},
+        alpha_pattern={_anchored(name): adapter.alphas[name] for name in ranks},
         inference_mode=False,
     )
 
 
 def rank_pattern_yaml(adapter_folder: str | Path) -> str:
-    """The same for axolotl: the lines of a config file, with what axolotl cannot express as comments.
+    """`export_rank_pattern` as lines of an axolotl config file; comments list what axolotl cannot express.
 
-    Axolotl's keys are `lora_rank_pattern` and `lora_alpha_pattern` (axolotl-ai-cloud/axolotl#3673, July 2026), whose
-    values are whole and positive, so that an odd alpha is rounded.
+    Axolotl's keys are `lora_rank_pattern` and `lora_alpha_pattern` (axolotl-ai-cloud/axolotl#3673, July 2026). Their
+    values are whole and positive, so a fractional alpha is rounded.
 
     Args:
         adapter_folder: a LoRA adapter as `save_pretrained` writes it.
@@ -170,14 +172,14 @@ def rank_pattern_yaml(adapter_folder: str | Path) -> str:
 
 
 def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
-    """What a reader of the file should know; `alphas` are the whole ones."""
+    """Comments for the reader of the file; `alphas` are the rounded ones, by pattern."""
     comments = [
         "Ranks that rankpilot learned. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later",
         "(axolotl-ai-cloud/axolotl#3673). Leave lora_target_linear out: it would adapt other modules as well.",
     ]
-    off = max((abs(alphas[key] / alpha - 1) for key, alpha in config.alpha_pattern.items() if alpha), default=0.0)
-    if off:
-        comments.append(f"Axolotl takes whole alphas only: the scaling of a module is off by up to {off:.2g} of it.")
+    error = max((abs(alphas[key] / alpha - 1) for key, alpha in config.alpha_pattern.items() if alpha), default=0.0)
+    if error:
+        comments.append(f"Axolotl takes whole alphas only: the relative error of a scaling is up to {error:.2g}.")
     unknown = [n for n in ("lora_bias", *_OTHER_FORMS) if n not in _AXOLOTL_KEYS and getattr(config, n, None)]
     if unknown:
         comments.append(f"Axolotl has no key for {', '.join(unknown)}, which this adapter was trained with.")
@@ -185,27 +187,27 @@ def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
 
 
 def _anchored(name: str) -> str:
-    """The pattern that matches one module alone."""
+    """The pattern that matches one module only."""
     return "^" + re.escape(name)
 
 
-def _slot(used: int, asked: int | None) -> int:
-    """The rank to pad to.
+def _padded_rank(highest: int, wanted: int | None) -> int:
+    """The rank to pad to: `wanted`, or the smallest that vLLM allows and that is not below `highest`.
 
     Raises:
-        ConfigError: there is no slot of that size, or it is too small.
+        ConfigError: vLLM does not allow the wanted rank, or no allowed rank is high enough.
     """
-    if asked is not None and asked not in SLOTS:
-        raise ConfigError(f"vLLM has no slot for rank {asked}. Allowed: {', '.join(map(str, SLOTS))}.")
-    fitting = [slot for slot in SLOTS if slot >= used and asked in (None, slot)]
+    if wanted is not None and wanted not in VLLM_RANKS:
+        raise ConfigError(f"vLLM has no slot for rank {wanted}. Allowed: {', '.join(map(str, VLLM_RANKS))}.")
+    fitting = [rank for rank in VLLM_RANKS if rank >= highest and wanted in (None, rank)]
     if not fitting:
-        limit = f"rank {asked}" if asked else f"{SLOTS[-1]}, the largest that vLLM has a slot for"
-        raise ConfigError(f"A module has rank {used}, which does not fit {limit}. Padding never lowers a rank.")
+        limit = f"rank {wanted}" if wanted else f"{VLLM_RANKS[-1]}, the largest that vLLM has a slot for"
+        raise ConfigError(f"A module has rank {highest}, which does not fit {limit}. Padding never lowers a rank.")
     return fitting[0]
 
 
 def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    """One tensor of the file at its new size, with the scale in B and its bias; others as they are."""
+    """One tensor of the file, padded to `rank`; B and its bias are scaled, tensors outside of pairs unchanged."""
     match = PAIR_KEY.fullmatch(key)
     if match is None:
         return tensor
@@ -215,7 +217,7 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
         new = (tensor.double() * adapter.scale(name)).to(tensor.dtype)
     if not bool(torch.isfinite(new).all()):
         raise NonFiniteError(
-            f"{key} holds NaN or infinity, at the latest with the scale {adapter.scale(name):.4g} in it as "
+            f"{key} holds NaN or infinity, or does so after multiplication by the scale {adapter.scale(name):.4g} in "
             f"{tensor.dtype}. Save the adapter in float32, and check that its training did not diverge."
         )
     if kind == ".bias":
@@ -226,13 +228,13 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
     return torch.cat([new, new.new_zeros(shape)], dim=axis)
 
 
-def _warn_of_more(adapter: SavedAdapter, output: Path) -> None:
-    """Say what the adapter holds besides pairs: PEFT alone is sure to read it."""
-    more = adapter.settings(("modules_to_save", "trainable_token_indices", "lora_bias"))
+def _warn_of_other_tensors(adapter: SavedAdapter, output: Path) -> None:
+    """Warn of tensors besides the pairs, which programs other than PEFT may refuse."""
+    settings = adapter.settings(("modules_to_save", "trainable_token_indices", "lora_bias"))
     if adapter.config.bias != "none":
-        more["bias"] = adapter.config.bias
-    if more:
-        shown = ", ".join(f"{name}={value!r}" for name, value in more.items())
+        settings["bias"] = adapter.config.bias
+    if settings:
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         logger.warning("%s also holds %s: plain PEFT reads that, vLLM and llama.cpp may refuse it.", output, shown)
 
 
@@ -251,6 +253,6 @@ def _refuse_other_forms(adapter: SavedAdapter) -> None:
             "another amount at another rank. Save it with `path_initial_model_for_weight_conversion`: that gives "
             "plain LoRA."
         )
-    odd = [key for key in adapter.tensors if ".lora_" in key and not PAIR_KEY.fullmatch(key)]
-    if odd:
-        raise UnsupportedError(f"{odd[0]} is no tensor of a LoRA pair, so the adapter cannot be padded.")
+    unknown = [key for key in adapter.tensors if ".lora_" in key and not PAIR_KEY.fullmatch(key)]
+    if unknown:
+        raise UnsupportedError(f"{unknown[0]} is not a tensor of a LoRA pair, so the adapter cannot be padded.")

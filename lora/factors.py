@@ -1,4 +1,4 @@
-"""The algebra of a LoRA pair: its best approximation at a lower rank, and fresh directions at a higher one."""
+"""The algebra of LoRA pairs: the best approximation at a lower rank, and fresh directions for a higher one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 
 from .targets import TargetModule
 
-DEAD_DIRECTION = 1e-6
-"""A singular value below this share of the largest carries no function; its pair is seeded anew."""
+NEGLIGIBLE = 1e-6
+"""A direction whose singular value is below this share of the largest counts as unused, and starts anew."""
 
 WELL_CONDITIONED = 1e-4
-"""Smallest over largest diagonal entry from which Cholesky is used: it leaves errors of about 1e-8 in fp64."""
+"""Cholesky is used where the smallest diagonal entry over the largest is above this: errors are about 1e-8 in fp64."""
 
 BEFORE_THE_RUN = -1
-"""The step that seeds first rows: growth at step 0 must not draw the same ones again."""
+"""The step that seeds the first directions, so that growth at step 0 draws others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +29,12 @@ class ShrinkMaps:
     Attributes:
         p: fp64 (n, r, k).
         q: fp64 (n, k, r).
-        live: bool (n, k); dead directions carry no function, their columns of P and rows of Q are zero.
+        used: bool (n, k); False for a negligible direction, whose column of P and row of Q are zero.
     """
 
     p: torch.Tensor
     q: torch.Tensor
-    live: torch.Tensor
+    used: torch.Tensor
 
 
 def shrink_maps(weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Tensor], rank: int) -> ShrinkMaps:
@@ -51,26 +51,26 @@ def shrink_maps(weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Ten
     core_a = _cores([weight.mT for weight in weights_a])
     core_b = _cores(weights_b)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
-    live = s[:, :rank] > DEAD_DIRECTION * s[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
-    inverse_root = torch.where(live, s[:, :rank].rsqrt(), 0.0)
+    used = s[:, :rank] > NEGLIGIBLE * s[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    inverse_root = torch.where(used, s[:, :rank].rsqrt(), 0.0)
     p = (core_a.mT @ vh[:, :rank].mT) * inverse_root[:, None, :]
     q = inverse_root[:, :, None] * (u[:, :, :rank].mT @ core_b)
-    return ShrinkMaps(p, q, live)
+    return ShrinkMaps(p, q, used)
 
 
 def _cores(tall: Sequence[torch.Tensor]) -> torch.Tensor:
-    """R of the QR decomposition of each (d, r), up to signs, as (n, r, r).
+    """R of the QR decomposition of each (d, r) matrix, up to signs, as (n, r, r).
 
-    By Cholesky where that is as good, since it is faster. It squares the condition number: what its diagonal shows to
-    be near singular (new directions, for one) goes to Householder's QR. Rows that a short factor leaves out are zero.
+    Cholesky is faster but squares the condition number, so nearly singular matrices (those with new directions, for
+    example) go through Householder's QR. Where d < r, the rows of R beyond d are zero.
     """
     grams = torch.stack([factor.mT @ factor for factor in tall])
     cores: torch.Tensor
     cores, failed = torch.linalg.cholesky_ex(grams, upper=True)
     diagonal = cores.diagonal(dim1=-2, dim2=-1)
-    good = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1))
-    for index, fine in enumerate(good.tolist()):
-        if not fine:
+    accurate = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1))
+    for index, is_accurate in enumerate(accurate.tolist()):
+        if not is_accurate:
             core = torch.linalg.qr(tall[index], mode="r").R
             cores[index] = 0
             cores[index, : core.shape[0]] = core
@@ -78,17 +78,17 @@ def _cores(tall: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def growth_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A generator that depends on (seed, step, module) alone, so that every process draws the same rows."""
+    """A generator that depends only on seed, step and module, so that every process draws the same directions."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def fresh_directions(target: TargetModule, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """New directions as PEFT starts them: one factor random, the other zero.
+    """New directions as PEFT initialises them: random in one factor, zero in the other.
 
     Returns:
         Rows of A, (count, d_in), and columns of B, (d_out, count). On linear layers A is uniform in
-        +-1/sqrt(d_in); on embeddings B is standard normal.
+        +-1/sqrt(d_in) and B zero; on embeddings B is standard normal and A zero.
     """
     a, b = target.weight_a, target.weight_b
     if target.embedding:
@@ -100,7 +100,7 @@ def fresh_directions(target: TargetModule, count: int, generator: torch.Generato
 
 
 def write_in_place(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Give a parameter new storage in place: same object, same hooks, same optimiser group."""
+    """Replace a parameter's tensor and clear its gradient; object, hooks and optimiser group stay."""
     parameter.grad = None
     with torch.no_grad():
         parameter.set_(value.contiguous())  # type: ignore[call-overload]

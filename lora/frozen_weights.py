@@ -1,7 +1,7 @@
-"""The frozen weights under the adapters: kept fit for training, and their norms in real units.
+"""Frozen weights below the adapters: their values and norms, and a guard against repacking.
 
-A base may be quantised (bitsandbytes, torchao, optimum-quanto). Its parameters then hold codes or packed bytes,
-which mean nothing by themselves.
+The frozen model may be quantised (bitsandbytes, torchao, optimum-quanto). Its parameters then hold codes or packed
+bytes, which must be dequantised before use.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def guard_base(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on the CPU; call before the first evaluation. Idempotent.
 
     On CPUs with AVX512-BF16, the first forward pass in evaluation mode repacks each `Linear4bit` for fast inference
-    (bitsandbytes 0.50, `Linear4bit.forward`). A repacked layer has no backward pass, so adapters below it get no
-    gradient, and no error says so. Unpacking, which any `state_dict()` does, leaves block scales that are rounded to
-    bfloat16 and, without double quantisation, transposed: other weights. With the guard, evaluation is slower on such
-    a CPU, and computes what training computes.
+    (bitsandbytes 0.50, `Linear4bit.forward`). A repacked layer has no backward pass: adapters below it get no gradient,
+    without an error. Any `state_dict()` unpacks it, but with block scales that are rounded to bfloat16 and, without
+    double quantisation, transposed: other weights. The guard makes evaluation on such a CPU slower, and equal to what
+    training computes.
 
     Args:
-        model: any model; only its 4-bit layers on the CPU are touched.
+        model: any model; only its 4-bit layers on the CPU change.
 
     Raises:
         UnsupportedError: a layer has been repacked already, so its weights are no longer those that were loaded.
@@ -34,7 +34,7 @@ def guard_base(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
-        # Present once a weight has been repacked, and still there (as False) once it has been unpacked.
+        # Repacking sets this attribute, and unpacking leaves it (as False).
         if hasattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu"):
             raise UnsupportedError(
                 f"The 4-bit weights of {name!r} were repacked for inference by an evaluation on this CPU, and can no "
@@ -46,7 +46,7 @@ def guard_base(model: nn.Module) -> None:
 
 
 def base_norm(layer: LoraLayer) -> float:
-    """Frobenius norm of a layer's frozen weight in real units; holds one dequantised matrix at a time.
+    """Frobenius norm of a layer's frozen weight, dequantised.
 
     Args:
         layer: a PEFT layer over a linear layer (quantised or not), a Conv1D or an embedding.
@@ -55,33 +55,33 @@ def base_norm(layer: LoraLayer) -> float:
         UnsupportedError: see `real_weight`.
     """
     weight = real_weight(layer)
-    # Half precision is summed in single: squares would overflow or vanish.
+    # Squares of half-precision values would overflow or vanish, so they are summed in single precision.
     return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
 
 
 @torch.no_grad()
 def real_weight(layer: LoraLayer) -> torch.Tensor:
-    """The frozen weight of a layer as a plain tensor of real numbers, dequantised if need be; nothing is changed.
+    """The frozen weight of a layer as a plain floating-point tensor, dequantised if it is quantised.
 
     Args:
         layer: a PEFT layer over a linear layer (quantised or not), a Conv1D or an embedding.
 
     Returns:
-        The weight in the base layer's own orientation, in a floating-point dtype of at least 16 bits; not a copy if it
-        was plain.
+        The weight in the base layer's orientation, in a floating-point dtype of at least 16 bits. A plain weight is
+        returned itself, not copied.
 
     Raises:
-        UnsupportedError: the weight is stored in a form that cannot be read.
+        UnsupportedError: the weight is stored in an unknown form.
     """
     base = layer.get_base_layer()
     weight: Any = getattr(base, "weight", None)
     kind = get_bnb_param_type(weight)
     if kind == "4bit" or (kind == "8bit" and not weight.is_floating_point()):  # 16 bits with `has_fp16_weights`
-        # On the CPU, dequantize_module_weight would put a new parameter into the layer: so its inner function.
+        # On the CPU, dequantize_module_weight would replace the layer's parameter, so its inner function is called.
         weight = dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     elif weight is not None:
         weight = dequantize_module_weight(base).detach()
-        if type(weight) is not torch.Tensor:  # PEFT hands quanto's tensors through
+        if type(weight) is not torch.Tensor:  # PEFT does not dequantise quanto's tensors
             weight = weight.dequantize()
     if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         stored = "no weight" if weight is None else f"a weight of {weight.dtype}"

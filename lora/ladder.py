@@ -14,13 +14,13 @@ DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 @dataclass(frozen=True)
 class RankLadder:
-    """Allowed ranks in rising order; actions move along it in steps.
+    """The allowed ranks in rising order. A rung is the index of a rank.
 
     Attributes:
-        ranks: strictly rising, starting at 0 (no adapter on that module).
+        ranks: strictly rising, starting at 0 (the module is not adapted).
 
     Raises:
-        ConfigError: the ranks do not rise from 0.
+        ConfigError: there are fewer than two ranks, or they do not rise strictly from 0.
 
     Example:
         >>> RankLadder().step(8, +2)
@@ -36,7 +36,7 @@ class RankLadder:
 
     @property
     def top(self) -> int:
-        """Index of the highest rung, which is also the largest delta an action can ask for."""
+        """The highest rung, which is also the largest number of rungs between two ranks."""
         return len(self.ranks) - 1
 
     @property
@@ -45,9 +45,9 @@ class RankLadder:
         return np.asarray(self.ranks, dtype=np.int64)
 
     def rung(self, ranks: IntArray | int) -> IntArray:
-        """Index of the highest rung that is not above each rank."""
+        """The highest rung whose rank is not above each given rank, int64 of the shape of `ranks`."""
         return np.asarray(np.searchsorted(self.array, ranks, side="right") - 1, dtype=np.int64)
 
     def step(self, rank: int, delta: int) -> int:
-        """The rank `delta` rungs away from `rank`, stopping at either end."""
+        """The rank `delta` rungs above the rung of `rank` (below if negative), clipped to the ladder's ends."""
         return self.ranks[int(np.clip(self.rung(rank) + delta, 0, self.top))]

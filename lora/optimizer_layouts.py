@@ -1,7 +1,7 @@
-"""What each optimiser keeps for a parameter: which tensors are which moments, and in which form they are stored.
+"""The state of each supported optimiser: which tensors are first or second moments, and how they are stored.
 
-An optimiser that is not in the table is refused: a moment carried as something that it is not, or not at all, would go
-wrong without an error. Third-party optimisers are known by name, so that none of them needs to be installed.
+An optimiser that is not in the table is refused, because a moment that is mapped wrongly would do harm without an
+error. Third-party optimisers are recognised by name, so none of them needs to be installed.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Moment = Literal["first", "second"]
 State = dict[str, Any]
 
 LOW_BIT_BLOCK = 256
-"""Values that share one scale in the 8-bit states of bitsandbytes."""
+"""Number of values that share one scale in the 8-bit states of bitsandbytes."""
 
 
 class StateForm(Protocol):
-    """How an optimiser stores a moment."""
+    """The form in which an optimiser stores a moment."""
 
     def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
-        """The moment as an ordinary float tensor."""
+        """Return the moment `state[key]` as an ordinary float tensor."""
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
-        """Store a moment of new shape as the optimiser would if it had always had that shape."""
+        """Store a moment of a new shape in the form that the optimiser would give it."""
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of one moment of a parameter of this shape and dtype."""
+        """Bytes of one moment of a parameter with the shape and dtype of `like`."""
 
 
 class PlainForm:
     """An ordinary tensor."""
 
     def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         moment: torch.Tensor = state[key]
         return moment
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
-        """In the dtype of the one before."""
+        """Store the new moment in the dtype of the old one."""
         state[key] = value.to(state[key].dtype)
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
@@ -54,20 +54,20 @@ class PlainForm:
 
 
 class TorchaoForm:
-    """torchao's low-bit tensor subclasses; tensors that are small or of odd size stay ordinary."""
+    """torchao's low-bit tensor subclasses; small tensors and those of odd size stay ordinary."""
 
     def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
-        """Dequantised."""
+        """Return the dequantised moment."""
         moment: torch.Tensor = state[key]
         return moment if type(moment) is torch.Tensor else moment.dequantize()
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
-        """Requantised by the optimiser's own rule."""
+        """Quantise the moment as the optimiser does."""
         state[key] = optimizer._new_buffer(torch.empty_like(value, dtype=parameter.dtype), key == "exp_avg")
         state[key].copy_(value)
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Codes and scales."""
+        """Bytes of codes and scales."""
         moment = optimizer._new_buffer(like, True)
         if type(moment) is torch.Tensor:
             return like.numel() * like.element_size()
@@ -76,26 +76,26 @@ class TorchaoForm:
 
 
 class BitsandbytesForm:
-    """bitsandbytes' states: fp32, or 8-bit codes in blocks with a scale each.
+    """bitsandbytes' states: fp32, or 8-bit codes in blocks with one scale each.
 
     Paged states become ordinary ones at the first change of rank, as they do when bitsandbytes loads a checkpoint.
     """
 
     def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
-        """Dequantised, on the parameter's device (paged states look as if they were on the CPU)."""
+        """Return the dequantised moment on the parameter's device; paged states report the CPU as theirs."""
         from bitsandbytes.functional import dequantize_blockwise
 
         moment: torch.Tensor = state[key].to(parameter.device)
         if moment.dtype != torch.uint8:
             return moment
         number = key[-1]
-        read: torch.Tensor = dequantize_blockwise(
+        value: torch.Tensor = dequantize_blockwise(
             moment, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=LOW_BIT_BLOCK
         )
-        return read
+        return value
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
-        """Requantised, or fp32 below the size from which the optimiser uses 8 bits."""
+        """Quantise the moment to 8 bits, or store fp32 if it is too small for the optimiser to use 8 bits."""
         paged = optimizer.page_mng.paged_tensors
         paged[:] = [tensor for tensor in paged if tensor is not state[key]]
         scales, codes = f"absmax{key[-1]}", f"qmap{key[-1]}"
@@ -110,7 +110,7 @@ class BitsandbytesForm:
         state[key], state[scales] = _nearest_codes(value.float(), state[codes])
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Codes and scales, or fp32."""
+        """Bytes of codes and scales, or of fp32 values."""
         count = like.numel()
         if self._low_bit(optimizer, like, count):
             return count + 4 * -(-count // LOW_BIT_BLOCK)
@@ -125,14 +125,14 @@ class BitsandbytesForm:
 def _nearest_codes(value: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Block-wise 8-bit quantisation (Dettmers et al., 2022, arXiv:2110.02861) to the nearest code.
 
-    The library's CPU kernel turns an exact 0 into a small number, which a new direction's state must not be.
+    The library's CPU kernel turns an exact 0 into a small number, but the state of a new direction must be 0.
 
     Returns:
         Codes, uint8 of the shape of `value`, and one scale for each block of LOW_BIT_BLOCK values.
     """
     blocks = nn.functional.pad(value.flatten(), (0, -value.numel() % LOW_BIT_BLOCK)).view(-1, LOW_BIT_BLOCK)
     scales = blocks.amax(dim=1).clamp_min(0)
-    if code[0] < 0:  # signed codes end at -0.993: a negative extreme would shrink at each rounding
+    if code[0] < 0:  # signed codes end at -0.993: a negative extreme would shrink at each quantisation
         scales = torch.maximum(scales, blocks.amin(dim=1) / code[0])
     middles = (code[1:] + code[:-1]) / 2
     relative = blocks / scales[:, None].clamp_min(torch.finfo(torch.float32).tiny)
@@ -142,24 +142,24 @@ def _nearest_codes(value: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What an optimiser keeps for one parameter.
+    """The state that an optimiser keeps for one parameter.
 
     Attributes:
-        moments: state tensors of the parameter's own shape.
-        factored: second moments averaged over one axis (Shazeer and Stern, 2018, arXiv:1804.04235): the axis of the
-            parameter that each keeps, and the axis of the state tensor on which it lies.
-        form: how the moments are stored.
-        kept: how many moments there are under the optimiser's settings; all by default.
+        moments: by key of the state, the moment that a tensor of the parameter's shape is.
+        factored: by key, second moments averaged over one axis (Shazeer and Stern, 2018, arXiv:1804.04235): the axis
+            of the parameter that remains, and the axis of the state tensor that it became.
+        form: the form in which `moments` are stored.
+        count: number of moments under the optimiser's settings; all of `moments` by default.
     """
 
     moments: Mapping[str, Moment]
     factored: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     form: StateForm = field(default_factory=PlainForm)
-    kept: Callable[[Mapping[str, Any]], int] | None = None
+    count: Callable[[Mapping[str, Any]], int] | None = None
 
     def bytes_of(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of state of a parameter of this shape and dtype."""
-        count = self.kept(optimizer.defaults) if self.kept else len(self.moments)
+        """Bytes of state for a parameter with the shape and dtype of `like`."""
+        count = self.count(optimizer.defaults) if self.count else len(self.moments)
         if not self.factored or like.dim() < 2:
             return count * self.form.size(optimizer, like)
         averages = sum(like.shape[axis] for axis, _ in self.factored.values()) * like.element_size()
@@ -169,28 +169,28 @@ class StateLayout:
 _ADAM: dict[str, Moment] = {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"}
 
 
-def _adam_kept(settings: Mapping[str, Any]) -> int:
+def _adam_count(settings: Mapping[str, Any]) -> int:
     return 2 + bool(settings.get("amsgrad"))
 
 
 _LAYOUTS = {
-    "torch.Adam": StateLayout(_ADAM, kept=_adam_kept),
-    "torch.AdamW": StateLayout(_ADAM, kept=_adam_kept),
-    "torch.NAdam": StateLayout(_ADAM, kept=_adam_kept),
+    "torch.Adam": StateLayout(_ADAM, count=_adam_count),
+    "torch.AdamW": StateLayout(_ADAM, count=_adam_count),
+    "torch.NAdam": StateLayout(_ADAM, count=_adam_count),
     "torch.RMSprop": StateLayout(
-        {"square_avg": "second", "momentum_buffer": "first"}, kept=lambda settings: 1 + (settings["momentum"] != 0)
+        {"square_avg": "second", "momentum_buffer": "first"}, count=lambda settings: 1 + (settings["momentum"] != 0)
     ),
-    "torch.SGD": StateLayout({"momentum_buffer": "first"}, kept=lambda settings: int(settings["momentum"] != 0)),
+    "torch.SGD": StateLayout({"momentum_buffer": "first"}, count=lambda settings: int(settings["momentum"] != 0)),
     "torch.Adafactor": StateLayout(
-        {"variance": "second"}, {"row_var": (0, 0), "col_var": (1, 1)}, kept=lambda settings: 1
+        {"variance": "second"}, {"row_var": (0, 0), "col_var": (1, 1)}, count=lambda settings: 1
     ),
     "transformers.Adafactor": StateLayout(
         {"exp_avg": "first", "exp_avg_sq": "second"},
         {"exp_avg_sq_row": (0, 0), "exp_avg_sq_col": (1, 0)},
-        kept=lambda settings: 1 + (settings["beta1"] is not None),
+        count=lambda settings: 1 + (settings["beta1"] is not None),
     ),
     "lion_pytorch.Lion": StateLayout({"exp_avg": "first"}),
-    "torchao._AdamBase": StateLayout(_ADAM, form=TorchaoForm(), kept=_adam_kept),
+    "torchao._AdamBase": StateLayout(_ADAM, form=TorchaoForm(), count=_adam_count),
 }
 _BITSANDBYTES: dict[str, dict[str, Moment]] = {
     "adam": {"state1": "first", "state2": "second"},
@@ -213,21 +213,21 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def layout_of(optimizer: torch.optim.Optimizer) -> StateLayout:
-    """What this optimiser keeps.
+    """The layout of this optimiser's state.
 
     Raises:
-        UnsupportedError: it is not known, or not with these settings; names what is.
+        UnsupportedError: the optimiser or one of its settings is not supported; the message lists what is.
     """
     inner = unwrap_optimizer(optimizer)
     layout = _find(inner)
     if layout is None:
         kind = type(inner)
         raise UnsupportedError(
-            f"The state of {kind.__module__}.{kind.__name__} cannot be carried through a change of rank"
-            f"{_why(inner)}. Supported: {_SUPPORTED}."
+            f"The state of {kind.__module__}.{kind.__name__} cannot be carried through a change of rank: "
+            f"{_reason(inner)}. Supported: {_SUPPORTED}."
         )
     if isinstance(inner, torch.optim.RMSprop) and any(group["centered"] for group in inner.param_groups):
-        # Its variance is a difference of the two moments, which the maps would let become negative.
+        # Its variance is a difference of the two moments, which could become negative after the map.
         raise UnsupportedError("RMSprop(centered=True) cannot be carried through a change of rank. Use centered=False.")
     return layout
 
@@ -240,21 +240,21 @@ def _find(optimizer: torch.optim.Optimizer) -> StateLayout | None:
             return StateLayout(moments, form=BitsandbytesForm()) if moments else None
         if name in _LAYOUTS:
             return _LAYOUTS[name]
-        if _has_own_step(kind):  # a subclass with its own rule may keep anything
+        if _defines_step(kind):  # a subclass with another update rule may keep other state
             return None
     return None
 
 
-def _has_own_step(kind: type) -> bool:
-    """Whether a class defines `step` itself; torch puts a wrapped copy of the inherited one into every class."""
+def _defines_step(kind: type) -> bool:
+    """Whether a class defines `step` itself. Torch puts a wrapped copy of an inherited `step` into every class."""
     step = vars(kind).get("step")
     return step is not None and bool(inspect.unwrap(step).__qualname__ == f"{kind.__qualname__}.step")
 
 
-def _why(optimizer: torch.optim.Optimizer) -> str:
+def _reason(optimizer: torch.optim.Optimizer) -> str:
     name = type(optimizer).__name__
     if "ScheduleFree" in name:
-        return ": it keeps an average of past weights, which belongs to the old factors"
+        return "it keeps an average of past weights, which belongs to the old factors"
     if "Muon" in name:
-        return ": its updates mix the directions of a factor, so new ones would change the old ones"
-    return ": what it keeps is not known"
+        return "its updates mix the directions of a factor, so new ones would change the old ones"
+    return "its layout is not known"

@@ -1,7 +1,7 @@
-"""Carry an optimiser's state through a change of rank.
+"""Carries an optimiser's state through a change of rank.
 
-The gradient of a re-factored pair is a linear map of the old one: with A' = Q A and B' = B P, chain rule gives
-g_A' = P^T g_A and g_B' = g_B Q^T on the kept directions. First moments take the same map, second moments the
+The gradient of a re-factored pair is a linear map of the old one: with A' = Q A and B' = B P, the chain rule gives
+g_A' = P^T g_A and g_B' = g_B Q^T on the remaining directions. First moments take the same map, second moments the
 map with squared entries, and the step count stays.
 """
 
@@ -27,10 +27,10 @@ class StateMap:
     Attributes:
         axis: the parameter's rank axis, 0 for A and 1 for B.
         rank: the new rank.
-        matrix: shape (rank, old rank); None keeps all old directions and adds new ones behind them.
-        fresh: bool of shape (rank,): directions of `matrix` without a past, whose state starts anew.
-        fill_second: "mean" starts the second moment of new directions at the mean of the old ones, which keeps
-            their first steps of the usual size; "zero" does not.
+        matrix: the map, shape (rank, old rank); None keeps all old directions and appends new ones.
+        fresh: bool (rank,): directions that start anew in place of negligible ones; None if there are none.
+        fill_second: initial second moment of new directions: "mean" is the mean over the old ones, which gives the
+            first steps their usual size; "zero" is 0.
     """
 
     axis: Literal[0, 1]
@@ -40,12 +40,12 @@ class StateMap:
     fill_second: Fill = "zero"
 
     def apply(self, state: torch.Tensor, *, second: bool, axis: int | None = None) -> torch.Tensor:
-        """The mapped state.
+        """The mapped state, in the dtype of `state`.
 
         Args:
-            state: a moment, or a factored one.
-            second: whether it averages squares.
-            axis: where its rank axis lies, if not where the parameter's does.
+            state: a moment, as a tensor of the parameter's shape or averaged over one axis.
+            second: whether it is a second moment.
+            axis: the rank axis of `state`, that of the parameter by default.
         """
         axis = self.axis if axis is None else axis
         fill = state.mean(dim=axis, keepdim=True) if second and self.fill_second == "mean" else 0.0
@@ -67,26 +67,22 @@ class StateMap:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimiser whose state is not understood.
-
-    Raises:
-        UnsupportedError: with the ones that are.
-    """
+    """Raise UnsupportedError if the optimiser's state cannot be carried through a change of rank."""
     layout_of(optimizer)
 
 
 def state_bytes_of(optimizer: torch.optim.Optimizer | None, like: torch.Tensor) -> int:
-    """Bytes of optimiser state of a parameter of this shape and dtype; AdamW's without an optimiser."""
+    """Bytes of optimiser state for a parameter with the shape and dtype of `like`; None counts as AdamW."""
     if optimizer is None:
         return 2 * like.numel() * like.element_size()
     return layout_of(optimizer).bytes_of(unwrap_optimizer(optimizer), like)
 
 
 def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, change: StateMap) -> None:
-    """Map all that the optimiser keeps for `parameter`; call before the parameter itself gets its new shape.
+    """Map the optimiser's state of `parameter`; call before the parameter itself gets its new shape.
 
     Raises:
-        UnsupportedError: a state tensor whose meaning is unknown.
+        UnsupportedError: the state holds a tensor of the parameter's shape that is not in the optimiser's layout.
     """
     if optimizer is None:
         return
@@ -95,21 +91,21 @@ def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, 
     state = inner.state.get(parameter, {})
     _check_keys(inner, layout, parameter, state)
     for key, moment in layout.moments.items():
-        if isinstance(state.get(key), torch.Tensor):  # SGD keeps None before its first step
+        if isinstance(state.get(key), torch.Tensor):  # SGD stores None before its first step
             mapped = change.apply(layout.form.read(parameter, state, key), second=moment == "second")
             layout.form.write(inner, parameter, state, key, mapped)
     _map_factored(layout, state, change)
 
 
 def _map_factored(layout: StateLayout, state: dict[str, torch.Tensor], change: StateMap) -> None:
-    """Map a second moment that is kept as the outer product of two averages, u v^T / mean(u)."""
-    # A zero average would make the first steps of new directions huge: nothing else damps them.
+    """Map a second moment that is stored as two averages u and v, and stands for u v^T / mean(u)."""
+    # A zero average would make the first steps of new directions huge.
     change = replace(change, fill_second="mean")
-    for key, (kept, axis) in layout.factored.items():
-        if kept != change.axis or key not in state:
+    for key, (parameter_axis, axis) in layout.factored.items():
+        if parameter_axis != change.axis or key not in state:
             continue
         before, state[key] = state[key], change.apply(state[key], second=True, axis=axis)
-        if change.matrix is not None:  # the other average runs over the directions that this one tells apart
+        if change.matrix is not None:  # the other average is taken over the rank axis, so it changes in proportion
             other = next(name for name in layout.factored if name != key)
             ratio = state[key].mean() / before.mean()
             state[other] = torch.where(before.mean() > 0, state[other] * ratio, state[other])
@@ -118,6 +114,7 @@ def _map_factored(layout: StateLayout, state: dict[str, torch.Tensor], change: S
 def _check_keys(
     optimizer: torch.optim.Optimizer, layout: StateLayout, parameter: nn.Parameter, state: dict[str, object]
 ) -> None:
+    """Raise UnsupportedError if the state holds a tensor of the parameter's shape that the layout does not name."""
     known = layout.moments.keys() | layout.factored.keys()
     for key, value in state.items():
         if key not in known and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -127,7 +124,7 @@ def _check_keys(
 
 
 def reset_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:
-    """Forget the state of parameters that lose or regain all their directions: they start like new."""
+    """Delete the optimiser's state of these parameters, so that they start as new ones."""
     if optimizer is not None:
         for parameter in parameters:
             unwrap_optimizer(optimizer).state.pop(parameter, None)

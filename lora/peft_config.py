@@ -1,8 +1,8 @@
-"""Adapter files that plain PEFT loads, and models that load adapters of any ranks back.
+"""Writes ranks into PEFT's configuration, and lets a model load adapters of any ranks.
 
-PEFT builds an adapter from `adapter_config.json` before it reads the weights, so the configuration must tell each
-module's rank and alpha. A stock model refuses weights of another rank; `make_resizable` lets it take them, which
-is what resuming and `load_best_model_at_end` need.
+PEFT builds an adapter from `adapter_config.json` before it reads the weights, so the configuration must hold each
+module's rank and alpha. An unchanged model refuses weights of another rank; after `make_resizable` it loads them, as
+resuming and `load_best_model_at_end` need.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from .resize import resize
 from .targets import TargetModule, unwrap
 
 MANY_MODULES = 256
-"""PEFT tries every pattern on every module, and Python's `re` remembers 512 of them: with more, loading an adapter
-takes minutes. From this number on, modules of one rank share a pattern."""
+"""From this number on, modules of one rank share a pattern. PEFT tries every pattern on every module, and Python's `re`
+caches 512 of them: with more, loading an adapter takes minutes."""
 
 
 @dataclass(frozen=True)
 class _UserSettings:
-    """What the user's LoraConfig said before our first change of it."""
+    """Settings of the user's LoraConfig before `sync_config` first changed it."""
 
     exclude_modules: Any
     target_modules: Any
 
 
 def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
-    """Write the current ranks into the model's LoraConfig, so that any save from now on is right.
+    """Write the current ranks into the model's LoraConfig, so that the adapter can be saved at any time.
 
     Adapted modules get anchored `rank_pattern` and `alpha_pattern` entries; modules at rank 0 are listed in
-    `exclude_modules`. The user's own patterns go: PEFT sorts them on saving, and the first match wins.
+    `exclude_modules`. The user's patterns are removed: PEFT sorts patterns on saving and uses the first that matches.
     """
     peft_model = unwrap(model)
     adapter = targets[0].adapter
     config = peft_model.peft_config[adapter]
     settings = peft_model.__dict__.setdefault("_rankpilot_user_settings", {})
     user = settings.setdefault(adapter, _UserSettings(config.exclude_modules, config.target_modules))
-    live = [target for target in targets if target.rank > 0]
-    config.rank_pattern = _patterns({t.name: t.rank for t in live})
-    config.alpha_pattern = _patterns({t.name: t.layer.lora_alpha[adapter] for t in live})
+    adapted = [target for target in targets if target.rank > 0]
+    config.rank_pattern = _patterns({t.name: t.rank for t in adapted})
+    config.alpha_pattern = _patterns({t.name: t.layer.lora_alpha[adapter] for t in adapted})
     config.exclude_modules = _excluded(user.exclude_modules, [target.name for target in targets if target.rank == 0])
-    # An adapter of no module at all is one that PEFT would not load under any real name.
-    config.target_modules = user.target_modules if live else DUMMY_TARGET_MODULES
-    if config.init_lora_weights == "orthogonal":  # not possible at odd ranks, and of no use to whoever loads
+    # PEFT refuses to load an adapter whose target modules match no module, except under this dummy name.
+    config.target_modules = user.target_modules if adapted else DUMMY_TARGET_MODULES
+    if config.init_lora_weights == "orthogonal":  # fails at odd ranks, and loading overwrites the weights anyway
         config.init_lora_weights = True
 
 
 def _patterns(values: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's pattern dictionary for these values by module name."""
+    """PEFT's pattern dictionary for values by module name."""
     groups: dict[Any, list[str]] = {}
     for name, value in values.items():
         groups.setdefault(value if len(values) >= MANY_MODULES else name, []).append(name)
@@ -68,9 +68,10 @@ def _pattern(names: list[str]) -> str:
 
 
 def _excluded(user: Any, dropped: list[str]) -> Any:
-    """The user's exclusions, a regular expression or a list of names, and the dropped modules.
+    """The user's `exclude_modules` (a regular expression or names) and the dropped modules, as one setting.
 
-    Always a regular expression once a module is dropped: in a list, PEFT takes a name for the end of a longer one.
+    It is a regular expression once a module is dropped, because PEFT would match a name in a list with the end of any
+    longer name.
     """
     if not dropped:
         return user
@@ -83,10 +84,10 @@ def _excluded(user: Any, dropped: list[str]) -> Any:
 
 
 def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
-    """Let the target modules load factors of any rank, and leave rank-0 factors out of what they save.
+    """Let the target modules load factors of any rank, and leave rank-0 factors out of saved adapters.
 
-    Idempotent. After a load, call `finish_load` once training is about to start. Also keeps a quantised base fit for
-    training (`guard_base`), so call it before the first evaluation.
+    Idempotent. After a load, call `finish_load` before training starts. This also calls `guard_base`, so call it
+    before the first evaluation.
 
     Raises:
         UnsupportedError: see `guard_base`.
@@ -103,10 +104,10 @@ def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 
 
 class _LoadHook:
-    """Resizes every pair to what a state dict holds, before torch compares shapes.
+    """Resizes every pair to its rank in a state dict, before torch compares shapes.
 
-    It sits on the whole model: a single layer sees only its own keys, and cannot tell a module that the file has at
-    rank 0 from weights that have nothing to do with the adapter.
+    The hook is on the whole model, because a single layer sees only its part of the state dict: it could not tell an
+    adapter in which this module has rank 0 from other weights.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
@@ -114,22 +115,22 @@ class _LoadHook:
         self.prefixes = [(target, f"{paths[target.layer]}.") for target in targets]
 
     def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
-        found = []
+        loads = []
         for target, path in self.prefixes:
             for name in target.parameters:
                 _name_adapter(state, f"{prefix}{path}", name, target.adapter)
             keys = {f"{prefix}{path}{name}": value for name, value in target.parameters.items()}
-            found.append((target, keys, state.get(next(iter(keys)))))
-        if all(weight is None for _, _, weight in found):
-            return  # some other weights are being loaded, not this adapter
-        for target, keys, weight in found:
-            rank = 0 if weight is None else int(weight.shape[0])
+            loads.append((target, keys, state.get(next(iter(keys)))))
+        if all(weight_a is None for _, _, weight_a in loads):
+            return  # the state dict holds other weights, not this adapter
+        for target, keys, weight_a in loads:
+            rank = 0 if weight_a is None else int(weight_a.shape[0])
             if rank != target.rank:
                 resize(target, rank)
-            if weight is None:  # the dictionary is torch's own copy: a strict load then misses nothing
+            if weight_a is None:  # a strict load needs all keys; torch passes a copy of the dictionary, so it may grow
                 state |= {key: value.detach() for key, value in keys.items()}
-            # A Trainer that resumes makes its optimiser from what requires gradients now, and then expects all
-            # the parameters that the first one had.
+            # A Trainer that resumes builds its optimiser from the parameters that require gradients now, and expects
+            # all those of the run that it resumes.
             for value in target.parameters.values():
                 value.requires_grad_(True)
 
@@ -137,7 +138,7 @@ class _LoadHook:
 def _name_adapter(state: dict[str, torch.Tensor], path: str, name: str, adapter: str) -> None:
     """Rename an entry that lacks the adapter's name.
 
-    PEFT adds the name only to keys that the model would save, so not where it is at rank 0.
+    PEFT adds the name only to keys that the model saves, and `_SaveHook` leaves out modules at rank 0.
     """
     plain = name.replace(f".{adapter}", "", 1)
     if f"{path}{plain}" in state:
@@ -145,7 +146,7 @@ def _name_adapter(state: dict[str, torch.Tensor], path: str, name: str, adapter:
 
 
 class _SaveHook:
-    """Leaves a pair at rank 0 out of the state dict: plain PEFT has no place for it."""
+    """Removes a pair at rank 0 from the state dict, since plain PEFT cannot load it."""
 
     def __init__(self, target: TargetModule) -> None:
         self.target = target
@@ -157,7 +158,7 @@ class _SaveHook:
 
 
 def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:
-    """After a load: rank-0 pairs stop requiring gradients, and the configuration tells the ranks."""
+    """After a load: freeze rank-0 pairs, and write the ranks into the configuration."""
     for target in targets:
         for parameter in target.parameters.values():
             parameter.requires_grad_(target.rank > 0)
@@ -165,5 +166,5 @@ def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 
 
 def adapter_ranks(targets: Sequence[TargetModule]) -> dict[str, int]:
-    """Current rank by module name."""
+    """The current rank of each target module, by module name."""
     return {target.name: target.rank for target in targets}

@@ -1,12 +1,13 @@
-"""Change the rank of LoRA pairs in the middle of training: real tensors, function and optimiser kept.
+"""Changes the rank of LoRA pairs during training; the function and the optimiser's state carry over.
 
 For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 
-* *shrink* to k: the best rank-k approximation of B A, with half of each singular value on either side (`lora/factors`);
+* *shrink* to k: B A becomes its best rank-k approximation, and A and B each take the root of its singular values
+  (`lora/factors`);
 * *grow*: one side of the new directions is random, the other zero, so the function does not change;
-* *drop* to rank 0 and *revive*: the parameters stay the same objects, with empty storage in between;
+* *drop* to rank 0: A and B become empty, and stay the same parameter objects so that they can grow again;
 * the scaling s stays as it is, so alpha follows the rank;
-* the optimiser's moments follow the same linear maps (see `lora/optimizer_state`).
+* the optimiser's moments follow the same linear maps (`lora/optimizer_state`).
 """
 
 from __future__ import annotations
@@ -28,23 +29,22 @@ from .targets import TargetModule, check_ranks
 logger = logging.getLogger(__name__)
 
 BATCHED_ELEMENTS = 2**22
-"""Pairs are decomposed together up to this many elements, 32 MiB in fp64."""
-
+"""Pairs are decomposed in batches of about this many elements, 32 MiB in fp64."""
 
 _FILLS: dict[bool, tuple[Fill, Fill]] = {False: ("zero", "mean"), True: ("mean", "zero")}
-"""How the second moments of fresh directions of A and B start, on linear layers and on embeddings: only the zero side
-gets gradients at first, and must not take huge steps."""
+"""Initial second moments of fresh directions of A and B, by whether the module is an embedding. At first only the zero
+side gets gradients, and "mean" keeps its steps from being huge."""
 
 
 @dataclass(frozen=True)
 class RankChange:
-    """What happened to one module.
+    """The change of one module's rank.
 
     Attributes:
         name: the module.
         before: its rank before.
         after: its rank now.
-        note: why it did not get the rank that was asked for; empty if it did.
+        note: why it did not get the wanted rank; empty if it did.
     """
 
     name: str
@@ -62,48 +62,47 @@ def set_ranks(
     seed: int = 0,
     step: int = 0,
 ) -> list[RankChange]:
-    """Give the named modules new ranks, shrinking first so that memory never passes the larger plan's.
+    """Give the named modules new ranks. Modules shrink before others grow, so memory stays within the larger plan's.
 
     A rank above min(d_in, d_out) is lowered to it. A module whose factors, gradients or optimiser state hold NaN or
-    infinity is left as it is, unless it is to be dropped. Both are told by a note and in one warning.
+    infinity keeps its rank, unless it is to be dropped. Each such case has a note in the result; one warning lists all.
 
     Args:
         targets: all target modules of the adapter.
         ranks: new rank by module name; modules that are not named keep theirs.
-        optimizer: its state follows. Without one, only the weights change.
-        seed: together with `step` and the module's name, decides the random side of new directions.
+        optimizer: the optimiser whose state is mapped. Without one, only the weights change.
+        seed: decides the random side of new directions, together with `step` and the module's name.
         step: the training step at which the change happens.
 
     Returns:
-        The changes made, in the order made, and those not made as asked; others are left out.
+        One entry for each module whose rank changed or differs from the wanted one, those that shrank first.
 
     Raises:
-        UnknownNameError, ConfigError, UnsupportedError: see `check_ranks` and `check_optimizer`. Nothing has been
-            changed then.
+        UnknownNameError, ConfigError, UnsupportedError: see `check_ranks` and `check_optimizer`; no rank has changed.
     """
     check_ranks(targets, ranks)
     if optimizer is not None:
         check_optimizer(optimizer)
-    asked = [(target, min(ranks[target.name], target.max_rank)) for target in targets if target.name in ranks]
-    moving = [(target, rank) for target, rank in asked if rank != target.rank]
+    wanted = [(target, min(ranks[target.name], target.max_rank)) for target in targets if target.name in ranks]
+    moving = [(target, rank) for target, rank in wanted if rank != target.rank]
     broken = set(non_finite([target for target, rank in moving if rank > 0], optimizer))
     moving = [(target, rank) for target, rank in moving if target.name not in broken or rank == 0]
     before = {target.name: target.rank for target in targets}
     _drop([target for target, rank in moving if rank == 0], optimizer)
     _shrink([(target, rank) for target, rank in moving if 0 < rank < target.rank], optimizer, seed, step)
     _grow([(target, rank) for target, rank in moving if rank > target.rank], optimizer, seed, step)
-    order = sorted(asked, key=lambda item: item[0].rank > before[item[0].name])
+    order = sorted(wanted, key=lambda item: item[0].rank > before[item[0].name])
     changes = [_report(target, before[target.name], ranks[target.name], target.name in broken) for target, _ in order]
     _warn(changes)
     return [change for change in changes if change.before != change.after or change.note]
 
 
-def _report(target: TargetModule, before: int, asked: int, broken: bool) -> RankChange:
+def _report(target: TargetModule, before: int, wanted: int, broken: bool) -> RankChange:
     note = ""
-    if target.rank != asked and broken:
-        note = f"not set to {asked}: its factors, gradients or optimizer state hold NaN or infinity"
-    elif asked > target.max_rank:
-        note = f"asked for {asked}, above min(d_in, d_out) = {target.max_rank}"
+    if target.rank != wanted and broken:
+        note = f"not set to {wanted}: its factors, gradients or optimizer state hold NaN or infinity"
+    elif wanted > target.max_rank:
+        note = f"asked for {wanted}, above min(d_in, d_out) = {target.max_rank}"
     return RankChange(target.name, before, target.rank, note)
 
 
@@ -118,25 +117,25 @@ def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer
     """Names of modules whose factors, gradients or optimiser state hold NaN or infinity."""
     state = unwrap_optimizer(optimizer).state if optimizer is not None else {}
     tensors: list[torch.Tensor] = []
-    owners: list[int] = []
+    modules: list[int] = []
     for index, target in enumerate(targets):
         for weight in (target.weight_a, target.weight_b):
-            held = [weight.detach(), weight.grad, *state.get(weight, {}).values()]
-            # Low-bit state is checked through its block scales, and not at all inside tensor subclasses.
-            found = [t for t in held if type(t) is torch.Tensor and t.is_floating_point() and t.dim() and t.numel()]
-            tensors += found
-            owners += [index] * len(found)
+            values = [weight.detach(), weight.grad, *state.get(weight, {}).values()]
+            # Of low-bit state only the block scales are checked; tensor subclasses are not.
+            floats = [v for v in values if type(v) is torch.Tensor and v.is_floating_point() and v.dim() and v.numel()]
+            tensors += floats
+            modules += [index] * len(floats)
     if not tensors:
         return []
     norms = torch.stack([norm.float().to(tensors[0].device) for norm in torch._foreach_norm(tensors)])
-    wrong = {owners[index] for index in torch.nonzero(~torch.isfinite(norms)).flatten().tolist()}
-    return [targets[index].name for index in sorted(wrong)]
+    broken = {modules[index] for index in torch.nonzero(~torch.isfinite(norms)).flatten().tolist()}
+    return [targets[index].name for index in sorted(broken)]
 
 
 def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> None:
-    """Start over, everywhere at `rank` (or the most that a module allows), with no function of its own.
+    """Give every module a new pair with B A = 0, of rank `rank` or the module's highest if that is lower.
 
-    For a model whose adapters are trained again and again; no optimiser may hold state of them.
+    For a model whose adapters are trained several times; no optimiser may hold state of them.
     """
     for target in targets:
         width = min(rank, target.max_rank)
@@ -146,14 +145,14 @@ def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> Non
 
 
 def resize(target: TargetModule, rank: int) -> None:
-    """Make room for factors of another rank, whose values are about to be loaded; zero until then."""
+    """Give a module zero factors of another rank, into which values can be loaded."""
     _write(target, target.weight_a.new_zeros(rank, target.d_in), target.weight_b.new_zeros(target.d_out, rank))
     if rank == 0:
         reset_extras(target)
 
 
 def _write(target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor) -> None:
-    """Give a pair its new factors, and PEFT its records of them."""
+    """Replace a pair's factors and update PEFT's records."""
     write_in_place(target.weight_a, weight_a)
     write_in_place(target.weight_b, weight_b)
     update_peft_records(target, target.rank)
@@ -161,7 +160,7 @@ def _write(target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor)
 
 @torch.no_grad()
 def reset_extras(target: TargetModule) -> None:
-    """Bias and magnitude as PEFT starts them, which leaves the frozen module's function alone."""
+    """Set bias and magnitude to PEFT's initial values, which do not change the module's function."""
     if target.bias is not None:
         target.bias.zero_()
     if target.magnitude is not None:
@@ -171,7 +170,7 @@ def reset_extras(target: TargetModule) -> None:
 
 
 def update_peft_records(target: TargetModule, rank: int) -> None:
-    """PEFT's own records of the rank, with alpha such that the scaling stays."""
+    """Write the rank into PEFT's layer, with the alpha that keeps the scaling, and freeze the pair at rank 0."""
     layer, name = target.layer, target.adapter
     root = math.sqrt(max(rank, 1)) if layer.use_rslora.get(name) else max(rank, 1)
     layer.r[name] = rank
@@ -187,9 +186,9 @@ def update_peft_records(target: TargetModule, rank: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _KeepFrozen:
-    """A forward pre-hook that freezes a dropped module again, after PEFT has set its whole adapter trainable.
+    """A forward pre-hook that freezes a dropped module again after PEFT has made the whole adapter trainable.
 
-    PEFT does so in `set_adapter`, and at the end of `disable_adapter`; biases and magnitudes would train unseen.
+    PEFT does so in `set_adapter` and at the end of `disable_adapter`; the module's bias and magnitude would then train.
     """
 
     target: TargetModule
@@ -215,13 +214,13 @@ def _shrink(
     for group, rank in _batches(moves):
         pairs = [(target.weight_a.detach().double(), target.weight_b.detach().double()) for target in group]
         maps = shrink_maps([a for a, _ in pairs], [b for _, b in pairs], rank)
-        whole = maps.live.all(dim=-1).tolist()
+        all_used = maps.used.all(dim=-1).tolist()
         for index, (target, (a, b)) in enumerate(zip(group, pairs, strict=True)):
-            p, q, live = maps.p[index], maps.q[index], maps.live[index]
+            p, q = maps.p[index], maps.q[index]
             new_a, new_b = (q @ a).to(target.weight_a), (b @ p).to(target.weight_b)
             fresh = None
-            if not whole[index]:
-                fresh = ~live
+            if not all_used[index]:
+                fresh = ~maps.used[index]
                 generator = growth_generator(seed, step, target.name)
                 new_a[fresh], new_b[:, fresh] = fresh_directions(target, int(fresh.sum()), generator)
             fill_a, fill_b = _FILLS[target.embedding]
@@ -231,16 +230,16 @@ def _shrink(
 
 
 def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[TargetModule], int]]:
-    """Modules on one device that go from one rank to another, as many at a time as BATCHED_ELEMENTS allows."""
+    """Batches of modules with equal device, old rank and new rank, and that new rank; see `BATCHED_ELEMENTS`."""
 
     def kind(move: tuple[TargetModule, int]) -> tuple[str, int, int]:
         target, rank = move
         return str(target.weight_a.device), target.rank, rank
 
-    for (_, _, rank), alike in groupby(sorted(moves, key=kind), kind):
+    for (_, _, rank), equal_moves in groupby(sorted(moves, key=kind), kind):
         group: list[TargetModule] = []
         elements = 0
-        for target, _ in alike:
+        for target, _ in equal_moves:
             group.append(target)
             elements += target.rank * (target.d_in + target.d_out)
             if elements > BATCHED_ELEMENTS:

@@ -1,17 +1,17 @@
-"""How much each target module wants to change: signals from the gradients of its LoRA pair.
+"""Signals: how much each target module would gain from training, measured on its LoRA pair and gradients.
 
-Three signals, chosen because they find planted changes where plain gradient norms do not (docs/experiments.md), lead
-the columns, and `heur3` is made of them:
+g is the gradient of B at one optimiser step; means are over the steps of an interval between two decisions. The first
+three signals find planted changes where plain gradient norms do not (docs/experiments.md):
 
-* *component sensitivity*: sum over the components j of abs(b_j . G a_j), G the mean gradient of delta W over the
-  interval: how strongly the loss pulls on what the adapter has already built;
-* *gradient signal-to-noise*: norm(mean g)^2 / mean norm(g)^2, g the gradient of B: do the batches agree?
-* *relative change*: norm(delta W) / norm(W): how far training has moved the module so far.
+* *component sensitivity*: sum over the components j of abs(b_j . G a_j), where G is the mean gradient of delta W: how
+  strongly the loss depends on the adapter's present components;
+* *gradient signal-to-noise*: norm(mean g)^2 / mean norm(g)^2: how far the batches agree, from 0 to 1;
+* *relative change*: norm(delta W) / norm(W): how far training has changed the module.
 
-Two more are what others go by:
+The last two serve other methods:
 
 * *gradient norm*: root mean square of norm(g);
-* *importance*: the sum over B's entries of abs(b * mean g), AdaLoRA's (Zhang et al., 2023, arXiv 2303.10512).
+* *importance*: sum over the entries of B of abs(b * mean g), as in AdaLoRA (Zhang et al., 2023, arXiv 2303.10512).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIGNALS = ("sensitivity", "snr", "relative_change", "gradient_norm", "importance
 
 
 def base_norms(targets: Sequence[TargetModule]) -> torch.Tensor:
-    """Norm of the frozen weight of each module, at least 1e-12, fp64 (modules,)."""
+    """Frobenius norm of each module's frozen weight, at least 1e-12, fp64 (modules,)."""
     return torch.tensor([base_norm(target.layer) for target in targets], dtype=torch.float64).clamp_min(1e-12)
 
 
@@ -41,23 +41,23 @@ def pair_signals(
     count: int,
     base_norms: torch.Tensor,
 ) -> torch.Tensor:
-    """The signals of an interval, (modules, len(SIGNALS)).
+    """The signals of one interval, (modules, len(SIGNALS)).
 
     Args:
         factors: A (rank, d_in) and B (d_out, rank) of each module.
-        scalings: factor in front of each B A.
-        sums: the gradients of each B, summed over the interval's steps, (d_out, rank).
-        squares: the squared norms of the gradients of each B, summed over the steps, (modules,).
-        count: steps of the interval.
+        scalings: the factor by which each B A is multiplied.
+        sums: gradient of each B, summed over the interval's steps, (d_out, rank).
+        squares: squared norm of the gradient of each B, summed over the steps, (modules,).
+        count: number of steps in the interval.
         base_norms: norm of each frozen weight, fp64 (modules,).
     """
     snr = torch.stack(torch._foreach_norm(list(sums))).square() / (count * squares).clamp_min(1e-30)
     rows = []
     for (a, b), scaling, total in zip(factors, scalings, sums, strict=True):
-        pulls = b * total
-        # norm(B A)^2 = trace((B^T B)(A A^T)), never the dense product.
+        products = b * total
+        # norm(B A)^2 = trace((B^T B)(A A^T)), without forming the dense product.
         square = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
-        rows.append(torch.stack([pulls.sum(dim=0).abs().sum(), square.sqrt() * abs(scaling), pulls.abs().sum()]))
+        rows.append(torch.stack([products.sum(dim=0).abs().sum(), square.sqrt() * abs(scaling), products.abs().sum()]))
     sensitivity, change, importance = torch.stack(rows).unbind(dim=1)
     relative = change / base_norms.to(change)
     norms = (squares / count).sqrt()
@@ -65,15 +65,15 @@ def pair_signals(
 
 
 class SignalMeter:
-    """Averages the gradients of B over an interval and reads the signals at its end.
+    """Averages the gradients of B over an interval, and computes the signals at its end.
 
     Args:
         targets: the target modules.
 
     Attributes:
-        values: the latest signals, float64 of shape (modules, len(SIGNALS)); NaN before the first read. A module at
-            rank 0 keeps its last values.
-        age: decisions since each module's values were fresh, int64 of shape (modules,).
+        values: the latest signals, float64 (modules, len(SIGNALS)); NaN before the first read. A module at rank 0
+            keeps its last values.
+        age: decisions since each module's values were fresh, int64 (modules,).
     """
 
     def __init__(self, targets: Sequence[TargetModule]) -> None:
@@ -84,30 +84,30 @@ class SignalMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval; buffers of the old one are freed."""
+        """Begin a new interval and free the buffers of the old one; call after each change of rank."""
         self._count = 0
         self._index = [i for i, target in enumerate(self.targets) if target.rank > 0]
-        self._live = [self.targets[i] for i in self._index]
-        self._means: list[torch.Tensor] = []
+        self._adapted = [self.targets[i] for i in self._index]
+        self._sums: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
 
     def accumulate(self) -> None:
-        """Take in the gradients of one optimiser step; call while they exist. Non-finite ones are left out."""
-        gradients = [g for target in self._live if (g := target.weight_b.grad) is not None]
-        if not gradients or len(gradients) < len(self._live):
+        """Add the gradients of one optimiser step; call before they are cleared. Ignores a step that is not finite."""
+        gradients = [g for target in self._adapted if (g := target.weight_b.grad) is not None]
+        if not gradients or len(gradients) < len(self._adapted):
             return
         norms = torch.stack(torch._foreach_norm(gradients))
         if not bool(torch.isfinite(norms).all()):
             return
-        if not self._means:
-            self._means = [torch.zeros_like(gradient) for gradient in gradients]
+        if not self._sums:
+            self._sums = [torch.zeros_like(gradient) for gradient in gradients]
             self._squares = [torch.zeros_like(norms)]
-        torch._foreach_add_(self._means, gradients)
+        torch._foreach_add_(self._sums, gradients)
         self._squares[0] += norms.square()
         self._count += 1
 
     def read(self) -> FloatArray:
-        """Close the interval: update `values` and `age` from what was taken in, and begin a new one."""
+        """Close the interval: update `values` and `age` from the accumulated gradients, and begin a new one."""
         fresh = np.zeros(len(self.targets), dtype=bool)
         if self._count:
             self.values[self._index] = self._signals().double().cpu().numpy()
@@ -117,40 +117,40 @@ class SignalMeter:
         return self.values
 
     def _signals(self) -> torch.Tensor:
-        factors = [(target.weight_a.detach(), target.weight_b.detach()) for target in self._live]
-        scalings = [target.scaling for target in self._live]
+        factors = [(target.weight_a.detach(), target.weight_b.detach()) for target in self._adapted]
+        scalings = [target.scaling for target in self._adapted]
         bases = self._base_norms[self._index]
-        return pair_signals(factors, scalings, self._means, self._squares[0], self._count, bases)
+        return pair_signals(factors, scalings, self._sums, self._squares[0], self._count, bases)
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes that the buffers hold now."""
-        return sum(mean.untyped_storage().nbytes() for mean in self._means)
+        """Bytes of the buffers at present."""
+        return sum(total.untyped_storage().nbytes() for total in self._sums)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything that `load_state_dict` needs to go on in mid-interval, as tensors."""
+        """All that `load_state_dict` needs to continue within an interval, as tensors."""
         state = {
             "values": torch.from_numpy(self.values.copy()),
             "age": torch.from_numpy(self.age.copy()),
             "count": torch.tensor([self._count]),
         }
-        if self._means:
+        if self._sums:
             state["squares"] = self._squares[0].cpu().clone()
-            state |= {f"mean.{t.name}": m.cpu().clone() for t, m in zip(self._live, self._means, strict=True)}
+            state |= {f"mean.{t.name}": m.cpu().clone() for t, m in zip(self._adapted, self._sums, strict=True)}
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`; the targets must have the ranks that they had then."""
+        """Continue from `state_dict`; the targets must have the ranks of the time when it was made."""
         self.restart()
         self.values = state["values"].numpy().copy()
         self.age = state["age"].numpy().copy()
         self._count = int(state["count"])
         if "squares" in state:
-            device = self._live[0].weight_b.device
+            device = self._adapted[0].weight_b.device
             self._squares = [state["squares"].to(device, copy=True)]
-            self._means = [state[f"mean.{target.name}"].to(device, copy=True) for target in self._live]
+            self._sums = [state[f"mean.{target.name}"].to(device, copy=True) for target in self._adapted]
 
 
 def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
-    """Bytes that `SignalMeter` holds for one rank on each module: a mean gradient of B."""
+    """Bytes of `SignalMeter`'s buffers for one rank on each module: the summed gradient of B, float64 (modules,)."""
     return np.array([t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64)

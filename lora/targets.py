@@ -1,4 +1,4 @@
-"""Target modules: what carries one LoRA pair, in the order in which the model lists them."""
+"""Finds a model's target modules, the modules with a LoRA pair, and checks that their ranks can change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TargetModule:
     Attributes:
         name: full name inside the base model, as in `LoraConfig.rank_pattern`.
         adapter: name of the PEFT adapter.
-        block: index of the layer that the module belongs to, 0 at the bottom.
+        block: index of the model layer that holds the module, 0 nearest to the input.
         d_in: input width (of an embedding: its vocabulary); A has shape (rank, d_in).
         d_out: output width; B has shape (d_out, rank).
         layer: the PEFT layer.
@@ -75,7 +75,7 @@ class TargetModule:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the adapter trains on this module, by name inside the layer: A, B, then bias and magnitude, if any."""
+        """The adapter's parameters by name inside the layer: A, B, then bias and magnitude if the module has them."""
         key = "lora_embedding_{}.{}" if self.embedding else "lora_{}.{}.weight"
         named = {key.format("A", self.adapter): self.weight_a, key.format("B", self.adapter): self.weight_b}
         if self.bias is not None:
@@ -96,12 +96,12 @@ class TargetModule:
 
     @property
     def scaling(self) -> float:
-        """The factor in front of B A; rank changes leave it alone."""
+        """The factor by which B A is multiplied; a change of rank does not change it."""
         return float(self.layer.scaling[self.adapter])
 
 
 def _layer_key(name: str) -> str:
-    """The part of a module's name that names its layer: up to the first number, else its parent."""
+    """The name of the layer that holds a module: up to the first number, or the parent if there is none."""
     match = re.match(r"(.*?\.\d+)(\.|$)", name)
     return match.group(1) if match else name.rpartition(".")[0]
 
@@ -124,30 +124,30 @@ def _refuse(name: str, layer: LoraLayer, adapter: str) -> None:
 
 
 def _refuse_config(config: LoraConfig) -> None:
-    """Raise UnsupportedError for settings under which a change of rank would go wrong later."""
+    """Raise UnsupportedError for settings under which an adapter of changed ranks could not be loaded."""
     start = str(config.init_lora_weights).lower()
     if start.startswith(CHANGES_THE_BASE):
         raise UnsupportedError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT works "
-            "out again from the rank when it loads the adapter, so an adapter of new ranks would load wrong. Use the "
-            "default, 'gaussian', 'orthogonal' or 'eva'."
+            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT "
+            "computes from the rank each time it loads the adapter, so an adapter of new ranks would load wrong. "
+            "Use the default, 'gaussian', 'orthogonal' or 'eva'."
         )
     if config.bias != "none":
         raise UnsupportedError(
-            f"bias={config.bias!r} trains biases of the frozen model, and PEFT does not load those of modules whose "
-            "rank went to 0. Use bias='none', or `lora_bias=True` for biases that belong to the adapter."
+            f"bias={config.bias!r} trains biases of the frozen model, and PEFT does not load the biases of modules at "
+            "rank 0. Use bias='none', or `lora_bias=True` for biases that belong to the adapter."
         )
     if config.target_parameters:
         raise UnsupportedError(
             f"target_parameters={list(config.target_parameters)} adapts parameters in place of modules, and PEFT "
-            "cannot load those at other ranks. For a mixture of experts PEFT adds them by itself under "
+            "cannot load those at other ranks. PEFT sets it by itself for a mixture of experts under "
             "target_modules='all-linear': name modules instead, for example ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
         )
 
 
 def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
-    """Raise UnsupportedError if a factor is sharded, or one storage serves two modules."""
-    owners: dict[int, str] = {}
+    """Raise UnsupportedError if a factor is sharded, or if two modules share one."""
+    names: dict[int, str] = {}
     for target in targets:
         for weight in (target.weight_a, target.weight_b):
             if type(weight.data) is not torch.Tensor:
@@ -155,24 +155,24 @@ def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
                     f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), as under "
                     "FSDP or tensor parallelism. Run on one device."
                 )
-            address = weight.data_ptr()  # 0 if empty or without memory of its own (meta device)
-            if address and owners.setdefault(address, target.name) != target.name:
+            address = weight.data_ptr()  # 0 if the tensor is empty or on the meta device
+            if address and names.setdefault(address, target.name) != target.name:
                 raise UnsupportedError(
-                    f"Target modules {owners[address]!r} and {target.name!r} share one adapter (tied "
+                    f"Target modules {names[address]!r} and {target.name!r} share one adapter (tied "
                     "weights), which cannot change rank. Leave one of them out of `target_modules`, and "
                     "`ensure_weight_tying` off."
                 )
 
 
 def find_target_modules(model: nn.Module, adapter: str | None = None) -> list[TargetModule]:
-    """All LoRA pairs of one adapter.
+    """All target modules of one adapter, in the order in which the model lists them.
 
     Args:
         model: a PeftModel, possibly wrapped.
-        adapter: which adapter; the active one by default.
+        adapter: name of the adapter; the active one by default.
 
     Raises:
-        UnsupportedError: the model is no LoRA model, or carries pairs whose rank cannot be changed.
+        UnsupportedError: the model has no LoRA pair, or one whose rank cannot change.
         UnknownNameError: there is no adapter of that name.
     """
     peft_model = unwrap(model)
@@ -207,10 +207,10 @@ def _target(path: str, adapter: str, block: int, layer: LoraLayer) -> TargetModu
 
 
 def unwrap(model: nn.Module) -> PeftModel:
-    """The PeftModel inside wrappers such as DistributedDataParallel or torch.compile's.
+    """The PeftModel inside wrappers such as those of DistributedDataParallel and torch.compile.
 
     Raises:
-        UnsupportedError: there is none.
+        UnsupportedError: the model holds no PeftModel.
     """
     inner: nn.Module | None = model
     while inner is not None and not isinstance(inner, PeftModel):
@@ -224,11 +224,11 @@ def unwrap(model: nn.Module) -> PeftModel:
 
 
 def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> None:
-    """Check a plan: known modules, ranks of at least 0.
+    """Check that these modules exist and can have these ranks (by module name).
 
     Raises:
-        UnknownNameError: a module that does not exist.
-        ConfigError: a negative rank.
+        UnknownNameError: there is no such target module.
+        ConfigError: a rank is negative.
         UnsupportedError: an adapter is merged into the frozen weights.
     """
     names = dict.fromkeys(target.name for target in targets)  # in the model's order, which the error shows
@@ -246,10 +246,10 @@ def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> No
 
 
 def check_trains(targets: Iterable[TargetModule]) -> None:
-    """Make sure that no pair has been frozen by hand.
+    """Check that every pair of rank 1 or more trains.
 
     Raises:
-        UnsupportedError: one has.
+        UnsupportedError: a pair is frozen (requires_grad is False).
     """
     for target in targets:
         if target.rank > 0 and not (target.weight_a.requires_grad and target.weight_b.requires_grad):
@@ -260,6 +260,6 @@ def check_trains(targets: Iterable[TargetModule]) -> None:
 
 
 def other_trainable(model: nn.Module, targets: Iterable[TargetModule]) -> list[nn.Parameter]:
-    """Trainable parameters that are no factor of `targets`: a classifier in `modules_to_save`, biases, magnitudes."""
+    """Trainable parameters other than A and B of `targets`, such as a classifier in `modules_to_save`, or biases."""
     pairs = {id(weight) for target in targets for weight in (target.weight_a, target.weight_b)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in pairs]

@@ -1,1 +1,1 @@
-"""Many adapters on one frozen base, trained side by side."""
+"""Adapters of many runs on one frozen model, trained side by side."""

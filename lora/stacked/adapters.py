@@ -1,13 +1,13 @@
-"""LoRA pairs of many runs at once, on one frozen, unmodified model.
+"""The LoRA pairs and Adam states of many runs, trained together on one frozen, unmodified model.
 
-The runs are folded into the batch, one after another: x has shape (runs * rows, length, d). Each target module holds
-stacked factors A (runs, width, d_in) and B^T (runs, width, d_out), zero above the rank of each run, and a forward hook
-adds scaling * x A^T B^T. Where a component of both factors is zero, its gradients are zero and Adam leaves it there:
-no masks are needed, and a run computes what it would compute alone.
+The batches of the runs are concatenated: x has shape (runs * rows, length, d). Each target module has stacked factors
+A (runs, width, d_in) and B^T (runs, width, d_out), which are zero beyond the rank of each run, and a forward hook adds
+scaling * x A^T B^T. A component that is zero in both factors has zero gradients, so Adam leaves it at zero: no masks
+are needed, and each run computes what it would compute alone.
 
-All factors of a run lie in one row of a flat buffer, and so do their gradients and both moments of Adam. Widths are
-multiples of 16: from there on the products of matrices (oneMKL) do not depend on the width, so a run's result is the
-same bit for bit, whatever the other runs do.
+All factors of a run are one row of a flat buffer, and so are their gradients and both moments of Adam. Widths are
+multiples of 16: matrix products (oneMKL) of such widths do not depend on the width, so a run's result is the same bit
+for bit, whatever the other runs do.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from ...errors import UnsupportedError
 from ..targets import TargetModule
 from .layout import WIDTH_STEP, Layout, Pair
 
-SPARING = 0.75
-"""Buffers become narrower if that leaves less than this share of them."""
+SHRINK_BELOW = 0.75
+"""Buffers become narrower if their new size is at most this share of the old one."""
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
-"""Of AdamW (without decay), as in transformers' Trainer."""
+"""Settings of AdamW (without weight decay), as in transformers' Trainer."""
 
 
 class StackedAdapters:
     """The adapters and Adam states of several runs on one frozen model.
 
     Args:
-        model: a plain model with linear layers (or Conv1D) by the names of the targets; it is frozen, and keeps its
-            weights. Must hold no active dropout, and mix no rows.
-        targets: what is adapted: names, shapes and scaling are taken from there.
-        runs: how many.
-        compiled: run the model through torch.compile, which takes a minute once for each number of runs; every module
-            then has at least the least width.
+        model: a plain model whose linear layers (or Conv1D) have the names of the targets. It is frozen. It must have
+            no active dropout, and compute each row independently of the others.
+        targets: the modules to adapt; gives names, shapes and scaling.
+        runs: number of runs.
+        compiled: train through torch.compile, which takes a minute for each new number of runs; every module then has
+            a width of at least `WIDTH_STEP`.
 
     Attributes:
-        ranks: int64 (runs, modules); `lora.stacked_ranks` changes them.
-        ages: Adam's steps on each pair since it was made or revived, int64 (runs, modules).
-        layout: where the factors lie.
+        ranks: int64 (runs, modules); `lora/stacked/resize.py` changes them.
+        ages: Adam's steps on each pair since it was created or grew from rank 0, int64 (runs, modules).
+        layout: positions of the factors in a row of a buffer.
         weights: the factors, (runs, layout.size).
-        gradients: of the latest `backward`.
-        first: Adam's first moments.
-        second: Adam's second moments.
-        sums: of gradients since the last decision, for signals; the part of A stays zero.
+        gradients: gradients of the latest `backward`, (runs, layout.size).
+        first: Adam's first moments, (runs, layout.size).
+        second: Adam's second moments, (runs, layout.size).
+        sums: gradients of B summed since the last decision, for signals, (runs, layout.size); zero for A.
 
     Raises:
         UnsupportedError: a target is an embedding, or trains a bias or a magnitude.
@@ -92,7 +92,7 @@ class StackedAdapters:
         shape = (len(self.ranks), self.layout.size)
         buffers = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(5)]
         self.weights, self.gradients, self.first, self.second, self.sums = buffers
-        # The module and side that each piece of a row belongs to.
+        # The block (module and side) that each piece of a row belongs to.
         blocks = np.repeat(np.arange(2 * len(self.targets)), np.diff(self.layout.bounds) // self._piece)
         self._blocks = torch.from_numpy(blocks).to(self.device)
         self._views = {id(buffer): self.layout.pairs(buffer) for buffer in buffers}
@@ -102,7 +102,7 @@ class StackedAdapters:
         return list(rows) == list(range(len(self.ranks)))
 
     def pairs(self, buffer: torch.Tensor) -> list[Pair]:
-        """Views of one of the buffers, one pair a module; made once for each layout."""
+        """Views of one of the buffers, one pair for each module; made once for each layout."""
         return self._views[id(buffer)]
 
     def forget_segments(self) -> None:
@@ -111,7 +111,7 @@ class StackedAdapters:
 
     @property
     def _buffers(self) -> tuple[torch.Tensor, ...]:
-        """What is kept from step to step."""
+        """The buffers that last from step to step."""
         return self.weights, self.first, self.second, self.sums
 
     @property
@@ -120,35 +120,34 @@ class StackedAdapters:
         return self.gradients.nbytes + sum(buffer.nbytes for buffer in self._buffers)
 
     def make_room(self, ranks: IntArray) -> None:
-        """Give every module at least the width that these ranks need, (runs, modules).
+        """Give every module a width that fits these ranks, (runs, modules), and clear gradients if any width changes.
 
-        Where a module gets narrower, what lies beyond its width must be zero; it does so only where that saves much.
-        Gradients are forgotten.
+        Widths shrink only if that saves much memory; components beyond the new width must then be zero.
         """
         least = WIDTH_STEP if self.compiled else 0
         widths = np.maximum(-(-ranks.max(axis=0) // WIDTH_STEP) * WIDTH_STEP, least)
         old = self.layout
         fits = bool((widths <= old.widths).all())
-        if fits and Layout(widths, old.d_in, old.d_out).size > SPARING * old.size:
+        if fits and Layout(widths, old.d_in, old.d_out).size > SHRINK_BELOW * old.size:
             return
-        views = [self.pairs(buffer) for buffer in self._buffers]
+        old_buffers = [self.pairs(buffer) for buffer in self._buffers]
         self.layout = Layout(widths, old.d_in, old.d_out)
         self._allocate()
-        kept = np.minimum(widths, old.widths).tolist()
-        for source, target in zip(views, self._buffers, strict=True):
-            for width, here, there in zip(kept, source, self.pairs(target), strict=True):
-                for narrow, wide in zip(here, there, strict=True):
-                    wide[:, :width] = narrow[:, :width]
+        common = np.minimum(widths, old.widths).tolist()
+        for old_pairs, buffer in zip(old_buffers, self._buffers, strict=True):
+            for width, old_pair, pair in zip(common, old_pairs, self.pairs(buffer), strict=True):
+                for old_side, side in zip(old_pair, pair, strict=True):
+                    side[:, :width] = old_side[:, :width]
 
     # Forward and backward ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def running(self, rows: Sequence[int], *, compiled: bool = False) -> Iterator[Callable[..., Any]]:
-        """The model with these runs in its batch, in this order; to be called any number of times.
+        """Yield the model, to be called any number of times with batches of these runs.
 
         Args:
-            rows: the runs.
-            compiled: yield it compiled, for training.
+            rows: the runs in the batch, in this order.
+            compiled: yield the compiled model, for training.
         """
         weights, gradients = self.weights, self.gradients
         if not self._are_all(rows):
@@ -157,7 +156,7 @@ class StackedAdapters:
         pairs = self.layout.pairs(weights) if weights is not self.weights else self.pairs(weights)
         self._leaves = pairs
         self._gradients = self.layout.pairs(gradients) if gradients is not self.gradients else self.pairs(gradients)
-        if compiled:  # one graph for all widths: strides must follow from shapes
+        if compiled:  # one graph for all widths needs contiguous factors, whose strides follow from their shapes
             self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in pairs]
             for leaf in (leaf for pair in self._leaves for leaf in pair):
                 torch._dynamo.maybe_mark_dynamic(leaf, 1)
@@ -188,11 +187,11 @@ class StackedAdapters:
         return add_delta
 
     def backward(self, losses: torch.Tensor) -> None:
-        """Fill `gradients` for the runs in the batch from their losses, (runs,); call within `running`."""
+        """Compute `gradients` of the runs in the batch from their losses, (runs,); call within `running`."""
         if self._compiled:
             leaves = [leaf for pair in self._leaves for leaf in pair]
-            found = torch.autograd.grad(losses.sum(), leaves)
-            torch._foreach_copy_([view for pair in self._gradients for view in pair], list(found))
+            gradients = torch.autograd.grad(losses.sum(), leaves)
+            torch._foreach_copy_([view for pair in self._gradients for view in pair], list(gradients))
         else:
             losses.sum().backward()  # type: ignore[no-untyped-call]
         if self._gradient is not self.gradients:
@@ -202,9 +201,9 @@ class StackedAdapters:
 
     @torch.no_grad()
     def square_norms(self, rows: Sequence[int]) -> torch.Tensor:
-        """Squared norm of the gradients of each A, then of each B, fp64 (len(rows), 2 * modules).
+        """Squared norm of the gradient of each A, then of each B, fp64 (len(rows), 2 * modules).
 
-        Summed so that neither the width nor the other runs change a bit of it.
+        The order of summation depends neither on the width nor on the other runs, and so neither does the result.
         """
         gradients = self.gradients if self._are_all(rows) else self.gradients[list(rows)]
         pieces = torch.linalg.vector_norm(torch.unflatten(gradients, 1, (-1, self._piece)), dim=-1).double().square()
@@ -213,7 +212,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def clip(self, rows: Sequence[int], max_norm: float) -> FloatArray:
-        """Clip the gradients of each run to a norm; returns the squared norms of each B's, (len(rows), modules)."""
+        """Clip the gradients of each run to a norm; return squared norms of B's gradients, (len(rows), modules)."""
         squares = self.square_norms(rows)
         shares = (max_norm / (squares.sum(dim=1).sqrt() + 1e-6)).clamp(max=1.0)
         if not bool((shares == 1).all()):
@@ -222,33 +221,34 @@ class StackedAdapters:
                 self.gradients *= factors
             else:
                 self.gradients[list(rows)] *= factors
-        own: FloatArray = (squares[:, len(self.targets) :] * shares[:, None].square()).cpu().numpy()
-        return own
+        squares_b: FloatArray = (squares[:, len(self.targets) :] * shares[:, None].square()).cpu().numpy()
+        return squares_b
 
     @torch.no_grad()
     def step(self, rows: Sequence[int], rates: Sequence[float]) -> None:
-        """One step of Adam, each run at its own learning rate.
+        """Take one step of Adam in these runs, each at its learning rate.
 
         Args:
             rows: the runs.
-            rates: one learning rate for each.
+            rates: the learning rate of each.
         """
         self.ages[list(rows)] += 1
-        places: dict[float, list[tuple[int, int, int, int]]] = {}
+        by_rate: dict[float, list[tuple[int, int, int, int]]] = {}
         for row, rate in zip(rows, rates, strict=True):
             oldest = int(self.ages[row].max())
-            places.setdefault(rate, []).extend((row, a, b, oldest - younger) for a, b, younger in self._parts(row))
-        for rate, found in places.items():
+            segments = self._segments_of(row)
+            by_rate.setdefault(rate, []).extend((row, start, end, oldest - lag) for start, end, lag in segments)
+        for rate, slices in by_rate.items():
             buffers = (self.weights, self.gradients, self.first, self.second)
-            weights, gradients, first, second = ([buffer[row, a:b] for row, a, b, _ in found] for buffer in buffers)
-            before = torch.tensor([age - 1.0 for *_, age in found], device=self.device)
+            weights, gradients, first, second = ([buffer[row, a:b] for row, a, b, _ in slices] for buffer in buffers)
+            steps_before = torch.tensor([age - 1.0 for *_, age in slices], device=self.device)
             adamw(
                 weights,
                 gradients,
                 first,
                 second,
                 [],
-                list(before.unbind()),
+                list(steps_before.unbind()),
                 fused=True,
                 amsgrad=False,
                 beta1=BETA_1,
@@ -259,15 +259,15 @@ class StackedAdapters:
                 maximize=False,
             )
 
-    def _parts(self, row: int) -> list[tuple[int, int, int]]:
-        """The parts of a row whose pairs have one age: begin, end, and how much younger than the oldest they are."""
+    def _segments_of(self, row: int) -> list[tuple[int, int, int]]:
+        """The segments of a row whose adapted pairs have one age: start, end, and steps behind the oldest pair."""
         if row not in self._segments:
-            live = np.tile(self.ranks[row] > 0, 2)
-            starts, ends = self.layout.bounds[:-1][live].tolist(), self.layout.bounds[1:][live].tolist()
-            younger = np.tile(self.ages[row].max() - self.ages[row], 2)[live].tolist()
-            groups = groupby(zip(starts, ends, younger, strict=True), key=lambda block: block[2])
-            blocks = [(age, list(group)) for age, group in groups]
-            self._segments[row] = [(group[0][0], group[-1][1], age) for age, group in blocks]
+            adapted = np.tile(self.ranks[row] > 0, 2)
+            starts, ends = self.layout.bounds[:-1][adapted].tolist(), self.layout.bounds[1:][adapted].tolist()
+            lags = np.tile(self.ages[row].max() - self.ages[row], 2)[adapted].tolist()
+            groups = groupby(zip(starts, ends, lags, strict=True), key=lambda block: block[2])
+            blocks = [(lag, list(group)) for lag, group in groups]
+            self._segments[row] = [(group[0][0], group[-1][1], lag) for lag, group in blocks]
         return self._segments[row]
 
     def add_to_sums(self, rows: Sequence[int]) -> None:
@@ -281,7 +281,7 @@ class StackedAdapters:
 
 
 class _AddDelta(torch.autograd.Function):
-    """y + scaling * x A^T B^T, written into y; the gradients of A and B go straight into their buffers."""
+    """Adds scaling * x A^T B^T to y in place; the backward pass writes the gradients of A and B into their buffers."""
 
     @staticmethod
     def forward(
@@ -294,9 +294,17 @@ class _AddDelta(torch.autograd.Function):
         gradients: Pair,
         anchor: torch.Tensor,
     ) -> torch.Tensor:
-        """Shapes (runs, tokens, d_out), (runs, tokens, d_in), (runs, width, d_in), (runs, width, d_out).
+        """Compute the new y.
 
-        `anchor` is any tensor that needs a gradient: it makes autograd come here also where x needs none.
+        Args:
+            ctx: autograd's context.
+            y: (runs, tokens, d_out).
+            x: (runs, tokens, d_in).
+            a: A, (runs, width, d_in).
+            b: B^T, (runs, width, d_out).
+            scaling: factor of the product.
+            gradients: buffers for the gradients of A and B^T.
+            anchor: any tensor that requires a gradient, so that autograd calls `backward` even if y and x do not.
         """
         hidden = torch.bmm(x, a.mT)
         ctx.save_for_backward(x, hidden, a, b)
@@ -306,12 +314,12 @@ class _AddDelta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of y and x."""
+        """Return the gradients of y and x; write those of A and B^T into their buffers."""
         x, hidden, a, b = ctx.saved_tensors
-        (upper,) = outputs
-        inner = torch.bmm(upper, b.mT).mul_(ctx.scaling)
-        into_a, into_b = ctx.gradients
-        into_a.copy_(torch.bmm(inner.mT, x))
-        torch.mul(torch.bmm(hidden.mT, upper), ctx.scaling, out=into_b)
-        below = torch.bmm(inner, a) if ctx.needs_input_grad[1] else None
-        return upper, below, None, None, None, None, None
+        (grad_y,) = outputs
+        grad_hidden = torch.bmm(grad_y, b.mT).mul_(ctx.scaling)
+        grad_a, grad_b = ctx.gradients
+        grad_a.copy_(torch.bmm(grad_hidden.mT, x))
+        torch.mul(torch.bmm(hidden.mT, grad_y), ctx.scaling, out=grad_b)
+        grad_x = torch.bmm(grad_hidden, a) if ctx.needs_input_grad[1] else None
+        return grad_y, grad_x, None, None, None, None, None

@@ -1,4 +1,4 @@
-"""Where the factors of stacked adapters lie in a flat buffer, one row a run."""
+"""The positions of stacked factors in a flat buffer with one row for each run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ...common.arrays import IntArray
 
 WIDTH_STEP = 16
-"""Widths are multiples of this: see `lora.stacked`."""
+"""Widths are multiples of this, for the reason given in `lora/stacked/adapters.py`."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A and B^T of one module, (runs, width, d_in) and (runs, width, d_out)."""
@@ -18,12 +18,12 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the factors of each module lie in a row of a buffer: all of A first, then all of B^T.
+    """The positions of all factors in a row of a buffer: A of all modules first, then B^T of all modules.
 
     Attributes:
-        widths: components of each module, int64 (modules,).
-        d_in: int64 (modules,).
-        d_out: int64 (modules,).
+        widths: components for which each module has room, int64 (modules,).
+        d_in: input width of each module, int64 (modules,).
+        d_out: output width of each module, int64 (modules,).
     """
 
     widths: IntArray
@@ -32,22 +32,22 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Elements of a row."""
+        """Number of elements in a row."""
         return int(self.widths @ (self.d_in + self.d_out))
 
     @property
     def bounds(self) -> IntArray:
-        """Where each block begins, A of all modules and then B^T of all, and the end, (2 * modules + 1,)."""
+        """Start of each factor in a row, A of all modules then B^T of all, and the row's end, (2 * modules + 1,)."""
         sizes = np.concatenate([self.widths * self.d_in, self.widths * self.d_out])
         return np.concatenate([[0], np.cumsum(sizes)])
 
     @property
     def split(self) -> int:
-        """Where B^T of the first module begins."""
+        """Start of the first module's B^T in a row."""
         return int(self.widths @ self.d_in)
 
     def pairs(self, flat: torch.Tensor) -> list[Pair]:
-        """Views of a buffer (runs, size), one pair a module."""
+        """Views of a buffer (runs, size), one pair for each module."""
         starts, widths = self.bounds.tolist(), self.widths.tolist()
         dims = [*self.d_in.tolist(), *self.d_out.tolist()]
         views = [

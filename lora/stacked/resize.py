@@ -1,6 +1,7 @@
-"""Changes of rank in stacked adapters: what `lora.ranks.set_ranks` does to one model, for several runs at once.
+"""Changes the ranks of several runs of stacked adapters at once.
 
-The same maps, the same fresh directions and the same rules for Adam's state, on slices of the stacked buffers.
+Each run gets the result that `lora.resize.set_ranks` gives one model: the same maps, the same fresh directions, the
+same rules for Adam's state.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Move:
     Attributes:
         row: the run.
         ranks: int64 (modules,).
-        seed: with `step` and the module's name, decides fresh directions.
+        seed: decides fresh directions, together with `step` and the module's name.
         step: optimiser steps done.
     """
 
@@ -37,11 +38,11 @@ class Move:
 
 @torch.no_grad()
 def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int]) -> None:
-    """Give these runs fresh adapters of rank 1 everywhere, as `lora.ranks.reset_adapters` does.
+    """Give these runs fresh adapters of rank 1 on every module, as `lora.resize.reset_adapters` does.
 
     Args:
         adapters: all runs.
-        seeds: by run.
+        seeds: the seed of each run to reset.
     """
     rows = list(seeds)
     for buffer in (adapters.weights, adapters.first, adapters.second):
@@ -61,7 +62,7 @@ def set_stacked_ranks(adapters: StackedAdapters, moves: Sequence[Move]) -> None:
 
     Args:
         adapters: all runs.
-        moves: one for each run that changes.
+        moves: the new ranks, one entry for each run that changes.
     """
     before = adapters.ranks.copy()
     after = before.copy()
@@ -80,15 +81,15 @@ def set_stacked_ranks(adapters: StackedAdapters, moves: Sequence[Move]) -> None:
             else:
                 change.grow(move, module, old, new)
     shrinking.sort(key=lambda item: item[:2])
-    for (old, new), alike in groupby(shrinking, key=lambda item: item[:2]):
-        change.shrink([(module, move) for _, _, module, move in alike], old, new)
+    for (old, new), group in groupby(shrinking, key=lambda item: item[:2]):
+        change.shrink([(module, move) for _, _, module, move in group], old, new)
     adapters.ranks[:] = after
     adapters.make_room(after)
     adapters.forget_segments()
 
 
 class _Change:
-    """Changes in the buffers; ranks are counted by the caller."""
+    """Changes factors and moments in the buffers; the caller updates `StackedAdapters.ranks`."""
 
     def __init__(self, adapters: StackedAdapters) -> None:
         self._adapters = adapters
@@ -96,7 +97,7 @@ class _Change:
         self._weights, self._first, self._second = (adapters.pairs(buffer) for buffer in buffers)
 
     def drop(self, row: int, module: int, rank: int) -> None:
-        """To rank 0, and forget the state."""
+        """Set factors and moments of one pair to zero; `rank` is the old one."""
         for pairs in (self._weights, self._first, self._second):
             for side in pairs[module]:
                 side[row, :rank] = 0
@@ -113,13 +114,13 @@ class _Change:
             self._adapters.ages[row, module] = 0
 
     def shrink(self, moves: Sequence[tuple[int, Move]], old: int, new: int) -> None:
-        """To the best approximation of rank `new`; every pair has rank `old`."""
+        """Lower these pairs from rank `old` to their best approximations of rank `new`."""
         pairs = [[side[move.row, :old].double() for side in self._weights[module]] for module, move in moves]
         maps = shrink_maps([a for a, _ in pairs], [b.mT for _, b in pairs], new)
         for index, ((module, move), (a, b)) in enumerate(zip(moves, pairs, strict=True)):
-            p, q, live = maps.p[index], maps.q[index], maps.live[index]
+            p, q, used = maps.p[index], maps.q[index], maps.used[index]
             factors = [q @ a, p.mT @ b]
-            fresh = None if bool(live.all()) else ~live
+            fresh = None if bool(used.all()) else ~used
             if fresh is not None:
                 target = self._adapters.targets[module]
                 generator = growth_generator(move.seed, move.step, target.name)
@@ -127,12 +128,13 @@ class _Change:
                 factors[1][fresh] = 0
             changes = (StateMap(0, new, p.mT, fresh, "zero"), StateMap(0, new, q, fresh, "mean"))
             for side, (factor, change) in enumerate(zip(factors, changes, strict=True)):
-                self._put(self._weights[module][side][move.row], old, factor)
+                self._replace(self._weights[module][side][move.row], old, factor)
                 for moments, second in ((self._first, False), (self._second, True)):
                     moment = moments[module][side][move.row]
-                    self._put(moment, old, change.apply(moment[:old], second=second))
+                    self._replace(moment, old, change.apply(moment[:old], second=second))
 
     @staticmethod
-    def _put(place: torch.Tensor, old: int, value: torch.Tensor) -> None:
-        place[: len(value)] = value
-        place[len(value) : old] = 0
+    def _replace(view: torch.Tensor, old: int, value: torch.Tensor) -> None:
+        """Write the new components over the first `old` components of a view, and zero those that remain."""
+        view[: len(value)] = value
+        view[len(value) : old] = 0

@@ -1,4 +1,4 @@
-"""One run among stacked adapters, behind the same contract as a PEFT model's adapters."""
+"""One run of stacked adapters, with the interface of a PEFT model's adapters (`lora.adapters.Adapters`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .resize import Move
 
 
 class StackedMeter:
-    """The signals of one run; see `SignalMeter`.
+    """Measures the signals of one run; see `SignalMeter`.
 
     Args:
         adapters: all runs.
-        row: which one.
+        row: the run.
         base_norms: norm of each frozen weight, fp64 (modules,).
 
     Attributes:
@@ -35,37 +35,39 @@ class StackedMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval."""
+        """Begin a new interval; call after each change of rank."""
         self._count = 0
         self._squares = np.zeros(len(self._adapters.targets))
         self._adapters.sums[self._row] = 0
 
     def accumulate(self, squares: FloatArray) -> None:
-        """Take in the gradients of one step, which the adapters hold; non-finite ones are left out.
+        """Add the gradients of one step, which are in the adapters' buffer; ignore a step that is not finite.
 
         Args:
-            squares: squared norm of the gradients of each B, (modules,).
+            squares: squared norm of the gradient of each B, (modules,).
         """
         accumulate_all([self], squares[None])
 
     @torch.no_grad()
     def read(self) -> FloatArray:
-        """Close the interval: update `values` and `age`."""
+        """Close the interval: update `values` and `age` from the accumulated gradients, and begin a new one."""
         adapters, row = self._adapters, self._row
-        live = adapters.ranks[row] > 0
-        if self._count and live.any():
+        adapted = adapters.ranks[row] > 0
+        if self._count and adapted.any():
             factors, sums = [], []
             weights, totals = adapters.pairs(adapters.weights), adapters.pairs(adapters.sums)
-            for index in np.flatnonzero(live):
+            for index in np.flatnonzero(adapted):
                 rank = int(adapters.ranks[row, index])
                 a, b = weights[index]
                 factors.append((a[row, :rank], b[row, :rank].mT))
                 sums.append(totals[index][1][row, :rank].mT)
-            scalings = [target.scaling for target, on in zip(adapters.targets, live, strict=True) if on]
-            squares = torch.from_numpy(self._squares[live]).to(adapters.device)
-            signals = pair_signals(factors, scalings, sums, squares, self._count, self._base_norms[live])
-            self.values[live] = signals.double().cpu().numpy()
-        self.age = np.where(live & (self._count > 0), 0, self.age + 1)
+            scalings = [
+                target.scaling for target, rank in zip(adapters.targets, adapters.ranks[row], strict=True) if rank
+            ]
+            squares = torch.from_numpy(self._squares[adapted]).to(adapters.device)
+            signals = pair_signals(factors, scalings, sums, squares, self._count, self._base_norms[adapted])
+            self.values[adapted] = signals.double().cpu().numpy()
+        self.age = np.where(adapted & (self._count > 0), 0, self.age + 1)
         self.restart()
         return self.values
 
@@ -74,15 +76,15 @@ def accumulate_all(meters: Sequence[StackedMeter], squares: FloatArray) -> None:
     """`StackedMeter.accumulate` for several runs of the same adapters at once.
 
     Args:
-        meters: of the runs.
-        squares: (len(meters), modules).
+        meters: the meters of the runs.
+        squares: squared norm of the gradient of each B in each run, (len(meters), modules).
     """
-    sound = [(meter, own) for meter, own in zip(meters, squares, strict=True) if np.isfinite(own).all()]
-    for meter, own in sound:
-        meter._squares += own
+    finite = [(meter, row) for meter, row in zip(meters, squares, strict=True) if np.isfinite(row).all()]
+    for meter, row in finite:
+        meter._squares += row
         meter._count += 1
-    if sound:
-        meters[0]._adapters.add_to_sums([meter._row for meter, _ in sound])
+    if finite:
+        meters[0]._adapters.add_to_sums([meter._row for meter, _ in finite])
 
 
 class StackedRun:
@@ -90,12 +92,12 @@ class StackedRun:
 
     Args:
         adapters: all runs.
-        row: which one.
+        row: the run.
         base_norms: norm of each frozen weight, fp64 (modules,).
 
     Attributes:
-        meter: reads its signals.
-        move: a change of rank that has been decided and is still to be made, together with those of other runs.
+        meter: measures its signals.
+        move: a decided change of rank that `set_stacked_ranks` has not made yet; None if there is none.
     """
 
     def __init__(self, adapters: StackedAdapters, row: int, base_norms: torch.Tensor) -> None:
@@ -106,26 +108,26 @@ class StackedRun:
 
     @property
     def targets(self) -> Sequence[TargetModule]:
-        """Names, shapes and scaling of the target modules."""
+        """The target modules: names, shapes, scaling."""
         return self._adapters.targets
 
     @property
     def ranks(self) -> IntArray:
-        """Ranks as decided, int64 (modules,)."""
+        """The ranks after `move`, int64 (modules,)."""
         return self.move.ranks if self.move else self._adapters.ranks[self.row].copy()
 
     def set_ranks(self, ranks: IntArray, optimizer: torch.optim.Optimizer | None, *, seed: int, step: int) -> None:
-        """Note a change, which `set_stacked_ranks` makes for many runs at once."""
+        """Set `move`; the caller makes it with `set_stacked_ranks`, for many runs at once."""
         self.move = Move(self.row, ranks, seed, step)
         self.meter.restart()
 
     def non_finite(self, optimizer: torch.optim.Optimizer | None) -> list[str]:
-        """Names of modules that hold NaN or infinity."""
+        """Names of modules whose factors or moments hold NaN or infinity."""
         adapters = self._adapters
-        held = (adapters.weights, adapters.first, adapters.second)
-        if all(bool(torch.isfinite(buffer[self.row].sum())) for buffer in held):
+        buffers = (adapters.weights, adapters.first, adapters.second)
+        if all(bool(torch.isfinite(buffer[self.row].sum())) for buffer in buffers):
             return []
-        pairs = zip(*(adapters.pairs(buffer) for buffer in held), strict=True)
+        pairs = zip(*(adapters.pairs(buffer) for buffer in buffers), strict=True)
         return [
             target.name
             for target, sides in zip(adapters.targets, pairs, strict=True)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from rankpilot.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
-from rankpilot.lora.export import SLOTS, export_padded, export_rank_pattern, rank_pattern_yaml
+from rankpilot.lora.export import VLLM_RANKS, export_padded, export_rank_pattern, rank_pattern_yaml
 from rankpilot.lora.peft_config import make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -195,7 +195,7 @@ def pair_of(name: str, rank: int, d_in: int = 5, d_out: int = 3, **options: Any)
 
 
 def test_a_rank_above_all_slots(tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path / "a", pair_of("q", SLOTS[-1] + 1), r=SLOTS[-1] + 1)
+    folder = write_adapter(tmp_path / "a", pair_of("q", VLLM_RANKS[-1] + 1), r=VLLM_RANKS[-1] + 1)
     with pytest.raises(ConfigError, match="rank 513, which does not fit 512, the largest"):
         export_padded(folder, tmp_path / "b")
 
@@ -216,7 +216,7 @@ def test_padding_keeps_every_product(ranks: list[int], alphas: list[float], rslo
         "rank_pattern": {f"m{i}.q": rank for i, rank in enumerate(ranks)},
         "alpha_pattern": {f"m{i}.q": alphas[i] for i in range(len(ranks))},
     }
-    slot = [slot for slot in SLOTS if slot >= max(ranks)][above]
+    slot = [slot for slot in VLLM_RANKS if slot >= max(ranks)][above]
     with tempfile.TemporaryDirectory() as scratch:
         plain = write_adapter(Path(scratch) / "plain", tensors, use_rslora=rslora, **patterns)
         padded = pairs(export_padded(plain, Path(scratch) / "padded", slot if above else None))
@@ -427,7 +427,7 @@ def test_more_than_plain_lora(settings_: dict[str, Any], message: str, tmp_path:
 
 def test_tensors_of_another_form(tmp_path: Path) -> None:
     tensors = pair_of("q", 4) | {"q.lora_magnitude_vector": torch.ones(3)}
-    with pytest.raises(UnsupportedError, match=r"q\.lora_magnitude_vector is no tensor of a LoRA pair"):
+    with pytest.raises(UnsupportedError, match=r"q\.lora_magnitude_vector is not a tensor of a LoRA pair"):
         export_padded(write_adapter(tmp_path / "plain", tensors), tmp_path / "padded")
 
 
@@ -473,7 +473,7 @@ def test_axolotl_starts_at_the_learned_ranks(family: Any, tmp_path: Path) -> Non
     off = max(abs(scalings[name] / scaling - 1) for name, (rank, scaling) in ranks.items() if rank)
     if "rslora" in family.name:
         assert off > 0.01, "alpha = 4 sqrt(rank) is seldom whole"
-        assert f"off by up to {off:.2g} of it" in text
+        assert f"relative error of a scaling is up to {off:.2g}." in text
     else:
         assert off == pytest.approx(0)
         assert "whole alphas" not in text
@@ -487,7 +487,7 @@ def test_lines_for_axolotl(tmp_path: Path) -> None:
     assert [line for line in lines if line.startswith("#")][:1] == [
         "# Ranks that rankpilot learned. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later"
     ]
-    assert "# Axolotl takes whole alphas only: the scaling of a module is off by up to 2.3 of it." in lines
+    assert "# Axolotl takes whole alphas only: the relative error of a scaling is up to 2.3." in lines
     assert lines[lines.index("adapter: lora") :] == [
         "adapter: lora",
         "lora_r: 4",

@@ -98,7 +98,7 @@ def test_sgd_follows_the_same_path_as_the_mapped_gradients(make_llama, make_toke
     momentum_a = run.optimizer.state[chosen.weight_a]["momentum_buffer"].clone()
     momentum_b = run.optimizer.state[chosen.weight_b]["momentum_buffer"].clone()
     maps = shrink_maps([chosen.weight_a.detach()], [chosen.weight_b.detach()], 2)
-    assert maps.live.all()
+    assert maps.used.all()
     run.set_ranks(2)
     torch.testing.assert_close(run.optimizer.state[chosen.weight_a]["momentum_buffer"], maps.p[0].T @ momentum_a)
     torch.testing.assert_close(run.optimizer.state[chosen.weight_b]["momentum_buffer"], momentum_b @ maps.q[0].T)

@@ -118,7 +118,7 @@ def test_shrink_maps_say_which_directions_carry_function():
     target = lone_pair(8, 8, 4, torch.float64)
     fill(target, 2, torch.Generator().manual_seed(0), spread=0.1)
     maps = shrink_maps([target.weight_a.detach()], [target.weight_b.detach()], 3)
-    assert (maps.p.shape, maps.q.shape, maps.live.tolist()) == ((1, 4, 3), (1, 3, 4), [[True, True, False]])
+    assert (maps.p.shape, maps.q.shape, maps.used.tolist()) == ((1, 4, 3), (1, 3, 4), [[True, True, False]])
     assert maps.p[0, :, 2].abs().sum() == 0
     assert maps.q[0, 2].abs().sum() == 0
     torch.testing.assert_close(maps.q[0, :2] @ maps.p[0, :, :2], torch.eye(2, dtype=torch.float64))
@@ -133,7 +133,7 @@ def test_pairs_shrink_together_as_they_do_alone(d_in, d_out, rank, seed):
     together = shrink_maps(a, b, rank - 1)
     for index in range(3):
         alone = shrink_maps(a[index : index + 1], b[index : index + 1], rank - 1)
-        assert torch.equal(alone.live[0], together.live[index])
+        assert torch.equal(alone.used[0], together.used[index])
         product = b[index] @ alone.p[0] @ alone.q[0] @ a[index]
         torch.testing.assert_close(b[index] @ together.p[index] @ together.q[index] @ a[index], product)
 
@@ -230,7 +230,9 @@ def test_shrinks_come_before_grows_so_that_storage_never_peaks(make_llama, monke
 
     seen = []
     monkeypatch.setattr(
-        ranks_module, "bookkeep", lambda target, rank: (update_peft_records(target, rank), seen.append(stored()))
+        ranks_module,
+        "update_peft_records",
+        lambda target, rank: (update_peft_records(target, rank), seen.append(stored())),
     )
     before = stored()
     changes = set_ranks(targets, ranks)

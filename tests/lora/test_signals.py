@@ -192,6 +192,6 @@ def test_buffers_hold_one_b_for_each_module_and_are_freed(make_llama, llama_batc
     meter = SignalMeter(targets)
     model(**llama_batch).loss.backward()
     meter.accumulate()
-    assert [m.shape for m in meter._means] == [t.weight_b.shape for t in targets]
+    assert [m.shape for m in meter._sums] == [t.weight_b.shape for t in targets]
     meter.read()
-    assert meter._means == []
+    assert meter._sums == []
