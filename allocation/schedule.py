@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import ConfigError
 
@@ -46,8 +44,3 @@ class DecisionSchedule:
     def reach(self, decision: int) -> int | None:
         """How many rungs a module may move at this decision, counted from 0; None for any number."""
         return None if decision == 0 else self.max_step
-
-
-def schedule_from(values: Mapping[str, Any]) -> DecisionSchedule:
-    """A schedule from its fields as JSON has them; KeyError, TypeError or ConfigError if these are others."""
-    return DecisionSchedule(**{**values, "fractions": tuple(values["fractions"])})

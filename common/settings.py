@@ -1,14 +1,26 @@
-"""Settings as JSON values."""
+"""Settings as JSON values, and settings from JSON values: one writer and one reader for all dataclasses of settings.
+
+Files of earlier versions can be read. For that, a class may tell which keys have changed since:
+
+* `RENAMED`, {old key: key of today}: the value is taken over;
+* `GONE`, {old key: the value under which nothing changes}: that value is passed over, any other one is refused.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..errors import ConfigError
 from .files import as_plain
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
 
 
 def as_json(kind: type[DataclassInstance], settings: DataclassInstance) -> dict[str, Any]:
@@ -19,4 +31,92 @@ def as_json(kind: type[DataclassInstance], settings: DataclassInstance) -> dict[
         settings: of that class or of a subclass, whose further fields are left out.
     """
     values = asdict(settings)
-    return {name: as_plain(values[name]) for name in kind.__dataclass_fields__}
+    return {field.name: as_plain(values[field.name]) for field in fields(kind)}
+
+
+def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None, complete: bool = False) -> Settings:
+    """Settings from what `as_json` made of them, or from a part of it.
+
+    Args:
+        kind: the dataclass.
+        values: JSON values by key.
+        base: has the settings that `values` lacks; without it they are the class's defaults.
+        complete: refuse values that lack any key, even one with a default.
+
+    Raises:
+        ConfigError: a key is unknown or missing, a value has the wrong type, or the class refuses it.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"settings are keys with values; got {values!r}.")
+    values = _with_current_keys(kind, values)
+    names = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+    unknown = [key for key in values if key not in names]
+    needed = [] if base else [name for name, required in names.items() if required or complete]
+    missing = [name for name in needed if name not in values]
+    if unknown or missing:
+        problems = [
+            f"{label} {', '.join(map(repr, keys))}"
+            for label, keys in (("unknown", unknown), ("missing", missing))
+            if keys
+        ]
+        raise ConfigError(f"{' and '.join(problems)}; the settings are {', '.join(names)}.")
+    types = get_type_hints(kind)
+    read = {name: _read(types[name], value, name) for name, value in values.items()}
+    return replace(base, **read) if base else kind(**read)
+
+
+def _with_current_keys(kind: type[DataclassInstance], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under the keys of today."""
+    renamed: Mapping[str, str] = getattr(kind, "RENAMED", {})
+    gone: Mapping[str, Any] = getattr(kind, "GONE", {})
+    current: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in gone:
+            if value != gone[key]:
+                raise ConfigError(f"the setting {key!r} is gone; only {gone[key]!r} can go on, not {value!r}.")
+            continue
+        name = renamed.get(key, key)
+        if name in current:
+            raise ConfigError(f"the setting {name!r} is there twice, once under an older name.")
+        current[name] = value
+    return current
+
+
+def _read(expected: Any, value: Any, name: str) -> Any:
+    """One value in the type that its field has.
+
+    Raises:
+        ConfigError: it does not have that type.
+    """
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType) and NoneType in arguments:
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return None if value is None else _read(inner, value, name)
+    if is_dataclass(expected):
+        assert isinstance(expected, type)
+        try:
+            return from_json(expected, value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], item, name) for item in value)
+    if origin is Literal and value in arguments:
+        return value
+    if expected is Path and isinstance(value, str):
+        return Path(value)
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is expected:
+        return value
+    allowed = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else _words(expected)
+    raise ConfigError(f"{name} is {allowed}; got {value!r}.")
+
+
+_WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _words(expected: Any) -> str:
+    """What a type is called in an error."""
+    if get_origin(expected) is tuple:
+        return f"a list, each item {_words(get_args(expected)[0])}"
+    return _WORDS.get(expected, str(expected))

@@ -16,8 +16,9 @@ from torch import nn
 
 from ...allocation.observation import MODULE_FEATURES, RUN_FEATURES
 from ...allocation.policy import Policy
-from ...allocation.schedule import DecisionSchedule, schedule_from
+from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path, read_json, sha256, write_json
+from ...common.settings import from_json
 from ...errors import ConfigError, PolicyFileError, UnknownNameError
 from ...lora.ladder import DEFAULT_RANKS
 from ..rules import RULES, find_rule
@@ -108,9 +109,9 @@ def load_policy(given: str | Path | Policy) -> Policy:
         )
     card = read_card(folder)
     try:
-        network = RankNetwork(NetworkConfig(**card["network"]))
+        network = RankNetwork(from_json(NetworkConfig, card.get("network"), complete=True))
         critics = _new_critics(card.get("plan_critics"))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (ConfigError, RuntimeError) as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {_first_line(error)}") from error
     weights = _read_weights(folder, card)
     judging = {name.removeprefix(CRITICS): weights.pop(name) for name in list(weights) if name.startswith(CRITICS)}
@@ -124,11 +125,7 @@ def load_policy(given: str | Path | Policy) -> Policy:
 
 def _new_critics(described: Any) -> PlanValueEnsemble | None:
     """Plan critics without weights, of the size that a card tells; None if it tells none."""
-    if described is None:
-        return None
-    if not isinstance(described, dict) or set(described) != set(asdict(PlanValueConfig())):
-        raise ConfigError(f"plan_critics is {described!r}.")
-    return PlanValueEnsemble(PlanValueConfig(**described))
+    return None if described is None else PlanValueEnsemble(from_json(PlanValueConfig, described, complete=True))
 
 
 def policy_folder(given: str | Path) -> Path:
@@ -167,8 +164,6 @@ def read_card(folder: Path) -> dict[str, Any]:
                 f"The policy in {folder} has {key} {card.get(key)!r}; this version of rankpilot reads {value!r}. "
                 "Train it again, or install the version that made it."
             )
-    if not isinstance(card.get("network"), dict) or set(card["network"]) != set(asdict(NetworkConfig())):
-        raise PolicyFileError(f"{path} does not describe the network: {card.get('network')!r}.")
     return card
 
 
@@ -176,11 +171,11 @@ def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     """When a policy was trained to decide; the default schedule for rules and policy objects."""
     if not isinstance(given, str | Path) or not policy_folder(given).is_dir():
         return DecisionSchedule()
-    fields: Any = read_card(policy_folder(given)).get("schedule")
+    card = read_card(policy_folder(given))
     try:
-        return schedule_from(fields)
-    except (TypeError, KeyError, ConfigError) as error:
-        raise PolicyFileError(f"The card in {given} does not describe the schedule: {fields!r}.") from error
+        return from_json(DecisionSchedule, card.get("schedule"), complete=True)
+    except ConfigError as error:
+        raise PolicyFileError(f"The card in {given} does not describe the schedule: {error}") from error
 
 
 def _read_weights(folder: Path, card: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...allocation.schedule import DecisionSchedule, schedule_from
+from ...allocation.schedule import DecisionSchedule
 from ...env.tasks.suite_names import SUITES
 from ...errors import ConfigError
 from ..learned.config import NetworkConfig
@@ -103,19 +102,3 @@ PRESETS: dict[str, TrainConfig] = {
 }
 """Presets of `rankpilot train`: a few minutes, an hour and a half, and more than two hours on two cores. More trials
 make better policies, more rounds of PPO hardly do (docs/experiments.md)."""
-
-
-def train_config(values: Mapping[str, Any]) -> TrainConfig:
-    """A config from what `as_json` made of it.
-
-    Raises:
-        ConfigError: these are no settings of training.
-    """
-    try:
-        return TrainConfig(
-            **dict(values)
-            | {name: tuple(values[name]) for name in ("suites", "bases")}
-            | {"schedule": schedule_from(values["schedule"]), "network": NetworkConfig(**values["network"])}
-        )
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"These are no settings of training of this version of rankpilot ({error}).") from error

@@ -14,7 +14,7 @@ import torch
 from ...agents.evaluation.ablation import hide
 from ...agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from ...agents.learned.policy import LCB_COEFFICIENT
-from ...agents.training.config import TrainConfig, train_config
+from ...agents.training.config import TrainConfig
 from ...agents.training.fit_plan_value import MOST_GAIN, FitConfig, Lessons, fit_critics, spread_of
 from ...agents.training.plan_runs import RUNS, TRIALS, lessons_of, read_trials
 from ...agents.training.task_sampling import rounds_of, trial_draws
@@ -22,6 +22,7 @@ from ...allocation.observation import RUN_FEATURES
 from ...common.arrays import FloatArray, IntArray
 from ...common.files import read_json
 from ...common.run_folder import CONFIG
+from ...common.settings import from_json
 from ...common.statistics import compare_pairs, estimate
 from ...env.proxies.bases import find_base
 from ...env.tasks.proxy_task import ProxyTask
@@ -122,7 +123,7 @@ def _config_of(run: Path) -> TrainConfig:
     path = run / CONFIG
     if not path.is_file():
         raise ConfigError(f"{run} holds no {CONFIG}, so it is no run of `rankpilot train`.")
-    config = replace(train_config(read_json(path)), device="cpu")
+    config = replace(from_json(TrainConfig, read_json(path)), device="cpu")
     if not config.trial_tasks:
         raise ConfigError(f"{run} was trained without trials; `rankpilot train --trial-tasks N` flies some.")
     return config

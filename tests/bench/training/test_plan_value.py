@@ -13,7 +13,7 @@ import torch
 from rankpilot.agents.evaluation.ablation import FEATURE_GROUPS
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.training import plan_runs as trials
-from rankpilot.agents.training.config import TrainConfig, train_config
+from rankpilot.agents.training.config import TrainConfig
 from rankpilot.agents.training.fit_plan_value import FitConfig
 from rankpilot.agents.training.plan_runs import RUNS, TRIALS, PlanRun, Stack, read_trials, run_trials
 from rankpilot.agents.training.task_sampling import rounds_of, trial_draws
@@ -23,7 +23,7 @@ from rankpilot.bench.training import plan_value_choices as critic_choices
 from rankpilot.bench.training.plan_value import Critics, main
 from rankpilot.bench.training.plan_value_choices import Piece, Setting, figures_of, gains_of, judge, parts_of, tried_in
 from rankpilot.common.files import write_json
-from rankpilot.common.settings import as_json
+from rankpilot.common.settings import as_json, from_json
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
 
 MODULES, DECISIONS = 6, 2
@@ -193,9 +193,9 @@ def test_folders_without_trials(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="20 of 20 trials are not in"):
         tried_in(tmp_path)
     write_json(tmp_path / "config.json", {"steps": 3})
-    with pytest.raises(ConfigError, match="no settings of training"):
+    with pytest.raises(ConfigError, match="unknown .steps."):
         tried_in(tmp_path)
 
 
 def test_settings_survive_their_file(run: Path) -> None:
-    assert train_config(json.loads((run / "config.json").read_text())) == CONFIG
+    assert from_json(TrainConfig, json.loads((run / "config.json").read_text())) == CONFIG

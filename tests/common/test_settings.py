@@ -1,0 +1,125 @@
+"""Settings as JSON values and back, also from files of earlier versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.training.config import PRESETS, TrainConfig
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.common.settings import as_json, from_json
+from rankpilot.errors import ConfigError
+from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.study.memory.config import MemoryConfig
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Nested settings."""
+
+    fractions: tuple[float, ...] = (0.0,)
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ConfigError(f"depth is at least 1; got {self.depth}.")
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A field of every type that settings have."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"old_name": "name"}
+    GONE: ClassVar[Mapping[str, Any]] = {"heads": 0}
+
+    name: str
+    rate: float = 0.5
+    count: int = 1
+    on: bool = False
+    limit: int | None = None
+    kind: Literal["a", "b"] | None = "a"
+    words: tuple[str, ...] = ()
+    folder: Path = Path("x")
+    inner: Inner = field(default_factory=Inner)
+
+
+FULL = Outer("n", 2.0, 3, True, 4, "b", ("u", "v"), Path("y"), Inner((0.0, 0.5), 2))
+
+
+def test_every_type_comes_back() -> None:
+    values = as_json(Outer, FULL) | {"folder": "y"}
+    assert from_json(Outer, values) == FULL
+    assert from_json(Outer, values, complete=True) == FULL
+    assert from_json(Outer, {"name": "n", "limit": None, "kind": None}) == Outer("n", kind=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((TrainConfig, preset) for preset in PRESETS.values()),
+        (TrainConfig, TrainConfig(schedule=DecisionSchedule(7, fractions=(0.0, 0.25)), network=NetworkConfig(width=9))),
+        (FinetuneConfig, FinetuneConfig("m", "d", task="causal-lm", train_rows=3)),
+        (MemoryConfig, MemoryConfig("m", budget="80%", optimizer="sgd")),
+    ],
+)
+def test_the_settings_of_commands_come_back(kind: type[Any], settings: Any) -> None:
+    assert from_json(kind, as_json(kind, settings)) == settings
+
+
+def test_a_whole_number_is_a_number_but_no_other_way_round() -> None:
+    rate = from_json(Outer, {"name": "n", "rate": 1}).rate
+    assert (rate, type(rate)) == (1.0, float)
+    with pytest.raises(ConfigError, match=r"count is a whole number; got 1\.0"):
+        from_json(Outer, {"name": "n", "count": 1.0})
+
+
+def test_a_base_has_what_the_values_lack() -> None:
+    assert from_json(Outer, {"count": 9}, base=FULL).words == FULL.words
+    assert from_json(Outer, {"count": 9}, base=FULL).count == 9
+    assert from_json(Outer, {"inner": {"depth": 5}}, base=FULL).inner == Inner(depth=5), "nested ones as a whole"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1], r"settings are keys with values; got \[1\]"),
+        (None, "settings are keys with values; got None"),
+        ({}, "missing 'name'; the settings are name, rate, count"),
+        ({"name": "n", "cuont": 1, "x": 2}, "unknown 'cuont', 'x'; the settings are name, rate, count, on"),
+        ({"cuont": 1}, "unknown 'cuont' and missing 'name'"),
+        ({"name": 3}, "name is text; got 3"),
+        ({"name": "n", "rate": "fast"}, "rate is a number; got 'fast'"),
+        ({"name": "n", "rate": True}, "rate is a number; got True"),
+        ({"name": "n", "count": True}, "count is a whole number; got True"),
+        ({"name": "n", "on": 1}, "on is true or false; got 1"),
+        ({"name": "n", "limit": "many"}, "limit is a whole number; got 'many'"),
+        ({"name": "n", "kind": "c"}, "kind is one of 'a', 'b'; got 'c'"),
+        ({"name": "n", "words": "u"}, "words is a list, each item text; got 'u'"),
+        ({"name": "n", "words": ["u", 1]}, "words is text; got 1"),
+        ({"name": "n", "folder": 1}, "folder is a path; got 1"),
+        ({"name": "n", "inner": 3}, "inner: settings are keys with values; got 3"),
+        ({"name": "n", "inner": {"deep": 3}}, "inner: unknown 'deep'; the settings are fractions, depth"),
+        ({"name": "n", "inner": {"fractions": [None]}}, "inner: fractions is a number; got None"),
+        ({"name": "n", "inner": {"depth": 0}}, "inner: depth is at least 1; got 0"),
+    ],
+)
+def test_values_that_do_not_fit(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_json(Outer, values)
+
+
+def test_complete_values_have_every_key() -> None:
+    with pytest.raises(ConfigError, match="missing 'rate', 'count'"):
+        from_json(Outer, {"name": "n"}, complete=True)
+
+
+def test_keys_of_earlier_versions() -> None:
+    assert from_json(Outer, {"old_name": "n", "heads": 0}) == Outer("n")
+    with pytest.raises(ConfigError, match="'heads' is gone; only 0 can go on, not 4"):
+        from_json(Outer, {"name": "n", "heads": 4})
+    with pytest.raises(ConfigError, match="'name' is there twice"):
+        from_json(Outer, {"old_name": "n", "name": "m"})
