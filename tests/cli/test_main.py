@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.training.config import PRESETS, TrainConfig
 from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.cli import assets, bench, finetune, train
 from rankpilot.cli import main as cli
 from rankpilot.common.files import write_json
 from rankpilot.common.settings import as_json
@@ -47,8 +49,8 @@ def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The options with which commands would have run."""
     options: list[Any] = []
-    monkeypatch.setattr(cli, "train_command", options.append)
-    monkeypatch.setattr(cli, "finetune_command", options.append)
+    monkeypatch.setattr(train, "train_command", options.append)
+    monkeypatch.setattr(finetune, "finetune_command", options.append)
     return options
 
 
@@ -133,12 +135,32 @@ def test_unknown_asset(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Unknown" in failure(["assets", "no-such-thing"], capsys)
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["finetune"], ["assets"]])
+@pytest.mark.parametrize("arguments", [[name] for name in cli.COMMANDS])
 def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.run([*arguments, "--help"])
-    assert caught.value.code == 0
+    try:
+        status: Any = cli.run([*arguments, "--help"])
+    except SystemExit as end:
+        status = end.code
+    assert status == 0
     assert f"rankpilot {arguments[0]}" in capsys.readouterr().out
+
+
+def test_help_and_mistakes_load_no_learning_library() -> None:
+    """So that they take a few tenths of a second."""
+    helps = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
+    mistakes = [["trian"], ["train", "--preset", "nope"], ["train", "--group", "1"], ["evaluate"], ["bench", "stpe"]]
+    mistakes += [["finetune", "m", "d", "--budget", "lots"], ["memory", "m", "--optimizer", "adam"], ["export"]]
+    code = f"""
+import contextlib, io, sys, rankpilot.__main__
+from rankpilot.cli.main import run
+for arguments in {[*helps, *mistakes]!r}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        run(arguments)
+heavy = ("torch", "transformers", "peft", "gymnasium", "stable_baselines3", "datasets", "matplotlib", "pyarrow")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +169,47 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("rankpilot finetune") == 2
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_unknown_preset(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+    for given in (["--preset", "nope"], ["--preset=nope"]):
+        assert "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'" in failure(["train", *given], capsys)
+    assert not seen
+
+
+def test_benchmarks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.run(["bench"]) == 2
+    assert cli.run(["bench", "--help"]) == 0
+    listed = capsys.readouterr().out
+    for name, row in bench.BENCHMARKS.items():
+        assert f"rankpilot bench {name} " in listed
+        assert (ROOT / "bench" / f"{row.module.replace('.', '/')}.py").read_text().count("\ndef main(") == 1
+    assert "Unknown benchmark 'overhed'. Did you mean: 'overhead'" in failure(["bench", "overhed"], capsys)
+    given: list[Any] = []
+    monkeypatch.setattr(
+        bench, "import_module", lambda name: SimpleNamespace(main=lambda rest: given.append((name, rest)) or 3)
+    )
+    assert cli.run(["bench", "resize", "--json", "x"]) == 3, "the exit status of the measurement"
+    assert given == [("rankpilot.bench.step.resize", ["--json", "x"])]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (NotADirectoryError(20, "Not a directory", "runs/x"), "error: Not a directory (runs/x). Check that the path"),
+        (OSError(28, "No space left on device"), "error: No space left on device. Check that the path"),
+        (ConnectionError("no network\nmore"), "error: no network. Check"),
+        (OSError(), "error: OSError. Check"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: OSError, line: str
+) -> None:
+    def refuse(options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "train_command", refuse)
+    assert failure(["train"], capsys).startswith(line)
 
 
 def test_presets_and_flags(seen: list[Any]) -> None:
@@ -202,12 +265,14 @@ def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) 
     [
         (None, "Cannot read the config file"),
         ("{", "Cannot read the config file"),
-        ("[1]", "config file"),
+        ("[1]", "holds no settings by name"),
         ('{"grup": 3}', "grup"),
         ('{"schedule": {"probes": 3}}', "probes"),
         ('{"schedule": 3}', "schedule"),
         ('{"group": 1}', "group at least 2"),
-        ('{"group": "many"}', "do not fit"),
+        ('{"group": "many"}', "does not fit: group is a whole number; got 'many'"),
+        ('{"preset": "nope"}', "Unknown preset 'nope'"),
+        ('{"output": 3}', "output is a path"),
     ],
 )
 def test_a_bad_config_file(
@@ -229,9 +294,12 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def interrupt(options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train_command", interrupt)
+    monkeypatch.setattr(train, "train_command", interrupt)
     assert cli.run(["train"]) == 130
     assert "--resume goes on" in capsys.readouterr().err
+    monkeypatch.setattr(assets, "assets_command", interrupt)
+    assert cli.run(["assets"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
 
 
 def test_train_agent_script() -> None:

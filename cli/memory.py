@@ -1,0 +1,59 @@
+"""`rankpilot memory`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.markup import escape
+
+from ..study.memory.config import MemoryConfig
+from .progress import console
+
+
+@dataclass(frozen=True)
+class Memory(MemoryConfig):
+    """Show where the bytes of a LoRA training step go, and what each choice would save.
+
+    The peak of a step is predicted from a few small steps of the model, by kind and by layer, beside the frozen model
+    itself. Most of it is held for the backward pass: that follows from rows, tokens and how deep the lowest adapter
+    sits, and hardly from the rank. So other ranks, fewer layers, smaller batches and gradient checkpointing are
+    compared, none of which has to run. Nothing is trained or saved but memory.json and memory.png.
+
+    Attributes:
+        output: folder of the picture and of all figures.
+    """
+
+    model: tyro.conf.Positional[str]
+    data: tyro.conf.Positional[str | None] = None
+    output: Path = Path("runs/memory")
+
+
+def parse(arguments: Sequence[str]) -> Memory:
+    """The options."""
+    return tyro.cli(Memory, args=arguments, prog="rankpilot memory")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    memory_command(parse(arguments))
+
+
+def memory_command(options: Memory) -> None:
+    """Show where the bytes go, and write the picture."""
+    from ..study.memory import report as memory_report
+    from ..study.memory.alternatives import memory_use
+
+    use = memory_use(options, lambda text: console.print(f"[dim]{escape(text)} ...[/]"))
+    console.print(f"[bold]{escape(memory_report.subject(use))}[/]", highlight=False)
+    tables = (memory_report.peak_table, memory_report.layer_table, memory_report.change_table)
+    for table in (*(make(use) for make in tables), memory_report.measured_table(use)):
+        if table is not None:
+            console.print(table)
+    console.print(memory_report.finding(use), highlight=False)
+    for note in filter(None, (memory_report.allocator_note(use), *use.notes)):
+        console.print(note, markup=False, highlight=False)
+    memory_report.write_memory_report(use, options.output)
+    console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
