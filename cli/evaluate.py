@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -38,7 +39,7 @@ class Evaluate(EvaluateConfig):
             policies or seeds can be added.
     """
 
-    policies: tyro.conf.Positional[tuple[str, ...]]
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     output: Path = Path("runs/evaluation")
     resume: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -30,7 +30,7 @@ class Export:
             that fits.
     """
 
-    adapter: tyro.conf.Positional[Path]
+    adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
     output: Path | None = None
     format: Literal["padded", "rank-pattern"] = "padded"
     rank: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -27,8 +28,8 @@ class Finetune(FinetuneConfig):
         resume: go on with an interrupted run in the same folder; a finished one is left as it is.
     """
 
-    model: tyro.conf.Positional[str]
-    data: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     output: Path = Path("runs/finetune")
     config: Path | None = None
     resume: bool = False

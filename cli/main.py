@@ -6,6 +6,8 @@ or refusing an option loads none of the libraries that training needs.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -62,6 +64,9 @@ def run(arguments: Sequence[str]) -> int:
         if command not in COMMANDS:
             raise UnknownNameError.of("command", command, COMMANDS)
         status: int | None = import_module(f".{command}", __package__).main(rest)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end of the process would complain
+        return 1
     except RankPilotError as error:
         return _fail(str(error))
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.markup import escape
@@ -26,8 +27,8 @@ class Memory(MemoryConfig):
         output: folder of the picture and of all figures.
     """
 
-    model: tyro.conf.Positional[str]
-    data: tyro.conf.Positional[str | None] = None
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     output: Path = Path("runs/memory")
 
 

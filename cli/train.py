@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str]) -> Train:
     preset = peek(arguments, "--preset") or values.get("preset", "quick")
     if preset not in PRESETS:
         raise UnknownNameError.of("preset", str(preset), PRESETS)
-    base = Train(**vars(PRESETS[preset]), preset=preset)
+    base = Train(**vars(PRESETS[preset]) | {"preset": preset})
     default = with_file_settings(base, values | {"preset": preset}, path)
     return tyro.cli(Train, args=arguments, default=default, prog="rankpilot train")
 
