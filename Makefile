@@ -18,18 +18,18 @@ test: setup ## run the tests, a process for each core
 check: $(VENV)/.installed-dev ## lint, format, types and import rules
 	scripts/check
 
-demo: setup ## train a small policy, then fly a real fine-tune with it (goes on where it was interrupted)
+demo: setup ## train a small policy, then run a real fine-tune under it (goes on where it was interrupted)
 	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume
 	$(BIN)/rankpilot finetune all-minilm-l6-v2 rotten-tomatoes --policy runs/demo/policy --compare-uniform \
 	    --steps 160 --max-length 48 --held-out-rows 400 --eval-every 40 --output runs/demo/finetune --resume
 
-bench: setup ## measure what a training step costs, what memory is predicted and saved, how fast the environment is, what learns, how policies transfer (two hours)
-	$(BIN)/python -m rankpilot.bench.step.overhead --json runs/bench/overhead.json
-	$(BIN)/python -m rankpilot.bench.memory.run --json runs/bench/memory.json --picture runs/bench/memory.png --resume
-	$(BIN)/python -m rankpilot.bench.training.env_speed --json runs/bench/env_speed.json
-	$(BIN)/python -m rankpilot.bench.step.decide --json runs/bench/decide.json
-	$(BIN)/python -m rankpilot.bench.training.learners --json runs/bench/learners.json
-	$(BIN)/python -m rankpilot.bench.transfer --json runs/bench/transfer.json --resume
+bench: setup ## measure what steps and decisions cost, how memory is predicted, how fast the environment is, how policies transfer (an hour and a half)
+	$(BIN)/rankpilot bench overhead --json runs/bench/overhead.json
+	$(BIN)/rankpilot bench resize --json runs/bench/resize.json
+	$(BIN)/rankpilot bench decide --json runs/bench/decide.json
+	$(BIN)/rankpilot bench memory --json runs/bench/memory.json --resume
+	$(BIN)/rankpilot bench env-speed --json runs/bench/env_speed.json
+	$(BIN)/rankpilot bench transfer --json runs/bench/transfer.json --resume
 
 clean: ## remove .venv, build output and caches (keeps runs/)
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""Benchmarks: each module is a command, `python -m rankpilot.bench.NAME`."""
+"""Benchmarks: what is claimed, and measured. `rankpilot bench NAME` runs one; `main.py` has the table."""
 
 from ..common.quiet import silence_libraries
 

@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..common.arrays import FloatArray
+from ..common.arrays import FloatArray, IntArray
 from ..common.files import write_json
+from ..common.statistics import Estimate, Statistic, estimate, medians
 from ..errors import ConfigError, RankPilotError
 
 WIDTH = 132
@@ -48,6 +48,7 @@ def interleave(
     device: torch.device,
     *,
     after_round: Callable[[int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, FloatArray]:
     """Time several pieces of work in turn, so that whatever slows the machine down hits all of them alike.
 
@@ -56,6 +57,7 @@ def interleave(
         rounds: how often each is called.
         device: waited for before and after each call.
         after_round: called with the number of the round, off the clock.
+        clock: gives the time in seconds; `time.process_time` counts CPU time, which depends less on what else runs.
 
     Returns:
         Seconds by name, float64 (rounds,).
@@ -67,10 +69,10 @@ def interleave(
             for index in turn_order(len(names), turn):
                 name = names[index]
                 wait_for(device)
-                start = time.perf_counter()
+                start = clock()
                 work[name](turn)
                 wait_for(device)
-                seconds[name][turn] = time.perf_counter() - start
+                seconds[name][turn] = clock() - start
             if after_round:
                 after_round(turn)
     return seconds
@@ -96,18 +98,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
 def paired_ratios(seconds: FloatArray, base: FloatArray, period: int) -> FloatArray:
     """Each time over the base's time in the same round, one row for each cycle of `period` rounds.
 
@@ -127,43 +117,38 @@ def paired_ratios(seconds: FloatArray, base: FloatArray, period: int) -> FloatAr
     return np.asarray((seconds / base).reshape(-1, period), dtype=np.float64)
 
 
-def usual_step(ratios: FloatArray) -> FloatArray:
-    """The median over all steps: what a step costs that nothing special falls into.
+def usual_step(ratios: FloatArray, counts: IntArray) -> FloatArray:
+    """The median over all steps of each draw, (draws,): what a step costs that has no special work in it.
 
     Args:
-        ratios: (..., cycles, places).
+        ratios: (cycles, places).
+        counts: how often each cycle is in each draw, (draws, cycles).
     """
-    return np.asarray(np.median(ratios, axis=(-2, -1)), dtype=np.float64)
+    return medians(ratios.reshape(-1), np.repeat(counts, ratios.shape[1], axis=1))
 
 
-def whole_cycle(ratios: FloatArray) -> FloatArray:
-    """What a cycle costs: at each place in it the median over the cycles, and of those the mean over the places.
+def whole_cycle(ratios: FloatArray, counts: IntArray) -> FloatArray:
+    """What a cycle costs in each draw, (draws,): the mean over the places in it of the median over the cycles.
 
     So work that falls on one place in ten counts with a tenth of its cost, as a run pays it, and a spike of the machine
     in a minority of the cycles does not count. The ratio of whole cycles' times would be lost as soon as there is a
     spike in most of them.
 
     Args:
-        ratios: (..., cycles, places).
+        ratios: (cycles, places).
+        counts: how often each cycle is in each draw, (draws, cycles).
     """
-    return np.asarray(np.median(ratios, axis=-2).mean(axis=-1), dtype=np.float64)
+    return np.asarray(medians(ratios, counts).mean(axis=1), dtype=np.float64)
 
 
-def bootstrap(
-    ratios: FloatArray, statistic: Callable[[FloatArray], FloatArray], *, draws: int = 4000, seed: int = 0
-) -> Estimate:
-    """A statistic with its 95 % interval; whole cycles are drawn again, since neighbours in time are alike.
+def estimate_cycles(ratios: FloatArray, statistic: Statistic) -> Estimate:
+    """A statistic with its 95 % interval; the bootstrap draws whole cycles, since neighbours in time are alike.
 
     Args:
         ratios: (cycles, places).
-        statistic: of (..., cycles, places), such as `whole_cycle`.
-        draws: of the bootstrap.
-        seed: of the draws.
+        statistic: `usual_step` or `whole_cycle`.
     """
-    generator = np.random.default_rng(seed)
-    drawn = statistic(ratios[generator.integers(0, len(ratios), size=(draws, len(ratios)))])
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(float(statistic(ratios)), float(low), float(high))
+    return estimate(ratios, range(len(ratios)), statistic)
 
 
 def machine_facts(device: torch.device) -> Figures:

@@ -1,7 +1,4 @@
-"""Whether a policy trained on proxies is worth having on real fine-tunes: MiniLM-L6 under it and under uniform rank.
-
-`python -m rankpilot.bench.transfer --help` tells what is measured.
-"""
+"""Whether a policy trained on proxies is worth having on real fine-tunes: MiniLM-L6 under it and under uniform rank."""
 
 from __future__ import annotations
 
@@ -320,9 +317,5 @@ def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(Transfer, args=arguments, prog="python -m rankpilot.bench.transfer")
+    options = tyro.cli(Transfer, args=arguments, prog="rankpilot bench transfer")
     return run_command(partial(benchmark, options, QUICK if options.quick else FULL), options.json)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

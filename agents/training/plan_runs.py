@@ -163,18 +163,6 @@ def run_trials(
         yield _read(path)
 
 
-def read_trials(folder: Path, count: int) -> list[PlanRun]:
-    """The first trials of a folder, in order.
-
-    Raises:
-        RunFolderError: one is missing, damaged or of another version.
-    """
-    missing = [number for number in range(count) if not _path(folder, number).exists()]
-    if missing:
-        raise RunFolderError(f"{len(missing)} of {count} trials are not in {folder}; finish the training run first.")
-    return [_read(_path(folder, number)) for number in range(count)]
-
-
 def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.safetensors"
 

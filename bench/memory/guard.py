@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ...allocation.placements import top_down, top_layers
+from ...allocation.problem import problem_of
+from ...common.arrays import IntArray
 from ...finetune.batch_watch import BatchWatch
+from ...lora.targets import TargetModule
 from ...memory.batch_shape import BatchShape
-from ...memory.cost import total_cost
+from ...memory.cost import Cost, total_cost
 from ...memory.recording import Batch
-from ..harness import bootstrap, interleave, paired_ratios, usual_step
+from ..harness import estimate_cycles, interleave, paired_ratios, usual_step
+from ..learner import START_RANK
 from ..models import Family, Size
-from .plans import REFERENCE, named_plans
 from .resident import is_supported, large_learner, observe
 
-PLANS = (REFERENCE, "top half, rank 16", "fracrule at 50 %")
+REFERENCE = f"all-linear, rank {START_RANK}"
+TOP_HALF, HALF_BUDGET = "top half, rank 16", "top-down at 50 %"
+PLANS = (REFERENCE, TOP_HALF, HALF_BUDGET)
+"""Plans that are looked at from outside the process."""
 
 
 def measured_steps(family: Family, size: Size, rounds: int, device: torch.device, seed: int) -> dict[str, Any]:
@@ -38,7 +46,7 @@ def measured_steps(family: Family, size: Size, rounds: int, device: torch.device
         learner.measured_step(batch)
 
     seconds = interleave({"plain": plain, "measured": measured}, rounds, device)
-    ratio = bootstrap(paired_ratios(seconds["measured"], seconds["plain"], 1), usual_step)
+    ratio = estimate_cycles(paired_ratios(seconds["measured"], seconds["plain"], 1), usual_step)
     share = _look_seconds(batch) / float(np.median(seconds["plain"]))
     return {"step_ratio": [ratio.value, ratio.low, ratio.high], "look_share": share}
 
@@ -60,6 +68,25 @@ def _look_seconds(batch: Batch, calls: int = 1000) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def named_plans(targets: Sequence[TargetModule], cost: Cost, layers: int) -> dict[str, IntArray]:
+    """Ranks of each of `PLANS`, int64 (modules,).
+
+    Args:
+        targets: target modules of the model.
+        cost: of a plan.
+        layers: transformer layers of the model; what stands above them, such as a pooler, goes with the top one.
+    """
+    everything = problem_of(targets, cost, float("inf"))
+    reference = everything.uniform(START_RANK)
+    above = int(everything.blocks.max()) + 1 - layers
+    half_budget = problem_of(targets, cost, 0.5 * total_cost(cost, reference))
+    return {
+        REFERENCE: reference,
+        TOP_HALF: top_layers(everything, round(layers / 2) + above, 16),
+        HALF_BUDGET: top_down(half_budget),
+    }
+
+
 def outside_view(
     family: Family, size: Size, device: torch.device, seed: int, plans: tuple[str, ...] = PLANS
 ) -> dict[str, Any]:
@@ -76,6 +103,6 @@ def outside_view(
     named = named_plans(learner.targets, cost, size.layers)
     seen = {}
     for name in plans:
-        ranks = named[name].ranks
+        ranks = named[name]
         seen[name] = {"predicted": total_cost(cost, ranks)} | observe(family, size, ranks.tolist(), device, seed)
     return seen

@@ -1,8 +1,8 @@
-"""How far the memory benchmark goes, and the work of its part A."""
+"""How far the memory benchmark goes, and its two parts: random plans, and the guard of the budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -12,12 +12,9 @@ from rich.progress import Progress
 
 from ...memory.batch_shape import BatchShape
 from ..ledger import Ledger
-from ..memory import pareto
 from ..models import FAMILIES, Family, Size
 from .accuracy import SHAPES, compare_plans
-from .guard import PLANS, measured_steps, outside_view
-from .pareto import Course
-from .plans import REFERENCE
+from .guard import PLANS, REFERENCE, measured_steps, outside_view
 from .settings import CHECKPOINTING, MODELS, PRECISIONS, Setting
 
 T = TypeVar("T")
@@ -35,7 +32,6 @@ class Extent:
         families: of the larger models whose guard is timed.
         outside: plans that are looked at from outside, on the first of the families.
         rounds: timed pairs of a plain and a measured step.
-        courses: part B's fine-tunes.
     """
 
     settings: tuple[Setting, ...]
@@ -45,7 +41,6 @@ class Extent:
     families: tuple[Family, ...]
     outside: tuple[str, ...]
     rounds: int
-    courses: Mapping[str, Course]
 
 
 FULL = Extent(
@@ -56,7 +51,6 @@ FULL = Extent(
     families=FAMILIES,
     outside=PLANS,
     rounds=10,
-    courses=pareto.FULL,
 )
 QUICK = Extent(
     settings=tuple(
@@ -70,7 +64,6 @@ QUICK = Extent(
     families=FAMILIES[:1],
     outside=(REFERENCE,),
     rounds=3,
-    courses=pareto.QUICK,
 )
 
 

@@ -1,4 +1,4 @@
-"""Part A of the memory benchmark as tables and flat figures."""
+"""The memory benchmark as tables and flat figures."""
 
 from __future__ import annotations
 

@@ -1,11 +1,7 @@
-"""How long a decision takes: the shipped policy, its actor alone, its networks alone, and a rule.
-
-`python -m rankpilot.bench.step.decide --help` tells what is measured.
-"""
+"""How long a decision takes: the shipped policy, its actor alone, its networks alone, and a rule."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -142,9 +138,5 @@ def benchmark(options: Decide, console: Console) -> Figures:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(Decide, args=arguments, prog="python -m rankpilot.bench.step.decide")
+    options = tyro.cli(Decide, args=arguments, prog="rankpilot bench decide")
     return run_command(partial(benchmark, options), options.json)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,7 @@
-"""What moving ranks costs: time and memory of a training step beside plain LoRA and AdaLoRA.
-
-`python -m rankpilot.bench.step.overhead --help` tells what is measured.
-"""
+"""What moving ranks costs: time and memory of a training step beside plain LoRA and AdaLoRA."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -100,7 +96,9 @@ def table_of(title: str, results: dict[str, Result]) -> Table:
     columns = ("method", "step", "a step", "ten steps", "own work", "adapter", "peak", "rank changes")
     rows, plain = [], results["plain"]
     for name, result in results.items():
-        ratios = ("1", "1") if result is plain else (str(result.against(plain, s)) for s in (usual_step, whole_cycle))
+        ratios = (
+            ("1", "1") if result is plain else (f"{result.against(plain, s):.3f}" for s in (usual_step, whole_cycle))
+        )
         rows.append(
             (
                 LABELS[name],
@@ -124,8 +122,8 @@ def verdict(family: Family, results: dict[str, Result], *, quick: bool) -> str:
     else:
         word = "kept" if cycle.high <= BAR else "missed" if cycle.low > BAR else "undecided, the noise is too large"
     return (
-        f"{family}: rankpilot's ten steps, one decision among them, take {cycle} of plain LoRA's. Bar {BAR}: {word}. "
-        f"Before the first step it took {result.setup_seconds:.1f} s, once."
+        f"{family}: rankpilot's ten steps, one decision among them, take {cycle:.3f} of plain LoRA's. Bar {BAR}: "
+        f"{word}. Before the first step it took {result.setup_seconds:.1f} s, once."
     )
 
 
@@ -158,10 +156,6 @@ def benchmark(options: Overhead, size: Size, course: Course, console: Console) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(Overhead, args=arguments, prog="python -m rankpilot.bench.step.overhead")
+    options = tyro.cli(Overhead, args=arguments, prog="rankpilot bench overhead")
     size, course = QUICK if options.quick else FULL
     return run_command(partial(benchmark, options, size, course), options.json)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

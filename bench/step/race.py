@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ...common.arrays import FloatArray
+from ...common.statistics import Estimate, Statistic
 from ...memory.peak_meter import PeakMeter
 from ...memory.recording import Batch
-from ..harness import Estimate, bootstrap, interleave, paired_ratios, whole_cycle
+from ..harness import estimate_cycles, interleave, paired_ratios, whole_cycle
 from ..models import TASKS, Family, Size, random_loader, random_model
 from .contenders import AdaLora, PlainLora, RankPilot
 
@@ -73,14 +74,14 @@ class Result:
     rank_changes: int
     setup_seconds: float
 
-    def against(self, plain: Result, statistic: Callable[[FloatArray], FloatArray]) -> Estimate:
+    def against(self, plain: Result, statistic: Statistic) -> Estimate:
         """Time relative to plain LoRA's, as `usual_step` or `whole_cycle` sums it up."""
-        return bootstrap(paired_ratios(self.seconds, plain.seconds, PERIOD), statistic)
+        return estimate_cycles(paired_ratios(self.seconds, plain.seconds, PERIOD), statistic)
 
     def own_share(self, plain: Result) -> float:
         """Own work of a cycle over plain LoRA's usual time for one."""
-        own = whole_cycle(self.own_seconds.reshape(-1, PERIOD))
-        return float(own / np.median(plain.seconds))
+        a_step = estimate_cycles(self.own_seconds.reshape(-1, PERIOD), whole_cycle).value
+        return a_step / float(np.median(plain.seconds))
 
 
 def run(

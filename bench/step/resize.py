@@ -1,11 +1,7 @@
-"""How long a change of ranks takes: whole plans over up to a thousand modules of a 7B-like shape.
-
-`python -m rankpilot.bench.step.resize --help` tells what is measured.
-"""
+"""How long a change of ranks takes: whole plans over up to a thousand modules of a 7B-like shape."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -128,9 +124,5 @@ def benchmark(options: Resize, console: Console) -> Figures:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(Resize, args=arguments, prog="python -m rankpilot.bench.step.resize")
+    options = tyro.cli(Resize, args=arguments, prog="rankpilot bench resize")
     return run_command(partial(benchmark, options), options.json)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,7 @@
     rankpilot evaluate RUN constant:RUN actor:RUN RUN/warm_start fracrule fracrule-mlp oracle best-window \
         --split test --seeds 2 --output TEST
     rankpilot evaluate RUN once:RUN without-signals:RUN without-prices:RUN --seeds 2 --output ABLATIONS
-    python -m rankpilot.bench.transfer --policies RUN fracrule-mlp --json TRANSFER.json
+    rankpilot bench transfer --policies RUN fracrule-mlp --json TRANSFER.json
     python -m rankpilot.study.policy.report RUN TEST --ablations ABLATIONS --transfer TRANSFER.json
 
 RUN is the folder of `rankpilot train`.
@@ -152,7 +152,7 @@ of the bytes, a share says nothing."""
 
 _TRANSFER = """Held-out loss on Rotten Tomatoes and Reuters R8 at 30 to 100 % of the bytes of uniform rank 8, against
 uniform rank in the same bytes, at the highest learning rate of three at which uniform rank diverges in no budget
-(`python -m rankpilot.bench.transfer`; intervals over data sets and budgets). Better on average and no run more than 1 %
+(`rankpilot bench transfer`; intervals over data sets and budgets). Better on average and no run more than 1 %
 worse was asked for."""
 
 
@@ -162,9 +162,9 @@ def _transfer(path: Path) -> str:
         policies = [name.removesuffix(".better") for name in figures if name.endswith(".better")]
         lines = [_transferred(policy, figures) for policy in policies]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunFolderError(f"{path} holds no results of `python -m rankpilot.bench.transfer` ({error}).") from error
+        raise RunFolderError(f"{path} holds no results of `rankpilot bench transfer` ({error}).") from error
     if not lines or figures["quick"]:
-        raise RunFolderError(f"{path} holds no results of a full run of `python -m rankpilot.bench.transfer`.")
+        raise RunFolderError(f"{path} holds no results of a full run of `rankpilot bench transfer`.")
     columns = ["", "runs", "chance of being better", "log loss gained", "1 % worse", "worst ratio of losses"]
     return _table([*columns, "points of accuracy"], lines)
 

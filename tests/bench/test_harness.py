@@ -12,10 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rankpilot.bench.harness import (
-    Estimate,
     Figures,
-    bootstrap,
     check_output,
+    estimate_cycles,
     interleave,
     machine_facts,
     make_table,
@@ -25,6 +24,9 @@ from rankpilot.bench.harness import (
     usual_step,
     whole_cycle,
 )
+from rankpilot.common import statistics
+from rankpilot.common.arrays import FloatArray
+from rankpilot.common.statistics import Estimate, Statistic
 from rankpilot.errors import ConfigError
 from rich.console import Console
 
@@ -61,9 +63,12 @@ def test_everyone_takes_each_place_and_follows_each_other_equally_often(count: i
     assert len(set(followed)) == count * (count - 1) == len(followed)
 
 
-def test_interleave_calls_in_turn_and_times_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def value_of(ratios: FloatArray, statistic: Statistic) -> float:
+    return float(statistic(ratios, np.ones((1, len(ratios)), dtype=np.int64))[0])
+
+
+def test_interleave_calls_in_turn_and_times_each_call() -> None:
     clock = [0.0]
-    monkeypatch.setattr("rankpilot.bench.harness.time.perf_counter", lambda: clock[0])
     calls: list[tuple[str, int]] = []
 
     def work(name: str, cost: float) -> object:
@@ -77,7 +82,9 @@ def test_interleave_calls_in_turn_and_times_each_call(monkeypatch: pytest.Monkey
         calls.append(("after", turn))
         clock[0] += 100.0
 
-    seconds = interleave({"a": work("a", 0.5), "b": work("b", 2.0)}, 3, CPU, after_round=after_round)
+    seconds = interleave(
+        {"a": work("a", 0.5), "b": work("b", 2.0)}, 3, CPU, after_round=after_round, clock=lambda: clock[0]
+    )
     assert calls == [
         *[("a", 0), ("b", 0), ("after", 0)],
         *[("b", 1), ("a", 1), ("after", 1)],
@@ -100,42 +107,46 @@ def test_half_a_cycle_is_refused(rounds: int) -> None:
 
 def test_a_decision_counts_with_a_tenth_in_the_cycle_and_not_in_the_usual_step() -> None:
     ratios = cycles_of(count=6, decision=1.5)
-    assert bootstrap(ratios, usual_step) == Estimate(1.0, 1.0, 1.0)
-    assert bootstrap(ratios, whole_cycle) == Estimate(1.05, 1.05, 1.05)
+    assert estimate_cycles(ratios, usual_step) == Estimate(1.0, 1.0, 1.0)
+    assert estimate_cycles(ratios, whole_cycle) == Estimate(1.05, 1.05, 1.05)
 
 
 def test_spikes_in_a_minority_of_cycles_do_not_count() -> None:
     ratios = cycles_of(count=9, decision=1.5)
     for cycle in range(4):
         ratios[cycle] = 50.0
-    assert whole_cycle(ratios) == 1.05
+    assert value_of(ratios, whole_cycle) == 1.05
     # Every cycle has a spike, each at another place: the ratio of whole cycles' times would be 5.9.
     ratios = cycles_of(count=9, decision=1.5)
     ratios[np.arange(9), np.arange(9)] = 50.0
-    assert whole_cycle(ratios) == 1.05
+    assert value_of(ratios, whole_cycle) == 1.05
 
 
-def test_statistics_work_on_many_draws_at_once() -> None:
-    ratios = np.random.default_rng(0).uniform(0.9, 1.2, (3, 7, 10))
-    for statistic in (usual_step, whole_cycle):
-        assert statistic(ratios).tolist() == [float(statistic(draw)) for draw in ratios]
+def test_statistics_of_many_draws_at_once() -> None:
+    """Each draw is what it is alone: the cycles that it holds, as often as it holds them."""
+    generator = np.random.default_rng(0)
+    ratios, counts = generator.uniform(0.9, 1.2, (7, 10)), generator.multinomial(7, np.full(7, 1 / 7), size=20)
+    drawn = [np.repeat(ratios, count, axis=0) for count in counts]
+    np.testing.assert_allclose(usual_step(ratios, counts), [np.median(draw) for draw in drawn])
+    np.testing.assert_allclose(whole_cycle(ratios, counts), [np.median(draw, axis=0).mean() for draw in drawn])
 
 
 def test_an_interval_holds_the_value_and_narrows_with_more_cycles() -> None:
     noise = np.random.default_rng(1).normal(1.02, 0.05, (400, 10))
-    few, many = bootstrap(noise[:8], whole_cycle), bootstrap(noise, whole_cycle)
+    few, many = estimate_cycles(noise[:8], whole_cycle), estimate_cycles(noise, whole_cycle)
     assert few.low < few.value < few.high
     assert many.low < 1.02 < many.high
     assert many.high - many.low < (few.high - few.low) / 4
-    assert bootstrap(noise[:8], whole_cycle) == few
+    assert estimate_cycles(noise[:8], whole_cycle) == few
 
 
-def test_the_interval_of_identical_methods_holds_one_as_often_as_it_says() -> None:
+def test_the_interval_of_identical_methods_holds_one_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "DRAWS", 400)
     draws = np.random.default_rng(2).lognormal(0, 0.1, (200, 2, 100))
     inside = 0
     for seconds, base in draws:
-        estimate = bootstrap(paired_ratios(seconds, base, 10), whole_cycle, draws=400)
-        inside += estimate.low <= 1 <= estimate.high
+        ratio = estimate_cycles(paired_ratios(seconds, base, 10), whole_cycle)
+        inside += ratio.low <= 1 <= ratio.high
     assert 0.9 <= inside / 200 <= 1
 
 

@@ -180,14 +180,6 @@ def test_budgets_and_data_of_the_full_run() -> None:
     assert {piece.budget for piece in pieces} == set(BUDGETS)
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = " ".join(capsys.readouterr().out.lower().split())
-    for part in ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"):
-        assert part in shown
-
-
 @pytest.mark.assets
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures.json"

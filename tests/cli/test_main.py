@@ -14,7 +14,8 @@ import pytest
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.training.config import PRESETS, TrainConfig
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.cli import assets, bench, finetune, train
+from rankpilot.bench import main as bench
+from rankpilot.cli import assets, finetune, train
 from rankpilot.cli import main as cli
 from rankpilot.common.files import write_json
 from rankpilot.common.settings import as_json

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.common.statistics import compare_pairs, estimate, interquartile_means, mean_and_interval, means
+from rankpilot.common.statistics import (
+    Estimate,
+    compare_pairs,
+    estimate,
+    interquartile_means,
+    mean_and_interval,
+    means,
+    medians,
+)
 
 
 def alone(count: int) -> list[str]:
@@ -47,6 +55,20 @@ def test_interquartile_mean_by_hand(size: int) -> None:
     drawn = [np.sort(np.repeat(values, count))[cut : size - cut].mean() for count in counts]
     np.testing.assert_allclose(interquartile_means(values, counts), drawn)
     np.testing.assert_allclose(means(values, counts), [np.repeat(values, count).mean() for count in counts])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_medians_by_hand(size: int) -> None:
+    """Of one value a run, and of several at a time."""
+    generator = np.random.default_rng(size)
+    table, counts = generator.normal(size=(size, 3)), generator.multinomial(size, np.full(size, 1 / size), size=9)
+    drawn = [np.repeat(table, count, axis=0) for count in counts]
+    np.testing.assert_allclose(medians(table, counts), [np.median(draw, axis=0) for draw in drawn])
+    np.testing.assert_allclose(medians(table[:, 0], counts), [np.median(draw[:, 0]) for draw in drawn])
+
+
+def test_an_estimate_in_a_text() -> None:
+    assert f"{Estimate(1.0416, 0.98, 1.1):+.2f}" == "+1.04 (+0.98 to +1.10)"
 
 
 def test_one_run_astray_hardly_moves_the_interquartile_mean() -> None:

@@ -689,3 +689,15 @@ def test_a_gpu_gives_the_same_losses(make_tiny: MakeTiny, name: str) -> None:
         for (mine, age), (theirs, their_age) in values:
             np.testing.assert_allclose(mine, theirs, rtol=0.05, atol=1e-3)
             np.testing.assert_array_equal(age, their_age)
+
+
+def test_buffers_grow_linearly_with_the_runs_and_weights_are_there_once(make_tiny: MakeTiny) -> None:
+    tiny = make_tiny()
+    alone = tiny.stacked(1)
+    alone.make_room(np.tile(tiny.all_at(8), (1, 1)))
+    frozen = sum(parameter.nbytes for parameter in alone.model.parameters())
+    for runs in (2, 4):
+        adapters = tiny.stacked(runs)
+        adapters.make_room(np.tile(tiny.all_at(8), (runs, 1)))
+        assert adapters.buffer_bytes == runs * alone.buffer_bytes > 0
+        assert sum(parameter.nbytes for parameter in adapters.model.parameters()) == frozen

@@ -1,4 +1,4 @@
-"""A fine-tune whose loss has a closed form: all of an episode is real but the training of adapters.
+"""A fine-tune whose loss has a closed form: everything of an episode is real but the training of adapters.
 
 Module m is worth w_m log(1 + rank_m), and the first signal shows w, so the best ranks are known.
 """
@@ -10,30 +10,25 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-
-from ...agents.learned.network import RankNetwork
-from ...agents.learned.policy import LearnedPolicy
-from ...allocation.controller import RankController
-from ...allocation.observation import Observation
-from ...allocation.optimum import best_plan
-from ...allocation.plan import uniform_ranks
-from ...allocation.policy import Decision
-from ...allocation.probe import ProbeResult
-from ...allocation.schedule import DecisionSchedule
-from ...common.arrays import FloatArray, IntArray
-from ...env.tasks.finetune import Reference
-from ...lora.signals import SIGNALS
-from ...memory.budget import Budget, budget_limit
-from ...memory.cost import ParameterCost
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.allocation.controller import RankController
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.optimum import best_plan
+from rankpilot.allocation.plan import uniform_ranks
+from rankpilot.allocation.policy import Decision
+from rankpilot.allocation.probe import ProbeResult
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.common.arrays import FloatArray, IntArray
+from rankpilot.env.tasks.finetune import Reference
+from rankpilot.lora.signals import SIGNALS
+from rankpilot.memory.budget import Budget, budget_limit
+from rankpilot.memory.cost import ParameterCost
 
 MODULES = 12
 SCHEDULE = DecisionSchedule(fractions=(0.0,))
-
-TASKS = 64
-"""Tasks that may be drawn in training."""
-
-HELD_OUT = range(1000, 1030)
-"""Tasks that never are."""
+TRAINING_TASKS = 64
+HELD_OUT_TASKS = range(1000, 1030)
 
 
 @dataclass(frozen=True)
@@ -64,23 +59,15 @@ class Adapters:
         self.age = np.zeros(MODULES, dtype=np.int64)
 
     def set_ranks(self, ranks: IntArray, optimizer: object, *, seed: int, step: int) -> None:
-        """Take new ranks."""
         self.ranks = ranks
 
     def non_finite(self, optimizer: object) -> list[str]:
-        """No module ever breaks."""
         return []
 
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """One set of worths.
-
-    Attributes:
-        seed: of the worths.
-        steps: of the run.
-        id: what logs call it.
-    """
+    """A task: one draw of worths."""
 
     seed: int
     steps: int = 10
@@ -92,16 +79,14 @@ class ClosedForm:
         return np.exp(np.random.default_rng(self.seed).normal(size=MODULES))
 
     def adapted(self) -> tuple[None, list[Target]]:
-        """No model, and the target modules."""
         return None, TARGETS
 
     def loss(self, ranks: IntArray) -> float:
-        """Held-out loss at these ranks."""
         return float(10 - self.worth @ np.log1p(ranks) / self.worth.sum())
 
 
 class Episode:
-    """Stands for a fine-tune; see `rankpilot.env.episodes.single.Episode`."""
+    """Stands for `rankpilot.env.episodes.single.Episode`."""
 
     def __init__(self, task: ClosedForm, schedule: DecisionSchedule = SCHEDULE) -> None:
         self.task, self.step = task, 0
@@ -113,20 +98,16 @@ class Episode:
         self.controller: RankController[Any] = RankController(Adapters(), cost, limit, schedule, task.steps, result)
 
     def observe(self, loss: float | None = None) -> Observation:
-        """What a policy sees."""
         return self.controller.observe(self.step, loss)
 
     def apply(self, deltas: IntArray, scores: FloatArray) -> None:
-        """Take a decision."""
         self.controller.apply(deltas, scores, self.step)
 
     def advance(self) -> float:
-        """Go to the end; returns the loss."""
         self.step = self.task.steps
         return self.held_out_loss()
 
     def held_out_loss(self) -> float:
-        """Of the ranks as they are."""
         return self.task.loss(self.controller.ranks)
 
 
@@ -139,19 +120,18 @@ def reference_of(task: ClosedForm, schedule: DecisionSchedule = SCHEDULE) -> Ref
 
 
 def share_reached(task: ClosedForm, episode: Episode, decision: Decision) -> float:
-    """Take a decision in a new episode of a task; how far it comes on the way from uniform rank (0) to the best (1)."""
+    """How far a decision goes on the way from uniform rank (0) to the best ranks (1)."""
     reference = reference_of(task)
     assert reference.best is not None
     episode.apply(decision.deltas, decision.scores)
     return (reference.uniform - episode.held_out_loss()) / (reference.uniform - reference.best)
 
 
-def share_of(network: RankNetwork, task: ClosedForm) -> float:
-    """The same of a network's mean action."""
-    episode = Episode(task)
-    return share_reached(task, episode, LearnedPolicy("learned", network).decide(episode.observe()))
-
-
-def reached(network: RankNetwork) -> float:
-    """The same, over tasks that are never drawn."""
-    return float(np.mean([share_of(network, ClosedForm(seed)) for seed in HELD_OUT]))
+def mean_share_reached(network: RankNetwork) -> float:
+    """The same of a network's mean actions, over tasks that are not for training."""
+    shares = []
+    for seed in HELD_OUT_TASKS:
+        task = ClosedForm(seed)
+        episode = Episode(task)
+        shares.append(share_reached(task, episode, LearnedPolicy("learned", network).decide(episode.observe())))
+    return float(np.mean(shares))

@@ -1,0 +1,67 @@
+"""`rankpilot bench NAME`: one table of all benchmarks; a benchmark's libraries are loaded when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from rich.console import Console
+
+from ..errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+        module: inside this package; its `main(arguments)` runs the benchmark and returns the exit status.
+        description: what is measured, one line.
+    """
+
+    module: str
+    description: str
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "overhead": Benchmark("step.overhead", "time and memory of a training step beside plain LoRA and AdaLoRA"),
+    "resize": Benchmark("step.resize", "time of a change of ranks on up to 1,001 modules of a 7B-like shape"),
+    "decide": Benchmark("step.decide", "time of a decision on up to 1,001 modules"),
+    "memory": Benchmark("memory.run", "predicted bytes of a training step beside measured ones"),
+    "env-speed": Benchmark("env_speed", "train steps per CPU second of stacked episodes beside PEFT"),
+    "transfer": Benchmark("transfer", "policies and uniform rank on fine-tunes of MiniLM-L6"),
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one benchmark; returns the exit status.
+
+    Args:
+        arguments: the benchmark's name and its options. Without a name, or with --help, all names are listed.
+
+    Raises:
+        UnknownNameError: there is no benchmark of that name.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        Console().print(_usage(), highlight=False, soft_wrap=True)
+        return 0 if arguments else 2
+    name, *options = arguments
+    if name not in BENCHMARKS:
+        raise UnknownNameError.of("benchmark", name, BENCHMARKS)
+    benchmark = import_module(f"rankpilot.bench.{BENCHMARKS[name].module}")
+    return int(benchmark.main(options))
+
+
+def _usage() -> str:
+    width = max(map(len, BENCHMARKS))
+    lines = [f"  [bold]rankpilot bench {name:{width}}[/]  {row.description}" for name, row in BENCHMARKS.items()]
+    return "\n".join(
+        [
+            "Measure again what docs/experiments.md reports.",
+            "",
+            *lines,
+            "",
+            "Each has its own --help, --quick (under a minute) and --json FILE (the figures).",
+        ]
+    )

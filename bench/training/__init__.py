@@ -1,1 +1,0 @@
-"""How fast training a policy is."""
