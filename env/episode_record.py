@@ -9,7 +9,6 @@ import numpy as np
 from ..allocation.controller import RankController
 from ..allocation.observation import Observation
 from ..allocation.problem import AllocationProblem
-from ..memory.cost import ParameterCost
 from .rendering import EpisodeTrace
 from .reward import REWARD_BOUND, Reward, churn_cost, potential, terminal_improvement
 from .tasks.finetune import FineTune, Reference
@@ -129,7 +128,7 @@ class EpisodeRecord:
             ranks=np.stack([problem.ranks] if first else self._ranks),
             costs=(problem.price(problem.ranks),) if first else tuple(self._costs),
             limit=problem.limit,
-            unit="parameters" if isinstance(controller.cost, ParameterCost) else "bytes",
+            unit=controller.cost.unit,
             losses=tuple(self._losses),
             held_out_loss=self._held_out,
             uniform_loss=self.reference.uniform,

@@ -27,7 +27,6 @@ from ..lora.peft_config import finish_load, make_resizable
 from ..lora.resize import reset_adapters
 from ..lora.targets import TargetModule, check_trains, find_target_modules
 from ..memory.budget import Budget
-from ..memory.cost import ParameterCost
 from ..memory.for_training import price_plans
 from ..memory.model import MemoryModel
 from .before_training import precision, run_probe, undisturbed
@@ -209,7 +208,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self.controller = RankController(
             PeftAdapters(model, targets),
             prices.cost,
-            prices.limit,
+            prices.limit.value,
             self.schedule,
             state.max_steps,
             result,
@@ -270,8 +269,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 loss=loss,
                 limit=problem.limit,
                 predicted_cost=plan.cost,
-                measured_cost=float(self.peaks[-1][1]) if self.peaks and self._counts_bytes else None,
-                unit="bytes" if self._counts_bytes else "parameters",
+                measured_cost=float(self.peaks[-1][1]) if self.peaks and problem.cost.unit == "bytes" else None,
+                unit=problem.cost.unit,
                 log_prob=decision.log_prob,
                 rank_floor=decision.rank_floor,
                 modules=observation.names,
@@ -287,10 +286,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 notes=(notes or {}) | self._controller.notes,
             )
         )
-
-    @property
-    def _counts_bytes(self) -> bool:
-        return not isinstance(self._controller.cost, ParameterCost)
 
 
 def _check_setting(args: TrainingArguments) -> None:

@@ -130,12 +130,12 @@ def _uniform_start(
     with undisturbed():
         batch = largest_batch(workload.train, trainer.data_collator, config.batch_size, trainer.args.device)
         prices = price_plans(budget, targets, model, batch, None, signals=False)
-    problem = problem_of(targets, prices.cost, prices.limit)
+    problem = problem_of(targets, prices.cost, prices.limit.value)
     check_budget(problem, [target.name for target in targets])
     ranks = uniform_ranks(problem).tolist()
     set_ranks(targets, dict(zip((t.name for t in targets), ranks, strict=True)), seed=config.seed)
     sync_config(model, targets)
-    return prices.limit
+    return prices.limit.value
 
 
 def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..common.arrays import IntArray
-    from .cost import Cost
+    from .cost import Cost, CostUnit
 
 _UNITS = {"b": 1}
 for _index, _prefix in enumerate("kmgt", start=1):
@@ -26,15 +26,35 @@ AUTO_SHARE = 0.9
 """Of the free memory of a device, what "auto" takes; the rest is for fragments and for what operators need inside."""
 
 
+MOST_SHARE = 4
+"""A number with a decimal point is a share up to here."""
+
+LEAST_BYTES = 1024
+"""A whole number without a unit is a number of bytes from here on."""
+
+
 @dataclass(frozen=True)
-class Budget:
-    """A hard limit for a plan.
+class Limit:
+    """What a plan may cost at most.
 
     Attributes:
-        kind: "bytes" at the peak of a training step; "share" of what uniform rank 8 on all target modules takes at
-            that peak; "parameters" in the adapter, for comparisons with the literature; "auto": a share of the memory
-            that is free on the model's device before training.
-        value: the limit, > 0, in the unit of `kind`.
+        value: the limit, > 0, in `unit`.
+        unit: the unit of the cost that it belongs to.
+    """
+
+    value: float
+    unit: CostUnit
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget as its user gave it; `resolve` makes a limit of it.
+
+    Attributes:
+        kind: "bytes" at the peak of a training step; "share" of what uniform rank 8 on all target modules costs;
+            "parameters" in the adapter, for comparisons with the literature; "auto": a share of the memory that is
+            free on the model's device before training.
+        value: above 0, in the unit of `kind`.
     """
 
     kind: Literal["bytes", "share", "parameters", "auto"]
@@ -45,10 +65,12 @@ class Budget:
         """Read a budget.
 
         Args:
-            given: "6GiB", "350MB" or an int above 1 (bytes), "80%" or a float up to 4 (share), "300k params", "auto".
+            given: "6GiB", "350MB" or a whole number from 1024 on (bytes); "80%" or a number with a decimal point up to
+                4 (share): 1.0 and "1.0" are all that uniform rank 8 takes, and so is "100%"; "300k params"; "auto". A
+                smaller whole number, such as 1 or "80", is refused: nobody means so few bytes.
 
         Raises:
-            BudgetError: it is unreadable, zero, negative or not finite.
+            BudgetError: it is unreadable, zero, negative, not finite, or a whole number below 1024.
         """
         if isinstance(given, Budget):
             return given
@@ -69,17 +91,53 @@ class Budget:
             return cls("parameters", number * {"k": 1e3, "m": 1e6, "b": 1e9}.get(unit[0], 1))
         if unit:
             return cls("bytes", number * _UNITS[unit])
-        if isinstance(given, float) or "." in text:
-            if number <= 4:
+        return cls._without_unit(given, number, whole=not (isinstance(given, float) or "." in text))
+
+    @classmethod
+    def _without_unit(cls, given: object, number: float, *, whole: bool) -> Budget:
+        if not whole:
+            if number <= MOST_SHARE:
                 return cls("share", number)
             raise BudgetError(
                 f"The budget {given!r} is neither a share nor a whole number of bytes. Allowed: {_FORMS}."
             )
+        if number < LEAST_BYTES:
+            percent = 100 if number == 1 else number
+            meant = f"{percent:.0f}%" if percent <= 100 * MOST_SHARE else f"{number:.0f}MB"
+            raise BudgetError(
+                f'The budget {given!r} would be {number:.0f} bytes, which no adapter fits. Did you mean "{meant}"? '
+                f"Allowed: {_FORMS}."
+            )
         return cls("bytes", number)
 
-    def on(self, device: torch.device) -> Budget:
-        """The same as a number of bytes, if it depends on the free memory of a device; otherwise unchanged."""
-        return Budget("bytes", self.value * free_bytes(device)) if self.kind == "auto" else self
+    @property
+    def unit(self) -> CostUnit | None:
+        """The unit of the costs that it can limit; None for a share, which limits either."""
+        if self.kind == "share":
+            return None
+        return "parameters" if self.kind == "parameters" else "bytes"
+
+    def resolve(self, cost: Cost, max_ranks: IntArray, device: torch.device) -> Limit:
+        """The limit of plans, in the unit of their cost.
+
+        Args:
+            cost: of a plan.
+            max_ranks: the highest rank that each module can have, int64 (modules,).
+            device: of the model; "auto" takes a share of its free memory.
+
+        Raises:
+            BudgetError: the budget is of bytes and the cost counts parameters, or the other way round.
+        """
+        if self.unit not in (None, cost.unit):
+            given = "auto" if self.kind == "auto" else f"{self.value:,.0f} {self.unit}"
+            form = "'300k params'" if cost.unit == "parameters" else "'6GiB', '350MB'"
+            raise BudgetError(
+                f"The budget is {given}, and the cost of a plan counts {cost.unit}. Give a budget of {cost.unit} "
+                f"({form}) or a share ('80%'), or let the cost count {self.unit}."
+            )
+        if self.kind == "share":
+            return Limit(self.value * reference_cost(cost, max_ranks), cost.unit)
+        return Limit(self.value * free_bytes(device) if self.kind == "auto" else self.value, cost.unit)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -116,13 +174,6 @@ def format_bytes(count: float, *, up: bool = False) -> str:
 
 REFERENCE_RANK = 8
 """Budgets given as a share are shares of what this rank on every target module takes."""
-
-
-def budget_limit(budget: Budget, cost: Cost, max_ranks: IntArray) -> float:
-    """The limit of a plan in the unit of its cost: a share becomes that share of uniform rank 8's price."""
-    if budget.kind == "share":
-        return budget.value * reference_cost(cost, max_ranks)
-    return budget.value
 
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..lora.targets import TargetModule
 
+CostUnit = Literal["bytes", "parameters"]
+
 
 class Cost(Protocol):
     """Price of a plan: the highest of its prices at a few moments, each linear in the ranks of the adapted modules."""
+
+    @property
+    def unit(self) -> CostUnit:
+        """What is counted."""
 
     @property
     def per_rank(self) -> FloatArray:
@@ -40,6 +46,7 @@ class ParameterCost:
         per_rank: shape (1, modules).
     """
 
+    unit: ClassVar[CostUnit] = "parameters"
     per_rank: FloatArray
 
     @classmethod
@@ -72,6 +79,7 @@ class ByteCost:
         needs: whether a group is held as soon as a module is adapted, bool (groups, modules).
     """
 
+    unit: ClassVar[CostUnit] = "bytes"
     moments: tuple[str, ...]
     constant: FloatArray
     per_rank: FloatArray

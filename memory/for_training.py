@@ -11,7 +11,7 @@ from torch import nn
 
 from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
-from .budget import Budget, budget_limit
+from .budget import Budget, Limit
 from .calibration import calibrate
 from .cost import Cost, ParameterCost
 from .model import MemoryModel
@@ -27,12 +27,12 @@ class PlanCosts:
 
     Attributes:
         cost: price of a plan.
-        limit: the budget, in the unit of `cost`.
+        limit: what a plan may cost at most.
         memory: predicts other batch shapes; None under a budget of parameters.
     """
 
     cost: Cost
-    limit: float
+    limit: Limit
     memory: MemoryModel | None
 
 
@@ -73,15 +73,14 @@ def price_plans(
         signals: whether plans pay for signal buffers.
         accumulates: whether gradients are kept over several micro-batches.
     """
-    budget = budget.on(targets[0].weight_a.device)
+    device = targets[0].weight_a.device
     max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
     if budget.kind == "parameters":
         counted = ParameterCost.of(targets)
-        return PlanCosts(counted, budget_limit(budget, counted, max_ranks), None)
+        return PlanCosts(counted, budget.resolve(counted, max_ranks, device), None)
     memory = measure_memory(targets, model, batch, optimizer, signals=False, accumulates=accumulates)
-    cost = memory.cost()
-    limit = budget_limit(budget, cost, max_ranks)
+    # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
+    limit = budget.resolve(memory.cost(), max_ranks, device)
     if signals:
         memory = replace(memory, held=replace(memory.held, signals=signal_buffer_bytes(targets)))
-        cost = memory.cost()
-    return PlanCosts(cost, limit, memory)
+    return PlanCosts(memory.cost(), limit, memory)

@@ -20,7 +20,6 @@ from ...lora.adapters import PeftAdapters
 from ...lora.factors import write_in_place
 from ...lora.resize import reset_adapters, resize, set_ranks
 from ...lora.signals import SIGNALS
-from ...memory.budget import budget_limit
 from ..tasks.finetune import FineTune, Reference
 
 MAX_GRAD_NORM = 1.0
@@ -36,8 +35,8 @@ def new_controller(
     """The link between decisions and the adapters of one episode."""
     cost = task.cost()
     max_ranks = np.array([target.max_rank for target in adapters.targets], dtype=np.int64)
-    limit = budget_limit(task.limit, cost, max_ranks)
-    return RankController(adapters, cost, limit, schedule, task.steps, result, seed=task.seed)
+    limit = task.limit.resolve(cost, max_ranks, adapters.targets[0].weight_a.device)
+    return RankController(adapters, cost, limit.value, schedule, task.steps, result, seed=task.seed)
 
 
 def rate_at(task: FineTune, step: int) -> float:

@@ -26,7 +26,6 @@ from ...lora.signals import base_norms
 from ...lora.stacked.adapters import StackedAdapters
 from ...lora.stacked.resize import Move, reset_runs, set_stacked_ranks
 from ...lora.stacked.run import StackedMeter, StackedRun, accumulate_all
-from ...memory.budget import budget_limit
 from ..proxies.adapted import adapted_base
 from ..proxies.bases import load_base_model
 from ..tasks.finetune import Reference
@@ -175,7 +174,8 @@ class StackedEpisodes:
         cost = task.cost()
         most = np.array([target.max_rank for target in self._targets], dtype=np.int64)
         ranks = np.ones(len(most), dtype=np.int64)
-        return problem_of(self._targets, cost, budget_limit(task.limit, cost, most), ranks=ranks)
+        limit = task.limit.resolve(cost, most, self._targets[0].weight_a.device)
+        return problem_of(self._targets, cost, limit.value, ranks=ranks)
 
     # Decisions --------------------------------------------------------------------------------------------------------
 

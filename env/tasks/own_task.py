@@ -92,7 +92,7 @@ class OwnTask:
     @property
     def limit(self) -> Budget:
         """The budget."""
-        return Budget.parse(self.budget).on(next(self.model.parameters()).device)
+        return Budget.parse(self.budget)
 
     @cached_property
     def _adapted(self) -> tuple[PeftModel, list[TargetModule]]:

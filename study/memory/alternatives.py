@@ -17,7 +17,7 @@ from ...data.task import Task
 from ...errors import UnsupportedError
 from ...memory.batch_shape import BatchShape, reshaped
 from ...memory.breakdown import Breakdown, break_down, frozen_bytes
-from ...memory.budget import Budget, budget_limit, reference_cost
+from ...memory.budget import Budget, reference_cost
 from ...memory.cost import ByteCost, Cost, ParameterCost, total_cost
 from ...memory.model import MemoryModel
 from .config import MemoryConfig
@@ -156,10 +156,10 @@ class _Plans:
         self._asked = np.minimum(setup.config.rank, self._max_ranks)
         cost = memory.cost()
         self.reference_bytes = reference_cost(cost, self._max_ranks)
-        budget = Budget.parse(setup.config.budget).on(setup.device) if setup.config.budget else None
+        budget = Budget.parse(setup.config.budget) if setup.config.budget else None
         counts_parameters = budget is not None and budget.kind == "parameters"
         self._priced: Cost = ParameterCost.of(setup.targets) if counts_parameters else cost
-        self._limit = budget_limit(budget, self._priced, self._max_ranks) if budget else None
+        self._limit = budget.resolve(self._priced, self._max_ranks, setup.device).value if budget else None
         self._problem = problem_of(setup.targets, self._priced, math.inf if self._limit is None else self._limit)
 
     @property

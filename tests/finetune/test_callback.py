@@ -313,7 +313,7 @@ def test_the_guard_corrects_a_prediction_that_was_too_low(
 
     def low(*arguments: Any, **options: Any) -> Any:
         prices = right(*arguments, **options)
-        cheaper = replace(prices.cost, constant=prices.cost.constant - share * prices.limit)
+        cheaper = replace(prices.cost, constant=prices.cost.constant - share * prices.limit.value)
         return replace(prices, cost=cheaper)
 
     monkeypatch.setattr(callback_module, "price_plans", low)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from rankpilot.errors import BudgetError
-from rankpilot.memory.budget import Budget, format_bytes
+from rankpilot.memory import budget as budget_module
+from rankpilot.memory.budget import Budget, Limit, format_bytes
+from rankpilot.memory.cost import ByteCost, ParameterCost
 
 
 @pytest.mark.parametrize(
@@ -19,12 +23,15 @@ from rankpilot.memory.budget import Budget, format_bytes
         (12345, "bytes", 12345),
         ("12_345", "bytes", 12345),
         ("12,345", "bytes", 12345),
-        (1, "bytes", 1),
+        (1024, "bytes", 1024),
+        ("1024", "bytes", 1024),
+        ("1023 B", "bytes", 1023),
         ("80%", "share", 0.8),
         ("12.5 %", "share", 0.125),
         (0.8, "share", 0.8),
         (1.0, "share", 1.0),
         (4.0, "share", 4.0),
+        ("1.0", "share", 1.0),
         ("0.5", "share", 0.5),
         ("300k params", "parameters", 300e3),
         ("300 params", "parameters", 300),
@@ -72,6 +79,75 @@ def test_what_cannot_be_read_is_refused_with_the_forms(given):
 def test_a_large_fraction_is_no_guessing_matter(given):
     with pytest.raises(BudgetError, match="neither a share nor a whole number"):
         Budget.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (1, "100%"),
+        ("1", "100%"),
+        (2, "2%"),
+        (80, "80%"),
+        ("80", "80%"),
+        (400, "400%"),
+        (401, "401MB"),
+        (1023, "1023MB"),
+    ],
+)
+def test_so_few_bytes_are_refused_with_what_was_meant(given, meant):
+    with pytest.raises(BudgetError) as caught:
+        Budget.parse(given)
+    message = str(caught.value)
+    assert f"The budget {given!r} would be {int(given)} bytes" in message
+    assert f'Did you mean "{meant}"?' in message
+    assert Budget.parse(meant).value > 0
+
+
+CPU, MAX_RANKS = torch.device("cpu"), np.array([16, 4])
+PARAMETERS = ParameterCost(np.array([[100.0, 10.0]]))
+BYTES = ByteCost(
+    ("loss",), np.array([1000.0]), np.array([[400.0, 40.0]]), np.zeros((1, 0)), np.zeros((0, 2), dtype=bool)
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "cost", "limit"),
+    [
+        ("50%", PARAMETERS, Limit(420.0, "parameters")),  # rank 8, and 4 where that is the highest
+        ("50%", BYTES, Limit(2180.0, "bytes")),
+        ("300 params", PARAMETERS, Limit(300.0, "parameters")),
+        ("2KiB", BYTES, Limit(2048.0, "bytes")),
+    ],
+)
+def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
+    assert Budget.parse(given).resolve(cost, MAX_RANKS, CPU) == limit
+
+
+def test_auto_is_a_share_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(budget_module, "free_bytes", lambda device: {CPU: 5000}[device])
+    assert Budget.parse("auto").resolve(BYTES, MAX_RANKS, CPU) == Limit(4500.0, "bytes")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_auto_on_a_gpu_leaves_a_margin():
+    device = torch.device("cuda", torch.cuda.current_device())
+    free, _ = torch.cuda.mem_get_info(device)
+    limit = Budget.parse("auto").resolve(BYTES, MAX_RANKS, device)
+    assert 0 < limit.value <= 0.9 * (free + torch.cuda.memory_reserved(device))
+
+
+@pytest.mark.parametrize(
+    ("given", "cost", "advice"),
+    [
+        ("6GiB", PARAMETERS, r"is 6,442,450,944 bytes, .* counts parameters\. Give .*'300k params'"),
+        ("auto", PARAMETERS, r"is auto, .* counts parameters\. Give .*'300k params'"),
+        ("300k params", BYTES, r"is 300,000 parameters, .* counts bytes\. Give .*'6GiB'"),
+    ],
+)
+def test_a_budget_in_the_wrong_unit_is_refused(given, cost, advice):
+    with pytest.raises(BudgetError, match=advice):
+        Budget.parse(given).resolve(cost, MAX_RANKS, CPU)
 
 
 @pytest.mark.parametrize(

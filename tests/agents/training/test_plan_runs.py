@@ -32,7 +32,6 @@ from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suites import load_suite
 from rankpilot.errors import RunFolderError
 from rankpilot.lora.signals import signal_buffer_bytes
-from rankpilot.memory.budget import budget_limit
 from rankpilot.memory.cost import total_cost
 from safetensors.numpy import load_file, save_file
 
@@ -124,7 +123,7 @@ def test_ranks_fit_the_budget(flown: PlanRun) -> None:
     most = np.array([target.max_rank for target in targets])
     for task, part in ((BYTES, slice(0, RUNS)), (PARAMETERS, slice(RUNS, 2 * RUNS))):
         cost = task.cost()
-        limit = budget_limit(task.limit, cost, most)
+        limit = task.limit.resolve(cost, most, torch.device("cpu")).value
         prices = np.array([total_cost(cost, ranks) for ranks in flown.ranks[0, part]])
         assert prices.max() <= limit
         assert prices.min() > 0.8 * limit, "and it is spent"

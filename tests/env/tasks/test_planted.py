@@ -24,7 +24,6 @@ from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.budget import budget_limit
 
 MakeTask = Callable[..., ProxyTask]
 BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
@@ -32,8 +31,8 @@ BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
 
 def problem_for(task: ProxyTask, **options: Any) -> AllocationProblem:
     targets, cost = adapted_base(task.base)[1], task.cost()
-    limit = budget_limit(task.limit, cost, np.array([target.max_rank for target in targets]))
-    return problem_of(targets, cost, limit, ranks=np.ones(len(targets), dtype=np.int64), **options)
+    limit = task.limit.resolve(cost, np.array([target.max_rank for target in targets]), torch.device("cpu"))
+    return problem_of(targets, cost, limit.value, ranks=np.ones(len(targets), dtype=np.int64), **options)
 
 
 def base_weights(name: str) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import rankpilot
+import torch
 from rankpilot.allocation.plan import check_budget, uniform_ranks
 from rankpilot.allocation.problem import problem_of
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -31,7 +32,6 @@ from rankpilot.env.tasks.proxy_task import PLACEMENTS, ProxyTask
 from rankpilot.env.tasks.suite_names import SPLITS, SUITES
 from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load_suite, task_stream
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.memory.budget import budget_limit
 from rankpilot.memory.cost import total_cost
 
 MakeTask = Callable[..., ProxyTask]
@@ -179,7 +179,8 @@ def test_the_range_of_budgets(make_task: MakeTask) -> None:
 def _problem(task: ProxyTask) -> Any:
     targets, cost = adapted_base(task.base)[1], task.cost()
     most = np.array([target.max_rank for target in targets], dtype=np.int64)
-    return problem_of(targets, cost, budget_limit(task.limit, cost, most), ranks=np.ones(len(most), dtype=np.int64))
+    limit = task.limit.resolve(cost, most, torch.device("cpu"))
+    return problem_of(targets, cost, limit.value, ranks=np.ones(len(most), dtype=np.int64))
 
 
 @needs_bases
