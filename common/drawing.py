@@ -19,7 +19,7 @@ Points = Sequence[tuple[float, float]]
 WIDTH = 9.0
 """Inches; 1350 pixels at `DPI`, shown at 900."""
 DPI = 150
-INK, FAINT = "#333333", "#8a8a8a"
+INK, FAINT, RULE = "#333333", "#767676", "#bbbbbb"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MIB = 2**20
 
@@ -58,13 +58,19 @@ def clean_axes(axes: Axes) -> Axes:
     """Leave the left and bottom spine, small grey ticks and a faint grid."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#bbbbbb")
-    axes.tick_params(labelsize=9, color="#bbbbbb", labelcolor=INK, length=3)
+        spine.set_color(RULE)
+    axes.tick_params(labelsize=9, color=RULE, labelcolor=INK, length=3)
     axes.xaxis.label.set(fontsize=10, color=INK)
     axes.yaxis.label.set(fontsize=10, color=INK)
     axes.grid(axis="y", color="#ececec", linewidth=0.8)
     axes.set_axisbelow(True)
     return axes
+
+
+def mark_steps(axes: Axes, steps: Sequence[int]) -> None:
+    """A dotted line at each of these steps."""
+    for step in steps:
+        axes.axvline(step, color=RULE, linewidth=1, linestyle=":", zorder=1)
 
 
 def smooth(values: FloatArray, span: int) -> FloatArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,18 +47,50 @@ def short_names(modules: Sequence[str]) -> list[ShortName]:
 
 
 def shortest_suffixes(kinds: Sequence[str]) -> list[str]:
-    """The shortest dotted end of each kind that no other kind ends with; a leading number gets its word."""
-    different = set(kinds)
-    found: dict[str, str] = {}
-    for kind in different:
-        parts = kind.split(".")
-        for size in range(1, len(parts) + 1):
-            end = ".".join(parts[-size:])
-            alone = not any(other != kind and f".{other}".endswith(f".{end}") for other in different)
-            if size == len(parts) or (alone and not parts[-size].isdigit()):
-                found[kind] = end
-                break
-    return [found[kind] for kind in kinds]
+    """The shortest dotted end of each kind that no other kind has; a leading number gets its word."""
+    different = list(dict.fromkeys(kinds))
+    ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
+    return [ends[kind] for kind in kinds]
+
+
+def shortest_ends(names: Sequence[str], groups: Sequence[int]) -> list[str]:
+    """The shortest dotted ends that tell the names of one group apart, in order; a leading number gets its word.
+
+    Equal names have equal ends, also in different groups. A name that a group holds twice is given in full.
+
+    Args:
+        names: such as "attention.self.query".
+        groups: number of each name's group.
+    """
+    parts = {name: name.split(".") for name in names}
+    sizes = dict.fromkeys(names, 1)
+    while True:
+        ends = [".".join(parts[name][-sizes[name] :]) for name in names]
+        counts = Counter(zip(groups, ends, strict=True))
+        alike = {end for (_, end), count in counts.items() if count > 1}
+        longer = {
+            name
+            for name, end in zip(names, ends, strict=True)
+            if (end in alike or end.partition(".")[0].isdigit()) and sizes[name] < len(parts[name])
+        }
+        if not longer:
+            return ends
+        for name in longer:
+            sizes[name] += 1
+
+
+def kinds_in_layers(modules: Sequence[str], layers: Sequence[int]) -> list[str]:
+    """The shortest dotted ends of names that tell the modules of one layer apart, in order.
+
+    What stands before the layer's number counts only where the rest is the same for two modules of one layer.
+
+    Args:
+        modules: full names, different from each other.
+        layers: the layer of each module.
+    """
+    ends = shortest_ends([re.sub(r"^.*?\b\d+\.(?=.)", "", name) for name in modules], layers)
+    counts = Counter(zip(layers, ends, strict=True))
+    return [name if counts[layer, end] > 1 else end for name, layer, end in zip(modules, layers, ends, strict=True)]
 
 
 def layer_titles(layers: Sequence[str]) -> list[str]:
@@ -66,8 +99,9 @@ def layer_titles(layers: Sequence[str]) -> list[str]:
     Args:
         layers: full names such as "bert.encoder.layer.3" or "bert.embeddings".
     """
-    found = [re.fullmatch(r"(?:.*\.)?(\d+)", name) for name in layers]
+    numbers = [re.fullmatch(r"(?:.*\.)?(\d+)", name) for name in layers]
     titles = [
-        f"layer {match[1]}" if match else name.rpartition(".")[2] for match, name in zip(found, layers, strict=True)
+        f"layer {number[1]}" if number else name.rpartition(".")[2]
+        for number, name in zip(numbers, layers, strict=True)
     ]
     return [title if titles.count(title) == 1 else name for title, name in zip(titles, layers, strict=True)]

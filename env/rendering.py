@@ -1,19 +1,16 @@
 """Pictures and text of an episode, for people who watch a policy at work.
 
-`draw` gives one frame and `describe` the same in plain text. Frames of one size, one colour for each rank in all
-of them: frames can be joined to a film. Colours suit colour-blind readers (Okabe and Ito 2008; viridis).
+`draw` gives one frame and `describe` the same in plain text. All frames have one size and the same colours, so that
+they can be joined to a film. Colours suit colour-blind readers (Okabe and Ito 2008; viridis).
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,18 +18,15 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.drawing import COLORS, FAINT, INK, clean_axes, mark_steps
+from ..common.module_names import kinds_in_layers
+from ..common.rank_grid import ABSENT, draw_cells, draw_key, write_rank
+from ..lora.ladder import DEFAULT_RANKS
 from ..memory.budget import format_bytes
 
 WIDTH, HEIGHT, DPI = 900, 600, 100
 """Pixels of a frame, and pixels per inch."""
-INK, FAINT, RULE = "#333333", "#767676", "#bbbbbb"
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-KEY = (0, 1, 2, 4, 8, 16, 32, 64)
-"""Ranks in the colour key; higher ranks look like the last."""
-NO_ADAPTER = 0.91
-"""Grey of rank 0."""
-ABSENT = -1
-"""In place of a rank where a layer has no module of some kind."""
+BLUE, VERMILION, GREEN = COLORS[:3]
 LONGEST_TITLE, LONGEST_KIND = 76, 16
 
 
@@ -103,7 +97,7 @@ def draw(trace: EpisodeTrace) -> NDArray[np.uint8]:
     loss = figure.add_axes((0.605, 0.51, 0.37, 0.29))
     budget = figure.add_axes((0.605, 0.09, 0.37, 0.29))
     _draw_ranks(ranks, _grid(trace, trace.plan()), _grid(trace, trace.plan(1)), moved=len(trace.steps) > 1)
-    _draw_key(key)
+    draw_key(key, DEFAULT_RANKS)
     _draw_loss(loss, trace)
     _draw_budget(budget, trace)
     canvas.draw()  # type: ignore[no-untyped-call]
@@ -156,35 +150,11 @@ class _Grid:
 
 def _grid(trace: EpisodeTrace, ranks: IntArray) -> _Grid:
     layers, rows = np.unique(np.asarray(trace.blocks, dtype=np.int64), return_inverse=True)
-    labels = _kinds(trace.names, trace.blocks)
+    labels = kinds_in_layers(trace.names, np.asarray(trace.blocks).tolist())
     kinds = tuple(dict.fromkeys(labels))
     cells = np.full((len(layers), len(kinds)), ABSENT, dtype=np.int64)
     cells[rows, [kinds.index(label) for label in labels]] = ranks
     return _Grid(tuple(layers.tolist()), kinds, cells)
-
-
-def _kinds(names: tuple[str, ...], blocks: IntArray) -> list[str]:
-    """The shortest dotted ends of names that tell the modules of one layer apart, (modules,).
-
-    What stands before the layer's number counts only where the rest is the same for two modules of one layer.
-    """
-    rests = [re.sub(r"^.*?\b\d+\.(?=.)", "", name) for name in names]
-    sizes = dict.fromkeys(rests, 1)
-    layers = np.asarray(blocks).tolist()
-    while True:
-        labels = [".".join(rest.split(".")[-sizes[rest] :]) for rest in rests]
-        counts = Counter(zip(layers, labels, strict=True))
-        alike = {label for (_, label), count in counts.items() if count > 1}
-        grown = {
-            rest for rest, label in zip(rests, labels, strict=True) if label in alike and sizes[rest] <= rest.count(".")
-        }
-        if not grown:
-            return [
-                name if counts[layer, label] > 1 else label
-                for name, layer, label in zip(names, layers, labels, strict=True)
-            ]
-        for rest in grown:
-            sizes[rest] += 1
 
 
 def _shortened(title: str) -> str:
@@ -196,21 +166,6 @@ def _shortened(title: str) -> str:
 def _literal(text: str) -> str:
     """The same text for matplotlib, which would read what stands between two dollars as a formula."""
     return text.replace("$", r"\$")
-
-
-def _colors(ranks: IntArray) -> FloatArray:
-    """RGB of each rank: grey for 0, white where there is no module, else viridis from light to dark, (..., 3)."""
-    # The logarithm keeps low ranks apart; the scale is fixed, so that a colour means the same in each frame.
-    place = np.log2(np.clip(ranks, 1, KEY[-1])) / math.log2(KEY[-1])
-    colors = colormaps["viridis_r"](0.04 + 0.93 * place)[..., :3]
-    colors[ranks == 0] = NO_ADAPTER
-    colors[ranks == ABSENT] = 1.0
-    return np.asarray(colors, dtype=np.float64)
-
-
-def _bare(axes: Axes) -> None:
-    axes.tick_params(length=0, labelsize=9, labelcolor=INK)
-    axes.spines[:].set_visible(False)
 
 
 def _headline(axes: Axes, text: str) -> None:
@@ -226,15 +181,12 @@ def _remark(axes: Axes, text: str) -> None:
 def _draw_ranks(axes: Axes, now: _Grid, before: _Grid, *, moved: bool) -> None:
     """The heat map; `moved` if there was a plan before this one, so that arrows make sense."""
     rows, columns = now.cells.shape
-    extent = (0, columns, 0, rows)
-    axes.imshow(_colors(now.cells), origin="lower", aspect="auto", interpolation="nearest", extent=extent)
     gap = 1.5 if max(rows, columns) <= 12 else 0.6
-    axes.hlines(range(1, rows), 0, columns, color="white", linewidth=gap)
-    axes.vlines(range(1, columns), 0, rows, color="white", linewidth=gap)
     numbered = rows <= 16 and columns <= 10
+    draw_cells(axes, now.cells, range(columns + 1), gap=gap, hatched=numbered)
+    axes.vlines(range(1, columns), 0, rows, color="white", linewidth=gap, zorder=2)
     if numbered:
         _write_ranks(axes, now.cells, now.cells - before.cells if moved else np.zeros_like(now.cells))
-    _bare(axes)
     every, skip = 1 + (rows - 1) // 32, 1 + (columns - 1) // 18
     axes.set_yticks(np.arange(0, rows, every) + 0.5, [str(layer) for layer in now.layers[::every]])
     # Names of modules differ at their ends.
@@ -248,36 +200,15 @@ def _draw_ranks(axes: Axes, now: _Grid, before: _Grid, *, moved: bool) -> None:
 
 def _write_ranks(axes: Axes, ranks: IntArray, changes: IntArray) -> None:
     """The rank in each cell, with an arrow up or down where it changed; both int (layers, kinds)."""
-    brightness = _colors(ranks) @ (0.299, 0.587, 0.114)
     size = 10 if ranks.shape[1] <= 7 else 8
     for row, column in np.argwhere(ranks != ABSENT).tolist():
         rank, arrow = int(ranks[row, column]), ("", " ↑", " ↓")[int(np.sign(changes[row, column]))]
-        color = FAINT if rank == 0 else "white" if brightness[row, column] < 0.5 else INK
-        style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": size, "color": color}
-        axes.text(column + 0.5, row + 0.5, f"{rank}{arrow}", **style)
-
-
-def _draw_key(axes: Axes) -> None:
-    swatches = _colors(np.array(KEY, dtype=np.int64))[:, None]
-    axes.imshow(swatches, origin="lower", aspect="auto", extent=(0, 1, 0, len(KEY)))
-    axes.hlines(range(1, len(KEY)), 0, 1, color="white", linewidth=1.5)
-    axes.yaxis.tick_right()
-    axes.set_yticks(np.arange(len(KEY)) + 0.5, [str(rank) for rank in KEY])
-    axes.set_xticks([])
-    _bare(axes)
-    _remark(axes, "rank")
+        write_rank(axes, rank, (column + 0.5, row + 0.5), f"{rank}{arrow}", ha="center", fontsize=size)
 
 
 def _prepare(axes: Axes, trace: EpisodeTrace) -> None:
     """Axes over the whole episode, a dotted line at each decision."""
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(RULE)
-    axes.tick_params(labelsize=9, color=RULE, labelcolor=INK, length=3)
-    axes.grid(axis="y", color="#ececec", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for step in trace.steps:
-        axes.axvline(step, color=RULE, linewidth=1, linestyle=":", zorder=1)
+    mark_steps(clean_axes(axes), trace.steps)
     axes.set_xlim(0, max(trace.total_steps, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))

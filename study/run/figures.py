@@ -26,6 +26,7 @@ from ...common.drawing import (
     draw_legend,
     finite_points,
     in_mib,
+    mark_steps,
     new_figure,
     run_colors,
     save_figure,
@@ -51,7 +52,7 @@ def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequen
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, part in zip(panels, parts, strict=True):
         clean_axes(axes)
-        _mark_steps(axes, decision_steps)
+        mark_steps(axes, decision_steps)
         ends = []
         for color, (run, curve) in zip(run_colors(len(curves)), curves.items(), strict=True):
             points = curve.get(part, np.empty((0, 2)))
@@ -185,11 +186,6 @@ def _draw_budget(axes: Axes, limit: float) -> None:
         "ha": "right",
     }
     axes.annotate(f"budget {in_mib(limit)} MiB", (1, limit / MIB), (-4, 4), color=red, fontsize=9.5, **place)
-
-
-def _mark_steps(axes: Axes, steps: Sequence[int]) -> None:
-    for step in steps:
-        axes.axvline(step, color="#bbbbbb", linewidth=1, linestyle=":", zorder=1)
 
 
 def _draw_loss(axes: Axes, points: FloatArray, part: str, color: str, run: str) -> tuple[float, float]:

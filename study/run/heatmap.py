@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from numpy.typing import NDArray
 
 from ...common.arrays import IntArray
-from ...common.drawing import FAINT, INK, new_figure
+from ...common.drawing import INK, new_figure
 from ...common.module_names import ShortName, short_names
+from ...common.rank_grid import draw_cells, draw_key, write_rank
 from ...lora.ladder import DEFAULT_RANKS
 
-NO_ADAPTER = "#e9e9e9"
 MOST_LABELLED_ROWS = 72
 """Above this many modules only layers are named."""
 
@@ -72,83 +67,41 @@ def rank_heatmap(
     figure = new_figure(1.25 + row_height * max(len(order), 12), _title(rows), _note(rows))
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.022), wspace=0.03)
     axes = figure.add_subplot(grid[0])
-    ladder = _ladder(rows.ranks)
-    colors = _colors(ladder)
-    _draw_cells(axes, rows, ladder, colors)
+    draw_cells(axes, rows.ranks, rows.edge_steps, gap=0.8 if rows.labelled else 0.0, hatched=rows.labelled)
+    axes.hlines(rows.edges[1:-1], 0, total_steps, color="white", linewidth=3 if rows.labelled else 1, zorder=2)
+    axes.set(xlim=(0, total_steps), xlabel="training step")
+    if rows.labelled:
+        _write_ranks(axes, rows)
     _draw_labels(axes, rows)
     _draw_decisions(axes, rows)
-    _draw_key(figure.add_subplot(grid[1]), ladder, colors)
+    draw_key(figure.add_subplot(grid[1]), _rungs(rows.ranks))
     return figure
 
 
-def _ladder(ranks: IntArray) -> IntArray:
-    """Rungs for the colour key, up to the highest rank in use and to 8 at least."""
+def _rungs(ranks: IntArray) -> list[int]:
+    """Ranks of the colour key: the ladder up to the highest rank in use, and to 8 at least."""
     highest = max(int(ranks.max(initial=0)), 8)
     rungs = [rank for rank in DEFAULT_RANKS if rank <= highest]
-    return np.array(rungs if rungs[-1] == highest else [*rungs, highest], dtype=np.int64)
+    return rungs if rungs[-1] == highest else [*rungs, highest]
 
 
-def _colors(ladder: IntArray) -> Colormap:
-    """Viridis from light (rank 1) to dark, in 256 steps."""
-    return ListedColormap(colormaps["viridis_r"](np.linspace(0.04, 0.97, 256)))
-
-
-def _shade(ranks: IntArray, ladder: IntArray) -> NDArray[np.float64]:
-    """Position on the ladder from 0 (rank 1) to 1 (highest), also of ranks between rungs."""
-    return (np.interp(ranks, ladder, np.arange(len(ladder))) - 1) / max(len(ladder) - 2, 1)
-
-
-def _draw_cells(axes: Axes, rows: _Rows, ladder: IntArray, colors: Colormap) -> None:
-    count = len(rows.names)
-    shades = np.ma.masked_where(rows.ranks == 0, _shade(rows.ranks, ladder))
-    axes.pcolormesh(rows.edge_steps, np.arange(count + 1), shades, cmap=colors, vmin=0, vmax=1, zorder=1)
-    axes.set_facecolor(NO_ADAPTER)
-    if rows.labelled:
-        for row, column in np.argwhere(rows.ranks == 0):
-            left, right = rows.edge_steps[column : column + 2]
-            axes.add_patch(_hatched((left, row), right - left))
-        axes.hlines(range(1, count), *axes.get_xlim(), color="white", linewidth=0.8, zorder=2)
-        _write_ranks(axes, rows, ladder, colors)
-    axes.hlines(rows.edges[1:-1], 0, rows.edge_steps[-1], color="white", linewidth=3 if rows.labelled else 1, zorder=2)
-    axes.set(xlim=(0, rows.edge_steps[-1]), ylim=(0, count), xlabel="training step")
-
-
-def _hatched(corner: tuple[float, float], width: float, height: float = 1.0) -> Rectangle:
-    """A cell without an adapter."""
-    return Rectangle(corner, width, height, facecolor=NO_ADAPTER, edgecolor="#cccccc", hatch="/////", linewidth=0)
-
-
-def _write_ranks(axes: Axes, rows: _Rows, ladder: IntArray, colors: Colormap) -> None:
+def _write_ranks(axes: Axes, rows: _Rows) -> None:
     """Number the cells where a rank is new, if the cell is wide enough."""
     steps, total = rows.edge_steps, rows.edge_steps[-1]
     for column, (left, right) in enumerate(pairwise(steps)):
         if right - left < 0.03 * total:
             continue
-        for row in range(len(rows.names)):
-            rank = int(rows.ranks[row, column])
-            if column and rank == rows.ranks[row, column - 1]:
-                continue
-            red, green, blue, _ = colors(float(_shade(rows.ranks[row, column], ladder)))
-            dark = rank > 0 and 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-            color = FAINT if rank == 0 else "white" if dark else INK
-            style: dict[str, Any] = {
-                "ha": "left",
-                "va": "center_baseline",
-                "fontsize": 8,
-                "color": color,
-                "zorder": 4,
-            }
-            axes.annotate(str(rank), (left, row + 0.5), (5, 0), textcoords="offset points", **style)
+        for row, rank in enumerate(rows.ranks[:, column].tolist()):
+            if not column or rank != rows.ranks[row, column - 1]:
+                write_rank(axes, rank, (left, row + 0.5), xytext=(5, 0), textcoords="offset points", ha="left")
 
 
 def _draw_labels(axes: Axes, rows: _Rows) -> None:
     """Kinds beside their rows, layers as groups left of them."""
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     middles = [(low + high) / 2 for low, high in pairwise(rows.edges)]
     # A module outside the layers: where rows are labelled, its own row bears its name already.
     layers = [rows.names[low].layer or ("" if rows.labelled else rows.names[low].kind) for low in rows.edges[:-1]]
-    axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
+    axes.tick_params(axis="y", labelsize=8.5)
     axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=9)
     if not rows.labelled:
         every = 1 + len(layers) // 45
@@ -179,20 +132,6 @@ def _draw_decisions(axes: Axes, rows: _Rows) -> None:
     marks.set_xticks(rows.edge_steps[:-1], labels)
     marks.tick_params(length=0, labelsize=9, labelcolor=INK, pad=6)
     marks.spines[:].set_visible(False)
-
-
-def _draw_key(axes: Axes, ladder: IntArray, colors: Colormap) -> None:
-    """The ladder as a column of swatches, rank 0 at the bottom."""
-    axes.add_patch(_hatched((0, 0), 1))
-    for rung, shade in list(enumerate(_shade(ladder, ladder)))[1:]:
-        axes.add_patch(Rectangle((0, rung), 1, 1, facecolor=colors(float(shade)), edgecolor="white", linewidth=0.8))
-    axes.set(xlim=(0, 1), ylim=(0, len(ladder)), xticks=[])
-    axes.yaxis.tick_right()
-    axes.set_yticks(np.arange(len(ladder)) + 0.5, [str(rank) for rank in ladder])
-    axes.tick_params(length=0, labelsize=9, labelcolor=INK)
-    axes.set_title("rank", fontsize=9.5, color=INK, loc="left", pad=6)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def _title(rows: _Rows) -> str:
