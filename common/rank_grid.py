@@ -28,7 +28,7 @@ _GREY = int(NO_ADAPTER[1:3], 16) / 255
 
 
 def rank_colors(ranks: IntArray) -> FloatArray:
-    """RGB of each rank of an array, (..., 3): grey for 0, white where there is no module, else viridis from light to dark."""
+    """RGB of ranks in an array, (..., 3): grey for 0, white where there is no module, else from light to dark."""
     place = np.log2(np.clip(ranks, 1, HIGHEST)) / math.log2(HIGHEST)
     colors = colormaps["viridis_r"](0.04 + 0.93 * place)[..., :3]
     colors[ranks == 0] = _GREY

@@ -13,7 +13,7 @@ def test_higher_ranks_are_darker_and_low_ones_stay_apart() -> None:
     colors = rank_colors(np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, HIGHEST]))
     brightness = colors @ (0.299, 0.587, 0.114)
     assert (np.diff(brightness) < -0.02).all()
-    assert np.abs(np.diff(colors[:4], axis=0)).max(axis=1).min() > 0.15
+    assert np.abs(np.diff(colors[:4], axis=0)).max(axis=1).min() > 0.14
     np.testing.assert_array_equal(rank_colors(np.array([[2 * HIGHEST]])), colors[-1:, None])
 
 
