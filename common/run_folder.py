@@ -1,36 +1,85 @@
-"""Run folders: one run each, never overwritten by another."""
+"""Run folders: one run each, never overwritten by another, and used by one process at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import RunFolderError
+from filelock import FileLock, Timeout
+
+from ..errors import ConfigError, RunFolderError
 from .files import read_json, write_json
+from .settings import as_json, from_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CONFIG = "config.json"
 
+LOCK = ".lock"
+"""File in the folder that the process which uses it has locked. The system frees the lock when the process ends."""
 
-def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Claim a run folder.
+
+@contextmanager
+def open_run(
+    folder: Path, config: dict[str, Any], *, resume: bool, kind: type[DataclassInstance] | None = None
+) -> Iterator[None]:
+    """Claim a run folder for as long as the block lasts.
 
     Args:
         folder: the run's folder.
         config: what the run does, as JSON values; written there.
         resume: go on with what is there; the settings must be the same.
+        kind: class of the settings, by which a file of an earlier version is read; without it keys are compared as
+            they are.
 
     Raises:
-        RunFolderError: it holds another run, or one with other settings.
+        RunFolderError: it holds another run or one with other settings, it is a file, or another process uses it.
     """
-    path = folder / CONFIG
-    if not folder.exists() or not any(folder.iterdir()):
-        write_json(path, config)
-        return
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file. Pass the name of a folder as --output.")
+    if _is_new(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        _check(folder, config, resume, kind)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunFolderError(
+            f"Another process works in {folder}. Wait until it ends, or pass another --output."
+        ) from error
+    try:
+        if (folder / CONFIG).exists():
+            _check(folder, config, resume, kind)  # once more: another process may have been faster
+        else:
+            write_json(folder / CONFIG, config)
+        yield
+    finally:
+        lock.release()
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether a folder holds nothing, or nothing but the lock of a run that wrote no settings."""
+    return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
+
+
+def _check(folder: Path, config: dict[str, Any], resume: bool, kind: type[DataclassInstance] | None) -> None:
+    """Refuse a folder that does not hold this run."""
     if not resume:
         raise RunFolderError(f"{folder} exists already. Pass --resume to go on with it, or another --output.")
+    path = folder / CONFIG
     if not path.exists():
         raise RunFolderError(f"{folder} is not empty and holds no {CONFIG}, so it is no run of rankpilot's.")
-    previous = read_json(path)
+    try:
+        previous = read_json(path)
+        previous = as_json(kind, from_json(kind, previous)) if kind else previous
+    except (ConfigError, ValueError) as error:
+        raise RunFolderError(
+            f"This version of rankpilot cannot go on with {folder}: in {path.name}, {error}"
+        ) from error
     differing = sorted(key for key in {*previous, *config} if previous.get(key) != config.get(key))
     if differing:
         shown = "; ".join(f"{key}: {previous.get(key)!r} there, {config.get(key)!r} now" for key in differing[:3])

@@ -217,19 +217,19 @@ def finetune(
         held_out_rows=config.held_out_rows,
         seed=config.seed,
     )
-    open_run(folder, as_json(FinetuneConfig, config), resume=resume)
-    runs = {}
-    for name in (PILOT, UNIFORM) if config.compare_uniform else (PILOT,):
-        tell(f"fine-tuning under {policy.name}" if name == PILOT else "fine-tuning with uniform ranks")
-        runs[name] = run_one(config, workload, folder, name)
-    summary = {
-        "model": config.model,
-        "data": config.data,
-        "policy": policy.name,
-        "seed": config.seed,
-        "steps": config.steps,
-        "runs": runs,
-        "reload": runs[PILOT].pop("reload"),
-    }
-    write_json(folder / "summary.json", summary)
+    with open_run(folder, as_json(FinetuneConfig, config), resume=resume, kind=FinetuneConfig):
+        runs = {}
+        for name in (PILOT, UNIFORM) if config.compare_uniform else (PILOT,):
+            tell(f"fine-tuning under {policy.name}" if name == PILOT else "fine-tuning with uniform ranks")
+            runs[name] = run_one(config, workload, folder, name)
+        summary = {
+            "model": config.model,
+            "data": config.data,
+            "policy": policy.name,
+            "seed": config.seed,
+            "steps": config.steps,
+            "runs": runs,
+            "reload": runs[PILOT].pop("reload"),
+        }
+        write_json(folder / "summary.json", summary)
     return summary

@@ -71,22 +71,22 @@ def evaluate(
     competitors = {name: find_competitor(name, schedule) for name in config.names}
     check_texts(tasks)
     settings = {name: getattr(config, name) for name in _FIXED} | {"schedule": asdict(schedule)}
-    open_run(folder, as_plain(settings), resume=resume)
-    _check_weights(folder, {competitors[name].name: name for name in config.names})
-    rows = compare(
-        list(competitors.values()),
-        tasks,
-        schedule,
-        workers=count_workers(config.workers),
-        seeds=config.seeds,
-        file=folder / ROWS,
-        on_progress=on_progress,
-    )
-    keys = {row.key for row in rows}
-    write_rows(folder / ROWS, [*rows, *(row for row in read_rows(folder / ROWS) if row.key not in keys)])
-    groups = groups_of(rows, competitors[config.against].name)
-    summary = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
-    write_json(folder / SUMMARY, as_plain(summary) | {"groups": [asdict(group) for group in groups]})
+    with open_run(folder, as_plain(settings), resume=resume):
+        _check_weights(folder, {competitors[name].name: name for name in config.names})
+        rows = compare(
+            list(competitors.values()),
+            tasks,
+            schedule,
+            workers=count_workers(config.workers),
+            seeds=config.seeds,
+            file=folder / ROWS,
+            on_progress=on_progress,
+        )
+        keys = {row.key for row in rows}
+        write_rows(folder / ROWS, [*rows, *(row for row in read_rows(folder / ROWS) if row.key not in keys)])
+        groups = groups_of(rows, competitors[config.against].name)
+        summary = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
+        write_json(folder / SUMMARY, as_plain(summary) | {"groups": [asdict(group) for group in groups]})
     return groups
 
 

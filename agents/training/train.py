@@ -24,6 +24,7 @@ from ...common.run_folder import open_run
 from ...common.settings import as_json
 from ...env.proxies.adapted import adapted_base
 from ...env.tasks.proxy_finetune import check_texts
+from ...env.tasks.proxy_task import ProxyTask
 from ...env.tasks.suites import VERSION
 from ..learned.network import RankNetwork
 from ..learned.plan_value import PlanValueEnsemble
@@ -81,9 +82,30 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     validation = validation_tasks(config)
     everything = [*(task for suite in rounds.templates for task in suite), *validation]
     check_texts(everything)
-    open_run(folder, as_json(TrainConfig, config), resume=resume)
-    report = on_stage or (lambda stage: None)
-    envs = ProxyVecEnv(rounds, find_rule(START), max(len(adapted_base(task.base)[1]) for task in everything))
+    modules = max(len(adapted_base(task.base)[1]) for task in everything)
+    with open_run(folder, as_json(TrainConfig, config), resume=resume, kind=TrainConfig):
+        return _train(config, folder, rounds, validation, modules, on_stage or (lambda stage: None))
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    rounds: RolloutConfig,
+    validation: tuple[ProxyTask, ...],
+    modules: int,
+    report: OnStage,
+) -> LearnedPolicy:
+    """Train in a folder that is this run's alone.
+
+    Args:
+        config: how.
+        folder: the run's folder.
+        rounds: which episodes each iteration runs.
+        validation: tasks on which the policy is measured.
+        modules: target modules of the largest base.
+        report: called as training goes on.
+    """
+    envs = ProxyVecEnv(rounds, find_rule(START), modules)
     try:
         model = _new_model(config, envs, folder)
         measured = Validation(validation, envs)

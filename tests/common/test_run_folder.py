@@ -1,0 +1,128 @@
+"""Run folders: one run each, one process at a time, and runs of earlier versions go on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.agents.training.config import TrainConfig
+from rankpilot.common.files import read_json, write_json
+from rankpilot.common.run_folder import CONFIG, LOCK, open_run
+from rankpilot.common.settings import as_json
+from rankpilot.errors import RunFolderError
+from rankpilot.finetune.config import FinetuneConfig
+
+SETTINGS = {"steps": 3}
+
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+from rankpilot.common.run_folder import open_run
+with open_run(Path(sys.argv[1]), {"steps": 3}, resume=True):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def other_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the folder open until its standard input ends."""
+    command = [sys.executable, "-c", OTHER_PROCESS, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        yield process
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_folder(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "deep" / "run"
+    if exists:
+        folder.mkdir(parents=True)
+    with open_run(folder, SETTINGS, resume=False):
+        assert read_json(folder / CONFIG) == SETTINGS
+    with open_run(folder, SETTINGS, resume=True):
+        pass
+    with pytest.raises(RunFolderError, match="exists already. Pass --resume"), open_run(folder, SETTINGS, resume=False):
+        pass
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_process_is_refused_at_once(tmp_path: Path, resume: bool) -> None:
+    folder = tmp_path / "run"
+    with other_process(folder) as process:
+        message = f"Another process works in {folder}" if resume else "exists already"
+        with pytest.raises(RunFolderError, match=message), open_run(folder, SETTINGS, resume=resume):
+            pass
+        process.communicate()
+    with open_run(folder, SETTINGS, resume=True):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with other_process(folder) as process:
+        process.kill()
+        process.wait()
+        with open_run(folder, SETTINGS, resume=True):
+            pass
+
+
+def test_a_run_that_fails_frees_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "run", SETTINGS, resume=False):
+        _ = 1 / 0
+    with open_run(tmp_path / "run", SETTINGS, resume=True):
+        pass
+
+
+def test_a_folder_that_holds_only_a_lock_is_new(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    with open_run(tmp_path, SETTINGS, resume=False):
+        assert read_json(tmp_path / CONFIG) == SETTINGS
+
+
+def test_foreign_folders_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for resume, message in ((False, "exists already"), (True, "is no run of rankpilot's")):
+        with pytest.raises(RunFolderError, match=message), open_run(tmp_path, SETTINGS, resume=resume):
+            pass
+    with pytest.raises(RunFolderError, match="is a file"), open_run(tmp_path / "notes.txt", SETTINGS, resume=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_other_settings(tmp_path: Path) -> None:
+    write_json(tmp_path / CONFIG, {"steps": 4, "seed": 1})
+    message = r"started with other settings \(seed: 1 there, None now; steps: 4 there, 3 now\)"
+    with pytest.raises(RunFolderError, match=message), open_run(tmp_path, SETTINGS, resume=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "lacks"),
+    [(FinetuneConfig, FinetuneConfig("m", "d", steps=7), "max_length"), (TrainConfig, TrainConfig(group=4), "device")],
+)
+def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path, kind: type[Any], settings: Any, lacks: str) -> None:
+    """It lacks settings that came later, which are at their defaults."""
+    config = as_json(kind, settings)
+    write_json(tmp_path / CONFIG, {key: value for key, value in config.items() if key != lacks})
+    with open_run(tmp_path, config, resume=True, kind=kind):
+        pass
+    changed = config | {"seed": 5}
+    with pytest.raises(RunFolderError, match="seed: 0 there, 5 now"):  # noqa: SIM117
+        with open_run(tmp_path, changed, resume=True, kind=kind):
+            pass
+
+
+@pytest.mark.parametrize(("content", "words"), [('{"tseps": 3}', "unknown 'tseps'"), ("{", "Expecting"), ("3", "keys")])
+def test_a_file_that_no_version_wrote(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / CONFIG).write_text(content)
+    config = as_json(FinetuneConfig, FinetuneConfig("m", "d"))
+    with pytest.raises(RunFolderError, match=f"cannot go on with .*{words}"):  # noqa: SIM117
+        with open_run(tmp_path, config, resume=True, kind=FinetuneConfig):
+            pass
