@@ -77,9 +77,7 @@ def _check(folder: Path, config: dict[str, Any], resume: bool, kind: type[Datacl
         previous = read_json(path)
         previous = as_json(kind, from_json(kind, previous)) if kind else previous
     except (ConfigError, ValueError) as error:
-        raise RunFolderError(
-            f"This version of rankpilot cannot go on with {folder}: in {path.name}, {error}"
-        ) from error
+        raise RunFolderError(f"This version of rankpilot cannot go on with {path}: {error}") from error
     differing = sorted(key for key in {*previous, *config} if previous.get(key) != config.get(key))
     if differing:
         shown = "; ".join(f"{key}: {previous.get(key)!r} there, {config.get(key)!r} now" for key in differing[:3])

@@ -48,7 +48,10 @@ def test_a_new_folder(tmp_path: Path, exists: bool) -> None:
         assert read_json(folder / CONFIG) == SETTINGS
     with open_run(folder, SETTINGS, resume=True):
         pass
-    with pytest.raises(RunFolderError, match="exists already. Pass --resume"), open_run(folder, SETTINGS, resume=False):
+    with (
+        pytest.raises(RunFolderError, match=r"exists already\. Pass --resume"),
+        open_run(folder, SETTINGS, resume=False),
+    ):
         pass
 
 
