@@ -1,1 +1,1 @@
-"""What a training step costs, from a budget's text to the bytes of a moment."""
+"""Memory: budgets, and the bytes of a training step, predicted for any plan or measured."""

@@ -1,4 +1,4 @@
-"""Which modules' gradients flow through each operation of a forward pass, read from autograd's graph.
+"""Reads from autograd's graph which target modules each operation's backward pass serves.
 
 An operation takes part in the backward pass if one of its inputs depends on something that trains. It saves a tensor if
 one of the inputs *whose gradient needs that tensor* does: a product saves each factor for the gradient of the other.
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_iter
 
-Modules = int
-"""A set of target modules, as bits."""
+ModuleSet = int
+"""A set of target modules as a bit mask: bit i is target module i."""
 
-_FACTOR_OF: dict[str, dict[str, int]] = {
+_SAVED_FOR: dict[str, dict[str, int]] = {
     "MmBackward0": {"self": 1, "mat2": 0},
     "BmmBackward0": {"self": 1, "mat2": 0},
     "MvBackward0": {"self": 1, "vec": 0},
@@ -26,19 +26,19 @@ _FACTOR_OF: dict[str, dict[str, int]] = {
     "DivBackward0": {"self": 1},
     "LinearBackward0": {"input": 1, "weight": 0},
 }
-"""Operations that save a tensor for the gradient of one input: the saved name, and the number of that input
-(tools/autograd/derivatives.yaml of PyTorch). Any other operation is taken to save for all of its inputs, which can
-only over-estimate."""
+"""Operations that save a tensor for the gradient of one input: by name of the saved tensor, the number of that input
+(tools/autograd/derivatives.yaml of PyTorch). Any other operation counts as saving for all of its inputs, which can only
+over-estimate."""
 
 
-def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], Modules]) -> dict[Any, Modules]:
-    """For each node of the graph of `loss`, the modules without which it would not be there.
+def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], ModuleSet]) -> dict[Any, ModuleSet]:
+    """For each node of the graph of `loss`, the modules of which at least one must be adapted for the node to exist.
 
     Args:
         loss: the end of the graph.
-        trains: the modules that a leaf of the graph belongs to.
+        trains: returns the modules to which a leaf of the graph belongs.
     """
-    flow: dict[Any, Modules] = {}
+    flow: dict[Any, ModuleSet] = {}
     stack = [loss.grad_fn] if loss.grad_fn is not None else []
     while stack:
         node = stack[-1]
@@ -51,27 +51,27 @@ def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], Modules]) -> 
             stack += waiting
             continue
         stack.pop()
-        mask = trains(node.variable) if hasattr(node, "variable") else 0
+        modules = trains(node.variable) if hasattr(node, "variable") else 0
         for source in inputs:
-            mask |= flow[source]
-        flow[node] = mask
+            modules |= flow[source]
+        flow[node] = modules
     return flow
 
 
-def saved_by(node: Any, flow: dict[Any, Modules]) -> Iterator[tuple[Any, Modules]]:
-    """What a node saved, as packed by the saved-tensor hooks, and the modules for which it did.
+def saved_by(node: Any, flow: dict[Any, ModuleSet]) -> Iterator[tuple[Any, ModuleSet]]:
+    """Yield each value that a node saved, as the saved-tensor hooks packed it, and the modules for which it is saved.
 
-    Tensors that a Python function keeps on its context come as they are.
+    A tensor that a Python function keeps on its context is yielded itself.
     """
-    factor_of = _FACTOR_OF.get(node.name(), {})
+    saved_for = _SAVED_FOR.get(node.name(), {})
     sources = node.next_functions
     for attribute in _saving_attributes(node.__class__):
-        kept = getattr(node, attribute)
-        wanted = factor_of.get(attribute.removeprefix("_raw_saved_"))
+        saved = getattr(node, attribute)
+        number = saved_for.get(attribute.removeprefix("_raw_saved_"))
         modules = flow[node]
-        if wanted is not None and wanted < len(sources):
-            modules = flow.get(sources[wanted][0], 0)
-        for entry in kept if isinstance(kept, tuple) else (kept,):
+        if number is not None and number < len(sources):
+            modules = flow.get(sources[number][0], 0)
+        for entry in saved if isinstance(saved, tuple) else (saved,):
             if entry.data is not None:
                 yield entry.data, modules
     if isinstance(node, torch.autograd.function.BackwardCFunction):

@@ -1,4 +1,4 @@
-"""The shape of a batch: what its memory depends on."""
+"""The shape of a batch, on which the memory of a step depends."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .recording import Batch
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Of a batch.
+    """The shape of a batch.
 
     Attributes:
-        rows: examples.
-        length: tokens of each, padding included; 1 where there is no such axis.
+        rows: number of examples.
+        length: tokens of each example, padding included; 1 if the batch has no axis of tokens.
     """
 
     rows: int
@@ -23,12 +23,12 @@ class BatchShape:
 
     @classmethod
     def of(cls, batch: Batch) -> BatchShape:
-        """Read from the tensors: rows are their first axis, tokens the second of those with two axes."""
+        """Read the shape: the tensors' first axis holds rows; the second holds tokens if there are just two axes."""
         rows = max((tensor.shape[0] for tensor in batch.values() if tensor.dim()), default=1)
         return cls(rows, max((t.shape[1] for t in batch.values() if _has_tokens(t, rows)), default=1))
 
     def covers(self, other: BatchShape) -> bool:
-        """Whether no axis of the other is larger."""
+        """Whether neither axis of the other shape is larger."""
         return self.rows >= other.rows and self.length >= other.length
 
     def joined(self, other: BatchShape) -> BatchShape:
@@ -47,30 +47,30 @@ MASK = "attention_mask"
 
 
 def padded(batch: Batch) -> dict[str, torch.Tensor]:
-    """The same batch with its last token masked: models skip work on masks that mask nothing."""
+    """The same batch with its last token masked, because models skip work if a mask masks nothing."""
     result = dict(batch)
     if MASK in batch and batch[MASK].dim() == 2:
         mask = batch[MASK].clone()
-        # Padding is on the left where the first column has any.
+        # Padding is on the left if the first column has any.
         mask[-1, 0 if mask.shape[1] > 1 and not mask[:, 0].all() else -1] = 0
         result[MASK] = mask
     return result
 
 
 def reshaped(batch: Batch, shape: BatchShape) -> dict[str, torch.Tensor]:
-    """A batch of this shape: rows and tokens are left out, or repeated.
+    """The batch cut or repeated to a shape.
 
-    A tensor of another length than the longest (labels of an encoder-decoder) changes in proportion. Where the batch
-    has padding, so has the result.
+    A tensor shorter than the longest (labels of an encoder-decoder) changes in proportion. If the batch has padding,
+    so does the result.
     """
-    given = BatchShape.of(batch)
+    old = BatchShape.of(batch)
     result = {}
     for name, tensor in batch.items():
-        if tensor.dim() and tensor.shape[0] == given.rows:
-            has_tokens = _has_tokens(tensor, given.rows)
-            tensor = tensor[_cycled(shape.rows, given.rows, tensor)]
+        if tensor.dim() and tensor.shape[0] == old.rows:
+            has_tokens = _has_tokens(tensor, old.rows)
+            tensor = tensor[_cycled(shape.rows, old.rows, tensor)]
             if has_tokens:
-                length = -(-tensor.shape[1] * shape.length // given.length)
+                length = -(-tensor.shape[1] * shape.length // old.length)
                 tensor = tensor[:, _cycled(length, tensor.shape[1], tensor)]
         result[name] = tensor
     if MASK in batch and not bool(batch[MASK].all()):
@@ -79,5 +79,5 @@ def reshaped(batch: Batch, shape: BatchShape) -> dict[str, torch.Tensor]:
 
 
 def _cycled(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """So many indices into an axis, from its start again where it ends."""
+    """`count` indices into an axis of this size, starting over at its end."""
     return torch.arange(count, device=like.device) % size

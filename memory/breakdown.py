@@ -1,7 +1,7 @@
-"""Where the bytes of a training step go: the peak of one plan, by layer and by kind.
+"""Breaks the peak of one plan down by layer and by kind of bytes.
 
-Every byte that `MemoryModel.cost` counts at the peak has one layer and one kind here. The sum over both, and the
-margin on top, is the predicted peak.
+Every byte that `MemoryModel.cost` counts at the peak has one layer and one kind. Their sum and the margin are the
+predicted peak.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .live_storages import storages
 from .model import MemoryModel
 from .peak_candidates import PeakCandidate, PeakStorages
 
-Kind = Literal["saved", "inputs", "again", "moment", "weights", "gradients", "optimizer", "signals", "others"]
+Kind = Literal["saved", "inputs", "recomputed", "transient", "weights", "gradients", "optimizer", "signals", "others"]
 """What bytes are for.
 
 saved: tensors that autograd saved for the backward pass.
 inputs: inputs of checkpointed segments, kept to run them again.
-again: what a checkpointed segment holds while it runs again.
-moment: what lives for a moment: logits, gradients of activations, the optimiser's copies.
+recomputed: tensors of a checkpointed segment that runs again.
+transient: short-lived tensors: logits, gradients of activations, the optimiser's copies.
 weights, gradients, optimizer, signals: of the adapters, as in `ModelStates`.
 others: weights, gradients and state of what trains outside the adapters, such as a classifier.
 """
@@ -35,7 +35,7 @@ others: weights, gradients and state of what trains outside the adapters, such a
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 LOSS = "loss and rest"
-"""The row of what runs in no layer: the loss, masks, and what trains outside the adapters."""
+"""The row of bytes that belong to no layer: the loss, masks, and what trains outside the adapters."""
 
 _LAYER = re.compile(r"^(.*?\.\d+|\d+)(\.|$)")
 
@@ -45,15 +45,15 @@ class Breakdown:
     """The peak of one plan.
 
     Attributes:
-        moment: the moment of the step at which the peak is.
-        layers: rows from the model's input to its output, the loss last: names of layers, and of the modules below,
-            beside and above them.
-        bytes: of each layer and kind, (layers, len(KINDS)).
-        margin: bytes that the prediction is set higher, so that it is not too low.
-        layer_of: the row of each target module, (modules,).
+        label: a description of the peak's time, for people.
+        layers: names of the rows, from the model's input to its output, the loss last: layers, and modules outside of
+            all layers.
+        bytes: bytes of each layer and kind, (layers, len(KINDS)).
+        margin: bytes by which the prediction is raised, so that it is not too low.
+        layer_of: the name of each target module's row, (modules,).
     """
 
-    moment: str
+    label: str
     layers: tuple[str, ...]
     bytes: FloatArray
     margin: float
@@ -61,7 +61,7 @@ class Breakdown:
 
     @property
     def total(self) -> float:
-        """The predicted peak, as `total_cost` has it."""
+        """The predicted peak in bytes, equal to `total_cost`."""
         return float(self.bytes.sum()) + self.margin
 
     def of_kind(self, kind: Kind) -> float:
@@ -69,7 +69,7 @@ class Breakdown:
         return float(self.bytes[:, KINDS.index(kind)].sum())
 
     def by_layer(self, *kinds: Kind) -> FloatArray:
-        """Bytes of some kinds together, (layers,)."""
+        """Bytes of the given kinds together, (layers,)."""
         result: FloatArray = self.bytes[:, [KINDS.index(kind) for kind in kinds]].sum(axis=1)
         return result
 
@@ -77,102 +77,107 @@ class Breakdown:
 def break_down(
     memory: MemoryModel, targets: Sequence[TargetModule], ranks: IntArray, shape: BatchShape | None = None
 ) -> Breakdown:
-    """Where the bytes are at the peak of a plan.
+    """Break the peak of a plan down.
 
     Args:
-        memory: from `calibrate`.
-        targets: the target modules that it was made with.
+        memory: the result of `calibrate`.
+        targets: the target modules that `calibrate` was given.
         ranks: the plan, (modules,).
-        shape: of the batch, that of calibration by default.
+        shape: the batch's shape, that of calibration by default.
 
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.
     """
     peak = memory.at_peak(ranks, shape)
     names = [_inner(name) for name in peak.recording.names]
-    stems = {parent for name in names if (found := _LAYER.match(name)) for parent in _parents(found[1])}
-    rows = {row: None for name in names if (row := _row(name, stems)) != LOSS}
+    containers = {parent for name in names if (match := _LAYER.match(name)) for parent in _parents(match[1])}
+    rows = {row: None for name in names if (row := _row(name, containers)) != LOSS}
     layers = (*rows, LOSS)
     index = {row: number for number, row in enumerate(layers)}
     table = np.zeros((len(layers), len(KINDS)))
-    places = np.array([index[_row(name, stems)] for name in names])[peak.recording.places]
-    owners = np.array([index[_row(target.name, stems)] for target in targets])
-    if peak.moment is not None:
-        _add_storages(table, peak, peak.moment, ranks, places, owners)
-    _add_held(table, memory, peak.moment, ranks, owners)
+    storage_rows = np.array([index[_row(name, containers)] for name in names])[peak.recording.name_index]
+    target_rows = np.array([index[_row(target.name, containers)] for target in targets])
+    if peak.candidate is not None:
+        _add_storages(table, peak, peak.candidate, ranks, storage_rows, target_rows)
+    _add_states(table, memory, peak.candidate is None, ranks, target_rows)
     filled = np.flatnonzero(table.any(axis=1))
-    used = tuple(layers[row] for row in filled)
+    filled_layers = tuple(layers[row] for row in filled)
     margin = peak.total - float(table.sum())
-    return Breakdown(peak.label, used, table[filled], margin, tuple(layers[row] for row in owners))
+    return Breakdown(peak.label, filled_layers, table[filled], margin, tuple(layers[row] for row in target_rows))
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the weights and buffers that do not train: what the loaded model takes, shared storages once."""
+    """Bytes of the loaded model's weights and buffers that do not train; a shared storage counts once."""
     tensors = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
     return sum({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())
 
 
 def _inner(name: str) -> str:
-    """A module's name inside the base model; empty for what wraps it."""
+    """A module's name inside the base model; empty for modules around the base model."""
     return f"{name}.".partition("base_model.model.")[2].rstrip(".")
 
 
 def _parents(name: str) -> list[str]:
-    """All modules around one, the model itself (empty) first."""
+    """Names of all modules around a module, the model itself (empty) first."""
     parts = name.split(".")
     return [".".join(parts[:size]) for size in range(len(parts))]
 
 
-def _row(name: str, stems: set[str]) -> str:
-    """The layer of a module, or the largest module around it that has no layer inside."""
-    found = _LAYER.match(name)
-    if found:
-        return found[1]
-    outside = [around for around in (*_parents(name), name) if around and around not in stems]
+def _row(name: str, containers: set[str]) -> str:
+    """The layer of a module, or the largest module around it that contains no layer."""
+    match = _LAYER.match(name)
+    if match:
+        return match[1]
+    outside = [module for module in (*_parents(name), name) if module and module not in containers]
     return outside[0] if outside else LOSS
 
 
 def _add_storages(
-    table: FloatArray, peak: PeakStorages, moment: PeakCandidate, ranks: IntArray, places: IntArray, owners: IntArray
+    table: FloatArray,
+    peak: PeakStorages,
+    candidate: PeakCandidate,
+    ranks: IntArray,
+    storage_rows: IntArray,
+    target_rows: IntArray,
 ) -> None:
-    """Count what the recording holds."""
-    there = np.flatnonzero(peak.sizes)
-    kinds, rows = _kinds(peak, moment, ranks)[there], places[there].copy()
-    for position, serial in enumerate(there.tolist()):
+    """Add the recorded storages that are live at the peak to the table."""
+    live = np.flatnonzero(peak.sizes)
+    kinds, rows = _kinds(peak, candidate, ranks)[live], storage_rows[live].copy()
+    for position, serial in enumerate(live.tolist()):
         module = peak.recording.gradients.get(serial, -1)
         if module >= 0:
-            rows[position] = owners[module]
-    np.add.at(table, (rows, kinds), peak.sizes[there])
+            rows[position] = target_rows[module]
+    np.add.at(table, (rows, kinds), peak.sizes[live])
 
 
-def _kinds(peak: PeakStorages, moment: PeakCandidate, ranks: IntArray) -> IntArray:
-    """The kind of each storage, if it is there, as an index into `KINDS`, (storages,)."""
+def _kinds(peak: PeakStorages, candidate: PeakCandidate, ranks: IntArray) -> IntArray:
+    """The kind that each storage has if it is live, as an index into `KINDS`, (storages,)."""
     recording = peak.recording
-    forward = recording.births <= recording.forward_end
-    backward = moment.time > recording.forward_end
-    kinds = np.full(len(forward), KINDS.index("moment"))
+    forward = recording.created <= recording.forward_end
+    backward = candidate.time > recording.forward_end
+    kinds = np.full(len(forward), KINDS.index("transient"))
     kinds[recording.saved_under(ranks)] = KINDS.index("saved")
-    kinds[forward & (recording.parts >= 0) & backward] = KINDS.index("again")
-    kinds[forward & moment.inputs] = KINDS.index("inputs")
+    kinds[forward & (recording.segment_index >= 0) & backward] = KINDS.index("recomputed")
+    kinds[forward & candidate.segment_inputs] = KINDS.index("inputs")
     for serial, module in recording.gradients.items():
         kinds[serial] = KINDS.index("others" if module < 0 else "gradients")
     return kinds
 
 
-def _add_held(
-    table: FloatArray, memory: MemoryModel, moment: PeakCandidate | None, ranks: IntArray, owners: IntArray
+def _add_states(
+    table: FloatArray, memory: MemoryModel, at_optimizer_step: bool, ranks: IntArray, target_rows: IntArray
 ) -> None:
-    """Count what is held between steps; while the optimiser steps, all gradients and its copies too."""
-    held = memory.held
+    """Add the model states to the table; at the optimiser's step, also all gradients and the optimiser's copies."""
+    states = memory.states
     by_module: dict[Kind, FloatArray] = {
-        "weights": held.weights * ranks,
-        "optimizer": held.optimizer * ranks + held.fixed * (ranks > 0),
-        "signals": held.signals * ranks,
+        "weights": states.weights * ranks,
+        "optimizer": states.optimizer * ranks + states.fixed * (ranks > 0),
+        "signals": states.signals * ranks,
     }
-    others = held.others
-    if moment is None:
-        by_module |= {"gradients": held.weights * ranks, "moment": held.scratch * ranks}
-        others += held.other_gradients
+    others = states.others
+    if at_optimizer_step:
+        by_module |= {"gradients": states.weights * ranks, "transient": states.scratch * ranks}
+        others += states.other_gradients
     for kind, sizes in by_module.items():
-        np.add.at(table[:, KINDS.index(kind)], owners, sizes)
+        np.add.at(table[:, KINDS.index(kind)], target_rows, sizes)
     table[-1, KINDS.index("others")] += others

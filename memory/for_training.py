@@ -47,7 +47,7 @@ def measure_memory(
 ) -> MemoryModel:
     """`calibrate` for a training loop, with room for the scalars that it adds."""
     memory = calibrate(model, targets, batch, optimizer, signal_bytes=signals, accumulates=accumulates)
-    return replace(memory, held=replace(memory.held, others=memory.held.others + LOOP_BYTES))
+    return replace(memory, states=replace(memory.states, others=memory.states.others + LOOP_BYTES))
 
 
 def price_plans(
@@ -82,5 +82,5 @@ def price_plans(
     # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
     limit = budget.resolve(memory.cost(), max_ranks, device)
     if signals:
-        memory = replace(memory, held=replace(memory.held, signals=signal_buffer_bytes(targets)))
+        memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
     return PlanCosts(memory.cost(), limit, memory)

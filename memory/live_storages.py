@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors: what a stretch of code holds at each moment, on any device."""
+"""Follows the storages that code creates, and counts the bytes of those that are live, on any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
-    """The storages of tensors, those inside of tensor subclasses (quantised weights) included."""
+    """The storages of tensors, including those inside of tensor subclasses (quantised weights)."""
     for tensor in tensors:
         inner = getattr(tensor, "__tensor_flatten__", None)
         if inner is not None:
@@ -22,44 +22,44 @@ def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
 
 
 def identity(storage: torch.UntypedStorage) -> int:
-    """What tells a live storage from every other one, empty ones included."""
+    """A number that no other live storage has, empty ones included."""
     return int(storage._cdata)
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every storage that operators create inside the context, and when it is freed.
+    """A context that reports every storage that operators create inside it, and when it is freed.
 
-    Operators' own scratch memory, which no tensor ever shows, is not seen.
+    Scratch memory inside an operator is not seen, because no tensor holds it.
 
     Args:
-        born: called with the serial number and bytes of a new storage, in the order of creation.
+        created: called with the serial number and bytes of a new storage, in the order of creation.
         freed: called with the serial number of a storage that is freed.
 
     Attributes:
-        now: how many operators have run.
-        count: how many storages have been created.
+        now: number of operators that have run.
+        count: number of storages created.
     """
 
     def __init__(
         self,
-        born: Callable[[int, int], None],
+        created: Callable[[int, int], None],
         freed: Callable[[int], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.count = 0
-        self._born, self._freed = born, freed
+        self._created, self._freed = created, freed
         self._seen: dict[int, tuple[int | None, weakref.ref[torch.UntypedStorage]]] = {}
 
     def serial(self, tensor: torch.Tensor) -> int | None:
-        """The number of a tensor's storage; None if it was not created here."""
+        """The serial number of a tensor's storage; None if it was not created inside the context."""
         entry = self._seen.get(identity(tensor.untyped_storage()))
         return entry[0] if entry else None
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator, then look at what it returned."""
+        """Run the operator, and report new storages among its results."""
         options = options or {}
         result = operator(*arguments, **options)
         self.now += 1
@@ -68,24 +68,24 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see(storage, (arguments, options))
         return result
 
-    def _see(self, storage: torch.UntypedStorage, given: Any) -> None:
-        """A storage shows up for the first time: it is new, unless the operator was given it."""
+    def _see(self, storage: torch.UntypedStorage, inputs: Any) -> None:
+        """Note a storage seen for the first time; it is new unless it is among the operator's inputs."""
         key = identity(storage)
-        if any(identity(old) == key for old in storages(_tensors(given))):
+        if any(identity(old) == key for old in storages(_tensors(inputs))):
             self._seen[key] = None, weakref.ref(storage, lambda reference: self._seen.pop(key, None))
             return
         serial, self.count = self.count, self.count + 1
 
-        def dead(reference: object) -> None:
+        def forget(reference: object) -> None:
             self._seen.pop(key, None)
             self._freed(serial)
 
-        self._seen[key] = serial, weakref.ref(storage, dead)
-        self._born(serial, storage.nbytes())
+        self._seen[key] = serial, weakref.ref(storage, forget)
+        self._created(serial, storage.nbytes())
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    """The tensors among what an operator takes or returns: called for every one, where pytree takes far longer."""
+    """The tensors among an operator's inputs or results; much faster than pytree, since it runs for every operator."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, (list, tuple)):
@@ -96,11 +96,11 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 class LivePeak:
-    """A context that measures how far the bytes of live tensors rise inside it.
+    """A context that counts the live bytes of the storages created inside it.
 
     Attributes:
-        bytes: live now, of what was created inside.
-        peak: the highest that this has been.
+        bytes: live bytes now.
+        peak: the highest value of `bytes` so far.
     """
 
     def __init__(self) -> None:

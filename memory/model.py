@@ -1,11 +1,11 @@
-"""What a plan costs: bytes at the peak of a training step, predicted for any plan and batch shape.
+"""Predicts the bytes at the peak of a training step, for any plan and batch shape.
 
-`memory.calibration` records four small steps on the user's own model and batch: with every module adapted it sees all
-tensors that any plan could hold, which modules each is needed for, and how its size grows with rows, length and rank. A
-plan's peak follows from that without running it.
+`memory/calibration.py` records four small steps of the user's model and batch in which every module is adapted. They
+show all tensors that any plan could hold, the modules that need each, and how its size grows with rows, length and
+rank. The peak of any plan follows without running it.
 
-Counted is what training takes beside the loaded, frozen model: adapter weights, gradients, optimiser state, signal
-buffers, tensors held for the backward pass, and what lives for a moment, such as logits and gradients of activations.
+The bytes are those that training takes beside the loaded, frozen model: adapter weights, gradients, optimiser state,
+signal buffers, tensors saved for the backward pass, and short-lived tensors such as logits and activations' gradients.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
-from .autograd_flow import Modules
+from .autograd_flow import ModuleSet
 from .batch_shape import BatchShape
 from .cost import ByteCost
 from .model_states import ModelStates
-from .peak_candidates import PeakCandidate, PeakStorages, find_moments, needed_moments, prune
+from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
 from .recording import Recording
 
 RANK = 2
-"""Of every adapter while steps are recorded; a tensor with an axis of 1 takes short cuts that others do not."""
+"""The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""
 
-SECOND_PASS = 0.005, 0.02
-"""Shares of the peak added under gradient checkpointing, not reentrant and reentrant: what the second pass of a segment
-holds beyond the model of it (up to 0.4 and 1.8 % on T5)."""
+CHECKPOINTING_MARGIN = 0.005, 0.02
+"""Shares of the peak added under gradient checkpointing, not reentrant and reentrant: the second run of a segment takes
+more than predicted (by up to 0.4 and 1.8 % on T5)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,166 +37,162 @@ class MemoryModel:
     """Predicts the peak of a training step for any plan and batch shape; made by `calibrate`.
 
     Attributes:
-        shape: the batch that was given to `calibrate`.
+        shape: the shape of the batch that was given to `calibrate`.
         accumulates: gradients are kept over several micro-batches.
-        held: what is held between steps.
+        states: bytes that adapters and optimiser hold between steps.
     """
 
     shape: BatchShape
     accumulates: bool
-    held: ModelStates
+    states: ModelStates
     _recording: Recording
-    _probed: BatchShape
+    _recorded_shape: BatchShape
     _base: FloatArray
     _slope: FloatArray
     _row_power: FloatArray
     _length_power: FloatArray
-    _shortened: float
-    _granule: int
+    _length_ratio: float
+    _block_bytes: int
 
     def sizes(self, shape: BatchShape) -> tuple[FloatArray, FloatArray]:
-        """Bytes of each recorded storage at a batch shape: those that do not depend on rank, and those of one rank.
+        """Bytes of each recorded storage at a batch shape: a constant part and bytes for each rank, both (storages,).
 
         Raises:
             UnsupportedError: the model's operations depend on its data, so only the shape of calibration is known, or
-                that was too short.
+                that shape was too short to tell how sizes grow with length.
         """
-        if self._shortened == 1 and shape.length != self._probed.length:
+        recorded = self._recorded_shape
+        if self._length_ratio == 1 and shape.length != recorded.length:
             raise UnsupportedError(
-                f"Batches of {shape} cannot be predicted: the model was measured with batches of {self._probed}, which "
+                f"Batches of {shape} cannot be predicted: the model was measured with batches of {recorded}, which "
                 "are too short to tell how memory grows with length. Calibrate with the longer batch."
             )
-        if not np.isfinite(self._row_power).all() and shape != self._probed:
+        if not np.isfinite(self._row_power).all() and shape != recorded:
             raise UnsupportedError(
                 f"Batches of {shape} cannot be predicted: the operations of this model depend on its data, so only "
-                f"the shape that was measured, {self._probed}, is known. Calibrate with the larger batch."
+                f"the shape that was measured, {recorded}, is known. Calibrate with the larger batch."
             )
         factor = np.ones(len(self._base))
-        if shape != self._probed:
-            factor = (shape.rows / self._probed.rows) ** self._row_power
-            factor *= _growth(shape.length / self._probed.length, self._length_power, self._shortened)
+        if shape != recorded:
+            factor = (shape.rows / recorded.rows) ** self._row_power
+            factor *= _growth(shape.length / recorded.length, self._length_power, self._length_ratio)
         base = np.round(self._base * factor)
-        return np.ceil(base / self._granule) * self._granule, np.round(self._slope * factor)
+        return np.ceil(base / self._block_bytes) * self._block_bytes, np.round(self._slope * factor)
 
     def cost(self, shape: BatchShape | None = None) -> ByteCost:
-        """The price of plans at a batch shape, that of calibration by default.
+        """The cost of plans at a batch shape, that of calibration by default.
 
         Raises:
             UnsupportedError: see `sizes`.
         """
-        every, _, _ = self._candidates(*self.sizes(shape or self.shape))
-        return _with_margin(prune(every, needed_moments(every, np.random.default_rng(0))), self.margin)
+        cost, _, _ = self._full_cost(*self.sizes(shape or self.shape))
+        return _with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))), self.margin)
 
     def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
-        """What is there at the peak of a plan.
+        """The bytes of each storage at the peak of a plan.
 
         Args:
             ranks: the plan, (modules,).
-            shape: of the batch, that of calibration by default.
+            shape: the batch's shape, that of calibration by default.
 
         Raises:
             UnsupportedError: see `sizes`.
         """
         base, slope = self.sizes(shape or self.shape)
-        every, moments, groups = self._candidates(base, slope)
-        kept = needed_moments(every, np.random.default_rng(0))
-        cost = _with_margin(prune(every, kept), self.margin)
-        prices = cost.prices(ranks[None])[0]
-        highest = int(prices.argmax())
-        found = PeakStorages(cost.moments[highest], float(prices[highest]), None, np.zeros(len(base)), self._recording)
-        if kept[highest] == len(moments):  # the optimiser steps
-            return found
-        moment = moments[kept[highest]]
-        alive, group = groups.at(moment)
-        held = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
-        ranked = slope * self._ranked(ranks)
-        copies = 1 + moment.twice
-        sizes = np.where(alive & held, copies * base, 0) + np.where(alive, ranked, 0)
-        serials, modules = self._gradients(moment)
+        cost, candidates, groups = self._full_cost(base, slope)
+        kept = needed_candidates(cost, np.random.default_rng(0))
+        cost = _with_margin(keep_candidates(cost, kept), self.margin)
+        totals = cost.prices(ranks[None])[0]
+        highest = int(totals.argmax())
+        peak = PeakStorages(cost.moments[highest], float(totals[highest]), None, np.zeros(len(base)), self._recording)
+        if kept[highest] == len(candidates):  # the optimiser's step
+            return peak
+        candidate = candidates[kept[highest]]
+        live, group = groups.at(candidate)
+        needed = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
+        copies = 1 + candidate.copied
+        sizes = np.where(live & needed, copies * base, 0) + np.where(live, slope * self._rank_of_each(ranks), 0)
+        serials, modules = self._gradients(candidate)
         sizes[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
-        return replace(found, moment=moment, sizes=sizes)
+        return replace(peak, candidate=candidate, sizes=sizes)
 
     @cached_property
-    def _every_gradient(self) -> IntArray:
-        """Serial numbers and target modules of the gradients of all parameters, (2, gradients)."""
+    def _all_gradients(self) -> IntArray:
+        """Serial numbers and target modules (-1 for none) of the gradients of all parameters, (2, gradients)."""
         return np.array([*self._recording.gradients.items()], dtype=np.int64).reshape(-1, 2).T
 
-    def _gradients(self, moment: PeakCandidate) -> tuple[IntArray, IntArray]:
-        """Serial numbers and target modules (-1 for none) of the gradients that are there at a moment."""
-        serials, modules = self._every_gradient
-        there = self.accumulates | (self._recording.births[serials] <= moment.time)
-        return serials[there], modules[there]
+    def _gradients(self, candidate: PeakCandidate) -> tuple[IntArray, IntArray]:
+        """Serial numbers and target modules (-1 for none) of the parameters' gradients that are live."""
+        serials, modules = self._all_gradients
+        live = self.accumulates | (self._recording.created[serials] <= candidate.time)
+        return serials[live], modules[live]
 
-    def _candidates(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
-        """The price of plans at every moment, the optimiser's step last, without margin."""
-        recording, held = self._recording, self.held
-        moments = find_moments(recording, base + RANK * slope)
-        groups = _Groups(recording, len(held.weights))
-        rows = [self._moment(moment, base, slope, groups) for moment in moments]
-        rows.append((held.others + held.other_gradients, {}, self._stepping()))
+    def _full_cost(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
+        """The cost of plans with every candidate, the optimiser's step last, and without margin."""
+        recording, states = self._recording, self.states
+        candidates = find_peak_candidates(recording, base + RANK * slope)
+        groups = _Groups(recording, len(states.weights))
+        rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
+        optimizer_step = 2 * states.weights + states.optimizer + states.scratch + states.signals
+        rows.append((states.others + states.other_gradients, {}, optimizer_step))
         by_group = np.zeros((len(rows), len(groups.modules)))
         for row, (_, grouped, _) in zip(by_group, rows, strict=True):
             row[list(grouped)] = list(grouped.values())
-        fixed = np.tile(held.fixed, (len(rows), 1))
+        fixed = np.tile(states.fixed, (len(rows), 1))
         cost = ByteCost(
-            moments=(*(moment.label for moment in moments), "optimizer step"),
+            moments=(*(candidate.label for candidate in candidates), "optimizer step"),
             constant=np.array([constant for constant, _, _ in rows]),
             per_rank=np.stack([per_rank for _, _, per_rank in rows]),
             held=np.concatenate([by_group, fixed], axis=1),
-            needs=np.concatenate([groups.needs(), np.eye(len(held.weights), dtype=np.bool_)]),
+            needs=np.concatenate([groups.needs(), np.eye(len(states.weights), dtype=np.bool_)]),
         )
-        return cost, moments, groups
+        return cost, candidates, groups
 
     @property
     def margin(self) -> float:
-        """The share of the peak that predictions are set too high, so that none is too low."""
+        """The share of the peak by which predictions are raised, so that none is too low."""
         segments = self._recording.segments
-        return SECOND_PASS[any(segment.reentrant for segment in segments)] if segments else 0.0
+        return CHECKPOINTING_MARGIN[any(segment.reentrant for segment in segments)] if segments else 0.0
 
     def saved(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
-        """Bytes that autograd saves for backward under a plan, checkpointed segments apart, (modules,) -> bytes."""
+        """Bytes that autograd saves for backward outside of checkpointed segments; `ranks` has shape (modules,)."""
         base, slope = self.sizes(shape or self.shape)
-        return float((base + slope * self._ranked(ranks))[self._recording.saved_under(ranks)].sum())
+        return float((base + slope * self._rank_of_each(ranks))[self._recording.saved_under(ranks)].sum())
 
-    def _ranked(self, ranks: IntArray) -> IntArray:
-        """The rank of the module that each storage belongs to, 1 where it belongs to none, (storages,)."""
-        owners = self._recording.owners
-        return np.where(owners >= 0, np.asarray(ranks)[owners], 1)
+    def _rank_of_each(self, ranks: IntArray) -> IntArray:
+        """The rank of each storage's target module, 1 if it has none, (storages,)."""
+        targets = self._recording.target_index
+        return np.where(targets >= 0, np.asarray(ranks)[targets], 1)
 
-    def _moment(
-        self, moment: PeakCandidate, base: FloatArray, slope: FloatArray, groups: _Groups
+    def _bytes_at(
+        self, candidate: PeakCandidate, base: FloatArray, slope: FloatArray, groups: _Groups
     ) -> tuple[float, dict[int, float], FloatArray]:
-        """Constant, bytes by group and bytes of each module's rank at one moment."""
-        recording, held = self._recording, self.held
-        alive, group = groups.at(moment)
-        owned = alive & (recording.owners >= 0)
-        per_rank = held.weights + held.optimizer + held.signals
-        per_rank += np.bincount(recording.owners[owned], slope[owned], minlength=len(held.weights))
-        lone = alive & (group < 0)
-        copies = 1 + moment.twice
-        constant = float((copies * base)[lone].sum() + slope[alive & ~owned].sum()) + held.others
-        serials, modules = self._gradients(moment)
+        """Bytes of one candidate: under every plan, by group, and for one rank of each module."""
+        recording, states = self._recording, self.states
+        live, group = groups.at(candidate)
+        of_target = live & (recording.target_index >= 0)
+        per_rank = states.weights + states.optimizer + states.signals
+        per_rank += np.bincount(recording.target_index[of_target], slope[of_target], minlength=len(per_rank))
+        always = live & (group < 0)
+        copies = 1 + candidate.copied
+        constant = float((copies * base)[always].sum() + slope[live & ~of_target].sum()) + states.others
+        serials, modules = self._gradients(candidate)
         constant += float(base[serials[modules < 0]].sum())
-        own = modules >= 0
-        per_rank += np.bincount(modules[own], slope[serials[own]], minlength=len(held.weights))
-        sums = np.bincount(group[alive & ~lone], (copies * base)[alive & ~lone])
+        of_module = modules >= 0
+        per_rank += np.bincount(modules[of_module], slope[serials[of_module]], minlength=len(per_rank))
+        sums = np.bincount(group[live & ~always], (copies * base)[live & ~always])
         return constant, dict(enumerate(sums.tolist())), per_rank
-
-    def _stepping(self) -> FloatArray:
-        held = self.held
-        result: FloatArray = 2 * held.weights + held.optimizer + held.scratch + held.signals
-        return result
 
 
 def _growth(ratio: float, power: FloatArray, measured: float) -> FloatArray:
-    """How much larger storages are at another length.
+    """The factor by which each storage is larger at another length, (storages,).
 
-    Between two whole powers it is a sum of both, as for labels that were padded by one token.
+    A size with a power between two whole ones is a sum of both, as for labels that were padded by one token.
 
     Args:
-        ratio: the length over that of the recording.
-        power: with which each storage grew.
-        measured: the ratio at which that was measured, below 1; 1 if it was not.
+        ratio: the other length over the recorded one.
+        power: the power of the length by which each storage grew in calibration.
+        measured: the ratio of lengths at which that was measured, below 1; 1 if it was not measured.
     """
     if measured == 1:
         return np.ones(len(power))
@@ -212,62 +208,67 @@ def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
 
 
 class _Groups:
-    """Numbers the sets of modules for which storages are there."""
+    """The groups of a recording: storages that are live if one of the same set of modules is adapted.
+
+    Args:
+        recording: the recorded step.
+        count: number of target modules.
+    """
 
     def __init__(self, recording: Recording, count: int) -> None:
         self._count = count
-        self._numbers: dict[Modules, int] = {}
-        self._masks: list[Modules] = [0]
-        segments = [0] * len(recording.segments)
-        for serial, modules in recording.inside.items():
-            segments[recording.parts[serial]] |= modules
+        self._numbers: dict[ModuleSet, int] = {}
+        self._sets: list[ModuleSet] = [0]
+        of_segments = [0] * len(recording.segments)
+        for serial, modules in recording.saved_in_segment.items():
+            of_segments[recording.segment_index[serial]] |= modules
         inputs = {
-            serial: mask
-            for segment, mask in zip(recording.segments, segments, strict=True)
+            serial: modules
+            for segment, modules in zip(recording.segments, of_segments, strict=True)
             for serial in segment.inputs
         }
-        self._columns = np.stack(
-            [self._column(masks, len(recording.sizes)) for masks in (recording.needed, recording.inside, inputs)]
-        )
+        reasons = (recording.needed, recording.saved_in_segment, inputs)
+        self._columns = np.stack([self._column(by_serial, len(recording.sizes)) for by_serial in reasons])
 
     @property
-    def modules(self) -> list[Modules]:
-        """The set of each group."""
+    def modules(self) -> list[ModuleSet]:
+        """The module set of each group."""
         return list(self._numbers)
 
     def needs(self) -> BoolArray:
-        """Whether a group is there as soon as a module is adapted, (groups, modules)."""
+        """Whether a group is live as soon as a module is adapted, (groups, modules)."""
         rows = [[modules >> m & 1 for m in range(self._count)] for modules in self._numbers]
         return np.array(rows, dtype=np.bool_).reshape(len(rows), self._count)
 
-    def at(self, moment: PeakCandidate) -> tuple[BoolArray, IntArray]:
-        """Which storages can be there at a moment, and the group of each: -1 under every plan, (storages,)."""
-        kinds = np.stack([moment.needed, moment.inside, moment.inputs])
-        alive = moment.always | kinds.any(axis=0)
-        group = np.full(len(alive), -1)
-        chosen = np.flatnonzero(alive & ~moment.always)
-        indices = np.where(kinds, self._columns, 0)[:, chosen]
-        base = len(self._masks)
+    def at(self, candidate: PeakCandidate) -> tuple[BoolArray, IntArray]:
+        """Whether each storage can be live, and its group, -1 if it is live under every plan; both (storages,)."""
+        reasons = np.stack([candidate.needed, candidate.saved_in_segment, candidate.segment_inputs])
+        live = candidate.always | reasons.any(axis=0)
+        group = np.full(len(live), -1)
+        grouped = np.flatnonzero(live & ~candidate.always)
+        indices = np.where(reasons, self._columns, 0)[:, grouped]
+        base = len(self._sets)
         codes, inverse = np.unique((indices[0] * base + indices[1]) * base + indices[2], return_inverse=True)
         numbers = [self._number(code // base**2, code // base % base, code % base) for code in codes.tolist()]
-        group[chosen] = np.array(numbers, dtype=np.int64)[inverse]
-        return alive, group
+        group[grouped] = np.array(numbers, dtype=np.int64)[inverse]
+        return live, group
 
     def _number(self, *indices: int) -> int:
-        mask = 0
+        """The number of the group whose set is the union of these sets (by index), -1 if it counts always."""
+        modules = 0
         for index in indices:
-            mask |= self._masks[index]
-        if not mask or mask >> self._count:
+            modules |= self._sets[index]
+        if not modules or modules >> self._count:
             return -1
-        return self._numbers.setdefault(mask, len(self._numbers))
+        return self._numbers.setdefault(modules, len(self._numbers))
 
-    def _column(self, masks: dict[int, Modules], count: int) -> IntArray:
-        """For each storage, where its set stands in `_masks`."""
+    def _column(self, by_serial: dict[int, ModuleSet], count: int) -> IntArray:
+        """The index into `_sets` of each storage's module set, (storages,)."""
         column = np.zeros(count, dtype=np.int64)
-        known: dict[Modules, int] = {}
-        for serial, mask in masks.items():
-            if mask not in known:
-                known[mask] = len(self._masks)
-                self._masks.append(mask)
-            column[serial] = known[mask]
+        indices: dict[ModuleSet, int] = {}
+        for serial, modules in by_serial.items():
+            if modules not in indices:
+                indices[modules] = len(self._sets)
+                self._sets.append(modules)
+            column[serial] = indices[modules]
         return column

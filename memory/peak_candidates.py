@@ -1,8 +1,8 @@
-"""The moments of a training step at which memory can be highest, and what each holds under any plan.
+"""Peak candidates: the times of a training step at which memory can be highest, and what is live then under any plan.
 
-In the forward pass what is held for backward only grows, so a moment is beaten by any later one at which the tensors
-that live by themselves are as large. In the backward pass it only shrinks, and earlier moments beat later ones. That
-leaves a handful of the thousands of operators; with gradient checkpointing, a handful for each segment.
+In the forward pass saved tensors only accumulate. So a time cannot be the peak if the other tensors take as much at a
+later time. In the backward pass saved tensors only become fewer, and earlier times win. That leaves a handful of the
+thousands of operators; with gradient checkpointing, a handful for each segment.
 """
 
 from __future__ import annotations
@@ -17,160 +17,172 @@ from .cost import ByteCost
 from .recording import Recording
 
 UNDERESTIMATE = 1e-4
-"""Moments are left out as long as no sampled plan loses more than this share of its peak."""
+"""Candidates are left out as long as no sampled plan's peak falls by more than this share."""
 
 
 @dataclass(frozen=True, eq=False)
 class PeakCandidate:
-    """What is alive at one moment; all masks are bool (storages,).
+    """The storages that can be live at one time of a step; all masks are bool (storages,).
 
     Attributes:
-        label: for people.
-        always: storages that are there under every plan.
-        needed: storages that are there for the modules in `Recording.needed`.
-        inside: storages that are there for the modules in `Recording.inside`.
-        inputs: storages that are there for all modules of a checkpointed segment, whose inputs they are.
-        twice: storages of which there is a second copy then.
-        time: gradients created later are not there yet.
+        label: a description of the time, for people.
+        always: storages that are live under every plan.
+        needed: storages that are live if one of their modules in `Recording.needed` is adapted.
+        saved_in_segment: storages that are live if one of their modules in `Recording.saved_in_segment` is adapted.
+        segment_inputs: inputs of a checkpointed segment, live if one of the modules is for which the segment saves.
+        copied: storages of which a second copy is live.
+        time: the time; gradients created later are not live yet.
     """
 
     label: str
     always: BoolArray
     needed: BoolArray
-    inside: BoolArray
-    inputs: BoolArray
-    twice: BoolArray
+    saved_in_segment: BoolArray
+    segment_inputs: BoolArray
+    copied: BoolArray
     time: int
 
 
 @dataclass(frozen=True, eq=False)
 class PeakStorages:
-    """The peak of one plan, storage by storage; what is held between steps (`ModelStates`) comes on top.
+    """The peak of one plan, storage by storage. `ModelStates` are not part of it.
 
     Attributes:
-        label: the moment, for people.
-        total: bytes of all that the plan holds then, margin included.
-        moment: None while the optimiser steps, when no storage of the recording is left.
-        sizes: bytes of each recorded storage, 0 if it is not there, gradients of parameters included, (storages,).
-        recording: the step.
+        label: a description of the peak's time, for people.
+        total: bytes at the peak, with model states and margin.
+        candidate: the candidate that is the peak; None for the optimiser's step, when no recorded storage is live.
+        sizes: bytes of each recorded storage, parameters' gradients included; 0 if it is not live, (storages,).
+        recording: the recorded step.
     """
 
     label: str
     total: float
-    moment: PeakCandidate | None
+    candidate: PeakCandidate | None
     sizes: FloatArray
     recording: Recording
 
 
-def find_moments(recording: Recording, sizes: FloatArray) -> list[PeakCandidate]:
+def find_peak_candidates(recording: Recording, sizes: FloatArray) -> list[PeakCandidate]:
     """The candidates for the peak of a step.
 
     Args:
         recording: a whole step, with lifetimes.
-        sizes: bytes of each storage at the shape that counts, (storages,).
+        sizes: bytes of each storage at the batch shape in question, (storages,).
     """
-    return [*_Finder(recording, sizes).moments()]
+    return [*_Finder(recording, sizes).candidates()]
 
 
 class _Finder:
     def __init__(self, recording: Recording, sizes: FloatArray) -> None:
         self._recording, self._sizes = recording, sizes
         serials = np.arange(len(recording.sizes))
-        self._forward = recording.births <= recording.forward_end
+        self._forward = recording.created <= recording.forward_end
         self._needed = self._forward & np.isin(serials, list(recording.needed))
-        self._inside = np.isin(serials, list(recording.inside))
+        self._saved_in_segment = np.isin(serials, list(recording.saved_in_segment))
         self._gradient = np.isin(serials, list(recording.gradients))
-        self._on_context = np.isin(serials, list(recording.on_context))
+        self._on_context = np.isin(serials, list(recording.on_context_until))
         self._none = np.zeros(len(serials), dtype=np.bool_)
-        self._first_input = np.full(len(serials), len(serials))  # the first segment that each storage is an input of
+        self._first_segment = np.full(len(serials), len(serials))  # the first segment whose input a storage is
         for index in range(len(recording.segments))[::-1]:
-            self._first_input[list(recording.segments[index].inputs)] = index
-        self._is_input = self._first_input < len(serials)
+            self._first_segment[list(recording.segments[index].inputs)] = index
+        self._is_input = self._first_segment < len(serials)
 
-    def moments(self) -> Iterator[PeakCandidate]:
-        """All candidates."""
-        yield from self._forward_moments()
-        yield from self._backward_moments()
+    def candidates(self) -> Iterator[PeakCandidate]:
+        """All candidates, in the order of forward pass, backward pass and second runs of segments."""
+        yield from self._in_forward_pass()
+        yield from self._in_backward_pass()
         for index in range(len(self._recording.segments)):
-            yield from self._recomputed_moments(index)
+            yield from self._in_second_run(index)
 
-    def _forward_moments(self) -> Iterator[PeakCandidate]:
+    def _in_forward_pass(self) -> Iterator[PeakCandidate]:
         recording = self._recording
-        for time in self._highest(self._forward, recording.alone)[::-1]:
-            lives = self._forward & (recording.births <= time)
-            always = lives & (recording.alone >= time)
-            held = lives & ~always
-            needed = held & self._needed & (recording.deaths >= time)
-            inputs = held & self._is_input
+        for time in self._highest(self._forward, recording.freed_if_unsaved)[::-1]:
+            created = self._forward & (recording.created <= time)
+            always = created & (recording.freed_if_unsaved >= time)
+            rest = created & ~always
+            needed = rest & self._needed & (recording.freed >= time)
+            inputs = rest & self._is_input
             yield PeakCandidate(self._label("forward", time), always, needed, self._none, inputs, self._none, time)
 
-    def _backward_moments(self) -> Iterator[PeakCandidate]:
+    def _in_backward_pass(self) -> Iterator[PeakCandidate]:
         recording = self._recording
         backward = ~self._forward & ~self._gradient
-        for part in np.unique(recording.parts[backward]).tolist():
-            for time in self._highest(backward & (recording.parts == part), recording.deaths, last=False):
-                yield self._in_backward(self._label("backward", time), part, time)
+        for index in np.unique(recording.segment_index[backward]).tolist():
+            for time in self._highest(backward & (recording.segment_index == index), recording.freed, latest=False):
+                yield self._during_backward(self._label("backward", time), index, time)
 
-    def _in_backward(self, label: str, part: int, time: int, *, over: bool = False) -> PeakCandidate:
-        """While gradients flow through a segment (-1: outside of all), during an operator or, if `over`, after it."""
+    def _during_backward(self, label: str, index: int, time: int, *, after: bool = False) -> PeakCandidate:
+        """The candidate while gradients flow through segment `index` (-1: outside of all segments).
+
+        Args:
+            label: of the candidate.
+            index: the segment.
+            time: the operator that runs.
+            after: whether that operator has ended.
+        """
         recording = self._recording
-        alive = (recording.births <= time) & (recording.deaths >= time + over) & ~self._gradient
-        within = self._forward & (recording.parts == part) & (part >= 0)
-        inside = alive & within & self._inside
-        # Of what functions kept on their contexts in the first run, the second run makes a copy.
-        twice = inside & self._on_context & self._needed
-        if part >= 0 and recording.segments[part].reentrant:
-            inside[list(recording.segments[part].outputs)] = True
-            alive |= self._incoming(part)
-        waiting = self._is_input & (self._first_input <= part if part >= 0 else alive)
-        needed = alive & (~self._forward | self._needed)
-        always = alive & self._forward & ~self._needed & ~self._inside & ~self._is_input
-        return PeakCandidate(label, always, needed, inside, waiting, twice, time)
+        live = (recording.created <= time) & (recording.freed >= time + after) & ~self._gradient
+        within = self._forward & (recording.segment_index == index) & (index >= 0)
+        saved_in_segment = live & within & self._saved_in_segment
+        # The second run copies the tensors that functions still keep on their contexts from the first run.
+        copied = saved_in_segment & self._on_context & self._needed
+        if index >= 0 and recording.segments[index].reentrant:
+            saved_in_segment[list(recording.segments[index].outputs)] = True
+            live |= self._incoming_gradients(index)
+        inputs = self._is_input & (self._first_segment <= index if index >= 0 else live)
+        needed = live & (~self._forward | self._needed)
+        always = live & self._forward & ~self._needed & ~self._saved_in_segment & ~self._is_input
+        return PeakCandidate(label, always, needed, saved_in_segment, inputs, copied, time)
 
-    def _start(self, part: int) -> int:
-        """The time after which a segment runs again, just before gradients flow through it; -1 if none do."""
+    def _second_run_start(self, index: int) -> int:
+        """The time at which a segment runs again, just before gradients flow through it; -1 if none do."""
         recording = self._recording
-        flowing = ~self._forward & (recording.parts == part)
-        if not recording.segments[part].reentrant:  # by the first operation that had saved something
-            flowing &= recording.unpacks
-        return int(recording.births[flowing].min()) - 1 if flowing.any() else -1
+        flowing = ~self._forward & (recording.segment_index == index)
+        if not recording.segments[index].reentrant:  # it runs again for the first operation that uses a saved tensor
+            flowing &= recording.uses_saved
+        return int(recording.created[flowing].min()) - 1 if flowing.any() else -1
 
-    def _incoming(self, part: int) -> BoolArray:
-        """The gradients that a segment with a graph of its own was given, and holds to its end."""
-        start, recording = self._start(part), self._recording
-        alive = (recording.births <= start) & (recording.deaths > start)
-        return ~self._forward & ~self._gradient & alive
+    def _incoming_gradients(self, index: int) -> BoolArray:
+        """The gradients with which a reentrant segment's backward pass begins; it holds them to its end."""
+        start, recording = self._second_run_start(index), self._recording
+        live = (recording.created <= start) & (recording.freed > start)
+        return ~self._forward & ~self._gradient & live
 
-    def _recomputed_moments(self, index: int) -> Iterator[PeakCandidate]:
-        """While a segment runs again."""
+    def _in_second_run(self, index: int) -> Iterator[PeakCandidate]:
         recording, segment = self._recording, self._recording.segments[index]
-        kept = self._inside & (recording.parts == index)
-        start = self._start(index)
-        if start < 0 or not kept.any():
+        saved = self._saved_in_segment & (recording.segment_index == index)
+        start = self._second_run_start(index)
+        if start < 0 or not saved.any():
             return
-        before = self._in_backward("", index, start, over=True)
-        within = self._forward & (recording.parts == index)
-        last = segment.end if segment.reentrant else int(recording.births[kept].max())
-        again = within & (recording.births <= last)
-        for time in self._highest(again, np.minimum(recording.alone, segment.end))[::-1]:
-            lives = again & (recording.births <= time)
-            always = lives & (recording.alone >= time)
-            inside = lives & ~always & self._inside & (recording.deaths >= time)
-            label, rest = self._label("recomputed", time), before.always & ~within
-            twice = lives & self._on_context & self._needed
-            yield PeakCandidate(label, rest | always, before.needed, inside, before.inputs, twice, start)
+        before = self._during_backward("", index, start, after=True)
+        within = self._forward & (recording.segment_index == index)
+        last = segment.end if segment.reentrant else int(recording.created[saved].max())
+        recomputed = within & (recording.created <= last)
+        for time in self._highest(recomputed, np.minimum(recording.freed_if_unsaved, segment.end))[::-1]:
+            created = recomputed & (recording.created <= time)
+            always = created & (recording.freed_if_unsaved >= time)
+            saved_now = created & ~always & self._saved_in_segment & (recording.freed >= time)
+            label, outside = self._label("recomputed", time), before.always & ~within
+            copied = created & self._on_context & self._needed
+            yield PeakCandidate(label, outside | always, before.needed, saved_now, before.segment_inputs, copied, start)
 
-    def _highest(self, among: BoolArray, deaths: IntArray, *, last: bool = True) -> list[int]:
-        """The times at which more of these storages is alive than at any later (or, not `last`, earlier) time."""
-        births = self._recording.births[among]
-        if not len(births):
+    def _highest(self, among: BoolArray, freed: IntArray, *, latest: bool = True) -> list[int]:
+        """The times at which these storages take more bytes than at any later time (any earlier time, if not `latest`).
+
+        Args:
+            among: the storages that count, bool (storages,).
+            freed: when each storage is freed, (storages,).
+            latest: of equal times, keep the latest.
+        """
+        created = self._recording.created[among]
+        if not len(created):
             return []
-        end = int(births.max()) + 1
+        end = int(created.max()) + 1
         change = np.zeros(end + 2)
-        np.add.at(change, births, self._sizes[among])
-        np.add.at(change, np.minimum(deaths[among], end) + 1, -self._sizes[among])
+        np.add.at(change, created, self._sizes[among])
+        np.add.at(change, np.minimum(freed[among], end) + 1, -self._sizes[among])
         level = np.cumsum(change)
-        times = np.unique(births)[:: -1 if last else 1]
+        times = np.unique(created)[:: -1 if latest else 1]
         levels = level[times]
         before = np.maximum.accumulate(np.concatenate([[-1.0], levels[:-1]]))
         highest: list[int] = times[levels > before].tolist()
@@ -178,17 +190,17 @@ class _Finder:
 
     def _label(self, phase: str, time: int) -> str:
         recording = self._recording
-        place = recording.places[np.searchsorted(recording.births, time)]
-        return f"{phase}: {recording.names[place] if place >= 0 and recording.names[place] else 'model'}"
+        index = recording.name_index[np.searchsorted(recording.created, time)]
+        return f"{phase}: {recording.names[index] if index >= 0 and recording.names[index] else 'model'}"
 
 
-def needed_moments(cost: ByteCost, generator: np.random.Generator, plans: int = 300) -> list[int]:
-    """The moments that are the peak of random plans, but for a negligible share of it; indices, rising.
+def needed_candidates(cost: ByteCost, generator: np.random.Generator, plans: int = 300) -> list[int]:
+    """Rising indices of enough candidates that the peak of every random plan falls by at most `UNDERESTIMATE`.
 
     Args:
-        cost: with all candidates.
+        cost: the cost with all candidates.
         generator: draws the plans: any density, top layers only, ranks 1 to 64.
-        plans: how many.
+        plans: number of plans drawn, beside a few fixed ones.
     """
     prices = cost.prices(np.stack([*_sampled(cost, generator, plans)]))
     peaks = prices.max(axis=1)
@@ -201,8 +213,8 @@ def needed_moments(cost: ByteCost, generator: np.random.Generator, plans: int = 
         kept.append(int(prices[int(lost.argmax())].argmax()))
 
 
-def prune(cost: ByteCost, kept: list[int]) -> ByteCost:
-    """Leave out all other moments, and the groups that none of these holds."""
+def keep_candidates(cost: ByteCost, kept: list[int]) -> ByteCost:
+    """The cost with these candidates only (indices), and with the groups that at least one of them holds."""
     used = cost.held[kept].any(axis=0)
     return replace(
         cost,

@@ -1,4 +1,4 @@
-"""Measure the peak of real training steps, from the events that a training loop offers."""
+"""Measures the peak of real training steps, driven by the events of a training loop."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from .model_states import state_bytes
 
 
 class PeakMeter:
-    """Bytes at the peak of chosen training steps, the frozen model excluded.
+    """Measures the bytes at the peak of chosen training steps, without the frozen model.
 
-    On CUDA the allocator's own record is read. Elsewhere every tensor that the step creates is followed, which
-    slows that one step by some percent; a model under torch.compile runs it uncompiled.
+    On CUDA the allocator's record is read. On other devices every tensor that the step creates is followed, which slows
+    that one step by a few percent; a model under torch.compile then runs uncompiled.
 
-    Call `begin` before a step's first forward pass, `stepping` before the optimiser steps and `end` after it has. State
-    that the optimiser makes in this step (all of it in the first one) counts as if it had been there all along, as it
-    will be in the next step.
+    Call `begin` before a step's first forward pass, `stepping` before the optimiser's step and `end` after it. State
+    that the optimiser creates in this step (all of it in the first one) counts as present from the start, as it will
+    be in the next step.
 
     Args:
-        every_steps: how often a step is measured; besides, the first one and each one after `request`.
+        every_steps: number of steps from one measurement to the next. The first step, and each one after `request`, is
+            measured as well.
 
     Attributes:
-        history: (step, bytes) of each measured step.
+        history: (step, bytes at the peak) of each measured step.
     """
 
     def __init__(self, every_steps: int = 100) -> None:
@@ -33,11 +34,11 @@ class PeakMeter:
         self.history: list[tuple[int, int]] = []
         self._requested = True
         self._live: LivePeak | None = None
-        self._open = ExitStack()
-        self._held = 0
-        self._state = 0
+        self._contexts = ExitStack()
+        self._bytes_before = 0
+        self._state_before = 0
         self._optimizer: torch.optim.Optimizer | None = None
-        self._passes = 0
+        self._rise_of_passes = 0
         self._device = torch.device("cpu")
         self._allocated: int | None = None
 
@@ -50,53 +51,53 @@ class PeakMeter:
         return self._requested or step % self.every_steps == 0
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: int = 0) -> None:
-        """Start to follow what the step creates.
+        """Begin to measure a step.
 
         Args:
             model: the PEFT model.
-            optimizer: its state is held already.
-            extra: further bytes that are, such as signal buffers.
+            optimizer: the optimiser, whose present state counts.
+            extra: bytes of further tensors that exist already, such as signal buffers.
         """
         self.close()
-        self._state = state_bytes(model, optimizer, gradients=False)
-        self._held = self._state + extra
-        self._optimizer, self._passes = optimizer, 0
+        self._state_before = state_bytes(model, optimizer, gradients=False)
+        self._bytes_before = self._state_before + extra
+        self._optimizer, self._rise_of_passes = optimizer, 0
         self._device = next(model.parameters()).device
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocated = torch.cuda.memory_allocated(self._device)
         else:
-            # torch.compile would give the code up for good if it met a dispatch mode.
-            self._open.enter_context(torch.compiler.set_stance("force_eager"))
-            self._live = self._open.enter_context(LivePeak())
+            # Under a dispatch mode, torch.compile would stop compiling the code for good.
+            self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
+            self._live = self._contexts.enter_context(LivePeak())
 
     def stepping(self) -> None:
-        """The passes are over, the optimiser is about to step."""
-        self._passes = self._rise() or 0
+        """Note the end of the forward and backward passes; call before the optimiser steps."""
+        self._rise_of_passes = self._rise() or 0
 
     def end(self, step: int, model: nn.Module) -> int | None:
-        """Close the step.
+        """End the measured step.
 
         Args:
             step: its number.
             model: the PEFT model.
 
         Returns:
-            Bytes at the peak; None if the step was not being measured.
+            Bytes at the peak; None if no step is being measured.
         """
         rise = self._rise()
         if rise is None:
             return None
-        made = state_bytes(model, self._optimizer, gradients=False) - self._state
-        peak = self._held + max(rise, self._passes + max(made, 0))
+        new_state = state_bytes(model, self._optimizer, gradients=False) - self._state_before
+        peak = self._bytes_before + max(rise, self._rise_of_passes + max(new_state, 0))
         self.close()
         self._requested = False
         self.history.append((step, peak))
         return peak
 
     def _rise(self) -> int | None:
-        """How far live bytes have risen in this step; None if it is not being measured."""
+        """The highest rise of live bytes since `begin`; None if no step is being measured."""
         if self._live is not None:
             return self._live.peak
         if self._allocated is not None:
@@ -104,6 +105,6 @@ class PeakMeter:
         return None
 
     def close(self) -> None:
-        """Stop following, without a result."""
-        self._open.close()
+        """Stop measuring, without a result."""
+        self._contexts.close()
         self._live = self._allocated = None

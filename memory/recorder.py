@@ -1,4 +1,4 @@
-"""Records training steps: follows modules, storages and autograd's graph through one forward and backward pass."""
+"""Records training steps: follows modules, storages and autograd's graph through a forward and a backward pass."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from torch.utils._pytree import tree_iter
 
 from ..errors import UnsupportedError
 from ..lora.targets import TargetModule
-from .autograd_flow import Modules, flow_from, saved_by
+from .autograd_flow import ModuleSet, flow_from, saved_by
 from .live_storages import LiveStorages
 from .recording import NEVER, Batch, Recording, Segment
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """What the hooks leave in the graph in place of a saved tensor."""
+class _Packed:
+    """The value that the saved-tensor hooks put into the graph in place of a tensor."""
 
     serial: int | None
     tensor: torch.Tensor | None
 
 
 @dataclass
-class _Mark:
-    """A stretch of the forward pass inside one module.
+class _Stretch:
+    """A stretch of the forward pass during which one module runs, and none inside it.
 
     Attributes:
         time: when it begins.
-        sequence: autograd's counter then; nodes of the stretch have this number or a higher one.
-        place: index into the names.
-        owner: target module, or -1.
-        depth: how many modules are under way.
+        sequence: autograd's sequence number at that time; the nodes of the stretch have this number or a higher one.
+        name_index: index of the module's name.
+        target_index: index of the innermost target module that runs, -1 for none.
+        depth: number of modules that run, one inside the other.
     """
 
     time: int
     sequence: int
-    place: int
-    owner: int
+    name_index: int
+    target_index: int
     depth: int
 
 
@@ -61,100 +61,103 @@ class Recorder:
         self.model = model
         named = dict(model.named_modules())
         self.names = tuple(named)
-        self.place = {id(module): index for index, module in enumerate(named.values())}
-        self.target = {id(target.layer): index for index, target in enumerate(targets)}
-        self.target_of = {id(p): index for index, target in enumerate(targets) for p in target.parameters.values()}
-        self.always = 1 << len(targets)
-        self.opened = {index: target.layer for index, target in enumerate(targets) if _is_opened(target.layer)}
+        self.name_index = {id(module): index for index, module in enumerate(named.values())}
+        self.target_index = {id(target.layer): index for index, target in enumerate(targets)}
+        self.target_of_parameter = {id(p): i for i, target in enumerate(targets) for p in target.parameters.values()}
+        self.every_plan = 1 << len(targets)  # the bit for all that trains whatever the plan
+        self.always_trains = {i: t.layer for i, t in enumerate(targets) if _requires_grad_always(t.layer)}
 
     def step(self, batch: Batch) -> Recording:
-        """A forward and a backward pass, `alone` as `deaths`; gradients are cleared afterwards.
+        """Record a forward and a backward pass, and clear the gradients; `freed_if_unsaved` equals `freed`.
 
         Raises:
             UnsupportedError: the model returns no loss.
         """
-        return _Run(self, batch).record(hold=True)
+        return _Run(self, batch).record(save=True)
 
     def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
-        """The same with `alone` filled in, from a forward pass of the same batch in which nothing is held for backward.
+        """Fill in `freed_if_unsaved`, by a forward pass of the same batch in which autograd saves nothing.
 
         Raises:
             UnsupportedError: that pass ran other operations.
         """
-        free = _Run(self, batch).record(hold=False)
-        count = len(free.births)
-        if not np.array_equal(free.births, recording.births[recording.births <= recording.forward_end]):
+        unsaved = _Run(self, batch).record(save=False)
+        count = len(unsaved.created)
+        if not np.array_equal(unsaved.created, recording.created[recording.created <= recording.forward_end]):
             raise UnsupportedError(
                 f"{type(self.model).__name__} runs other operations each time on the same batch, so its memory cannot "
                 "be predicted. Switch off what is random in its structure (layer drop, routing noise)."
             )
-        alone = np.concatenate([free.deaths, recording.deaths[count:]])
-        for serial, left in recording.on_context.items():  # held in both passes, by nothing else than that context
-            alone[serial] = min(alone[serial], left)
+        freed = np.concatenate([unsaved.freed, recording.freed[count:]])
+        for serial, time in recording.on_context_until.items():  # the context holds these in both passes
+            freed[serial] = min(freed[serial], time)
         needed = dict(recording.needed)
-        for serial in np.flatnonzero(alone < recording.deaths).tolist():
-            if serial not in needed and serial not in recording.inside and recording.owners[serial] >= 0:
-                # On a graph that the loss does not need, such as that of DoRA's detached norm.
-                needed[serial] = 1 << int(recording.owners[serial])
-            elif serial not in needed and serial not in recording.inside:
-                alone[serial] = recording.deaths[serial]
-        return replace(recording, alone=alone, needed=needed)
+        for serial in np.flatnonzero(freed < recording.freed).tolist():
+            if serial in needed or serial in recording.saved_in_segment:
+                continue
+            if recording.target_index[serial] >= 0:
+                # It is on a graph that the loss does not depend on, such as that of DoRA's detached norm.
+                needed[serial] = 1 << int(recording.target_index[serial])
+            else:
+                freed[serial] = recording.freed[serial]
+        return replace(recording, freed_if_unsaved=freed, needed=needed)
 
 
 class _Run:
-    """One recording in the making."""
+    """The state of one recording while the model runs."""
 
     def __init__(self, recorder: Recorder, batch: Batch) -> None:
         self._recorder, self._batch = recorder, batch
-        self._mode = LiveStorages(self._born, self._freed)
-        self._births: list[int] = []
+        self._mode = LiveStorages(self._note_created, self._note_freed)
+        # One entry for each storage.
+        self._created: list[int] = []
         self._sizes: list[int] = []
-        self._deaths: list[int] = []
-        self._marks: list[_Mark] = [_Mark(0, 0, 0, -1, 0)]
-        self._outer: list[_Mark] = []
-        self._here = self._marks[0]
-        self._marked: list[_Mark] = []
-        self._parts: list[int] = []
+        self._freed: list[int] = []
+        self._stretch_of: list[_Stretch] = []
+        self._segment_index: list[int] = []
+        self._uses_saved: list[bool] = []
+        self._needed: dict[int, ModuleSet] = {}
+        self._saved_in_segment: dict[int, ModuleSet] = {}
+        self._on_context_until: dict[int, int] = {}
+        # The forward pass, and where the run is in it; the backward pass returns to the stretch of each node.
+        self._stretches: list[_Stretch] = [_Stretch(0, 0, 0, -1, 0)]
+        self._stretch = self._stretches[0]
+        self._callers: list[_Stretch] = []
         self._segments: list[Segment] = []
         self._segment = -1
-        self._flow: dict[int, Modules] | None = None  # by sequence number, in the backward pass
-        self._gate: Modules = 0
-        self._needed: dict[int, Modules] = {}
-        self._inside: dict[int, Modules] = {}
-        self._saving: set[int] = set()  # sequence numbers of nodes that saved something
-        self._on_context: dict[int, int] = {}
-        self._unpacks: list[bool] = []
-        self._unpacking = False
-        self._kept: list[torch.Tensor] = []
+        self._leaves: list[torch.Tensor] = []  # outputs and gradients that leaves would keep alive
+        # The backward pass.
+        self._flow: dict[int, ModuleSet] | None = None  # modules of each node, by sequence number
+        self._saving: set[int] = set()  # sequence numbers of nodes that saved a tensor through the hooks
+        self._node_modules: ModuleSet = 0
+        self._node_uses_saved = False
 
-    def record(self, *, hold: bool) -> Recording:
-        """Run the step; without `hold` only its forward pass."""
-        torch.clear_autocast_cache()  # of other ranks
+    def record(self, *, save: bool) -> Recording:
+        """Run the step; without `save`, autograd saves nothing and only the forward pass runs."""
+        torch.clear_autocast_cache()  # it may hold factors of other ranks
         with self._mode, self._watching(), _segments_marked(self._recorder.model, self._run_segment):
-            with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, hold=hold), _unpack):
+            with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, save=save), _unpack):
                 loss = self._recorder.model(**self._batch).loss
             if loss is None:
                 raise UnsupportedError("The model returned no loss, so no step can be measured. Give it labels.")
-            torch.clear_autocast_cache()  # as at the end of the forward pass, if the context of the caller goes on
+            torch.clear_autocast_cache()  # training leaves autocast here, but the caller's context may last longer
             forward_end = self._mode.now
-            gradients: dict[int, int] = {}
-            if hold:
-                gradients = self._backward(loss)
-        deaths = np.array(self._deaths, dtype=np.int64)
+            gradients = self._backward(loss) if save else {}
+        freed = np.array(self._freed, dtype=np.int64)
         for parameter in self._recorder.model.parameters():
             parameter.grad = None
         return Recording(
             sizes=np.array(self._sizes, dtype=np.int64),
-            births=np.array(self._births, dtype=np.int64),
-            deaths=deaths,
-            alone=deaths,
-            places=np.array([mark.place for mark in self._marked], dtype=np.int64),
-            owners=np.array([mark.owner for mark in self._marked], dtype=np.int64),
-            parts=np.array(self._parts, dtype=np.int64),
+            created=np.array(self._created, dtype=np.int64),
+            freed=freed,
+            freed_if_unsaved=freed,
+            name_index=np.array([stretch.name_index for stretch in self._stretch_of], dtype=np.int64),
+            target_index=np.array([stretch.target_index for stretch in self._stretch_of], dtype=np.int64),
+            segment_index=np.array(self._segment_index, dtype=np.int64),
             needed=self._needed,
-            inside=self._inside,
-            on_context=self._on_context,
-            unpacks=np.array(self._unpacks, dtype=np.bool_),
+            saved_in_segment=self._saved_in_segment,
+            on_context_until=self._on_context_until,
+            uses_saved=np.array(self._uses_saved, dtype=np.bool_),
             gradients=gradients,
             names=self._recorder.names,
             forward_end=forward_end,
@@ -163,19 +166,19 @@ class _Run:
 
     # Storages -----------------------------------------------------------------------------------------------------
 
-    def _born(self, serial: int, size: int) -> None:
-        self._births.append(self._mode.now)
+    def _note_created(self, serial: int, size: int) -> None:
+        self._created.append(self._mode.now)
         self._sizes.append(size)
-        self._deaths.append(NEVER)
+        self._freed.append(NEVER)
         if self._flow is not None:
             self._follow_backward(self._flow)
-            self._needed[serial] = self._gate
-        self._unpacks.append(self._unpacking)
-        self._marked.append(self._here)
-        self._parts.append(self._segment)
+            self._needed[serial] = self._node_modules
+        self._uses_saved.append(self._node_uses_saved)
+        self._stretch_of.append(self._stretch)
+        self._segment_index.append(self._segment)
 
-    def _freed(self, serial: int) -> None:
-        self._deaths[serial] = self._mode.now
+    def _note_freed(self, serial: int) -> None:
+        self._freed[serial] = self._mode.now
 
     # The forward pass ---------------------------------------------------------------------------------------------
 
@@ -184,34 +187,34 @@ class _Run:
         """Follow which module runs."""
         enter = register_module_forward_pre_hook(self._enter)
         leave = register_module_forward_hook(self._leave, always_call=True)
-        opened = [layer.register_forward_hook(self._as_leaf) for layer in self._recorder.opened.values()]
+        leaves = [layer.register_forward_hook(self._as_leaf) for layer in self._recorder.always_trains.values()]
         try:
             yield
         finally:
-            for handle in (enter, leave, *opened):
+            for handle in (enter, leave, *leaves):
                 handle.remove()
-            self._kept.clear()
+            self._leaves.clear()
 
     def _as_leaf(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-        """Where the module is not adapted its output is a leaf."""
-        kept: torch.Tensor = _Leaf.apply(output, self._kept)  # type: ignore[no-untyped-call]
-        return kept
+        """Hold a module's output and its gradient as a leaf's, which the output is where the module is not adapted."""
+        leaf: torch.Tensor = _Leaf.apply(output, self._leaves)  # type: ignore[no-untyped-call]
+        return leaf
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
-        self._outer.append(self._here)
-        place = self._recorder.place.get(id(module), self._here.place)
-        owner = self._recorder.target.get(id(module), self._here.owner)
-        self._go(_Mark(self._mode.now, _sequence(), place, owner, len(self._outer)))
+        self._callers.append(self._stretch)
+        name_index = self._recorder.name_index.get(id(module), self._stretch.name_index)
+        target_index = self._recorder.target_index.get(id(module), self._stretch.target_index)
+        self._begin_stretch(_Stretch(self._mode.now, _sequence(), name_index, target_index, len(self._callers)))
 
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._go(replace(self._outer.pop(), time=self._mode.now, sequence=_sequence()))
+        self._begin_stretch(replace(self._callers.pop(), time=self._mode.now, sequence=_sequence()))
 
-    def _go(self, mark: _Mark) -> None:
-        self._here = mark
-        self._marks.append(mark)
+    def _begin_stretch(self, stretch: _Stretch) -> None:
+        self._stretch = stretch
+        self._stretches.append(stretch)
 
     def _run_segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-        """In place of a checkpoint: runs the segment as it is."""
+        """Run a checkpointed segment without checkpointing, and note it."""
         inputs = self._serials((arguments, function.keywords if isinstance(function, partial) else None))
         start, sequence, self._segment = self._mode.now, _sequence(), len(self._segments)
         output = function(*arguments)
@@ -224,19 +227,19 @@ class _Run:
         serials = [self._mode.serial(value) for value in tree_iter(values) if isinstance(value, torch.Tensor)]
         return tuple(dict.fromkeys(serial for serial in serials if serial is not None))
 
-    def _pack(self, tensor: torch.Tensor, *, hold: bool) -> _Saved:
-        # A graph that saves the output of its own operation, grad_fn and all, would never be freed.
+    def _pack(self, tensor: torch.Tensor, *, save: bool) -> _Packed:
+        # A node that saved its own output with its grad_fn would keep itself alive for ever.
         tensor = tensor.data
-        return _Saved(self._mode.serial(tensor), tensor if hold else None)
+        return _Packed(self._mode.serial(tensor), tensor if save else None)
 
     # The backward pass --------------------------------------------------------------------------------------------
 
     def _backward(self, loss: torch.Tensor) -> dict[int, int]:
-        """Run it; returns which storages are gradients, as in `Recording`."""
+        """Run the backward pass and return `Recording.gradients`."""
         flow = flow_from(loss, self._trains)
         self._find_saved(flow)
         self._flow = {node._sequence_nr(): modules for node, modules in flow.items()}
-        del flow  # it keeps the graph
+        del flow  # it would keep the graph alive
         with torch.autocast(loss.device.type, enabled=False):
             loss.backward()  # type: ignore[no-untyped-call]
         gradients = {}
@@ -244,80 +247,83 @@ class _Run:
             if parameter.grad is not None:
                 serial = self._mode.serial(parameter.grad)
                 if serial is not None:
-                    gradients[serial] = self._recorder.target_of.get(id(parameter), -1)
+                    gradients[serial] = self._recorder.target_of_parameter.get(id(parameter), -1)
         return gradients
 
-    def _trains(self, leaf: torch.Tensor) -> Modules:
-        owner = self._recorder.target_of.get(id(leaf))
-        return self._recorder.always if owner is None or owner in self._recorder.opened else 1 << owner
+    def _trains(self, leaf: torch.Tensor) -> ModuleSet:
+        target = self._recorder.target_of_parameter.get(id(leaf))
+        in_every_plan = target is None or target in self._recorder.always_trains
+        return self._recorder.every_plan if in_every_plan else 1 << target
 
-    def _find_saved(self, flow: dict[Any, Modules]) -> None:
+    def _find_saved(self, flow: dict[Any, ModuleSet]) -> None:
+        """Note which storages the nodes saved, and for which modules."""
         for node in flow:
-            for kept, modules in saved_by(node, flow):
-                sequence = node._sequence_nr()
-                if isinstance(kept, _Saved):  # numbers are saved out of sight of the hooks
+            sequence = node._sequence_nr()
+            segment = self._segment_of(sequence)
+            for value, modules in saved_by(node, flow):
+                on_context = not isinstance(value, _Packed)
+                if not on_context:
                     self._saving.add(sequence)
-                serial = kept.serial if isinstance(kept, _Saved) else self._mode.serial(kept)
+                serial = self._mode.serial(value) if on_context else value.serial
                 if serial is None:
                     continue
-                segment = self._segment_of(sequence)
-                on_context = not isinstance(kept, _Saved)
                 if on_context:
-                    self._on_context[serial] = max(self._on_context.get(serial, 0), self._left_after(sequence))
-                # A checkpoint that is not reentrant frees what the hooks saw, and no more.
+                    until = max(self._on_context_until.get(serial, 0), self._parent_left_at(sequence))
+                    self._on_context_until[serial] = until
+                # A checkpoint that is not reentrant frees only the tensors that the hooks see.
                 if segment < 0 or (on_context and not self._segments[segment].reentrant):
                     self._needed[serial] = self._needed.get(serial, 0) | modules
-                elif segment == self._parts[serial]:
-                    self._inside[serial] = self._inside.get(serial, 0) | modules
+                elif segment == self._segment_index[serial]:
+                    self._saved_in_segment[serial] = self._saved_in_segment.get(serial, 0) | modules
 
-    def _follow_backward(self, flow: dict[int, Modules]) -> None:
-        """Find the place, segment and gate of the node that runs now; nodes that sum gradients belong to the last."""
+    def _follow_backward(self, flow: dict[int, ModuleSet]) -> None:
+        """Set stretch, segment and modules to the running node's; a node that sums gradients changes nothing."""
         node = torch._C._current_autograd_node()
         sequence = None if node is None else node._sequence_nr()
         if sequence not in flow or node.name().endswith("AccumulateGrad"):
             return
-        self._gate = flow[sequence]
-        self._unpacking = sequence in self._saving
-        at = bisect_right(self._marks, sequence, key=lambda mark: mark.sequence) - 1
-        self._here = self._marks[max(at, 0)]
+        self._node_modules = flow[sequence]
+        self._node_uses_saved = sequence in self._saving
+        index = bisect_right(self._stretches, sequence, key=lambda stretch: stretch.sequence) - 1
+        self._stretch = self._stretches[max(index, 0)]
         self._segment = self._segment_of(sequence)
 
-    def _left_after(self, sequence: int) -> int:
-        """The time at which the caller of a node's module was left: until then its variables hold what it passed on."""
-        at = bisect_right(self._marks, sequence, key=lambda mark: mark.sequence)
-        outside = self._marks[at - 1].depth - 2
-        return next((mark.time for mark in self._marks[at:] if mark.depth <= outside), NEVER)
+    def _parent_left_at(self, sequence: int) -> int:
+        """The time at which the parent of a node's module returned; until then its variables hold the node's result."""
+        index = bisect_right(self._stretches, sequence, key=lambda stretch: stretch.sequence)
+        outside = self._stretches[index - 1].depth - 2
+        return next((stretch.time for stretch in self._stretches[index:] if stretch.depth <= outside), NEVER)
 
     def _segment_of(self, sequence: int) -> int:
         """The checkpointed segment to which a node belongs, -1 for none."""
-        at = bisect_right(self._segments, sequence, key=lambda segment: segment.sequences[0]) - 1
-        return at if at >= 0 and sequence < self._segments[at].sequences[1] else -1
+        index = bisect_right(self._segments, sequence, key=lambda segment: segment.sequences[0]) - 1
+        return index if index >= 0 and sequence < self._segments[index].sequences[1] else -1
 
 
 class _Leaf(torch.autograd.Function):
-    """The identity, which keeps a tensor and its gradient as the graph keeps a leaf."""
+    """The identity; like a leaf of the graph, it keeps its tensor and the gradient alive after the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
-        """The tensor."""
-        ctx.kept = kept
+    def forward(ctx: Any, tensor: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
+        """Return a view of the tensor."""
+        ctx.leaves = leaves
         ctx.save_for_backward(tensor)
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """The gradient."""
-        ctx.kept += [*ctx.saved_tensors, gradients[0]]
+        """Return the gradient; append it and the tensor to the list."""
+        ctx.leaves += [*ctx.saved_tensors, gradients[0]]
         return gradients[0], None
 
 
-def _is_opened(layer: nn.Module) -> bool:
-    """Whether gradients flow from a module's output on even if it is not adapted: `enable_input_require_grads`."""
+def _requires_grad_always(layer: nn.Module) -> bool:
+    """Whether `enable_input_require_grads` makes a module's output require gradients even if it is not adapted."""
     return any("require_grad" in getattr(hook, "__name__", "") for hook in layer._forward_hooks.values())
 
 
-def _unpack(saved: _Saved) -> torch.Tensor:
-    assert saved.tensor is not None, "the pass was recorded without holding tensors"
+def _unpack(saved: _Packed) -> torch.Tensor:
+    assert saved.tensor is not None, "the pass was recorded without saved tensors"
     return saved.tensor
 
 
@@ -327,12 +333,12 @@ def _sequence() -> int:
 
 @contextmanager
 def _segments_marked(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Let `run` take the place of transformers' checkpointing function on every module that has one."""
+    """Replace transformers' checkpointing function by `run` on every module that has one."""
     name = "_gradient_checkpointing_func"
     changed = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
     try:
         for module, function in changed:
-            # transformers binds the arguments of torch.utils.checkpoint.checkpoint, whose own default is reentrant
+            # transformers binds arguments to torch.utils.checkpoint.checkpoint, which is reentrant by default
             reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
             setattr(module, name, partial(run, reentrant))
         yield

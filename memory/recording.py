@@ -1,8 +1,8 @@
-"""One training step, recorded: every tensor with its bytes, when it is born and freed, and what needs it.
+"""A recorded training step: the bytes of every tensor, when it is created and freed, and which modules need it.
 
-A tensor that autograd saves is needed for the gradient of certain inputs of one operation. It will be saved under a
-plan exactly if one of those inputs depends on an adapted module. So a recording of one step in which *every* module is
-adapted tells what any other plan would save. `memory/recorder.py` makes recordings.
+Autograd saves a tensor for the gradient of certain inputs of one operation. Under a plan it is saved exactly if one of
+those inputs depends on an adapted module. So a recording of one step in which *every* module is adapted tells what any
+other plan would save. `memory/recorder.py` makes recordings.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ..common.arrays import BoolArray, IntArray
-from .autograd_flow import Modules
+from .autograd_flow import ModuleSet
 
 NEVER = np.iinfo(np.int64).max
-"""The time at which a tensor is freed that outlives the step."""
+"""The time of an event that does not happen within the step."""
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -28,11 +28,11 @@ class Segment:
 
     Attributes:
         start: the time at which it begins.
-        end: the time at which it is over.
-        inputs: serial numbers of the tensors that it was given.
-        outputs: of those that it returned.
-        sequences: autograd's counter at its start and end.
-        reentrant: whether the second run has a graph of its own, which holds the outputs until it is done.
+        end: the time at which it ends.
+        inputs: serial numbers of its input tensors' storages.
+        outputs: serial numbers of its output tensors' storages.
+        sequences: autograd's sequence number at its start and end.
+        reentrant: whether the second run builds a separate graph, which holds the outputs until its backward pass ends.
     """
 
     start: int
@@ -45,52 +45,55 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A training step in which every module is adapted. Storages go by serial number, time counts operators.
+    """A training step in which every module is adapted.
+
+    Storages have serial numbers, in the order of creation; times are numbers of operators run before.
 
     Attributes:
         sizes: bytes of each storage, int64 (storages,).
-        births: when it was created, int64 (storages,).
-        deaths: when it was freed, NEVER if not within the step, int64 (storages,).
-        alone: when it would be freed if nothing were held for backward, int64 (storages,).
-        places: index into `names` of the module in whose forward pass it belongs, int64 (storages,).
-        owners: target module in whose forward pass it belongs, -1 for none, int64 (storages,).
-        parts: checkpointed segment in whose forward or backward pass it was created, -1 for none, int64 (storages,).
-        needed: by serial number, the modules for which a storage exists: of the forward pass, those for which it is
-            held longer than it would live alone (the others are left out); of the backward pass, those without which
-            its operation would not run.
-        inside: the same for what an operation in a checkpointed segment saves of that segment's own storages.
-        on_context: what Python functions keep on their contexts, out of sight of autograd's hooks: by serial number,
-            the time at which the module was left that called the one in which the function ran.
-        unpacks: storages of the backward pass whose operation had saved something, bool (storages,).
-        gradients: by serial number, the target module of whose factor it is the gradient; -1 for other parameters.
-        names: module names.
+        created: when each storage is created, int64 (storages,).
+        freed: when it is freed; NEVER if it outlives the step; int64 (storages,).
+        freed_if_unsaved: when it would be freed if autograd saved nothing, int64 (storages,).
+        name_index: index into `names` of the module in whose forward or backward pass it is created, int64 (storages,).
+        target_index: the target module in whose forward or backward pass it is created, -1 for none, int64 (storages,).
+        segment_index: the checkpointed segment in whose forward or backward pass it is created, -1 for none, int64
+            (storages,).
+        needed: by serial number, the target modules that need a storage. In the forward pass: it is held beyond
+            `freed_if_unsaved` if one of them is adapted. In the backward pass: it exists only if one of them is.
+        saved_in_segment: by serial number of a storage created in a checkpointed segment, the target modules for which
+            an operation of that segment saves it, when the segment runs again.
+        on_context_until: storages that a Python autograd function keeps on its context, where autograd's hooks do not
+            see them: by serial number, the time at which the parent of the function's module returned.
+        uses_saved: whether the operation that created it, in the backward pass, uses a saved tensor, bool (storages,).
+        gradients: by serial number of a parameter's gradient, the parameter's target module; -1 for other parameters.
+        names: names of all modules.
         forward_end: the time at which the loss is known.
-        segments: what checkpointing would run again, in forward order.
+        segments: the checkpointed segments, in forward order.
     """
 
     sizes: IntArray
-    births: IntArray
-    deaths: IntArray
-    alone: IntArray
-    places: IntArray
-    owners: IntArray
-    parts: IntArray
-    needed: dict[int, Modules]
-    inside: dict[int, Modules]
-    on_context: dict[int, int]
-    unpacks: BoolArray
+    created: IntArray
+    freed: IntArray
+    freed_if_unsaved: IntArray
+    name_index: IntArray
+    target_index: IntArray
+    segment_index: IntArray
+    needed: dict[int, ModuleSet]
+    saved_in_segment: dict[int, ModuleSet]
+    on_context_until: dict[int, int]
+    uses_saved: BoolArray
     gradients: dict[int, int]
     names: tuple[str, ...]
     forward_end: int
     segments: tuple[Segment, ...]
 
     def saved_under(self, ranks: IntArray) -> BoolArray:
-        """Which storages autograd holds at the end of the forward pass under a plan, (modules,) -> bool (storages,).
+        """Whether autograd holds each storage at the end of the forward pass under a plan, bool (storages,).
 
-        What is saved inside checkpointed segments is left out.
+        Storages saved inside checkpointed segments are left out. `ranks` has shape (modules,).
         """
         adapted = sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
-        held = np.zeros(len(self.sizes), dtype=np.bool_)
-        held[[serial for serial, modules in self.needed.items() if modules & adapted]] = True
-        result: BoolArray = held & (self.births <= self.forward_end) & (self.deaths > self.forward_end)
+        saved = np.zeros(len(self.sizes), dtype=np.bool_)
+        saved[[serial for serial, modules in self.needed.items() if modules & adapted]] = True
+        result: BoolArray = saved & (self.created <= self.forward_end) & (self.freed > self.forward_end)
         return result

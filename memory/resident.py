@@ -1,4 +1,4 @@
-"""What Linux says of this process's memory: the resident set, and how far it rises."""
+"""Reads this process's resident memory and its peak from Linux."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
-def can_tell() -> bool:
-    """Whether this system keeps a record of the peak that can be started anew."""
+def can_reset_peak() -> bool:
+    """Whether this system keeps a record of the peak that can be reset."""
     return _CLEAR.exists()
 
 
 def restart_peak() -> int | None:
-    """Give free memory back to the system, and let its record of the peak start anew.
+    """Return free memory to the system, and reset its record of the peak.
 
     Returns:
-        Bytes resident now; None where that cannot be done.
+        Bytes resident now; None if the record cannot be reset.
     """
     gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
@@ -39,6 +39,6 @@ def peak() -> int:
 
 
 def _status_bytes(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
-    assert found, f"{field} stands in {_STATUS}"
-    return 1024 * int(found[1])
+    match = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    assert match, f"{_STATUS} has no {field}"
+    return 1024 * int(match[1])

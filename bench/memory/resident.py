@@ -30,7 +30,7 @@ GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 def is_supported(device: torch.device) -> bool:
     """Whether the peak of a step can be read from outside: on CUDA, and on Linux."""
-    return device.type == "cuda" or resident.can_tell()
+    return device.type == "cuda" or resident.can_reset_peak()
 
 
 def large_learner(family: Family, size: Size, device: torch.device, seed: int) -> tuple[Learner, Batch]:

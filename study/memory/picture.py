@@ -21,8 +21,8 @@ from .alternatives import MemoryUse
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "saved": (COLORS[0], "saved for backward"),
     "inputs": (COLORS[5], "kept inputs"),
-    "again": (COLORS[3], "segment run again"),
-    "moment": (COLORS[4], "momentary"),
+    "recomputed": (COLORS[3], "segment run again"),
+    "transient": (COLORS[4], "momentary"),
     "weights": ("#004d38", "adapter weights"),
     "gradients": (COLORS[2], "adapter gradients"),
     "optimizer": ("#8fd3bd", "optimiser state"),
@@ -137,7 +137,7 @@ def _scale(largest: float) -> tuple[float, str]:
 
 def _title(use: MemoryUse) -> str:
     found = use.breakdown
-    held = sum(found.of_kind(kind) for kind in ("saved", "inputs", "again"))
+    held = sum(found.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
     return f"A training step peaks at {format_bytes(found.total)}; {held / found.total:.0%} is held for backward"
 
 

@@ -26,8 +26,8 @@ from .picture import memory_picture
 WORDS: dict[Kind, str] = {
     "saved": "tensors saved for backward",
     "inputs": "kept inputs of checkpointed segments",
-    "again": "the segment that runs again",
-    "moment": "momentary: logits, activations' gradients",
+    "recomputed": "the segment that runs again",
+    "transient": "momentary: logits, activations' gradients",
     "weights": "adapter weights",
     "gradients": "adapter gradients",
     "optimizer": "optimiser state",
@@ -68,7 +68,7 @@ def moment_text(label: str) -> str:
 def peak_table(use: MemoryUse) -> Table:
     """The peak by kind."""
     found = use.breakdown
-    table = Table(title=f"Peak of a training step: {moment_text(found.moment)}", title_justify="left")
+    table = Table(title=f"Peak of a training step: {moment_text(found.label)}", title_justify="left")
     for column in ("what", "bytes", "share"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for kind in sorted(KINDS, key=found.of_kind, reverse=True):
@@ -105,8 +105,8 @@ def layer_table(use: MemoryUse) -> Table:
 
 
 _COLUMNS: dict[str, tuple[Kind, ...]] = {
-    "saved": ("saved", "inputs", "again"),
-    "momentary": ("moment",),
+    "saved": ("saved", "inputs", "recomputed"),
+    "momentary": ("transient",),
     "adapter": ("weights", "gradients", "optimizer", "signals", "others"),
 }
 
@@ -213,7 +213,7 @@ def as_json(use: MemoryUse) -> dict[str, Any]:
         "peak_bytes": found.total,
         "reference_bytes": use.reference_bytes,
         "limit_bytes": use.limit_bytes,
-        "moment": found.moment,
+        "moment": found.label,
         "margin_bytes": found.margin,
         "kinds": {kind: found.of_kind(kind) for kind in KINDS},
         "layers": [

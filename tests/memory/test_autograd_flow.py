@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.memory.autograd_flow import _FACTOR_OF, flow_from, saved_by
+from rankpilot.memory.autograd_flow import _SAVED_FOR, flow_from, saved_by
 from torch.nn.functional import conv1d, linear
 
 ALWAYS = 8
@@ -130,7 +130,7 @@ def test_a_quotient_saves_its_numerator_for_its_denominator(graph):
 
 def test_an_operation_that_is_not_in_the_table_saves_for_all_its_inputs(graph):
     a, b, _ = graph.leaves
-    assert "WhereBackward0" not in _FACTOR_OF
+    assert "WhereBackward0" not in _SAVED_FOR
     with under_hooks():
         loss = torch.where(a > 0, a, b).sum()
     assert set(graph.saved(loss).values()) == {0b011}
@@ -172,7 +172,7 @@ OPERATIONS = {
 
 
 def test_every_operation_of_the_table_is_checked_against_torch():
-    assert OPERATIONS.keys() | {"LinearBackward0"} == _FACTOR_OF.keys()  # torch makes that one on other devices only
+    assert OPERATIONS.keys() | {"LinearBackward0"} == _SAVED_FOR.keys()  # torch makes that one on other devices only
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -183,12 +183,12 @@ def test_the_table_says_what_torch_saves(name):
         inputs = [rand(*shape, trains=index == trained) for index, shape in enumerate(shapes)]
         node = operation(*inputs).grad_fn
         assert node.name() == name
-        for saved, number in _FACTOR_OF[name].items():
+        for saved, number in _SAVED_FOR[name].items():
             value = getattr(node, f"_saved_{saved}")
             assert (value is not None) == (number == trained), (saved, trained)
         everything = operation(*[tensor.detach().requires_grad_() for tensor in inputs]).grad_fn
-        assert all(getattr(everything, f"_saved_{saved}") is not None for saved in _FACTOR_OF[name])
-        assert len(everything.next_functions) > max(_FACTOR_OF[name].values())
+        assert all(getattr(everything, f"_saved_{saved}") is not None for saved in _SAVED_FOR[name])
+        assert len(everything.next_functions) > max(_SAVED_FOR[name].values())
 
 
 def test_convolutions_save_both_factors_whatever_trains():
@@ -196,7 +196,7 @@ def test_convolutions_save_both_factors_whatever_trains():
     node = conv1d(rand(2, 4, 6, trains=True), rand(4, 4, 3)).grad_fn
     assert node._saved_input is not None
     assert node._saved_weight is not None
-    assert node.name() not in _FACTOR_OF
+    assert node.name() not in _SAVED_FOR
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (3, 4)])
@@ -204,6 +204,6 @@ def test_linear_layers_are_made_of_operations_of_the_table(shape):
     hidden, weight = rand(*shape, trains=True), rand(5, 4, trains=True)
     names = {node.name() for node in flow_from(linear(hidden, weight, rand(5)), lambda leaf: 1)}
     assert names & {"AddmmBackward0", "MmBackward0", "LinearBackward0"}
-    assert names <= {*_FACTOR_OF, "ViewBackward0", "UnsafeViewBackward0", "TBackward0", "AddBackward0"} | {
+    assert names <= {*_SAVED_FOR, "ViewBackward0", "UnsafeViewBackward0", "TBackward0", "AddBackward0"} | {
         "torch::autograd::AccumulateGrad"
     }

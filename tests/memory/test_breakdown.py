@@ -40,7 +40,7 @@ def check_sums(memory: MemoryModel, targets: list[TargetModule], shape: BatchSha
     for ranks in plans(len(targets)):
         found = break_down(memory, targets, ranks, shape)
         assert found.total == total_cost(cost, ranks)
-        assert found.moment in cost.moments
+        assert found.label in cost.moments
         assert found.bytes.shape == (len(found.layers), len(KINDS))
         assert (found.bytes >= 0).all()
         assert found.bytes.any(axis=1).all()
@@ -95,8 +95,8 @@ def test_the_optimizer_s_step_can_be_the_peak(make_bert: Any, bert_batch: Any) -
     memory, targets = calibrated(model, batch, optimizer=optimizer)
     thick = break_down(memory, targets, np.full(len(targets), 5000))
     assert thick.total == total_cost(memory.cost(), np.full(len(targets), 5000))
-    assert thick.moment == "optimizer step"
-    assert thick.of_kind("moment") == thick.of_kind("weights")
+    assert thick.label == "optimizer step"
+    assert thick.of_kind("transient") == thick.of_kind("weights")
     assert thick.of_kind("saved") == 0
 
 
@@ -132,7 +132,7 @@ def test_nothing_is_saved_below_the_lowest_adapter(make_llama: Any, llama_batch:
 def test_kept_inputs_and_one_segment_that_runs_again(make_bert: Any, bert_batch: Any) -> None:
     memory, targets = calibrated(make_bert(), bert_batch, "checkpointed")
     found = break_down(memory, targets, np.full(len(targets), 2))
-    again = found.by_layer("again")
+    again = found.by_layer("recomputed")
     assert np.count_nonzero(again) == 1
     assert found.of_kind("inputs") > 0
     hidden = 4 * 8 * 32 * 4  # rows, tokens, width, bytes
@@ -152,7 +152,7 @@ def test_frozen_bytes_counts_shared_weights_once(make_llama: Any) -> None:
 
 def test_a_breakdown_by_hand() -> None:
     table = np.zeros((2, len(KINDS)))
-    table[0, KINDS.index("saved")], table[1, KINDS.index("again")] = 5, 7
+    table[0, KINDS.index("saved")], table[1, KINDS.index("recomputed")] = 5, 7
     found = Breakdown("loss", ("a", "b"), table, 3.0, ("a",))
     assert found.total == 15
-    assert found.by_layer("saved", "again").tolist() == [5, 7]
+    assert found.by_layer("saved", "recomputed").tolist() == [5, 7]

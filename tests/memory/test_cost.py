@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.cost import ByteCost, ParameterCost, total_cost
-from rankpilot.memory.peak_candidates import UNDERESTIMATE, needed_moments, prune
+from rankpilot.memory.peak_candidates import UNDERESTIMATE, keep_candidates, needed_candidates
 
 from ..allocation.synthetic_costs import random_cost, transformer_cost
 
@@ -59,9 +59,9 @@ def test_moments_that_are_never_the_peak_are_left_out_with_what_only_they_hold(c
         np.concatenate([np.pad(cost.held, [(0, 0), (0, 1)]), [[10.0, 10, 10, 10]]]),
         np.concatenate([cost.needs, [[True, False, True]]]),
     )
-    kept = needed_moments(lower, np.random.default_rng(0))
+    kept = needed_candidates(lower, np.random.default_rng(0))
     assert kept == [0, 1]
-    left = prune(lower, kept)
+    left = keep_candidates(lower, kept)
     assert left.moments == cost.moments
     for name in ("constant", "per_rank", "held", "needs"):
         assert np.array_equal(getattr(left, name), getattr(cost, name)), name
@@ -75,7 +75,7 @@ def test_plans_of_all_kinds_cost_the_same_with_the_moments_left(seed):
         cost, _, _ = transformer_cost(generator, 6, checkpointing=seed % 4 == 1)
     else:
         cost = random_cost(generator, np.repeat(np.arange(5), 3))
-    left = prune(cost, needed_moments(cost, np.random.default_rng(0)))
+    left = keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0)))
     assert len(left.moments) <= len(cost.moments)
     count = cost.per_rank.shape[1]
     lost = []

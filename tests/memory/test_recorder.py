@@ -36,21 +36,27 @@ def recorded(named_family):
 def test_each_storage_has_a_place_in_time_and_in_the_model(recorded):
     _, run, recording = recorded()
     count = len(recording.sizes)
-    for column in (recording.births, recording.deaths, recording.places, recording.owners, recording.parts):
+    for column in (
+        recording.created,
+        recording.freed,
+        recording.name_index,
+        recording.target_index,
+        recording.segment_index,
+    ):
         assert len(column) == count
-    assert (np.diff(recording.births) >= 0).all()
-    assert (recording.deaths >= recording.births).all()
+    assert (np.diff(recording.created) >= 0).all()
+    assert (recording.freed >= recording.created).all()
     assert (recording.sizes >= 0).all()
-    owned = recording.owners >= 0
-    for owner, place in zip(recording.owners[owned].tolist(), recording.places[owned].tolist(), strict=True):
+    owned = recording.target_index >= 0
+    for owner, place in zip(recording.target_index[owned].tolist(), recording.name_index[owned].tolist(), strict=True):
         assert run.targets[owner].name in recording.names[place]
-    assert set(recording.owners[owned].tolist()) == set(range(len(run.targets)))
-    assert (recording.parts == -1).all()
+    assert set(recording.target_index[owned].tolist()) == set(range(len(run.targets)))
+    assert (recording.segment_index == -1).all()
 
 
 def test_only_gradients_outlive_the_step_and_each_belongs_to_its_module(recorded):
     _, run, recording = recorded()
-    left = np.flatnonzero((recording.deaths == NEVER) & (recording.births > recording.forward_end))
+    left = np.flatnonzero((recording.freed == NEVER) & (recording.created > recording.forward_end))
     assert set(left.tolist()) == set(recording.gradients)
     for index, target in enumerate(run.targets):
         sizes = [int(recording.sizes[s]) for s, module in recording.gradients.items() if module == index]
@@ -70,7 +76,7 @@ def test_recording_twice_gives_the_same(recorded):
     second = recorder.step(run.batch)
     assert first.needed == second.needed
     assert first.gradients == second.gradients
-    for name in ("sizes", "births", "deaths", "owners", "places", "unpacks"):
+    for name in ("sizes", "created", "freed", "target_index", "name_index", "uses_saved"):
         assert np.array_equal(getattr(first, name), getattr(second, name)), name
 
 
@@ -87,7 +93,7 @@ def test_upstream_modules_need_more_than_downstream_ones(recorded):
     _, run, recording = recorded()
     held = np.zeros(len(run.targets))
     for serial, modules in recording.needed.items():
-        if recording.births[serial] <= recording.forward_end and recording.owners[serial] < 0:
+        if recording.created[serial] <= recording.forward_end and recording.target_index[serial] < 0:
             held += [int(recording.sizes[serial]) * (modules >> index & 1) for index in range(len(run.targets))]
     by_layer = held.reshape(2, 7)
     assert by_layer[0].min() > by_layer[1].max()
@@ -95,13 +101,13 @@ def test_upstream_modules_need_more_than_downstream_ones(recorded):
 
 def test_lifetimes_without_holding_are_shorter_for_what_is_saved_and_the_same_for_the_rest(recorded):
     recorder, run, recording = recorded()
-    assert np.array_equal(recording.alone, recording.deaths)
+    assert np.array_equal(recording.freed_if_unsaved, recording.freed)
     alive = recorder.lifetimes(recording, run.batch)
-    assert (alive.alone <= alive.deaths).all()
-    shorter = np.flatnonzero(alive.alone < alive.deaths)
+    assert (alive.freed_if_unsaved <= alive.freed).all()
+    shorter = np.flatnonzero(alive.freed_if_unsaved < alive.freed)
     assert len(shorter) > 20
     assert set(shorter.tolist()) <= alive.needed.keys()
-    assert (alive.births[shorter] <= alive.forward_end).all()
+    assert (alive.created[shorter] <= alive.forward_end).all()
 
 
 def test_a_pass_with_other_operations_has_no_lifetimes(recorded):
@@ -123,8 +129,8 @@ def test_checkpointed_layers_are_segments_that_run_once(recorded, reentrant):
     assert first.start < first.end <= second.start < second.end <= recording.forward_end
     assert set(first.outputs) & set(second.inputs)
     assert recording.forward_end == pytest.approx(plain.forward_end, abs=FEW)  # nothing runs a second time
-    assert set(recording.parts.tolist()) == {-1, 0, 1}
-    assert {int(recording.parts[serial]) for serial in recording.inside} == {0, 1}
+    assert set(recording.segment_index.tolist()) == {-1, 0, 1}
+    assert {int(recording.segment_index[serial]) for serial in recording.saved_in_segment} == {0, 1}
     layers = run.model.base_model.model.model.layers
     assert all("_run_segment" not in str(layer._gradient_checkpointing_func) for layer in layers)
 

@@ -41,7 +41,7 @@ def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
     table = np.zeros((len(names), len(KINDS)))
     for kind, count in {"saved": 10, "weights": 1, "gradients": 1, "optimizer": 2}.items():
         table[1 : layers + 1, KINDS.index(kind)] = scale * count * MIB  # type: ignore[arg-type]
-    table[-1, KINDS.index("moment")] = 6 * MIB
+    table[-1, KINDS.index("transient")] = 6 * MIB
     return Breakdown("backward: base_model.model", names, table, 0.0, tuple(np.repeat(names[1 : layers + 1], 2)))
 
 
