@@ -252,8 +252,7 @@ class _Run:
 
     def _trains(self, leaf: torch.Tensor) -> ModuleSet:
         target = self._recorder.target_of_parameter.get(id(leaf))
-        in_every_plan = target is None or target in self._recorder.always_trains
-        return self._recorder.every_plan if in_every_plan else 1 << target
+        return self._recorder.every_plan if target is None or target in self._recorder.always_trains else 1 << target
 
     def _find_saved(self, flow: dict[Any, ModuleSet]) -> None:
         """Note which storages the nodes saved, and for which modules."""
