@@ -25,6 +25,7 @@ from ..env.vector import StackedVectorEnv
 from .harness import (
     Figures,
     estimate_cycles,
+    estimate_figures,
     interleave,
     machine_facts,
     make_table,
@@ -137,8 +138,7 @@ def benchmark(options: EnvSpeed, load: Load, console: Console) -> Figures:
             prefix = f"steps_{steps}.{name}"
             figures[f"{prefix}.train_steps_per_cpu_s"] = rate
             if name != "peft":
-                figures |= {f"{prefix}.over_peft": ratio.value}
-                figures |= {f"{prefix}.over_peft_low": ratio.low, f"{prefix}.over_peft_high": ratio.high}
+                figures |= estimate_figures(f"{prefix}.over_peft", ratio)
     title = f"{load.base}, {load.rows} x {load.length} tokens, four decisions; medians of {load.rounds} rounds"
     console.print(make_table(title, ("episodes of", "train steps/CPU s", "CPU of one", "over PEFT"), rows))
     return figures

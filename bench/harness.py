@@ -29,10 +29,10 @@ Figures = dict[str, float | int | str | bool]
 
 
 def turn_order(count: int, turn: int) -> tuple[int, ...]:
-    """Who goes when in one round of an interleaved run: rotated by one each round, as in a Williams square.
+    """The order of the participants in one round of an interleaved run: a Williams square, rotated by one each round.
 
     Over `count` rounds each participant takes each place once, and (if `count` is even) follows each other one equally
-    often. Rotating 0, 1, 2, 3 would always put the same one behind the one that leaves the coldest cache.
+    often. A mere rotation of 0, 1, 2, 3 would always put the same participant behind the one with the coldest cache.
 
     Args:
         count: participants, > 0.
@@ -82,7 +82,8 @@ def interleave(
 def _old_objects_frozen() -> Iterator[None]:
     """Keep the garbage collector away from what exists already.
 
-    In one process a full collection walks the models of all participants, and would be charged to whoever triggers it.
+    All participants live in one process. A full collection walks all of their models, and its time would count for the
+    participant that happens to start it.
     """
     gc.collect()
     gc.freeze()
@@ -149,6 +150,11 @@ def estimate_cycles(ratios: FloatArray, statistic: Statistic) -> Estimate:
         statistic: `usual_step` or `whole_cycle`.
     """
     return estimate(ratios, range(len(ratios)), statistic)
+
+
+def estimate_figures(name: str, estimate: Estimate) -> Figures:
+    """An estimate by flat name: NAME, NAME_low and NAME_high."""
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def machine_facts(device: torch.device) -> Figures:

@@ -1,4 +1,4 @@
-"""Whether a policy trained on proxies is worth having on real fine-tunes: MiniLM-L6 under it and under uniform rank."""
+"""Whether a policy that was trained on proxies helps real fine-tunes: MiniLM-L6 under it and under uniform rank."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..agents.learned.policy import LearnedPolicy
 from ..agents.learned.policy_file import load_policy, policy_folder, read_card
 from ..common.devices import find_device
-from ..common.statistics import compare_pairs, estimate
+from ..common.statistics import Estimate, compare_pairs, estimate
 from ..common.workers import worker_pool
 from ..data.models_and_data import load_workload
 from ..errors import ConfigError, NonFiniteError
 from ..finetune.config import FinetuneConfig
 from ..finetune.experiment import PILOT, UNIFORM, run_one
 from ..study.policy.claims import WORSE
-from .harness import Figures, machine_facts, make_table, run_command
+from .harness import Figures, estimate_figures, machine_facts, make_table, run_command
 from .ledger import Ledger
 
 MODEL = "all-minilm-l6-v2"
@@ -120,11 +120,11 @@ class Transfer:
     batches and learning rate, the highest of three at which uniform rank diverges in none of the budgets. Each adapter
     that a policy leaves is loaded by plain PEFT in another process, and its logits compared.
 
-    Told are held-out losses and accuracy, how often a policy's loss is lower, the mean difference of their logs, runs
-    that are more than 1 % worse, measured peaks above the budget (every tenth step is measured), adapters that give
-    the same logits again, and the time of a step; intervals are 95 %, by a bootstrap over data sets and budgets. A run
-    that diverges counts as worse than any other, and in means as a model that guesses. The full run takes about an hour
-    on two cores for one policy.
+    The tables show held-out losses and accuracy, how often a policy's loss is lower, the mean difference of their logs,
+    runs that are more than 1 % worse, measured peaks above the budget (every tenth step is measured), adapters that
+    give the same logits after loading, and the time of a step; intervals are 95 %, by a bootstrap over data sets and
+    budgets. A run that diverges counts as worse than any other, and in means as a model that guesses. The full run
+    takes about an hour on two cores for one policy.
 
     Attributes:
         policies: "default", folders of trained policies, or rules.
@@ -166,10 +166,10 @@ class Transfer:
         }
 
 
-def fly(piece: Piece) -> dict[str, Any]:
+def run_piece(piece: Piece) -> dict[str, Any]:
     """Run one fine-tune; returns its figures, for a policy also whether plain PEFT loads the adapter.
 
-    The loss of a run that diverges is None; "guess" is that of a model that gives each class the same probability.
+    The loss of a run that diverges is None; "guess" is the loss of a model that gives each class the same probability.
     """
     name = UNIFORM if piece.policy == UNIFORM else PILOT
     config = FinetuneConfig(
@@ -202,7 +202,7 @@ def run_all(options: Transfer, course: Course, ledger: Ledger, console: Console)
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar, worker_pool(options.workers) as spread:
         shown = bar.add_task("fine-tunes", total=len(pieces), completed=len(pieces) - len(missing))
-        for piece, result in spread(fly, missing):
+        for piece, result in spread(run_piece, missing):
             ledger.add(asdict(piece), result)
             bar.advance(shown)
     return {piece: ledger.get(asdict(piece)) for piece in pieces}
@@ -221,29 +221,23 @@ def pairs_of(results: dict[Piece, dict[str, Any]], policy: str) -> Iterator[Pair
 def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
     """A policy against uniform rank."""
     tasks = [f"{piece.data} {piece.budget}" for piece, _, _ in pairs]
-    runs, uniform = [own for _, own, _ in pairs], [other for _, _, other in pairs]
-    losses, others = ([_loss(run, math.inf) for run in side] for side in (runs, uniform))
-    logs, other_logs = (np.log([_loss(run, run["guess"]) for run in side]) for side in (runs, uniform))
-    gain = estimate(other_logs - logs, tasks)
-    whole = [(own, other) for _, own, other in pairs if _ended(own) and _ended(other)]
-    versus = compare_pairs([-loss for loss in losses], [-loss for loss in others], tasks)
+    runs, uniform_runs = [run for _, run, _ in pairs], [uniform for _, _, uniform in pairs]
+    losses, uniform_losses = ([_loss(run, math.inf) for run in side] for side in (runs, uniform_runs))
+    logs, uniform_logs = (np.log([_loss(run, run["guess"]) for run in side]) for side in (runs, uniform_runs))
+    ended = [(run, uniform) for _, run, uniform in pairs if _ended(run) and _ended(uniform)]
+    versus = compare_pairs([-loss for loss in losses], [-loss for loss in uniform_losses], tasks)
+    step_ratios = [run["median_step_s"] / uniform["median_step_s"] for run, uniform in ended]
     figures: Figures = {
         "runs": len(pairs),
-        "better": versus.better.value,
-        "better_low": versus.better.low,
-        "better_high": versus.better.high,
-        "log_loss_gain": gain.value,
-        "log_loss_gain_low": gain.low,
-        "log_loss_gain_high": gain.high,
+        **estimate_figures("better", versus.better),
+        **estimate_figures("log_loss_gain", estimate(uniform_logs - logs, tasks)),
         "diverged": sum(not _ended(run) for run in runs),
-        "one_percent_worse": sum(loss > WORSE * other for loss, other in zip(losses, others, strict=True)),
-        "worst_ratio": float(np.exp(np.max(logs - other_logs))),
-        "accuracy_gain": _mean(own["held_out_accuracy"] - other["held_out_accuracy"] for own, other in whole),
-        "over_budget": sum(own["peak_bytes"] > own["budget_bytes"] for own, _ in whole),
-        "identical_reloads": sum(bool(own["reload"]["identical"]) for own, _ in whole),
-        "step_ratio": float(
-            np.median([own["median_step_s"] / other["median_step_s"] for own, other in whole] or [0.0])
-        ),
+        "one_percent_worse": sum(loss > WORSE * other for loss, other in zip(losses, uniform_losses, strict=True)),
+        "worst_ratio": float(np.exp(np.max(logs - uniform_logs))),
+        "accuracy_gain": _mean(run["held_out_accuracy"] - uniform["held_out_accuracy"] for run, uniform in ended),
+        "over_budget": sum(run["peak_bytes"] > run["budget_bytes"] for run, _ in ended),
+        "identical_reloads": sum(bool(run["reload"]["identical"]) for run, _ in ended),
+        "step_ratio": float(np.median(step_ratios or [0.0])),
     }
     return {f"{policy}.{name}": value for name, value in figures.items()}
 
@@ -258,19 +252,20 @@ def _loss(run: dict[str, Any], otherwise: float) -> float:
 
 def _mean(values: Iterable[float]) -> float:
     """The mean; 0 of nothing."""
-    return float(np.mean(found)) if (found := list(values)) else 0.0
+    listed = list(values)
+    return float(np.mean(listed)) if listed else 0.0
 
 
 def _runs_table(policy: str, pairs: Sequence[Pair]) -> Any:
     rows = [
         [
             f"{piece.data}, {piece.budget}, seed {piece.seed}",
-            *(f"{result['held_out_loss']:.4f}" if _ended(result) else "diverged" for result in (own, other)),
-            f"{100 * (_loss(own, math.inf) / _loss(other, math.inf) - 1):+.1f} %",
-            *(f"{100 * result.get('held_out_accuracy', math.nan):.1f} %" for result in (own, other)),
-            *(f"{result.get('adapter_parameters', 0):,}" for result in (own, other)),
+            *(f"{result['held_out_loss']:.4f}" if _ended(result) else "diverged" for result in (run, uniform)),
+            f"{100 * (_loss(run, math.inf) / _loss(uniform, math.inf) - 1):+.1f} %",
+            *(f"{100 * result.get('held_out_accuracy', math.nan):.1f} %" for result in (run, uniform)),
+            *(f"{result.get('adapter_parameters', 0):,}" for result in (run, uniform)),
         ]
-        for piece, own, other in pairs
+        for piece, run, uniform in pairs
     ]
     columns = ("run", "loss", "uniform", "difference", "accuracy", "uniform", "parameters", "uniform")
     return make_table(f"{policy} against uniform rank in the same bytes", columns, rows)
@@ -278,18 +273,22 @@ def _runs_table(policy: str, pairs: Sequence[Pair]) -> Any:
 
 def _summary_table(figures: Figures, policies: Sequence[str]) -> Any:
     def row(policy: str) -> list[str]:
-        own = {name.removeprefix(f"{policy}."): value for name, value in figures.items()}
+        values = {name.removeprefix(f"{policy}."): value for name, value in figures.items()}
+        better, gain = (
+            Estimate(*(float(values[f"{name}{end}"]) for end in ("", "_low", "_high")))
+            for name in ("better", "log_loss_gain")
+        )
         return [
             policy,
-            f"{own['runs']}",
-            f"{own['better']:.0%} ({own['better_low']:.0%} to {own['better_high']:.0%})",
-            f"{own['log_loss_gain']:+.3f} ({own['log_loss_gain_low']:+.3f} to {own['log_loss_gain_high']:+.3f})",
-            f"{own['one_percent_worse']}",
-            f"{own['worst_ratio']:.3f}",
-            f"{100 * float(own['accuracy_gain']):+.2f}",
-            f"{own['over_budget']}",
-            f"{own['identical_reloads']}",
-            f"{own['step_ratio']:.2f}",
+            f"{values['runs']}",
+            f"{better:.0%}",
+            f"{gain:+.3f}",
+            f"{values['one_percent_worse']}",
+            f"{values['worst_ratio']:.3f}",
+            f"{100 * float(values['accuracy_gain']):+.2f}",
+            f"{values['over_budget']}",
+            f"{values['identical_reloads']}",
+            f"{values['step_ratio']:.2f}",
         ]
 
     columns = ("policy", "runs", "better", "log loss gained", "1 % worse", "worst", "points", "over", "reloads", "step")
@@ -304,7 +303,7 @@ def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
     """
     options.check()
     ledger = Ledger(options.json.with_suffix(".jsonl") if options.json else None, resume=options.resume)
-    # The stream itself, since runs in this process write their own words elsewhere.
+    # The stream by name: runs in this process redirect what they print.
     results = run_all(options, course, ledger, Console(file=sys.stderr))
     figures: Figures = {**machine_facts(find_device("auto")), "threads": 1, "quick": options.quick}
     for policy in options.policies:

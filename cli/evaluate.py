@@ -57,13 +57,13 @@ def main(arguments: Sequence[str]) -> None:
 def evaluate_command(options: Evaluate) -> None:
     """Compare policies, and show who is better."""
     from ..agents.evaluation.evaluate import ROWS, evaluate
-    from ..study.policy.tables import standings_table
+    from ..study.policy.tables import comparison_table
 
     if options.split == "test":
         console.print("The test split is for final reports: whoever chooses by it has no test left.")
     with progress_bar("policies on the same proxy fine-tunes (runs)") as report:
         groups = evaluate(options, options.output, resume=options.resume, on_progress=report)
     for group in groups:
-        console.print(standings_table(group, Path(options.against).name))
+        console.print(comparison_table(group, Path(options.against).name))
     console.print("Below a figure: its 95 % interval; below a chance also the runs won / tied / lost.", style="dim")
     console.print(f"A line for each run: {options.output / ROWS}", soft_wrap=True, markup=False)

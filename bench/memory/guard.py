@@ -90,10 +90,10 @@ def named_plans(targets: Sequence[TargetModule], cost: Cost, layers: int) -> dic
 def outside_view(
     family: Family, size: Size, device: torch.device, seed: int, plans: tuple[str, ...] = PLANS
 ) -> dict[str, Any]:
-    """What the operating system or CUDA's allocator says of single steps, beside the prediction.
+    """What the operating system or CUDA's allocator reports of single steps, beside the prediction.
 
     Returns:
-        By plan "predicted" bytes, and those that `resident.observe` tells; no plan where nothing can be read.
+        By plan "predicted" bytes, and those of `resident.observe`; no plan where nothing can be read.
     """
     if not is_supported(device):
         return {}

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ...common.statistics import Estimate
 from ...memory.budget import format_bytes
-from ..harness import Figures, make_table
+from ..harness import Figures, estimate_figures, make_table
 from .accuracy import Errors
 from .settings import Setting
 
@@ -19,7 +20,7 @@ Chosen = Callable[[Setting, Mapping[str, Any]], bool]
 
 KINDS = {"saved": "Saved for backward", "peak": "Peak of a step"}
 BARS = {"saved": "Bars: 0.5, 2, 4, -4", "peak": "Bars: 0.5, 3, 4, -4"}
-"""What errors may be: median and 95th percentile of their size, the worst over and under."""
+"""The largest errors that are allowed: median and 95th percentile of their size, the worst over and under, in %."""
 
 
 def accuracy(results: Results, console: Console) -> Figures:
@@ -76,7 +77,7 @@ def _cells(errors: Errors) -> tuple[str, ...]:
 
 
 def guard(results: Mapping[str, Mapping[str, Any]], console: Console) -> Figures:
-    """Print what is seen from outside and what the guard costs; returns the figures."""
+    """Print what the system reports of single steps, and what the guard costs; returns the figures."""
     figures: Figures = {}
     for family, result in results.items():
         seen = result.get("outside") or {}
@@ -85,15 +86,13 @@ def guard(results: Mapping[str, Mapping[str, Any]], console: Console) -> Figures
             rows = [(plan, *_beside(sizes, names)) for plan, sizes in seen.items()]
             console.print(make_table(f"{family}, one step from outside", ("plan", "predicted", *_titles(names)), rows))
             figures |= {f"outside.{family}.{p}.{n}": v for p, sizes in seen.items() for n, v in sizes.items()}
-        value, low, high = result["guard"]["step_ratio"]
-        share = result["guard"]["look_share"]
+        ratio, share = Estimate(*result["guard"]["step_ratio"]), result["guard"]["look_share"]
         console.print(
-            f"{family}: a measured step takes {value:.3f} ({low:.3f} to {high:.3f}) of a plain one; other steps carry "
-            f"the look at the batch, {share:.3%} of a step.",
+            f"{family}: a measured step takes {ratio:.3f} of a plain one; other steps carry the look at the batch, "
+            f"{share:.3%} of a step.",
             highlight=False,
         )
-        figures |= {f"guard.{family}.step_ratio": value, f"guard.{family}.step_ratio_low": low}
-        figures |= {f"guard.{family}.step_ratio_high": high, f"guard.{family}.look_share": share}
+        figures |= estimate_figures(f"guard.{family}.step_ratio", ratio) | {f"guard.{family}.look_share": share}
     return figures
 
 

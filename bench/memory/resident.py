@@ -1,8 +1,8 @@
-"""What the operating system, or CUDA's allocator, says of one step's peak, in a process of its own for each plan.
+"""The peak of one step as the operating system, or CUDA's allocator, reports it; each plan runs in a new process.
 
-An allocator keeps what a larger step took before, which would hide the peak of a smaller one. On Linux each plan runs
-twice: as it is, and with `MALLOC_MMAP_THRESHOLD_` set, under which glibc gives freed tensors back to the system. By
-default it raises that threshold as it goes (mallopt(3)), and keeps holes between tensors of the heap.
+An allocator keeps the memory of a larger step, which would hide the peak of a smaller one after it. On Linux each plan
+runs twice: as it is, and with `MALLOC_MMAP_THRESHOLD_` set, so that glibc gives freed tensors back to the system. By
+default glibc raises that threshold while the process runs (mallopt(3)), and keeps holes between tensors of the heap.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class Decide:
     """Time one first decision on Llama models of 28 to 1,001 target modules, on one thread.
 
     The models are narrow and random; prices are theirs, signals are random. "Network" is the actor's forward pass,
-    "actor" its whole decision, "policy" the decision with plan critics, which packs and judges 53 plans; all take turns
-    with the rule heur3. Figures are medians.
+    "actor" its whole decision, "policy" the decision with the plan value ensemble, which packs and scores 53 plans; all
+    take turns with the rule heur3. Figures are medians.
 
     Attributes:
         policy: "default" or the folder of a trained policy.
@@ -80,18 +80,18 @@ def deciders(policy: LearnedPolicy, observation: Observation) -> dict[str, Calla
     """What is timed, by name."""
     modules, run = (torch.from_numpy(array).unsqueeze(0) for array in (observation.modules, observation.run))
     mask = torch.ones(1, modules.shape[1])
-    found: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         RULE: partial(find_rule(RULE).decide, observation),
         "network": partial(_forward, policy.network, modules, run, mask),
         "actor": partial(replace(policy, critics=None).decide, observation),
     }
-    return found | ({"policy": partial(policy.decide, observation)} if policy.critics else {})
+    return calls | ({"policy": partial(policy.decide, observation)} if policy.critics else {})
 
 
 @torch.no_grad()
 def _forward(network: RankNetwork, *inputs: torch.Tensor) -> Action:
-    found: Action = network(*inputs)
-    return found
+    action: Action = network(*inputs)
+    return action
 
 
 def time_decisions(policy: LearnedPolicy, layers: int, rounds: int) -> tuple[int, Figures]:
@@ -101,7 +101,7 @@ def time_decisions(policy: LearnedPolicy, layers: int, rounds: int) -> tuple[int
     device = torch.device("cpu")
     interleave(work, 1, device)  # to warm up
     seconds = interleave(work, rounds, device)
-    figures: Figures = {f"{name}_ms": 1e3 * float(np.median(own)) for name, own in seconds.items()}
+    figures: Figures = {f"{name}_ms": 1e3 * float(np.median(times)) for name, times in seconds.items()}
     for name in work.keys() - {RULE}:
         figures[f"{name}_ratio"] = float(np.median(paired_ratios(seconds[name], seconds[RULE], 1)))
     return len(observation.modules), figures
@@ -128,10 +128,10 @@ def benchmark(options: Decide, console: Console) -> Figures:
     rows = []
     for layers in track(QUICK if options.quick else FULL, "decisions", console=Console(stderr=True), transient=True):
         with isolated():
-            count, own = time_decisions(policy, layers, 5 if options.quick else 15)
-        figures |= {f"modules_{count}.{name}": value for name, value in own.items()}
-        times = [f"{own[f'{name}_ms']:.2f} ms" for name in (RULE, "network", "actor")]
-        rows.append([str(count), *times, f"{own['policy_ms']:.1f} ms" if "policy_ms" in own else "no critics"])
+            count, medians = time_decisions(policy, layers, 5 if options.quick else 15)
+        figures |= {f"modules_{count}.{name}": value for name, value in medians.items()}
+        times = [f"{medians[f'{name}_ms']:.2f} ms" for name in (RULE, "network", "actor")]
+        rows.append([str(count), *times, f"{medians['policy_ms']:.1f} ms" if "policy_ms" in medians else "actor alone"])
     console.print(make_table("One first decision, medians", ("modules", RULE, "network", "actor", "policy"), rows))
     return figures
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from ...common.devices import find_device
 from ...errors import ConfigError
 from ...memory.budget import format_bytes
-from ..harness import Figures, machine_facts, make_table, run_command, usual_step, whole_cycle
+from ..harness import Figures, estimate_figures, machine_facts, make_table, run_command, usual_step, whole_cycle
 from ..models import FAMILIES, Family, Size
 from .race import PERIOD, Course, Result, run
 
@@ -81,14 +81,10 @@ def figures_of(family: Family, results: dict[str, Result]) -> Figures:
         if result is plain:
             continue
         for kind, statistic in (("step", usual_step), ("cycle", whole_cycle)):
-            estimate = result.against(plain, statistic)
-            figures |= {f"{prefix}.{kind}_ratio{end}": getattr(estimate, part) for end, part in _ENDS.items()}
+            figures |= estimate_figures(f"{prefix}.{kind}_ratio", result.against(plain, statistic))
         figures[f"{prefix}.total_ratio"] = float(result.seconds.sum() / plain.seconds.sum())
         figures[f"{prefix}.own_share"] = result.own_share(plain)
     return figures
-
-
-_ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def table_of(title: str, results: dict[str, Result]) -> Table:
@@ -114,7 +110,7 @@ def table_of(title: str, results: dict[str, Result]) -> Table:
 
 
 def verdict(family: Family, results: dict[str, Result], *, quick: bool) -> str:
-    """The bar, and on which side of it rankpilot is; a quick run's steps are too short to tell."""
+    """A sentence on whether rankpilot keeps to the bar; the steps of a quick run are too short to show that."""
     result = results["rankpilot"]
     cycle = result.against(results["plain"], whole_cycle)
     if quick:

@@ -1,4 +1,4 @@
-"""What a policy has to show on the test split, and whether it does."""
+"""The claims that a policy is measured against on the test split, and whether it reaches them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Claim:
         title: which runs.
         keep: whether a row belongs to them.
         other: a competitor, or UNIFORM.
-        bar: what is asked for; None where a figure is only told.
+        bar: what is asked for; None where a figure is only shown.
     """
 
     title: str
@@ -172,10 +172,9 @@ def share(rows: Iterable[Row], policy: str, best: str, other: str, *, logs: bool
     if not pairs:
         return None
     starts = [row.initial_loss for row, _ in pairs]
-    found = [_finite(losses, starts) for losses in ([loss for _, loss in pairs], [_loss(row) for row, _ in pairs])]
-    found.append(_finite([tops[row.key[1:]] for row, _ in pairs], starts))
-    base, own, top = [np.log(losses) for losses in found] if logs else found
-
+    others, losses = [loss for _, loss in pairs], [_loss(row) for row, _ in pairs]
+    sides = [_finite(side, starts) for side in (others, losses, [tops[row.key[1:]] for row, _ in pairs])]
+    base, reached, top = [np.log(side) for side in sides] if logs else sides
     if not (base - top).any():
         return None
 
@@ -183,7 +182,7 @@ def share(rows: Iterable[Row], policy: str, best: str, other: str, *, logs: bool
         whole = counts @ (base - top)
         return np.divide(counts @ values, whole, out=np.zeros(len(whole)), where=whole != 0)
 
-    return estimate(base - own, [row.task for row, _ in pairs], ratio)
+    return estimate(base - reached, [row.task for row, _ in pairs], ratio)
 
 
 def _pairs(rows: Sequence[Row], policy: str, other: str) -> list[tuple[Row, float]]:

@@ -9,13 +9,13 @@ from ...agents.evaluation.tables import Group, Standing
 from ...common.statistics import Estimate, PairedComparison
 
 
-def standings_table(group: Group, against: str) -> Table:
+def comparison_table(group: Group, against: str) -> Table:
     """Who is better on one group of tasks, best first.
 
     Below each figure is its 95 % interval, below a chance also how many runs were won, tied and lost.
 
     Args:
-        group: the standings.
+        group: the policies on these tasks.
         against: name of the policy that all are compared with.
     """
     table = Table(title=f"{group.name} ({group.tasks} tasks)", title_justify="left", box=box.SIMPLE_HEAD)
@@ -41,12 +41,12 @@ def _cells(standing: Standing) -> tuple[str, ...]:
     )
 
 
-def _gain(found: Estimate) -> str:
-    return f"{found.value:+.2f}\n[dim]{found.low:+.2f} to {found.high:+.2f}[/]"
+def _gain(gain: Estimate) -> str:
+    return f"{gain.value:+.2f}\n[dim]{gain.low:+.2f} to {gain.high:+.2f}[/]"
 
 
-def _chance(found: PairedComparison) -> str:
+def _chance(pairs: PairedComparison) -> str:
     """The chance of being better, its interval, and the wins, ties and losses behind it."""
-    chance = found.better
-    counts = f"{found.wins} / {found.ties} / {found.losses}"
+    chance = pairs.better
+    counts = f"{pairs.wins} / {pairs.ties} / {pairs.losses}"
     return f"{chance.value:.0%}\n[dim]{chance.low:.0%} to {chance.high:.0%}[/]\n[dim]{counts}[/]"

@@ -14,7 +14,8 @@ from ...common.arrays import FloatArray
 from ...common.module_names import short_names
 from ...memory.budget import format_bytes
 
-MOVES_TOLD = 3
+MOVES_SHOWN = 3
+"""Moves that a decision's list has at most."""
 STANDS_OUT = 1.0
 """Standard deviations from the mean of all modules."""
 
@@ -73,12 +74,13 @@ def _describe(table: pa.Table) -> str:
     # Far moves on the ladder are far in log rank; the +1 lets rank 0 take part.
     move = np.abs(np.log2(after + 1) - np.log2(before + 1))
     lines = [_headline(first, before, after, int(pc.sum(table["changed_by_projection"]).as_py()))]
-    telling = np.array([max((abs(distance) for _, distance in found), default=0.0) for found in features])
-    for index in np.lexsort((-telling, -move))[:MOVES_TOLD]:
+    farthest = np.array([max((abs(distance) for _, distance in pairs), default=0.0) for pairs in features])
+    for index in np.lexsort((-farthest, -move))[:MOVES_SHOWN]:
         if move[index] > 0:
-            told = ", ".join(f"{name} {distance:+.1f} sd" for name, distance in features[index])
-            reason = told.replace("-", "−") or "no feature stood out"
-            lines.append(f"- `{names[index]}`: rank {before[index]} → {after[index]} ({reason})")
+            reason = ", ".join(f"{name} {distance:+.1f} sd" for name, distance in features[index]).replace("-", "−")
+            lines.append(
+                f"- `{names[index]}`: rank {before[index]} → {after[index]} ({reason or 'no feature stood out'})"
+            )
     return lines[0] + "\n\n" + "\n".join(lines[1:]) if len(lines) > 1 else lines[0]
 
 

@@ -1,7 +1,7 @@
 """Pictures of a fine-tune and of policy training; each function returns a matplotlib Figure.
 
 Drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
-README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles say what was found.
+README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles state the result.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _write_ranks(axes: Axes, rows: _Rows) -> None:
 def _draw_labels(axes: Axes, rows: _Rows) -> None:
     """Kinds beside their rows, layers as groups left of them."""
     middles = [(low + high) / 2 for low, high in pairwise(rows.edges)]
-    # A module outside the layers: where rows are labelled, its own row bears its name already.
+    # A module outside the layers has its name beside its row already, where rows are labelled.
     layers = [rows.names[low].layer or ("" if rows.labelled else rows.names[low].kind) for low in rows.edges[:-1]]
     axes.tick_params(axis="y", labelsize=8.5)
     axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=9)

@@ -24,9 +24,9 @@ from rankpilot.bench.transfer import (
     Piece,
     Transfer,
     figures_of,
-    fly,
     main,
     pairs_of,
+    run_piece,
 )
 from rankpilot.common.files import sha256
 from rankpilot.common.workers import isolated
@@ -122,19 +122,19 @@ def test_a_run_that_diverges_loses_and_counts_as_a_guess() -> None:
 @pytest.mark.assets
 def test_a_rate_that_is_too_high_diverges() -> None:
     _, piece = QUICK.runs({"heur3": None})
-    assert fly(replace(piece, learning_rate=1e30)) == {"held_out_loss": None, "guess": math.log(2)}
+    assert run_piece(replace(piece, learning_rate=1e30)) == {"held_out_loss": None, "guess": math.log(2)}
 
 
 def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flown: list[Piece] = []
+    started: list[Piece] = []
 
     def stop_at_seven(piece: Piece) -> dict[str, Any]:
-        flown.append(piece)
-        if len(flown) == 7:
+        started.append(piece)
+        if len(started) == 7:
             raise KeyboardInterrupt
         return made_up(piece)
 
-    monkeypatch.setattr(transfer, "fly", stop_at_seven)
+    monkeypatch.setattr(transfer, "run_piece", stop_at_seven)
     options = Transfer(policies=("heur3",), json=tmp_path / "figures.json", workers=1)
     with pytest.raises(KeyboardInterrupt):
         transfer.benchmark(options, COURSE, CONSOLE)
@@ -142,7 +142,7 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         transfer.benchmark(options, COURSE, CONSOLE)
     figures = transfer.benchmark(replace(options, resume=True), COURSE, CONSOLE)
     pieces = COURSE.runs({"heur3": None})
-    assert len(flown) == len(pieces) + 1, "only the run that failed is repeated"
+    assert len(started) == len(pieces) + 1, "only the run that failed is repeated"
     assert figures["heur3.runs"] == 8
     ledger = Ledger(tmp_path / "figures.jsonl", resume=True)
     assert all(ledger.get(asdict(piece)) == made_up(piece) for piece in pieces)
@@ -191,6 +191,6 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "heur3 against uniform rank" in capsys.readouterr().out
     piece, _ = QUICK.runs({"heur3": None})
     with isolated():
-        again, stored = fly(piece), Ledger(path.with_suffix(".jsonl"), resume=True).get(asdict(piece))
+        again, stored = run_piece(piece), Ledger(path.with_suffix(".jsonl"), resume=True).get(asdict(piece))
     assert again["held_out_loss"] == stored["held_out_loss"], "the same seed, the same run"
     assert again["ranks"] == stored["ranks"]
