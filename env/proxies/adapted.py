@@ -20,7 +20,7 @@ SCALING = 2.0
 """Constant LoRA scaling of proxy runs (alpha 16 at rank 8, PEFT users' most common setting)."""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
     """The proxy base with a LoRA pair on every target module; one a process, since episodes run one after another."""
     base = find_base(name)
@@ -35,7 +35,7 @@ def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
     return model, find_target_modules(model)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> Cost:
     """Price of plans on a proxy base at one batch shape."""
     model, targets = adapted_base(base)
