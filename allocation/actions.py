@@ -38,7 +38,7 @@ def base_depth_bias(problem: AllocationProblem) -> float:
 def decode(
     problem: AllocationProblem, scores: FloatArray, placement: Sequence[float] | FloatArray
 ) -> tuple[IntArray, float, float]:
-    """Rank deltas that scores ask for.
+    """The ranks that scores ask for.
 
     Args:
         problem: the plans that are possible now.
@@ -47,10 +47,9 @@ def decode(
             parameter budget depth costs nothing: the floor starts at rank 1 instead of 16, and the depth bias at none.
 
     Returns:
-        Deltas in rungs, int64 (modules,), the floor as a rank, and the depth bias.
+        Ranks on the ladder, int64 (modules,), the floor as a rank, and the depth bias.
     """
     rank_floor_shift, depth_bias_shift = placement
     rank_floor = float(base_rank_floor(problem) * 2.0**rank_floor_shift)
     depth_bias = float(base_depth_bias(problem) + depth_bias_shift)
-    target = pack(problem, scores, rank_floor, depth_bias)
-    return problem.ladder.rung(target) - problem.ladder.rung(problem.ranks), rank_floor, depth_bias
+    return pack(problem, scores, rank_floor, depth_bias), rank_floor, depth_bias

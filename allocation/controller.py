@@ -160,7 +160,7 @@ class RankController(Generic[AdaptersT]):
 
     def apply(
         self,
-        deltas: IntArray,
+        wanted: IntArray,
         scores: FloatArray,
         step: int,
         optimizer: torch.optim.Optimizer | None = None,
@@ -168,7 +168,7 @@ class RankController(Generic[AdaptersT]):
         """Project a decision onto the budget and give the adapters their new ranks.
 
         Args:
-            deltas: rungs to move, (modules,).
+            wanted: wanted ranks, (modules,); see `project`.
             scores: order of precedence, (modules,).
             step: optimiser steps done; decides fresh rows together with the seed.
             optimizer: its state follows, unless the adapters keep their own.
@@ -176,21 +176,20 @@ class RankController(Generic[AdaptersT]):
         Returns:
             The plan as applied.
         """
-        plan = self.correct(scores, step, optimizer, deltas)
+        plan = self.correct(wanted, scores, step, optimizer)
         self.decision += 1
         return plan
 
     def correct(
         self,
+        wanted: IntArray,
         scores: FloatArray,
         step: int,
         optimizer: torch.optim.Optimizer | None = None,
-        deltas: IntArray | None = None,
     ) -> Plan:
         """As `apply`, but not counted as a decision: brings the ranks back under a limit that has become tighter."""
-        still = np.zeros(len(self.targets), dtype=np.int64)
         problem = replace(self.problem(), held=self._hold_broken(optimizer))
-        plan = project(problem, still if deltas is None else deltas, scores)
+        plan = project(problem, wanted, scores)
         self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
         return plan
 

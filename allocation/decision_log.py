@@ -77,7 +77,7 @@ class DecisionRecord:
         blocks: layer of each module, int (L,).
         delta: rungs asked for, int (L,).
         rank_before: ranks in place, int (L,).
-        rank_asked: ranks that the deltas lead to before the budget, int (L,).
+        rank_asked: ranks that the deltas lead to within the bounds, before the budget, int (L,).
         rank_after: ranks of the plan, int (L,).
         score: priority in the projection, float (L,).
         features: what the policy saw of each module, float32 (L, F).

@@ -73,4 +73,4 @@ def top_down(problem: AllocationProblem, rank_floor: float = RANK_FLOOR) -> IntA
     """
     fresh = problem.fresh()
     scores = np.zeros(len(problem.ranks))
-    return project(fresh, problem.ladder.rung(pack(fresh, scores, rank_floor)), scores).ranks
+    return project(fresh, pack(fresh, scores, rank_floor), scores).ranks

@@ -5,7 +5,7 @@ Two steps, shared by the environment and the Trainer callback:
 * `pack` turns scores into the ranks that they ask for: how many layers are adapted follows from a rank floor
   (fewer layers at a useful rank beat all layers at a thin one, since depth is what costs bytes), and inside them ranks
   go as exp(score);
-* `project` turns rank deltas into a plan: clipped to the ladder and the bounds, over budget repaired, under budget
+* `project` turns wanted ranks into a plan: clipped to the ladder and the bounds, over budget repaired, under budget
   filled.
 
 Both move along the ladder in the order of log(rank) - score, so equal scores give equal ranks.
@@ -37,7 +37,7 @@ class Plan:
     """A feasible plan.
 
     Attributes:
-        asked: ranks that the deltas asked for, after the ladder and before the budget, int64 (modules,).
+        asked: the wanted ranks, rounded down onto the ladder and clipped to the bounds, int64 (modules,).
         ranks: ranks that fit, int64 (modules,).
         cost: what they cost, in the unit of the problem.
     """
@@ -162,12 +162,12 @@ def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias
     return draft.rungs
 
 
-def project(problem: AllocationProblem, deltas: IntArray, scores: FloatArray) -> Plan:
-    """The plan nearest to the wished deltas that keeps to the budget and leaves nothing of it unspent.
+def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray) -> Plan:
+    """The plan nearest to the wanted ranks that keeps to the budget and leaves nothing of it unspent.
 
     Args:
         problem: the current state.
-        deltas: rungs to move, int (modules,); clipped to `max_step`, to the bounds and to the ladder.
+        wanted: ranks, int (modules,); rounded down onto the ladder, then clipped to `max_step` and to the bounds.
         scores: decide who gives way and who is filled up first, float (modules,).
 
     Returns:
@@ -175,7 +175,7 @@ def project(problem: AllocationProblem, deltas: IntArray, scores: FloatArray) ->
         the lower bounds alone exceed the budget, it is those.
     """
     lower, upper = problem.bounds()
-    wished = np.clip(problem.rungs + np.asarray(deltas, dtype=np.int64), lower, upper)
+    wished = np.clip(problem.ladder.rung(wanted), lower, upper)
     held = np.zeros(len(lower), dtype=np.bool_) if problem.held is None else problem.held
     draft = PlanBuilder(problem, scores, wished)
     draft.lower(lower)

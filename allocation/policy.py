@@ -18,7 +18,7 @@ class Decision:
     """What a policy wants.
 
     Attributes:
-        deltas: rungs to move, int64 (modules,).
+        ranks: the ranks that it wants, int64 (modules,); `project` rounds them down onto the ladder.
         scores: log rank relative to the other modules, (modules,); orders the projection.
         rank_floor: rank floor that decided how deep the adapters go; 0 where a plan was made without one.
         depth_bias: how much upper layers went before lower ones; 0 where a plan was made without one.
@@ -28,7 +28,7 @@ class Decision:
         uncertainty: standard deviation of that among the policy's critics; 0 for a rule.
     """
 
-    deltas: IntArray
+    ranks: IntArray
     scores: FloatArray
     rank_floor: float = 0.0
     depth_bias: float = 0.0
@@ -48,20 +48,14 @@ class Policy(Protocol):
         """Decide on one observation."""
 
 
-def decision_from_plan(observation: Observation, ranks: IntArray) -> Decision:
-    """The decision that asks for these ranks, rounded down onto the ladder; `project` spends what that leaves.
-
-    Args:
-        observation: of the decision.
-        ranks: int64 (modules,).
-    """
-    problem = observation.problem
-    return Decision(problem.ladder.rung(ranks) - problem.rungs, np.zeros(len(ranks)))
+def decision_from_plan(ranks: IntArray) -> Decision:
+    """The decision that asks for these ranks, int64 (modules,); `project` spends what the ladder leaves."""
+    return Decision(ranks, np.zeros(len(ranks)))
 
 
 def decision_to_keep(observation: Observation) -> Decision:
     """The decision that leaves all ranks as they are."""
-    return decision_from_plan(observation, observation.problem.ranks)
+    return decision_from_plan(observation.problem.ranks)
 
 
 def is_first(observation: Observation) -> bool:
@@ -76,5 +70,5 @@ def decision_from_scores(
     log_prob: float = 0.0,
 ) -> Decision:
     """The decision that scores and corrections of floor and depth bias ask for; see `decode`."""
-    deltas, rank_floor, depth_bias = decode(observation.problem, scores, placement)
-    return Decision(deltas, scores, rank_floor, depth_bias, log_prob)
+    ranks, rank_floor, depth_bias = decode(observation.problem, scores, placement)
+    return Decision(ranks, scores, rank_floor, depth_bias, log_prob)

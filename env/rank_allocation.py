@@ -186,17 +186,17 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
 
     def step(self, action: NDArray[np.int64]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Take one decision and train until the next one or the end."""
-        count = len(self.observation.modules)
-        return self.decide(read_deltas(action, self.max_modules, count), np.zeros(count))
+        wanted = read_deltas(action, self.max_modules, self.observation.problem)
+        return self.decide(wanted, np.zeros(len(wanted)))
 
     def decide(
-        self, deltas: NDArray[np.int64], scores: FloatArray
+        self, wanted: NDArray[np.int64], scores: FloatArray
     ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """As `step`, with deltas in rungs and scores that order the projection; both of shape (modules,)."""
+        """As `step`, with wanted ranks and scores that order the projection; both of shape (modules,)."""
         episode, session = self._episode, self._session
         if episode is None or session is None:
             raise ConfigError("No episode is under way: call reset() first.")
-        episode.apply(deltas, scores)
+        episode.apply(wanted, scores)
         session.decided(episode.step)
         loss: float | None = None
         try:

@@ -2,7 +2,7 @@
 
 A policy gives each module a score (its log rank relative to the others) and two numbers: one for the rank floor, which
 decides how many modules are adapted, and one for the depth bias, which decides how much upper layers come before lower
-ones. `decode` turns them into the rank deltas that the environment takes. Free choices per module did not learn
+ones. `decode` turns them into wanted ranks. Free choices per module did not learn
 (docs/experiments.md).
 """
 
@@ -38,5 +38,5 @@ class ScoreActions(gym.Wrapper[Any, Any, Any, Any]):
         """Decode the scores and take the decision; scores also order the projection."""
         observation = self._base.observation
         scores, placement = read_scores(action, self._base.max_modules, len(observation.modules))
-        deltas, *_ = decode(observation.problem, scores, placement)
-        return self._base.decide(deltas, scores)
+        wanted, *_ = decode(observation.problem, scores, placement)
+        return self._base.decide(wanted, scores)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..allocation.actions import PLACEMENT, SCORE_BOUND
 from ..allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from ..allocation.problem import AllocationProblem
 from ..common.arrays import IntArray
 from ..errors import ConfigError
 from ..lora.ladder import DEFAULT_RANKS
@@ -39,8 +40,8 @@ def score_space(max_modules: int) -> spaces.Box:
     return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + len(PLACEMENT),), np.float32)
 
 
-def read_deltas(action: Any, max_modules: int, count: int) -> IntArray:
-    """Deltas in rungs, (count,), from an action of `delta_space`.
+def read_deltas(action: Any, max_modules: int, problem: AllocationProblem) -> IntArray:
+    """The wanted ranks, int64 (modules,), of an action of `delta_space`: so many rungs from the current ones.
 
     Raises:
         ConfigError: the action has another shape, or a value out of range.
@@ -50,7 +51,7 @@ def read_deltas(action: Any, max_modules: int, count: int) -> IntArray:
     if array.shape != (max_modules,) or not whole or not bool(((array >= 0) & (array <= 2 * TOP)).all()):
         shown = np.array2string(array, threshold=12)
         raise ConfigError(f"An action holds {max_modules} whole numbers from 0 to {2 * TOP}; got {shown}.")
-    return array[:count].astype(np.int64) - TOP
+    return problem.ladder.step(problem.ranks, array[: len(problem.ranks)].astype(np.int64) - TOP)
 
 
 def read_scores(action: Any, max_modules: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -63,8 +63,8 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]
             raise ConfigError(f"One action for each of {self.num_envs} environments is needed; got {len(actions)}.")
         decisions = {}
         for slot, action in enumerate(actions):
-            count = core.episodes.module_count
-            decisions[slot] = (read_deltas(action, core.max_modules, count), np.zeros(count))
+            wanted = read_deltas(action, core.max_modules, core.sessions[slot].observation.problem)
+            decisions[slot] = wanted, np.zeros(len(wanted))
         steps = core.step(decisions)
         rewards = np.array([step.reward for step in steps.values()])
         terminated = np.array([step.terminated for step in steps.values()])

@@ -17,7 +17,7 @@ from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog, DecisionRecord
 from ..allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from ..allocation.plan import Plan
-from ..allocation.policy import Decision, Policy
+from ..allocation.policy import Decision, Policy, decision_from_plan
 from ..allocation.schedule import DecisionSchedule
 from ..data.batches import largest_batch
 from ..errors import UnsupportedError
@@ -234,15 +234,14 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         loss = self._losses.mean()
         observation = controller.observe(step, loss)
         decision = self.policy.decide(observation)
-        plan = controller.apply(decision.deltas, decision.scores, step, optimizer)
+        plan = controller.apply(decision.ranks, decision.scores, step, optimizer)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan)
 
     def _corrected(self, correction: Correction) -> None:
         """The guard changed ranks: write that down like a decision."""
-        scores = np.zeros(len(correction.deltas))
-        decision = Decision(correction.deltas, scores)
+        decision = decision_from_plan(correction.wanted)
         moved = correction.plan.ranks != correction.observation.problem.ranks
         names = np.array(self._controller.names)[moved].tolist()
         notes = dict.fromkeys(names, correction.reason)
@@ -275,7 +274,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 rank_floor=decision.rank_floor,
                 modules=observation.names,
                 blocks=problem.blocks,
-                delta=decision.deltas,
+                delta=problem.ladder.rung(decision.ranks) - problem.rungs,
                 rank_before=problem.ranks,
                 rank_asked=plan.asked,
                 rank_after=plan.ranks,

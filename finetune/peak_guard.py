@@ -38,14 +38,14 @@ class Correction:
     Attributes:
         step: optimiser steps done before it.
         reason: for the decision log.
-        deltas: rungs towards the plan before, zero where there was none, int64 (modules,).
+        wanted: ranks of the plan before, the current ones where there was none, int64 (modules,).
         observation: how things stood.
         plan: what was applied.
     """
 
     step: int
     reason: str
-    deltas: IntArray
+    wanted: IntArray
     observation: Observation
     plan: Plan
 
@@ -186,13 +186,11 @@ class PeakGuard:
             )
         return self._memory.cost()
 
-    def _correct(self, reason: str, towards: IntArray) -> None:
+    def _correct(self, reason: str, wanted: IntArray) -> None:
         """Bring the ranks under the limit, as near to some ranks as it allows."""
         controller, step = self._controller, self._step
-        problem = controller.problem()
-        deltas = problem.ladder.rung(towards) - problem.rungs
         observation = controller.observation_now(step)
-        plan = controller.correct(np.zeros(len(deltas)), step, self._optimizer, deltas)
+        plan = controller.correct(wanted, np.zeros(len(wanted)), step, self._optimizer)
         self._before = None
         self.meter.request()
-        self._corrected(Correction(step, reason, deltas, observation, plan))
+        self._corrected(Correction(step, reason, wanted, observation, plan))

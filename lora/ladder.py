@@ -23,7 +23,7 @@ class RankLadder:
         ConfigError: there are fewer than two ranks, or they do not rise strictly from 0.
 
     Example:
-        >>> RankLadder().step(8, +2)
+        >>> RankLadder().step(8, +2).item()
         16
     """
 
@@ -48,6 +48,6 @@ class RankLadder:
         """The highest rung whose rank is not above each given rank, int64 of the shape of `ranks`."""
         return np.asarray(np.searchsorted(self.array, ranks, side="right") - 1, dtype=np.int64)
 
-    def step(self, rank: int, delta: int) -> int:
-        """The rank `delta` rungs above the rung of `rank` (below if negative), clipped to the ladder's ends."""
-        return self.ranks[int(np.clip(self.rung(rank) + delta, 0, self.top))]
+    def step(self, ranks: IntArray | int, deltas: IntArray | int) -> IntArray:
+        """The ranks so many rungs up from `ranks`, or down where a delta is below 0; stops at either end."""
+        return np.asarray(self.array[np.clip(self.rung(ranks) + deltas, 0, self.top)])

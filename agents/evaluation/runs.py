@@ -230,7 +230,7 @@ def fly(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: int) -> l
         flown = Rollout(episodes, [task for task, _ in some])
         while flown.flying:
             decided = {slot: some[slot][1].decide(flown.observations[slot]) for slot in flown.flying}
-            flown.step({slot: (decision.deltas, decision.scores) for slot, decision in decided.items()})
+            flown.step({slot: (decision.ranks, decision.scores) for slot, decision in decided.items()})
         losses += flown.losses()
     return losses
 

@@ -92,7 +92,7 @@ class LearnedPolicy:
         """What decisions gain over the first: lower bound, mean and standard deviation among critics, (decisions,)."""
         assert self.critics is not None
         problem = observation.problem
-        ranks = np.stack([project(problem, decision.deltas, decision.scores).ranks for decision in decisions])
+        ranks = np.stack([project(problem, decision.ranks, decision.scores).ranks for decision in decisions])
         plans = Plans(
             torch.from_numpy(observation.modules).unsqueeze(0),
             torch.from_numpy(action.scores - action.scores.mean()).float().unsqueeze(0),

@@ -31,7 +31,7 @@ class FixedPlan:
         """The plan at first, and no change after it."""
         if not is_first(observation):
             return decision_to_keep(observation)
-        return decision_from_plan(observation, self.ranks(observation.problem))
+        return decision_from_plan(self.ranks(observation.problem))
 
 
 def window_ranks(problem: AllocationProblem, start: float, end: float) -> IntArray:

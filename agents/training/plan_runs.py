@@ -106,7 +106,7 @@ def fly_trial(stack: Stack) -> PlanRun:
         own = [stack.actor.act(observation) for observation in observations]
         pairs = enumerate(zip(observations, own, strict=True))
         decided = [_decide(*pair, slot % RUNS, generator) for slot, pair in pairs]
-        flown.step({slot: (decision.deltas, decision.scores) for slot, decision in enumerate(decided)})
+        flown.step({slot: (decision.ranks, decision.scores) for slot, decision in enumerate(decided)})
         seen["modules"].append(np.stack([observation.modules for observation in observations]))
         seen["scores"].append(np.stack([action.scores - action.scores.mean() for action in own]).astype(np.float32))
         seen["run"].append(np.stack([observation.run for observation in observations]))

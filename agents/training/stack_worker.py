@@ -89,7 +89,7 @@ class _Worker:
                 decisions[slot] = decode(observation.problem, scores, placement)[0], scores
             else:
                 ruled = self._rule.decide(observation)
-                decisions[slot] = ruled.deltas, ruled.scores
+                decisions[slot] = ruled.ranks, ruled.scores
         found.step(decisions)
         if found.flying:
             return StackState(self._arrays(stack))

@@ -79,7 +79,7 @@ class StackedVecEnv(VecEnv):
         observation = self.core.sessions[slot].observation
         count = len(observation.modules)
         if not self.scores:
-            return read_deltas(action, self.core.max_modules, count), np.zeros(count)
+            return read_deltas(action, self.core.max_modules, observation.problem), np.zeros(count)
         scores, placement = read_scores(action, self.core.max_modules, count)
         return decode(observation.problem, scores, placement)[0], scores
 

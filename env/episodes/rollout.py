@@ -48,7 +48,7 @@ class Rollout:
         """Take a decision in every episode that goes on, and train all until the next one, or the end.
 
         Args:
-            decisions: deltas in rungs and scores by slot, (modules,) each; those of episodes that are over are ignored.
+            decisions: wanted ranks and scores by slot, (modules,) each; those of episodes that are over are ignored.
         """
         flying = self.flying
         for slot in flying:

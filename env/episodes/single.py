@@ -110,10 +110,10 @@ class Episode:
         self._take_model()
         return self.controller.observe(self.step, interval_loss)
 
-    def apply(self, deltas: IntArray, scores: FloatArray) -> Plan:
+    def apply(self, wanted: IntArray, scores: FloatArray) -> Plan:
         """Take a decision."""
         self._take_model()
-        return self.controller.apply(deltas, scores, self.step, self.optimizer)
+        return self.controller.apply(wanted, scores, self.step, self.optimizer)
 
     @property
     def until(self) -> int:

@@ -154,11 +154,11 @@ class StackedRankAllocation:
         """Take a decision in each of these slots, and train them until their next one or their end.
 
         Args:
-            decisions: deltas in rungs and scores by slot, (modules,) each.
+            decisions: wanted ranks and scores by slot, (modules,) each.
         """
         episodes, flights = self.episodes, self.episodes.flights
-        for slot, (deltas, scores) in decisions.items():
-            episodes.apply(slot, deltas, scores)
+        for slot, (wanted, scores) in decisions.items():
+            episodes.apply(slot, wanted, scores)
             self.sessions[slot].decided(flights[slot].step)
         slots = list(decisions)
         losses = episodes.advance(slots)

@@ -184,10 +184,10 @@ class StackedEpisodes:
         flight = self.flights[slot]
         return flight.controller.observe(flight.step, interval_loss)
 
-    def apply(self, slot: int, deltas: IntArray, scores: FloatArray) -> Plan:
+    def apply(self, slot: int, wanted: IntArray, scores: FloatArray) -> Plan:
         """Take a decision; its rank change is made with those of the other slots, when training goes on."""
         flight = self.flights[slot]
-        return flight.controller.apply(deltas, scores, flight.step)
+        return flight.controller.apply(wanted, scores, flight.step)
 
     def advance(self, slots: Sequence[int]) -> dict[int, float | None]:
         """Train each of these episodes until its next decision or its end.

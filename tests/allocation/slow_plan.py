@@ -72,10 +72,10 @@ def _admit(problem, scores, rung, bottoms, tops):
     return rungs
 
 
-def project(problem, deltas, scores):
+def project(problem, wanted, scores):
     lower, upper = bounds_of(problem)
     bottoms = lowest_rungs(problem)
-    wished = np.clip(problem.ladder.rung(problem.ranks) + np.asarray(deltas, dtype=np.int64), lower, upper)
+    wished = np.clip(problem.ladder.rung(wanted), lower, upper)
     held = np.zeros(len(lower), dtype=bool) if problem.held is None else problem.held
     rungs = _repair(problem, wished.copy(), scores, (lower, np.where(held, lower, bottoms)))
     if not fits(problem, rungs):

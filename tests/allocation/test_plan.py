@@ -45,7 +45,7 @@ def problems(draw, costs=("bytes", "parameters"), ladders=LADDERS):
 def wishes(problem, seed):
     generator = np.random.default_rng(seed)
     count = len(problem.ranks)
-    return generator.integers(-12, 13, size=count), generator.normal(size=count)
+    return problem.ladder.step(problem.ranks, generator.integers(-12, 13, size=count)), generator.normal(size=count)
 
 
 def check_fully_spent(problem, ranks, upper):
@@ -64,8 +64,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 @settings(max_examples=300)
 @given(problems(), SEEDS)
 def test_a_plan_keeps_to_the_budget_and_spends_it(problem, seed):
-    deltas, scores = wishes(problem, seed)
-    plan = project(problem, deltas, scores)
+    wanted, scores = wishes(problem, seed)
+    plan = project(problem, wanted, scores)
     nothing = problem.price(np.zeros_like(problem.ranks))
     if nothing <= problem.limit:
         assert problem.fits(plan.ranks)
@@ -87,22 +87,22 @@ def test_a_plan_keeps_to_the_budget_and_spends_it(problem, seed):
     if problem.fits(problem.ladder.array[lower]):
         assert (rungs >= lower).all()
     asked = problem.ladder.rung(plan.asked)
-    assert (asked == np.clip(now + deltas, lower, upper)).all()
+    assert (asked == np.clip(problem.ladder.rung(wanted), lower, upper)).all()
 
 
 @given(problems(), SEEDS)
 def test_plans_are_deterministic_and_leave_their_input_alone(problem, seed):
-    deltas, scores = wishes(problem, seed)
-    before = (problem.ranks.copy(), deltas.copy(), scores.copy())
-    first, second = (project(problem, deltas, scores) for _ in range(2))
+    wanted, scores = wishes(problem, seed)
+    before = (problem.ranks.copy(), wanted.copy(), scores.copy())
+    first, second = (project(problem, wanted, scores) for _ in range(2))
     assert (first.ranks == second.ranks).all()
-    assert all((a == b).all() for a, b in zip(before, (problem.ranks, deltas, scores), strict=True))
+    assert all((a == b).all() for a, b in zip(before, (problem.ranks, wanted, scores), strict=True))
 
 
 @given(problems(), SEEDS)
 def test_a_wish_that_fits_is_granted_and_only_added_to(problem, seed):
-    deltas, scores = wishes(problem, seed)
-    plan = project(problem, deltas, scores)
+    wanted, scores = wishes(problem, seed)
+    plan = project(problem, wanted, scores)
     if problem.fits(plan.asked):
         assert (plan.ranks >= plan.asked).all()
 
@@ -121,7 +121,7 @@ def test_packed_ranks_fit(problem, seed, rank_floor, depth_bias):
 
 @given(problems(), SEEDS, TILTS)
 def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, depth_bias):
-    deltas, scores = wishes(problem, seed)
+    wanted, scores = wishes(problem, seed)
     try:
         check_budget(problem, [f"module.{i}" for i in range(len(problem.ranks))])
     except BudgetError:
@@ -130,7 +130,7 @@ def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, depth_bias
     assert pack(problem, scores, 4.0, depth_bias).any()
     assert uniform_ranks(problem).any()
     assert problem.fits(uniform_ranks(problem))
-    assert project(problem.unbounded(), deltas, scores).ranks.any()
+    assert project(problem.unbounded(), wanted, scores).ranks.any()
 
 
 @given(problems(), SEEDS)
@@ -182,7 +182,7 @@ def test_a_higher_score_never_gets_fewer_ranks(count, limit, seed):
     order = np.argsort(scores)
     for ranks in (
         project(problem, np.zeros(count, dtype=np.int64), scores).ranks,
-        project(problem, np.full(count, 12), scores).ranks,
+        project(problem, np.full(count, 64), scores).ranks,
         pack(problem, scores, 1.0),
         pack(problem, scores, 8.0),
     ):
@@ -215,7 +215,7 @@ def test_without_tilt_the_best_scores_are_adapted_wherever_they_are(count, limit
 def test_with_a_large_tilt_and_equal_scores_it_is_fracrule(problem, rank_floor):
     fresh, scores = problem.fresh(), np.zeros(len(problem.ranks))
     packed = pack(fresh, scores, rank_floor, 100.0)
-    assert (project(fresh, problem.ladder.rung(packed), scores).ranks == top_down(problem, rank_floor)).all()
+    assert (project(fresh, packed, scores).ranks == top_down(problem, rank_floor)).all()
 
 
 @given(problems(), SEEDS, st.floats(0.1, 100))
@@ -260,25 +260,31 @@ def test_an_expensive_top_layer_does_not_hide_a_cheap_one_below():
 
 def test_over_budget_the_lowest_score_gives_way_first():
     problem = alike(3, 10 * 18, ranks=[8, 8, 8], max_step=2)
-    plan = project(problem, np.zeros(3, dtype=np.int64), np.array([2.0, 2.0, -2.0]))
+    plan = project(problem, problem.ranks, np.array([2.0, 2.0, -2.0]))
     assert plan.asked.tolist() == [8, 8, 8]
     assert plan.ranks.tolist() == [8, 8, 2]
 
 
 def test_max_step_gives_way_to_the_budget_alone():
     problem = alike(2, 10 * 2, ranks=[64, 64], max_step=1)
-    assert project(problem, np.zeros(2, dtype=np.int64), np.zeros(2)).ranks.sum() == 2
+    assert project(problem, problem.ranks, np.zeros(2)).ranks.sum() == 2
 
 
 def test_a_zero_wish_leaves_a_full_plan_alone():
     problem = alike(4, 10 * 32, ranks=[8, 8, 8, 8], max_step=2)
-    plan = project(problem, np.zeros(4, dtype=np.int64), np.array([3.0, 0, 0, -3]))
+    plan = project(problem, problem.ranks, np.array([3.0, 0, 0, -3]))
     assert plan.ranks.tolist() == [8, 8, 8, 8]
+
+
+def test_a_wish_between_two_rungs_or_off_the_ladder_is_rounded_down():
+    problem = alike(4, 10**6, ranks=[8, 8, 8, 8], max_step=2)
+    plan = project(problem, np.array([9, 15, 1000, -3]), np.zeros(4))
+    assert plan.asked.tolist() == [8, 12, 16, 2]
 
 
 def test_a_swap_moves_rank_from_one_module_to_another():
     problem = alike(2, 10 * 16, ranks=[8, 8], max_step=2)
-    plan = project(problem, np.array([-2, 1]), np.array([-1.0, 1.0]))
+    plan = project(problem, np.array([4, 12]), np.array([-1.0, 1.0]))
     assert plan.ranks.tolist() == [4, 12]
 
 
@@ -352,7 +358,7 @@ def test_held_modules_keep_their_rank_or_are_dropped(limit, ranks):
         ladder=RankLadder(),
         held=np.array([True, False, False, False]),
     )
-    plan = project(problem, np.array([2, 0, 5, 0]), np.zeros(4))
+    plan = project(problem, np.array([16, 4, 24, 4]), np.zeros(4))
     assert plan.asked[0] == 8
     assert problem.fits(plan.ranks)
     assert plan.ranks.tolist() == ranks
@@ -373,14 +379,14 @@ def test_bounds_go_before_scores_and_floors():
 
 def test_bounds_go_before_the_step():
     problem = bounded(10**6, [32, 0, 0, 0], [64, 64, 2, 64], ranks=[1, 8, 64, 8], max_step=1)
-    plan = project(problem, np.zeros(4, dtype=np.int64), np.zeros(4))
+    plan = project(problem, problem.ranks, np.zeros(4))
     assert plan.asked.tolist() == [32, 8, 2, 8]
     assert plan.ranks.tolist() == [32, 12, 2, 12]
 
 
 def test_a_held_module_is_dropped_for_its_upper_bound_alone():
     problem = bounded(10**6, [0, 4, 0, 0], [2, 4, 64, 64], ranks=[8, 8, 8, 8])
-    plan = project(replace(problem, held=np.ones(4, dtype=bool)), np.zeros(4, dtype=np.int64), np.zeros(4))
+    plan = project(replace(problem, held=np.ones(4, dtype=bool)), problem.ranks, np.zeros(4))
     assert plan.ranks.tolist() == [0, 8, 8, 8]
 
 

@@ -70,7 +70,7 @@ def random_limit(generator, problem):
 
 
 def random_wish(generator, problem):
-    """Deltas and scores; scores with ties, far apart, all equal, or in single precision."""
+    """Wanted ranks and scores; scores with ties, far apart, all equal, or in single precision."""
     count = len(problem.ranks)
     deltas = generator.integers(-12, 13, size=count)
     kinds = (
@@ -79,7 +79,7 @@ def random_wish(generator, problem):
         lambda: generator.integers(-1, 2, size=count).astype(np.float64),
         lambda: np.zeros(count),
     )
-    return deltas, kinds[generator.integers(len(kinds))]()
+    return problem.ladder.step(problem.ranks, deltas), kinds[generator.integers(len(kinds))]()
 
 
 def least_of(problem):
@@ -162,10 +162,10 @@ def test_plans_are_those_of_the_slow_planner(make_cost, largest, problems):
     generator = np.random.default_rng(3)
     for _ in range(problems):
         problem = random_problem(generator, make_cost, largest)
-        deltas, scores = random_wish(generator, problem)
+        wanted, scores = random_wish(generator, problem)
         rank_floor = generator.uniform(0.1, 70)
         assert pack(problem, scores, rank_floor).tolist() == slow_plan.pack(problem, scores, rank_floor).tolist()
-        plan, expected = (planner(problem, deltas, scores) for planner in (project, slow_plan.project))
+        plan, expected = (planner(problem, wanted, scores) for planner in (project, slow_plan.project))
         assert plan.asked.tolist() == expected.asked.tolist()
         assert plan.ranks.tolist() == expected.ranks.tolist()
         assert plan.cost == expected.cost
@@ -176,13 +176,13 @@ def test_plans_do_not_depend_on_how_groups_and_moments_are_numbered():
     generator = np.random.default_rng(4)
     for _ in range(300):
         problem = random_problem(generator, random_cost)
-        deltas, cost = random_wish(generator, problem)[0], problem.cost
+        wanted, cost = random_wish(generator, problem)[0], problem.cost
         groups, moments = generator.permutation(len(cost.needs)), generator.permutation(len(cost.constant))
         held, needs = cost.held[np.ix_(moments, groups)], cost.needs[groups]
         names = tuple(cost.moments[moment] for moment in moments)
         other = ByteCost(names, cost.constant[moments], cost.per_rank[moments], held, needs)
         renumbered, scores = replace(problem, cost=other), np.zeros(len(problem.ranks))
-        assert (project(problem, deltas, scores).ranks == project(renumbered, deltas, scores).ranks).all()
+        assert (project(problem, wanted, scores).ranks == project(renumbered, wanted, scores).ranks).all()
         assert (pack(problem, scores, 4.0) == pack(renumbered, scores, 4.0)).all()
 
 
@@ -231,7 +231,7 @@ def spread_problem(seed, *, layers=8, checkpointing=False):
 def decided(problem, scores):
     """Scores to ranks, as a decision does it."""
     wish = pack(problem, scores, 16.0)
-    return project(problem, problem.ladder.rung(wish) - problem.rungs, scores).ranks
+    return project(problem, wish, scores).ranks
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -23,9 +23,9 @@ def test_plans_of_a_thousand_random_problems() -> None:
     for make_cost, largest, count in ((random_cost, 14, 600), (ParameterCost, 14, 200), (transformer_cost, 21, 200)):
         for _ in range(count):
             problem = random_problem(generator, make_cost, largest)
-            deltas, scores = random_wish(generator, problem)
+            wanted, scores = random_wish(generator, problem)
             rank_floor = generator.uniform(0.1, 70)
-            plan = project(problem, deltas, scores)
+            plan = project(problem, wanted, scores)
             packed = pack(problem, scores, rank_floor)
             plans.append(
                 {

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.rules.by_signal import SignalRule
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.observation import RUN_FEATURES, Observation
-from rankpilot.allocation.policy import Decision
+from rankpilot.allocation.policy import Decision, decision_from_plan
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback
@@ -62,8 +62,7 @@ class Script:
         problem = observation.problem
         left = round(4 * float(observation.run[RUN_FEATURES.index("decisions_left")]))
         lower, upper = self.plans[-1 - left]
-        wanted = problem.ladder.rung(np.where(problem.blocks == 0, lower, upper))
-        return Decision(wanted - problem.ladder.rung(problem.ranks), np.zeros(len(wanted)))
+        return decision_from_plan(np.where(problem.blocks == 0, lower, upper))
 
 
 def rows(count: int, seed: int = 0, *, masked: bool = False) -> Dataset:

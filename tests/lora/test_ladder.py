@@ -14,6 +14,7 @@ LADDERS = st.sets(st.integers(1, 100), min_size=1, max_size=9).map(lambda s: Ran
 
 def test_the_example_of_the_docstring():
     assert RankLadder().step(8, +2) == 16
+    assert RankLadder().step(np.array([8, 9, 0, 64]), np.array([2, -1, -1, 5])).tolist() == [16, 4, 0, 64]
 
 
 @pytest.mark.parametrize("ranks", [(), (0,), (1, 2), (0, 2, 2), (0, 4, 2), (0, -1)])

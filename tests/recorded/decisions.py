@@ -32,7 +32,7 @@ def ranks_of(tasks: list[ProxyTask]) -> list[list[list[int]]]:
     ranks: list[list[list[int]]] = [[] for _ in tasks]
     while slots := under_way.flying:
         decisions = {slot: policy.decide(under_way.observations[slot]) for slot in slots}
-        under_way.step({slot: (decision.deltas, decision.scores) for slot, decision in decisions.items()})
+        under_way.step({slot: (decision.ranks, decision.scores) for slot, decision in decisions.items()})
         for slot in slots:
             ranks[slot].append(under_way.ranks[slot].tolist())
     return ranks

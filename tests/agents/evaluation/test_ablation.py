@@ -26,7 +26,8 @@ class Recorder:
 
     def decide(self, observation: Observation) -> Decision:
         self.seen.append(observation)
-        return Decision(np.ones(COUNT, dtype=np.int64), np.zeros(COUNT))
+        problem = observation.problem
+        return Decision(problem.ladder.step(problem.ranks, 1), np.zeros(COUNT))
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_once_decides_at_the_first_decision_alone(observation: Observation) -> N
     recorder = Recorder()
     once = Once(recorder)
     assert once.name == "recorder once"
-    np.testing.assert_array_equal(once.decide(observation).deltas, 1)
+    np.testing.assert_array_equal(once.decide(observation).ranks, 2)
     later = replace(observation, problem=replace(observation.problem, max_step=2))
-    np.testing.assert_array_equal(once.decide(later).deltas, 0)
+    np.testing.assert_array_equal(once.decide(later).ranks, observation.problem.ranks)
     assert len(recorder.seen) == 1

@@ -55,7 +55,7 @@ def loss_with_peft(policy: Policy, task: ProxyTask) -> float:
     episode, loss = Episode(task, SCHEDULE), None
     while episode.step < task.steps:
         decision = policy.decide(episode.observe(loss))
-        episode.apply(decision.deltas, decision.scores)
+        episode.apply(decision.ranks, decision.scores)
         loss = episode.advance()
     return episode.held_out_loss()
 

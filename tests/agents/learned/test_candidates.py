@@ -53,7 +53,7 @@ def proposals(observation: Observation, draws: int = 0, seed: int = 0, **actor: 
 
 def ranks_of(observation: Observation, actions: Arrays, number: int) -> IntArray:
     decision = decision_from_scores(observation, actions[0][number], actions[1][number])
-    return project(observation.problem, decision.deltas, decision.scores).ranks
+    return project(observation.problem, decision.ranks, decision.scores).ranks
 
 
 # The fixed ones -------------------------------------------------------------------------------------------------------
@@ -74,9 +74,9 @@ def test_rules_are_among_them(
     expected = find_rule(rule).decide(observation)
     scores, placement = proposals(observation)
     found = decision_from_scores(observation, scores[number], placement[number])
-    np.testing.assert_array_equal(found.deltas, expected.deltas)
+    np.testing.assert_array_equal(found.ranks, expected.ranks)
     assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
-    plan = project(observation.problem, expected.deltas, expected.scores)
+    plan = project(observation.problem, expected.ranks, expected.scores)
     np.testing.assert_array_equal(ranks_of(observation, (scores, placement), number), plan.ranks)
 
 
@@ -89,7 +89,7 @@ def test_the_actor_is_among_them(
     expected = decision_from_scores(observation, scores, PLACEMENT)
     actions = proposals(observation, scores=scores)
     found = decision_from_scores(observation, actions[0][ACTOR], actions[1][ACTOR])
-    np.testing.assert_array_equal(found.deltas, expected.deltas)
+    np.testing.assert_array_equal(found.ranks, expected.ranks)
     assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
 
 

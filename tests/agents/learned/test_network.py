@@ -121,10 +121,10 @@ def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, see
     learned = LearnedPolicy("p", RankNetwork(config)).decide(observation)
     rule = find_rule("heur3").decide(observation)
     np.testing.assert_allclose(learned.scores, rule.scores, atol=1e-6)
-    np.testing.assert_array_equal(learned.deltas, rule.deltas)
+    np.testing.assert_array_equal(learned.ranks, rule.ranks)
     assert (learned.rank_floor, learned.depth_bias) == (rule.rank_floor, rule.depth_bias)
     other = SignalRule(gain=-0.5).decide(observation)
-    assert not np.array_equal(other.deltas, rule.deltas)
+    assert not np.array_equal(other.ranks, rule.ranks)
 
 
 @SHAPES
@@ -147,7 +147,7 @@ def test_weights_fit_any_number_of_modules(config: NetworkConfig) -> None:
 def test_any_number_of_modules(make_observation: MakeObservation, modules: int) -> None:
     observation = make_observation(modules)
     decision = LearnedPolicy("p", stirred()).decide(observation)
-    assert decision.deltas.shape == decision.scores.shape == (modules,)
+    assert decision.ranks.shape == decision.scores.shape == (modules,)
     assert np.isfinite(decision.scores).all()
     assert np.abs(decision.scores).max() <= SCORE_BOUND
 
@@ -324,7 +324,7 @@ def test_rules(make_observation: MakeObservation) -> None:
     modules[:, :3] = np.linspace(-2, 2, 8)[:, None]
     observation = replace(observation, modules=modules)
     np.testing.assert_allclose(signal_score(observation), np.linspace(-2, 2, 8), atol=1e-6)
-    rungs = observation.problem.rungs + SignalRule().decide(observation).deltas
+    rungs = observation.problem.ladder.rung(SignalRule().decide(observation).ranks)
     assert (np.diff(rungs) >= -1).all(), "more signal, more rank, but for a last rung that fits a cheaper module alone"
     assert rungs[0] + 2 <= rungs[-1]
     assert all(RULES[name].name == name for name in RULES)

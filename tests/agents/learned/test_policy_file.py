@@ -73,7 +73,7 @@ def test_round_trip(folder: Path, network: RankNetwork, make_observation: Callab
     for seed in range(4):
         a, b = before.decide(make_observation(11, seed)), loaded.decide(make_observation(11, seed))
         np.testing.assert_array_equal(a.scores, b.scores)
-        np.testing.assert_array_equal(a.deltas, b.deltas)
+        np.testing.assert_array_equal(a.ranks, b.ranks)
         assert (a.rank_floor, a.log_prob) == (b.rank_floor, b.log_prob)
     assert policy_schedule(folder) == SCHEDULE
     card = json.loads((folder / CARD).read_text())
@@ -88,7 +88,7 @@ def test_it_can_be_written_again(folder: Path, make_observation: Callable[..., O
     loaded = load_policy(folder)
     assert loaded.name == "pilot"
     observation = make_observation(6)
-    np.testing.assert_array_equal(loaded.decide(observation).deltas, SignalRule().decide(observation).deltas)
+    np.testing.assert_array_equal(loaded.decide(observation).ranks, SignalRule().decide(observation).ranks)
 
 
 def test_rules_and_objects() -> None:
@@ -245,7 +245,7 @@ def test_critics_come_back(
     for a, b in zip(found, expected, strict=True):
         for name, value in b.items():
             np.testing.assert_array_equal(a[name], value)
-    assert any(not np.array_equal(a["deltas"], b["deltas"]) for a, b in zip(found, alone, strict=True))
+    assert any(not np.array_equal(a["ranks"], b["ranks"]) for a, b in zip(found, alone, strict=True))
     assert json.loads((judged / CARD).read_text())["plan_critics"] == JUDGES
     assert {path.name for path in judged.iterdir()} == {WEIGHTS, CARD}
 
@@ -262,7 +262,7 @@ def test_a_policy_without_critics_loads_as_before(folder: Path, make_observation
     assert isinstance(old, LearnedPolicy)
     assert new.critics is old.critics is None
     for a, b in zip(decisions_of(new, make_observation), decisions_of(old, make_observation), strict=True):
-        np.testing.assert_array_equal(a["deltas"], b["deltas"])
+        np.testing.assert_array_equal(a["ranks"], b["ranks"])
         assert a["log_prob"] == b["log_prob"] != 0
 
 

@@ -142,7 +142,7 @@ def test_the_first_runs_follow_the_rules_and_the_actor(flown: PlanRun) -> None:
         np.testing.assert_allclose(flown.modules[0, start], observation.modules, atol=1e-5)
         for number, policy in enumerate([find_rule("fracrule"), find_rule("heur3"), find_rule("fracrule-mlp"), actor]):
             decision = policy.decide(observation)
-            expected = project(observation.problem, decision.deltas, decision.scores).ranks
+            expected = project(observation.problem, decision.ranks, decision.scores).ranks
             np.testing.assert_array_equal(flown.ranks[0, start + 1 + number], expected)
 
 

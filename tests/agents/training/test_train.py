@@ -338,7 +338,7 @@ def test_trials_give_the_policy_critics(tmp_path: Path, make_observation: Callab
     with torch.no_grad():
         assert all(float(value.abs().max()) > 0 for value in loaded.critics.parameters())
     observation = make_observation(9)
-    np.testing.assert_array_equal(loaded.decide(observation).deltas, run.policy.decide(observation).deltas)
+    np.testing.assert_array_equal(loaded.decide(observation).ranks, run.policy.decide(observation).ranks)
 
     other = tmp_path / "two" / "pilot"
     spread = dataclasses.replace(TRIED, workers=2, stacks=1)

@@ -55,8 +55,8 @@ def test_what_is_timed_decides(observation: Any) -> None:
     for name, decision in expected.items():
         own = found[name]
         assert isinstance(own, Decision)
-        np.testing.assert_array_equal(own.deltas, decision.deltas)
-        assert observation.problem.fits(project(observation.problem, own.deltas, own.scores).ranks)
+        np.testing.assert_array_equal(own.ranks, decision.ranks)
+        assert observation.problem.fits(project(observation.problem, own.ranks, own.scores).ranks)
     assert isinstance(found["network"], Action)
     assert found["network"].mean.shape == (1, 14 + len(PLACEMENT))
     assert "policy" not in deciders(learned(critics=False), observation)

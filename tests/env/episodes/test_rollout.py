@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.allocation.plan import Plan
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.rollout import Rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
@@ -35,9 +36,9 @@ def engine(tasks: list[ProxyTask]) -> StackedEpisodes:
     return StackedEpisodes(tasks[0].base, SCHEDULE, 4)
 
 
-def decision(task: ProxyTask, turn: int, count: int) -> Any:
-    generator = np.random.default_rng([task.seed, turn])
-    return generator.integers(-10, 11, count), generator.normal(size=count)
+def decision(task: ProxyTask, turn: int, problem: AllocationProblem) -> Any:
+    generator, count = np.random.default_rng([task.seed, turn]), len(problem.ranks)
+    return problem.ladder.step(problem.ranks, generator.integers(-10, 11, count)), generator.normal(size=count)
 
 
 def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[Rollout, list[list[Any]]]:
@@ -45,7 +46,8 @@ def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[Rollout, 
     found, ranks = Rollout(engine, tasks), []
     while found.flying:
         ranks.append([observation.problem.ranks for observation in found.observations])
-        found.step({slot: decision(task, found.decisions, engine.module_count) for slot, task in enumerate(tasks)})
+        problems = [observation.problem for observation in found.observations]
+        found.step({slot: decision(task, found.decisions, problems[slot]) for slot, task in enumerate(tasks)})
     return found, ranks
 
 
@@ -82,9 +84,9 @@ def test_a_failed_episode_sits_out(together: tuple[Rollout, list[list[Any]], lis
 
 def test_a_round_of_failures_ends(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
     found = Rollout(engine, [tasks[2], tasks[2]])
-    found.step(dict.fromkeys(range(2), decision(tasks[2], 0, engine.module_count)))
+    found.step(dict.fromkeys(range(2), decision(tasks[2], 0, found.observations[0].problem)))
     assert not found.flying
-    found.step(dict.fromkeys(range(2), decision(tasks[2], 1, engine.module_count)))
+    found.step(dict.fromkeys(range(2), decision(tasks[2], 1, found.observations[0].problem)))
     assert found.decisions == 2
     assert np.isnan(found.losses()).all()
 
@@ -111,10 +113,10 @@ def test_the_first_plan_and_keeping_it_are_free(engine: StackedEpisodes, tasks: 
     """But for the bytes of signal buffers, which the last plan may spend as well: here the unit is parameters."""
     quiet = Rollout(engine, [replace(tasks[0], unit="parameters")])
     count = engine.module_count
-    quiet.step({0: (np.full(count, 20), np.zeros(count))})
+    quiet.step({0: (np.full(count, 64), np.zeros(count))})
     assert (quiet.observations[0].problem.ranks != 1).any()
-    quiet.step({0: (np.zeros(count, dtype=np.int64), np.zeros(count))})
-    quiet.step({0: (np.zeros(count, dtype=np.int64), np.zeros(count))})
+    quiet.step({0: (quiet.observations[0].problem.ranks, np.zeros(count))})
+    quiet.step({0: (quiet.observations[0].problem.ranks, np.zeros(count))})
     assert quiet.churn == [0.0]
 
 

@@ -17,6 +17,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from numpy.typing import NDArray
 from rankpilot.agents.training.stacked_vec_env import StackedVecEnv
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episode_record import EpisodeRecord
 from rankpilot.env.episodes.single import Episode, reference_of
@@ -37,9 +38,9 @@ BASE = "llama-4x32"
 LONG = DecisionSchedule(probe_steps=10, fractions=(0.0, 0.2, 0.4, 0.6), max_step=10)
 
 
-def random_decision(slot: int, turn: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    generator = np.random.default_rng([slot, turn])
-    return generator.integers(-10, 11, count), generator.normal(size=count)
+def random_decision(slot: int, turn: int, problem: AllocationProblem) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    generator, count = np.random.default_rng([slot, turn]), len(problem.ranks)
+    return problem.ladder.step(problem.ranks, generator.integers(-10, 11, count)), generator.normal(size=count)
 
 
 @dataclass
@@ -77,7 +78,7 @@ def fly(
                 reference = episodes.reference(tasks[slot])
                 stories[slot].reference = reference
                 sessions[slot] = session_of(tasks[slot], reference, episodes.flights[slot].controller, seen)
-            plan = episodes.apply(slot, *random_decision(ids[slot], turn, episodes.module_count))
+            plan = episodes.apply(slot, *random_decision(ids[slot], turn, seen.problem))
             stories[slot].ranks.append(plan.ranks)
         for slot in flying:
             sessions[slot].decided(episodes.flights[slot].step)
@@ -105,8 +106,9 @@ def fly_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Sto
     episode, story = Episode(task, schedule), Story()
     loss: float | None = None
     for turn in range(len(schedule.fractions)):
-        story.observations.append(episode.observe(loss))
-        plan = episode.apply(*random_decision(identity, turn, len(episode.targets)))
+        seen = episode.observe(loss)
+        story.observations.append(seen)
+        plan = episode.apply(*random_decision(identity, turn, seen.problem))
         story.ranks.append(plan.ranks)
         loss = episode.advance()
         story.losses.append(loss)
@@ -355,7 +357,8 @@ def test_a_new_seed_pairs_groups_anew(make_task: MakeTask, schedule: DecisionSch
     core.seed(4)
     core.reset([0, 1])
     for turn in range(4):
-        steps = core.step({slot: random_decision(slot, turn, 28) for slot in range(2)})
+        problems = [core.sessions[slot].observation.problem for slot in range(2)]
+        steps = core.step({slot: random_decision(slot, turn, problems[slot]) for slot in range(2)})
     improvements = [steps[slot].info["improvement"] for slot in range(2)]
     assert [steps[slot].info["group_mean"] for slot in range(2)] == pytest.approx([np.mean(improvements)] * 2)
 

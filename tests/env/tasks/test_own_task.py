@@ -134,8 +134,7 @@ def test_its_own_modules_collator_and_loss(make_own: Callable[..., OwnTask], qui
     assert [target.name.rsplit(".", 1)[-1] for target in task.adapted()[1]] == ["q_proj", "v_proj"] * 2
     assert all(target.rank == START_RANK for target in task.adapted()[1])
     episode = Episode(task, quick)
-    episode.observe()
-    episode.apply(np.zeros(4, dtype=np.int64), np.zeros(4))
+    episode.apply(episode.observe().problem.ranks, np.zeros(4))
     episode.advance()
     assert set(calls) == {2, 4}, "batches, and smaller ones of the probe"
     with torch.no_grad():

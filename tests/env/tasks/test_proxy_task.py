@@ -261,7 +261,7 @@ def test_every_episode_of_a_task_starts_alike(make_task: MakeTask, schedule: Dec
     first = Episode(task, schedule)
     start = [(t.weight_a.detach().clone(), t.weight_b.detach().clone()) for t in first.targets]
     observed = first.observe()
-    first.apply(np.full(28, 10), np.zeros(28))
+    first.apply(np.full(28, 64), np.zeros(28))
     first.advance()
     second = Episode(task, schedule)
     for target, (a, b) in zip(second.targets, start, strict=True):
@@ -277,8 +277,8 @@ def test_the_probe_leaves_its_result_alone(make_task: MakeTask, schedule: Decisi
     assert np.isfinite(before).all()
     episode = Episode(task, schedule)
     for _ in range(4):
-        episode.observe(1.0)
-        episode.apply(np.ones(28, dtype=np.int64), np.zeros(28))
+        problem = episode.observe(1.0).problem
+        episode.apply(problem.ladder.step(problem.ranks, 1), np.zeros(28))
         episode.advance()
     np.testing.assert_array_equal(probe_task(task, schedule).signals, before)
 
@@ -286,8 +286,8 @@ def test_the_probe_leaves_its_result_alone(make_task: MakeTask, schedule: Decisi
 def test_the_first_plan_has_no_two_equal_directions(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     """A row of A that repeats another one stays equal to it for ever: a rank paid for and not had."""
     episode = Episode(make_task("shift", 41), schedule)
-    episode.observe()
-    episode.apply(np.full(28, 4), np.zeros(28))
+    problem = episode.observe().problem
+    episode.apply(problem.ladder.step(problem.ranks, 4), np.zeros(28))
     for target in episode.targets:
         if target.rank > 1:
             assert int(torch.linalg.matrix_rank(target.weight_a.detach())) == target.rank
