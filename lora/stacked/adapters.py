@@ -83,7 +83,7 @@ class StackedAdapters:
         dims = [np.array([getattr(t, side) for t in targets], dtype=np.int64) for side in ("d_in", "d_out")]
         self.layout = Layout(np.zeros(len(targets), dtype=np.int64), *dims)
         self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate(dims)))
-        self._segments: dict[int, list[tuple[int, int, int]]] = {}
+        self._slices: dict[int, list[tuple[int, int, int]]] = {}
         self._allocate()
         for index, target in enumerate(targets):
             model.get_submodule(target.name).register_forward_hook(self._hook(index))
@@ -96,7 +96,7 @@ class StackedAdapters:
         blocks = np.repeat(np.arange(2 * len(self.targets)), np.diff(self.layout.bounds) // self._piece)
         self._blocks = torch.from_numpy(blocks).to(self.device)
         self._views = {id(buffer): self.layout.pairs(buffer) for buffer in buffers}
-        self.forget_segments()
+        self.forget_slices()
 
     def _are_all(self, rows: Sequence[int]) -> bool:
         return list(rows) == list(range(len(self.ranks)))
@@ -105,9 +105,9 @@ class StackedAdapters:
         """Views of one of the buffers, one pair for each module; made once for each layout."""
         return self._views[id(buffer)]
 
-    def forget_segments(self) -> None:
+    def forget_slices(self) -> None:
         """Call after each change of ranks or ages."""
-        self._segments = {}
+        self._slices = {}
 
     @property
     def _buffers(self) -> tuple[torch.Tensor, ...]:
@@ -236,8 +236,8 @@ class StackedAdapters:
         by_rate: dict[float, list[tuple[int, int, int, int]]] = {}
         for row, rate in zip(rows, rates, strict=True):
             oldest = int(self.ages[row].max())
-            segments = self._segments_of(row)
-            by_rate.setdefault(rate, []).extend((row, start, end, oldest - lag) for start, end, lag in segments)
+            slices_of_row = ((row, start, end, oldest - lag) for start, end, lag in self._slices_of(row))
+            by_rate.setdefault(rate, []).extend(slices_of_row)
         for rate, slices in by_rate.items():
             buffers = (self.weights, self.gradients, self.first, self.second)
             weights, gradients, first, second = ([buffer[row, a:b] for row, a, b, _ in slices] for buffer in buffers)
@@ -259,16 +259,16 @@ class StackedAdapters:
                 maximize=False,
             )
 
-    def _segments_of(self, row: int) -> list[tuple[int, int, int]]:
-        """The segments of a row whose adapted pairs have one age: start, end, and steps behind the oldest pair."""
-        if row not in self._segments:
+    def _slices_of(self, row: int) -> list[tuple[int, int, int]]:
+        """The slices of a row whose adapted pairs have one age: start, end, and steps behind the oldest pair."""
+        if row not in self._slices:
             adapted = np.tile(self.ranks[row] > 0, 2)
             starts, ends = self.layout.bounds[:-1][adapted].tolist(), self.layout.bounds[1:][adapted].tolist()
             lags = np.tile(self.ages[row].max() - self.ages[row], 2)[adapted].tolist()
             groups = groupby(zip(starts, ends, lags, strict=True), key=lambda block: block[2])
             blocks = [(lag, list(group)) for lag, group in groups]
-            self._segments[row] = [(group[0][0], group[-1][1], lag) for lag, group in blocks]
-        return self._segments[row]
+            self._slices[row] = [(group[0][0], group[-1][1], lag) for lag, group in blocks]
+        return self._slices[row]
 
     def add_to_sums(self, rows: Sequence[int]) -> None:
         """Add the gradients of B of these runs to their sums."""

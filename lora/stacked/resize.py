@@ -49,7 +49,7 @@ def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int]) -> None:
         buffer[rows] = 0
     adapters.ranks[rows], adapters.ages[rows] = 1, 0
     adapters.make_room(adapters.ranks)
-    adapters.forget_segments()
+    adapters.forget_slices()
     pairs = adapters.pairs(adapters.weights)
     for row, seed in seeds.items():
         for (a, _), target in zip(pairs, adapters.targets, strict=True):
@@ -85,7 +85,7 @@ def set_stacked_ranks(adapters: StackedAdapters, moves: Sequence[Move]) -> None:
         change.shrink([(module, move) for _, _, module, move in group], old, new)
     adapters.ranks[:] = after
     adapters.make_room(after)
-    adapters.forget_segments()
+    adapters.forget_slices()
 
 
 class _Change:

@@ -1,4 +1,4 @@
-"""Exports of saved adapters: what PEFT, vLLM and llama.cpp make of the files, and what is refused."""
+"""Exports of saved adapters: how PEFT, vLLM and llama.cpp read the files, and what is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Values for all parameters of the adapter, as after training: growth leaves zeros."""
+    """Give all parameters of the adapter values as after training; growth leaves zeros."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_" in name and "magnitude" not in name and parameter.numel():
@@ -50,7 +50,7 @@ def save_mixed(model: PeftModel, folder: Path, plan: tuple[int, ...] = PLAN) -> 
 
 
 def save_plain(family: Any, folder: Path, **options: Any) -> Path:
-    """Save an adapter that PEFT alone made."""
+    """Save an adapter made by PEFT without rankpilot."""
     model = family.model(**options)
     fill(model)
     model.save_pretrained(str(folder))
@@ -58,7 +58,7 @@ def save_plain(family: Any, folder: Path, **options: Any) -> Path:
 
 
 def reloaded(family: Any, folder: Path) -> torch.Tensor:
-    """Logits of plain PEFT with an adapter folder on a fresh base, in fp64: what differs is in the file."""
+    """Logits of plain PEFT with an adapter folder on a fresh base, in fp64."""
     logits: torch.Tensor = family.logits(PeftModel.from_pretrained(family.base(), str(folder)).double())
     return logits
 
@@ -68,19 +68,19 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def pairs(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """A and B by module name, as a program without PEFT would pick them out of the file."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    """A and B by module name, read from the file as a program without PEFT does."""
+    factors: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / WEIGHTS).items():
         name = key.removeprefix("base_model.model.").removesuffix(".weight")
         for side in "AB":
             for ending in (f".lora_{side}", f".lora_embedding_{side}"):
                 if name.endswith(ending):
-                    found.setdefault(name.removesuffix(ending), {})[side] = tensor.double()
-    return found
+                    factors.setdefault(name.removesuffix(ending), {})[side] = tensor.double()
+    return factors
 
 
 def read_by_vllm(folder: Path) -> dict[str, torch.Tensor]:
-    """Delta W by module with one scale, alpha / r (vllm/lora/peft_helper.py before it read patterns)."""
+    """Delta W by module with the single scale alpha / r (vllm/lora/peft_helper.py before it read patterns)."""
     config = json.loads((folder / CONFIG).read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     return {name: scale * pair["B"] @ pair["A"] for name, pair in pairs(folder).items()}
@@ -143,7 +143,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {r"layers\.(0|1)\.mlp\.(gate|up)_proj": 5, "v_proj": 1.5},
     },
     "first match wins": {
-        # In the order that PEFT saves: it sorts them.
+        # PEFT saves patterns sorted.
         "rank_pattern": {r".*\.1\.self_attn\.q_proj": 3, r"layers\.1\.self_attn\.(q|k)_proj": 6, "q_proj": 9},
         "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3, "q_proj": 20, r"self_attn\.q_proj": 5},
     },
@@ -183,7 +183,7 @@ def test_rank_of_the_padding(tmp_path: Path, named_family: Any) -> None:
 
 
 def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **options: Any) -> Path:
-    """An adapter folder from tensors by short key."""
+    """Write an adapter folder from tensors by short key."""
     LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q"]} | options).save_pretrained(str(folder))
     save_file({f"base_model.model.{key}": tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
     return folder
@@ -208,7 +208,7 @@ def test_a_rank_above_all_slots(tmp_path: Path) -> None:
     above=st.integers(0, 2),
 )
 def test_padding_keeps_every_product(ranks: list[int], alphas: list[float], rslora: bool, above: int) -> None:
-    """Any ranks, 0 included, any alphas, any slot that fits: s B A does not change, and the padding is zero."""
+    """For any ranks (0 too), alphas and allowed rank, s B A does not change, and the padding is zero."""
     tensors: dict[str, torch.Tensor] = {}
     for index, rank in enumerate(ranks):
         tensors |= pair_of(f"m{index}.q", rank, dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_padding_keeps_every_product(ranks: list[int], alphas: list[float], rslo
 
 
 def test_a_pair_of_no_rows_becomes_zeros(tmp_path: Path, named_family: Any) -> None:
-    """Some program may write rank 0 as empty tensors, which plain PEFT cannot load."""
+    """Another program may write rank 0 as empty tensors, which plain PEFT cannot load."""
     family = named_family("llama")
     plain = save_plain(family, tmp_path / "plain", lora_bias=True)
     tensors = load_file(plain / WEIGHTS)
@@ -250,7 +250,7 @@ def test_a_pair_of_no_rows_becomes_zeros(tmp_path: Path, named_family: Any) -> N
 
 
 def test_a_start_that_needs_an_even_rank(tmp_path: Path, named_family: Any) -> None:
-    """PEFT repeats the orthogonal start when it loads, which an odd rank would stop."""
+    """PEFT repeats the orthogonal initialisation on loading, which fails at an odd rank."""
     family = named_family("llama")
     model = family.model(init_lora_weights="orthogonal")
     save_mixed(model, tmp_path / "ones", (1,))

@@ -15,7 +15,7 @@ from rankpilot.lora.targets import find_target_modules
 from torch import nn
 
 PLAN = (8, 2, 0, 4, 6, 1)
-"""Against a start of 4: grow, shrink, drop, leave, grow, shrink."""
+"""Ranks by module that grow, shrink, drop, keep, grow and shrink from rank 4."""
 
 
 def mixed(targets):
@@ -27,7 +27,7 @@ def adamw(model):
 
 
 def zero_side(target):
-    """The factor that PEFT starts at zero."""
+    """The factor that PEFT initialises to zero."""
     return target.weight_a if target.adapter in target.layer.lora_embedding_A else target.weight_b
 
 
@@ -36,7 +36,7 @@ def product(target):
 
 
 def check_sizes(targets, optimizer):
-    """Storage and state are exactly as large as the rank says."""
+    """Check that storage and optimiser state are exactly as large as the rank requires."""
     for t in targets:
         assert t.weight_a.shape == (t.rank, t.d_in)
         assert t.weight_b.shape == (t.d_out, t.rank)
@@ -51,7 +51,7 @@ def check_sizes(targets, optimizer):
 
 
 def check_new_moments(targets, optimizer):
-    """Only the zero side of a new direction gets gradients at first: its second moment starts as the old ones' mean."""
+    """Only the zero side of a new direction gets gradients at first; its second moment is the old ones' mean."""
     for t in (t for t in targets if t.rank > 4):
         for weight, axis in ((t.weight_a, 0), (t.weight_b, 1)):
             second = optimizer.state[weight]["exp_avg_sq"].movedim(axis, 0)
@@ -88,7 +88,7 @@ def check_dropped(family, model, targets):
 
 
 class Held:
-    """What autograd saved, for as long as autograd keeps it."""
+    """A tensor that autograd saved, for as long as autograd keeps it."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -112,7 +112,7 @@ def test_the_modules_that_peft_adapted_are_found(family):
 
 
 def test_the_rest_of_an_adapter_is_known(family):
-    """A bias and a magnitude change neither size nor owner, but they belong to the module."""
+    """Bias and magnitude keep their size and their module, whatever the rank."""
     model = family.model()
     targets = find_target_modules(model)
     factors = {id(w) for t in targets for w in (t.weight_a, t.weight_b)}
@@ -162,7 +162,7 @@ def test_ranks_change_in_the_middle_of_training(family):
     check_scalings(targets, scalings)
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
     assert all(math.isfinite(loss) for loss in losses)
-    # The batch never changes, so training through all of this still has to lower the loss.
+    # The batch never changes, so training must lower the loss in spite of the changes.
     assert losses[-1] < losses[0]
 
 
@@ -174,7 +174,7 @@ def test_a_shrunk_pair_is_the_best_one_of_its_rank(family):
     for t, before in zip(targets, old, strict=True):
         u, s, vh = torch.linalg.svd(before, full_matrices=False)
         best = u[:, :2] * s[:2] @ vh[:2]
-        assert s[2] > 0.01 * s[0]  # there is something to lose
+        assert s[2] > 0.01 * s[0]  # otherwise the drop would change nothing
         assert torch.linalg.matrix_norm(product(t) - best) <= 1e-5 * torch.linalg.matrix_norm(before)
 
 
@@ -237,7 +237,7 @@ def test_a_merged_model_computes_the_same_and_keeps_its_ranks(family):
     set_ranks(targets, mixed(targets))
     adapted = family.logits(model)
     for t in targets:
-        # PEFT adds an embedding's adapter to whatever shares its weight, such as a tied head.
+        # PEFT adds an embedding's adapter to every module that shares its weight, such as a tied head.
         base = t.layer.get_base_layer()
         if isinstance(base, nn.Embedding):
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
@@ -265,11 +265,11 @@ def test_a_fresh_model_resumes_from_the_whole_state(family):
     family.train(source, optimizer, 1)
     assert not torch.equal(family.logits(goal), family.logits(source))
     goal.load_state_dict(source.state_dict())
-    found = find_target_modules(goal)
-    finish_load(goal, found)
-    assert adapter_ranks(found) == mixed(targets)
-    assert [t.scaling for t in found] == [t.scaling for t in targets]
-    check_dropped(family, goal, found)
+    loaded = find_target_modules(goal)
+    finish_load(goal, loaded)
+    assert adapter_ranks(loaded) == mixed(targets)
+    assert [t.scaling for t in loaded] == [t.scaling for t in targets]
+    check_dropped(family, goal, loaded)
     assert torch.equal(family.logits(goal), family.logits(source))
 
 
@@ -329,7 +329,7 @@ def refused(model, reason, **where):
 
 
 def test_an_adapter_shared_between_embedding_and_head_is_refused(named_family):
-    """Its two modules are views of one storage: new storage for one would cut the tie without a word."""
+    """The two modules are views of one storage; new storage for one would cut the tie without an error."""
     model = named_family("llama-tied-embedding").model(ensure_weight_tying=True)
     inner = model.get_base_model()
     pair = inner.model.embed_tokens.lora_embedding_A["default"], inner.lm_head.lora_B["default"].weight
@@ -344,7 +344,7 @@ def test_expert_parameters_are_refused(named_family):
 
 
 def test_all_linear_on_a_mixture_of_experts_is_refused(named_family):
-    """PEFT writes `target_parameters` by itself here, so the way out has to speak of what the user wrote."""
+    """PEFT sets `target_parameters` by itself here, so the error must speak of the setting that the user wrote."""
     text = refused(named_family("mixtral").model(target_modules="all-linear"), "gate_up_proj")
     assert "all-linear" in text
 
@@ -368,8 +368,8 @@ def test_convolutions_are_refused(named_family):
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_starts_that_change_the_frozen_base_are_refused(named_family, start):
-    """Plain PEFT works out the change anew from the rank in the file: with PiSSA, rank 4 -> 6 moved logits by 3.5."""
-    plain = start.startswith(("pissa", "olora"))  # the others need data or SciPy, and the setting alone decides
+    """Plain PEFT computes the change again from the rank in the file: with PiSSA, rank 4 -> 6 moved logits by 3.5."""
+    plain = start.startswith(("pissa", "olora"))  # the others need data or SciPy, and only the setting counts
     model = named_family("llama").model(**{"init_lora_weights": start} if plain else {})
     model.peft_config["default"].init_lora_weights = start
     assert "Use " in refused(model, f"init_lora_weights='{start}'")
@@ -377,13 +377,13 @@ def test_starts_that_change_the_frozen_base_are_refused(named_family, start):
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_training_the_biases_of_the_base_is_refused(named_family, bias):
-    """PEFT finds such a bias again only where the file has an adapter, so a dropped module would lose it."""
+    """PEFT loads such a bias only if the file has an adapter on the module, so a dropped module would lose it."""
     assert "lora_bias" in refused(named_family("bert").model(bias=bias), f"bias='{bias}'")
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva"])
 def test_every_other_start_survives_a_change_of_ranks(named_family, start, tmp_path):
-    """Some starts have rules for ranks of their own, which a file must not trip over when it is loaded."""
+    """Some initialisations allow only certain ranks; a saved file must load nevertheless."""
     family = named_family("llama")
     model = family.model(init_lora_weights=start)
     targets = find_target_modules(model)

@@ -1,4 +1,4 @@
-"""Optimisers beside torch's own: their state through changes of rank, in the form in which they keep it."""
+"""Optimisers outside of torch.optim: their state through changes of rank, in the form in which they store it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 BLOCK = 256
-"""Values that share a scale in 8-bit state."""
+"""Number of values that share a scale in 8-bit state."""
 SMALLEST = 4096
-"""Parameters with fewer values keep ordinary state in every library."""
+"""A parameter with fewer values has ordinary state in every library."""
 
 
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -51,9 +51,9 @@ class Row:
     """One optimiser.
 
     Attributes:
-        make: builds it; skips the test where its library is missing.
-        tolerance: largest difference of a loss after state has been through a change of rank and back.
-        rounding: largest error of one rounding of a moment, as a share of its largest value; 0 for fp32.
+        make: builds it; skips the test if its library is missing.
+        tolerance: largest difference of a loss after a change of rank and back.
+        rounding: largest error of one quantisation of a moment, as a share of its largest value; 0 for fp32.
     """
 
     name: str
@@ -98,7 +98,7 @@ def row(request: pytest.FixtureRequest) -> Row:
 
 @pytest.fixture
 def _eager() -> Iterator[None]:
-    """A step of torchao compiles for every new shape, seconds each; eager, it computes the same."""
+    """Run torchao uncompiled: a step compiles for seconds at every new shape, and computes the same."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def weights(self) -> list[tuple[nn.Parameter, int]]:
-        """Every factor with its rank axis."""
+        """Every factor and its rank axis."""
         return [pair for t in self.targets for pair in ((t.weight_a, 0), (t.weight_b, 1))]
 
     def train(self, steps: int) -> list[float]:
@@ -151,7 +151,7 @@ class Run:
         set_ranks(self.targets, {t.name: rank for t in chosen}, self.optimizer, step=self.count)
 
     def drop_newest(self, rank: int) -> None:
-        """Cut the directions that growth added off the factors; the maps cut their state off."""
+        """Remove from the factors the directions that growth added; the maps remove their state."""
         for weight, axis in self.weights:
             keep = torch.eye(rank, weight.shape[axis])
             map_state(self.optimizer, weight, StateMap(axis, rank, keep))
@@ -161,23 +161,23 @@ class Run:
 
 
 def moments(run: Run, weight: nn.Parameter) -> dict[str, torch.Tensor]:
-    """What the optimiser remembers of a parameter, as ordinary tensors, read by the library's own functions."""
+    """The optimiser's state of a parameter as ordinary tensors, read by the library's functions."""
     state = run.optimizer.state[weight]
-    found = {}
+    moments = {}
     for key, value in state.items():
         if not torch.is_tensor(value) or value.dim() == 0 or key.startswith(("qmap", "absmax")):
             continue
         if value.dtype == torch.uint8:
             functional = pytest.importorskip("bitsandbytes.functional")
             scales, codes = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
-            found[key] = functional.dequantize_blockwise(value, absmax=scales, code=codes, blocksize=BLOCK)
+            moments[key] = functional.dequantize_blockwise(value, absmax=scales, code=codes, blocksize=BLOCK)
         else:
-            found[key] = value.dequantize() if hasattr(value, "codes") else value
-    return found
+            moments[key] = value.dequantize() if hasattr(value, "codes") else value
+    return moments
 
 
 def check_form(run: Run, row: Row) -> None:
-    """State has its parameter's shape, and the form that the library would give it."""
+    """Check that state has its parameter's shape and the form that the library would give it."""
     for weight, _ in run.weights:
         state = run.optimizer.state[weight]
         for key, value in moments(run, weight).items():
@@ -214,7 +214,7 @@ def _check_torchao(stored: Any, key: str, count: int, large: bool, bits: int) ->
 class TestEveryOptimiser:
     @pytest.mark.parametrize("rank", [24, 17])
     def test_growing_and_dropping_the_new_columns_is_as_if_nothing_happened(self, row, rank):
-        """At rank 17 some parameters are no multiple of a block, which ends some libraries' low-bit form."""
+        """At rank 17 some sizes are not multiples of a block, for which some libraries have no low-bit form."""
         plain, resized = Run(row.make), Run(row.make)
         assert plain.train(4) == resized.train(4)
         resized.set_ranks(rank)
@@ -241,7 +241,7 @@ class TestEveryOptimiser:
         check_form(run, row)
         losses += run.train(8)
         assert all(map(math.isfinite, losses))
-        # Two batches in turn: each is compared with itself.
+        # Two batches alternate, and each is compared with itself.
         assert losses[6] < losses[0]
         assert losses[14] < losses[8] < losses[0]
         assert losses[22] < losses[16] < losses[8]
@@ -293,7 +293,7 @@ class TestEveryOptimiser:
                 if value.shape != weight.shape:
                     continue  # a factored average
                 kept, new = value.narrow(axis, 0, 16), value.narrow(axis, 16, 8)
-                # Blocks lie elsewhere after the change, so low-bit values are rounded once more.
+                # Block boundaries move with the change, so low-bit values are quantised once more.
                 error = row.rounding * before[key].abs().max().item()
                 torch.testing.assert_close(kept, before[key], rtol=0, atol=error)
                 if key in ("exp_avg", "state1"):
@@ -301,7 +301,7 @@ class TestEveryOptimiser:
                 elif axis == 1:
                     mean = before[key].mean(dim=1, keepdim=True).expand(-1, 8)
                     torch.testing.assert_close(new, mean, rtol=1e-5, atol=error)
-                elif "4bit" not in row.name:  # whose map of squares has no zero
+                elif "4bit" not in row.name:  # its map of squares has no zero
                     assert not new.any()
 
 
@@ -336,7 +336,7 @@ def test_an_override_of_bitsandbytes_goes_on():
 
 
 class HomeMade(torch.optim.Optimizer):
-    """Keeps a moment under a name of its own."""
+    """Stores a moment under another name."""
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
         super().__init__(params, {"lr": 1e-2})
@@ -351,7 +351,7 @@ class HomeMade(torch.optim.Optimizer):
 
 
 class ReshapedAdamW(torch.optim.AdamW):
-    """A subclass of a supported one, with a step of its own."""
+    """A subclass of a supported optimiser that defines `step` itself."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

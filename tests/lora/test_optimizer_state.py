@@ -49,7 +49,7 @@ class Run:
         set_ranks(self.targets, {t.name: rank for t in self.targets}, self.optimizer, step=self.count)
 
     def truncate(self, rank):
-        """Drop the newest columns, the optimiser's state with them, as a reference without any mapping."""
+        """Cut the newest columns off factors and state: a reference that needs no map."""
         for target in self.targets:
             for weight, axis in ((target.weight_a, 0), (target.weight_b, 1)):
                 for key, value in self.optimizer.state[weight].items():
@@ -78,7 +78,7 @@ def test_growing_and_dropping_the_new_columns_is_as_if_nothing_happened(make_lla
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_growing_and_shrinking_back_keeps_the_function_and_goes_on(make_llama, make_tokens, name):
-    """The columns that growth added carry nothing, so shrinking finds the old product again."""
+    """The columns that growth added are zero in the product, so shrinking restores it."""
     plain, resized = (Run(make_llama(), make_tokens, name) for _ in range(2))
     assert plain.train(4) == resized.train(4)
     resized.set_ranks(7)
@@ -86,7 +86,7 @@ def test_growing_and_shrinking_back_keeps_the_function_and_goes_on(make_llama, m
     for old, new in zip(plain.targets, resized.targets, strict=True):
         torch.testing.assert_close(new.weight_b @ new.weight_a, old.weight_b @ old.weight_a, rtol=1e-4, atol=1e-6)
     before, after = plain.train(6), resized.train(6)
-    # Not identical: the balanced factors are another parametrisation, on which steps differ slightly.
+    # Not identical: the balanced factors parametrise the product in another way, so steps differ slightly.
     assert before == pytest.approx(after, abs=0.03)
 
 

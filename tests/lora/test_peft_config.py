@@ -32,7 +32,7 @@ def logits(model, tokens):
 
 
 def reload(fresh, folder):
-    """As anyone would who has never heard of rankpilot."""
+    """Load an adapter with plain PEFT."""
     return PeftModel.from_pretrained(fresh, folder)
 
 
@@ -87,7 +87,7 @@ def test_a_model_of_other_ranks_takes_an_adapter_file(make_llama, make_tokens, s
     ranks = mix(find_target_modules(source))
     set_peft_model_state_dict(goal, get_peft_model_state_dict(source))
     assert adapter_ranks(targets) == ranks
-    # Until training starts every pair counts as trained, as it did when the first optimiser was made.
+    # Until training starts every pair requires gradients, as it did when the first optimiser was built.
     assert all(t.weight_a.requires_grad for t in targets)
     finish_load(goal, targets)
     assert [t.weight_a.requires_grad for t in targets] == [rank > 0 for rank in ranks.values()]
@@ -98,7 +98,7 @@ def test_a_model_of_other_ranks_takes_an_adapter_file(make_llama, make_tokens, s
 
 
 def test_load_adapter_goes_the_same_way(make_llama, make_tokens, tmp_path):
-    """`load_best_model_at_end` calls `load_adapter` on the live model."""
+    """`load_best_model_at_end` calls `load_adapter` on the model in training."""
     model = make_llama()
     targets = find_target_modules(model)
     make_resizable(model, targets)
@@ -178,7 +178,7 @@ def test_what_the_user_excluded_stays_excluded(make_llama, llama_config, make_to
 def test_no_pattern_of_the_user_gets_in_the_way(
     make_llama, llama_config, make_tokens, tmp_path, monkeypatch, user, many
 ):
-    """PEFT sorts patterns on saving, and the first match wins; ours are grouped by rank where they are many."""
+    """PEFT sorts patterns on saving and uses the first that matches; many patterns are grouped by rank."""
     monkeypatch.setattr(checkpoint, "MANY_MODULES", many)
     model = make_llama(rank_pattern={user: 2}, alpha_pattern={user: 6})
     targets = find_target_modules(model)
@@ -195,7 +195,7 @@ def test_no_pattern_of_the_user_gets_in_the_way(
 
 
 def test_a_dropped_module_does_not_take_its_namesake_along(tmp_path):
-    """In a list, PEFT reads a name also as the end of a longer one."""
+    """PEFT also matches a name in a list with the end of a longer name."""
 
     class Nested(torch.nn.Module):
         def __init__(self):

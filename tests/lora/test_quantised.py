@@ -1,4 +1,4 @@
-"""Quantised frozen weights: rank changes, adapter files, real norms, and the CPU's 4-bit trap."""
+"""Quantised frozen weights: rank changes, adapter files, norms, and the repacking of 4-bit weights on the CPU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Base:
         library: the module that must be installed.
         config: makes transformers' own setting.
         norm_error: the largest relative error of a weight's norm.
-        dtype: of everything that is not quantised.
+        dtype: the dtype of all that is not quantised.
     """
 
     name: str
@@ -79,7 +79,7 @@ BASES = (
     Base("bnb-int8", "bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), 0.01),
     Base("bnb-nf4", "bitsandbytes", _nf4, 0.10),
     NF4_DOUBLE,
-    # As in QLoRA's scripts: bfloat16 throughout, and packed bytes that pose as bfloat16.
+    # As in QLoRA's scripts: bfloat16 throughout, and packed bytes stored as bfloat16.
     Base(
         "bnb-nf4-bf16",
         "bitsandbytes",
@@ -122,7 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Without bitsandbytes' line for every int8 matrix product."""
+    """Ignore the warning that bitsandbytes gives at every int8 matrix product."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -164,7 +164,7 @@ def logits(model: PeftModel) -> torch.Tensor:
 
 
 def mix(targets: list[TargetModule], optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Grow, shrink and drop, side by side."""
+    """Ranks by module that grow, shrink and drop."""
     ranks = (8, 2, 4, 0, 7, 1, 3)
     set_ranks(targets, {t.name: ranks[i % len(ranks)] for i, t in enumerate(targets)}, optimizer, step=step)
 
@@ -353,7 +353,7 @@ def test_weights_that_cannot_be_read_are_refused(make_llama):
 
 
 class TestGuard:
-    """What happens on a CPU with AVX512-BF16; where there is none, its kernel is played by `_inference_kernel`."""
+    """Behave as on a CPU with AVX512-BF16; on others, `_inference_kernel` replaces the kernel."""
 
     @pytest.fixture(autouse=True)
     def _cpu_with_avx512_bf16(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,9 +369,9 @@ class TestGuard:
         """Whether the adapters whose output passes through further 4-bit layers get gradients."""
         model.zero_grad()
         model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
-        found = [p.grad for n, p in model.named_parameters() if "lora_B" in n and ("v_proj" in n or "up_proj" in n)]
-        assert len(found) == 4
-        return [grad is not None and bool(grad.any()) for grad in found]
+        gradients = [p.grad for n, p in model.named_parameters() if "lora_B" in n and ("v_proj" in n or "up_proj" in n)]
+        assert len(gradients) == 4
+        return [grad is not None and bool(grad.any()) for grad in gradients]
 
     @pytest.fixture(params=[NF4_DOUBLE, BASES[1]], ids=["double", "single"])
     def four_bit(self, request: pytest.FixtureRequest, folder: Path) -> PeftModel:
@@ -380,7 +380,7 @@ class TestGuard:
         return model
 
     def test_without_it_an_evaluation_stops_the_gradients_and_changes_the_weights(self, four_bit):
-        """Not our bug: this test tells when bitsandbytes no longer has it, and `guard_base` can go."""
+        """A bug of bitsandbytes: when this test fails, it is mended and `guard_base` can go."""
         layer = four_bit.base_model.model.model.layers[0].mlp.down_proj
         before = real_weight(layer).clone()
         training = four_bit.train()(input_ids=tokens()).logits
@@ -417,7 +417,7 @@ class TestGuard:
 
 
 def _inference_kernel(inputs: torch.Tensor, packed: torch.Tensor, out: Any = None, *, state: Any) -> torch.Tensor:
-    """What bitsandbytes' kernel computes from repacked weights; like the kernel, without autograd."""
+    """Compute what bitsandbytes' kernel computes from repacked weights; like the kernel, without autograd."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 
     state = copy.copy(state)

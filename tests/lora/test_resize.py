@@ -1,4 +1,4 @@
-"""Rank changes: the function, the bookkeeping, the memory, and what is refused."""
+"""Rank changes: the function, PEFT's records, memory, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 
 
 def lone_pair(d_in: int, d_out: int, rank: int, dtype: torch.dtype = torch.float32, **options: object) -> TargetModule:
-    """A LoRA pair on one linear layer, with next to no model around it."""
+    """A LoRA pair on one linear layer, in a tiny model."""
     base = nn.Sequential(OrderedDict(layer=nn.Linear(d_in, d_out)))
     settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["layer"]} | options
     return find_target_modules(get_peft_model(base, LoraConfig(**settings)).to(dtype))[0]
@@ -30,13 +30,13 @@ def product(target: TargetModule) -> torch.Tensor:
     return target.scaling * target.weight_b.detach().double() @ target.weight_a.detach().double()
 
 
-def fill(target: TargetModule, live: int, generator: torch.Generator, spread: float = 1.0) -> None:
-    """Random factors whose product has rank `live`, with singular values spread over decades."""
+def fill(target: TargetModule, used: int, generator: torch.Generator, spread: float = 1.0) -> None:
+    """Random factors whose product has rank `used`, with singular values spread over decades."""
     rank, dtype = target.rank, target.weight_a.dtype
     mix = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
     a = torch.randn(rank, target.d_in, generator=generator, dtype=torch.float64)
     b = torch.randn(target.d_out, rank, generator=generator, dtype=torch.float64)
-    b[:, live:] = 0
+    b[:, used:] = 0
     b = b * 10 ** (-spread * torch.arange(rank) / rank)
     with torch.no_grad():
         target.weight_a.copy_((torch.linalg.inv(mix) @ a).to(dtype))
@@ -70,10 +70,10 @@ def test_shrinking_is_the_best_approximation_of_that_rank(data):
     # PEFT also allows ranks above the width, which add nothing.
     rank = data.draw(st.integers(2, min(d_in, d_out) + 2), "rank")
     after = data.draw(st.integers(1, min(rank - 1, d_in, d_out)), "after")
-    live = data.draw(st.integers(0, rank), "live")
+    used = data.draw(st.integers(0, rank), "used")
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]), "dtype")
     target = lone_pair(d_in, d_out, rank, dtype)
-    fill(target, live, torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed")))
+    fill(target, used, torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed")))
     old = product(target)
     set_ranks([target], {"layer": after})
 
@@ -86,7 +86,7 @@ def test_shrinking_is_the_best_approximation_of_that_rank(data):
 
 @given(st.integers(0, 99))
 def test_the_kept_factors_are_balanced(seed):
-    """Half of each singular value goes to either side, so neither side's gradient vanishes."""
+    """Each side takes the root of the singular values, so neither side's gradient vanishes."""
     target = lone_pair(12, 20, 6, torch.float64)
     fill(target, 6, torch.Generator().manual_seed(seed))
     set_ranks([target], {"layer": 4})
@@ -94,13 +94,13 @@ def test_the_kept_factors_are_balanced(seed):
     torch.testing.assert_close(a @ a.T, b.T @ b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("live", "after", "dead"), [(0, 3, 3), (1, 3, 2), (2, 3, 1), (5, 3, 0)])
-def test_directions_without_function_are_seeded_anew_and_train_again(live, after, dead):
+@pytest.mark.parametrize(("used", "after", "unused"), [(0, 3, 3), (1, 3, 2), (2, 3, 1), (5, 3, 0)])
+def test_directions_without_function_are_seeded_anew_and_train_again(used, after, unused):
     target = lone_pair(10, 14, 6)
-    fill(target, live, torch.Generator().manual_seed(3))
+    fill(target, used, torch.Generator().manual_seed(3))
     set_ranks([target], {"layer": after}, seed=1, step=7)
     empty = (target.weight_b == 0).all(dim=0)
-    assert int(empty.sum()) == dead
+    assert int(empty.sum()) == unused
     assert (target.weight_a.norm(dim=1) > 1e-3).all()
 
     inputs = torch.randn(32, 10)
@@ -155,7 +155,7 @@ def test_parameters_stay_the_same_objects_with_new_storage(make_llama):
 
 
 def test_changing_ranks_while_an_old_loss_is_alive(make_llama, llama_batch):
-    """Loops keep the last loss: its graph must not stop the next step."""
+    """A loop may keep the last loss, whose graph must not stop the next step."""
     model = make_llama()
     targets = find_target_modules(model)
     loss = model(**llama_batch).loss

@@ -1,4 +1,4 @@
-"""What training steps really hold, and plans and batches to try them on."""
+"""Measures the bytes of real training steps, and makes plans and batches for them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RANKS = (1, 2, 3, 4, 8, 12)
 
 
 class SavedBytes:
-    """A context that counts what autograd saves inside it, storages once, as long as their graph lives.
+    """A context that counts the bytes that autograd saves inside it, each storage once, while their graph lives.
 
     Args:
         model: its parameters and buffers do not count.
-        batch: nor does this.
+        batch: its tensors do not count either.
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
@@ -35,7 +35,7 @@ class SavedBytes:
 
     @property
     def bytes(self) -> int:
-        """What is held now."""
+        """Bytes saved now."""
         tokens = [token for reference in self._tokens if (token := reference()) is not None]
         sizes = {t.tensor.untyped_storage()._cdata: t.tensor.untyped_storage().nbytes() for t in tokens}
         return sum(size for key, size in sizes.items() if key not in self._given)
@@ -55,7 +55,7 @@ class SavedBytes:
 
 class _Token:
     def __init__(self, tensor: torch.Tensor) -> None:
-        # A graph would never be freed that saves an operation's own output, grad_fn and all.
+        # A node that saved its own output with its grad_fn would keep itself alive for ever.
         self.tensor = tensor.data
 
 
@@ -87,7 +87,7 @@ def family_model(family: Any, precision: str = "fp32", checkpointing: bool | Non
 
 
 def family_batch(family: Any, model: nn.Module, rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A batch of this shape in the form of a family's own; images have no length."""
+    """A random batch of this shape, in the form of a family's batches; images have no length."""
     generator = torch.Generator().manual_seed(seed)
     batch = {}
     for name, tensor in family.inputs(model).items():
@@ -142,12 +142,12 @@ class Run:
             )
 
     def apply(self, ranks: np.ndarray) -> None:
-        """Make a plan real."""
+        """Give the modules the ranks of a plan."""
         set_ranks(self.targets, {t.name: int(r) for t, r in zip(self.targets, ranks, strict=True)}, self.optimizer)
         assert [t.rank for t in self.targets] == ranks.tolist()
 
     def loss(self, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """A forward pass."""
+        """Run a forward pass and return the loss."""
         with autocast(self.precision):
             return self.model(**batch or self.batch).loss
 
@@ -156,9 +156,9 @@ class Run:
         self.apply(ranks)
         with SavedBytes(self.model, batch or self.batch) as saved:
             loss = self.loss(batch)
-        held = saved.bytes
+        size = saved.bytes
         del loss
-        return held
+        return size
 
     def peak(self, ranks: np.ndarray, batch: dict[str, torch.Tensor] | None = None) -> int:
         """Bytes at the peak of a step under a plan; the optimiser has stepped before."""

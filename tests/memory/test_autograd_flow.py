@@ -17,7 +17,7 @@ def rand(*shape: int, trains: bool = False) -> torch.Tensor:
 
 
 class Graph:
-    """A graph with leaves of three modules (bits 1, 2, 4); all else that trains belongs to nobody."""
+    """A graph with leaves of three modules (bits 1, 2, 4); other leaves that train belong to no module."""
 
     def __init__(self) -> None:
         self.leaves = [rand(4, 4, trains=True) for _ in range(3)]
@@ -137,7 +137,7 @@ def test_an_operation_that_is_not_in_the_table_saves_for_all_its_inputs(graph):
 
 
 class Kept(torch.autograd.Function):
-    """Saves one tensor as autograd knows it, and others on its context."""
+    """Saves one tensor through autograd, and others on its context."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, table: dict[str, Any]) -> torch.Tensor:
@@ -192,7 +192,7 @@ def test_the_table_says_what_torch_saves(name):
 
 
 def test_convolutions_save_both_factors_whatever_trains():
-    """So they must not be in the table."""
+    """Therefore they must not be in the table."""
     node = conv1d(rand(2, 4, 6, trains=True), rand(4, 4, 3)).grad_fn
     assert node._saved_input is not None
     assert node._saved_weight is not None

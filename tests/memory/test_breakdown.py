@@ -30,22 +30,22 @@ def calibrated(model: Any, batch: dict[str, torch.Tensor], segments: str | None 
 
 def plans(count: int) -> list[np.ndarray]:
     generator = np.random.default_rng(0)
-    some = [generator.choice([0, 0, 1, 4, 8, 64], size=count) for _ in range(4)]
+    mixed = [generator.choice([0, 0, 1, 4, 8, 64], size=count) for _ in range(4)]
     top = np.where(np.arange(count) > count // 2, 8, 0)
-    return [np.full(count, 8), np.zeros(count, dtype=int), np.full(count, 5000), top, *some]
+    return [np.full(count, 8), np.zeros(count, dtype=int), np.full(count, 5000), top, *mixed]
 
 
 def check_sums(memory: MemoryModel, targets: list[TargetModule], shape: BatchShape | None = None) -> None:
     cost = memory.cost(shape)
     for ranks in plans(len(targets)):
-        found = break_down(memory, targets, ranks, shape)
-        assert found.total == total_cost(cost, ranks)
-        assert found.label in cost.moments
-        assert found.bytes.shape == (len(found.layers), len(KINDS))
-        assert (found.bytes >= 0).all()
-        assert found.bytes.any(axis=1).all()
-        rounded = ranks.sum() + len(cost.needs) + 1  # each price of a rank or group is rounded up
-        assert 0 <= found.margin - memory.margin * found.bytes.sum() <= rounded
+        breakdown = break_down(memory, targets, ranks, shape)
+        assert breakdown.total == total_cost(cost, ranks)
+        assert breakdown.label in cost.moments
+        assert breakdown.bytes.shape == (len(breakdown.layers), len(KINDS))
+        assert (breakdown.bytes >= 0).all()
+        assert breakdown.bytes.any(axis=1).all()
+        rounded = ranks.sum() + len(cost.needs) + 1  # the cost of each rank and group is rounded up
+        assert 0 <= breakdown.margin - memory.margin * breakdown.bytes.sum() <= rounded
 
 
 @pytest.mark.parametrize("segments", REENTRANT)
@@ -60,7 +60,7 @@ def test_the_parts_sum_to_the_price(
 
 
 class KeptOnContext(torch.autograd.Function):
-    """What a function keeps on its context outlives the first run of a checkpointed segment."""
+    """Keeps a tensor on its context, which outlives the first run of a checkpointed segment."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -84,9 +84,9 @@ def test_signals_accumulation_and_copies_are_counted(make_bert: Any, bert_batch:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
     memory, targets = calibrated(model, bert_batch, optimizer=optimizer, signal_bytes=True, accumulates=True)
     check_sums(memory, targets)
-    found = break_down(memory, targets, np.full(len(targets), 4))
-    assert found.of_kind("signals") == sum(4 * 4 * target.d_out for target in targets)
-    assert found.of_kind("gradients") == found.of_kind("weights"), "all of them are always there"
+    breakdown = break_down(memory, targets, np.full(len(targets), 4))
+    assert breakdown.of_kind("signals") == sum(4 * 4 * target.d_out for target in targets)
+    assert breakdown.of_kind("gradients") == breakdown.of_kind("weights"), "all of them are always there"
 
 
 def test_the_optimizer_s_step_can_be_the_peak(make_bert: Any, bert_batch: Any) -> None:
@@ -104,39 +104,39 @@ def test_what_is_held_is_what_the_model_holds(make_bert: Any, bert_batch: Any) -
     model = make_bert()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     memory, targets = calibrated(model, bert_batch, optimizer=optimizer, accumulates=True)
-    found = break_down(memory, targets, np.array([target.rank for target in targets]))
+    breakdown = break_down(memory, targets, np.array([target.rank for target in targets]))
     held = ("weights", "gradients", "optimizer", "others")
-    assert sum(found.of_kind(kind) for kind in held) == state_bytes(model, optimizer)
+    assert sum(breakdown.of_kind(kind) for kind in held) == state_bytes(model, optimizer)
 
 
 def test_rows_follow_the_model_from_its_input_to_the_loss(make_bert: Any, bert_batch: Any) -> None:
     memory, targets = calibrated(make_bert(), bert_batch)
-    found = break_down(memory, targets, np.full(len(targets), 4))
+    breakdown = break_down(memory, targets, np.full(len(targets), 4))
     numbered = [f"bert.encoder.layer.{number}" for number in range(3)]
-    assert [layer for layer in found.layers if layer[-1].isdigit()] == numbered
-    assert found.layers[-1] == LOSS
-    assert found.layers[0] == "bert.embeddings"
-    assert found.layer_of == tuple(name for name in numbered for _ in range(6))
-    assert sum(found.bytes[:, 0]) == found.of_kind("saved")
+    assert [layer for layer in breakdown.layers if layer[-1].isdigit()] == numbered
+    assert breakdown.layers[-1] == LOSS
+    assert breakdown.layers[0] == "bert.embeddings"
+    assert breakdown.layer_of == tuple(name for name in numbered for _ in range(6))
+    assert sum(breakdown.bytes[:, 0]) == breakdown.of_kind("saved")
 
 
 def test_nothing_is_saved_below_the_lowest_adapter(make_llama: Any, llama_batch: Any) -> None:
     memory, targets = calibrated(make_llama(), llama_batch)
     top = np.array([8 * target.name.startswith("model.layers.1.") for target in targets])
-    found = break_down(memory, targets, top)
-    saved = dict(zip(found.layers, found.by_layer("saved", "weights", "optimizer"), strict=True))
+    breakdown = break_down(memory, targets, top)
+    saved = dict(zip(breakdown.layers, breakdown.by_layer("saved", "weights", "optimizer"), strict=True))
     assert saved.get("model.layers.0", 0) == 0
     assert saved["model.layers.1"] > 0
 
 
 def test_kept_inputs_and_one_segment_that_runs_again(make_bert: Any, bert_batch: Any) -> None:
     memory, targets = calibrated(make_bert(), bert_batch, "checkpointed")
-    found = break_down(memory, targets, np.full(len(targets), 2))
-    again = found.by_layer("recomputed")
+    breakdown = break_down(memory, targets, np.full(len(targets), 2))
+    again = breakdown.by_layer("recomputed")
     assert np.count_nonzero(again) == 1
-    assert found.of_kind("inputs") > 0
+    assert breakdown.of_kind("inputs") > 0
     hidden = 4 * 8 * 32 * 4  # rows, tokens, width, bytes
-    assert found.of_kind("inputs") >= hidden
+    assert breakdown.of_kind("inputs") >= hidden
 
 
 def test_frozen_bytes_counts_shared_weights_once(make_llama: Any) -> None:
@@ -153,6 +153,6 @@ def test_frozen_bytes_counts_shared_weights_once(make_llama: Any) -> None:
 def test_a_breakdown_by_hand() -> None:
     table = np.zeros((2, len(KINDS)))
     table[0, KINDS.index("saved")], table[1, KINDS.index("recomputed")] = 5, 7
-    found = Breakdown("loss", ("a", "b"), table, 3.0, ("a",))
-    assert found.total == 15
-    assert found.by_layer("saved", "recomputed").tolist() == [5, 7]
+    breakdown = Breakdown("loss", ("a", "b"), table, 3.0, ("a",))
+    assert breakdown.total == 15
+    assert breakdown.by_layer("saved", "recomputed").tolist() == [5, 7]

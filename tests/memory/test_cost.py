@@ -1,4 +1,4 @@
-"""Prices of plans by hand, and which moments of a step are left out of them."""
+"""Costs of plans computed by hand, and which peak candidates are left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_parameters_are_rank_times_both_widths(make_llama):
 
 @pytest.fixture
 def cost() -> ByteCost:
-    """Two moments, three modules; a tensor for modules 0 and 1, one for 2, and one that only the first moment holds."""
+    """Two candidates, three modules; a tensor for modules 0 and 1, one for 2, and one of the first candidate only."""
     return ByteCost(
         moments=("loss", "layer 0"),
         constant=np.array([1000.0, 900.0]),
@@ -38,7 +38,7 @@ def cost() -> ByteCost:
         ((0, 3, 0), 1000 + 100 + 3 * 20),
         ((1, 1, 0), 1000 + 100 + 400 + 10 + 20),  # the shared tensor counts once
         ((2, 0, 1), 1000 + 100 + 50 + 400 + 20 + 30),
-        ((0, 0, 1), 900 + 50 + 200),  # the second moment is the higher one
+        ((0, 0, 1), 900 + 50 + 200),  # the second candidate is the higher one
         ((0, 0, 10), 900 + 50 + 2000),
     ],
 )
@@ -69,7 +69,7 @@ def test_moments_that_are_never_the_peak_are_left_out_with_what_only_they_hold(c
 
 @pytest.mark.parametrize("seed", range(8))
 def test_plans_of_all_kinds_cost_the_same_with_the_moments_left(seed):
-    """Other plans than those by which the moments were chosen."""
+    """The plans are not those by which the candidates were chosen."""
     generator = np.random.default_rng(seed)
     if seed % 2:
         cost, _, _ = transformer_cost(generator, 6, checkpointing=seed % 4 == 1)

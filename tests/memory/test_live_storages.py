@@ -13,7 +13,7 @@ KIB = 1024
 
 
 def kib(count: int = 1) -> torch.Tensor:
-    """So many KiB of fp32."""
+    """A tensor of `count` KiB of fp32."""
     return torch.zeros(256 * count)
 
 

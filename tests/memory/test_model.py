@@ -1,4 +1,4 @@
-"""Predicted bytes against what real forward passes and steps hold, to the byte where nothing is checkpointed."""
+"""Predicted bytes against real forward passes and steps, exact to the byte without checkpointing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .measured import Run, adamw_run, autocast, family_batch, family_model, rand
 
 ROWS = {family.name: family for family in FAMILIES}
 EXACT = 1e-9
-"""Bytes are whole numbers, and prices are sums of floats."""
+"""Bytes are whole numbers, but costs are sums of floats."""
 
 CALIBRATED = (4, 12)
 SHAPES = ((4, 12), (2, 5), (9, 16), (3, 12), (5, 7))
@@ -43,7 +43,7 @@ def run_of(name: str, precision: str = "fp32", checkpointing: bool | None = None
 
 
 def saved_errors(name: str, precision: str, plans: int, shapes: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Predicted over real bytes that autograd saves, less 1, for so many plans at each batch shape."""
+    """Relative errors of the predicted bytes that autograd saves, for `plans` plans at each batch shape."""
     run = run_of(name, precision)
     memory = run.calibrated()
     errors = []
@@ -58,7 +58,7 @@ def saved_errors(name: str, precision: str, plans: int, shapes: tuple[tuple[int,
 def peak_errors(
     name: str, precision: str, checkpointing: bool | None, plans: int, shapes: tuple[tuple[int, int], ...]
 ) -> np.ndarray:
-    """The same for the peak of a whole step."""
+    """Relative errors of the predicted peak of a step, for `plans` plans at each batch shape."""
     run = run_of(name, precision, checkpointing)
     memory = run.calibrated()
     errors = []
@@ -107,11 +107,11 @@ def test_adapters_in_half_precision_are_predicted_too():
 
 
 def test_a_plan_of_no_ranks_saves_only_what_trains_beside_the_adapters():
-    for name, some in (("bert", True), ("llama", False)):
+    for name, trains_more in (("bert", True), ("llama", False)):
         run = run_of(name)
         none = np.zeros(len(run.targets), dtype=np.int64)
         assert run.calibrated().saved(none) == run.saved(none)
-        assert bool(run.saved(none)) is some
+        assert bool(run.saved(none)) is trains_more
 
 
 # The peak of a step -----------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_peaks_without_checkpointing_are_exact(name, precision):
 
 @pytest.mark.parametrize("name", ["llama-dora", "bert-dora-dropout", "gpt2-dora", "gpt2-lora-bias", "bert-lora-bias"])
 def test_biases_and_magnitudes_count_their_gradients_from_the_start(name):
-    """So peaks before the end of the backward pass are a little too high, on models as small as these."""
+    """On models as small as these, peaks before the end of the backward pass are therefore a little too high."""
     errors = peak_errors(name, "fp32", None, 6, ((9, 16),))
     assert errors.min() >= -EXACT
     assert errors.max() <= 0.008
@@ -143,7 +143,7 @@ LOW = {
     ("t5", True, "fp32"): 0.003,
     ("t5", True, "autocast"): 0.008,
 }
-"""By how much tiny T5s are under-estimated all the same: their relative positions weigh as much as hidden states."""
+"""The share by which tiny T5s are under-estimated: their relative positions take as much as hidden states."""
 
 
 CHECKPOINTED = [*itertools.product(("llama", "bert", "gpt2"), PRECISIONS), ("t5", "fp32"), ("t5", "autocast")]
@@ -152,7 +152,7 @@ CHECKPOINTED = [*itertools.product(("llama", "bert", "gpt2"), PRECISIONS), ("t5"
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
 @pytest.mark.parametrize(("name", "precision"), CHECKPOINTED)
 def test_checkpointed_peaks_are_within_three_percent_and_not_too_low(name, reentrant, precision):
-    """On `gpt2` and `t5` an adapted embedding counts twice, as its adapter's graph and as the leaf that it would be."""
+    """On `gpt2` and `t5` an adapted embedding counts twice: as its adapter's graph, and as a leaf."""
     shapes = ((4, 12), (9, 16)) if name != "t5" else ((4, 12),)
     errors = peak_errors(name, precision, reentrant, 3, shapes)
     assert errors.min() >= -LOW.get((name, reentrant, precision), EXACT)
@@ -171,7 +171,7 @@ def test_checkpointed_peaks_are_the_real_ones_and_the_margin(reentrant):
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
 def test_an_unadapted_embedding_passes_on_gradients_that_were_asked_for(reentrant):
-    """`enable_input_require_grads` makes everything above it be held, whatever the plan."""
+    """With `enable_input_require_grads`, autograd saves everything above the embedding under every plan."""
     run = run_of("gpt2", "fp32", reentrant)
     run.model.enable_input_require_grads()
     cost = run.calibrated().cost()
@@ -181,7 +181,7 @@ def test_an_unadapted_embedding_passes_on_gradients_that_were_asked_for(reentran
 
 
 def test_doras_norms_in_a_second_pass_are_known_to_a_few_percent():
-    """They are recomputed with weights of the size of the layer's own, which weigh as much as activations here."""
+    """They are recomputed from matrices as large as the layer's weight, which here take as much as activations."""
     errors = peak_errors("llama-dora", "fp32", False, 8, ((9, 16),))
     assert errors.min() >= -0.01
     assert errors.max() <= 0.015
@@ -194,7 +194,7 @@ def test_doras_norms_in_a_second_pass_are_known_to_a_few_percent():
     ("name", "rows"), [*itertools.product(("llama", "bert", "vit"), (1, 2, 3, 5, 9)), ("t5", 1), ("t5", 9)]
 )
 def test_one_calibration_predicts_fewer_and_more_rows_and_tokens(name, rows):
-    """Of one row, a causal model's labels are not copied when they are shifted, so their padding stays: 8 bytes."""
+    """With one row, a causal model shifts labels without a copy, so their padding stays: 8 bytes."""
     run = run_of(name)
     memory = run.calibrated()
     ranks = np.minimum(3, [target.max_rank for target in run.targets])
@@ -247,7 +247,7 @@ def test_a_mixture_of_experts_is_known_at_the_calibrated_shape_only():
 
 
 def test_batches_with_padding_are_predicted_from_batches_with_padding():
-    """A mask of ones is left out by transformers; one with zeros is a tensor more."""
+    """Transformers leaves out a mask of ones; one with zeros is one more tensor."""
     run = run_of("bert")
     for rows, length in ((4, 12), (8, 16)):
         batch = family_batch(ROWS["bert"], run.model, rows, length)
@@ -281,7 +281,7 @@ def test_copies_of_what_trains_beside_the_adapters_count_at_the_step(foreach):
     cost = run.calibrated().cost()
     ranks = np.ones(len(run.targets), dtype=np.int64)
     assert cost.moments[int((cost.fixed(ranks > 0) + cost.per_rank @ ranks).argmax())] == "optimizer step"
-    # One after the other, up to three copies of the largest are counted.
+    # Without foreach, up to three copies of the largest parameter are counted.
     assert 0 <= total_cost(cost, ranks) / run.peak(ranks) - 1 <= (0.01 if foreach else 0.1)
 
 
@@ -308,7 +308,7 @@ def test_gradients_kept_over_micro_batches_are_there_at_every_moment():
 
 
 def accumulating_peak(run: Run) -> int:
-    """The peak of a second micro-batch, while gradients of the first are there."""
+    """The peak of a second micro-batch, while gradients of the first exist."""
     assert run.optimizer is not None
     run.optimizer.step()
     meter = PeakMeter()
@@ -384,7 +384,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def disturbed_run(checkpointing: bool | None = False) -> Run:
-    """In the middle of a fine-tune: gradients are there, ranks differ, some modules are dropped, one is frozen."""
+    """In the middle of a fine-tune: gradients exist, ranks differ, modules are dropped, one is frozen."""
     run = run_of("bert", checkpointing=checkpointing)
     ranks = np.full(len(run.targets), 4)
     ranks[:3] = 0, 7, 1
@@ -454,7 +454,7 @@ def test_calibration_works_without_gradients_and_gives_the_same():
 
 
 def test_calibration_inside_autocast_is_of_autocast_and_leaves_its_cache_empty():
-    """The cache would hold copies of weights of other ranks."""
+    """Otherwise the cache would hold copies of weights of other ranks."""
     run = run_of("llama", "autocast")
     plan = np.full(len(run.targets), 3)
     with autocast("autocast"):
@@ -504,7 +504,7 @@ def test_a_model_whose_operations_change_from_call_to_call_is_refused():
 
 
 class KeepsOnContext(torch.autograd.Function):
-    """Holds its input out of sight of autograd's hooks."""
+    """Keeps its input on its context, where autograd's hooks do not see it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -547,7 +547,7 @@ def check_never_low(run: Run, allowed: float) -> None:
         assert -EXACT <= error <= allowed, ranks.tolist()
 
 
-# The lead-in of every caller ---------------------------------------------------------------------------------------
+# As callers use it -------------------------------------------------------------------------------------------------
 
 
 def test_ranks_set_through_the_library_cost_what_was_predicted_in_any_order():

@@ -1,4 +1,4 @@
-"""Bytes between steps: weights, gradients and the state of optimisers, against real ones."""
+"""Predicted bytes of weights, gradients and optimiser state between steps, against real ones."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ OPTIMIZERS = {
 }
 EXACT = {"adamw", "adamw-amsgrad", "sgd", "sgd-momentum"}
 BENT = {"adamw-8bit-from-4096"}
-"""States that are fp32 up to a size and less of them beyond, so that the line that is nowhere too low starts high. From
-widths of 4,096 on it is straight."""
+"""Optimisers whose state is fp32 up to a size and low-bit beyond, so that a line that is nowhere too low starts high.
+From widths of 4,096 on it is straight."""
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -65,7 +65,7 @@ def step(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
 
 @pytest.fixture
 def wide_llama(make_llama, llama_config):
-    """Wide enough for 8-bit state, of at least 4,096 values, and for ranks up to 64."""
+    """Wide enough for 8-bit state, which needs 4,096 values, and for ranks up to 64."""
     config = deepcopy(llama_config)
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 128, 160, 1
     config.head_dim = 32
@@ -76,7 +76,7 @@ def wide_llama(make_llama, llama_config):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_is_never_below_the_real_one_at_any_rank_of_the_ladder(wide_llama, name):
     targets = find_target_modules(wide_llama)
-    held = model_states(wide_llama, targets, OPTIMIZERS[name](trained(wide_llama)), signal_bytes=False)
+    states = model_states(wide_llama, targets, OPTIMIZERS[name](trained(wide_llama)), signal_bytes=False)
     for rank in RankLadder().ranks[1:]:
         set_ranks(targets, {t.name: rank for t in targets})
         optimizer = OPTIMIZERS[name](trained(wide_llama))
@@ -85,7 +85,7 @@ def test_state_is_never_below_the_real_one_at_any_rank_of_the_ladder(wide_llama,
             if rank > target.max_rank:
                 continue
             real = real_state(optimizer, [target.weight_a, target.weight_b])
-            counted = held.optimizer[index] * rank + held.fixed[index]
+            counted = states.optimizer[index] * rank + states.fixed[index]
             assert counted >= real, (target.name, rank)
             if name in EXACT:
                 assert counted == real, (target.name, rank)
@@ -95,9 +95,9 @@ def test_state_is_never_below_the_real_one_at_any_rank_of_the_ladder(wide_llama,
 
 def test_factored_state_starts_above_zero_and_grows_by_two_numbers_a_rank(wide_llama):
     targets = find_target_modules(wide_llama)
-    held = model_states(wide_llama, targets, torch.optim.Adafactor(trained(wide_llama)), signal_bytes=False)
-    assert held.optimizer.tolist() == [2 * 4] * len(targets)
-    assert held.fixed.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
+    states = model_states(wide_llama, targets, torch.optim.Adafactor(trained(wide_llama)), signal_bytes=False)
+    assert states.optimizer.tolist() == [2 * 4] * len(targets)
+    assert states.fixed.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
 
 
 @pytest.mark.parametrize("name", ["adafactor", "transformers-adafactor", "transformers-adafactor-beta1"])
@@ -113,12 +113,12 @@ def test_layouts_count_factored_averages_as_they_are(name, shape):
 
 def test_weights_gradients_and_signals_of_one_rank(wide_llama):
     targets = find_target_modules(wide_llama)
-    held = model_states(wide_llama, targets, None, signal_bytes=True)
-    assert held.weights.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
-    assert held.optimizer.tolist() == (2 * held.weights).tolist()
-    assert held.signals.tolist() == [4 * t.d_out for t in targets]
-    assert held.scratch.tolist() == held.fixed.tolist() == [0] * len(targets)
-    assert (held.others, held.other_gradients) == (0, 0)
+    states = model_states(wide_llama, targets, None, signal_bytes=True)
+    assert states.weights.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
+    assert states.optimizer.tolist() == (2 * states.weights).tolist()
+    assert states.signals.tolist() == [4 * t.d_out for t in targets]
+    assert states.scratch.tolist() == states.fixed.tolist() == [0] * len(targets)
+    assert (states.others, states.other_gradients) == (0, 0)
 
 
 def test_adapters_in_half_precision_take_half(wide_llama):
@@ -134,10 +134,10 @@ def test_what_trains_beside_the_adapters_counts_with_its_state(make_bert):
     targets = find_target_modules(model)
     optimizer = torch.optim.AdamW(trained(model), fused=True)
     head = sum(4 * p.numel() for p in model.base_model.model.classifier.parameters() if p.requires_grad)
-    held = model_states(model, targets, optimizer, signal_bytes=False)
-    assert held.others == 3 * head > 0
-    assert held.other_gradients == head
-    assert not held.scratch.any()
+    states = model_states(model, targets, optimizer, signal_bytes=False)
+    assert states.others == 3 * head > 0
+    assert states.other_gradients == head
+    assert not states.scratch.any()
 
 
 def test_an_optimizer_that_works_on_all_parameters_at_once_copies_them(make_bert):
@@ -156,9 +156,9 @@ def test_biases_and_magnitudes_do_not_grow_with_rank(named_family):
     for name, count in (("bert-lora-bias", 1), ("llama-dora", 1)):
         model = named_family(name).model()
         targets = find_target_modules(model)
-        held = model_states(model, targets, None, signal_bytes=False)
-        assert held.fixed.tolist() == [3 * 4 * count * t.d_out for t in targets]  # gradient and state
-        assert held.weights.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
+        states = model_states(model, targets, None, signal_bytes=False)
+        assert states.fixed.tolist() == [3 * 4 * count * t.d_out for t in targets]  # gradient and state
+        assert states.weights.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
 
 
 # Live bytes -------------------------------------------------------------------------------------------------------
@@ -210,10 +210,10 @@ def test_counted_state_is_the_live_state_of_a_whole_plan(named_family, name):
     model = family_model(family)
     run = adamw_run(model, family_batch(family, model, 2, 4))
     run.optimizer = OPTIMIZERS[name](trained(model))
-    held = model_states(model, run.targets, run.optimizer, signal_bytes=False)
+    states = model_states(model, run.targets, run.optimizer, signal_bytes=False)
     ranks = np.arange(len(run.targets)) % 5
     run.apply(ranks)
     step(run.optimizer, model)
-    counted = ((2 * held.weights + held.optimizer) * ranks + held.fixed * (ranks > 0)).sum() + held.others
+    counted = ((2 * states.weights + states.optimizer) * ranks + states.fixed * (ranks > 0)).sum() + states.others
     heads = sum(4 * p.numel() for p in model.base_model.model.classifier.parameters() if p.requires_grad)
     assert counted + heads == state_bytes(model, run.optimizer)

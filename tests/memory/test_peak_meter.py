@@ -1,4 +1,4 @@
-"""Peaks of real steps."""
+"""Measured peaks of real steps."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_larger_ranks_and_batches_have_higher_peaks(run, named_family):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="reads the allocator of CUDA")
 def test_on_a_gpu_the_allocator_itself_is_read_and_predictions_hold(named_family):
-    """The toy is small for the allocator's blocks of 512 bytes and for workspaces, so the bounds are wide."""
+    """The model is small compared with the allocator's blocks and with workspaces, so the bounds are wide."""
     family = named_family("llama")
     model = family_model(family).cuda()
     batch = {name: tensor.cuda() for name, tensor in family_batch(family, model, 64, 16).items()}

@@ -1,4 +1,4 @@
-"""One recorded step: what is born, when it dies, and what needs it."""
+"""One recorded step: which storages are created, when they are freed, and which modules need them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from .measured import adamw_run, family_batch, family_model
 
 FEW = 20
-"""Operators around a checkpoint."""
+"""Allowance for the operators of a checkpoint itself."""
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_gradients_are_cleared_and_hooks_removed(recorded):
 
 
 def test_upstream_modules_need_more_than_downstream_ones(recorded):
-    """Of a residual stream everything above the lowest adapted module is held for it."""
+    """On a residual stream, tensors above an adapted module are saved for it."""
     _, run, recording = recorded()
     held = np.zeros(len(run.targets))
     for serial, modules in recording.needed.items():
@@ -136,7 +136,7 @@ def test_checkpointed_layers_are_segments_that_run_once(recorded, reentrant):
 
 
 def test_what_a_step_saved_is_freed_with_it(recorded):
-    """On graphs that no backward pass reaches too: DoRA's norms."""
+    """It is freed on graphs that no backward pass reaches too, such as those of DoRA's norms."""
     recorder, run, _ = recorded("gpt2-dora")
     references = []
 

@@ -1,4 +1,4 @@
-"""Stacked adapters: the same mathematics as one PEFT model for each run, and no run that notices the others."""
+"""Stacked adapters: each run computes what it would on a PEFT model, whatever the other runs do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Run:
     """One run.
 
     Attributes:
-        seed: of its fresh directions.
+        seed: decides its fresh directions.
         rate: its learning rate at the start; it decays linearly.
         data: decides its batches.
         moves: new ranks by step, one after another.
@@ -56,10 +56,10 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        losses: of each step.
+        losses: the loss of each step.
         pairs: A (rank, d_in) and B^T (rank, d_out) of each module, under each name in SIDES.
         ages: Adam's steps of each module.
         signals: values and ages, at each reading.
@@ -105,7 +105,7 @@ class Tiny:
         return {step: [np.where(random.random(len(ranks)) < 0.3, 0, ranks)] for step, ranks in moves.items()}
 
     def runs(self, steps: Sequence[int] = DECISIONS) -> list[Run]:
-        """Runs that differ in all that they can differ in."""
+        """Runs with different seeds, rates, data and moves."""
         rates = (1e-2, 3e-3, 1e-3, 5e-3)
         return [Run(10 + i, rate, i, self.random_moves(i, steps)) for i, rate in enumerate(rates)]
 
@@ -137,14 +137,14 @@ def peft_outcome(targets: Sequence[TargetModule], optimizer: torch.optim.Optimiz
     for side in SIDES:
         outcome.pairs[side] = []
     for target in targets:
-        held: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}
+        by_side: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}
         for weight, turned in ((target.weight_a, False), (target.weight_b, True)):
             state, zeros = optimizer.state.get(weight, {}), torch.zeros_like(weight)
             gradient = zeros if weight.grad is None else weight.grad
-            found = (weight.detach(), state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros), gradient)
-            for side, value in zip(SIDES, found, strict=True):
-                held[side].append((value.mT if turned else value).detach().clone())
-        for side, (a, b) in held.items():
+            values = (weight.detach(), state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros), gradient)
+            for side, value in zip(SIDES, values, strict=True):
+                by_side[side].append((value.mT if turned else value).detach().clone())
+        for side, (a, b) in by_side.items():
             outcome.pairs[side].append((a, b))
         outcome.ages.append(int(optimizer.state.get(target.weight_a, {}).get("step", 0)))
     return outcome
@@ -176,7 +176,7 @@ def train_peft(tiny: Tiny, run: Run, steps: int) -> Outcome:
     return peft_outcome(tiny.targets, optimizer, outcome)
 
 
-def held_by(adapters: StackedAdapters, row: int, sides: Sequence[str] = HELD) -> Outcome:
+def outcome_of(adapters: StackedAdapters, row: int, sides: Sequence[str] = HELD) -> Outcome:
     """The factors and moments of a row, which must be zero above its ranks."""
     outcome = Outcome()
     for side in sides:
@@ -202,7 +202,7 @@ def train_stacked(
 ) -> dict[int, Outcome]:
     """Runs by row, in this order in the batch; from fresh adapters of rank 1 if they start at step 0.
 
-    What broken rows hold in the end is not looked at.
+    The final state of `broken` rows is ignored.
     """
     if start == 0:
         reset_runs(adapters, {row: run.seed for row, run in runs.items()})
@@ -224,11 +224,11 @@ def train_stacked(
         for row in changes:
             meters[row].restart()
         one_step(tiny, adapters, runs, step, outcomes, compiled=compiled)
-        for row, own in zip(rows, adapters.clip(rows, MAX_NORM), strict=True):
-            meters[row].accumulate(own)
+        for row, squares in zip(rows, adapters.clip(rows, MAX_NORM), strict=True):
+            meters[row].accumulate(squares)
         adapters.step(rows, [run.rate_at(step) for run in runs.values()])
     for row in set(runs) - set(broken):
-        end = held_by(adapters, row, SIDES)
+        end = outcome_of(adapters, row, SIDES)
         outcomes[row].pairs, outcomes[row].ages = end.pairs, end.ages
     return outcomes
 
@@ -242,7 +242,7 @@ def one_step(
     *,
     compiled: bool = False,
 ) -> None:
-    """Losses and gradients of a step."""
+    """Compute losses and gradients of a step."""
     batches = [tiny.batch(run, step) for run in runs.values()]
     tokens, labels = (torch.cat(parts).to(adapters.device) for parts in zip(*batches, strict=True))
     with adapters.running(list(runs), compiled=compiled) as model:
@@ -252,45 +252,45 @@ def one_step(
         outcome.losses.append(loss)
 
 
-def assert_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
-    """Everything alike but for the signs of the components, which a singular value decomposition leaves open."""
-    assert found.ages == expected.ages
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=tolerance)
+def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:
+    """Compare all but the signs of the components, which a singular value decomposition leaves open."""
+    assert actual.ages == expected.ages
+    np.testing.assert_allclose(actual.losses, expected.losses, rtol=0, atol=tolerance)
     for side in SIDES:
-        for mine, theirs in zip(found.pairs[side], expected.pairs[side], strict=True):
+        for mine, theirs in zip(actual.pairs[side], expected.pairs[side], strict=True):
             for one, other in zip(mine, theirs, strict=True):
                 torch.testing.assert_close(one.abs(), other.abs(), rtol=tolerance, atol=tolerance)
-    for (a, b), (c, d) in zip(found.pairs["weights"], expected.pairs["weights"], strict=True):
+    for (a, b), (c, d) in zip(actual.pairs["weights"], expected.pairs["weights"], strict=True):
         torch.testing.assert_close(b.mT @ a, d.mT @ c, rtol=tolerance, atol=tolerance)
-    grads = zip(found.pairs["weights"], found.pairs["gradients"], strict=True)
+    grads = zip(actual.pairs["weights"], actual.pairs["gradients"], strict=True)
     others = zip(expected.pairs["weights"], expected.pairs["gradients"], strict=True)
     for ((a, b), (ga, gb)), ((c, d), (gc, gd)) in zip(grads, others, strict=True):
         torch.testing.assert_close(gb.mT @ a, gd.mT @ c, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(b.mT @ ga, d.mT @ gc, rtol=tolerance, atol=tolerance)
 
 
-def assert_equal(found: Outcome, expected: Outcome) -> None:
-    """The same bit for bit."""
-    assert found.losses == expected.losses
-    assert found.ages == expected.ages
+def assert_equal(actual: Outcome, expected: Outcome) -> None:
+    """Compare bit for bit."""
+    assert actual.losses == expected.losses
+    assert actual.ages == expected.ages
     for side in SIDES:
-        for mine, theirs in zip(found.pairs[side], expected.pairs[side], strict=True):
+        for mine, theirs in zip(actual.pairs[side], expected.pairs[side], strict=True):
             assert torch.equal(mine[0], theirs[0])
             assert torch.equal(mine[1], theirs[1])
 
 
 def kinds(runs: Sequence[Run], modules: int) -> set[str]:
-    """Which kinds of change occur."""
-    found = set()
+    """The kinds of change that occur."""
+    changes = set()
     for run in runs:
         before = np.ones(modules, dtype=np.int64)
         for ranks in (ranks for several in run.moves.values() for ranks in several):
-            found |= {"drop"} if (ranks[before > 0] == 0).any() else set()
-            found |= {"revive"} if (ranks[before == 0] > 0).any() else set()
-            found |= {"shrink"} if ((ranks > 0) & (ranks < before)).any() else set()
-            found |= {"grow"} if ((before > 0) & (ranks > before)).any() else set()
+            changes |= {"drop"} if (ranks[before > 0] == 0).any() else set()
+            changes |= {"revive"} if (ranks[before == 0] > 0).any() else set()
+            changes |= {"shrink"} if ((ranks > 0) & (ranks < before)).any() else set()
+            changes |= {"grow"} if ((before > 0) & (ranks > before)).any() else set()
             before = ranks
-    return found
+    return changes
 
 
 # The same as PEFT ------------------------------------------------------------------------------------------------
@@ -314,26 +314,26 @@ def test_stacked_runs_are_the_runs_of_peft_models(
     tiny = make_tiny(name, dtype)
     runs = tiny.runs()[: 4 if (name, dtype) == ("llama", torch.float64) else 3 if dtype == torch.float64 else 2]
     assert kinds(runs, len(tiny.targets)) == {"drop", "revive", "shrink", "grow"}
-    found = train_stacked(tiny, tiny.stacked(len(runs)), dict(enumerate(runs)), 90)
+    outcomes = train_stacked(tiny, tiny.stacked(len(runs)), dict(enumerate(runs)), 90)
     for row, run in enumerate(runs):
         expected = train_peft(tiny, run, 90)
         if dtype == torch.float64:
-            assert_same(found[row], expected, tolerance)
+            assert_same(outcomes[row], expected, tolerance)
         else:
-            np.testing.assert_allclose(found[row].losses, expected.losses, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(outcomes[row].losses, expected.losses, rtol=0, atol=tolerance)
         assert min(expected.losses) < expected.losses[0] - 0.02  # it did learn
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_directions_without_function_are_seeded_anew_as_on_a_peft_model(make_tiny: MakeTiny, name: str) -> None:
-    """Ranks that grow and shrink at once leave more directions than carry function."""
+    """Growing and then shrinking leaves directions that are zero in the product."""
     tiny = make_tiny(name)
     moves = {0: [tiny.all_at(7), tiny.all_at(5)], 8: [tiny.all_at(11), tiny.all_at(8)]}
     run, still = Run(1, 1e-2, 1, moves), Run(2, 0.0, 2, moves)
-    found = train_stacked(tiny, tiny.stacked(2), {0: still, 1: run}, 16)
-    assert_same(found[1], train_peft(tiny, run, 16), 1e-8)
-    assert_same(found[0], train_peft(tiny, still, 16), 1e-8)
-    assert not any(b.any() for _, b in found[0].pairs["weights"])  # at rate 0 no direction carries function
+    outcomes = train_stacked(tiny, tiny.stacked(2), {0: still, 1: run}, 16)
+    assert_same(outcomes[1], train_peft(tiny, run, 16), 1e-8)
+    assert_same(outcomes[0], train_peft(tiny, still, 16), 1e-8)
+    assert not any(b.any() for _, b in outcomes[0].pairs["weights"])  # at rate 0 every B stays zero
 
 
 def test_a_fresh_start_is_that_of_reset_adapters(make_tiny: MakeTiny) -> None:
@@ -344,7 +344,7 @@ def test_a_fresh_start_is_that_of_reset_adapters(make_tiny: MakeTiny) -> None:
     assert adapters.ranks.tolist() == [[1] * 14, [5] * 14, [1] * 14]
     for row, seed in {2: 7, 0: 8}.items():
         reset_adapters(tiny.targets, 1, seed)
-        fresh = held_by(adapters, row)
+        fresh = outcome_of(adapters, row)
         assert fresh.ages == [0] * 14
         for (a, b), first, second, target in zip(
             fresh.pairs["weights"], fresh.pairs["first"], fresh.pairs["second"], tiny.targets, strict=True
@@ -363,14 +363,14 @@ def test_growth_draws_the_directions_that_set_ranks_draws(make_tiny: MakeTiny) -
         tiny.targets, {t.name: rank for t, rank in zip(tiny.targets, ranks.tolist(), strict=True)}, seed=9, step=6
     )
     set_stacked_ranks(adapters, [Move(1, ranks, 9, 6)])
-    for (a, b), target in zip(held_by(adapters, 1).pairs["weights"], tiny.targets, strict=True):
+    for (a, b), target in zip(outcome_of(adapters, 1).pairs["weights"], tiny.targets, strict=True):
         assert torch.equal(a, target.weight_a)
         assert torch.equal(b.mT, target.weight_b)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_without_gradients_the_logits_are_those_of_the_peft_model(make_tiny: MakeTiny, name: str) -> None:
-    """And without runs in the batch they are the frozen model's own."""
+    """Without runs in the batch, the logits are the frozen model's."""
     tiny = make_tiny(name)
     adapters = tiny.stacked(2)
     run = Run(1, 1e-2, 1, {4: tiny.random_moves(1, (4,))[4]})
@@ -380,9 +380,9 @@ def test_without_gradients_the_logits_are_those_of_the_peft_model(make_tiny: Mak
     with torch.no_grad():
         expected, bare = tiny.peft(input_ids=tokens).logits, tiny.plain(input_ids=tokens).logits
         with adapters.running([1, 0]) as model:
-            found = model(input_ids=torch.cat([tokens, tokens])).logits[:2]
+            logits = model(input_ids=torch.cat([tokens, tokens])).logits[:2]
         outside = adapters.model(input_ids=tokens).logits
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(outside, bare)
     assert (expected - bare).abs().max() > 1e-3
 
@@ -395,15 +395,15 @@ def test_signals_are_those_of_a_signal_meter(make_tiny: MakeTiny, name: str) -> 
     """Each run reads and moves at its own times, so that others move in the middle of its intervals."""
     tiny = make_tiny(name)
     steps = ((6, 14), (9, 14), (3, 11))
-    runs = [Run(i, 5e-3, i, tiny.random_moves(i, own), reads=(1, 12, 19)) for i, own in enumerate(steps)]
-    found = train_stacked(tiny, tiny.stacked(3), dict(enumerate(runs)), 20)
+    runs = [Run(i, 5e-3, i, tiny.random_moves(i, decisions), reads=(1, 12, 19)) for i, decisions in enumerate(steps)]
+    outcomes = train_stacked(tiny, tiny.stacked(3), dict(enumerate(runs)), 20)
     for row, run in enumerate(runs):
         expected = train_peft(tiny, run, 20)
-        assert len(found[row].signals) == 5
-        for (values, age), (their_values, their_age) in zip(found[row].signals, expected.signals, strict=True):
+        assert len(outcomes[row].signals) == 5
+        for (values, age), (their_values, their_age) in zip(outcomes[row].signals, expected.signals, strict=True):
             np.testing.assert_allclose(values, their_values, rtol=1e-7, atol=1e-10)
             np.testing.assert_array_equal(age, their_age)
-        assert max(age.max() for _, age in found[row].signals) > 0
+        assert max(age.max() for _, age in outcomes[row].signals) > 0
 
 
 def test_a_run_without_any_adapter_keeps_its_signals(make_tiny: MakeTiny) -> None:
@@ -421,8 +421,8 @@ def test_non_finite_gradients_are_left_out_of_the_signals(make_tiny: MakeTiny, v
     reset_runs(adapters, {0: 1, 1: 1})
     meters = [StackedMeter(adapters, row, base_norms(tiny.targets)) for row in range(2)]
     one_step(tiny, adapters, {0: Run(0, 0, 0), 1: Run(0, 0, 0)}, 0, {0: Outcome(), 1: Outcome()})
-    for meter, own in zip(meters, adapters.clip([0, 1], MAX_NORM), strict=True):
-        meter.accumulate(own)
+    for meter, squares in zip(meters, adapters.clip([0, 1], MAX_NORM), strict=True):
+        meter.accumulate(squares)
     adapters.gradients[0, -1] = value
     meters[0].accumulate(adapters.clip([0], MAX_NORM)[0])
     values, clean = (meter.read() for meter in meters)
@@ -436,10 +436,10 @@ def test_non_finite_gradients_are_left_out_of_the_signals(make_tiny: MakeTiny, v
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_a_run_is_the_same_bit_for_bit_in_any_company(make_tiny: MakeTiny, name: str) -> None:
-    """Alone, and in two rows among four others of far larger ranks.
+    """A run alone, and in two rows among four others of far larger ranks.
 
-    Sixteen sequences: up to eight rows, depending on the processor, oneMKL takes another way, and a classifier has but
-    one row a sequence.
+    Batches have sixteen sequences: up to eight rows, oneMKL uses other code on some processors, and a classifier's head
+    has one row for each sequence.
     """
     tiny = make_tiny(name, torch.float32, rows=16)
     run = Run(
@@ -459,23 +459,23 @@ def test_a_run_is_the_same_bit_for_bit_in_any_company(make_tiny: MakeTiny, name:
 
 
 def test_training_some_rows_leaves_the_others_alone(make_tiny: MakeTiny) -> None:
-    """Bit for bit, and it is what training all would have done to them."""
+    """The trained rows are bit for bit what they are if all rows train."""
     tiny = make_tiny(dtype=torch.float32)
     runs = dict(enumerate(tiny.runs((2, 5))))
-    some, whole = tiny.stacked(4), tiny.stacked(4)
-    train_stacked(tiny, some, runs, 10)
+    part, whole = tiny.stacked(4), tiny.stacked(4)
+    train_stacked(tiny, part, runs, 10)
     train_stacked(tiny, whole, runs, 10)
-    before = [held_by(some, row) for row in range(4)]
-    held = [buffer.clone() for buffer in (some.weights, some.first, some.second)]
-    found = train_stacked(tiny, some, {3: runs[3], 1: runs[1]}, 20, start=10)
+    before = [outcome_of(part, row) for row in range(4)]
+    buffers = [buffer.clone() for buffer in (part.weights, part.first, part.second)]
+    outcomes = train_stacked(tiny, part, {3: runs[3], 1: runs[1]}, 20, start=10)
     everyone = train_stacked(tiny, whole, runs, 20, start=10)
     for row in (0, 2):
-        assert held_by(some, row).ages == before[row].ages
-        for buffer, old in zip((some.weights, some.first, some.second), held, strict=True):
+        assert outcome_of(part, row).ages == before[row].ages
+        for buffer, old in zip((part.weights, part.first, part.second), buffers, strict=True):
             assert torch.equal(buffer[row], old[row])
     for row in (1, 3):
-        assert_equal(found[row], everyone[row])
-        assert found[row].ages != before[row].ages
+        assert_equal(outcomes[row], everyone[row])
+        assert outcomes[row].ages != before[row].ages
 
 
 def test_a_run_that_breaks_harms_no_other(make_tiny: MakeTiny) -> None:
@@ -485,14 +485,14 @@ def test_a_run_that_breaks_harms_no_other(make_tiny: MakeTiny) -> None:
     for adapters in (broken, sound):
         train_stacked(tiny, adapters, runs, 8)
     broken.weights[1] = torch.where(broken.weights[1] != 0, float("nan"), 0.0)
-    calm = {0: runs[0], 1: Run(5, 1e-2, 5, reads=(19,)), 2: runs[2]}  # no rank is decided for a run that broke
-    found = train_stacked(tiny, broken, calm, 20, start=8, broken=[1])
+    calm = {0: runs[0], 1: Run(5, 1e-2, 5, reads=(19,)), 2: runs[2]}  # a run that broke takes no decision
+    outcomes = train_stacked(tiny, broken, calm, 20, start=8, broken=[1])
     expected = train_stacked(tiny, sound, calm, 20, start=8)
-    assert np.isnan(found[1].losses).all()
-    assert np.isnan(found[1].signals[0][0]).all()
+    assert np.isnan(outcomes[1].losses).all()
+    assert np.isnan(outcomes[1].signals[0][0]).all()
     for row in (0, 2):
-        assert_equal(found[row], expected[row])
-    again = train_stacked(tiny, broken, {1: Run(6, 1e-2, 6)}, 10)[1]  # its row is as good as new
+        assert_equal(outcomes[row], expected[row])
+    again = train_stacked(tiny, broken, {1: Run(6, 1e-2, 6)}, 10)[1]  # a reset row works like a new one
     assert_equal(again, train_stacked(tiny, tiny.stacked(1), {0: Run(6, 1e-2, 6)}, 10)[0])
 
 
@@ -505,17 +505,17 @@ def test_pairs_of_different_age_step_as_they_do_in_a_peft_model(make_tiny: MakeT
     kind = np.arange(len(tiny.targets)) % 3
     moves = {2: [np.where(kind == 0, 2, 0)], 6: [np.where(kind == 2, 0, 3)], 11: [tiny.all_at(3)]}
     run = Run(1, 1e-2, 1, moves)
-    found = train_stacked(tiny, tiny.stacked(2), {0: Run(2, 1e-2, 2), 1: run}, 30)[1]
-    assert found.ages == [(30, 24, 19)[k] for k in kind]
-    assert_same(found, train_peft(tiny, run, 30), 1e-8)
+    outcome = train_stacked(tiny, tiny.stacked(2), {0: Run(2, 1e-2, 2), 1: run}, 30)[1]
+    assert outcome.ages == [(30, 24, 19)[k] for k in kind]
+    assert_same(outcome, train_peft(tiny, run, 30), 1e-8)
 
 
 def test_each_run_has_its_own_learning_rate(make_tiny: MakeTiny) -> None:
     tiny = make_tiny()
     adapters = tiny.stacked(3)
     runs = {row: Run(1, rate, 1) for row, rate in enumerate((0.0, 1e-3, 1e-2))}
-    found = train_stacked(tiny, adapters, runs, 1)
-    for (_, none), (_, slow), (_, fast) in zip(*(found[row].pairs["weights"] for row in range(3)), strict=True):
+    outcomes = train_stacked(tiny, adapters, runs, 1)
+    for (_, none), (_, slow), (_, fast) in zip(*(outcomes[row].pairs["weights"] for row in range(3)), strict=True):
         assert not none.any()
         assert slow.abs().max() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step is as large as the rate
         torch.testing.assert_close(fast, 10 * slow)
@@ -528,14 +528,14 @@ def test_room_for_larger_ranks_keeps_all_that_is_held(make_tiny: MakeTiny) -> No
     tiny = make_tiny()
     adapters = tiny.stacked(3)
     train_stacked(tiny, adapters, dict(enumerate(tiny.runs((3,))[:3])), 6)
-    before = [held_by(adapters, row) for row in range(3)]
+    before = [outcome_of(adapters, row) for row in range(3)]
     old, sums = adapters.layout, adapters.layout.pairs(adapters.sums.clone())
     assert adapters.sums.any()
     wide = adapters.ranks + np.arange(len(tiny.targets)) * 3 + WIDTH_STEP
     adapters.make_room(wide)
     assert (adapters.layout.widths > old.widths).all()
     for row in range(3):
-        now = held_by(adapters, row)
+        now = outcome_of(adapters, row)
         for side in HELD:
             for mine, theirs in zip(now.pairs[side], before[row].pairs[side], strict=True):
                 assert torch.equal(mine[0], theirs[0])
@@ -570,14 +570,14 @@ def test_memory_is_linear_in_the_runs_and_the_model_is_not_copied(make_tiny: Mak
     tiny = make_tiny()
     model = copy.deepcopy(tiny.plain)
     addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    own = sum(target.d_in + target.d_out for target in tiny.targets) * 32
+    elements = sum(target.d_in + target.d_out for target in tiny.targets) * 32
     for count in (2, 4, 8):
         adapters = StackedAdapters(model, tiny.targets, count)
         runs = {row: Run(row, 1e-2, row, {1: [tiny.all_at(17)]}) for row in range(count)}
         train_stacked(tiny, adapters, runs, 2)
         buffers = [value for value in vars(adapters).values() if isinstance(value, torch.Tensor) and value.dim() == 2]
         sizes = {buffer.data_ptr(): buffer.numel() for buffer in buffers}
-        assert sum(sizes.values()) == 5 * count * own
+        assert sum(sizes.values()) == 5 * count * elements
         for module in model.modules():  # another number of runs, on the same model
             module._forward_hooks.clear()
     assert adapters.model is model
@@ -604,12 +604,12 @@ def test_moves_at_once_are_moves_one_after_another(make_tiny: MakeTiny) -> None:
     np.testing.assert_array_equal(together.ranks, isolated.ranks)
     np.testing.assert_array_equal(together.layout.widths, isolated.layout.widths)
     for row in range(4):
-        found, expected = (held_by(adapters, row) for adapters in (together, isolated))
+        actual, expected = (outcome_of(adapters, row) for adapters in (together, isolated))
         for side in HELD:
-            for mine, theirs in zip(found.pairs[side], expected.pairs[side], strict=True):
+            for mine, theirs in zip(actual.pairs[side], expected.pairs[side], strict=True):
                 torch.testing.assert_close(mine[0].abs(), theirs[0].abs(), rtol=1e-10, atol=1e-12)
                 torch.testing.assert_close(mine[1].abs(), theirs[1].abs(), rtol=1e-10, atol=1e-12)
-        assert found.ages == expected.ages
+        assert actual.ages == expected.ages
 
 
 def test_a_run_notes_its_move_and_names_what_is_not_finite(make_tiny: MakeTiny) -> None:
@@ -665,11 +665,11 @@ def test_compiled_runs_have_the_same_losses(llama_config: LlamaConfig) -> None:
     ranks = [np.array([5, 0, 2]), np.array([0, 9, 16])]
     runs = {row: Run(row, 1e-2, row, {3: [ranks[row]], 5: [ranks[1 - row]]}, reads=(7,)) for row in range(2)}
     adapters = tiny.stacked(2, compiled=True)
-    found = train_stacked(tiny, adapters, runs, 8, compiled=True)
+    outcomes = train_stacked(tiny, adapters, runs, 8, compiled=True)
     expected = train_stacked(tiny, tiny.stacked(2), runs, 8)
     for row in runs:
-        np.testing.assert_allclose(found[row].losses, expected[row].losses, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(found[row].signals[-1][0], expected[row].signals[-1][0], rtol=1e-2, atol=1e-5)
+        np.testing.assert_allclose(outcomes[row].losses, expected[row].losses, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(outcomes[row].signals[-1][0], expected[row].signals[-1][0], rtol=1e-2, atol=1e-5)
     set_stacked_ranks(adapters, [Move(row, tiny.all_at(0), 0, 8) for row in runs])
     assert adapters.layout.widths.tolist() == [16, 16, 16]  # else it would be compiled anew
 
@@ -681,11 +681,11 @@ def test_a_gpu_gives_the_same_losses(make_tiny: MakeTiny, name: str) -> None:
     tiny = make_tiny(name, torch.float32)
     extra = {0: [tiny.all_at(7), tiny.all_at(5)]}  # some directions are seeded anew
     runs = {i: Run(i, run.rate, i, extra | dict(run.moves)) for i, run in enumerate(tiny.runs((8, 16)))}
-    found = train_stacked(tiny, tiny.stacked(4, device="cuda"), runs, 24)
+    outcomes = train_stacked(tiny, tiny.stacked(4, device="cuda"), runs, 24)
     expected = train_stacked(tiny, tiny.stacked(4), runs, 24)
     for row in runs:
-        np.testing.assert_allclose(found[row].losses, expected[row].losses, rtol=0, atol=1e-3)
-        values = zip(found[row].signals[1:], expected[row].signals[1:], strict=True)
+        np.testing.assert_allclose(outcomes[row].losses, expected[row].losses, rtol=0, atol=1e-3)
+        values = zip(outcomes[row].signals[1:], expected[row].signals[1:], strict=True)
         for (mine, age), (theirs, their_age) in values:
             np.testing.assert_allclose(mine, theirs, rtol=0.05, atol=1e-3)
             np.testing.assert_array_equal(age, their_age)
