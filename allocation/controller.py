@@ -6,8 +6,9 @@ signals -> observation -> (a policy decides) -> plan within the budget -> ranks
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ..lora.adapters import Adapters
 from ..lora.ladder import RankLadder
 from ..lora.signals import signal_buffer_bytes
 from ..memory.budget import reference_cost
-from ..memory.cost import ByteCost, Cost
+from ..memory.cost import ByteCost, Cost, cost_from_state, cost_state
 from .observation import Observation, RunState, observe
 from .plan import Plan, check_budget, project
 from .probe import ProbeResult
@@ -87,7 +88,7 @@ class RankController(Generic[AdaptersT]):
         self._warned: set[str] = set()
         self._shapes = np.array([t.d_out / t.d_in for t in self.targets])
         problem = self.problem()
-        self._reference = reference_cost(cost, problem.max_ranks)
+        self._reference_cost = reference_cost(cost, problem.max_ranks)
         check_budget(problem, list(self.names))
 
     @property
@@ -144,7 +145,7 @@ class RankController(Generic[AdaptersT]):
         state = RunState(
             progress=step / self.total_steps,
             decisions_left=max(0, len(self.decision_steps) - self.decision - 1),
-            reference_cost=self._reference,
+            reference_cost=self._reference_cost,
             first_loss=self.first_loss,
             losses=tuple(self.interval_losses),
         )
@@ -208,6 +209,56 @@ class RankController(Generic[AdaptersT]):
         self.notes = dict.fromkeys(broken, "left alone: NaN or infinity in its factors, gradients or optimizer state")
         return np.isin(self.names, broken)
 
-    def ranks_by_name(self) -> dict[str, int]:
-        """Current rank by module name."""
-        return dict(zip(self.names, self.ranks.tolist(), strict=True))
+    def reprice(self, cost: Cost) -> None:
+        """Plans cost something else from now on; the reference of the observation stays."""
+        self.cost = cost
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `from_state_dict` needs beside the adapters and their signals, as tensors and JSON values."""
+        return {
+            "cost": cost_state(self.cost),
+            "reference_cost": self._reference_cost,
+            "limit": self.limit,
+            "total_steps": self.total_steps,
+            "first_loss": self.first_loss,
+            "interval_losses": list(self.interval_losses),
+            "signal_ranks": torch.from_numpy(self.signal_ranks.copy()),
+            "decision": self.decision,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Any],
+        adapters: AdaptersT,
+        schedule: DecisionSchedule,
+        *,
+        low: IntArray | None = None,
+        high: IntArray | None = None,
+    ) -> RankController[AdaptersT]:
+        """Continue from `state_dict`.
+
+        Args:
+            state: what `state_dict` returned.
+            adapters: with the ranks and signals of that time.
+            schedule: see the class, as `low` and `high`.
+            low: the least rank of each module.
+            high: the largest rank of each module.
+        """
+        controller = cls(
+            adapters,
+            cost_from_state(state["cost"]),
+            state["limit"],
+            schedule,
+            state["total_steps"],
+            ProbeResult(adapters.meter.values, state["first_loss"]),
+            low=low,
+            high=high,
+            seed=state["seed"],
+        )
+        controller._reference_cost = state["reference_cost"]
+        controller.interval_losses = list(state["interval_losses"])
+        controller.signal_ranks = state["signal_ranks"].numpy().copy()
+        controller.decision = state["decision"]
+        return controller

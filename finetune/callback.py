@@ -30,7 +30,7 @@ from ..memory.budget import Budget
 from ..memory.for_training import price_plans
 from ..memory.model import MemoryModel
 from .before_training import precision, run_probe, undisturbed
-from .checkpoint import load_flight, save_flight
+from .checkpoint import load_state, save_state
 from .loss_meter import LossMeter
 from .peak_guard import Correction, PeakGuard
 from .recompiles import warn_of_recompiles
@@ -160,7 +160,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         """Put our state into the checkpoint, last of all its files."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            save_flight(folder, self._controller, self._losses, self._guard, self.predictions)
+            save_state(folder, self._state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -220,14 +220,27 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     def _resume(self, folder: Path, model: nn.Module, targets: list[TargetModule]) -> None:
         finish_load(model, targets)
-        flight = load_flight(folder, model, targets, self.schedule, rank_bounds(targets, self._bounds))
-        self.controller = flight.controller
-        self._losses.total, self._losses.count = flight.loss_total, flight.loss_count
-        self._guard.meter.history = flight.peaks
-        self._guard.load(flight.guard)
-        self.predictions = flight.predictions
+        state = load_state(folder)
+        low, high = rank_bounds(targets, self._bounds)
+        adapters = PeftAdapters(model, targets)
+        adapters.meter.load_state_dict(state["signals"])
+        self.controller = RankController.from_state_dict(
+            state["controller"], adapters, self.schedule, low=low, high=high
+        )
+        self._losses.load_state_dict(state["losses"])
+        self._guard.load_state_dict(state["guard"])
+        self.predictions = [(int(step), float(cost)) for step, cost in state["predictions"]]
         step = int(folder.name.rpartition("-")[2])
         self._log.truncate(step)
+
+    def _state_dict(self) -> dict[str, Any]:
+        return {
+            "controller": self._controller.state_dict(),
+            "signals": self._controller.adapters.meter.state_dict(),
+            "losses": self._losses.state_dict(),
+            "guard": self._guard.state_dict(),
+            "predictions": self.predictions,
+        }
 
     def _decide(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         controller = self._controller

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,14 @@ class LossMeter:
     def mean(self) -> float | None:
         """Mean loss of the interval; None if there was none."""
         return float(self.total) / self.count if self.count else None
+
+    def state_dict(self) -> dict[str, float]:
+        """What `load_state_dict` needs to go on within an interval, as JSON values."""
+        return {"total": float(self.total), "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from `state_dict`."""
+        self.total, self.count = state["total"], state["count"]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take(self, module: nn.Module, inputs: Any, options: dict[str, Any], outputs: Any) -> None:

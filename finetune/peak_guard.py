@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,7 +125,7 @@ class PeakGuard:
         problem = controller.problem()
         error = max(peak - problem.price(problem.ranks), 0.0)
         self._underestimate += error
-        controller.cost = replace(controller.cost, constant=controller.cost.constant + error)
+        controller.reprice(replace(controller.cost, constant=controller.cost.constant + error))
         before = problem.ranks if self._before is None else self._before
         back = not np.array_equal(before, problem.ranks)
         logger.warning(
@@ -143,15 +143,24 @@ class PeakGuard:
         if isinstance(self._controller.cost, ByteCost):
             self.meter.request()
 
-    def state(self) -> dict[str, Any]:
-        """What `load` needs to go on after a restart, as JSON values."""
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on after a restart, as tensors and JSON values."""
         shape = self._watch.shape
-        return {"rows": shape.rows, "length": shape.length, "underestimate": self._underestimate}
+        before = {} if self._before is None else {"before": torch.from_numpy(self._before.copy())}
+        return {
+            "rows": shape.rows,
+            "length": shape.length,
+            "underestimate": self._underestimate,
+            "peaks": list(self.meter.history),
+            **before,
+        }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; call before `attach`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; call before `attach`."""
         self._watch.shape = BatchShape(state["rows"], state["length"])
         self._underestimate = state["underestimate"]
+        self.meter.history = [(int(step), int(peak)) for step, peak in state["peaks"]]
+        self._before = state["before"].numpy().copy() if "before" in state else None
 
     def _larger_batch(self, batch: Batch, shape: BatchShape) -> None:
         """Price the new shape, and shrink the plan if it no longer fits, before the model sees the batch."""
@@ -159,7 +168,7 @@ class PeakGuard:
         self.meter.close()  # calibration must not count as this step
         self.meter.request()
         cost = self._priced(batch, shape)
-        controller.cost = replace(cost, constant=cost.constant + self._underestimate)
+        controller.reprice(replace(cost, constant=cost.constant + self._underestimate))
         problem = controller.problem()
         fits = problem.fits(problem.ranks)
         logger.warning(

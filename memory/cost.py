@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..lora.targets import TargetModule
@@ -96,3 +97,20 @@ class ByteCost:
         held = (plans > 0).astype(np.float64) @ self.needs.T > 0
         result: FloatArray = self.constant + held @ self.held.T + plans @ self.per_rank.T
         return result
+
+
+def cost_state(cost: Cost) -> dict[str, Any]:
+    """All that `cost_from_state` needs, as tensors and JSON values."""
+    state: dict[str, Any] = {"unit": cost.unit}
+    for field in fields(cost):  # type: ignore[arg-type]  # both kinds of cost are dataclasses
+        value = getattr(cost, field.name)
+        state[field.name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else list(value)
+    return state
+
+
+def cost_from_state(state: Mapping[str, Any]) -> Cost:
+    """The cost that `cost_state` described."""
+    kind: type[Any] = {"bytes": ByteCost, "parameters": ParameterCost}[state["unit"]]
+    values = {field.name: state[field.name] for field in fields(kind)}
+    cost: Cost = kind(**{n: v.numpy() if isinstance(v, torch.Tensor) else tuple(v) for n, v in values.items()})
+    return cost

@@ -423,6 +423,6 @@ def test_a_checkpoint_that_is_not_whole(launch: Callable[..., Run], missing: str
 
 def test_the_state_of_a_checkpoint_is_plain_data(whole: Run) -> None:
     state = json.loads((whole.folder / "checkpoint-6" / "rankpilot.json").read_text())
-    assert state["decision"] == 2
-    assert state["limit"] == whole.controller.limit
+    assert state["controller"]["decision"] == 2
+    assert state["controller"]["limit"] == whole.controller.limit
     assert load_file(whole.folder / "checkpoint-6" / "rankpilot.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from rankpilot.errors import (
     UnknownNameError,
 )
 from rankpilot.finetune import experiment as module
+from rankpilot.finetune.checkpoint import STATE
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
 from rankpilot.study.run.report import write_report
@@ -35,6 +37,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+EARLIER = Path(__file__).parent / "earlier_version" / STATE
+"""From a checkpoint of the version that did not number its formats."""
 
 WORDS = ("good", "fine", "great", "nice", "bad", "poor", "awful", "dull", "film", "plot", "the", "a", "was", "very")
 
@@ -150,6 +155,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     losses = [re.findall(r'"step": (\d+), "eval_loss": ([\d.]+)', text) for text in metrics]
     assert losses[0] == losses[1]
     assert losses[0]
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "check_reload", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, tmp_path / "run")
+    monkeypatch.undo()
+    for checkpoint in (tmp_path / "run" / "rankpilot").glob("checkpoint-*"):
+        shutil.copy(EARLIER, checkpoint / STATE)
+    with pytest.raises(RunFolderError, match="written by another version of rankpilot"):
+        finetune(config, tmp_path / "run", resume=True)
 
 
 def test_a_finished_run_is_not_repeated(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:

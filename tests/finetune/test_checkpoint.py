@@ -1,0 +1,85 @@
+"""The files that rankpilot adds to a Trainer's checkpoint, and those of an earlier version."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.errors import RunFolderError
+from rankpilot.finetune.checkpoint import STATE, TENSORS, is_complete, load_state, save_state
+from rankpilot.finetune.loss_meter import LossMeter
+from rankpilot.finetune.peak_guard import PeakGuard
+from rankpilot.memory.cost import ByteCost, ParameterCost, cost_from_state, cost_state
+
+EARLIER = Path(__file__).parent / "earlier_version" / STATE
+"""Written by the version that did not number its formats."""
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    state = {
+        "outer": {"inner": {"a.b": torch.arange(3), "text": "x"}, "list": [[1, 2.5]], "empty": {}},
+        "tensor": torch.ones(2, 2, dtype=torch.bfloat16).T,
+        "number": 0.1,
+    }
+    save_state(tmp_path, state)
+    assert is_complete(tmp_path)
+    loaded = load_state(tmp_path)
+    assert torch.equal(loaded["outer"]["inner"].pop("a.b"), torch.arange(3))
+    assert torch.equal(loaded.pop("tensor"), torch.ones(2, 2, dtype=torch.bfloat16))
+    assert loaded == {"outer": {"inner": {"text": "x"}, "list": [[1, 2.5]], "empty": {}}, "number": 0.1}
+
+
+def test_the_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    save_state(tmp_path, {})
+    shutil.copy(EARLIER, tmp_path / STATE)
+    with pytest.raises(RunFolderError, match="written by another version of rankpilot") as caught:
+        load_state(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    save_state(tmp_path, {})
+    (tmp_path / STATE).write_text(json.dumps({"format": 99}))
+    with pytest.raises(RunFolderError, match="another version"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [STATE, TENSORS])
+def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path: Path, missing: str) -> None:
+    save_state(tmp_path, {})
+    (tmp_path / missing).unlink()
+    with pytest.raises(RunFolderError, match=f"holds no {missing}"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("unit", ["bytes", "parameters"])
+def test_costs_go_through_a_checkpoint(tmp_path: Path, unit: str) -> None:
+    generator = np.random.default_rng(0)
+    cost = ByteCost(("a", "b"), *(generator.random(shape) for shape in (2, (2, 3), (2, 4))), np.eye(4, 3, dtype=bool))
+    given = cost if unit == "bytes" else ParameterCost(generator.random((1, 3)))
+    save_state(tmp_path, {"cost": cost_state(given)})
+    loaded = cost_from_state(load_state(tmp_path)["cost"])
+    assert type(loaded) is type(given)
+    for name, value in vars(given).items():
+        assert np.array_equal(getattr(loaded, name), value), name
+        assert type(getattr(loaded, name)) is type(value), name
+
+
+def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
+    losses, guard = LossMeter(), PeakGuard(10)
+    losses.total, losses.count = torch.tensor(2.5), 2.0
+    guard.meter.history = [(1, 1000)]
+    guard._before = np.array([1, 2])
+    save_state(tmp_path, {"losses": losses.state_dict(), "guard": guard.state_dict()})
+    state = load_state(tmp_path)
+    other_losses, other_guard = LossMeter(), PeakGuard(10)
+    other_losses.load_state_dict(state["losses"])
+    other_guard.load_state_dict(state["guard"])
+    assert other_losses.mean() == 1.25
+    assert other_guard.meter.history == [(1, 1000)]
+    assert np.array_equal(other_guard._before, [1, 2])  # type: ignore[arg-type]
