@@ -110,9 +110,9 @@ def test_the_table_shows_each_method(results: dict[str, Result], tmp_path: Path)
 
 
 def test_the_command_writes_all_figures(
-    tiny: Size, short: Course, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(overhead, "QUICK", (tiny, short))
+    monkeypatch.setattr(overhead, "QUICK", (tiny, Course(cycles=1)))
     path = tmp_path / "new" / "figures.json"
     assert main(["--quick", "--device", "cpu", "--seed", "1", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_the_command_writes_all_figures(
     figures = json.loads(path.read_text())
     assert [item.name for item in path.parent.iterdir()] == ["figures.json"]
     assert figures["torch"] == torch.__version__
-    assert (figures["quick"], figures["seed"], figures["layers"], figures["cycles"]) == (True, 1, 2, 2)
+    assert (figures["quick"], figures["seed"], figures["layers"], figures["cycles"]) == (True, 1, 2, 1)
     assert {"bert.adalora.step_ratio", "llama.rankpilot.cycle_ratio", "peft", "threads", "device"} <= set(figures)
 
 
