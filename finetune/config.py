@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from ..data.task import Task
 from ..errors import ConfigError
 from ..memory.budget import Budget
+from ..memory.step_config import StepConfig
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(StepConfig):
     """A fine-tune.
 
     Attributes:
@@ -21,10 +22,7 @@ class FinetuneConfig:
         compare_uniform: also run uniform LoRA in the same budget.
         task: classification or causal-lm; by the data's columns if None.
         steps: optimiser steps.
-        batch_size: rows a step.
         learning_rate: peak of a linear decay.
-        max_length: tokens a row.
-        target_modules: as in `peft.LoraConfig`; "all-linear" or names separated by commas.
         scaling: constant factor in front of B A (lora_alpha / r).
         train_rows: at most so many training rows.
         held_out_rows: at most so many held-out rows.
@@ -45,10 +43,7 @@ class FinetuneConfig:
     compare_uniform: bool = False
     task: Task | None = None
     steps: int = 200
-    batch_size: int = 16
     learning_rate: float = 1e-3
-    max_length: int = 64
-    target_modules: str = "all-linear"
     scaling: float = 2.0
     train_rows: int | None = None
     held_out_rows: int | None = 800
@@ -58,9 +53,10 @@ class FinetuneConfig:
     eval_every: int = 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         Budget.parse(self.budget)
-        if min(self.steps, self.batch_size, self.eval_every) < 1 or self.learning_rate <= 0 or self.scaling <= 0:
+        if min(self.steps, self.eval_every) < 1 or self.learning_rate <= 0 or self.scaling <= 0:
             raise ConfigError(
-                "steps, batch_size and eval_every are at least 1, learning_rate and scaling above 0; got "
-                f"{self.steps}, {self.batch_size}, {self.eval_every}, {self.learning_rate}, {self.scaling}."
+                "steps and eval_every are at least 1, learning_rate and scaling above 0; got "
+                f"{self.steps}, {self.eval_every}, {self.learning_rate} and {self.scaling}."
             )

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import is_torch_bf16_gpu_available
 
 from ..agents.learned.policy_file import load_policy
 from ..allocation.plan import check_budget, uniform_ranks
@@ -26,13 +27,16 @@ from ..common.run_folder import open_run
 from ..common.settings import as_json
 from ..data.batches import largest_batch
 from ..data.models_and_data import Workload, adapt, load_model, load_workload
+from ..errors import UnsupportedError
 from ..lora.peft_config import adapter_ranks, make_resizable, sync_config
 from ..lora.resize import set_ranks
 from ..lora.targets import TargetModule, find_target_modules
 from ..memory.budget import REFERENCE_RANK, Budget
 from ..memory.for_training import price_plans
 from ..memory.peak_meter import PeakMeter
-from .before_training import undisturbed
+from ..memory.step_config import OptimizerName
+from ..memory.step_parts import CHECKPOINTING, check_installed, checkpoint_segments, new_optimizer
+from .before_training import precision, undisturbed
 from .callback import RankPilotCallback
 from .checkpoint import is_complete
 from .config import FinetuneConfig
@@ -40,6 +44,14 @@ from .metrics import LossInProgressBar, RunMetrics
 from .reload_check import check_reload
 
 PILOT, UNIFORM = "rankpilot", "uniform"
+
+OPTIMIZERS: dict[OptimizerName, str] = {
+    "adamw": "adamw_torch_fused",
+    "sgd": "sgd",
+    "adafactor": "adafactor",
+    "adamw8bit": "adamw_bnb_8bit",
+}
+"""Optimisers by the Trainer's names."""
 
 MEASURE_EVERY = 10
 """Steps from one measured peak to the next: the report draws them. A measured step takes about 1.15 of a plain one."""
@@ -75,6 +87,10 @@ def _trainer(
         output_dir=str(folder),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        bf16=config.bf16,
+        use_cpu=config.bf16 and not torch.cuda.is_available(),  # or the Trainer refuses bf16 where there is no GPU
+        optim=OPTIMIZERS[config.optimizer],
         per_device_eval_batch_size=64,
         learning_rate=config.learning_rate,
         logging_steps=5,
@@ -86,6 +102,7 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=False,  # or quiet logging would turn the bar off
         report_to=[],
+        **(_checkpointing() if config.checkpointing else {}),
     )
     trainer = Trainer(
         model=model,
@@ -102,6 +119,14 @@ def _trainer(
     # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
     trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Arguments that switch gradient checkpointing on; transformers 5.20 gave them another name."""
+    name = "activation_checkpointing"
+    if not hasattr(TrainingArguments, name):
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": CHECKPOINTING}
 
 
 def last_complete_checkpoint(folder: Path, *, piloted: bool) -> str | None:
@@ -127,9 +152,14 @@ def _uniform_start(
     targets = find_target_modules(model)
     make_resizable(model, targets)
     model.train()
-    with undisturbed():
+    if config.checkpointing:
+        checkpoint_segments(model.get_base_model())
+    # AdamW's state is what is counted without an optimiser; another one is made for its sizes alone.
+    optimizer = None if config.optimizer == "adamw" else new_optimizer(config.optimizer, model)
+    accumulates = config.accumulation > 1
+    with undisturbed(), precision(trainer.args):
         batch = largest_batch(workload.train, trainer.data_collator, config.batch_size, trainer.args.device)
-        prices = price_plans(budget, targets, model, batch, None, signals=False)
+        prices = price_plans(budget, targets, model, batch, optimizer, signals=False, accumulates=accumulates)
     problem = problem_of(targets, prices.cost, prices.limit.value)
     check_budget(problem, [target.name for target in targets])
     ranks = uniform_ranks(problem).tolist()
@@ -201,10 +231,14 @@ def finetune(
 
     Raises:
         RunFolderError: see `open_run`.
-        UnknownNameError, AssetError, DataError, PolicyFileError, BudgetError: bad input, before any training.
+        UnknownNameError, AssetError, DataError, PolicyFileError, BudgetError, UnsupportedError: bad input, before any
+            training.
     """
     tell = on_phase or (lambda text: None)
     policy = load_policy(config.policy)
+    check_installed(config.optimizer)
+    if config.bf16 and torch.cuda.is_available() and not is_torch_bf16_gpu_available():
+        raise UnsupportedError("This GPU does not compute in bfloat16. Leave --bf16 out.")
     tell(f"loading {config.model} and {config.data}")
     workload = load_workload(
         config.model,

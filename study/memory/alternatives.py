@@ -20,6 +20,7 @@ from ...memory.breakdown import Breakdown, break_down, frozen_bytes
 from ...memory.budget import Budget, reference_cost
 from ...memory.cost import ByteCost, Cost, ParameterCost, total_cost
 from ...memory.model import MemoryModel
+from ...memory.step_parts import checkpoint_segments
 from .config import MemoryConfig
 from .measured_step import MeasuredStep, measure_step
 from .setup import Batch, StepSetup, Tell, set_up
@@ -107,7 +108,7 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
     plain = None
     if config.checkpointing:
         plain = _calibrated(setup, tell, "without gradient checkpointing")
-        setup.checkpoint_segments()
+        checkpoint_segments(setup.model.get_base_model())
     memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
     plans = _Plans(setup, memory)
     rules = tuple(plans.rules())  # or the error that nothing fits, before the longer part
@@ -140,7 +141,7 @@ def _calibrated(setup: StepSetup, tell: Tell, how: str, batch: Batch | None = No
 def _with_checkpointing(setup: StepSetup, tell: Tell, notes: list[str]) -> MemoryModel | None:
     """The byte model with checkpointing switched on; None, and a note, where that does not work."""
     try:
-        setup.checkpoint_segments()
+        checkpoint_segments(setup.model.get_base_model())
         return _calibrated(setup, tell, "with gradient checkpointing")
     except UnsupportedError as error:
         notes.append(f"Without a figure for gradient checkpointing: {error}")

@@ -56,8 +56,9 @@ def measure_step(setup: StepSetup) -> MeasuredStep:
 
 
 def _step(setup: StepSetup) -> None:
-    with setup.precision():
-        loss = setup.model(**setup.batch).loss
-    loss.backward()
+    for _ in range(setup.config.accumulation):
+        with setup.precision():
+            loss = setup.model(**setup.batch).loss
+        (loss / setup.config.accumulation).backward()
     setup.optimizer.step()
     setup.optimizer.zero_grad(set_to_none=True)

@@ -51,6 +51,7 @@ def subject(use: MemoryUse) -> str:
         f"{Path(config.model).name}, {use.task}, {use.shape.rows} x {use.shape.length} tokens",
         f"rank {config.rank} on {len(use.modules)} modules",
         config.optimizer,
+        *(["gradients accumulated"] if config.accumulation > 1 else []),
         *(["bf16 autocast"] if config.bf16 else []),
         *(["gradient checkpointing"] if config.checkpointing else []),
         use.device,

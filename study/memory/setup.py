@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from ...common.devices import find_device
 from ...data.batches import largest_batch
 from ...data.models_and_data import Workload, adapt, load_config, load_model, load_workload
 from ...data.task import Task
-from ...errors import ConfigError, UnsupportedError
+from ...errors import ConfigError
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
 from ...memory.calibration import calibrate
 from ...memory.model import MemoryModel
-from .config import MemoryConfig, OptimizerName
+from ...memory.step_parts import new_optimizer
+from .config import MemoryConfig
 
 Batch = dict[str, torch.Tensor]
 Tell = Callable[[str], None]
@@ -62,21 +62,14 @@ class StepSetup:
     def calibrate(self, batch: Batch | None = None) -> MemoryModel:
         """The byte model of this step or, given another batch, of that; as set up now, without signal buffers."""
         with self.precision():
-            return calibrate(self.model, self.targets, batch or self.batch, self.optimizer, signal_bytes=False)
-
-    def checkpoint_segments(self) -> None:
-        """Switch gradient checkpointing on, as the Trainer does.
-
-        Raises:
-            UnsupportedError: the model has none.
-        """
-        base = self.model.get_base_model()
-        if not getattr(base, "supports_gradient_checkpointing", False):
-            raise UnsupportedError(f"{type(base).__name__} does not support gradient checkpointing.")
-        if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
-            base.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            return calibrate(
+                self.model,
+                self.targets,
+                batch or self.batch,
+                self.optimizer,
+                signal_bytes=False,
+                accumulates=self.config.accumulation > 1,
+            )
 
 
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
@@ -170,29 +163,3 @@ def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
         tokens[:, 0] = text.eos_token_id  # such classifiers look for one; shorter rows keep the first token
     labels = torch.arange(config.batch_size) % config.labels if task == "classification" else tokens.clone()
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-
-
-def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of that name with the Trainer's settings, over all that trains.
-
-    Raises:
-        UnsupportedError: it needs a library that is not installed.
-    """
-    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if name == "sgd":
-        return torch.optim.SGD(trains, lr=1e-4)
-    if name == "adafactor":
-        from transformers.optimization import Adafactor
-
-        factored: torch.optim.Optimizer = Adafactor(trains, lr=1e-4, scale_parameter=False, relative_step=False)
-        return factored
-    if name == "adamw8bit":
-        try:
-            kinds: Any = importlib.import_module("bitsandbytes.optim")
-        except ImportError as error:
-            raise UnsupportedError(
-                "The optimizer adamw8bit needs bitsandbytes: pip install 'rankpilot[quant]'."
-            ) from error
-        optimizer: torch.optim.Optimizer = kinds.AdamW8bit(trains, lr=1e-4)
-        return optimizer
-    return torch.optim.AdamW(trains, lr=1e-4, fused=True)

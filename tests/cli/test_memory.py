@@ -112,6 +112,17 @@ def test_optimizers(models: Path, optimizer: str, tmp_path: Path, capsys: pytest
     }
 
 
+def test_accumulated_gradients_are_there_during_the_next_batch(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(models / "llama"), *SMALL, "--rank", "16", "--measure"]
+    _, one = run(options, capsys, tmp_path / "one")
+    printed, two = run([*options, "--accumulation", "2"], capsys, tmp_path / "two")
+    assert "gradients accumulated" in printed
+    assert two["measured"]["peak_bytes"] > one["measured"]["peak_bytes"]
+    assert two["measured"]["peak_bytes"] == pytest.approx(two["peak_bytes"], rel=0.005)
+
+
 def test_data_makes_the_batch(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.errors import (
     AssetError,
@@ -21,6 +22,7 @@ from rankpilot.errors import (
     NonFiniteError,
     RunFolderError,
     UnknownNameError,
+    UnsupportedError,
 )
 from rankpilot.finetune import experiment as module
 from rankpilot.finetune.checkpoint import STATE
@@ -123,6 +125,63 @@ def test_a_run_writes_what_it_promises(make_config: Callable[..., FinetuneConfig
     assert json.loads((folder / "config.json").read_text())["steps"] == 12
     write_report(folder)
     assert {path.name for path in (folder / "figures").iterdir()} == {"ranks.png", "loss.png", "memory.png"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reached"),
+    [
+        ({}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.AdamW),
+        ({"bf16": True}, lambda trainer: trainer.accelerator.mixed_precision == "bf16"),
+        ({"checkpointing": True}, lambda trainer: trainer.model.is_gradient_checkpointing),
+        ({"accumulation": 2}, lambda trainer: trainer.state.epoch == pytest.approx(8 / 45)),
+        ({"optimizer": "sgd"}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.SGD),
+        ({"optimizer": "adafactor"}, lambda trainer: type(trainer.optimizer.optimizer).__name__ == "Adafactor"),
+        ({"optimizer": "adamw8bit"}, lambda trainer: trainer.optimizer.optimizer.args.optim_bits == 8),
+    ],
+    ids=["default", "bf16", "checkpointing", "accumulation", "sgd", "adafactor", "adamw8bit"],
+)
+def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
+    make_config: Callable[..., FinetuneConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    reached: Callable[[Any], bool],
+) -> None:
+    if changes.get("optimizer") == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    trainers: list[Any] = []
+
+    class Recorded(module.Trainer):  # type: ignore[misc]
+        def train(self, *arguments: Any, **options: Any) -> Any:
+            trainers.append(self)
+            return super().train(*arguments, **options)
+
+    monkeypatch.setattr(module, "Trainer", Recorded)
+    summary = finetune(make_config(compare_uniform=True, steps=4, **changes), tmp_path / "run")
+    assert [reached(trainer) for trainer in trainers] == [True, True]
+    assert [trainer.state.global_step for trainer in trainers] == [4, 4]
+    for run in summary["runs"].values():
+        assert 0 < run["peak_bytes"] <= run["budget_bytes"]
+        assert np.isfinite(run["held_out_loss"])
+
+
+def test_an_optimizer_that_is_not_installed(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankpilot.memory.step_parts.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'rankpilot\[quant\]'"):
+        finetune(make_config(optimizer="adamw8bit"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_before_these_settings_goes_on(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    finetune(make_config(), tmp_path)
+    path = tmp_path / "config.json"
+    later = ("accumulation", "optimizer", "bf16", "checkpointing")
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in later}))
+    assert finetune(make_config(), tmp_path, resume=True)["steps"] == 12
+    with pytest.raises(RunFolderError, match="bf16: False there, True now"):
+        finetune(make_config(bf16=True), tmp_path, resume=True)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
