@@ -44,9 +44,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def memory_command(options: Memory) -> None:
     """Show where the bytes go, and write the picture."""
+    from ..common.run_folder import refuse_file
     from ..study.memory import report as memory_report
     from ..study.memory.alternatives import memory_use
 
+    refuse_file(options.output)  # now, and not after minutes of work
     use = memory_use(options, lambda text: console.print(f"[dim]{escape(text)} ...[/]"))
     console.print(f"[bold]{escape(memory_report.subject(use))}[/]", highlight=False)
     tables = (memory_report.peak_table, memory_report.layer_table, memory_report.change_table)

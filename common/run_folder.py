@@ -38,8 +38,7 @@ def open_run(
     Raises:
         RunFolderError: it holds another run or one with other settings, it is a file, or another process uses it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"{folder} is a file. Pass the name of a folder as --output.")
+    refuse_file(folder)
     if _is_new(folder):
         folder.mkdir(parents=True, exist_ok=True)
     else:
@@ -59,6 +58,12 @@ def open_run(
         yield
     finally:
         lock.release()
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise RunFolderError where a folder is to be and a file is."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file. Pass the name of a folder as --output.")
 
 
 def _is_new(folder: Path) -> bool:

@@ -47,6 +47,22 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Pa
     assert not (tmp_path / "out").exists(), "a mistake leaves no folder behind"
 
 
+def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    line = failure(["heur3", *TINY, "--output", str(tmp_path / "notes.txt")], capsys)
+    assert "notes.txt is a file. Pass the name of a folder" in line
+    line = failure(["heur3", *TINY, "--output", str(tmp_path / "notes.txt" / "out")], capsys)
+    assert "error: Not a directory" in line
+    assert str(tmp_path / "notes.txt" / "out") in line
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that is read-only even for root")
+def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(["heur3", *TINY, "--output", "/proc/self/rankpilot"], capsys)
+    assert "(/proc/self/rankpilot). Check that the path is right" in line
+
+
 def test_bad_settings() -> None:
     with pytest.raises(ConfigError, match="Name at least one policy"):
         EvaluateConfig(())

@@ -159,6 +159,8 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "has 32 positions, and max_length is 33" in failure([str(models / "bert"), "--max-length", "33"], capsys)
     # RoBERTa's first positions are those of padding.
     assert "has 30 positions" in failure([str(models / "roberta"), "--max-length", "31"], capsys)
+    line = failure([str(models / "bert"), *SMALL, "--output", str(models / "bert" / "config.json")], capsys)
+    assert "config.json is a file. Pass the name of a folder" in line
     line = failure([str(models / "bert"), *SMALL, "--budget", "1KiB"], capsys)
     assert "fits no adapter at all. The smallest that works is" in line
     assert "Cannot adapt" in failure([str(models / "bert"), *SMALL, "--target-modules", "nothing"], capsys)
