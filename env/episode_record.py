@@ -10,7 +10,7 @@ from ..allocation.controller import RankController
 from ..allocation.observation import Observation
 from ..allocation.problem import AllocationProblem
 from .rendering import EpisodeTrace
-from .reward import REWARD_BOUND, Reward, churn_cost, potential, terminal_improvement
+from .reward import REWARD_BOUND, Reward, churn_cost, terminal_improvement
 from .tasks.finetune import FineTune, Reference
 
 
@@ -22,23 +22,17 @@ class EpisodeRecord:
         reference: what fixed allocations achieve.
         controller: link to the adapters.
         observation: the first one.
-        shaping: weight of the potential; see `env.reward`.
 
     Attributes:
         observation: the latest one, with the plans that it allows.
     """
 
     def __init__(
-        self,
-        task: FineTune,
-        reference: Reference,
-        controller: RankController[Any],
-        observation: Observation,
-        shaping: float,
+        self, task: FineTune, reference: Reference, controller: RankController[Any], observation: Observation
     ) -> None:
         self.task, self.reference, self.observation = task, reference, observation
-        self._controller, self._shaping = controller, shaping
-        self._potential = self._churn = 0.0
+        self._controller = controller
+        self._churn = 0.0
         self._steps: list[int] = []
         self._ranks: list[Any] = []
         self._costs: list[float] = []
@@ -82,12 +76,9 @@ class EpisodeRecord:
             self.observation = observation
         self._losses.append((step, np.nan if loss is None else loss))
         self._held_out = held_out_loss
-        last = self._potential
-        self._potential = 0.0 if ended else potential(self._shaping, self._controller.first_loss, loss)
-        shaping = self._potential - last
-        reward = Reward(0.0, 0.0, self._churn, shaping)
+        reward = Reward(0.0, 0.0, self._churn)
         if ended:
-            reward = Reward(self.improvement(held_out_loss), group_mean, self._churn, shaping)
+            reward = Reward(self.improvement(held_out_loss), group_mean, self._churn)
         if ended and (held_out_loss is None or not np.isfinite(held_out_loss)):
             # A failed run gets the worst reward, whatever the rest of its group did.
             reward = Reward(-REWARD_BOUND)
@@ -110,7 +101,6 @@ class EpisodeRecord:
             "improvement": reward.improvement,
             "group_mean": reward.group_mean,
             "churn": reward.churn,
-            "shaping": reward.shaping,
         }
 
     @property

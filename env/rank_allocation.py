@@ -61,12 +61,11 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     {run_features}
 
     ## Rewards
-    Until the end only churn and shaping. At the end, how much lower the held-out loss is than that of the uniform run
+    Until the end only churn. At the end, how much lower the held-out loss is than that of the uniform run
     (same seed, batches and budget) as a share of the task's headroom: the gap between uniform and the best known
     allocation, at least 5 % of what uniform gained over the untrained base. Clipped to -3 to 3. Minus 0.002 for each
-    rung that the modules move on average after the first decision. With `shaping`, plus a difference of potentials
-    (the log of the training loss's fall, times `shaping`), which sums to 0 over an episode. In vectors with
-    groups, the mean of the group is subtracted before the clip.
+    rung that the modules move on average after the first decision. In vectors with groups, the mean of the group is
+    subtracted before the clip.
 
     ## Starting State
     A task drawn from the suites, or the one given; adapters fresh, probe done.
@@ -88,7 +87,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     | cost, limit | price of the plan, and the budget: bytes, or parameters |
     | ranks | rank of each module, a tuple |
     | non_finite | whether the episode ended at a loss that is not finite |
-    | improvement, group_mean, churn, shaping | the parts of the reward |
+    | improvement, group_mean, churn | the parts of the reward |
 
     ## Rendering
     "rgb_array": ranks, losses and budget as a picture, uint8 (600, 900, 3). "ansi": as text.
@@ -98,15 +97,12 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     * `suites`: names of the suites to draw from ("planted", "shift").
     * `split`: "train", "validation" or "test".
     * `bases`: draw only tasks on these proxy bases.
-    * `episodes_per_task`: how many episodes in a row share a drawn task, seed and batches, so that their returns can
-      be compared with each other.
     * `schedule`: a `DecisionSchedule`.
     * `max_modules`: padding; None for the most that any of the tasks has.
     * `task_overrides`: fields of `ProxyTask` that every drawn task gets, such as `{"steps": 60}`.
-    * `shaping`: weight of the potential.
 
     Options of `reset`: `task` overrides the task of one episode; `budget` its budget, as a share of what uniform rank
-    8 takes; `skip_tasks` draws and discards that many tasks first, which is how an interrupted training goes on.
+    8 takes.
 
     ## Version History
     * v3: a third of the training tasks count the bytes of a large batch; rise, release and entry are logarithms.
@@ -128,29 +124,21 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         suites: tuple[str, ...] = SUITES,
         split: str = "train",
         bases: tuple[str, ...] | None = None,
-        episodes_per_task: int = 1,
         schedule: DecisionSchedule | None = None,
         max_modules: int | None = None,
         task_overrides: dict[str, Any] | None = None,
-        shaping: float = 0.0,
         render_mode: str | None = None,
     ) -> None:
         gym.utils.EzPickle.__init__(
-            self, task, suites, split, bases, episodes_per_task, schedule, max_modules, task_overrides, shaping,
-            render_mode,
-        )  # fmt: skip
+            self, task, suites, split, bases, schedule, max_modules, task_overrides, render_mode
+        )
         self.task = task
         self.tasks: tuple[ProxyTask, ...] = () if task else find_tasks(suites, split, bases, task_overrides)
         modules = len(task.adapted()[1]) if task else most_modules(self.tasks)
         self.max_modules = max_modules or modules
-        if self.max_modules < modules or episodes_per_task < 1:
-            raise ConfigError(
-                f"max_modules is at least {modules} and episodes_per_task at least 1; got {max_modules} and "
-                f"{episodes_per_task}."
-            )
-        self.episodes_per_task = episodes_per_task
+        if self.max_modules < modules:
+            raise ConfigError(f"max_modules is at least {modules}; got {max_modules}.")
         self.schedule = schedule or DecisionSchedule()
-        self.shaping = shaping
         self.render_mode = render_mode
         self.observation_space = observation_space(self.max_modules)
         self.action_space = delta_space(self.max_modules)
@@ -171,9 +159,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         """Start an episode; a new seed also draws a new task."""
         super().reset(seed=seed)
         options = check_options(options)
-        skip = int(options.get("skip_tasks", 0))
-        if self._stream is None or seed is not None or skip:
-            self._stream = task_stream(self.tasks, self.np_random, self.episodes_per_task, skip)
+        if self._stream is None or seed is not None:
+            self._stream = task_stream(self.tasks, self.np_random)
         task: FineTune = options.get("task") or self.task or next(self._stream)
         if "budget" in options:
             task = within_budget(task, options["budget"])
@@ -181,7 +168,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         reference = reference_of(task, self.schedule)  # before the episode: both train the same adapters
         self._episode = Episode(task, self.schedule)
         first = self._episode.observe()
-        self._session = EpisodeRecord(task, reference, self._episode.controller, first, self.shaping)
+        self._session = EpisodeRecord(task, reference, self._episode.controller, first)
         return self._arrays(), self._session.info(0)
 
     def step(self, action: NDArray[np.int64]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -244,7 +231,7 @@ def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown one.
     """
-    known = ("task", "budget", "skip_tasks")
+    known = ("task", "budget")
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise ConfigError(f"Options of reset are {known}; got {unknown}.")

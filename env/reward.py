@@ -1,12 +1,11 @@
 """The reward of an episode, in parts.
 
-    reward = clip(improvement - mean of the group, -3, 3) - churn + shaping
+    reward = clip(improvement - mean of the group, -3, 3) - churn
 
 * *improvement*: at the end, how much lower the held-out loss is than the uniform run's, as a share of the headroom.
 * *mean of the group*: of the episodes of the same task, seed and batches that have ended; what is left is the effect of
   the actions (0 for an episode by itself).
 * *churn*: a small cost of rungs moved after the first decision.
-* *shaping*: a potential's difference (Ng, Harada and Russell, 1999): optional, sums to 0 over an episode.
 """
 
 from __future__ import annotations
@@ -36,19 +35,17 @@ class Reward:
         improvement: over the uniform run, -3 to 3; 0 before the end.
         group_mean: mean improvement of the group's episodes, this one included; 0 before the end.
         churn: cost of the rungs that were moved, at least 0.
-        shaping: difference of potentials.
     """
 
     improvement: float = 0.0
     group_mean: float = 0.0
     churn: float = 0.0
-    shaping: float = 0.0
 
     @property
     def value(self) -> float:
         """The reward."""
         relative = self.improvement - self.group_mean
-        return _bounded(relative) - self.churn + self.shaping
+        return _bounded(relative) - self.churn
 
 
 def terminal_improvement(reference: Reference, held_out_loss: float | None) -> float:
@@ -66,13 +63,6 @@ def _bounded(value: float) -> float:
 def churn_cost(before: IntArray, after: IntArray) -> float:
     """Cost of going from some rungs to others, (modules,) each."""
     return CHURN * float(np.abs(after - before).mean())
-
-
-def potential(weight: float, first_loss: float, loss: float | None) -> float:
-    """Higher for a lower training loss: the log of the first loss over it, times a weight; 0 where there is none."""
-    if loss is None or weight == 0:
-        return 0.0
-    return weight * math.log(max(first_loss, 1e-6) / max(loss, 1e-6))
 
 
 class GroupMeans:

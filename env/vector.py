@@ -47,8 +47,8 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start an episode in every slot."""
         slots = range(self.num_envs)
-        if seed is not None or (options or {}).get("skip_tasks"):
-            self.core.seed(seed, int((options or {}).get("skip_tasks", 0)))  # type: ignore[arg-type]
+        if seed is not None:
+            self.core.seed(seed)  # type: ignore[arg-type]
         infos = self.core.reset(slots, options)
         return self.core.padded(slots), self._gathered(infos)
 

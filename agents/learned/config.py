@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from ...errors import ConfigError
 
@@ -13,7 +15,6 @@ class NetworkConfig:
 
     Attributes:
         width: of every hidden layer.
-        attention_heads: of one layer of attention between the modules; 0 for none.
         critics: networks that judge a run; their disagreement is the uncertainty.
         score_std: standard deviation of exploration on each score.
         shared_std: of exploration on the gain of each feature, shared by the modules.
@@ -25,8 +26,9 @@ class NetworkConfig:
         ConfigError: a value out of range.
     """
 
+    GONE: ClassVar[Mapping[str, Any]] = {"attention_heads": 0}
+
     width: int = 32
-    attention_heads: int = 0
     critics: int = 4
     score_std: float = 0.05
     shared_std: float = 0.2
@@ -35,11 +37,8 @@ class NetworkConfig:
     signal_gain: float = 0.5
 
     def __post_init__(self) -> None:
-        if min(self.width, self.critics) < 1 or self.attention_heads < 0 or self.width % max(self.attention_heads, 1):
-            raise ConfigError(
-                "width and critics of the network are at least 1, and attention_heads divides the width; got "
-                f"{self.width}, {self.critics} and {self.attention_heads}."
-            )
+        if min(self.width, self.critics) < 1:
+            raise ConfigError(f"width and critics of the network are at least 1; got {self.width} and {self.critics}.")
         stds = (self.score_std, self.shared_std, self.floor_std, self.tilt_std)
         if not min(stds) > 0:
             raise ConfigError(f"Standard deviations of exploration are above 0; got {stds}.")

@@ -1,7 +1,7 @@
 """The policy network: one set of weights for every module, so that any number of modules fits.
 
-Each module's features and the run's become a token; mean and maximum over the modules (and attention between them, as
-an option) give the context. Two parts use it:
+Each module's features and the run's become a token; mean and maximum over the modules give the context. Two parts use
+it:
 
 * the *estimate*: what each module is worth, a score from its token and the context. The warm start teaches it, and it
   is 0 before;
@@ -65,8 +65,6 @@ class RankNetwork(nn.Module):
         self.module_encoder = nn.Sequential(
             nn.Linear(len(MODULE_FEATURES) + len(RUN_FEATURES), width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
         )
-        heads = self.config.attention_heads
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True) if heads else None
         self.context_encoder = nn.Sequential(nn.Linear(2 * width + len(RUN_FEATURES), width), nn.Tanh())
         self.estimate_head = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
         self.steering_encoder = nn.Sequential(nn.Linear(2 * width + len(RUN_FEATURES), width), nn.Tanh())
@@ -86,9 +84,8 @@ class RankNetwork(nn.Module):
 
     def freeze_estimate(self) -> None:
         """Leave the estimate as it is from here on."""
-        for part in (self.module_encoder, self.attention, self.context_encoder, self.estimate_head):
-            if part is not None:
-                part.requires_grad_(False)
+        for part in (self.module_encoder, self.context_encoder, self.estimate_head):
+            part.requires_grad_(False)
 
     def forward(self, modules: torch.Tensor, run: torch.Tensor, mask: torch.Tensor) -> Action:
         """The distribution of the action, and values.
@@ -101,8 +98,6 @@ class RankNetwork(nn.Module):
         exists = mask.unsqueeze(-1).to(modules.dtype)
         spread = run.unsqueeze(1).expand(-1, modules.shape[1], -1)
         tokens = self.module_encoder(torch.cat([modules, spread], dim=-1))
-        if self.attention is not None:
-            tokens = tokens + self.attention(tokens, tokens, tokens, key_padding_mask=mask == 0, need_weights=False)[0]
         mean = (tokens * exists).sum(1) / exists.sum(1).clamp_min(1)
         top = tokens.masked_fill(exists == 0, -torch.inf).amax(1)
         pooled = torch.cat([mean, top, run], dim=-1)

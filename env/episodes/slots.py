@@ -38,7 +38,6 @@ class StackedConfig:
             their rewards; divides `num_envs`.
         schedule: when ranks are decided.
         task_overrides: fields of `ProxyTask` that each task gets, as pairs.
-        shaping: weight of the potential.
         max_modules: padding of observations and actions; None for as many as the base has.
         compiled: run the model through torch.compile: faster after a minute or two.
         device: where to train.
@@ -55,7 +54,6 @@ class StackedConfig:
     group: int = 1
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
     task_overrides: tuple[tuple[str, Any], ...] = ()
-    shaping: float = 0.0
     max_modules: int | None = None
     compiled: bool = False
     device: str = "cpu"
@@ -108,12 +106,11 @@ class StackedRankAllocation:
         self._streams: list[Iterator[ProxyTask]] = []
         self.seed(None)
 
-    def seed(self, seed: int | Sequence[int] | None, skip: int = 0) -> None:
+    def seed(self, seed: int | Sequence[int] | None) -> None:
         """Begin the tasks anew: slot i draws what an environment with seed + i would, a group what its first one does.
 
         Args:
             seed: one for all, or one a slot; None for a random one.
-            skip: so many draws are passed over first.
         """
         config = self.config
         if seed is None:
@@ -124,7 +121,7 @@ class StackedRankAllocation:
         self._rounds = [0] * config.num_envs  # episodes of a group are compared by their place in its stream
         self._means = GroupMeans()
         self._streams = [
-            task_stream(self.tasks, seeding.np_random(seeds[slot - slot % config.group])[0], 1, skip)
+            task_stream(self.tasks, seeding.np_random(seeds[slot - slot % config.group])[0])
             for slot in range(config.num_envs)
         ]
 
@@ -133,7 +130,7 @@ class StackedRankAllocation:
 
         Args:
             slots: which ones.
-            options: see `RankAllocationEnv`; `skip_tasks` belongs to `seed` here.
+            options: see `RankAllocationEnv`.
         """
         options = check_options(options)
         tasks: dict[int, ProxyTask] = {}
@@ -147,7 +144,7 @@ class StackedRankAllocation:
             controller = self.episodes.flights[slot].controller
             first = self.episodes.observe(slot)
             reference = self.episodes.reference(task)
-            self.sessions[slot] = EpisodeRecord(task, reference, controller, first, self.config.shaping)
+            self.sessions[slot] = EpisodeRecord(task, reference, controller, first)
         return {slot: self.sessions[slot].info(0) for slot in slots}
 
     def step(self, decisions: dict[int, tuple[IntArray, FloatArray]]) -> dict[int, Transition]:

@@ -86,20 +86,7 @@ def evenly(tasks: Sequence[ProxyTask], count: int) -> tuple[ProxyTask, ...]:
     return tuple(tasks[index * len(tasks) // count] for index in range(count))
 
 
-def task_stream(
-    tasks: Sequence[ProxyTask], generator: np.random.Generator, repeats: int, skip: int = 0
-) -> Iterator[ProxyTask]:
-    """Tasks drawn without end, each several times in a row.
-
-    Args:
-        tasks: to draw from, evenly.
-        generator: draws.
-        repeats: how often each comes.
-        skip: so many draws are passed over first.
-    """
-    for _ in range(skip):
-        generator.integers(len(tasks))
+def task_stream(tasks: Sequence[ProxyTask], generator: np.random.Generator) -> Iterator[ProxyTask]:
+    """Tasks drawn without end, each as likely as the others."""
     while True:
-        task = tasks[int(generator.integers(len(tasks)))]
-        for _ in range(repeats):
-            yield task
+        yield tasks[int(generator.integers(len(tasks)))]

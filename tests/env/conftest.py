@@ -25,7 +25,6 @@ INFO_KEYS = {
     "improvement",
     "group_mean",
     "churn",
-    "shaping",
 }
 
 Row = tuple[dict[str, Any], float, bool, bool, dict[str, Any]]

@@ -150,9 +150,9 @@ def test_envs_that_take_turns_within_episodes_do_not_touch_each_other(
 
 
 def test_pickling(make_pool: MakeEnv, rollout: Rollout, assert_same: AssertSame) -> None:
-    env = make_pool(max_modules=30, shaping=0.5, episodes_per_task=2, split="validation")
+    env = make_pool(max_modules=30, split="validation")
     twin = pickle.loads(pickle.dumps(env))  # noqa: S301
-    assert (twin.max_modules, twin.shaping, twin.episodes_per_task) == (30, 0.5, 2)
+    assert twin.max_modules == 30
     assert_same(rollout(env, seed=6), rollout(twin, seed=6))
 
 
@@ -253,7 +253,7 @@ def test_no_step_before_reset_or_after_the_end(make_env: MakeEnv, wrap: Any) -> 
 def test_a_loss_that_is_not_finite_ends_the_episode(
     make_env: MakeEnv, rollout: Rollout, info_keys: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    env = make_env(shaping=0.7)
+    env = make_env()
     env.reset(seed=0)
     env.step(np.full(28, 10))
     original = TaskData.train_loss
@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_ends_the_episode(
     observation, reward, terminated, truncated, info = env.step(np.full(28, 11))
     assert (reward, terminated, truncated, info["non_finite"]) == (-3.0, True, False, True)
     assert (info["loss"], info["held_out_loss"]) == (None, None)
-    assert info["improvement"] - info["group_mean"] - info["churn"] + info["shaping"] == -3.0
+    assert info["improvement"] - info["group_mean"] - info["churn"] == -3.0
     assert set(info) == info_keys
     assert env.observation_space.contains(observation)
     with pytest.raises(ConfigError, match="call reset"):
@@ -296,7 +296,7 @@ def test_a_huge_learning_rate_does_not_crash(
 def test_a_held_out_loss_that_is_not_finite_is_a_failed_run(
     make_env: MakeEnv, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    env = make_env(task=make_task(reference=Reference(3.0, 2.0, 1.5)), shaping=0.3)
+    env = make_env(task=make_task(reference=Reference(3.0, 2.0, 1.5)))
     env.reset(seed=0)
     monkeypatch.setattr(TaskData, "held_out_loss", lambda self, model: float("nan"))
     action, terminated = np.full(28, 11), False
@@ -304,7 +304,7 @@ def test_a_held_out_loss_that_is_not_finite_is_a_failed_run(
         _, reward, terminated, _, info = env.step(action)
         action = 20 - action
     assert reward == -3.0
-    assert info["improvement"] - info["group_mean"] - info["churn"] + info["shaping"] == -3.0
+    assert info["improvement"] - info["group_mean"] - info["churn"] == -3.0
 
 
 def test_a_uniform_run_without_a_finite_end_gained_nothing(
@@ -376,24 +376,16 @@ def test_the_uniform_plan_is_the_zero_of_the_reward(make_task: MakeTask, schedul
         assert episode.controller.problem().fits(ranks)
 
 
-def test_shaping_sums_to_nothing(make_env: MakeEnv, rollout: Rollout, info_keys: set[str]) -> None:
-    plain, shaped = (rollout(make_env(shaping=weight), seed=8) for weight in (0.0, 0.9))
-    assert [row[4]["shaping"] for row in plain] == [0.0] * len(plain)
-    parts = [row[4]["shaping"] for row in shaped]
-    assert all(abs(part) > 1e-4 for part in parts[1:])
-    assert sum(parts) == pytest.approx(0, abs=1e-9)
-    assert sum(row[1] for row in shaped) == pytest.approx(sum(row[1] for row in plain), abs=1e-9)
-    for _, reward, _, _, info in shaped:
+def test_the_parts_of_the_reward_add_up(make_env: MakeEnv, rollout: Rollout, info_keys: set[str]) -> None:
+    for _, reward, _, _, info in rollout(make_env(), seed=8):
         assert set(info) == info_keys
-        assert info["improvement"] - info["group_mean"] - info["churn"] + info["shaping"] == pytest.approx(reward)
+        assert info["improvement"] - info["group_mean"] - info["churn"] == pytest.approx(reward)
 
 
 def test_options_of_reset(make_pool: MakeEnv, make_task: MakeTask) -> None:
     env = make_pool()
     names = [env.reset(seed=9 if i == 0 else None)[1]["task"] for i in range(4)]
     assert len(set(names)) >= 3
-    assert env.reset(seed=9, options={"skip_tasks": 2})[1]["task"] == names[2]
-    assert env.reset()[1]["task"] == names[3]
     mine = make_task("planted", 77, placement="low")
     assert env.reset(seed=9, options={"task": mine})[1]["task"] == mine.id
     assert env.reset()[1]["task"] == names[0], "a given task draws none"
@@ -413,14 +405,8 @@ def test_the_budget_of_one_episode(make_env: MakeEnv, make_task: MakeTask) -> No
     assert (both["task"], both["limit"]) == (replace(other, budget=0.5).id, pytest.approx(usual["limit"] * 0.5 / 0.7))
     with pytest.raises(ConfigError, match="Budget and learning rate of a task are above 0"):
         env.reset(options={"budget": -1.0})
-    with pytest.raises(ConfigError, match=r"Options of reset are .*'skip_tasks'.*; got \['bugdet'\]"):
+    with pytest.raises(ConfigError, match=r"Options of reset are .*'budget'.*; got \['bugdet'\]"):
         env.reset(options={"bugdet": 0.5})
-
-
-def test_episodes_of_a_group_share_their_task(make_pool: MakeEnv) -> None:
-    env = make_pool(episodes_per_task=2)
-    names = [env.reset(seed=9 if i == 0 else None)[1]["task"] for i in range(4)]
-    assert names[0] == names[1] != names[2] == names[3]
 
 
 def test_overrides_of_drawn_tasks(make_pool: MakeEnv) -> None:
@@ -453,10 +439,9 @@ def test_a_budget_that_fits_nothing_is_refused(make_env: MakeEnv, make_task: Mak
         make_env(task=make_task(budget=0.001)).reset()
 
 
-@pytest.mark.parametrize("options", [{"max_modules": 27}, {"episodes_per_task": 0}])
-def test_arguments_are_checked(make_env: MakeEnv, options: dict[str, Any]) -> None:
+def test_arguments_are_checked(make_env: MakeEnv) -> None:
     with pytest.raises(ConfigError, match="max_modules is at least 28"):
-        make_env(**options)
+        make_env(max_modules=27)
 
 
 def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
@@ -525,7 +510,7 @@ def test_a_time_limit_truncates(make_task: MakeTask, schedule: DecisionSchedule)
 
 
 def test_episode_statistics_of_one_env(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    env = RecordEpisodeStatistics(gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule, shaping=0.2))
+    env = RecordEpisodeStatistics(gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule))
     env.reset(seed=0)
     rewards, terminated = [], False
     while not terminated:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from rankpilot.env.reward import CHURN, REWARD_BOUND, GroupMeans, Reward, churn_cost, potential, terminal_improvement
+from rankpilot.env.reward import CHURN, REWARD_BOUND, GroupMeans, Reward, churn_cost, terminal_improvement
 from rankpilot.env.tasks.finetune import Reference
 
 REFERENCE = Reference(initial=3.0, uniform=2.0, best=1.8)
@@ -29,7 +29,7 @@ def test_the_group_mean_goes_before_the_clip() -> None:
     assert Reward(3.0, -3.0).value == 3.0
     assert Reward(-3.0, 3.0).value == -3.0
     assert Reward(1.0, 0.25).value == 0.75
-    assert Reward(3.0, -3.0, churn=0.01, shaping=0.5).value == pytest.approx(3.49), "churn and shaping after it"
+    assert Reward(3.0, -3.0, churn=0.01).value == pytest.approx(2.99), "churn after it"
     assert Reward().value == 0.0
 
 
@@ -39,15 +39,6 @@ def test_churn_is_a_price_a_rung() -> None:
     assert churn_cost(before, before + 1) == pytest.approx(CHURN)
     assert churn_cost(before, np.array([1, 2, 5, 2])) == pytest.approx(CHURN / 2)
     assert churn_cost(before, before + 10) == churn_cost(before + 10, before) == pytest.approx(10 * CHURN)
-
-
-def test_the_potential_rises_as_the_loss_falls() -> None:
-    assert potential(0.5, 2.0, 2.0) == 0.0
-    assert potential(0.5, 2.0, 1.0) == pytest.approx(0.5 * math.log(2))
-    assert potential(0.5, 2.0, 4.0) == pytest.approx(-0.5 * math.log(2))
-    assert potential(0.0, 2.0, 1.0) == potential(0.5, 2.0, None) == 0.0
-    assert math.isfinite(potential(0.5, 2.0, 0.0))
-    assert math.isfinite(potential(0.5, 0.0, 1.0))
 
 
 def test_means_of_groups() -> None:

@@ -27,8 +27,6 @@ from torch.distributions import MultivariateNormal
 MakeObservation = Callable[..., Observation]
 Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 PROGRESS = RUN_FEATURES.index("progress")
-CONFIGS = [NetworkConfig(), NetworkConfig(attention_heads=4)]
-SHAPES = pytest.mark.parametrize("config", CONFIGS, ids=["pooled", "attention"])
 
 
 def stirred(config: NetworkConfig | None = None, seed: int = 0) -> RankNetwork:
@@ -68,9 +66,8 @@ def part(action: Action, keep: list[int]) -> Action:
 # The network ------------------------------------------------------------------------------------------------------
 
 
-@SHAPES
-def test_scores_follow_their_modules(config: NetworkConfig) -> None:
-    network = stirred(config)
+def test_scores_follow_their_modules() -> None:
+    network = stirred()
     modules, run, mask = arrays(9)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     places = [*order.tolist(), 9, 10]
@@ -83,9 +80,8 @@ def test_scores_follow_their_modules(config: NetworkConfig) -> None:
     assert action.mean[:, :9].std() > 0.05, "the modules are told apart"
 
 
-@SHAPES
-def test_modules_that_do_not_exist_change_nothing(config: NetworkConfig) -> None:
-    network = stirred(config)
+def test_modules_that_do_not_exist_change_nothing() -> None:
+    network = stirred()
     given = arrays(6)
     action = network(*given)
     more = network(*padded(*given))
@@ -96,29 +92,13 @@ def test_modules_that_do_not_exist_change_nothing(config: NetworkConfig) -> None
     assert not more.factors[:, 6:11].any()
 
 
-def test_attention_looks_at_other_modules() -> None:
-    """Without it a module knows of others by mean and maximum alone; with it the features of another one count."""
-    modules, run, mask = arrays(6)
-    changed = modules.clone()
-    changed[:, 5] += 1
-    for config in CONFIGS:
-        network = stirred(config)
-        tokens: list[torch.Tensor] = []
-        network.estimate_head.register_forward_hook(lambda _, given, __, tokens=tokens: tokens.append(given[0]))
-        network(modules, run, mask)
-        network(changed, run, mask)
-        own = [found[:, :5, : config.width] for found in tokens]
-        assert torch.equal(*own) == (config.attention_heads == 0)
-
-
-@SHAPES
 @pytest.mark.parametrize("seed", range(4))
-def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, seed: int, config: NetworkConfig) -> None:
+def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, seed: int) -> None:
     torch.manual_seed(seed)
     observation = make_observation(28, seed)
     centred = observation.modules - observation.modules.mean(axis=0)  # as signals are in any real observation
     observation = replace(observation, modules=centred)
-    learned = LearnedPolicy("p", RankNetwork(config)).decide(observation)
+    learned = LearnedPolicy("p", RankNetwork()).decide(observation)
     rule = find_rule("heur3").decide(observation)
     np.testing.assert_allclose(learned.scores, rule.scores, atol=1e-6)
     np.testing.assert_array_equal(learned.ranks, rule.ranks)
@@ -127,14 +107,12 @@ def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, see
     assert not np.array_equal(other.ranks, rule.ranks)
 
 
-@SHAPES
-def test_it_is_small(config: NetworkConfig) -> None:
-    assert sum(parameter.numel() for parameter in RankNetwork(config).parameters()) < 100_000
+def test_it_is_small() -> None:
+    assert sum(parameter.numel() for parameter in RankNetwork().parameters()) < 100_000
 
 
-@SHAPES
-def test_weights_fit_any_number_of_modules(config: NetworkConfig) -> None:
-    small, large = stirred(config), RankNetwork(config)
+def test_weights_fit_any_number_of_modules() -> None:
+    small, large = stirred(), RankNetwork()
     assert small(*arrays(28)).mean.shape == (3, 30)
     large.load_state_dict(small.state_dict())
     action = large(*arrays(56))
@@ -152,9 +130,8 @@ def test_any_number_of_modules(make_observation: MakeObservation, modules: int) 
     assert np.abs(decision.scores).max() <= SCORE_BOUND
 
 
-@SHAPES
-def test_what_critics_learn_stays_with_them(config: NetworkConfig) -> None:
-    network = stirred(config)
+def test_what_critics_learn_stays_with_them() -> None:
+    network = stirred()
     network(*arrays(6)).values.square().sum().backward()
     for name, parameter in network.named_parameters():
         if name.startswith("critics."):
@@ -164,10 +141,9 @@ def test_what_critics_learn_stays_with_them(config: NetworkConfig) -> None:
             assert parameter.grad is None, name
 
 
-@SHAPES
-def test_a_frozen_estimate_stays_as_it_is(config: NetworkConfig) -> None:
+def test_a_frozen_estimate_stays_as_it_is() -> None:
     """Whatever else is trained; and everything else can be."""
-    network = stirred(config)
+    network = stirred()
     seen: list[torch.Tensor] = []
     network.estimate_head.register_forward_hook(lambda _, __, found: seen.append(found))
     given = arrays(6)
@@ -179,7 +155,7 @@ def test_a_frozen_estimate_stays_as_it_is(config: NetworkConfig) -> None:
         (gaussian.log_prob(torch.zeros(3, 8)).sum() + action.values.sum()).backward()
         optimizer.step()
     assert torch.equal(*seen)
-    frozen = ("module_encoder.", "attention.", "context_encoder.", "estimate_head.")
+    frozen = ("module_encoder.", "context_encoder.", "estimate_head.")
     for name, parameter in network.named_parameters():
         assert (parameter.grad is None) == name.startswith(frozen), name
 

@@ -151,8 +151,7 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
         ({"network": {"width": 12, "score_std": 1.0, "floor_std": 1, "signal_gain": 1}}, "does not describe the netw"),
         ({"network": NETWORK | {"width": 13}}, "do not fit its card"),
         ({"network": NETWORK | {"critics": 3}}, "do not fit its card"),
-        ({"network": NETWORK | {"attention_heads": 4}}, "do not fit its card"),
-        ({"network": NETWORK | {"attention_heads": 5}}, "does not describe the network: .* divides the width"),
+        ({"network": NETWORK | {"attention_heads": 4}}, "does not describe the network: .*'attention_heads' is gone"),
         ({"network": NETWORK | {"width": "a"}}, "does not describe the network"),
         ({"network": NETWORK | {"width": -1}}, "does not describe the network"),
         ({"network": NETWORK | {"critics": 0}}, "does not describe the network"),
@@ -163,6 +162,14 @@ def test_foreign_cards(folder: Path, changes: dict[str, Any], message: str) -> N
     edit_card(folder, **changes)
     with pytest.raises(PolicyFileError, match=message):
         load_policy(folder)
+
+
+def test_a_card_that_says_that_there_is_no_attention(folder: Path) -> None:
+    """So did all cards once; the packaged one among them."""
+    edit_card(folder, network=NETWORK | {"signal_gain": 0.8, "attention_heads": 0})
+    policy = load_policy(folder)
+    assert isinstance(policy, LearnedPolicy)
+    assert policy.network.config == NetworkConfig(width=12, signal_gain=0.8)
 
 
 @pytest.mark.parametrize("schedule", [None, {}, {"fractions": [0.5]}, {"unknown": 1, "fractions": [0.0]}, [1]])
