@@ -11,14 +11,14 @@ from ..allocation.observation import Observation
 from ..allocation.problem import AllocationProblem
 from .rendering import EpisodeTrace
 from .reward import REWARD_BOUND, Reward, churn_cost, terminal_improvement
-from .tasks.finetune import FineTune, Reference
+from .tasks.finetune import Reference
 
 
 class EpisodeRecord:
     """The story of one episode.
 
     Args:
-        task: what is fine-tuned.
+        task: id of what is fine-tuned.
         reference: what fixed allocations achieve.
         controller: link to the adapters.
         observation: the first one.
@@ -28,7 +28,7 @@ class EpisodeRecord:
     """
 
     def __init__(
-        self, task: FineTune, reference: Reference, controller: RankController[Any], observation: Observation
+        self, task: str, reference: Reference, controller: RankController[Any], observation: Observation
     ) -> None:
         self.task, self.reference, self.observation = task, reference, observation
         self._controller = controller
@@ -89,7 +89,7 @@ class EpisodeRecord:
         problem: AllocationProblem = self._controller.problem()
         reward = reward or Reward()
         return {
-            "task": self.task.id,
+            "task": self.task,
             "step": step,
             "loss": loss,
             "held_out_loss": self._held_out,
@@ -110,7 +110,7 @@ class EpisodeRecord:
         # Before the first decision: the probe's rank 1 everywhere.
         first = not self._steps
         return EpisodeTrace(
-            title=self.task.id,
+            title=self.task,
             names=controller.names,
             blocks=problem.blocks,
             total_steps=controller.total_steps,

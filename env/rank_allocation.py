@@ -20,6 +20,7 @@ from .proxies.adapted import adapted_base
 from .rendering import describe, draw
 from .spaces import delta_space, observation_space, read_deltas
 from .tasks.finetune import FineTune
+from .tasks.proxy_finetune import fine_tune_of
 from .tasks.proxy_task import ProxyTask
 from .tasks.suite_names import SUITES
 from .tasks.suites import find_tasks, task_stream
@@ -120,7 +121,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
 
     def __init__(
         self,
-        task: FineTune | None = None,
+        task: ProxyTask | FineTune | None = None,
         suites: tuple[str, ...] = SUITES,
         split: str = "train",
         bases: tuple[str, ...] | None = None,
@@ -134,7 +135,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         )
         self.task = task
         self.tasks: tuple[ProxyTask, ...] = () if task else find_tasks(suites, split, bases, task_overrides)
-        modules = len(task.adapted()[1]) if task else most_modules(self.tasks)
+        modules = len(fine_tune_of(task).adapted()[1]) if task else most_modules(self.tasks)
         self.max_modules = max_modules or modules
         if self.max_modules < modules:
             raise ConfigError(f"max_modules is at least {modules}; got {max_modules}.")
@@ -161,14 +162,13 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         options = check_options(options)
         if self._stream is None or seed is not None:
             self._stream = task_stream(self.tasks, self.np_random)
-        task: FineTune = options.get("task") or self.task or next(self._stream)
-        if "budget" in options:
-            task = within_budget(task, options["budget"])
+        task: ProxyTask | FineTune = options.get("task") or self.task or next(self._stream)
+        fine_tune = fine_tune_of(within_budget(task, options["budget"]) if "budget" in options else task)
         self._episode = None  # so that nothing of it is kept aside
-        reference = reference_of(task, self.schedule)  # before the episode: both train the same adapters
-        self._episode = Episode(task, self.schedule)
+        reference = reference_of(fine_tune, self.schedule)  # before the episode: both train the same adapters
+        self._episode = Episode(fine_tune, self.schedule)
         first = self._episode.observe()
-        self._session = EpisodeRecord(task, reference, self._episode.controller, first)
+        self._session = EpisodeRecord(fine_tune.id, reference, self._episode.controller, first)
         return self._arrays(), self._session.info(0)
 
     def step(self, action: NDArray[np.int64]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -238,7 +238,7 @@ def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
     return options or {}
 
 
-def within_budget(task: FineTune, budget: float) -> ProxyTask:
+def within_budget(task: ProxyTask | FineTune, budget: float) -> ProxyTask:
     """The task within another budget, a share of what uniform rank 8 takes.
 
     Raises:

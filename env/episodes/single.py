@@ -39,9 +39,9 @@ def new_controller(
     return RankController(adapters, cost, limit.value, schedule, task.steps, result, seed=task.seed)
 
 
-def rate_at(task: FineTune, step: int) -> float:
-    """The learning rate of a step: a linear decay."""
-    return task.learning_rate * (1 - step / task.steps)
+def rate_at(peak: float, step: int, steps: int) -> float:
+    """The learning rate of one of so many steps: a linear decay."""
+    return peak * (1 - step / steps)
 
 
 @lru_cache(maxsize=64)
@@ -142,7 +142,7 @@ class Episode:
             if signals:
                 self.controller.adapters.meter.accumulate()
             for group in self.optimizer.param_groups:
-                group["lr"] = rate_at(self.task, step)
+                group["lr"] = rate_at(self.task.learning_rate, step, self.task.steps)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step = until

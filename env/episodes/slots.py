@@ -144,7 +144,7 @@ class StackedRankAllocation:
             controller = self.episodes.flights[slot].controller
             first = self.episodes.observe(slot)
             reference = self.episodes.reference(task)
-            self.sessions[slot] = EpisodeRecord(task, reference, controller, first)
+            self.sessions[slot] = EpisodeRecord(task.id, reference, controller, first)
         return {slot: self.sessions[slot].info(0) for slot in slots}
 
     def step(self, decisions: dict[int, tuple[IntArray, FloatArray]]) -> dict[int, Transition]:

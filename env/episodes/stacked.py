@@ -29,7 +29,7 @@ from ...lora.stacked.run import StackedMeter, StackedRun, accumulate_all
 from ..proxies.adapted import adapted_base
 from ..proxies.bases import load_base_model
 from ..tasks.finetune import Reference
-from ..tasks.proxy_finetune import TaskData, task_losses
+from ..tasks.proxy_finetune import ProxyFineTune, TaskData, load_task, task_losses
 from ..tasks.proxy_task import ProxyTask
 from .single import MAX_GRAD_NORM, new_controller, rate_at, unknown_signals
 
@@ -83,7 +83,7 @@ class _Lane:
     data: TaskData = field(init=False)
 
     def __post_init__(self) -> None:
-        self.data = self.task.data  # held here: more tasks can be in training than the cache of tasks holds
+        self.data = load_task(self.task)  # held here: more tasks can be in training than the cache of tasks holds
 
 
 class StackedEpisodes:
@@ -162,7 +162,7 @@ class StackedEpisodes:
 
     def _controller(self, task: ProxyTask, row: int) -> RankController[StackedRun]:
         run = StackedRun(self._adapters, row, self._base_norms)
-        return new_controller(task, run, self.schedule, self._probes[task])
+        return new_controller(ProxyFineTune(task), run, self.schedule, self._probes[task])
 
     def reference(self, task: ProxyTask) -> Reference:
         """What fixed allocations of a task achieve that knows it, or that was given to `measure_references`."""
@@ -171,10 +171,11 @@ class StackedEpisodes:
     def problem(self, task: ProxyTask) -> AllocationProblem:
         """The plans that a task's first decision allows."""
         self._checked(task)
-        cost = task.cost()
+        fine_tune = ProxyFineTune(task)
+        cost = fine_tune.cost()
         most = np.array([target.max_rank for target in self._targets], dtype=np.int64)
         ranks = np.ones(len(most), dtype=np.int64)
-        limit = task.limit.resolve(cost, most, self._targets[0].weight_a.device)
+        limit = fine_tune.limit.resolve(cost, most, self._targets[0].weight_a.device)
         return problem_of(self._targets, cost, limit.value, ranks=ranks)
 
     # Decisions --------------------------------------------------------------------------------------------------------
@@ -276,14 +277,14 @@ class StackedEpisodes:
         losses = {}
         for count in sorted({task.eval_rows for task in tasks.values()}):
             rows = [row for row, task in tasks.items() if task.eval_rows == count]
-            data = [tasks[row].data for row in rows]
-            inputs = torch.stack([own.held_out_inputs for own in data]).to(self.device)
+            data = [load_task(tasks[row]) for row in rows]
+            inputs = torch.stack([each.held_out_inputs for each in data]).to(self.device)
             size = max(1, EVAL_TOKENS // (len(rows) * inputs.shape[2]))
             with self._adapters.running(rows) as model:
                 parts = [model(input_ids=part.flatten(0, 1)).logits for part in torch.split(inputs, size, dim=1)]
             logits = torch.cat([part.unflatten(0, (len(rows), -1)) for part in parts], dim=1)
-            for row, own, answers in zip(rows, data, logits, strict=True):
-                losses[row] = float(own.held_out_loss_of(answers))
+            for row, each, answers in zip(rows, data, logits, strict=True):
+                losses[row] = float(each.held_out_loss_of(answers))
         return [losses[row] for row in tasks]
 
     # Before an episode ------------------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ class StackedEpisodes:
 
 
 def _decay(task: ProxyTask) -> Callable[[int], float]:
-    return lambda step: rate_at(task, step)
+    return lambda step: rate_at(task.learning_rate, step, task.steps)
 
 
 def _constant(task: ProxyTask) -> Callable[[int], float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,10 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ...lora.targets import TargetModule, find_target_modules
 from ...memory.calibration import calibrate
 from ...memory.cost import Cost, ParameterCost
-from .bases import find_base, load_base_model
-
-Unit = Literal["bytes", "parameters"]
-
+from .bases import Unit, find_base, load_base_model
 
 SCALING = 2.0
 """Constant LoRA scaling of proxy runs (alpha 16 at rank 8, PEFT users' most common setting)."""
@@ -37,7 +33,7 @@ def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
 
 @lru_cache(maxsize=256)
 def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> Cost:
-    """Price of plans on a proxy base at one batch shape."""
+    """What plans on a proxy base cost at one batch shape."""
     model, targets = adapted_base(base)
     if unit == "parameters":
         return ParameterCost.of(targets)

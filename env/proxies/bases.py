@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import AssetError, UnknownNameError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Unit = Literal["bytes", "parameters"]
+"""What a budget of a proxy task counts."""
 
 BASES_FOLDER = Path(__file__).parent / "weights"
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from peft import PeftModel
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
 
-from ...lora.targets import TargetModule
-from ...memory.budget import Budget
-from ...memory.cost import Cost
+    from ...lora.targets import TargetModule
+    from ...memory.budget import Budget
+    from ...memory.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Reference:
 
 
 class FineTune(Hashable, Protocol):
-    """What an episode needs of a fine-tune; `ProxyTask` and `OwnTask` are the two there are."""
+    """What an episode needs of a fine-tune; `ProxyFineTune` and `OwnTask` are the two there are."""
 
     @property
     def seed(self) -> int:
@@ -83,7 +84,7 @@ class FineTune(Hashable, Protocol):
         """The model with a LoRA pair on every target module; the same object each time."""
 
     def cost(self) -> Cost:
-        """Price of a plan."""
+        """What a plan costs."""
 
     def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
         """Loss of the batch of one step, or of its first rows, in nats."""

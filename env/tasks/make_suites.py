@@ -28,6 +28,7 @@ from ..proxies.adapted import adapted_base
 from ..proxies.bases import find_base
 from .finetune import Reference
 from .oracle import oracle_plan
+from .proxy_finetune import ProxyFineTune
 from .proxy_task import PLACEMENTS, ProxyTask
 from .suite_names import SPLITS, SUITES
 from .suites import FOLDER, VERSION
@@ -149,7 +150,7 @@ def _budget(base: str, suite: str, kind: str, turn: int, generator: np.random.Ge
 
 def budget_range(task: ProxyTask) -> tuple[float, float]:
     """From one module at rank 1 to rank 32 everywhere, as shares of what uniform rank 8 takes."""
-    cost, (_, targets) = task.cost(), adapted_base(task.base)
+    cost, (_, targets) = ProxyFineTune(task).cost(), adapted_base(task.base)
     most = np.array([target.max_rank for target in targets], dtype=np.int64)
     single = [total_cost(cost, np.eye(len(targets), dtype=np.int64)[index]) for index in range(len(targets))]
     whole = reference_cost(cost, most)
@@ -176,7 +177,7 @@ def _measure(episodes: StackedEpisodes, tasks: Sequence[ProxyTask]) -> list[Prox
     tuned = [replace(task, learning_rate=RATES[index]) for task, index in zip(tasks, best, strict=True)]
     plans = [(task, _best_plan(task, problem)) for task, problem in zip(tuned, problems, strict=True)]
     reached = episodes.run_fixed(dict(enumerate(plans)))
-    initial = [task.held_out_loss(adapted_base(task.base)[0]) for task in tuned]
+    initial = [ProxyFineTune(task).held_out_loss(adapted_base(task.base)[0]) for task in tuned]
     return [
         replace(task, reference=Reference(*(round(float(x), 5) for x in (before, losses[row, index], after))))
         for row, (task, index, before, after) in enumerate(zip(tuned, best, initial, reached, strict=True))

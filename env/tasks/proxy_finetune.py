@@ -1,4 +1,4 @@
-"""The data of a proxy task: batches, held-out rows, and the teacher's answers."""
+"""The fine-tune that a proxy task describes: its model, batches, held-out rows, and the teacher's answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from peft import PeftModel
 from ...data.corpora import CORPORA, load_corpus, sample_windows
 from ...data.labelled import LABELS, load_labelled
 from ...errors import UnknownNameError
-from ..proxies.adapted import adapted_base
+from ...lora.targets import TargetModule
+from ...memory.budget import Budget
+from ...memory.cost import Cost
+from ..proxies.adapted import adapted_base, proxy_cost
 from ..proxies.bases import ProxyBase, find_base
+from .finetune import FineTune, Reference
 from .objectives import Inputs, class_inputs, divergence, label_loss, language_inputs
 from .planted import Change, changed_weights, draw_changes
 from .proxy_task import ProxyTask
@@ -23,7 +27,7 @@ EVAL_BATCH = 64
 """Rows of a forward pass without gradients."""
 
 CACHED_TASKS = 32
-"""Tasks whose data a process holds, of 20 MB each with a teacher; whatever flies more side by side draws them again."""
+"""Tasks whose data a process holds, of 20 MB each with a teacher; where more run side by side, they are drawn again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +68,79 @@ class TaskData:
         """Loss of answers to the held-out set, (eval_rows, length, vocabulary), in nats."""
         labels, teacher = self.held_out_labels.to(logits.device), self.held_out_teacher
         return float(task_losses(logits, labels, None if teacher is None else teacher.to(logits.device))[0])
+
+
+@dataclass(frozen=True)
+class ProxyFineTune:
+    """The fine-tune of a proxy task, as `FineTune` asks for it.
+
+    Attributes:
+        task: what is trained.
+    """
+
+    task: ProxyTask
+
+    @property
+    def seed(self) -> int:
+        """Decides data, teacher and adapters."""
+        return self.task.seed
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.task.steps
+
+    @property
+    def batch_size(self) -> int:
+        """Rows a step."""
+        return self.task.batch_size
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak of a linear decay."""
+        return self.task.learning_rate
+
+    @property
+    def id(self) -> str:
+        """A readable name."""
+        return self.task.id
+
+    @property
+    def limit(self) -> Budget:
+        """The budget, as a share."""
+        return Budget("share", self.task.budget)
+
+    @property
+    def reference(self) -> Reference | None:
+        """What fixed allocations achieve, if it is known already."""
+        return self.task.reference
+
+    @property
+    def data(self) -> TaskData:
+        """Everything that the task's episodes share."""
+        return load_task(self.task)
+
+    def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
+        """See `FineTune`."""
+        return adapted_base(self.task.base)
+
+    def cost(self) -> Cost:
+        """See `FineTune`."""
+        task = self.task
+        return proxy_cost(task.base, task.priced_rows or task.batch_size, task.length, task.unit, task.checkpointing)
+
+    def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
+        """See `FineTune`."""
+        return self.data.train_loss(model, step, rows)
+
+    def held_out_loss(self, model: torch.nn.Module) -> float:
+        """See `FineTune`."""
+        return self.data.held_out_loss(model)
+
+
+def fine_tune_of(task: ProxyTask | FineTune) -> FineTune:
+    """What trains a task: `ProxyFineTune` for a description, a fine-tune itself."""
+    return ProxyFineTune(task) if isinstance(task, ProxyTask) else task
 
 
 def task_losses(

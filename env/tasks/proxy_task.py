@@ -1,30 +1,22 @@
-"""Proxy tasks: short fine-tunes of a small pretrained transformer that stand for the real ones.
+"""Proxy tasks: descriptions of short fine-tunes of a small pretrained transformer that stand for the real ones.
 
 * *planted*: a teacher is the base plus known low-rank changes on some modules; the student learns its outputs. The
   loss is the divergence KL(teacher || student) in nats a token: where the rank is needed is known.
 * *shift*: the base, pretrained on documentation, is fine-tuned on text of another kind; the loss is the cross-entropy
   of the next byte, or of masked bytes, in nats.
 * *classify*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
+
+A description holds no model and no data, and this module imports neither torch nor PEFT: `ProxyFineTune` trains.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
-
-import torch
-from peft import PeftModel
+from typing import Literal, get_args
 
 from ...errors import ConfigError
-from ...lora.targets import TargetModule
-from ...memory.budget import Budget
-from ...memory.cost import Cost
-from ..proxies.adapted import Unit, adapted_base, proxy_cost
-from ..proxies.bases import POSITIONS, find_base
+from ..proxies.bases import POSITIONS, Unit, find_base
 from .finetune import Reference
-
-if TYPE_CHECKING:
-    from .proxy_finetune import TaskData
 
 Kind = Literal["planted", "shift", "classify"]
 Placement = Literal["low", "high", "spread"]
@@ -114,31 +106,3 @@ class ProxyTask:
         if self.unit == "parameters" or not (self.checkpointing or self.priced_rows):
             return self.unit
         return "checkpointed" if self.checkpointing else "large batch"
-
-    @property
-    def limit(self) -> Budget:
-        """The budget, as a share."""
-        return Budget("share", self.budget)
-
-    def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
-        """See `FineTune`."""
-        return adapted_base(self.base)
-
-    def cost(self) -> Cost:
-        """See `FineTune`."""
-        return proxy_cost(self.base, self.priced_rows or self.batch_size, self.length, self.unit, self.checkpointing)
-
-    @property
-    def data(self) -> TaskData:
-        """Everything that the task's episodes share."""
-        from .proxy_finetune import load_task
-
-        return load_task(self)
-
-    def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
-        """See `FineTune`."""
-        return self.data.train_loss(model, step, rows)
-
-    def held_out_loss(self, model: torch.nn.Module) -> float:
-        """See `FineTune`."""
-        return self.data.held_out_loss(model)

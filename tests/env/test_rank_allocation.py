@@ -26,7 +26,7 @@ from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.rendering import HEIGHT, WIDTH
 from rankpilot.env.score_actions import ScoreActions
 from rankpilot.env.tasks.finetune import Reference
-from rankpilot.env.tasks.proxy_finetune import TaskData, load_task
+from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.ladder import DEFAULT_RANKS
@@ -312,7 +312,7 @@ def test_a_uniform_run_without_a_finite_end_gained_nothing(
 ) -> None:
     task, found = make_task(seed=61), iter([3.0, float("nan")])
     monkeypatch.setattr(TaskData, "held_out_loss", lambda self, model: next(found))
-    assert reference_of(task, schedule) == Reference(3.0, 3.0)
+    assert reference_of(ProxyFineTune(task), schedule) == Reference(3.0, 3.0)
 
 
 @pytest.mark.parametrize("budget", [0.35, 0.7, 1.05])
@@ -342,7 +342,7 @@ def test_reward_is_the_documented_formula(
 ) -> None:
     for kind in ("shift", "planted"):
         task = make_task(kind)
-        known = reference_of(task, schedule)
+        known = reference_of(ProxyFineTune(task), schedule)
         if best is not None:  # share of the uniform run's loss that the best known allocation reaches
             task = make_task(kind, reference=Reference(known.initial, known.uniform, best * known.uniform))
         rows = rollout(make_env(task=task), seed=2)
@@ -369,10 +369,10 @@ def test_reward_is_the_documented_formula(
 
 def test_the_uniform_plan_is_the_zero_of_the_reward(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     for task in (make_task(), make_task("planted", 4, budget=0.5)):
-        episode = Episode(task, schedule)
+        episode = Episode(ProxyFineTune(task), schedule)
         ranks = uniform_ranks(episode.controller.problem())
         loss = episode.run_fixed(ranks)
-        assert reference_of(task, schedule).improvement(loss) == 0.0
+        assert reference_of(ProxyFineTune(task), schedule).improvement(loss) == 0.0
         assert episode.controller.problem().fits(ranks)
 
 

@@ -22,6 +22,7 @@ from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.single import Episode, reference_of
 from rankpilot.env.reward import terminal_improvement
 from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suite_names import SPLITS, SUITES
 from rankpilot.env.tasks.suites import load_suite
@@ -52,7 +53,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def loss_with_peft(policy: Policy, task: ProxyTask) -> float:
-    episode, loss = Episode(task, SCHEDULE), None
+    episode, loss = Episode(ProxyFineTune(task), SCHEDULE), None
     while episode.step < task.steps:
         decision = policy.decide(episode.observe(loss))
         episode.apply(decision.ranks, decision.scores)
@@ -65,7 +66,7 @@ def test_rows_are_those_of_peft_episodes() -> None:
     assert [(row.policy, row.task) for row in rows] == [(p, t.id) for p in ("heur3", "fracrule") for t in TASKS]
     for row, task in zip(rows, (*TASKS, *TASKS), strict=True):
         assert row.loss == pytest.approx(loss_with_peft(RULES[row.policy], task), abs=1e-4)
-        assert row.uniform_loss == pytest.approx(reference_of(task, SCHEDULE).uniform, abs=1e-4)
+        assert row.uniform_loss == pytest.approx(reference_of(ProxyFineTune(task), SCHEDULE).uniform, abs=1e-4)
         assert row.improvement == terminal_improvement(row.reference, row.loss)
         assert (row.seed, row.kind, row.family, row.depth, row.failed) == (task.seed, "planted", "llama", 4, False)
     assert rows[0].loss != rows[2].loss

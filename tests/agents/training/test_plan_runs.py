@@ -28,6 +28,7 @@ from rankpilot.common.workers import isolated
 from rankpilot.env.episodes.rollout import Rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.proxies.adapted import adapted_base
+from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suites import load_suite
 from rankpilot.errors import RunFolderError
@@ -122,8 +123,8 @@ def test_ranks_fit_the_budget(flown: PlanRun) -> None:
     targets = adapted_base(BYTES.base)[1]
     most = np.array([target.max_rank for target in targets])
     for task, part in ((BYTES, slice(0, RUNS)), (PARAMETERS, slice(RUNS, 2 * RUNS))):
-        cost = task.cost()
-        limit = task.limit.resolve(cost, most, torch.device("cpu")).value
+        cost = ProxyFineTune(task).cost()
+        limit = ProxyFineTune(task).limit.resolve(cost, most, torch.device("cpu")).value
         prices = np.array([total_cost(cost, ranks) for ranks in flown.ranks[0, part]])
         assert prices.max() <= limit
         assert prices.min() > 0.8 * limit, "and it is spent"

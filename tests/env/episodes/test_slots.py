@@ -24,6 +24,7 @@ from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.rendering import HEIGHT, WIDTH
 from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import ConfigError, UnknownNameError
@@ -99,7 +100,7 @@ def fly(
 
 def fly_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Story:
     """One task on a PEFT model."""
-    episode, story = Episode(task, schedule), Story()
+    episode, story = Episode(ProxyFineTune(task), schedule), Story()
     loss: float | None = None
     for turn in range(len(schedule.fractions)):
         seen = episode.observe(loss)
@@ -109,7 +110,7 @@ def fly_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Sto
         loss = episode.advance()
         story.losses.append(loss)
     story.held_out = episode.held_out_loss()
-    story.reference = reference_of(task, schedule)
+    story.reference = reference_of(ProxyFineTune(task), schedule)
     return story
 
 

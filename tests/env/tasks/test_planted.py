@@ -18,7 +18,7 @@ from rankpilot.env.proxies.bases import find_base, load_base_model
 from rankpilot.env.tasks import oracle
 from rankpilot.env.tasks.oracle import attainable_loss, oracle_plan, regret, utilities
 from rankpilot.env.tasks.planted import DENSITY, RANKS, STRENGTH, Change, changed_weights, draw_changes
-from rankpilot.env.tasks.proxy_finetune import load_task
+from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
@@ -30,8 +30,8 @@ BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
 
 
 def problem_for(task: ProxyTask, **options: Any) -> AllocationProblem:
-    targets, cost = adapted_base(task.base)[1], task.cost()
-    limit = task.limit.resolve(cost, np.array([target.max_rank for target in targets]), torch.device("cpu"))
+    targets, cost = adapted_base(task.base)[1], ProxyFineTune(task).cost()
+    limit = ProxyFineTune(task).limit.resolve(cost, np.array([target.max_rank for target in targets]), torch.device("cpu"))
     return problem_of(targets, cost, limit.value, ranks=np.ones(len(targets), dtype=np.int64), **options)
 
 
@@ -173,14 +173,14 @@ def test_attainable_losses_run_from_the_base_to_nothing(make_task: MakeTask, bas
     task = make_task("planted", 14, base=base)
     model, targets = adapted_base(base)
     with model.disable_adapter():
-        untrained = task.held_out_loss(model)
+        untrained = ProxyFineTune(task).held_out_loss(model)
     ranks = [np.full(len(targets), rank, dtype=np.int64) for rank in (0, 1, 2, 4, 8, 64)]
     losses = [attainable_loss(task, plan) for plan in ranks]
     assert losses[0] == pytest.approx(untrained, abs=1e-6)
     assert all(a > b for a, b in itertools.pairwise(losses[:5])), "more rank reaches a lower loss"
     assert losses[-2] == pytest.approx(0, abs=1e-6)
     assert losses[-1] == losses[-2]
-    unplanted = {target.name for target in targets} - {change.name for change in task.data.changes}
+    unplanted = {target.name for target in targets} - {change.name for change in load_task(task).changes}
     nothing = np.array([64 if target.name in unplanted else 0 for target in targets], dtype=np.int64)
     assert attainable_loss(task, nothing) == losses[0], "rank where nothing was planted is worth nothing"
 
@@ -214,7 +214,7 @@ def test_the_oracle_fits_and_beats_uniform(make_task: MakeTask, options: dict[st
 def test_utilities_are_shares_of_what_a_change_is_worth(make_task: MakeTask) -> None:
     task = make_task("planted", 16)
     problem, targets = problem_for(task), adapted_base(task.base)[1]
-    worth, data = utilities(task, problem), task.data
+    worth, data = utilities(task, problem), load_task(task)
     assert worth.shape == (28, len(problem.ladder.ranks))
     planted = {change.name: change for change in data.changes}
     full = np.full(28, 8, dtype=np.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from rankpilot.env.proxies.adapted import adapted_base, proxy_cost
 from rankpilot.env.proxies.bases import BASES_FOLDER, PROXY_BASES, find_base, load_base_model
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.objectives import FIRST_CLASS, label_loss, language_inputs
-from rankpilot.env.tasks.proxy_finetune import TaskData, check_texts, load_task
+from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, check_texts, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from rankpilot.lora.resize import set_ranks
@@ -191,7 +193,7 @@ def test_an_episode_is_a_plain_fine_tune(
     """PEFT and AdamW alone, written out by hand, train exactly as `run_fixed` does."""
     task = make_task("shift", 21)
     ranks = np.array([(3, 5, 0, 2, 8, 1, 4)[i % 7] for i in range(28)], dtype=np.int64)
-    episode = Episode(task, schedule)
+    episode = Episode(ProxyFineTune(task), schedule)
     names = [target.name for target in episode.targets]
     set_ranks(episode.targets, dict(zip(names, ranks.tolist(), strict=True)), seed=task.seed)
     start = {t.name: (t.weight_a.detach().clone(), t.weight_b.detach().clone()) for t in episode.targets}
@@ -238,7 +240,7 @@ def test_an_episode_is_a_plain_fine_tune(
         losses.append(float(loss.detach()))
         return loss
 
-    episode = Episode(task, schedule)
+    episode = Episode(ProxyFineTune(task), schedule)
     monkeypatch.setattr(TaskData, "train_loss", recorded)
     assert episode.run_fixed(ranks) == pytest.approx(held_out, abs=1e-5)
     assert losses == pytest.approx(expected, abs=1e-5)
@@ -246,8 +248,8 @@ def test_an_episode_is_a_plain_fine_tune(
 
 def test_planted_loss_is_the_divergence_from_the_teacher(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     task = make_task("planted", 3)
-    episode = Episode(task, schedule)
-    data = task.data
+    episode = Episode(ProxyFineTune(task), schedule)
+    data = load_task(task)
     assert data.held_out_teacher is not None
     with torch.no_grad():
         student = torch.log_softmax(episode.model(input_ids=data.held_out_inputs).logits.double(), -1)
@@ -258,12 +260,12 @@ def test_planted_loss_is_the_divergence_from_the_teacher(make_task: MakeTask, sc
 
 def test_every_episode_of_a_task_starts_alike(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     task = make_task("planted", 3)
-    first = Episode(task, schedule)
+    first = Episode(ProxyFineTune(task), schedule)
     start = [(t.weight_a.detach().clone(), t.weight_b.detach().clone()) for t in first.targets]
     observed = first.observe()
     first.apply(np.full(28, 64), np.zeros(28))
     first.advance()
-    second = Episode(task, schedule)
+    second = Episode(ProxyFineTune(task), schedule)
     for target, (a, b) in zip(second.targets, start, strict=True):
         assert torch.equal(target.weight_a, a)
         assert torch.equal(target.weight_b, b)
@@ -273,19 +275,19 @@ def test_every_episode_of_a_task_starts_alike(make_task: MakeTask, schedule: Dec
 def test_the_probe_leaves_its_result_alone(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     """Episodes share the remembered probe, so no run may write into it."""
     task = make_task("shift", 31)
-    before = probe_task(task, schedule).signals.copy()
+    before = probe_task(ProxyFineTune(task), schedule).signals.copy()
     assert np.isfinite(before).all()
-    episode = Episode(task, schedule)
+    episode = Episode(ProxyFineTune(task), schedule)
     for _ in range(4):
         problem = episode.observe(1.0).problem
         episode.apply(problem.ladder.step(problem.ranks, 1), np.zeros(28))
         episode.advance()
-    np.testing.assert_array_equal(probe_task(task, schedule).signals, before)
+    np.testing.assert_array_equal(probe_task(ProxyFineTune(task), schedule).signals, before)
 
 
 def test_the_first_plan_has_no_two_equal_directions(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     """A row of A that repeats another one stays equal to it for ever: a rank paid for and not had."""
-    episode = Episode(make_task("shift", 41), schedule)
+    episode = Episode(ProxyFineTune(make_task("shift", 41)), schedule)
     problem = episode.observe().problem
     episode.apply(problem.ladder.step(problem.ranks, 4), np.zeros(28))
     for target in episode.targets:
@@ -356,7 +358,9 @@ def test_weights_of_another_architecture_are_refused(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("base", ["llama-4x32", "bert-4x64", "gpt2-4x32"])
 def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make_task: MakeTask, base: str) -> None:
     proxy_cost.cache_clear()  # a price from before may be of a model that is gone
-    plain, checkpointed = (make_task(base=base, length=32, checkpointing=on).cost() for on in (False, True))
+    plain, checkpointed = (
+        ProxyFineTune(make_task(base=base, length=32, checkpointing=on)).cost() for on in (False, True)
+    )
     model, targets = adapted_base(base)
     uniform = np.array([min(8, target.max_rank) for target in targets], dtype=np.int64)
     assert total_cost(checkpointed, uniform) < total_cost(plain, uniform)
@@ -376,33 +380,42 @@ def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make
     assert not model.training
     assert not model.get_base_model().is_gradient_checkpointing
     proxy_cost.cache_clear()
-    after = make_task(base=base, length=32).cost()
+    after = ProxyFineTune(make_task(base=base, length=32)).cost()
     assert total_cost(after, uniform) == total_cost(plain, uniform), "pricing with checkpointing leaves no trace"
 
 
 def test_the_price_is_that_of_the_rows_asked_for(make_task: MakeTask) -> None:
-    priced, real = make_task(priced_rows=12).cost(), make_task(batch_size=12).cost()
+    priced, real = ProxyFineTune(make_task(priced_rows=12)).cost(), ProxyFineTune(make_task(batch_size=12)).cost()
     generator = np.random.default_rng(0)
     for _ in range(4):
         ranks = generator.integers(0, 9, 28)
         assert total_cost(priced, ranks) == total_cost(real, ranks)
-        assert total_cost(priced, ranks) > total_cost(make_task().cost(), ranks)
+        assert total_cost(priced, ranks) > total_cost(ProxyFineTune(make_task()).cost(), ranks)
 
 
 def test_losses_do_not_depend_on_what_is_priced(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     ranks = np.full(28, 2, dtype=np.int64)
     options: list[dict[str, Any]] = [{}, {"checkpointing": True}, {"priced_rows": 12}]
-    losses = {Episode(make_task(budget=2.0, **each), schedule).run_fixed(ranks) for each in options}
+    losses = {Episode(ProxyFineTune(make_task(budget=2.0, **each)), schedule).run_fixed(ranks) for each in options}
     assert len(losses) == 1
 
 
 def test_a_budget_of_parameters(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     task = make_task(unit="parameters", budget=0.25)
-    cost, targets = task.cost(), adapted_base(task.base)[1]
+    cost, targets = ProxyFineTune(task).cost(), adapted_base(task.base)[1]
     assert isinstance(cost, ParameterCost)
-    assert isinstance(make_task().cost(), ByteCost)
-    assert task.limit == Budget("share", 0.25)
-    problem = Episode(task, schedule).controller.problem()
+    assert isinstance(ProxyFineTune(make_task()).cost(), ByteCost)
+    assert ProxyFineTune(task).limit == Budget("share", 0.25)
+    problem = Episode(ProxyFineTune(task), schedule).controller.problem()
     assert problem.limit == sum(2 * (target.d_in + target.d_out) for target in targets)
     assert problem.price(np.full(28, 2)) == problem.limit == total_cost(cost, np.full(28, 2))
-    assert task.cost() is cost, "prices are remembered"
+    assert ProxyFineTune(task).cost() is cost, "prices are remembered"
+
+
+def test_a_description_loads_neither_torch_nor_peft() -> None:
+    program = (
+        "import sys; from rankpilot.env.tasks.proxy_task import ProxyTask; ProxyTask('shift', 1); "
+        "print([name for name in ('torch', 'peft', 'transformers') if name in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"

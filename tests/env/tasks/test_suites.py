@@ -27,7 +27,7 @@ from rankpilot.env.tasks import make_suites, suites
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.make_suites import BUDGETS, LARGE_BATCH, MORE, RATES, MakeConfig, budget_range, definitions
 from rankpilot.env.tasks.oracle import oracle_plan
-from rankpilot.env.tasks.proxy_finetune import check_texts
+from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, check_texts
 from rankpilot.env.tasks.proxy_task import PLACEMENTS, ProxyTask
 from rankpilot.env.tasks.suite_names import SPLITS, SUITES
 from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load_suite, task_stream
@@ -155,7 +155,7 @@ def test_bytes_of_large_batches_make_ranks_cheap(defined: dict[tuple[str, str], 
 
 def _rank_over_layer(task: ProxyTask) -> float:
     """What one more rank on all modules costs beside what one more layer at rank 1 costs."""
-    cost, (_, targets) = task.cost(), adapted_base(task.base)
+    cost, (_, targets) = ProxyFineTune(task).cost(), adapted_base(task.base)
     blocks = np.array([target.block for target in targets])
     top, two = (blocks >= blocks.max()).astype(np.int64), (blocks >= blocks.max() - 1).astype(np.int64)
     return (total_cost(cost, 2 * top) - total_cost(cost, top)) / (total_cost(cost, two) - total_cost(cost, top))
@@ -177,9 +177,9 @@ def test_the_range_of_budgets(make_task: MakeTask) -> None:
 
 
 def _problem(task: ProxyTask) -> Any:
-    targets, cost = adapted_base(task.base)[1], task.cost()
+    targets, cost = adapted_base(task.base)[1], ProxyFineTune(task).cost()
     most = np.array([target.max_rank for target in targets], dtype=np.int64)
-    limit = task.limit.resolve(cost, most, torch.device("cpu"))
+    limit = ProxyFineTune(task).limit.resolve(cost, most, torch.device("cpu"))
     return problem_of(targets, cost, limit.value, ranks=np.ones(len(most), dtype=np.int64))
 
 
@@ -214,7 +214,7 @@ def test_measuring_tunes_the_rate_and_keeps_what_was_reached(
         assert replace(after, learning_rate=before.learning_rate, reference=None) == before
         known, model = after.reference, adapted_base(after.base)[0]
         with model.disable_adapter():
-            assert known.initial == pytest.approx(after.held_out_loss(model), abs=1e-4)
+            assert known.initial == pytest.approx(ProxyFineTune(after).held_out_loss(model), abs=1e-4)
         assert known.uniform < known.initial
         assert known.best is not None
         assert known.uniform == round(known.uniform, 5)
@@ -223,12 +223,12 @@ def test_measuring_tunes_the_rate_and_keeps_what_was_reached(
         best = oracle_plan(task, problem) if task.kind == "planted" else np.minimum(32, problem.max_ranks)
         assert known is not None
         runs = {
-            name: Episode(task, schedule).run_fixed(ranks)
+            name: Episode(ProxyFineTune(task), schedule).run_fixed(ranks)
             for name, ranks in (("uniform", uniform_ranks(problem)), ("best", best))
         }
         assert runs == pytest.approx({"uniform": known.uniform, "best": known.best}, abs=1e-4)
         rates = [replace(task, learning_rate=rate) for rate in (1e-3, 2e-2)]
-        losses = [Episode(other, schedule).run_fixed(uniform_ranks(problem)) for other in rates]
+        losses = [Episode(ProxyFineTune(other), schedule).run_fixed(uniform_ranks(problem)) for other in rates]
         assert known.uniform == pytest.approx(min(losses), abs=1e-4)
 
 
@@ -348,7 +348,7 @@ def test_a_known_reference_is_what_a_new_run_measures(
 ) -> None:
     task = next(task for task in shipped["planted", "train"] if task.base == "llama-4x32")
     assert task.reference is not None
-    again = reference_of(replace(task, reference=None), schedule)
+    again = reference_of(ProxyFineTune(replace(task, reference=None)), schedule)
     assert again.initial == pytest.approx(task.reference.initial, abs=1e-3)
     assert again.uniform == pytest.approx(task.reference.uniform, rel=0.02)
 
