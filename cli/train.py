@@ -25,7 +25,7 @@ class Train(TrainConfig):
     teaches it what modules are worth, on tasks where that is known. Then PPO trains how it uses that and the
     signals: each iteration runs short fine-tunes of small pretrained transformers, several episodes of each fresh
     task beside one under heur3. Now and then this actor is measured on validation tasks, and the
-    best one is kept. Last, if trial tasks are asked for, many plans are run on each of them, and critics learn
+    best one is kept. Last, if plan tasks are asked for, many plans are run on each of them, and critics learn
     from that to choose between the actor's plan and others. Afterwards the policy is compared on validation tasks
     with heur3, fracrule and uniform ranks; for a comparison on tasks that decided nothing, see rankpilot evaluate
     --split test.

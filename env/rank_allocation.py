@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..allocation.observation import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, Observation, feature_table
+from ..allocation.policy import Decision
 from ..allocation.schedule import DecisionSchedule
-from ..common.arrays import FloatArray
 from ..errors import ConfigError, NonFiniteError
 from .episode_record import EpisodeRecord
 from .episodes.single import Episode, reference_of
@@ -145,14 +145,14 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         self.action_space = delta_space(self.max_modules)
         self._stream: Iterator[ProxyTask] | None = None
         self._episode: Episode | None = None
-        self._session: EpisodeRecord | None = None
+        self._record: EpisodeRecord | None = None
 
     @property
     def observation(self) -> Observation:
         """The latest observation with the plans that it allows; wrappers decode their actions against it."""
-        if self._session is None:
+        if self._record is None:
             raise ConfigError("No episode is under way: call reset() first.")
-        return self._session.observation
+        return self._record.observation
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -168,23 +168,21 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         reference = reference_of(fine_tune, self.schedule)  # before the episode: both train the same adapters
         self._episode = Episode(fine_tune, self.schedule)
         first = self._episode.observe()
-        self._session = EpisodeRecord(fine_tune.id, reference, self._episode.controller, first)
-        return self._arrays(), self._session.info(0)
+        self._record = EpisodeRecord(fine_tune.id, reference, self._episode.controller, first)
+        return self._arrays(), self._record.info(0)
 
     def step(self, action: NDArray[np.int64]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Take one decision and train until the next one or the end."""
-        wanted = read_deltas(action, self.max_modules, self.observation.problem)
-        return self.decide(wanted, np.zeros(len(wanted)))
+        ranks = read_deltas(action, self.max_modules, self.observation.problem)
+        return self.decide(Decision(ranks, np.zeros(len(ranks))))
 
-    def decide(
-        self, wanted: NDArray[np.int64], scores: FloatArray
-    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """As `step`, with wanted ranks and scores that order the projection; both of shape (modules,)."""
-        episode, session = self._episode, self._session
-        if episode is None or session is None:
+    def decide(self, decision: Decision) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """As `step`, with a policy's decision."""
+        episode, record = self._episode, self._record
+        if episode is None or record is None:
             raise ConfigError("No episode is under way: call reset() first.")
-        episode.apply(wanted, scores)
-        session.decided(episode.step)
+        episode.apply(decision)
+        record.decided(episode.step)
         loss: float | None = None
         try:
             loss = episode.advance()
@@ -192,7 +190,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
             terminated = True
         else:
             terminated = episode.step == episode.task.steps
-        reward, info = session.close_interval(
+        reward, info = record.close_interval(
             episode.step,
             loss,
             ended=terminated,
@@ -208,9 +206,9 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
 
     def render(self) -> Any:
         """The episode so far as `render_mode` asks: a picture (height, width, 3), a text, or None."""
-        if self._session is None or self.render_mode is None:
+        if self._record is None or self.render_mode is None:
             return None
-        return draw(self._session.trace) if self.render_mode == "rgb_array" else describe(self._session.trace)
+        return draw(self._record.trace) if self.render_mode == "rgb_array" else describe(self._record.trace)
 
 
 for _placeholder, _features in (("module_features", MODULE_FEATURE_TABLE), ("run_features", RUN_FEATURE_TABLE)):

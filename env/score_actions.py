@@ -2,7 +2,7 @@
 
 A policy gives each module a score (its log rank relative to the others) and two numbers: one for the rank floor, which
 decides how many modules are adapted, and one for the depth bias, which decides how much upper layers come before lower
-ones. `decode` turns them into wanted ranks. Free choices per module did not learn
+ones. `decision_from_scores` turns them into a decision. Free choices per module did not learn
 (docs/experiments.md).
 """
 
@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from ..allocation.actions import decode
+from ..allocation.policy import decision_from_scores
 from ..errors import ConfigError
 from .rank_allocation import RankAllocationEnv
 from .spaces import read_scores, score_space
@@ -38,5 +38,4 @@ class ScoreActions(gym.Wrapper[Any, Any, Any, Any]):
         """Decode the scores and take the decision; scores also order the projection."""
         observation = self._base.observation
         scores, placement = read_scores(action, self._base.max_modules, len(observation.modules))
-        wanted, *_ = decode(observation.problem, scores, placement)
-        return self._base.decide(wanted, scores)
+        return self._base.decide(decision_from_scores(observation, scores, placement))

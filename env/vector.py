@@ -9,6 +9,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from ..allocation.policy import Decision
 from ..errors import ConfigError
 from .episodes.slots import StackedConfig, StackedRankAllocation
 from .rendering import describe, draw
@@ -57,15 +58,15 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]
     ) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Take one decision in every slot and train until the next one or the end."""
         core = self.core
-        if len(core.sessions) < self.num_envs:
+        if len(core.records) < self.num_envs:
             raise ConfigError("No episode is under way: call reset() first.")
         if len(actions) != self.num_envs:
             raise ConfigError(f"One action for each of {self.num_envs} environments is needed; got {len(actions)}.")
-        decisions = {}
-        for slot, action in enumerate(actions):
-            wanted = read_deltas(action, core.max_modules, core.sessions[slot].observation.problem)
-            decisions[slot] = wanted, np.zeros(len(wanted))
-        steps = core.step(decisions)
+        problems = [core.records[slot].observation.problem for slot in range(self.num_envs)]
+        wanted = [
+            read_deltas(*each) for each in zip(actions, [core.max_modules] * self.num_envs, problems, strict=True)
+        ]
+        steps = core.step({slot: Decision(ranks, np.zeros(len(ranks))) for slot, ranks in enumerate(wanted)})
         rewards = np.array([step.reward for step in steps.values()])
         terminated = np.array([step.terminated for step in steps.values()])
         infos = {slot: step.info for slot, step in steps.items()}
@@ -86,7 +87,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]
 
     def render(self) -> tuple[Any, ...] | None:
         """One picture or text for each episode so far."""
-        if self.render_mode is None or not self.core.sessions:
+        if self.render_mode is None or not self.core.records:
             return None
         paint = draw if self.render_mode == "rgb_array" else describe
-        return tuple(paint(self.core.sessions[slot].trace) for slot in range(self.num_envs))
+        return tuple(paint(self.core.records[slot].trace) for slot in range(self.num_envs))

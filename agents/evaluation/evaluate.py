@@ -59,7 +59,7 @@ def evaluate(
         on_progress: called with (runs done, runs in all).
 
     Returns:
-        The standings: on all tasks first, then by kind and unit.
+        The results: on all tasks first, then by kind and unit.
 
     Raises:
         UnknownNameError, PolicyFileError, ConfigError: a competitor or task that cannot be.

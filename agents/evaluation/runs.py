@@ -1,7 +1,7 @@
 """Compare policies on the same tasks, seeds and batches, many runs at a time.
 
 The work is cut into chunks of runs that share a base and a batch shape; worker processes take them one after another
-and fly each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
+and run each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
 the rows are the same for any number of workers and in whatever order they come.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from ...allocation.observation import Observation
-from ...allocation.policy import Policy
+from ...allocation.policy import Decision, Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.statistics import mean_and_interval
 from ...common.workers import worker_pool
-from ...env.episodes.rollout import Rollout
+from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.finetune import Reference
 from ...env.tasks.proxy_task import ProxyTask
@@ -162,8 +162,8 @@ def _episodes(place: tuple[str, int, int], schedule: DecisionSchedule) -> Stacke
 def _measure(schedule: DecisionSchedule, jobs: list[Job]) -> list[Reference]:
     """The references of some tasks; the best loss of a repetition is estimated from that of its origin."""
     episodes = _episodes(_place(jobs[0].task), schedule)
-    found = measure_references(episodes, [job.task for job in jobs], SLOTS)
-    return [_estimated(reference, job.origin.reference) for job, reference in zip(jobs, found, strict=True)]
+    references = measure_references(episodes, [job.task for job in jobs], SLOTS)
+    return [_estimated(reference, job.origin.reference) for job, reference in zip(jobs, references, strict=True)]
 
 
 def _estimated(reference: Reference, origin: Reference | None) -> Reference:
@@ -183,13 +183,13 @@ def _run(schedule: DecisionSchedule, jobs: list[Job]) -> list[Row]:
             attempts.append(job.competitor.prepare(job.task, episodes.problem(job.task)))
         else:
             attempts.append([(job.task, job.competitor)])
-    losses = iter(fly(episodes, [attempt for some in attempts for attempt in some], SLOTS))
+    losses = iter(run_attempts(episodes, [attempt for of_job in attempts for attempt in of_job], SLOTS))
     rows = []
-    for job, some in zip(jobs, attempts, strict=True):
-        own = np.array([next(losses) for _ in some])
-        if len(own):
+    for job, of_job in zip(jobs, attempts, strict=True):
+        reached = np.array([next(losses) for _ in of_job])
+        if len(reached):
             assert job.task.reference is not None
-            loss = float(np.nanmin(own)) if np.isfinite(own).any() else float("nan")
+            loss = float(np.nanmin(reached)) if np.isfinite(reached).any() else float("nan")
             rows.append(row_of(job.key[0], job.origin, job.task, job.task.reference, loss))
     return rows
 
@@ -213,7 +213,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def fly(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: int) -> list[float]:
+def run_attempts(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: int) -> list[float]:
     """Run policies on tasks; each result is as if it had run alone.
 
     Args:
@@ -226,13 +226,15 @@ def fly(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: int) -> l
     """
     losses: list[float] = []
     for start in range(0, len(attempts), slots):
-        some = attempts[start : start + slots]
-        flown = Rollout(episodes, [task for task, _ in some])
-        while flown.flying:
-            decided = {slot: some[slot][1].decide(flown.observations[slot]) for slot in flown.flying}
-            flown.step({slot: (decision.ranks, decision.scores) for slot, decision in decided.items()})
-        losses += flown.losses()
+        batch = attempts[start : start + slots]
+        run = Rollout(episodes, [task for task, _ in batch])
+        rollout(run, partial(_decide, [policy for _, policy in batch]))
+        losses += run.losses()
     return losses
+
+
+def _decide(policies: Sequence[Policy], seen: Sequence[Observation]) -> list[Decision]:
+    return [policy.decide(observation) for policy, observation in zip(policies, seen, strict=True)]
 
 
 def measure_references(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Reference]:
@@ -243,8 +245,8 @@ def measure_references(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], sl
         tasks: of one batch shape.
         slots: how many run at once.
     """
-    for some in _batches(tasks, slots):
-        episodes.measure_references(some)
+    for batch in _batches(tasks, slots):
+        episodes.measure_references(batch)
     return [episodes.reference(task) for task in tasks]
 
 
@@ -256,11 +258,11 @@ def first_observations(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], sl
         tasks: of one batch shape.
         slots: how many are probed at once.
     """
-    found = []
-    for some in _batches(tasks, slots):
-        episodes.start(some)
-        found += [episodes.observe(slot) for slot in some]
-    return found
+    observations = []
+    for batch in _batches(tasks, slots):
+        episodes.start(batch)
+        observations += [episodes.observe(slot) for slot in batch]
+    return observations
 
 
 def _batches(tasks: Sequence[ProxyTask], slots: int) -> Iterator[dict[int, ProxyTask]]:

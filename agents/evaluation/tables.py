@@ -13,7 +13,7 @@ from .results import Row
 
 
 @dataclass(frozen=True)
-class Standing:
+class PolicyResult:
     """How one policy does on a group of tasks.
 
     Attributes:
@@ -42,7 +42,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Group:
-    """Standings on some tasks.
+    """Results of all policies on some tasks.
 
     Attributes:
         name: which tasks, such as "planted, bytes".
@@ -52,11 +52,11 @@ class Group:
 
     name: str
     tasks: int
-    standings: tuple[Standing, ...]
+    results: tuple[PolicyResult, ...]
 
 
 def groups_of(rows: Sequence[Row], against: str) -> list[Group]:
-    """Standings on all tasks, and on those of each kind and unit of the budget of which there are at least two.
+    """Results on all tasks, and on those of each kind and unit of the budget of which there are at least two.
 
     Args:
         rows: of all policies.
@@ -66,8 +66,8 @@ def groups_of(rows: Sequence[Row], against: str) -> list[Group]:
     places = sorted({(row.kind, row.price) for row in rows})
     if len(places) > 1:
         for kind, price in places:
-            some = [row for row in rows if (row.kind, row.price) == (kind, price)]
-            groups.append(_group(f"{kind}, {price}", some, against))
+            alike = [row for row in rows if (row.kind, row.price) == (kind, price)]
+            groups.append(_group(f"{kind}, {price}", alike, against))
     return [group for group in groups if group.tasks > 1]
 
 
@@ -76,20 +76,22 @@ def _group(name: str, rows: Sequence[Row], against: str) -> Group:
     for row in rows:
         by_policy.setdefault(row.policy, []).append(row)
     others = {row.key[1:]: row for row in by_policy.get(against, ())}
-    found = [_standing(policy, own, {} if policy == against else others) for policy, own in by_policy.items()]
-    found.sort(key=lambda standing: -standing.improvement.value)
-    return Group(name, len({row.task for row in rows}), tuple(found))
+    results = [
+        _result(policy, of_policy, {} if policy == against else others) for policy, of_policy in by_policy.items()
+    ]
+    results.sort(key=lambda result: -result.improvement.value)
+    return Group(name, len({row.task for row in rows}), tuple(results))
 
 
-def _standing(policy: str, rows: Sequence[Row], others: dict[tuple[str, int], Row]) -> Standing:
+def _result(policy: str, rows: Sequence[Row], others: dict[tuple[str, int], Row]) -> PolicyResult:
     tasks = [row.task for row in rows]
     improvements = [row.improvement for row in rows]
     losses = [row.loss for row in rows if row.loss is not None]
     pairs = [(row, others[row.key[1:]]) for row in rows if row.key[1:] in others]
-    own, other = [row for row, _ in pairs], [row for _, row in pairs]
-    shared = [row.task for row in own]
+    paired, other = [row for row, _ in pairs], [row for _, row in pairs]
+    shared = [row.task for row in paired]
     differences = [row.improvement - second.improvement for row, second in pairs]
-    return Standing(
+    return PolicyResult(
         policy=policy,
         runs=len(rows),
         failed=len(rows) - len(losses),
@@ -98,7 +100,7 @@ def _standing(policy: str, rows: Sequence[Row], others: dict[tuple[str, int], Ro
         interquartile=estimate(improvements, tasks, interquartile_means),
         uniform=compare_pairs(_negative_losses(rows), [-row.uniform_loss for row in rows], tasks),
         difference=estimate(differences, shared) if pairs else None,
-        against=compare_pairs(_negative_losses(own), _negative_losses(other), shared) if pairs else None,
+        against=compare_pairs(_negative_losses(paired), _negative_losses(other), shared) if pairs else None,
     )
 
 

@@ -26,7 +26,7 @@ class TrainConfig:
         clip_range: PPO's clip on the probability ratio.
         target_kl: an update ends early when the policy has moved so far.
         warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for none.
-        trial_tasks: fresh tasks of the trials after PPO, from which plan critics learn, half of them varied in text,
+        plan_tasks: fresh tasks of the plan runs after PPO, from which plan critics learn, half of them varied in text,
             place and budget; 0 for none, and the actor decides alone.
         suites: where tasks come from, "planted" and "shift".
         bases: proxy bases of the tasks; all of the training split if none is given.
@@ -53,7 +53,7 @@ class TrainConfig:
     clip_range: float = 0.2
     target_kl: float = 0.05
     warm_tasks: int = 0
-    trial_tasks: int = 0
+    plan_tasks: int = 0
     suites: tuple[str, ...] = SUITES
     bases: tuple[str, ...] = ()
     task_steps: int | None = None
@@ -75,10 +75,10 @@ class TrainConfig:
                 f"2 (returns are compared inside it); got {self.iterations}, {self.stacks}, {self.groups}, "
                 f"{self.epochs}, {self.task_steps}, {self.validate_every} and {self.group}."
             )
-        if min(self.workers, self.validation_tasks, self.warm_tasks, self.trial_tasks) < 0 or self.learning_rate <= 0:
+        if min(self.workers, self.validation_tasks, self.warm_tasks, self.plan_tasks) < 0 or self.learning_rate <= 0:
             raise ConfigError(
-                "workers, validation_tasks, warm_tasks and trial_tasks are at least 0 and learning_rate above 0; got "
-                f"{self.workers}, {self.validation_tasks}, {self.warm_tasks}, {self.trial_tasks} and "
+                "workers, validation_tasks, warm_tasks and plan_tasks are at least 0 and learning_rate above 0; got "
+                f"{self.workers}, {self.validation_tasks}, {self.warm_tasks}, {self.plan_tasks} and "
                 f"{self.learning_rate}."
             )
 
@@ -97,8 +97,8 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
-    "default": TrainConfig(iterations=80, warm_tasks=960, trial_tasks=600),
-    "full": TrainConfig(iterations=100, warm_tasks=960, trial_tasks=1200),
+    "default": TrainConfig(iterations=80, warm_tasks=960, plan_tasks=600),
+    "full": TrainConfig(iterations=100, warm_tasks=960, plan_tasks=1200),
 }
-"""Presets of `rankpilot train`: a few minutes, an hour and a half, and more than two hours on two cores. More trials
+"""Presets of `rankpilot train`: a few minutes, an hour and a half, and more than two hours on two cores. More plan runs
 make better policies, more rounds of PPO hardly do (docs/experiments.md)."""

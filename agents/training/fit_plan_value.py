@@ -17,7 +17,7 @@ from ..learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEns
 
 
 @dataclass(frozen=True, eq=False)
-class Lessons:
+class PlanDataset:
     """What plans led to.
 
     Attributes:
@@ -32,8 +32,8 @@ class Lessons:
     groups: torch.Tensor
     tasks: torch.Tensor
 
-    def __getitem__(self, states: torch.Tensor) -> Lessons:
-        return Lessons(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
+    def __getitem__(self, states: torch.Tensor) -> PlanDataset:
+        return PlanDataset(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Fit:
         targets: (rows,).
         sizes: rows of each group, (groups,).
         tasks: of each group, from 0 on, (groups,).
-        seed: of the draw, the order of the lessons, and dropout.
+        seed: of the draw, the order of the dataset, and dropout.
     """
 
     number: int
@@ -104,14 +104,14 @@ class _Fitted:
 
 
 def fit_critics(
-    critics: PlanValueEnsemble, lessons: Lessons, *, seed: int, fit: FitConfig | None = None, workers: int = 1
+    critics: PlanValueEnsemble, dataset: PlanDataset, *, seed: int, fit: FitConfig | None = None, workers: int = 1
 ) -> dict[str, float]:
     """Fit critics to differences between plans for like states, each to a draw of the tasks with replacement.
 
     Args:
         critics: are fitted afresh; what they say of a group is compared after its mean is taken off.
-        lessons: groups of several states each.
-        seed: of the draws, the order of the lessons, and dropout.
+        dataset: groups of several states each.
+        seed: of the draws, the order of the dataset, and dropout.
         fit: how.
         workers: processes; the result does not depend on it.
 
@@ -119,13 +119,13 @@ def fit_critics(
         "explained": share of the variance inside groups that critics explain on tasks that they have not seen. Nothing
         where each has seen all of them, or all plans end alike.
     """
-    groups = groups_of(lessons.groups)
+    groups = groups_of(dataset.groups)
     rows = torch.cat(groups)
     sizes = [len(group) for group in groups]
-    targets = torch.cat([standardised(lessons.gains[group]) for group in groups])
-    ordered = lessons.plans[rows]
+    targets = torch.cat([standardised(dataset.gains[group]) for group in groups])
+    ordered = dataset.plans[rows]
     plans = {name: getattr(ordered, name).numpy() for name in Plans.__dataclass_fields__}
-    tasks = torch.unique(lessons.tasks, return_inverse=True)[1][[int(group[0]) for group in groups]].numpy()
+    tasks = torch.unique(dataset.tasks, return_inverse=True)[1][[int(group[0]) for group in groups]].numpy()
     count = len(critics.critics)
     pieces = [
         _Fit(number, critics.config, fit or FitConfig(), plans, targets.numpy(), sizes, tasks, seed * count + number)

@@ -1,8 +1,8 @@
-"""Trials: many plans for each of many fresh tasks, flown to their end, from which plan critics learn.
+"""Plan runs: many plans for each of many fresh tasks, trained to their end, from which plan critics learn.
 
 All runs of a task share its seed and batches, so that they differ by their plans alone. At the first decision each
-takes another proposal; at later ones most keep what they have, and some take a proposal again. What is seen and decided
-goes to a file for each stack of runs, so that an interrupted training goes on where it was.
+takes another candidate; at later ones most keep what they have, and some take a candidate again. What is seen and
+decided goes to a file for each stack of runs, so that an interrupted training goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...allocation.policy import Decision, decision_from_scores, decision_to_kee
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path
 from ...common.workers import worker_pool
-from ...env.episodes.rollout import Rollout
+from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError
@@ -32,9 +32,9 @@ from ..learned.candidates import FIXED, propose
 from ..learned.plan_value import Plans
 from ..learned.policy import LearnedPolicy, MeanAction
 from ..learned.policy_file import SCHEMA
-from .fit_plan_value import Lessons
+from .fit_plan_value import PlanDataset
 
-TRIALS = "trials"
+PLAN_RUNS = "plan_runs"
 """Folder, inside a training run's, of what its plan critics learn from."""
 
 RUNS = 15
@@ -73,13 +73,13 @@ class PlanRun:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One stack to be flown.
+    """One stack to be run.
 
     Attributes:
         number: of the stack.
-        draw: with the seed it decides the proposals.
+        draw: with the seed it decides the candidates.
         tasks: on one base, of one batch shape.
-        actor: its scores are one part of what proposals are made of.
+        actor: its scores are one part of what candidates are made of.
         schedule: when ranks are decided.
         seed: of all stacks.
         device: where to train.
@@ -94,31 +94,34 @@ class Stack:
     device: str
 
 
-def fly_trial(stack: Stack) -> PlanRun:
-    """Fly a stack of `RUNS` runs a task."""
+def run_plans(stack: Stack) -> PlanRun:
+    """Run a stack of `RUNS` plans a task to its end."""
     generator = np.random.default_rng([stack.seed, stack.draw])
     episodes = _episodes(stack.tasks[0].base, stack.schedule, len(stack.tasks) * RUNS, stack.device)
-    flown = Rollout(episodes, [task for task in stack.tasks for _ in range(RUNS)])
-    initial = [flown.initial_loss(place * RUNS) for place in range(len(stack.tasks)) for _ in range(RUNS)]
-    seen: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": []}
-    while flown.flying:
-        observations, flying = list(flown.observations), flown.flying
-        own = [stack.actor.act(observation) for observation in observations]
-        pairs = enumerate(zip(observations, own, strict=True))
-        decided = [_decide(*pair, slot % RUNS, generator) for slot, pair in pairs]
-        flown.step({slot: (decision.ranks, decision.scores) for slot, decision in enumerate(decided)})
-        seen["modules"].append(np.stack([observation.modules for observation in observations]))
-        seen["scores"].append(np.stack([action.scores - action.scores.mean() for action in own]).astype(np.float32))
-        seen["run"].append(np.stack([observation.run for observation in observations]))
-        ranks = np.full((len(own), len(observations[0].modules)), -1)
-        ranks[flying] = np.stack(flown.ranks)[flying]
-        seen["ranks"].append(ranks)
-    arrays = {name: np.stack(parts) for name, parts in seen.items()}
-    return PlanRun(**arrays, losses=np.array(flown.losses()), initial=np.array(initial))
+    run = Rollout(episodes, [task for task in stack.tasks for _ in range(RUNS)])
+    initial = [run.initial_loss(place * RUNS) for place in range(len(stack.tasks)) for _ in range(RUNS)]
+    noted: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": []}
+
+    def decide(seen: Sequence[Observation]) -> Sequence[Decision]:
+        actions = [stack.actor.act(observation) for observation in seen]
+        noted["scores"].append(np.stack([each.scores - each.scores.mean() for each in actions]).astype(np.float32))
+        pairs = enumerate(zip(seen, actions, strict=True))
+        return [_decide(*pair, slot % RUNS, generator) for slot, pair in pairs]
+
+    def note(seen: Sequence[Observation], _: Sequence[Decision]) -> None:
+        noted["modules"].append(np.stack([observation.modules for observation in seen]))
+        noted["run"].append(np.stack([observation.run for observation in seen]))
+        ranks = np.full((len(seen), len(seen[0].modules)), -1)
+        ranks[run.decided] = np.stack(run.ranks)[run.decided]
+        noted["ranks"].append(ranks)
+
+    rollout(run, decide, note)
+    arrays = {name: np.stack(parts) for name, parts in noted.items()}
+    return PlanRun(**arrays, losses=np.array(run.losses()), initial=np.array(initial))
 
 
 def _decide(observation: Observation, action: MeanAction, number: int, generator: np.random.Generator) -> Decision:
-    """A fixed proposal or one that is drawn; later on the ranks as they are, for the most part."""
+    """A fixed candidate or one that is drawn; later on the ranks as they are, for the most part."""
     scores, placement = propose(observation, action.scores, action.placement, 1, generator)
     if not is_first(observation) and generator.uniform() > MOVES:
         return decision_to_keep(observation)
@@ -132,19 +135,19 @@ def _episodes(base: str, schedule: DecisionSchedule, slots: int, device: str) ->
     return StackedEpisodes(base, schedule, slots, device=device)
 
 
-def run_trials(
+def collect_plan_runs(
     stacks: Sequence[Stack], folder: Path, *, workers: int, on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[PlanRun]:
-    """Fly what the folder does not hold yet, and yield all trials in order.
+    """Run what the folder does not hold yet, and yield all plan runs in order.
 
     Args:
-        stacks: what to fly; those on one base best follow one another.
-        folder: of the trials' files.
+        stacks: what to run; those on one base best follow one another.
+        folder: of the plan runs' files.
         workers: processes.
         on_progress: called with (stacks done, stacks in all).
 
     Raises:
-        RunFolderError: the folder holds a damaged trial, or one of another version.
+        RunFolderError: the folder holds a damaged file, or one of another version.
     """
     paths = {stack.number: _path(folder, stack.number) for stack in stacks}
     missing = [stack for stack in stacks if not paths[stack.number].exists()]
@@ -152,9 +155,9 @@ def run_trials(
     if on_progress:
         on_progress(done, len(stacks))
     with worker_pool(workers) as spread:
-        for stack, trial in spread(fly_trial, missing):
+        for stack, result in spread(run_plans, missing):
             with atomic_path(paths[stack.number]) as temporary:
-                arrays = {field.name: getattr(trial, field.name) for field in fields(trial)}
+                arrays = {field.name: getattr(result, field.name) for field in fields(result)}
                 save_file(arrays, temporary, metadata={"schema": str(SCHEMA)})
             done += 1
             if on_progress:
@@ -174,30 +177,32 @@ def _read(path: Path) -> PlanRun:
                 raise RunFolderError(f"{path} was written by another version of rankpilot. Train in a new folder.")
             return PlanRun(**{field.name: file.get_tensor(field.name) for field in fields(PlanRun)})
     except SafetensorError as error:
-        raise RunFolderError(f"The trial {path} cannot be read ({error}). Delete it to fly it again.") from error
+        raise RunFolderError(
+            f"The plan runs in {path} cannot be read ({error}). Delete the file to make them again."
+        ) from error
 
 
-def lessons_of(trials: Sequence[PlanRun]) -> Lessons:
-    """All decisions of some trials, padded to one number of modules."""
-    most_decisions, _, most = np.max([trial.ranks.shape for trial in trials], axis=0).tolist()
+def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
+    """All decisions of some plan runs, padded to one number of modules."""
+    most_decisions, _, most = np.max([each.ranks.shape for each in plan_runs], axis=0).tolist()
     arrays: dict[str, list[NDArray[np.generic]]] = {name: [] for name in Plans.__dataclass_fields__}
     gains, groups, tasks, number = [], [], [], 0
-    for trial in trials:
-        decisions, runs, modules = trial.ranks.shape
+    for each in plan_runs:
+        decisions, runs, modules = each.ranks.shape
         rows = decisions * runs
         padding = (0, most - modules)
-        arrays["modules"].append(np.pad(trial.modules.reshape(rows, modules, -1), ((0, 0), padding, (0, 0))))
-        arrays["scores"].append(np.pad(trial.scores.reshape(rows, modules), ((0, 0), padding)))
-        arrays["run"].append(trial.run.reshape(rows, -1))
+        arrays["modules"].append(np.pad(each.modules.reshape(rows, modules, -1), ((0, 0), padding, (0, 0))))
+        arrays["scores"].append(np.pad(each.scores.reshape(rows, modules), ((0, 0), padding)))
+        arrays["run"].append(each.run.reshape(rows, -1))
         arrays["mask"].append(np.pad(np.ones((rows, modules), dtype=np.float32), ((0, 0), padding)))
-        arrays["ranks"].append(np.pad(trial.ranks.reshape(rows, 1, modules), ((0, 0), (0, 0), padding)))
-        gains.append(np.tile(trial.gains, decisions))
-        own = np.tile(number + np.arange(runs) // RUNS, decisions)
-        tasks.append(own)
-        groups.append(own * most_decisions + np.repeat(np.arange(decisions), runs))
+        arrays["ranks"].append(np.pad(each.ranks.reshape(rows, 1, modules), ((0, 0), (0, 0), padding)))
+        gains.append(np.tile(each.gains, decisions))
+        numbers_of_tasks = np.tile(number + np.arange(runs) // RUNS, decisions)
+        tasks.append(numbers_of_tasks)
+        groups.append(numbers_of_tasks * most_decisions + np.repeat(np.arange(decisions), runs))
         number += runs // RUNS
     whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
     under_way = whole["ranks"].min(axis=(1, 2)) >= 0
     plans = Plans(**{name: torch.from_numpy(values[under_way]) for name, values in whole.items()})
     numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks)]
-    return Lessons(plans, torch.from_numpy(np.concatenate(gains)[under_way]).float(), *numbers)
+    return PlanDataset(plans, torch.from_numpy(np.concatenate(gains)[under_way]).float(), *numbers)

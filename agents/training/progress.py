@@ -28,8 +28,8 @@ class Stage:
     """How far training has come, for progress bars.
 
     Attributes:
-        name: "warm start", "training", "validation", "trials" or "plan critics".
-        done: iterations done; of the warm start tasks, of trials stacks of runs.
+        name: "warm start", "training", "validation", "plan runs" or "plan critics".
+        done: iterations done; of the warm start tasks, of plan runs stacks of them.
         total: of the same, in all.
     """
 

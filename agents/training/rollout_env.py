@@ -1,7 +1,7 @@
 """PPO's environment for training a policy: groups of episodes on fresh tasks, all cores at work.
 
 Each iteration is a round of a few stacks, each on one base: groups of episodes of one fresh task each, and one more
-episode of it that is flown by the rule which an untrained policy is. The reward comes at the end: how much lower an
+episode of it in which the rule that an untrained policy is decides. The reward comes at the end: how much lower an
 episode's held-out loss is than the rule's, as a share of the task's headroom. Which process trains a stack decides
 nothing, so results are the same on any number of cores.
 """
@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from ...allocation.policy import Policy
 from ...common.arrays import Arrays, FloatArray
 from ...common.workers import isolated
+from ...env.episodes.rollout import rollout
 from ...env.spaces import observation_space, score_space
 from ...env.tasks.proxy_finetune import CACHED_TASKS
 from ...env.tasks.proxy_task import ProxyTask
@@ -38,7 +39,7 @@ class ProxyVecEnv(VecEnv):
 
     Args:
         config: what is trained on.
-        rule: flies the episode that others are measured against.
+        rule: decides in the episode that others are measured against.
         max_modules: padding of observations and actions.
 
     Attributes:
@@ -106,16 +107,14 @@ class ProxyVecEnv(VecEnv):
         config = self.config
         self._tasks = [config.draw(self.round, stack) for stack in range(config.stacks)]
         self._taken = 0
-        found = self._calls(
-            {
-                stack: ("begin", ([task for task in own for _ in range(config.group)], own, False))
-                for stack, own in enumerate(self._tasks)
-            }
-        )
-        return self._joined(found)
+        begin: dict[int, tuple[str, tuple[Any, ...]]] = {
+            stack: ("begin", ([task for task in tasks for _ in range(config.group)], tasks, False))
+            for stack, tasks in enumerate(self._tasks)
+        }
+        return self._joined(self._calls(begin))
 
-    def _joined(self, found: dict[int, StackState]) -> Arrays:
-        ordered = [found[stack].arrays for stack in range(len(found))]
+    def _joined(self, states: dict[int, StackState]) -> Arrays:
+        ordered = [states[stack].arrays for stack in range(len(states))]
         return {key: np.concatenate([arrays[key] for arrays in ordered]) for key in ordered[0]}
 
     def step_async(self, actions: NDArray[Any]) -> None:
@@ -153,13 +152,13 @@ class ProxyVecEnv(VecEnv):
         note: Note | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[float]:
-        """Fly tasks to their end, in stacks of their own: the round under way waits.
+        """Run tasks to their end, in stacks of their own: the round under way waits.
 
         Args:
             tasks: any, of the templates' length; those on one base run side by side.
             act: actions (episodes, action size) for observations.
-            note: called with the observations and the worth of modules, at each decision of each stack.
-            on_progress: called with the tasks that have been flown and all of them, at first and now and then.
+            note: called with the observations and the worth of modules, after each decision of each stack.
+            on_progress: called with the tasks that are done and all of them, at first and now and then.
 
         Returns:
             Held-out losses in nats, NaN for failed runs.
@@ -168,26 +167,19 @@ class ProxyVecEnv(VecEnv):
         by_base: dict[str, list[int]] = {}
         for index, task in enumerate(tasks):
             by_base.setdefault(task.base, []).append(index)
-        chunks = [own[i : i + size] for own in by_base.values() for i in range(0, len(own), size)]
+        chunks = [on_base[i : i + size] for on_base in by_base.values() for i in range(0, len(on_base), size)]
         losses = [math.nan] * len(tasks)
         report = on_progress or (lambda done, total: None)
         report(0, len(tasks))
         for start in range(0, len(chunks), self.config.stacks):
-            some = dict(enumerate(chunks[start : start + self.config.stacks], start=self.config.stacks))
-            found = self._calls(
-                {s: ("begin", ([tasks[i] for i in own], [], note is not None)) for s, own in some.items()}
-            )
-            worth = {stack: state.utilities for stack, state in found.items()}
-            for _ in range(self.decisions):
-                if note:
-                    for stack, state in found.items():
-                        note(state.arrays, worth[stack])
-                actions = {stack: act(state.arrays) for stack, state in found.items()}
-                found = self._calls({stack: ("step", (own,)) for stack, own in actions.items()})
-            for stack, own in some.items():
-                for index, loss in zip(own, found[stack].losses, strict=True):
+            side_by_side = dict(enumerate(chunks[start : start + self.config.stacks], start=self.config.stacks))
+            stacks = {stack: [tasks[index] for index in chunk] for stack, chunk in side_by_side.items()}
+            running = _WholeTasks(self, stacks, with_worth=note is not None)
+            rollout(running, lambda seen: {stack: act(arrays) for stack, arrays in seen.items()}, running.noting(note))
+            for stack, chunk in side_by_side.items():
+                for index, loss in zip(chunk, running.losses(stack), strict=True):
                     losses[index] = loss
-            report(sum(map(len, chunks[: start + len(some)])), len(tasks))
+            report(sum(map(len, chunks[: start + len(side_by_side)])), len(tasks))
         return losses
 
     # The rest of the contract -----------------------------------------------------------------------------------------
@@ -217,3 +209,48 @@ class ProxyVecEnv(VecEnv):
     def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
         """Never."""
         return [False] * len(list(self._get_indices(indices)))
+
+
+class _WholeTasks:
+    """Stacks of whole tasks that run side by side; see `Running`.
+
+    Args:
+        envs: whose workers train them.
+        stacks: tasks on one base, by number of the stack.
+        with_worth: ask what modules are worth on planted tasks.
+    """
+
+    def __init__(self, envs: ProxyVecEnv, stacks: dict[int, list[ProxyTask]], *, with_worth: bool) -> None:
+        self._envs, self._taken = envs, 0
+        self._states = envs._calls({stack: ("begin", (tasks, [], with_worth)) for stack, tasks in stacks.items()})
+        self._worth = {stack: state.utilities for stack, state in self._states.items()}
+
+    @property
+    def ended(self) -> bool:
+        """Whether all decisions have been taken."""
+        return self._taken == self._envs.decisions
+
+    @property
+    def seen(self) -> dict[int, Arrays]:
+        """Observations by stack."""
+        return {stack: state.arrays for stack, state in self._states.items()}
+
+    def step(self, chosen: dict[int, NDArray[Any]]) -> None:
+        """Take decisions, (episodes, action size) by stack."""
+        self._states = self._envs._calls({stack: ("step", (actions,)) for stack, actions in chosen.items()})
+        self._taken += 1
+
+    def noting(self, note: Note | None) -> Callable[[dict[int, Arrays], object], None] | None:
+        """What `rollout` calls to note observations together with what modules are worth."""
+        if note is None:
+            return None
+
+        def note_stacks(seen: dict[int, Arrays], _: object) -> None:
+            for stack, arrays in seen.items():
+                note(arrays, self._worth[stack])
+
+        return note_stacks
+
+    def losses(self, stack: int) -> tuple[float, ...]:
+        """Held-out losses of a stack at the end, in nats; NaN for failed runs."""
+        return self._states[stack].losses

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...allocation.actions import decode
-from ...allocation.policy import Policy
+from ...allocation.policy import Policy, decision_from_scores
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import Arrays, FloatArray, IntArray
 from ...env.episodes.rollout import Rollout
@@ -52,7 +51,7 @@ class _Worker:
         self._rule, self._schedule, self._slots, self._max_modules = rule, schedule, slots, max_modules
         self._device = device
         self._engines: dict[tuple[int, str], StackedEpisodes] = {}
-        self._rounds: dict[int, tuple[Rollout, int]] = {}
+        self._rollouts: dict[int, tuple[Rollout, int]] = {}
         self._initial: dict[int, tuple[float, ...]] = {}
 
     def begin(
@@ -63,49 +62,47 @@ class _Worker:
         Args:
             stack: its number; several are under way at once, each in an engine of its own.
             tasks: one an episode.
-            ruled: what the rule flies beside them.
+            ruled: what the rule runs beside them.
             with_utilities: tell what modules are worth on planted tasks.
         """
         key = (stack, tasks[0].base)
         if key not in self._engines:
             self._engines[key] = StackedEpisodes(tasks[0].base, self._schedule, self._slots, device=self._device)
-        found = Rollout(self._engines[key], [*tasks, *ruled])
-        self._rounds[stack] = found, len(tasks)
-        self._initial[stack] = tuple(found.initial_loss(len(tasks) + place) for place in range(len(ruled)))
+        run = Rollout(self._engines[key], [*tasks, *ruled])
+        self._rollouts[stack] = run, len(tasks)
+        self._initial[stack] = tuple(run.initial_loss(len(tasks) + place) for place in range(len(ruled)))
         worth: tuple[FloatArray | None, ...] = ()
         if with_utilities:
-            pairs = zip(tasks, found.observations, strict=False)
+            pairs = zip(tasks, run.seen, strict=False)
             worth = tuple(utilities(t, o.problem)[:, -1] if t.kind == "planted" else None for t, o in pairs)
         return StackState(self._arrays(stack), utilities=worth)
 
     def step(self, stack: int, actions: NDArray[Any]) -> StackState:
         """Take decisions, (episodes, action size)."""
-        found, count = self._rounds[stack]
-        decisions = {}
-        for slot in found.flying:
-            observation = found.observations[slot]
+        run, count = self._rollouts[stack]
+        decisions = []
+        for slot, observation in enumerate(run.seen):
             if slot < count:
-                scores, placement = read_scores(actions[slot], self._max_modules, len(observation.modules))
-                decisions[slot] = decode(observation.problem, scores, placement)[0], scores
+                action = read_scores(actions[slot], self._max_modules, len(observation.modules))
+                decisions.append(decision_from_scores(observation, *action))
             else:
-                ruled = self._rule.decide(observation)
-                decisions[slot] = ruled.ranks, ruled.scores
-        found.step(decisions)
-        if found.flying:
+                decisions.append(self._rule.decide(observation))
+        run.step(decisions)
+        if not run.ended:
             return StackState(self._arrays(stack))
-        losses = tuple(found.losses())
+        losses = tuple(run.losses())
         return StackState(
             self._arrays(stack),
             losses[:count],
-            tuple(found.churn[:count]),
+            tuple(run.churn[:count]),
             losses[count:],
             self._initial[stack],
-            ranks=tuple(found.ranks[:count]),
+            ranks=tuple(run.ranks[:count]),
         )
 
     def _arrays(self, stack: int) -> Arrays:
-        found, count = self._rounds[stack]
-        rows = [observation.padded(self._max_modules) for observation in found.observations[:count]]
+        run, count = self._rollouts[stack]
+        rows = [observation.padded(self._max_modules) for observation in run.seen[:count]]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 

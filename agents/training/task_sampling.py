@@ -1,6 +1,6 @@
 """Which tasks each stage of training draws.
 
-They follow from the settings alone, so that a run that was interrupted and a study of its trials draw the same ones.
+They follow from the settings alone, so that a run that was interrupted and a study of its plan runs draw the same ones.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ...env.tasks.proxy_task import ProxyTask
 from ...env.tasks.suites import evenly, find_tasks
 from .config import TrainConfig
 
-WARM_ROUND, TRIAL_ROUND = 1_000_000, 2_000_000
-"""Tasks of the warm start and of the trials are drawn as those of rounds from these on."""
+WARM_ROUND, PLAN_ROUND = 1_000_000, 2_000_000
+"""Tasks of the warm start and of the plan runs are drawn as those of rounds from these on."""
 
 
 def rounds_of(config: TrainConfig) -> RolloutConfig:
-    """What rounds of a training run are drawn from, and where they are flown.
+    """What rounds of a training run are drawn from, and where they run.
 
     Raises:
         UnknownNameError: no such suite or base.
@@ -55,12 +55,12 @@ def warm_draws(rounds: RolloutConfig, tasks: int) -> list[ProxyTask]:
     return [task for number in numbers for task in rounds.draw(number, 0)][:tasks]
 
 
-def trial_draws(rounds: RolloutConfig, tasks: int) -> list[tuple[ProxyTask, ...]]:
-    """The fresh tasks of each stack of trials, in the order in which they are flown; at least so many in all.
+def plan_draws(rounds: RolloutConfig, tasks: int) -> list[tuple[ProxyTask, ...]]:
+    """The fresh tasks of each stack of plan runs, in the order in which they are run; at least so many in all.
 
     The first half are like those of rounds; the second half are the same ones varied, see `vary`.
     """
-    numbers = range(TRIAL_ROUND, TRIAL_ROUND - (-tasks // (2 * rounds.groups)))
+    numbers = range(PLAN_ROUND, PLAN_ROUND - (-tasks // (2 * rounds.groups)))
     plain = sorted((tuple(rounds.draw(number, 0)) for number in numbers), key=_base)  # bases take long to load
     suites = {(task.kind, task.base): suite for suite in rounds.templates for task in suite}
     return plain + [tuple(vary(task, suites[task.kind, task.base]) for task in drawn) for drawn in plain]

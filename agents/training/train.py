@@ -1,4 +1,4 @@
-"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3), and critics of plans on trials.
+"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3), and critics of plans on plan runs.
 
 First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
 processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
@@ -34,11 +34,11 @@ from ..rules import find_rule
 from .checkpoint import CHECKPOINT, restore, write_checkpoint
 from .config import TrainConfig
 from .fit_plan_value import fit_critics
-from .plan_runs import RUNS, TRIALS, Stack, lessons_of, run_trials
+from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, plan_dataset
 from .ppo_policy import GroupRolloutBuffer, RankPolicy
 from .progress import PROGRESS, OnStage, PPOProgress, Stage
 from .rollout_env import ProxyVecEnv
-from .task_sampling import RolloutConfig, rounds_of, trial_draws, validation_tasks, warm_draws
+from .task_sampling import RolloutConfig, plan_draws, rounds_of, validation_tasks, warm_draws
 from .validation import Validation
 from .warm_start import warm_start
 
@@ -48,7 +48,7 @@ WARM_START = "warm_start"
 """Folder, inside a run's, of the policy before PPO."""
 
 SUMMARY = "summary.json"
-"""File, among a run's trials, that tells what came of them."""
+"""File, among a training's plan runs, that tells what came of them."""
 
 START = "heur3"
 """The rule that an untrained network is, and that episodes are measured against."""
@@ -69,8 +69,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         on_stage: called as training goes on.
 
     Returns:
-        The actor that did best on the validation tasks, the last one without any, and the plan critics, if trials were
-        asked for. `finish` writes it.
+        The actor that did best on the validation tasks, the last one without any, and the plan critics, if plan runs
+        were asked for. `finish` writes it.
 
     Raises:
         RunFolderError: see `open_run`.
@@ -133,29 +133,29 @@ def _train(
     if measured.best:
         network.load_state_dict(measured.best[1])
     actor = LearnedPolicy(folder.name, network.eval())
-    return replace(actor, critics=_judges(actor, rounds, config, folder, report)) if config.trial_tasks else actor
+    return replace(actor, critics=_plan_critics(actor, rounds, config, folder, report)) if config.plan_tasks else actor
 
 
-def _judges(
+def _plan_critics(
     actor: LearnedPolicy, rounds: RolloutConfig, config: TrainConfig, folder: Path, report: OnStage
 ) -> PlanValueEnsemble:
-    """Plan critics, from trials of fresh tasks."""
-    draws = trial_draws(rounds, config.trial_tasks)
+    """Plan critics, from plan runs of fresh tasks."""
+    draws = plan_draws(rounds, config.plan_tasks)
     stacks = [
         Stack(number, number % (len(draws) // 2), tasks, actor, config.schedule, config.seed, rounds.device)
         for number, tasks in enumerate(draws)
     ]
-    trials = run_trials(
+    plan_runs = collect_plan_runs(
         stacks,
-        folder / TRIALS,
+        folder / PLAN_RUNS,
         workers=config.worker_count,
-        on_progress=lambda done, total: report(Stage("trials", done, total)),
+        on_progress=lambda done, total: report(Stage("plan runs", done, total)),
     )
-    lessons = lessons_of(list(trials))
+    dataset = plan_dataset(list(plan_runs))
     report(Stage("plan critics", len(stacks), len(stacks)))
     critics = PlanValueEnsemble()
-    facts = fit_critics(critics, lessons, seed=config.seed, workers=config.worker_count)
-    write_json(folder / TRIALS / SUMMARY, {"runs": len(stacks) * rounds.groups * RUNS} | facts)
+    facts = fit_critics(critics, dataset, seed=config.seed, workers=config.worker_count)
+    write_json(folder / PLAN_RUNS / SUMMARY, {"runs": len(stacks) * rounds.groups * RUNS} | facts)
     return critics
 
 
@@ -217,7 +217,7 @@ def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: di
         "suite_version": VERSION,
         "episodes": sum(row.get("episodes", 0) for row in rows),
         "start": rows[0],
-        "trials": read_json(folder / TRIALS / SUMMARY) if policy.critics else {},
+        "plan_runs": read_json(folder / PLAN_RUNS / SUMMARY) if policy.critics else {},
         "validation": results or {},
     }
     return save_policy(folder, policy.network, config.schedule, provenance, policy.critics)

@@ -38,7 +38,7 @@ class Validation:
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
 
     def measure(self, policy: RankPolicy) -> dict[str, float]:
-        """Fly the tasks; improvements over the untrained policy and over uniform, in shares of the headroom."""
+        """Run the tasks; improvements over the untrained policy and over uniform, in shares of the headroom."""
         losses = self._envs.play(self._tasks, greedy(policy))
         self._start = self._start or losses
         headrooms = [task.reference.headroom for task in self._tasks if task.reference]

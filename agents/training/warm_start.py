@@ -40,7 +40,7 @@ def target_scores(worth: FloatArray) -> FloatArray:
 
 
 @dataclass
-class Lessons:
+class ScoreDataset:
     """What was seen and what the scores should have been; one row an observation.
 
     Attributes:
@@ -89,7 +89,7 @@ def warm_start(
         policy: explores and is taught.
         envs: flies the tasks.
         tasks: planted ones, and others.
-        seed: of the order of the lessons.
+        seed: of the order of the dataset.
         on_progress: called with the tasks that have been flown and all of them, now and then.
 
     Returns:
@@ -98,15 +98,15 @@ def warm_start(
     """
     if not any(task.kind == "planted" for task in tasks):
         return {}
-    lessons = Lessons()
-    envs.play(tasks, explore(policy), note=lessons.note, on_progress=on_progress)
-    keys = lessons.rows[0].keys()
-    seen = {key: torch.from_numpy(np.stack([row[key] for row in lessons.rows])) for key in keys}
-    known = torch.tensor(lessons.known)
+    dataset = ScoreDataset()
+    envs.play(tasks, explore(policy), note=dataset.note, on_progress=on_progress)
+    keys = dataset.rows[0].keys()
+    seen = {key: torch.from_numpy(np.stack([row[key] for row in dataset.rows])) for key in keys}
+    known = torch.tensor(dataset.known)
     with torch.no_grad():
         rule = policy.get_distribution(seen).mean[:, : seen["mask"].shape[1]]
         placement = policy.get_distribution(seen).mean[:, seen["mask"].shape[1] :].clone()
-    targets = torch.where(known[:, None], torch.from_numpy(np.stack(lessons.targets)).float(), rule)
+    targets = torch.where(known[:, None], torch.from_numpy(np.stack(dataset.targets)).float(), rule)
     weights = seen["mask"].float() / seen["mask"].sum(dim=1, keepdim=True)
 
     def errors(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,69 +1,117 @@
-"""Rounds: episodes of any tasks on one base that begin and end together, decision by decision."""
+"""Rollouts: episodes of any tasks on one base that begin and end together, decision by decision."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from ...allocation.observation import Observation
-from ...common.arrays import FloatArray, IntArray
+from ...allocation.policy import Decision
 from ..reward import churn_cost
 from ..tasks.proxy_task import ProxyTask
 from .stacked import StackedEpisodes
 
+SeenT = TypeVar("SeenT")
+ChosenT = TypeVar("ChosenT")
+SeenT_co = TypeVar("SeenT_co", covariant=True)
+ChosenT_contra = TypeVar("ChosenT_contra", contravariant=True)
+
+
+class Running(Protocol[SeenT_co, ChosenT_contra]):
+    """Episodes under way that take their decisions at the same time."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of them are over."""
+
+    @property
+    def seen(self) -> SeenT_co:
+        """What the next decisions are made from."""
+
+    def step(self, chosen: ChosenT_contra) -> None:
+        """Take a decision in every episode that goes on, and train all until the next one, or the end."""
+
+
+def rollout(
+    running: Running[SeenT, ChosenT],
+    decide: Callable[[SeenT], ChosenT],
+    note: Callable[[SeenT, ChosenT], None] | None = None,
+) -> None:
+    """Take decisions until all episodes are over.
+
+    Args:
+        running: the episodes.
+        decide: makes the decisions of all of them.
+        note: called after each step with what was seen before it and what was decided.
+    """
+    while not running.ended:
+        seen = running.seen
+        chosen = decide(seen)
+        running.step(chosen)
+        if note:
+            note(seen, chosen)
+
 
 class Rollout:
-    """One round; an episode whose training fails sits out the rest of it.
+    """Episodes of a stack that begin now; one whose training fails sits out the rest.
 
     Args:
         episodes: of the base of all tasks; no other episodes may be under way.
         tasks: by slot.
 
     Attributes:
-        observations: the latest one of each episode.
-        ranks: those of each, after its latest decision.
+        seen: the latest observation of each episode, by slot.
+        ranks: of each, after its latest decision.
         churn: cost of the rungs that each has moved after its first decision.
+        decided: slots of the episodes that took the latest decision.
         decisions: how many have been taken.
     """
 
     def __init__(self, episodes: StackedEpisodes, tasks: Sequence[ProxyTask]) -> None:
         episodes.start(dict(enumerate(tasks)))
-        self.tasks = list(tasks)
-        self._episodes = episodes
-        self.observations: list[Observation] = [episodes.observe(slot) for slot in range(len(tasks))]
-        self.ranks = [observation.problem.ranks for observation in self.observations]
+        self._episodes, self._slots = episodes, range(len(tasks))
+        self.seen: list[Observation] = [episodes.observe(slot) for slot in self._slots]
+        self.ranks = [observation.problem.ranks for observation in self.seen]
         self.churn = [0.0] * len(tasks)
+        self.decided: list[int] = []
         self.decisions = 0
 
     @property
-    def flying(self) -> list[int]:
+    def active(self) -> list[int]:
         """Slots of the episodes that go on."""
-        return [slot for slot in range(len(self.tasks)) if not self._episodes.flights[slot].ended]
+        return [slot for slot in self._slots if not self._episodes.under_way[slot].ended]
+
+    @property
+    def ended(self) -> bool:
+        """Whether no episode goes on."""
+        return not self.active
 
     def initial_loss(self, slot: int) -> float:
         """Held-out loss before training, in nats; to be asked before the first step."""
         return self._episodes.held_out_losses([slot])[slot]
 
-    def step(self, decisions: Mapping[int, tuple[IntArray, FloatArray]]) -> None:
+    def step(self, chosen: Sequence[Decision]) -> None:
         """Take a decision in every episode that goes on, and train all until the next one, or the end.
 
         Args:
-            decisions: wanted ranks and scores by slot, (modules,) each; those of episodes that are over are ignored.
+            chosen: a decision for each slot; those of episodes that are over are ignored.
         """
-        flying = self.flying
-        for slot in flying:
-            problem = self.observations[slot].problem
-            plan = self._episodes.apply(slot, *decisions[slot])
+        self.decided = self.active
+        for slot in self.decided:
+            problem = self.seen[slot].problem
+            plan = self._episodes.apply(slot, chosen[slot])
             self.ranks[slot] = plan.ranks
             if self.decisions:
                 self.churn[slot] += churn_cost(problem.rungs, problem.ladder.rung(plan.ranks))
-        losses = self._episodes.advance(flying)
+        losses = self._episodes.advance(self.decided)
         self.decisions += 1
-        for slot in self.flying:
-            self.observations[slot] = self._episodes.observe(slot, losses[slot])
+        self.seen = list(self.seen)  # whoever was given the last list may keep it
+        for slot in self.active:
+            self.seen[slot] = self._episodes.observe(slot, losses[slot])
 
     def losses(self) -> list[float]:
         """Held-out losses in nats, NaN for episodes that failed."""
-        whole = [slot for slot in range(len(self.tasks)) if not self._episodes.flights[slot].failed]
-        found = self._episodes.held_out_losses(whole)
-        return [found.get(slot, math.nan) for slot in range(len(self.tasks))]
+        sound = [slot for slot in self._slots if not self._episodes.under_way[slot].failed]
+        losses = self._episodes.held_out_losses(sound)
+        return [losses.get(slot, math.nan) for slot in self._slots]

@@ -12,9 +12,10 @@ from torch import nn
 from ...allocation.controller import AdaptersT, RankController
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan, uniform_ranks
+from ...allocation.policy import Decision
 from ...allocation.probe import ProbeResult, probe
 from ...allocation.schedule import DecisionSchedule
-from ...common.arrays import FloatArray, IntArray
+from ...common.arrays import IntArray
 from ...errors import NonFiniteError
 from ...lora.adapters import PeftAdapters
 from ...lora.factors import write_in_place
@@ -110,10 +111,10 @@ class Episode:
         self._take_model()
         return self.controller.observe(self.step, interval_loss)
 
-    def apply(self, wanted: IntArray, scores: FloatArray) -> Plan:
+    def apply(self, decision: Decision) -> Plan:
         """Take a decision."""
         self._take_model()
-        return self.controller.apply(wanted, scores, self.step, self.optimizer)
+        return self.controller.apply(decision.ranks, decision.scores, self.step, self.optimizer)
 
     @property
     def until(self) -> int:

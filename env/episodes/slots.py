@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
 from ...allocation.observation import Observation
+from ...allocation.policy import Decision
 from ...allocation.schedule import DecisionSchedule
-from ...common.arrays import FloatArray, IntArray
 from ...errors import ConfigError
 from ..episode_record import EpisodeRecord
 from ..rank_allocation import check_options, within_budget
@@ -102,7 +102,7 @@ class StackedRankAllocation:
         self.max_modules = config.max_modules or count
         if self.max_modules < count:
             raise ConfigError(f"max_modules is at least {count} for {config.base}; got {config.max_modules}.")
-        self.sessions: dict[int, EpisodeRecord] = {}
+        self.records: dict[int, EpisodeRecord] = {}
         self._streams: list[Iterator[ProxyTask]] = []
         self.seed(None)
 
@@ -141,46 +141,42 @@ class StackedRankAllocation:
         self.episodes.measure_references(tasks)
         self.episodes.start(tasks)
         for slot, task in tasks.items():
-            controller = self.episodes.flights[slot].controller
+            controller = self.episodes.under_way[slot].controller
             first = self.episodes.observe(slot)
             reference = self.episodes.reference(task)
-            self.sessions[slot] = EpisodeRecord(task.id, reference, controller, first)
-        return {slot: self.sessions[slot].info(0) for slot in slots}
+            self.records[slot] = EpisodeRecord(task.id, reference, controller, first)
+        return {slot: self.records[slot].info(0) for slot in slots}
 
-    def step(self, decisions: dict[int, tuple[IntArray, FloatArray]]) -> dict[int, Transition]:
-        """Take a decision in each of these slots, and train them until their next one or their end.
-
-        Args:
-            decisions: wanted ranks and scores by slot, (modules,) each.
-        """
-        episodes, flights = self.episodes, self.episodes.flights
-        for slot, (wanted, scores) in decisions.items():
-            episodes.apply(slot, wanted, scores)
-            self.sessions[slot].decided(flights[slot].step)
+    def step(self, decisions: Mapping[int, Decision]) -> dict[int, Transition]:
+        """Take a decision in each of these slots, and train them until their next one or their end."""
+        episodes, under_way = self.episodes, self.episodes.under_way
+        for slot, decision in decisions.items():
+            episodes.apply(slot, decision)
+            self.records[slot].decided(under_way[slot].step)
         slots = list(decisions)
         losses = episodes.advance(slots)
-        ended = [slot for slot in slots if flights[slot].ended]
-        final = episodes.held_out_losses([slot for slot in ended if not flights[slot].failed])
+        ended = [slot for slot in slots if under_way[slot].ended]
+        final = episodes.held_out_losses([slot for slot in ended if not under_way[slot].failed])
         for slot in ended:
-            improvement = self.sessions[slot].improvement(final.get(slot))
+            improvement = self.records[slot].improvement(final.get(slot))
             self._means.add(slot // self.config.group, self._rounds[slot], improvement)
         return {slot: self._transition(slot, losses[slot], final.get(slot)) for slot in slots}
 
     def _transition(self, slot: int, loss: float | None, held_out: float | None) -> Transition:
-        flight, session = self.episodes.flights[slot], self.sessions[slot]
-        ended, grouped = flight.ended, self.config.group > 1
+        episode, record = self.episodes.under_way[slot], self.records[slot]
+        ended, grouped = episode.ended, self.config.group > 1
         mean = self._means.mean(slot // self.config.group, self._rounds[slot]) if ended and grouped else 0.0
-        reward, info = session.close_interval(
-            flight.step,
+        reward, info = record.close_interval(
+            episode.step,
             loss,
             ended=ended,
             held_out_loss=held_out,
             observation=None if ended else self.episodes.observe(slot, loss),
             group_mean=mean,
         )
-        return Transition(session.observation, reward, ended, info)
+        return Transition(record.observation, reward, ended, info)
 
     def padded(self, slots: Sequence[int]) -> dict[str, NDArray[Any]]:
         """The latest observations as arrays, one row a slot."""
-        rows = [self.sessions[slot].observation.padded(self.max_modules) for slot in slots]
+        rows = [self.records[slot].observation.padded(self.max_modules) for slot in slots]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

@@ -17,10 +17,11 @@ import torch
 from ...allocation.controller import RankController
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan, uniform_ranks
+from ...allocation.policy import Decision
 from ...allocation.probe import FIRST_LOSSES, ProbeResult
 from ...allocation.problem import AllocationProblem, problem_of
 from ...allocation.schedule import DecisionSchedule
-from ...common.arrays import FloatArray, IntArray
+from ...common.arrays import IntArray
 from ...errors import ConfigError
 from ...lora.signals import base_norms
 from ...lora.stacked.adapters import StackedAdapters
@@ -38,7 +39,7 @@ EVAL_TOKENS = 8192
 
 
 @dataclass(eq=False)
-class Flight:
+class StackedEpisode:
     """One episode under way.
 
     Attributes:
@@ -110,7 +111,7 @@ class StackedEpisodes:
     ) -> None:
         self.base, self.schedule = base, schedule
         self.device = torch.device(device)
-        self.flights: dict[int, Flight] = {}
+        self.under_way: dict[int, StackedEpisode] = {}
         self._targets = adapted_base(base)[1]
         model = load_base_model(base).to(self.device)
         model.config.use_cache = False  # nothing is generated
@@ -138,7 +139,7 @@ class StackedEpisodes:
         self._probe({task: row for task, row in rows.items() if task not in self._probes})
         reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})
         for slot, task in tasks.items():
-            self.flights[slot] = Flight(task, slot, self._controller(task, slot))
+            self.under_way[slot] = StackedEpisode(task, slot, self._controller(task, slot))
 
     def _rows_for(self, tasks: Mapping[int, ProxyTask]) -> dict[ProxyTask, int]:
         """One row for each different task, free from now on."""
@@ -147,7 +148,7 @@ class StackedEpisodes:
             raise ConfigError(f"Stacked episodes share one base and one batch shape; got {sorted(shapes)}.")
         self._shape = next(iter(shapes), self._shape)
         for slot in tasks:
-            self.flights.pop(slot, None)
+            self.under_way.pop(slot, None)
         return {task: slot for slot, task in tasks.items()}
 
     def _checked(self, task: ProxyTask) -> tuple[int, int]:
@@ -182,13 +183,13 @@ class StackedEpisodes:
 
     def observe(self, slot: int, interval_loss: float | None = None) -> Observation:
         """The next decision's input."""
-        flight = self.flights[slot]
-        return flight.controller.observe(flight.step, interval_loss)
+        episode = self.under_way[slot]
+        return episode.controller.observe(episode.step, interval_loss)
 
-    def apply(self, slot: int, wanted: IntArray, scores: FloatArray) -> Plan:
+    def apply(self, slot: int, decision: Decision) -> Plan:
         """Take a decision; its rank change is made with those of the other slots, when training goes on."""
-        flight = self.flights[slot]
-        return flight.controller.apply(wanted, scores, flight.step)
+        episode = self.under_way[slot]
+        return episode.controller.apply(decision.ranks, decision.scores, episode.step)
 
     def advance(self, slots: Sequence[int]) -> dict[int, float | None]:
         """Train each of these episodes until its next decision or its end.
@@ -196,24 +197,24 @@ class StackedEpisodes:
         Returns:
             The mean training loss of each interval; None where a loss was not finite, which ends the episode.
         """
-        flights = [self.flights[slot] for slot in slots]
-        runs = [flight.controller.adapters for flight in flights]
+        episodes = [self.under_way[slot] for slot in slots]
+        runs = [episode.controller.adapters for episode in episodes]
         set_stacked_ranks(self._adapters, [run.move for run in runs if run.move])
         lanes = []
-        for flight, run in zip(flights, runs, strict=True):
+        for episode, run in zip(episodes, runs, strict=True):
             run.move = None
-            task, meter = flight.task, None if flight.controller.finished else run.meter
-            lanes.append(_Lane(task, flight.row, flight.step, flight.until, _decay(task), meter))
+            task, meter = episode.task, None if episode.controller.finished else run.meter
+            lanes.append(_Lane(task, episode.row, episode.step, episode.until, _decay(task), meter))
         self._train(lanes)
-        for flight, lane in zip(flights, lanes, strict=True):
-            flight.step, flight.failed = lane.step, lane.failed
+        for episode, lane in zip(episodes, lanes, strict=True):
+            episode.step, episode.failed = lane.step, lane.failed
         return {
             slot: None if lane.failed else float(np.mean(lane.losses)) for slot, lane in zip(slots, lanes, strict=True)
         }
 
     def held_out_losses(self, slots: Sequence[int]) -> dict[int, float]:
         """Losses on the held-out sets, now, in nats."""
-        tasks = {self.flights[slot].row: self.flights[slot].task for slot in slots}
+        tasks = {self.under_way[slot].row: self.under_way[slot].task for slot in slots}
         return dict(zip(slots, self._held_out(tasks), strict=True))
 
     # Training ---------------------------------------------------------------------------------------------------------

@@ -167,12 +167,12 @@ def measure(tasks: Sequence[ProxyTask], runs: int) -> Iterator[list[ProxyTask]]:
 
 def _measure(episodes: StackedEpisodes, tasks: Sequence[ProxyTask]) -> list[ProxyTask]:
     problems = [episodes.problem(task) for task in tasks]
-    trials = [
+    runs = [
         (replace(task, learning_rate=rate), uniform_ranks(problem))
         for task, problem in zip(tasks, problems, strict=True)
         for rate in RATES
     ]
-    losses = np.array(episodes.run_fixed(dict(enumerate(trials)))).reshape(len(tasks), len(RATES))
+    losses = np.array(episodes.run_fixed(dict(enumerate(runs)))).reshape(len(tasks), len(RATES))
     best = np.nanargmin(losses, axis=1).tolist()
     tuned = [replace(task, learning_rate=RATES[index]) for task, index in zip(tasks, best, strict=True)]
     plans = [(task, _best_plan(task, problem)) for task, problem in zip(tuned, problems, strict=True)]

@@ -93,7 +93,8 @@ docs/experiments.md for what else was tried."""
 
 
 def _training(card: dict[str, Any], rounds: int) -> str:
-    plan_runs = f", then {card['trials']['runs']} plan runs" if card.get("trials") else ""
+    described = card.get("plan_runs") or card.get("trials")  # older cards use the other word
+    plan_runs = f", then {described['runs']} plan runs" if described else ""
     seed = card["training"]["seed"]
     return f"## Training\n\n{card['episodes']} episodes in {rounds} rounds{plan_runs}, from seed {seed}."
 

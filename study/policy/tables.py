@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from ...agents.evaluation.tables import Group, Standing
+from ...agents.evaluation.tables import Group, PolicyResult
 from ...common.statistics import Estimate, PairedComparison
 
 
@@ -23,20 +23,20 @@ def comparison_table(group: Group, against: str) -> Table:
     for column in ("runs", "held-out\nloss", "gain, of\nheadroom", "interquartile\nmean", "better than\nuniform"):
         table.add_column(column, justify="right")
     table.add_column(f"better than\n{against}", justify="right")
-    for standing in group.standings:
-        table.add_row(*_cells(standing))
+    for result in group.results:
+        table.add_row(*_cells(result))
     return table
 
 
-def _cells(standing: Standing) -> tuple[str, ...]:
-    against, failed = standing.against, f"\n[red]{standing.failed} failed[/]" if standing.failed else ""
+def _cells(result: PolicyResult) -> tuple[str, ...]:
+    against, failed = result.against, f"\n[red]{result.failed} failed[/]" if result.failed else ""
     return (
-        standing.policy,
-        f"{standing.runs}{failed}",
-        "" if standing.loss is None else f"{standing.loss:.4f}",
-        _gain(standing.improvement),
-        _gain(standing.interquartile),
-        _chance(standing.uniform),
+        result.policy,
+        f"{result.runs}{failed}",
+        "" if result.loss is None else f"{result.loss:.4f}",
+        _gain(result.improvement),
+        _gain(result.interquartile),
+        _chance(result.uniform),
         _chance(against) if against else "",
     )
 

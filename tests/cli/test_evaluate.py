@@ -105,7 +105,7 @@ def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_pa
     rows = read_rows(folder / "rows.jsonl")
     assert [row.policy for row in rows] == ["fracrule"] * 2 + ["pilot"] * 2 + ["heur3"] * 2
     summary = json.loads((folder / "summary.json").read_text())
-    assert {standing["policy"] for standing in summary["groups"][0]["standings"]} == {"fracrule", "pilot", "heur3"}
+    assert {result["policy"] for result in summary["groups"][0]["results"]} == {"fracrule", "pilot", "heur3"}
 
     assert "exists already" in failure(command[1:], capsys)
     assert "other settings (split" in failure([*command[1:], "--resume", "--split", "train"], capsys)

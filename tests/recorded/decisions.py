@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.common.workers import worker_pool
-from rankpilot.env.episodes.rollout import Rollout
+from rankpilot.env.episodes.rollout import Rollout, rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suite_names import SUITES
@@ -28,13 +28,14 @@ SLOTS = 16
 def ranks_of(tasks: list[ProxyTask]) -> list[list[list[int]]]:
     """Ranks after each decision, by task; the tasks share a base and a batch shape."""
     policy, schedule = load_policy("default"), policy_schedule("default")
-    under_way = Rollout(StackedEpisodes(tasks[0].base, schedule, SLOTS), tasks)
+    running = Rollout(StackedEpisodes(tasks[0].base, schedule, SLOTS), tasks)
     ranks: list[list[list[int]]] = [[] for _ in tasks]
-    while slots := under_way.flying:
-        decisions = {slot: policy.decide(under_way.observations[slot]) for slot in slots}
-        under_way.step({slot: (decision.ranks, decision.scores) for slot, decision in decisions.items()})
-        for slot in slots:
-            ranks[slot].append(under_way.ranks[slot].tolist())
+
+    def note(*_: object) -> None:
+        for slot in running.decided:
+            ranks[slot].append(running.ranks[slot].tolist())
+
+    rollout(running, lambda seen: [policy.decide(observation) for observation in seen], note)
     return ranks
 
 

@@ -40,23 +40,22 @@ TASKS = (
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many runs each chunk flew."""
+    """How many runs each chunk had."""
     counts: list[int] = []
 
-    def fly(episodes: Any, attempts: Any, slots: int) -> list[float]:
+    def noted(episodes: Any, attempts: Any, slots: int) -> list[float]:
         counts.append(len(attempts))
         return list(real(episodes, attempts, slots))
 
-    real: Callable[..., Any] = evaluation.fly
-    monkeypatch.setattr(evaluation, "fly", fly)
+    real: Callable[..., Any] = evaluation.run_attempts
+    monkeypatch.setattr(evaluation, "run_attempts", noted)
     return counts
 
 
 def loss_with_peft(policy: Policy, task: ProxyTask) -> float:
     episode, loss = Episode(ProxyFineTune(task), SCHEDULE), None
     while episode.step < task.steps:
-        decision = policy.decide(episode.observe(loss))
-        episode.apply(decision.ranks, decision.scores)
+        episode.apply(policy.decide(episode.observe(loss)))
         loss = episode.advance()
     return episode.held_out_loss()
 
@@ -157,7 +156,7 @@ def test_bad_settings(tmp_path: Path) -> None:
         compare([RULES["heur3"]], TASKS, SCHEDULE, workers=1, file=tmp_path / "rows.jsonl")
 
 
-# Standings -----------------------------------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------------------------
 
 
 def made_up(policy: str, losses: dict[int, float], kind: Any = "planted") -> list[Row]:
@@ -166,7 +165,7 @@ def made_up(policy: str, losses: dict[int, float], kind: Any = "planted") -> lis
     return [row_of(policy, task, task, reference, losses[seed]) for seed, task in tasks.items()]
 
 
-def test_standings() -> None:
+def test_results() -> None:
     rows = [
         *made_up("a", {1: 0.5, 2: 0.75, 3: 1.25, 4: math.nan}),
         *made_up("b", {1: 0.75, 2: 0.75, 3: 1.0, 4: 1.5, 5: 0.5}),
@@ -175,7 +174,7 @@ def test_standings() -> None:
     everything, planted = groups_of(rows, "b")
     assert (everything.name, everything.tasks) == ("all tasks", 6)
     assert (planted.name, planted.tasks) == ("planted, bytes", 5), "one task of shift makes no interval"
-    first, second = planted.standings
+    first, second = planted.results
     assert (first.policy, second.policy) == ("b", "a")
     assert first.against is first.difference is None
     assert (second.runs, second.failed, second.loss) == (4, 1, pytest.approx(2.5 / 3))
@@ -191,7 +190,7 @@ def test_two_bad_runs_are_told_apart_where_their_improvements_are_clipped() -> N
     rows = [*made_up("a", {1: 9.0, 2: 8.0}), *made_up("b", {1: 8.0, 2: 7.0})]
     assert {row.improvement for row in rows} == {-3}
     (group,) = groups_of(rows, "b")
-    against = {standing.policy: standing.against for standing in group.standings}["a"]
+    against = {result.policy: result.against for result in group.results}["a"]
     assert against is not None
     assert (against.wins, against.ties, against.losses) == (0, 0, 2)
 

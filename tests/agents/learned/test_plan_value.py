@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.training.fit_plan_value import FitConfig, Lessons, fit_critics
+from rankpilot.agents.training.fit_plan_value import FitConfig, PlanDataset, fit_critics
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import ConfigError
 
@@ -145,13 +145,13 @@ def test_bad_settings(options: dict[str, Any]) -> None:
 # What they learn ------------------------------------------------------------------------------------------------------
 
 
-def lessons_on(truth: Truth, groups: int, runs: int, modules: int = 6, seed: int = 0) -> Lessons:
+def dataset_on(truth: Truth, groups: int, runs: int, modules: int = 6, seed: int = 0) -> PlanDataset:
     """Groups of runs from one state each, with one plan a run; a task has two groups."""
     plans = some_plans(groups, runs, modules, seed)
     rows = plans[torch.arange(groups).repeat_interleave(runs)]
     rows = replace(rows, ranks=plans.ranks.reshape(groups * runs, 1, modules))
     numbers = torch.arange(groups).repeat_interleave(runs)
-    return Lessons(rows, truth(rows), numbers, numbers // 2)
+    return PlanDataset(rows, truth(rows), numbers, numbers // 2)
 
 
 def logs(plans: Plans) -> torch.Tensor:
@@ -180,21 +180,21 @@ class Fitted:
 def fitted(request: pytest.FixtureRequest) -> Fitted:
     """Critics that were taught one of two truths."""
     critics = PlanValueEnsemble(SMALL)
-    facts = fit_critics(critics, lessons_on(request.param, groups=400, runs=10), seed=0)
+    facts = fit_critics(critics, dataset_on(request.param, groups=400, runs=10), seed=0)
     return Fitted(request.param, critics, facts)
 
 
-def share_of_headroom(critics: PlanValueEnsemble, lessons: Lessons, runs: int) -> float:
+def share_of_headroom(critics: PlanValueEnsemble, dataset: PlanDataset, runs: int) -> float:
     """What the plans that critics choose gain over the mean of all plans; 1 for the best, 0 for chance."""
-    said = said_by(critics, lessons.plans).mean(dim=0).reshape(-1, runs)
-    gains = lessons.gains.reshape(-1, runs)
+    said = said_by(critics, dataset.plans).mean(dim=0).reshape(-1, runs)
+    gains = dataset.gains.reshape(-1, runs)
     chosen = gains.gather(1, said.argmax(dim=1, keepdim=True)).squeeze(1)
     mean, best = gains.mean(dim=1), gains.amax(dim=1)
     return float((chosen - mean).sum() / (best - mean).sum())
 
 
 def test_on_fresh_groups_they_choose_well(fitted: Fitted) -> None:
-    fresh = lessons_on(fitted.truth, groups=60, runs=20, seed=7)
+    fresh = dataset_on(fitted.truth, groups=60, runs=20, seed=7)
     assert share_of_headroom(fitted.critics, fresh, 20) > 0.7
     said = said_by(fitted.critics, fresh.plans).mean(dim=0).reshape(60, 20)
     gains = fresh.gains.reshape(60, 20)
@@ -205,7 +205,7 @@ def test_on_fresh_groups_they_choose_well(fitted: Fitted) -> None:
 
 def test_they_look_at_what_tells(fitted: Fitted) -> None:
     """With what tells taken from other states, the same plans are chosen worse."""
-    fresh = lessons_on(fitted.truth, groups=60, runs=20, seed=7)
+    fresh = dataset_on(fitted.truth, groups=60, runs=20, seed=7)
     foreign = fresh.plans[torch.arange(1200).roll(200)]
     lost = replace(fresh.plans, modules=foreign.modules, run=foreign.run)
     blind = share_of_headroom(fitted.critics, replace(fresh, plans=lost), 20)
@@ -226,18 +226,18 @@ def test_noise_is_not_explained() -> None:
     def noise(plans: Plans) -> torch.Tensor:
         return 0.1 * torch.randn(len(plans.run), generator=torch.Generator().manual_seed(3))
 
-    facts = fit_critics(PlanValueEnsemble(SMALL), lessons_on(noise, groups=40, runs=8), seed=0)
+    facts = fit_critics(PlanValueEnsemble(SMALL), dataset_on(noise, groups=40, runs=8), seed=0)
     assert facts["explained"] < 0.1
 
 
 def test_what_all_have_seen_tells_nothing_of_other_tasks() -> None:
-    lessons = lessons_on(right_depth, groups=2, runs=4)
-    assert fit_critics(PlanValueEnsemble(TINY), lessons, seed=0) == {}
+    dataset = dataset_on(right_depth, groups=2, runs=4)
+    assert fit_critics(PlanValueEnsemble(TINY), dataset, seed=0) == {}
 
 
 def test_plans_that_all_end_alike_tell_nothing() -> None:
-    lessons = lessons_on(lambda plans: torch.zeros(len(plans.run)), groups=6, runs=4)
-    assert fit_critics(PlanValueEnsemble(TINY), lessons, seed=0) == {}
+    dataset = dataset_on(lambda plans: torch.zeros(len(plans.run)), groups=6, runs=4)
+    assert fit_critics(PlanValueEnsemble(TINY), dataset, seed=0) == {}
 
 
 # How they are fitted --------------------------------------------------------------------------------------------------
@@ -251,13 +251,13 @@ def dyadic(plans: Plans) -> torch.Tensor:
     return (right_depth(plans) * 256).round() / 256
 
 
-LESSONS = lessons_on(dyadic, groups=10, runs=4)
+DATASET = dataset_on(dyadic, groups=10, runs=4)
 
 
-def fit(lessons: Lessons, seed: int = 0, start: int = 0, workers: int = 1) -> dict[str, torch.Tensor]:
+def fit(dataset: PlanDataset, seed: int = 0, start: int = 0, workers: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(start)
     critics = PlanValueEnsemble(TINY)
-    fit_critics(critics, lessons, seed=seed, fit=SHORT, workers=workers)
+    fit_critics(critics, dataset, seed=seed, fit=SHORT, workers=workers)
     return critics.state_dict()
 
 
@@ -267,23 +267,23 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def test_a_fit_depends_on_its_seed_alone() -> None:
     """Not on the weights that critics came with, and not on the random state."""
-    found = fit(LESSONS)
-    assert same(found, fit(LESSONS, start=5))
-    assert not same(found, fit(LESSONS, seed=7))
+    found = fit(DATASET)
+    assert same(found, fit(DATASET, start=5))
+    assert not same(found, fit(DATASET, seed=7))
     critics = PlanValueEnsemble(TINY)
     critics.load_state_dict(found)
-    assert (said_by(critics, LESSONS.plans).std(dim=0) > 1e-4).all(), "critics have seeds of their own"
+    assert (said_by(critics, DATASET.plans).std(dim=0) > 1e-4).all(), "critics have seeds of their own"
 
 
 def test_a_fit_leaves_the_random_state_as_it_was() -> None:
     critics = PlanValueEnsemble(TINY)
     before = torch.get_rng_state()
-    fit_critics(critics, LESSONS, seed=0, fit=SHORT)
+    fit_critics(critics, DATASET, seed=0, fit=SHORT)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_fit_does_not_depend_on_the_number_of_processes() -> None:
-    assert same(fit(LESSONS), fit(LESSONS, workers=2))
+    assert same(fit(DATASET), fit(DATASET, workers=2))
 
 
 @pytest.mark.parametrize(
@@ -296,29 +296,29 @@ def test_bad_settings_of_a_fit(options: dict[str, Any]) -> None:
 
 def test_what_all_runs_of_a_group_have_in_common_does_not_count() -> None:
     offsets = torch.randint(-90, 90, (10,), generator=torch.Generator().manual_seed(2)).float()
-    moved = replace(LESSONS, gains=LESSONS.gains + offsets[LESSONS.groups])
-    assert same(fit(LESSONS), fit(moved))
-    other = replace(LESSONS, gains=LESSONS.gains + torch.arange(40) / 64)
-    assert not same(fit(LESSONS), fit(other))
+    moved = replace(DATASET, gains=DATASET.gains + offsets[DATASET.groups])
+    assert same(fit(DATASET), fit(moved))
+    other = replace(DATASET, gains=DATASET.gains + torch.arange(40) / 64)
+    assert not same(fit(DATASET), fit(other))
 
 
 def test_groups_of_one_state_are_ignored() -> None:
     rows = torch.cat([torch.arange(40), torch.tensor([3, 17])])
-    lonely = Lessons(
-        LESSONS.plans[rows],
-        torch.cat([LESSONS.gains, torch.tensor([5.0, -8.0])]),
-        torch.cat([LESSONS.groups, torch.tensor([10, 11])]),
-        torch.cat([LESSONS.tasks, torch.tensor([0, 4])]),
+    lonely = PlanDataset(
+        DATASET.plans[rows],
+        torch.cat([DATASET.gains, torch.tensor([5.0, -8.0])]),
+        torch.cat([DATASET.groups, torch.tensor([10, 11])]),
+        torch.cat([DATASET.tasks, torch.tensor([0, 4])]),
     )
-    assert same(fit(LESSONS), fit(lonely))
+    assert same(fit(DATASET), fit(lonely))
 
 
 def test_the_numbers_of_groups_need_not_follow_one_another() -> None:
     """Nor do their states; only the order of groups decides."""
     order = torch.arange(40).reshape(10, 4).T.reshape(-1)
-    groups, tasks = 7 * LESSONS.groups[order] - 30, 5 * LESSONS.tasks[order] - 11
-    scattered = Lessons(LESSONS.plans[order], LESSONS.gains[order], groups, tasks)
-    found, expected = fit(scattered), fit(LESSONS)
+    groups, tasks = 7 * DATASET.groups[order] - 30, 5 * DATASET.tasks[order] - 11
+    scattered = PlanDataset(DATASET.plans[order], DATASET.gains[order], groups, tasks)
+    found, expected = fit(scattered), fit(DATASET)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
 
@@ -327,14 +327,14 @@ def test_one_run_that_went_wrong_counts_only_so_much() -> None:
     """Beyond the most that gains may differ, it does not matter by how much."""
     found = []
     for gain in (-2.0, -9.0):
-        gains = LESSONS.gains.clone()
+        gains = DATASET.gains.clone()
         gains[5] = gains[4:8].median() + gain
-        found.append(fit(replace(LESSONS, gains=gains)))
+        found.append(fit(replace(DATASET, gains=gains)))
     assert same(*found)
-    assert not same(found[0], fit(LESSONS))
+    assert not same(found[0], fit(DATASET))
 
 
 def test_a_fit_does_not_depend_on_what_is_in_the_padding() -> None:
-    found = [fit(replace(LESSONS, plans=padded(LESSONS.plans, filling))) for filling in (0.0, 2.9)]
+    found = [fit(replace(DATASET, plans=padded(DATASET.plans, filling))) for filling in (0.0, 2.9)]
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value)

@@ -1,4 +1,4 @@
-"""Trials: runs that differ by their plans alone, files that a training resumes from, and lessons made of them."""
+"""Plan runs: runs that differ by their plans alone, files that a training resumes from, and dataset made of them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.training import plan_runs as trials
+from rankpilot.agents.training import plan_runs as module
 from rankpilot.agents.training.fit_plan_value import fit_critics
-from rankpilot.agents.training.plan_runs import RUNS, PlanRun, Stack, fly_trial, lessons_of, run_trials
+from rankpilot.agents.training.plan_runs import RUNS, PlanRun, Stack, collect_plan_runs, plan_dataset, run_plans
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -59,10 +59,10 @@ def stack_of(*tasks: ProxyTask, number: int = 0, seed: int = 0) -> Stack:
     return Stack(number, number, tasks, actor, SCHEDULE, seed, "cpu")
 
 
-def fly(stack: Stack) -> PlanRun:
+def run(stack: Stack) -> PlanRun:
     """As a worker does."""
     with isolated():
-        return fly_trial(stack)
+        return run_plans(stack)
 
 
 def same(left: PlanRun, right: PlanRun) -> bool:
@@ -73,127 +73,127 @@ def same(left: PlanRun, right: PlanRun) -> bool:
 
 
 @pytest.fixture(scope="module")
-def flown() -> Iterator[PlanRun]:
+def made() -> Iterator[PlanRun]:
     """One stack of two tasks."""
-    yield fly(stack_of(BYTES, PARAMETERS))
-    trials._episodes.cache_clear()
+    yield run(stack_of(BYTES, PARAMETERS))
+    module._episodes.cache_clear()
 
 
 # One stack ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_seen_and_decided_at_each_decision(flown: PlanRun) -> None:
+def test_what_is_seen_and_decided_at_each_decision(made: PlanRun) -> None:
     runs = 2 * RUNS
-    assert flown.modules.shape == (2, runs, MODULES, len(MODULE_FEATURES))
-    assert flown.scores.shape == flown.ranks.shape == (2, runs, MODULES)
-    assert flown.run.shape == (2, runs, len(RUN_FEATURES))
-    assert flown.losses.shape == flown.initial.shape == flown.gains.shape == (runs,)
-    assert {part.dtype for part in (flown.modules, flown.scores, flown.run)} == {np.dtype(np.float32)}
-    assert flown.ranks.dtype == np.int64
-    np.testing.assert_allclose(flown.run[:, :, PROGRESS], np.repeat([[0.0], [2 / 6]], runs, axis=1), atol=1e-6)
-    np.testing.assert_allclose(flown.scores.mean(axis=2), 0, atol=1e-6)
-    assert flown.scores.std(axis=2).min() > 0.01
+    assert made.modules.shape == (2, runs, MODULES, len(MODULE_FEATURES))
+    assert made.scores.shape == made.ranks.shape == (2, runs, MODULES)
+    assert made.run.shape == (2, runs, len(RUN_FEATURES))
+    assert made.losses.shape == made.initial.shape == made.gains.shape == (runs,)
+    assert {part.dtype for part in (made.modules, made.scores, made.run)} == {np.dtype(np.float32)}
+    assert made.ranks.dtype == np.int64
+    np.testing.assert_allclose(made.run[:, :, PROGRESS], np.repeat([[0.0], [2 / 6]], runs, axis=1), atol=1e-6)
+    np.testing.assert_allclose(made.scores.mean(axis=2), 0, atol=1e-6)
+    assert made.scores.std(axis=2).min() > 0.01
 
 
-def test_losses_are_those_of_whole_runs(flown: PlanRun) -> None:
-    assert np.isfinite(flown.losses).all()
-    assert (flown.losses < flown.initial).all(), "all have learned something"
+def test_losses_are_those_of_whole_runs(made: PlanRun) -> None:
+    assert np.isfinite(made.losses).all()
+    assert (made.losses < made.initial).all(), "all have learned something"
     for part in (slice(0, RUNS), slice(RUNS, 2 * RUNS)):
-        assert len(set(flown.initial[part])) == 1, "one task, one start"
-        assert len(set(flown.losses[part])) > 5, "different plans"
-    np.testing.assert_allclose(flown.gains, -np.log(flown.losses))
+        assert len(set(made.initial[part])) == 1, "one task, one start"
+        assert len(set(made.losses[part])) > 5, "different plans"
+    np.testing.assert_allclose(made.gains, -np.log(made.losses))
 
 
-def test_runs_of_a_task_see_the_same_and_decide_differently_at_first(flown: PlanRun) -> None:
+def test_runs_of_a_task_see_the_same_and_decide_differently_at_first(made: PlanRun) -> None:
     for part in (slice(0, RUNS), slice(RUNS, 2 * RUNS)):
-        for seen in (flown.modules, flown.scores, flown.run):
+        for seen in (made.modules, made.scores, made.run):
             assert (seen[0, part] == seen[0, part.start]).all()
-    assert len(np.unique(flown.ranks[0, :RUNS], axis=0)) > FIXED + 3
-    assert len(np.unique(flown.ranks[0, RUNS:], axis=0)) > FIXED
-    assert (flown.modules[1, :RUNS] != flown.modules[1, 0]).any(), "later they see what their plans led to"
+    assert len(np.unique(made.ranks[0, :RUNS], axis=0)) > FIXED + 3
+    assert len(np.unique(made.ranks[0, RUNS:], axis=0)) > FIXED
+    assert (made.modules[1, :RUNS] != made.modules[1, 0]).any(), "later they see what their plans led to"
 
 
-def test_most_runs_keep_their_ranks_later(flown: PlanRun) -> None:
+def test_most_runs_keep_their_ranks_later(made: PlanRun) -> None:
     """Under a parameter budget; of bytes the last decision has more to spend."""
-    moved = (flown.ranks[1] != flown.ranks[0]).any(axis=1)[RUNS:]
+    moved = (made.ranks[1] != made.ranks[0]).any(axis=1)[RUNS:]
     assert 0 < moved.sum() < 10
 
 
-def test_ranks_fit_the_budget(flown: PlanRun) -> None:
+def test_ranks_fit_the_budget(made: PlanRun) -> None:
     targets = adapted_base(BYTES.base)[1]
     most = np.array([target.max_rank for target in targets])
     for task, part in ((BYTES, slice(0, RUNS)), (PARAMETERS, slice(RUNS, 2 * RUNS))):
         cost = ProxyFineTune(task).cost()
         limit = ProxyFineTune(task).limit.resolve(cost, most, torch.device("cpu")).value
-        prices = np.array([total_cost(cost, ranks) for ranks in flown.ranks[0, part]])
+        prices = np.array([total_cost(cost, ranks) for ranks in made.ranks[0, part]])
         assert prices.max() <= limit
         assert prices.min() > 0.8 * limit, "and it is spent"
         if task.unit == "bytes":  # no signals are read after the last decision
             cost = replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(targets))  # type: ignore[type-var]
-        assert max(total_cost(cost, ranks) for ranks in flown.ranks[1, part]) <= limit
-    assert (flown.ranks <= most).all()
-    assert flown.ranks.min() >= 0
+        assert max(total_cost(cost, ranks) for ranks in made.ranks[1, part]) <= limit
+    assert (made.ranks <= most).all()
+    assert made.ranks.min() >= 0
 
 
-def test_the_first_runs_follow_the_rules_and_the_actor(flown: PlanRun) -> None:
+def test_the_first_runs_follow_the_rules_and_the_actor(made: PlanRun) -> None:
     with isolated():
         observations = Rollout(StackedEpisodes(BYTES.base, SCHEDULE, 2), [BYTES, PARAMETERS]).observations
     actor = stack_of().actor
     for observation, start in zip(observations, (0, RUNS), strict=True):
-        np.testing.assert_allclose(flown.modules[0, start], observation.modules, atol=1e-5)
+        np.testing.assert_allclose(made.modules[0, start], observation.modules, atol=1e-5)
         for number, policy in enumerate([find_rule("fracrule"), find_rule("heur3"), find_rule("fracrule-mlp"), actor]):
             decision = policy.decide(observation)
             expected = project(observation.problem, decision.ranks, decision.scores).ranks
-            np.testing.assert_array_equal(flown.ranks[0, start + 1 + number], expected)
+            np.testing.assert_array_equal(made.ranks[0, start + 1 + number], expected)
 
 
 def test_stacks_share_the_fixed_plans_and_draw_others() -> None:
-    here, there = (fly(stack_of(BYTES, number=number)) for number in range(2))
+    here, there = (run(stack_of(BYTES, number=number)) for number in range(2))
     np.testing.assert_array_equal(here.ranks[0, :FIXED], there.ranks[0, :FIXED])
     np.testing.assert_array_equal(here.modules[0], there.modules[0])
     assert (here.ranks[0, FIXED:] != there.ranks[0, FIXED:]).any(axis=1).sum() > 5
 
 
-def test_a_stack_flies_the_same_again(flown: PlanRun) -> None:
+def test_a_stack_gives_the_same_again(made: PlanRun) -> None:
     """Whatever this process flew before, and in a new one too."""
-    fly(stack_of(PARAMETERS, replace(BYTES, seed=5), number=3))
-    again = fly(stack_of(BYTES, PARAMETERS))
-    assert same(again, flown)
-    trials._episodes.cache_clear()
-    assert same(fly(stack_of(BYTES, PARAMETERS)), flown)
-    assert not same(fly(stack_of(BYTES, PARAMETERS, seed=1)), flown)
+    run(stack_of(PARAMETERS, replace(BYTES, seed=5), number=3))
+    again = run(stack_of(BYTES, PARAMETERS))
+    assert same(again, made)
+    module._episodes.cache_clear()
+    assert same(run(stack_of(BYTES, PARAMETERS)), made)
+    assert not same(run(stack_of(BYTES, PARAMETERS, seed=1)), made)
 
 
 def test_runs_that_fail_have_gained_nothing() -> None:
-    trial = fly(stack_of(replace(BYTES, learning_rate=1e30), BYTES))
-    failed = np.isnan(trial.losses)
+    each = run(stack_of(replace(BYTES, learning_rate=1e30), BYTES))
+    failed = np.isnan(each.losses)
     assert failed[:RUNS].any(), "some are not finite, and others are worse than at the start"
     assert not failed[RUNS:].any()
-    np.testing.assert_allclose(trial.gains[:RUNS], -np.log(trial.initial[:RUNS]))
-    np.testing.assert_allclose(trial.gains[RUNS:], -np.log(trial.losses[RUNS:]))
-    gone = trial.ranks.min(axis=2) < 0
+    np.testing.assert_allclose(each.gains[:RUNS], -np.log(each.initial[:RUNS]))
+    np.testing.assert_allclose(each.gains[RUNS:], -np.log(each.losses[RUNS:]))
+    gone = each.ranks.min(axis=2) < 0
     assert not gone[0].any()
     assert gone[1].any(), "some fail before the second decision"
     assert not gone[1, ~failed].any()
-    lessons = lessons_of([trial])
-    assert len(lessons.gains) == len(lessons.plans.ranks) == np.count_nonzero(~gone), "they decide no more"
-    assert torch.isfinite(lessons.gains).all()
-    assert all(bool(torch.isfinite(part).all()) for part in vars(lessons.plans).values())
+    dataset = plan_dataset([each])
+    assert len(dataset.gains) == len(dataset.plans.ranks) == np.count_nonzero(~gone), "they decide no more"
+    assert torch.isfinite(dataset.gains).all()
+    assert all(bool(torch.isfinite(part).all()) for part in vars(dataset.plans).values())
 
 
 def test_a_stack_of_which_nothing_is_left_has_one_decision() -> None:
-    trial = fly(stack_of(replace(BYTES, learning_rate=1e38)))
-    assert np.isnan(trial.losses).all()
-    assert trial.ranks.shape == (1, RUNS, MODULES)
-    assert np.ptp(trial.gains) == 0
+    each = run(stack_of(replace(BYTES, learning_rate=1e38)))
+    assert np.isnan(each.losses).all()
+    assert each.ranks.shape == (1, RUNS, MODULES)
+    assert np.ptp(each.gains) == 0
 
 
-def test_critics_can_be_fitted_to_them(flown: PlanRun) -> None:
-    lessons = lessons_of([flown])
+def test_critics_can_be_fitted_to_them(made: PlanRun) -> None:
+    dataset = plan_dataset([made])
     critics = PlanValueEnsemble(PlanValueConfig(width=4))
-    facts = fit_critics(critics, lessons, seed=0)
+    facts = fit_critics(critics, dataset, seed=0)
     assert all(map(math.isfinite, facts.values()))
-    assert torch.isfinite(critics(lessons.plans)).all()
+    assert torch.isfinite(critics(dataset.plans)).all()
 
 
 # Many stacks ----------------------------------------------------------------------------------------------------------
@@ -219,8 +219,8 @@ def made_up(number: int = 0, decisions: int = 2, tasks: int = 1, modules: int = 
 
 
 @pytest.fixture
-def fake_flights(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Stacks whose number is 90 or more fail; the rest are made up. Returns the numbers of those that were flown."""
+def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stacks whose number is 90 or more fail; the rest are made up. Returns the numbers of those that were made."""
     seen: list[int] = []
 
     def fake(stack: Stack) -> PlanRun:
@@ -229,7 +229,7 @@ def fake_flights(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(stack.number)
         return made_up(stack.number)
 
-    monkeypatch.setattr(trials, "fly_trial", fake)
+    monkeypatch.setattr(module, "run_plans", fake)
     return seen
 
 
@@ -241,113 +241,115 @@ def numbered(*numbers: int) -> list[Stack]:
     return [stack_of(BYTES, number=number) for number in numbers]
 
 
-def test_trials_come_in_order_and_stay_in_files(fake_flights: list[int], tmp_path: Path) -> None:
+def test_plan_runs_come_in_order_and_stay_in_files(fake_runs: list[int], tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
-    folder = tmp_path / "new" / "trials"
+    folder = tmp_path / "new" / "plan_runs"
     given = numbered(2, 0, 1)
-    found = list(run_trials(given, folder, workers=1, on_progress=lambda *done: progress.append(done)))
-    assert fake_flights == [2, 0, 1]
+    found = list(collect_plan_runs(given, folder, workers=1, on_progress=lambda *done: progress.append(done)))
+    assert fake_runs == [2, 0, 1]
     assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    assert all(same(trial, made_up(stack.number)) for trial, stack in zip(found, given, strict=True))
+    assert all(same(each, made_up(stack.number)) for each, stack in zip(found, given, strict=True))
     assert names(folder) == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
     for number in range(3):
         arrays = load_file(folder / f"0000{number}.safetensors")
         assert same(PlanRun(**arrays), made_up(number))
 
 
-def test_what_is_there_is_not_flown_again(fake_flights: list[int], tmp_path: Path) -> None:
-    first = list(run_trials(numbered(0, 2), tmp_path, workers=1))
+def test_what_is_there_is_not_run_again(fake_runs: list[int], tmp_path: Path) -> None:
+    first = list(collect_plan_runs(numbered(0, 2), tmp_path, workers=1))
     contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     progress: list[tuple[int, int]] = []
-    more = list(run_trials(numbered(0, 1, 2, 3), tmp_path, workers=1, on_progress=lambda *done: progress.append(done)))
-    assert fake_flights == [0, 2, 1, 3]
+    more = list(
+        collect_plan_runs(numbered(0, 1, 2, 3), tmp_path, workers=1, on_progress=lambda *done: progress.append(done))
+    )
+    assert fake_runs == [0, 2, 1, 3]
     assert progress == [(2, 4), (3, 4), (4, 4)]
     assert same(more[0], first[0])
     assert same(more[2], first[1])
     assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
-    list(run_trials(numbered(0, 1, 2, 3), tmp_path, workers=1))
-    assert fake_flights == [0, 2, 1, 3], "nothing is left to fly"
+    list(collect_plan_runs(numbered(0, 1, 2, 3), tmp_path, workers=1))
+    assert fake_runs == [0, 2, 1, 3], "nothing is left to run"
 
 
-def test_an_interrupted_training_goes_on_where_it_was(fake_flights: list[int], tmp_path: Path) -> None:
+def test_an_interrupted_training_goes_on_where_it_was(fake_runs: list[int], tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        list(run_trials(numbered(0, 1, 90, 2), tmp_path, workers=1))
+        list(collect_plan_runs(numbered(0, 1, 90, 2), tmp_path, workers=1))
     assert names(tmp_path) == ["00000.safetensors", "00001.safetensors"], "whole files, and no temporary ones"
-    assert len(list(run_trials(numbered(0, 1, 2), tmp_path, workers=1))) == 3
-    assert fake_flights == [0, 1, 2]
+    assert len(list(collect_plan_runs(numbered(0, 1, 2), tmp_path, workers=1))) == 3
+    assert fake_runs == [0, 1, 2]
 
 
-def test_a_file_is_whole_or_absent(fake_flights: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_is_whole_or_absent(fake_runs: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def torn(arrays: Any, path: Path, metadata: dict[str, str]) -> None:
         path.write_bytes(b"half of it")
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "save_file", torn)
+        patch.setattr(module, "save_file", torn)
         with pytest.raises(Killed):
-            list(run_trials(numbered(0), tmp_path, workers=1))
+            list(collect_plan_runs(numbered(0), tmp_path, workers=1))
     assert names(tmp_path) == []
-    assert same(next(run_trials(numbered(0), tmp_path, workers=1)), made_up(0))
-    assert fake_flights == [0, 0]
+    assert same(next(collect_plan_runs(numbered(0), tmp_path, workers=1)), made_up(0))
+    assert fake_runs == [0, 0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "other version", "no version"])
 def test_a_trial_that_is_damaged_or_of_another_version_is_refused(
-    fake_flights: list[int], tmp_path: Path, damage: str
+    fake_runs: list[int], tmp_path: Path, damage: str
 ) -> None:
-    list(run_trials(numbered(0), tmp_path, workers=1))
+    list(collect_plan_runs(numbered(0), tmp_path, workers=1))
     (path,) = tmp_path.iterdir()
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100])
     else:
         save_file(load_file(path), path, metadata={"schema": "1"} if damage == "other version" else None)
     with pytest.raises(RunFolderError, match="cannot be read" if damage == "cut" else "another version"):
-        list(run_trials(numbered(0), tmp_path, workers=1))
+        list(collect_plan_runs(numbered(0), tmp_path, workers=1))
 
 
-# Lessons --------------------------------------------------------------------------------------------------------------
+# The data set ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_failed_or_got_worse_has_gained_nothing() -> None:
-    trial = replace(
+    each = replace(
         made_up(), losses=np.array([0.5, math.nan, 2.0, math.inf, 0.0]), initial=np.array([1.0, 0.8, 0.8, 0.8, 1.0])
     )
-    np.testing.assert_allclose(trial.gains, -np.log([0.5, 0.8, 0.8, 0.8, 1e-6]))
+    np.testing.assert_allclose(each.gains, -np.log([0.5, 0.8, 0.8, 0.8, 1e-6]))
 
 
-TRIALS = (made_up(0, decisions=2, tasks=2, modules=3), made_up(1, decisions=1, tasks=1, modules=5))
+PLAN_RUNS = (made_up(0, decisions=2, tasks=2, modules=3), made_up(1, decisions=1, tasks=1, modules=5))
 PLACES = [
-    (trial, decision, run)
-    for trial in TRIALS
-    for decision in range(trial.ranks.shape[0])
-    for run in range(trial.ranks.shape[1])
+    (each, decision, run)
+    for each in PLAN_RUNS
+    for decision in range(each.ranks.shape[0])
+    for run in range(each.ranks.shape[1])
 ]
 
 
 def test_lessons_are_all_decisions_of_all_runs() -> None:
-    lessons = lessons_of(TRIALS)
-    plans = lessons.plans
+    dataset = plan_dataset(PLAN_RUNS)
+    plans = dataset.plans
     rows = len(PLACES)
     assert rows == 2 * 2 * RUNS + RUNS
     assert plans.modules.shape == (rows, 5, len(MODULE_FEATURES))
     assert plans.scores.shape == plans.mask.shape == (rows, 5)
     assert plans.run.shape == (rows, len(RUN_FEATURES))
     assert plans.ranks.shape == (rows, 1, 5)
-    assert {plans.modules.dtype, plans.scores.dtype, plans.run.dtype, lessons.gains.dtype} == {torch.float32}
-    assert plans.ranks.dtype == lessons.groups.dtype == lessons.tasks.dtype == torch.int64
-    for row, (trial, decision, run) in enumerate(PLACES):
-        count = trial.ranks.shape[2]
-        np.testing.assert_array_equal(plans.modules[row, :count], trial.modules[decision, run])
-        np.testing.assert_array_equal(plans.scores[row, :count], trial.scores[decision, run])
-        np.testing.assert_array_equal(plans.run[row], trial.run[decision, run])
-        np.testing.assert_array_equal(plans.ranks[row, 0, :count], trial.ranks[decision, run])
-        assert float(lessons.gains[row]) == pytest.approx(trial.gains[run])
+    assert {plans.modules.dtype, plans.scores.dtype, plans.run.dtype, dataset.gains.dtype} == {torch.float32}
+    assert plans.ranks.dtype == dataset.groups.dtype == dataset.tasks.dtype == torch.int64
+    for row, (each, decision, run) in enumerate(PLACES):
+        count = each.ranks.shape[2]
+        np.testing.assert_array_equal(plans.modules[row, :count], each.modules[decision, run])
+        np.testing.assert_array_equal(plans.scores[row, :count], each.scores[decision, run])
+        np.testing.assert_array_equal(plans.run[row], each.run[decision, run])
+        np.testing.assert_array_equal(plans.ranks[row, 0, :count], each.ranks[decision, run])
+        assert float(dataset.gains[row]) == pytest.approx(each.gains[run])
 
 
 def test_modules_that_a_base_does_not_have_are_padding() -> None:
-    plans = lessons_of(TRIALS).plans
-    for row, (trial, *_) in enumerate(PLACES):
-        count = trial.ranks.shape[2]
+    plans = plan_dataset(PLAN_RUNS).plans
+    for row, (each, *_) in enumerate(PLACES):
+        count = each.ranks.shape[2]
         assert plans.mask[row].tolist() == [1.0] * count + [0.0] * (5 - count)
         assert not plans.modules[row, count:].any()
         assert not plans.scores[row, count:].any()
@@ -355,13 +357,13 @@ def test_modules_that_a_base_does_not_have_are_padding() -> None:
 
 
 def test_a_group_is_one_decision_of_one_task() -> None:
-    lessons = lessons_of(TRIALS)
+    dataset = plan_dataset(PLAN_RUNS)
     groups: dict[Any, set[int]] = {}
     tasks: dict[Any, set[int]] = {}
-    for row, (trial, decision, run) in enumerate(PLACES):
-        task = (TRIALS.index(trial), run // RUNS)
-        groups.setdefault((task, decision), set()).add(int(lessons.groups[row]))
-        tasks.setdefault(task, set()).add(int(lessons.tasks[row]))
+    for row, (each, decision, run) in enumerate(PLACES):
+        task = (PLAN_RUNS.index(each), run // RUNS)
+        groups.setdefault((task, decision), set()).add(int(dataset.groups[row]))
+        tasks.setdefault(task, set()).add(int(dataset.tasks[row]))
     for found, count in ((groups, 2 * 2 + 1), (tasks, 3)):
         assert len(found) == count
         assert all(len(numbers) == 1 for numbers in found.values()), "one number for each"
@@ -369,11 +371,11 @@ def test_a_group_is_one_decision_of_one_task() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_the_order_of_trials_does_not_mix_groups(order: Sequence[int]) -> None:
-    lessons = lessons_of([TRIALS[number] for number in order])
-    groups = Counter(lessons.groups.tolist())
+def test_the_order_of_plan_runs_does_not_mix_groups(order: Sequence[int]) -> None:
+    dataset = plan_dataset([PLAN_RUNS[number] for number in order])
+    groups = Counter(dataset.groups.tolist())
     assert list(groups.values()) == [RUNS] * 5
     for group in groups:
-        members = lessons.groups == group
-        assert len(set(lessons.tasks[members].tolist())) == 1
-        assert len(set(lessons.plans[members].mask.sum(dim=1).tolist())) == 1
+        members = dataset.groups == group
+        assert len(set(dataset.tasks[members].tolist())) == 1
+        assert len(set(dataset.plans[members].mask.sum(dim=1).tolist())) == 1

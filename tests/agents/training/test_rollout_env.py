@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from rankpilot.agents.evaluation.runs import fly
+from rankpilot.agents.evaluation.runs import run_attempts
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.rules.by_signal import HEUR3, signal_score
 from rankpilot.agents.training.rewards import rewards_of
@@ -302,7 +302,7 @@ def test_whoever_acts_as_the_rule_gets_nothing(unit: Any, fractions: tuple[float
     observations: Any = some.reset()
     for _ in fractions:
         assert some._local is not None
-        found = some._local._rounds[0][0]
+        found = some._local._rollouts[0][0]
         observations, rewards, _, _ = some.step(rule_actions(observations))
     churn = found.churn[: some.num_envs]
     np.testing.assert_allclose(rewards + churn, 0, atol=1e-6)
@@ -343,7 +343,7 @@ def steered_actions(arrays: Arrays) -> NDArray[np.float32]:
     return actions
 
 
-def test_play_is_flying(envs: ProxyVecEnv) -> None:
+def test_play_runs_whole_tasks(envs: ProxyVecEnv) -> None:
     """More tasks than a stack holds, of two bases, one of which fails."""
     hot = task("shift", 20, learning_rate=1e30)
     tasks = [task("shift", seed, base) for seed, base in enumerate(["llama-4x32", "bert-4x32"] * 4)]
@@ -358,7 +358,7 @@ def test_play_is_flying(envs: ProxyVecEnv) -> None:
     for base in ("llama-4x32", "bert-4x32"):
         own = [index for index, one in enumerate(tasks) if one.base == base]
         engine = StackedEpisodes(base, SCHEDULE, 4)
-        expected = fly(engine, [(tasks[index], Steered()) for index in own], 4)
+        expected = run_attempts(engine, [(tasks[index], Steered()) for index in own], 4)
         np.testing.assert_array_equal([losses[index] for index in own], expected)
 
 

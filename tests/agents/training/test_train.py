@@ -25,11 +25,11 @@ from rankpilot.agents.training import task_sampling as draws
 from rankpilot.agents.training import train as training
 from rankpilot.agents.training.checkpoint import CHECKPOINT, write_checkpoint
 from rankpilot.agents.training.config import TrainConfig
-from rankpilot.agents.training.plan_runs import RUNS, TRIALS
+from rankpilot.agents.training.plan_runs import PLAN_RUNS, RUNS
 from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
 from rankpilot.agents.training.progress import PROGRESS
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
-from rankpilot.agents.training.task_sampling import rounds_of, trial_draws
+from rankpilot.agents.training.task_sampling import plan_draws, rounds_of
 from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
 from rankpilot.agents.training.validation import Validation
 from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
@@ -60,7 +60,7 @@ CONFIG = TrainConfig(
 )
 BARE = dataclasses.replace(CONFIG, iterations=2, warm_tasks=0, validation_tasks=0)
 BEGIN = [("validation", 0, 3), ("warm start", 0, 2), ("warm start", 2, 2), ("validation", 0, 3)]
-TRIED = dataclasses.replace(BARE, iterations=1, trial_tasks=2)
+TRIED = dataclasses.replace(BARE, iterations=1, plan_tasks=2)
 
 
 def same_weights(left: RankNetwork, right: RankNetwork) -> bool:
@@ -325,12 +325,12 @@ class _Payload:
 # Trials ---------------------------------------------------------------------------------------------------------------
 
 
-def test_trials_give_the_policy_critics(tmp_path: Path, make_observation: Callable[..., Any]) -> None:
+def test_plan_runs_give_the_policy_critics(tmp_path: Path, make_observation: Callable[..., Any]) -> None:
     """Also if a run is interrupted among them, and in processes; byte for byte the same."""
     run = noted(TRIED, tmp_path / "one" / "pilot")
-    assert run.stages == [("training", 1, 1), *(("trials", done, 2) for done in range(3)), ("plan critics", 2, 2)]
+    assert run.stages == [("training", 1, 1), *(("plan runs", done, 2) for done in range(3)), ("plan critics", 2, 2)]
     finish(run.folder, run.policy, TRIED)
-    facts = read_json(run.folder / CARD)["trials"]
+    facts = read_json(run.folder / CARD)["plan_runs"]
     assert facts["runs"] == 2 * RUNS
     loaded = load_policy(run.folder)
     assert isinstance(loaded, LearnedPolicy)
@@ -343,9 +343,9 @@ def test_trials_give_the_policy_critics(tmp_path: Path, make_observation: Callab
     other = tmp_path / "two" / "pilot"
     spread = dataclasses.replace(TRIED, workers=2, stacks=1)
     noted(spread, other)
-    (other / TRIALS / "00001.safetensors").unlink()
+    (other / PLAN_RUNS / "00001.safetensors").unlink()
     again = noted(spread, other, resume=True)
-    assert again.stages[:2] == [("trials", 1, 2), ("trials", 2, 2)], "one of the two was there"
+    assert again.stages[:2] == [("plan runs", 1, 2), ("plan runs", 2, 2)], "one of the two was there"
     finish(again.folder, again.policy, spread)
     assert (other / WEIGHTS).read_bytes() == (run.folder / WEIGHTS).read_bytes()
 
@@ -568,11 +568,11 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
     assert depth_bias < 0.25
 
 
-def test_tasks_of_trials() -> None:
+def test_tasks_of_plan_runs() -> None:
     """Each draw comes twice, as its template is and varied, base by base."""
-    config = TrainConfig(trial_tasks=100)
+    config = TrainConfig(plan_tasks=100)
     rounds = rounds_of(config)
-    draws = trial_draws(rounds, config.trial_tasks)
+    draws = plan_draws(rounds, config.plan_tasks)
     half = len(draws) // 2
     assert len(draws) == 2 * half
     assert 100 <= sum(map(len, draws)) < 100 + 2 * rounds.groups

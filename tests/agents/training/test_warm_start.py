@@ -15,7 +15,7 @@ from rankpilot.agents.training import warm_start as module
 from rankpilot.agents.training.ppo_policy import RankPolicy
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.task_sampling import RolloutConfig
-from rankpilot.agents.training.warm_start import EXPONENT, SPAN, Lessons, explore, target_scores, warm_start
+from rankpilot.agents.training.warm_start import EXPONENT, SPAN, ScoreDataset, explore, target_scores, warm_start
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.arrays import Arrays
 from rankpilot.env.spaces import observation_space, score_space
@@ -46,14 +46,14 @@ def new_policy() -> RankPolicy:
 
 def seen_on(envs: ProxyVecEnv, tasks: list[ProxyTask]) -> Any:
     """What an untrained policy sees when it explores; the same whenever it is asked."""
-    policy, lessons = new_policy(), Lessons()
+    policy, dataset = new_policy(), ScoreDataset()
     torch.manual_seed(1)
-    envs.play(tasks, explore(policy), note=lessons.note)
-    return {key: torch.from_numpy(np.stack([row[key] for row in lessons.rows])) for key in lessons.rows[0]}, lessons
+    envs.play(tasks, explore(policy), note=dataset.note)
+    return {key: torch.from_numpy(np.stack([row[key] for row in dataset.rows])) for key in dataset.rows[0]}, dataset
 
 
-def centred_error(scores: torch.Tensor, lessons: Lessons) -> float:
-    own = scores[:, :MODULES] - torch.from_numpy(np.stack(lessons.targets))[:, :MODULES]
+def centred_error(scores: torch.Tensor, dataset: ScoreDataset) -> float:
+    own = scores[:, :MODULES] - torch.from_numpy(np.stack(dataset.targets))[:, :MODULES]
     return float((own - own.mean(dim=1, keepdim=True)).square().mean())
 
 
@@ -72,12 +72,12 @@ def test_targets_by_hand() -> None:
 
 
 def test_lessons_are_padded_like_observations() -> None:
-    lessons = Lessons()
+    dataset = ScoreDataset()
     arrays: Arrays = {"mask": np.array([[1, 1, 0], [1, 1, 1]]), "other": np.array([[5.0], [6.0]])}
-    lessons.note(arrays, [np.array([1.0, math.exp(-2)]), None])
-    assert lessons.known == [True, False]
-    np.testing.assert_allclose(lessons.targets, [[0.5, -0.5, 0], [0, 0, 0]])
-    assert [row["other"].tolist() for row in lessons.rows] == [[5.0], [6.0]]
+    dataset.note(arrays, [np.array([1.0, math.exp(-2)]), None])
+    assert dataset.known == [True, False]
+    np.testing.assert_allclose(dataset.targets, [[0.5, -0.5, 0], [0, 0, 0]])
+    assert [row["other"].tolist() for row in dataset.rows] == [[5.0], [6.0]]
 
 
 # Learning -------------------------------------------------------------------------------------------------------------
@@ -88,8 +88,8 @@ def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
 ) -> None:
     monkeypatch.setattr(module, "BATCH", 3)  # more steps, for fewer tasks
     monkeypatch.setattr(module, "PASSES", 300)
-    seen, lessons = seen_on(envs, PLANTED + SHIFT)
-    known = torch.tensor(lessons.known)
+    seen, dataset = seen_on(envs, PLANTED + SHIFT)
+    known = torch.tensor(dataset.known)
     assert (len(known), int(known.sum())) == (2 * 9, 2 * 6)
     policy = new_policy()
     torch.manual_seed(1)
@@ -99,8 +99,8 @@ def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
 
     with torch.no_grad():
         before, after = (one.get_distribution(seen).mean for one in (new_policy(), policy))
-    rows = [index for index, own in enumerate(lessons.known) if own]
-    own = Lessons(targets=[lessons.targets[index] for index in rows])
+    rows = [index for index, own in enumerate(dataset.known) if own]
+    own = ScoreDataset(targets=[dataset.targets[index] for index in rows])
     for scores, key in ((before, "before"), (after, "after")):
         assert centred_error(scores[known], own) == pytest.approx(errors[key], rel=1e-3), "as it says itself"
     constant = np.stack(own.targets)[:, :MODULES]

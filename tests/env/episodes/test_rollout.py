@@ -1,7 +1,8 @@
-"""Rounds: many episodes decision by decision, each as if it flew alone."""
+"""Rollouts: many episodes decision by decision, each as if it ran alone."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.plan import Plan
+from rankpilot.allocation.policy import Decision, decision_to_keep
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.episodes.rollout import Rollout
+from rankpilot.env.episodes.rollout import Rollout, rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.reward import churn_cost
 from rankpilot.env.tasks.finetune import Reference
@@ -36,19 +39,23 @@ def engine(tasks: list[ProxyTask]) -> StackedEpisodes:
     return StackedEpisodes(tasks[0].base, SCHEDULE, 4)
 
 
-def decision(task: ProxyTask, turn: int, problem: AllocationProblem) -> Any:
+def decision(task: ProxyTask, turn: int, problem: AllocationProblem) -> Decision:
     generator, count = np.random.default_rng([task.seed, turn]), len(problem.ranks)
-    return problem.ladder.step(problem.ranks, generator.integers(-10, 11, count)), generator.normal(size=count)
+    return Decision(
+        problem.ladder.step(problem.ranks, generator.integers(-10, 11, count)), generator.normal(size=count)
+    )
 
 
 def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[Rollout, list[list[Any]]]:
-    """A whole round of random decisions; also the ranks that were seen at each."""
-    found, ranks = Rollout(engine, tasks), []
-    while found.flying:
-        ranks.append([observation.problem.ranks for observation in found.observations])
-        problems = [observation.problem for observation in found.observations]
-        found.step({slot: decision(task, found.decisions, problems[slot]) for slot, task in enumerate(tasks)})
-    return found, ranks
+    """A whole rollout of random decisions; also the ranks that were seen at each."""
+    running, ranks = Rollout(engine, tasks), []
+
+    def decide(seen: Sequence[Observation]) -> list[Decision]:
+        ranks.append([observation.problem.ranks for observation in seen])
+        return [decision(task, running.decisions, each.problem) for task, each in zip(tasks, seen, strict=True)]
+
+    rollout(running, decide)
+    return running, ranks
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,8 @@ def together(engine: StackedEpisodes, tasks: list[ProxyTask]) -> tuple[Rollout, 
 
 def test_all_begin_and_end_together(together: tuple[Rollout, list[list[Any]], list[float]]) -> None:
     found, ranks, losses = together
-    assert not found.flying
+    assert found.ended
+    assert not found.active
     assert found.decisions == len(ranks) == 3
     assert [math.isfinite(loss) for loss in losses] == [True, True, False]
 
@@ -84,9 +92,11 @@ def test_a_failed_episode_sits_out(together: tuple[Rollout, list[list[Any]], lis
 
 def test_a_round_of_failures_ends(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
     found = Rollout(engine, [tasks[2], tasks[2]])
-    found.step(dict.fromkeys(range(2), decision(tasks[2], 0, found.observations[0].problem)))
-    assert not found.flying
-    found.step(dict.fromkeys(range(2), decision(tasks[2], 1, found.observations[0].problem)))
+    found.step([decision(tasks[2], 0, found.seen[0].problem)] * 2)
+    assert found.ended
+    assert found.decided == [0, 1]
+    found.step([decision(tasks[2], 1, found.seen[0].problem)] * 2)
+    assert found.decided == []
     assert found.decisions == 2
     assert np.isnan(found.losses()).all()
 
@@ -97,14 +107,14 @@ def test_churn_is_that_of_moves_after_the_first_decision(
     plans: list[Plan] = []
     apply = engine.apply
 
-    def noted(slot: int, *wish: Any) -> Plan:
-        plans.append(apply(slot, *wish))
+    def noted(slot: int, chosen: Decision) -> Plan:
+        plans.append(apply(slot, chosen))
         return plans[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "apply", noted)
         found, _ = play(engine, tasks[:1])
-    first, second, third = (found.observations[0].problem.ladder.rung(plan.ranks) for plan in plans)
+    first, second, third = (found.seen[0].problem.ladder.rung(plan.ranks) for plan in plans)
     assert found.churn == [pytest.approx(churn_cost(first, second) + churn_cost(second, third))]
     assert churn_cost(second, third) > 0
 
@@ -113,10 +123,10 @@ def test_the_first_plan_and_keeping_it_are_free(engine: StackedEpisodes, tasks: 
     """But for the bytes of signal buffers, which the last plan may spend as well: here the unit is parameters."""
     quiet = Rollout(engine, [replace(tasks[0], unit="parameters")])
     count = engine.module_count
-    quiet.step({0: (np.full(count, 64), np.zeros(count))})
-    assert (quiet.observations[0].problem.ranks != 1).any()
-    quiet.step({0: (quiet.observations[0].problem.ranks, np.zeros(count))})
-    quiet.step({0: (quiet.observations[0].problem.ranks, np.zeros(count))})
+    quiet.step([Decision(np.full(count, 64), np.zeros(count))])
+    assert (quiet.seen[0].problem.ranks != 1).any()
+    for _ in range(2):
+        quiet.step([decision_to_keep(quiet.seen[0])])
     assert quiet.churn == [0.0]
 
 
@@ -132,3 +142,17 @@ def test_the_initial_loss_is_that_of_the_base(engine: StackedEpisodes, tasks: li
 def test_tasks_of_another_base_are_refused(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
     with pytest.raises(ConfigError, match="share one base"):
         Rollout(engine, [replace(tasks[0], base="bert-4x32")])
+
+
+def test_what_is_noted_is_what_was_seen_and_decided(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
+    running = Rollout(engine, tasks)
+    noted: list[tuple[Any, Any, list[int], list[list[int]]]] = []
+
+    def note(seen: Any, chosen: Any) -> None:
+        noted.append((seen, chosen, running.decided, [ranks.tolist() for ranks in running.ranks]))
+
+    rollout(running, lambda seen: [decision_to_keep(observation) for observation in seen], note)
+    assert [slots for _, _, slots, _ in noted] == [[0, 1, 2], [0, 1], [0, 1]]
+    for (_, _, _, ranks), (seen, chosen, _, _) in itertools.pairwise(noted):
+        assert [observation.problem.ranks.tolist() for observation in seen][:2] == ranks[:2]
+        assert len(chosen) == 3

@@ -15,6 +15,7 @@ import rankpilot
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from numpy.typing import NDArray
+from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episode_record import EpisodeRecord
@@ -35,9 +36,11 @@ BASE = "llama-4x32"
 LONG = DecisionSchedule(probe_steps=10, fractions=(0.0, 0.2, 0.4, 0.6), max_step=10)
 
 
-def random_decision(slot: int, turn: int, problem: AllocationProblem) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def random_decision(slot: int, turn: int, problem: AllocationProblem) -> Decision:
     generator, count = np.random.default_rng([slot, turn]), len(problem.ranks)
-    return problem.ladder.step(problem.ranks, generator.integers(-10, 11, count)), generator.normal(size=count)
+    return Decision(
+        problem.ladder.step(problem.ranks, generator.integers(-10, 11, count)), generator.normal(size=count)
+    )
 
 
 @dataclass
@@ -52,11 +55,7 @@ class Story:
     rewards: list[float] = field(default_factory=list)
 
 
-def session_of(task: ProxyTask, reference: Reference, controller: Any, observation: Any) -> EpisodeRecord:
-    return EpisodeRecord(task, reference, controller, observation)
-
-
-def fly(
+def run_stacked(
     tasks: Sequence[ProxyTask], schedule: DecisionSchedule, ids: Sequence[int] | None = None, slots: int | None = None
 ) -> list[Story]:
     """All tasks at once in a stack; an id decides an episode's actions."""
@@ -64,48 +63,49 @@ def fly(
     episodes = StackedEpisodes(tasks[0].base, schedule, slots or len(tasks))
     episodes.measure_references(dict(enumerate(tasks)))
     episodes.start(dict(enumerate(tasks)))
-    stories, sessions = [Story() for _ in tasks], {}
+    stories, records = [Story() for _ in tasks], {}
     losses: dict[int, float | None] = {}
-    flying = list(range(len(tasks)))
+    active = list(range(len(tasks)))
     for turn in range(len(schedule.fractions)):
-        for slot in flying:
+        for slot in active:
             seen = episodes.observe(slot, losses.get(slot))
             stories[slot].observations.append(seen)
             if turn == 0:
                 reference = episodes.reference(tasks[slot])
                 stories[slot].reference = reference
-                sessions[slot] = session_of(tasks[slot], reference, episodes.flights[slot].controller, seen)
-            plan = episodes.apply(slot, *random_decision(ids[slot], turn, seen.problem))
+                controller = episodes.under_way[slot].controller
+                records[slot] = EpisodeRecord(tasks[slot].id, reference, controller, seen)
+            plan = episodes.apply(slot, random_decision(ids[slot], turn, seen.problem))
             stories[slot].ranks.append(plan.ranks)
-        for slot in flying:
-            sessions[slot].decided(episodes.flights[slot].step)
-        losses = episodes.advance(flying)
-        for slot in flying:
+        for slot in active:
+            records[slot].decided(episodes.under_way[slot].step)
+        losses = episodes.advance(active)
+        for slot in active:
             stories[slot].losses.append(losses[slot])
-        ended = [slot for slot in flying if episodes.flights[slot].ended]
-        held_out = episodes.held_out_losses([slot for slot in ended if not episodes.flights[slot].failed])
-        for slot in flying:
-            flight, story = episodes.flights[slot], stories[slot]
+        ended = [slot for slot in active if episodes.under_way[slot].ended]
+        held_out = episodes.held_out_losses([slot for slot in ended if not episodes.under_way[slot].failed])
+        for slot in active:
+            episode, story = episodes.under_way[slot], stories[slot]
             story.held_out = held_out.get(slot)
             over = slot in ended
             # The real loop observes before it closes; here the next turn does, with the same result.
-            reward, _ = sessions[slot].close_interval(
-                flight.step, losses[slot], ended=over, held_out_loss=story.held_out, observation=None
+            reward, _ = records[slot].close_interval(
+                episode.step, losses[slot], ended=over, held_out_loss=story.held_out, observation=None
             )
             story.rewards.append(reward)
-        flying = [slot for slot in flying if slot not in ended]
-    assert not flying
+        active = [slot for slot in active if slot not in ended]
+    assert not active
     return stories
 
 
-def fly_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Story:
+def run_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Story:
     """One task on a PEFT model."""
     episode, story = Episode(ProxyFineTune(task), schedule), Story()
     loss: float | None = None
     for turn in range(len(schedule.fractions)):
         seen = episode.observe(loss)
         story.observations.append(seen)
-        plan = episode.apply(*random_decision(identity, turn, seen.problem))
+        plan = episode.apply(random_decision(identity, turn, seen.problem))
         story.ranks.append(plan.ranks)
         loss = episode.advance()
         story.losses.append(loss)
@@ -127,11 +127,11 @@ def mixed_tasks(base: str) -> list[ProxyTask]:
 @pytest.mark.parametrize("base", ["llama-4x32", "bert-4x64", "gpt2-4x32"])
 def test_stacked_episodes_are_those_of_peft_models(base: str) -> None:
     tasks = mixed_tasks(base)
-    stories = fly(tasks, LONG)
+    stories = run_stacked(tasks, LONG)
     assert any((ranks == 0).any() and ranks.any() for story in stories for ranks in story.ranks)
     assert len({tuple(ranks) for story in stories for ranks in story.ranks}) == 16
     for identity, (task, story) in enumerate(zip(tasks, stories, strict=True)):
-        alone = fly_alone(task, LONG, identity)
+        alone = run_alone(task, LONG, identity)
         assert [ranks.tolist() for ranks in story.ranks] == [ranks.tolist() for ranks in alone.ranks]
         assert story.losses == pytest.approx(alone.losses, abs=1e-4)
         assert story.held_out == pytest.approx(alone.held_out, abs=1e-4)
@@ -170,12 +170,12 @@ def test_an_episode_does_not_notice_its_neighbours(make_task: MakeTask, schedule
         make_task("shift", 1, base=base),
         make_task("shift", 8, base=base, unit="parameters", budget=0.25),
     ]
-    together = fly(tasks, schedule)
+    together = run_stacked(tasks, schedule)
     assert together[5].losses[-1] is None, "one fails, so its slot stops early"
     assert together[5].rewards[-1] == -3.0
     for index in (0, 1, 2, 3, 5):
-        assert_equal_stories(fly([tasks[index]], schedule, ids=[index])[0], together[index])
-    wide = fly(tasks[1:4], schedule, ids=[1, 2, 3], slots=8)
+        assert_equal_stories(run_stacked([tasks[index]], schedule, ids=[index])[0], together[index])
+    wide = run_stacked(tasks[1:4], schedule, ids=[1, 2, 3], slots=8)
     for index, story in enumerate(wide, start=1):
         assert_equal_stories(story, together[index])
 

@@ -15,6 +15,7 @@ import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.plan import uniform_ranks
+from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.single import Episode, reference_of
 from rankpilot.env.rank_allocation import RankAllocationEnv
@@ -134,7 +135,7 @@ def test_its_own_modules_collator_and_loss(make_own: Callable[..., OwnTask], qui
     assert [target.name.rsplit(".", 1)[-1] for target in task.adapted()[1]] == ["q_proj", "v_proj"] * 2
     assert all(target.rank == START_RANK for target in task.adapted()[1])
     episode = Episode(task, quick)
-    episode.apply(episode.observe().problem.ranks, np.zeros(4))
+    episode.apply(Decision(episode.observe().problem.ranks, np.zeros(4)))
     episode.advance()
     assert set(calls) == {2, 4}, "batches, and smaller ones of the probe"
     with torch.no_grad():

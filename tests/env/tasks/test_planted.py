@@ -31,7 +31,9 @@ BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
 
 def problem_for(task: ProxyTask, **options: Any) -> AllocationProblem:
     targets, cost = adapted_base(task.base)[1], ProxyFineTune(task).cost()
-    limit = ProxyFineTune(task).limit.resolve(cost, np.array([target.max_rank for target in targets]), torch.device("cpu"))
+    limit = ProxyFineTune(task).limit.resolve(
+        cost, np.array([target.max_rank for target in targets]), torch.device("cpu")
+    )
     return problem_of(targets, cost, limit.value, ranks=np.ones(len(targets), dtype=np.int64), **options)
 
 

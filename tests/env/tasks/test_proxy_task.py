@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.data.corpora import load_corpus, sample_windows
 from rankpilot.data.labelled import load_labelled
@@ -263,7 +264,7 @@ def test_every_episode_of_a_task_starts_alike(make_task: MakeTask, schedule: Dec
     first = Episode(ProxyFineTune(task), schedule)
     start = [(t.weight_a.detach().clone(), t.weight_b.detach().clone()) for t in first.targets]
     observed = first.observe()
-    first.apply(np.full(28, 64), np.zeros(28))
+    first.apply(Decision(np.full(28, 64), np.zeros(28)))
     first.advance()
     second = Episode(ProxyFineTune(task), schedule)
     for target, (a, b) in zip(second.targets, start, strict=True):
@@ -280,7 +281,7 @@ def test_the_probe_leaves_its_result_alone(make_task: MakeTask, schedule: Decisi
     episode = Episode(ProxyFineTune(task), schedule)
     for _ in range(4):
         problem = episode.observe(1.0).problem
-        episode.apply(problem.ladder.step(problem.ranks, 1), np.zeros(28))
+        episode.apply(Decision(problem.ladder.step(problem.ranks, 1), np.zeros(28)))
         episode.advance()
     np.testing.assert_array_equal(probe_task(ProxyFineTune(task), schedule).signals, before)
 
@@ -289,7 +290,7 @@ def test_the_first_plan_has_no_two_equal_directions(make_task: MakeTask, schedul
     """A row of A that repeats another one stays equal to it for ever: a rank paid for and not had."""
     episode = Episode(ProxyFineTune(make_task("shift", 41)), schedule)
     problem = episode.observe().problem
-    episode.apply(problem.ladder.step(problem.ranks, 4), np.zeros(28))
+    episode.apply(Decision(problem.ladder.step(problem.ranks, 4), np.zeros(28)))
     for target in episode.targets:
         if target.rank > 1:
             assert int(torch.linalg.matrix_rank(target.weight_a.detach())) == target.rank
