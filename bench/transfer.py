@@ -200,9 +200,9 @@ def run_all(options: Transfer, course: Course, ledger: Ledger, console: Console)
     pieces = course.runs(options.weights())
     missing = [piece for piece in pieces if ledger.get(asdict(piece)) is None]
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar, worker_pool(options.workers) as spread:
+    with Progress(*columns, console=console, transient=True) as bar, worker_pool(options.workers) as workers:
         shown = bar.add_task("fine-tunes", total=len(pieces), completed=len(pieces) - len(missing))
-        for piece, result in spread(run_piece, missing):
+        for piece, result in workers.spread(run_piece, missing):
             ledger.add(asdict(piece), result)
             bar.advance(shown)
     return {piece: ledger.get(asdict(piece)) for piece in pieces}

@@ -107,17 +107,23 @@ def compare(
     unmeasured = [Job(None, *pair) for pair in dict.fromkeys((job.origin, job.task) for job in missing)]
     unmeasured = [job for job in unmeasured if job.task.reference is None and job.key[1:] not in references]
     total, done = sum(job.runs for job in (*unmeasured, *missing)), 0
-    with worker_pool(workers) as spread:
-        for chunk, results in spread(partial(_measure, schedule), _chunks(unmeasured, workers)):
+    with worker_pool(workers) as pool:
+        for chunk, results in pool.spread(partial(_measure, schedule), _chunks(unmeasured, workers), _name):
             references |= {job.key[1:]: result for job, result in zip(chunk, results, strict=True)}
             done += _report(chunk, done, total, on_progress)
         missing = [_with_reference(job, references) for job in missing]
-        for chunk, rows in spread(partial(_run, schedule), _chunks(missing, workers)):
+        for chunk, rows in pool.spread(partial(_run, schedule), _chunks(missing, workers), _name):
             known |= {row.key: row for row in rows}
             if file:
                 append_rows(file, rows)
             done += _report(chunk, done, total, on_progress)
     return [known[job.key] for job in jobs if job.key in known]
+
+
+def _name(chunk: Sequence[Job]) -> str:
+    """What errors call the work of a chunk."""
+    names = dict.fromkeys(job.competitor.name if job.competitor else "uniform" for job in chunk)
+    return f"{', '.join(names)} on {', '.join(dict.fromkeys(job.task.id for job in chunk))}"
 
 
 def _report(chunk: Iterable[Job], done: int, total: int, on_progress: Callable[[int, int], None] | None) -> int:

@@ -132,8 +132,8 @@ def fit_critics(
         for number in range(count)
     ]
     said = torch.full((count, len(rows)), torch.nan)
-    with worker_pool(min(workers, count)) as spread:
-        for piece, fitted in spread(_fit_one, pieces):
+    with worker_pool(min(workers, count)) as pool:
+        for piece, fitted in pool.spread(_fit_one, pieces, lambda piece: f"the fit of plan critic {piece.number}"):
             weights = {name: torch.from_numpy(values) for name, values in fitted.weights.items()}
             critics.critics[piece.number].load_state_dict(weights)
             said[piece.number] = torch.from_numpy(fitted.unseen)

@@ -154,8 +154,8 @@ def collect_plan_runs(
     done = len(stacks) - len(missing)
     if on_progress:
         on_progress(done, len(stacks))
-    with worker_pool(workers) as spread:
-        for stack, result in spread(run_plans, missing):
+    with worker_pool(workers) as pool:
+        for stack, result in pool.spread(run_plans, missing, _name):
             with atomic_path(paths[stack.number]) as temporary:
                 arrays = {field.name: getattr(result, field.name) for field in fields(result)}
                 save_file(arrays, temporary, metadata={"schema": str(SCHEMA)})
@@ -164,6 +164,11 @@ def collect_plan_runs(
                 on_progress(done, len(stacks))
     for path in paths.values():
         yield _read(path)
+
+
+def _name(stack: Stack) -> str:
+    """What errors call the work of a stack."""
+    return f"plan runs {stack.number} of {', '.join(task.id for task in stack.tasks)}"
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -1,21 +1,25 @@
-"""Work spread over processes."""
+"""Work spread over processes, objects that live in them, and what happens when one dies."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import active_children
 from operator import call
 from pathlib import Path
-from typing import Any
+from threading import Timer
 
 import psutil
 import pytest
 import torch
-from rankpilot.common.workers import Spread, isolated, worker_pool
+from rankpilot.common.workers import MOST_DEATHS, Call, Workers, isolated, worker_pool
+from rankpilot.errors import WorkerError
 
 
 class Broken(Exception):
@@ -23,10 +27,10 @@ class Broken(Exception):
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Spread[Any, Any]]:
+def two() -> Iterator[Workers]:
     """Two processes; they take a while to start."""
-    with worker_pool(2) as spread:
-        yield spread
+    with worker_pool(2) as workers:
+        yield workers
 
 
 @pytest.fixture
@@ -37,38 +41,38 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_results_do_not_depend_on_the_number_of_workers(two: Spread[Any, Any]) -> None:
+def test_results_do_not_depend_on_the_number_of_workers(two: Workers) -> None:
     pieces = [5, 3, 20, 3, 0]
     with worker_pool(1) as one:
-        alone = list(one(math.factorial, pieces))
+        alone = list(one.spread(math.factorial, pieces))
     assert alone == [(piece, math.factorial(piece)) for piece in pieces]
-    assert sorted(two(math.factorial, pieces)) == sorted(alone)
+    assert sorted(two.spread(math.factorial, pieces)) == sorted(alone)
 
 
-def test_there_may_be_nothing_to_do(two: Spread[Any, Any]) -> None:
+def test_there_may_be_nothing_to_do(two: Workers) -> None:
     with worker_pool(1) as one:
-        assert list(one(math.sqrt, [])) == list(two(math.sqrt, [])) == []
+        assert list(one.spread(math.sqrt, [])) == list(two.spread(math.sqrt, [])) == []
 
 
-def test_errors_in_a_worker_are_raised(two: Spread[Any, Any]) -> None:
+def test_errors_in_a_worker_are_raised(two: Workers) -> None:
     with worker_pool(1) as one:
-        for spread in (one, two):
+        for workers in (one, two):
             with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
-                list(spread(math.sqrt, [-1.0]))
-    assert list(two(math.sqrt, [4.0])) == [(4.0, 2.0)], "the processes go on"
+                list(workers.spread(math.sqrt, [-1.0]))
+    assert list(two.spread(math.sqrt, [4.0])) == [(4.0, 2.0)], "the processes go on"
 
 
 def test_processes_end_with_the_pool() -> None:
     before = set(active_children())
-    with pytest.raises(ValueError, match=r"math domain error|nonnegative"), worker_pool(2) as spread:
-        list(spread(math.sqrt, [-1.0]))
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"), worker_pool(2) as workers:
+        list(workers.spread(math.sqrt, [-1.0]))
     assert set(active_children()) <= before
 
 
 def test_one_worker_works_when_it_is_asked() -> None:
     done: list[int] = []
-    with worker_pool(1) as spread:
-        results = spread(done.append, [1, 2, 3])
+    with worker_pool(1) as workers:
+        results = workers.spread(done.append, [1, 2, 3])
         assert next(results) == (1, None)
         assert done == [1]
         list(results)
@@ -77,18 +81,18 @@ def test_one_worker_works_when_it_is_asked() -> None:
 
 def test_one_worker_leaves_the_random_state_as_it_was() -> None:
     before = torch.get_rng_state()
-    with worker_pool(1) as spread:
-        drawn = [result for _, result in spread(torch.rand, [3, 3])]
+    with worker_pool(1) as workers:
+        drawn = [result for _, result in workers.spread(torch.rand, [3, 3])]
         assert torch.equal(torch.get_rng_state(), before), "also between pieces"
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*drawn), "pieces do not depend on those before them"
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_each_worker_has_one_thread(two: Spread[Any, Any]) -> None:
+def test_each_worker_has_one_thread(two: Workers) -> None:
     with worker_pool(1) as one:
-        for spread in (one, two):
-            for _, threads in spread(call, [torch.get_num_threads] * 3):
+        for workers in (one, two):
+            for _, threads in workers.spread(call, [torch.get_num_threads] * 3):
                 assert threads == 1
                 assert torch.get_num_threads() == 2, "and this process as many as before"
 
@@ -108,16 +112,150 @@ def test_threads_and_random_state_are_put_back_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+# Objects that live in a process ---------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Adds up numbers, and remembers where it lives."""
+
+    def __init__(self, start: float) -> None:
+        if start < 0:
+            raise Broken(f"no tally starts at {start}")
+        self.total = start
+
+    def add(self, number: float, seconds: float = 0.0) -> tuple[float, int]:
+        time.sleep(seconds)
+        if number < 0:
+            raise Broken("a tally never falls")
+        self.total += number
+        return self.total, os.getpid()
+
+    def restart(self, total: float) -> float:
+        self.total = total
+        return total
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def totals(results: dict[int, tuple[float, int]]) -> dict[int, float]:
+    return {key: total for key, (total, _) in results.items()}
+
+
+@pytest.fixture(params=[1, 2], ids=["this process", "two processes"])
+def workers(request: pytest.FixtureRequest, two: Workers) -> Iterator[Workers]:
+    if request.param == 2:
+        yield two
+        return
+    with worker_pool(1) as one:
+        yield one
+
+
+def test_objects_keep_what_they_have_learned(workers: Workers) -> None:
+    for key in range(3):
+        workers.keep(key, partial(Tally, 10.0 * key))
+    for turn in range(1, 4):
+        results = workers.call({key: Call(Tally.add, (1.0,)) for key in (2, 0, 1)})
+        assert list(results) == [2, 0, 1]
+        assert totals(results) == {2: 20.0 + turn, 0: 0.0 + turn, 1: 10.0 + turn}
+    workers.keep(1, partial(Tally, 100.0))
+    assert totals(workers.call({1: Call(Tally.add, (1.0,))})) == {1: 101.0}
+    assert totals(workers.call({0: Call(Tally.add, (1.0,))})) == {0: 4.0}, "the others are as they were"
+
+
+def test_what_objects_raise_is_raised(workers: Workers) -> None:
+    workers.keep(0, partial(Tally, 0.0))
+    workers.keep(1, partial(Tally, -1.0))
+    with pytest.raises(Broken, match="never falls"):
+        workers.call({0: Call(Tally.add, (-1.0,))})
+    for _ in range(2):
+        with pytest.raises(Broken, match="no tally starts at"):
+            workers.call({1: Call(Tally.add, (1.0,))})
+    assert totals(workers.call({0: Call(Tally.add, (1.0,))})) == {0: 1.0}
+
+
+def test_pieces_and_objects_share_the_processes(two: Workers) -> None:
+    two.keep(0, partial(Tally, 5.0))
+    _, home = two.call({0: Call(Tally.add, (1.0,))})[0]
+    assert home != os.getpid()
+    assert home in {pid for _, pid in two.spread(call, [os.getpid] * 4)}
+    assert two.call({0: Call(Tally.add, (1.0,))})[0] == (7.0, home)
+
+
+# Processes that die ---------------------------------------------------------------------------------------------------
+
+
+def test_another_process_takes_the_place_of_one_that_died_idle(two: Workers) -> None:
+    for key in (0, 2):
+        two.keep(key, partial(Tally, float(key)))
+    first = two.call({key: Call(Tally.add, (0.1,)) for key in (0, 2)})
+    two.call({0: Call(Tally.add, (0.2,))})
+    home = first[0][1]
+    os.kill(home, signal.SIGKILL)
+    results = two.call({key: Call(Tally.add, (0.3,)) for key in (0, 2)})
+    assert totals(results) == {0: 0.0 + 0.1 + 0.2 + 0.3, 2: 2.0 + 0.1 + 0.3}, "to the last bit"
+    assert {pid for _, pid in results.values()} != {home}
+
+
+def test_a_call_that_is_interrupted_is_made_again(two: Workers) -> None:
+    two.keep(0, partial(Tally, 0.0))
+    home = two.call({0: Call(Tally.add, (0.1,))})[0][1]
+    Timer(0.5, os.kill, (home, signal.SIGKILL)).start()
+    total, pid = two.call({0: Call(Tally.add, (0.2, 1.5))})[0]
+    assert (total, pid != home) == (0.1 + 0.2, True)
+
+
+def test_calls_before_a_new_beginning_are_not_repeated(two: Workers) -> None:
+    two.keep(0, partial(Tally, 0.0))
+    home = two.call({0: Call(Tally.add, (1.0, 5.0))})[0][1]
+    two.call({0: Call(Tally.restart, (50.0,), anew=True)})
+    os.kill(home, signal.SIGKILL)
+    start = time.monotonic()
+    assert list(two.spread(math.sqrt, [4.0, 9.0])), "whoever died is replaced"
+    assert totals(two.call({0: Call(Tally.add, (1.0,))})) == {0: 51.0}
+    assert time.monotonic() - start < 5 + 4.9, "the slow call belongs to the past"
+
+
+def test_a_piece_that_is_interrupted_is_done_again(tmp_path: Path) -> None:
+    with worker_pool(2) as workers:
+        done = dict(workers.spread(_die_once, [str(tmp_path / name) for name in "ab"]))
+    assert sorted(done.values()) == ["a", "b"]
+
+
+def _die_once(path: str) -> str:
+    """The first process that comes along dies."""
+    if not Path(path).exists():
+        Path(path).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Path(path).name
+
+
+def _die(name: str) -> None:
+    os._exit(1)
+
+
+def test_work_that_kills_its_process_each_time_is_given_up() -> None:
+    with worker_pool(2) as workers:
+        message = rf"ended {MOST_DEATHS} times at the same work, .*: the piece called b\. Try fewer workers"
+        with pytest.raises(WorkerError, match=message):
+            list(workers.spread(_die, ["b"], lambda piece: f"the piece called {piece}"))
+        workers.keep(0, partial(Tally, 1.0))
+        workers.keep(1, partial(Tally, 1.0))
+        with pytest.raises(WorkerError, match="perhaps: stack 7 of round 3"):
+            workers.call({0: Call(Tally.die, (), "stack 7 of round 3"), 1: Call(Tally.add, (1.0,))})
+        assert totals(workers.call({0: Call(Tally.add, (1.0,))})) == {0: 2.0}, "other work goes on"
+
+
 _SCRIPT = """
 import os, time
 from operator import call
-from rankpilot.agents.pool import worker_pool
+from rankpilot.common.workers import worker_pool
 
 if __name__ == "__main__":
-    with worker_pool(2) as spread:
-        for _, pid in spread(call, [os.getpid, os.getpid]):
+    with worker_pool(2) as workers:
+        for _, pid in workers.spread(call, [os.getpid, os.getpid]):
             print(pid, flush=True)
-        next(spread(time.sleep, [100.0, 100.0]))
+        next(workers.spread(time.sleep, [100.0, 100.0]))
 """
 
 

@@ -48,8 +48,8 @@ def main() -> int:
         group = list(alike)
         chunks += [group[start : start + SLOTS] for start in range(0, len(group), SLOTS)]
     different = []
-    with worker_pool(os.cpu_count() or 1) as spread:
-        for chunk, ranks in spread(ranks_of, chunks):
+    with worker_pool(os.cpu_count() or 1) as workers:
+        for chunk, ranks in workers.spread(ranks_of, chunks):
             different += [task.id for task, rows in zip(chunk, ranks, strict=True) if rows != recorded[task.id]]
     print(f"{len(tasks) - len(different)} of {len(tasks)} tasks have the recorded ranks.", *sorted(different), sep="\n")
     return 1 if different else 0

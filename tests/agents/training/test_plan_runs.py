@@ -137,7 +137,7 @@ def test_ranks_fit_the_budget(made: PlanRun) -> None:
 
 def test_the_first_runs_follow_the_rules_and_the_actor(made: PlanRun) -> None:
     with isolated():
-        observations = Rollout(StackedEpisodes(BYTES.base, SCHEDULE, 2), [BYTES, PARAMETERS]).observations
+        observations = Rollout(StackedEpisodes(BYTES.base, SCHEDULE, 2), [BYTES, PARAMETERS]).seen
     actor = stack_of().actor
     for observation, start in zip(observations, (0, RUNS), strict=True):
         np.testing.assert_allclose(made.modules[0, start], observation.modules, atol=1e-5)
