@@ -393,12 +393,10 @@ def test_some_of_them_evenly(make_task: MakeTask) -> None:
 def test_drawing(make_task: MakeTask) -> None:
     tasks = [make_task(seed=seed) for seed in range(5)]
 
-    def draw(count: int, repeats: int = 1, skip: int = 0, seed: int = 0) -> list[int]:
-        stream = task_stream(tasks, np.random.default_rng(seed), repeats, skip)
+    def draw(count: int, seed: int = 0) -> list[int]:
+        stream = task_stream(tasks, np.random.default_rng(seed))
         return [next(stream).seed for _ in range(count)]
 
     plain = draw(50)
     assert draw(50) == plain != draw(50, seed=1)
     assert set(plain) == set(range(5))
-    assert draw(12, repeats=3) == [seed for seed in plain[:4] for _ in range(3)]
-    assert draw(10, skip=7) == plain[7:17]
