@@ -341,7 +341,9 @@ def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: py
     assert sum(path.stat().st_size for path in BASES_FOLDER.rglob("*") if path.is_file()) <= 6_000_000
     monkeypatch.setattr(bases, "BASES_FOLDER", tmp_path)
     bases._weights.cache_clear()
-    with pytest.raises(AssetError, match=r"weights of proxy base 'llama-4x32' are missing .*env.proxies.pretrain llama-4x32"):
+    with pytest.raises(
+        AssetError, match=r"weights of proxy base 'llama-4x32' are missing .*env.proxies.pretrain llama-4x32"
+    ):
         load_base_model("llama-4x32")
 
 
