@@ -354,7 +354,7 @@ def test_a_new_seed_pairs_groups_anew(make_task: MakeTask, schedule: DecisionSch
     core.seed(4)
     core.reset([0, 1])
     for turn in range(4):
-        problems = [core.sessions[slot].observation.problem for slot in range(2)]
+        problems = [core.records[slot].observation.problem for slot in range(2)]
         steps = core.step({slot: random_decision(slot, turn, problems[slot]) for slot in range(2)})
     improvements = [steps[slot].info["improvement"] for slot in range(2)]
     assert [steps[slot].info["group_mean"] for slot in range(2)] == pytest.approx([np.mean(improvements)] * 2)
