@@ -23,7 +23,7 @@ from ..memory.cost import ByteCost, Cost, cost_from_state, cost_state
 from .observation import Observation, RunState, observe
 from .plan import Plan, check_budget, project
 from .probe import ProbeResult
-from .problem import AllocationProblem, problem_of
+from .problem import AllocationProblem
 from .schedule import DecisionSchedule
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class RankController(Generic[AdaptersT]):
 
     Args:
         adapters: whose ranks are decided.
-        cost: price of a plan, signal buffers included.
+        cost: what plans cost, signal buffers included.
         limit: the hard budget, in the unit of `cost`.
         schedule: when decisions fall.
         total_steps: optimiser steps of the run.
@@ -113,7 +113,7 @@ class RankController(Generic[AdaptersT]):
         cost = self.cost
         if isinstance(cost, ByteCost) and self.decision >= len(self.decision_steps) - 1:
             cost = replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
-        return problem_of(
+        return AllocationProblem.of(
             self.targets,
             cost,
             self.limit,
@@ -189,12 +189,12 @@ class RankController(Generic[AdaptersT]):
         optimizer: torch.optim.Optimizer | None = None,
     ) -> Plan:
         """As `apply`, but not counted as a decision: brings the ranks back under a limit that has become tighter."""
-        problem = replace(self.problem(), held=self._hold_broken(optimizer))
+        problem = replace(self.problem(), pinned=self._pin_broken(optimizer))
         plan = project(problem, wanted, scores)
         self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
         return plan
 
-    def _hold_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
+    def _pin_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
         """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""
         broken = self.adapters.non_finite(optimizer)
         fresh = sorted(set(broken) - self._warned)
@@ -214,7 +214,7 @@ class RankController(Generic[AdaptersT]):
         self.cost = cost
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `from_state_dict` needs beside the adapters and their signals, as tensors and JSON values."""
+        """All that `from_state_dict` needs beside the adapters and their signals, as arrays and JSON values."""
         return {
             "cost": cost_state(self.cost),
             "reference_cost": self._reference_cost,
@@ -222,7 +222,7 @@ class RankController(Generic[AdaptersT]):
             "total_steps": self.total_steps,
             "first_loss": self.first_loss,
             "interval_losses": list(self.interval_losses),
-            "signal_ranks": torch.from_numpy(self.signal_ranks.copy()),
+            "signal_ranks": self.signal_ranks.copy(),
             "decision": self.decision,
             "seed": self.seed,
         }
@@ -259,6 +259,6 @@ class RankController(Generic[AdaptersT]):
         )
         controller._reference_cost = state["reference_cost"]
         controller.interval_losses = list(state["interval_losses"])
-        controller.signal_ranks = state["signal_ranks"].numpy().copy()
+        controller.signal_ranks = np.array(state["signal_ranks"])
         controller.decision = state["decision"]
         return controller

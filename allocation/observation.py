@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..common.arrays import FloatArray
 from ..lora.signals import SIGNALS
-from .pricing import FixedPrice
+from ..memory.cost import plan_cost
+from .fixed_cost import FixedCost
 from .problem import AllocationProblem
 
 Float32Array = NDArray[np.float32]
@@ -184,7 +185,7 @@ def observe(
     """
     ranks, ladder, limit = problem.ranks, problem.ladder, problem.limit
     rungs = ladder.rung(ranks)
-    spent = problem.price(ranks)
+    spent = plan_cost(problem.cost, ranks)
     rise = ladder.array[np.minimum(rungs + 1, ladder.top)] - ladder.array[rungs]
     per_rank = problem.cost.per_rank.max(axis=0)
     release, entry = _price_changes(problem)
@@ -213,7 +214,7 @@ def _log_share(prices: FloatArray, limit: float) -> FloatArray:
 def _price_changes(problem: AllocationProblem) -> tuple[FloatArray, FloatArray]:
     """What dropping each adapted module frees, and what adapting each other one at rank 1 adds; 0 elsewhere."""
     adapted, per_rank = problem.ranks > 0, problem.cost.per_rank
-    fixed = FixedPrice(problem.cost, adapted)
+    fixed = FixedCost(problem.cost, adapted)
     price = (fixed.value + per_rank @ problem.ranks)[:, None]
     without = (price - fixed.removals() - per_rank * problem.ranks).max(axis=0)
     joined = (price + fixed.additions(np.arange(len(adapted))) + per_rank).max(axis=0)

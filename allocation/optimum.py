@@ -18,8 +18,8 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import ConfigError
+from .fixed_cost import FixedCost
 from .plan_builder import PlanBuilder
-from .pricing import FixedPrice
 from .problem import AllocationProblem
 from .relaxation import Market, Relaxation
 
@@ -45,7 +45,7 @@ def best_plan(problem: AllocationProblem, utility: FloatArray) -> IntArray:
     """The plan with the most utility that fits, nearly: see the module's text.
 
     Args:
-        problem: prices, budget, ladder and bounds; `max_step`, `held`, `hysteresis` and current ranks are ignored.
+        problem: costs, limit, ladder and bounds; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
         utility: of each rung of the ladder on each module, (modules, rungs); not falling along the rungs, 0 at
             rank 0, best with falling returns.
 
@@ -140,10 +140,10 @@ class _Search:
     def _adapt(self, draft: PlanBuilder, prices: FloatArray, free: BoolArray) -> None:
         """Adapt further modules, each at the rung with the best utility per byte, the best first."""
         absent = np.flatnonzero(free & (draft.rungs == 0))
-        price = draft.additions(absent)[:, :, None] + self._per_rank[:, absent, None] * self._ladder
-        able = (draft.price[:, None, None] + price <= self._problem.limit).all(axis=0)
+        added = draft.additions(absent)[:, :, None] + self._per_rank[:, absent, None] * self._ladder
+        able = (draft.costs[:, None, None] + added <= self._problem.limit).all(axis=0)
         able &= (self._rungs <= self._problem.tops[absent, None]) & (self._utility[absent] > 0)
-        ratios = np.where(able, self._utility[absent] / np.maximum(np.tensordot(prices, price, 1), 1e-300), 0.0)
+        ratios = np.where(able, self._utility[absent] / np.maximum(np.tensordot(prices, added, 1), 1e-300), 0.0)
         rungs, best = ratios.argmax(axis=1), ratios.max(axis=1)
         refused = 0
         for place in np.argsort(-best, kind="stable")[: np.count_nonzero(best)].tolist():
@@ -185,7 +185,7 @@ class _Search:
             able = lower & (self._rungs < plan[:, None])
             if self._fits(plan) or not able.any():
                 break
-            released = FixedPrice(self._problem.cost, plan > 0).removals()[:, :, None] * (self._rungs == 0)
+            released = FixedCost(self._problem.cost, plan > 0).removals()[:, :, None] * (self._rungs == 0)
             freed = released + self._per_rank[:, :, None] * (self._ladder[plan][:, None] - self._ladder)
             lost = self._utility[self._modules, plan][:, None] - self._utility
             ratios = np.where(able, lost / np.maximum(np.tensordot(prices, freed, 1), 1e-300), np.inf)

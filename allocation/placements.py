@@ -43,7 +43,7 @@ def top_down_whole(problem: AllocationProblem, rank_floor: float = RANK_FLOOR) -
     Where not even the top layer can have it, the largest rank on that layer; where that is none, what `pack` finds.
 
     Args:
-        problem: the plans that are possible; `max_step` and `held` are ignored.
+        problem: the plans that are possible; `max_step` and `pinned` are ignored.
         rank_floor: rank that every adapted module should be able to have, > 0.
 
     Returns:
@@ -65,7 +65,7 @@ def top_down(problem: AllocationProblem, rank_floor: float = RANK_FLOOR) -> IntA
     """`top_down_whole` that spends everything: single modules of the next layer down, then equal ranks on the ladder.
 
     Args:
-        problem: the plans that are possible; `max_step`, `held`, `hysteresis` and current ranks are ignored.
+        problem: the plans that are possible; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
         rank_floor: rank that an adapted module should be able to have, > 0.
 
     Returns:

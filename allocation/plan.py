@@ -21,12 +21,12 @@ import numpy as np
 from ..common.arrays import FloatArray, IntArray
 from ..errors import BudgetError
 from ..memory.budget import format_bytes
-from ..memory.cost import ByteCost
+from ..memory.cost import ByteCost, moment_costs, plan_cost
+from .fixed_cost import FixedCost
 from .plan_builder import PlanBuilder
-from .pricing import FixedPrice
-from .problem import HYSTERESIS, AllocationProblem, problem_of
+from .problem import HYSTERESIS, AllocationProblem
 
-__all__ = ["HYSTERESIS", "AllocationProblem", "Plan", "check_budget", "pack", "problem_of", "project", "uniform_ranks"]
+__all__ = ["HYSTERESIS", "AllocationProblem", "Plan", "check_budget", "pack", "project", "uniform_ranks"]
 
 TOP_DOWN = 100.0
 """Depth bias with which scores only decide inside a layer."""
@@ -65,7 +65,7 @@ def check_budget(problem: AllocationProblem, names: list[str]) -> None:
     elif not problem.tops.any():
         raise BudgetError("The upper bounds on the ranks leave no module a rank above 0.")
     else:
-        nothing = FixedPrice(problem.cost, np.zeros(len(names), dtype=np.bool_))
+        nothing = FixedCost(problem.cost, np.zeros(len(names), dtype=np.bool_))
         alone = nothing.value[:, None] + nothing.additions(np.arange(len(names))) + problem.cost.per_rank * ladder[1]
         cheapest = int(np.argmin(np.where(problem.tops > 0, alone.max(axis=0), np.inf)))
         least = np.where(np.arange(len(names)) == cheapest, ladder[1], 0)
@@ -77,16 +77,16 @@ def check_budget(problem: AllocationProblem, names: list[str]) -> None:
 
 def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, str]:
     """What a plan needs, what there is, and what takes it and would lower it, for people."""
-    cost, price = problem.cost, problem.price(ranks)
+    cost, needed = problem.cost, plan_cost(problem.cost, ranks)
     if not isinstance(cost, ByteCost):
-        return f"{price:.0f} parameters", f"{problem.limit:.0f}", ""
-    fixed, adapter = cost.fixed(ranks > 0), cost.per_rank @ ranks
-    peak = int(np.argmax(fixed + adapter))
+        return f"{needed:.0f} parameters", f"{problem.limit:.0f}", ""
+    costs, adapter = moment_costs(cost, ranks), cost.per_rank @ ranks
+    peak = int(np.argmax(costs))
     always = cost.constant.min()
     parts = (
         (always, "to what trains outside the adapter and whatever else is held at all times"),
         (cost.constant[peak] - always, "to what that moment alone holds"),
-        (fixed[peak] - cost.constant[peak], "to what is saved for backward"),
+        (costs[peak] - adapter[peak] - cost.constant[peak], "to what is saved for backward"),
         (adapter[peak], "to the adapter itself"),
     )
     shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]
@@ -94,7 +94,7 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, s
         f" The peak is at {cost.moments[peak]}: {', '.join(shares)}. A smaller per-device batch, shorter sequences or "
         "gradient checkpointing lower it."
     )
-    return format_bytes(price, up=True), format_bytes(problem.limit), reason
+    return format_bytes(needed, up=True), format_bytes(problem.limit), reason
 
 
 def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
@@ -128,7 +128,7 @@ def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, dept
     score until the budget is spent. With equal scores and a large depth bias this is "fracrule" of docs/design.md.
 
     Args:
-        problem: the current state; its `max_step` and `held` are ignored.
+        problem: the current state; its `max_step` and `pinned` are ignored.
         scores: log rank relative to the other modules, float (modules,).
         rank_floor: rank that an adapted module should at least be able to have, > 0.
         depth_bias: how much a module's score counts less than that of one in the next layer up, in log rank.
@@ -171,18 +171,18 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray) ->
         scores: decide who gives way and who is filled up first, float (modules,).
 
     Returns:
-        The plan. It exceeds `max_step` downwards, and drops held modules, if the budget leaves no other way; where
+        The plan. It exceeds `max_step` downwards, and drops pinned modules, if the budget leaves no other way; where
         the lower bounds alone exceed the budget, it is those.
     """
     lower, upper = problem.bounds()
     wished = np.clip(problem.ladder.rung(wanted), lower, upper)
-    held = np.zeros(len(lower), dtype=np.bool_) if problem.held is None else problem.held
+    pinned = np.zeros(len(lower), dtype=np.bool_) if problem.pinned is None else problem.pinned
     draft = PlanBuilder(problem, scores, wished)
     draft.lower(lower)
-    draft.lower(np.where(held, lower, problem.bottoms))
+    draft.lower(np.where(pinned, lower, problem.bottoms))
     if not draft.fits():
-        droppable = held & (problem.bottoms == 0)
+        droppable = pinned & (problem.bottoms == 0)
         draft.drop(np.flatnonzero(droppable & (wished > 0)))
         upper = np.where(droppable, 0, upper)
     draft.fill(upper)
-    return Plan(problem.ladder.array[wished], draft.ranks, problem.price(draft.ranks))
+    return Plan(problem.ladder.array[wished], draft.ranks, plan_cost(problem.cost, draft.ranks))

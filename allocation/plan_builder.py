@@ -7,12 +7,13 @@ from bisect import bisect_left
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
-from .pricing import FixedPrice, price_of
+from ..memory.cost import plan_cost
+from .fixed_cost import FixedCost
 from .problem import AllocationProblem
 
 
 class PlanBuilder:
-    """Ranks on the ladder that move one rung at a time, with their price always at hand.
+    """Ranks on the ladder that move one rung at a time, with their cost always at hand.
 
     Moves go in the order of their *level*, log(rank) - score, rank being the higher one of the two: equal scores give
     equal ranks. Rungs that a module has already are `hysteresis` lower, and so is its place among the modules to
@@ -23,13 +24,13 @@ class PlanBuilder:
     the plan rises, and what fits is found by bisection.
 
     Args:
-        problem: prices, budget, ladder and current ranks.
+        problem: costs, limit, ladder and current ranks.
         scores: log rank relative to the other modules, float (modules,).
         rungs: where the plan starts, int64 (modules,).
 
     Attributes:
         rungs: where it is now, int64 (modules,).
-        price: what that costs, (moments,).
+        costs: what that costs at each moment, (moments,).
     """
 
     def __init__(self, problem: AllocationProblem, scores: FloatArray, rungs: IntArray) -> None:
@@ -39,8 +40,8 @@ class PlanBuilder:
         self._rises = np.diff(self._ranks, prepend=0)
         self._cost, self._per_rank = problem.cost, problem.cost.per_rank
         self._now, self._hysteresis = problem.rungs, problem.hysteresis
-        self._fixed = FixedPrice(problem.cost, rungs > 0)
-        self.price: FloatArray = self._fixed.value + self._per_rank @ self.ranks
+        self._fixed = FixedCost(problem.cost, rungs > 0)
+        self.costs: FloatArray = self._fixed.value + self._per_rank @ self.ranks
 
     @property
     def ranks(self) -> IntArray:
@@ -59,7 +60,7 @@ class PlanBuilder:
 
     def fits(self) -> bool:
         """Whether the plan keeps to the budget at every moment."""
-        return bool(self.price.max() <= self._limit)
+        return bool(self.costs.max() <= self._limit)
 
     def additions(self, modules: IntArray) -> FloatArray:
         """What adapting each of these modules alone would add, before its first rank, (moments, len(modules))."""
@@ -67,16 +68,16 @@ class PlanBuilder:
 
     def lift(self, module: int, rung: int) -> bool:
         """Put a module on this higher rung, if that fits."""
-        price = self.price + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
-        if price.max() > self._limit:
+        costs = self.costs + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
+        if costs.max() > self._limit:
             return False
         if self.rungs[module] == 0:
-            fixed = self._fixed.having(module)
-            price = price + (fixed - self._fixed.value)
-            if price.max() > self._limit:
+            fixed = self._fixed.value_with(module)
+            costs = costs + (fixed - self._fixed.value)
+            if costs.max() > self._limit:
                 return False
             self._fixed.add(module, fixed)
-        self.price = price
+        self.costs = costs
         self.rungs[module] = rung
         return True
 
@@ -85,11 +86,11 @@ class PlanBuilder:
         fixed, fresh = self._fixed.value, modules[self.rungs[modules] == 0]
         rise = self._per_rank[:, modules] @ (self._ranks[rungs] - self._ranks[self.rungs[modules]])
         self._fixed.add_all(fresh)
-        price = self.price + rise + (self._fixed.value - fixed)
-        if price.max() > self._limit:
+        costs = self.costs + rise + (self._fixed.value - fixed)
+        if costs.max() > self._limit:
             self._fixed.remove_all(fresh)
             return False
-        self.price = price
+        self.costs = costs
         self.rungs[modules] = rungs
         return True
 
@@ -97,7 +98,7 @@ class PlanBuilder:
         """Take adapted modules to rank 0."""
         fixed = self._fixed.value
         self._fixed.remove_all(modules)
-        self.price = self.price - self._per_rank[:, modules] @ self.ranks[modules] + (self._fixed.value - fixed)
+        self.costs = self.costs - self._per_rank[:, modules] @ self.ranks[modules] + (self._fixed.value - fixed)
         self.rungs[modules] = 0
 
     def lower(self, bound: IntArray) -> None:
@@ -110,12 +111,12 @@ class PlanBuilder:
 
         def fits_after(moves: int) -> bool:
             rungs = self.rungs - np.bincount(modules[:moves], minlength=len(self.rungs))
-            return bool(price_of(self._cost, self._ranks[rungs]).max() <= self._limit)
+            return plan_cost(self._cost, self._ranks[rungs]) <= self._limit
 
         moves = bisect_left(range(len(modules)), True, key=fits_after)
         self.rungs -= np.bincount(modules[:moves], minlength=len(self.rungs))
-        self._fixed = FixedPrice(self._cost, self.rungs > 0)
-        self.price = self._fixed.value + self._per_rank @ self.ranks
+        self._fixed = FixedCost(self._cost, self.rungs > 0)
+        self.costs = self._fixed.value + self._per_rank @ self.ranks
 
     def fill(self, upper: IntArray) -> None:
         """Raise modules until no rung of any of them fits, none above its bound; adapted ones first, then others."""
@@ -126,7 +127,7 @@ class PlanBuilder:
     def _adapt_more(self, upper: IntArray) -> bool:
         """Adapt further modules where that fits, best scores first; returns whether any did."""
         absent = np.flatnonzero((self.rungs == 0) & (upper > 0))
-        alone = self.price[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
+        alone = self.costs[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
         able = np.zeros(len(self.rungs), dtype=np.bool_)
         able[absent] = (alone <= self._limit).all(axis=0)
         lifted = [self.lift(module, 1) for module in self.precedence.tolist() if able[module]]
@@ -145,22 +146,22 @@ class PlanBuilder:
             modules: which module each move raises, (moves,).
             rungs: the rung that it leads to, (moves,); the moves of one module in rising order.
         """
-        prices = self._per_rank[:, modules] * self._rises[rungs]
+        rises = self._per_rank[:, modules] * self._rises[rungs]
         while len(modules):
             # A module that was refused once stays where it is, and what follows its refused rung is out too.
-            refused = (prices > (self._limit - self.price)[:, None]).any(axis=0)
+            refused = (rises > (self._limit - self.costs)[:, None]).any(axis=0)
             if refused.any():
                 barred = np.full(len(self.rungs), len(self._ranks))
                 np.minimum.at(barred, modules[refused], rungs[refused])
                 left = rungs < barred[modules]
-                modules, rungs, prices = modules[left], rungs[left], prices[:, left]
-            sums = self.price[:, None] + np.cumsum(prices, axis=1)
+                modules, rungs, rises = modules[left], rungs[left], rises[:, left]
+            sums = self.costs[:, None] + np.cumsum(rises, axis=1)
             count = int(np.count_nonzero((sums <= self._limit).all(axis=0)))
             if count == 0:
                 return
-            self.price = sums[:, count - 1]
+            self.costs = sums[:, count - 1]
             np.add.at(self.rungs, modules[:count], 1)
-            modules, rungs, prices = modules[count:], rungs[count:], prices[:, count:]
+            modules, rungs, rises = modules[count:], rungs[count:], rises[:, count:]
 
     def _moves(self, low: IntArray, high: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
         """All single rungs between two plans: modules, the higher rung of each move, its level; in that order."""

@@ -1,4 +1,4 @@
-"""Which plans are possible: ranks, bounds, price and budget at one decision."""
+"""Which plans are possible at one decision: ranks, bounds, cost and limit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ..common.arrays import BoolArray, IntArray
 from ..errors import ConfigError
 from ..lora.ladder import RankLadder
 from ..lora.targets import TargetModule
-from ..memory.cost import Cost
-from .pricing import price_of
+from ..memory.cost import Cost, plan_cost
 
 HYSTERESIS = 0.2
 """How much cheaper, in log rank, the rungs are that a module has already, at decisions after the first.
@@ -31,11 +30,11 @@ class AllocationProblem:
         ranks: current ranks, int64 (modules,).
         max_ranks: the largest useful rank of each module, int64 (modules,).
         blocks: layer of each module, 0 at the bottom, int64 (modules,).
-        cost: price of a plan.
+        cost: what plans cost.
         limit: what a plan may cost, in the unit of `cost`.
         ladder: allowed ranks.
         max_step: how many rungs a module may move at this decision; None for any number.
-        held: modules that must keep their rank, or be dropped unless `low` keeps them, bool (modules,); None for no
+        pinned: modules that must keep their rank, or be dropped unless `low` keeps them, bool (modules,); None for no
             module.
         low: the least rank that each module must have, int64 (modules,); None for 0. Between two rungs the upper
             one counts, above what a module can have the most that it can. Goes before the budget and `max_step`.
@@ -54,10 +53,54 @@ class AllocationProblem:
     limit: float
     ladder: RankLadder
     max_step: int | None = None
-    held: BoolArray | None = None
+    pinned: BoolArray | None = None
     low: IntArray | None = None
     high: IntArray | None = None
     hysteresis: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        targets: Sequence[TargetModule],
+        cost: Cost,
+        limit: float,
+        *,
+        ladder: RankLadder | None = None,
+        max_step: int | None = None,
+        low: IntArray | None = None,
+        high: IntArray | None = None,
+        hysteresis: float | None = None,
+        ranks: IntArray | None = None,
+    ) -> AllocationProblem:
+        """The plans that are possible for these modules at their current ranks.
+
+        Args:
+            targets: the target modules.
+            cost: what plans cost.
+            limit: what a plan may cost.
+            ladder: allowed ranks; the usual ones by default.
+            max_step: rungs that a module may move; None at the first decision, which may use the whole ladder.
+            low: least rank of each module, (modules,).
+            high: largest rank of each module, (modules,).
+            hysteresis: see the class; by default 0 at the first decision and `HYSTERESIS` at later ones.
+            ranks: current ranks, (modules,), where the targets do not hold them.
+        """
+        if ranks is None:
+            ranks = np.array([target.rank for target in targets], dtype=np.int64)
+        if hysteresis is None:
+            hysteresis = 0.0 if max_step is None else HYSTERESIS
+        return cls(
+            ranks=ranks,
+            max_ranks=np.array([target.max_rank for target in targets], dtype=np.int64),
+            blocks=np.array([target.block for target in targets], dtype=np.int64),
+            cost=cost,
+            limit=limit,
+            ladder=ladder or RankLadder(),
+            max_step=max_step,
+            low=low,
+            high=high,
+            hysteresis=hysteresis,
+        )
 
     def __post_init__(self) -> None:
         if not self.hysteresis >= 0:
@@ -108,26 +151,18 @@ class AllocationProblem:
         """The current rung of each module, the one below for a rank between two, (modules,)."""
         return self.ladder.rung(self.ranks)
 
-    def price(self, ranks: IntArray) -> float:
-        """What a plan costs."""
-        return float(price_of(self.cost, ranks).max())
-
     def fits(self, ranks: IntArray) -> bool:
-        """Whether a plan keeps to the budget."""
-        return self.price(ranks) <= self.limit
+        """Whether a plan keeps to the limit."""
+        return plan_cost(self.cost, ranks) <= self.limit
 
     def uniform(self, rank: int, lowest: int = 0) -> IntArray:
         """One rank, on the ladder or not, on all modules from layer `lowest` up; each within its bounds, (modules,)."""
         low, high = self.ladder.array[self.bottoms], np.minimum(self.max_ranks, self._most)
         return np.clip(np.where(self.blocks >= lowest, rank, 0), low, high)
 
-    def unbounded(self) -> AllocationProblem:
-        """The same problem without the limit on steps."""
-        return replace(self, max_step=None)
-
     def fresh(self) -> AllocationProblem:
         """The same problem at a first decision: from no adapter at all, free to go anywhere within the bounds."""
-        return replace(self, ranks=np.zeros_like(self.ranks), max_step=None, held=None, hysteresis=0.0)
+        return replace(self, ranks=np.zeros_like(self.ranks), max_step=None, pinned=None, hysteresis=0.0)
 
     def bounds(self) -> tuple[IntArray, IntArray]:
         """The lowest and the highest rung of each module that this decision may choose, (modules,) each."""
@@ -135,50 +170,7 @@ class AllocationProblem:
         reach = self.ladder.top if self.max_step is None else self.max_step
         upper = np.clip(now + reach, self.bottoms, self.tops)
         lower = np.clip(now - reach, self.bottoms, upper)
-        if self.held is None:
+        if self.pinned is None:
             return lower, upper
         kept = np.where((now > self.tops) & (self.bottoms == 0), 0, now)
-        return np.where(self.held, kept, lower), np.where(self.held, kept, upper)
-
-
-def problem_of(
-    targets: Sequence[TargetModule],
-    cost: Cost,
-    limit: float,
-    *,
-    ladder: RankLadder | None = None,
-    max_step: int | None = None,
-    low: IntArray | None = None,
-    high: IntArray | None = None,
-    hysteresis: float | None = None,
-    ranks: IntArray | None = None,
-) -> AllocationProblem:
-    """The plans that are possible for these modules at their current ranks.
-
-    Args:
-        targets: the target modules.
-        cost: price of a plan.
-        limit: what a plan may cost.
-        ladder: allowed ranks; the usual ones by default.
-        max_step: rungs that a module may move; None at the first decision, which may use the whole ladder.
-        low: least rank of each module, (modules,).
-        high: largest rank of each module, (modules,).
-        hysteresis: see `AllocationProblem`; by default 0 at the first decision and `HYSTERESIS` at later ones.
-        ranks: current ranks, (modules,), where the targets do not hold them.
-    """
-    if ranks is None:
-        ranks = np.array([target.rank for target in targets], dtype=np.int64)
-    if hysteresis is None:
-        hysteresis = 0.0 if max_step is None else HYSTERESIS
-    return AllocationProblem(
-        ranks=ranks,
-        max_ranks=np.array([target.max_rank for target in targets], dtype=np.int64),
-        blocks=np.array([target.block for target in targets], dtype=np.int64),
-        cost=cost,
-        limit=limit,
-        ladder=ladder or RankLadder(),
-        max_step=max_step,
-        low=low,
-        high=high,
-        hysteresis=hysteresis,
-    )
+        return np.where(self.pinned, kept, lower), np.where(self.pinned, kept, upper)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from .pricing import coverage_of, price_of
+from ..memory.cost import moment_costs
 from .problem import AllocationProblem
 
 _GRID = np.geomspace(1e-5, 1.0, 16)
@@ -46,9 +46,9 @@ class Relaxation:
 
     Attributes:
         low: the lower bounds, as rungs, int64 (modules,).
-        held: groups that the lower bounds do not pay at each moment, (moments, groups).
-        needs: which of them each module needs, bool (modules, groups).
-        per_rank: price of one rank at each moment, (moments, modules).
+        group_bytes: cost at each moment of the groups that the lower bounds do not pay, (moments, groups).
+        module_groups: which of them each module needs, bool (modules, groups).
+        per_rank: cost of one rank at each moment, (moments, modules).
         gains: utility above the lower bound, minus infinity outside the bounds, (modules, rungs).
         rises: ranks above the lower bound, (modules, rungs).
     """
@@ -61,22 +61,22 @@ class Relaxation:
         within = (rungs >= self.low[:, None]) & (rungs <= problem.tops[:, None])
         self.gains = np.where(within, utility - utility[self._modules, self.low][:, None], -np.inf)
         self.rises = np.where(within, self._ranks - self._ranks[self.low][:, None], 0)
-        self._base = price_of(problem.cost, self._ranks[self.low])
+        self._base = moment_costs(problem.cost, self._ranks[self.low])
         self._slack = np.maximum(problem.limit - self._base, 1.0)
-        table = coverage_of(problem.cost)
-        unpaid = np.flatnonzero(~table.by_module[self.low > 0].any(axis=0))
-        self.held, self.needs = table.held[:, unpaid], table.by_module[:, unpaid]
+        cost = problem.cost
+        unpaid = np.flatnonzero(~cost.module_groups[self.low > 0].any(axis=0))
+        self.group_bytes, self.module_groups = cost.group_bytes[:, unpaid], cost.module_groups[:, unpaid]
         self.per_rank = problem.cost.per_rank
 
     def start(self) -> FloatArray:
         """Prices of the moments to begin with: alike at all that everything together would exceed, (moments,)."""
-        exceeded = price_of(self._problem.cost, self._ranks[self._problem.tops]) > self._problem.limit
+        exceeded = moment_costs(self._problem.cost, self._ranks[self._problem.tops]) > self._problem.limit
         result: FloatArray = exceeded / self._slack / max(1, int(np.count_nonzero(exceeded)))
         return result
 
     def shifted(self, prices: FloatArray, rungs: IntArray) -> FloatArray:
         """Prices of the moments after seeing a plan: higher where it comes nearest to the budget, (moments,)."""
-        used = (price_of(self._problem.cost, self._ranks[rungs]) - self._base) / self._slack
+        used = (moment_costs(self._problem.cost, self._ranks[rungs]) - self._base) / self._slack
         shares = prices * self._slack * np.exp(3 * (used - used.max()))
         result: FloatArray = shares / shares.sum() / self._slack
         return result
@@ -90,7 +90,7 @@ class Relaxation:
         Returns:
             The modules, int64 (modules,), and an estimate of the best utility, (modules,); -inf if it does not fit.
         """
-        reach = self.needs @ (prices @ self.held)
+        reach = self.module_groups @ (prices @ self.group_bytes)
         order = np.argsort(reach, kind="stable")
         choose = Market(self, order).priced(prices)
         tables = []
@@ -124,9 +124,9 @@ class Market:
 
     def __init__(self, relaxation: Relaxation, allowed: IntArray) -> None:
         self._allowed, self._start = allowed, relaxation.low
-        left = np.flatnonzero(~relaxation.needs[allowed[-1]])
-        self._payer, self._group = np.nonzero(relaxation.needs[:, left][allowed])
-        self._held, self._per_rank = relaxation.held[:, left], relaxation.per_rank[:, allowed]
+        left = np.flatnonzero(~relaxation.module_groups[allowed[-1]])
+        self._payer, self._group = np.nonzero(relaxation.module_groups[:, left][allowed])
+        self._group_bytes, self._per_rank = relaxation.group_bytes[:, left], relaxation.per_rank[:, allowed]
         self._gains, self._rises = relaxation.gains[allowed], relaxation.rises[allowed]
         self._low = relaxation.low[allowed]
         self._members = np.arange(len(allowed))
@@ -140,7 +140,7 @@ class Market:
         Returns:
             The choice at each share of the highest price, 0 to 1.
         """
-        burden, bare = prices @ self._held, (prices @ self._per_rank)[:, None] * self._rises
+        burden, bare = prices @ self._group_bytes, (prices @ self._per_rank)[:, None] * self._rises
         positive = bare > 0
         highest = float((self._gains[positive] / bare[positive]).max(initial=0.0))
 
@@ -161,7 +161,7 @@ class Market:
         self, joined: BoolArray, value: FloatArray, level: float, burden: FloatArray
     ) -> tuple[BoolArray, FloatArray]:
         """Who takes part, and what each pays for groups: those who would lose leave until nobody does."""
-        free = self._low > 0  # whose groups are held in any case
+        free = self._low > 0  # whose groups are paid in any case
         value = np.where(free, 0.0, value)
         while True:
             stake = np.where(joined, value, 0.0)

@@ -9,6 +9,7 @@ import numpy as np
 from ..allocation.controller import RankController
 from ..allocation.observation import Observation
 from ..allocation.problem import AllocationProblem
+from ..memory.cost import plan_cost
 from .rendering import EpisodeTrace
 from .reward import REWARD_BOUND, Reward, churn_cost, terminal_improvement
 from .tasks.finetune import Reference
@@ -46,7 +47,7 @@ class EpisodeRecord:
         self._churn = churn_cost(before, after) if self._steps else 0.0
         self._steps.append(step)
         self._ranks.append(problem.ranks)
-        self._costs.append(problem.price(problem.ranks))
+        self._costs.append(plan_cost(problem.cost, problem.ranks))
 
     def improvement(self, held_out_loss: float | None) -> float:
         """How much better the run ended than the uniform one; None is a failed run."""
@@ -94,7 +95,7 @@ class EpisodeRecord:
             "loss": loss,
             "held_out_loss": self._held_out,
             "uniform_loss": self.reference.uniform,
-            "cost": problem.price(problem.ranks),
+            "cost": plan_cost(problem.cost, problem.ranks),
             "limit": problem.limit,
             "ranks": tuple(problem.ranks.tolist()),
             "non_finite": bool(self._losses) and loss is None,
@@ -116,7 +117,7 @@ class EpisodeRecord:
             total_steps=controller.total_steps,
             steps=(0,) if first else tuple(self._steps),
             ranks=np.stack([problem.ranks] if first else self._ranks),
-            costs=(problem.price(problem.ranks),) if first else tuple(self._costs),
+            costs=(plan_cost(problem.cost, problem.ranks),) if first else tuple(self._costs),
             limit=problem.limit,
             unit=controller.cost.unit,
             losses=tuple(self._losses),

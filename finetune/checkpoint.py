@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,7 @@ def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
     Args:
         checkpoint: the folder.
-        state: dictionaries, to any depth, of tensors and JSON values.
+        state: dictionaries, to any depth, of tensors, arrays and JSON values.
     """
     values, tensors = _split(state)
     with atomic_path(checkpoint / TENSORS) as temporary:
@@ -37,7 +38,7 @@ def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote.
+    """Read what `save_state` wrote; arrays come back as tensors.
 
     Raises:
         RunFolderError: the checkpoint was made without rankpilot or by another version, or was cut off while being
@@ -69,8 +70,8 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Te
     values: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in state.items():
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
+        if isinstance(value, torch.Tensor | np.ndarray):
+            tensors[name] = torch.as_tensor(value)
         elif isinstance(value, Mapping):
             values[name], inner = _split(value)
             tensors |= {f"{name}/{path}": tensor for path, tensor in inner.items()}

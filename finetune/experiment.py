@@ -21,7 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..agents.learned.policy_file import load_policy
 from ..allocation.plan import check_budget, uniform_ranks
-from ..allocation.problem import problem_of
+from ..allocation.problem import AllocationProblem
 from ..common.files import append_json_line, read_json, read_json_lines, write_json
 from ..common.run_folder import open_run
 from ..common.settings import as_json
@@ -160,7 +160,7 @@ def _uniform_start(
     with undisturbed(), precision(trainer.args):
         batch = largest_batch(workload.train, trainer.data_collator, config.batch_size, trainer.args.device)
         prices = price_plans(budget, targets, model, batch, optimizer, signals=False, accumulates=accumulates)
-    problem = problem_of(targets, prices.cost, prices.limit.value)
+    problem = AllocationProblem.of(targets, prices.cost, prices.limit.value)
     check_budget(problem, [target.name for target in targets])
     ranks = uniform_ranks(problem).tolist()
     set_ranks(targets, dict(zip((t.name for t in targets), ranks, strict=True)), seed=config.seed)

@@ -19,7 +19,7 @@ from ..errors import UnsupportedError
 from ..lora.signals import signal_buffer_bytes
 from ..memory.batch_shape import BatchShape, reshaped
 from ..memory.budget import format_bytes
-from ..memory.cost import ByteCost
+from ..memory.cost import ByteCost, plan_cost
 from ..memory.for_training import measure_memory
 from ..memory.model import MemoryModel
 from ..memory.peak_meter import PeakMeter
@@ -123,7 +123,7 @@ class PeakGuard:
         if peak is None or not isinstance(controller.cost, ByteCost) or peak <= controller.limit:
             return
         problem = controller.problem()
-        error = max(peak - problem.price(problem.ranks), 0.0)
+        error = max(peak - plan_cost(problem.cost, problem.ranks), 0.0)
         self._underestimate += error
         controller.reprice(replace(controller.cost, constant=controller.cost.constant + error))
         before = problem.ranks if self._before is None else self._before

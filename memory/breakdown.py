@@ -61,7 +61,7 @@ class Breakdown:
 
     @property
     def total(self) -> float:
-        """The predicted peak in bytes, equal to `total_cost`."""
+        """The predicted peak in bytes, equal to `plan_cost`."""
         return float(self.bytes.sum()) + self.margin
 
     def of_kind(self, kind: Kind) -> float:

@@ -180,6 +180,6 @@ def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
     """What uniform rank 8 on every module costs."""
     import numpy as np
 
-    from .cost import total_cost
+    from .cost import plan_cost
 
-    return total_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))
+    return plan_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-import torch
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..lora.targets import TargetModule
@@ -16,32 +16,55 @@ CostUnit = Literal["bytes", "parameters"]
 
 
 class Cost(Protocol):
-    """Price of a plan: the highest of its prices at a few moments, each linear in the ranks of the adapted modules."""
+    """What any plan costs: the highest of its costs at a few moments of a training step.
+
+    At each moment, a plan costs a constant, something for each rank, and something for each *group*. A group is paid
+    once as soon as the plan adapts any of the modules that need it. All values are whole numbers, so sums are exact.
+    """
 
     @property
     def unit(self) -> CostUnit:
         """What is counted."""
 
     @property
+    def constant(self) -> FloatArray:
+        """Cost of adapting no module at each moment, shape (moments,)."""
+
+    @property
     def per_rank(self) -> FloatArray:
-        """Price of one more rank on each module at each moment, shape (moments, modules)."""
+        """Cost of one more rank on each module at each moment, shape (moments, modules)."""
 
-    def fixed(self, active: BoolArray) -> FloatArray:
-        """Price of adapting exactly these modules, before the first rank, shape (moments,).
+    @property
+    def group_bytes(self) -> FloatArray:
+        """Cost of each group at each moment, shape (moments, groups)."""
 
-        Args:
-            active: which modules are adapted, shape (modules,).
-        """
+    @property
+    def needs(self) -> BoolArray:
+        """Which modules need each group, shape (groups, modules)."""
+
+    @property
+    def module_groups(self) -> BoolArray:
+        """`needs`, transposed and contiguous, shape (modules, groups)."""
 
 
-def total_cost(cost: Cost, ranks: IntArray) -> float:
-    """Price of a plan; `ranks` has shape (modules,)."""
-    return float((cost.fixed(ranks > 0) + cost.per_rank @ ranks).max())
+def moment_costs(cost: Cost, plans: IntArray) -> FloatArray:
+    """What plans cost at each moment: ranks of shape (..., modules) -> costs of shape (..., moments)."""
+    if plans.ndim == 1:
+        needed = cost.module_groups[plans > 0].any(axis=0)
+    else:
+        needed = (plans > 0).astype(np.float64) @ cost.needs.T > 0
+    result: FloatArray = cost.constant + needed @ cost.group_bytes.T + plans @ cost.per_rank.T
+    return result
+
+
+def plan_cost(cost: Cost, ranks: IntArray) -> float:
+    """What a plan costs, at the moment when it costs most; `ranks` has shape (modules,)."""
+    return float(moment_costs(cost, ranks).max())
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterCost:
-    """Counts adapter parameters: sum of rank x (d_in + d_out). There is one moment.
+    """Counts adapter parameters: sum of rank x (d_in + d_out). There is one moment, and no group.
 
     Attributes:
         per_rank: shape (1, modules).
@@ -55,62 +78,70 @@ class ParameterCost:
         """The cost of these target modules."""
         return cls(np.array([[t.d_in + t.d_out for t in targets]], dtype=np.float64))
 
-    def fixed(self, active: BoolArray) -> FloatArray:
-        """Nothing: only ranks count."""
+    @property
+    def constant(self) -> FloatArray:
+        """0, shape (1,)."""
         return np.zeros(1)
+
+    @property
+    def group_bytes(self) -> FloatArray:
+        """Empty, shape (1, 0)."""
+        return np.zeros((1, 0))
+
+    @property
+    def needs(self) -> BoolArray:
+        """Empty, shape (0, modules)."""
+        return np.zeros((0, self.per_rank.shape[1]), dtype=np.bool_)
+
+    @property
+    def module_groups(self) -> BoolArray:
+        """Empty, shape (modules, 0)."""
+        return self.needs.T
 
 
 @dataclass(frozen=True, eq=False)
 class ByteCost:
     """Bytes at the peak of a training step, the frozen model excluded.
 
-    A tensor is held for the backward pass if *any* of certain modules is adapted: those from which a gradient flows
-    through the operation that needs it. Tensors of one such set of modules are a group. The peak is the highest of
-    the moments that can be one (the loss, the backward pass of a layer, ...), and each moment holds its own part of
-    each group.
-
-    All values are whole numbers of bytes.
+    The backward pass needs a tensor if *any* of certain modules is adapted: those from which a gradient flows through
+    the operation that reads it. Tensors with one such set of modules are a group. The peak is the highest of the
+    moments that can be one (the loss, the backward pass of a layer, ...); at each of them another part of each group
+    is in memory.
 
     Attributes:
         moments: what each moment is, for people.
-        constant: bytes held at each moment whatever the plan, shape (moments,).
+        constant: bytes at each moment whatever the plan, shape (moments,).
         per_rank: bytes of one rank on each module: weights, gradients, optimiser state, rank-wide hidden state, shape
             (moments, modules).
-        held: bytes of each group at each moment, shape (moments, groups).
-        needs: whether a group is held as soon as a module is adapted, bool (groups, modules).
+        group_bytes: bytes of each group at each moment, shape (moments, groups).
+        needs: which modules need each group, bool (groups, modules).
     """
 
     unit: ClassVar[CostUnit] = "bytes"
     moments: tuple[str, ...]
     constant: FloatArray
     per_rank: FloatArray
-    held: FloatArray
+    group_bytes: FloatArray
     needs: BoolArray
 
-    def fixed(self, active: BoolArray) -> FloatArray:
-        """Bytes that depend on which modules are adapted and not on their ranks, and the constant, (moments,)."""
-        result: FloatArray = self.constant + self.held @ self.needs[:, active].any(axis=1)
-        return result
-
-    def prices(self, plans: IntArray) -> FloatArray:
-        """Bytes of several plans at each moment, (plans, modules) -> (plans, moments)."""
-        held = (plans > 0).astype(np.float64) @ self.needs.T > 0
-        result: FloatArray = self.constant + held @ self.held.T + plans @ self.per_rank.T
-        return result
+    @cached_property
+    def module_groups(self) -> BoolArray:
+        """`needs`, transposed and contiguous, bool (modules, groups)."""
+        return np.ascontiguousarray(self.needs.T)
 
 
 def cost_state(cost: Cost) -> dict[str, Any]:
-    """All that `cost_from_state` needs, as tensors and JSON values."""
+    """All that `cost_from_state` needs, as arrays and JSON values."""
     state: dict[str, Any] = {"unit": cost.unit}
     for field in fields(cost):  # type: ignore[arg-type]  # both kinds of cost are dataclasses
         value = getattr(cost, field.name)
-        state[field.name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else list(value)
+        state[field.name] = value if isinstance(value, np.ndarray) else list(value)
     return state
 
 
 def cost_from_state(state: Mapping[str, Any]) -> Cost:
-    """The cost that `cost_state` described."""
-    kind: type[Any] = {"bytes": ByteCost, "parameters": ParameterCost}[state["unit"]]
-    values = {field.name: state[field.name] for field in fields(kind)}
-    cost: Cost = kind(**{n: v.numpy() if isinstance(v, torch.Tensor) else tuple(v) for n, v in values.items()})
-    return cost
+    """The cost that `cost_state` described; arrays may have become tensors in between."""
+    if state["unit"] == "parameters":
+        return ParameterCost(np.asarray(state["per_rank"]))
+    arrays = {name: np.asarray(state[name]) for name in ("constant", "per_rank", "group_bytes", "needs")}
+    return ByteCost(tuple(state["moments"]), **arrays)

@@ -19,7 +19,7 @@ from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
 from .autograd_flow import ModuleSet
 from .batch_shape import BatchShape
-from .cost import ByteCost
+from .cost import ByteCost, moment_costs
 from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
 from .recording import Recording
@@ -102,7 +102,7 @@ class MemoryModel:
         cost, candidates, groups = self._full_cost(base, slope)
         kept = needed_candidates(cost, np.random.default_rng(0))
         cost = _with_margin(keep_candidates(cost, kept), self.margin)
-        totals = cost.prices(ranks[None])[0]
+        totals = moment_costs(cost, ranks)
         highest = int(totals.argmax())
         peak = PeakStorages(cost.moments[highest], float(totals[highest]), None, np.zeros(len(base)), self._recording)
         if kept[highest] == len(candidates):  # the optimiser's step
@@ -143,7 +143,7 @@ class MemoryModel:
             moments=(*(candidate.label for candidate in candidates), "optimizer step"),
             constant=np.array([constant for constant, _, _ in rows]),
             per_rank=np.stack([per_rank for _, _, per_rank in rows]),
-            held=np.concatenate([by_group, fixed], axis=1),
+            group_bytes=np.concatenate([by_group, fixed], axis=1),
             needs=np.concatenate([groups.needs(), np.eye(len(states.weights), dtype=np.bool_)]),
         )
         return cost, candidates, groups
@@ -203,7 +203,7 @@ def _growth(ratio: float, power: FloatArray, measured: float) -> FloatArray:
 
 
 def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
-    higher = {name: np.ceil(getattr(cost, name) * (1 + margin)) for name in ("constant", "per_rank", "held")}
+    higher = {name: np.ceil(getattr(cost, name) * (1 + margin)) for name in ("constant", "per_rank", "group_bytes")}
     return replace(cost, **higher)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from .cost import ByteCost
+from .cost import ByteCost, moment_costs
 from .recording import Recording
 
 UNDERESTIMATE = 1e-4
@@ -202,26 +202,26 @@ def needed_candidates(cost: ByteCost, generator: np.random.Generator, plans: int
         generator: draws the plans: any density, top layers only, ranks 1 to 64.
         plans: number of plans drawn, beside a few fixed ones.
     """
-    prices = cost.prices(np.stack([*_sampled(cost, generator, plans)]))
-    peaks = prices.max(axis=1)
+    costs = moment_costs(cost, np.stack([*_sampled(cost, generator, plans)]))
+    peaks = costs.max(axis=1)
     kept: list[int] = []
     while True:
-        reached = prices[:, kept].max(axis=1) if kept else np.zeros(len(prices))
+        reached = costs[:, kept].max(axis=1) if kept else np.zeros(len(costs))
         lost = (peaks - reached) / peaks
         if lost.max() <= UNDERESTIMATE:
             return sorted(kept)
-        kept.append(int(prices[int(lost.argmax())].argmax()))
+        kept.append(int(costs[int(lost.argmax())].argmax()))
 
 
 def keep_candidates(cost: ByteCost, kept: list[int]) -> ByteCost:
     """The cost with these candidates only (indices), and with the groups that at least one of them holds."""
-    used = cost.held[kept].any(axis=0)
+    used = cost.group_bytes[kept].any(axis=0)
     return replace(
         cost,
         moments=tuple(cost.moments[index] for index in kept),
         constant=cost.constant[kept],
         per_rank=cost.per_rank[kept],
-        held=cost.held[kept][:, used],
+        group_bytes=cost.group_bytes[kept][:, used],
         needs=cost.needs[used],
     )
 

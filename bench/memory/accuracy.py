@@ -13,7 +13,7 @@ import torch
 
 from ...common.arrays import IntArray
 from ...memory.batch_shape import BatchShape
-from ...memory.cost import ByteCost, total_cost
+from ...memory.cost import ByteCost, plan_cost
 from ...memory.model import MemoryModel
 from ...memory.recording import Batch
 from ..learner import Learner
@@ -131,7 +131,7 @@ def _compare(
     learner: Learner, memory: MemoryModel, cost: ByteCost, batch: Batch, ranks: IntArray, saves: bool
 ) -> Comparison:
     learner.step(batch)  # the optimiser's state is there from now on
-    peak = total_cost(cost, ranks), float(learner.measured_step(batch))
+    peak = plan_cost(cost, ranks), float(learner.measured_step(batch))
     shape = BatchShape.of(batch)
     saved = (memory.saved(ranks, shape), float(saved_bytes(learner, batch))) if saves else None
     return Comparison(shape == memory.shape, saved, peak)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ...allocation.placements import top_down, top_layers
-from ...allocation.problem import problem_of
+from ...allocation.problem import AllocationProblem
 from ...common.arrays import IntArray
 from ...finetune.batch_watch import BatchWatch
 from ...lora.targets import TargetModule
 from ...memory.batch_shape import BatchShape
-from ...memory.cost import Cost, total_cost
+from ...memory.cost import Cost, plan_cost
 from ...memory.recording import Batch
 from ..harness import estimate_cycles, interleave, paired_ratios, usual_step
 from ..learner import START_RANK
@@ -76,10 +76,10 @@ def named_plans(targets: Sequence[TargetModule], cost: Cost, layers: int) -> dic
         cost: of a plan.
         layers: transformer layers of the model; what stands above them, such as a pooler, goes with the top one.
     """
-    everything = problem_of(targets, cost, float("inf"))
+    everything = AllocationProblem.of(targets, cost, float("inf"))
     reference = everything.uniform(START_RANK)
     above = int(everything.blocks.max()) + 1 - layers
-    half_budget = problem_of(targets, cost, 0.5 * total_cost(cost, reference))
+    half_budget = AllocationProblem.of(targets, cost, 0.5 * plan_cost(cost, reference))
     return {
         REFERENCE: reference,
         TOP_HALF: top_layers(everything, round(layers / 2) + above, 16),
@@ -104,5 +104,5 @@ def outside_view(
     seen = {}
     for name in plans:
         ranks = named[name]
-        seen[name] = {"predicted": total_cost(cost, ranks)} | observe(family, size, ranks.tolist(), device, seed)
+        seen[name] = {"predicted": plan_cost(cost, ranks)} | observe(family, size, ranks.tolist(), device, seed)
     return seen

@@ -19,7 +19,7 @@ from ...agents.learned.policy import LearnedPolicy
 from ...agents.learned.policy_file import load_policy
 from ...agents.rules import find_rule
 from ...allocation.observation import Observation, RunState, observe
-from ...allocation.problem import problem_of
+from ...allocation.problem import AllocationProblem
 from ...common.workers import isolated
 from ...errors import ConfigError
 from ...lora.signals import SIGNALS
@@ -66,7 +66,7 @@ def observation_of(layers: int) -> Observation:
     whole = reference_cost(cost, np.array([target.max_rank for target in targets], dtype=np.int64))
     count = len(targets)
     return observe(
-        problem_of(targets, cost, BUDGET * whole),
+        AllocationProblem.of(targets, cost, BUDGET * whole),
         tuple(target.name for target in targets),
         np.random.default_rng(0).lognormal(size=(count, len(SIGNALS))),
         np.ones(count, dtype=np.int64),

@@ -19,7 +19,7 @@ from ...allocation.observation import Observation
 from ...allocation.plan import Plan, uniform_ranks
 from ...allocation.policy import Decision
 from ...allocation.probe import FIRST_LOSSES, ProbeResult
-from ...allocation.problem import AllocationProblem, problem_of
+from ...allocation.problem import AllocationProblem
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import IntArray
 from ...errors import ConfigError
@@ -177,7 +177,7 @@ class StackedEpisodes:
         most = np.array([target.max_rank for target in self._targets], dtype=np.int64)
         ranks = np.ones(len(most), dtype=np.int64)
         limit = fine_tune.limit.resolve(cost, most, self._targets[0].weight_a.device)
-        return problem_of(self._targets, cost, limit.value, ranks=ranks)
+        return AllocationProblem.of(self._targets, cost, limit.value, ranks=ranks)
 
     # Decisions --------------------------------------------------------------------------------------------------------
 

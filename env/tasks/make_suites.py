@@ -22,7 +22,7 @@ from ...allocation.problem import AllocationProblem
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import append_json_line, read_json_lines, write_json
 from ...memory.budget import REFERENCE_RANK, reference_cost
-from ...memory.cost import total_cost
+from ...memory.cost import plan_cost
 from ..episodes.stacked import StackedEpisodes
 from ..proxies.adapted import adapted_base
 from ..proxies.bases import find_base
@@ -152,9 +152,9 @@ def budget_range(task: ProxyTask) -> tuple[float, float]:
     """From one module at rank 1 to rank 32 everywhere, as shares of what uniform rank 8 takes."""
     cost, (_, targets) = ProxyFineTune(task).cost(), adapted_base(task.base)
     most = np.array([target.max_rank for target in targets], dtype=np.int64)
-    single = [total_cost(cost, np.eye(len(targets), dtype=np.int64)[index]) for index in range(len(targets))]
+    single = [plan_cost(cost, np.eye(len(targets), dtype=np.int64)[index]) for index in range(len(targets))]
     whole = reference_cost(cost, most)
-    return min(single) / whole, total_cost(cost, np.minimum(FULL_RANK, most)) / whole
+    return min(single) / whole, plan_cost(cost, np.minimum(FULL_RANK, most)) / whole
 
 
 def measure(tasks: Sequence[ProxyTask], runs: int) -> Iterator[list[ProxyTask]]:

@@ -11,14 +11,14 @@ import numpy as np
 
 from ...allocation.placements import top_down, top_down_whole, top_layers
 from ...allocation.plan import check_budget
-from ...allocation.problem import problem_of
+from ...allocation.problem import AllocationProblem
 from ...common.arrays import IntArray
 from ...data.task import Task
 from ...errors import UnsupportedError
 from ...memory.batch_shape import BatchShape, reshaped
 from ...memory.breakdown import Breakdown, break_down, frozen_bytes
 from ...memory.budget import Budget, reference_cost
-from ...memory.cost import ByteCost, Cost, ParameterCost, total_cost
+from ...memory.cost import ByteCost, Cost, ParameterCost, plan_cost
 from ...memory.model import MemoryModel
 from ...memory.step_parts import checkpoint_segments
 from .config import MemoryConfig
@@ -161,7 +161,9 @@ class _Plans:
         counts_parameters = budget is not None and budget.kind == "parameters"
         self._priced: Cost = ParameterCost.of(setup.targets) if counts_parameters else cost
         self._limit = budget.resolve(self._priced, self._max_ranks, setup.device).value if budget else None
-        self._problem = problem_of(setup.targets, self._priced, math.inf if self._limit is None else self._limit)
+        self._problem = AllocationProblem.of(
+            setup.targets, self._priced, math.inf if self._limit is None else self._limit
+        )
 
     @property
     def limit_bytes(self) -> float | None:
@@ -228,5 +230,5 @@ class _Plans:
         shape: BatchShape | None = None,
     ) -> Alternative:
         found = break_down(memory or self._memory, self._targets, ranks, shape)
-        price = found.total if isinstance(self._priced, ByteCost) else total_cost(self._priced, ranks)
+        price = found.total if isinstance(self._priced, ByteCost) else plan_cost(self._priced, ranks)
         return Alternative(kind, label, found, ranks, None if self._limit is None else price <= self._limit)

@@ -12,6 +12,7 @@ from rankpilot.allocation.optimum import best_plan
 from rankpilot.allocation.plan import pack, project
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
+from rankpilot.memory.cost import plan_cost
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_costs import transformer_cost
@@ -26,7 +27,10 @@ def timed_problem(generator, layers, *, checkpointing):
     problem = AllocationProblem(
         ranks, max_ranks, blocks, cost, 0.0, ladder, max_step, hysteresis=0.2 * (max_step is not None)
     )
-    nothing, everything = problem.price(np.zeros_like(blocks)), problem.price(ladder.array[problem.tops])
+    nothing, everything = (
+        plan_cost(problem.cost, np.zeros_like(blocks)),
+        plan_cost(problem.cost, ladder.array[problem.tops]),
+    )
     return replace(problem, limit=float(int(nothing + (everything - nothing) * generator.uniform(0.02, 1.0))))
 
 

@@ -6,11 +6,16 @@ import heapq
 
 import numpy as np
 from rankpilot.allocation.plan import Plan
-from rankpilot.memory.cost import total_cost
+
+from .synthetic_costs import fixed_cost
+
+
+def cost_of(problem, ranks):
+    return float((fixed_cost(problem.cost, ranks > 0) + problem.cost.per_rank @ ranks).max())
 
 
 def fits(problem, rungs):
-    return total_cost(problem.cost, problem.ladder.array[rungs]) <= problem.limit
+    return cost_of(problem, problem.ladder.array[rungs]) <= problem.limit
 
 
 def lowest_rungs(problem):
@@ -36,9 +41,9 @@ def bounds_of(problem):
     reach = problem.ladder.top if problem.max_step is None else problem.max_step
     upper = np.maximum(np.minimum(now + reach, tops), bottoms)
     lower = np.minimum(np.maximum(now - reach, bottoms), upper)
-    if problem.held is not None:
+    if problem.pinned is not None:
         kept = np.where((now > tops) & (bottoms == 0), 0, now)
-        lower, upper = (np.where(problem.held, kept, bound) for bound in (lower, upper))
+        lower, upper = (np.where(problem.pinned, kept, bound) for bound in (lower, upper))
     return lower, upper
 
 
@@ -76,13 +81,13 @@ def project(problem, wanted, scores):
     lower, upper = bounds_of(problem)
     bottoms = lowest_rungs(problem)
     wished = np.clip(problem.ladder.rung(wanted), lower, upper)
-    held = np.zeros(len(lower), dtype=bool) if problem.held is None else problem.held
-    rungs = _repair(problem, wished.copy(), scores, (lower, np.where(held, lower, bottoms)))
+    pinned = np.zeros(len(lower), dtype=bool) if problem.pinned is None else problem.pinned
+    rungs = _repair(problem, wished.copy(), scores, (lower, np.where(pinned, lower, bottoms)))
     if not fits(problem, rungs):
-        droppable = held & (bottoms == 0)
+        droppable = pinned & (bottoms == 0)
         rungs, upper = np.where(droppable, 0, rungs), np.where(droppable, 0, upper)
     ranks = _fill(problem, rungs, scores, upper)
-    return Plan(problem.ladder.array[wished], ranks, total_cost(problem.cost, ranks))
+    return Plan(problem.ladder.array[wished], ranks, cost_of(problem, ranks))
 
 
 def _precedence(problem, scores):

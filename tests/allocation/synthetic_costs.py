@@ -47,14 +47,20 @@ def random_cost(generator, blocks):
         moments=tuple(f"moment {moment}" for moment in range(moments)),
         constant=generator.integers(0, 1000, size=moments).astype(np.float64),
         per_rank=(weights + generator.integers(0, 40, size=(moments, count))).astype(np.float64),
-        held=(generator.integers(0, 300, size=len(needs)) * present).astype(np.float64),
+        group_bytes=(generator.integers(0, 300, size=len(needs)) * present).astype(np.float64),
         needs=needs,
     )
 
 
+def fixed_cost(cost, active):
+    """What adapting these modules costs at each moment before the first rank: group by group, (moments,)."""
+    paid = [any(active[module] for module in np.flatnonzero(row)) for row in cost.needs]
+    return cost.constant + sum((sizes for sizes, is_paid in zip(cost.group_bytes.T, paid, strict=True) if is_paid), 0.0)
+
+
 def reordered(cost, by):
     """The same modules listed in another order."""
-    return ByteCost(cost.moments, cost.constant, cost.per_rank[:, by], cost.held, cost.needs[:, by])
+    return ByteCost(cost.moments, cost.constant, cost.per_rank[:, by], cost.group_bytes, cost.needs[:, by])
 
 
 def transformer_cost(generator, layers, *, checkpointing=False, largest_moments=6):

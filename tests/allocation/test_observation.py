@@ -64,7 +64,7 @@ def share(price: float) -> float:
     return float(np.log10(price * LAYERS * A_LAYER / 4000))
 
 
-def test_rise_is_the_price_of_the_next_rung() -> None:
+def test_rise_is_the_cost_of_the_next_rung() -> None:
     steps = {0: 1, 1: 1, 4: 4, 8: 4}
     expected = [share(PER_RANK * steps[rank]) if rank in steps else -3 for rank in RANKS]
     assert column(seen(), "rise") == pytest.approx(expected)

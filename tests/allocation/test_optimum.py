@@ -12,7 +12,7 @@ from rankpilot.allocation.plan import pack
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ParameterCost
+from rankpilot.memory.cost import ParameterCost, plan_cost
 
 from .synthetic_costs import reordered, transformer_cost
 
@@ -25,7 +25,7 @@ def utility_problem(generator, ladder, count):
     by = np.sort(generator.choice(len(blocks), size=count, replace=False))
     blocks = np.unique(blocks[by], return_inverse=True)[1]
     problem = AllocationProblem(np.zeros(count, int), max_ranks[by], blocks, reordered(cost, by), 0.0, ladder)
-    nothing, everything = problem.price(problem.ranks), problem.price(ladder.array[problem.tops])
+    nothing, everything = (plan_cost(problem.cost, ranks) for ranks in (problem.ranks, ladder.array[problem.tops]))
     return replace(problem, limit=float(int(nothing + (everything - nothing) * generator.uniform(0.2, 0.9))))
 
 
@@ -62,7 +62,7 @@ def full_search(problem, utility):
         halves.append((utility[modules, plans].sum(axis=1), price, covered, which.ravel()))
     (worth_a, price_a, covered_a, which_a), (worth_b, price_b, covered_b, which_b) = halves
     fits = np.ones((len(worth_a), len(worth_b)), dtype=bool)
-    for moment, held in enumerate(cost.held):
+    for moment, held in enumerate(cost.group_bytes):
         both = (covered_a * held) @ covered_b.T
         fixed = (covered_a @ held)[:, None] + covered_b @ held - both
         ranks = price_a[moment][:, None] + price_b[moment]
@@ -93,7 +93,10 @@ def test_larger_models_get_at_least_what_scores_would_get(seed):
     generator = np.random.default_rng(seed)
     cost, blocks, max_ranks = transformer_cost(generator, 24, checkpointing=seed % 2 == 0)
     problem = AllocationProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
-    nothing, everything = problem.price(problem.ranks), problem.price(problem.ladder.array[problem.tops])
+    nothing, everything = (
+        plan_cost(problem.cost, problem.ranks),
+        plan_cost(problem.cost, problem.ladder.array[problem.tops]),
+    )
     problem = replace(problem, limit=float(int(nothing + (everything - nothing) * generator.uniform(0.2, 0.9))))
     scores = generator.normal(size=len(blocks))
     utility = np.exp(scores)[:, None] * np.log1p(problem.ladder.array / 8)

@@ -11,7 +11,7 @@ from rankpilot.allocation.plan import pack, uniform_ranks
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ParameterCost
+from rankpilot.memory.cost import ParameterCost, plan_cost
 
 from .synthetic_costs import transformer_cost
 
@@ -23,7 +23,10 @@ def transformer_problem(seed, layers=5, share=None):
     generator = np.random.default_rng(seed)
     cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=seed % 2 == 1)
     problem = AllocationProblem(np.full(len(blocks), 8), max_ranks, blocks, cost, 0.0, RankLadder(), hysteresis=0.2)
-    least, most = problem.price(np.zeros_like(blocks)), problem.price(problem.ladder.array[problem.tops])
+    least, most = (
+        plan_cost(problem.cost, np.zeros_like(blocks)),
+        plan_cost(problem.cost, problem.ladder.array[problem.tops]),
+    )
     share = generator.uniform(0, 1) if share is None else share
     return replace(problem, limit=float(int(least + (most - least) * share)))
 

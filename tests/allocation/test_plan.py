@@ -15,7 +15,7 @@ from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.budget import Budget
-from rankpilot.memory.cost import ByteCost, ParameterCost
+from rankpilot.memory.cost import ByteCost, ParameterCost, plan_cost
 
 from .synthetic_costs import random_cost
 
@@ -38,7 +38,7 @@ def problems(draw, costs=("bytes", "parameters"), ladders=LADDERS):
     max_ranks = np.maximum(widths, ladder.ranks[1])
     ranks = ladder.array[generator.integers(0, ladder.rung(max_ranks) + 1)]
     problem = AllocationProblem(ranks, max_ranks, blocks, cost, 0.0, ladder, draw(st.sampled_from([None, 1, 2, 3])))
-    everything = problem.price(ladder.array[problem.tops])
+    everything = plan_cost(problem.cost, ladder.array[problem.tops])
     return replace(problem, limit=float(int(everything * draw(st.floats(0, 1.1)))))
 
 
@@ -66,12 +66,12 @@ SEEDS = st.integers(0, 2**32 - 1)
 def test_a_plan_keeps_to_the_budget_and_spends_it(problem, seed):
     wanted, scores = wishes(problem, seed)
     plan = project(problem, wanted, scores)
-    nothing = problem.price(np.zeros_like(problem.ranks))
+    nothing = plan_cost(problem.cost, np.zeros_like(problem.ranks))
     if nothing <= problem.limit:
         assert problem.fits(plan.ranks)
     else:
         assert not plan.ranks.any()
-    assert plan.cost == problem.price(plan.ranks)
+    assert plan.cost == plan_cost(problem.cost, plan.ranks)
     assert plan.ranks.dtype == np.int64
     assert np.isin(plan.ranks, problem.ladder.array).all()
     assert (plan.ranks <= problem.max_ranks).all()
@@ -130,7 +130,7 @@ def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, depth_bias
     assert pack(problem, scores, 4.0, depth_bias).any()
     assert uniform_ranks(problem).any()
     assert problem.fits(uniform_ranks(problem))
-    assert project(problem.unbounded(), wanted, scores).ranks.any()
+    assert project(replace(problem, max_step=None), wanted, scores).ranks.any()
 
 
 @given(problems(), SEEDS)
@@ -145,10 +145,10 @@ def test_the_budget_that_the_message_names_works(problem, seed):
     check_budget(replace(problem, limit=named.value), names)
     one = np.zeros_like(problem.ranks)
     one[names.index(found[3])] = int(found[2])
-    assert problem.price(one) <= named.value
+    assert plan_cost(problem.cost, one) <= named.value
     # And it is not much more than needed.
     with pytest.raises(BudgetError):
-        check_budget(replace(problem, limit=problem.price(one) - 1), names)
+        check_budget(replace(problem, limit=plan_cost(problem.cost, one) - 1), names)
 
 
 def alike(count, limit, *, blocks=1, ladder=LADDERS[0], ranks=None, max_step=None):
@@ -294,7 +294,7 @@ def two_moments(limit, **options):
         moments=("the loss", "layer 0"),
         constant=np.array([0.0, 50.0]),
         per_rank=np.array([[10.0, 0.0], [0.0, 10.0]]),
-        held=np.array([[100.0], [0.0]]),
+        group_bytes=np.array([[100.0], [0.0]]),
         needs=np.array([[True, True]]),
     )
     ranks = np.zeros(2, dtype=np.int64)
@@ -331,7 +331,7 @@ def test_the_message_for_bytes_says_what_takes_them():
         moments=("the loss", "the backward pass of layer 1"),
         constant=np.array([5000.0, 8000.0]),
         per_rank=np.array([[1000.0, 1234.0], [1000.0, 1234.0]]),
-        held=np.array([[9e6, 1e6], [9e6, 2e6]]),
+        group_bytes=np.array([[9e6, 1e6], [9e6, 2e6]]),
         needs=np.array([[True, False], [True, True]]),
     )
     problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 1e6, RankLadder())
@@ -347,8 +347,8 @@ def test_the_message_for_bytes_says_what_takes_them():
 
 
 @pytest.mark.parametrize(("limit", "ranks"), [(400, [8, 4, 24, 4]), (90, [8, 0, 0, 1]), (70, [0, 2, 2, 2])])
-def test_held_modules_keep_their_rank_or_are_dropped(limit, ranks):
-    """The first module is held: others give way for it, and it goes only if it cannot fit at all."""
+def test_pinned_modules_keep_their_rank_or_are_dropped(limit, ranks):
+    """The first module is pinned: others give way for it, and it goes only if it cannot fit at all."""
     problem = AllocationProblem(
         ranks=np.array([8, 4, 4, 4]),
         max_ranks=np.array([32, 8, 32, 8]),
@@ -356,7 +356,7 @@ def test_held_modules_keep_their_rank_or_are_dropped(limit, ranks):
         cost=ParameterCost(np.full((1, 4), 10.0)),
         limit=limit,
         ladder=RankLadder(),
-        held=np.array([True, False, False, False]),
+        pinned=np.array([True, False, False, False]),
     )
     plan = project(problem, np.array([16, 4, 24, 4]), np.zeros(4))
     assert plan.asked[0] == 8
@@ -384,9 +384,9 @@ def test_bounds_go_before_the_step():
     assert plan.ranks.tolist() == [32, 12, 2, 12]
 
 
-def test_a_held_module_is_dropped_for_its_upper_bound_alone():
+def test_a_pinned_module_is_dropped_for_its_upper_bound_alone():
     problem = bounded(10**6, [0, 4, 0, 0], [2, 4, 64, 64], ranks=[8, 8, 8, 8])
-    plan = project(replace(problem, held=np.ones(4, dtype=bool)), problem.ranks, np.zeros(4))
+    plan = project(replace(problem, pinned=np.ones(4, dtype=bool)), problem.ranks, np.zeros(4))
     assert plan.ranks.tolist() == [0, 8, 8, 8]
 
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rankpilot.allocation.fixed_cost import FixedCost
 from rankpilot.allocation.plan import pack, project
-from rankpilot.allocation.pricing import FixedPrice, price_of
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ByteCost, ParameterCost, total_cost
+from rankpilot.memory.cost import ByteCost, ParameterCost, moment_costs, plan_cost
 
 from . import slow_plan
-from .synthetic_costs import LAYER, random_cost, reordered, transformer_cost
+from .synthetic_costs import LAYER, fixed_cost, random_cost, reordered, transformer_cost
 
 LADDERS = (RankLadder(), *(RankLadder(ranks) for ranks in ((0, 1, 2, 3), (0, 4, 8, 16), (0, 5, 8, 9), (0, 2))))
 
@@ -25,7 +25,7 @@ def random_blocks(generator, count):
 
 
 def random_problem(generator, make_cost, largest=12):
-    """A random problem: ranks anywhere, some held or bounded, a budget from nothing to more than everything."""
+    """A random problem: ranks anywhere, some pinned or bounded, a budget from nothing to more than everything."""
     count = int(generator.integers(1, largest + 1))
     blocks = random_blocks(generator, count)
     by = generator.permutation(count) if generator.random() < 0.5 else np.arange(count)
@@ -43,9 +43,9 @@ def random_problem(generator, make_cost, largest=12):
     ranks = generator.integers(0, np.minimum(max_ranks, ladder.ranks[-1]) + 1)
     if generator.random() < 0.8:  # else off the ladder, as after a uniform run
         ranks = ladder.array[ladder.rung(ranks)]
-    held = generator.random(count) < generator.choice([0.1, 0.5]) if generator.random() < 0.3 else None
+    pinned = generator.random(count) < generator.choice([0.1, 0.5]) if generator.random() < 0.3 else None
     max_step = (None, 1, 2, 3)[generator.integers(4)]
-    problem = AllocationProblem(ranks, max_ranks, blocks[by], cost, 0.0, ladder, max_step, held)
+    problem = AllocationProblem(ranks, max_ranks, blocks[by], cost, 0.0, ladder, max_step, pinned)
     problem = replace(
         problem, hysteresis=float(generator.choice([0.0, 0.2])), **random_bounds(generator, ladder, count)
     )
@@ -65,8 +65,8 @@ def random_bounds(generator, ladder, count):
 def random_limit(generator, problem):
     """Any share of the price of everything, or just what some plan costs."""
     if generator.random() < 0.2:
-        return problem.price(problem.ladder.array[generator.integers(0, problem.tops + 1)])
-    return problem.price(problem.ladder.array[problem.tops]) * generator.uniform(0, 1.1)
+        return plan_cost(problem.cost, problem.ladder.array[generator.integers(0, problem.tops + 1)])
+    return plan_cost(problem.cost, problem.ladder.array[problem.tops]) * generator.uniform(0, 1.1)
 
 
 def random_wish(generator, problem):
@@ -89,34 +89,34 @@ def least_of(problem):
 
 def check_kept(problem, plan):
     """Inside the budget, unless not even the lower bounds are."""
-    assert plan.cost == total_cost(problem.cost, plan.ranks)
+    assert plan.cost == plan_cost(problem.cost, plan.ranks)
     assert np.isin(plan.ranks, problem.ladder.array).all()
-    if problem.held is None and problem.price(least_of(problem)) > problem.limit:
+    if problem.pinned is None and plan_cost(problem.cost, least_of(problem)) > problem.limit:
         assert (plan.ranks == least_of(problem)).all()
     elif not problem.fits(plan.ranks):  # for a module that must neither change nor go
-        bound = problem.held & (least_of(problem) > 0)
+        bound = problem.pinned & (least_of(problem) > 0)
         assert not problem.fits(np.where(bound, np.maximum(least_of(problem), plan.ranks), least_of(problem)))
 
 
 def check_bounds(problem, plan):
-    """No rung above what a decision may choose, and below it, or a held module dropped, for the budget alone."""
+    """No rung above what a decision may choose, and below it, or a pinned module dropped, for the budget alone."""
     lower, upper = slow_plan.bounds_of(problem)
     rungs = problem.ladder.rung(plan.ranks)
-    held = np.zeros(len(rungs), dtype=bool) if problem.held is None else problem.held
+    pinned = np.zeros(len(rungs), dtype=bool) if problem.pinned is None else problem.pinned
     assert (rungs <= upper).all()
-    assert (rungs >= slow_plan.lowest_rungs(problem))[~held].all()
-    assert (rungs <= slow_plan.highest_rungs(problem))[~held].all()
+    assert (rungs >= slow_plan.lowest_rungs(problem))[~pinned].all()
+    assert (rungs <= slow_plan.highest_rungs(problem))[~pinned].all()
     if problem.fits(problem.ladder.array[lower]):
         assert (rungs >= lower).all()
-    if problem.fits(problem.ladder.array[np.where(held, lower, slow_plan.lowest_rungs(problem))]):
-        assert (rungs == lower)[held].all()
+    if problem.fits(problem.ladder.array[np.where(pinned, lower, slow_plan.lowest_rungs(problem))]):
+        assert (rungs == lower)[pinned].all()
 
 
 def check_spent(problem, plan):
     """No module that is free to rise can go one rung further."""
     _, upper = slow_plan.bounds_of(problem)
     rungs = problem.ladder.rung(plan.ranks)
-    free = (rungs < upper) & ~(problem.held if problem.held is not None else np.zeros(len(rungs), dtype=bool))
+    free = (rungs < upper) & ~(problem.pinned if problem.pinned is not None else np.zeros(len(rungs), dtype=bool))
     for module in np.flatnonzero(free):
         further = plan.ranks.copy()
         further[module] = problem.ladder.ranks[rungs[module] + 1]
@@ -126,12 +126,12 @@ def check_spent(problem, plan):
 def check_way_there(problem, plan):
     """Drops, then shrinks, then grows, as `set_ranks` makes them: never more than the larger of the two plans."""
     ranks = problem.ranks.copy()
-    most = max(problem.price(ranks), plan.cost)
+    most = max(plan_cost(problem.cost, ranks), plan.cost)
     drops = np.flatnonzero((plan.ranks == 0) & (ranks > 0))
     shrinks = np.flatnonzero((plan.ranks > 0) & (plan.ranks < ranks))
     for module in (*drops, *shrinks, *np.flatnonzero(plan.ranks > ranks)):
         ranks[module] = plan.ranks[module]
-        assert problem.price(ranks) <= most
+        assert plan_cost(problem.cost, ranks) <= most
     assert (ranks == plan.ranks).all()
 
 
@@ -178,42 +178,42 @@ def test_plans_do_not_depend_on_how_groups_and_moments_are_numbered():
         problem = random_problem(generator, random_cost)
         wanted, cost = random_wish(generator, problem)[0], problem.cost
         groups, moments = generator.permutation(len(cost.needs)), generator.permutation(len(cost.constant))
-        held, needs = cost.held[np.ix_(moments, groups)], cost.needs[groups]
+        sizes, needs = cost.group_bytes[np.ix_(moments, groups)], cost.needs[groups]
         names = tuple(cost.moments[moment] for moment in moments)
-        other = ByteCost(names, cost.constant[moments], cost.per_rank[moments], held, needs)
+        other = ByteCost(names, cost.constant[moments], cost.per_rank[moments], sizes, needs)
         renumbered, scores = replace(problem, cost=other), np.zeros(len(problem.ranks))
         assert (project(problem, wanted, scores).ranks == project(renumbered, wanted, scores).ranks).all()
         assert (pack(problem, scores, 4.0) == pack(renumbered, scores, 4.0)).all()
 
 
-def test_running_prices_are_those_of_the_whole_set():
+def test_running_costs_are_those_of_the_whole_set():
     generator = np.random.default_rng(5)
     for _ in range(100):
         blocks = random_blocks(generator, int(generator.integers(1, 20)))
         cost = reordered(random_cost(generator, blocks), generator.permutation(len(blocks)))
         active = generator.random(len(blocks)) < generator.random()
-        price = FixedPrice(cost, active)
+        fixed = FixedCost(cost, active)
         for _ in range(20):
-            assert (price.value == cost.fixed(active)).all()
-            assert (price_of(cost, 3 * active) == cost.fixed(active) + 3 * cost.per_rank @ active).all()
-            additions, removals = price.additions(np.arange(len(active))), price.removals()
+            assert (fixed.value == fixed_cost(cost, active)).all()
+            assert (moment_costs(cost, 3 * active) == fixed_cost(cost, active) + 3 * cost.per_rank @ active).all()
+            additions, removals = fixed.additions(np.arange(len(active))), fixed.removals()
             for module in range(len(active)):
                 after = active.copy()
                 after[module] = not active[module]
                 change = removals if active[module] else additions
-                assert (change[:, module] == abs(cost.fixed(after) - price.value)).all()
+                assert (change[:, module] == abs(fixed_cost(cost, after) - fixed.value)).all()
                 assert ((additions + removals - change)[:, module] == 0).all()
             some = np.flatnonzero(generator.random(len(active)) < 0.3)
             coming, going = some[~active[some]], some[active[some]]
-            price.remove_all(going)
+            fixed.remove_all(going)
             if generator.random() < 0.5:
-                price.add_all(coming)
+                fixed.add_all(coming)
             else:
                 for module in coming.tolist():
-                    assert (price.having(module) >= price.value).all()
-                    price.add(module, price.having(module))
+                    assert (fixed.value_with(module) >= fixed.value).all()
+                    fixed.add(module, fixed.value_with(module))
             active[some] = ~active[some]
-        assert (price.value == cost.fixed(active)).all()
+        assert (fixed.value == fixed_cost(cost, active)).all()
 
 
 def spread_problem(seed, *, layers=8, checkpointing=False):
@@ -221,7 +221,7 @@ def spread_problem(seed, *, layers=8, checkpointing=False):
     generator = np.random.default_rng(seed)
     cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=checkpointing)
     problem = AllocationProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
-    least, most = problem.price(problem.ranks), problem.price(problem.ladder.array[problem.tops])
+    least, most = plan_cost(problem.cost, problem.ranks), plan_cost(problem.cost, problem.ladder.array[problem.tops])
     problem = replace(problem, limit=float(int(least + (most - least) * generator.uniform(0.2, 0.8))))
     scores = generator.normal(scale=0.7, size=len(blocks))
     first = decided(problem, scores)

@@ -22,7 +22,7 @@ from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.budget import free_bytes
-from rankpilot.memory.cost import total_cost
+from rankpilot.memory.cost import plan_cost
 from rankpilot.memory.for_training import LOOP_BYTES
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -188,7 +188,7 @@ def test_the_largest_rows_and_length_of_two_batches_are_priced_together(launch: 
     guard._memory = None
     expected = guard._priced(many, BatchShape(ROWS, LONG))
     ranks = np.full(len(run.pilot.controller.targets), 4)  # type: ignore[union-attr]
-    assert total_cost(priced, ranks) == total_cost(expected, ranks)
+    assert plan_cost(priced, ranks) == plan_cost(expected, ranks)
 
 
 @pytest.mark.parametrize("excess", [3_000, 40_000])

@@ -21,7 +21,7 @@ from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import SignalMeter
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from rankpilot.memory.calibration import calibrate
-from rankpilot.memory.cost import total_cost
+from rankpilot.memory.cost import plan_cost
 from rankpilot.memory.peak_meter import PeakMeter
 from transformers import (
     AutoModelForCausalLM,
@@ -453,8 +453,8 @@ def test_the_peak_of_a_step_is_predicted(base, folder, checkpointing):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             meter.end(step, model)
-        print(base.name, checkpointing, density, total_cost(cost, ranks) / meter.history[-1][1] - 1)
-        over.append(total_cost(cost, ranks) / meter.history[-1][1] - 1)
+        print(base.name, checkpointing, density, plan_cost(cost, ranks) / meter.history[-1][1] - 1)
+        over.append(plan_cost(cost, ranks) / meter.history[-1][1] - 1)
     margin = {None: 0.0, False: 0.005, True: 0.02}[checkpointing]
     if base.name == "bnb-int8" and checkpointing is False:
         margin = 0.08  # its functions keep tensors on their contexts, which such a checkpoint does not free

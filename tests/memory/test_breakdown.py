@@ -11,7 +11,7 @@ from rankpilot.lora.targets import TargetModule, find_target_modules
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.breakdown import KINDS, LOSS, Breakdown, break_down, frozen_bytes
 from rankpilot.memory.calibration import calibrate
-from rankpilot.memory.cost import total_cost
+from rankpilot.memory.cost import plan_cost
 from rankpilot.memory.model import MemoryModel
 from rankpilot.memory.model_states import state_bytes
 
@@ -39,7 +39,7 @@ def check_sums(memory: MemoryModel, targets: list[TargetModule], shape: BatchSha
     cost = memory.cost(shape)
     for ranks in plans(len(targets)):
         breakdown = break_down(memory, targets, ranks, shape)
-        assert breakdown.total == total_cost(cost, ranks)
+        assert breakdown.total == plan_cost(cost, ranks)
         assert breakdown.label in cost.moments
         assert breakdown.bytes.shape == (len(breakdown.layers), len(KINDS))
         assert (breakdown.bytes >= 0).all()
@@ -94,7 +94,7 @@ def test_the_optimizer_s_step_can_be_the_peak(make_bert: Any, bert_batch: Any) -
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
     memory, targets = calibrated(model, batch, optimizer=optimizer)
     thick = break_down(memory, targets, np.full(len(targets), 5000))
-    assert thick.total == total_cost(memory.cost(), np.full(len(targets), 5000))
+    assert thick.total == plan_cost(memory.cost(), np.full(len(targets), 5000))
     assert thick.label == "optimizer step"
     assert thick.of_kind("transient") == thick.of_kind("weights")
     assert thick.of_kind("saved") == 0

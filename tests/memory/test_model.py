@@ -17,7 +17,7 @@ from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import signal_buffer_bytes
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.calibration import calibrate
-from rankpilot.memory.cost import total_cost
+from rankpilot.memory.cost import moment_costs, plan_cost
 from rankpilot.memory.peak_meter import PeakMeter
 from torch import nn
 
@@ -67,7 +67,7 @@ def peak_errors(
         batch = family_batch(ROWS[name], run.model, rows, length, seed)
         cost = memory.cost(BatchShape.of(batch))
         for ranks in random_plans(run.targets, generator, plans):
-            errors.append(total_cost(cost, ranks) / run.peak(ranks, batch) - 1)
+            errors.append(plan_cost(cost, ranks) / run.peak(ranks, batch) - 1)
     return np.array(errors)
 
 
@@ -166,7 +166,7 @@ def test_checkpointed_peaks_are_the_real_ones_and_the_margin(reentrant):
     memory = run.calibrated()
     assert 0 < memory.margin <= 0.03
     for ranks in random_plans(run.targets, np.random.default_rng(2), 6):
-        assert total_cost(memory.cost(), ranks) == pytest.approx(run.peak(ranks) * (1 + memory.margin), rel=2e-4)
+        assert plan_cost(memory.cost(), ranks) == pytest.approx(run.peak(ranks) * (1 + memory.margin), rel=2e-4)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
@@ -176,8 +176,8 @@ def test_an_unadapted_embedding_passes_on_gradients_that_were_asked_for(reentran
     run.model.enable_input_require_grads()
     cost = run.calibrated().cost()
     top, bottom = (np.eye(9, dtype=np.int64)[index] for index in (8, 1))
-    assert total_cost(cost, top) > 0.95 * total_cost(cost, bottom)
-    assert total_cost(cost, top) == pytest.approx(run.peak(top), rel=0.021)
+    assert plan_cost(cost, top) > 0.95 * plan_cost(cost, bottom)
+    assert plan_cost(cost, top) == pytest.approx(run.peak(top), rel=0.021)
 
 
 def test_doras_norms_in_a_second_pass_are_known_to_a_few_percent():
@@ -202,7 +202,7 @@ def test_one_calibration_predicts_fewer_and_more_rows_and_tokens(name, rows):
         batch = family_batch(ROWS[name], run.model, rows, length)
         short = 8 if rows == 1 and name == "llama" else 0
         assert memory.saved(ranks, BatchShape.of(batch)) == run.saved(ranks, batch) - short
-        predicted, real = total_cost(memory.cost(BatchShape.of(batch)), ranks), run.peak(ranks, batch)
+        predicted, real = plan_cost(memory.cost(BatchShape.of(batch)), ranks), run.peak(ranks, batch)
         assert real - short <= predicted <= real + short, (rows, length)
 
 
@@ -214,7 +214,7 @@ def test_calibration_on_any_shape_predicts_any_other(calibrated):
     ranks = np.full(len(run.targets), 2)
     for rows, length in ((2, 5), (4, 12), (8, 16)):
         batch = family_batch(ROWS["gpt2"], run.model, rows, length)
-        assert total_cost(memory.cost(BatchShape.of(batch)), ranks) == pytest.approx(run.peak(ranks, batch), rel=EXACT)
+        assert plan_cost(memory.cost(BatchShape.of(batch)), ranks) == pytest.approx(run.peak(ranks, batch), rel=EXACT)
 
 
 def test_batches_of_three_tokens_are_too_short_to_tell_of_others():
@@ -229,7 +229,7 @@ def test_a_calibrated_shape_is_the_default():
     run = run_of("llama")
     memory, ranks = run.calibrated(), np.full(14, 2)
     assert memory.saved(ranks) == memory.saved(ranks, BatchShape(*CALIBRATED)) < memory.saved(ranks, BatchShape(5, 12))
-    assert total_cost(memory.cost(), ranks) == total_cost(memory.cost(BatchShape(*CALIBRATED)), ranks)
+    assert plan_cost(memory.cost(), ranks) == plan_cost(memory.cost(BatchShape(*CALIBRATED)), ranks)
 
 
 def test_a_mixture_of_experts_is_known_at_the_calibrated_shape_only():
@@ -237,9 +237,7 @@ def test_a_mixture_of_experts_is_known_at_the_calibrated_shape_only():
     memory = run.calibrated()
     for ranks in random_plans(run.targets, np.random.default_rng(0), 5):
         assert memory.saved(ranks) == pytest.approx(run.saved(ranks), rel=0.03)
-        assert total_cost(memory.cost(), ranks) == pytest.approx(
-            run.peak(ranks), rel=0.01
-        )  # routes follow the adapters
+        assert plan_cost(memory.cost(), ranks) == pytest.approx(run.peak(ranks), rel=0.01)  # routes follow the adapters
     with pytest.raises(UnsupportedError, match=r"Batches of 9 x 12 cannot be predicted.* measured, 4 x 12, is known"):
         memory.cost(BatchShape(9, 12))
     with pytest.raises(UnsupportedError, match=r"Batches of 4 x 11 cannot be predicted"):
@@ -269,9 +267,9 @@ def test_the_optimizer_step_is_the_peak_of_large_ranks_on_a_tiny_batch(rows):
     run = adamw_run(model, batch, foreach=True)
     ranks = np.array([target.max_rank for target in run.targets])
     cost = run.calibrated().cost()
-    assert cost.moments[int((cost.fixed(ranks > 0) + cost.per_rank @ ranks).argmax())] == "optimizer step"
-    assert total_cost(cost, ranks) == pytest.approx(run.peak(ranks), rel=0.01)
-    assert total_cost(cost, ranks) >= run.peak(ranks)
+    assert cost.moments[int(moment_costs(cost, ranks).argmax())] == "optimizer step"
+    assert plan_cost(cost, ranks) == pytest.approx(run.peak(ranks), rel=0.01)
+    assert plan_cost(cost, ranks) >= run.peak(ranks)
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -280,9 +278,9 @@ def test_copies_of_what_trains_beside_the_adapters_count_at_the_step(foreach):
     run = adamw_run(model, family_batch(ROWS["llama"], model, 2, 2), foreach=foreach)
     cost = run.calibrated().cost()
     ranks = np.ones(len(run.targets), dtype=np.int64)
-    assert cost.moments[int((cost.fixed(ranks > 0) + cost.per_rank @ ranks).argmax())] == "optimizer step"
+    assert cost.moments[int(moment_costs(cost, ranks).argmax())] == "optimizer step"
     # Without foreach, up to three copies of the largest parameter are counted.
-    assert 0 <= total_cost(cost, ranks) / run.peak(ranks) - 1 <= (0.01 if foreach else 0.1)
+    assert 0 <= plan_cost(cost, ranks) / run.peak(ranks) - 1 <= (0.01 if foreach else 0.1)
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adafactor])
@@ -291,7 +289,7 @@ def test_peaks_follow_the_optimizer(make):
     run.optimizer = make([p for p in run.model.parameters() if p.requires_grad], lr=1e-4)
     cost = run.calibrated().cost()
     for ranks in random_plans(run.targets, np.random.default_rng(3), 4):
-        error = total_cost(cost, ranks) / run.peak(ranks) - 1
+        error = plan_cost(cost, ranks) / run.peak(ranks) - 1
         assert -EXACT <= error <= 0.002
 
 
@@ -301,10 +299,10 @@ def test_gradients_kept_over_micro_batches_are_there_at_every_moment():
     for ranks in random_plans(run.targets, np.random.default_rng(0), 8):
         run.apply(ranks)
         weights = sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad)
-        extra = total_cost(over_several, ranks) - total_cost(once, ranks)
+        extra = plan_cost(over_several, ranks) - plan_cost(once, ranks)
         assert 0 <= extra <= weights
         run.loss().backward()
-        assert total_cost(over_several, ranks) == pytest.approx(accumulating_peak(run), rel=EXACT)
+        assert plan_cost(over_several, ranks) == pytest.approx(accumulating_peak(run), rel=EXACT)
 
 
 def accumulating_peak(run: Run) -> int:
@@ -328,14 +326,14 @@ def test_signal_buffers_are_one_more_b():
     ranks = np.full(len(run.targets), 3)
     buffers = signal_buffer_bytes(run.targets)
     assert buffers.tolist() == [4 * target.d_out for target in run.targets]
-    assert total_cost(with_buffers, ranks) - total_cost(without, ranks) == 3 * buffers.sum()
+    assert plan_cost(with_buffers, ranks) - plan_cost(without, ranks) == 3 * buffers.sum()
 
 
 def test_the_lowest_module_costs_more_than_any_rank():
     cost = run_of("llama").calibrated().cost()
     bottom, top = np.zeros((2, 14), dtype=np.int64)
     bottom[0], top[-1] = 1, 8
-    assert total_cost(cost, bottom) > total_cost(cost, top)
+    assert plan_cost(cost, bottom) > plan_cost(cost, top)
 
 
 # What calibration leaves behind -----------------------------------------------------------------------------------
@@ -441,16 +439,16 @@ def test_calibration_does_not_depend_on_the_current_ranks():
     for rank in (4, 0, 11):
         run.apply(np.full(len(run.targets), rank))
         memory = run.calibrated()
-        prices.add((memory.saved(plan), total_cost(memory.cost(), plan)))
+        prices.add((memory.saved(plan), plan_cost(memory.cost(), plan)))
     assert len(prices) == 1
 
 
 def test_calibration_works_without_gradients_and_gives_the_same():
     run = run_of("llama")
     plan = np.full(len(run.targets), 3)
-    expected = total_cost(run.calibrated().cost(), plan)
+    expected = plan_cost(run.calibrated().cost(), plan)
     with torch.no_grad():
-        assert total_cost(run.calibrated().cost(), plan) == expected
+        assert plan_cost(run.calibrated().cost(), plan) == expected
 
 
 def test_calibration_inside_autocast_is_of_autocast_and_leaves_its_cache_empty():
@@ -543,7 +541,7 @@ def test_tensors_in_a_list_on_the_module_are_seen():
 def check_never_low(run: Run, allowed: float) -> None:
     cost = run.calibrated().cost()
     for ranks in random_plans(run.targets, np.random.default_rng(0), 12):
-        error = total_cost(cost, ranks) / run.peak(ranks) - 1
+        error = plan_cost(cost, ranks) / run.peak(ranks) - 1
         assert -EXACT <= error <= allowed, ranks.tolist()
 
 
@@ -557,7 +555,7 @@ def test_ranks_set_through_the_library_cost_what_was_predicted_in_any_order():
     for ranks in (np.full(14, 12), np.eye(14, dtype=np.int64)[3], np.full(14, 2), np.full(14, 12)):
         set_ranks(run.targets, {t.name: int(r) for t, r in zip(run.targets, ranks, strict=True)}, run.optimizer)
         peaks.append(run.peak(ranks))
-        assert peaks[-1] == pytest.approx(total_cost(cost, ranks), rel=EXACT)
+        assert peaks[-1] == pytest.approx(plan_cost(cost, ranks), rel=EXACT)
     assert peaks[0] == peaks[-1]
 
 

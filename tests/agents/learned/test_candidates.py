@@ -15,7 +15,7 @@ from rankpilot.allocation.observation import MODULE_FEATURES, Observation
 from rankpilot.allocation.plan import project, uniform_ranks, uniform_window
 from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.common.arrays import IntArray
-from rankpilot.memory.cost import ByteCost
+from rankpilot.memory.cost import ByteCost, plan_cost
 
 MakeObservation = Callable[..., Observation]
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -37,7 +37,7 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     if request.param == "parameters":
         return {}
     cost = byte_cost(16)
-    everything = float(cost.fixed(np.ones(16, dtype=np.bool_)).max())
+    everything = float((cost.constant + cost.group_bytes.sum(axis=1)).max())
     whole = {"bytes": everything + 9.5 * cost.per_rank.sum(), "few bytes": everything + 600}
     return {"cost": cost, "limit": float(whole[request.param])}
 
@@ -119,7 +119,7 @@ def test_the_first_is_uniform_rank_up_to_what_that_leaves(
 def test_the_first_is_uniform_where_not_even_the_top_layer_fits(make_observation: MakeObservation) -> None:
     cost = byte_cost(16)
     two = np.arange(16) >= 14
-    observation = make_observation(16, cost=cost, limit=float(cost.fixed(two).max() + cost.per_rank[:, two].sum() + 60))
+    observation = make_observation(16, cost=cost, limit=plan_cost(cost, two.astype(np.int64)) + 60)
     problem = observation.problem
     assert uniform_window(problem) is None
     uniform = uniform_ranks(problem)

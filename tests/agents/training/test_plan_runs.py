@@ -33,7 +33,7 @@ from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suites import load_suite
 from rankpilot.errors import RunFolderError
 from rankpilot.lora.signals import signal_buffer_bytes
-from rankpilot.memory.cost import total_cost
+from rankpilot.memory.cost import plan_cost
 from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,12 +125,12 @@ def test_ranks_fit_the_budget(made: PlanRun) -> None:
     for task, part in ((BYTES, slice(0, RUNS)), (PARAMETERS, slice(RUNS, 2 * RUNS))):
         cost = ProxyFineTune(task).cost()
         limit = ProxyFineTune(task).limit.resolve(cost, most, torch.device("cpu")).value
-        prices = np.array([total_cost(cost, ranks) for ranks in made.ranks[0, part]])
+        prices = np.array([plan_cost(cost, ranks) for ranks in made.ranks[0, part]])
         assert prices.max() <= limit
         assert prices.min() > 0.8 * limit, "and it is spent"
         if task.unit == "bytes":  # no signals are read after the last decision
             cost = replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(targets))  # type: ignore[type-var]
-        assert max(total_cost(cost, ranks) for ranks in made.ranks[1, part]) <= limit
+        assert max(plan_cost(cost, ranks) for ranks in made.ranks[1, part]) <= limit
     assert (made.ranks <= most).all()
     assert made.ranks.min() >= 0
 

@@ -17,7 +17,7 @@ from rankpilot.bench.memory.report import accuracy, guard
 from rankpilot.bench.memory.settings import MODELS, Setting
 from rankpilot.errors import ConfigError
 from rankpilot.memory.batch_shape import BatchShape
-from rankpilot.memory.cost import total_cost
+from rankpilot.memory.cost import plan_cost
 from rich.console import Console
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_watched_plans_are_what_their_names_say(family: str) -> None:
     blocks = np.array([target.block for target in learner.targets])
     top = blocks >= np.unique(blocks)[-(2 + len(np.unique(blocks)) - 4)]
     np.testing.assert_array_equal(plans[TOP_HALF], np.where(top, np.minimum(16, most), 0))
-    reference, half = (total_cost(cost, plans[name]) for name in (REFERENCE, HALF_BUDGET))
+    reference, half = (plan_cost(cost, plans[name]) for name in (REFERENCE, HALF_BUDGET))
     assert 0.3 * reference < half <= 0.5 * reference
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.allocation.plan import uniform_ranks
-from rankpilot.allocation.problem import AllocationProblem, problem_of
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.proxies.bases import find_base, load_base_model
 from rankpilot.env.tasks import oracle
@@ -24,6 +24,7 @@ from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.cost import plan_cost
 
 MakeTask = Callable[..., ProxyTask]
 BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
@@ -34,7 +35,7 @@ def problem_for(task: ProxyTask, **options: Any) -> AllocationProblem:
     limit = ProxyFineTune(task).limit.resolve(
         cost, np.array([target.max_rank for target in targets]), torch.device("cpu")
     )
-    return problem_of(targets, cost, limit.value, ranks=np.ones(len(targets), dtype=np.int64), **options)
+    return AllocationProblem.of(targets, cost, limit.value, ranks=np.ones(len(targets), dtype=np.int64), **options)
 
 
 def base_weights(name: str) -> dict[str, torch.Tensor]:
@@ -209,7 +210,7 @@ def test_the_oracle_fits_and_beats_uniform(make_task: MakeTask, options: dict[st
     uniform = uniform_ranks(problem)
     assert regret(task, problem, uniform) > 0.1 * attainable_loss(task, uniform)
     assert regret(task, problem, np.zeros_like(plan)) > 0
-    half = replace(problem, limit=0.999 * problem.price(plan))
+    half = replace(problem, limit=0.999 * plan_cost(problem.cost, plan))
     assert not half.fits(plan)
 
 
@@ -246,7 +247,7 @@ def test_the_oracle_finds_what_a_search_of_everything_finds(make_task: MakeTask,
     full = high.copy()
     for share in (0.4, 0.7):
         free = problem_for(task, ladder=ladder, high=high)
-        problem = replace(free, limit=share * free.price(full))
+        problem = replace(free, limit=share * plan_cost(free.cost, full))
         worth = utilities(task, problem)
         values = {}
         for rungs in itertools.product(range(5), repeat=3):

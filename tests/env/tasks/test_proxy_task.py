@@ -27,7 +27,7 @@ from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.budget import Budget
 from rankpilot.memory.calibration import calibrate
-from rankpilot.memory.cost import ByteCost, ParameterCost, total_cost
+from rankpilot.memory.cost import ByteCost, ParameterCost, plan_cost
 from torch.nn import functional
 
 MakeTask = Callable[..., ProxyTask]
@@ -366,7 +366,7 @@ def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make
     )
     model, targets = adapted_base(base)
     uniform = np.array([min(8, target.max_rank) for target in targets], dtype=np.int64)
-    assert total_cost(checkpointed, uniform) < total_cost(plain, uniform)
+    assert plan_cost(checkpointed, uniform) < plan_cost(plain, uniform)
 
     kind = find_base(base)
     config = LoraConfig(
@@ -379,12 +379,12 @@ def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make
     generator = np.random.default_rng(0)
     for _ in range(4):
         ranks = generator.integers(0, 9, len(targets))
-        assert total_cost(checkpointed, ranks) == total_cost(real, ranks)
+        assert plan_cost(checkpointed, ranks) == plan_cost(real, ranks)
     assert not model.training
     assert not model.get_base_model().is_gradient_checkpointing
     proxy_cost.cache_clear()
     after = ProxyFineTune(make_task(base=base, length=32)).cost()
-    assert total_cost(after, uniform) == total_cost(plain, uniform), "pricing with checkpointing leaves no trace"
+    assert plan_cost(after, uniform) == plan_cost(plain, uniform), "pricing with checkpointing leaves no trace"
 
 
 def test_the_price_is_that_of_the_rows_asked_for(make_task: MakeTask) -> None:
@@ -392,8 +392,8 @@ def test_the_price_is_that_of_the_rows_asked_for(make_task: MakeTask) -> None:
     generator = np.random.default_rng(0)
     for _ in range(4):
         ranks = generator.integers(0, 9, 28)
-        assert total_cost(priced, ranks) == total_cost(real, ranks)
-        assert total_cost(priced, ranks) > total_cost(ProxyFineTune(make_task()).cost(), ranks)
+        assert plan_cost(priced, ranks) == plan_cost(real, ranks)
+        assert plan_cost(priced, ranks) > plan_cost(ProxyFineTune(make_task()).cost(), ranks)
 
 
 def test_losses_do_not_depend_on_what_is_priced(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -411,7 +411,7 @@ def test_a_budget_of_parameters(make_task: MakeTask, schedule: DecisionSchedule)
     assert ProxyFineTune(task).limit == Budget("share", 0.25)
     problem = Episode(ProxyFineTune(task), schedule).controller.problem()
     assert problem.limit == sum(2 * (target.d_in + target.d_out) for target in targets)
-    assert problem.price(np.full(28, 2)) == problem.limit == total_cost(cost, np.full(28, 2))
+    assert plan_cost(problem.cost, np.full(28, 2)) == problem.limit == plan_cost(cost, np.full(28, 2))
     assert ProxyFineTune(task).cost() is cost, "prices are remembered"
 
 

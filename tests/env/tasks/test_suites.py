@@ -15,7 +15,7 @@ import pytest
 import rankpilot
 import torch
 from rankpilot.allocation.plan import check_budget, uniform_ranks
-from rankpilot.allocation.problem import problem_of
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.files import append_json_line
 from rankpilot.common.statistics import mean_and_interval
@@ -32,7 +32,7 @@ from rankpilot.env.tasks.proxy_task import PLACEMENTS, ProxyTask
 from rankpilot.env.tasks.suite_names import SPLITS, SUITES
 from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load_suite, task_stream
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.memory.cost import total_cost
+from rankpilot.memory.cost import plan_cost
 
 MakeTask = Callable[..., ProxyTask]
 PARTS = [(suite, split) for suite in SUITES for split in SPLITS]
@@ -158,7 +158,7 @@ def _rank_over_layer(task: ProxyTask) -> float:
     cost, (_, targets) = ProxyFineTune(task).cost(), adapted_base(task.base)
     blocks = np.array([target.block for target in targets])
     top, two = (blocks >= blocks.max()).astype(np.int64), (blocks >= blocks.max() - 1).astype(np.int64)
-    return (total_cost(cost, 2 * top) - total_cost(cost, top)) / (total_cost(cost, two) - total_cost(cost, top))
+    return (plan_cost(cost, 2 * top) - plan_cost(cost, top)) / (plan_cost(cost, two) - plan_cost(cost, top))
 
 
 def test_the_range_of_budgets(make_task: MakeTask) -> None:
@@ -168,7 +168,7 @@ def test_the_range_of_budgets(make_task: MakeTask) -> None:
     assert most > 1
     problem = _problem(replace(task, budget=most))
     full = np.minimum(32, problem.max_ranks)
-    assert problem.price(full) == pytest.approx(problem.limit), "rank 32 everywhere"
+    assert plan_cost(problem.cost, full) == pytest.approx(problem.limit), "rank 32 everywhere"
     assert _problem(replace(task, budget=1.001 * most)).fits(full)
     assert not _problem(replace(task, budget=0.999 * most)).fits(full)
     check_budget(_problem(replace(task, budget=1.001 * least)), [""] * 28)
@@ -180,7 +180,7 @@ def _problem(task: ProxyTask) -> Any:
     targets, cost = adapted_base(task.base)[1], ProxyFineTune(task).cost()
     most = np.array([target.max_rank for target in targets], dtype=np.int64)
     limit = ProxyFineTune(task).limit.resolve(cost, most, torch.device("cpu"))
-    return problem_of(targets, cost, limit.value, ranks=np.ones(len(most), dtype=np.int64))
+    return AllocationProblem.of(targets, cost, limit.value, ranks=np.ones(len(most), dtype=np.int64))
 
 
 @needs_bases
