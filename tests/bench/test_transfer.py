@@ -70,19 +70,19 @@ def test_all_runs_of_a_comparison_are_paired() -> None:
     assert [piece.weights for piece in pieces[:3]] == [None, None, "0123"]
     assert len({replace(piece, policy="", weights=None) for piece in pieces[:3]}) == 1
     assert all(piece.learning_rate == COURSE.rates[piece.data][piece.budget] for piece in pieces)
-    found = {piece: made_up(piece) for piece in pieces}
+    outcomes = {piece: made_up(piece) for piece in pieces}
     for policy in ("a", "b"):
-        pairs = list(pairs_of(found, policy))
+        pairs = list(pairs_of(outcomes, policy))
         assert len(pairs) == 8
-        for piece, own, other in pairs:
+        for piece, run, uniform_run in pairs:
             assert piece.policy == policy
-            assert own == found[piece]
-            assert other == found[replace(piece, policy=UNIFORM, weights=None)]
+            assert run == outcomes[piece]
+            assert uniform_run == outcomes[replace(piece, policy=UNIFORM, weights=None)]
 
 
 def test_figures() -> None:
-    found = results("a", "b")
-    good = figures_of("a", list(pairs_of(found, "a")))
+    outcomes = results("a", "b")
+    good = figures_of("a", list(pairs_of(outcomes, "a")))
     assert good["a.runs"] == 8
     assert (good["a.better"], good["a.better_low"], good["a.better_high"]) == (1, 1, 1)
     for name in ("log_loss_gain", "log_loss_gain_low", "log_loss_gain_high"):
@@ -91,7 +91,7 @@ def test_figures() -> None:
     assert (good["a.one_percent_worse"], good["a.over_budget"], good["a.identical_reloads"]) == (0, 0, 4)
     assert good["a.worst_ratio"] == pytest.approx(0.9)
     assert good["a.step_ratio"] == pytest.approx(1.5)
-    bad = figures_of("b", list(pairs_of(found, "b")))
+    bad = figures_of("b", list(pairs_of(outcomes, "b")))
     assert bad["b.better"] == 0.25
     assert bad["b.one_percent_worse"] == 4
     assert bad["b.log_loss_gain"] == pytest.approx(-math.log(1.05) / 2)
@@ -106,19 +106,19 @@ def test_a_run_above_its_budget_is_told() -> None:
 
 
 def test_a_run_that_diverges_loses_and_counts_as_a_guess() -> None:
-    found = results("a")
-    first = next(piece for piece in found if piece.policy == "a")
-    found[first] = {"held_out_loss": None, "guess": math.log(2)}
-    figures = figures_of("a", list(pairs_of(found, "a")))
+    outcomes = results("a")
+    first = next(piece for piece in outcomes if piece.policy == "a")
+    outcomes[first] = {"held_out_loss": None, "guess": math.log(2)}
+    figures = figures_of("a", list(pairs_of(outcomes, "a")))
     assert figures["a.better"] == pytest.approx(7 / 8)
     assert (figures["a.diverged"], figures["a.one_percent_worse"]) == (1, 1)
-    uniform = float(found[replace(first, policy=UNIFORM)]["held_out_loss"])
+    uniform = float(outcomes[replace(first, policy=UNIFORM)]["held_out_loss"])
     expected = (-7 * math.log(0.9) + math.log(uniform) - math.log(math.log(2))) / 8
     assert figures["a.log_loss_gain"] == pytest.approx(expected)
     assert figures["a.worst_ratio"] == pytest.approx(math.log(2) / uniform)
     assert figures["a.accuracy_gain"] == pytest.approx(0.01), "of the runs that ended"
     shown = io.StringIO()
-    Console(file=shown, width=200).print(transfer._runs_table("a", list(pairs_of(found, "a"))))
+    Console(file=shown, width=200).print(transfer._runs_table("a", list(pairs_of(outcomes, "a"))))
     assert shown.getvalue().count("diverged") == 1
 
 

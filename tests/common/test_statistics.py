@@ -22,12 +22,12 @@ def alone(count: int) -> list[str]:
 def test_the_interval_of_a_mean() -> None:
     assert mean_and_interval([2.0]) == (2.0, 2.0, 2.0)
     values = np.random.default_rng(0).normal(1.0, 2.0, size=400)
-    found = estimate(values, alone(400))
+    result = estimate(values, alone(400))
     half = 1.96 * values.std() / 20
-    assert found.value == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.03)
-    assert mean_and_interval(values) == (found.value, found.low, found.high)
-    assert estimate(values, alone(400)) == found, "the same draws each time"
+    assert result.value == pytest.approx(values.mean())
+    assert (result.low, result.high) == pytest.approx((result.value - half, result.value + half), abs=0.03)
+    assert mean_and_interval(values) == (result.value, result.low, result.high)
+    assert estimate(values, alone(400)) == result, "the same draws each time"
 
 
 def test_repetitions_of_a_task_are_no_new_tasks() -> None:
@@ -41,8 +41,8 @@ def test_repetitions_of_a_task_are_no_new_tasks() -> None:
 
 
 def test_tasks_of_different_size_count_by_their_runs() -> None:
-    found = estimate([1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"])
-    assert (found.value, found.low, found.high) == (2.0, 1.0, 5.0)
+    result = estimate([1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"])
+    assert (result.value, result.low, result.high) == (2.0, 1.0, 5.0)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 11])
@@ -74,26 +74,26 @@ def test_an_estimate_in_a_text() -> None:
 def test_one_run_astray_hardly_moves_the_interquartile_mean() -> None:
     values = np.zeros(16)
     values[3] = -1e6
-    found = estimate(values, alone(16), interquartile_means)
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    result = estimate(values, alone(16), interquartile_means)
+    assert (result.value, result.low, result.high) == (0, 0, 0)
 
 
 def test_wins_ties_and_losses() -> None:
     first = [1.0, 2.0, 3.0, -np.inf, -np.inf, 0.0]
     second = [0.0, 2.0, 4.0, 1.0, -np.inf, -1.0]
-    found = compare_pairs(first, second, alone(6))
-    assert (found.wins, found.ties, found.losses) == (2, 2, 2)
-    assert found.better.value == 0.5
+    result = compare_pairs(first, second, alone(6))
+    assert (result.wins, result.ties, result.losses) == (2, 2, 2)
+    assert result.better.value == 0.5
     back = compare_pairs(second, first, alone(6))
-    assert back.better.value == pytest.approx(1 - found.better.value)
-    assert (back.better.low, back.better.high) == pytest.approx((1 - found.better.high, 1 - found.better.low))
+    assert back.better.value == pytest.approx(1 - result.better.value)
+    assert (back.better.low, back.better.high) == pytest.approx((1 - result.better.high, 1 - result.better.low))
 
 
 def test_the_chance_of_being_better_is_a_binomial_share() -> None:
     wins = np.random.default_rng(2).random(300) < 0.7
-    found = compare_pairs(wins.astype(float), np.full(300, 0.5), alone(300))
+    result = compare_pairs(wins.astype(float), np.full(300, 0.5), alone(300))
     half = 1.96 * np.sqrt(0.7 * 0.3 / 300)
-    assert found.better.value == pytest.approx(wins.mean())
-    assert found.better.high - found.better.low == pytest.approx(2 * half, rel=0.1)
+    assert result.better.value == pytest.approx(wins.mean())
+    assert result.better.high - result.better.low == pytest.approx(2 * half, rel=0.1)
     sure = compare_pairs(np.ones(5), np.zeros(5), alone(5)).better
     assert (sure.value, sure.low, sure.high) == (1, 1, 1)

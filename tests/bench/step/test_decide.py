@@ -45,20 +45,20 @@ def test_a_first_decision_with_something_to_decide(observation: Any) -> None:
 
 def test_what_is_timed_decides(observation: Any) -> None:
     policy = learned(critics=True)
-    found = {name: call() for name, call in deciders(policy, observation).items()}
-    assert list(found) == [RULE, "network", "actor", "policy"]
+    results = {name: call() for name, call in deciders(policy, observation).items()}
+    assert list(results) == [RULE, "network", "actor", "policy"]
     expected = {
         RULE: find_rule(RULE).decide(observation),
         "actor": learned(critics=False).decide(observation),
         "policy": policy.decide(observation),
     }
     for name, decision in expected.items():
-        own = found[name]
-        assert isinstance(own, Decision)
-        np.testing.assert_array_equal(own.ranks, decision.ranks)
-        assert observation.problem.fits(project(observation.problem, own.ranks, own.scores).ranks)
-    assert isinstance(found["network"], Action)
-    assert found["network"].mean.shape == (1, 14 + len(PLACEMENT))
+        decided = results[name]
+        assert isinstance(decided, Decision)
+        np.testing.assert_array_equal(decided.ranks, decision.ranks)
+        assert observation.problem.fits(project(observation.problem, decided.ranks, decided.scores).ranks)
+    assert isinstance(results["network"], Action)
+    assert results["network"].mean.shape == (1, 14 + len(PLACEMENT))
     assert "policy" not in deciders(learned(critics=False), observation)
 
 

@@ -31,9 +31,9 @@ def results(tiny: Size, short: Course) -> dict[str, Result]:
 
 def result(*, step: float = 1.0, decision: float = 0.0, noise: float = 0.0) -> Result:
     """Four cycles with a decision at the end of each."""
-    own = np.tile([0.0] * (PERIOD - 1) + [decision], 4)
-    seconds = step + own + noise * np.random.default_rng(0).standard_normal(4 * PERIOD)
-    return Result(seconds, own, adapter_bytes=1024, peak_bytes=2048, rank_changes=3, setup_seconds=1.5)
+    own_seconds = np.tile([0.0] * (PERIOD - 1) + [decision], 4)
+    seconds = step + own_seconds + noise * np.random.default_rng(0).standard_normal(4 * PERIOD)
+    return Result(seconds, own_seconds, adapter_bytes=1024, peak_bytes=2048, rank_changes=3, setup_seconds=1.5)
 
 
 def test_a_course_warms_up_times_whole_cycles_and_measures_last() -> None:
@@ -65,8 +65,8 @@ def test_only_rankpilot_and_adalora_change_ranks_and_hold_more(results: dict[str
 
 def test_decisions_are_in_the_last_step_of_a_cycle(results: dict[str, Result]) -> None:
     """Not a bar on time: a decision is hundreds of times the work of taking in a step's signals."""
-    own = np.median(results["rankpilot"].own_seconds.reshape(-1, PERIOD), axis=0)
-    assert int(own.argmax()) == PERIOD - 1
+    by_place = np.median(results["rankpilot"].own_seconds.reshape(-1, PERIOD), axis=0)
+    assert int(by_place.argmax()) == PERIOD - 1
 
 
 def test_ratios_and_own_share_of_known_times() -> None:

@@ -43,17 +43,17 @@ def row(policy: str, index: int, loss: float | None, **options: Any) -> Row:
 
 @pytest.fixture
 def rows() -> list[Row]:
-    found = []
+    made = []
     for index in range(8):
-        found += [row("pilot", index, math.exp(-0.3), **PLANTED), row("oracle", index, math.exp(-0.5), **PLANTED)]
-        found += [row("pilot", index, 0.9, **SHIFT), row("fracrule", index, 0.8, **SHIFT)]
-    return found
+        made += [row("pilot", index, math.exp(-0.3), **PLANTED), row("oracle", index, math.exp(-0.5), **PLANTED)]
+        made += [row("pilot", index, 0.9, **SHIFT), row("fracrule", index, 0.8, **SHIFT)]
+    return made
 
 
 def test_share_of_the_oracle(rows: list[Row]) -> None:
-    found = share(rows, "pilot", "oracle", UNIFORM, logs=True)
-    assert found is not None
-    assert (found.value, found.low, found.high) == (pytest.approx(0.6), pytest.approx(0.6), pytest.approx(0.6))
+    gained = share(rows, "pilot", "oracle", UNIFORM, logs=True)
+    assert gained is not None
+    assert (gained.value, gained.low, gained.high) == (pytest.approx(0.6), pytest.approx(0.6), pytest.approx(0.6))
     assert share(rows, "fracrule", "oracle", UNIFORM) is None, "it has no planted run"
     nats = share(rows, "pilot", "oracle", UNIFORM)
     assert nats is not None
@@ -69,9 +69,9 @@ def test_a_share_of_nothing(rows: list[Row]) -> None:
     level = [replace(r, loss=1.0) if r.policy == "oracle" else r for r in rows]
     assert share(level, "pilot", "oracle", UNIFORM, logs=True) is None
     one = [replace(r, loss=1.0) if r.policy == "oracle" and r.task != "planted-0" else r for r in rows]
-    found = share(one, "pilot", "oracle", UNIFORM, logs=True)
-    assert found is not None
-    assert all(map(math.isfinite, (found.value, found.low, found.high)))
+    gained = share(one, "pilot", "oracle", UNIFORM, logs=True)
+    assert gained is not None
+    assert all(map(math.isfinite, (gained.value, gained.low, gained.high)))
 
 
 def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,9 +129,9 @@ def test_the_report(rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_large_batches_are_a_claim_of_their_own() -> None:
-    found = [row("pilot", index, 0.9, **(SHIFT | {"price": "large batch"})) for index in range(4)]
-    found += [row("fracrule", index, 0.8, **(SHIFT | {"price": "large batch"})) for index in range(4)]
-    measured = {(c.title, c.other): m for c in claims("pilot") if (m := measure(found, "pilot", c))}
+    more_rows = [row("pilot", index, 0.9, **(SHIFT | {"price": "large batch"})) for index in range(4)]
+    more_rows += [row("fracrule", index, 0.8, **(SHIFT | {"price": "large batch"})) for index in range(4)]
+    measured = {(c.title, c.other): m for c in claims("pilot") if (m := measure(more_rows, "pilot", c))}
     title = "real shifts, bytes of a large batch"
     assert measured[title, UNIFORM].versus.wins == measured[title, "fracrule"].versus.losses == 4
     assert not [other for name, other in measured if name.startswith("real shifts, 30")]

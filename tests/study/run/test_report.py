@@ -86,13 +86,13 @@ def test_decisions_in_words(run_folder: Path) -> None:
 
 def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
     table = DecisionLog(run_folder / "decisions").read().slice(0, 36)
-    found = standing_out(table)
-    assert found[30][0][0] == "sensitivity"
-    assert found[30][0][1] > 5
-    assert found[32][0][0] == "snr"
-    assert found[32][0][1] < -5
-    assert not {name for row in found for name, _ in row} & {"top", "constant"}
-    assert all(abs(distance) >= 1 for row in found for _, distance in row)
+    pairs = standing_out(table)
+    assert pairs[30][0][0] == "sensitivity"
+    assert pairs[30][0][1] > 5
+    assert pairs[32][0][0] == "snr"
+    assert pairs[32][0][1] < -5
+    assert not {name for row in pairs for name, _ in row} & {"top", "constant"}
+    assert all(abs(distance) >= 1 for row in pairs for _, distance in row)
 
 
 def test_report_can_be_made_again(run_folder: Path) -> None:
