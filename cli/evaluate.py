@@ -17,26 +17,26 @@ from .progress import console, progress_bar
 class Evaluate(EvaluateConfig):
     """Compare policies and rules on the same proxy fine-tunes: same tasks, seeds, batches and budgets.
 
-    POLICIES are folders of trained policies and rules: uniform, top-half, top-third, rule16, fracrule,
+    A POLICY is the folder of a trained policy, or a rule: uniform, top-half, top-third, rule16, fracrule,
     fracrule-mlp, one-deeper, two-deeper, all-layers, ramp-up, ramp-down, random, gradient-norm, adalora, snr,
-    heur3, utility-per-byte. constant:FOLDER is a policy's mean action, which takes no notice of the task;
-    actor:FOLDER leaves its plan critics out; once:FOLDER decides at the start alone; without-signals:FOLDER (or
-    -prices, -place, -progress, or one feature) does not see those. Four more show what could be reached, and are
-    allowed more than the others: uniform-115 (15 % more budget), oracle (knows what was planted), best-window and
-    best-of-8 (the best of eight runs).
+    heur3, utility-per-byte. Parts of a trained policy can compete too: constant:FOLDER always takes its mean action,
+    whatever the task; actor:FOLDER decides without its plan critics; once:FOLDER decides only at the start;
+    without-signals:FOLDER (or -prices, -place, -progress, or one feature) does not see those features. Four more show
+    what could be reached, and may do more than the others: uniform-115 (15 % more budget), oracle (knows what was
+    planted), best-window and best-of-8 (the best of several runs).
 
-    Gains are how much lower the held-out loss is than that of uniform rank in the same budget, as a share of the
-    headroom, which is what the best known allocation gains over uniform. Every figure comes with the 95 % interval of
-    a bootstrap over tasks: one that holds 0, or 50 % for the chance of being better, decides nothing. More tasks, or
-    --seeds, narrow it. A run takes about half a second on one core.
+    A gain is how much lower the held-out loss is than that of uniform rank in the same budget. It is given as a share
+    of the headroom, which is what the best known allocation gains over uniform rank. Every figure comes with the 95 %
+    interval of a bootstrap over tasks: if the interval holds 0 (50 % for the chance of being better), the figure
+    decides nothing. More tasks or more --seeds narrow it. A run takes about half a second on one core.
 
-    rows.jsonl in the output folder has a line for each run, summary.json the tables. Choose on the validation split;
-    the test split is for the final report.
+    In the output folder, rows.jsonl has a line for each run, and summary.json has the tables. Choose by the validation
+    split; the test split is for the final report.
 
     Attributes:
         output: folder of the comparison.
-        resume: go on with an interrupted comparison in the same folder; rows that are there are not run again, and
-            policies or seeds can be added.
+        resume: continue an interrupted comparison in the same folder; runs that it holds are not repeated, and policies
+            or seeds can be added.
     """
 
     policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]

@@ -18,16 +18,16 @@ from .progress import console
 class Export:
     """Write a LoRA adapter for programs that read one rank and one scale, or the ranks it learned for a new fine-tune.
 
-    padded: a folder for vLLM, llama.cpp and plain PEFT. Every module gets the same rank, filled up with zeros, and its
-    scale moves into the weights. Start vLLM with --max-lora-rank of at least that rank.
-    rank-pattern: the lines of an axolotl config file that start a fresh fine-tune at the learned ranks.
+    padded: a folder for vLLM, llama.cpp and plain PEFT. All modules get the same rank, filled up with zeros, and each
+    module's scale moves into its weights. Start vLLM with --max-lora-rank of at least that rank.
+    rank-pattern: lines for an axolotl config file, which start a fresh fine-tune at the learned ranks.
 
     Attributes:
         adapter: folder with adapter_config.json and adapter_model.safetensors.
-        output: new folder of the padded adapter, or file of the rank pattern (printed if None).
+        output: new folder for the padded adapter, or new file for the rank pattern (printed by default).
         format: what to write.
-        rank: of all modules when padded: 1, 8, 16, 32, 64, 128, 256, 320 or 512 (vLLM's); by default the smallest
-            that fits.
+        rank: rank of all modules of a padded adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512 (those that vLLM has); by
+            default the smallest that fits.
     """
 
     adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]

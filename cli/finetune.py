@@ -18,14 +18,14 @@ from .progress import console
 class Finetune(FinetuneConfig):
     """Fine-tune a model with LoRA while a policy moves rank between its modules, inside a hard budget.
 
-    Uses the transformers Trainer and PEFT; the adapter that comes out loads with plain PEFT. The run's folder holds the
-    resolved configuration, the decision log (Parquet), the adapter, a report and pictures.
+    The run uses the transformers Trainer and PEFT, and plain PEFT loads the adapter that comes out. The run's folder
+    holds all settings (config.json), every decision (Parquet), the adapter, a report and pictures.
 
     Attributes:
         output: folder of the run.
-        config: a JSON file of settings, such as the config.json of an earlier run; options on the command line count
-            over it.
-        resume: go on with an interrupted run in the same folder; a finished one is left as it is.
+        config: a JSON file of settings, such as the config.json of an earlier run. Options on the command line override
+            it.
+        resume: continue an interrupted run in the same folder; a finished run is left as it is.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(_file_error(error))
     except KeyboardInterrupt:
-        hint = " The same command with --resume goes on from here." if command in RESUMABLE else ""
+        hint = " The same command with --resume continues from here." if command in RESUMABLE else ""
         Console(stderr=True).print(f"Interrupted.{hint}")
         return 130
     return status or 0

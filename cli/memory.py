@@ -18,10 +18,11 @@ from .progress import console
 class Memory(MemoryConfig):
     """Show where the bytes of a LoRA training step go, and what each choice would save.
 
-    The peak of a step is predicted from a few small steps of the model, by kind and by layer, beside the frozen model
-    itself. Most of it is held for the backward pass: that follows from rows, tokens and how deep the lowest adapter
-    sits, and hardly from the rank. So other ranks, fewer layers, smaller batches and gradient checkpointing are
-    compared, none of which has to run. Nothing is trained or saved but memory.json and memory.png.
+    A few small steps of the model are enough to predict the peak of a step, by kind of bytes and by layer; the frozen
+    model itself is shown apart. Most of the peak is held for the backward pass. It depends on the rows, the tokens and
+    how deep the lowest adapter sits, and hardly on the rank. So the command compares other ranks, fewer layers, smaller
+    batches and gradient checkpointing, and runs none of them. It trains nothing, and writes only memory.json and
+    memory.png.
 
     Attributes:
         output: folder of the picture and of all figures.

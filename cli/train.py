@@ -19,23 +19,23 @@ from .progress import console, progress_bar, stage_bar
 
 @dataclass(frozen=True)
 class Train(TrainConfig):
-    """Train a policy on proxy fine-tunes and save it as a folder (safetensors and JSON).
+    """Train a policy on proxy fine-tunes, and save it as a folder (safetensors and JSON).
 
-    The policy moves LoRA rank between modules inside a hard budget. Untrained, it is the rule heur3. A warm start
-    teaches it what modules are worth, on tasks where that is known. Then PPO trains how it uses that and the
-    signals: each iteration runs short fine-tunes of small pretrained transformers, several episodes of each fresh
-    task beside one under heur3. Now and then this actor is measured on validation tasks, and the
-    best one is kept. Last, if plan tasks are asked for, many plans are run on each of them, and critics learn
-    from that to choose between the actor's plan and others. Afterwards the policy is compared on validation tasks
-    with heur3, fracrule and uniform ranks; for a comparison on tasks that decided nothing, see rankpilot evaluate
-    --split test.
+    The policy moves LoRA rank between modules inside a hard budget. An untrained policy does what the rule heur3 does.
+    Training has up to three parts. A warm start teaches the network what modules are worth, on tasks where that is
+    known. PPO then trains how to use this estimate and the signals: each iteration runs short fine-tunes of small
+    pretrained transformers, several episodes of each fresh task, beside one run under heur3; from time to time the
+    policy is measured on validation tasks, and the best one is kept. Last, with --plan-tasks, many plans are run on
+    each of these tasks, and critics learn from the results to choose between the actor's plan and others. In the end
+    the policy is compared on validation tasks with heur3, fracrule and uniform ranks. These tasks chose the policy; for
+    a comparison on others, see rankpilot evaluate --split test.
 
     Attributes:
         output: folder of the run; the policy is written there.
-        preset: sets all options that are not given: on two cores quick takes 5 minutes, default 90, full 140.
-        config: a JSON file of settings, such as the config.json of an earlier run; they count over the preset, and
-            options on the command line count over both.
-        resume: go on with an interrupted run in the same folder; a finished one is left as it is.
+        preset: sets all options that are not given. On two cores, quick takes 5 minutes, default 90, full 140.
+        config: a JSON file of settings, such as the config.json of an earlier run. It overrides the preset, and options
+            on the command line override both.
+        resume: continue an interrupted run in the same folder; a finished run is left as it is.
     """
 
     output: Path = Path("runs/policy")

@@ -12,28 +12,30 @@ from ..memory.step_config import StepConfig
 
 @dataclass(frozen=True)
 class FinetuneConfig(StepConfig):
-    """A fine-tune.
+    """What a fine-tune runs on, who decides its ranks, and how long it trains.
 
     Attributes:
-        model: packaged name, Hugging Face id or local folder.
-        data: packaged name, Hugging Face id, local file or folder.
-        policy: "default", which ships with the package, the folder of a trained one, or a rule.
-        budget: see `Budget.parse`.
-        compare_uniform: also run uniform LoRA in the same budget.
-        task: classification or causal-lm; by the data's columns if None.
-        steps: optimiser steps.
-        learning_rate: peak of a linear decay.
-        scaling: constant factor in front of B A (lora_alpha / r).
-        train_rows: at most so many training rows.
-        held_out_rows: at most so many held-out rows.
-        text_column: column with the text.
-        label_column: column with the class.
-        seed: of everything.
-        eval_every: steps between evaluations and checkpoints.
+        model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
+        data: a packaged data set, a Hugging Face id, a local file (csv, json, jsonl, parquet, txt) or a folder.
+        policy: who decides the ranks: "default", the policy that ships with rankpilot; the folder of a trained policy;
+            or a rule such as heur3 (rankpilot evaluate --help lists the rules).
+        budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what uniform rank 8 takes, "auto" (90
+            % of what is free on the device), or "300k params", which counts the adapter's parameters alone.
+        compare_uniform: also run LoRA with one rank on all modules in the same budget, and compare.
+        task: classification or causal-lm; without it, the columns of the data decide.
+        steps: optimiser steps of the run.
+        learning_rate: learning rate of the first step; it falls to zero along a straight line.
+        scaling: factor in front of the adapter's output (lora_alpha / r), the same at every rank.
+        train_rows: use at most so many training rows; all of them by default.
+        held_out_rows: use at most so many held-out rows.
+        text_column: name of the column with the text.
+        label_column: name of the column with the class.
+        seed: seed of all random numbers.
+        eval_every: optimiser steps from one evaluation and checkpoint to the next.
 
     Raises:
-        ConfigError: a value out of range.
-        BudgetError: the budget is unreadable.
+        ConfigError: a value is out of range.
+        BudgetError: the budget cannot be read.
     """
 
     model: str

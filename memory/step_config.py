@@ -15,17 +15,18 @@ class StepConfig:
     """One training step of a LoRA fine-tune.
 
     Attributes:
-        batch_size: rows on the device at once.
-        accumulation: batches whose gradients are added up for one optimiser step.
-        max_length: tokens a row.
-        target_modules: as in `peft.LoraConfig`; "all-linear" or names separated by commas.
-        optimizer: decides what is kept for each weight: adamw two numbers, sgd none, adafactor one at the most,
-            adamw8bit two bytes (needs the extra rankpilot[quant]).
-        bf16: compute in bfloat16 where autocast does, as the Trainer's bf16=True.
-        checkpointing: gradient checkpointing: layers keep their inputs alone and run again in the backward pass.
+        batch_size: rows that the device processes at once.
+        accumulation: how many batches add up their gradients for one optimiser step.
+        max_length: tokens in a row; longer texts are cut, or split for language modelling.
+        target_modules: modules that get an adapter: "all-linear", or names separated by commas, as in
+            `peft.LoraConfig`.
+        optimizer: the optimiser. It decides what is stored for each weight that trains: adamw two numbers, sgd none,
+            adafactor at most one, adamw8bit two bytes (needs the extra rankpilot[quant]).
+        bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.
+        checkpointing: gradient checkpointing: each layer stores only its inputs, and runs again in the backward pass.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value is out of range.
     """
 
     batch_size: int = 16

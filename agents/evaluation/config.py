@@ -13,20 +13,20 @@ class EvaluateConfig:
     """Which policies are compared, and on what.
 
     Attributes:
-        policies: rules, folders of trained policies, or constant:FOLDER, actor:FOLDER, once:FOLDER,
+        policies: rules, folders of trained policies, or constant:FOLDER, actor:FOLDER, once:FOLDER and
             without-FEATURES:FOLDER.
-        suite: suites of tasks, "planted" and "shift".
-        split: which of a suite's tasks.
-        bases: only tasks on these proxy bases; all if none is given.
-        tasks: at most so many tasks, evenly spread over the suites; all of them if None.
-        seeds: repetitions of each task with another teacher, data and adapters.
-        task_steps: optimiser steps of a run; None for as many as the suites' tasks have. With another number, uniform
-            is run again and the best known allocation counts as unknown.
-        against: rule or folder that each policy is compared with, run by run.
-        workers: worker processes; 0 for as many as there are cores.
+        suite: suites that the tasks come from: "planted", "shift" or both.
+        split: which part of a suite's tasks.
+        bases: use only tasks on these proxy bases; all bases by default.
+        tasks: use at most so many tasks, spread evenly over the suites; all of them by default.
+        seeds: how often each task is run, each time with another teacher, other data and other adapters.
+        task_steps: optimiser steps of a run; by default as many as the suite sets. With another number, the uniform run
+            is repeated with it, and the best known allocation counts as unknown.
+        against: the rule or folder that each policy is compared with, run by run.
+        workers: worker processes; 0 for one on each core.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value is out of range.
     """
 
     policies: tuple[str, ...]

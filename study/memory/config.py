@@ -12,25 +12,25 @@ from ...memory.step_config import StepConfig
 
 @dataclass(frozen=True)
 class MemoryConfig(StepConfig):
-    """What `rankpilot memory` looks at: a training step, of a model with an adapter on a batch.
+    """The training step that `rankpilot memory` looks at: a model with an adapter, on a batch.
 
     Attributes:
-        model: packaged name, Hugging Face id or local folder.
-        data: packaged name, Hugging Face id, local file or folder; its longest rows make the batch. Without it the
-            batch is random token ids, all rows of the full length.
-        rank: of the adapter on every target module.
-        task: classification or causal-lm; without one by the data's columns, or else by the model's architecture.
-        labels: classes of a classification without data.
-        budget: show which plans the rules make inside it, and what fits: "6GiB", "350MB", "80%" of what rank 8 takes,
-            "300k params" or "auto" (what is free on the device).
-        measure: run real steps too, and show predicted beside measured bytes.
-        text_column: column with the text.
-        label_column: column with the class.
-        seed: of random ids and fresh adapters.
+        model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
+        data: a packaged data set, a Hugging Face id, a local file or folder; its longest rows make the batch. Without
+            data, the batch holds random token ids, and all its rows have the full length.
+        rank: rank of the adapter on every target module.
+        task: classification or causal-lm; without it, the columns of the data decide, or else the model's architecture.
+        labels: number of classes, for a classification without data.
+        budget: also show which plans the rules make inside this budget, and what fits it: "6GiB", "350MB", "80%" of
+            what uniform rank 8 takes, "300k params" or "auto" (90 % of what is free on the device).
+        measure: also run real steps, and show measured beside predicted bytes.
+        text_column: name of the column with the text.
+        label_column: name of the column with the class.
+        seed: seed of random token ids and fresh adapters.
 
     Raises:
-        ConfigError: a value out of range.
-        BudgetError: the budget is unreadable.
+        ConfigError: a value is out of range.
+        BudgetError: the budget cannot be read.
     """
 
     model: str

@@ -200,7 +200,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "rankpilot memory" in out
-    assert "hardly from the rank" in out
+    assert "hardly on the rank" in out
 
 
 @pytest.mark.assets
