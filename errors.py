@@ -29,6 +29,12 @@ class RankPilotError(Exception):
         return str(self.args[0]) if self.args else ""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, as part of one line: its first line, or its kind if it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class ConfigError(RankPilotError, ValueError):
     """A setting is out of range or contradicts another one."""
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import RankPilotError, UnknownNameError
+from ..errors import RankPilotError, UnknownNameError, first_line
 from .progress import console
 
 COMMANDS = {
@@ -87,6 +87,6 @@ def _fail(message: str) -> int:
 
 def _file_error(error: OSError) -> str:
     """What the system refused, in one line: a file in place of a folder, no permission, a full disk."""
-    reason = error.strerror or (str(error) or type(error).__name__).splitlines()[0]
+    reason = error.strerror or first_line(error)
     place = f" ({error.filename})" if error.filename else ""
     return f"{reason}{place}. Check that the path is right, that you may use it, and that the disk has room."

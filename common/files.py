@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write to a temporary name, then rename."""
+"""Files that are complete or absent: each is written to a temporary name and then renamed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; rename it onto `path` if the block succeeds.
+    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
-    Works for a file and for a folder (an existing folder of that name is replaced).
-    A reader sees the old content or the new one, never a part; where a folder is replaced, for a moment neither.
+    It works for a file and for a folder; an existing file or folder of that name is replaced. A reader sees either the
+    old content or the new one, never a part of it. While a folder is replaced, there is none for a moment.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -44,7 +44,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_plain(value: Any) -> Any:
-    """A value of dicts, tuples and scalars as JSON reads it back: tuples become lists."""
+    """A value of dicts, tuples and scalars as it comes back from JSON: with lists in place of tuples."""
     if isinstance(value, dict):
         return {key: as_plain(item) for key, item in value.items()}
     return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -56,7 +56,10 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON object and flush it to disk; a torn last line is closed, and skipped by `read_json_lines`."""
+    """Append one JSON object and flush it to disk.
+
+    A last line that a killed process left incomplete is ended first; `read_json_lines` skips it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as stream:
         if stream.tell():

@@ -1,4 +1,4 @@
-"""Only our own words on the screen, in the command line's process and its workers."""
+"""Quiet libraries, so that the command line and its workers print only rankpilot's messages."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _SETTINGS = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
-_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
-"""They speak while PEFT imports torchao and bitsandbytes, of kernels and internals that nothing here uses."""
+_NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Loggers that warn of missing kernels when PEFT imports torchao and bitsandbytes; nothing here uses these kernels."""
 
 
 def silence_libraries() -> None:
-    """Quiet what this process and those that it starts will load; call before they load it."""
+    """Quiet the libraries that this process and its children will import; call this before they do."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore", FutureWarning)
-    for name in _TALKATIVE:
+    for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def silence_worker() -> None:
-    """The same in a process that was started by a quiet one."""
+    """Do the same in a worker of a quiet process."""
     if "RANKPILOT_QUIET" in os.environ:
         silence_libraries()

@@ -21,13 +21,14 @@ def _rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
 
 
 def largest_batch(dataset: Any, collate: Collate, rows: int, device: torch.device) -> Batch:
-    """A batch of the longest examples, so that no later batch is larger, with padding where there may be any.
+    """The largest batch that training can meet: the longest examples, with padding if any batch may have some.
 
     Args:
-        dataset: map-style or iterable; the length of `input_ids` decides, the first rows where there is none.
-        collate: the data loader's.
+        dataset: map-style or iterable. The length of `input_ids` tells which examples are the longest; the first ones
+            are taken where there is no such column.
+        collate: the data loader's function that makes a batch of examples.
         rows: batch size.
-        device: of the model.
+        device: the model's device.
 
     Raises:
         DataError: the data set is empty, or the collator returns no tensors by name.
@@ -44,7 +45,7 @@ def largest_batch(dataset: Any, collate: Collate, rows: int, device: torch.devic
         raise DataError("The training set is empty. Check its path, split and filters.")
     chosen = [chosen[index % len(chosen)] for index in range(rows)]
     batch = to_batch(collate(chosen), device)
-    # The longest rows may need no padding where others do; rows of one length without a mask need none.
+    # The longest rows may need no padding while others do. Rows of one length without a mask never need any.
     never = len(set(lengths)) == 1 and MASK not in names
     return batch if never else padded(batch)
 

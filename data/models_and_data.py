@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..errors import AssetError, ConfigError, DataError, UnknownNameError
+from ..errors import AssetError, ConfigError, DataError, UnknownNameError, first_line
 from .asset_list import ASSETS
 from .assets import fetch_asset
 from .packaged_data import DATASETS, load_packaged_dataset
@@ -35,7 +35,7 @@ class Workload:
 
     Attributes:
         task: classification or causal language modelling.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         train: tokenised rows.
         held_out: tokenised rows that training never sees.
         collator: makes batches of them.
@@ -67,23 +67,18 @@ def resolve_model(name: str) -> str:
 
 
 def _hub_error(kind: str, name: str, packaged: Mapping[str, Any], error: Exception) -> Exception:
-    """What to say when an id can be found nowhere."""
+    """The error for a name that stands for nothing: no packaged one, no folder, no id of a hub that answers."""
     if "/" not in name and not Path(name).exists():
-        hint = f"A Hugging Face id or a local path works too, but neither was found ({_first_line(error)})."
+        hint = f"A Hugging Face id or a local path works too, but neither was found ({first_line(error)})."
         return UnknownNameError.of(kind, name, packaged, hint)
     return AssetError(
-        f"The {kind} {name!r} could not be loaded: {_first_line(error)} Check the id or path and the network; "
+        f"The {kind} {name!r} could not be loaded: {first_line(error)} Check the id or path and the network; "
         f"packaged ones: {', '.join(packaged)}."
     )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
-    """What `load` returns for a model's folder or id; clear errors where there is none."""
+    """What `load` returns for a model's folder or id; UnknownNameError or AssetError if there is no such model."""
     try:
         return load(resolve_model(name))
     except AssetError:
@@ -121,7 +116,7 @@ def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -
         name: packaged name, Hugging Face id or local folder.
         task: decides the head.
         labels: class names.
-        tokenizer: names the padding token of a model that has none; without a tokenizer it is number 0.
+        tokenizer: gives a model without padding token its own; without a tokenizer, token 0 is for padding.
 
     Raises:
         UnknownNameError, AssetError: there is no such model.
@@ -146,11 +141,11 @@ def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, 
 
     Args:
         base: the model.
-        name: what the user calls it, for errors.
-        task: of its head.
+        name: the model's name, for errors.
+        task: decides which head is trained beside the adapters.
         target_modules: "all-linear" or names separated by commas.
-        rank: of every adapter.
-        scaling: lora_alpha over the rank.
+        rank: rank of every adapter.
+        scaling: lora_alpha / rank.
 
     Raises:
         ConfigError: no such modules, or some that cannot carry an adapter.
@@ -164,7 +159,7 @@ def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, 
     )
     try:
         return get_peft_model(base, lora)
-    except (ValueError, TypeError) as error:  # the latter where a head is both trained whole and adapted (DistilBERT)
+    except (ValueError, TypeError) as error:  # TypeError if a head is to be trained and adapted at once (DistilBERT)
         raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
 
 
@@ -191,16 +186,16 @@ def load_splits(name: str) -> DatasetDict:
             loaded = load_dataset(os.fspath(path) if path.is_dir() else name)
     except DataError:
         raise
-    except Exception as error:  # datasets raises whatever its reader raises
+    except Exception as error:  # datasets lets through what its many readers raise
         raise _hub_error("data set", name, dict.fromkeys(DATASETS), error) from error
     return DatasetDict(loaded)
 
 
-def _split(splits: DatasetDict, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows; a tenth of the training rows where the data set has no second split."""
+def _split(splits: DatasetDict, label: str, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows: a split with labels, or else a tenth of the training rows."""
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
     for name in ("test", "validation", "valid", "dev"):
-        if name in splits and splits[name] is not train:
+        if name in splits and splits[name] is not train and not _hides_labels(splits[name], label):
             return train, splits[name]
     if len(train) < 2:
         raise DataError(f"A data set needs at least 2 rows; got {len(train)}.")
@@ -208,10 +203,20 @@ def _split(splits: DatasetDict, seed: int) -> tuple[Dataset, Dataset]:
     return parts["train"], parts["test"]
 
 
-def _column(dataset: Dataset, wanted: str, what: str) -> str:
-    if wanted not in dataset.column_names:
-        raise UnknownNameError.of(f"{what} column", wanted, dataset.column_names, f"Set --{what}-column.")
-    return wanted
+def _hides_labels(split: Dataset, label: str) -> bool:
+    """Whether a split is for a contest: its labels are all -1."""
+    return label in split.column_names and set(split.unique(label)) == {-1}
+
+
+def _column(parts: list[Dataset], name: str, what: str) -> str:
+    """The name of a column, if all parts have it and no row lacks a value there."""
+    for part in parts:
+        if name not in part.column_names:
+            raise UnknownNameError.of(f"{what} column", name, part.column_names, f"Set --{what}-column.")
+        empty = sum(value is None for value in part[name])
+        if empty:
+            raise DataError(f"The column {name!r} holds no value in {empty} of {len(part)} rows. Remove these rows.")
+    return name
 
 
 def load_workload(
@@ -229,15 +234,15 @@ def load_workload(
     """Load and tokenise a data set for a model.
 
     Args:
-        model: decides the tokenizer.
-        data: see `load_splits`.
+        model: name of the model, whose tokenizer is used.
+        data: name of the data set, see `load_splits`.
         task: classification if the data set has the label column, else causal language modelling.
-        max_length: tokens a row; longer rows are cut, or split for language modelling.
-        text_column: column with the text.
-        label_column: column with the class.
-        train_rows: at most so many training rows, drawn with the seed.
-        held_out_rows: the same for the held-out rows.
-        seed: of these draws and of a split, if one has to be made.
+        max_length: tokens in a row; longer texts are cut, or split for language modelling.
+        text_column: name of the column with the text.
+        label_column: name of the column with the class.
+        train_rows: use at most so many training rows, drawn at random.
+        held_out_rows: use at most so many held-out rows, drawn at random.
+        seed: of these draws, and of a split if the data set has only one.
 
     Raises:
         UnknownNameError, AssetError, DataError, ConfigError: something is missing, empty or contradictory.
@@ -245,7 +250,7 @@ def load_workload(
     if max_length < 2:
         raise ConfigError(f"max_length is at least 2; got {max_length}.")
     tokenizer = load_tokenizer(model)
-    train, held_out = _split(load_splits(data), seed)
+    train, held_out = _split(load_splits(data), label_column, seed)
     task = task or ("classification" if label_column in train.column_names else "causal-lm")
     parts = []
     for part, rows in ((train, train_rows), (held_out, held_out_rows)):
@@ -256,7 +261,8 @@ def load_workload(
         parts.append(part.shuffle(seed=seed).select(range(min(rows or len(part), len(part)))))
     if task == "causal-lm":
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        encoded = [_blocks(part, tokenizer, _column(part, text_column, "text"), max_length) for part in parts]
+        text = _column(parts, text_column, "text")
+        encoded = [_blocks(part, tokenizer, text, max_length) for part in parts]
         return Workload(task, tokenizer, encoded[0], encoded[1], collator, ())
     encoded, labels = _classified(parts, tokenizer, text_column, label_column, max_length)
     collator = DataCollatorWithPadding(tokenizer)
@@ -266,7 +272,8 @@ def load_workload(
 def _classified(
     parts: list[Dataset], tokenizer: Any, text_column: str, label_column: str, max_length: int
 ) -> tuple[list[Dataset], tuple[str, ...]]:
-    text, label = _column(parts[0], text_column, "text"), _column(parts[0], label_column, "label")
+    """Tokenised rows with the number of their class, and the names of the classes."""
+    text, label = _column(parts, text_column, "text"), _column(parts, label_column, "label")
     feature = parts[0].features[label]
     values = sorted({value for part in parts for value in part.unique(label)})
     names = tuple(getattr(feature, "names", None) or map(str, values))

