@@ -1,9 +1,10 @@
-"""Settings of training and fine-tuning: what the command line shows and what each run's `config.json` holds."""
+"""Settings of `rankpilot train`, and its presets."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ...allocation.schedule import DecisionSchedule
 from ...env.tasks.suite_names import SUITES
@@ -16,37 +17,44 @@ class TrainConfig:
     """How a policy is trained.
 
     Attributes:
-        iterations: PPO updates; each follows a round of stacks * groups * group episodes.
-        stacks: of episodes that train together on one base; each can have a core of its own.
-        groups: fresh tasks of each stack.
-        group: episodes of each task, whose returns are compared.
-        workers: worker processes; 0 for as many as there are cores. Results do not depend on it.
-        learning_rate: of PPO at the start; it falls to zero along a line.
-        epochs: passes over each iteration's decisions.
-        clip_range: PPO's clip on the probability ratio.
-        target_kl: an update ends early when the policy has moved so far.
-        warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for none.
-        plan_tasks: fresh tasks of the plan runs after PPO, from which plan critics learn, half of them varied in text,
-            place and budget; 0 for none, and the actor decides alone.
-        suites: where tasks come from, "planted" and "shift".
-        bases: proxy bases of the tasks; all of the training split if none is given.
-        task_steps: optimiser steps of an episode; None for as many as the suites' tasks have.
-        validation_tasks: tasks of the validation split on which the policy is measured on the way and at the end, at
-            most; 0 for none.
-        validate_every: iterations between measurements; the best policy is kept.
+        iterations: PPO updates, each on stacks x tasks_per_stack x episodes_per_task new episodes.
+        stacks: groups of episodes that train together on one base; each can use a core of its own.
+        tasks_per_stack: fresh tasks of each stack.
+        episodes_per_task: episodes of each task; PPO compares their returns with one another.
+        workers: worker processes; 0 for one on each core. Results do not depend on it.
+        learning_rate: PPO's learning rate at the start; it falls to zero along a straight line.
+        epochs: passes over the decisions of each iteration.
+        clip_range: how far PPO may change the probability of an action at once, as a share of it.
+        target_kl: an update ends early when the policy has moved this far from the one that acted.
+        warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for no
+            warm start.
+        plan_tasks: fresh tasks of the plan runs after PPO, from which the plan critics learn; half of the tasks are
+            varied in text, place and budget. With 0 there are no critics, and the actor decides alone.
+        suites: suites that the tasks come from: "planted", "shift" or both.
+        bases: use only tasks on these proxy bases; by default all bases of the training split.
+        task_steps: optimiser steps of an episode; by default as many as the suite sets.
+        validation_tasks: at most so many tasks of the validation split, on which the policy is measured during training
+            and after it; 0 for none.
+        validate_every: iterations from one of these measurements to the next; the best policy is kept.
         schedule: when ranks are decided in an episode.
-        network: size and start of the network.
-        seed: of everything.
+        network: size of the policy network, and where it starts.
+        seed: seed of all random numbers.
         device: where episodes train; "auto" is CUDA where there is one.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value is out of range.
     """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "groups": "tasks_per_stack",
+        "group": "episodes_per_task",
+        "trial_tasks": "plan_tasks",
+    }
 
     iterations: int = 10
     stacks: int = 2
-    groups: int = 3
-    group: int = 8
+    tasks_per_stack: int = 3
+    episodes_per_task: int = 8
     workers: int = 0
     learning_rate: float = 1e-3
     epochs: int = 6
@@ -66,14 +74,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         steps = 1 if self.task_steps is None else self.task_steps
-        if (
-            min(self.iterations, self.stacks, self.groups, self.epochs, steps, self.validate_every) < 1
-            or self.group < 2
-        ):
+        counts = (self.iterations, self.stacks, self.tasks_per_stack, self.epochs, steps, self.validate_every)
+        if min(counts) < 1 or self.episodes_per_task < 2:
             raise ConfigError(
-                "iterations, stacks, groups, epochs, task_steps and validate_every are at least 1 and group at least "
-                f"2 (returns are compared inside it); got {self.iterations}, {self.stacks}, {self.groups}, "
-                f"{self.epochs}, {self.task_steps}, {self.validate_every} and {self.group}."
+                "iterations, stacks, tasks_per_stack, epochs, task_steps and validate_every are at least 1, and "
+                "episodes_per_task at least 2 (their returns are compared with one another); got "
+                f"{', '.join(map(str, counts))} and {self.episodes_per_task}."
             )
         if min(self.workers, self.validation_tasks, self.warm_tasks, self.plan_tasks) < 0 or self.learning_rate <= 0:
             raise ConfigError(
@@ -101,4 +107,4 @@ PRESETS: dict[str, TrainConfig] = {
     "full": TrainConfig(iterations=100, warm_tasks=960, plan_tasks=1200),
 }
 """Presets of `rankpilot train`: a few minutes, an hour and a half, and more than two hours on two cores. More plan runs
-make better policies, more rounds of PPO hardly do (docs/experiments.md)."""
+make better policies; more iterations of PPO hardly do (docs/experiments.md)."""

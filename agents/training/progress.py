@@ -74,7 +74,7 @@ class PPOProgress(BaseCallback):
         assert isinstance(self.training_env, ProxyVecEnv)
         network: RankNetwork = self.model.policy.network  # type: ignore[assignment]
         envs = self.training_env
-        groups = returns.reshape(-1, self._config.group)
+        groups = returns.reshape(-1, self._config.episodes_per_task)
         row = {
             "iteration": self.iteration,
             "episodes": int(returns.size),

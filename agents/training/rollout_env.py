@@ -58,10 +58,10 @@ class ProxyVecEnv(VecEnv):
         self.decisions = len(config.schedule.steps(steps.pop()))
         self.max_modules = max_modules
         self.render_mode = None
-        episodes = config.stacks * config.groups * config.group
+        episodes = config.stacks * config.tasks_per_stack * config.episodes_per_task
         super().__init__(episodes, observation_space(max_modules), score_space(max_modules))
         self.round = 0
-        slots = config.groups * (config.group + 1)
+        slots = config.tasks_per_stack * (config.episodes_per_task + 1)
         self._worker_options = (rule, config.schedule, slots, max_modules, config.device)
         self._local: _Worker | None = None
         self._pipes: list[Connection] = []
@@ -108,7 +108,7 @@ class ProxyVecEnv(VecEnv):
         self._tasks = [config.draw(self.round, stack) for stack in range(config.stacks)]
         self._taken = 0
         begin: dict[int, tuple[str, tuple[Any, ...]]] = {
-            stack: ("begin", ([task for task in tasks for _ in range(config.group)], tasks, False))
+            stack: ("begin", ([task for task in tasks for _ in range(config.episodes_per_task)], tasks, False))
             for stack, tasks in enumerate(self._tasks)
         }
         return self._joined(self._calls(begin))
@@ -163,7 +163,7 @@ class ProxyVecEnv(VecEnv):
         Returns:
             Held-out losses in nats, NaN for failed runs.
         """
-        size = min(self.config.groups * (self.config.group + 1), CACHED_TASKS)
+        size = min(self.config.tasks_per_stack * (self.config.episodes_per_task + 1), CACHED_TASKS)
         by_base: dict[str, list[int]] = {}
         for index, task in enumerate(tasks):
             by_base.setdefault(task.base, []).append(index)

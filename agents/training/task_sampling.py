@@ -30,8 +30,8 @@ def rounds_of(config: TrainConfig) -> RolloutConfig:
     return RolloutConfig(
         tuple(_tasks((suite,), "train", config) for suite in config.suites),
         config.stacks,
-        config.groups,
-        config.group,
+        config.tasks_per_stack,
+        config.episodes_per_task,
         config.schedule,
         config.seed,
         config.worker_count,
@@ -51,7 +51,7 @@ def validation_tasks(config: TrainConfig) -> tuple[ProxyTask, ...]:
 
 def warm_draws(rounds: RolloutConfig, tasks: int) -> list[ProxyTask]:
     """Fresh tasks of the warm start, so many."""
-    numbers = range(WARM_ROUND, WARM_ROUND - (-tasks // rounds.groups))
+    numbers = range(WARM_ROUND, WARM_ROUND - (-tasks // rounds.tasks_per_stack))
     return [task for number in numbers for task in rounds.draw(number, 0)][:tasks]
 
 
@@ -60,7 +60,7 @@ def plan_draws(rounds: RolloutConfig, tasks: int) -> list[tuple[ProxyTask, ...]]
 
     The first half are like those of rounds; the second half are the same ones varied, see `vary`.
     """
-    numbers = range(PLAN_ROUND, PLAN_ROUND - (-tasks // (2 * rounds.groups)))
+    numbers = range(PLAN_ROUND, PLAN_ROUND - (-tasks // (2 * rounds.tasks_per_stack)))
     plain = sorted((tuple(rounds.draw(number, 0)) for number in numbers), key=_base)  # bases take long to load
     suites = {(task.kind, task.base): suite for suite in rounds.templates for task in suite}
     return plain + [tuple(vary(task, suites[task.kind, task.base]) for task in drawn) for drawn in plain]
@@ -124,8 +124,8 @@ class RolloutConfig:
         templates: tasks by suite; fresh ones differ from one of them in the seed alone. Suites take turns, and what
             budgets count (`ProxyTask.price`) is drawn evenly.
         stacks: how many stacks of episodes a round has, each on one base.
-        groups: tasks of a stack.
-        group: episodes of each task.
+        tasks_per_stack: fresh tasks of each stack.
+        episodes_per_task: episodes of each fresh task.
         schedule: when ranks are decided.
         seed: of the tasks.
         workers: processes, at least 1; no more than stacks are of use.
@@ -134,8 +134,8 @@ class RolloutConfig:
 
     templates: tuple[tuple[ProxyTask, ...], ...]
     stacks: int
-    groups: int
-    group: int
+    tasks_per_stack: int
+    episodes_per_task: int
     schedule: DecisionSchedule
     seed: int = 0
     workers: int = 1
@@ -147,14 +147,14 @@ class RolloutConfig:
         return min(self.workers, self.stacks)
 
     def draw(self, round_: int, stack: int) -> list[ProxyTask]:
-        """The fresh tasks of a stack, one a group; each keeps its template's reference, as a measure of headroom."""
+        """The fresh tasks of a stack, each of which keeps its template's reference, as a measure of headroom."""
         generator = np.random.default_rng([self.seed, round_, stack])
         bases = sorted({task.base for suite in self.templates for task in suite})
         base = bases[int(generator.integers(len(bases)))]
         suites = [own for suite in self.templates if (own := [task for task in suite if task.base == base])]
         tasks = []
-        for group in range(self.groups):
-            suite = suites[(round_ + stack + group) % len(suites)]
+        for number in range(self.tasks_per_stack):
+            suite = suites[(round_ + stack + number) % len(suites)]
             prices = sorted({task.price for task in suite})
             price = prices[int(generator.integers(len(prices)))]
             alike = [task for task in suite if task.price == price]

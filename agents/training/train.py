@@ -155,7 +155,7 @@ def _plan_critics(
     report(Stage("plan critics", len(stacks), len(stacks)))
     critics = PlanValueEnsemble()
     facts = fit_critics(critics, dataset, seed=config.seed, workers=config.worker_count)
-    write_json(folder / PLAN_RUNS / SUMMARY, {"runs": len(stacks) * rounds.groups * RUNS} | facts)
+    write_json(folder / PLAN_RUNS / SUMMARY, {"runs": len(stacks) * rounds.tasks_per_stack * RUNS} | facts)
     return critics
 
 
@@ -200,7 +200,7 @@ def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
         gae_lambda=1.0,
         vf_coef=0.1,
         rollout_buffer_class=GroupRolloutBuffer,
-        rollout_buffer_kwargs={"group": config.group},
+        rollout_buffer_kwargs={"group": config.episodes_per_task},
         policy_kwargs={"network": config.network},
         tensorboard_log=str(folder / TENSORBOARD) if find_spec("tensorboard") else None,
         seed=config.seed,

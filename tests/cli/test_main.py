@@ -100,7 +100,7 @@ def test_bad_budget(capsys: pytest.CaptureFixture[str], seen: list[Any], budget:
 
 def test_bad_numbers(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
     assert "at least 1" in usage_error(["finetune", "m", "d", "--steps", "0"], capsys)
-    assert "group at least 2" in usage_error(["train", "--group", "1"], capsys)
+    assert "episodes_per_task at least 2" in usage_error(["train", "--episodes-per-task", "1"], capsys)
     assert "fractions rise" in usage_error(["train", "--schedule.fractions", "0.5"], capsys)
     assert not seen
 
@@ -149,7 +149,13 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
 def test_help_and_mistakes_load_no_learning_library() -> None:
     """So that they take a few tenths of a second."""
     helps = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
-    mistakes = [["trian"], ["train", "--preset", "nope"], ["train", "--group", "1"], ["evaluate"], ["bench", "stpe"]]
+    mistakes = [
+        ["trian"],
+        ["train", "--preset", "nope"],
+        ["train", "--episodes-per-task", "1"],
+        ["evaluate"],
+        ["bench", "stpe"],
+    ]
     mistakes += [["finetune", "m", "d", "--budget", "lots"], ["memory", "m", "--optimizer", "adam"], ["export"]]
     code = f"""
 import contextlib, io, sys, rankpilot.__main__
@@ -225,18 +231,20 @@ def test_what_the_system_refuses_is_one_line(
 
 def test_presets_and_flags(seen: list[Any]) -> None:
     assert cli.run(["train"]) == 0
-    assert cli.run(["train", "--preset", "default", "--group", "5"]) == 0
+    assert cli.run(["train", "--preset", "default", "--episodes-per-task", "5"]) == 0
     assert cli.run(["train", "--preset=default"]) == 0
     quick, changed, default = seen
     assert as_json(TrainConfig, quick) == as_json(TrainConfig, PRESETS["quick"])
     assert as_json(TrainConfig, default) == as_json(TrainConfig, PRESETS["default"])
-    assert as_json(TrainConfig, changed) == as_json(TrainConfig, dataclasses.replace(PRESETS["default"], group=5))
+    assert as_json(TrainConfig, changed) == as_json(
+        TrainConfig, dataclasses.replace(PRESETS["default"], episodes_per_task=5)
+    )
 
 
 def test_settings_of_a_training_run_from_its_file(seen: list[Any], tmp_path: Path) -> None:
     config = TrainConfig(
         iterations=3,
-        group=4,
+        episodes_per_task=4,
         suites=("planted",),
         schedule=DecisionSchedule(probe_steps=5, fractions=(0.0, 0.3)),
         network=NetworkConfig(width=9),
@@ -245,13 +253,18 @@ def test_settings_of_a_training_run_from_its_file(seen: list[Any], tmp_path: Pat
     path = tmp_path / "config.json"
     write_json(path, as_json(TrainConfig, config))
     assert cli.run(["train", "--config", str(path)]) == 0
-    assert cli.run(["train", f"--config={path}", "--group", "6", "--schedule.probe-steps", "8", "--output", "x"]) == 0
+    assert (
+        cli.run(
+            ["train", f"--config={path}", "--episodes-per-task", "6", "--schedule.probe-steps", "8", "--output", "x"]
+        )
+        == 0
+    )
     assert as_json(TrainConfig, seen[0]) == as_json(TrainConfig, config)
     assert seen[0].schedule == config.schedule
     assert seen[1].output == Path("x")
     schedule = dataclasses.replace(config.schedule, probe_steps=8)
     assert as_json(TrainConfig, seen[1]) == as_json(
-        TrainConfig, dataclasses.replace(config, group=6, schedule=schedule)
+        TrainConfig, dataclasses.replace(config, episodes_per_task=6, schedule=schedule)
     )
 
 
@@ -271,17 +284,27 @@ def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) 
     )
 
 
+def test_a_config_file_of_an_earlier_version(seen: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    network = as_json(NetworkConfig, NetworkConfig(width=9)) | {"attention_heads": 0}
+    write_json(path, {"groups": 5, "group": 6, "trial_tasks": 7, "network": network})
+    assert cli.run(["train", "--config", str(path)]) == 0
+    assert (seen[0].tasks_per_stack, seen[0].episodes_per_task, seen[0].plan_tasks) == (5, 6, 7)
+    assert seen[0].network == NetworkConfig(width=9)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ('{"network": {"attention_heads": 4}}', "'attention_heads' is gone; only 0 can go on, not 4"),
         (None, "Cannot read the config file"),
         ("{", "Cannot read the config file"),
         ("[1]", "holds no settings by name"),
         ('{"grup": 3}', "grup"),
         ('{"schedule": {"probes": 3}}', "probes"),
         ('{"schedule": 3}', "schedule"),
-        ('{"group": 1}', "group at least 2"),
-        ('{"group": "many"}', "does not fit: group is a whole number; got 'many'"),
+        ('{"episodes_per_task": 1}', "episodes_per_task at least 2"),
+        ('{"episodes_per_task": "many"}', "does not fit: episodes_per_task is a whole number; got 'many'"),
         ('{"preset": "nope"}', "Unknown preset 'nope'"),
         ('{"output": 3}', "output is a path"),
     ],
@@ -325,14 +348,25 @@ def test_train_agent_script() -> None:
 def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rankpilot.agents.learned.policy_file import load_policy
 
-    small = ["--iterations", "2", "--stacks", "1", "--groups", "1", "--group", "2", "--workers", "1"]
+    small = [
+        "--iterations",
+        "2",
+        "--stacks",
+        "1",
+        "--tasks-per-stack",
+        "1",
+        "--episodes-per-task",
+        "2",
+        "--workers",
+        "1",
+    ]
     tasks = ["--task-steps", "8", "--suites", "planted", "--warm-tasks", "1", "--validation-tasks", "1"]
     command = ["train", *small, *tasks, "--validate-every", "1", "--schedule.probe-steps", "2"]
     folder = tmp_path / "pilot"
     assert cli.run([*command, "--output", str(folder)]) == 0
     assert load_policy(folder).name == "pilot"
     assert (folder / "learning_curve.png").stat().st_size > 1000
-    assert json.loads((folder / "config.json").read_text())["group"] == 2
+    assert json.loads((folder / "config.json").read_text())["episodes_per_task"] == 2
     card = json.loads((folder / "card.json").read_text())
     assert (card["episodes"], set(card["validation"])) == (4, {"learned", "heur3", "fracrule"})
     assert "warm_after" in card["start"]

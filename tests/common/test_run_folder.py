@@ -108,7 +108,10 @@ def test_other_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "settings", "lacks"),
-    [(FinetuneConfig, FinetuneConfig("m", "d", steps=7), "max_length"), (TrainConfig, TrainConfig(group=4), "device")],
+    [
+        (FinetuneConfig, FinetuneConfig("m", "d", steps=7), "max_length"),
+        (TrainConfig, TrainConfig(episodes_per_task=4), "device"),
+    ],
 )
 def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path, kind: type[Any], settings: Any, lacks: str) -> None:
     """It lacks settings that came later, which are at their defaults."""

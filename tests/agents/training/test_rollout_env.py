@@ -49,8 +49,8 @@ def config(**options: Any) -> RolloutConfig:
     settings: Any = {
         "templates": (PLANTED, SHIFT),
         "stacks": 1,
-        "groups": 2,
-        "group": 2,
+        "tasks_per_stack": 2,
+        "episodes_per_task": 2,
         "schedule": SCHEDULE,
         "workers": 1,
     }
@@ -186,14 +186,18 @@ def test_tasks_of_several_lengths_are_refused() -> None:
 
 
 def test_a_draw_depends_on_seed_round_and_stack_alone() -> None:
-    some = config(groups=3, seed=7)
-    assert some.draw(4, 1) == some.draw(4, 1) == config(groups=3, seed=7, group=5, workers=2).draw(4, 1)
+    some = config(tasks_per_stack=3, seed=7)
+    assert (
+        some.draw(4, 1)
+        == some.draw(4, 1)
+        == config(tasks_per_stack=3, seed=7, episodes_per_task=5, workers=2).draw(4, 1)
+    )
     assert len({tuple(drawn) for drawn in (some.draw(4, 1), some.draw(5, 1), some.draw(4, 0))}) == 3
-    assert config(groups=3, seed=8).draw(4, 1) != some.draw(4, 1)
+    assert config(tasks_per_stack=3, seed=8).draw(4, 1) != some.draw(4, 1)
 
 
 def test_drawn_tasks_are_templates_with_fresh_seeds() -> None:
-    drawn = [one for round_ in range(20) for one in config(groups=3).draw(round_, 0)]
+    drawn = [one for round_ in range(20) for one in config(tasks_per_stack=3).draw(round_, 0)]
     assert len({one.seed for one in drawn}) == len(drawn)
     assert all(one.seed >= FRESH_SEEDS for one in drawn)
     assert {replace(one, seed=0) for one in drawn} == {replace(one, seed=0) for one in (*PLANTED, *SHIFT)}
@@ -201,7 +205,7 @@ def test_drawn_tasks_are_templates_with_fresh_seeds() -> None:
 
 
 def test_suites_take_turns() -> None:
-    some = config(groups=3)
+    some = config(tasks_per_stack=3)
     for round_ in range(4):
         for stack in range(2):
             kinds = [one.kind for one in some.draw(round_, stack)]
@@ -213,7 +217,7 @@ def test_kinds_of_budget_come_equally_often() -> None:
     odd = [replace(PLANTED[0], checkpointing=True), replace(PLANTED[0], priced_rows=32)]
     odd.append(replace(PLANTED[0], unit="parameters"))
     many = [replace(PLANTED[0], budget=0.5 + 0.01 * turn) for turn in range(30)]
-    some = config(templates=((*odd, *many),), groups=4)
+    some = config(templates=((*odd, *many),), tasks_per_stack=4)
     drawn = Counter(one.price for round_ in range(100) for one in some.draw(round_, 0))
     assert drawn.keys() == {"bytes", "checkpointed", "large batch", "parameters"}
     assert all(70 <= count <= 130 for count in drawn.values())
@@ -221,7 +225,7 @@ def test_kinds_of_budget_come_equally_often() -> None:
 
 def test_a_stack_has_one_base() -> None:
     elsewhere = tuple(replace(one, base="bert-4x32") for one in PLANTED)
-    some = config(templates=((*PLANTED, *elsewhere), SHIFT), groups=3)
+    some = config(templates=((*PLANTED, *elsewhere), SHIFT), tasks_per_stack=3)
     drawn = [some.draw(round_, stack) for round_ in range(20) for stack in range(2)]
     assert all(len({one.base for one in own}) == 1 for own in drawn)
     assert {own[0].base for own in drawn} == {"llama-4x32", "bert-4x32"}
@@ -231,7 +235,7 @@ def test_a_stack_has_one_base() -> None:
 
 
 def test_a_suite_of_one_task() -> None:
-    drawn = config(templates=((PLANTED[0],),), groups=2).draw(0, 0)
+    drawn = config(templates=((PLANTED[0],),), tasks_per_stack=2).draw(0, 0)
     assert len({one.seed for one in drawn}) == 2
     assert {replace(one, seed=1) for one in drawn} == {PLANTED[0]}
 
@@ -239,7 +243,7 @@ def test_a_suite_of_one_task() -> None:
 def test_stacks_lie_side_by_side_in_the_order_of_their_numbers() -> None:
     """Modules that exist tell the bases apart."""
     elsewhere = tuple(replace(one, base="bert-4x32") for one in PLANTED)
-    some = make(templates=((*PLANTED, *elsewhere),), stacks=3, groups=1)
+    some = make(templates=((*PLANTED, *elsewhere),), stacks=3, tasks_per_stack=1)
     counts = {base: len(adapted_base(base)[1]) for base in ("llama-4x32", "bert-4x32")}
     assert len(set(counts.values())) == 2
     found = set()
@@ -418,7 +422,7 @@ def test_workers_beyond_the_stacks_are_not_started() -> None:
 
 @pytest.mark.slow
 def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
-    options: Any = {"stacks": 2, "groups": 1}
+    options: Any = {"stacks": 2, "tasks_per_stack": 1}
     here, isolated = make(**options), make(**options, workers=2)
     try:
         assert_same(play_round(isolated, 0), play_round(here, 0))

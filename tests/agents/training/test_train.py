@@ -46,8 +46,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 CONFIG = TrainConfig(
     iterations=3,
     stacks=1,
-    groups=1,
-    group=2,
+    tasks_per_stack=1,
+    episodes_per_task=2,
     workers=1,
     warm_tasks=2,
     suites=("planted",),
@@ -436,7 +436,7 @@ def with_tasks(
 
 def test_a_suite_of_one_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with_tasks(monkeypatch, lambda tasks: tasks[:1])
-    config = dataclasses.replace(CONFIG, iterations=1, groups=2, stacks=2, warm_tasks=1)
+    config = dataclasses.replace(CONFIG, iterations=1, tasks_per_stack=2, stacks=2, warm_tasks=1)
     run = noted(config, tmp_path / "run")
     assert len(set(run.rows[1]["tasks"])) == 4, "each with a seed of its own"
     assert run.rows[1]["episodes"] == 8
@@ -486,11 +486,11 @@ def test_episodes_have_the_steps_that_were_asked_for(bare: Run, monkeypatch: pyt
 
 
 def test_bad_settings(tmp_path: Path) -> None:
-    for name in ("iterations", "stacks", "groups", "epochs", "task_steps", "validate_every"):
+    for name in ("iterations", "stacks", "tasks_per_stack", "epochs", "task_steps", "validate_every"):
         with pytest.raises(ConfigError, match="at least 1"):
             TrainConfig(**{name: 0})
-    with pytest.raises(ConfigError, match="group at least 2"):
-        TrainConfig(group=1)
+    with pytest.raises(ConfigError, match="episodes_per_task at least 2"):
+        TrainConfig(episodes_per_task=1)
     for name in ("workers", "validation_tasks", "warm_tasks"):
         with pytest.raises(ConfigError, match="at least 0"):
             TrainConfig(**{name: -1})
@@ -575,7 +575,7 @@ def test_tasks_of_plan_runs() -> None:
     draws = plan_draws(rounds, config.plan_tasks)
     half = len(draws) // 2
     assert len(draws) == 2 * half
-    assert 100 <= sum(map(len, draws)) < 100 + 2 * rounds.groups
+    assert 100 <= sum(map(len, draws)) < 100 + 2 * rounds.tasks_per_stack
     templates = {dataclasses.replace(task, seed=0) for suite in rounds.templates for task in suite}
     for plain, varied in zip(draws[:half], draws[half:], strict=True):
         for task, other in zip(plain, varied, strict=True):
@@ -584,4 +584,4 @@ def test_tasks_of_plan_runs() -> None:
             assert other.reference is None
     bases = [tasks[0].base for tasks in draws[:half]]
     assert bases == sorted(bases)
-    assert len({task.seed for tasks in draws[:half] for task in tasks}) == half * rounds.groups
+    assert len({task.seed for tasks in draws[:half] for task in tasks}) == half * rounds.tasks_per_stack
