@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 
 SMALLER = {
-    "train": "--iterations 1 --stacks 1 --episodes-per-task 2 --workers 1 --task-steps 12 --validation-tasks 2 --suites planted",
+    "train": "--iterations 1 --stacks 1 --episodes-per-task 2 --workers 1 --task-steps 12 --validation-tasks 2 "
+    "--suites planted",
     "evaluate": "--tasks 2 --task-steps 12 --workers 1 --bases llama-4x32",
     "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 32 --batch-size 4",
     "export": "",
