@@ -11,6 +11,7 @@ from typing import Any
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import as_plain, read_json, write_json
 from ...common.run_folder import open_run
+from ...common.settings import as_json
 from ...common.workers import count_workers
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_finetune import check_texts
@@ -85,8 +86,8 @@ def evaluate(
         keys = {row.key for row in rows}
         write_rows(folder / ROWS, [*rows, *(row for row in read_rows(folder / ROWS) if row.key not in keys)])
         groups = groups_of(rows, competitors[config.against].name)
-        summary = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
-        write_json(folder / SUMMARY, as_plain(summary) | {"groups": [asdict(group) for group in groups]})
+        summary = as_json(EvaluateConfig, config) | {"groups": [asdict(group) for group in groups]}
+        write_json(folder / SUMMARY, summary)
     return groups
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from ...common.drawing import save_figure
 from ...common.files import write_json
 from ...common.module_names import layer_titles
+from ...common.settings import as_json
 from ...memory.breakdown import KINDS, Kind
 from ...memory.budget import format_bytes
 from .alternatives import Alternative, MemoryUse
@@ -200,12 +201,11 @@ def finding(use: MemoryUse) -> str:
     )
 
 
-def as_json(use: MemoryUse) -> dict[str, Any]:
+def figures(use: MemoryUse) -> dict[str, Any]:
     """All figures."""
     found = use.breakdown
-    settings = asdict(use.config)
     return {
-        "config": {name: settings[name] for name in MemoryConfig.__dataclass_fields__},
+        "config": as_json(MemoryConfig, use.config),
         "task": use.task,
         "device": use.device,
         "rows": use.shape.rows,
@@ -240,5 +240,5 @@ def as_json(use: MemoryUse) -> dict[str, Any]:
 
 def write_memory_report(use: MemoryUse, folder: Path) -> None:
     """Write memory.json and memory.png, again if they exist."""
-    write_json(folder / "memory.json", as_json(use))
+    write_json(folder / "memory.json", figures(use))
     save_figure(memory_picture(use), folder / "memory.png")
