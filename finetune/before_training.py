@@ -1,9 +1,10 @@
-"""What the callback does with a Trainer's own data before the first step: largest batch, byte model, probe."""
+"""What happens before the first step, with the run's own model and data: plans are priced, and modules are probed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -11,21 +12,121 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
+from ..allocation.bounds import Bounds, rank_bounds
+from ..allocation.controller import RankController
 from ..allocation.probe import ProbeResult, probe
 from ..allocation.schedule import DecisionSchedule
-from ..data.batches import Collate, _rows, to_batch
+from ..data.batches import Collate, _rows, largest_batch, to_batch
 from ..errors import DataError
+from ..lora.adapters import PeftAdapters
+from ..lora.optimizer_state import reset_state
 from ..lora.resize import reset_adapters
-from ..lora.targets import TargetModule, other_trainable
+from ..lora.targets import TargetModule, check_trains, other_trainable
+from ..memory.budget import Budget
+from ..memory.for_training import PlanCosts, plan_costs
+from ..memory.model import MemoryModel
 
 
-def precision(args: TrainingArguments) -> AbstractContextManager[Any]:
-    """The autocast context in which the Trainer runs its forward passes."""
-    if args.bf16 or args.fp16:
-        return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
-    return nullcontext()
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """A run that a Trainer is about to begin.
+
+    Attributes:
+        model: the PEFT model, on its device.
+        optimizer: as the Trainer made it.
+        dataset: the training set.
+        collate: makes a batch of its rows.
+        rows: the rows of a batch.
+        total_steps: the optimiser steps of the run.
+        args: the Trainer's.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    dataset: Any
+    collate: Collate
+    rows: int
+    total_steps: int
+    args: TrainingArguments
+
+    @classmethod
+    def of(cls, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:
+        """The run of a callback's event, from the event's arguments."""
+        loader = objects["train_dataloader"]
+        return cls(
+            objects["model"],
+            objects["optimizer"],
+            loader.dataset,
+            loader.collate_fn,
+            state.train_batch_size,
+            state.max_steps,
+            args,
+        )
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The autocast context in which the Trainer runs its forward passes."""
+        if self.args.bf16 or self.args.fp16:
+            return torch.autocast(self.args.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
+        return nullcontext()
+
+
+def run_costs(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, *, signals: bool) -> PlanCosts:
+    """What plans cost on a run's largest batch, and the limit that a budget sets them.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        budget: the limit as its user gave it.
+        signals: whether plans pay for signal buffers.
+    """
+    accumulates = run.args.gradient_accumulation_steps > 1
+    with undisturbed(), _training_mode(run.model), run.precision():
+        batch = largest_batch(run.dataset, run.collate, run.rows, run.args.device)
+        return plan_costs(budget, run.model, targets, batch, run.optimizer, signals=signals, accumulates=accumulates)
+
+
+def prepare(
+    run: TrainingRun,
+    targets: Sequence[TargetModule],
+    budget: Budget,
+    schedule: DecisionSchedule,
+    bounds: Bounds,
+    seed: int,
+) -> tuple[RankController[PeftAdapters], MemoryModel | None]:
+    """Price plans and probe modules; the adapters start anew, all at rank 1.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        budget: the limit as its user gave it.
+        schedule: when decisions fall, and how long the probe is.
+        bounds: see `rank_bounds`.
+        seed: of the probe and of fresh rows.
+
+    Returns:
+        The controller of the run, and what prices other batch shapes (None under a budget of parameters).
+
+    Raises:
+        BudgetError: no plan fits the budget.
+        UnknownNameError, ConfigError: see `rank_bounds`.
+        NonFiniteError: the loss of the probe is NaN or infinite.
+        DataError: the training set is empty, or the model returns no loss.
+    """
+    check_trains(targets)
+    low, high = rank_bounds(targets, bounds)
+    # The optimiser may have a state: `train` can be called again, and `auto_find_batch_size` does so.
+    reset_state(run.optimizer, (w for target in targets for w in (target.weight_a, target.weight_b)))
+    costs = run_costs(run, targets, budget, signals=True)
+    with undisturbed(), _training_mode(run.model):
+        result = run_probe(run, targets, schedule, seed)
+    reset_adapters(targets, 1, seed)
+    adapters = PeftAdapters(run.model, targets)
+    controller = RankController(
+        adapters, costs.cost, costs.limit.value, schedule, run.total_steps, result, low=low, high=high, seed=seed
+    )
+    return controller, costs.memory
 
 
 @contextmanager
@@ -39,37 +140,37 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def run_probe(
-    model: nn.Module,
-    targets: Sequence[TargetModule],
-    dataset: Any,
-    collate: Collate,
-    args: TrainingArguments,
-    schedule: DecisionSchedule,
-    seed: int,
-) -> ProbeResult:
-    """The probe on the run's own data, with its own optimiser; weights outside the adapter are put back.
+@contextmanager
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def run_probe(run: TrainingRun, targets: Sequence[TargetModule], schedule: DecisionSchedule, seed: int) -> ProbeResult:
+    """The probe on the run's data, with an optimiser of its own; weights outside the adapter are put back.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        schedule: the steps of the probe, and their rows.
+        seed: of the rank-1 adapters and of the rows that are picked.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
         DataError: the model returns no loss.
     """
-    others = other_trainable(model, targets)
+    others = other_trainable(run.model, targets)
     before = [parameter.detach().clone() for parameter in others]
     parameters = [*others, *(w for target in targets for w in (target.weight_a, target.weight_b))]
     reset_adapters(targets, 1, seed)
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
-    batches = _probe_batches(dataset, collate, schedule, seed)
-
-    def loss_of(rows: list[Any]) -> torch.Tensor:
-        with precision(args):
-            loss = model(**to_batch(collate(rows), args.device)).loss
-        if loss is None:
-            raise DataError("The model returned no loss: the training set needs labels.")
-        return loss.mean()  # type: ignore[no-any-return]
-
+    optimizer = torch.optim.AdamW(parameters, lr=run.args.learning_rate, weight_decay=0.0)
+    losses = (partial(_loss, run, rows) for rows in _probe_batches(run.dataset, schedule, seed))
     try:
-        return probe(targets, optimizer, (partial(loss_of, rows) for rows in batches), seed=seed)
+        return probe(targets, optimizer, losses, seed=seed)
     finally:
         with torch.no_grad():
             for parameter, value in zip(others, before, strict=True):
@@ -77,7 +178,15 @@ def run_probe(
                 parameter.grad = None
 
 
-def _probe_batches(dataset: Any, collate: Collate, schedule: DecisionSchedule, seed: int) -> Iterator[list[Any]]:
+def _loss(run: TrainingRun, rows: list[Any]) -> torch.Tensor:
+    with run.precision():
+        loss = run.model(**to_batch(run.collate(rows), run.args.device)).loss
+    if loss is None:
+        raise DataError("The model returned no loss: the training set needs labels.")
+    return loss.mean()  # type: ignore[no-any-return]
+
+
+def _probe_batches(dataset: Any, schedule: DecisionSchedule, seed: int) -> Iterator[list[Any]]:
     steps, rows = schedule.probe_steps, schedule.probe_batch
     if hasattr(dataset, "__len__"):
         order = np.random.default_rng(seed).permutation(len(dataset))

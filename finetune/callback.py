@@ -19,17 +19,14 @@ from ..allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy, decision_from_plan
 from ..allocation.schedule import DecisionSchedule
-from ..data.batches import largest_batch
 from ..errors import UnsupportedError
 from ..lora.adapters import PeftAdapters
-from ..lora.optimizer_state import check_optimizer, reset_state
+from ..lora.optimizer_state import check_optimizer
 from ..lora.peft_config import finish_load, make_resizable
-from ..lora.resize import reset_adapters
-from ..lora.targets import TargetModule, check_trains, find_target_modules
+from ..lora.targets import TargetModule, find_target_modules
 from ..memory.budget import Budget
-from ..memory.for_training import price_plans
 from ..memory.model import MemoryModel
-from .before_training import precision, run_probe, undisturbed
+from .before_training import TrainingRun, prepare
 from .checkpoint import load_state, save_state
 from .loss_meter import LossMeter
 from .peak_guard import Correction, PeakGuard
@@ -124,7 +121,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             memory = None
         else:
             self._log.truncate(-1)
-            memory = self._begin(args, state, model, targets, objects)
+            memory = self._begin(TrainingRun.of(args, state, objects), targets)
         self._losses.attach(model, args.gradient_accumulation_steps)
         accumulates = args.gradient_accumulation_steps > 1
         self._guard.attach(
@@ -177,46 +174,14 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         assert self.controller is not None, "training has not begun"
         return self.controller
 
-    def _begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        targets: list[TargetModule],
-        objects: dict[str, Any],
-    ) -> MemoryModel | None:
-        check_trains(targets)
-        low, high = rank_bounds(targets, self._bounds)
-        # It may not be the first beginning: `train` can be called again, and `auto_find_batch_size` does so.
-        reset_state(objects["optimizer"], (w for target in targets for w in (target.weight_a, target.weight_b)))
+    def _begin(self, run: TrainingRun, targets: list[TargetModule]) -> MemoryModel | None:
         self._losses.detach()
+        self._losses.restart()
         self._guard.detach()
         self._guard = PeakGuard(self._measure_every)
         self.predictions = []
-        loader = objects["train_dataloader"]
-        training = model.training
-        model.train()
-        with undisturbed():
-            batch = largest_batch(loader.dataset, loader.collate_fn, state.train_batch_size, args.device)
-            with precision(args):
-                accumulates = args.gradient_accumulation_steps > 1
-                prices = price_plans(self.budget, targets, model, batch, objects["optimizer"], accumulates=accumulates)
-            result = run_probe(model, targets, loader.dataset, loader.collate_fn, args, self.schedule, self._seed)
-        model.train(training)
-        self._losses.restart()
-        reset_adapters(targets, 1, self._seed)
-        self.controller = RankController(
-            PeftAdapters(model, targets),
-            prices.cost,
-            prices.limit.value,
-            self.schedule,
-            state.max_steps,
-            result,
-            low=low,
-            high=high,
-            seed=self._seed,
-        )
-        return prices.memory
+        self.controller, memory = prepare(run, targets, self.budget, self.schedule, self._bounds, self._seed)
+        return memory
 
     def _resume(self, folder: Path, model: nn.Module, targets: list[TargetModule]) -> None:
         finish_load(model, targets)

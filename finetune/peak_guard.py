@@ -191,7 +191,7 @@ class PeakGuard:
         targets = self._controller.targets
         with undisturbed(), self._losses.paused():
             self._memory = measure_memory(
-                targets, self._model, batch, self._optimizer, signals=True, accumulates=self._accumulates
+                self._model, targets, batch, self._optimizer, signals=True, accumulates=self._accumulates
             )
         return self._memory.cost()
 

@@ -1,12 +1,12 @@
-"""Prices of plans for a training loop, and its budget in the same unit."""
+"""From a training step to the limit of its plans: byte model, cost of a plan, budget in the same unit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..lora.signals import signal_buffer_bytes
@@ -23,12 +23,12 @@ LOOP_BYTES = 1024
 
 @dataclass(frozen=True, eq=False)
 class PlanCosts:
-    """What plans may cost.
+    """What plans cost, and what they may cost.
 
     Attributes:
-        cost: price of a plan.
-        limit: what a plan may cost at most.
-        memory: predicts other batch shapes; None under a budget of parameters.
+        cost: the cost of a plan.
+        limit: what a plan may cost at most, in the same unit.
+        memory: predicts the cost of other batch shapes; None under a budget of parameters.
     """
 
     cost: Cost
@@ -37,50 +37,76 @@ class PlanCosts:
 
 
 def measure_memory(
-    targets: Sequence[TargetModule],
     model: nn.Module,
+    targets: Sequence[TargetModule],
     batch: Batch,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer | None,
     *,
     signals: bool,
     accumulates: bool,
 ) -> MemoryModel:
-    """`calibrate` for a training loop, with room for the scalars that it adds."""
-    memory = calibrate(model, targets, batch, optimizer, signal_bytes=signals, accumulates=accumulates)
-    return replace(memory, states=replace(memory.states, others=memory.states.others + LOOP_BYTES))
-
-
-def price_plans(
-    budget: Budget,
-    targets: Sequence[TargetModule],
-    model: nn.Module,
-    batch: Batch,
-    optimizer: Any,
-    *,
-    signals: bool = True,
-    accumulates: bool = False,
-) -> PlanCosts:
-    """The price of plans on this model and batch, and the limit in the same unit.
-
-    A share is a share of what *plain* LoRA of uniform rank 8 takes, without our signal buffers.
+    """The byte model of a training loop's step: `calibrate`, with room for the scalars that the loop adds.
 
     Args:
-        budget: the limit.
-        targets: target modules of the model.
-        model: the PEFT model, on its device.
-        batch: as large as the largest that training will see.
+        model: see `calibrate`, as `targets`, `batch`, `optimizer` and `accumulates`.
+        targets: the target modules.
+        batch: the largest that training will see.
         optimizer: decides the bytes of state.
         signals: whether plans pay for signal buffers.
         accumulates: whether gradients are kept over several micro-batches.
     """
-    device = targets[0].weight_a.device
-    max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
+    memory = calibrate(model, targets, batch, optimizer, signal_bytes=signals, accumulates=accumulates)
+    return replace(memory, states=replace(memory.states, others=memory.states.others + LOOP_BYTES))
+
+
+def plan_costs(
+    budget: Budget,
+    model: nn.Module,
+    targets: Sequence[TargetModule],
+    batch: Batch,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    signals: bool,
+    accumulates: bool,
+) -> PlanCosts:
+    """What plans cost on this model and batch, and the limit that a budget sets them.
+
+    A share is a share of what *plain* LoRA of uniform rank 8 takes, without signal buffers. Under a budget of
+    parameters nothing is measured.
+
+    Args:
+        budget: the limit as its user gave it.
+        model: see `measure_memory`, as the other arguments.
+        targets: the target modules.
+        batch: the largest that training will see.
+        optimizer: decides the bytes of state.
+        signals: whether plans pay for signal buffers.
+        accumulates: whether gradients are kept over several micro-batches.
+    """
     if budget.kind == "parameters":
-        counted = ParameterCost.of(targets)
-        return PlanCosts(counted, budget.resolve(counted, max_ranks, device), None)
-    memory = measure_memory(targets, model, batch, optimizer, signals=False, accumulates=accumulates)
-    # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
-    limit = budget.resolve(memory.cost(), max_ranks, device)
+        return PlanCosts(*limited_cost(budget, targets, None), None)
+    memory = measure_memory(model, targets, batch, optimizer, signals=False, accumulates=accumulates)
+    cost, limit = limited_cost(budget, targets, memory)
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
-    return PlanCosts(memory.cost(), limit, memory)
+        cost = memory.cost()
+    return PlanCosts(cost, limit, memory)
+
+
+def limited_cost(budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None) -> tuple[Cost, Limit]:
+    """The cost that a budget limits, and its limit.
+
+    Args:
+        budget: decides what is counted.
+        targets: the target modules.
+        memory: the byte model without signal buffers; may be None under a budget of parameters.
+    """
+    cost: Cost
+    if budget.kind == "parameters":
+        cost = ParameterCost.of(targets)
+    else:
+        assert memory is not None, "bytes are predicted by a byte model"
+        cost = memory.cost()
+    max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
+    # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
+    return cost, budget.resolve(cost, max_ranks, targets[0].weight_a.device)

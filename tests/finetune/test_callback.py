@@ -20,7 +20,7 @@ from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, NonFiniteError, RunFolderError, UnsupportedError
-from rankpilot.finetune import callback as callback_module
+from rankpilot.finetune import before_training as before_module
 from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -309,14 +309,14 @@ def test_gradient_accumulation(launch: Callable[..., Run], whole: Run) -> None:
 def test_the_guard_corrects_a_prediction_that_was_too_low(
     launch: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
-    right = callback_module.price_plans
+    right = before_module.plan_costs
 
     def low(*arguments: Any, **options: Any) -> Any:
         prices = right(*arguments, **options)
         cheaper = replace(prices.cost, constant=prices.cost.constant - share * prices.limit.value)
         return replace(prices, cost=cheaper)
 
-    monkeypatch.setattr(callback_module, "price_plans", low)
+    monkeypatch.setattr(before_module, "plan_costs", low)
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
         run = launch()
     limit = run.controller.limit
