@@ -94,6 +94,11 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         """(step, bytes) of the measured steps."""
         return self._guard.meter.history
 
+    @property
+    def limit(self) -> float:
+        """What a plan may cost, in bytes or parameters; from the start of training on."""
+        return float(self._controller.limit)
+
     # Trainer events, in the order of a run ------------------------------------------------------------------------
 
     def on_init_end(

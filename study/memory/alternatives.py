@@ -17,8 +17,9 @@ from ...data.task import Task
 from ...errors import UnsupportedError
 from ...memory.batch_shape import BatchShape, reshaped
 from ...memory.breakdown import Breakdown, break_down, frozen_bytes
-from ...memory.budget import Budget, reference_cost
-from ...memory.cost import ByteCost, Cost, ParameterCost, plan_cost
+from ...memory.budget import Budget, Limit, reference_cost
+from ...memory.cost import Cost, plan_cost
+from ...memory.for_training import limited_cost
 from ...memory.model import MemoryModel
 from ...memory.step_parts import checkpoint_segments
 from .config import MemoryConfig
@@ -135,7 +136,7 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
 
 def _calibrated(setup: StepSetup, tell: Tell, how: str, batch: Batch | None = None) -> MemoryModel:
     tell(f"calibrating on a few small steps {how}".rstrip())
-    return setup.calibrate(batch)
+    return setup.measure_memory(batch)
 
 
 def _with_checkpointing(setup: StepSetup, tell: Tell, notes: list[str]) -> MemoryModel | None:
@@ -155,20 +156,17 @@ class _Plans:
         self._setup, self._config, self._targets, self._memory = setup, setup.config, setup.targets, memory
         self._max_ranks = np.array([target.max_rank for target in setup.targets], dtype=np.int64)
         self._asked = np.minimum(setup.config.rank, self._max_ranks)
-        cost = memory.cost()
+        cost: Cost = memory.cost()
         self.reference_bytes = reference_cost(cost, self._max_ranks)
-        budget = Budget.parse(setup.config.budget) if setup.config.budget else None
-        counts_parameters = budget is not None and budget.kind == "parameters"
-        self._priced: Cost = ParameterCost.of(setup.targets) if counts_parameters else cost
-        self._limit = budget.resolve(self._priced, self._max_ranks, setup.device).value if budget else None
-        self._problem = AllocationProblem.of(
-            setup.targets, self._priced, math.inf if self._limit is None else self._limit
-        )
+        self._limit: Limit | None = None
+        if setup.config.budget:
+            cost, self._limit = limited_cost(Budget.parse(setup.config.budget), setup.targets, memory)
+        self._problem = AllocationProblem.of(setup.targets, cost, self._limit.value if self._limit else math.inf)
 
     @property
     def limit_bytes(self) -> float | None:
         """The budget; None without one, or if it counts parameters."""
-        return self._limit if isinstance(self._priced, ByteCost) else None
+        return self._limit.value if self._limit and self._limit.unit == "bytes" else None
 
     def by_rank(self) -> Iterator[Alternative]:
         """What was asked for, and other ranks on all modules."""
@@ -229,6 +227,9 @@ class _Plans:
         memory: MemoryModel | None = None,
         shape: BatchShape | None = None,
     ) -> Alternative:
-        found = break_down(memory or self._memory, self._targets, ranks, shape)
-        price = found.total if isinstance(self._priced, ByteCost) else plan_cost(self._priced, ranks)
-        return Alternative(kind, label, found, ranks, None if self._limit is None else price <= self._limit)
+        breakdown = break_down(memory or self._memory, self._targets, ranks, shape)
+        fits = None
+        if self._limit:
+            in_bytes = self._limit.unit == "bytes"
+            fits = (breakdown.total if in_bytes else plan_cost(self._problem.cost, ranks)) <= self._limit.value
+        return Alternative(kind, label, breakdown, ranks, fits)

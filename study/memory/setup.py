@@ -21,7 +21,7 @@ from ...data.task import Task
 from ...errors import ConfigError
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
-from ...memory.calibration import calibrate
+from ...memory.for_training import measure_memory
 from ...memory.model import MemoryModel
 from ...memory.step_parts import new_optimizer
 from .config import MemoryConfig
@@ -59,15 +59,15 @@ class StepSetup:
         """The context of forward passes."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
-    def calibrate(self, batch: Batch | None = None) -> MemoryModel:
+    def measure_memory(self, batch: Batch | None = None) -> MemoryModel:
         """The byte model of this step or, given another batch, of that; as set up now, without signal buffers."""
         with self.precision():
-            return calibrate(
+            return measure_memory(
                 self.model,
                 self.targets,
                 batch or self.batch,
                 self.optimizer,
-                signal_bytes=False,
+                signals=False,
                 accumulates=self.config.accumulation > 1,
             )
 

@@ -27,6 +27,7 @@ from rankpilot.errors import (
     UnsupportedError,
 )
 from rankpilot.finetune import experiment as module
+from rankpilot.finetune import trainer as trainer_module
 from rankpilot.finetune.checkpoint import STATE
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
@@ -153,12 +154,12 @@ def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
         pytest.importorskip("bitsandbytes")
     trainers: list[Any] = []
 
-    class Recorded(module.Trainer):  # type: ignore[misc]
+    class Recorded(trainer_module.Trainer):  # type: ignore[misc]
         def train(self, *arguments: Any, **options: Any) -> Any:
             trainers.append(self)
             return super().train(*arguments, **options)
 
-    monkeypatch.setattr(module, "Trainer", Recorded)
+    monkeypatch.setattr(trainer_module, "Trainer", Recorded)
     summary = finetune(make_config(compare_uniform=True, steps=4, **changes), tmp_path / "run")
     assert [reached(trainer) for trainer in trainers] == [True, True]
     assert [trainer.state.global_step for trainer in trainers] == [4, 4]

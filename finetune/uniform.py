@@ -1,0 +1,56 @@
+"""Plain LoRA of equal ranks inside a budget: what a run under a policy is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..allocation.plan import check_budget, uniform_ranks
+from ..allocation.problem import AllocationProblem
+from ..lora.adapters import PeftAdapters
+from ..lora.peft_config import finish_load, make_resizable
+from ..lora.targets import find_target_modules
+from ..memory.budget import Budget
+from .before_training import TrainingRun, run_costs
+
+
+class UniformRanks(TrainerCallback):  # type: ignore[misc]
+    """Gives all modules the largest equal rank that fits a budget, before the first step.
+
+    Args:
+        budget: the limit, as for `RankPilotCallback`.
+        seed: of fresh rows.
+
+    Attributes:
+        limit: what the plan may cost, in bytes or parameters; 0 before training.
+    """
+
+    def __init__(self, budget: Budget, seed: int) -> None:
+        self.budget, self.seed = budget, seed
+        self.limit = 0.0
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Let the adapters load any ranks: a checkpoint may be loaded before training begins."""
+        make_resizable(objects["model"], find_target_modules(objects["model"]))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Set the ranks; those of a checkpoint stay.
+
+        Raises:
+            BudgetError: no plan fits the budget.
+        """
+        model, optimizer = objects["model"], objects["optimizer"]
+        targets = find_target_modules(model)
+        costs = run_costs(TrainingRun.of(args, state, objects), targets, self.budget, signals=False)
+        self.limit = costs.limit.value
+        if state.global_step > 0:
+            finish_load(model, targets)
+            return
+        problem = AllocationProblem.of(targets, costs.cost, self.limit)
+        check_budget(problem, [target.name for target in targets])
+        PeftAdapters(model, targets).set_ranks(uniform_ranks(problem), optimizer, seed=self.seed, step=0)
