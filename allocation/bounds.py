@@ -8,13 +8,13 @@ import numpy as np
 
 from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
-from ..lora.targets import TargetModule
+from ..lora.module_spec import ModuleSpec
 
 Bounds = Mapping[str, int | tuple[int, int]]
 """A rank, or the least and the largest rank, by module name or its end, as in `LoraConfig.target_modules`."""
 
 
-def rank_bounds(targets: Sequence[TargetModule], bounds: Bounds) -> tuple[IntArray, IntArray]:
+def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray, IntArray]:
     """The least and the largest rank of each module, int64 (modules,) each; a later entry wins over an earlier one.
 
     Raises:
@@ -22,14 +22,14 @@ def rank_bounds(targets: Sequence[TargetModule], bounds: Bounds) -> tuple[IntArr
         ConfigError: a bound is negative, or the least is above the largest.
 
     Example:
-        >>> rank_bounds(targets, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
+        >>> rank_bounds(modules, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
     """
-    low = np.zeros(len(targets), dtype=np.int64)
-    high = np.array([target.max_rank for target in targets], dtype=np.int64)
+    low = np.zeros(len(modules), dtype=np.int64)
+    high = np.array([module.max_rank for module in modules], dtype=np.int64)
     for name, bound in bounds.items():
-        chosen = [i for i, target in enumerate(targets) if target.name == name or target.name.endswith(f".{name}")]
+        chosen = [i for i, module in enumerate(modules) if module.name == name or module.name.endswith(f".{name}")]
         if not chosen:
-            raise UnknownNameError.of("target module", name, [target.name for target in targets])
+            raise UnknownNameError.of("target module", name, [module.name for module in modules])
         least, most = _pair(name, bound)
         low[chosen], high[chosen] = np.minimum(least, high[chosen]), most
     return low, high

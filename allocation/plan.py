@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.units import format_bytes
 from ..errors import BudgetError
-from ..memory.budget import format_bytes
 from ..memory.cost import ByteCost, moment_costs, plan_cost
 from .fixed_cost import FixedCost
 from .plan_builder import PlanBuilder

@@ -11,7 +11,7 @@ import numpy as np
 from ..common.arrays import BoolArray, IntArray
 from ..errors import ConfigError
 from ..lora.ladder import RankLadder
-from ..lora.targets import TargetModule
+from ..lora.module_spec import ModuleSpec
 from ..memory.cost import Cost, plan_cost
 
 HYSTERESIS = 0.2
@@ -61,7 +61,7 @@ class AllocationProblem:
     @classmethod
     def of(
         cls,
-        targets: Sequence[TargetModule],
+        modules: Sequence[ModuleSpec],
         cost: Cost,
         limit: float,
         *,
@@ -72,10 +72,10 @@ class AllocationProblem:
         hysteresis: float | None = None,
         ranks: IntArray | None = None,
     ) -> AllocationProblem:
-        """The plans that are possible for these modules at their current ranks.
+        """The plans that are possible for these modules.
 
         Args:
-            targets: the target modules.
+            modules: the modules that can be adapted; their tensors play no part.
             cost: what plans cost.
             limit: what a plan may cost.
             ladder: allowed ranks; the usual ones by default.
@@ -83,16 +83,16 @@ class AllocationProblem:
             low: least rank of each module, (modules,).
             high: largest rank of each module, (modules,).
             hysteresis: see the class; by default 0 at the first decision and `HYSTERESIS` at later ones.
-            ranks: current ranks, (modules,), where the targets do not hold them.
+            ranks: current ranks, int64 (modules,); by default no module is adapted.
         """
         if ranks is None:
-            ranks = np.array([target.rank for target in targets], dtype=np.int64)
+            ranks = np.zeros(len(modules), dtype=np.int64)
         if hysteresis is None:
             hysteresis = 0.0 if max_step is None else HYSTERESIS
         return cls(
             ranks=ranks,
-            max_ranks=np.array([target.max_rank for target in targets], dtype=np.int64),
-            blocks=np.array([target.block for target in targets], dtype=np.int64),
+            max_ranks=np.array([module.max_rank for module in modules], dtype=np.int64),
+            blocks=np.array([module.block for module in modules], dtype=np.int64),
             cost=cost,
             limit=limit,
             ladder=ladder or RankLadder(),

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from ..memory.budget import format_bytes
+from ..common.units import format_bytes
 from .progress import console
 
 

@@ -21,8 +21,8 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import COLORS, FAINT, INK, clean_axes, mark_steps
 from ..common.module_names import kinds_in_layers
 from ..common.rank_grid import ABSENT, draw_cells, draw_key, write_rank
+from ..common.units import format_bytes
 from ..lora.ladder import DEFAULT_RANKS
-from ..memory.budget import format_bytes
 
 WIDTH, HEIGHT, DPI = 900, 600, 100
 """Pixels of a frame, and pixels per inch."""

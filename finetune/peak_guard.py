@@ -15,10 +15,10 @@ from ..allocation.controller import RankController
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan, check_budget
 from ..common.arrays import IntArray
+from ..common.units import format_bytes
 from ..errors import UnsupportedError
 from ..lora.signals import signal_buffer_bytes
 from ..memory.batch_shape import BatchShape, reshaped
-from ..memory.budget import format_bytes
 from ..memory.cost import ByteCost, plan_cost
 from ..memory.for_training import measure_memory
 from ..memory.model import MemoryModel

@@ -15,32 +15,28 @@ from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from torch import nn
 
 from ..errors import ConfigError, UnknownNameError, UnsupportedError
+from .module_spec import ModuleSpec
 
 CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of `init_lora_weights` that subtract the first adapter from the frozen weights."""
 
 
 @dataclass(frozen=True, eq=False)
-class TargetModule:
-    """One LoRA pair: delta W = scaling * B A.
+class TargetModule(ModuleSpec):
+    """A module of a PEFT model with its LoRA pair.
 
     Attributes:
-        name: full name inside the base model, as in `LoraConfig.rank_pattern`.
         adapter: name of the PEFT adapter.
-        block: index of the model layer that holds the module, 0 nearest to the input.
-        d_in: input width (of an embedding: its vocabulary); A has shape (rank, d_in).
-        d_out: output width; B has shape (d_out, rank).
         layer: the PEFT layer.
         embedding: whether the module is a token embedding, whose pair starts with A = 0 and a random B.
     """
 
-    name: str
     adapter: str
-    block: int
-    d_in: int
-    d_out: int
     layer: LoraLayer = field(repr=False)
     embedding: bool = False
+
+    __eq__ = object.__eq__  # a pair is itself alone, also beside another one of the same name and widths
+    __hash__ = object.__hash__
 
     @property
     def weight_a(self) -> nn.Parameter:
@@ -88,11 +84,6 @@ class TargetModule:
     def rank(self) -> int:
         """Current rank; 0 means that the module is not adapted."""
         return int(self.weight_a.shape[0])
-
-    @property
-    def max_rank(self) -> int:
-        """The largest rank that can add anything: min(d_in, d_out)."""
-        return min(self.d_in, self.d_out)
 
     @property
     def scaling(self) -> float:
@@ -203,7 +194,7 @@ def _target(path: str, adapter: str, block: int, layer: LoraLayer) -> TargetModu
         d_in, d_out = layer.lora_embedding_A[adapter].shape[1], layer.lora_embedding_B[adapter].shape[0]
     else:
         d_in, d_out = layer.lora_A[adapter].weight.shape[1], layer.lora_B[adapter].weight.shape[0]
-    return TargetModule(path, adapter, block, d_in, d_out, layer, isinstance(layer, Embedding))
+    return TargetModule(path, block, d_in, d_out, adapter, layer, isinstance(layer, Embedding))
 
 
 def unwrap(model: nn.Module) -> PeftModel:

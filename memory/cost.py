@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from ..lora.targets import TargetModule
+from ..lora.module_spec import ModuleSpec
 
 CostUnit = Literal["bytes", "parameters"]
 
@@ -74,9 +74,9 @@ class ParameterCost:
     per_rank: FloatArray
 
     @classmethod
-    def of(cls, targets: Sequence[TargetModule]) -> ParameterCost:
-        """The cost of these target modules."""
-        return cls(np.array([[t.d_in + t.d_out for t in targets]], dtype=np.float64))
+    def of(cls, modules: Sequence[ModuleSpec]) -> ParameterCost:
+        """The cost of plans for these modules."""
+        return cls(np.array([[module.d_in + module.d_out for module in modules]], dtype=np.float64))
 
     @property
     def constant(self) -> FloatArray:

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from ...common.statistics import Estimate
-from ...memory.budget import format_bytes
+from ...common.units import format_bytes
 from ..harness import Figures, estimate_figures, make_table
 from .accuracy import Errors
 from .settings import Setting

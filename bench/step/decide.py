@@ -66,7 +66,7 @@ def observation_of(layers: int) -> Observation:
     whole = reference_cost(cost, np.array([target.max_rank for target in targets], dtype=np.int64))
     count = len(targets)
     return observe(
-        AllocationProblem.of(targets, cost, BUDGET * whole),
+        AllocationProblem.of(targets, cost, BUDGET * whole, ranks=np.ones(count, dtype=np.int64)),
         tuple(target.name for target in targets),
         np.random.default_rng(0).lognormal(size=(count, len(SIGNALS))),
         np.ones(count, dtype=np.int64),

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...common.devices import find_device
+from ...common.units import format_bytes
 from ...errors import ConfigError
-from ...memory.budget import format_bytes
 from ..harness import Figures, estimate_figures, machine_facts, make_table, run_command, usual_step, whole_cycle
 from ..models import FAMILIES, Family, Size
 from .race import PERIOD, Course, Result, run

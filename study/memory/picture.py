@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from ...common.arrays import FloatArray, IntArray
 from ...common.drawing import COLORS, FAINT, INK, clean_axes, new_figure
 from ...common.module_names import layer_titles
+from ...common.units import format_bytes
 from ...memory.breakdown import Kind
-from ...memory.budget import format_bytes
 from .alternatives import MemoryUse
 
 KIND_COLORS: dict[Kind, tuple[str, str]] = {

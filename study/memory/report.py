@@ -19,7 +19,6 @@ from ...common.files import write_json
 from ...common.module_names import layer_titles
 from ...common.settings import as_json
 from ...memory.breakdown import KINDS, Kind
-from ...memory.budget import format_bytes
 from .alternatives import Alternative, MemoryUse
 from .config import MemoryConfig
 from .picture import memory_picture

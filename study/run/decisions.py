@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from ...allocation.decision_log import FEATURE_PREFIX
 from ...common.arrays import FloatArray
 from ...common.module_names import short_names
-from ...memory.budget import format_bytes
+from ...common.units import format_bytes
 
 MOVES_SHOWN = 3
 """Moves that a decision's list has at most."""

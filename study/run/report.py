@@ -22,8 +22,8 @@ from rich.table import Table
 from ...allocation.decision_log import DecisionLog
 from ...common.drawing import save_figure
 from ...common.files import read_json, read_json_lines, write_text
+from ...common.units import format_bytes
 from ...errors import RunFolderError
-from ...memory.budget import format_bytes
 from .decisions import describe_decisions
 from .figures import loss_curves, memory_timeline
 from .heatmap import rank_heatmap

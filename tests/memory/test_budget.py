@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.units import format_bytes
 from rankpilot.errors import BudgetError
 from rankpilot.memory import budget as budget_module
-from rankpilot.memory.budget import Budget, Limit, format_bytes
+from rankpilot.memory.budget import Budget, Limit
 from rankpilot.memory.cost import ByteCost, ParameterCost
 
 
