@@ -18,6 +18,7 @@ from ...common.drawing import save_figure
 from ...common.files import write_json
 from ...common.module_names import layer_titles
 from ...common.settings import as_json
+from ...common.units import format_bytes
 from ...memory.breakdown import KINDS, Kind
 from .alternatives import Alternative, MemoryUse
 from .config import MemoryConfig
