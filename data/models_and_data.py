@@ -116,7 +116,7 @@ def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -
         name: packaged name, Hugging Face id or local folder.
         task: decides the head.
         labels: class names.
-        tokenizer: gives a model without padding token its own; without a tokenizer, token 0 is for padding.
+        tokenizer: its padding token is set in a model that has none; without a tokenizer, token 0 is.
 
     Raises:
         UnknownNameError, AssetError: there is no such model.

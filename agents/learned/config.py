@@ -15,7 +15,7 @@ class NetworkConfig:
 
     Attributes:
         width: of every hidden layer.
-        critics: networks that judge a run; their disagreement is the uncertainty.
+        critics: networks that predict the outcome of a run; their disagreement is the uncertainty.
         score_std: standard deviation of exploration on each score.
         shared_std: of exploration on the gain of each feature, shared by the modules.
         floor_std: of exploration on log2 of the rank floor.

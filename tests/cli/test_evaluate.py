@@ -134,7 +134,7 @@ def test_a_constant_action(policy: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     from rankpilot.agents.evaluation import evaluate as comparison
 
     monkeypatch.setattr(comparison, "CONSTANT_TASKS", 3)
-    found = find_competitor(f"constant:{policy}", DecisionSchedule(probe_steps=2))
-    assert isinstance(found, Constant)
-    assert found.name == "constant:pilot"
-    assert found.placement == (0, 0), "an untrained policy keeps the rule's floor and depth bias"
+    competitor = find_competitor(f"constant:{policy}", DecisionSchedule(probe_steps=2))
+    assert isinstance(competitor, Constant)
+    assert competitor.name == "constant:pilot"
+    assert competitor.placement == (0, 0), "an untrained policy keeps the rule's floor and depth bias"

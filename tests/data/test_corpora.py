@@ -70,10 +70,10 @@ def test_text_from_a_wheel_never_changes(name: str) -> None:
 def test_held_out_text_is_like_its_own_training_text_alone() -> None:
     halves = {name: [pairs(half) for half in corpora.load_corpus(name)] for name in corpora.CORPORA}
     for name, (train, held_out) in halves.items():
-        own = distance(train, held_out)
-        assert own < 0.17
+        within = distance(train, held_out)
+        assert within < 0.17
         for other in set(halves) - {name}:
-            assert distance(halves[other][0], held_out) > 2 * own, (name, other)
+            assert distance(halves[other][0], held_out) > 2 * within, (name, other)
 
 
 @pytest.mark.assets
