@@ -409,15 +409,15 @@ def test_real_news_keep_their_official_test_part() -> None:
     names = splits["train"].features["label"].names
     assert names == sorted(set(train.values())) == sorted(set(held_out.values()))
     assert len(names) == 8
-    splits = {
+    texts = {
         part: {row["text"]: names[row["label"]] for row in splits[part]} for part in ("train", "validation", "test")
     }
-    assert splits["test"] == held_out
-    assert splits["train"] | found["validation"] == train
-    assert len(splits["train"]) + len(found["validation"]) == len(train)
-    sizes, all_sizes = Counter(splits["validation"].values()), Counter(train.values())
+    assert texts["test"] == held_out
+    assert texts["train"] | texts["validation"] == train
+    assert len(texts["train"]) + len(texts["validation"]) == len(train)
+    sizes, all_sizes = Counter(texts["validation"].values()), Counter(train.values())
     assert sizes == {name: count // 10 for name, count in all_sizes.items()}
-    assert all(len(set(list(part.values())[:100])) >= 3 for part in splits.values()), "classes are mixed"
+    assert all(len(set(list(part.values())[:100])) >= 3 for part in texts.values()), "classes are mixed"
 
 
 def test_orange_table(tmp_path: Path) -> None:
