@@ -59,7 +59,9 @@ def export_command(options: Export) -> None:
         console.print(f"{output} holds the adapter with all modules at rank {rank}.", soft_wrap=True, markup=False)
         return
     if options.rank is not None:
-        raise ConfigError("--rank is for padded adapters; a rank pattern has the rank of each module. Leave --rank out.")
+        raise ConfigError(
+            "--rank is for padded adapters; a rank pattern has the rank of each module. Leave --rank out."
+        )
     if output is not None and output.exists():
         raise ConfigError(f"{output} exists already. Name a file that does not.")
     text = rank_pattern_yaml(options.adapter)
