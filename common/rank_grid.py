@@ -1,12 +1,11 @@
 """The heat map of ranks that all pictures share: one set of colours, one scale, one key.
 
-The scale is fixed and logarithmic, so that a colour means the same rank in each picture and low ranks stay apart.
+The scale is fixed, so that a colour means the same rank in each picture, and neighbouring rungs differ equally.
 Rank 0 is grey, and hatched where there is room. Colours suit colour-blind readers (viridis).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +20,15 @@ from .drawing import FAINT, INK
 
 ABSENT = -1
 """In place of a rank where there is no module."""
-HIGHEST = 64
-"""Higher ranks have the same colour."""
+RUNGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Ranks whose colours are equally far apart: the default ladder. Ranks above the last look like it."""
 NO_ADAPTER = "#e9e9e9"
 _GREY = int(NO_ADAPTER[1:3], 16) / 255
 
 
 def rank_colors(ranks: IntArray) -> FloatArray:
     """RGB of ranks in an array, (..., 3): grey for 0, white where there is no module, else from light to dark."""
-    place = np.log2(np.clip(ranks, 1, HIGHEST)) / math.log2(HIGHEST)
+    place = np.interp(ranks, RUNGS, np.linspace(0, 1, len(RUNGS)))
     colors = colormaps["viridis_r"](0.04 + 0.93 * place)[..., :3]
     colors[ranks == 0] = _GREY
     colors[ranks == ABSENT] = 1.0

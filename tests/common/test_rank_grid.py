@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from rankpilot.common.rank_grid import ABSENT, HIGHEST, NO_ADAPTER, draw_cells, draw_key, rank_colors, write_rank
+from rankpilot.common.rank_grid import ABSENT, NO_ADAPTER, RUNGS, draw_cells, draw_key, rank_colors, write_rank
+from rankpilot.lora.ladder import DEFAULT_RANKS
 
 
-def test_higher_ranks_are_darker_and_low_ones_stay_apart() -> None:
-    colors = rank_colors(np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, HIGHEST]))
+def test_higher_ranks_are_darker_and_rungs_stay_apart() -> None:
+    assert DEFAULT_RANKS[1:] == RUNGS
+    colors = rank_colors(np.array(RUNGS))
     brightness = colors @ (0.299, 0.587, 0.114)
-    assert (np.diff(brightness) < -0.02).all()
-    assert np.abs(np.diff(colors[:4], axis=0)).max(axis=1).min() > 0.14
-    np.testing.assert_array_equal(rank_colors(np.array([[2 * HIGHEST]])), colors[-1:, None])
+    assert (np.diff(brightness) < -0.04).all()
+    between = rank_colors(np.array([20])) @ (0.299, 0.587, 0.114)
+    assert brightness[RUNGS.index(24)] < between < brightness[RUNGS.index(16)]
+    np.testing.assert_array_equal(rank_colors(np.array([[2 * RUNGS[-1]]])), colors[-1:, None])
 
 
 def test_no_adapter_is_grey_and_no_module_is_white() -> None:
