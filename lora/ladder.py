@@ -49,5 +49,5 @@ class RankLadder:
         return np.asarray(np.searchsorted(self.array, ranks, side="right") - 1, dtype=np.int64)
 
     def step(self, ranks: IntArray | int, deltas: IntArray | int) -> IntArray:
-        """The ranks so many rungs up from `ranks`, or down where a delta is below 0; stops at either end."""
+        """The ranks `deltas` rungs above the rungs of `ranks` (below if negative), clipped to the ladder's ends."""
         return np.asarray(self.array[np.clip(self.rung(ranks) + deltas, 0, self.top)])
