@@ -20,6 +20,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor as TransformersAdafactor
 
+from .training import train
+
 BLOCK = 256
 """Number of values that share a scale in 8-bit state."""
 SMALLEST = 4096
@@ -103,6 +105,10 @@ def _eager() -> Iterator[None]:
         yield
 
 
+def make_tokens(seed: int) -> torch.Tensor:
+    return torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(seed))
+
+
 class Run:
     """A small fine-tune that always sees the same batches.
 
@@ -135,16 +141,9 @@ class Run:
         return [pair for t in self.targets for pair in ((t.weight_a, 0), (t.weight_b, 1))]
 
     def train(self, steps: int) -> list[float]:
-        losses = []
-        for _ in range(steps):
-            tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(self.count % 2))
-            self.count += 1
-            self.optimizer.zero_grad()
-            loss = self.model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.item())
-        return losses
+        seeds = range(self.count, self.count + steps)
+        self.count += steps
+        return train(self.model, self.optimizer, (make_tokens(seed % 2) for seed in seeds))
 
     def set_ranks(self, rank: int, targets: list[TargetModule] | None = None) -> None:
         chosen = self.targets if targets is None else targets
@@ -413,19 +412,11 @@ def test_paged_state_on_a_gpu_goes_on(name):
         set_ranks(run.targets, {t.name: 256 for t in run.targets})
         return run
 
-    def train(run: Run, steps: int) -> list[float]:
-        losses = []
-        for _ in range(steps):
-            tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0)).cuda()
-            run.optimizer.zero_grad()
-            loss = run.model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            run.optimizer.step()
-            losses.append(loss.item())
-        return losses
+    def train_run(run: Run, steps: int) -> list[float]:
+        return train(run.model, run.optimizer, [make_tokens(0).cuda()] * steps)
 
     plain, resized = make(), make()
-    assert train(plain, 3) == pytest.approx(train(resized, 3), abs=1e-4)
+    assert train_run(plain, 3) == pytest.approx(train_run(resized, 3), abs=1e-4)
     weight = resized.targets[0].weight_a
     assert resized.optimizer.state[weight]["state1"].is_paged
     resized.set_ranks(128)
@@ -434,6 +425,6 @@ def test_paged_state_on_a_gpu_goes_on(name):
     assert state.shape == weight.shape
     paged = resized.optimizer.page_mng.paged_tensors
     assert not any(tensor.shape == (256, 256) and tensor is state for tensor in paged)
-    losses = train(resized, 5)
+    losses = train_run(resized, 5)
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0]

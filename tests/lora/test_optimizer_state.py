@@ -11,6 +11,8 @@ from rankpilot.lora.optimizer_state import StateMap, check_optimizer, reset_stat
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 
+from .training import train
+
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=3e-3, foreach=True),
@@ -34,16 +36,9 @@ class Run:
         self.count = 0
 
     def train(self, steps):
-        losses = []
-        for _ in range(steps):
-            tokens = self.make_tokens(seed=self.count)
-            self.count += 1
-            self.optimizer.zero_grad()
-            loss = self.model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.item())
-        return losses
+        seeds = range(self.count, self.count + steps)
+        self.count += steps
+        return train(self.model, self.optimizer, (self.make_tokens(seed=seed) for seed in seeds))
 
     def set_ranks(self, rank):
         set_ranks(self.targets, {t.name: rank for t in self.targets}, self.optimizer, step=self.count)

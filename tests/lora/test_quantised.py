@@ -35,6 +35,8 @@ from transformers import (
     TorchAoConfig,
 )
 
+from . import training
+
 
 def _nf4(**options: Any) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
@@ -146,15 +148,7 @@ def tokens() -> torch.Tensor:
 
 
 def train(model: PeftModel, optimizer: torch.optim.Optimizer, steps: int = 4) -> list[float]:
-    model.train()
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=tokens(), labels=tokens()).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return training.train(model.train(), optimizer, [tokens()] * steps)
 
 
 def logits(model: PeftModel) -> torch.Tensor:

@@ -1,0 +1,20 @@
+"""A training loop on causal language models, for tests of rank changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[torch.Tensor]) -> list[float]:
+    """Take one step on each batch of tokens, which are the labels too; return the losses."""
+    losses = []
+    for tokens in batches:
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
