@@ -54,7 +54,7 @@ def texts(figure: Figure) -> list[str]:
 
 
 def test_heatmap_colours_follow_rank_step_and_layer() -> None:
-    figure = small_heatmap([[1, 1, 8, 1], [8, 1, 8, 1]])
+    figure = small_heatmap([[1, 1, 32, 1], [32, 1, 32, 1]])
     low, high = pixel(figure, 75, 1.25), pixel(figure, 75, 2.25)
     assert sum(high) < sum(low) - 150  # higher is darker
     assert pixel(figure, 25, 2.25) == high  # layer 1 is above layer 0
