@@ -23,7 +23,7 @@ from ..agents.learned.policy_file import load_policy, policy_folder, read_card
 from ..common.devices import find_device
 from ..common.statistics import Estimate, compare_pairs, estimate
 from ..common.workers import worker_pool
-from ..data.models_and_data import load_workload
+from ..data.workload import load_workload
 from ..errors import ConfigError, NonFiniteError
 from ..finetune.config import FinetuneConfig
 from ..finetune.experiment import PILOT, UNIFORM, run_one

@@ -16,7 +16,8 @@ from ..memory.recording import Batch
 Collate = Callable[[list[Any]], Any]
 
 
-def _rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
+def rows_at(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """The rows of a map-style data set at these places."""
     return [dataset[int(index)] for index in indices]
 
 
@@ -40,7 +41,7 @@ def largest_batch(dataset: Any, collate: Collate, rows: int, device: torch.devic
     else:
         lengths = [len(ids) for ids in dataset["input_ids"]] if "input_ids" in names else []
         order = np.argsort(-np.asarray(lengths), kind="stable") if lengths else np.arange(len(dataset))
-        chosen = _rows(dataset, order[:rows].tolist())
+        chosen = rows_at(dataset, order[:rows].tolist())
     if not chosen:
         raise DataError("The training set is empty. Check its path, split and filters.")
     chosen = [chosen[index % len(chosen)] for index in range(rows)]

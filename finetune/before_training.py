@@ -18,7 +18,7 @@ from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
 from ..allocation.probe import ProbeResult, probe
 from ..allocation.schedule import DecisionSchedule
-from ..data.batches import Collate, _rows, largest_batch, to_batch
+from ..data.batches import Collate, largest_batch, rows_at, to_batch
 from ..errors import DataError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
@@ -191,6 +191,6 @@ def _probe_batches(dataset: Any, schedule: DecisionSchedule, seed: int) -> Itera
     if hasattr(dataset, "__len__"):
         order = np.random.default_rng(seed).permutation(len(dataset))
         picked = np.resize(order, (steps, rows))
-        return (_rows(dataset, indices.tolist()) for indices in picked)
+        return (rows_at(dataset, indices.tolist()) for indices in picked)
     examples = list(islice(iter(dataset), steps * rows))
     return (examples[i % len(examples) :][:rows] for i in range(0, steps * rows, rows))

@@ -14,7 +14,7 @@ from ..agents.learned.policy_file import load_policy
 from ..common.files import append_json_line, read_json, read_json_lines, write_json
 from ..common.run_folder import open_run
 from ..common.settings import as_json
-from ..data.models_and_data import Workload, load_workload
+from ..data.workload import Workload, load_workload
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget

@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from ..data.models_and_data import Workload, resolve_model
+from ..data.models import resolve_model
+from ..data.workload import Workload
 from ..errors import RunFolderError
 from .config import FinetuneConfig
 

@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..data.models_and_data import Workload, adapt, load_model
+from ..data.models import adapt, load_model
+from ..data.workload import Workload
 from ..errors import UnsupportedError
 from ..memory.budget import REFERENCE_RANK
 from ..memory.step_config import OptimizerName

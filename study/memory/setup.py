@@ -16,8 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ...common.devices import find_device
 from ...data.batches import largest_batch
-from ...data.models_and_data import Workload, adapt, load_config, load_model, load_workload
+from ...data.models import adapt, load_config, load_model
 from ...data.task import Task
+from ...data.workload import Workload, load_workload
 from ...errors import ConfigError
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules

@@ -60,12 +60,12 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.data import models_and_data as workload
+    from rankpilot.data import models
 
     def offline(name: str) -> None:
         raise OSError("no network\nmore lines")
 
-    monkeypatch.setattr(workload.AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", offline)
     monkeypatch.chdir(tmp_path)
     line = failure(["finetune", "bert-tinny", "sst2", "--output", str(tmp_path / "run")], capsys)
     assert "Unknown model 'bert-tinny'" in line
@@ -75,7 +75,7 @@ def test_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, monke
 
 
 def test_unknown_data(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.data import models_and_data as workload
+    from rankpilot.data import workload
 
     monkeypatch.setattr(workload, "load_tokenizer", lambda model: None)
 

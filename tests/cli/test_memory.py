@@ -173,12 +173,12 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_unknown_names(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Path
 ) -> None:
-    from rankpilot.data import models_and_data as workload
+    from rankpilot.data import models as loading
 
     def offline(name: str) -> None:
         raise OSError("no network\nmore lines")
 
-    monkeypatch.setattr(workload.AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
     monkeypatch.chdir(tmp_path)
     line = failure(["all-minilm-l6-v3"], capsys)
     assert "Unknown model 'all-minilm-l6-v3'. Did you mean: 'all-minilm-l6-v2'" in line

@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.data.models_and_data import load_workload
+from rankpilot.data.workload import load_workload
 from rankpilot.errors import (
     AssetError,
     BudgetError,
