@@ -1,4 +1,4 @@
-"""Looks at every training batch before the model sees it, for one that is larger than the memory was planned for."""
+"""Looks at every training batch before the model does, and reports one that the memory was not planned for."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..memory.recording import Batch
 
 
 class BatchWatch:
-    """Calls back before the first forward pass of a batch that is larger than any before.
+    """Calls a function before the forward pass of a batch that is larger than all batches before it.
 
     Attributes:
-        shape: the largest rows and length so far.
+        shape: the largest number of rows and the largest length so far.
     """
 
     def __init__(self) -> None:
@@ -24,12 +24,12 @@ class BatchWatch:
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def attach(self, model: nn.Module, shape: BatchShape, larger: Callable[[Batch, BatchShape], None]) -> None:
-        """Watch a model; forward passes in evaluation mode do not count.
+        """Watch a model. Forward passes in evaluation mode do not count.
 
         Args:
-            model: called with keyword arguments.
-            shape: the batch that is known already.
-            larger: told of the batch and of the new largest shape; may run the model itself.
+            model: the model, which is called with keyword arguments.
+            shape: the largest shape that is planned for.
+            larger: called with the larger batch and the new largest shape; it may run the model itself.
         """
         self.detach()
         self.shape = shape

@@ -1,4 +1,4 @@
-"""What happens before the first step, with the run's own model and data: plans are priced, and modules are probed."""
+"""What happens before the first step: the cost of plans is measured, and the modules are probed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TrainingRun:
         collate: makes a batch of its rows.
         rows: the rows of a batch.
         total_steps: the optimiser steps of the run.
-        args: the Trainer's.
+        args: the arguments of the Trainer.
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ class TrainingRun:
 
     @classmethod
     def of(cls, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:
-        """The run of a callback's event, from the event's arguments."""
+        """The run, from the arguments of a callback's event."""
         loader = objects["train_dataloader"]
         return cls(
             objects["model"],
@@ -95,7 +95,7 @@ def prepare(
     bounds: Bounds,
     seed: int,
 ) -> tuple[RankController[PeftAdapters], MemoryModel | None]:
-    """Price plans and probe modules; the adapters start anew, all at rank 1.
+    """Measure what plans cost and probe the modules. Afterwards all adapters are new, at rank 1.
 
     Args:
         run: the run.
@@ -106,7 +106,7 @@ def prepare(
         seed: of the probe and of fresh rows.
 
     Returns:
-        The controller of the run, and what prices other batch shapes (None under a budget of parameters).
+        The controller of the run, and the byte model (None under a budget of parameters).
 
     Raises:
         BudgetError: no plan fits the budget.
@@ -131,9 +131,10 @@ def prepare(
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put torch's random state back afterwards, so that the run's own draws are as if nothing had happened.
+    """Restore torch's random state afterwards, so that the run draws the numbers that it would draw without us.
 
-    A compiled model runs uncompiled meanwhile: each plan tried here would take one of the few graphs that torch keeps.
+    A compiled model runs uncompiled meanwhile: each plan that is tried would take one of the few graphs that torch
+    keeps.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
@@ -151,13 +152,13 @@ def _training_mode(model: nn.Module) -> Iterator[None]:
 
 
 def run_probe(run: TrainingRun, targets: Sequence[TargetModule], schedule: DecisionSchedule, seed: int) -> ProbeResult:
-    """The probe on the run's data, with an optimiser of its own; weights outside the adapter are put back.
+    """The probe on the data of the run, with a new optimiser. Weights outside the adapter are restored afterwards.
 
     Args:
         run: the run.
         targets: the target modules of its model.
         schedule: the steps of the probe, and their rows.
-        seed: of the rank-1 adapters and of the rows that are picked.
+        seed: of the adapters at rank 1 and of the choice of rows.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.

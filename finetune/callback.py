@@ -1,4 +1,4 @@
-"""The transformers Trainer callback: a policy flies a real fine-tune."""
+"""The callback for the transformers Trainer: a policy decides the ranks of a real fine-tune."""
 
 from __future__ import annotations
 
@@ -38,32 +38,31 @@ logger = logging.getLogger(__name__)
 class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     """Moves LoRA rank between modules during a Trainer's run, inside a hard budget.
 
-    Before the first step it measures what plans cost on your model and data and probes which modules matter; then the
-    policy decides, and again at a few later steps. Adapters really change size, the optimiser's state is carried,
-    and every checkpoint is an adapter that plain PEFT loads.
+    Before the first step it measures what plans cost on your model and data, and probes which modules matter. Then the
+    policy decides the ranks, and again at a few later steps. The adapters really change their size, the optimiser keeps
+    its state, and every checkpoint is an adapter that plain PEFT loads.
 
     Args:
         policy: "default", which ships with the package, the folder of a trained policy, the name of a rule ("heur3",
             "fracrule"), or a policy object.
-        budget: bytes at the peak of a step ("350MB", "6GiB", an int), a share of what uniform rank 8 takes there
-            ("80%"), what is free on the device ("auto"), or a number of adapter parameters ("300k params"). See
-            `Budget.parse`.
-        log: folder of the decision log; `decisions` in the Trainer's output folder by default.
-        schedule: when to decide; the policy's own by default.
-        seed: of the probe and of fresh rows; `TrainingArguments.seed` by default.
-        measure_every: measure the real peak every so many steps, and after each change.
-        bounds: a rank, or the least and the largest, of single modules, by name or its end: `{"q_proj": 8,
-            "layers.0.mlp.down_proj": (0, 4)}`.
+        budget: bytes at the peak of a step ("350MB", "6GiB", an int from 1024 on), a share of what uniform rank 8 takes
+            there ("80%", 0.8), most of the memory that is free on the device ("auto"), or a number of adapter
+            parameters ("300k params"). See `Budget.parse`.
+        log: the folder of the decision log; by default `decisions` in the Trainer's output folder.
+        schedule: when to decide; by default as the policy was trained to.
+        seed: of the probe and of fresh rows; by default `TrainingArguments.seed`.
+        measure_every: measure the real peak every so many steps, and after each change of ranks.
+        bounds: the rank of single modules, or their least and largest rank, by the module's name or the end of it:
+            `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
 
     Attributes:
-        controller: the link to the adapters, from the start of training on.
-        peaks: (step, bytes) as measured.
-        predictions: (step, cost) as predicted at each decision.
+        controller: observes the adapters and changes their ranks; None before training.
+        predictions: (step, cost of the plan) of each decision.
 
     Example:
         >>> trainer = Trainer(..., callbacks=[RankPilotCallback("heur3", budget="80%")])  # doctest: +SKIP
 
-    Pass it in the Trainer's `callbacks`: added later, it cannot resume a checkpoint.
+    Pass it in the Trainer's `callbacks`. Added later, it cannot resume from a checkpoint.
     """
 
     def __init__(
@@ -91,27 +90,27 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def peaks(self) -> list[tuple[int, int]]:
-        """(step, bytes) of the measured steps."""
+        """(step, bytes at its peak) of each measured step."""
         return self._guard.meter.history
 
     @property
     def limit(self) -> float:
-        """What a plan may cost, in bytes or parameters; from the start of training on."""
+        """What a plan may cost, in bytes or parameters. It is known from the start of training on."""
         return float(self._controller.limit)
 
-    # Trainer events, in the order of a run ------------------------------------------------------------------------
+    # Trainer events, in the order of a run ----------------------------------------------------------------------------
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Let the adapters load any ranks, since a checkpoint may be loaded before training begins."""
+        """Let the adapters load any ranks: a checkpoint may be loaded before training begins."""
         make_resizable(objects["model"], find_target_modules(objects["model"]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Probe and take the first decision, or go on from a checkpoint."""
-        _check_setting(args)
+        """Prepare the run and take the first decision, or go on from a checkpoint."""
+        _check_arguments(args)
         model, optimizer = objects["model"], objects["optimizer"]
         check_optimizer(optimizer)
         targets = find_target_modules(model)
@@ -144,7 +143,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Gradients are whole: take them into the signals."""
+        """Add the gradients, which are complete now, to the signals."""
         self._guard.meter.stepping()
         if not self._controller.finished:
             self._controller.adapters.meter.accumulate()
@@ -152,14 +151,14 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Check the peak against the budget, and decide if a decision is due."""
+        """Compare the peak with the budget, and decide if a decision is due."""
         step = state.global_step
         self._guard.after_step(step)
         if self._controller.due(step) and step < state.max_steps:
             self._decide(step, objects["optimizer"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
-        """Put our state into the checkpoint, last of all its files."""
+        """Write the state of this callback into the checkpoint, as the last of its files."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
             save_state(folder, self._state_dict())
@@ -167,12 +166,12 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """The best checkpoint may have been loaded just now: tell PEFT its ranks."""
+        """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
         self._guard.detach()
         self._losses.detach()
         finish_load(objects["model"], self._controller.targets)
 
-    # What they do -------------------------------------------------------------------------------------------------
+    # What the events do -----------------------------------------------------------------------------------------------
 
     @property
     def _controller(self) -> RankController[PeftAdapters]:
@@ -223,7 +222,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._record(step, loss, observation, decision, plan)
 
     def _corrected(self, correction: Correction) -> None:
-        """The guard changed ranks: write that down like a decision."""
+        """Record a change of ranks by the guard like a decision."""
         decision = decision_from_plan(correction.wanted)
         moved = correction.plan.ranks != correction.observation.problem.ranks
         names = np.array(self._controller.names)[moved].tolist()
@@ -270,8 +269,12 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         )
 
 
-def _check_setting(args: TrainingArguments) -> None:
-    """Refuse what would go wrong silently."""
+def _check_arguments(args: TrainingArguments) -> None:
+    """Refuse settings under which ranks cannot be changed.
+
+    Raises:
+        UnsupportedError: the run has several processes or devices, or uses DeepSpeed or FSDP.
+    """
     if args.world_size > 1 or args.n_gpu > 1:
         raise UnsupportedError(
             f"This run spreads over {max(args.world_size, args.n_gpu)} processes or devices; ranks can be changed in "

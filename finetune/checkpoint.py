@@ -1,4 +1,4 @@
-"""What rankpilot adds to a Trainer's checkpoint: two files, the JSON one written last."""
+"""What rankpilot adds to a Trainer's checkpoint: two files, of which the JSON file is written last."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..errors import RunFolderError
 STATE, TENSORS = "rankpilot.json", "rankpilot.safetensors"
 
 FORMAT = 2
-"""Rises when a checkpoint of the version before cannot be read any more."""
+"""Version of the files. It rises when older checkpoints cannot be read any more."""
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint folder was written to its end."""
+    """Whether all files of a checkpoint were written."""
     return (checkpoint / STATE).is_file()
 
 

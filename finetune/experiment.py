@@ -30,7 +30,7 @@ from .uniform import UniformRanks
 PILOT, UNIFORM = "rankpilot", "uniform"
 
 MEASURE_EVERY = 10
-"""Steps from one measured peak to the next: the report draws them. A measured step takes about 1.15 of a plain one."""
+"""Steps from one measured peak to the next. The report draws them; a measured step takes about 1.15 times as long."""
 
 
 def finetune(
@@ -40,13 +40,13 @@ def finetune(
     resume: bool = False,
     on_phase: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a fine-tune under a policy, and the uniform run if asked for; returns what `summary.json` holds.
+    """Run a fine-tune under a policy and, if asked for, the uniform run.
 
     Args:
         config: what to run.
         folder: the run's folder.
-        resume: go on with an interrupted run; finished parts are not repeated.
-        on_phase: told in a few words what is about to happen.
+        resume: continue an interrupted run; finished parts are not repeated.
+        on_phase: called with a few words on what happens next.
 
     Raises:
         RunFolderError: see `open_run`.
@@ -139,7 +139,7 @@ def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str)
 
 
 def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
-    """The budget of the run under the policy, in bytes where it was what was free at that time."""
+    """The budget of the run under the policy; for "auto", the bytes that were free before that run."""
     budget = Budget.parse(config.budget)
     if budget.kind != "auto":
         return budget
@@ -147,7 +147,12 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
 
 
 def last_complete_checkpoint(folder: Path, *, piloted: bool) -> str | None:
-    """The latest checkpoint that was written to its end; None if there is none."""
+    """The latest checkpoint of which all files were written; None if there is none.
+
+    Args:
+        folder: the Trainer's output folder.
+        piloted: whether the run is under a policy, whose state is part of the checkpoint.
+    """
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         if is_complete(path) if piloted else (path / "trainer_state.json").is_file():
             return str(path)

@@ -1,4 +1,4 @@
-"""Writes a run's curves while it trains, and shows its losses in the progress bar."""
+"""Writes the curves of a run while it trains, and shows its losses in the progress bar."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from ..memory.peak_meter import PeakMeter
 
 
 class RunMetrics(TrainerCallback):  # type: ignore[misc]
-    """Writes a run's curves as JSON lines, and times its steps.
+    """Writes the curves of a run as JSON lines, and times its steps.
 
     Args:
-        path: the file; a resumed run goes on in it.
-        meter: measures peaks, for a run that has no RankPilotCallback to do it.
+        path: the file; a resumed run appends to it.
+        meter: measures peaks in a run without RankPilotCallback, which measures them itself.
+
+    Attributes:
+        step_s: seconds of each step since the start or the resumption of the run.
     """
 
     def __init__(self, path: Path, meter: PeakMeter | None = None) -> None:
@@ -31,14 +34,14 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Drop what an interrupted run wrote after its last checkpoint."""
+        """Delete what an interrupted run wrote after its last checkpoint."""
         rows = [row for row in read_json_lines(self.path) if row["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows if state.global_step > 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """The clock starts."""
+        """Start the clock, and measure this step if it is due."""
         if self.meter and self.meter.due(state.global_step):
             self.meter.begin(objects["model"], objects["optimizer"])
         self._started = time.perf_counter()
@@ -46,14 +49,14 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """The passes are over."""
+        """Note the peak of the forward and backward passes."""
         if self.meter:
             self.meter.stepping()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """The clock stops."""
+        """Stop the clock, and write the peak if it was measured."""
         self.step_s.append(time.perf_counter() - self._started)
         peak = self.meter.end(state.global_step, objects["model"]) if self.meter else None
         if peak is not None:
@@ -67,7 +70,11 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **objects: Any,
     ) -> None:
-        """Losses and accuracies; a run that has broken down ends here."""
+        """Write losses and accuracies.
+
+        Raises:
+            NonFiniteError: the gradient is NaN or infinite.
+        """
         norm = (logs or {}).get("grad_norm", 0.0)
         if not math.isfinite(float(norm)):
             raise NonFiniteError(
@@ -79,7 +86,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
 
 
 class LossInProgressBar(ProgressCallback):  # type: ignore[misc]
-    """The Trainer's bar with the latest losses in it, in place of a line for each log."""
+    """The progress bar of the Trainer, which shows the latest losses instead of printing a line for each log."""
 
     def on_log(
         self,
@@ -89,7 +96,7 @@ class LossInProgressBar(ProgressCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **objects: Any,
     ) -> None:
-        """Show them."""
+        """Show the latest losses."""
         if self.training_bar is not None and logs:
             shown = {key: f"{float(logs[key]):.4f}" for key in ("loss", "eval_loss") if key in logs}
             self.training_bar.set_postfix(shown, refresh=False)

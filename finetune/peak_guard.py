@@ -1,4 +1,4 @@
-"""Keeps a run inside its bytes: measures real steps, looks at every batch, and shrinks the plan when it has to."""
+"""Keeps a run within its budget of bytes: measures real steps, looks at every batch, and shrinks the plan if needed."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Correction:
     """A change of ranks that no policy asked for.
 
     Attributes:
-        step: optimiser steps done before it.
-        reason: for the decision log.
+        step: the optimiser steps before it.
+        reason: why, for the decision log.
         wanted: ranks of the plan before, the current ones where there was none, int64 (modules,).
-        observation: how things stood.
-        plan: what was applied.
+        observation: the state of the run before it.
+        plan: the new plan.
     """
 
     step: int
@@ -51,18 +51,18 @@ class Correction:
 
 
 class PeakGuard:
-    """Watches one run under a budget of bytes; under one of parameters it only measures, every `every_steps`.
+    """Watches one run. Under a budget of bytes it also corrects the plan.
 
-    A step is measured after each change of ranks and every `every_steps`. A peak above the budget corrects the
-    prediction by the error and rolls the last change back, as far as the plan before fits the corrected prediction;
-    where there is none, the plan shrinks. A batch larger than the one that was priced is priced before the model sees
-    it.
+    A step is measured after each change of ranks, and every `every_steps` steps. A peak above the budget corrects the
+    prediction by the error. Then the last change is rolled back, as far as the plan before it fits the corrected
+    prediction; if there is no plan before it, the plan shrinks. The cost of a batch that is larger than all batches
+    before it is predicted before the model sees it.
 
     Args:
         every_steps: see `PeakMeter`.
 
     Attributes:
-        meter: what has been measured.
+        meter: measures the steps.
     """
 
     def __init__(self, every_steps: int) -> None:
@@ -87,12 +87,12 @@ class PeakGuard:
         """Begin to watch.
 
         Args:
-            model: as the Trainer calls it.
-            optimizer: its state follows corrections.
-            controller: applies them.
-            memory: prices other batch shapes; made when it is needed if it is None.
-            losses: must not hear what is run for that.
-            corrected: told of each correction.
+            model: the model, as the Trainer calls it.
+            optimizer: its state is mapped to new ranks.
+            controller: changes the ranks.
+            memory: predicts the cost of other batch shapes; if it is None, it is made when it is needed.
+            losses: paused while that runs the model.
+            corrected: called with each correction.
             accumulates: whether gradients are kept over several micro-batches.
         """
         self._model, self._optimizer, self._controller = model, optimizer, controller
@@ -107,16 +107,16 @@ class PeakGuard:
         self._watch.detach()
 
     def before_step(self, step: int) -> None:
-        """A step begins; measure it if that is due."""
+        """Measure the step that begins, if it is due."""
         self._step = step
         controller = self._controller
         if self.meter.due(step):
-            # Signal buffers are made in the first step of an interval, and held from then on.
+            # Signal buffers are made in the first step of an interval, and stay.
             buffers = 0 if controller.finished else int(signal_buffer_bytes(controller.targets) @ controller.ranks)
             self.meter.begin(self._model, self._optimizer, buffers)
 
     def after_step(self, step: int) -> None:
-        """A step is over: check its peak, if it was measured."""
+        """Compare the peak of the step with the budget, if it was measured."""
         self._step = step
         peak = self.meter.end(step, self._model)
         controller = self._controller
@@ -138,13 +138,18 @@ class PeakGuard:
         self._correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
 
     def decided(self, before: IntArray, step: int) -> None:
-        """A decision was applied; `before` are the ranks that it found, (modules,)."""
+        """Note that a decision has changed the ranks.
+
+        Args:
+            before: the ranks before it, int64 (modules,).
+            step: the optimiser steps before it.
+        """
         self._before = before if step > 0 else None  # the first plan follows no plan
         if isinstance(self._controller.cost, ByteCost):
             self.meter.request()
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on after a restart, as tensors and JSON values."""
+        """What `load_state_dict` needs to continue, as tensors and JSON values."""
         shape = self._watch.shape
         before = {} if self._before is None else {"before": torch.from_numpy(self._before.copy())}
         return {
@@ -156,18 +161,18 @@ class PeakGuard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; call before `attach`."""
+        """Continue from `state_dict`; call this before `attach`."""
         self._watch.shape = BatchShape(state["rows"], state["length"])
         self._underestimate = state["underestimate"]
         self.meter.history = [(int(step), int(peak)) for step, peak in state["peaks"]]
         self._before = state["before"].numpy().copy() if "before" in state else None
 
     def _larger_batch(self, batch: Batch, shape: BatchShape) -> None:
-        """Price the new shape, and shrink the plan if it no longer fits, before the model sees the batch."""
+        """Predict the cost of the new shape, and shrink the plan if it no longer fits, before the model runs."""
         controller = self._controller
         self.meter.close()  # calibration must not count as this step
         self.meter.request()
-        cost = self._priced(batch, shape)
+        cost = self._cost_of(batch, shape)
         controller.reprice(replace(cost, constant=cost.constant + self._underestimate))
         problem = controller.problem()
         fits = problem.fits(problem.ranks)
@@ -180,11 +185,11 @@ class PeakGuard:
             check_budget(problem, list(controller.names))
             self._correct(f"shrunk: batch of {shape}", problem.ranks)
 
-    def _priced(self, batch: Batch, shape: BatchShape) -> ByteCost:
+    def _cost_of(self, batch: Batch, shape: BatchShape) -> ByteCost:
         if self._memory is not None:
             try:
                 return self._memory.cost(shape)
-            except UnsupportedError:  # only the shape of calibration can be priced
+            except UnsupportedError:  # the byte model predicts the shape of its calibration alone
                 logger.debug("Calibrating anew for %s.", shape)
         # The largest rows and the largest length so far may be of two batches.
         batch = reshaped(batch, shape)
@@ -196,7 +201,7 @@ class PeakGuard:
         return self._memory.cost()
 
     def _correct(self, reason: str, wanted: IntArray) -> None:
-        """Bring the ranks under the limit, as near to some ranks as it allows."""
+        """Bring the ranks within the limit, as near to the wanted ranks as it allows."""
         controller, step = self._controller, self._step
         observation = controller.observation_now(step)
         plan = controller.correct(wanted, np.zeros(len(wanted)), step, self._optimizer)

@@ -1,9 +1,9 @@
-"""Rank changes under torch.compile: every new set of ranks is compiled anew, up to a limit of torch's.
+"""Changes of rank under torch.compile: every new set of ranks is compiled anew, up to a limit that torch sets.
 
 Measured on torch 2.13: a compiled model is one frame with the LoRA layers inlined, so a set of ranks takes one graph
 however many modules it changes, and a set that comes back takes none. Where layers are compiled one by one, they share
-the cache of their common code, and each takes its own graph for each set. Once a cache holds `recompile_limit` graphs,
-that code runs uncompiled for every further set, with no more than a line in torch's own log.
+the cache of their common code, and each of them takes one graph for each set. Once a cache holds `recompile_limit`
+graphs, the code runs uncompiled for every further set, and torch writes no more than a line to its log.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def warn_of_recompiles(model: nn.Module, args: TrainingArguments, plans: int) ->
     """Warn if a compiled run plans more sets of ranks than torch keeps graphs for.
 
     Args:
-        model: as the Trainer holds it, compiled by the user or not at all.
-        args: the Trainer's; `torch_compile` says whether it compiles the model itself.
-        plans: sets of ranks that the run may still go through, the present one included.
+        model: the Trainer's model, which the user may have compiled.
+        args: the Trainer's arguments; `torch_compile` says whether the Trainer compiles the model.
+        plans: the number of sets of ranks that the run may still have, the present one included.
     """
     limit: int = torch._dynamo.config.recompile_limit
     needed = plans * graphs_per_plan(model, args)
@@ -42,7 +42,7 @@ def warn_of_recompiles(model: nn.Module, args: TrainingArguments, plans: int) ->
 
 
 def graphs_per_plan(model: nn.Module, args: TrainingArguments) -> int:
-    """How many graphs one set of ranks takes in the fullest cache: 0 uncompiled, 1 for a model compiled as a whole."""
+    """Graphs that one set of ranks takes in the fullest cache: 0 if nothing is compiled, 1 if the whole model is."""
     regions: Counter[type[nn.Module]] = Counter()
     for module in model.modules():
         if isinstance(module, torch._dynamo.OptimizedModule):

@@ -1,4 +1,4 @@
-"""Plain LoRA of equal ranks inside a budget: what a run under a policy is compared with."""
+"""Plain LoRA with equal ranks inside a budget, with which a run under a policy is compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Budgets as people write them. Settings read budgets, so this module imports torch only where it measures."""
+"""Budgets as people write them, and the limits that they set.
+
+Settings read budgets, so this module imports torch and numpy only where it needs them.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,21 @@ _UNITS = {"b": 1}
 for _index, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {f"{_prefix}b": 1000**_index, f"{_prefix}ib": 1024**_index}
 
-_FORMS = "'6GiB', '350MB', a number of bytes, '80%' (of the uniform run's bytes), '300k params' or 'auto'"
+_FORMS = (
+    "'6GiB', '350MB', a whole number of bytes from 1024 on, '80%' (of the uniform run's bytes), '300k params' or 'auto'"
+)
 
 AUTO_SHARE = 0.9
-"""Of the free memory of a device, what "auto" takes; the rest is for fragments and for what operators need inside."""
-
+"""The share of a device's free memory that "auto" takes. The rest is for fragments, and for workspaces of operators."""
 
 MOST_SHARE = 4
-"""A number with a decimal point is a share up to here."""
+"""The highest share that is read: a number with a decimal point above it is refused."""
 
 LEAST_BYTES = 1024
-"""A whole number without a unit is a number of bytes from here on."""
+"""The lowest number of bytes that is read without a unit: a smaller whole number is refused."""
+
+REFERENCE_RANK = 8
+"""A share is a share of what this rank on every target module costs."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Limit:
 
     Attributes:
         value: the limit, > 0, in `unit`.
-        unit: the unit of the cost that it belongs to.
+        unit: the unit of the cost that it limits.
     """
 
     value: float
@@ -141,9 +148,9 @@ class Budget:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that a device has left: on CUDA what the driver and the allocator's cache have, else main memory.
+    """The free bytes of a device: on CUDA those of the driver and of the allocator's cache, else those of main memory.
 
-    A control group's limit (a container's) counts where it is lower.
+    The limit of a control group (of a container) counts if it is lower.
     """
     import psutil
     import torch
@@ -160,12 +167,13 @@ def free_bytes(device: torch.device) -> int:
     return min(free, max(limit - used, 0))
 
 
-REFERENCE_RANK = 8
-"""Budgets given as a share are shares of what this rank on every target module takes."""
-
-
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
-    """What uniform rank 8 on every module costs."""
+    """What uniform rank 8 on every module costs; modules that cannot have so high a rank have their highest one.
+
+    Args:
+        cost: the cost of a plan.
+        max_ranks: the highest rank that each module can have, int64 (modules,).
+    """
     import numpy as np
 
     from .cost import plan_cost

@@ -45,20 +45,20 @@ class ModelStates:
 def model_states(
     model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
 ) -> ModelStates:
-    """What these adapters hold.
+    """The bytes that adapters and their optimiser hold between steps.
 
     Args:
         model: the PEFT model.
         targets: its target modules.
-        optimizer: decides the bytes of state; AdamW's two tensors without one.
-        signal_bytes: whether signals are read.
+        optimizer: decides the bytes of state; without one, AdamW's two tensors count.
+        signal_bytes: whether signal buffers count.
     """
     weights = np.array(
         [t.d_in * t.weight_a.element_size() + t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64
     )
     states = [_state_line(target, optimizer) for target in targets]
-    own = {id(p) for target in targets for p in target.parameters.values()}
-    others = [p.detach() for p in model.parameters() if p.requires_grad and id(p) not in own]
+    adapter = {id(p) for target in targets for p in target.parameters.values()}
+    others = [p.detach() for p in model.parameters() if p.requires_grad and id(p) not in adapter]
     unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
     sizes = [_bytes(p) for p in others]
     copies = _steps_with_copies(optimizer, model)
@@ -68,7 +68,7 @@ def model_states(
         optimizer=np.array([slope for slope, _ in states]),
         scratch=weights * copies,
         signals=signal_buffer_bytes(targets) * signal_bytes,
-        fixed=np.array([own + start for own, (_, start) in zip(fixed, states, strict=True)], dtype=np.float64),
+        fixed=np.array([size + start for size, (_, start) in zip(fixed, states, strict=True)], dtype=np.float64),
         others=float(
             sum(_bytes(p) + state_bytes_of(optimizer, p) for p in others) + sum(_bytes(p) for g in unranked for p in g)
         ),
@@ -83,9 +83,10 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Bytes of optimiser state as a straight line over the rank, nowhere too low: slope and start.
+    """Bytes of optimiser state as a straight line over the rank, nowhere below the true size: slope and start.
 
-    Most states are one. Factored ones start above zero, and 8-bit ones are fp32 below a certain size.
+    Most states grow along such a line. Factored states start above zero, and 8-bit states are fp32 below a certain
+    size.
     """
     ranks = [rank for rank in RankLadder().ranks if 0 < rank <= target.max_rank]
     a, b = target.weight_a.detach(), target.weight_b.detach()
@@ -113,18 +114,18 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
 
 
 def _copies_of_one(optimizer: torch.optim.Optimizer | None) -> int:
-    """How many copies an optimiser takes that works on one parameter after the other: Adam's most, three."""
+    """Temporary copies that an optimiser makes of one parameter at a time: none if it is fused, else up to three."""
     return 0 if optimizer is None or unwrap_optimizer(optimizer).defaults.get("fused") else 3
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
-    """Bytes that training holds between steps beside the frozen model: live storages of weights, state, gradients.
+    """Bytes that training holds between steps beside the frozen model: weights, optimiser state and gradients.
 
     Args:
         model: the PEFT model.
-        optimizer: None counts no state.
-        gradients: count a gradient for each parameter that trains, whether it is allocated at this moment or not;
-            otherwise those that are.
+        optimizer: whose state counts; None counts no state.
+        gradients: count a gradient for each parameter that trains, even if it is not allocated at this moment;
+            otherwise only allocated gradients count.
     """
     total = 0
     state = unwrap_optimizer(optimizer).state if optimizer else {}

@@ -29,7 +29,7 @@ from .setup import Batch, StepSetup, Tell, set_up
 AlternativeKind = Literal["asked", "rank", "layers", "batch", "checkpointing", "budget"]
 
 RANKS = (1, 4, 8, 16, 32)
-"""Of the all-linear plans that are shown."""
+"""Ranks on all modules that are shown beside the one that was asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +58,20 @@ class Alternative:
 
 @dataclass(frozen=True, eq=False)
 class MemoryUse:
-    """Where the bytes go.
+    """Where the bytes of a training step go.
 
     Attributes:
         config: what was asked for.
-        task: of the model's head.
+        task: the task of the model's head.
         device: "cpu" or "cuda".
-        shape: of the batch.
-        modules: names of the target modules.
-        frozen_bytes: of the loaded model, which no budget counts.
-        reference_bytes: the peak of rank 8 on all of them, of which budgets are shares.
+        shape: the shape of the batch.
+        modules: the names of the target modules.
+        frozen_bytes: the bytes of the loaded model, which no budget counts.
+        reference_bytes: the peak with rank 8 on all target modules, of which budgets are shares.
         alternatives: the plan that was asked for, then others.
         notes: what could not be shown, and why.
-        limit_bytes: the budget; None without one, or if it counts parameters.
-        measured: a real step, if asked for.
+        limit_bytes: the budget; None without a budget, or if it counts parameters.
+        measured: a real step, if it was asked for.
     """
 
     config: MemoryConfig
@@ -93,16 +93,16 @@ class MemoryUse:
 
 
 def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
-    """Look at a model, a batch and an adapter.
+    """Predict where the bytes of a training step go, and what other choices would take.
 
     Args:
-        config: which ones.
-        tell: called with a few words on what is about to happen.
+        config: the step.
+        tell: called with a few words on what happens next.
 
     Raises:
         UnknownNameError, AssetError, DataError, ConfigError, UnsupportedError: see `set_up`; or checkpointing is asked
-            for and the model has none.
-        BudgetError: nothing fits the budget.
+            for and the model does not support it.
+        BudgetError: no plan fits the budget.
     """
     setup = set_up(config, tell)
     notes: list[str] = []
@@ -112,7 +112,7 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
         checkpoint_segments(setup.model.get_base_model())
     memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
     plans = _Plans(setup, memory)
-    rules = tuple(plans.rules())  # or the error that nothing fits, before the longer part
+    rules = tuple(plans.rules())  # first, since it may raise that no plan fits
     measured = None
     if config.measure:
         tell("measuring real steps")
@@ -140,7 +140,7 @@ def _calibrated(setup: StepSetup, tell: Tell, how: str, batch: Batch | None = No
 
 
 def _with_checkpointing(setup: StepSetup, tell: Tell, notes: list[str]) -> MemoryModel | None:
-    """The byte model with checkpointing switched on; None, and a note, where that does not work."""
+    """The byte model with checkpointing switched on; None and a note if the model does not support it."""
     try:
         checkpoint_segments(setup.model.get_base_model())
         return _calibrated(setup, tell, "with gradient checkpointing")
@@ -150,7 +150,7 @@ def _with_checkpointing(setup: StepSetup, tell: Tell, notes: list[str]) -> Memor
 
 
 class _Plans:
-    """Prices the choices that a user has."""
+    """Predicts the bytes of the choices that a user has."""
 
     def __init__(self, setup: StepSetup, memory: MemoryModel) -> None:
         self._setup, self._config, self._targets, self._memory = setup, setup.config, setup.targets, memory
@@ -165,18 +165,18 @@ class _Plans:
 
     @property
     def limit_bytes(self) -> float | None:
-        """The budget; None without one, or if it counts parameters."""
+        """The budget; None without a budget, or if it counts parameters."""
         return self._limit.value if self._limit and self._limit.unit == "bytes" else None
 
     def by_rank(self) -> Iterator[Alternative]:
-        """What was asked for, and other ranks on all modules."""
+        """The rank that was asked for, and other ranks on all modules."""
         others = [rank for rank in RANKS if rank != self._config.rank]
         yield self._alternative("asked", f"rank {self._config.rank} on all modules, as asked", self._asked)
         for rank in others:
             yield self._alternative("rank", f"rank {rank} on all modules", np.minimum(rank, self._max_ranks))
 
     def by_layers(self) -> Iterator[Alternative]:
-        """The top half and third of the layers."""
+        """The rank that was asked for on the top half and on the top third of the layers."""
         layers = len(np.unique(self._problem.blocks))
         for name, parts in (("half", 2), ("third", 3)):
             count = round(layers / parts)
@@ -186,7 +186,7 @@ class _Plans:
                 yield self._alternative("layers", label, ranks)
 
     def by_batch(self, tell: Tell) -> Iterator[Alternative]:
-        """Half the rows, half the tokens; calibrated anew where the operations of the model depend on its data."""
+        """Half the rows, and half the tokens. Where the operations depend on the data, the step is calibrated anew."""
         shape = self._memory.shape
         fewer, shorter = (
             BatchShape(max(1, shape.rows // 2), shape.length),
@@ -202,16 +202,16 @@ class _Plans:
                 yield self._alternative("batch", f"{name} ({half})", self._asked, memory)
 
     def switched(self, memory: MemoryModel | None) -> Iterator[Alternative]:
-        """Gradient checkpointing on, or off where it was asked for."""
+        """Gradient checkpointing on, or off if it was asked for."""
         if memory is not None:
             word = "without" if self._config.checkpointing else "with"
             yield self._alternative("checkpointing", f"{word} gradient checkpointing", self._asked, memory)
 
     def rules(self) -> Iterator[Alternative]:
-        """What the placement rules make of the budget.
+        """The plans of the placement rules inside the budget.
 
         Raises:
-            BudgetError: nothing fits.
+            BudgetError: no plan fits.
         """
         if self._limit is None:
             return

@@ -14,10 +14,10 @@ from .setup import StepSetup
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A real step, the frozen model excluded unless said otherwise; None where the system does not tell.
+    """A measured step. The frozen model does not count unless it is named. None: the system does not report it.
 
     Attributes:
-        peak_bytes: of live tensors on the CPU, of what the allocator had handed out on CUDA.
+        peak_bytes: bytes of live tensors on the CPU, bytes that the allocator had handed out on CUDA.
         resident_bytes: how far the process's resident memory rose above what it was without training state (CPU).
         process_bytes: the process's peak resident memory, the model and all libraries included (CPU).
         reserved_bytes: what the allocator had reserved, the model included (CUDA).
@@ -30,13 +30,13 @@ class MeasuredStep:
 
 
 def measure_step(setup: StepSetup) -> MeasuredStep:
-    """Train a step to make the optimiser's state, then measure further ones. Adapters change.
+    """Train one step, which makes the optimiser's state, then measure further steps. The adapters change.
 
     Args:
-        setup: what to run.
+        setup: the step.
     """
     _step(setup)
-    held = state_bytes(setup.model, setup.optimizer, gradients=False)
+    state = state_bytes(setup.model, setup.optimizer, gradients=False)
     if setup.device.type == "cuda":
         torch.cuda.empty_cache()
     meter = PeakMeter()
@@ -52,7 +52,7 @@ def measure_step(setup: StepSetup) -> MeasuredStep:
         return MeasuredStep(peak)
     _step(setup)
     highest = resident.peak()
-    return MeasuredStep(peak, highest - before + held, highest)
+    return MeasuredStep(peak, highest - before + state, highest)
 
 
 def _step(setup: StepSetup) -> None:

@@ -32,17 +32,17 @@ KIND_COLORS: dict[Kind, tuple[str, str]] = {
 """Colour and label of each kind: what the adapter itself takes is green."""
 
 VISIBLE = 0.002
-"""Share of the peak from which a kind gets a name in the picture."""
+"""A kind with a larger share of the peak than this gets a name in the picture."""
 
 MOST_ROOMY_LAYERS = 24
-"""Above this many rows they are set tighter."""
+"""More rows than this are drawn closer together."""
 
 MOST_NAMED_LAYERS = 45
-"""Above this many rows not every layer is named."""
+"""Of more rows than this, not every layer is named."""
 
 
 def memory_picture(use: MemoryUse) -> Figure:
-    """Bytes by layer, stacked by kind, above what other choices would take."""
+    """Draw bytes by layer, stacked by kind, and below them the bytes that other choices would take."""
     layers, choices = len(use.breakdown.layers), len(use.alternatives)
     row = 0.19 if layers <= MOST_ROOMY_LAYERS else 0.15
     heights = 0.55 + row * min(max(layers, 6), 60), 0.55 + 0.21 * choices
@@ -54,13 +54,13 @@ def memory_picture(use: MemoryUse) -> Figure:
 
 
 def _draw_layers(axes: Axes, use: MemoryUse) -> None:
-    found = use.breakdown
-    divisor, unit = _scale(float(found.bytes.sum(axis=1).max()))
-    rows = np.arange(len(found.layers))
-    _stack(axes, rows, {kind: found.by_layer(kind) / divisor for kind in KIND_COLORS})
+    breakdown = use.breakdown
+    divisor, unit = _scale(float(breakdown.bytes.sum(axis=1).max()))
+    rows = np.arange(len(breakdown.layers))
+    _stack(axes, rows, {kind: breakdown.by_layer(kind) / divisor for kind in KIND_COLORS})
     _clean_bars(axes, len(rows))
     every = 1 + len(rows) // MOST_NAMED_LAYERS
-    axes.set_yticks(rows[::every], layer_titles(found.layers)[::every])
+    axes.set_yticks(rows[::every], layer_titles(breakdown.layers)[::every])
     axes.tick_params(axis="y", labelsize=8.5 if len(rows) <= MOST_ROOMY_LAYERS else 7.5)
     axes.set(xlabel=f"{unit} at the peak")
     axes.set_title("By layer", fontsize=10.5, color=INK, loc="left")
@@ -136,9 +136,10 @@ def _scale(largest: float) -> tuple[float, str]:
 
 
 def _title(use: MemoryUse) -> str:
-    found = use.breakdown
-    held = sum(found.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
-    return f"A training step peaks at {format_bytes(found.total)}; {held / found.total:.0%} is held for backward"
+    breakdown = use.breakdown
+    saved = sum(breakdown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
+    share = saved / breakdown.total
+    return f"A training step peaks at {format_bytes(breakdown.total)}; {share:.0%} is held for backward"
 
 
 def _note(use: MemoryUse) -> str:

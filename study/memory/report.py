@@ -38,11 +38,10 @@ WORDS: dict[Kind, str] = {
 """The kinds of bytes, for people."""
 
 MOST_LISTED = 3
-"""Different ranks in one cell, above which it gives their range."""
-
+"""A cell with more different ranks than this gives their range."""
 
 HELD_BACK = 0.05, 8 * 2**20
-"""Share of the peak, and bytes, above which resident memory beyond it is worth a word."""
+"""Resident memory beyond the peak by this share of it and by these bytes is worth a note."""
 
 
 def subject(use: MemoryUse) -> str:
@@ -61,7 +60,7 @@ def subject(use: MemoryUse) -> str:
 
 
 def moment_text(label: str) -> str:
-    """A moment of the step as people name it: without the wrappers' names."""
+    """The name of a moment of the step, without the names of the wrappers."""
     phase, colon, place = label.partition(": ")
     place = place.removeprefix("base_model.model").removeprefix(".").removesuffix(".base_layer")
     return f"{phase}: {place or 'loss'}" if colon else phase
@@ -69,17 +68,17 @@ def moment_text(label: str) -> str:
 
 def peak_table(use: MemoryUse) -> Table:
     """The peak by kind."""
-    found = use.breakdown
-    table = Table(title=f"Peak of a training step: {moment_text(found.label)}", title_justify="left")
+    breakdown = use.breakdown
+    table = Table(title=f"Peak of a training step: {moment_text(breakdown.label)}", title_justify="left")
     for column in ("what", "bytes", "share"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for kind in sorted(KINDS, key=found.of_kind, reverse=True):
-        if found.of_kind(kind):
-            table.add_row(WORDS[kind], *_with_share(found.of_kind(kind), found.total))
-    if found.margin:
-        table.add_row("margin, so as not to predict too little", *_with_share(found.margin, found.total))
+    for kind in sorted(KINDS, key=breakdown.of_kind, reverse=True):
+        if breakdown.of_kind(kind):
+            table.add_row(WORDS[kind], *_with_share(breakdown.of_kind(kind), breakdown.total))
+    if breakdown.margin:
+        table.add_row("margin, so as not to predict too little", *_with_share(breakdown.margin, breakdown.total))
     table.add_section()
-    table.add_row("[bold]total[/]", f"[bold]{format_bytes(found.total)}[/]", "")
+    table.add_row("[bold]total[/]", f"[bold]{format_bytes(breakdown.total)}[/]", "")
     table.add_row("frozen model, beside it, in no budget", format_bytes(use.frozen_bytes), "")
     return table
 
@@ -89,19 +88,19 @@ def _with_share(count: float, total: float) -> tuple[str, str]:
 
 
 def layer_table(use: MemoryUse) -> Table:
-    """The peak by layer, the model's output at the top."""
-    found = use.breakdown
-    saved, moment, adapter = (found.by_layer(*kinds) for kinds in _COLUMNS.values())
+    """The peak by layer, with the model's output at the top."""
+    breakdown = use.breakdown
+    saved, moment, adapter = (breakdown.by_layer(*kinds) for kinds in _COLUMNS.values())
     table = Table(title="By layer, the model's output at the top", title_justify="left")
     rules = [alternative for alternative in use.alternatives if alternative.kind == "budget"]
     table.add_column("layer", no_wrap=True)
     for column in (*_COLUMNS, "share", *(f"ranks of {rule.label.partition(' ')[0]}" for rule in rules)):
         table.add_column(column, justify="right")
-    every = (found.bytes.sum(axis=1) / found.total).tolist()
-    titles = layer_titles(found.layers)
+    every = (breakdown.bytes.sum(axis=1) / breakdown.total).tolist()
+    titles = layer_titles(breakdown.layers)
     for row in range(len(titles))[::-1]:
         cells = [format_bytes(values[row]) if values[row] else "–" for values in (saved, moment, adapter)]
-        ranks = [_ranks_text(_ranks_in(use, rule, found.layers[row])) for rule in rules]
+        ranks = [_ranks_text(_ranks_in(use, rule, breakdown.layers[row])) for rule in rules]
         table.add_row(titles[row], *cells, f"{every[row]:.1%}", *ranks)
     return table
 
@@ -131,7 +130,7 @@ def _ranks_text(ranks: Sequence[int]) -> str:
 
 
 def change_table(use: MemoryUse) -> Table:
-    """What other choices would take."""
+    """The bytes that other choices would take."""
     asked = use.alternatives[0].peak_bytes
     title = "What to change" if use.limit_bytes is None else f"What to change, budget {format_bytes(use.limit_bytes)}"
     table = Table(title=title, title_justify="left")
@@ -177,7 +176,7 @@ def measured_table(use: MemoryUse) -> Table | None:
 
 
 def allocator_note(use: MemoryUse) -> str:
-    """Why the process takes more than its tensors, and how to change that; empty where it does not."""
+    """Why the process takes more than its tensors, and how to change that; empty if it takes no more."""
     resident = use.measured.resident_bytes if use.measured else None
     share, count = HELD_BACK
     if resident is None or resident - use.breakdown.total < max(share * use.breakdown.total, count):
@@ -189,21 +188,21 @@ def allocator_note(use: MemoryUse) -> str:
 
 
 def finding(use: MemoryUse) -> str:
-    """The one thing to know, in a sentence."""
-    found = use.breakdown
-    held = sum(found.of_kind(kind) for kind in _COLUMNS["saved"])
+    """The main result, in one sentence."""
+    breakdown = use.breakdown
+    saved = sum(breakdown.of_kind(kind) for kind in _COLUMNS["saved"])
     least = min(use.alternatives[1:], key=lambda choice: choice.peak_bytes)
     thin = next(choice for choice in use.alternatives if choice.label.startswith("rank 1 "))
     return (
-        f"{held / found.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
+        f"{saved / breakdown.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
         f"{thin.peak_bytes / use.reference_bytes:.0%} of what rank 8 takes; the choice that saves most bytes is "
         f"{least.label} ({least.peak_bytes / use.reference_bytes:.0%})."
     )
 
 
 def figures(use: MemoryUse) -> dict[str, Any]:
-    """All figures."""
-    found = use.breakdown
+    """All figures, as JSON values."""
+    breakdown = use.breakdown
     return {
         "config": as_json(MemoryConfig, use.config),
         "task": use.task,
@@ -211,15 +210,15 @@ def figures(use: MemoryUse) -> dict[str, Any]:
         "rows": use.shape.rows,
         "length": use.shape.length,
         "frozen_bytes": use.frozen_bytes,
-        "peak_bytes": found.total,
+        "peak_bytes": breakdown.total,
         "reference_bytes": use.reference_bytes,
         "limit_bytes": use.limit_bytes,
-        "moment": found.label,
-        "margin_bytes": found.margin,
-        "kinds": {kind: found.of_kind(kind) for kind in KINDS},
+        "moment": breakdown.label,
+        "margin_bytes": breakdown.margin,
+        "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
         "layers": [
             {"layer": layer, **dict(zip(KINDS, row, strict=True))}
-            for layer, row in zip(found.layers, found.bytes.tolist(), strict=True)
+            for layer, row in zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
         ],
         "alternatives": [
             {
@@ -239,6 +238,6 @@ def figures(use: MemoryUse) -> dict[str, Any]:
 
 
 def write_memory_report(use: MemoryUse, folder: Path) -> None:
-    """Write memory.json and memory.png, again if they exist."""
+    """Write memory.json and memory.png; existing ones are replaced."""
     write_json(folder / "memory.json", figures(use))
     save_figure(memory_picture(use), folder / "memory.png")

@@ -37,11 +37,11 @@ class StepSetup:
 
     Attributes:
         config: what was asked for.
-        task: of the model's head.
-        model: with adapters of the rank asked for, in training mode, on its device.
+        task: the task of the model's head.
+        model: the model with adapters of the rank that was asked for, in training mode, on its device.
         targets: its target modules.
-        batch: the largest that training would see.
-        optimizer: over all that trains.
+        batch: the largest batch that training would see.
+        optimizer: the optimiser of all parameters that train.
     """
 
     config: MemoryConfig
@@ -61,7 +61,11 @@ class StepSetup:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
     def measure_memory(self, batch: Batch | None = None) -> MemoryModel:
-        """The byte model of this step or, given another batch, of that; as set up now, without signal buffers."""
+        """The byte model of this step as it is set up now, without signal buffers.
+
+        Args:
+            batch: another batch than the largest one.
+        """
         with self.precision():
             return measure_memory(
                 self.model,
@@ -74,7 +78,11 @@ class StepSetup:
 
 
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
-    """Load what a configuration names.
+    """Load the model and the data that a configuration names, and make the adapter, the batch and the optimiser.
+
+    Args:
+        config: the step.
+        tell: called with a few words on what happens next.
 
     Raises:
         UnknownNameError, AssetError, DataError: there is no such model or data, or the data cannot be used.
@@ -117,9 +125,9 @@ def _workload(config: MemoryConfig) -> Workload | None:
 
 
 def default_task(config: Any) -> Task:
-    """What a model is usually fine-tuned for.
+    """The task that a model is usually fine-tuned for.
 
-    A head for generation decides; without one, a kind of model that reads one way only.
+    The name of its head decides. If it names none, models that only read from left to right generate.
 
     Args:
         config: the model's configuration.
@@ -135,10 +143,10 @@ def default_task(config: Any) -> Task:
 
 
 def _check_length(length: int, model: nn.Module) -> None:
-    """Refuse rows that are longer than the model's positions.
+    """Check that the model has a position for each token of a row.
 
     Raises:
-        ConfigError: they are.
+        ConfigError: the rows are longer.
     """
     config: Any = model.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
@@ -151,7 +159,7 @@ def _check_length(length: int, model: nn.Module) -> None:
 
 
 def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
-    """Full rows of ordinary token ids, none that the model reads as padding or as an end."""
+    """Full rows of ordinary token ids, without ids that the model reads as padding or as an end."""
     text = model_config.get_text_config()
     special: set[int] = set()
     for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
