@@ -1,4 +1,4 @@
-"""What a plan has to know of a module that can be adapted: nothing that needs the model itself."""
+"""The description of a module that can be adapted, without the model: all that plans need to know of it."""
 
 from __future__ import annotations
 

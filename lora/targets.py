@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -35,25 +36,23 @@ class TargetModule(ModuleSpec):
     layer: LoraLayer = field(repr=False)
     embedding: bool = False
 
-    __eq__ = object.__eq__  # a pair is itself alone, also beside another one of the same name and widths
+    __eq__ = object.__eq__  # pairs of two models differ, even if names and widths are the same
     __hash__ = object.__hash__
 
     @property
     def weight_a(self) -> nn.Parameter:
         """A, shape (rank, d_in)."""
-        layer = self.layer
-        weight: nn.Parameter = (
-            layer.lora_embedding_A[self.adapter] if self.embedding else layer.lora_A[self.adapter].weight
-        )
-        return weight
+        return self._weight(self.layer.lora_embedding_A if self.embedding else self.layer.lora_A)
 
     @property
     def weight_b(self) -> nn.Parameter:
         """B, shape (d_out, rank)."""
-        layer = self.layer
-        weight: nn.Parameter = (
-            layer.lora_embedding_B[self.adapter] if self.embedding else layer.lora_B[self.adapter].weight
-        )
+        return self._weight(self.layer.lora_embedding_B if self.embedding else self.layer.lora_B)
+
+    def _weight(self, factors: Any) -> nn.Parameter:
+        """The adapter's factor among those of all adapters."""
+        factor = factors[self.adapter]
+        weight: nn.Parameter = factor if self.embedding else factor.weight
         return weight
 
     @property
