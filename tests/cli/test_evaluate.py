@@ -16,15 +16,9 @@ from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.cli import main as cli
 from rankpilot.errors import ConfigError
 
+from .mistakes import failure
+
 TINY = ["--suite", "planted", "--bases", "llama-4x32", "--task-steps", "8", "--tasks", "2", "--workers", "1"]
-
-
-def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command which fails leaves on stderr."""
-    capsys.readouterr()
-    assert cli.run(["evaluate", *arguments]) == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
 
 
 @pytest.fixture
@@ -34,24 +28,26 @@ def policy(tmp_path: Path) -> Path:
 
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
     output = ["--output", str(tmp_path / "out")]
-    assert "Unknown rule 'heur4'. Did you mean: 'heur3'" in failure(["heur4", *output], capsys)
-    assert "Unknown rule 'orakel'. Did you mean: 'oracle'" in failure(["heur3", "--against=orakel", *output], capsys)
-    assert "There is no policy folder" in failure(["runs/none", *output], capsys)
-    assert "Unknown suite" in failure(["heur3", "--suite", "plantd", *output], capsys)
-    assert "Unknown proxy base" in failure(["heur3", "--bases", "llama", *output], capsys)
+    assert "Unknown rule 'heur4'. Did you mean: 'heur3'" in failure(["evaluate", "heur4", *output], capsys)
+    assert "Unknown rule 'orakel'. Did you mean: 'oracle'" in failure(
+        ["evaluate", "heur3", "--against=orakel", *output], capsys
+    )
+    assert "There is no policy folder" in failure(["evaluate", "runs/none", *output], capsys)
+    assert "Unknown suite" in failure(["evaluate", "heur3", "--suite", "plantd", *output], capsys)
+    assert "Unknown proxy base" in failure(["evaluate", "heur3", "--bases", "llama", *output], capsys)
     card = json.loads((policy / "card.json").read_text())
     (policy / "card.json").write_text(json.dumps(card | {"module_features": ["rank"]}))
-    assert "has module_features ['rank']" in failure([str(policy), *output], capsys)
+    assert "has module_features ['rank']" in failure(["evaluate", str(policy), *output], capsys)
     (policy / "card.json").write_text(json.dumps(card | {"ladder": [0, 1]}))
-    assert "has ladder [0, 1]" in failure([str(policy), *output], capsys)
+    assert "has ladder [0, 1]" in failure(["evaluate", str(policy), *output], capsys)
     assert not (tmp_path / "out").exists(), "a mistake leaves no folder behind"
 
 
 def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    line = failure(["heur3", *TINY, "--output", str(tmp_path / "notes.txt")], capsys)
+    line = failure(["evaluate", "heur3", *TINY, "--output", str(tmp_path / "notes.txt")], capsys)
     assert "notes.txt is a file. Pass the name of a folder" in line
-    line = failure(["heur3", *TINY, "--output", str(tmp_path / "notes.txt" / "out")], capsys)
+    line = failure(["evaluate", "heur3", *TINY, "--output", str(tmp_path / "notes.txt" / "out")], capsys)
     assert "error: Not a directory" in line
     assert str(tmp_path / "notes.txt" / "out") in line
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -59,7 +55,7 @@ def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that is read-only even for root")
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    line = failure(["heur3", *TINY, "--output", "/proc/self/rankpilot"], capsys)
+    line = failure(["evaluate", "heur3", *TINY, "--output", "/proc/self/rankpilot"], capsys)
     assert "(/proc/self/rankpilot). Check that the path is right" in line
 
 
@@ -84,7 +80,9 @@ def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_policies_of_different_schedules(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
     other = save_policy(tmp_path / "other", RankNetwork(), DecisionSchedule(probe_steps=9), {})
-    assert "different schedules" in failure([str(policy), str(other), "--output", str(tmp_path / "out")], capsys)
+    assert "different schedules" in failure(
+        ["evaluate", str(policy), str(other), "--output", str(tmp_path / "out")], capsys
+    )
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,8 +105,8 @@ def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_pa
     summary = json.loads((folder / "summary.json").read_text())
     assert {result["policy"] for result in summary["groups"][0]["results"]} == {"fracrule", "pilot", "heur3"}
 
-    assert "exists already" in failure(command[1:], capsys)
-    assert "other settings (split" in failure([*command[1:], "--resume", "--split", "train"], capsys)
+    assert "exists already" in failure(command, capsys)
+    assert "other settings (split" in failure(["evaluate", *command[1:], "--resume", "--split", "train"], capsys)
     more = ["evaluate", "uniform", *TINY, "--seeds", "2", "--output", str(folder), "--resume"]
     assert cli.run(more) == 0
     longer = read_rows(folder / "rows.jsonl")
@@ -116,7 +114,7 @@ def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_pa
     assert set(rows) < set(longer), "what was there is still there"
 
     save_policy(policy, _stirred(), DecisionSchedule(), {"name": "pilot"})
-    assert "another policy named 'pilot'" in failure([*command[1:], "--resume"], capsys)
+    assert "another policy named 'pilot'" in failure(["evaluate", *command[1:], "--resume"], capsys)
 
 
 def _stirred() -> RankNetwork:

@@ -13,6 +13,8 @@ from rankpilot.cli import main as cli
 from rankpilot.lora.export import rank_pattern_yaml
 from safetensors.torch import load_file, save_file
 
+from .mistakes import failure
+
 LONG = "model.language_model.layers.0.some_quite_long_block_name.self_attention.dense_h_to_4h.q_proj"
 
 
@@ -27,16 +29,6 @@ def adapter(tmp_path: Path) -> Path:
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(3, rank)
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
-
-
-def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a failed export leaves on stderr."""
-    capsys.readouterr()
-    assert cli.run(["export", *arguments]) == 1
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.mark.parametrize(("more", "rank"), [([], 16), (["--rank", "64"], 64)])
@@ -64,15 +56,15 @@ def test_rank_pattern(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_mistakes(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "padded"
     to_output = ["--output", str(output)]
-    assert "pass --output FOLDER" in failure([str(adapter)], capsys)
-    no_slot = failure([str(adapter), *to_output, "--rank", "12"], capsys)
+    assert "pass --output FOLDER" in failure(["export", str(adapter)], capsys)
+    no_slot = failure(["export", str(adapter), *to_output, "--rank", "12"], capsys)
     assert "no slot for rank 12. Allowed: 1, 8, 16, 32, 64, 128, 256, 320, 512." in no_slot
-    assert "rank 9, which does not fit rank 8" in failure([str(adapter), *to_output, "--rank", "8"], capsys)
+    assert "rank 9, which does not fit rank 8" in failure(["export", str(adapter), *to_output, "--rank", "8"], capsys)
     pattern = [str(adapter), "--format", "rank-pattern"]
-    assert "--rank is for padded adapters" in failure([*pattern, "--rank", "16"], capsys)
+    assert "--rank is for padded adapters" in failure(["export", *pattern, "--rank", "16"], capsys)
     nowhere = str(tmp_path / "nowhere")
-    assert "save_pretrained" in failure([nowhere, *to_output], capsys)
-    assert "save_pretrained" in failure([nowhere, "--format", "rank-pattern"], capsys)
+    assert "save_pretrained" in failure(["export", nowhere, *to_output], capsys)
+    assert "save_pretrained" in failure(["export", nowhere, "--format", "rank-pattern"], capsys)
     assert not output.exists()
 
 
@@ -80,9 +72,9 @@ def test_nothing_is_overwritten(adapter: Path, tmp_path: Path, capsys: pytest.Ca
     notes = tmp_path / "notes.txt"
     notes.write_text("mine")
     for format_ in ("padded", "rank-pattern"):
-        line = failure([str(adapter), "--format", format_, "--output", str(notes)], capsys)
+        line = failure(["export", str(adapter), "--format", format_, "--output", str(notes)], capsys)
         assert f"{notes} exists already" in line
-    assert "exists already" in failure([str(adapter), "--output", str(adapter)], capsys)
+    assert "exists already" in failure(["export", str(adapter), "--output", str(adapter)], capsys)
     assert notes.read_text() == "mine"
 
 

@@ -21,29 +21,9 @@ from rankpilot.common.files import write_json
 from rankpilot.common.settings import as_json
 from rankpilot.finetune.config import FinetuneConfig
 
+from .mistakes import failure, usage_error
+
 ROOT = Path(__file__).parents[2]
-
-
-def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command which fails leaves on stderr."""
-    capsys.readouterr()
-    assert cli.run(arguments) == 1
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What tyro says of an option that it cannot take, as one line."""
-    with pytest.raises(SystemExit) as caught:
-        cli.run(arguments)
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    return " ".join(err.replace("│", " ").split())
 
 
 @pytest.fixture

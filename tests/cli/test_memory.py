@@ -24,6 +24,8 @@ from transformers import (
     XLNetModel,
 )
 
+from .mistakes import failure, usage_error
+
 SMALL = ["--batch-size", "4", "--max-length", "16"]
 
 
@@ -49,22 +51,6 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str], output: Path) 
     capsys.readouterr()
     assert cli.run(["memory", *arguments, "--output", str(output)]) == 0
     return " ".join(capsys.readouterr().out.split()), read_json(output / "memory.json")
-
-
-def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert cli.run(["memory", *arguments]) == 1
-    err = [line for line in capsys.readouterr().err.strip().splitlines() if "Loading weights" not in line]
-    assert len(err) == 1, err
-    assert err[0].startswith("error: ")
-    return err[0]
-
-
-def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        cli.run(["memory", *arguments])
-    assert caught.value.code == 2
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(("name", "task"), [("bert", "classification"), ("gpt2", "causal-lm")])
@@ -150,23 +136,25 @@ def test_a_model_without_checkpointing(models: Path, tmp_path: Path, capsys: pyt
     assert "does not support gradient checkpointing" in printed
     assert len(figures["notes"]) == 1
     assert not [choice for choice in figures["alternatives"] if choice["kind"] == "checkpointing"]
-    line = failure([str(models / "xlnet"), *SMALL, "--checkpointing"], capsys)
+    line = failure(["memory", str(models / "xlnet"), *SMALL, "--checkpointing"], capsys)
     assert "does not support gradient checkpointing" in line
 
 
 def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "There is no model folder" in failure(["./nowhere"], capsys)
-    assert "has 32 positions, and max_length is 33" in failure([str(models / "bert"), "--max-length", "33"], capsys)
+    assert "There is no model folder" in failure(["memory", "./nowhere"], capsys)
+    assert "has 32 positions, and max_length is 33" in failure(
+        ["memory", str(models / "bert"), "--max-length", "33"], capsys
+    )
     # RoBERTa's first positions are those of padding.
-    assert "has 30 positions" in failure([str(models / "roberta"), "--max-length", "31"], capsys)
-    line = failure([str(models / "bert"), *SMALL, "--output", str(models / "bert" / "config.json")], capsys)
+    assert "has 30 positions" in failure(["memory", str(models / "roberta"), "--max-length", "31"], capsys)
+    line = failure(["memory", str(models / "bert"), *SMALL, "--output", str(models / "bert" / "config.json")], capsys)
     assert "config.json is a file. Pass the name of a folder" in line
-    line = failure([str(models / "bert"), *SMALL, "--budget", "1KiB"], capsys)
+    line = failure(["memory", str(models / "bert"), *SMALL, "--budget", "1KiB"], capsys)
     assert "fits no adapter at all. The smallest that works is" in line
-    assert "Cannot adapt" in failure([str(models / "bert"), *SMALL, "--target-modules", "nothing"], capsys)
-    assert "Cannot read the budget" in usage_error(["m", "--budget", "lots"], capsys)
-    assert "at least 1" in usage_error(["m", "--batch-size", "0"], capsys)
-    assert "at least 2; got" in usage_error(["m", "--max-length", "-4"], capsys)
+    assert "Cannot adapt" in failure(["memory", str(models / "bert"), *SMALL, "--target-modules", "nothing"], capsys)
+    assert "Cannot read the budget" in usage_error(["memory", "m", "--budget", "lots"], capsys)
+    assert "at least 1" in usage_error(["memory", "m", "--batch-size", "0"], capsys)
+    assert "at least 2; got" in usage_error(["memory", "m", "--max-length", "-4"], capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -180,7 +168,7 @@ def test_unknown_names(
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
     monkeypatch.chdir(tmp_path)
-    line = failure(["all-minilm-l6-v3"], capsys)
+    line = failure(["memory", "all-minilm-l6-v3"], capsys)
     assert "Unknown model 'all-minilm-l6-v3'. Did you mean: 'all-minilm-l6-v2'" in line
 
 

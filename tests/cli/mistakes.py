@@ -1,0 +1,27 @@
+"""What a command prints when it is used wrongly."""
+
+from __future__ import annotations
+
+import pytest
+from rankpilot.cli.main import run
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command which fails leaves on standard error."""
+    capsys.readouterr()
+    assert run(arguments) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (line,) = (line for line in error.strip().splitlines() if "Loading weights" not in line)
+    assert line.startswith("error: ")
+    return line
+
+
+def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is printed about an option that cannot be read, as one line."""
+    with pytest.raises(SystemExit) as caught:
+        run(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return " ".join(error.replace("│", " ").split())
