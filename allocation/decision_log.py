@@ -1,11 +1,13 @@
-"""The decision log: what a policy saw, asked for and got, in Parquet that any data tool opens.
+"""The decision log: what a policy saw, wanted and got, in Parquet that any data tool opens.
 
-A log is a folder with one part for each decision and in it one row for each module:
+A log is a folder with one part for each decision, and in it one row for each module. Beside the parts are the problems
+that the decisions solved, one file whenever what plans cost or may cost has changed:
 
     decisions/part-00000.parquet
     decisions/part-00001.parquet
+    decisions/problem-00000.safetensors
 
-Parts are written under another name, flushed to disk and renamed, so a crash leaves whole parts only.
+Files are written under another name, flushed to disk and renamed, so a crash leaves whole files only.
 
 Example:
     >>> import datasets
@@ -14,27 +16,34 @@ Example:
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from ..common.arrays import FloatArray, IntArray
 from ..common.files import atomic_path
-from ..errors import DataError, RunFolderError
+from ..errors import RunFolderError
+from .problem import AllocationProblem
+from .problem_file import problem_bytes, read_problem
 
-SCHEMA_KEY, SCHEMA_VERSION = b"rankpilot.schema", b"2"
+if TYPE_CHECKING:
+    from .decision_record import DecisionRecord
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_KEY, SCHEMA_VERSION = b"rankpilot.schema", 3
 FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
 
-_DECISION_TYPES = {
+DECISION_TYPES = {
     "run": pa.string(),
     "policy": pa.string(),
+    "policy_sha256": pa.string(),
     "decision": pa.int32(),
     "step": pa.int32(),
     "seed": pa.int64(),
@@ -43,102 +52,41 @@ _DECISION_TYPES = {
     "predicted_cost": pa.float64(),
     "measured_cost": pa.float64(),
     "unit": pa.string(),
-    "log_prob": pa.float64(),
+    "max_step": pa.int32(),
+    "hysteresis": pa.float64(),
     "rank_floor": pa.float64(),
+    "depth_bias": pa.float64(),
+    "log_prob": pa.float64(),
+    "expected": pa.float64(),
+    "uncertainty": pa.float64(),
+    "problem": pa.string(),
 }
-_MODULE_TYPES = {
+"""Columns with one value a decision."""
+
+MODULE_TYPES = {
+    "module_index": pa.int32(),
+    "module": pa.string(),
     "block": pa.int32(),
-    "delta": pa.int32(),
+    "pinned": pa.bool_(),
     "rank_before": pa.int32(),
-    "rank_asked": pa.int32(),
+    "rank_wanted": pa.int32(),
+    "rank_clipped": pa.int32(),
     "rank_after": pa.int32(),
     "score": pa.float64(),
+    "changed_by_projection": pa.bool_(),
+    "note": pa.string(),
 }
+"""Columns with one value a module."""
 
-
-@dataclass(frozen=True, eq=False)
-class DecisionRecord:
-    """One decision of a policy; L modules, F features.
-
-    Attributes:
-        run: name of the run.
-        policy: name of the policy or rule that decided.
-        decision: number of the decision in its run, from 0.
-        step: optimiser steps done before it.
-        seed: seed of the run.
-        loss: latest training loss; None before the first step.
-        limit: what a plan may cost, in `unit`.
-        predicted_cost: predicted cost of the plan, in `unit`.
-        measured_cost: measured since the decision before this one, in `unit`; None if nothing measures it.
-        unit: "bytes" or "parameters".
-        log_prob: log-probability of the whole action.
-        rank_floor: rank floor of the plan (see `lora.plan.pack`).
-        modules: full names, in the order of all arrays.
-        blocks: layer of each module, int (L,).
-        delta: rungs asked for, int (L,).
-        rank_before: ranks in place, int (L,).
-        rank_asked: ranks that the deltas lead to within the bounds, before the budget, int (L,).
-        rank_after: ranks of the plan, int (L,).
-        score: priority in the projection, float (L,).
-        features: what the policy saw of each module, float32 (L, F).
-        feature_names: names of the columns of `features`.
-        run_features: what the policy saw of the whole run.
-        notes: why a module did not get its rank of the plan, by name; the others are left out.
-
-    Raises:
-        DataError: lengths disagree, a name is used twice, or a number is out of range.
-    """
-
-    run: str
-    policy: str
-    decision: int
-    step: int
-    seed: int
-    loss: float | None
-    limit: float
-    predicted_cost: float
-    measured_cost: float | None
-    unit: Literal["bytes", "parameters"]
-    log_prob: float
-    rank_floor: float
-    modules: tuple[str, ...]
-    blocks: IntArray
-    delta: IntArray
-    rank_before: IntArray
-    rank_asked: IntArray
-    rank_after: IntArray
-    score: FloatArray
-    features: NDArray[np.float32]
-    feature_names: tuple[str, ...]
-    run_features: Mapping[str, float]
-    notes: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        count = len(self.modules)
-        if count == 0 or self.decision < 0 or self.step < 0 or self.unit not in ("bytes", "parameters"):
-            raise DataError(
-                "A decision has modules, a number and a step from 0 on, and a unit 'bytes' or 'parameters'; "
-                f"got {count} modules, decision {self.decision}, step {self.step}, unit {self.unit!r}."
-            )
-        shapes: dict[str, tuple[int, ...]] = {
-            "blocks": (count,),
-            "features": (count, len(self.feature_names)),
-        }
-        shapes |= {name: (count,) for name in _MODULE_TYPES if name != "block"}
-        for name, wanted in shapes.items():
-            found = np.shape(getattr(self, name))
-            if found != wanted:
-                raise DataError(f"`{name}` of decision {self.decision} has shape {found}, not {wanted}.")
-        for names in (self.modules, self.feature_names):
-            if len(set(names)) < len(names):
-                raise DataError(f"A module or feature name of decision {self.decision} is used twice: {names}.")
+_SCHEMA_2 = {"rank_asked": "rank_clipped"}
+"""Columns of schema 2 that have another name now."""
 
 
 class DecisionLog:
     """Writer and reader of one decision log.
 
     Args:
-        folder: where the parts are; made by the first `append`.
+        folder: where the files are; made by the first `append`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -157,19 +105,17 @@ class DecisionLog:
         Raises:
             RunFolderError: that decision is logged already; a resumed run calls `truncate` first.
         """
-        path = self.folder / f"part-{record.decision:05d}.parquet"
+        path = self._part(record.decision)
         if path.exists():
             raise RunFolderError(f"Decision {record.decision} is already in {self.folder}. Call `truncate` on resume.")
-        with atomic_path(path) as temporary, temporary.open("wb") as stream:
-            pq.write_table(_to_table(record), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        table = record.to_table(self._write_problem(record))
+        _write(path, lambda stream: pq.write_table(table, stream))
         return path
 
     def read(self) -> pa.Table:
         """All rows, by decision and inside it in the order of the modules.
 
-        A feature that only some decisions have is null in the others.
+        A column that only some decisions have is null in the others.
 
         Raises:
             RunFolderError: the folder is missing or empty, or a part is corrupt or of another schema.
@@ -177,8 +123,42 @@ class DecisionLog:
         parts = self._parts()
         if not parts:
             raise RunFolderError(f"No decision log in {self.folder}: expected part-00000.parquet and following.")
-        table = pa.concat_tables([_read_part(part) for part in parts], promote_options="default")
+        tables = [_read_part(part) for part in parts]
+        earlier = sum(_schema_of(table) < SCHEMA_VERSION for table in tables)
+        if earlier:
+            logger.warning(
+                "%d of %d decisions in %s are of log schema 2: columns that it lacks are empty.",
+                earlier,
+                len(parts),
+                self.folder,
+            )
+        table = pa.concat_tables(tables, promote_options="default")
+        for name, kind in (DECISION_TYPES | MODULE_TYPES).items():
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(table.num_rows, kind))
         return table.sort_by([("decision", "ascending"), ("module_index", "ascending")])
+
+    def problem(self, decision: int) -> AllocationProblem:
+        """The plans that were possible at a decision: `project` on it gives the logged ranks once more.
+
+        Raises:
+            RunFolderError: there is no such decision, it was logged without its problem, or a file is corrupt.
+        """
+        path = self._part(decision)
+        if not path.is_file():
+            raise RunFolderError(f"No decision {decision} in {self.folder}: it holds {len(self)} decisions.")
+        table = _read_part(path)
+        if "problem" not in table.column_names:
+            raise RunFolderError(f"{path} is of log schema 2, which does not hold the problem that was solved.")
+        first = table.slice(0, 1).select(["problem", "max_step", "hysteresis"]).to_pylist()[0]
+        pinned = table["pinned"].to_numpy()
+        return replace(
+            read_problem(self.folder / first["problem"]),
+            ranks=table["rank_before"].to_numpy().astype(np.int64),
+            max_step=first["max_step"],
+            hysteresis=first["hysteresis"],
+            pinned=pinned if pinned.any() else None,
+        )
 
     def truncate(self, after_step: int) -> int:
         """Drop the decisions taken after a step: a run that resumes there takes them again.
@@ -192,34 +172,50 @@ class DecisionLog:
         Raises:
             RunFolderError: a part is corrupt or of another schema; nothing is dropped then.
         """
-        late = [part for part in self._parts() if _read_part(part)["step"][0].as_py() > after_step]
+        tables = {part: _read_part(part) for part in self._parts()}
+        late = [part for part, table in tables.items() if table["step"][0].as_py() > after_step]
         for part in reversed(late):
             part.unlink()
+        kept = [table for part, table in tables.items() if part not in late and "problem" in table.column_names]
+        needed = {table["problem"][0].as_py() for table in kept}
+        for path in self.folder.glob("problem-*.safetensors"):
+            if path.name not in needed:
+                path.unlink()
         return len(late)
+
+    def _write_problem(self, record: DecisionRecord) -> str:
+        """Write the problem of a decision, unless it is that of the decision before; the name of its file."""
+        content = problem_bytes(record.problem)
+        before = [part for part in self._parts() if part < self._part(record.decision)]
+        if before:
+            table = _read_part(before[-1])
+            latest = table["problem"][0].as_py() if "problem" in table.column_names else None
+            if latest and (self.folder / latest).is_file() and (self.folder / latest).read_bytes() == content:
+                return str(latest)
+        name = f"problem-{record.decision:05d}.safetensors"
+        _write(self.folder / name, lambda stream: stream.write(content))
+        return name
+
+    def _part(self, decision: int) -> Path:
+        return self.folder / f"part-{decision:05d}.parquet"
 
     def _parts(self) -> list[Path]:
         """Finished parts in order; what a crash left half-written sits in hidden folders."""
         return sorted(path for path in self.folder.glob("part-*.parquet") if path.is_file())
 
 
-def _to_table(record: DecisionRecord) -> pa.Table:
-    """One row for each module."""
-    count = len(record.modules)
-    columns: dict[str, Any] = {
-        name: pa.repeat(pa.scalar(getattr(record, name), kind), count) for name, kind in _DECISION_TYPES.items()
-    }
-    columns["module_index"] = pa.array(range(count), pa.int32())
-    columns["module"] = pa.array(record.modules, pa.string())
-    for name, kind in _MODULE_TYPES.items():
-        columns[name] = pa.array(np.asarray(record.blocks if name == "block" else getattr(record, name)), kind)
-    changed = np.asarray(record.rank_asked) != np.asarray(record.rank_after)
-    columns["changed_by_projection"] = pa.array(changed, pa.bool_())
-    columns["note"] = pa.array([record.notes.get(name) for name in record.modules], pa.string())
-    for index, name in enumerate(record.feature_names):
-        columns[FEATURE_PREFIX + name] = pa.array(record.features[:, index], pa.float32())
-    for name, value in record.run_features.items():
-        columns[RUN_PREFIX + name] = pa.repeat(pa.scalar(value, pa.float32()), count)
-    return pa.table(columns).replace_schema_metadata({SCHEMA_KEY: SCHEMA_VERSION})
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name, flush it to disk and rename it."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        write(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _schema_of(table: pa.Table) -> int:
+    """The version of the schema in which a part was written; 0 if it names none."""
+    version = (table.schema.metadata or {}).get(SCHEMA_KEY, b"0")
+    return int(version) if version.isdigit() else 0
 
 
 def _read_part(path: Path) -> pa.Table:
@@ -229,10 +225,12 @@ def _read_part(path: Path) -> pa.Table:
             table = part.read()
     except (pa.ArrowException, OSError) as error:
         raise RunFolderError(f"The decision log's part {path} is corrupt: {error}") from error
-    found = (table.schema.metadata or {}).get(SCHEMA_KEY)
-    if found != SCHEMA_VERSION or table.num_rows == 0:
+    version = _schema_of(table)
+    if version not in (2, SCHEMA_VERSION) or table.num_rows == 0:
         raise RunFolderError(
-            f"{path} is no decision log of schema {SCHEMA_VERSION.decode()}: "
-            f"its schema is {found.decode() if found else 'not named'}, with {table.num_rows} rows."
+            f"{path} is no decision log of schema 2 or {SCHEMA_VERSION}: its schema is {version or 'not named'}, with "
+            f"{table.num_rows} rows. Read it with the version of rankpilot that wrote it."
         )
+    if version < SCHEMA_VERSION:
+        table = table.rename_columns([_SCHEMA_2.get(name, name) for name in table.column_names])
     return table

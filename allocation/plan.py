@@ -37,12 +37,12 @@ class Plan:
     """A feasible plan.
 
     Attributes:
-        asked: the wanted ranks, rounded down onto the ladder and clipped to the bounds, int64 (modules,).
+        clipped: the wanted ranks, rounded down onto the ladder and clipped to the bounds, int64 (modules,).
         ranks: ranks that fit, int64 (modules,).
         cost: what they cost, in the unit of the problem.
     """
 
-    asked: IntArray
+    clipped: IntArray
     ranks: IntArray
     cost: float
 
@@ -176,7 +176,7 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray) ->
     """
     lower, upper = problem.bounds()
     wished = np.clip(problem.ladder.rung(wanted), lower, upper)
-    pinned = np.zeros(len(lower), dtype=np.bool_) if problem.pinned is None else problem.pinned
+    pinned = problem.is_pinned
     draft = PlanBuilder(problem, scores, wished)
     draft.lower(lower)
     draft.lower(np.where(pinned, lower, problem.bottoms))

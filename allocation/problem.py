@@ -151,6 +151,11 @@ class AllocationProblem:
         """The current rung of each module, the one below for a rank between two, (modules,)."""
         return self.ladder.rung(self.ranks)
 
+    @property
+    def is_pinned(self) -> BoolArray:
+        """Which modules are pinned, bool (modules,)."""
+        return np.zeros(len(self.ranks), dtype=np.bool_) if self.pinned is None else self.pinned
+
     def fits(self, ranks: IntArray) -> bool:
         """Whether a plan keeps to the limit."""
         return plan_cost(self.cost, ranks) <= self.limit
@@ -170,7 +175,5 @@ class AllocationProblem:
         reach = self.ladder.top if self.max_step is None else self.max_step
         upper = np.clip(now + reach, self.bottoms, self.tops)
         lower = np.clip(now - reach, self.bottoms, upper)
-        if self.pinned is None:
-            return lower, upper
         kept = np.where((now > self.tops) & (self.bottoms == 0), 0, now)
-        return np.where(self.pinned, kept, lower), np.where(self.pinned, kept, upper)
+        return np.where(self.is_pinned, kept, lower), np.where(self.is_pinned, kept, upper)

@@ -14,8 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
-from ..allocation.decision_log import DecisionLog, DecisionRecord
-from ..allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from ..allocation.decision_log import DecisionLog
+from ..allocation.decision_record import DecisionRecord
+from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy, decision_from_plan
 from ..allocation.schedule import DecisionSchedule
@@ -238,33 +239,21 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         plan: Plan,
         notes: dict[str, str] | None = None,
     ) -> None:
-        problem = observation.problem
+        measured = self.peaks and observation.problem.cost.unit == "bytes"
         self.predictions.append((step, plan.cost))
         self._log.append(
-            DecisionRecord(
-                run=self._run,
-                policy=self.policy.name,
-                decision=len(self.predictions) - 1,
+            DecisionRecord.of(
+                self._controller,
+                observation,
+                decision,
+                plan,
+                policy=self.policy,
+                number=len(self.predictions) - 1,
                 step=step,
-                seed=self._seed,
+                run=self._run,
                 loss=loss,
-                limit=problem.limit,
-                predicted_cost=plan.cost,
-                measured_cost=float(self.peaks[-1][1]) if self.peaks and problem.cost.unit == "bytes" else None,
-                unit=problem.cost.unit,
-                log_prob=decision.log_prob,
-                rank_floor=decision.rank_floor,
-                modules=observation.names,
-                blocks=problem.blocks,
-                delta=problem.ladder.rung(decision.ranks) - problem.rungs,
-                rank_before=problem.ranks,
-                rank_asked=plan.asked,
-                rank_after=plan.ranks,
-                score=decision.scores,
-                features=observation.modules,
-                feature_names=MODULE_FEATURES,
-                run_features=dict(zip(RUN_FEATURES, observation.run.tolist(), strict=True)),
-                notes=(notes or {}) | self._controller.notes,
+                measured_cost=float(self.peaks[-1][1]) if measured else None,
+                notes=notes,
             )
         )
 

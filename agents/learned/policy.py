@@ -55,11 +55,13 @@ class LearnedPolicy:
         name: what logs and tables call it.
         network: the actor; on the CPU, in evaluation mode.
         critics: judge plans, in evaluation mode; None for the actor alone.
+        sha256: of the file of weights that it was loaded from; None if it was not.
     """
 
     name: str
     network: RankNetwork
     critics: PlanValueEnsemble | None = None
+    sha256: str | None = None
 
     @torch.no_grad()
     def act(self, observation: Observation) -> MeanAction:

@@ -120,7 +120,8 @@ def load_policy(given: str | Path | Policy) -> Policy:
         (critics or nn.Module()).load_state_dict(judging)
     except RuntimeError as error:
         raise PolicyFileError(f"The weights in {folder} do not fit its card: {first_line(error)}") from error
-    return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), critics.eval() if critics else None)
+    name, ensemble = str(card.get("name", folder.name)), critics.eval() if critics else None
+    return LearnedPolicy(name, network.eval(), ensemble, sha256=card["sha256"])
 
 
 def _new_critics(described: Any) -> PlanValueEnsemble | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog, DecisionRecord
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import DataError, RunFolderError
+from rankpilot.lora.ladder import RankLadder
+from rankpilot.memory.cost import ByteCost, ParameterCost
 
 MODULES = ("layer.1.query", "layer.0.query", "layer.0.dense")
 STEPS = (0, 36, 68, 100)
+
+
+def make_problem(limit: float = 1e9 + 1, **changes: Any) -> AllocationProblem:
+    """Three modules of different sizes at ranks 1, 2 and 4."""
+    cost = ByteCost(
+        moments=("the loss", "layer 0"),
+        constant=np.array([1e6, 2e6]),
+        per_rank=np.array([[1e3, 2e3, 3e3], [4e3, 5e3, 6e3]]),
+        group_bytes=np.array([[7e4], [8e4]]),
+        needs=np.array([[True, False, True]]),
+    )
+    ranks, most, blocks = np.array([1, 2, 4]), np.array([64, 32, 16]), np.array([1, 0, 0])
+    return replace(AllocationProblem(ranks, most, blocks, cost, limit, RankLadder(), 2, hysteresis=0.2), **changes)
 
 
 def make_record(decision: int = 0, **changes: Any) -> DecisionRecord:
@@ -22,21 +39,22 @@ def make_record(decision: int = 0, **changes: Any) -> DecisionRecord:
     record = DecisionRecord(
         run="sst2-7",
         policy="pilot-small",
+        policy_sha256="5e1f",
         decision=decision,
         step=STEPS[decision % 4],
         seed=2**40,
         loss=0.7 - 0.1 * decision,
-        limit=1e9 + 1,
         predicted_cost=9e8 + 1,
         measured_cost=None if decision == 0 else 8e8,
-        unit="bytes",
-        log_prob=-12.5,
         rank_floor=4.0,
+        depth_bias=3.5,
+        log_prob=-12.5,
+        expected=0.75,
+        uncertainty=0.125,
         modules=MODULES,
-        blocks=np.array([1, 0, 0]),
-        delta=np.array([2, -1, 0]),
-        rank_before=np.array([1, 2, 4]),
-        rank_asked=np.array([4, 1, 4]),
+        problem=make_problem(pinned=np.array([False, True, False])),
+        rank_wanted=np.array([5, 1, 4]),
+        rank_clipped=np.array([4, 1, 4]),
         rank_after=np.array([4, 1, 2]),
         score=np.array([0.1, 1 / 3, -2.0]),
         features=np.arange(6, dtype=np.float32).reshape(3, 2),
@@ -65,6 +83,7 @@ def test_round_trip(log: DecisionLog) -> None:
         {
             "run": "sst2-7",
             "policy": "pilot-small",
+            "policy_sha256": "5e1f",
             "decision": 1,
             "step": 36,
             "seed": 2**40,
@@ -73,14 +92,21 @@ def test_round_trip(log: DecisionLog) -> None:
             "predicted_cost": 9e8 + 1,
             "measured_cost": 8e8,
             "unit": "bytes",
-            "log_prob": -12.5,
+            "max_step": 2,
+            "hysteresis": 0.2,
             "rank_floor": 4.0,
+            "depth_bias": 3.5,
+            "log_prob": -12.5,
+            "expected": 0.75,
+            "uncertainty": 0.125,
+            "problem": "problem-00000.safetensors",
             "module_index": 1,
             "module": "layer.0.query",
             "block": 0,
-            "delta": -1,
+            "pinned": True,
             "rank_before": 2,
-            "rank_asked": 1,
+            "rank_wanted": 1,
+            "rank_clipped": 1,
             "rank_after": 1,
             "score": 1 / 3,  # float64: the projection can be replayed exactly
             "changed_by_projection": False,
@@ -92,7 +118,7 @@ def test_round_trip(log: DecisionLog) -> None:
     ]
 
 
-def test_changed_by_projection_compares_asked_and_applied(log: DecisionLog) -> None:
+def test_changed_by_projection_compares_clipped_and_applied(log: DecisionLog) -> None:
     assert log.read()["changed_by_projection"].to_pylist() == [False, False, True] * 4
 
 
@@ -134,14 +160,18 @@ def test_datasets_opens_it_by_pattern(log: DecisionLog, tmp_path: Path) -> None:
     assert rows.num_rows == 12
     assert rows[3]["step"] == 36
     assert set(DecisionLog(renamed).read()["seed"].to_pylist()) == {2**40}
-    assert pq.ParquetFile(renamed / "part-00000.parquet").schema_arrow.metadata[b"rankpilot.schema"] == b"2"
+    assert pq.ParquetFile(renamed / "part-00000.parquet").schema_arrow.metadata[b"rankpilot.schema"] == b"3"
 
 
 @pytest.mark.parametrize(("step", "left"), [(-1, 0), (0, 1), (35, 1), (36, 2), (99, 3), (100, 4), (10**6, 4)])
 def test_truncate_keeps_decisions_up_to_the_step(log: DecisionLog, step: int, left: int) -> None:
     assert log.truncate(after_step=step) == 4 - left
     assert len(log) == left
-    assert [path.name for path in sorted(log.folder.iterdir())] == [f"part-0000{i}.parquet" for i in range(left)]
+    problems = ["problem-00000.safetensors"] if left else []
+    assert [path.name for path in sorted(log.folder.iterdir())] == [
+        *(f"part-0000{i}.parquet" for i in range(left)),
+        *problems,
+    ]
 
 
 def test_a_resumed_run_takes_its_decisions_again(log: DecisionLog) -> None:
@@ -161,7 +191,7 @@ def test_a_crash_while_writing_leaves_no_part(log: DecisionLog, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         log.append(make_record(4))
     assert len(log) == 4
-    assert len(list(log.folder.iterdir())) == 4
+    assert len(list(log.folder.iterdir())) == 5
 
 
 def test_what_a_killed_process_left_is_ignored(log: DecisionLog) -> None:
@@ -196,11 +226,13 @@ def test_a_corrupt_part_is_named(log: DecisionLog, keep: int) -> None:
     assert len(log) == 4
 
 
-@pytest.mark.parametrize("metadata", [None, {b"rankpilot.schema": b"1"}])
+@pytest.mark.parametrize("metadata", [None, *({b"rankpilot.schema": name} for name in (b"1", b"4", b"new"))])
 def test_a_foreign_schema_is_refused(log: DecisionLog, metadata: dict[bytes, bytes] | None) -> None:
     path = log.folder / "part-00001.parquet"
     pq.write_table(pa.table({"step": [1]}).replace_schema_metadata(metadata), path)
-    with pytest.raises(RunFolderError, match=r"part-00001\.parquet is no decision log of schema 2"):
+    with pytest.raises(
+        RunFolderError, match=r"part-00001\.parquet is no decision log of schema 2 or 3: its schema is "
+    ):
         log.read()
 
 
@@ -211,10 +243,113 @@ def test_a_foreign_schema_is_refused(log: DecisionLog, metadata: dict[bytes, byt
         ({"features": np.zeros((3, 1), dtype=np.float32)}, r"`features`"),
         ({"modules": ("a", "a", "b")}, "used twice"),
         ({"feature_names": ("snr", "snr")}, "used twice"),
-        ({"unit": "GiB"}, "'bytes' or 'parameters'"),
+        (
+            {"problem": replace(make_problem(), ranks=np.zeros(2, dtype=np.int64))},
+            r"`problem.ranks` .* not \(3,\)",
+        ),
         ({"step": -1}, "step -1"),
     ],
 )
 def test_a_contradictory_record_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         make_record(**changes)
+
+
+# Schema 2 -------------------------------------------------------------------------------------------------------------
+
+
+def to_schema_2(path: Path) -> None:
+    """Rewrite a part as the version before wrote it."""
+    table = pq.ParquetFile(path).read()
+    new = ["policy_sha256", "max_step", "hysteresis", "depth_bias", "expected", "uncertainty", "problem", "pinned"]
+    names = {"rank_wanted": "delta", "rank_clipped": "rank_asked"}
+    table = table.drop_columns(new)
+    table = table.rename_columns([names.get(name, name) for name in table.column_names])
+    pq.write_table(table.replace_schema_metadata({b"rankpilot.schema": b"2"}), path)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_log_of_schema_2_is_read_with_one_line_of_notice(
+    log: DecisionLog, parts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = log.read()
+    for part in range(parts):
+        to_schema_2(log.folder / f"part-0000{part}.parquet")
+    table = log.read()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{parts} of 4 decisions in {log.folder} are of log schema 2: columns that it lacks are empty."
+    ]
+    assert set(whole.column_names) | {"delta"} == set(table.column_names)
+    for name in whole.column_names:
+        assert table.schema.field(name).type == whole.schema.field(name).type, name
+    for name in ("rank_clipped", "rank_after", "score", "feature.snr", "step"):
+        assert table[name].to_pylist() == whole[name].to_pylist()
+    for name in ("rank_wanted", "pinned", "expected", "max_step", "problem"):
+        assert table[name].to_pylist() == [None] * 3 * parts + whole[name].to_pylist()[3 * parts :]
+    assert log.truncate(40) == 2
+    with pytest.raises(RunFolderError, match="is of log schema 2, which does not hold the problem"):
+        log.problem(1)
+    log.append(make_record(2))
+    assert len(log.read()) == 9
+    assert log.problem(2).limit == 1e9 + 1
+
+
+# Problems -------------------------------------------------------------------------------------------------------------
+
+
+def assert_same_problem(problem: AllocationProblem, other: AllocationProblem) -> None:
+    for name in ("ranks", "max_ranks", "blocks", "low", "high", "pinned"):
+        left, right = getattr(problem, name), getattr(other, name)
+        assert (left is None) == (right is None), name
+        if left is not None:
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+    assert (problem.limit, problem.max_step, problem.hysteresis) == (other.limit, other.max_step, other.hysteresis)
+    assert problem.ladder == other.ladder
+    assert type(problem.cost) is type(other.cost)
+    for field in fields(problem.cost):  # type: ignore[arg-type]
+        np.testing.assert_array_equal(getattr(problem.cost, field.name), getattr(other.cost, field.name))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_step": None, "hysteresis": 0.0, "pinned": None},
+        {"low": np.array([0, 1, 0]), "high": np.array([8, 8, 16])},
+        {"cost": ParameterCost(np.array([[10.0, 20.0, 30.0]])), "ladder": RankLadder((0, 1, 2, 4))},
+    ],
+)
+def test_the_problem_of_a_decision_comes_back(tmp_path: Path, changes: dict[str, Any]) -> None:
+    log, problem = DecisionLog(tmp_path), make_problem(1 / 3, **changes)
+    log.append(make_record(problem=problem))
+    assert_same_problem(log.problem(0), problem)
+
+
+def test_a_problem_is_written_once_for_each_change_of_costs(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path)
+    problem = make_problem()
+    later = replace(problem, ranks=np.array([8, 8, 8]), pinned=np.array([True, False, False]))
+    dearer = replace(problem.cost, constant=problem.cost.constant + 1)
+    for number, one in enumerate([problem, later, replace(later, cost=dearer), replace(later, cost=dearer, limit=5.0)]):
+        DecisionLog(tmp_path).append(make_record(number, problem=one))
+        assert_same_problem(log.problem(number), one)
+    assert log.read()["problem"].to_pylist()[::3] == [f"problem-0000{number}.safetensors" for number in (0, 0, 2, 3)]
+    log.truncate(after_step=50)
+    assert sorted(path.name for path in tmp_path.glob("problem-*")) == ["problem-00000.safetensors"]
+    log.append(make_record(2, problem=later))
+    assert log.read()["problem"].to_pylist()[-1] == "problem-00000.safetensors"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK", b"{}"])
+def test_a_lost_problem_is_named(log: DecisionLog, content: bytes | None) -> None:
+    path = log.folder / "problem-00000.safetensors"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"problem-00000\.safetensors is missing, or is no file of an allocation"):
+        log.problem(3)
+    with pytest.raises(RunFolderError, match="No decision 4 in"):
+        log.problem(4)
+    log.append(make_record(4))
+    assert log.problem(4).limit == 1e9 + 1, "written anew"

@@ -86,7 +86,7 @@ def test_a_plan_keeps_to_the_budget_and_spends_it(problem, seed):
     lower = np.maximum(now - reach, 0)
     if problem.fits(problem.ladder.array[lower]):
         assert (rungs >= lower).all()
-    asked = problem.ladder.rung(plan.asked)
+    asked = problem.ladder.rung(plan.clipped)
     assert (asked == np.clip(problem.ladder.rung(wanted), lower, upper)).all()
 
 
@@ -103,8 +103,8 @@ def test_plans_are_deterministic_and_leave_their_input_alone(problem, seed):
 def test_a_wish_that_fits_is_granted_and_only_added_to(problem, seed):
     wanted, scores = wishes(problem, seed)
     plan = project(problem, wanted, scores)
-    if problem.fits(plan.asked):
-        assert (plan.ranks >= plan.asked).all()
+    if problem.fits(plan.clipped):
+        assert (plan.ranks >= plan.clipped).all()
 
 
 TILTS = st.one_of(st.just(0.0), st.floats(-8, 8), st.just(100.0))
@@ -261,7 +261,7 @@ def test_an_expensive_top_layer_does_not_hide_a_cheap_one_below():
 def test_over_budget_the_lowest_score_gives_way_first():
     problem = alike(3, 10 * 18, ranks=[8, 8, 8], max_step=2)
     plan = project(problem, problem.ranks, np.array([2.0, 2.0, -2.0]))
-    assert plan.asked.tolist() == [8, 8, 8]
+    assert plan.clipped.tolist() == [8, 8, 8]
     assert plan.ranks.tolist() == [8, 8, 2]
 
 
@@ -279,7 +279,7 @@ def test_a_zero_wish_leaves_a_full_plan_alone():
 def test_a_wish_between_two_rungs_or_off_the_ladder_is_rounded_down():
     problem = alike(4, 10**6, ranks=[8, 8, 8, 8], max_step=2)
     plan = project(problem, np.array([9, 15, 1000, -3]), np.zeros(4))
-    assert plan.asked.tolist() == [8, 12, 16, 2]
+    assert plan.clipped.tolist() == [8, 12, 16, 2]
 
 
 def test_a_swap_moves_rank_from_one_module_to_another():
@@ -359,7 +359,7 @@ def test_pinned_modules_keep_their_rank_or_are_dropped(limit, ranks):
         pinned=np.array([True, False, False, False]),
     )
     plan = project(problem, np.array([16, 4, 24, 4]), np.zeros(4))
-    assert plan.asked[0] == 8
+    assert plan.clipped[0] == 8
     assert problem.fits(plan.ranks)
     assert plan.ranks.tolist() == ranks
 
@@ -380,7 +380,7 @@ def test_bounds_go_before_scores_and_floors():
 def test_bounds_go_before_the_step():
     problem = bounded(10**6, [32, 0, 0, 0], [64, 64, 2, 64], ranks=[1, 8, 64, 8], max_step=1)
     plan = project(problem, problem.ranks, np.zeros(4))
-    assert plan.asked.tolist() == [32, 8, 2, 8]
+    assert plan.clipped.tolist() == [32, 8, 2, 8]
     assert plan.ranks.tolist() == [32, 12, 2, 12]
 
 

@@ -166,7 +166,7 @@ def test_plans_are_those_of_the_slow_planner(make_cost, largest, problems):
         rank_floor = generator.uniform(0.1, 70)
         assert pack(problem, scores, rank_floor).tolist() == slow_plan.pack(problem, scores, rank_floor).tolist()
         plan, expected = (planner(problem, wanted, scores) for planner in (project, slow_plan.project))
-        assert plan.asked.tolist() == expected.asked.tolist()
+        assert plan.clipped.tolist() == expected.clipped.tolist()
         assert plan.ranks.tolist() == expected.ranks.tolist()
         assert plan.cost == expected.cost
 

@@ -30,7 +30,7 @@ def test_plans_of_a_thousand_random_problems() -> None:
             plans.append(
                 {
                     "packed": packed.tolist(),
-                    "asked": plan.asked.tolist(),
+                    "asked": plan.clipped.tolist(),
                     "ranks": plan.ranks.tolist(),
                     "cost": plan.cost,
                 }

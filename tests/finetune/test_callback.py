@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, NonFiniteError, RunFolderError, UnsupportedError
 from rankpilot.finetune import before_training as before_module
@@ -202,6 +203,21 @@ def test_the_decision_log(whole: Run) -> None:
     assert set(table["policy"].to_pylist()) == {"heur3"}
     assert set(table["unit"].to_pylist()) == {"bytes"}
     assert set(table["limit"].to_pylist()) == {whole.controller.limit}
+    assert set(table["max_step"].to_pylist()[len(names) :]) == {whole.pilot.schedule.max_step}  # type: ignore[union-attr]
+
+
+def test_logged_decisions_can_be_taken_again(whole: Run) -> None:
+    log, table = DecisionLog(whole.folder / "decisions"), whole.log()
+    modules = table.num_rows // len(DECISIONS)
+    for number in range(len(DECISIONS)):
+        here = table.slice(number * modules, modules)
+        wanted, scores = (here[name].to_numpy() for name in ("rank_wanted", "score"))
+        plan = project(log.problem(number), wanted, scores)
+        assert plan.clipped.tolist() == here["rank_clipped"].to_pylist()
+        assert plan.ranks.tolist() == here["rank_after"].to_pylist()
+        assert plan.cost == here["predicted_cost"][0].as_py()
+    files = {path.name for path in log.folder.glob("problem-*")}
+    assert files == {"problem-00000.safetensors", f"problem-{len(DECISIONS) - 1:05d}.safetensors"}, "no signals at last"
 
 
 def test_the_adapter_loads_in_plain_peft(whole: Run, tmp_path: Path, llama_config: LlamaConfig) -> None:
@@ -333,7 +349,7 @@ def test_the_guard_corrects_a_prediction_that_was_too_low(
     assert set(shrunk["step"].to_pylist()) == {1}
     before, after = (np.array(shrunk[name].to_pylist()) for name in ("rank_before", "rank_after"))
     assert not np.array_equal(before, after)
-    assert set(shrunk["delta"].to_pylist()) == {0}
+    assert shrunk["rank_wanted"].to_pylist() == before.tolist()
     assert shrunk["measured_cost"].to_pylist()[0] > limit
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog, DecisionRecord
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.common.files import append_json_line, write_json
+from rankpilot.lora.ladder import RankLadder
+from rankpilot.memory.cost import ByteCost
 
 KINDS = (
     "attention.self.query",
@@ -42,6 +46,12 @@ def features(decision: int) -> np.ndarray:
     return table.astype(np.float32)
 
 
+def problem_of(ranks: np.ndarray) -> AllocationProblem:
+    constant, per_rank = np.array([1e6]), np.full((1, 36), 1e5)
+    cost = ByteCost(("loss",), constant, per_rank, np.zeros((1, 0)), np.zeros((0, 36), dtype=bool))
+    return AllocationProblem(ranks, np.full(36, 64), BLOCKS, cost, 100 * MIB, RankLadder())
+
+
 def write_decisions(folder: Path) -> None:
     log, ranks = DecisionLog(folder), plans()
     for decision, step in enumerate(STEPS):
@@ -50,13 +60,13 @@ def write_decisions(folder: Path) -> None:
         asked[:3] += 1
         log.append(
             DecisionRecord(
-                run="demo", policy="pilot", decision=decision, step=step, seed=3,
+                run="demo", policy="pilot", policy_sha256=None, decision=decision, step=step, seed=3,
                 loss=None if decision == 0 else 0.7 - 0.1 * decision,
-                limit=100 * MIB, predicted_cost=(90 + 2 * decision) * MIB,
-                measured_cost=None if decision == 0 else 89 * MIB, unit="bytes", log_prob=-9.0, rank_floor=4.0,
-                modules=MODULES, blocks=BLOCKS, delta=np.zeros(36, dtype=int), rank_before=before,
-                rank_asked=asked, rank_after=ranks[decision], score=np.zeros(36), features=features(decision),
-                feature_names=("sensitivity", "snr", "top", "constant"),
+                predicted_cost=(90 + 2 * decision) * MIB,
+                measured_cost=None if decision == 0 else 89 * MIB, log_prob=-9.0, rank_floor=4.0,
+                depth_bias=4.0, expected=0.5, uncertainty=0.1, modules=MODULES, problem=problem_of(before),
+                rank_wanted=asked, rank_clipped=asked, rank_after=ranks[decision], score=np.zeros(36),
+                features=features(decision), feature_names=("sensitivity", "snr", "top", "constant"),
                 run_features={"progress": step / 200},
             )
         )  # fmt: skip

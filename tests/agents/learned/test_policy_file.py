@@ -69,6 +69,7 @@ def test_round_trip(folder: Path, network: RankNetwork, make_observation: Callab
     assert isinstance(loaded, LearnedPolicy)
     assert loaded.name == "my pilot"
     assert not loaded.network.training
+    assert loaded.sha256 == sha256(folder / WEIGHTS)
     before = LearnedPolicy("x", network)
     for seed in range(4):
         a, b = before.decide(make_observation(11, seed)), loaded.decide(make_observation(11, seed))

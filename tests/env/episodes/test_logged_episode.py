@@ -1,0 +1,47 @@
+"""Decisions of an episode can be logged and taken again, as those of a fine-tune can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.agents.rules import SignalRule
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.plan import project
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.env.episodes.single import Episode
+from rankpilot.env.tasks.proxy_finetune import fine_tune_of
+from rankpilot.env.tasks.proxy_task import ProxyTask
+
+
+@pytest.mark.parametrize("unit", ["bytes", "parameters"])
+def test_logged_decisions_of_an_episode_can_be_taken_again(
+    make_task: Callable[..., ProxyTask], schedule: DecisionSchedule, tmp_path: Path, unit: Any
+) -> None:
+    episode, policy = Episode(fine_tune_of(make_task(unit=unit)), schedule), SignalRule()
+    log, loss, ranks = DecisionLog(tmp_path), None, []
+    while episode.step < episode.task.steps:
+        observation, step = episode.observe(loss), episode.step
+        decision = policy.decide(observation)
+        plan = episode.apply(decision)
+        log.append(
+            DecisionRecord.of(
+                episode.controller, observation, decision, plan, policy=policy, number=len(log), step=step, loss=loss
+            )
+        )
+        ranks.append(plan.ranks.tolist())
+        loss = episode.advance()
+    table = log.read()
+    for number, expected in enumerate(ranks):
+        here = table.filter(np.array(table["decision"]) == number)
+        plan = project(log.problem(number), here["rank_wanted"].to_numpy(), here["score"].to_numpy())
+        assert plan.ranks.tolist() == here["rank_after"].to_pylist() == expected
+        assert plan.clipped.tolist() == here["rank_clipped"].to_pylist()
+    assert set(table["unit"].to_pylist()) == {unit}
+    assert set(table["policy"].to_pylist()) == {policy.name}
+    assert table["policy_sha256"].null_count == table.num_rows
+    assert table["loss"].null_count == table.num_rows // len(ranks), "none before the first decision"
