@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,32 +21,6 @@ from .recording import Batch, Recording
 
 CUDA_BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this many bytes."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Steps:
-    """The recorded steps.
-
-    Attributes:
-        base: the step of the small batch, with every module at rank RANK.
-        double: the same at twice that rank.
-        short: the step of a batch of fewer tokens.
-        wide: the step of that batch with one more row.
-        shape: the shape of the small batch.
-        row_ratio: rows of `wide` over those of `short`.
-        length_ratio: length of `short` over that of `base`; 1 if the batch is too short to be cut.
-        regular: whether the three shapes run the same operations, with sizes that follow from the shape. Otherwise
-            only `base` and `double` count, and are of the whole batch.
-    """
-
-    base: Recording
-    double: Recording
-    short: Recording
-    wide: Recording
-    shape: BatchShape
-    row_ratio: float
-    length_ratio: float
-    regular: bool
 
 
 def calibrate(
@@ -76,54 +49,46 @@ def calibrate(
     Raises:
         UnsupportedError: the model returns no loss, or a target module takes no part in its forward pass.
     """
+    shape = BatchShape.of(batch)
+    cut = 2 if shape.length >= 4 else 1
+    base_shape, short_shape, wide_shape = _small_shapes(shape, cut)
+    row_ratio = wide_shape.rows / short_shape.rows
     with _all_training(model, targets):
-        steps = _record_steps(Recorder(model, targets), targets, batch)
-    base = steps.base
+        recorder, small = Recorder(model, targets), reshaped(batch, base_shape)
+        base = _record(recorder, targets, small)
+        short, wide = (_record(recorder, targets, reshaped(batch, other)) for other in (short_shape, wide_shape))
+        regular = _same_operations(base, wide) and _same_operations(base, short)
+        regular = regular and _grows_regularly(short, wide, row_ratio)
+        if not regular:  # operations depend on the data, so only the batch itself tells
+            base, small = _record(recorder, targets, batch), dict(batch)
+        double = _record(recorder, targets, small, 2 * RANK)
+        _prepare(targets, RANK)
+        base = recorder.lifetimes(base, small)
     _check_all_ran(base, targets)
-    slope = np.where(base.target_index >= 0, (steps.double.sizes - base.sizes) / RANK, 0.0)
-    row_power, length_power = np.full(len(slope), np.nan), np.zeros(len(slope))
-    if steps.regular:
-        row_power = _power(steps.wide, steps.short, steps.row_ratio)
-        length_power = _power(base, steps.short, 1 / steps.length_ratio)
+    recorded = BatchShape.of(small)
+    length_ratio = -(-recorded.length // cut) / recorded.length
+    slope = np.where(base.target_index >= 0, (double.sizes - base.sizes) / RANK, 0.0)
     return MemoryModel(
-        BatchShape.of(batch),
+        shape,
         accumulates,
         model_states(model, targets, optimizer, signal_bytes),
         base,
-        steps.shape,
+        recorded,
         base.sizes - RANK * slope,
         slope,
-        row_power,
-        length_power,
-        steps.length_ratio,
+        _power(wide, short, row_ratio) if regular else np.full(len(slope), np.nan),
+        _power(base, short, 1 / length_ratio) if regular else np.zeros(len(slope)),
+        length_ratio,
         CUDA_BLOCK if next(model.parameters()).is_cuda else 1,
     )
 
 
-def _record_steps(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch) -> _Steps:
-    """Record steps smaller than the batch, because a step with every module adapted may exceed the budget."""
-    shape = BatchShape.of(batch)
-    half = 2 if shape.length >= 4 else 1
-    rows = half if shape.rows == 1 else 2  # one row takes short cuts; two rows of half the length are no larger
-    length = -(-shape.length // (1 if shape.rows >= 4 else half))
-    shorter = -(-length // half)
-    small = reshaped(batch, BatchShape(rows, length))
-    row_ratio = (rows + 1) / rows
-    base = _record(recorder, targets, small)
-    short = _record(recorder, targets, reshaped(batch, BatchShape(rows, shorter)))
-    wide = _record(recorder, targets, reshaped(batch, BatchShape(rows + 1, shorter)))
-    regular = (
-        _same_operations(base, wide) and _same_operations(base, short) and _grows_regularly(short, wide, row_ratio)
-    )
-    if not regular:  # operations depend on the data, so only the batch itself tells
-        base = _record(recorder, targets, batch)
-        small = dict(batch)
-    double = _record(recorder, targets, small, 2 * RANK)
-    _prepare(targets, RANK)
-    base = recorder.lifetimes(base, small)
-    recorded = BatchShape.of(small)
-    length_ratio = -(-recorded.length // half) / recorded.length
-    return _Steps(base, double, short, wide, recorded, row_ratio, length_ratio, regular)
+def _small_shapes(shape: BatchShape, cut: int) -> tuple[BatchShape, BatchShape, BatchShape]:
+    """Three shapes: small, since a step with every module adapted may exceed the budget; cut; and with one row more."""
+    rows = cut if shape.rows == 1 else 2  # with one row some operators take short cuts
+    length = shape.length if shape.rows >= 4 else -(-shape.length // cut)
+    shorter = -(-length // cut)
+    return BatchShape(rows, length), BatchShape(rows, shorter), BatchShape(rows + 1, shorter)
 
 
 def _record(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch, rank: int = RANK) -> Recording:

@@ -112,14 +112,7 @@ class _Finder:
                 yield self._during_backward(self._label("backward", time), index, time)
 
     def _during_backward(self, label: str, index: int, time: int, *, after: bool = False) -> PeakCandidate:
-        """The candidate while gradients flow through segment `index` (-1: outside of all segments).
-
-        Args:
-            label: of the candidate.
-            index: the segment.
-            time: the operator that runs.
-            after: whether that operator has ended.
-        """
+        """The candidate while gradients flow through a segment (-1: none), during an operator or `after` it."""
         recording = self._recording
         live = (recording.created <= time) & (recording.freed >= time + after) & ~self._gradient
         within = self._forward & (recording.segment_index == index) & (index >= 0)
@@ -167,13 +160,7 @@ class _Finder:
             yield PeakCandidate(label, outside | always, before.needed, saved_now, before.segment_inputs, copied, start)
 
     def _highest(self, among: BoolArray, freed: IntArray, *, latest: bool = True) -> list[int]:
-        """The times at which these storages take more bytes than at any later time (any earlier time, if not `latest`).
-
-        Args:
-            among: the storages that count, bool (storages,).
-            freed: when each storage is freed, (storages,).
-            latest: of equal times, keep the latest.
-        """
+        """The times at which these storages take more bytes than at any later (if not `latest`, any earlier) time."""
         created = self._recording.created[among]
         if not len(created):
             return []

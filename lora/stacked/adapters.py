@@ -294,17 +294,9 @@ class _AddDelta(torch.autograd.Function):
         gradients: Pair,
         anchor: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the new y.
+        """Shapes: y (runs, tokens, d_out), x (runs, tokens, d_in), a (runs, width, d_in), b (runs, width, d_out).
 
-        Args:
-            ctx: autograd's context.
-            y: (runs, tokens, d_out).
-            x: (runs, tokens, d_in).
-            a: A, (runs, width, d_in).
-            b: B^T, (runs, width, d_out).
-            scaling: factor of the product.
-            gradients: buffers for the gradients of A and B^T.
-            anchor: any tensor that requires a gradient, so that autograd calls `backward` even if y and x do not.
+        `anchor` is any tensor that requires a gradient, so that autograd calls `backward` even if y and x do not.
         """
         hidden = torch.bmm(x, a.mT)
         ctx.save_for_backward(x, hidden, a, b)
