@@ -18,7 +18,7 @@ PLACEMENT = ("rank_floor", "depth_bias")
 
 
 RANK_FLOOR = 16.0
-"""Rank that an adapted module should be able to have, before the policy's correction (rule16 of docs/design.md)."""
+"""Rank that an adapted module should be able to have, before the policy's correction; see `placements.top_down`."""
 
 
 DEPTH_BIAS = 4.0

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from ..common.files import atomic_path
 from ..errors import RunFolderError
+from .features import EARLIER_FEATURE_NAMES
 from .problem import AllocationProblem
 from .problem_file import problem_bytes, read_problem
 
@@ -78,8 +79,10 @@ MODULE_TYPES = {
 }
 """Columns with one value a module."""
 
-_SCHEMA_2 = {"rank_asked": "rank_clipped"}
-"""Columns of schema 2 that have another name now."""
+_SCHEMA_2 = {"rank_asked": "rank_clipped"} | {
+    FEATURE_PREFIX + earlier: FEATURE_PREFIX + name for earlier, name in EARLIER_FEATURE_NAMES.items()
+}
+"""Columns of schema 2, and what they are called now."""
 
 
 class DecisionLog:

@@ -14,7 +14,8 @@ from ..common.arrays import FloatArray, IntArray
 from ..errors import DataError
 from .controller import RankController
 from .decision_log import DECISION_TYPES, FEATURE_PREFIX, MODULE_TYPES, RUN_PREFIX, SCHEMA_KEY, SCHEMA_VERSION
-from .observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from .features import MODULE_FEATURES, RUN_FEATURES
+from .observation import Observation
 from .plan import Plan
 from .policy import Decision, Policy
 from .problem import AllocationProblem

@@ -125,7 +125,7 @@ def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, dept
     Modules are admitted as long as they can have the floor rank, in the order of score + depth bias * layer: with a
     large depth bias layers from the top down, the lowest in part; with none the best scores wherever they are, and of
     equal ones those further up. Then every admitted module starts at rank 1 and ranks rise in the order of log(rank) -
-    score until the budget is spent. With equal scores and a large depth bias this is "fracrule" of docs/design.md.
+    score until the budget is spent. With equal scores and a large depth bias this is "top-down" of docs/design.md.
 
     Args:
         problem: the current state; its `max_step` and `pinned` are ignored.

@@ -21,14 +21,14 @@ from .progress import console, progress_bar, stage_bar
 class Train(TrainConfig):
     """Train a policy on proxy fine-tunes, and save it as a folder (safetensors and JSON).
 
-    The policy moves LoRA rank between modules inside a hard budget. An untrained policy does what the rule heur3 does.
-    Training has up to three parts. A warm start teaches the network what modules are worth, on tasks where that is
-    known. PPO then trains how to use this estimate and the signals: each iteration runs short fine-tunes of small
-    pretrained transformers, several episodes of each fresh task, beside one run under heur3; from time to time the
-    policy is measured on validation tasks, and the best one is kept. Last, with --plan-tasks, many plans are run on
+    The policy moves LoRA rank between modules inside a hard budget. An untrained policy does what the rule signal-mean
+    does. Training has up to three parts. A warm start teaches the network what modules are worth, on tasks where that
+    is known. PPO then trains how to use this estimate and the signals: each iteration runs short fine-tunes of small
+    pretrained transformers, several episodes of each fresh task, beside one run under signal-mean; from time to time
+    the policy is measured on validation tasks, and the best one is kept. Last, with --plan-tasks, many plans are run on
     each of these tasks, and critics learn from the results to choose between the actor's plan and others. In the end
-    the policy is compared on validation tasks with heur3, fracrule and uniform ranks. These tasks chose the policy; for
-    a comparison on others, see rankpilot evaluate --split test.
+    the policy is compared on validation tasks with signal-mean, top-down and uniform ranks. These tasks chose the
+    policy; for a comparison on others, see rankpilot evaluate --split test.
 
     Attributes:
         output: folder of the run; the policy is written there.
@@ -93,7 +93,7 @@ def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:
     from ..agents.rules import find_rule
     from ..env.tasks.suites import evenly, find_tasks
 
-    policies = [replace(policy, name="learned"), find_rule("heur3"), find_rule("fracrule")]
+    policies = [replace(policy, name="learned"), find_rule("signal-mean"), find_rule("top-down")]
     tasks = find_tasks(options.suites, "validation", options.bases or None, options.task_overrides)
     tasks = evenly(tasks, options.validation_tasks)
     with progress_bar("comparing with the rules on validation tasks") as report:

@@ -10,7 +10,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from ..allocation.observation import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, Observation, feature_table
+from ..allocation.features import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, feature_table
+from ..allocation.observation import Observation
 from ..allocation.policy import Decision
 from ..allocation.schedule import DecisionSchedule
 from ..errors import ConfigError, NonFiniteError

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ..allocation.actions import PLACEMENT, SCORE_BOUND
-from ..allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from ..allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ..allocation.problem import AllocationProblem
 from ..common.arrays import IntArray
 from ..errors import ConfigError

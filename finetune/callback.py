@@ -44,8 +44,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     its state, and every checkpoint is an adapter that plain PEFT loads.
 
     Args:
-        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule ("heur3",
-            "fracrule"), or a policy object.
+        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
+            ("signal-mean", "top-down"), or a policy object.
         budget: bytes at the peak of a step ("350MB", "6GiB", an int from 1024 on), a share of what uniform rank 8 takes
             there ("80%", 0.8), most of the memory that is free on the device ("auto"), or a number of adapter
             parameters ("300k params"). See `Budget.parse`.
@@ -61,7 +61,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         predictions: (step, cost of the plan) of each decision.
 
     Example:
-        >>> trainer = Trainer(..., callbacks=[RankPilotCallback("heur3", budget="80%")])  # doctest: +SKIP
+        >>> trainer = Trainer(..., callbacks=[RankPilotCallback("signal-mean", budget="80%")])  # doctest: +SKIP
 
     Pass it in the Trainer's `callbacks`. Added later, it cannot resume from a checkpoint.
     """

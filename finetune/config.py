@@ -18,7 +18,7 @@ class FinetuneConfig(StepConfig):
         model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
         data: a packaged data set, a Hugging Face id, a local file (csv, json, jsonl, parquet, txt) or a folder.
         policy: who decides the ranks: "default", the policy that ships with rankpilot; the folder of a trained policy;
-            or a rule such as heur3 (rankpilot evaluate --help lists the rules).
+            or a rule such as signal-mean (rankpilot evaluate --help lists the rules).
         budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what uniform rank 8 takes, "auto" (90
             % of what is free on the device), or "300k params", which counts the adapter's parameters alone.
         compare_uniform: also run LoRA with one rank on all modules in the same budget, and compare.

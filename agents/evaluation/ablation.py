@@ -8,22 +8,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from ...allocation.features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES
+from ...allocation.observation import Observation
 from ...allocation.policy import Decision, Policy, decision_to_keep, is_first
 from ...errors import ConfigError, UnknownNameError
 from ..learned.policy import LearnedPolicy
 
 FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
     "signals": ("sensitivity", "snr", "relative_change", "gradient_norm", "importance"),
-    "prices": ("price", "rise", "release", "entry", "budget", "spent"),
-    "place": ("height", "shape"),
+    "costs": ("rank_cost", "next_rung_cost", "drop_saving", "adapt_cost", "budget", "spent"),
+    "place": ("relative_depth", "shape"),
     "progress": ("progress", "decisions_left", "loss", "trend"),
 }
 """Features that are taken together, by name."""
 
 _ALL = (*MODULE_FEATURES, *RUN_FEATURES)
 
-_NOTHING = {"rise": -3.0, "release": -3.0, "entry": -3.0}
+_EARLIER_NAMES = {**EARLIER_FEATURE_NAMES, "prices": "costs"}
+"""Names that people may still type."""
+
+_NOTHING = {"next_rung_cost": -3.0, "drop_saving": -3.0, "adapt_cost": -3.0}
 """What is seen in place of features whose 0 says something: these are logarithms of shares of the budget."""
 
 
@@ -48,10 +52,16 @@ def hide(
 
 def _features(names: Sequence[str]) -> list[str]:
     """Single features; UnknownNameError for a name that is neither one nor a group of them."""
+    names = current_names(names)
     for name in names:
         if name not in FEATURE_GROUPS and name not in _ALL:
             raise UnknownNameError.of("feature", name, [*FEATURE_GROUPS, *_ALL])
     return [feature for name in names for feature in FEATURE_GROUPS.get(name, (name,))]
+
+
+def current_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of features and of groups of them, each as it is called now."""
+    return tuple(_EARLIER_NAMES.get(name, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Without:
     @property
     def name(self) -> str:
         """What logs and tables call it."""
-        return f"{self.policy.name} without {', '.join(self.features)}"
+        return f"{self.policy.name} without {', '.join(current_names(self.features))}"
 
     def decide(self, observation: Observation) -> Decision:
         """As the policy, on what is left."""

@@ -36,7 +36,7 @@ class EvaluateConfig:
     tasks: int | None = None
     seeds: int = 1
     task_steps: int | None = None
-    against: str = "heur3"
+    against: str = "signal-mean"
     workers: int = 0
 
     def __post_init__(self) -> None:

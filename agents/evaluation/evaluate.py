@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ...env.tasks.suite_names import SUITES
 from ...env.tasks.suites import evenly, find_tasks
 from ...errors import ConfigError, RunFolderError, UnknownNameError
 from ..learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
-from ..rules import RULES
+from ..rules import EARLIER_NAMES, RULES
 from ..rules.constant import Constant, constant_of
 from .ablation import Once, Without, actor_of
 from .config import EvaluateConfig
@@ -67,6 +67,8 @@ def evaluate(
         RunFolderError: the folder holds something else.
         AssetError: a text is not at hand.
     """
+    policies, against = tuple(map(_current_name, config.policies)), _current_name(config.against)
+    config = replace(config, policies=policies, against=against)
     tasks = evaluation_tasks(config)
     schedule = _common_schedule(config.names)
     competitors = {name: find_competitor(name, schedule) for name in config.names}
@@ -105,6 +107,11 @@ def evaluation_tasks(config: EvaluateConfig) -> tuple[ProxyTask, ...]:
     return tasks if config.tasks is None else evenly(tasks, config.tasks)
 
 
+def _current_name(name: str) -> str:
+    """What a rule is called now; any other competitor keeps the name that it was given."""
+    return name if policy_folder(name).exists() else EARLIER_NAMES.get(name, name)
+
+
 def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
     """A competitor by its name on the command line.
 
@@ -123,7 +130,7 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
         return Without(load_policy(folder), (before.removeprefix(WITHOUT),))
     if name in TASK_RULES:
         return TASK_RULES[name]
-    if name not in RULES and Path(name).name == name and not policy_folder(name).exists():
+    if name not in {*RULES, *EARLIER_NAMES} and Path(name).name == name and not policy_folder(name).exists():
         raise UnknownNameError.of("rule", name, [*RULES, *TASK_RULES], "A trained policy is given by its folder.")
     return load_policy(name)
 

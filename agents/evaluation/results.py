@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...env.reward import terminal_improvement
 from ...env.tasks.finetune import Reference
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError
+from ..rules import EARLIER_NAMES
 
 Key = tuple[str, str, int]
 """Policy, task and seed: what makes a row unique."""
@@ -114,13 +115,14 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none if it is absent. A torn last line is left out.
+    """The rows of a file; none if it is absent. A torn last line is left out, and rules have their names of today.
 
     Raises:
         RunFolderError: it holds something else.
     """
     lines: list[Any] = read_json_lines(path)
     try:
-        return [Row(**line) for line in lines]
+        rows = [Row(**line) for line in lines]
     except TypeError as error:
         raise RunFolderError(f"{path} holds no results of this version of rankpilot ({error}).") from error
+    return [replace(row, policy=EARLIER_NAMES.get(row.policy, row.policy)) for row in rows]

@@ -1,8 +1,9 @@
 """Plans worth a thought at a decision: the rules', the actor's own, and many between and around them.
 
 Each is an action, a score for each module and corrections of floor and depth bias. Scores are weighted sums of what can
-be read off an observation (heur3's signals, price, height) and of the actor's scores; weights and corrections are drawn
-widely, because nobody knows in advance how deep adapters should go, or how far signals can be trusted.
+be read off an observation (the mean of three signals, the cost of a rank, the relative depth) and of the actor's
+scores; weights and corrections are drawn widely, because nobody knows in advance how deep adapters should go, or how
+far signals can be trusted.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from ...allocation.observation import Observation, module_feature
 from ...allocation.plan import uniform_window
 from ...common.arrays import FloatArray
 from ...memory.cost import ParameterCost
-from ..rules.by_signal import signal_score
+from ..rules.by_signal import signal_mean
 
-BASIS = ("heur3", "price", "height", "actor")
+BASIS = ("signal_mean", "rank_cost", "relative_depth", "actor")
 """What scores are sums of."""
 
 _FIXED_GAINS = ((0, 0, 0, 0), (0, 0, 0, 0), (0.5, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1))
-"""Gains of the plans that are always among the proposals: uniform, fracrule, heur3, fracrule-mlp and the actor's."""
+"""Gains of the candidates that are always there: uniform, top-down, signal-mean, top-down-mlp and the actor's."""
 
 FIXED = len(_FIXED_GAINS)
 
@@ -44,7 +45,7 @@ def propose(
     """
     problem = observation.problem
     by_parameters = isinstance(problem.cost, ParameterCost)
-    parts = (signal_score(observation), *(module_feature(observation, name) for name in ("price", "height")), scores)
+    parts = (signal_mean(observation), *(module_feature(observation, name) for name in BASIS[1:3]), scores)
     basis = np.stack([part - part.mean() for part in parts])
     rank, _ = uniform_window(problem.fresh()) or (1, 0)
     uniform = (np.log2(rank / base_rank_floor(problem)), 0)

@@ -5,11 +5,12 @@ it:
 
 * the *estimate*: what each module is worth, a score from its token and the context. The warm start teaches it, and it
   is 0 before;
-* the *steering*: a gain for each direction (the signals, height, price and the estimate), of which the scores are the
-  weighted sum, and two numbers that correct the rank floor and the depth bias. PPO trains it alone: a dozen numbers for
-  a decision, where one for each module moved the policy by dozens of nats in a single update (docs/experiments.md).
+* the *steering*: a gain for each direction (the signals, relative depth, rank cost and the estimate), of which the
+  scores are the weighted sum, and two numbers that correct the rank floor and the depth bias. PPO trains it alone: a
+  dozen numbers for a decision, where one for each module moved the policy by dozens of nats in a single update
+  (docs/experiments.md).
 
-All corrections start at zero: an untrained network *is* the rule (fracrule's placement, heur3's reallocation).
+All corrections start at zero: an untrained network *is* the rule (top-down's placement, signal-mean's reallocation).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 from torch import nn
 
 from ...allocation.actions import PLACEMENT, SCORE_BOUND
-from ...allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...lora.signals import SIGNALS
-from ..rules.by_signal import HEUR3
+from ..rules.by_signal import MEAN_SIGNALS
 from .config import NetworkConfig
 
-DIRECTIONS = (*SIGNALS, "height", "price", "estimate")
+DIRECTIONS = (*SIGNALS, "relative_depth", "rank_cost", "estimate")
 """What scores are made of: the context sets a gain for each, and exploration shares a draw among the modules."""
 
 LATER_NOISE = 0.5
@@ -73,9 +74,11 @@ class RankNetwork(nn.Module):
         self.critics = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)) for _ in range(self.config.critics)
         )
-        gains = [self.config.signal_gain / len(HEUR3) if name in HEUR3 else 0.0 for name in DIRECTIONS[:-1]]
+        gains = [
+            self.config.signal_gain / len(MEAN_SIGNALS) if name in MEAN_SIGNALS else 0.0 for name in DIRECTIONS[:-1]
+        ]
         self.gains = nn.Parameter(torch.tensor([*gains, 1.0]))
-        stds = [self.config.score_std, self.config.floor_std, self.config.tilt_std]
+        stds = [self.config.score_std, self.config.rank_floor_std, self.config.depth_bias_std]
         self.log_std = nn.Parameter(torch.tensor(stds).log())
         self.shared_log_std = nn.Parameter(torch.full((len(DIRECTIONS),), self.config.shared_std).log())
         for head in (self.estimate_head[-1], self.gain_head, self.steering_head):

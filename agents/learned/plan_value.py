@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...errors import ConfigError
 
 PLAN_FEATURES = 4
 """Of a module in a plan: log2(1 + rank), whether it is adapted, the former less the plan's mean, and rank over 32."""
 
 _SUMMARY = 5
-_HEIGHT = MODULE_FEATURES.index("height")
+_RELATIVE_DEPTH = MODULE_FEATURES.index("relative_depth")
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class PlanValue(nn.Module):
             torch.cat([seen[:, None].expand(shape), own, plans.run[:, None, None].expand(shape)], dim=-1)
         )
         used = adapted.sum(2).clamp_min(1)
-        height = plans.modules[..., _HEIGHT][:, None].expand(plans.ranks.shape)
-        lowest = torch.where(adapted.squeeze(-1) > 0, height, 1.0).amin(2, keepdim=True)
+        depth = plans.modules[..., _RELATIVE_DEPTH][:, None].expand(plans.ranks.shape)
+        lowest = torch.where(adapted.squeeze(-1) > 0, depth, 1.0).amin(2, keepdim=True)
         spread = ((relative**2).sum(2) / count).clamp_min(1e-12).sqrt()
         summary = torch.cat(
             [adapted.sum(2) / count, logs.sum(2) / count / 3, logs.sum(2) / used / 3, lowest, spread], dim=-1

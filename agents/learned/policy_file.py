@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,21 +15,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES
 from ...allocation.policy import Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path, read_json, sha256, write_json
 from ...common.settings import from_json
 from ...errors import ConfigError, PolicyFileError, UnknownNameError, first_line
 from ...lora.ladder import DEFAULT_RANKS
-from ..rules import RULES, find_rule
+from ..rules import EARLIER_NAMES, RULES, find_rule
 from .config import NetworkConfig
 from .network import RankNetwork
 from .plan_value import PlanValueConfig, PlanValueEnsemble
 from .policy import LearnedPolicy
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "rankpilot-policy"
-SCHEMA = 2
+SCHEMA = 3
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
 CRITICS = "plan_critics."
@@ -71,7 +74,7 @@ def save_policy(
         "ladder": list(DEFAULT_RANKS),
         "schedule": asdict(schedule),
         "network": asdict(network.config),
-        "plan_critics": asdict(critics.config) if critics else None,
+        "plan_value": asdict(critics.config) if critics else None,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("rankpilot", "torch", "stable-baselines3")},
@@ -86,8 +89,8 @@ def load_policy(given: str | Path | Policy) -> Policy:
     """A policy by name or folder.
 
     Args:
-        given: the policy that ships with the package ("default"), a rule ("heur3", "fracrule"), the folder of a trained
-            policy, or a policy object, which is returned.
+        given: the policy that ships with the package ("default"), a rule ("signal-mean", "top-down"), the folder of a
+            trained policy, or a policy object, which is returned.
 
     Raises:
         PolicyFileError: the folder is incomplete, corrupt, or of another format, schema, feature set or ladder.
@@ -107,10 +110,13 @@ def load_policy(given: str | Path | Policy) -> Policy:
         raise PolicyFileError(
             f"{folder} is a file. A policy is a folder with {WEIGHTS} and {CARD}; pickles and zips are never read."
         )
+    stored = _stored_card(folder)
+    if stored["schema"] != SCHEMA:
+        logger.warning("The policy in %s has a card of schema %s, which is read.", folder, stored["schema"])
     card = read_card(folder)
     try:
         network = RankNetwork(from_json(NetworkConfig, card.get("network"), complete=True))
-        critics = _new_critics(card.get("plan_critics"))
+        critics = _new_critics(card.get("plan_value"))
     except (ConfigError, RuntimeError) as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {first_line(error)}") from error
     weights = _read_weights(folder, card)
@@ -135,22 +141,16 @@ def policy_folder(given: str | Path) -> Path:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a policy folder, checked.
+    """The card of a policy folder, checked, and upgraded if an earlier version wrote it.
 
     Raises:
         PolicyFileError: it is missing, unreadable, or belongs to another format, schema, feature set or ladder.
     """
-    path = folder / CARD
     try:
-        card = read_json(path)
-    except FileNotFoundError as error:
-        raise PolicyFileError(f"{folder} is no policy folder: {CARD} is missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PolicyFileError(f"{path} is not valid JSON: {first_line(error)}") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
+        card = upgraded(_stored_card(folder))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise PolicyFileError(f"{folder / CARD} is not the card of a rankpilot policy: {error!r}.") from error
     expected = {
-        "schema": SCHEMA,
         "module_features": list(MODULE_FEATURES),
         "run_features": list(RUN_FEATURES),
         "ladder": list(DEFAULT_RANKS),
@@ -161,6 +161,44 @@ def read_card(folder: Path) -> dict[str, Any]:
                 f"The policy in {folder} has {key} {card.get(key)!r}; this version of rankpilot reads {value!r}. "
                 "Train it again, or install the version that made it."
             )
+    return card
+
+
+def upgraded(card: dict[str, Any]) -> dict[str, Any]:
+    """A card of schema 2 as one of schema 3, which calls features, rules and the plan value ensemble by other names."""
+    if card["schema"] == SCHEMA:
+        return card
+    new = {
+        **card,
+        "schema": SCHEMA,
+        "module_features": [EARLIER_FEATURE_NAMES.get(name, name) for name in card.get("module_features", ())],
+        "plan_value": card.get("plan_critics"),
+    }
+    new.pop("plan_critics", None)
+    if "validation" in card:
+        new["validation"] = {EARLIER_NAMES.get(name, name): result for name, result in card["validation"].items()}
+    if "test" in card:
+        against = [EARLIER_NAMES.get(row["against"], row["against"]) for row in card["test"]]
+        new["test"] = [{**row, "against": name} for row, name in zip(card["test"], against, strict=True)]
+    return new
+
+
+def _stored_card(folder: Path) -> dict[str, Any]:
+    """The card as it is stored, of any schema that can be read."""
+    path = folder / CARD
+    try:
+        card = read_json(path)
+    except FileNotFoundError as error:
+        raise PolicyFileError(f"{folder} is no policy folder: {CARD} is missing.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PolicyFileError(f"{path} is not valid JSON: {first_line(error)}") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
+    if card.get("schema") not in (2, SCHEMA):
+        raise PolicyFileError(
+            f"The policy in {folder} has schema {card.get('schema')!r}; this version of rankpilot reads 2 and 3. "
+            "Train it again, or install the version that made it."
+        )
     return card
 
 

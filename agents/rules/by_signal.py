@@ -1,4 +1,4 @@
-"""fracrule's placement, and inside it ranks by what the gradients tell; decided anew at every decision."""
+"""top-down's placement, and inside it ranks by what the gradients tell; decided anew at every decision."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from ...allocation.observation import Observation, mean_feature, module_feature
 from ...allocation.policy import Decision, decision_from_scores
 from ...common.arrays import FloatArray
 
-HEUR3 = ("sensitivity", "snr", "relative_change")
-"""The signals whose mean is heur3."""
+MEAN_SIGNALS = ("sensitivity", "snr", "relative_change")
+"""The signals whose mean is signal-mean."""
 
 
 @dataclass(frozen=True)
 class SignalRule:
-    """fracrule's placement, and inside it ranks by signals; by heur3, the mean of three centred log signals.
+    """top-down's placement, and inside it ranks by signals; by signal-mean, the mean of three centred log signals.
 
-    Under a parameter budget, where depth is free and the floor is rank 1, that is heur3 over all modules.
+    Under a parameter budget, where depth is free and the floor is rank 1, that is signal-mean over all modules.
 
     Attributes:
         name: what logs and tables call it.
-        gain: exponent of the ranks in the score; the default was the best on training tasks for heur3.
+        gain: exponent of the ranks in the score; the default was the best on training tasks for signal-mean.
         signals: features whose mean is the score.
     """
 
-    name: str = "heur3"
+    name: str = "signal-mean"
     gain: float = 0.5
-    signals: tuple[str, ...] = HEUR3
+    signals: tuple[str, ...] = MEAN_SIGNALS
 
     def decide(self, observation: Observation) -> Decision:
         """Scores from the signals alone."""
@@ -34,16 +34,16 @@ class SignalRule:
 
 
 @dataclass(frozen=True)
-class UtilityPerPrice:
-    """heur3 over the price of a rank: what a module promises for each byte, or for each parameter."""
+class UtilityPerCost:
+    """signal-mean over the cost of a rank: what a module promises for each byte, or for each parameter."""
 
     name: str = "utility-per-byte"
 
     def decide(self, observation: Observation) -> Decision:
-        """Scores are log signal minus log price."""
-        return decision_from_scores(observation, signal_score(observation) - module_feature(observation, "price"))
+        """Scores are log signal minus log cost."""
+        return decision_from_scores(observation, signal_mean(observation) - module_feature(observation, "rank_cost"))
 
 
-def signal_score(observation: Observation) -> FloatArray:
-    """heur3: the mean of the three centred log signals, (modules,); see docs/design.md."""
-    return mean_feature(observation, HEUR3)
+def signal_mean(observation: Observation) -> FloatArray:
+    """signal-mean: the mean of the three centred log signals, (modules,); see docs/design.md."""
+    return mean_feature(observation, MEAN_SIGNALS)

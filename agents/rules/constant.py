@@ -32,7 +32,7 @@ class Constant:
 
     def decide(self, observation: Observation) -> Decision:
         """The constant action."""
-        scores = np.interp(module_feature(observation, "height"), KNOTS, self.scores)
+        scores = np.interp(module_feature(observation, "relative_depth"), KNOTS, self.scores)
         return decision_from_scores(observation, scores, self.placement)
 
 
@@ -50,7 +50,7 @@ def constant_of(policy: Policy, observations: Sequence[Observation], name: str) 
     heights, scores, placement = [], [], []
     for observation in observations:
         decision = policy.decide(observation)
-        heights.append(module_feature(observation, "height"))
+        heights.append(module_feature(observation, "relative_depth"))
         scores.append(decision.scores)
         problem = observation.problem
         placement.append(

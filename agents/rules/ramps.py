@@ -11,7 +11,7 @@ from ...allocation.policy import Decision, decision_from_scores
 
 @dataclass(frozen=True)
 class Ramp:
-    """fracrule's placement, and ranks that change evenly (in logs) from the bottom layer to the top one.
+    """top-down's placement, and ranks that change evenly (in logs) from the bottom layer to the top one.
 
     Four times as much at the top as at the bottom is the shape that MoLA found best for its experts (Gao et al., 2024,
     arXiv 2402.08562).
@@ -26,4 +26,4 @@ class Ramp:
 
     def decide(self, observation: Observation) -> Decision:
         """Scores go with the height."""
-        return decision_from_scores(observation, math.log(self.factor) * module_feature(observation, "height"))
+        return decision_from_scores(observation, math.log(self.factor) * module_feature(observation, "relative_depth"))

@@ -1,4 +1,4 @@
-"""fracrule: equal ranks on as many top layers as can have the floor rank; and the same with other floors and orders."""
+"""top-down: equal ranks on as many top layers as can have the floor rank; and the same with other floors and orders."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class TopDown:
 
     Attributes:
         name: what logs and tables call it.
-        rank_floor_shift: octaves by which the floor differs from fracrule's; below 0 the adapters go deeper and are
+        rank_floor_shift: octaves by which the floor differs from top-down's; below 0 the adapters go deeper and are
             thinner. Under a parameter budget the floor is rank 1 already, and lower ones change nothing.
     """
 
-    name: str = "fracrule"
+    name: str = "top-down"
     rank_floor_shift: float = 0.0
 
     def decide(self, observation: Observation) -> Decision:
@@ -30,10 +30,10 @@ class TopDown:
 
 @dataclass(frozen=True)
 class LargeModulesFirst:
-    """fracrule that prefers modules whose ranks cost most, which are the MLP's: rank goes as d_in + d_out, nearly."""
+    """top-down that prefers modules whose ranks cost most, which are the MLP's: rank goes as d_in + d_out, nearly."""
 
-    name: str = "fracrule-mlp"
+    name: str = "top-down-mlp"
 
     def decide(self, observation: Observation) -> Decision:
-        """Scores are the log price of a rank."""
-        return decision_from_scores(observation, module_feature(observation, "price"))
+        """Scores are the log cost of a rank."""
+        return decision_from_scores(observation, module_feature(observation, "rank_cost"))

@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
-from ...allocation.observation import MODULE_FEATURES
+from ...allocation.features import MODULE_FEATURES
 from ..learned.config import NetworkConfig
 from ..learned.gaussian import CorrelatedGaussian
 from ..learned.network import RankNetwork

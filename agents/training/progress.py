@@ -87,8 +87,8 @@ class PPOProgress(BaseCallback):
             "adapted": float(np.mean([(ranks > 0).mean() for ranks in self._ranks])),
             "mean_rank": float(np.mean([ranks.mean() for ranks in self._ranks])),
             "score_std": float(network.log_std[0].exp().detach()),
-            "floor_std": float(network.log_std[1].exp().detach()),
-            "tilt_std": float(network.log_std[2].exp().detach()),
+            "rank_floor_std": float(network.log_std[1].exp().detach()),
+            "depth_bias_std": float(network.log_std[2].exp().detach()),
             **{
                 key.removeprefix("train/"): float(value)
                 for key, value in self.logger.name_to_value.items()

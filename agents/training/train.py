@@ -50,7 +50,7 @@ WARM_START = "warm_start"
 SUMMARY = "summary.json"
 """File, among a training's plan runs, that tells what came of them."""
 
-START = "heur3"
+START = "signal-mean"
 """The rule that an untrained network is, and that episodes are measured against."""
 
 

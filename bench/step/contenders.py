@@ -128,7 +128,7 @@ class AdaLora(PlainLora):
 
 
 class RankPilot(PlainLora):
-    """The Trainer callback with the rule heur3, driven by the events that a Trainer would send.
+    """The Trainer callback with the rule signal-mean, driven by the events that a Trainer would send.
 
     So the steps hold all that a fine-tune pays for: signals, decisions, resizes, the decision log, the average of the
     loss, the checks of the peak. The budget is uniform rank 8's number of parameters: under a budget of bytes low
@@ -159,7 +159,7 @@ class RankPilot(PlainLora):
     ) -> None:
         super().__init__(base, task)
         schedule = every(period, total_steps)
-        self.callback = RankPilotCallback("heur3", self._budget(), schedule=schedule)
+        self.callback = RankPilotCallback("signal-mean", self._budget(), schedule=schedule)
         self._arguments = TrainingArguments(
             str(folder),
             max_steps=total_steps,

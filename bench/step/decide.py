@@ -29,7 +29,7 @@ from ...memory.calibration import calibrate
 from ..harness import Figures, interleave, machine_facts, make_table, paired_ratios, run_command
 from ..models import Size, random_model
 
-RULE = "heur3"
+RULE = "signal-mean"
 QUICK, FULL = (4, 36), (4, 36, 143)
 """Layers of seven modules each."""
 
@@ -43,7 +43,7 @@ class Decide:
 
     The models are narrow and random; prices are theirs, signals are random. "Network" is the actor's forward pass,
     "actor" its whole decision, "policy" the decision with the plan value ensemble, which packs and scores 53 plans; all
-    take turns with the rule heur3. Figures are medians.
+    take turns with the rule signal-mean. Figures are medians.
 
     Attributes:
         policy: "default" or the folder of a trained policy.

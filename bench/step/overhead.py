@@ -28,7 +28,7 @@ LABELS = {
     "plain": "plain LoRA, rank 8",
     "plain_again": "the same again: the noise",
     "adalora": "AdaLoRA, 12 to 8",
-    "rankpilot": "rankpilot, heur3",
+    "rankpilot": "rankpilot, signal-mean",
 }
 
 

@@ -216,7 +216,7 @@ class _Plans:
         if self._limit is None:
             return
         check_budget(self._problem, [target.name for target in self._targets])
-        for name, rule in (("rule16", top_down_whole), ("fracrule", top_down)):
+        for name, rule in (("top-down-whole", top_down_whole), ("top-down", top_down)):
             yield self._alternative("budget", f"{name} inside {self._config.budget}", rule(self._problem))
 
     def _alternative(

@@ -58,7 +58,7 @@ def make_record(decision: int = 0, **changes: Any) -> DecisionRecord:
         rank_after=np.array([4, 1, 2]),
         score=np.array([0.1, 1 / 3, -2.0]),
         features=np.arange(6, dtype=np.float32).reshape(3, 2),
-        feature_names=("snr", "height"),
+        feature_names=("snr", "relative_depth"),
         run_features={"progress": 0.25 * decision},
         notes={MODULES[1]: "left alone"},
     )
@@ -112,7 +112,7 @@ def test_round_trip(log: DecisionLog) -> None:
             "changed_by_projection": False,
             "note": "left alone",
             "feature.snr": 2.0,
-            "feature.height": 3.0,
+            "feature.relative_depth": 3.0,
             "run.progress": 0.25,
         }
     ]
@@ -146,7 +146,7 @@ def test_a_feature_that_came_later_is_null_before(tmp_path: Path) -> None:
     log.append(make_record(1, feature_names=("snr", "age")))
     table = log.read()
     assert table["feature.age"].null_count == 3
-    assert table["feature.height"].to_pylist()[:3] == [1.0, 3.0, 5.0]
+    assert table["feature.relative_depth"].to_pylist()[:3] == [1.0, 3.0, 5.0]
 
 
 def test_datasets_opens_it_by_pattern(log: DecisionLog, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def to_schema_2(path: Path) -> None:
     """Rewrite a part as the version before wrote it."""
     table = pq.ParquetFile(path).read()
     new = ["policy_sha256", "max_step", "hysteresis", "depth_bias", "expected", "uncertainty", "problem", "pinned"]
-    names = {"rank_wanted": "delta", "rank_clipped": "rank_asked"}
+    names = {"rank_wanted": "delta", "rank_clipped": "rank_asked", "feature.relative_depth": "feature.height"}
     table = table.drop_columns(new)
     table = table.rename_columns([names.get(name, name) for name in table.column_names])
     pq.write_table(table.replace_schema_metadata({b"rankpilot.schema": b"2"}), path)
@@ -282,7 +282,7 @@ def test_a_log_of_schema_2_is_read_with_one_line_of_notice(
     assert set(whole.column_names) | {"delta"} == set(table.column_names)
     for name in whole.column_names:
         assert table.schema.field(name).type == whole.schema.field(name).type, name
-    for name in ("rank_clipped", "rank_after", "score", "feature.snr", "step"):
+    for name in ("rank_clipped", "rank_after", "score", "feature.snr", "feature.relative_depth", "step"):
         assert table[name].to_pylist() == whole[name].to_pylist()
     for name in ("rank_wanted", "pinned", "expected", "max_step", "problem"):
         assert table[name].to_pylist() == [None] * 3 * parts + whole[name].to_pylist()[3 * parts :]

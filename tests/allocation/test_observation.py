@@ -1,4 +1,4 @@
-"""What a policy sees of prices: logarithms of equal shares of the budget, alike in models of any size."""
+"""What a policy sees of costs: logarithms of equal shares of the budget, alike in models of any size."""
 
 from __future__ import annotations
 
@@ -6,15 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.allocation.observation import (
-    MODULE_FEATURE_TABLE,
-    MODULE_FEATURES,
-    RUN_FEATURE_TABLE,
-    Observation,
-    RunState,
-    feature_table,
-    observe,
-)
+from rankpilot.allocation.features import MODULE_FEATURE_TABLE, MODULE_FEATURES, RUN_FEATURE_TABLE, feature_table
+from rankpilot.allocation.observation import Observation, RunState, observe
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.lora.ladder import RankLadder
@@ -60,40 +53,42 @@ def column(observation: Observation, name: str) -> list[float]:
     return [float(value) for value in observation.modules[:, MODULE_FEATURES.index(name)]]
 
 
-def share(price: float) -> float:
-    return float(np.log10(price * LAYERS * A_LAYER / 4000))
+def share(cost: float) -> float:
+    return float(np.log10(cost * LAYERS * A_LAYER / 4000))
 
 
 def test_rise_is_the_cost_of_the_next_rung() -> None:
     steps = {0: 1, 1: 1, 4: 4, 8: 4}
     expected = [share(PER_RANK * steps[rank]) if rank in steps else -3 for rank in RANKS]
-    assert column(seen(), "rise") == pytest.approx(expected)
+    assert column(seen(), "next_rung_cost") == pytest.approx(expected)
 
 
 def test_release_is_what_dropping_a_module_frees() -> None:
     """The lowest adapted module takes with it what its layer, and layers below the next adapted one, hold."""
     expected = [-3, share(FIXED + PER_RANK), -3, share(64 * PER_RANK), share(4 * PER_RANK), share(8 * PER_RANK)]
-    assert column(seen(), "release") == pytest.approx(expected)
+    assert column(seen(), "drop_saving") == pytest.approx(expected)
 
 
 def test_entry_is_what_a_module_adds_at_rank_one() -> None:
-    assert column(seen(), "entry") == pytest.approx([share(PER_RANK), -3, share(PER_RANK), -3, -3, -3])
+    assert column(seen(), "adapt_cost") == pytest.approx([share(PER_RANK), -3, share(PER_RANK), -3, -3, -3])
     above = seen(ranks=np.array([0, 0, 0, 0, 4, 8]))
     deepest, next_layer = share(2 * FIXED + PER_RANK), share(FIXED + PER_RANK)
-    assert column(above, "entry") == pytest.approx([deepest, deepest, next_layer, next_layer, -3, -3])
+    assert column(above, "adapt_cost") == pytest.approx([deepest, deepest, next_layer, next_layer, -3, -3])
 
 
-def test_prices_look_alike_in_a_model_of_more_modules() -> None:
+def test_costs_look_alike_in_a_model_of_more_modules() -> None:
     small, large = seen(), seen(copies=5)
-    np.testing.assert_allclose(column(large, "rise"), np.repeat(column(small, "rise"), 5), atol=1e-6)
+    np.testing.assert_allclose(
+        column(large, "next_rung_cost"), np.repeat(column(small, "next_rung_cost"), 5), atol=1e-6
+    )
     fresh = np.array([0, 0, 0, 0, 4, 8])
     several = seen(copies=5, ranks=np.repeat(fresh, 5))
-    assert np.ptp(column(several, "entry")[:10]) == pytest.approx(0)
+    assert np.ptp(column(several, "adapt_cost")[:10]) == pytest.approx(0)
 
 
-def test_prices_of_next_to_nothing_end_at_minus_three() -> None:
+def test_costs_of_next_to_nothing_end_at_minus_three() -> None:
     observation = seen(limit=1e9)
-    assert column(observation, "rise") == [-3.0] * 6
+    assert column(observation, "next_rung_cost") == [-3.0] * 6
 
 
 def test_the_signals_are_the_first_features() -> None:

@@ -52,7 +52,7 @@ def test_layers_that_are_not_there(layers, rank):
         top_layers(simple_problem(0), layers, rank)
 
 
-def test_rule16_takes_the_most_layers_that_can_have_16_and_then_the_largest_rank():
+def test_top_down_whole_takes_the_most_layers_that_can_have_16_and_then_the_largest_rank():
     assert top_down_whole(simple_problem(10 * 16 * 4 + 50)).tolist() == [0, 0, 17, 17, 17, 17]
     assert top_down_whole(simple_problem(10 * 16 * 6)).tolist() == [16] * 6
     assert top_down_whole(simple_problem(10 * 16)).tolist() == [0, 0, 0, 0, 8, 8]
@@ -61,7 +61,7 @@ def test_rule16_takes_the_most_layers_that_can_have_16_and_then_the_largest_rank
     assert top_down_whole(simple_problem(9)).sum() == 0
 
 
-def test_fracrule_puts_the_rest_on_single_modules_of_the_next_layer():
+def test_top_down_puts_the_rest_on_single_modules_of_the_next_layer():
     assert top_down(simple_problem(10 * 16 * 5)).tolist() == [16, 0, 16, 16, 16, 16]
     assert top_down(simple_problem(10 * (16 * 5 + 2))).tolist() == [16, 2, 16, 16, 16, 16]
 
@@ -81,7 +81,7 @@ def test_rules_keep_to_the_budget_and_the_bounds(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_rule16_is_the_one_that_a_full_search_finds(seed):
+def test_top_down_whole_is_the_one_that_a_full_search_finds(seed):
     problem = transformer_problem(seed)
     found = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, 16))]
     layers = max(found, default=1)
@@ -91,7 +91,7 @@ def test_rule16_is_the_one_that_a_full_search_finds(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_fracrule_depends_on_no_current_rank_and_leaves_nothing(seed):
+def test_top_down_depends_on_no_current_rank_and_leaves_nothing(seed):
     problem = transformer_problem(seed)
     ranks = top_down(problem)
     assert ranks.tolist() == top_down(replace(problem, ranks=np.zeros_like(ranks), max_step=1)).tolist()

@@ -212,7 +212,7 @@ def test_without_tilt_the_best_scores_are_adapted_wherever_they_are(count, limit
 
 
 @given(problems(), st.floats(0.1, 100))
-def test_with_a_large_tilt_and_equal_scores_it_is_fracrule(problem, rank_floor):
+def test_with_a_large_tilt_and_equal_scores_it_is_top_down(problem, rank_floor):
     fresh, scores = problem.fresh(), np.zeros(len(problem.ranks))
     packed = pack(fresh, scores, rank_floor, 100.0)
     assert (project(fresh, packed, scores).ranks == top_down(problem, rank_floor)).all()

@@ -133,7 +133,7 @@ def _tokenised_once() -> Iterator[None]:
 @pytest.mark.assets
 @pytest.mark.usefixtures("_tokenised_once")
 def test_a_rate_that_is_too_high_diverges() -> None:
-    _, piece = QUICK.runs({"heur3": None})
+    _, piece = QUICK.runs({"signal-mean": None})
     assert run_piece(replace(piece, learning_rate=1e30)) == {"held_out_loss": None, "guess": math.log(2)}
 
 
@@ -147,15 +147,15 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         return made_up(piece)
 
     monkeypatch.setattr(transfer, "run_piece", stop_at_seven)
-    options = Transfer(policies=("heur3",), json=tmp_path / "figures.json", workers=1)
+    options = Transfer(policies=("signal-mean",), json=tmp_path / "figures.json", workers=1)
     with pytest.raises(KeyboardInterrupt):
         transfer.benchmark(options, COURSE, CONSOLE)
     with pytest.raises(ConfigError, match="Go on with --resume"):
         transfer.benchmark(options, COURSE, CONSOLE)
     figures = transfer.benchmark(replace(options, resume=True), COURSE, CONSOLE)
-    pieces = COURSE.runs({"heur3": None})
+    pieces = COURSE.runs({"signal-mean": None})
     assert len(started) == len(pieces) + 1, "only the run that failed is repeated"
-    assert figures["heur3.runs"] == 8
+    assert figures["signal-mean.runs"] == 8
     ledger = Ledger(tmp_path / "figures.jsonl", resume=True)
     assert all(ledger.get(asdict(piece)) == made_up(piece) for piece in pieces)
 
@@ -165,9 +165,9 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ({"workers": 0}, ConfigError, "--workers is at least 1"),
         ({"policies": ()}, ConfigError, "--policies names at least one"),
-        ({"policies": ("heur3", "heur3")}, ConfigError, "none twice"),
+        ({"policies": ("signal-mean", "signal-mean")}, ConfigError, "none twice"),
         ({"policies": ("uniform",)}, ConfigError, "leave it out"),
-        ({"policies": ("heur4",)}, UnknownNameError, "heur3"),
+        ({"policies": ("signal-man",)}, UnknownNameError, "signal-mean"),
         ({"resume": True}, ConfigError, "--json FILE"),
     ],
 )
@@ -177,8 +177,8 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
 
 
 def test_runs_are_told_apart_by_the_weights(trained: Path) -> None:
-    weights = Transfer(policies=(str(trained), "heur3")).weights()
-    assert weights == {str(trained): sha256(trained / WEIGHTS), "heur3": None}
+    weights = Transfer(policies=(str(trained), "signal-mean")).weights()
+    assert weights == {str(trained): sha256(trained / WEIGHTS), "signal-mean": None}
 
 
 @pytest.fixture
@@ -196,13 +196,13 @@ def test_budgets_and_data_of_the_full_run() -> None:
 @pytest.mark.usefixtures("_tokenised_once")
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "figures.json"
-    assert main(["--quick", "--policies", "heur3", "--workers", "1", "--json", str(path)]) == 0
+    assert main(["--quick", "--policies", "signal-mean", "--workers", "1", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
     assert figures["quick"] is True
-    assert figures["heur3.runs"] == figures["heur3.identical_reloads"] == 1
-    assert figures["heur3.over_budget"] == 0
-    assert "heur3 against uniform rank" in capsys.readouterr().out
-    piece, _ = QUICK.runs({"heur3": None})
+    assert figures["signal-mean.runs"] == figures["signal-mean.identical_reloads"] == 1
+    assert figures["signal-mean.over_budget"] == 0
+    assert "signal-mean against uniform rank" in capsys.readouterr().out
+    piece, _ = QUICK.runs({"signal-mean": None})
     # The adapter of the first run has been loaded in another process; the second one is compared with the first.
     monkeypatch.setattr(experiment, "check_reload", lambda *_: {"identical": True})
     with isolated():

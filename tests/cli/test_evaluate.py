@@ -28,13 +28,15 @@ def policy(tmp_path: Path) -> Path:
 
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
     output = ["--output", str(tmp_path / "out")]
-    assert "Unknown rule 'heur4'. Did you mean: 'heur3'" in failure(["evaluate", "heur4", *output], capsys)
+    assert "Unknown rule 'signal-man'. Did you mean: 'signal-mean'" in failure(
+        ["evaluate", "signal-man", *output], capsys
+    )
     assert "Unknown rule 'orakel'. Did you mean: 'oracle'" in failure(
-        ["evaluate", "heur3", "--against=orakel", *output], capsys
+        ["evaluate", "signal-mean", "--against=orakel", *output], capsys
     )
     assert "There is no policy folder" in failure(["evaluate", "runs/none", *output], capsys)
-    assert "Unknown suite" in failure(["evaluate", "heur3", "--suite", "plantd", *output], capsys)
-    assert "Unknown proxy base" in failure(["evaluate", "heur3", "--bases", "llama", *output], capsys)
+    assert "Unknown suite" in failure(["evaluate", "signal-mean", "--suite", "plantd", *output], capsys)
+    assert "Unknown proxy base" in failure(["evaluate", "signal-mean", "--bases", "llama", *output], capsys)
     card = json.loads((policy / "card.json").read_text())
     (policy / "card.json").write_text(json.dumps(card | {"module_features": ["rank"]}))
     assert "has module_features ['rank']" in failure(["evaluate", str(policy), *output], capsys)
@@ -45,9 +47,9 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Pa
 
 def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    line = failure(["evaluate", "heur3", *TINY, "--output", str(tmp_path / "notes.txt")], capsys)
+    line = failure(["evaluate", "signal-mean", *TINY, "--output", str(tmp_path / "notes.txt")], capsys)
     assert "notes.txt is a file. Pass the name of a folder" in line
-    line = failure(["evaluate", "heur3", *TINY, "--output", str(tmp_path / "notes.txt" / "out")], capsys)
+    line = failure(["evaluate", "signal-mean", *TINY, "--output", str(tmp_path / "notes.txt" / "out")], capsys)
     assert "error: Not a directory" in line
     assert str(tmp_path / "notes.txt" / "out") in line
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -55,7 +57,7 @@ def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that is read-only even for root")
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    line = failure(["evaluate", "heur3", *TINY, "--output", "/proc/self/rankpilot"], capsys)
+    line = failure(["evaluate", "signal-mean", *TINY, "--output", "/proc/self/rankpilot"], capsys)
     assert "(/proc/self/rankpilot). Check that the path is right" in line
 
 
@@ -63,11 +65,11 @@ def test_bad_settings() -> None:
     with pytest.raises(ConfigError, match="Name at least one policy"):
         EvaluateConfig(())
     with pytest.raises(ConfigError, match="at least 2 tasks"):
-        EvaluateConfig(("heur3",), tasks=1)
+        EvaluateConfig(("signal-mean",), tasks=1)
     for options in ({"seeds": 0}, {"workers": -1}, {"task_steps": 0}):
         with pytest.raises(ConfigError, match="at least 1"):
-            EvaluateConfig(("heur3",), **options)
-    assert EvaluateConfig(("fracrule", "heur3")).names == ("fracrule", "heur3")
+            EvaluateConfig(("signal-mean",), **options)
+    assert EvaluateConfig(("top-down", "signal-mean")).names == ("top-down", "signal-mean")
 
 
 def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +77,7 @@ def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(comparison, "find_tasks", lambda *_: ("one",))
     with pytest.raises(ConfigError, match="at least 2 tasks"):
-        comparison.evaluation_tasks(EvaluateConfig(("heur3",)))
+        comparison.evaluation_tasks(EvaluateConfig(("signal-mean",)))
 
 
 def test_policies_of_different_schedules(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
@@ -95,18 +97,21 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
     folder = tmp_path / "out"
-    command = ["evaluate", "fracrule", str(policy), *TINY, "--output", str(folder)]
+    command = ["evaluate", "top-down", str(policy), *TINY, "--output", str(folder)]
     assert cli.run(command) == 0
     shown = capsys.readouterr().out
     assert "all tasks (2 tasks)" in shown
     assert "final reports" not in shown
     rows = read_rows(folder / "rows.jsonl")
-    assert [row.policy for row in rows] == ["fracrule"] * 2 + ["pilot"] * 2 + ["heur3"] * 2
+    assert [row.policy for row in rows] == ["top-down"] * 2 + ["pilot"] * 2 + ["signal-mean"] * 2
     summary = json.loads((folder / "summary.json").read_text())
-    assert {result["policy"] for result in summary["groups"][0]["results"]} == {"fracrule", "pilot", "heur3"}
+    assert {result["policy"] for result in summary["groups"][0]["results"]} == {"top-down", "pilot", "signal-mean"}
 
     assert "exists already" in failure(command, capsys)
     assert "other settings (split" in failure(["evaluate", *command[1:], "--resume", "--split", "train"], capsys)
+    # An earlier name of a rule means the same competitor.
+    assert cli.run(["evaluate", "fracrule", str(policy), "--against=heur3", *command[3:], "--resume"]) == 0
+    assert read_rows(folder / "rows.jsonl") == rows
     more = ["evaluate", "uniform", *TINY, "--seeds", "2", "--output", str(folder), "--resume"]
     assert cli.run(more) == 0
     longer = read_rows(folder / "rows.jsonl")
@@ -124,7 +129,7 @@ def _stirred() -> RankNetwork:
 
 
 def test_the_test_split_is_for_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.run(["evaluate", "fracrule", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
+    assert cli.run(["evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
     assert "The test split is for final reports" in capsys.readouterr().out
 
 

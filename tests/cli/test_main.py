@@ -87,8 +87,8 @@ def test_bad_numbers(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> Non
 
 def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = ["--output", str(tmp_path / "run")]
-    assert "Unknown rule 'heur4'. Did you mean: 'heur3'" in failure(
-        ["finetune", "m", "d", "--policy", "heur4", *output], capsys
+    assert "Unknown rule 'signal-man'. Did you mean: 'signal-mean'" in failure(
+        ["finetune", "m", "d", "--policy", "signal-man", *output], capsys
     )
     assert "There is no policy folder" in failure(["finetune", "m", "d", "--policy", "runs/none", *output], capsys)
     (tmp_path / "empty").mkdir()
@@ -249,7 +249,7 @@ def test_settings_of_a_training_run_from_its_file(seen: list[Any], tmp_path: Pat
 
 
 def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) -> None:
-    config = FinetuneConfig("model", "data", policy="fracrule", budget="350MB", compare_uniform=True, train_rows=7)
+    config = FinetuneConfig("model", "data", policy="top-down", budget="350MB", compare_uniform=True, train_rows=7)
     path = tmp_path / "config.json"
     write_json(path, as_json(FinetuneConfig, config))
     assert cli.run(["finetune", "--config", str(path)]) == 0
@@ -348,9 +348,9 @@ def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureF
     assert (folder / "learning_curve.png").stat().st_size > 1000
     assert json.loads((folder / "config.json").read_text())["episodes_per_task"] == 2
     card = json.loads((folder / "card.json").read_text())
-    assert (card["episodes"], set(card["validation"])) == (4, {"learned", "heur3", "fracrule"})
+    assert (card["episodes"], set(card["validation"])) == (4, {"learned", "signal-mean", "top-down"})
     assert "warm_after" in card["start"]
-    assert "fracrule" in capsys.readouterr().out
+    assert "top-down" in capsys.readouterr().out
     assert "exists already" in failure([*command, "--output", str(folder)], capsys)
     assert cli.run([*command, "--output", str(folder), "--resume"]) == 0
     assert "holds a finished policy already" in capsys.readouterr().out.replace("\n", "")

@@ -17,7 +17,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics
 from rankpilot.allocation.actions import decode
-from rankpilot.allocation.observation import MODULE_FEATURES
+from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.single import Episode, _measured_reference, probe_task, reference_of

@@ -124,7 +124,7 @@ class Run:
 
 @pytest.fixture
 def launch(tmp_path: Path, llama_config: LlamaConfig, data: Dataset) -> Callable[..., Run]:
-    def start(name: str = "run", *, policy: Any = "heur3", budget: Any = "80%", **options: Any) -> Run:
+    def start(name: str = "run", *, policy: Any = "signal-mean", budget: Any = "80%", **options: Any) -> Run:
         options.setdefault("data", data)
         every = options.pop("measure_every", 1)
         pilot = RankPilotCallback(policy, budget, schedule=SCHEDULE, measure_every=every)
@@ -136,7 +136,7 @@ def launch(tmp_path: Path, llama_config: LlamaConfig, data: Dataset) -> Callable
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig, data: Dataset) -> Run:
     """An uninterrupted run that several tests look at."""
-    pilot = RankPilotCallback("heur3", "80%", schedule=SCHEDULE, measure_every=1)
+    pilot = RankPilotCallback("signal-mean", "80%", schedule=SCHEDULE, measure_every=1)
     return Run(tmp_path_factory.mktemp("whole") / "run", llama_config, data, pilot=pilot)
 
 
@@ -200,7 +200,7 @@ def test_the_decision_log(whole: Run) -> None:
     first = table.slice(0, len(names))
     assert first["rank_before"].to_pylist() == [1] * len(names)
     assert first["loss"].null_count == len(names)
-    assert set(table["policy"].to_pylist()) == {"heur3"}
+    assert set(table["policy"].to_pylist()) == {"signal-mean"}
     assert set(table["unit"].to_pylist()) == {"bytes"}
     assert set(table["limit"].to_pylist()) == {whole.controller.limit}
     assert set(table["max_step"].to_pylist()[len(names) :]) == {whole.pilot.schedule.max_step}  # type: ignore[union-attr]

@@ -277,7 +277,7 @@ def test_language_modelling_from_a_text_file(llama_folder: Path, tmp_path: Path)
         ({"budget": "1kB"}, BudgetError, "smallest that works"),
         ({"target_modules": "nothing_like_it"}, ConfigError, "nothing_like_it"),
         ({"model": "/no/such/folder"}, AssetError, "/no/such/folder"),
-        ({"policy": "heur"}, UnknownNameError, "heur3"),
+        ({"policy": "signal"}, UnknownNameError, "signal-mean"),
         ({"data": "{tmp}/empty.jsonl"}, DataError, "empty.jsonl is empty"),
         ({"data": "{tmp}/one.jsonl"}, DataError, "at least 2 rows"),
         ({"data": "{tmp}/same.jsonl"}, DataError, "single class"),

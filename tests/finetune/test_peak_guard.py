@@ -60,7 +60,7 @@ class Run:
         prepare = options.pop("prepare", lambda model: None)
         prepare(self.model)
         self.pilot = RankPilotCallback(
-            "heur3",
+            "signal-mean",
             budget,
             schedule=SCHEDULE,
             measure_every=options.pop("measure_every", 1),

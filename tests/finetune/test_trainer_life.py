@@ -16,7 +16,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.rules.by_signal import SignalRule
 from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.observation import RUN_FEATURES, Observation
+from rankpilot.allocation.features import RUN_FEATURES
+from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, decision_from_plan
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import UnsupportedError
@@ -285,7 +286,7 @@ def test_checkpointing_keeps_to_a_budget_of_bytes(
 ) -> None:
     """The measured peak must not count a checkpointed layer again and again while it is recomputed."""
     run = launch(
-        policy="heur3",
+        policy="signal-mean",
         budget="80%",
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
@@ -327,7 +328,7 @@ def test_bf16_keeps_to_a_budget_of_bytes(
     launch: Launch, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
 ) -> None:
     """One short row, so that the low-precision copies of the factors, which grow with the rank, are no small part."""
-    run = launch(policy="fracrule", budget="150%", per_device_train_batch_size=1, **options)
+    run = launch(policy="top-down", budget="150%", per_device_train_batch_size=1, **options)
     assert warnings_of(caplog, "above the budget") == []
     assert max(peak for _, peak in run.pilot.peaks) <= run.pilot.controller.limit  # type: ignore[union-attr]
 
@@ -437,7 +438,7 @@ class OutOfMemory(Trainer):
 
 
 def test_a_smaller_batch_after_running_out_of_memory(launch: Launch) -> None:
-    options = {"budget": "100%", "policy": "heur3", "lora": {"lora_dropout": 0.0}}
+    options = {"budget": "100%", "policy": "signal-mean", "lora": {"lora_dropout": 0.0}}
     run = launch("run", trainer=OutOfMemory, auto_find_batch_size=True, **options)
     rows_left = run.trainer.state.train_batch_size
     assert rows_left < 4
@@ -634,7 +635,7 @@ def test_beyond_the_limit_a_compiled_run_is_warned_of_and_runs_on(
 
 def test_a_model_compiled_by_its_user_is_probed_uncompiled(launch: Launch, small_run: Run, dynamo: Any) -> None:
     counter = CompileCounterWithBackend("eager")
-    run = launch(budget="100%", policy="heur3", prepare=lambda model: model.compile(backend=counter), **SMALL)
+    run = launch(budget="100%", policy="signal-mean", prepare=lambda model: model.compile(backend=counter), **SMALL)
     # The probe and the byte model alone try more than a dozen sets of ranks; two graphs are the loss meter's.
     assert 1 <= counter.frame_count <= len(run.pilot.predictions) + 2
     assert run.recorder.graphs[-1] == run.recorder.graphs[9], "frozen ranks are not compiled again"

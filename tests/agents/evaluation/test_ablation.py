@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 from rankpilot.agents.evaluation.ablation import FEATURE_GROUPS, Once, Without
-from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import UnknownNameError
@@ -41,7 +42,7 @@ def observation() -> Observation:
     return Observation(modules, run, problem, tuple("abcd"))
 
 
-@pytest.mark.parametrize("name", [*FEATURE_GROUPS, "height", "trend"])
+@pytest.mark.parametrize("name", [*FEATURE_GROUPS, "relative_depth", "trend"])
 def test_features_are_zero_and_the_rest_is_untouched(observation: Observation, name: str) -> None:
     recorder = Recorder()
     assert Without(recorder, (name,)).name == f"recorder without {name}"
@@ -52,7 +53,7 @@ def test_features_are_zero_and_the_rest_is_untouched(observation: Observation, n
         (RUN_FEATURES, observation.run, recorder.seen[0].run),
     ):
         for column, feature in enumerate(names):
-            nothing = -3 if feature in ("rise", "release", "entry") else 0
+            nothing = -3 if feature in ("next_rung_cost", "drop_saving", "adapt_cost") else 0
             np.testing.assert_array_equal(after[..., column], nothing if feature in gone else before[..., column])
     assert observation.modules.all(), "the observation itself stays as it is"
 
@@ -62,6 +63,7 @@ def test_groups_hold_features_that_exist() -> None:
     assert all(set(names) <= known for names in FEATURE_GROUPS.values())
     with pytest.raises(UnknownNameError, match=r"Unknown feature 'snrr'\. Did you mean: 'snr'"):
         Without(Recorder(), ("snrr",))
+    assert Without(Recorder(), ("prices", "height")).name == "recorder without costs, relative_depth", "earlier names"
 
 
 def test_once_decides_at_the_first_decision_alone(observation: Observation) -> None:

@@ -61,8 +61,8 @@ def loss_with_peft(policy: Policy, task: ProxyTask) -> float:
 
 
 def test_rows_are_those_of_peft_episodes() -> None:
-    rows = compare([RULES["heur3"], RULES["fracrule"]], TASKS, SCHEDULE, workers=1)
-    assert [(row.policy, row.task) for row in rows] == [(p, t.id) for p in ("heur3", "fracrule") for t in TASKS]
+    rows = compare([RULES["signal-mean"], RULES["top-down"]], TASKS, SCHEDULE, workers=1)
+    assert [(row.policy, row.task) for row in rows] == [(p, t.id) for p in ("signal-mean", "top-down") for t in TASKS]
     for row, task in zip(rows, (*TASKS, *TASKS), strict=True):
         assert row.loss == pytest.approx(loss_with_peft(RULES[row.policy], task), abs=1e-4)
         assert row.uniform_loss == pytest.approx(reference_of(ProxyFineTune(task), SCHEDULE).uniform, abs=1e-4)
@@ -74,7 +74,7 @@ def test_rows_are_those_of_peft_episodes() -> None:
 def test_repetitions_and_progress() -> None:
     progress: list[tuple[int, int]] = []
     rows = compare(
-        [RULES["fracrule"]], TASKS, SCHEDULE, workers=1, seeds=2, on_progress=lambda *done: progress.append(done)
+        [RULES["top-down"]], TASKS, SCHEDULE, workers=1, seeds=2, on_progress=lambda *done: progress.append(done)
     )
     assert [row.seed for row in rows] == [1, 1 + SEED_STEP, 2, 2 + SEED_STEP]
     assert len({row.task for row in rows}) == 2, "repetitions share their task"
@@ -83,7 +83,7 @@ def test_repetitions_and_progress() -> None:
     origin, repeated = rows[2].reference, rows[3].reference
     assert repeated.headroom / repeated.gain == pytest.approx(origin.headroom / origin.gain)
     assert progress[-1] == (7, 7), "four runs, and three uniform ones"
-    alone = compare([RULES["fracrule"]], TASKS[:1], SCHEDULE, workers=1)
+    alone = compare([RULES["top-down"]], TASKS[:1], SCHEDULE, workers=1)
     assert alone == rows[:1], "whatever runs beside it"
 
 
@@ -96,7 +96,7 @@ def test_seeds_of_repetitions_are_nobody_elses() -> None:
 
 def test_rows_that_exist_are_not_run_again(tmp_path: Path, counted: list[int]) -> None:
     file = tmp_path / "rows.jsonl"
-    competitors = [RULES["heur3"], RULES["uniform"], TASK_RULES["best-of-8"]]
+    competitors = [RULES["signal-mean"], RULES["uniform"], TASK_RULES["best-of-8"]]
     whole = compare(competitors, TASKS, SCHEDULE, workers=1, file=file)
     assert sorted(read_rows(file), key=lambda row: row.key) == sorted(whole, key=lambda row: row.key)
     assert sum(counted) == 2 + 2 + 16
@@ -114,7 +114,7 @@ def test_rows_that_exist_are_not_run_again(tmp_path: Path, counted: list[int]) -
 
 
 def test_two_processes_find_the_same_rows() -> None:
-    competitors = [RULES["heur3"], TASK_RULES["oracle"]]
+    competitors = [RULES["signal-mean"], TASK_RULES["oracle"]]
     assert compare(competitors, TASKS, SCHEDULE, workers=2) == compare(competitors, TASKS, SCHEDULE, workers=1)
 
 
@@ -147,13 +147,13 @@ def test_a_loss_that_is_not_finite_is_a_failed_run(tmp_path: Path) -> None:
 
 def test_bad_settings(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="different names"):
-        compare([RULES["heur3"], SignalRule(gain=1.0)], TASKS, SCHEDULE, workers=1)
+        compare([RULES["signal-mean"], SignalRule(gain=1.0)], TASKS, SCHEDULE, workers=1)
     for options in ({"workers": 0}, {"workers": 1, "seeds": 0}):
         with pytest.raises(ConfigError, match="at least 1"):
-            compare([RULES["heur3"]], TASKS, SCHEDULE, **options)
-    (tmp_path / "rows.jsonl").write_text('{"policy": "heur3"}\n')
+            compare([RULES["signal-mean"]], TASKS, SCHEDULE, **options)
+    (tmp_path / "rows.jsonl").write_text('{"policy": "signal-mean"}\n')
     with pytest.raises(RunFolderError, match="no results of this version"):
-        compare([RULES["heur3"]], TASKS, SCHEDULE, workers=1, file=tmp_path / "rows.jsonl")
+        compare([RULES["signal-mean"]], TASKS, SCHEDULE, workers=1, file=tmp_path / "rows.jsonl")
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -210,3 +210,5 @@ def test_rows_as_lines(tmp_path: Path) -> None:
     append_rows(file, rows[:1])
     append_rows(file, rows[1:])
     assert read_rows(file) == rows
+    append_rows(file, made_up("fracrule", {3: 0.2}))
+    assert read_rows(file)[-1] == made_up("top-down", {3: 0.2})[0], "under the name that the rule has now"

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from rankpilot.agents.learned.candidates import BASIS, FIXED, propose
 from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
-from rankpilot.allocation.observation import MODULE_FEATURES, Observation
+from rankpilot.allocation.features import MODULE_FEATURES
+from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.plan import project, uniform_ranks, uniform_window
 from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.common.arrays import IntArray
@@ -19,7 +20,7 @@ from rankpilot.memory.cost import ByteCost, plan_cost
 
 MakeObservation = Callable[..., Observation]
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
-UNIFORM, FRACRULE, HEUR3, FRACRULE_MLP, ACTOR = range(FIXED)
+UNIFORM, TOP_DOWN, MEAN_SIGNALS, TOP_DOWN_MLP, ACTOR = range(FIXED)
 PLACEMENT = np.array([0.7, -0.4])
 
 
@@ -61,7 +62,9 @@ def ranks_of(observation: Observation, actions: Arrays, number: int) -> IntArray
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("max_step", [None, 2], ids=["first", "later"])
-@pytest.mark.parametrize(("number", "rule"), [(FRACRULE, "fracrule"), (HEUR3, "heur3"), (FRACRULE_MLP, "fracrule-mlp")])
+@pytest.mark.parametrize(
+    ("number", "rule"), [(TOP_DOWN, "top-down"), (MEAN_SIGNALS, "signal-mean"), (TOP_DOWN_MLP, "top-down-mlp")]
+)
 def test_rules_are_among_them(
     make_observation: MakeObservation,
     options: dict[str, Any],
@@ -97,7 +100,7 @@ def test_the_fixed_ones_are_different_plans(make_observation: MakeObservation, o
     observation = make_observation(16, **options)
     actions = proposals(observation)
     plans = {tuple(ranks_of(observation, actions, number).tolist()) for number in range(FIXED)}
-    by_parameters = not options  # there fracrule is uniform
+    by_parameters = not options  # there top-down is uniform
     assert len(plans) == FIXED - by_parameters
 
 
@@ -200,7 +203,7 @@ def test_plans_differ_in_depth_and_in_order(make_observation: MakeObservation, o
 def test_scores_are_sums_of_what_can_be_read_off(make_observation: MakeObservation) -> None:
     observation, own = make_observation(16), 0.1 * actor_scores(16)
     scores, _ = proposals(observation, 48, scores=own)
-    columns = [MODULE_FEATURES.index(name) for name in ("price", "height")]
+    columns = [MODULE_FEATURES.index(name) for name in ("rank_cost", "relative_depth")]
     signals = observation.modules[:, :3].astype(np.float64).mean(axis=1)
     basis = np.stack([signals, *observation.modules[:, columns].T.astype(np.float64), own], axis=1)
     basis -= basis.mean(axis=0)

@@ -15,11 +15,12 @@ from rankpilot.agents.learned.gaussian import CorrelatedGaussian
 from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import RULES, find_rule
-from rankpilot.agents.rules.by_signal import SignalRule, signal_score
+from rankpilot.agents.rules.by_signal import SignalRule, signal_mean
 from rankpilot.agents.rules.top_down import TopDown
 from rankpilot.agents.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
 from rankpilot.allocation.actions import PLACEMENT, SCORE_BOUND
-from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.observation import Observation
 from rankpilot.env.spaces import observation_space, score_space
 from rankpilot.errors import UnknownNameError
 from torch.distributions import MultivariateNormal
@@ -99,7 +100,7 @@ def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, see
     centred = observation.modules - observation.modules.mean(axis=0)  # as signals are in any real observation
     observation = replace(observation, modules=centred)
     learned = LearnedPolicy("p", RankNetwork()).decide(observation)
-    rule = find_rule("heur3").decide(observation)
+    rule = find_rule("signal-mean").decide(observation)
     np.testing.assert_allclose(learned.scores, rule.scores, atol=1e-6)
     np.testing.assert_array_equal(learned.ranks, rule.ranks)
     assert (learned.rank_floor, learned.depth_bias) == (rule.rank_floor, rule.depth_bias)
@@ -164,15 +165,15 @@ def test_exploration_is_smaller_at_later_decisions() -> None:
     modules, run, mask = arrays(4)
     action = RankNetwork()(modules, run, mask)
     config = NetworkConfig()
-    expected = torch.tensor([*[config.score_std] * 4, config.floor_std, config.tilt_std])
+    expected = torch.tensor([*[config.score_std] * 4, config.rank_floor_std, config.depth_bias_std])
     torch.testing.assert_close(action.std[0], expected)
     torch.testing.assert_close(action.std[1], LATER_NOISE * expected)
     run[:, PROGRESS] = 0
     first = RankNetwork()(modules, run, mask).factors
     torch.testing.assert_close(action.factors[1:], LATER_NOISE * first[1:])
     torch.testing.assert_close(action.factors[0], first[0])
-    column = DIRECTIONS.index("height")
-    height = modules[..., MODULE_FEATURES.index("height")]
+    column = DIRECTIONS.index("relative_depth")
+    height = modules[..., MODULE_FEATURES.index("relative_depth")]
     centred = height - height.mean(dim=1, keepdim=True)
     torch.testing.assert_close(first[:, :4, column], config.shared_std * centred)
     assert not first[:, 4:].any(), "steering has noise of its own alone"
@@ -271,7 +272,7 @@ def test_samples_have_the_mean_and_covariance_of_the_density() -> None:
 
 def test_log_prob_of_a_decision_is_the_density_at_its_mean(make_observation: MakeObservation) -> None:
     observation = make_observation(5)
-    network = RankNetwork(NetworkConfig(score_std=0.2, floor_std=0.9, tilt_std=0.4))
+    network = RankNetwork(NetworkConfig(score_std=0.2, rank_floor_std=0.9, depth_bias_std=0.4))
     decision = LearnedPolicy("p", network).decide(observation)
     with torch.no_grad():
         action = network(
@@ -289,7 +290,7 @@ def test_critics_tell_what_to_expect(make_observation: MakeObservation, each: li
         for critic, value in zip(network.critics, each, strict=True):
             critic[-1].weight.zero_()  # type: ignore[index]
             critic[-1].bias.fill_(value)  # type: ignore[index]
-    decision, rule = LearnedPolicy("p", network).decide(observation), find_rule("heur3").decide(observation)
+    decision, rule = LearnedPolicy("p", network).decide(observation), find_rule("signal-mean").decide(observation)
     assert (decision.expected, decision.uncertainty) == pytest.approx((np.mean(each), np.std(each)), abs=1e-6)
     assert rule.expected == rule.uncertainty == 0
 
@@ -299,13 +300,13 @@ def test_rules(make_observation: MakeObservation) -> None:
     modules = observation.modules.copy()
     modules[:, :3] = np.linspace(-2, 2, 8)[:, None]
     observation = replace(observation, modules=modules)
-    np.testing.assert_allclose(signal_score(observation), np.linspace(-2, 2, 8), atol=1e-6)
+    np.testing.assert_allclose(signal_mean(observation), np.linspace(-2, 2, 8), atol=1e-6)
     rungs = observation.problem.ladder.rung(SignalRule().decide(observation).ranks)
     assert (np.diff(rungs) >= -1).all(), "more signal, more rank, but for a last rung that fits a cheaper module alone"
     assert rungs[0] + 2 <= rungs[-1]
     assert all(RULES[name].name == name for name in RULES)
-    with pytest.raises(UnknownNameError, match="Did you mean: 'heur3'"):
-        find_rule("heur4")
+    with pytest.raises(UnknownNameError, match="Did you mean: 'signal-mean'"):
+        find_rule("signal-man")
 
 
 # PPO's side -----------------------------------------------------------------------------------------------------------

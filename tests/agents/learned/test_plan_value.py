@@ -10,7 +10,7 @@ import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.training.fit_plan_value import FitConfig, PlanDataset, fit_critics
-from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

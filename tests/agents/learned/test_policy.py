@@ -157,7 +157,7 @@ def no_critics_opinion() -> PlanValueEnsemble:
 def test_without_a_better_plan_the_first_is_uniform(
     make_observation: MakeObservation, network: RankNetwork, per_layer: float | None
 ) -> None:
-    """In bytes there is room for rank 14 everywhere; fracrule would leave modules out so that others have 16."""
+    """In bytes there is room for rank 14 everywhere; top-down would leave modules out so that others have 16."""
     options: dict[str, Any] = {}
     if per_layer:
         per_rank, needs = np.full((1, 12), 10.0), np.arange(3)[:, None] >= np.arange(12)[None] // 4
@@ -172,7 +172,7 @@ def test_without_a_better_plan_the_first_is_uniform(
     assert (ranks >= below).all()
     if per_layer:
         assert uniform.tolist() == [14] * 12
-        assert not ranks_of(observation, find_rule("fracrule").decide(observation)).all()
+        assert not ranks_of(observation, find_rule("top-down").decide(observation)).all()
     assert (found.expected, found.uncertainty) == (0.0, 0.0)
 
 

@@ -16,9 +16,19 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.policy_file import CARD, CRITICS, WEIGHTS, load_policy, policy_schedule, save_policy
+from rankpilot.agents.learned.policy_file import (
+    CARD,
+    CRITICS,
+    WEIGHTS,
+    load_policy,
+    policy_schedule,
+    read_card,
+    save_policy,
+    upgraded,
+)
 from rankpilot.agents.rules import RULES
 from rankpilot.agents.rules.by_signal import SignalRule
+from rankpilot.allocation.features import EARLIER_FEATURE_NAMES
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.files import sha256
@@ -79,7 +89,7 @@ def test_round_trip(folder: Path, network: RankNetwork, make_observation: Callab
     assert policy_schedule(folder) == SCHEDULE
     card = json.loads((folder / CARD).read_text())
     assert card["note"] == [1, 2]
-    assert card["schema"] == 2
+    assert card["schema"] == 3
     assert card["network"]["width"] == 12
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CARD}
 
@@ -93,10 +103,10 @@ def test_it_can_be_written_again(folder: Path, make_observation: Callable[..., O
 
 
 def test_rules_and_objects() -> None:
-    assert load_policy("heur3") is RULES["heur3"]
+    assert load_policy("signal-mean") is load_policy("heur3") is RULES["signal-mean"]
     mine = SignalRule(name="mine", gain=2)
     assert load_policy(mine) is mine
-    assert policy_schedule("heur3") == policy_schedule(mine) == DecisionSchedule()
+    assert policy_schedule("signal-mean") == policy_schedule(mine) == DecisionSchedule()
 
 
 @pytest.mark.parametrize("position", [0, 30, -1])
@@ -141,7 +151,10 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 1}, "has schema 1; this version of rankpilot reads 2"),
+        ({"schema": 1}, "has schema 1; this version of rankpilot reads 2 and 3"),
+        ({"schema": 4}, "has schema 4; this version of rankpilot reads 2 and 3"),
+        ({"schema": 2, "module_features": 5}, "is not the card of a rankpilot policy"),
+        ({"schema": 2, "validation": [1]}, "is not the card of a rankpilot policy"),
         ({"schema": None}, "has schema None"),
         ({"module_features": ["snr"]}, r"has module_features \['snr'\]"),
         ({"run_features": []}, "has run_features"),
@@ -149,14 +162,17 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
         ({"format": "other"}, "not the card of a rankpilot policy"),
         ({"network": None}, "does not describe the network"),
         ({"network": {"width": 12}}, "does not describe the network"),
-        ({"network": {"width": 12, "score_std": 1.0, "floor_std": 1, "signal_gain": 1}}, "does not describe the netw"),
+        (
+            {"network": {"width": 12, "score_std": 1.0, "rank_floor_std": 1, "signal_gain": 1}},
+            "does not describe the netw",
+        ),
         ({"network": NETWORK | {"width": 13}}, "do not fit its card"),
         ({"network": NETWORK | {"critics": 3}}, "do not fit its card"),
         ({"network": NETWORK | {"attention_heads": 4}}, "does not describe the network: .*'attention_heads' is gone"),
         ({"network": NETWORK | {"width": "a"}}, "does not describe the network"),
         ({"network": NETWORK | {"width": -1}}, "does not describe the network"),
         ({"network": NETWORK | {"critics": 0}}, "does not describe the network"),
-        ({"network": NETWORK | {"tilt_std": 0.0}}, "does not describe the network"),
+        ({"network": NETWORK | {"depth_bias_std": 0.0}}, "does not describe the network"),
     ],
 )
 def test_foreign_cards(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -178,6 +194,45 @@ def test_a_card_with_a_broken_schedule(folder: Path, schedule: Any) -> None:
     edit_card(folder, schedule=schedule)
     with pytest.raises(PolicyFileError, match="schedule"):
         policy_schedule(folder)
+
+
+def to_schema_2(folder: Path) -> dict[str, Any]:
+    """Rewrite a card as the version before wrote it."""
+    card = json.loads((folder / CARD).read_text())
+    earlier = {name: before for before, name in EARLIER_FEATURE_NAMES.items()}
+    card["schema"] = 2
+    card["module_features"] = [earlier.get(name, name) for name in card["module_features"]]
+    card["plan_critics"] = card.pop("plan_value")
+    for name, before in (("rank_floor_std", "floor_std"), ("depth_bias_std", "tilt_std")):
+        card["network"][before] = card["network"].pop(name)
+    card["validation"] = {"learned": 1, "heur3": 2, "fracrule": 3}
+    card["test"] = [{"against": "uniform"}, {"against": "fracrule-mlp"}]
+    (folder / CARD).write_text(json.dumps(card))
+    return card
+
+
+def test_a_card_of_schema_2_is_read_with_one_line_of_notice(
+    judged: Path, make_observation: Callable[..., Observation], caplog: pytest.LogCaptureFixture
+) -> None:
+    new = load_policy(judged)
+    stored = to_schema_2(judged)
+    assert caplog.records == []
+    old = load_policy(judged)
+    assert policy_schedule(judged) == SCHEDULE
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The policy in {judged} has a card of schema 2, which is read."
+    ]
+    assert isinstance(old, LearnedPolicy)
+    assert isinstance(new, LearnedPolicy)
+    for a, b in zip(decisions_of(new, make_observation), decisions_of(old, make_observation), strict=True):
+        for name, value in b.items():
+            np.testing.assert_array_equal(a[name], value)
+    card = read_card(judged)
+    assert card["validation"] == {"learned": 1, "signal-mean": 2, "top-down": 3}
+    assert card["test"] == [{"against": "uniform"}, {"against": "top-down-mlp"}]
+    assert "plan_critics" not in card
+    assert json.loads((judged / CARD).read_text()) == stored, "the file stays as it is"
+    assert upgraded(card) == card
 
 
 def test_foreign_weights(folder: Path) -> None:
@@ -209,8 +264,8 @@ def test_a_file_in_place_of_a_folder(folder: Path) -> None:
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean: 'fracrule'"):
-        load_policy("fracrules")
+    with pytest.raises(UnknownNameError, match="Did you mean: 'top-down'"):
+        load_policy("top-downs")
     with pytest.raises(UnknownNameError, match="There is no policy folder"):
         load_policy(tmp_path / "none")
     with pytest.raises(RankPilotError):
@@ -254,17 +309,17 @@ def test_critics_come_back(
         for name, value in b.items():
             np.testing.assert_array_equal(a[name], value)
     assert any(not np.array_equal(a["ranks"], b["ranks"]) for a, b in zip(found, alone, strict=True))
-    assert json.loads((judged / CARD).read_text())["plan_critics"] == JUDGES
+    assert json.loads((judged / CARD).read_text())["plan_value"] == JUDGES
     assert {path.name for path in judged.iterdir()} == {WEIGHTS, CARD}
 
 
 def test_a_policy_without_critics_loads_as_before(folder: Path, make_observation: Callable[..., Observation]) -> None:
     """Also one whose card was written when there were none."""
-    assert json.loads((folder / CARD).read_text())["plan_critics"] is None
+    assert json.loads((folder / CARD).read_text())["plan_value"] is None
     assert not any(name.startswith(CRITICS) for name in load_file(folder / WEIGHTS))
     new = load_policy(folder)
-    edit_card(folder, plan_critics=None)
-    assert "plan_critics" not in json.loads((folder / CARD).read_text())
+    edit_card(folder, plan_value=None)
+    assert "plan_value" not in json.loads((folder / CARD).read_text())
     old = load_policy(folder)
     assert isinstance(new, LearnedPolicy)
     assert isinstance(old, LearnedPolicy)
@@ -303,7 +358,7 @@ def test_a_policy_can_be_written_again_without_its_critics(judged: Path, network
     ],
 )
 def test_cards_that_do_not_describe_the_critics(judged: Path, described: Any, message: str) -> None:
-    edit_card(judged, plan_critics=described)
+    edit_card(judged, plan_value=described)
     with pytest.raises(PolicyFileError, match=message):
         load_policy(judged)
 

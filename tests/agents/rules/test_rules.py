@@ -14,7 +14,8 @@ from rankpilot.agents.rules import RULES, find_rule
 from rankpilot.agents.rules.constant import KNOTS, Constant, constant_of
 from rankpilot.agents.rules.fixed_plan import window_ranks
 from rankpilot.agents.rules.random import RandomScores
-from rankpilot.allocation.observation import MODULE_FEATURES, Observation
+from rankpilot.allocation.features import MODULE_FEATURES
+from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.allocation.problem import AllocationProblem
@@ -53,9 +54,9 @@ def seen(problem: AllocationProblem, seed: int = 0) -> Observation:
     """An observation with random signals and the features of places and prices that they go with."""
     generator = np.random.default_rng(seed)
     modules = generator.normal(size=(len(problem.ranks), len(MODULE_FEATURES)))
-    modules[:, MODULE_FEATURES.index("height")] = problem.blocks / problem.blocks.max()
+    modules[:, MODULE_FEATURES.index("relative_depth")] = problem.blocks / problem.blocks.max()
     price = np.log(problem.cost.per_rank.max(axis=0))
-    modules[:, MODULE_FEATURES.index("price")] = price - price.mean()
+    modules[:, MODULE_FEATURES.index("rank_cost")] = price - price.mean()
     names = tuple(map(str, range(len(modules))))
     return Observation(
         modules.clip(-3, 3).astype(np.float32), generator.uniform(size=8).astype(np.float32), problem, names
@@ -84,7 +85,7 @@ def test_plans_keep_to_the_budget_and_spend_it(problems: dict[str, AllocationPro
         assert problem.fits(project(later.problem, decision.ranks, decision.scores).ranks)
 
 
-@pytest.mark.parametrize("name", ["uniform", "top-half", "top-third", "rule16", "random"])
+@pytest.mark.parametrize("name", ["uniform", "top-half", "top-third", "top-down-whole", "random"])
 def test_plans_are_kept(problems: dict[str, AllocationProblem], name: str) -> None:
     problem = problems["bytes"]
     ranks = first_ranks(name, seen(problem))
@@ -116,17 +117,17 @@ def test_where_rules_put_rank(problems: dict[str, AllocationProblem]) -> None:
     by_layer = {name: [first_ranks(name, few)[blocks == block].sum() for block in range(4)] for name in RULES}
     assert by_layer["ramp-up"][0] < by_layer["ramp-up"][3]
     assert by_layer["ramp-down"][0] > by_layer["ramp-down"][3]
-    price = few.modules[:, MODULE_FEATURES.index("price")]
+    price = few.modules[:, MODULE_FEATURES.index("rank_cost")]
     large = price > 0
-    mlp = first_ranks("fracrule-mlp", few)
+    mlp = first_ranks("top-down-mlp", few)
     assert mlp[large].mean() > mlp[~large].mean()
-    thrifty = RULES["utility-per-byte"].decide(few).scores - 2 * RULES["heur3"].decide(few).scores
+    thrifty = RULES["utility-per-byte"].decide(few).scores - 2 * RULES["signal-mean"].decide(few).scores
     np.testing.assert_allclose(thrifty, -price, atol=1e-5)
 
 
 def test_lower_floors_go_deeper(problems: dict[str, AllocationProblem]) -> None:
     observation = seen(problems["bytes"])
-    names = ("fracrule", "one-deeper", "two-deeper", "all-layers")
+    names = ("top-down", "one-deeper", "two-deeper", "all-layers")
     depths = [len(np.unique(observation.problem.blocks[first_ranks(name, observation) > 0])) for name in names]
     assert depths == sorted(depths)
     assert depths[0] < depths[-1]
@@ -182,14 +183,14 @@ def test_a_constant_action_is_the_mean(make_observation: MakeObservation) -> Non
         name = "by height"
 
         def decide(self, observation: Observation) -> Any:
-            height = observation.modules[:, MODULE_FEATURES.index("height")].astype(np.float64)
+            height = observation.modules[:, MODULE_FEATURES.index("relative_depth")].astype(np.float64)
             return decision_from_scores(observation, 2 * height - 1, (float(observation.run[0] > 0.5), -1.0))
 
     observations = []
     for seed, modules in enumerate((8, 20, 12, 16)):
         observation = make_observation(modules, seed)
         columns = observation.modules.copy()
-        columns[:, MODULE_FEATURES.index("height")] = np.linspace(0, 1, modules)
+        columns[:, MODULE_FEATURES.index("relative_depth")] = np.linspace(0, 1, modules)
         run = np.full_like(observation.run, 0.9 if seed == 0 else 0.1)
         observations.append(replace(observation, modules=columns, run=run))
     constant = constant_of(ByHeight(), observations, "constant:x")
@@ -202,6 +203,20 @@ def test_a_constant_action_is_the_mean(make_observation: MakeObservation) -> Non
 
 
 def test_unknown_rules() -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean: 'heur3'"):
-        find_rule("heur4")
+    with pytest.raises(UnknownNameError, match="Did you mean: 'signal-mean'"):
+        find_rule("signal-man")
     assert all(find_rule(name).name == name for name in RULES)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "name"),
+    [
+        ("heur3", "signal-mean"),
+        ("fracrule", "top-down"),
+        ("fracrule-mlp", "top-down-mlp"),
+        ("rule16", "top-down-whole"),
+    ],
+)
+def test_earlier_names_are_accepted(earlier: str, name: str) -> None:
+    assert find_rule(earlier) is RULES[name]
+    assert earlier not in RULES

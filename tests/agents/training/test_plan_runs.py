@@ -21,7 +21,7 @@ from rankpilot.agents.rules import find_rule
 from rankpilot.agents.training import plan_runs as module
 from rankpilot.agents.training.fit_plan_value import fit_critics
 from rankpilot.agents.training.plan_runs import RUNS, PlanRun, Stack, collect_plan_runs, plan_dataset, run_plans
-from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.workers import isolated
@@ -141,7 +141,9 @@ def test_the_first_runs_follow_the_rules_and_the_actor(made: PlanRun) -> None:
     actor = stack_of().actor
     for observation, start in zip(observations, (0, RUNS), strict=True):
         np.testing.assert_allclose(made.modules[0, start], observation.modules, atol=1e-5)
-        for number, policy in enumerate([find_rule("fracrule"), find_rule("heur3"), find_rule("fracrule-mlp"), actor]):
+        for number, policy in enumerate(
+            [find_rule("top-down"), find_rule("signal-mean"), find_rule("top-down-mlp"), actor]
+        ):
             decision = policy.decide(observation)
             expected = project(observation.problem, decision.ranks, decision.scores).ranks
             np.testing.assert_array_equal(made.ranks[0, start + 1 + number], expected)

@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from rankpilot.agents.evaluation.runs import run_attempts
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.rules.by_signal import HEUR3, signal_score
+from rankpilot.agents.rules.by_signal import MEAN_SIGNALS, signal_mean
 from rankpilot.agents.training.rewards import rewards_of
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.stack_worker import StackState
 from rankpilot.agents.training.task_sampling import FRESH_SEEDS, RolloutConfig
-from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.arrays import Arrays
@@ -58,7 +59,7 @@ def config(**options: Any) -> RolloutConfig:
 
 
 def make(**options: Any) -> ProxyVecEnv:
-    return ProxyVecEnv(config(**options), find_rule("heur3"), MODULES)
+    return ProxyVecEnv(config(**options), find_rule("signal-mean"), MODULES)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +75,10 @@ def random_actions(envs: ProxyVecEnv, seed: int) -> NDArray[np.float32]:
 
 
 def rule_actions(arrays: Arrays) -> NDArray[np.float32]:
-    """heur3, from the arrays."""
+    """signal-mean, from the arrays."""
     rows = len(arrays["mask"])
     modules = arrays["module_features"].reshape(rows, -1, len(MODULE_FEATURES))
-    scores = 0.5 * modules[..., [MODULE_FEATURES.index(name) for name in HEUR3]].mean(axis=-1)
+    scores = 0.5 * modules[..., [MODULE_FEATURES.index(name) for name in MEAN_SIGNALS]].mean(axis=-1)
     return np.concatenate([scores, np.zeros((rows, 2), dtype=np.float32)], axis=1)
 
 
@@ -333,12 +334,12 @@ def test_a_failed_run_among_others() -> None:
 
 @dataclass(frozen=True)
 class Steered:
-    """heur3's scores, with corrections."""
+    """signal-mean's scores, with corrections."""
 
     name: str = "steered"
 
     def decide(self, observation: Observation) -> Decision:
-        return decision_from_scores(observation, 0.5 * signal_score(observation), (-1.5, -2.0))
+        return decision_from_scores(observation, 0.5 * signal_mean(observation), (-1.5, -2.0))
 
 
 def steered_actions(arrays: Arrays) -> NDArray[np.float32]:

@@ -32,7 +32,7 @@ from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.task_sampling import plan_draws, rounds_of
 from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
 from rankpilot.agents.training.validation import Validation
-from rankpilot.allocation.observation import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.env.spaces import observation_space, score_space
@@ -151,7 +151,7 @@ def test_rows_of_progress(whole: Run) -> None:
         assert row["adapted"] <= row["mean_rank"] <= 64
         assert len(row["tasks"]) == len(row["returns"]) == 1
         assert row["score_std"] == pytest.approx(CONFIG.network.score_std, rel=0.1)
-        assert {"floor_std", "tilt_std", "loss", "approx_kl", "value_loss"} <= set(row)
+        assert {"rank_floor_std", "depth_bias_std", "loss", "approx_kl", "value_loss"} <= set(row)
         assert (measured <= set(row)) == (row["iteration"] >= 2)
     assert len({task for row in rows for task in row["tasks"]}) == 3, "tasks are fresh"
     assert json.loads((whole.folder / PROGRESS).read_text().splitlines()[-1]) == rows[-1]
@@ -522,7 +522,7 @@ class Toy(gym.Env[dict[str, Any], Any]):
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         features = np.zeros((self.modules, len(MODULE_FEATURES)), dtype=np.float32)
-        features[:, MODULE_FEATURES.index("height")] = np.linspace(0, 1, self.modules)
+        features[:, MODULE_FEATURES.index("relative_depth")] = np.linspace(0, 1, self.modules)
         self.best = np.linspace(-1, 1, self.modules, dtype=np.float32)
         mask = np.ones(self.modules, dtype=np.int8)
         run = np.zeros(len(RUN_FEATURES), dtype=np.float32)

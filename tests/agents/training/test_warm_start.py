@@ -32,7 +32,7 @@ SHIFT = [ProxyTask("shift", seed, reference=Reference(3.0, 2.2), **SIZES) for se
 @pytest.fixture(scope="module")
 def envs() -> Iterator[ProxyVecEnv]:
     config = RolloutConfig((tuple(PLANTED), tuple(SHIFT)), 1, 2, 2, SCHEDULE, workers=1)
-    made = ProxyVecEnv(config, find_rule("heur3"), MODULES + 2)
+    made = ProxyVecEnv(config, find_rule("signal-mean"), MODULES + 2)
     yield made
     made.close()
 

@@ -81,7 +81,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "heur3"], "is a rule"),
+        (["--policy", "signal-mean"], "is a rule"),
         (["--policy", "nowhere/at/all"], "no policy folder"),
         (["--json", "."], "names the folder"),
     ],

@@ -1,0 +1,77 @@
+"""The features of a policy: their names, meanings and ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Feature(NamedTuple):
+    """One feature of what a policy sees.
+
+    Attributes:
+        name: as in `MODULE_FEATURES` or `RUN_FEATURES`.
+        meaning: what is measured, in which unit.
+        values: the range of its values.
+    """
+
+    name: str
+    meaning: str
+    values: str
+
+
+_BOUNDED, _SHARE, _UP_TO_THREE = "-3 to 3", "0 to 1", "0 to 3"
+
+MODULE_FEATURE_TABLE = (
+    Feature("sensitivity", "log component sensitivity per rank, minus its mean over the modules", _BOUNDED),
+    Feature("snr", "log gradient signal-to-noise, minus its mean", _BOUNDED),
+    Feature("relative_change", "log norm(delta W) / norm(W), minus its mean", _BOUNDED),
+    Feature("gradient_norm", "log root mean square norm of the gradient of B, minus its mean", _BOUNDED),
+    Feature("importance", "log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean", _BOUNDED),
+    Feature("rank", "rung over highest rung", _SHARE),
+    Feature("adapted", "1 if the rank is above 0", "0 or 1"),
+    Feature("relative_depth", "layer, from the bottom (0) to the top (1)", _SHARE),
+    Feature("shape", "log(d_out / d_in)", _BOUNDED),
+    Feature("rank_cost", "log cost of one rank at the moment where it is highest, minus its mean", _BOUNDED),
+    Feature("next_rung_cost", "log10(cost of the next rung up x modules / budget); -3 at the highest rung", _BOUNDED),
+    Feature("drop_saving", "the same of what dropping the module would free; -3 if it is not adapted", _BOUNDED),
+    Feature("adapt_cost", "the same of what adapting it at rank 1 would add; -3 if it is adapted", _BOUNDED),
+    Feature("signal_age", "decisions since its signals were fresh, over 4", _UP_TO_THREE),
+)
+"""Columns of `Observation.modules`, the signals first. All are relative; none is a name."""
+
+RUN_FEATURE_TABLE = (
+    Feature("progress", "share of the run's steps that are done", _SHARE),
+    Feature("decisions_left", "decisions after this one, over 4", _UP_TO_THREE),
+    Feature("budget", "the budget over what uniform rank 8 takes", _UP_TO_THREE),
+    Feature("spent", "cost of the current ranks over the budget", _UP_TO_THREE),
+    Feature("modules", "log2 of the number of modules, over 10", _UP_TO_THREE),
+    Feature("depth", "share of the layers that are adapted", _SHARE),
+    Feature("loss", "log of training loss since the last decision over the loss of the probe's start", _BOUNDED),
+    Feature("trend", "change of `loss` since the last decision", _BOUNDED),
+)
+"""Columns of `Observation.run`."""
+
+MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
+RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)
+
+EARLIER_FEATURE_NAMES = {
+    "height": "relative_depth",
+    "price": "rank_cost",
+    "rise": "next_rung_cost",
+    "release": "drop_saving",
+    "entry": "adapt_cost",
+    "stale": "signal_age",
+}
+"""Names of features in files of earlier versions, and what they are called now."""
+
+
+def feature_table(features: Sequence[Feature], indent: str = "") -> str:
+    """Features as a Markdown table, for documentation.
+
+    Args:
+        features: such as `MODULE_FEATURE_TABLE`.
+        indent: stands before every line but the first.
+    """
+    rows = [("feature", "meaning", "range"), ("---", "---", "---"), *features]
+    return f"\n{indent}".join(f"| {' | '.join(row)} |" for row in rows)
