@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ..common.arrays import Arrays
 from ..errors import RunFolderError
@@ -25,6 +24,8 @@ _METADATA = "rankpilot.problem"  # one key alone: the order of several is not fi
 
 def problem_bytes(problem: AllocationProblem) -> bytes:
     """The content of a problem's file; the same for problems that differ in one decision's part alone."""
+    from safetensors.numpy import save  # late: a Trainer does not load it
+
     state = cost_state(problem.cost)
     arrays: Arrays = {_COST + name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     arrays |= {
