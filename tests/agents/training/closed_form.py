@@ -100,8 +100,8 @@ class Episode:
     def observe(self, loss: float | None = None) -> Observation:
         return self.controller.observe(self.step, loss)
 
-    def apply(self, wanted: IntArray, scores: FloatArray) -> None:
-        self.controller.apply(wanted, scores, self.step)
+    def apply(self, decision: Decision) -> None:
+        self.controller.apply(decision.ranks, decision.scores, self.step)
 
     def advance(self) -> float:
         self.step = self.task.steps
@@ -123,7 +123,7 @@ def share_reached(task: ClosedForm, episode: Episode, decision: Decision) -> flo
     """How far a decision goes on the way from uniform rank (0) to the best ranks (1)."""
     reference = reference_of(task)
     assert reference.best is not None
-    episode.apply(decision.ranks, decision.scores)
+    episode.apply(decision)
     return (reference.uniform - episode.held_out_loss()) / (reference.uniform - reference.best)
 
 

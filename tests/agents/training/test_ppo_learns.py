@@ -81,9 +81,9 @@ def test_shares_of_known_plans() -> None:
     generator = np.random.default_rng(0)
     for ranks, share in ((uniform_ranks(problem), 0.0), (best, 1.0)):
         episode = Episode(task)
-        reached = share_reached(task, episode, decision_from_plan(episode.observe(), ranks))
+        reached = share_reached(task, episode, decision_from_plan(ranks))
         assert share - 1e-6 <= reached < share + 0.1, "`project` spends what a plan leaves"
     for _ in range(20):
         episode = Episode(task)
         ranks = generator.permutation(best)
-        assert share_reached(task, episode, decision_from_plan(episode.observe(), ranks)) <= 1.001
+        assert share_reached(task, episode, decision_from_plan(ranks)) <= 1.001
