@@ -50,7 +50,7 @@ def data() -> Dataset:
 
 
 class Recorder(TrainerCallback):
-    """Losses and ranks after each step; stops the run where it is told to."""
+    """Losses and ranks after each step; stops the run after a given step."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.losses: list[float] = []

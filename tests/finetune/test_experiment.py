@@ -240,8 +240,8 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(
 def test_a_finished_run_is_not_repeated(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
     config = make_config(steps=4)
     first = finetune(config, tmp_path / "run")
-    told: list[str] = []
-    assert finetune(config, tmp_path / "run", resume=True, on_phase=told.append) == first
+    phases: list[str] = []
+    assert finetune(config, tmp_path / "run", resume=True, on_phase=phases.append) == first
     with pytest.raises(RunFolderError, match="other settings"):
         finetune(replace(config, steps=5), tmp_path / "run", resume=True)
 

@@ -83,7 +83,7 @@ class Killed(Exception):
 
 
 class Recorder(TrainerCallback):
-    """Keeps losses, ranks and gradient norms; raises at a step if it is told to."""
+    """Keeps losses, ranks and gradient norms; raises at a given step."""
 
     def __init__(self, kill_at: int | None = None) -> None:
         self.losses: list[float] = []
@@ -548,8 +548,8 @@ def test_a_module_that_is_not_finite_is_left_alone(launch: Launch, caplog: pytes
     assert [ranks[names[1]] for ranks in run.recorder.ranks][2::3] == [4, 8, 12, 12]
     assert all(np.isfinite(run.recorder.losses))
     assert run.recorder.losses[-1] < run.recorder.losses[0]
-    told = [record.message for record in caplog.records if names[0] in record.message]
-    assert len(told) == 1, "warned once"
+    warnings = [record.message for record in caplog.records if names[0] in record.message]
+    assert len(warnings) == 1, "warned once"
     notes = {(row["decision"], row["module"]): row["note"] for row in run.log.to_pylist()}
     assert notes[0, names[0]] is None
     assert all("NaN or infinity" in notes[decision, names[0]] for decision in (1, 2, 3))

@@ -178,14 +178,14 @@ def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
 @pytest.mark.parametrize(("layers", "budget"), [(2, True), (6, False), (30, True), (80, False)])
 def test_no_text_of_the_picture_overlaps_or_leaves_it(layers: int, budget: bool) -> None:
     figure = memory_picture(memory_use(layers, budget=budget))
-    found = boxes(figure)
+    texts = boxes(figure)
     width, height = figure.canvas.get_width_height()
-    for name, (left, bottom, right, top) in found.items():
+    for name, (left, bottom, right, top) in texts.items():
         assert left >= 0, name
         assert bottom >= 0, name
         assert right <= width, name
         assert top <= height, name
-    for (one, a), (two, b) in combinations(found.items(), 2):
+    for (one, a), (two, b) in combinations(texts.items(), 2):
         across = min(a[2], b[2]) - max(a[0], b[0])
         down = min(a[3], b[3]) - max(a[1], b[1])
         assert across <= 1 or down <= 2, f"{one!r} and {two!r} overlap"
