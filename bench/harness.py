@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.files import write_json
 from ..common.statistics import Estimate, Statistic, estimate, medians
+from ..common.tables import make_table as make_table
 from ..errors import ConfigError, RankPilotError
 
 WIDTH = 132
@@ -206,13 +206,3 @@ def check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"Cannot make the folder of --json {path}: {error}") from error
-
-
-def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for people: the first column to the left, figures to the right."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
-    for row in rows:
-        table.add_row(*row)
-    return table

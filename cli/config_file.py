@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..common.files import read_json
 from ..common.settings import from_json
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def peek(arguments: Sequence[str], option: str) -> str | None:
-    """The value of an option that decides the defaults of the others, read before all are.
-
-    Args:
-        arguments: the command line; nothing is taken out of it.
-        option: such as "--config".
+    """The value of an option such as "--config", read ahead since it decides the defaults of the others.
 
     Raises:
         ConfigError: the option stands there without a value.
@@ -31,10 +27,9 @@ def peek(arguments: Sequence[str], option: str) -> str | None:
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(option, dest="value")
     try:
-        value: str | None = parser.parse_known_args(arguments)[0].value
+        return cast(str | None, parser.parse_known_args(arguments)[0].value)
     except ArgumentError as error:
         raise ConfigError(f"{option} needs a value.") from error
-    return value
 
 
 def read_config_file(path: str | None) -> dict[str, Any]:
@@ -55,12 +50,7 @@ def read_config_file(path: str | None) -> dict[str, Any]:
 
 
 def with_file_settings(base: Settings, values: dict[str, Any], path: str | None) -> Settings:
-    """Options whose defaults are the settings of a file.
-
-    Args:
-        base: has the settings that the file lacks.
-        values: what `read_config_file` returned.
-        path: the file, for errors.
+    """The settings `values` of the file at `path`; those that it lacks are as in `base`.
 
     Raises:
         ConfigError: a setting is unknown, of the wrong type or out of range.

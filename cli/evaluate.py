@@ -44,18 +44,9 @@ class Evaluate(EvaluateConfig):
     resume: bool = False
 
 
-def parse(arguments: Sequence[str]) -> Evaluate:
-    """The options."""
-    return tyro.cli(Evaluate, args=arguments, prog="rankpilot evaluate")
-
-
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
-    evaluate_command(parse(arguments))
-
-
-def evaluate_command(options: Evaluate) -> None:
     """Compare policies, and show who is better."""
+    options = tyro.cli(Evaluate, args=arguments, prog="rankpilot evaluate")
     from ..agents.evaluation.evaluate import ROWS, evaluate
     from ..study.policy.tables import comparison_table
 

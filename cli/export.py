@@ -36,18 +36,9 @@ class Export:
     rank: int | None = None
 
 
-def parse(arguments: Sequence[str]) -> Export:
-    """The options."""
-    return tyro.cli(Export, args=arguments, prog="rankpilot export")
-
-
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
-    export_command(parse(arguments))
-
-
-def export_command(options: Export) -> None:
     """Write the padded adapter, or write or print its rank pattern."""
+    options = tyro.cli(Export, args=arguments, prog="rankpilot export")
     from ..lora.export import export_padded, rank_pattern_yaml
 
     output = options.output

@@ -35,21 +35,12 @@ class Finetune(FinetuneConfig):
     resume: bool = False
 
 
-def parse(arguments: Sequence[str]) -> Finetune:
-    """The options: the command line over --config FILE.
-
-    Raises:
-        ConfigError: the config file does not fit.
-    """
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; options on the command line go before those of --config FILE."""
     path = peek(arguments, "--config")
     base = Finetune(model=tyro.MISSING, data=tyro.MISSING)
     default = with_file_settings(base, read_config_file(path), path)
-    return tyro.cli(Finetune, args=arguments, default=default, prog="rankpilot finetune")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
-    finetune_command(parse(arguments))
+    finetune_command(tyro.cli(Finetune, args=arguments, default=default, prog="rankpilot finetune"))
 
 
 def finetune_command(options: Finetune) -> None:

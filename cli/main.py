@@ -43,10 +43,7 @@ def usage() -> str:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command.
-
-    Args:
-        arguments: the command line without the program's name.
+    """Run one command, given the command line without the program's name.
 
     Returns:
         The exit status: 0, 1 after an error, 2 without a command, 130 if interrupted.
@@ -69,8 +66,10 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except RankPilotError as error:
         return _fail(str(error))
-    except OSError as error:
-        return _fail(_file_error(error))
+    except OSError as error:  # a file in place of a folder, no permission, a full disk
+        place = f" ({error.filename})" if error.filename else ""
+        advice = "Check that the path is right, that you may use it, and that the disk has room."
+        return _fail(f"{error.strerror or first_line(error)}{place}. {advice}")
     except KeyboardInterrupt:
         hint = " The same command with --resume continues from here." if command in RESUMABLE else ""
         Console(stderr=True).print(f"Interrupted.{hint}")
@@ -80,13 +79,5 @@ def run(arguments: Sequence[str]) -> int:
 
 def _fail(message: str) -> int:
     """Print an error as one line; returns the exit status."""
-    line = f"[bold red]error:[/] {escape(message)}"
-    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return 1
-
-
-def _file_error(error: OSError) -> str:
-    """What the system refused, in one line: a file in place of a folder, no permission, a full disk."""
-    reason = error.strerror or first_line(error)
-    place = f" ({error.filename})" if error.filename else ""
-    return f"{reason}{place}. Check that the path is right, that you may use it, and that the disk has room."

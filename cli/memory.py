@@ -33,18 +33,9 @@ class Memory(MemoryConfig):
     output: Path = Path("runs/memory")
 
 
-def parse(arguments: Sequence[str]) -> Memory:
-    """The options."""
-    return tyro.cli(Memory, args=arguments, prog="rankpilot memory")
-
-
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
-    memory_command(parse(arguments))
-
-
-def memory_command(options: Memory) -> None:
     """Show where the bytes go, and write the picture."""
+    options = tyro.cli(Memory, args=arguments, prog="rankpilot memory")
     from ..common.run_folder import refuse_file
     from ..study.memory import report as memory_report
     from ..study.memory.alternatives import memory_use

@@ -13,27 +13,18 @@ console = Console()
 
 @contextmanager
 def stage_bar(title: str, first: str = "") -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar for work of several stages, with the time left.
-
-    Args:
-        title: the line above the bar.
-        first: name of the first stage.
+    """A progress bar for work of several stages, the first named `first`, with the time left; `title` stands above.
 
     Yields:
         A function to call with (pieces done, pieces in all, name of the stage).
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
-    columns = (BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    counts = progress.BarColumn(30), progress.MofNCompleteColumn()
+    times = progress.TimeElapsedColumn(), progress.TextColumn("left:"), progress.TimeRemainingColumn()
+    columns = progress.TextColumn("{task.description}"), *counts, *times
     console.rule(title, align="left")
-    with Progress(TextColumn("{task.description}"), *columns, console=console, speed_estimate_period=600) as bar:
+    with progress.Progress(*columns, console=console, speed_estimate_period=600) as bar:
         task = bar.add_task(first, total=None)
         yield lambda done, total, stage: bar.update(task, description=stage, completed=done, total=total)
 

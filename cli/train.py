@@ -44,13 +44,8 @@ class Train(TrainConfig):
     resume: bool = False
 
 
-def parse(arguments: Sequence[str]) -> Train:
-    """The options: the command line over --config FILE over the preset.
-
-    Raises:
-        UnknownNameError: no such preset.
-        ConfigError: the config file does not fit.
-    """
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; options on the command line go before those of --config FILE, and both before the preset."""
     path = peek(arguments, "--config")
     values = read_config_file(path)
     preset = peek(arguments, "--preset") or values.get("preset", "quick")
@@ -58,12 +53,7 @@ def parse(arguments: Sequence[str]) -> Train:
         raise UnknownNameError.of("preset", str(preset), PRESETS)
     base = Train(**vars(PRESETS[preset]) | {"preset": preset})
     default = with_file_settings(base, values | {"preset": preset}, path)
-    return tyro.cli(Train, args=arguments, default=default, prog="rankpilot train")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
-    train_command(parse(arguments))
+    train_command(tyro.cli(Train, args=arguments, default=default, prog="rankpilot train"))
 
 
 def train_command(options: Train) -> None:

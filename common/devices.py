@@ -8,11 +8,7 @@ from ..errors import ConfigError
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one.
-
-    Raises:
-        ConfigError: there is no device of that name here.
-    """
+    """The device of that name; "auto" is CUDA where there is one. ConfigError if there is no such device here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

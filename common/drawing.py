@@ -21,15 +21,13 @@ WIDTH = 9.0
 DPI = 150
 INK, FAINT, RULE = "#333333", "#767676", "#bbbbbb"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BUDGET_RED = "#b00020"
+"""The line that no step may cross."""
 MIB = 2**20
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG in one step; equal figures give equal bytes.
-
-    Returns:
-        The path.
-    """
+    """Write a figure as PNG in one step, and return the path; equal figures give equal bytes."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png", facecolor="white", metadata={"Software": None})
     return path
@@ -54,16 +52,17 @@ def new_figure(height: float, title: str, note: str = "") -> Figure:
     return figure
 
 
-def clean_axes(axes: Axes) -> Axes:
-    """Leave the left and bottom spine, small grey ticks and a faint grid."""
+def clean_axes(axes: Axes, title: str = "", pad: float = 6) -> Axes:
+    """Leave the left and bottom spine, small grey ticks and a faint grid; write a title, `pad` points above."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(RULE)
     axes.tick_params(labelsize=9, color=RULE, labelcolor=INK, length=3)
-    axes.xaxis.label.set(fontsize=10, color=INK)
-    axes.yaxis.label.set(fontsize=10, color=INK)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(fontsize=10, color=INK)
     axes.grid(axis="y", color="#ececec", linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=pad)
     return axes
 
 
@@ -81,11 +80,6 @@ def smooth(values: FloatArray, span: int) -> FloatArray:
         total, weight = decay * total + value, decay * weight + 1
         result[index] = total / weight
     return result
-
-
-def run_colors(count: int) -> list[str]:
-    """One colour for each run; repeated beyond six."""
-    return [COLORS[index % len(COLORS)] for index in range(count)]
 
 
 def finite_points(points: Points) -> FloatArray:

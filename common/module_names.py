@@ -12,12 +12,7 @@ _LAYERED = re.compile(r"^(?P<prefix>.*?)\.?\b(?P<layer>\d+)\.(?P<rest>.+)$")
 
 @dataclass(frozen=True)
 class ShortName:
-    """A module's name in two parts.
-
-    Attributes:
-        layer: "layer 3"; empty for a module outside the numbered layers.
-        kind: such as "query" or "intermediate.dense".
-    """
+    """A module's name in two parts: "layer 3", empty outside the numbered layers, and such as "intermediate.dense"."""
 
     layer: str
     kind: str
@@ -27,13 +22,12 @@ class ShortName:
 
 
 def short_names(modules: Sequence[str]) -> list[ShortName]:
-    """Shorten full module names, in order; different names stay different.
-
-    Args:
-        modules: full names such as "encoder.layer.3.attention.self.query".
-    """
+    """Shorten full names such as "encoder.layer.3.attention.self.query"; different names stay different."""
     matches = [_LAYERED.match(name) for name in modules]
-    kinds = shortest_suffixes([match["rest"] if match else name for match, name in zip(matches, modules, strict=True)])
+    rests = [match["rest"] if match else name for match, name in zip(matches, modules, strict=True)]
+    different = list(dict.fromkeys(rests))
+    ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
+    kinds = [ends[rest] for rest in rests]
     names = [
         ShortName(f"layer {match['layer']}" if match else "", kind) for match, kind in zip(matches, kinds, strict=True)
     ]
@@ -41,26 +35,15 @@ def short_names(modules: Sequence[str]) -> list[ShortName]:
         return names
     # Two stacks of layers, as in T5: their names tell which one.
     return [
-        ShortName(f"{match['prefix'].split('.')[0]} {name.layer}" if match else "", match["rest"] if match else full)
-        for match, name, full in zip(matches, names, modules, strict=True)
+        ShortName(f"{match['prefix'].split('.')[0]} {name.layer}" if match else "", rest)
+        for match, name, rest in zip(matches, names, rests, strict=True)
     ]
-
-
-def shortest_suffixes(kinds: Sequence[str]) -> list[str]:
-    """The shortest dotted end of each kind that no other kind has; a leading number gets its word."""
-    different = list(dict.fromkeys(kinds))
-    ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
-    return [ends[kind] for kind in kinds]
 
 
 def shortest_ends(names: Sequence[str], groups: Sequence[int]) -> list[str]:
     """The shortest dotted ends that tell the names of one group apart, in order; a leading number gets its word.
 
     Equal names have equal ends, also in different groups. A name that a group holds twice is given in full.
-
-    Args:
-        names: such as "attention.self.query".
-        groups: number of each name's group.
     """
     parts = {name: name.split(".") for name in names}
     sizes = dict.fromkeys(names, 1)
@@ -83,10 +66,6 @@ def kinds_in_layers(modules: Sequence[str], layers: Sequence[int]) -> list[str]:
     """The shortest dotted ends of names that tell the modules of one layer apart, in order.
 
     What stands before the layer's number counts only where the rest is the same for two modules of one layer.
-
-    Args:
-        modules: full names, different from each other.
-        layers: the layer of each module.
     """
     ends = shortest_ends([re.sub(r"^.*?\b\d+\.(?=.)", "", name) for name in modules], layers)
     counts = Counter(zip(layers, ends, strict=True))
@@ -94,14 +73,8 @@ def kinds_in_layers(modules: Sequence[str], layers: Sequence[int]) -> list[str]:
 
 
 def layer_titles(layers: Sequence[str]) -> list[str]:
-    """Layers as people name them, in order: "layer 3", or the last part of a name; in full where two would be alike.
-
-    Args:
-        layers: full names such as "bert.encoder.layer.3" or "bert.embeddings".
-    """
+    """Full names of layers as people say them: "layer 3", or the last part; in full where two would be alike."""
     numbers = [re.fullmatch(r"(?:.*\.)?(\d+)", name) for name in layers]
-    titles = [
-        f"layer {number[1]}" if number else name.rpartition(".")[2]
-        for number, name in zip(numbers, layers, strict=True)
-    ]
+    pairs = zip(numbers, layers, strict=True)
+    titles = [f"layer {number[1]}" if number else name.rpartition(".")[2] for number, name in pairs]
     return [title if titles.count(title) == 1 else name for title, name in zip(titles, layers, strict=True)]

@@ -48,34 +48,26 @@ def draw_cells(axes: Axes, ranks: IntArray, edges: Sequence[float], *, gap: floa
     rows = len(ranks)
     axes.pcolormesh(edges, np.arange(rows + 1), rank_colors(ranks), zorder=1)
     if hatched:
-        _hatch(axes, [(edges[c], row, edges[c + 1] - edges[c]) for row, c in np.argwhere(ranks == 0).tolist()])
+        cells = np.argwhere(ranks == 0).tolist()
+        patches = [Rectangle((edges[column], row), edges[column + 1] - edges[column], 1) for row, column in cells]
+        style: dict[str, Any] = {"facecolor": NO_ADAPTER, "edgecolor": "#d2d2d2", "hatch": "///", "linewidth": 0}
+        axes.add_collection(PatchCollection(patches, **style, zorder=1.5), autolim=False)
     if gap:
         axes.hlines(range(1, rows), edges[0], edges[-1], color="white", linewidth=gap, zorder=2)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, rows))
-    _clear(axes)
-
-
-def _hatch(axes: Axes, cells: Sequence[tuple[float, float, float]]) -> None:
-    """Hatch cells of height 1, each given by its left end, its lower end and its width."""
-    patches = [Rectangle((left, low), width, 1) for left, low, width in cells]
-    style: dict[str, Any] = {"facecolor": NO_ADAPTER, "edgecolor": "#d2d2d2", "hatch": "///", "linewidth": 0}
-    axes.add_collection(PatchCollection(patches, **style, zorder=1.5), autolim=False)
-
-
-def _clear(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
 
 
 def write_rank(axes: Axes, rank: int, place: tuple[float, float], text: str = "", **style: Any) -> None:
-    """Write a rank into its cell, in a colour that can be read there.
+    """Write a rank, or a text in its place, into its cell in a colour that can be read there.
 
     Args:
         axes: of the cells.
         rank: decides the colour.
-        place: where the text stands, in data coordinates.
+        place: in data coordinates.
         text: in place of the number alone.
-        style: of the text; overrides the usual style.
+        style: overrides the usual style of the text.
     """
     brightness = float(rank_colors(np.array([rank]))[0] @ (0.299, 0.587, 0.114))
     color = FAINT if rank == 0 else "white" if brightness < 0.5 else INK

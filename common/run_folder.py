@@ -39,7 +39,8 @@ def open_run(
         RunFolderError: it holds another run or one with other settings, it is a file, or another process uses it.
     """
     refuse_file(folder)
-    if _is_new(folder):
+    # A run that wrote no settings has left nothing but its lock.
+    if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
     else:
         _check(folder, config, resume, kind)
@@ -64,11 +65,6 @@ def refuse_file(folder: Path) -> None:
     """Raise RunFolderError where a folder is to be and a file is."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file. Pass the name of a folder as --output.")
-
-
-def _is_new(folder: Path) -> bool:
-    """Whether a folder holds nothing, or nothing but the lock of a run that wrote no settings."""
-    return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
 
 
 def _check(folder: Path, config: dict[str, Any], resume: bool, kind: type[DataclassInstance] | None) -> None:

@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 
 
 def as_json(kind: type[DataclassInstance], settings: DataclassInstance) -> dict[str, Any]:
-    """Settings as JSON values.
-
-    Args:
-        kind: the dataclass whose fields count.
-        settings: of that class or of a subclass, whose further fields are left out.
-    """
+    """Settings as JSON values: the fields of the dataclass `kind`, without those that a subclass of it adds."""
     values = asdict(settings)
     return {field.name: as_plain(values[field.name]) for field in fields(kind)}
 
@@ -54,11 +49,8 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
     needed = [] if base else [name for name, required in names.items() if required or complete]
     missing = [name for name in needed if name not in values]
     if unknown or missing:
-        problems = [
-            f"{label} {', '.join(map(repr, keys))}"
-            for label, keys in (("unknown", unknown), ("missing", missing))
-            if keys
-        ]
+        both = (("unknown", unknown), ("missing", missing))
+        problems = [f"{label} {', '.join(map(repr, keys))}" for label, keys in both if keys]
         raise ConfigError(f"{' and '.join(problems)}; the settings are {', '.join(names)}.")
     types = get_type_hints(kind)
     read = {name: _read(types[name], value, name) for name, value in values.items()}
@@ -83,11 +75,7 @@ def _with_current_keys(kind: type[DataclassInstance], values: Mapping[str, Any])
 
 
 def _read(expected: Any, value: Any, name: str) -> Any:
-    """One value in the type that its field has.
-
-    Raises:
-        ConfigError: it does not have that type.
-    """
+    """One value in the type that its field has; ConfigError if it does not have that type."""
     origin, arguments = get_origin(expected), get_args(expected)
     if origin in (Union, UnionType) and NoneType in arguments:
         (inner,) = (argument for argument in arguments if argument is not NoneType)

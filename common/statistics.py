@@ -24,14 +24,12 @@ Statistic = Callable[[FloatArray, IntArray], FloatArray]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval.
+    """A figure with its 95 % interval; `f"{estimate:.3f}"` gives "1.042 (1.004 to 1.077)".
 
     Attributes:
         value: of all runs.
         low: 2.5 % of the bootstrap draws lie below it.
         high: 2.5 % lie above it.
-
-    `f"{estimate:.3f}"` gives "1.042 (1.004 to 1.077)".
     """
 
     value: float
@@ -136,12 +134,8 @@ def compare_pairs(
     """
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     wins, losses = left > right, left < right
-    return PairedComparison(
-        better=estimate(np.where(wins, 1.0, np.where(losses, 0.0, 0.5)), tasks),
-        wins=int(wins.sum()),
-        ties=int((~wins & ~losses).sum()),
-        losses=int(losses.sum()),
-    )
+    better = estimate(np.where(wins, 1.0, np.where(losses, 0.0, 0.5)), tasks)
+    return PairedComparison(better, int(wins.sum()), int((~wins & ~losses).sum()), int(losses.sum()))
 
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float, float]:

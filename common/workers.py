@@ -54,16 +54,16 @@ class Call:
 
 
 class Workers(Protocol):
-    """Runs pieces of work, and keeps objects; this process, processes of this machine, or those of a cluster."""
+    """Runs pieces of work, and keeps objects: this process, or processes of this machine."""
 
     def spread(
         self, work: Callable[[Piece], Result], pieces: Sequence[Piece], describe: Callable[[Piece], str] = repr
     ) -> Iterator[tuple[Piece, Result]]:
-        """Do pieces of work; yields each with its result as soon as that is there.
+        """Do pieces of work, all of which can be pickled; yields each with its result as soon as that is there.
 
         Args:
             work: what to do with each; pickled by its name.
-            pieces: whatever can be pickled.
+            pieces: of the work.
             describe: names a piece in errors.
 
         Raises:
@@ -71,12 +71,7 @@ class Workers(Protocol):
         """
 
     def keep(self, key: int, make: Callable[[], Any]) -> None:
-        """Keep an object from its first call on, in place of the one that had the key before.
-
-        Args:
-            key: names the object.
-            make: builds it, in the process where it will live.
-        """
+        """Keep an object, which `make` builds where it will live, in place of the one that had the key before."""
 
     def call(self, calls: Mapping[int, Call]) -> dict[int, Any]:
         """Call methods of objects, side by side; returns their results by key.
@@ -102,11 +97,7 @@ def isolated() -> Iterator[None]:
 
 
 def make_workers(count: int) -> Workers:
-    """Workers; the caller closes them.
-
-    Args:
-        count: processes, which are started when there is work for them; with one, all happens in this process.
-    """
+    """Processes that start when there is work for them, to be closed by the caller; one stands for this process."""
     return _ThisProcess() if count == 1 else _Processes(count)
 
 
@@ -159,14 +150,7 @@ class _ThisProcess:
 
 @dataclass(frozen=True)
 class _Request:
-    """What a process is sent: a function of a piece, or of an object that it keeps.
-
-    Attributes:
-        key: of the object; None for a piece.
-        function: what is called; with `build` it builds the object.
-        arguments: of the function, the object apart.
-        build: whether the result becomes the object of that key.
-    """
+    """What a process is sent: a function of a piece, or of the object with this key, or one that builds that object."""
 
     key: int | None
     function: Callable[..., Any]
@@ -176,15 +160,7 @@ class _Request:
 
 @dataclass(eq=False)
 class _Job:
-    """A piece or a call that somebody waits for.
-
-    Attributes:
-        index: tells it from the others.
-        request: what is sent.
-        name: tells what errors call it.
-        anew: see `Call`.
-        deaths: processes that have died at it.
-    """
+    """A piece or a call that somebody waits for, and how many processes have died at it."""
 
     index: int
     request: _Request
@@ -194,11 +170,7 @@ class _Job:
 
 
 class _Processes:
-    """Processes of this machine.
-
-    Args:
-        count: at most so many.
-    """
+    """Processes of this machine."""
 
     def __init__(self, count: int) -> None:
         self.processes = [_Process() for _ in range(count)]
@@ -236,10 +208,9 @@ class _Processes:
     def _done(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, bool, Any]]:
         """Jobs as they are done: whether each succeeded, and its result, or else what it raised."""
         waiting = {process: deque[_Job]() for process in self.processes}
-        anywhere = deque(job for job in jobs if job.request.key is None)
+        anywhere = deque[_Job]()
         for job in jobs:
-            if job.request.key is not None:
-                waiting[self._home(job.request.key)].append(job)
+            (anywhere if job.request.key is None else waiting[self._home(job.request.key)]).append(job)
         busy: dict[_Process, _Job] = {}
         try:
             while busy or anywhere or any(waiting.values()):
@@ -338,10 +309,9 @@ class _Process:
         job.deaths += 1
         self.stop()
         if job.deaths == MOST_DEATHS:
-            name = textwrap.shorten(job.name(), 200)
             raise WorkerError(
-                f"A worker process ended {MOST_DEATHS} times at the same work, for lack of memory perhaps: {name}. Try "
-                "fewer workers."
+                f"A worker process ended {MOST_DEATHS} times at the same work, for lack of memory perhaps: "
+                f"{textwrap.shorten(job.name(), 200)}. Try fewer workers."
             )
         self.begin(job)
 
@@ -351,7 +321,7 @@ def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     torch.set_num_threads(1)
     Thread(target=_end_with_parent, daemon=True).start()
-    objects: dict[int, Any] = {}
+    objects: dict[int | None, Any] = {}
     while True:
         try:
             request: _Request = pipe.recv()
@@ -359,7 +329,12 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             with isolated():
-                answer = True, _answer(request, objects)
+                if request.build:
+                    objects[request.key] = request.function()
+                    answer: tuple[bool, Any] = True, None
+                else:
+                    kept = () if request.key is None else (objects[request.key],)
+                    answer = True, request.function(*kept, *request.arguments)
         except Exception as error:  # whatever it is, the parent raises it
             answer = False, error
         try:
@@ -368,15 +343,6 @@ def _serve(pipe: Connection) -> None:
             return
         except Exception as error:  # it cannot be pickled
             pipe.send((False, WorkerError(f"What a worker found cannot be sent to its parent: {error}")))
-
-
-def _answer(request: _Request, objects: dict[int, Any]) -> Any:
-    if request.key is None:
-        return request.function(*request.arguments)
-    if request.build:
-        objects[request.key] = request.function()
-        return None
-    return request.function(objects[request.key], *request.arguments)
 
 
 def _end_with_parent() -> None:

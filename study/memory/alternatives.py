@@ -100,8 +100,7 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
         tell: called with a few words on what happens next.
 
     Raises:
-        UnknownNameError, AssetError, DataError, ConfigError, UnsupportedError: see `set_up`; or checkpointing is asked
-            for and the model does not support it.
+        RankPilotError: see `set_up`; also if checkpointing is asked for and the model does not support it.
         BudgetError: no plan fits the budget.
     """
     setup = set_up(config, tell)
@@ -113,10 +112,9 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
     memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
     plans = _Plans(setup, memory)
     rules = tuple(plans.rules())  # first, since it may raise that no plan fits
-    measured = None
     if config.measure:
         tell("measuring real steps")
-        measured = measure_step(setup)
+    measured = measure_step(setup) if config.measure else None
     batches = tuple(plans.by_batch(tell))
     switched = plain or _with_checkpointing(setup, tell, notes)
     return MemoryUse(
@@ -170,10 +168,10 @@ class _Plans:
 
     def by_rank(self) -> Iterator[Alternative]:
         """The rank that was asked for, and other ranks on all modules."""
-        others = [rank for rank in RANKS if rank != self._config.rank]
         yield self._alternative("asked", f"rank {self._config.rank} on all modules, as asked", self._asked)
-        for rank in others:
-            yield self._alternative("rank", f"rank {rank} on all modules", np.minimum(rank, self._max_ranks))
+        for rank in RANKS:
+            if rank != self._config.rank:
+                yield self._alternative("rank", f"rank {rank} on all modules", np.minimum(rank, self._max_ranks))
 
     def by_layers(self) -> Iterator[Alternative]:
         """The rank that was asked for on the top half and on the top third of the layers."""
@@ -188,10 +186,8 @@ class _Plans:
     def by_batch(self, tell: Tell) -> Iterator[Alternative]:
         """Half the rows, and half the tokens. Where the operations depend on the data, the step is calibrated anew."""
         shape = self._memory.shape
-        fewer, shorter = (
-            BatchShape(max(1, shape.rows // 2), shape.length),
-            BatchShape(shape.rows, -(-shape.length // 2)),
-        )
+        fewer = BatchShape(max(1, shape.rows // 2), shape.length)
+        shorter = BatchShape(shape.rows, -(-shape.length // 2))
         for name, half in (("half the batch", fewer), ("half the length", shorter)):
             if half == shape:
                 continue
@@ -208,11 +204,7 @@ class _Plans:
             yield self._alternative("checkpointing", f"{word} gradient checkpointing", self._asked, memory)
 
     def rules(self) -> Iterator[Alternative]:
-        """The plans of the placement rules inside the budget.
-
-        Raises:
-            BudgetError: no plan fits.
-        """
+        """The plans of the placement rules inside the budget; BudgetError if no plan fits."""
         if self._limit is None:
             return
         check_budget(self._problem, [target.name for target in self._targets])

@@ -30,11 +30,7 @@ class MeasuredStep:
 
 
 def measure_step(setup: StepSetup) -> MeasuredStep:
-    """Train one step, which makes the optimiser's state, then measure further steps. The adapters change.
-
-    Args:
-        setup: the step.
-    """
+    """Train one step, which makes the optimiser's state, then measure further steps. The adapters change."""
     _step(setup)
     state = state_bytes(setup.model, setup.optimizer, gradients=False)
     if setup.device.type == "cuda":

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ...common.arrays import FloatArray, IntArray
-from ...common.drawing import COLORS, FAINT, INK, clean_axes, new_figure
+from ...common.drawing import BUDGET_RED, COLORS, FAINT, INK, clean_axes, new_figure
 from ...common.module_names import layer_titles
 from ...common.units import format_bytes
 from ...memory.breakdown import Kind
@@ -34,11 +34,8 @@ KIND_COLORS: dict[Kind, tuple[str, str]] = {
 VISIBLE = 0.002
 """A kind with a larger share of the peak than this gets a name in the picture."""
 
-MOST_ROOMY_LAYERS = 24
-"""More rows than this are drawn closer together."""
-
-MOST_NAMED_LAYERS = 45
-"""Of more rows than this, not every layer is named."""
+MOST_ROOMY_LAYERS, MOST_NAMED_LAYERS = 24, 45
+"""More rows than the first are drawn closer together; of more than the second, not every one is named."""
 
 
 def memory_picture(use: MemoryUse) -> Figure:
@@ -58,27 +55,18 @@ def _draw_layers(axes: Axes, use: MemoryUse) -> None:
     divisor, unit = _scale(float(breakdown.bytes.sum(axis=1).max()))
     rows = np.arange(len(breakdown.layers))
     _stack(axes, rows, {kind: breakdown.by_layer(kind) / divisor for kind in KIND_COLORS})
-    _clean_bars(axes, len(rows))
+    _clean_bars(axes, len(rows), "By layer")
     every = 1 + len(rows) // MOST_NAMED_LAYERS
     axes.set_yticks(rows[::every], layer_titles(breakdown.layers)[::every])
     axes.tick_params(axis="y", labelsize=8.5 if len(rows) <= MOST_ROOMY_LAYERS else 7.5)
     axes.set(xlabel=f"{unit} at the peak")
-    axes.set_title("By layer", fontsize=10.5, color=INK, loc="left")
     shown = [
         Patch(color=color, label=label)
         for kind, (color, label) in KIND_COLORS.items()
         if any(choice.breakdown.of_kind(kind) > VISIBLE * choice.peak_bytes for choice in use.alternatives)
     ]
-    axes.legend(
-        handles=shown,
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1.02),
-        fontsize=9,
-        frameon=False,
-        borderaxespad=0,
-        handlelength=1,
-        handleheight=1,
-    )
+    style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
+    axes.legend(handles=shown, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
 
 
 def _draw_choices(axes: Axes, use: MemoryUse) -> None:
@@ -86,20 +74,22 @@ def _draw_choices(axes: Axes, use: MemoryUse) -> None:
     largest = max(*(choice.peak_bytes for choice in choices), use.limit_bytes or 0)
     divisor, unit = _scale(largest)
     rows = np.arange(len(choices))[::-1]
-    kinds = {kind: [choice.breakdown.of_kind(kind) / divisor for choice in choices] for kind in KIND_COLORS}
-    _stack(axes, rows, {kind: np.array(sizes) for kind, sizes in kinds.items()})
+    for_kind = {kind: np.array([choice.breakdown.of_kind(kind) for choice in choices]) for kind in KIND_COLORS}
+    _stack(axes, rows, {kind: sizes / divisor for kind, sizes in for_kind.items()})
     for row, choice in zip(rows.tolist(), choices, strict=True):
         text = f"{choice.peak_bytes / use.reference_bytes:.0%}  {format_bytes(choice.peak_bytes)}"
         style: dict[str, Any] = {"fontsize": 8.5, "color": INK, "va": "center", "textcoords": "offset points"}
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}  # above the budget's line
         axes.annotate(text, (choice.peak_bytes / divisor, row), (5, 0), bbox=box, **style)
-    _clean_bars(axes, len(rows))
+    title = "What other choices take, as shares of rank 8 on all modules"
+    _clean_bars(axes, len(rows), title, pad=20 if use.limit_bytes else 6)
     axes.set_yticks(rows, [choice.label for choice in choices])
     axes.set(xlim=(0, 1.2 * largest / divisor), xlabel=f"{unit} at the peak")
-    title = "What other choices take, as shares of rank 8 on all modules"
-    axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=20 if use.limit_bytes else 6)
-    if use.limit_bytes is not None:
-        _draw_budget(axes, use.limit_bytes / divisor, format_bytes(use.limit_bytes))
+    if use.limit_bytes is not None:  # a line behind the numbers, its name above the bars
+        axes.axvline(use.limit_bytes / divisor, color=BUDGET_RED, linewidth=1.6, zorder=0.5)
+        place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
+        name = f"budget {format_bytes(use.limit_bytes)}"
+        axes.annotate(name, (use.limit_bytes / divisor, 1), (0, 3), color=BUDGET_RED, fontsize=9, **place)
 
 
 def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> None:
@@ -110,16 +100,8 @@ def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> None
         left = left + widths
 
 
-def _draw_budget(axes: Axes, limit: float, text: str) -> None:
-    """A red line behind the numbers, its name above the bars."""
-    red = "#b00020"
-    axes.axvline(limit, color=red, linewidth=1.6, zorder=0.5)
-    style: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "fontsize": 9}
-    axes.annotate(f"budget {text}", (limit, 1), (0, 3), color=red, ha="center", **style)
-
-
-def _clean_bars(axes: Axes, rows: int) -> None:
-    clean_axes(axes)
+def _clean_bars(axes: Axes, rows: int, title: str, pad: float = 6) -> None:
+    clean_axes(axes, title, pad)
     axes.set_ylim(-0.6, rows - 0.4)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color="#ececec", linewidth=0.8)
@@ -136,10 +118,9 @@ def _scale(largest: float) -> tuple[float, str]:
 
 
 def _title(use: MemoryUse) -> str:
-    breakdown = use.breakdown
-    saved = sum(breakdown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
-    share = saved / breakdown.total
-    return f"A training step peaks at {format_bytes(breakdown.total)}; {share:.0%} is held for backward"
+    total = use.breakdown.total
+    saved = sum(use.breakdown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
+    return f"A training step peaks at {format_bytes(total)}; {saved / total:.0%} is held for backward"
 
 
 def _note(use: MemoryUse) -> str:

@@ -18,9 +18,10 @@ from ...common.drawing import save_figure
 from ...common.files import write_json
 from ...common.module_names import layer_titles
 from ...common.settings import as_json
+from ...common.tables import make_table
 from ...common.units import format_bytes
 from ...memory.breakdown import KINDS, Kind
-from .alternatives import Alternative, MemoryUse
+from .alternatives import MemoryUse
 from .config import MemoryConfig
 from .picture import memory_picture
 
@@ -69,9 +70,8 @@ def moment_text(label: str) -> str:
 def peak_table(use: MemoryUse) -> Table:
     """The peak by kind."""
     breakdown = use.breakdown
-    table = Table(title=f"Peak of a training step: {moment_text(breakdown.label)}", title_justify="left")
-    for column in ("what", "bytes", "share"):
-        table.add_column(column, justify="left" if column == "what" else "right")
+    title = f"Peak of a training step: {moment_text(breakdown.label)}"
+    table = make_table(title, ("what", "bytes", "share"), first_wraps=True)
     for kind in sorted(KINDS, key=breakdown.of_kind, reverse=True):
         if breakdown.of_kind(kind):
             table.add_row(WORDS[kind], *_with_share(breakdown.of_kind(kind), breakdown.total))
@@ -91,16 +91,15 @@ def layer_table(use: MemoryUse) -> Table:
     """The peak by layer, with the model's output at the top."""
     breakdown = use.breakdown
     saved, moment, adapter = (breakdown.by_layer(*kinds) for kinds in _COLUMNS.values())
-    table = Table(title="By layer, the model's output at the top", title_justify="left")
     rules = [alternative for alternative in use.alternatives if alternative.kind == "budget"]
-    table.add_column("layer", no_wrap=True)
-    for column in (*_COLUMNS, "share", *(f"ranks of {rule.label.partition(' ')[0]}" for rule in rules)):
-        table.add_column(column, justify="right")
+    columns = ("layer", *_COLUMNS, "share", *(f"ranks of {rule.label.partition(' ')[0]}" for rule in rules))
+    table = make_table("By layer, the model's output at the top", columns)
     every = (breakdown.bytes.sum(axis=1) / breakdown.total).tolist()
     titles = layer_titles(breakdown.layers)
     for row in range(len(titles))[::-1]:
         cells = [format_bytes(values[row]) if values[row] else "–" for values in (saved, moment, adapter)]
-        ranks = [_ranks_text(_ranks_in(use, rule, breakdown.layers[row])) for rule in rules]
+        inside = [layer == breakdown.layers[row] for layer in breakdown.layer_of]
+        ranks = [_ranks_text(rule.ranks[inside].tolist()) for rule in rules]
         table.add_row(titles[row], *cells, f"{every[row]:.1%}", *ranks)
     return table
 
@@ -110,11 +109,6 @@ _COLUMNS: dict[str, tuple[Kind, ...]] = {
     "momentary": ("transient",),
     "adapter": ("weights", "gradients", "optimizer", "signals", "others"),
 }
-
-
-def _ranks_in(use: MemoryUse, plan: Alternative, layer: str) -> list[int]:
-    """The ranks of a plan in one layer."""
-    return [rank for rank, place in zip(plan.ranks.tolist(), use.breakdown.layer_of, strict=True) if place == layer]
 
 
 def _ranks_text(ranks: Sequence[int]) -> str:
@@ -133,11 +127,8 @@ def change_table(use: MemoryUse) -> Table:
     """The bytes that other choices would take."""
     asked = use.alternatives[0].peak_bytes
     title = "What to change" if use.limit_bytes is None else f"What to change, budget {format_bytes(use.limit_bytes)}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("choice")
-    budgeted = use.config.budget is not None
-    for column in ("peak", "saves", "of rank 8", *(["fits"] if budgeted else [])):
-        table.add_column(column, justify="right")
+    fits_column = ["fits"] if use.config.budget is not None else []
+    table = make_table(title, ("choice", "peak", "saves", "of rank 8", *fits_column), first_wraps=True)
     previous = "rank"
     for choice in use.alternatives:
         if choice.kind not in (previous, "asked"):
@@ -155,23 +146,17 @@ def measured_table(use: MemoryUse) -> Table | None:
     measured = use.measured
     if measured is None:
         return None
-    table = Table(title="A real step", title_justify="left")
-    for column in ("what", "bytes", "of predicted"):
-        table.add_column(column, justify="left" if column == "what" else "right")
     tensors = "live tensors" if use.device == "cpu" else "allocated by CUDA's allocator"
-    for word, count in (
-        ("predicted", use.breakdown.total),
-        (f"measured: {tensors}", measured.peak_bytes),
-        ("measured: rise of resident memory", measured.resident_bytes),
+    table = make_table("A real step", ("what", "bytes", "of predicted"), first_wraps=True)
+    for word, count, compared in (
+        ("predicted", use.breakdown.total, True),
+        (f"measured: {tensors}", measured.peak_bytes, True),
+        ("measured: rise of resident memory", measured.resident_bytes, True),
+        ("peak resident memory of the process", measured.process_bytes, False),
+        ("reserved by CUDA's allocator, the model included", measured.reserved_bytes, False),
     ):
         if count is not None:
-            table.add_row(word, format_bytes(count), f"{count / use.breakdown.total:.1%}")
-    for word, whole in (
-        ("peak resident memory of the process", measured.process_bytes),
-        ("reserved by CUDA's allocator, the model included", measured.reserved_bytes),
-    ):
-        if whole is not None:
-            table.add_row(word, format_bytes(whole), "")
+            table.add_row(word, format_bytes(count), f"{count / use.breakdown.total:.1%}" if compared else "")
     return table
 
 

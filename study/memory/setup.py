@@ -18,7 +18,7 @@ from ...common.devices import find_device
 from ...data.batches import largest_batch
 from ...data.models import adapt, load_config, load_model
 from ...data.task import Task
-from ...data.workload import Workload, load_workload
+from ...data.workload import load_workload
 from ...errors import ConfigError
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
@@ -38,7 +38,7 @@ class StepSetup:
     Attributes:
         config: what was asked for.
         task: the task of the model's head.
-        model: the model with adapters of the rank that was asked for, in training mode, on its device.
+        model: with adapters of the rank that was asked for, in training mode, on its device.
         targets: its target modules.
         batch: the largest batch that training would see.
         optimizer: the optimiser of all parameters that train.
@@ -61,19 +61,11 @@ class StepSetup:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
     def measure_memory(self, batch: Batch | None = None) -> MemoryModel:
-        """The byte model of this step as it is set up now, without signal buffers.
-
-        Args:
-            batch: another batch than the largest one.
-        """
+        """The byte model of this step as it is set up now, without signal buffers; on the largest batch, or another."""
+        batch, accumulates = batch or self.batch, self.config.accumulation > 1
         with self.precision():
             return measure_memory(
-                self.model,
-                self.targets,
-                batch or self.batch,
-                self.optimizer,
-                signals=False,
-                accumulates=self.config.accumulation > 1,
+                self.model, self.targets, batch, self.optimizer, signals=False, accumulates=accumulates
             )
 
 
@@ -91,9 +83,13 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     """
     tell(f"loading {config.model}")
     architecture = load_config(config.model)
-    workload = _workload(config)
-    task = workload.task if workload else config.task or default_task(architecture)
-    labels = workload.labels if workload else tuple(f"class {number}" for number in range(config.labels))
+    workload = None
+    task = config.task or default_task(architecture)
+    labels = tuple(f"class {number}" for number in range(config.labels))
+    if config.data is not None:
+        names = ("task", "max_length", "text_column", "label_column", "seed")
+        workload = load_workload(config.model, config.data, **{name: getattr(config, name) for name in names})
+        task, labels = workload.task, workload.labels
     set_seed(config.seed)
     base = load_model(config.model, task, labels, workload.tokenizer if workload else None)
     base.config.use_cache = False  # as in the Trainer
@@ -110,27 +106,10 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     return StepSetup(config, task, model, targets, batch, new_optimizer(config.optimizer, model))
 
 
-def _workload(config: MemoryConfig) -> Workload | None:
-    if config.data is None:
-        return None
-    return load_workload(
-        config.model,
-        config.data,
-        task=config.task,
-        max_length=config.max_length,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        seed=config.seed,
-    )
-
-
 def default_task(config: Any) -> Task:
-    """The task that a model is usually fine-tuned for.
+    """The task that a model with this configuration is usually fine-tuned for.
 
     The name of its head decides. If it names none, models that only read from left to right generate.
-
-    Args:
-        config: the model's configuration.
     """
     for architecture in config.architectures or ():
         if architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -143,11 +122,7 @@ def default_task(config: Any) -> Task:
 
 
 def _check_length(length: int, model: nn.Module) -> None:
-    """Check that the model has a position for each token of a row.
-
-    Raises:
-        ConfigError: the rows are longer.
-    """
+    """Refuse rows that are longer than the model has positions."""
     config: Any = model.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
     for name, module in model.named_modules():

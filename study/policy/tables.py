@@ -10,19 +10,15 @@ from ...common.statistics import Estimate, PairedComparison
 
 
 def comparison_table(group: Group, against: str) -> Table:
-    """Who is better on one group of tasks, best first.
+    """Who is better on one group of tasks, best first; `against` is the policy that all are compared with.
 
     Below each figure is its 95 % interval, below a chance also how many runs were won, tied and lost.
-
-    Args:
-        group: the policies on these tasks.
-        against: name of the policy that all are compared with.
     """
     table = Table(title=f"{group.name} ({group.tasks} tasks)", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("policy", overflow="fold")
-    for column in ("runs", "held-out\nloss", "gain, of\nheadroom", "interquartile\nmean", "better than\nuniform"):
+    chances = ("better than\nuniform", f"better than\n{against}")
+    for column in ("runs", "held-out\nloss", "gain, of\nheadroom", "interquartile\nmean", *chances):
         table.add_column(column, justify="right")
-    table.add_column(f"better than\n{against}", justify="right")
     for result in group.results:
         table.add_row(*_cells(result))
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,9 @@ STANDS_OUT = 1.0
 
 
 def describe_decisions(log: pa.Table) -> list[str]:
-    """One Markdown paragraph with a list for each decision.
+    """A Markdown paragraph with a list for each decision of a log, as `DecisionLog.read` returns it.
 
     A feature's distance from the mean shows what was unusual about a module, not what the policy weighed.
-
-    Args:
-        log: as `DecisionLog.read` returns it.
     """
     numbers = sorted(pc.unique(log["decision"]).to_pylist())
     return [_describe(log.filter(pc.equal(log["decision"], number))) for number in numbers]
@@ -42,11 +38,8 @@ def standing_out(table: pa.Table) -> list[list[tuple[str, float]]]:
 
     Features with fewer than three different values (flags) and distances below `STANDS_OUT` are left out.
 
-    Args:
-        table: the rows of one decision.
-
     Returns:
-        For each row up to two pairs (feature, distance in standard deviations).
+        For each row of one decision's table up to two pairs (feature, distance in standard deviations).
     """
     names, distances = [], []
     for column in table.column_names:
@@ -59,12 +52,12 @@ def standing_out(table: pa.Table) -> list[list[tuple[str, float]]]:
             distances.append(np.nan_to_num((values - known.mean()) / known.std()))
     if not names:
         return [[] for _ in range(table.num_rows)]
-    return [_farthest(row, names) for row in np.array(distances).T]
-
-
-def _farthest(distances: FloatArray, names: Sequence[str]) -> list[tuple[str, float]]:
-    order = np.argsort(-np.abs(distances), kind="stable")[:2]
-    return [(names[i], float(distances[i])) for i in order if abs(distances[i]) >= STANDS_OUT]
+    rows = np.array(distances).T
+    order = np.argsort(-np.abs(rows), axis=1, kind="stable")[:, :2].tolist()
+    return [
+        [(names[i], float(row[i])) for i in chosen if abs(row[i]) >= STANDS_OUT]
+        for row, chosen in zip(rows, order, strict=True)
+    ]
 
 
 def _describe(table: pa.Table) -> str:
@@ -78,10 +71,9 @@ def _describe(table: pa.Table) -> str:
     for index in np.lexsort((-farthest, -move))[:MOVES_SHOWN]:
         if move[index] > 0:
             reason = ", ".join(f"{name} {distance:+.1f} sd" for name, distance in features[index]).replace("-", "−")
-            lines.append(
-                f"- `{names[index]}`: rank {before[index]} → {after[index]} ({reason or 'no feature stood out'})"
-            )
-    return lines[0] + "\n\n" + "\n".join(lines[1:]) if len(lines) > 1 else lines[0]
+            change = f"rank {before[index]} → {after[index]}"
+            lines.append(f"- `{names[index]}`: {change} ({reason or 'no feature stood out'})")
+    return "\n\n".join(filter(None, (lines[0], "\n".join(lines[1:]))))
 
 
 def _headline(first: dict[str, Any], before: FloatArray, after: FloatArray, projected: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from ...common.arrays import FloatArray
 from ...common.drawing import (
+    BUDGET_RED,
     COLORS,
     FAINT,
     INK,
@@ -28,13 +30,8 @@ from ...common.drawing import (
     in_mib,
     mark_steps,
     new_figure,
-    run_colors,
-    save_figure,
     smooth,
 )
-from .heatmap import rank_heatmap
-
-__all__ = ["learning_curve", "loss_curves", "memory_timeline", "rank_heatmap", "save_figure"]
 
 
 def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequence[int] = ()) -> Figure:
@@ -51,16 +48,18 @@ def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequen
     figure = new_figure(3.9, _loss_title(lasts), "Dotted lines: decisions." if len(decision_steps) else "")
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, part in zip(panels, parts, strict=True):
-        clean_axes(axes)
-        mark_steps(axes, decision_steps)
-        ends = []
-        for color, (run, curve) in zip(run_colors(len(curves)), curves.items(), strict=True):
-            points = curve.get(part, np.empty((0, 2)))
-            if len(points):
+        mark_steps(clean_axes(axes, titles[part]), decision_steps)
+        ends, values = [], []
+        for color, (run, curve) in zip(cycle(COLORS), curves.items(), strict=False):
+            if len(points := curve.get(part, np.empty((0, 2)))):
                 ends.append((_draw_loss(axes, points, part, color, run), color))
+                values += points[:, 1].tolist()
         axes.set(xlabel="training step", ylabel="loss", xlim=(0, None))
-        axes.set_title(titles[part], fontsize=10.5, color=INK, loc="left")
-        _limit_loss(axes, [curve.get(part, np.empty((0, 2))) for curve in curves.values()])
+        if len(values) >= 20:  # one spike must not flatten all curves
+            middle, usual = np.percentile(values, (50, 99))
+            low, high = min(values), min(max(values), 2 * usual - middle)
+            if high > low:
+                axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         _label_ends(axes, ends)
     if len(curves) > 1 or len(parts) == 1:
         draw_legend(panels[0], loc="upper right")
@@ -81,14 +80,22 @@ def memory_timeline(runs: Mapping[str, Points], limit_bytes: float, predicted: P
     highest = max(points[:, 1].max() for points in (*curves.values(), np.array([[0, limit_bytes]]))) / MIB
     figure = new_figure(3.9, _memory_title(curves, limit_bytes))
     axes = clean_axes(figure.subplots())
-    for color, (run, points) in zip(run_colors(len(curves)), curves.items(), strict=True):
-        _draw_peaks(axes, points, color, run, limit_bytes if run == next(iter(curves)) else None)
+    for color, (run, points) in zip(cycle(COLORS), curves.items(), strict=False):
+        # A peak belongs to the steps up to its point.
+        steps, peaks = np.insert(points[:, 0], 0, 0), np.insert(points[:, 1], 0, points[0, 1]) / MIB
+        axes.plot(steps, peaks, drawstyle="steps-pre", color=color, linewidth=1.8, label=run, zorder=3)
+        if run == next(iter(curves)):
+            shade: dict[str, Any] = {"color": color, "alpha": 0.1, "linewidth": 0, "label": "headroom"}
+            axes.fill_between(steps, peaks, np.maximum(peaks, limit_bytes / MIB), step="pre", **shade)
     if len(plan):
         steps, costs = np.append(plan[:, 0], end), np.append(plan[:, 1], plan[-1, 1]) / MIB
-        style: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 2)), "zorder": 4}
-        axes.plot(steps, costs, drawstyle="steps-post", label="predicted", **style)
+        line: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 2)), "zorder": 4}
+        axes.plot(steps, costs, drawstyle="steps-post", label="predicted", **line)
         axes.plot(steps[:-1], costs[:-1], "o", color=INK, markersize=4, zorder=5, clip_on=False)
-    _draw_budget(axes, limit_bytes)
+    axes.axhline(limit_bytes / MIB, color=BUDGET_RED, linewidth=2, zorder=2)
+    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
+    name = f"budget {in_mib(limit_bytes)} MiB"
+    axes.annotate(name, (1, limit_bytes / MIB), (-4, 4), color=BUDGET_RED, fontsize=9.5, **place)
     axes.set(xlabel="training step", ylabel="peak memory of training (MiB)", xlim=(0, end))
     axes.set_ylim(0, highest * 1.14)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -104,28 +111,26 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
             was measured, and the same with warm_ in front after a warm start; later ones episodes, return_mean,
             return_p10 and return_p90 over the rule, and now and then those of validation.
     """
-    checks = {name: _validation_points(rows, name) for name in ("over_start", "over_uniform")}
+    checks = {}
+    for name in ("over_start", "over_uniform"):  # the untrained policy first, the one after the warm start second
+        keys = (f"validation_{name}", f"warm_validation_{name}")
+        checks[name] = finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
     returns = [row for row in rows if "return_mean" in row]
     note = "Gains are in shares of a task's headroom: what the best known allocation gains over uniform ranks."
     figure = new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
     measured = len(checks["over_start"]) > 0
     panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
-    _draw_returns(clean_axes(panels[0]), returns)
+    _draw_returns(clean_axes(panels[0], "Training, on new tasks each time"), returns)
     if measured:
-        _draw_validation(clean_axes(panels[1]), checks)
+        _draw_validation(clean_axes(panels[1], "Validation tasks"), checks)
     last = max((float(row["iteration"]) for row in rows), default=0) or 1.0
     for axes in panels:
         axes.set_xlim(-0.02 * last, 1.02 * last)
         axes.margins(y=0.18)  # room for the legend
         axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
-
-
-def _validation_points(rows: Sequence[Mapping[str, Any]], name: str) -> FloatArray:
-    """(iteration, share of the headroom), the untrained policy first and the one after the warm start second."""
-    keys = (f"validation_{name}", f"warm_validation_{name}")
-    return finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
 
 
 def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -142,50 +147,21 @@ def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     episodes = sum(int(row.get("episodes", 0)) for row in rows)
     axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
     axes.set_ylabel("return: gain over the rule")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title("Training, on new tasks each time", fontsize=10.5, color=INK, loc="left")
     draw_legend(axes, loc="best")
 
 
 def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
     """Draw what the policy gains on tasks that stay the same; on them alone iterations can be compared."""
-    orange, green = COLORS[1], COLORS[2]
-    for name, color, label in (
-        ("over_start", orange, "over the rule it starts from"),
-        ("over_uniform", green, "over uniform ranks"),
-    ):
-        points = checks[name]
+    labels = "over the rule it starts from", "over uniform ranks"
+    for points, color, label in zip(checks.values(), COLORS[1:3], labels, strict=True):
         if len(points):
             axes.plot(*points.T, "o-", color=color, markersize=5, linewidth=1.5, label=label)
     points = checks["over_start"]
     if len(points) > 1 and points[1, 0] == points[0, 0]:
-        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": orange}
+        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": COLORS[1]}
         axes.annotate("warm start", points[1], **style)
     axes.set(xlabel="PPO iteration", ylabel="gain")
-    axes.set_title("Validation tasks", fontsize=10.5, color=INK, loc="left")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     draw_legend(axes, loc="best")
-
-
-def _draw_peaks(axes: Axes, points: FloatArray, color: str, run: str, limit: float | None) -> None:
-    """Draw one run's peaks and, below a limit, its headroom; a peak belongs to the steps up to its point."""
-    steps, peaks = np.insert(points[:, 0], 0, 0), np.insert(points[:, 1], 0, points[0, 1]) / MIB
-    axes.plot(steps, peaks, drawstyle="steps-pre", color=color, linewidth=1.8, label=run, zorder=3)
-    if limit is not None:
-        room = np.maximum(peaks, limit / MIB)
-        axes.fill_between(steps, peaks, room, step="pre", color=color, alpha=0.1, linewidth=0, label="headroom")
-
-
-def _draw_budget(axes: Axes, limit: float) -> None:
-    """The red line that no step may cross."""
-    red = "#b00020"
-    axes.axhline(limit / MIB, color=red, linewidth=2, zorder=2)
-    place: dict[str, Any] = {
-        "xycoords": axes.get_yaxis_transform(),
-        "textcoords": "offset points",
-        "ha": "right",
-    }
-    axes.annotate(f"budget {in_mib(limit)} MiB", (1, limit / MIB), (-4, 4), color=red, fontsize=9.5, **place)
 
 
 def _draw_loss(axes: Axes, points: FloatArray, part: str, color: str, run: str) -> tuple[float, float]:
@@ -197,16 +173,6 @@ def _draw_loss(axes: Axes, points: FloatArray, part: str, color: str, run: str) 
     axes.plot(points[:, 0], points[:, 1], color=color, linewidth=0.8, alpha=0.25)
     axes.plot(points[:, 0], line, color=color, linewidth=2, label=f"{run} (smoothed)")
     return points[-1, 0], float(line[-1])
-
-
-def _limit_loss(axes: Axes, curves: Sequence[FloatArray]) -> None:
-    """Cut outliers off the loss axis, so that one spike does not flatten all curves."""
-    values = np.concatenate([points[:, 1] for points in curves])
-    if len(values) >= 20:
-        middle, usual = np.percentile(values, (50, 99))
-        low, high = values.min(), min(values.max(), 2 * usual - middle)
-        if high > low:
-            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str]]) -> None:

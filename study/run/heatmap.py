@@ -25,8 +25,8 @@ class _Rows:
     """Modules from the bottom of the picture to its top.
 
     Attributes:
-        ranks: (modules, changes), in the order of the rows.
-        names: short names in the order of the rows.
+        ranks: (modules, changes).
+        names: short names.
         edges: row at which each layer begins, and the number of rows at the end.
         edge_steps: step at which each column begins, and the last step.
     """

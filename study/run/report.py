@@ -22,6 +22,7 @@ from rich.table import Table
 from ...allocation.decision_log import DecisionLog
 from ...common.drawing import save_figure
 from ...common.files import read_json, read_json_lines, write_text
+from ...common.tables import make_table
 from ...common.units import format_bytes
 from ...errors import RunFolderError
 from .decisions import describe_decisions
@@ -34,15 +35,12 @@ RUNS = ("rankpilot", "uniform")
 
 
 def write_report(folder: Path) -> Path:
-    """Make `report.md` and `figures/*.png` of a run folder, again if they exist.
-
-    Returns:
-        The report.
+    """Make `report.md` and `figures/*.png` of a run folder, again if they exist; returns the path of the report.
 
     Raises:
         RunFolderError: the folder or its summary is missing or unreadable, or a decision is corrupt.
     """
-    summary = read_summary(folder)
+    summary = _read_summary(folder)
     log = DecisionLog(folder / "decisions")
     table = log.read() if len(log) else None
     metrics = {run: read_json_lines(folder / f"metrics-{run}.jsonl") for run in RUNS if run in summary["runs"]}
@@ -61,12 +59,8 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a run folder.
-
-    Raises:
-        RunFolderError: the folder or the summary is missing, unreadable or without the run "rankpilot".
-    """
+def _read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a run folder; RunFolderError if it is missing, unreadable or without the run "rankpilot"."""
     path = folder / "summary.json"
     if not path.is_file():
         raise RunFolderError(f"{folder} holds no finished run: summary.json is missing.")
@@ -83,10 +77,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def summary_table(summary: Summary) -> Table:
     """The comparison for a terminal: one column for each run, the best values bold."""
     runs = _runs(summary)
-    table = Table(title=_subject(summary) or None, title_justify="left")
-    table.add_column("")
-    for run in runs:
-        table.add_column(run, justify="right")
+    table = make_table(_subject(summary), ["", *runs], first_wraps=True)
     for label, cells, best in _rows(summary):
         styled = [f"[bold]{cell}[/bold]" if index in best else cell for index, cell in enumerate(cells)]
         table.add_row(label, *styled)
@@ -98,33 +89,20 @@ class _Measure:
     """One row of the comparison; `better` is +1 if high values are good, -1 if low ones are, else 0."""
 
     label: str
-    value: Callable[[Mapping[str, Any]], float | None]
+    key: str
     text: Callable[[float], str]
     better: int = 0
 
 
-def _adapted(run: Mapping[str, Any]) -> float | None:
-    ranks = run.get("ranks")
-    return sum(rank > 0 for rank in ranks.values()) if ranks else None
-
-
-def _key(name: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda run: run.get(name)
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
 _MEASURES = (
-    _Measure("held-out loss", _key("held_out_loss"), "{:.4f}".format, -1),
-    _Measure("held-out accuracy", _key("held_out_accuracy"), "{:.2%}".format, +1),
-    _Measure("peak memory", _key("peak_bytes"), format_bytes, -1),
-    _Measure("budget", _key("budget_bytes"), format_bytes),
-    _Measure("adapter parameters", _key("adapter_parameters"), _count),
-    _Measure("adapted modules", _adapted, _count),
-    _Measure("median step", _key("median_step_s"), lambda value: f"{1000 * value:.1f} ms", -1),
-    _Measure("training time", _key("train_s"), lambda value: f"{value:.1f} s", -1),
+    _Measure("held-out loss", "held_out_loss", "{:.4f}".format, -1),
+    _Measure("held-out accuracy", "held_out_accuracy", "{:.2%}".format, +1),
+    _Measure("peak memory", "peak_bytes", format_bytes, -1),
+    _Measure("budget", "budget_bytes", format_bytes),
+    _Measure("adapter parameters", "adapter_parameters", "{:,.0f}".format),
+    _Measure("adapted modules", "adapted", "{:,.0f}".format),
+    _Measure("median step", "median_step_s", lambda value: f"{1000 * value:.1f} ms", -1),
+    _Measure("training time", "train_s", "{:.1f} s".format, -1),
 )
 
 
@@ -134,9 +112,13 @@ def _runs(summary: Summary) -> list[str]:
 
 def _rows(summary: Summary) -> list[tuple[str, list[str], set[int]]]:
     """Label, cells and the indices of the best cells of each row; no cell is best where all read the same."""
-    rows = []
+    rows, runs = [], []
+    for name in _runs(summary):
+        run = summary["runs"][name]
+        adapted = sum(rank > 0 for rank in run["ranks"].values()) if run.get("ranks") else None
+        runs.append({**run, "adapted": adapted})
     for measure in _MEASURES:
-        values = [measure.value(summary["runs"][run]) for run in _runs(summary)]
+        values = [run.get(measure.key) for run in runs]
         cells = ["–" if value is None else measure.text(value) for value in values]
         known = [(measure.better * value, cells[index]) for index, value in enumerate(values) if value is not None]
         if not known:

@@ -311,7 +311,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(train, "train_command", interrupt)
     assert cli.run(["train"]) == 130
     assert "--resume continues" in capsys.readouterr().err
-    monkeypatch.setattr(assets, "assets_command", interrupt)
+    monkeypatch.setattr(assets, "main", interrupt)
     assert cli.run(["assets"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n"
 

@@ -117,8 +117,8 @@ msgstr "Birne"
         encoding="utf-8",
     )
     (tmp_path / "fr").mkdir()
-    assert sorted(readers.german(tmp_path).split("\n")) == ["Birne", "Birnen", 'Äpfel "und" Birnen']
-    assert readers.french(tmp_path) == ""
+    assert sorted(readers.translations("de", tmp_path).split("\n")) == ["Birne", "Birnen", 'Äpfel "und" Birnen']
+    assert readers.translations("fr", tmp_path) == ""
 
 
 def test_the_order_depends_on_the_texts_alone() -> None:
