@@ -20,6 +20,7 @@ DRAWS = 4000
 """Bootstrap draws."""
 
 Statistic = Callable[[FloatArray, IntArray], FloatArray]
+"""A figure of each draw, (draws,), from values, (runs,), and how often each run is in each draw, (draws, runs)."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,12 @@ class PairedComparison:
 
 
 def means(values: FloatArray, counts: IntArray) -> FloatArray:
-    """Mean of each draw, (draws,).
-
-    Args:
-        values: (runs,).
-        counts: how often each run is in each draw, (draws, runs).
-    """
+    """Mean of each draw; see `Statistic`."""
     return np.asarray(counts @ values / counts.sum(axis=1))
 
 
 def medians(values: FloatArray, counts: IntArray) -> FloatArray:
-    """Median of each draw, (draws, ...); of an even number of values the mean of the two in the middle.
-
-    Args:
-        values: (runs, ...).
-        counts: how often each run is in each draw, (draws, runs).
-    """
+    """Median of each draw, (draws, ...), of values (runs, ...); of an even number the mean of the two in the middle."""
     order = np.argsort(values, axis=0)
     ordered = np.take_along_axis(values, order, axis=0)[None]
     ends = np.cumsum(counts[:, order], axis=1)
@@ -83,12 +74,7 @@ def medians(values: FloatArray, counts: IntArray) -> FloatArray:
 
 
 def interquartile_means(values: FloatArray, counts: IntArray) -> FloatArray:
-    """Mean of the middle half of each draw, (draws,): of n values floor(n / 4) are left out at either end.
-
-    Args:
-        values: (runs,).
-        counts: how often each run is in each draw, (draws, runs).
-    """
+    """Mean of the middle half of each draw: of n values floor(n / 4) are left out at either end."""
     order = np.argsort(values)
     counts = counts[:, order]
     ends = np.cumsum(counts, axis=1)
@@ -106,7 +92,7 @@ def estimate(
     Args:
         values: one a run, (runs,), or (runs, ...) where the statistic takes that; at least one run.
         tasks: the task of each run.
-        statistic: gives one number a draw, from the values and how often each run is in each draw; see `means`.
+        statistic: which figure.
     """
     array = np.asarray(values, dtype=np.float64)
     whole = np.ones((1, len(array)), dtype=np.int64)

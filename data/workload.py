@@ -72,17 +72,15 @@ def _split(splits: DatasetDict, label: str, seed: int) -> tuple[Dataset, Dataset
     """Training rows and held-out rows: a split with labels, or else a tenth of the training rows."""
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
     for name in ("test", "validation", "valid", "dev"):
-        if name in splits and splits[name] is not train and not _hides_labels(splits[name], label):
-            return train, splits[name]
+        held_out = splits.get(name)
+        if held_out is None or held_out is train:
+            continue
+        if label not in held_out.column_names or set(held_out.unique(label)) != {-1}:  # a contest hides its labels
+            return train, held_out
     if len(train) < 2:
         raise DataError(f"A data set needs at least 2 rows; got {len(train)}.")
     parts = train.train_test_split(test_size=max(1, len(train) // 10), seed=seed)
     return parts["train"], parts["test"]
-
-
-def _hides_labels(split: Dataset, label: str) -> bool:
-    """Whether a split is for a contest: its labels are all -1."""
-    return label in split.column_names and set(split.unique(label)) == {-1}
 
 
 def _column(parts: list[Dataset], name: str, what: str) -> str:
@@ -115,8 +113,8 @@ def load_workload(
         data: name of the data set, see `load_splits`.
         task: classification if the data set has the label column, else causal language modelling.
         max_length: tokens in a row; longer texts are cut, or split for language modelling.
-        text_column: name of the column with the text.
-        label_column: name of the column with the class.
+        text_column: the column with the text.
+        label_column: the column with the class.
         train_rows: use at most so many training rows, drawn at random.
         held_out_rows: use at most so many held-out rows, drawn at random.
         seed: of these draws, and of a split if the data set has only one.
@@ -132,9 +130,8 @@ def load_workload(
     parts = []
     for part, rows in ((train, train_rows), (held_out, held_out_rows)):
         if len(part) == 0:
-            raise DataError(
-                f"The data set {data!r} has no rows in one of its splits: {len(train)} and {len(held_out)}."
-            )
+            sizes = f"{len(train)} and {len(held_out)}"
+            raise DataError(f"The data set {data!r} has no rows in one of its splits: {sizes}.")
         parts.append(part.shuffle(seed=seed).select(range(min(rows or len(part), len(part)))))
     if task == "causal-lm":
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)

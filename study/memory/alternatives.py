@@ -105,9 +105,9 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
     """
     setup = set_up(config, tell)
     notes: list[str] = []
-    plain = None
+    switched = None  # the other choice of checkpointing
     if config.checkpointing:
-        plain = _calibrated(setup, tell, "without gradient checkpointing")
+        switched = _calibrated(setup, tell, "without gradient checkpointing")
         checkpoint_segments(setup.model.get_base_model())
     memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
     plans = _Plans(setup, memory)
@@ -116,7 +116,12 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
         tell("measuring real steps")
     measured = measure_step(setup) if config.measure else None
     batches = tuple(plans.by_batch(tell))
-    switched = plain or _with_checkpointing(setup, tell, notes)
+    if not config.checkpointing:
+        try:
+            checkpoint_segments(setup.model.get_base_model())
+            switched = _calibrated(setup, tell, "with gradient checkpointing")
+        except UnsupportedError as error:
+            notes.append(f"Without a figure for gradient checkpointing: {error}")
     return MemoryUse(
         config=config,
         task=setup.task,
@@ -135,16 +140,6 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
 def _calibrated(setup: StepSetup, tell: Tell, how: str, batch: Batch | None = None) -> MemoryModel:
     tell(f"calibrating on a few small steps {how}".rstrip())
     return setup.measure_memory(batch)
-
-
-def _with_checkpointing(setup: StepSetup, tell: Tell, notes: list[str]) -> MemoryModel | None:
-    """The byte model with checkpointing switched on; None and a note if the model does not support it."""
-    try:
-        checkpoint_segments(setup.model.get_base_model())
-        return _calibrated(setup, tell, "with gradient checkpointing")
-    except UnsupportedError as error:
-        notes.append(f"Without a figure for gradient checkpointing: {error}")
-        return None
 
 
 class _Plans:
