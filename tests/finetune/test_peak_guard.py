@@ -123,7 +123,7 @@ def test_every_step_costs_what_was_predicted(launch: Callable[..., Run], checkpo
         assert 0 <= predicted - peak * (1 + margin) <= 1.5 * LOOP_BYTES
 
 
-def test_a_larger_batch_is_priced_before_the_model_sees_it(
+def test_the_cost_of_a_larger_batch_is_known_before_the_model_sees_it(
     launch: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
@@ -178,17 +178,17 @@ def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: 
         assert torch.equal(a, b), name
 
 
-def test_the_largest_rows_and_length_of_two_batches_are_priced_together(launch: Callable[..., Run]) -> None:
+def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Callable[..., Run]) -> None:
     run = launch()
     guard = run.pilot._guard
     guard._memory = None
     few = {name: torch.ones(1, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
-    priced = guard._priced(few, BatchShape(ROWS, LONG))
+    cost = guard._cost_of(few, BatchShape(ROWS, LONG))
     many = {name: torch.ones(ROWS, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
     guard._memory = None
-    expected = guard._priced(many, BatchShape(ROWS, LONG))
+    expected = guard._cost_of(many, BatchShape(ROWS, LONG))
     ranks = np.full(len(run.pilot.controller.targets), 4)  # type: ignore[union-attr]
-    assert plan_cost(priced, ranks) == plan_cost(expected, ranks)
+    assert plan_cost(cost, ranks) == plan_cost(expected, ranks)
 
 
 @pytest.mark.parametrize("excess", [3_000, 40_000])
