@@ -26,7 +26,6 @@ class Benchmark:
 
 BENCHMARKS: dict[str, Benchmark] = {
     "overhead": Benchmark("step.overhead", "time and memory of a training step beside plain LoRA and AdaLoRA"),
-    "resize": Benchmark("step.resize", "time of a change of ranks on up to 1,001 modules of a 7B-like shape"),
     "decide": Benchmark("step.decide", "time of a decision on up to 1,001 modules"),
     "memory": Benchmark("memory.run", "predicted bytes of a training step beside measured ones"),
     "env-speed": Benchmark("env_speed", "train steps per CPU second of stacked episodes beside PEFT"),

@@ -12,7 +12,6 @@ from rankpilot.errors import UnknownNameError
 
 EXPLAINED = {
     "overhead": ("--quick", "--json", "--device", "--seed", "adalora", "own work"),
-    "resize": ("--quick", "--json", "--device", "llama 2 7b", "median"),
     "decide": ("--policy", "--quick", "--json", "plans", "one thread"),
     "memory": ("--quick", "--json", "--resume", "--device", "--seed", "checkpointing", "guard"),
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),

@@ -178,9 +178,9 @@ def test_benchmarks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         given.extend(arguments)
         return 3
 
-    modules = {"rankpilot.bench.step.resize": SimpleNamespace(main=measure)}
+    modules = {"rankpilot.bench.step.decide": SimpleNamespace(main=measure)}
     monkeypatch.setattr(bench, "import_module", modules.__getitem__)
-    assert cli.run(["bench", "resize", "--json", "x"]) == 3, "the exit status of the measurement"
+    assert cli.run(["bench", "decide", "--json", "x"]) == 3, "the exit status of the measurement"
     assert given == ["--json", "x"]
 
 
