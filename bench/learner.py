@@ -1,9 +1,11 @@
-"""One LoRA fine-tune whose ranks can be set and whose steps can be measured."""
+"""One LoRA fine-tune as a loop whose steps can be timed and measured, and whose ranks can be set."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,44 +15,52 @@ from transformers import PreTrainedModel
 
 from ..common.arrays import IntArray
 from ..lora.resize import set_ranks
-from ..lora.targets import find_target_modules
+from ..lora.targets import TargetModule, find_target_modules
 from ..memory.calibration import calibrate
 from ..memory.model import MemoryModel
+from ..memory.model_states import state_bytes
 from ..memory.peak_meter import PeakMeter
 from ..memory.recording import Batch
 
-START_RANK = 8
-"""Rank that every adapter has at first; all-linear LoRA of this rank is what plans are compared with."""
+LEARNING_RATE = 1e-3
 
 
 class Learner:
-    """A model with an adapter on each target module under fused AdamW, in the order of transformers' Trainer.
+    """LoRA under fused AdamW, in the order of transformers' Trainer: gradients are freed after the step.
+
+    Other methods are this loop with work of their own at the places where the Trainer has events.
 
     Args:
-        base: the model, on its device.
-        learning_rate: of the first step.
+        base: the model, on its device; adapters are put into it.
+        config: of the adapters.
         seed: of the adapters.
         autocast: run forward passes in bfloat16 autocast.
-        lora: further fields of `peft.LoraConfig`, such as `task_type`.
 
     Attributes:
         model: the PEFT model, in training mode.
-        targets: its target modules.
-        optimizer: of all that trains.
+        parameters: all that trains.
+        optimizer: of these.
+        steps: optimiser steps done.
+        own_seconds: for each step, the time on the host that the method's own work at the events took.
+        setup_seconds: what the method took before the first step.
     """
 
-    def __init__(
-        self, base: PreTrainedModel, *, learning_rate: float = 1e-3, seed: int = 0, autocast: bool = False, **lora: Any
-    ) -> None:
-        settings = {"r": START_RANK, "lora_alpha": 2 * START_RANK, "target_modules": "all-linear"} | lora
+    def __init__(self, base: PreTrainedModel, config: LoraConfig, *, seed: int = 0, autocast: bool = False) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = get_peft_model(base, LoraConfig(**settings)).train()
-        self.targets = find_target_modules(self.model)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-        self.device = base.device
-        self._seed, self._autocast = seed, autocast
+            self.model = get_peft_model(base, config).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # Fused, without decay: the Trainer's defaults.
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.steps = 0
+        self.own_seconds: list[float] = []
+        self.setup_seconds = 0.0
+        self._device, self._seed, self._autocast = base.device, seed, autocast
+
+    @cached_property
+    def targets(self) -> list[TargetModule]:
+        """The target modules."""
+        return find_target_modules(self.model)
 
     def set_ranks(self, ranks: Sequence[int] | IntArray) -> IntArray:
         """Give each module its rank, or the most that it can have; returns the ranks, int64 (modules,)."""
@@ -60,31 +70,68 @@ class Learner:
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context of a forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext()
-
-    def step(self, batch: Batch) -> None:
-        """One whole training step."""
-        self._backward(batch)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def measured_step(self, batch: Batch) -> int:
-        """The same, with its peak measured; returns bytes."""
-        meter = PeakMeter()
-        meter.begin(self.model, self.optimizer)
-        self._backward(batch)
-        meter.stepping()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return meter.end(0, self.model) or 0
-
-    def _backward(self, batch: Batch) -> None:
-        with self.precision():
-            loss = self.model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        return torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext()
 
     def calibrate(self, batch: Batch) -> MemoryModel:
         """What plans cost here; no signals are read in a benchmark."""
         with self.precision():
             return calibrate(self.model, self.targets, batch, self.optimizer, signal_bytes=False)
+
+    def step(self, batch: Batch, meter: PeakMeter | None = None) -> None:
+        """One whole training step.
+
+        Args:
+            batch: on the model's device.
+            meter: told when the passes are over.
+        """
+        self.own_seconds.append(0.0)
+        self._own(self.on_step_begin)
+        with self.precision():
+            loss = self.model(**batch).loss
+        loss.backward()
+        del loss
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self._own(self.on_pre_optimizer_step)
+        if meter:
+            meter.stepping()
+        self.optimizer.step()
+        self._own(self.on_optimizer_step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        self._own(self.on_step_end)
+
+    def measured_step(self, batch: Batch) -> int:
+        """The same, with its peak measured; returns bytes."""
+        meter = PeakMeter()
+        meter.begin(self.model, self.optimizer, self.buffer_bytes())
+        self.step(batch, meter)
+        return meter.end(self.steps, self.model) or 0
+
+    def _own(self, event: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        event()
+        self.own_seconds[-1] += time.perf_counter() - start
+
+    def on_step_begin(self) -> None:
+        """Before the forward pass."""
+
+    def on_pre_optimizer_step(self) -> None:
+        """Gradients are there, and clipped."""
+
+    def on_optimizer_step(self) -> None:
+        """The optimiser has stepped; gradients are still there."""
+
+    def on_step_end(self) -> None:
+        """Gradients are gone, and `steps` counts this step."""
+
+    def ranks(self) -> tuple[int, ...]:
+        """Current rank of each module; empty where no event changes it."""
+        return ()
+
+    def buffer_bytes(self) -> int:
+        """Bytes that the method holds beside weights, gradients and the optimiser's state."""
+        return 0
+
+    def held_bytes(self) -> int:
+        """Bytes of all that trains, as allocated now: weights, gradients, optimiser state, the method's buffers."""
+        return state_bytes(self.model, self.optimizer) + self.buffer_bytes()

@@ -16,14 +16,14 @@ from ...common.arrays import IntArray
 from ...finetune.batch_watch import BatchWatch
 from ...lora.targets import TargetModule
 from ...memory.batch_shape import BatchShape
+from ...memory.budget import REFERENCE_RANK
 from ...memory.cost import Cost, plan_cost
 from ...memory.recording import Batch
 from ..harness import estimate_cycles, interleave, paired_ratios, usual_step
-from ..learner import START_RANK
 from ..models import Family, Size
 from .resident import is_supported, large_learner, observe
 
-REFERENCE = f"all-linear, rank {START_RANK}"
+REFERENCE = f"all-linear, rank {REFERENCE_RANK}"
 TOP_HALF, HALF_BUDGET = "top half, rank 16", "top-down at 50 %"
 PLANS = (REFERENCE, TOP_HALF, HALF_BUDGET)
 """Plans that are looked at from outside the process."""
@@ -77,7 +77,7 @@ def named_plans(targets: Sequence[TargetModule], cost: Cost, layers: int) -> dic
         layers: transformer layers of the model; what stands above them, such as a pooler, goes with the top one.
     """
     everything = AllocationProblem.of(targets, cost, float("inf"))
-    reference = everything.uniform(START_RANK)
+    reference = everything.uniform(REFERENCE_RANK)
     above = int(everything.blocks.max()) + 1 - layers
     half_budget = AllocationProblem.of(targets, cost, 0.5 * plan_cost(cost, reference))
     return {

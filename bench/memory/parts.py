@@ -12,10 +12,10 @@ from rich.progress import Progress
 
 from ...memory.batch_shape import BatchShape
 from ..ledger import Ledger
-from ..models import FAMILIES, Family, Size
+from ..models import ARCHITECTURES, FAMILIES, Family, Size
 from .accuracy import SHAPES, compare_plans
 from .guard import PLANS, REFERENCE, measured_steps, outside_view
-from .settings import CHECKPOINTING, MODELS, PRECISIONS, Setting
+from .settings import CHECKPOINTING, PRECISIONS, Setting
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Extent:
 
 
 FULL = Extent(
-    settings=tuple(Setting(f, c, p) for f in MODELS for c in CHECKPOINTING for p in PRECISIONS),
+    settings=tuple(Setting(f, c, p) for f in ARCHITECTURES for c in CHECKPOINTING for p in PRECISIONS),
     shapes=SHAPES,
     plans=3,
     size=Size(),
@@ -55,7 +55,7 @@ FULL = Extent(
 QUICK = Extent(
     settings=tuple(
         Setting(family, checkpointing, "fp32")
-        for index, family in enumerate(MODELS)
+        for index, family in enumerate(ARCHITECTURES)
         for checkpointing in ("none", CHECKPOINTING[1 + index % 2])
     ),
     shapes=SHAPES[:2],

@@ -17,13 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from ...errors import RankPilotError
 from ...memory import resident
 from ...memory.model_states import state_bytes
 from ...memory.recording import Batch
 from ..learner import Learner
-from ..models import TASKS, Family, Size, random_loader, random_model
+from ..models import LORA, Family, Size, random_loader, random_model
 
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -35,7 +36,7 @@ def is_supported(device: torch.device) -> bool:
 
 def large_learner(family: Family, size: Size, device: torch.device, seed: int) -> tuple[Learner, Batch]:
     """A random model with adapters and a batch, the same ones for the same arguments."""
-    learner = Learner(random_model(family, size, seed).to(device), task_type=TASKS[family], seed=seed)
+    learner = Learner(random_model(family, size, seed).to(device), LoraConfig(**LORA[family]), seed=seed)
     batch = next(iter(random_loader(family, size, seed, batches=1)))
     return learner, {name: tensor.to(device) for name, tensor in batch.items()}
 

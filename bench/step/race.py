@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from ...common.arrays import FloatArray
 from ...common.statistics import Estimate, Statistic
-from ...memory.peak_meter import PeakMeter
-from ...memory.recording import Batch
 from ..harness import estimate_cycles, interleave, paired_ratios, whole_cycle
-from ..models import TASKS, Family, Size, random_loader, random_model
-from .contenders import AdaLora, PlainLora, RankPilot
+from ..learner import Learner
+from ..models import LORA, Family, Size, random_loader, random_model
+from .contenders import AdaLora, RankPilot
 
 PERIOD = 10
 """Steps between decisions; a cycle is so many steps, with a decision after its last one."""
@@ -105,87 +107,59 @@ def run(
     Returns:
         Results by method.
     """
+    changes: Counter[str] = Counter()
+    peaks: dict[str, int] = {}
     with TemporaryDirectory() as folder:
         methods = _methods(family, size, course, device, seed, Path(folder))
-        watches = {name: _Watch(method, course) for name, method in methods.items()}
-        batches = [_moved(batch, device) for batch in random_loader(family, size, seed)]
+        ranks = {name: method.ranks() for name, method in methods.items()}
+        batches = [
+            {name: rows.to(device) for name, rows in batch.items()} for batch in random_loader(family, size, seed)
+        ]
+
+        def step(name: str, turn: int) -> None:
+            method, batch = methods[name], batches[turn % len(batches)]
+            if turn == course.measured:
+                peaks[name] = method.measured_step(batch)
+            else:
+                method.step(batch)
 
         def after_round(turn: int) -> None:
-            for watch in watches.values():
-                watch.count_changes(turn)
+            for name, method in methods.items():
+                before, ranks[name] = ranks[name], method.ranks()
+                # AdaLoRA names no ranks before its first allocation, which is no change of rank.
+                if before and turn in course.timed:
+                    changes[name] += sum(a != b for a, b in zip(before, ranks[name], strict=True))
             if on_round:
                 on_round()
 
-        work = {name: watch.train_on(batches) for name, watch in watches.items()}
+        work = {name: partial(step, name) for name in methods}
         seconds = interleave(work, course.steps, device, after_round=after_round)
-    return {name: watch.result(seconds[name]) for name, watch in watches.items()}
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    timed = slice(course.timed.start, course.timed.stop)
+    return {
+        name: Result(
+            seconds=seconds[name][timed],
+            own_seconds=np.array(method.own_seconds)[timed],
+            adapter_bytes=method.held_bytes(),
+            peak_bytes=peaks[name],
+            rank_changes=changes[name],
+            setup_seconds=method.setup_seconds,
+        )
+        for name, method in methods.items()
+    }
 
 
 def _methods(
     family: Family, size: Size, course: Course, device: torch.device, seed: int, folder: Path
-) -> dict[str, PlainLora]:
+) -> dict[str, Learner]:
     """The participants, each with a model of its own from the same weights."""
-    task = TASKS[family]
 
     def base() -> PreTrainedModel:
         return random_model(family, size, seed).to(device)
 
     loader = random_loader(family, size, seed)
     return {
-        "plain": PlainLora(base(), task),
-        "plain_again": PlainLora(base(), task),
-        "adalora": AdaLora(base(), task, course.planned, PERIOD),
-        "rankpilot": RankPilot(base(), task, loader, course.planned, PERIOD, folder, seed),
+        "plain": Learner(base(), LoraConfig(**LORA[family]), seed=seed),
+        "plain_again": Learner(base(), LoraConfig(**LORA[family]), seed=seed),
+        "adalora": AdaLora(base(), family, course.planned, PERIOD),
+        "rankpilot": RankPilot(base(), family, loader, course.planned, PERIOD, folder, seed),
     }
-
-
-class _Watch:
-    """Looks at one method's ranks and memory, off the clock."""
-
-    def __init__(self, method: PlainLora, course: Course) -> None:
-        self.method = method
-        self.course = course
-        self.rank_changes = 0
-        self.peak_bytes = 0
-        self._ranks = method.ranks()
-
-    def train_on(self, batches: Sequence[Batch]) -> Callable[[int], None]:
-        """The method's step as work for `interleave`."""
-
-        def step(turn: int) -> None:
-            batch = batches[turn % len(batches)]
-            if turn == self.course.measured:
-                self._measure(batch)
-            else:
-                self.method.step(batch)
-
-        return step
-
-    def _measure(self, batch: Batch) -> None:
-        method, meter = self.method, PeakMeter()
-        meter.begin(method.model, method.optimizer, method.buffer_bytes())
-        method.step(batch)
-        self.peak_bytes = meter.end(method.steps, method.model) or 0
-
-    def count_changes(self, turn: int) -> None:
-        """Count the modules whose rank changed in this round."""
-        before, self._ranks = self._ranks, self.method.ranks()
-        # AdaLoRA names no ranks before its first allocation, which is no change of rank.
-        if before and turn in self.course.timed:
-            self.rank_changes += sum(a != b for a, b in zip(before, self._ranks, strict=True))
-
-    def result(self, seconds: FloatArray) -> Result:
-        """All that was seen."""
-        timed = slice(self.course.timed.start, self.course.timed.stop)
-        return Result(
-            seconds=seconds[timed],
-            own_seconds=np.array(self.method.own_seconds)[timed],
-            adapter_bytes=self.method.held_bytes(),
-            peak_bytes=self.peak_bytes,
-            rank_changes=self.rank_changes,
-            setup_seconds=getattr(self.method, "setup_seconds", 0.0),
-        )

@@ -14,7 +14,8 @@ from rankpilot.bench.memory import run as memory
 from rankpilot.bench.memory.accuracy import CALIBRATED, Errors, compare_plans, random_plan, saved_bytes
 from rankpilot.bench.memory.guard import HALF_BUDGET, PLANS, REFERENCE, TOP_HALF, named_plans
 from rankpilot.bench.memory.report import accuracy, guard
-from rankpilot.bench.memory.settings import MODELS, Setting
+from rankpilot.bench.memory.settings import Setting
+from rankpilot.bench.models import ARCHITECTURES, Family
 from rankpilot.errors import ConfigError
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.cost import plan_cost
@@ -65,8 +66,8 @@ def test_saved_bytes_fall_with_the_adapted_layers() -> None:
     assert 0 < saved_bytes(learner, batch) < whole / 3
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_watched_plans_are_what_their_names_say(family: str) -> None:
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_watched_plans_are_what_their_names_say(family: Family) -> None:
     setting = Setting(family, "none", "fp32")
     learner = setting.learner(CPU, 0)
     cost = learner.calibrate(setting.batch(BatchShape(2, 16), CPU, 0)).cost()

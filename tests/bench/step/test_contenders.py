@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from rankpilot.bench.models import TASKS, Family, Size, random_loader, random_model
-from rankpilot.bench.step.contenders import AdaLora, PlainLora, RankPilot, every
+from peft import LoraConfig
+from rankpilot.bench.learner import Learner
+from rankpilot.bench.models import LORA, Family, Size, random_loader, random_model
+from rankpilot.bench.step.contenders import AdaLora, RankPilot, every
 from rankpilot.lora.optimizer_layouts import unwrap_optimizer
 from rankpilot.lora.targets import find_target_modules
 
 FAMILIES = ("bert", "llama")
 
 
-def live_bytes(method: PlainLora) -> int:
+def live_bytes(method: Learner) -> int:
     """Weights, as many gradients, and the optimiser's tensors, counted from the parameters themselves."""
     total = 0
     for parameter in method.model.parameters():
@@ -26,7 +28,7 @@ def live_bytes(method: PlainLora) -> int:
 
 def pilot(family: Family, size: Size, folder: Path, *, steps: int = 40, period: int = 10) -> RankPilot:
     loader = random_loader(family, size, seed=0)
-    return RankPilot(random_model(family, size, 0), TASKS[family], loader, steps, period, folder, 0)
+    return RankPilot(random_model(family, size, 0), family, loader, steps, period, folder, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,7 +49,7 @@ def test_models_and_batches_are_the_same_for_one_seed(family: Family, tiny: Size
 def test_a_step_trains_and_sends_events_in_the_order_of_the_trainer(tiny: Size) -> None:
     seen: list[tuple[str, int, bool]] = []
 
-    class Listening(PlainLora):
+    class Listening(Learner):
         def note(self, name: str) -> None:
             seen.append((name, self.steps, self.parameters[0].grad is not None))
 
@@ -65,7 +67,7 @@ def test_a_step_trains_and_sends_events_in_the_order_of_the_trainer(tiny: Size) 
         def on_step_end(self) -> None:
             self.note("end")
 
-    method = Listening(random_model("bert", tiny, 0), TASKS["bert"])
+    method = Listening(random_model("bert", tiny, 0), LoraConfig(**LORA["bert"]))
     before = [p.detach().clone() for p in method.parameters]
     for batch in random_loader("bert", tiny, 0, batches=2):
         method.step(batch)
@@ -77,23 +79,23 @@ def test_a_step_trains_and_sends_events_in_the_order_of_the_trainer(tiny: Size) 
 
 def test_own_work_is_what_the_events_take(tiny: Size, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("rankpilot.bench.step.contenders.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("rankpilot.bench.learner.time.perf_counter", lambda: clock[0])
 
-    class Slow(PlainLora):
+    class Slow(Learner):
         def on_step_begin(self) -> None:
             clock[0] += 1.0
 
         def on_step_end(self) -> None:
             clock[0] += 0.5 * self.steps
 
-    method = Slow(random_model("bert", tiny, 0), TASKS["bert"])
+    method = Slow(random_model("bert", tiny, 0), LoraConfig(**LORA["bert"]))
     for batch in random_loader("bert", tiny, 0, batches=3):
         method.step(batch)
     assert method.own_seconds == [1.5, 2.0, 2.5]
 
 
 def test_plain_lora_has_rank_eight_everywhere(tiny: Size) -> None:
-    method = PlainLora(random_model("llama", tiny, 0), TASKS["llama"])
+    method = Learner(random_model("llama", tiny, 0), LoraConfig(**LORA["llama"]))
     assert {target.rank for target in find_target_modules(method.model)} == {8}
     assert len(find_target_modules(method.model)) == 14
     assert method.ranks() == ()
@@ -103,7 +105,7 @@ def test_plain_lora_has_rank_eight_everywhere(tiny: Size) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rankpilot_changes_real_ranks_in_the_budget_of_rank_eight(family: Family, tiny: Size, tmp_path: Path) -> None:
     method = pilot(family, tiny, tmp_path)
-    plain = PlainLora(random_model(family, tiny, 0), TASKS[family])
+    plain = Learner(random_model(family, tiny, 0), LoraConfig(**LORA[family]))
     batches = list(random_loader(family, tiny, 0))
     history = [method.ranks()]
     for turn in range(35):
@@ -123,9 +125,9 @@ def test_rankpilot_changes_real_ranks_in_the_budget_of_rank_eight(family: Family
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_are_those_of_live_storages(family: Family, tiny: Size, tmp_path: Path) -> None:
-    task, batches = TASKS[family], list(random_loader(family, tiny, 0))
-    plain = PlainLora(random_model(family, tiny, 0), task)
-    adalora = AdaLora(random_model(family, tiny, 0), task, 40, 10)
+    batches = list(random_loader(family, tiny, 0))
+    plain = Learner(random_model(family, tiny, 0), LoraConfig(**LORA[family]))
+    adalora = AdaLora(random_model(family, tiny, 0), family, 40, 10)
     method = pilot(family, tiny, tmp_path)
     for turn in range(15):
         for each in (plain, adalora, method):
@@ -143,7 +145,7 @@ def test_bytes_are_those_of_live_storages(family: Family, tiny: Size, tmp_path: 
 
 
 def test_adalora_masks_components_at_each_period_and_keeps_their_storage(tiny: Size) -> None:
-    method = AdaLora(random_model("llama", tiny, 0), TASKS["llama"], 40, 10)
+    method = AdaLora(random_model("llama", tiny, 0), "llama", 40, 10)
     batches = list(random_loader("llama", tiny, 0))
     history = [method.ranks()]
     before = [p.shape for p in method.parameters]
