@@ -62,12 +62,7 @@ def draw_cells(axes: Axes, ranks: IntArray, edges: Sequence[float], *, gap: floa
 def write_rank(axes: Axes, rank: int, place: tuple[float, float], text: str = "", **style: Any) -> None:
     """Write a rank, or a text in its place, into its cell in a colour that can be read there.
 
-    Args:
-        axes: of the cells.
-        rank: decides the colour.
-        place: in data coordinates.
-        text: in place of the number alone.
-        style: overrides the usual style of the text.
+    The place is in data coordinates; `style` overrides the usual style of the text.
     """
     brightness = float(rank_colors(np.array([rank]))[0] @ (0.299, 0.587, 0.114))
     color = FAINT if rank == 0 else "white" if brightness < 0.5 else INK

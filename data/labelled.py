@@ -32,8 +32,7 @@ def load_labelled(name: str) -> tuple[list[Row], list[Row]]:
         an official split is only among the held-out rows.
 
     Raises:
-        UnknownNameError: no such labelled text.
-        AssetError: it is neither cached nor downloadable.
+        UnknownNameError, AssetError: no such text, or it is neither cached nor downloadable.
     """
     if name not in LABELS:
         raise UnknownNameError.of("labelled text", name, LABELS)

@@ -37,8 +37,7 @@ def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
         New rows {"text": str, "label": int}, label 0 negative and 1 positive.
 
     Raises:
-        UnknownNameError: no such source.
-        AssetError: the reviews are neither cached nor downloadable.
+        UnknownNameError, AssetError: no such source, or the reviews are neither cached nor downloadable.
     """
     if source not in get_args(ReviewSource):
         raise UnknownNameError.of("review source", source, get_args(ReviewSource))
@@ -53,8 +52,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         {"train": rows, "validation": rows, "test": rows}, rows as in `read_reviews`: {"text": str, "label": int}.
 
     Raises:
-        UnknownNameError: no such data set.
-        AssetError: its texts are neither cached nor downloadable.
+        UnknownNameError, AssetError: no such data set, or its texts are neither cached nor downloadable.
     """
     if name not in DATASETS:
         raise UnknownNameError.of("packaged data set", name, DATASETS)
@@ -76,8 +74,7 @@ def load_packaged_dataset(name: str) -> DatasetDict:
         a tenth of each label of the other part is for validation.
 
     Raises:
-        UnknownNameError: no such data set.
-        AssetError: its texts are neither cached nor downloadable.
+        UnknownNameError, AssetError: no such data set, or its texts are neither cached nor downloadable.
     """
     splits = read_splits(name)
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -94,8 +91,7 @@ def read_official_split(name: OfficialSplit) -> tuple[dict[str, str], dict[str, 
         of them; a text that is in both halves is only in the held-out one.
 
     Raises:
-        UnknownNameError: no such text.
-        AssetError: it is neither cached nor downloadable.
+        UnknownNameError, AssetError: no such text, or it is neither cached nor downloadable.
     """
     if name not in get_args(OfficialSplit):
         raise UnknownNameError.of("labelled text", name, get_args(OfficialSplit))

@@ -95,9 +95,7 @@ class MemoryUse:
 def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
     """Predict where the bytes of a training step go, and what other choices would take.
 
-    Args:
-        config: the step.
-        tell: called with a few words on what happens next.
+    `tell` is called with a few words on what happens next.
 
     Raises:
         RankPilotError: see `set_up`; also if checkpointing is asked for and the model does not support it.

@@ -72,9 +72,7 @@ class StepSetup:
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     """Load the model and the data that a configuration names, and make the adapter, the batch and the optimiser.
 
-    Args:
-        config: the step.
-        tell: called with a few words on what happens next.
+    `tell` is called with a few words on what happens next.
 
     Raises:
         UnknownNameError, AssetError, DataError: there is no such model or data, or the data cannot be used.
