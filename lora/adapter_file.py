@@ -93,7 +93,6 @@ def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _read_config(folder: Path) -> LoraConfig:
-    """Read the adapter's configuration; raise UnsupportedError if it is not LoRA on modules."""
     path = folder / CONFIG_NAME
     config = _read_file(path, lambda: LoraConfig.from_pretrained(str(folder)))
     if type(config) is not LoraConfig:
@@ -104,7 +103,6 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the adapter's weights; raise UnsupportedError if they are pickled."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.exists() and (folder / WEIGHTS_NAME).exists():
         raise UnsupportedError(

@@ -9,29 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..common.arrays import FloatArray, IntArray
+from ..common.arrays import IntArray
 from .peft_config import sync_config
 from .resize import non_finite, set_ranks
-from .signals import SignalMeter
+from .signals import Meter, SignalMeter
 from .targets import TargetModule
-
-
-class Meter(Protocol):
-    """Measures the signals of one run; see `SignalMeter`.
-
-    Attributes:
-        values: the latest signals, float64 (modules, len(SIGNALS)).
-        age: decisions since each module's values were fresh, int64 (modules,).
-    """
-
-    values: FloatArray
-    age: IntArray
-
-    def read(self) -> FloatArray:
-        """Close the interval and return the updated `values`."""
-
-    def restart(self) -> None:
-        """Begin a new interval; call after each change of rank."""
 
 
 class Adapters(Protocol):
@@ -50,13 +32,9 @@ class Adapters(Protocol):
         """Current ranks, int64 (modules,)."""
 
     def set_ranks(self, ranks: IntArray, optimizer: torch.optim.Optimizer | None, *, seed: int, step: int) -> None:
-        """Give the modules new ranks.
+        """Give the modules new ranks, int64 (modules,), and map the optimiser's state; stacked adapters ignore it.
 
-        Args:
-            ranks: int64 (modules,).
-            optimizer: the optimiser whose state is mapped to the new ranks; stacked adapters ignore it.
-            seed: decides fresh directions, together with `step`.
-            step: optimiser steps done.
+        `seed` and `step`, the number of optimiser steps done, decide fresh directions.
         """
 
     def non_finite(self, optimizer: torch.optim.Optimizer | None) -> list[str]:
@@ -64,12 +42,7 @@ class Adapters(Protocol):
 
 
 class PeftAdapters:
-    """The adapters of a PEFT model.
-
-    Args:
-        model: the PEFT model.
-        targets: its target modules.
-    """
+    """The adapters of a PEFT model, on these target modules."""
 
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
         self.model = model

@@ -85,17 +85,9 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise RunFolderError(f"{output} exists already. Name a folder that does not, or an empty one.")
     tensors = {key: _padded(adapter, key, tensor, width) for key, tensor in adapter.tensors.items()}
-    config = replace(
-        adapter.config,
-        r=width,
-        lora_alpha=width,
-        rank_pattern={},
-        alpha_pattern={},
-        use_rslora=False,
-        # Trained weights need no initialisation, and 'orthogonal' fails at an odd rank.
-        init_lora_weights=True,
-        eva_config=None,
-    )
+    config = replace(adapter.config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False)
+    # Trained weights need no initialisation, and 'orthogonal' fails at an odd rank.
+    config = replace(config, init_lora_weights=True, eva_config=None)
     try:
         with atomic_path(output.resolve()) as temporary:
             config.save_pretrained(str(temporary))
@@ -124,6 +116,7 @@ def export_rank_pattern(adapter_folder: str | Path) -> LoraConfig:
     if not ranks:
         raise ConfigError(f"All modules of {adapter_folder} are at rank 0: there is nothing to fine-tune again.")
     widest = max(ranks, key=ranks.__getitem__)
+    patterns = {name: f"^{re.escape(name)}" for name in ranks}  # each matches one module only
     return replace(
         adapter.config,
         r=ranks[widest],
@@ -133,8 +126,8 @@ def export_rank_pattern(adapter_folder: str | Path) -> LoraConfig:
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern={_anchored(name): rank for name, rank in ranks.items()},
-        alpha_pattern={_anchored(name): adapter.alphas[name] for name in ranks},
+        rank_pattern={patterns[name]: rank for name, rank in ranks.items()},
+        alpha_pattern={patterns[name]: adapter.alphas[name] for name in ranks},
         inference_mode=False,
     )
 
@@ -145,11 +138,7 @@ def rank_pattern_yaml(adapter_folder: str | Path) -> str:
     Axolotl's keys are `lora_rank_pattern` and `lora_alpha_pattern` (axolotl-ai-cloud/axolotl#3673, July 2026). Their
     values are whole and positive, so a fractional alpha is rounded.
 
-    Args:
-        adapter_folder: a LoRA adapter as `save_pretrained` writes it.
-
-    Raises:
-        ConfigError, UnsupportedError, RunFolderError: as `export_rank_pattern`.
+    Takes the same folder as `export_rank_pattern`, and raises the same errors.
     """
     config = export_rank_pattern(adapter_folder)
     alphas = {key: max(1, round(alpha)) for key, alpha in config.alpha_pattern.items()}
@@ -172,7 +161,6 @@ def rank_pattern_yaml(adapter_folder: str | Path) -> str:
 
 
 def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
-    """Comments for the reader of the file; `alphas` are the rounded ones, by pattern."""
     comments = [
         "Ranks that rankpilot learned. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later",
         "(axolotl-ai-cloud/axolotl#3673). Leave lora_target_linear out: it would adapt other modules as well.",
@@ -186,17 +174,8 @@ def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
     return comments
 
 
-def _anchored(name: str) -> str:
-    """The pattern that matches one module only."""
-    return "^" + re.escape(name)
-
-
 def _padded_rank(highest: int, wanted: int | None) -> int:
-    """The rank to pad to: `wanted`, or the smallest that vLLM allows and that is not below `highest`.
-
-    Raises:
-        ConfigError: vLLM does not allow the wanted rank, or no allowed rank is high enough.
-    """
+    """The rank to pad to: `wanted`, or the smallest that vLLM allows and that is not below `highest`."""
     if wanted is not None and wanted not in VLLM_RANKS:
         raise ConfigError(f"vLLM has no slot for rank {wanted}. Allowed: {', '.join(map(str, VLLM_RANKS))}.")
     fitting = [rank for rank in VLLM_RANKS if rank >= highest and wanted in (None, rank)]
@@ -212,9 +191,7 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
     if match is None:
         return tensor
     name, side, kind = match.groups()
-    new = tensor
-    if side == "B":
-        new = (tensor.double() * adapter.scale(name)).to(tensor.dtype)
+    new = tensor if side == "A" else (tensor.double() * adapter.scale(name)).to(tensor.dtype)
     if not bool(torch.isfinite(new).all()):
         raise NonFiniteError(
             f"{key} holds NaN or infinity, or does so after multiplication by the scale {adapter.scale(name):.4g} in "

@@ -41,15 +41,14 @@ def shrink_maps(weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Ten
     """The maps to the best rank-k approximation of each B A (Eckart and Young, 1936).
 
     Triangular factors of B and A^T leave the r x r core R_B R_A^T = U S V^T; then P = R_A^T V_k S_k^-1/2 and
-    Q = S_k^-1/2 U_k^T R_B. The dense product is never formed. All pairs must have the same r.
+    Q = S_k^-1/2 U_k^T R_B. The dense product is never formed.
 
     Args:
-        weights_a: A of each pair, fp64 of shape (r, d_in).
+        weights_a: A of each pair, fp64 of shape (r, d_in), with one r for all.
         weights_b: B of each pair, fp64 of shape (d_out, r).
         rank: k, 0 < k < r.
     """
-    core_a = _cores([weight.mT for weight in weights_a])
-    core_b = _cores(weights_b)
+    core_a, core_b = _cores([weight.mT for weight in weights_a]), _cores(weights_b)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
     used = s[:, :rank] > NEGLIGIBLE * s[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
     inverse_root = torch.where(used, s[:, :rank].rsqrt(), 0.0)
@@ -59,11 +58,9 @@ def shrink_maps(weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Ten
 
 
 def _cores(tall: Sequence[torch.Tensor]) -> torch.Tensor:
-    """R of the QR decomposition of each (d, r) matrix, up to signs, as (n, r, r).
-
-    Cholesky is faster but squares the condition number, so nearly singular matrices (those with new directions, for
-    example) go through Householder's QR. Where d < r, the rows of R beyond d are zero.
-    """
+    """R of the QR decomposition of each (d, r) matrix, up to signs, as (n, r, r); zero in rows beyond d."""
+    # Cholesky is faster but squares the condition number, so nearly singular matrices (those with new directions, for
+    # example) go through Householder's QR.
     grams = torch.stack([factor.mT @ factor for factor in tall])
     cores: torch.Tensor
     cores, failed = torch.linalg.cholesky_ex(grams, upper=True)

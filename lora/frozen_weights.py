@@ -23,10 +23,7 @@ def guard_base(model: nn.Module) -> None:
     (bitsandbytes 0.50, `Linear4bit.forward`). A repacked layer has no backward pass: adapters below it get no gradient,
     without an error. Any `state_dict()` unpacks it, but with block scales that are rounded to bfloat16 and, without
     double quantisation, transposed: other weights. The guard makes evaluation on such a CPU slower, and equal to what
-    training computes.
-
-    Args:
-        model: any model; only its 4-bit layers on the CPU change.
+    training computes. Other layers do not change.
 
     Raises:
         UnsupportedError: a layer has been repacked already, so its weights are no longer those that were loaded.
@@ -46,14 +43,7 @@ def guard_base(model: nn.Module) -> None:
 
 
 def base_norm(layer: LoraLayer) -> float:
-    """Frobenius norm of a layer's frozen weight, dequantised.
-
-    Args:
-        layer: a PEFT layer over a linear layer (quantised or not), a Conv1D or an embedding.
-
-    Raises:
-        UnsupportedError: see `real_weight`.
-    """
+    """Frobenius norm of a layer's frozen weight; takes the layers of `real_weight`, and raises its errors."""
     weight = real_weight(layer)
     # Squares of half-precision values would overflow or vanish, so they are summed in single precision.
     return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,48 +17,34 @@ from torch import nn
 from ..errors import UnsupportedError
 
 Moment = Literal["first", "second"]
-State = dict[str, Any]
+State = dict[str, torch.Tensor]
 
 LOW_BIT_BLOCK = 256
 """Number of values that share one scale in the 8-bit states of bitsandbytes."""
 
 
-class StateForm(Protocol):
-    """The form in which an optimiser stores a moment."""
+class StateForm:
+    """The form in which an optimiser stores a moment: an ordinary tensor, if no subclass says otherwise."""
 
     def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
         """Return the moment `state[key]` as an ordinary float tensor."""
+        return state[key]
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
         """Store a moment of a new shape in the form that the optimiser would give it."""
-
-    def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of one moment of a parameter with the shape and dtype of `like`."""
-
-
-class PlainForm:
-    """An ordinary tensor."""
-
-    def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
-        """Return the tensor itself."""
-        moment: torch.Tensor = state[key]
-        return moment
-
-    def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
-        """Store the new moment in the dtype of the old one."""
         state[key] = value.to(state[key].dtype)
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """As many bytes as the parameter."""
-        return like.numel() * like.element_size()
+        """Bytes of one moment of a parameter with the shape and dtype of `like`."""
+        return like.nbytes
 
 
-class TorchaoForm:
+class TorchaoForm(StateForm):
     """torchao's low-bit tensor subclasses; small tensors and those of odd size stay ordinary."""
 
     def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
         """Return the dequantised moment."""
-        moment: torch.Tensor = state[key]
+        moment = state[key]
         return moment if type(moment) is torch.Tensor else moment.dequantize()
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
@@ -70,12 +56,11 @@ class TorchaoForm:
         """Bytes of codes and scales."""
         moment = optimizer._new_buffer(like, True)
         if type(moment) is torch.Tensor:
-            return like.numel() * like.element_size()
-        parts = [getattr(moment, name) for name in moment.__tensor_flatten__()[0] if name != "qmap"]
-        return sum(part.numel() * part.element_size() for part in parts)
+            return like.nbytes
+        return sum(getattr(moment, name).nbytes for name in moment.__tensor_flatten__()[0] if name != "qmap")
 
 
-class BitsandbytesForm:
+class BitsandbytesForm(StateForm):
     """bitsandbytes' states: fp32, or 8-bit codes in blocks with one scale each.
 
     Paged states become ordinary ones at the first change of rank, as they do when bitsandbytes loads a checkpoint.
@@ -85,7 +70,7 @@ class BitsandbytesForm:
         """Return the dequantised moment on the parameter's device; paged states report the CPU as theirs."""
         from bitsandbytes.functional import dequantize_blockwise
 
-        moment: torch.Tensor = state[key].to(parameter.device)
+        moment = state[key].to(parameter.device)
         if moment.dtype != torch.uint8:
             return moment
         number = key[-1]
@@ -112,9 +97,7 @@ class BitsandbytesForm:
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
         """Bytes of codes and scales, or of fp32 values."""
         count = like.numel()
-        if self._low_bit(optimizer, like, count):
-            return count + 4 * -(-count // LOW_BIT_BLOCK)
-        return 4 * count
+        return count + 4 * -(-count // LOW_BIT_BLOCK) if self._low_bit(optimizer, like, count) else 4 * count
 
     @staticmethod
     def _low_bit(optimizer: Any, parameter: torch.Tensor, count: int) -> bool:
@@ -123,13 +106,8 @@ class BitsandbytesForm:
 
 
 def _nearest_codes(value: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-wise 8-bit quantisation (Dettmers et al., 2022, arXiv:2110.02861) to the nearest code.
-
-    The library's CPU kernel turns an exact 0 into a small number, but the state of a new direction must be 0.
-
-    Returns:
-        Codes, uint8 of the shape of `value`, and one scale for each block of LOW_BIT_BLOCK values.
-    """
+    """Codes (uint8) and block scales of block-wise quantisation (Dettmers et al., 2022, arXiv:2110.02861)."""
+    # The library's CPU kernel turns an exact 0 into a small number, but the state of a new direction must be 0.
     blocks = nn.functional.pad(value.flatten(), (0, -value.numel() % LOW_BIT_BLOCK)).view(-1, LOW_BIT_BLOCK)
     scales = blocks.amax(dim=1).clamp_min(0)
     if code[0] < 0:  # signed codes end at -0.993: a negative extreme would shrink at each quantisation
@@ -154,7 +132,7 @@ class StateLayout:
 
     moments: Mapping[str, Moment]
     factored: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    form: StateForm = field(default_factory=PlainForm)
+    form: StateForm = field(default_factory=StateForm)
     count: Callable[[Mapping[str, Any]], int] | None = None
 
     def bytes_of(self, optimizer: Any, like: torch.Tensor) -> int:
@@ -174,16 +152,12 @@ def _adam_count(settings: Mapping[str, Any]) -> int:
 
 
 _LAYOUTS = {
-    "torch.Adam": StateLayout(_ADAM, count=_adam_count),
-    "torch.AdamW": StateLayout(_ADAM, count=_adam_count),
-    "torch.NAdam": StateLayout(_ADAM, count=_adam_count),
+    **dict.fromkeys(("torch.Adam", "torch.AdamW", "torch.NAdam"), StateLayout(_ADAM, count=_adam_count)),
     "torch.RMSprop": StateLayout(
         {"square_avg": "second", "momentum_buffer": "first"}, count=lambda settings: 1 + (settings["momentum"] != 0)
     ),
     "torch.SGD": StateLayout({"momentum_buffer": "first"}, count=lambda settings: int(settings["momentum"] != 0)),
-    "torch.Adafactor": StateLayout(
-        {"variance": "second"}, {"row_var": (0, 0), "col_var": (1, 1)}, count=lambda settings: 1
-    ),
+    "torch.Adafactor": StateLayout({"variance": "second"}, {"row_var": (0, 0), "col_var": (1, 1)}),
     "transformers.Adafactor": StateLayout(
         {"exp_avg": "first", "exp_avg_sq": "second"},
         {"exp_avg_sq_row": (0, 0), "exp_avg_sq_col": (1, 0)},

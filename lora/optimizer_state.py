@@ -74,7 +74,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 def state_bytes_of(optimizer: torch.optim.Optimizer | None, like: torch.Tensor) -> int:
     """Bytes of optimiser state for a parameter with the shape and dtype of `like`; None counts as AdamW."""
     if optimizer is None:
-        return 2 * like.numel() * like.element_size()
+        return 2 * like.nbytes
     return layout_of(optimizer).bytes_of(unwrap_optimizer(optimizer), like)
 
 
@@ -89,7 +89,11 @@ def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, 
     inner = unwrap_optimizer(optimizer)
     layout = layout_of(inner)
     state = inner.state.get(parameter, {})
-    _check_keys(inner, layout, parameter, state)
+    known = layout.moments.keys() | layout.factored.keys()
+    for key, value in state.items():
+        if key not in known and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            name = type(inner).__name__
+            raise UnsupportedError(f"{name} keeps a state tensor {key!r} that cannot be mapped to a new rank.")
     for key, moment in layout.moments.items():
         if isinstance(state.get(key), torch.Tensor):  # SGD stores None before its first step
             mapped = change.apply(layout.form.read(parameter, state, key), second=moment == "second")
@@ -109,18 +113,6 @@ def _map_factored(layout: StateLayout, state: dict[str, torch.Tensor], change: S
             other = next(name for name in layout.factored if name != key)
             ratio = state[key].mean() / before.mean()
             state[other] = torch.where(before.mean() > 0, state[other] * ratio, state[other])
-
-
-def _check_keys(
-    optimizer: torch.optim.Optimizer, layout: StateLayout, parameter: nn.Parameter, state: dict[str, object]
-) -> None:
-    """Raise UnsupportedError if the state holds a tensor of the parameter's shape that the layout does not name."""
-    known = layout.moments.keys() | layout.factored.keys()
-    for key, value in state.items():
-        if key not in known and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-            raise UnsupportedError(
-                f"{type(optimizer).__name__} keeps a state tensor {key!r} that cannot be mapped to a new rank."
-            )
 
 
 def reset_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:

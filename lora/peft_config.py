@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,14 +25,6 @@ MANY_MODULES = 256
 caches 512 of them: with more, loading an adapter takes minutes."""
 
 
-@dataclass(frozen=True)
-class _UserSettings:
-    """Settings of the user's LoraConfig before `sync_config` first changed it."""
-
-    exclude_modules: Any
-    target_modules: Any
-
-
 def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """Write the current ranks into the model's LoraConfig, so that the adapter can be saved at any time.
 
@@ -43,13 +35,13 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     adapter = targets[0].adapter
     config = peft_model.peft_config[adapter]
     settings = peft_model.__dict__.setdefault("_rankpilot_user_settings", {})
-    user = settings.setdefault(adapter, _UserSettings(config.exclude_modules, config.target_modules))
+    user_excluded, user_targets = settings.setdefault(adapter, (config.exclude_modules, config.target_modules))
     adapted = [target for target in targets if target.rank > 0]
     config.rank_pattern = _patterns({t.name: t.rank for t in adapted})
     config.alpha_pattern = _patterns({t.name: t.layer.lora_alpha[adapter] for t in adapted})
-    config.exclude_modules = _excluded(user.exclude_modules, [target.name for target in targets if target.rank == 0])
+    config.exclude_modules = _excluded(user_excluded, [target.name for target in targets if target.rank == 0])
     # PEFT refuses to load an adapter whose target modules match no module, except under this dummy name.
-    config.target_modules = user.target_modules if adapted else DUMMY_TARGET_MODULES
+    config.target_modules = user_targets if adapted else DUMMY_TARGET_MODULES
     if config.init_lora_weights == "orthogonal":  # fails at odd ranks, and loading overwrites the weights anyway
         config.init_lora_weights = True
 
@@ -59,22 +51,15 @@ def _patterns(values: dict[str, Any]) -> dict[str, Any]:
     groups: dict[Any, list[str]] = {}
     for name, value in values.items():
         groups.setdefault(value if len(values) >= MANY_MODULES else name, []).append(name)
-    return {_pattern(names): values[names[0]] for names in groups.values()}
-
-
-def _pattern(names: list[str]) -> str:
-    escaped = [re.escape(name) for name in names]
-    return f"^{escaped[0]}" if len(names) == 1 else f"^(?:{'|'.join(escaped)})"
+    escaped = [("|".join(map(re.escape, names)), names) for names in groups.values()]
+    return {f"^{text}" if len(names) == 1 else f"^(?:{text})": values[names[0]] for text, names in escaped}
 
 
 def _excluded(user: Any, dropped: list[str]) -> Any:
-    """The user's `exclude_modules` (a regular expression or names) and the dropped modules, as one setting.
-
-    It is a regular expression once a module is dropped, because PEFT would match a name in a list with the end of any
-    longer name.
-    """
+    """The user's `exclude_modules` (a regular expression or names) and the dropped modules, as one setting."""
     if not dropped:
         return user
+    # The result is a regular expression, because PEFT would match a name in a list with the end of any longer name.
     patterns = [re.escape(name) for name in dropped]
     if isinstance(user, str):
         patterns.insert(0, f"(?:{user})")
@@ -100,7 +85,7 @@ def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     done.add(targets[0].adapter)
     peft_model.register_load_state_dict_pre_hook(_LoadHook(peft_model, targets))
     for target in targets:
-        target.layer.register_state_dict_post_hook(_SaveHook(target))
+        target.layer.register_state_dict_post_hook(partial(_omit_rank_0, target))
 
 
 class _LoadHook:
@@ -117,9 +102,12 @@ class _LoadHook:
     def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
         loads = []
         for target, path in self.prefixes:
-            for name in target.parameters:
-                _name_adapter(state, f"{prefix}{path}", name, target.adapter)
             keys = {f"{prefix}{path}{name}": value for name, value in target.parameters.items()}
+            for key, name in zip(keys, target.parameters, strict=True):
+                # PEFT adds the adapter's name only to keys that the model saves, and modules at rank 0 are left out.
+                plain = f"{prefix}{path}{name.replace(f'.{target.adapter}', '', 1)}"
+                if plain in state:
+                    state[key] = state.pop(plain)
             loads.append((target, keys, state.get(next(iter(keys)))))
         if all(weight_a is None for _, _, weight_a in loads):
             return  # the state dict holds other weights, not this adapter
@@ -135,26 +123,13 @@ class _LoadHook:
                 value.requires_grad_(True)
 
 
-def _name_adapter(state: dict[str, torch.Tensor], path: str, name: str, adapter: str) -> None:
-    """Rename an entry that lacks the adapter's name.
-
-    PEFT adds the name only to keys that the model saves, and `_SaveHook` leaves out modules at rank 0.
-    """
-    plain = name.replace(f".{adapter}", "", 1)
-    if f"{path}{plain}" in state:
-        state[f"{path}{name}"] = state.pop(f"{path}{plain}")
-
-
-class _SaveHook:
-    """Removes a pair at rank 0 from the state dict, since plain PEFT cannot load it."""
-
-    def __init__(self, target: TargetModule) -> None:
-        self.target = target
-
-    def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
-        if self.target.rank == 0:
-            for name in self.target.parameters:
-                state.pop(f"{prefix}{name}", None)
+def _omit_rank_0(
+    target: TargetModule, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it."""
+    if target.rank == 0:
+        for name in target.parameters:
+            state.pop(f"{prefix}{name}", None)
 
 
 def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:

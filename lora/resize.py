@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -38,14 +38,7 @@ side gets gradients, and "mean" keeps its steps from being huge."""
 
 @dataclass(frozen=True)
 class RankChange:
-    """The change of one module's rank.
-
-    Attributes:
-        name: the module.
-        before: its rank before.
-        after: its rank now.
-        note: why it did not get the wanted rank; empty if it did.
-    """
+    """The change of one module's rank; `note` says why it did not get the wanted one, and is empty if it did."""
 
     name: str
     before: int
@@ -88,29 +81,27 @@ def set_ranks(
     broken = set(non_finite([target for target, rank in moving if rank > 0], optimizer))
     moving = [(target, rank) for target, rank in moving if target.name not in broken or rank == 0]
     before = {target.name: target.rank for target in targets}
-    _drop([target for target, rank in moving if rank == 0], optimizer)
+    for target in [target for target, rank in moving if rank == 0]:
+        resize(target, 0)
+        reset_state(optimizer, target.parameters.values())
     _shrink([(target, rank) for target, rank in moving if 0 < rank < target.rank], optimizer, seed, step)
     _grow([(target, rank) for target, rank in moving if rank > target.rank], optimizer, seed, step)
     order = sorted(wanted, key=lambda item: item[0].rank > before[item[0].name])
-    changes = [_report(target, before[target.name], ranks[target.name], target.name in broken) for target, _ in order]
-    _warn(changes)
+    changes = [_change(target, before[target.name], ranks[target.name], target.name in broken) for target, _ in order]
+    notes = [f"{change.name} has rank {change.after} ({change.note})" for change in changes if change.note]
+    if notes:
+        more = f"; and {len(notes) - 3} more" if len(notes) > 3 else ""
+        logger.warning("Ranks that could not be set as asked: %s%s.", "; ".join(notes[:3]), more)
     return [change for change in changes if change.before != change.after or change.note]
 
 
-def _report(target: TargetModule, before: int, wanted: int, broken: bool) -> RankChange:
+def _change(target: TargetModule, before: int, wanted: int, broken: bool) -> RankChange:
     note = ""
     if target.rank != wanted and broken:
         note = f"not set to {wanted}: its factors, gradients or optimizer state hold NaN or infinity"
     elif wanted > target.max_rank:
         note = f"asked for {wanted}, above min(d_in, d_out) = {target.max_rank}"
     return RankChange(target.name, before, target.rank, note)
-
-
-def _warn(changes: Sequence[RankChange]) -> None:
-    notes = [f"{change.name} has rank {change.after} ({change.note})" for change in changes if change.note]
-    if notes:
-        more = f"; and {len(notes) - 3} more" if len(notes) > 3 else ""
-        logger.warning("Ranks that could not be set as asked: %s%s.", "; ".join(notes[:3]), more)
 
 
 def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None = None) -> list[str]:
@@ -202,25 +193,17 @@ class _KeepFrozen:
                 parameter.requires_grad_(False)
 
 
-def _drop(targets: Iterable[TargetModule], optimizer: torch.optim.Optimizer | None) -> None:
-    for target in targets:
-        resize(target, 0)
-        reset_state(optimizer, target.parameters.values())
-
-
 def _shrink(
     moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
 ) -> None:
     for group, rank in _batches(moves):
         pairs = [(target.weight_a.detach().double(), target.weight_b.detach().double()) for target in group]
         maps = shrink_maps([a for a, _ in pairs], [b for _, b in pairs], rank)
-        all_used = maps.used.all(dim=-1).tolist()
         for index, (target, (a, b)) in enumerate(zip(group, pairs, strict=True)):
             p, q = maps.p[index], maps.q[index]
             new_a, new_b = (q @ a).to(target.weight_a), (b @ p).to(target.weight_b)
-            fresh = None
-            if not all_used[index]:
-                fresh = ~maps.used[index]
+            fresh = None if bool(maps.used[index].all()) else ~maps.used[index]
+            if fresh is not None:
                 generator = growth_generator(seed, step, target.name)
                 new_a[fresh], new_b[:, fresh] = fresh_directions(target, int(fresh.sum()), generator)
             fill_a, fill_b = _FILLS[target.embedding]

@@ -16,6 +16,7 @@ The last two serve other methods:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,11 +65,8 @@ def pair_signals(
     return torch.stack([sensitivity / count, snr.to(change), relative, norms.to(change), importance / count], dim=1)
 
 
-class SignalMeter:
-    """Averages the gradients of B over an interval, and computes the signals at its end.
-
-    Args:
-        targets: the target modules.
+class Meter(ABC):
+    """Averages the gradients of B over an interval, and computes the signals of one run at its end.
 
     Attributes:
         values: the latest signals, float64 (modules, len(SIGNALS)); NaN before the first read. A module at rank 0
@@ -76,15 +74,39 @@ class SignalMeter:
         age: decisions since each module's values were fresh, int64 (modules,).
     """
 
-    def __init__(self, targets: Sequence[TargetModule]) -> None:
-        self.targets = list(targets)
-        self.values: FloatArray = np.full((len(targets), len(SIGNALS)), np.nan)
-        self.age: IntArray = np.zeros(len(targets), dtype=np.int64)
-        self._base_norms = base_norms(targets)
+    def __init__(self, modules: int) -> None:
+        self.values: FloatArray = np.full((modules, len(SIGNALS)), np.nan)
+        self.age: IntArray = np.zeros(modules, dtype=np.int64)
+        self._count = 0  # steps in the interval
         self.restart()
 
+    @abstractmethod
     def restart(self) -> None:
         """Begin a new interval and free the buffers of the old one; call after each change of rank."""
+
+    def read(self) -> FloatArray:
+        """Close the interval: update `values` and `age` from the accumulated gradients, and begin a new one."""
+        self.age = self.age + 1
+        if self._count:
+            self.age[self._update()] = 0
+        self.restart()
+        return self.values
+
+    @abstractmethod
+    def _update(self) -> IntArray:
+        """Update `values`, and return the indices of the modules that have fresh ones."""
+
+
+class SignalMeter(Meter):
+    """Measures the signals of a PEFT model."""
+
+    def __init__(self, targets: Sequence[TargetModule]) -> None:
+        self.targets = list(targets)
+        self._base_norms = base_norms(targets)
+        super().__init__(len(targets))
+
+    def restart(self) -> None:
+        """See `Meter`."""
         self._count = 0
         self._index = [i for i, target in enumerate(self.targets) if target.rank > 0]
         self._adapted = [self.targets[i] for i in self._index]
@@ -106,21 +128,13 @@ class SignalMeter:
         self._squares[0] += norms.square()
         self._count += 1
 
-    def read(self) -> FloatArray:
-        """Close the interval: update `values` and `age` from the accumulated gradients, and begin a new one."""
-        fresh = np.zeros(len(self.targets), dtype=bool)
-        if self._count:
-            self.values[self._index] = self._signals().double().cpu().numpy()
-            fresh[self._index] = True
-        self.age = np.where(fresh, 0, self.age + 1)
-        self.restart()
-        return self.values
-
-    def _signals(self) -> torch.Tensor:
+    def _update(self) -> IntArray:
         factors = [(target.weight_a.detach(), target.weight_b.detach()) for target in self._adapted]
         scalings = [target.scaling for target in self._adapted]
-        bases = self._base_norms[self._index]
-        return pair_signals(factors, scalings, self._sums, self._squares[0], self._count, bases)
+        norms = self._base_norms[self._index]
+        signals = pair_signals(factors, scalings, self._sums, self._squares[0], self._count, norms)
+        self.values[self._index] = signals.double().cpu().numpy()
+        return np.array(self._index, dtype=np.int64)
 
     @property
     def buffer_bytes(self) -> int:

@@ -50,7 +50,6 @@ class TargetModule(ModuleSpec):
         return self._weight(self.layer.lora_embedding_B if self.embedding else self.layer.lora_B)
 
     def _weight(self, factors: Any) -> nn.Parameter:
-        """The adapter's factor among those of all adapters."""
         factor = factors[self.adapter]
         weight: nn.Parameter = factor if self.embedding else factor.weight
         return weight
@@ -97,7 +96,6 @@ def _layer_key(name: str) -> str:
 
 
 def _refuse(name: str, layer: LoraLayer, adapter: str) -> None:
-    """Raise UnsupportedError if the module's adapter is not a low-rank pair whose rank can change."""
     variant = layer.lora_variant.get(adapter)
     reason = None
     if isinstance(layer, (ParamWrapper, MultiheadAttention, LoraParallelLinear)):
@@ -136,7 +134,6 @@ def _refuse_config(config: LoraConfig) -> None:
 
 
 def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
-    """Raise UnsupportedError if a factor is sharded, or if two modules share one."""
     names: dict[int, str] = {}
     for target in targets:
         for weight in (target.weight_a, target.weight_b):
@@ -173,27 +170,22 @@ def find_target_modules(model: nn.Module, adapter: str | None = None) -> list[Ta
     if isinstance(config, LoraConfig):
         _refuse_config(config)
     base = peft_model.get_base_model()
-    layers = [(path, module) for path, module in base.named_modules() if isinstance(module, LoraLayer)]
     blocks: dict[str, int] = {}
     targets = []
-    for path, layer in layers:
-        if name not in layer.r:
+    for path, layer in base.named_modules():
+        if not isinstance(layer, LoraLayer) or name not in layer.r:
             continue
         _refuse(path, layer, name)
+        if isinstance(layer, Embedding):
+            d_in, d_out = layer.lora_embedding_A[name].shape[1], layer.lora_embedding_B[name].shape[0]
+        else:
+            d_in, d_out = layer.lora_A[name].weight.shape[1], layer.lora_B[name].weight.shape[0]
         block = blocks.setdefault(_layer_key(path), len(blocks))
-        targets.append(_target(path, name, block, layer))
+        targets.append(TargetModule(path, block, d_in, d_out, name, layer, isinstance(layer, Embedding)))
     _refuse_shards_and_ties(targets)
     if not targets:
         raise UnsupportedError(f"Adapter {name!r} of {type(base).__name__} has no LoRA target module.")
     return targets
-
-
-def _target(path: str, adapter: str, block: int, layer: LoraLayer) -> TargetModule:
-    if isinstance(layer, Embedding):
-        d_in, d_out = layer.lora_embedding_A[adapter].shape[1], layer.lora_embedding_B[adapter].shape[0]
-    else:
-        d_in, d_out = layer.lora_A[adapter].weight.shape[1], layer.lora_B[adapter].weight.shape[0]
-    return TargetModule(path, block, d_in, d_out, adapter, layer, isinstance(layer, Embedding))
 
 
 def unwrap(model: nn.Module) -> PeftModel:
@@ -236,11 +228,7 @@ def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> No
 
 
 def check_trains(targets: Iterable[TargetModule]) -> None:
-    """Check that every pair of rank 1 or more trains.
-
-    Raises:
-        UnsupportedError: a pair is frozen (requires_grad is False).
-    """
+    """Raise UnsupportedError if a pair of rank 1 or more is frozen (requires_grad is False)."""
     for target in targets:
         if target.rank > 0 and not (target.weight_a.requires_grad and target.weight_b.requires_grad):
             raise UnsupportedError(

@@ -31,8 +31,8 @@ from .layout import WIDTH_STEP, Layout, Pair
 SHRINK_BELOW = 0.75
 """Buffers become narrower if their new size is at most this share of the old one."""
 
-BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
-"""Settings of AdamW (without weight decay), as in transformers' Trainer."""
+_ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+"""Settings of `adamw`: those of transformers' Trainer, which decays no weights."""
 
 
 class StackedAdapters:
@@ -114,11 +114,6 @@ class StackedAdapters:
         """The buffers that last from step to step."""
         return self.weights, self.first, self.second, self.sums
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of all buffers, gradients included."""
-        return self.gradients.nbytes + sum(buffer.nbytes for buffer in self._buffers)
-
     def make_room(self, ranks: IntArray) -> None:
         """Give every module a width that fits these ranks, (runs, modules), and clear gradients if any width changes.
 
@@ -126,12 +121,11 @@ class StackedAdapters:
         """
         least = WIDTH_STEP if self.compiled else 0
         widths = np.maximum(-(-ranks.max(axis=0) // WIDTH_STEP) * WIDTH_STEP, least)
-        old = self.layout
-        fits = bool((widths <= old.widths).all())
-        if fits and Layout(widths, old.d_in, old.d_out).size > SHRINK_BELOW * old.size:
+        old, new = self.layout, Layout(widths, self.layout.d_in, self.layout.d_out)
+        if bool((widths <= old.widths).all()) and new.size > SHRINK_BELOW * old.size:
             return
         old_buffers = [self.pairs(buffer) for buffer in self._buffers]
-        self.layout = Layout(widths, old.d_in, old.d_out)
+        self.layout = new
         self._allocate()
         common = np.minimum(widths, old.widths).tolist()
         for old_pairs, buffer in zip(old_buffers, self._buffers, strict=True):
@@ -143,25 +137,18 @@ class StackedAdapters:
 
     @contextmanager
     def running(self, rows: Sequence[int], *, compiled: bool = False) -> Iterator[Callable[..., Any]]:
-        """Yield the model, to be called any number of times with batches of these runs.
-
-        Args:
-            rows: the runs in the batch, in this order.
-            compiled: yield the compiled model, for training.
-        """
+        """Yield the model (the `compiled` one for training), to be called with batches of these runs, in this order."""
         weights, gradients = self.weights, self.gradients
         if not self._are_all(rows):
             weights, gradients = weights[list(rows)], gradients.new_empty(len(rows), self.layout.size)
         self._rows, self._gradient, self._compiled = list(rows), gradients, compiled
-        pairs = self.layout.pairs(weights) if weights is not self.weights else self.pairs(weights)
-        self._leaves = pairs
+        self._leaves = self.layout.pairs(weights) if weights is not self.weights else self.pairs(weights)
         self._gradients = self.layout.pairs(gradients) if gradients is not self.gradients else self.pairs(gradients)
+        distinct_widths: Any = nullcontext()
         if compiled:  # one graph for all widths needs contiguous factors, whose strides follow from their shapes
-            self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in pairs]
+            self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in self._leaves]
             for leaf in (leaf for pair in self._leaves for leaf in pair):
                 torch._dynamo.maybe_mark_dynamic(leaf, 1)
-        distinct_widths: Any = nullcontext()
-        if compiled:
             distinct_widths = dynamic_shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         try:
             with distinct_widths:
@@ -226,12 +213,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def step(self, rows: Sequence[int], rates: Sequence[float]) -> None:
-        """Take one step of Adam in these runs, each at its learning rate.
-
-        Args:
-            rows: the runs.
-            rates: the learning rate of each.
-        """
+        """Take one step of Adam in these runs, each at its learning rate."""
         self.ages[list(rows)] += 1
         by_rate: dict[float, list[tuple[int, int, int, int]]] = {}
         for row, rate in zip(rows, rates, strict=True):
@@ -242,22 +224,8 @@ class StackedAdapters:
             buffers = (self.weights, self.gradients, self.first, self.second)
             weights, gradients, first, second = ([buffer[row, a:b] for row, a, b, _ in slices] for buffer in buffers)
             steps_before = torch.tensor([age - 1.0 for *_, age in slices], device=self.device)
-            adamw(
-                weights,
-                gradients,
-                first,
-                second,
-                [],
-                list(steps_before.unbind()),
-                fused=True,
-                amsgrad=False,
-                beta1=BETA_1,
-                beta2=BETA_2,
-                lr=rate,
-                weight_decay=0.0,
-                eps=EPSILON,
-                maximize=False,
-            )
+            ages = list(steps_before.unbind())
+            adamw(weights, gradients, first, second, [], ages, fused=True, lr=rate, **_ADAMW)  # type: ignore[arg-type]
 
     def _slices_of(self, row: int) -> list[tuple[int, int, int]]:
         """The slices of a row whose adapted pairs have one age: start, end, and steps behind the oldest pair."""
@@ -294,10 +262,8 @@ class _AddDelta(torch.autograd.Function):
         gradients: Pair,
         anchor: torch.Tensor,
     ) -> torch.Tensor:
-        """Shapes: y (runs, tokens, d_out), x (runs, tokens, d_in), a (runs, width, d_in), b (runs, width, d_out).
-
-        `anchor` is any tensor that requires a gradient, so that autograd calls `backward` even if y and x do not.
-        """
+        """Shapes: y (runs, tokens, d_out), x (runs, tokens, d_in), a (runs, width, d_in), b (runs, width, d_out)."""
+        del anchor  # it requires a gradient, so that autograd calls `backward` even if y and x do not
         hidden = torch.bmm(x, a.mT)
         ctx.save_for_backward(x, hidden, a, b)
         ctx.scaling, ctx.gradients = scaling, gradients

@@ -38,12 +38,7 @@ class Move:
 
 @torch.no_grad()
 def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int]) -> None:
-    """Give these runs fresh adapters of rank 1 on every module, as `lora.resize.reset_adapters` does.
-
-    Args:
-        adapters: all runs.
-        seeds: the seed of each run to reset.
-    """
+    """Give runs fresh adapters of rank 1 on every module, as `lora.resize.reset_adapters` does; `seeds` is by run."""
     rows = list(seeds)
     for buffer in (adapters.weights, adapters.first, adapters.second):
         buffer[rows] = 0
@@ -58,12 +53,7 @@ def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int]) -> None:
 
 @torch.no_grad()
 def set_stacked_ranks(adapters: StackedAdapters, moves: Sequence[Move]) -> None:
-    """Give several runs new ranks.
-
-    Args:
-        adapters: all runs.
-        moves: the new ranks, one entry for each run that changes.
-    """
+    """Give several runs new ranks, one move for each run that changes."""
     before = adapters.ranks.copy()
     after = before.copy()
     for move in moves:

@@ -8,75 +8,49 @@ import numpy as np
 import torch
 
 from ...common.arrays import FloatArray, IntArray
-from ..signals import SIGNALS, pair_signals
+from ..signals import Meter, pair_signals
 from ..targets import TargetModule
 from .adapters import StackedAdapters
 from .resize import Move
 
 
-class StackedMeter:
-    """Measures the signals of one run; see `SignalMeter`.
-
-    Args:
-        adapters: all runs.
-        row: the run.
-        base_norms: norm of each frozen weight, fp64 (modules,).
-
-    Attributes:
-        values: the latest signals, float64 (modules, len(SIGNALS)).
-        age: decisions since each module's values were fresh, int64 (modules,).
-    """
+class StackedMeter(Meter):
+    """Measures the signals of one run, a row of the adapters; `base_norms` as in `pair_signals`."""
 
     def __init__(self, adapters: StackedAdapters, row: int, base_norms: torch.Tensor) -> None:
-        modules = len(adapters.targets)
-        self.values: FloatArray = np.full((modules, len(SIGNALS)), np.nan)
-        self.age: IntArray = np.zeros(modules, dtype=np.int64)
         self._adapters, self._row, self._base_norms = adapters, row, base_norms
-        self.restart()
+        super().__init__(len(adapters.targets))
 
     def restart(self) -> None:
-        """Begin a new interval; call after each change of rank."""
+        """See `Meter`."""
         self._count = 0
         self._squares = np.zeros(len(self._adapters.targets))
         self._adapters.sums[self._row] = 0
 
-    def accumulate(self, squares: FloatArray) -> None:
-        """Add the gradients of one step, which are in the adapters' buffer; ignore a step that is not finite.
-
-        Args:
-            squares: squared norm of the gradient of each B, (modules,).
-        """
-        accumulate_all([self], squares[None])
-
     @torch.no_grad()
-    def read(self) -> FloatArray:
-        """Close the interval: update `values` and `age` from the accumulated gradients, and begin a new one."""
+    def _update(self) -> IntArray:
         adapters, row = self._adapters, self._row
-        adapted = adapters.ranks[row] > 0
-        if self._count and adapted.any():
+        adapted = np.flatnonzero(adapters.ranks[row])
+        if len(adapted):
             factors, sums = [], []
             weights, totals = adapters.pairs(adapters.weights), adapters.pairs(adapters.sums)
-            for index in np.flatnonzero(adapted):
+            for index in adapted:
                 rank = int(adapters.ranks[row, index])
                 a, b = weights[index]
                 factors.append((a[row, :rank], b[row, :rank].mT))
                 sums.append(totals[index][1][row, :rank].mT)
-            scalings = [
-                target.scaling for target, rank in zip(adapters.targets, adapters.ranks[row], strict=True) if rank
-            ]
+            scalings = [adapters.targets[index].scaling for index in adapted]
             squares = torch.from_numpy(self._squares[adapted]).to(adapters.device)
             signals = pair_signals(factors, scalings, sums, squares, self._count, self._base_norms[adapted])
             self.values[adapted] = signals.double().cpu().numpy()
-        self.age = np.where(adapted & (self._count > 0), 0, self.age + 1)
-        self.restart()
-        return self.values
+        return adapted
 
 
 def accumulate_all(meters: Sequence[StackedMeter], squares: FloatArray) -> None:
-    """`StackedMeter.accumulate` for several runs of the same adapters at once.
+    """Add the gradients of one step, which are in the adapters' buffer; ignore the steps of runs that are not finite.
 
     Args:
-        meters: the meters of the runs.
+        meters: the meters of several runs of the same adapters.
         squares: squared norm of the gradient of each B in each run, (len(meters), modules).
     """
     finite = [(meter, row) for meter, row in zip(meters, squares, strict=True) if np.isfinite(row).all()]
@@ -88,12 +62,7 @@ def accumulate_all(meters: Sequence[StackedMeter], squares: FloatArray) -> None:
 
 
 class StackedRun:
-    """The adapters of one run.
-
-    Args:
-        adapters: all runs.
-        row: the run.
-        base_norms: norm of each frozen weight, fp64 (modules,).
+    """The adapters of one run, a row of all of them; `base_norms` as in `pair_signals`.
 
     Attributes:
         meter: measures its signals.
