@@ -34,9 +34,7 @@ over-estimate."""
 def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], ModuleSet]) -> dict[Any, ModuleSet]:
     """For each node of the graph of `loss`, the modules of which at least one must be adapted for the node to exist.
 
-    Args:
-        loss: the end of the graph.
-        trains: returns the modules to which a leaf of the graph belongs.
+    `trains` returns the modules to which a leaf of the graph belongs.
     """
     flow: dict[Any, ModuleSet] = {}
     stack = [loss.grad_fn] if loss.grad_fn is not None else []

@@ -77,19 +77,10 @@ class Breakdown:
 def break_down(
     memory: MemoryModel, targets: Sequence[TargetModule], ranks: IntArray, shape: BatchShape | None = None
 ) -> Breakdown:
-    """Break the peak of a plan down.
-
-    Args:
-        memory: the result of `calibrate`.
-        targets: the target modules that `calibrate` was given.
-        ranks: the plan, (modules,).
-        shape: the batch's shape, that of calibration by default.
-
-    Raises:
-        UnsupportedError: see `MemoryModel.sizes`.
-    """
+    """Break the peak of a plan down; see `MemoryModel.at_peak`. `targets` are those that `calibrate` was given."""
     peak = memory.at_peak(ranks, shape)
-    names = [_inner(name) for name in peak.recording.names]
+    # Names inside the base model; empty for modules around it.
+    names = [f"{name}.".partition("base_model.model.")[2].rstrip(".") for name in peak.recording.names]
     containers = {parent for name in names if (match := _LAYER.match(name)) for parent in _parents(match[1])}
     rows = {row: None for name in names if (row := _row(name, containers)) != LOSS}
     layers = (*rows, LOSS)
@@ -110,11 +101,6 @@ def frozen_bytes(model: nn.Module) -> int:
     """Bytes of the loaded model's weights and buffers that do not train; a shared storage counts once."""
     tensors = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
     return sum({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())
-
-
-def _inner(name: str) -> str:
-    """A module's name inside the base model; empty for modules around the base model."""
-    return f"{name}.".partition("base_model.model.")[2].rstrip(".")
 
 
 def _parents(name: str) -> list[str]:
@@ -140,7 +126,6 @@ def _add_storages(
     storage_rows: IntArray,
     target_rows: IntArray,
 ) -> None:
-    """Add the recorded storages that are live at the peak to the table."""
     live = np.flatnonzero(peak.sizes)
     kinds, rows = _kinds(peak, candidate, ranks)[live], storage_rows[live].copy()
     for position, serial in enumerate(live.tolist()):

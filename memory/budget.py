@@ -168,12 +168,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
-    """What uniform rank 8 on every module costs; modules that cannot have so high a rank have their highest one.
-
-    Args:
-        cost: the cost of a plan.
-        max_ranks: the highest rank that each module can have, int64 (modules,).
-    """
+    """What uniform rank 8 on every module costs, or a module's highest in `max_ranks`, int64 (modules,), if lower."""
     import numpy as np
 
     from .cost import plan_cost

@@ -127,7 +127,6 @@ def _all_training(model: nn.Module, targets: Sequence[TargetModule]) -> Iterator
 
 
 def _same_operations(one: Recording, other: Recording) -> bool:
-    """Whether two recordings ran the same operations."""
     return one.forward_end == other.forward_end and np.array_equal(one.created, other.created)
 
 
@@ -148,7 +147,6 @@ def _power(larger: Recording, smaller: Recording, factor: float) -> FloatArray:
 
 
 def _check_all_ran(recording: Recording, targets: Sequence[TargetModule]) -> None:
-    """Raise UnsupportedError if a target module took no part in the forward pass."""
     ran = np.unique(recording.target_index[recording.created <= recording.forward_end])
     absent = np.setdiff1d(np.arange(len(targets)), ran)
     if len(absent):

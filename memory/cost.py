@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -15,78 +15,23 @@ from ..lora.module_spec import ModuleSpec
 CostUnit = Literal["bytes", "parameters"]
 
 
-class Cost(Protocol):
-    """What any plan costs: the highest of its costs at a few moments of a training step.
-
-    At each moment, a plan costs a constant, something for each rank, and something for each *group*. A group is paid
-    once as soon as the plan adapts any of the modules that need it. All values are whole numbers, so sums are exact.
-    """
-
-    @property
-    def unit(self) -> CostUnit:
-        """What is counted."""
-
-    @property
-    def constant(self) -> FloatArray:
-        """Cost of adapting no module at each moment, shape (moments,)."""
-
-    @property
-    def per_rank(self) -> FloatArray:
-        """Cost of one more rank on each module at each moment, shape (moments, modules)."""
-
-    @property
-    def group_bytes(self) -> FloatArray:
-        """Cost of each group at each moment, shape (moments, groups)."""
-
-    @property
-    def needs(self) -> BoolArray:
-        """Which modules need each group, shape (groups, modules)."""
-
-    @property
-    def module_groups(self) -> BoolArray:
-        """`needs`, transposed and contiguous, shape (modules, groups)."""
-
-
-def moment_costs(cost: Cost, plans: IntArray) -> FloatArray:
-    """What plans cost at each moment: ranks of shape (..., modules) -> costs of shape (..., moments)."""
-    if plans.ndim == 1:
-        needed = cost.module_groups[plans > 0].any(axis=0)
-    else:
-        needed = (plans > 0).astype(np.float64) @ cost.needs.T > 0
-    result: FloatArray = cost.constant + needed @ cost.group_bytes.T + plans @ cost.per_rank.T
-    return result
-
-
-def plan_cost(cost: Cost, ranks: IntArray) -> float:
-    """What a plan costs, at the moment when it costs most; `ranks` has shape (modules,)."""
-    return float(moment_costs(cost, ranks).max())
-
-
 @dataclass(frozen=True, eq=False)
 class ParameterCost:
     """Counts adapter parameters: sum of rank x (d_in + d_out). There is one moment, and no group.
 
     Attributes:
-        per_rank: shape (1, modules).
+        per_rank: shape (1, modules). The other attributes are those of `ByteCost`.
     """
 
     unit: ClassVar[CostUnit] = "parameters"
+    constant: ClassVar[FloatArray] = np.zeros(1)
+    group_bytes: ClassVar[FloatArray] = np.zeros((1, 0))
     per_rank: FloatArray
 
     @classmethod
     def of(cls, modules: Sequence[ModuleSpec]) -> ParameterCost:
         """The cost of plans for these modules."""
         return cls(np.array([[module.d_in + module.d_out for module in modules]], dtype=np.float64))
-
-    @property
-    def constant(self) -> FloatArray:
-        """0, shape (1,)."""
-        return np.zeros(1)
-
-    @property
-    def group_bytes(self) -> FloatArray:
-        """Empty, shape (1, 0)."""
-        return np.zeros((1, 0))
 
     @property
     def needs(self) -> BoolArray:
@@ -130,10 +75,33 @@ class ByteCost:
         return np.ascontiguousarray(self.needs.T)
 
 
+Cost = ParameterCost | ByteCost
+"""What any plan costs: the highest of its costs at a few moments of a training step.
+
+At each moment, a plan costs a constant, something for each rank, and something for each *group*. A group is paid once
+as soon as the plan adapts any of the modules that need it. All values are whole numbers, so sums are exact.
+"""
+
+
+def moment_costs(cost: Cost, plans: IntArray) -> FloatArray:
+    """What plans cost at each moment: ranks of shape (..., modules) -> costs of shape (..., moments)."""
+    if plans.ndim == 1:
+        needed = cost.module_groups[plans > 0].any(axis=0)
+    else:
+        needed = (plans > 0).astype(np.float64) @ cost.needs.T > 0
+    result: FloatArray = cost.constant + needed @ cost.group_bytes.T + plans @ cost.per_rank.T
+    return result
+
+
+def plan_cost(cost: Cost, ranks: IntArray) -> float:
+    """What a plan costs, at the moment when it costs most; `ranks` has shape (modules,)."""
+    return float(moment_costs(cost, ranks).max())
+
+
 def cost_state(cost: Cost) -> dict[str, Any]:
     """All that `cost_from_state` needs, as arrays and JSON values."""
     state: dict[str, Any] = {"unit": cost.unit}
-    for field in fields(cost):  # type: ignore[arg-type]  # both kinds of cost are dataclasses
+    for field in fields(cost):
         value = getattr(cost, field.name)
         state[field.name] = value if isinstance(value, np.ndarray) else list(value)
     return state

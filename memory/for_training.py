@@ -23,13 +23,7 @@ LOOP_BYTES = 1024
 
 @dataclass(frozen=True, eq=False)
 class PlanCosts:
-    """What plans cost, and what they may cost.
-
-    Attributes:
-        cost: the cost of a plan.
-        limit: what a plan may cost at most, in the same unit.
-        memory: predicts the cost of other batch shapes; None under a budget of parameters.
-    """
+    """What plans cost, and their limit; `memory`, None under a budget of parameters, predicts other batch shapes."""
 
     cost: Cost
     limit: Limit
@@ -47,13 +41,7 @@ def measure_memory(
 ) -> MemoryModel:
     """The byte model of a training loop's step: `calibrate`, with room for the scalars that the loop adds.
 
-    Args:
-        model: see `calibrate`, as `targets`, `batch`, `optimizer` and `accumulates`.
-        targets: the target modules.
-        batch: the largest that training will see.
-        optimizer: decides the bytes of state.
-        signals: whether plans pay for signal buffers.
-        accumulates: whether gradients are kept over several micro-batches.
+    Takes the arguments of `calibrate` and raises its errors; with `signals`, plans pay for signal buffers.
     """
     memory = calibrate(model, targets, batch, optimizer, signal_bytes=signals, accumulates=accumulates)
     return replace(memory, states=replace(memory.states, others=memory.states.others + LOOP_BYTES))
@@ -72,16 +60,7 @@ def plan_costs(
     """What plans cost on this model and batch, and the limit that a budget sets them.
 
     A share is a share of what *plain* LoRA of uniform rank 8 takes, without signal buffers. Under a budget of
-    parameters nothing is measured.
-
-    Args:
-        budget: the limit as its user gave it.
-        model: see `measure_memory`, as the other arguments.
-        targets: the target modules.
-        batch: the largest that training will see.
-        optimizer: decides the bytes of state.
-        signals: whether plans pay for signal buffers.
-        accumulates: whether gradients are kept over several micro-batches.
+    parameters nothing is measured. See `measure_memory` for the other arguments.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None), None)
@@ -96,17 +75,9 @@ def plan_costs(
 def limited_cost(budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None) -> tuple[Cost, Limit]:
     """The cost that a budget limits, and its limit.
 
-    Args:
-        budget: decides what is counted.
-        targets: the target modules.
-        memory: the byte model without signal buffers; may be None under a budget of parameters.
+    `memory` is the byte model without signal buffers; None only under a budget of parameters.
     """
-    cost: Cost
-    if budget.kind == "parameters":
-        cost = ParameterCost.of(targets)
-    else:
-        assert memory is not None, "bytes are predicted by a byte model"
-        cost = memory.cost()
+    cost: Cost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
     max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
     # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
     return cost, budget.resolve(cost, max_ranks, targets[0].weight_a.device)

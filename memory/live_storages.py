@@ -21,11 +21,6 @@ def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
             yield tensor.untyped_storage()
 
 
-def identity(storage: torch.UntypedStorage) -> int:
-    """A number that no other live storage has, empty ones included."""
-    return int(storage._cdata)
-
-
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context that reports every storage that operators create inside it, and when it is freed.
 
@@ -40,20 +35,17 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count: number of storages created.
     """
 
-    def __init__(
-        self,
-        created: Callable[[int, int], None],
-        freed: Callable[[int], None],
-    ) -> None:
+    def __init__(self, created: Callable[[int, int], None], freed: Callable[[int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.count = 0
         self._created, self._freed = created, freed
+        # By `_cdata`, a number that no other live storage has, empty ones included.
         self._seen: dict[int, tuple[int | None, weakref.ref[torch.UntypedStorage]]] = {}
 
     def serial(self, tensor: torch.Tensor) -> int | None:
         """The serial number of a tensor's storage; None if it was not created inside the context."""
-        entry = self._seen.get(identity(tensor.untyped_storage()))
+        entry = self._seen.get(tensor.untyped_storage()._cdata)
         return entry[0] if entry else None
 
     def __torch_dispatch__(
@@ -64,14 +56,14 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = operator(*arguments, **options)
         self.now += 1
         for storage in storages(_tensors(result)):
-            if identity(storage) not in self._seen:
+            if storage._cdata not in self._seen:
                 self._see(storage, (arguments, options))
         return result
 
     def _see(self, storage: torch.UntypedStorage, inputs: Any) -> None:
         """Note a storage seen for the first time; it is new unless it is among the operator's inputs."""
-        key = identity(storage)
-        if any(identity(old) == key for old in storages(_tensors(inputs))):
+        key = storage._cdata
+        if any(old._cdata == key for old in storages(_tensors(inputs))):
             self._seen[key] = None, weakref.ref(storage, lambda reference: self._seen.pop(key, None))
             return
         serial, self.count = self.count, self.count + 1

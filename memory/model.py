@@ -89,11 +89,7 @@ class MemoryModel:
         return _with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))), self.margin)
 
     def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
-        """The bytes of each storage at the peak of a plan.
-
-        Args:
-            ranks: the plan, (modules,).
-            shape: the batch's shape, that of calibration by default.
+        """The bytes of each storage at the peak of a plan, (modules,); the shape of calibration is the default.
 
         Raises:
             UnsupportedError: see `sizes`.
@@ -185,17 +181,10 @@ class MemoryModel:
 
 
 def _growth(ratio: float, power: FloatArray, measured: float) -> FloatArray:
-    """The factor by which each storage is larger at another length, (storages,).
-
-    A size with a power between two whole ones is a sum of both, as for labels that were padded by one token.
-
-    Args:
-        ratio: the other length over the recorded one.
-        power: the power of the length by which each storage grew in calibration.
-        measured: the ratio of lengths at which that was measured, below 1; 1 if it was not measured.
-    """
-    if measured == 1:
+    """The factor by which each storage grows with a `ratio` of lengths, from its power at a `measured` ratio."""
+    if measured == 1:  # the powers are not known
         return np.ones(len(power))
+    # A size with a power between two whole ones is a sum of both, as for labels that were padded by one token.
     whole = np.floor(power + 1e-9)
     share = (measured ** (power - whole) - measured) / (1 - measured)
     growth: FloatArray = ratio**whole * (share + (1 - share) * ratio)
@@ -208,12 +197,7 @@ def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
 
 
 class _Groups:
-    """The groups of a recording: storages that are live if one of the same set of modules is adapted.
-
-    Args:
-        recording: the recorded step.
-        count: number of target modules.
-    """
+    """The groups of a recording: storages that are live if one of the same set of the `count` modules is adapted."""
 
     def __init__(self, recording: Recording, count: int) -> None:
         self._count = count

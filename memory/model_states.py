@@ -45,14 +45,7 @@ class ModelStates:
 def model_states(
     model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
 ) -> ModelStates:
-    """The bytes that adapters and their optimiser hold between steps.
-
-    Args:
-        model: the PEFT model.
-        targets: its target modules.
-        optimizer: decides the bytes of state; without one, AdamW's two tensors count.
-        signal_bytes: whether signal buffers count.
-    """
+    """The bytes that adapters and their optimiser hold between steps; without one, AdamW's two tensors count."""
     weights = np.array(
         [t.d_in * t.weight_a.element_size() + t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64
     )
@@ -60,41 +53,29 @@ def model_states(
     adapter = {id(p) for target in targets for p in target.parameters.values()}
     others = [p.detach() for p in model.parameters() if p.requires_grad and id(p) not in adapter]
     unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
-    sizes = [_bytes(p) for p in others]
+    sizes = [p.nbytes for p in others]
     copies = _steps_with_copies(optimizer, model)
-    fixed = [sum(_bytes(p) + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
+    copied = sum(sizes) if copies else _copies_of_one(optimizer) * max(sizes, default=0)
+    fixed = [sum(p.nbytes + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
+    outside = sum(p.nbytes + state_bytes_of(optimizer, p) for p in others) + sum(p.nbytes for g in unranked for p in g)
     return ModelStates(
         weights=weights,
         optimizer=np.array([slope for slope, _ in states]),
         scratch=weights * copies,
         signals=signal_buffer_bytes(targets) * signal_bytes,
         fixed=np.array([size + start for size, (_, start) in zip(fixed, states, strict=True)], dtype=np.float64),
-        others=float(
-            sum(_bytes(p) + state_bytes_of(optimizer, p) for p in others) + sum(_bytes(p) for g in unranked for p in g)
-        ),
-        other_gradients=float(
-            sum(sizes) + (sum(sizes) if copies else _copies_of_one(optimizer) * max(sizes, default=0))
-        ),
+        others=float(outside),
+        other_gradients=float(sum(sizes) + copied),
     )
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Bytes of optimiser state as a straight line over the rank, nowhere below the true size: slope and start.
-
-    Most states grow along such a line. Factored states start above zero, and 8-bit states are fp32 below a certain
-    size.
-    """
+    """Bytes of optimiser state as a straight line over the rank, nowhere below the true size: slope and start."""
+    # Most states grow along such a line. Factored ones start above zero, and small 8-bit states are fp32.
     ranks = [rank for rank in RankLadder().ranks if 0 < rank <= target.max_rank]
     a, b = target.weight_a.detach(), target.weight_b.detach()
-    sizes = [
-        state_bytes_of(optimizer, a.new_empty(rank, target.d_in))
-        + state_bytes_of(optimizer, b.new_empty(target.d_out, rank))
-        for rank in ranks
-    ]
+    factors = [(a.new_empty(rank, target.d_in), b.new_empty(target.d_out, rank)) for rank in ranks]
+    sizes = [sum(state_bytes_of(optimizer, factor) for factor in pair) for pair in factors]
     slope = -(-sizes[-1] // ranks[-1])
     if len(ranks) > 1:
         slope = -((sizes[-2] - sizes[-1]) // (ranks[-1] - ranks[-2]))
@@ -104,9 +85,7 @@ def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -
 
 def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> bool:
     """Whether the optimiser works on all parameters at once, with a temporary copy of each."""
-    if optimizer is None:
-        return False
-    settings = unwrap_optimizer(optimizer).defaults
+    settings = unwrap_optimizer(optimizer).defaults if optimizer else {}
     if "foreach" not in settings or settings.get("fused"):
         return False
     foreach = settings["foreach"]

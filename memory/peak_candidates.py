@@ -63,12 +63,7 @@ class PeakStorages:
 
 
 def find_peak_candidates(recording: Recording, sizes: FloatArray) -> list[PeakCandidate]:
-    """The candidates for the peak of a step.
-
-    Args:
-        recording: a whole step, with lifetimes.
-        sizes: bytes of each storage at the batch shape in question, (storages,).
-    """
+    """The candidates for the peak of a recorded step; `sizes` are bytes at the batch shape in question, (storages,)."""
     return [*_Finder(recording, sizes).candidates()]
 
 

@@ -51,13 +51,7 @@ class PeakMeter:
         return self._requested or step % self.every_steps == 0
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: int = 0) -> None:
-        """Begin to measure a step.
-
-        Args:
-            model: the PEFT model.
-            optimizer: the optimiser, whose present state counts.
-            extra: bytes of further tensors that exist already, such as signal buffers.
-        """
+        """Begin to measure a step; `extra` is bytes of other tensors that exist already, such as signal buffers."""
         self.close()
         self._state_before = state_bytes(model, optimizer, gradients=False)
         self._bytes_before = self._state_before + extra
@@ -77,15 +71,7 @@ class PeakMeter:
         self._rise_of_passes = self._rise() or 0
 
     def end(self, step: int, model: nn.Module) -> int | None:
-        """End the measured step.
-
-        Args:
-            step: its number.
-            model: the PEFT model.
-
-        Returns:
-            Bytes at the peak; None if no step is being measured.
-        """
+        """End the measured step, of this number, and return bytes at its peak; None if no step is being measured."""
         rise = self._rise()
         if rise is None:
             return None

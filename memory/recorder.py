@@ -50,12 +50,7 @@ class _Stretch:
 
 
 class Recorder:
-    """Records training steps of one model.
-
-    Args:
-        model: the PEFT model.
-        targets: its target modules.
-    """
+    """Records training steps of one PEFT model."""
 
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
         self.model = model

@@ -18,11 +18,7 @@ def can_reset_peak() -> bool:
 
 
 def restart_peak() -> int | None:
-    """Return free memory to the system, and reset its record of the peak.
-
-    Returns:
-        Bytes resident now; None if the record cannot be reset.
-    """
+    """Free unused memory, reset the record of the peak, and return bytes resident now; None if it cannot be reset."""
     gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -17,21 +17,13 @@ CHECKPOINTING = {"use_reentrant": False}
 
 
 def check_installed(name: OptimizerName) -> None:
-    """Refuse an optimiser whose library is missing.
-
-    Raises:
-        UnsupportedError: it is.
-    """
+    """Raise UnsupportedError if the optimiser's library is missing."""
     if name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise UnsupportedError("The optimizer adamw8bit needs bitsandbytes: pip install 'rankpilot[quant]'.")
 
 
 def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of that name with the Trainer's settings, over all parameters that train.
-
-    Raises:
-        UnsupportedError: it needs a library that is not installed.
-    """
+    """The optimiser of that name with the Trainer's settings, over all parameters that train; see `check_installed`."""
     check_installed(name)
     trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "sgd":
@@ -42,21 +34,13 @@ def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimize
         factored: torch.optim.Optimizer = Adafactor(trains, lr=1e-4, scale_parameter=False, relative_step=False)
         return factored
     if name == "adamw8bit":
-        kinds: Any = importlib.import_module("bitsandbytes.optim")
-        optimizer: torch.optim.Optimizer = kinds.AdamW8bit(trains, lr=1e-4)
+        optimizer: torch.optim.Optimizer = importlib.import_module("bitsandbytes.optim").AdamW8bit(trains, lr=1e-4)
         return optimizer
     return torch.optim.AdamW(trains, lr=1e-4, fused=True)
 
 
 def checkpoint_segments(base: Any) -> None:
-    """Switch gradient checkpointing on, as the Trainer does.
-
-    Args:
-        base: the transformers model below the adapters.
-
-    Raises:
-        UnsupportedError: the model has none.
-    """
+    """Switch gradient checkpointing on in a transformers model; raise UnsupportedError if it has none."""
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UnsupportedError(f"{type(base).__name__} does not support gradient checkpointing.")
     if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
