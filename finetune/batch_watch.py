@@ -47,7 +47,7 @@ class BatchWatch:
         if not module.training:
             return
         batch = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
-        shape = BatchShape.of(batch)
-        if not self.shape.covers(shape):
-            self.shape = self.shape.joined(shape)  # first, since the callback may run the model on this batch
+        shape = self.shape.joined(BatchShape.of(batch))
+        if shape != self.shape:
+            self.shape = shape  # first, since the callback may run the model on this batch
             self._larger(batch, self.shape)

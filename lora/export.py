@@ -94,7 +94,12 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
             save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     except OSError as error:
         raise RunFolderError(f"Cannot write {output}: {error}") from error
-    _warn_of_other_tensors(adapter, output)
+    settings = adapter.settings(("modules_to_save", "trainable_token_indices", "lora_bias"))
+    if adapter.config.bias != "none":
+        settings["bias"] = adapter.config.bias
+    if settings:
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        logger.warning("%s also holds %s: plain PEFT reads that, vLLM and llama.cpp may refuse it.", output, shown)
     return output
 
 
@@ -203,16 +208,6 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
     shape = list(new.shape)
     shape[axis] = rank - shape[axis]
     return torch.cat([new, new.new_zeros(shape)], dim=axis)
-
-
-def _warn_of_other_tensors(adapter: SavedAdapter, output: Path) -> None:
-    """Warn of tensors besides the pairs, which programs other than PEFT may refuse."""
-    settings = adapter.settings(("modules_to_save", "trainable_token_indices", "lora_bias"))
-    if adapter.config.bias != "none":
-        settings["bias"] = adapter.config.bias
-    if settings:
-        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        logger.warning("%s also holds %s: plain PEFT reads that, vLLM and llama.cpp may refuse it.", output, shown)
 
 
 def _refuse_other_forms(adapter: SavedAdapter) -> None:

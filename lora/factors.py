@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,23 +21,10 @@ BEFORE_THE_RUN = -1
 """The step that seeds the first directions, so that growth at step 0 draws others."""
 
 
-@dataclass(frozen=True, eq=False)
-class ShrinkMaps:
-    """The linear maps A' = Q A and B' = B P that lower the rank of n pairs from r to k.
-
-    Attributes:
-        p: fp64 (n, r, k).
-        q: fp64 (n, k, r).
-        used: bool (n, k); False for a negligible direction, whose column of P and row of Q are zero.
-    """
-
-    p: torch.Tensor
-    q: torch.Tensor
-    used: torch.Tensor
-
-
-def shrink_maps(weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Tensor], rank: int) -> ShrinkMaps:
-    """The maps to the best rank-k approximation of each B A (Eckart and Young, 1936).
+def shrink_maps(
+    weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Tensor], rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The linear maps A' = Q A and B' = B P to the best rank-k approximation of each B A (Eckart and Young, 1936).
 
     Triangular factors of B and A^T leave the r x r core R_B R_A^T = U S V^T; then P = R_A^T V_k S_k^-1/2 and
     Q = S_k^-1/2 U_k^T R_B. The dense product is never formed.
@@ -47,6 +33,10 @@ def shrink_maps(weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Ten
         weights_a: A of each pair, fp64 of shape (r, d_in), with one r for all.
         weights_b: B of each pair, fp64 of shape (d_out, r).
         rank: k, 0 < k < r.
+
+    Returns:
+        P of the n pairs, fp64 (n, r, k); Q, fp64 (n, k, r); and bool (n, k), False for a negligible direction, whose
+        column of P and row of Q are zero.
     """
     core_a, core_b = _cores([weight.mT for weight in weights_a]), _cores(weights_b)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
@@ -54,7 +44,7 @@ def shrink_maps(weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Ten
     inverse_root = torch.where(used, s[:, :rank].rsqrt(), 0.0)
     p = (core_a.mT @ vh[:, :rank].mT) * inverse_root[:, None, :]
     q = inverse_root[:, :, None] * (u[:, :, :rank].mT @ core_b)
-    return ShrinkMaps(p, q, used)
+    return p, q, used
 
 
 def _cores(tall: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -199,10 +199,9 @@ def _shrink(
     for group, rank in _batches(moves):
         pairs = [(target.weight_a.detach().double(), target.weight_b.detach().double()) for target in group]
         maps = shrink_maps([a for a, _ in pairs], [b for _, b in pairs], rank)
-        for index, (target, (a, b)) in enumerate(zip(group, pairs, strict=True)):
-            p, q = maps.p[index], maps.q[index]
+        for target, (a, b), p, q, used in zip(group, pairs, *maps, strict=True):
             new_a, new_b = (q @ a).to(target.weight_a), (b @ p).to(target.weight_b)
-            fresh = None if bool(maps.used[index].all()) else ~maps.used[index]
+            fresh = None if bool(used.all()) else ~used
             if fresh is not None:
                 generator = growth_generator(seed, step, target.name)
                 new_a[fresh], new_b[:, fresh] = fresh_directions(target, int(fresh.sum()), generator)

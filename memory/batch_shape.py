@@ -27,10 +27,6 @@ class BatchShape:
         rows = max((tensor.shape[0] for tensor in batch.values() if tensor.dim()), default=1)
         return cls(rows, max((t.shape[1] for t in batch.values() if _has_tokens(t, rows)), default=1))
 
-    def covers(self, other: BatchShape) -> bool:
-        """Whether neither axis of the other shape is larger."""
-        return self.rows >= other.rows and self.length >= other.length
-
     def joined(self, other: BatchShape) -> BatchShape:
         """The smallest shape that covers both."""
         return BatchShape(max(self.rows, other.rows), max(self.length, other.length))

@@ -87,7 +87,7 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
         yield from _tensors([*values.values()])
 
 
-class LivePeak:
+class LivePeak(LiveStorages):  # type: ignore[no-untyped-call]
     """A context that counts the live bytes of the storages created inside it.
 
     Attributes:
@@ -96,10 +96,10 @@ class LivePeak:
     """
 
     def __init__(self) -> None:
+        super().__init__(self._add, self._drop)
         self.bytes = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
-        self._mode = LiveStorages(self._add, self._drop)
 
     def _add(self, serial: int, size: int) -> None:
         self._sizes[serial] = size
@@ -108,10 +108,3 @@ class LivePeak:
 
     def _drop(self, serial: int) -> None:
         self.bytes -= self._sizes.pop(serial)
-
-    def __enter__(self) -> LivePeak:
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self._mode.__exit__(*details)  # type: ignore[no-untyped-call]

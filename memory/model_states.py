@@ -55,7 +55,9 @@ def model_states(
     unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
     sizes = [p.nbytes for p in others]
     copies = _steps_with_copies(optimizer, model)
-    copied = sum(sizes) if copies else _copies_of_one(optimizer) * max(sizes, default=0)
+    fused = optimizer is None or unwrap_optimizer(optimizer).defaults.get("fused")
+    # An optimiser that takes one parameter at a time makes up to three temporary copies of it.
+    copied = sum(sizes) if copies else 0 if fused else 3 * max(sizes, default=0)
     fixed = [sum(p.nbytes + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
     outside = sum(p.nbytes + state_bytes_of(optimizer, p) for p in others) + sum(p.nbytes for g in unranked for p in g)
     return ModelStates(
@@ -90,11 +92,6 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
         return False
     foreach = settings["foreach"]
     return bool(next(model.parameters()).is_cuda if foreach is None else foreach)
-
-
-def _copies_of_one(optimizer: torch.optim.Optimizer | None) -> int:
-    """Temporary copies that an optimiser makes of one parameter at a time: none if it is fused, else up to three."""
-    return 0 if optimizer is None or unwrap_optimizer(optimizer).defaults.get("fused") else 3
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -33,14 +34,13 @@ class PeakMeter:
         self.every_steps = every_steps
         self.history: list[tuple[int, int]] = []
         self._requested = True
-        self._live: LivePeak | None = None
         self._contexts = ExitStack()
         self._bytes_before = 0
         self._state_before = 0
         self._optimizer: torch.optim.Optimizer | None = None
+        # The highest rise of live bytes since `begin`, and that of the passes; None if no step is being measured.
+        self._rise: Callable[[], int] | None = None
         self._rise_of_passes = 0
-        self._device = torch.device("cpu")
-        self._allocated: int | None = None
 
     def request(self) -> None:
         """Measure the next step."""
@@ -56,25 +56,27 @@ class PeakMeter:
         self._state_before = state_bytes(model, optimizer, gradients=False)
         self._bytes_before = self._state_before + extra
         self._optimizer, self._rise_of_passes = optimizer, 0
-        self._device = next(model.parameters()).device
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._allocated = torch.cuda.memory_allocated(self._device)
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            allocated = torch.cuda.memory_allocated(device)
+            self._rise = lambda: torch.cuda.max_memory_allocated(device) - allocated
         else:
             # Under a dispatch mode, torch.compile would stop compiling the code for good.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
-            self._live = self._contexts.enter_context(LivePeak())
+            live = self._contexts.enter_context(LivePeak())
+            self._rise = lambda: live.peak
 
     def stepping(self) -> None:
         """Note the end of the forward and backward passes; call before the optimiser steps."""
-        self._rise_of_passes = self._rise() or 0
+        self._rise_of_passes = self._rise() if self._rise else 0
 
     def end(self, step: int, model: nn.Module) -> int | None:
         """End the measured step, of this number, and return bytes at its peak; None if no step is being measured."""
-        rise = self._rise()
-        if rise is None:
+        if self._rise is None:
             return None
+        rise = self._rise()
         new_state = state_bytes(model, self._optimizer, gradients=False) - self._state_before
         peak = self._bytes_before + max(rise, self._rise_of_passes + max(new_state, 0))
         self.close()
@@ -82,15 +84,7 @@ class PeakMeter:
         self.history.append((step, peak))
         return peak
 
-    def _rise(self) -> int | None:
-        """The highest rise of live bytes since `begin`; None if no step is being measured."""
-        if self._live is not None:
-            return self._live.peak
-        if self._allocated is not None:
-            return torch.cuda.max_memory_allocated(self._device) - self._allocated
-        return None
-
     def close(self) -> None:
         """Stop measuring, without a result."""
         self._contexts.close()
-        self._live = self._allocated = None
+        self._rise = None

@@ -299,14 +299,12 @@ class _Leaf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
-        """Return a view of the tensor."""
         ctx.leaves = leaves
         ctx.save_for_backward(tensor)
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Return the gradient; append it and the tensor to the list."""
         ctx.leaves += [*ctx.saved_tensors, gradients[0]]
         return gradients[0], None
 

@@ -98,8 +98,9 @@ class StackedAdapters:
         self._views = {id(buffer): self.layout.pairs(buffer) for buffer in buffers}
         self.forget_slices()
 
-    def _are_all(self, rows: Sequence[int]) -> bool:
-        return list(rows) == list(range(len(self.ranks)))
+    def _index(self, rows: Sequence[int]) -> slice | list[int]:
+        """An index of these rows that makes no copy if they are all."""
+        return slice(None) if list(rows) == list(range(len(self.ranks))) else list(rows)
 
     def pairs(self, buffer: torch.Tensor) -> list[Pair]:
         """Views of one of the buffers, one pair for each module; made once for each layout."""
@@ -138,12 +139,12 @@ class StackedAdapters:
     @contextmanager
     def running(self, rows: Sequence[int], *, compiled: bool = False) -> Iterator[Callable[..., Any]]:
         """Yield the model (the `compiled` one for training), to be called with batches of these runs, in this order."""
-        weights, gradients = self.weights, self.gradients
-        if not self._are_all(rows):
-            weights, gradients = weights[list(rows)], gradients.new_empty(len(rows), self.layout.size)
-        self._rows, self._gradient, self._compiled = list(rows), gradients, compiled
-        self._leaves = self.layout.pairs(weights) if weights is not self.weights else self.pairs(weights)
-        self._gradients = self.layout.pairs(gradients) if gradients is not self.gradients else self.pairs(gradients)
+        self._rows, self._gradient, self._compiled = list(rows), self.gradients, compiled
+        self._leaves, self._gradients = self.pairs(self.weights), self.pairs(self.gradients)
+        if isinstance(self._index(rows), list):
+            self._gradient = self.gradients.new_empty(len(rows), self.layout.size)
+            self._leaves = self.layout.pairs(self.weights[self._rows])
+            self._gradients = self.layout.pairs(self._gradient)
         distinct_widths: Any = nullcontext()
         if compiled:  # one graph for all widths needs contiguous factors, whose strides follow from their shapes
             self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in self._leaves]
@@ -192,7 +193,7 @@ class StackedAdapters:
 
         The order of summation depends neither on the width nor on the other runs, and so neither does the result.
         """
-        gradients = self.gradients if self._are_all(rows) else self.gradients[list(rows)]
+        gradients = self.gradients[self._index(rows)]
         pieces = torch.linalg.vector_norm(torch.unflatten(gradients, 1, (-1, self._piece)), dim=-1).double().square()
         sums: torch.Tensor = pieces.new_zeros(len(rows), 2 * len(self.targets))
         return sums.index_add_(1, self._blocks, pieces)
@@ -203,11 +204,7 @@ class StackedAdapters:
         squares = self.square_norms(rows)
         shares = (max_norm / (squares.sum(dim=1).sqrt() + 1e-6)).clamp(max=1.0)
         if not bool((shares == 1).all()):
-            factors = shares[:, None].to(self.dtype)
-            if self._are_all(rows):
-                self.gradients *= factors
-            else:
-                self.gradients[list(rows)] *= factors
+            self.gradients[self._index(rows)] *= shares[:, None].to(self.dtype)
         squares_b: FloatArray = (squares[:, len(self.targets) :] * shares[:, None].square()).cpu().numpy()
         return squares_b
 
@@ -240,12 +237,8 @@ class StackedAdapters:
 
     def add_to_sums(self, rows: Sequence[int]) -> None:
         """Add the gradients of B of these runs to their sums."""
-        start = self.layout.split
-        if self._are_all(rows):
-            self.sums[:, start:] += self.gradients[:, start:]
-        else:
-            for row in rows:
-                self.sums[row, start:] += self.gradients[row, start:]
+        index, start = self._index(rows), self.layout.split
+        self.sums[index, start:] += self.gradients[index, start:]
 
 
 class _AddDelta(torch.autograd.Function):
@@ -272,7 +265,6 @@ class _AddDelta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of y and x; write those of A and B^T into their buffers."""
         x, hidden, a, b = ctx.saved_tensors
         (grad_y,) = outputs
         grad_hidden = torch.bmm(grad_y, b.mT).mul_(ctx.scaling)

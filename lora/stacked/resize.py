@@ -107,8 +107,7 @@ class _Change:
         """Lower these pairs from rank `old` to their best approximations of rank `new`."""
         pairs = [[side[move.row, :old].double() for side in self._weights[module]] for module, move in moves]
         maps = shrink_maps([a for a, _ in pairs], [b.mT for _, b in pairs], new)
-        for index, ((module, move), (a, b)) in enumerate(zip(moves, pairs, strict=True)):
-            p, q, used = maps.p[index], maps.q[index], maps.used[index]
+        for (module, move), (a, b), p, q, used in zip(moves, pairs, *maps, strict=True):
             factors = [q @ a, p.mT @ b]
             fresh = None if bool(used.all()) else ~used
             if fresh is not None:

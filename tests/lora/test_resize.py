@@ -117,11 +117,11 @@ def test_directions_without_function_are_seeded_anew_and_train_again(used, after
 def test_shrink_maps_say_which_directions_carry_function():
     target = lone_pair(8, 8, 4, torch.float64)
     fill(target, 2, torch.Generator().manual_seed(0), spread=0.1)
-    maps = shrink_maps([target.weight_a.detach()], [target.weight_b.detach()], 3)
-    assert (maps.p.shape, maps.q.shape, maps.used.tolist()) == ((1, 4, 3), (1, 3, 4), [[True, True, False]])
-    assert maps.p[0, :, 2].abs().sum() == 0
-    assert maps.q[0, 2].abs().sum() == 0
-    torch.testing.assert_close(maps.q[0, :2] @ maps.p[0, :, :2], torch.eye(2, dtype=torch.float64))
+    p, q, used = shrink_maps([target.weight_a.detach()], [target.weight_b.detach()], 3)
+    assert (p.shape, q.shape, used.tolist()) == ((1, 4, 3), (1, 3, 4), [[True, True, False]])
+    assert p[0, :, 2].abs().sum() == 0
+    assert q[0, 2].abs().sum() == 0
+    torch.testing.assert_close(q[0, :2] @ p[0, :, :2], torch.eye(2, dtype=torch.float64))
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(2, 6), st.integers(0, 99))
@@ -131,11 +131,11 @@ def test_pairs_shrink_together_as_they_do_alone(d_in, d_out, rank, seed):
     b = torch.randn(3, d_out, rank, generator=generator, dtype=torch.float64)
     b[1] = 0
     together = shrink_maps(a, b, rank - 1)
-    for index in range(3):
-        alone = shrink_maps(a[index : index + 1], b[index : index + 1], rank - 1)
-        assert torch.equal(alone.used[0], together.used[index])
-        product = b[index] @ alone.p[0] @ alone.q[0] @ a[index]
-        torch.testing.assert_close(b[index] @ together.p[index] @ together.q[index] @ a[index], product)
+    for index, (p, q, used) in enumerate(zip(*together, strict=True)):
+        p_alone, q_alone, used_alone = shrink_maps(a[index : index + 1], b[index : index + 1], rank - 1)
+        assert torch.equal(used_alone[0], used)
+        product = b[index] @ p_alone[0] @ q_alone[0] @ a[index]
+        torch.testing.assert_close(b[index] @ p @ q @ a[index], product)
 
 
 def test_parameters_stay_the_same_objects_with_new_storage(make_llama):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.memory.live_storages import LivePeak, LiveStorages, identity, storages
+from rankpilot.memory.live_storages import LivePeak, LiveStorages, storages
 
 KIB = 1024
 
@@ -79,7 +79,7 @@ def test_scalars_and_empty_tensors_are_told_apart():
     with LivePeak() as live:
         held = [torch.empty(0) for _ in range(3)] + [torch.zeros(())]
         assert live.bytes == 4
-        assert len({identity(tensor.untyped_storage()) for tensor in held}) == 4
+        assert len({tensor.untyped_storage()._cdata for tensor in held}) == 4
     held.clear()
     assert live.bytes == 0
 
