@@ -1,4 +1,4 @@
-"""Bounds that users put on the ranks of single modules."""
+"""Bounds of the user on the ranks of single modules."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from ..errors import ConfigError, UnknownNameError
 from ..lora.module_spec import ModuleSpec
 
 Bounds = Mapping[str, int | tuple[int, int]]
-"""A rank, or the least and the largest rank, by module name or its end, as in `LoraConfig.target_modules`."""
+"""{name of a module or its end, as in `LoraConfig.target_modules`: its rank, or its least and its largest rank}."""
 
 
 def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray, IntArray]:
-    """The least and the largest rank of each module, int64 (modules,) each; a later entry wins over an earlier one.
+    """The least and the largest rank of each module, int64 (modules,) each.
+
+    Args:
+        modules: all target modules.
+        bounds: of some of them; of several entries for one module the last counts.
 
     Raises:
-        UnknownNameError: an entry fits no module.
+        UnknownNameError: an entry names no module.
         ConfigError: a bound is negative, or the least is above the largest.
 
     Example:

@@ -1,4 +1,4 @@
-"""The features of a policy: their names, meanings and ranges."""
+"""The features that a policy sees: names, meanings and ranges."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Feature(NamedTuple):
-    """One feature of what a policy sees.
+    """One feature.
 
     Attributes:
         name: as in `MODULE_FEATURES` or `RUN_FEATURES`.
@@ -34,11 +34,11 @@ MODULE_FEATURE_TABLE = (
     Feature("shape", "log(d_out / d_in)", _BOUNDED),
     Feature("rank_cost", "log cost of one rank at the moment where it is highest, minus its mean", _BOUNDED),
     Feature("next_rung_cost", "log10(cost of the next rung up x modules / budget); -3 at the highest rung", _BOUNDED),
-    Feature("drop_saving", "the same of what dropping the module would free; -3 if it is not adapted", _BOUNDED),
+    Feature("drop_saving", "the same of what dropping the module would save; -3 if it is not adapted", _BOUNDED),
     Feature("adapt_cost", "the same of what adapting it at rank 1 would add; -3 if it is adapted", _BOUNDED),
     Feature("signal_age", "decisions since its signals were fresh, over 4", _UP_TO_THREE),
 )
-"""Columns of `Observation.modules`, the signals first. All are relative; none is a name."""
+"""Columns of `Observation.modules`, the signals first."""
 
 RUN_FEATURE_TABLE = (
     Feature("progress", "share of the run's steps that are done", _SHARE),

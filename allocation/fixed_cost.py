@@ -1,7 +1,7 @@
-"""The part of a plan's cost that depends on which modules are adapted, kept up to date as they come and go.
+"""The part of a plan's cost that depends on which modules are adapted, updated when that changes.
 
-`moment_costs` looks at the whole plan. A planner looks at thousands of sets of modules that differ by one module each,
-and most of what they cost is the same.
+To find a plan, thousands of sets of modules are compared that differ by one module each. Most of their cost is the
+same, so it is not computed anew, as `moment_costs` does.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from ..memory.cost import Cost
 
 
 class FixedCost:
-    """Cost of adapting a set of modules, before their first rank. The set changes module by module.
+    """What adapting a set of modules costs before their first rank; the set can change.
 
-    Costs are whole numbers (bytes or parameters), so their running sums are exact.
+    Costs are whole numbers of bytes or parameters, so adding and subtracting them is exact.
 
     Args:
         cost: the cost of plans.
-        active: the modules that are adapted at first, bool (modules,).
+        active: the modules in the set at first, bool (modules,).
 
     Attributes:
-        value: the cost of the present set at each moment, (moments,); a new array after each change.
-        active: the modules that are adapted now, bool (modules,).
+        value: the cost at each moment, (moments,); a new array after each change.
+        active: the modules in the set, bool (modules,).
     """
 
     def __init__(self, cost: Cost, active: BoolArray) -> None:
@@ -35,37 +35,37 @@ class FixedCost:
         self.value = self._evaluate()
 
     def value_with(self, module: int) -> FloatArray:
-        """The cost if this module were adapted as well, (moments,)."""
+        """The cost with this module in the set as well, (moments,)."""
         added = np.flatnonzero(self._module_groups[module] & (self._counts == 0))
         result: FloatArray = self.value + self._by_group[added].sum(axis=0)
         return result
 
     def add(self, module: int, value: FloatArray) -> None:
-        """Adapt a module that is not adapted; `value` is `value_with` it."""
+        """Add a module that is not in the set; `value` is what `value_with` returned for it."""
         self.value = value
         self._counts += self._module_groups[module]
         self.active[module] = True
 
     def add_all(self, modules: IntArray) -> None:
-        """Adapt several modules that are not adapted."""
+        """Add modules that are not in the set."""
         self._counts += self._module_groups[modules].sum(axis=0, dtype=np.int32)
         self.active[modules] = True
         self.value = self._evaluate()
 
     def remove_all(self, modules: IntArray) -> None:
-        """Stop adapting several modules that are adapted."""
+        """Remove modules that are in the set."""
         self._counts -= self._module_groups[modules].sum(axis=0, dtype=np.int32)
         self.active[modules] = False
         self.value = self._evaluate()
 
     def additions(self, modules: IntArray) -> FloatArray:
-        """What each of these modules, adapted or not, would add alone, (moments, len(modules))."""
+        """What adding each of these modules alone would add to the cost, (moments, len(modules))."""
         unpaid = self._counts == 0
         result: FloatArray = (self._module_groups[modules][:, unpaid].astype(np.float64) @ self._by_group[unpaid]).T
         return result
 
     def removals(self) -> FloatArray:
-        """What each adapted module would free if it alone were dropped, 0 for the others, (moments, modules)."""
+        """What removing each module of the set alone would take off the cost, 0 for the others, (moments, modules)."""
         result = np.zeros((len(self.value), len(self.active)))
         single = np.flatnonzero(self._counts == 1)
         owners = (self._needs[single] & self.active).argmax(axis=1)

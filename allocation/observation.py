@@ -1,6 +1,6 @@
-"""What a policy sees: the same numbers in a proxy episode and in a real fine-tune.
+"""What a policy sees at a decision, computed alike in an episode on a proxy and in a real fine-tune.
 
-Everything is relative (shares, ratios, logarithms), so that a policy carries over to models of other sizes.
+All numbers are relative (shares, ratios, logarithms), so that a policy can be used on models of other sizes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Float32Array = NDArray[np.float32]
 
 
 _SUMS = [SIGNALS.index(name) for name in ("sensitivity", "importance")]
-"""Signals that are sums over the components of a module, and grow with its rank."""
+"""Signals that are sums over the ranks of a module; they are divided by the rank."""
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """One decision's input.
+    """All that a policy sees at a decision.
 
     Attributes:
         modules: float32 (modules, len(MODULE_FEATURES)).
         run: float32 (len(RUN_FEATURES),).
         problem: the plans that are possible now.
-        names: module names, for logs alone; no policy reads them.
+        names: of the modules, for logs; no policy reads them.
     """
 
     modules: Float32Array
@@ -41,7 +41,7 @@ class Observation:
     names: tuple[str, ...]
 
     def padded(self, count: int) -> dict[str, NDArray[np.generic]]:
-        """The arrays of a Gymnasium observation, padded with zeros to `count` modules and flat, module after module."""
+        """The observation of the Gymnasium environment: flat, module after module, with zeros up to `count` modules."""
         size = len(self.modules)
         modules = np.zeros((count, len(MODULE_FEATURES)), dtype=np.float32)
         modules[:size] = self.modules
@@ -70,7 +70,7 @@ class RunState:
 
 
 def _centred_log(values: FloatArray) -> FloatArray:
-    """log(values) minus its mean over the finite ones, in -3 to 3; what is unknown or zero counts as the mean."""
+    """log(values) minus the mean of the finite logs, within -3 and 3; 0 where a value is not finite or not positive."""
     known = np.isfinite(values) & (values > 0)
     logs = np.log(np.where(known, values, 1.0))
     centre = logs[known].mean() if known.any() else 0.0
@@ -86,7 +86,7 @@ def observe(
     shapes: FloatArray,
     state: RunState,
 ) -> Observation:
-    """Build the observation of one decision.
+    """The observation at one decision.
 
     Args:
         problem: the plans that are possible now.
@@ -121,12 +121,12 @@ def observe(
 
 
 def _log_share(costs: FloatArray, limit: float) -> FloatArray:
-    """log10 of costs over an equal share of the budget, in -3 to 3: alike in models of any size."""
+    """log10 of costs as multiples of an equal share of the limit, within -3 and 3, whatever the number of modules."""
     return np.asarray(np.log10(np.clip(costs * len(costs) / limit, 1e-3, 1e3)))
 
 
 def _cost_changes(problem: AllocationProblem) -> tuple[FloatArray, FloatArray]:
-    """What dropping each adapted module frees, and what adapting each other one at rank 1 adds; 0 elsewhere."""
+    """What dropping each adapted module saves, and what adapting each other module at rank 1 adds; else 0."""
     adapted, per_rank = problem.ranks > 0, problem.cost.per_rank
     fixed = FixedCost(problem.cost, adapted)
     costs = (fixed.value + per_rank @ problem.ranks)[:, None]
@@ -153,11 +153,11 @@ def _run_features(problem: AllocationProblem, spent: float, state: RunState) -> 
 
 
 def mean_feature(observation: Observation, names: tuple[str, ...]) -> FloatArray:
-    """Mean of some columns of `MODULE_FEATURES`, (modules,)."""
+    """The mean of these features of each module, (modules,)."""
     columns = [MODULE_FEATURES.index(name) for name in names]
     return np.asarray(observation.modules[:, columns].mean(axis=1), dtype=np.float64)
 
 
 def module_feature(observation: Observation, name: str) -> FloatArray:
-    """One column of `MODULE_FEATURES`, (modules,)."""
+    """One feature of each module, (modules,)."""
     return mean_feature(observation, (name,))

@@ -1,11 +1,12 @@
 """The plan with the most utility inside a budget.
 
-Utilities are a sum over the modules; what a plan costs is not. q, k and v share an input, tensors above the deepest
-adapted module are held for all modules at once, and the peak is the highest of several moments.
+The utility of a plan is a sum over its modules; its cost is not. Modules q, k and v share an input, the tensors above
+the lowest adapted module are kept once for all modules, and the peak is the highest of several moments.
 
-For a few entry points (see `allocation.relaxation`) the plan is found that just spends the budget at one price a byte,
-and what is left goes where it is worth most per byte. In small models single modules are then exchanged for
-others while that helps. tests/lora/test_utility.py compares the result with a search of everything.
+So plans are made for a few entries (see `allocation.relaxation`), each with the price of a byte at which the plan just
+spends the budget. What is left goes where it gains the most utility for each byte. In small models, single modules are
+then exchanged for others as long as that helps. tests/allocation/test_optimum.py compares the result with a search of
+all plans.
 """
 
 from __future__ import annotations
@@ -24,34 +25,33 @@ from .problem import AllocationProblem
 from .relaxation import Market, Relaxation
 
 ENTRIES = 3
-"""How many of the entries that look best are tried after the best one, and more in small models."""
+"""How many further entries are tried after the one that looks best; in small models there are more."""
 
 ROUNDS = 3
-"""How often a plan is made with the first entry, while the prices of the moments settle."""
+"""How often a plan is made for the first entry, until the prices of the moments change little."""
 
 EXCHANGES = 20_000
-"""How many exchanges are tried, times modules squared: one module in a dozen matters, one in a thousand does not."""
+"""How many exchanges are tried, times modules squared: a single module matters among a dozen, not among a thousand."""
 
 RELIEFS = 8
-"""The most modules that make room in one exchange."""
+"""The most modules that are lowered in one exchange."""
 
 REFUSALS = 20
-"""So many modules that no longer fit end the search for further ones."""
+"""After this number of modules that do not fit, no further ones are tried."""
 
 _LEVELS = np.geomspace(1e-7, 1.0, 400)
 
 
 def best_plan(problem: AllocationProblem, utility: FloatArray) -> IntArray:
-    """The plan with the most utility that fits, nearly: see the module's text.
+    """The plan with the most utility that fits, or nearly so.
 
     Args:
         problem: costs, limit, ladder and bounds; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
-        utility: of each rung of the ladder on each module, (modules, rungs); not falling along the rungs, 0 at
-            rank 0, best with falling returns.
+        utility: of each rung on each module, (modules, rungs): 0 at rank 0, and not falling along the ladder. The
+            result is best if each further rung adds less than the one before.
 
     Returns:
-        Ranks on the ladder, int64 (modules,), of which none can rise further; the lower bounds where those exceed
-        the budget.
+        Ranks on the ladder, int64 (modules,), of which none can rise further; the lower bounds if not even they fit.
 
     Raises:
         ConfigError: the utilities have another shape, are not finite, fall, or are not 0 at rank 0.
@@ -78,7 +78,7 @@ class _Search:
         self._steps = np.minimum.accumulate(np.where(self._rungs > 0, steps, np.inf), axis=1)
 
     def best(self) -> IntArray:
-        """The best plan that was found."""
+        """The best of all plans that are tried."""
         problem = self._problem
         if not problem.fits(self._ladder[problem.bottoms]):
             return problem.bottoms
@@ -86,7 +86,7 @@ class _Search:
             return problem.tops
         relaxed = Relaxation(problem, self._utility)
         plans = list(self._at_entries(relaxed))
-        plan, prices = max(plans, key=lambda found: self._worth(found[0]))
+        plan, prices = max(plans, key=lambda made: self._worth(made[0]))
         draft = PlanBuilder(problem, self._nothing, self._exchanged(plan, prices))
         draft.fill(problem.tops)
         return draft.rungs
@@ -98,7 +98,7 @@ class _Search:
         return self._problem.fits(self._ladder[plan])
 
     def _at_entries(self, relaxed: Relaxation) -> Iterator[tuple[IntArray, FloatArray]]:
-        """Plans with the entries that look best, with the prices of the moments that led to them."""
+        """Plans for the entries that look best, each with the prices of the moments at which it was made."""
         prices, tried = relaxed.start(), np.zeros(len(self._modules), dtype=np.bool_)
         turns = min(len(tried), 1 + ENTRIES + 100 // len(tried))
         for turn in range(turns):
@@ -122,7 +122,7 @@ class _Search:
         return plan if self._fits(plan) else self._problem.bottoms
 
     def _spent(self, plan: IntArray, prices: FloatArray, free: BoolArray) -> IntArray:
-        """A plan with what it leaves of the budget spent on the `free` modules, by utility per byte."""
+        """A plan after spending the rest of the budget on the `free` modules, by utility per byte."""
         draft = PlanBuilder(self._problem, self._nothing, plan)
         self._raise(draft, prices, free)
         self._adapt(draft, prices, free)
@@ -152,7 +152,7 @@ class _Search:
                 break
 
     def _exchanged(self, plan: IntArray, prices: FloatArray) -> IntArray:
-        """A plan after exchanges of one module for others, as long as they help."""
+        """A plan after exchanging single modules for others as long as that helps."""
         worth, left = self._worth(plan), EXCHANGES // len(plan) ** 2
         improved = True
         while improved and left > 0:
@@ -165,7 +165,7 @@ class _Search:
         return plan
 
     def _neighbours(self, plan: IntArray, prices: FloatArray) -> Iterator[IntArray]:
-        """Plans with one module lowered, or one more in place of those that are worth least, and the rest spent."""
+        """Plans that differ in one module's rank; others give way by utility per byte, and the rest is spent."""
         bottoms, tops = self._problem.bottoms, self._problem.tops
         for module in np.argsort(self._utility[self._modules, plan], kind="stable").tolist():
             for rung in range(int(bottoms[module]), int(tops[module]) + 1):
@@ -178,7 +178,7 @@ class _Search:
                 yield self._spent(trial, prices, others) if self._fits(trial) else trial
 
     def _relieved(self, plan: IntArray, prices: FloatArray, free: BoolArray) -> IntArray:
-        """A plan that fits, if lowering `free` modules can do it; what is worth least per byte goes first."""
+        """A plan after lowering `free` modules until it fits, if that is possible, the least utility per byte first."""
         plan, bottoms = plan.copy(), self._problem.bottoms
         lower = (self._rungs >= bottoms[:, None]) & free[:, None]
         for _ in range(RELIEFS):

@@ -1,7 +1,7 @@
-"""Placement rules: plans that read no signal, to start from and to compare with.
+"""Plans that read no signal: one rank, or nearly one, on the top layers.
 
-Without gradient checkpointing the top layers at a useful rank beat every other placement that was tried at the same
-bytes; see docs/design.md. All-linear at one rank is `rankpilot.allocation.plan.uniform_ranks`.
+Without gradient checkpointing, adapting the top layers at a useful rank was better than any other plan with the same
+bytes (docs/design.md). One rank on all modules is `rankpilot.allocation.plan.uniform_ranks`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .plan import pack, project
 from .problem import AllocationProblem
 
 RANK_FLOOR = 16.0
-"""Rank that an adapted module should be able to have: about a quarter of the width of the models it was found on."""
+"""The rank floor. On the models on which it was measured, it is about a quarter of their width."""
 
 
 def top_layers(problem: AllocationProblem, layers: int, rank: int) -> IntArray:
-    """One rank on all modules of the top layers, within the bounds and whatever it costs, int64 (modules,).
+    """One rank on all modules of the top layers, within their bounds, int64 (modules,); the budget plays no part.
 
     Args:
-        problem: modules, bounds and ladder.
-        layers: how many layers, 0 or more.
-        rank: the rank, on the ladder or not; at most what each module can have.
+        problem: the modules and their bounds.
+        layers: the number of layers, 0 or more.
+        rank: any rank of at least 0; a module that cannot have it gets the most that it can.
 
     Raises:
-        ConfigError: there are not so many layers, or a number is negative.
+        ConfigError: the model has fewer layers, or a number is negative.
     """
     numbers = np.unique(problem.blocks)
     if not 0 <= layers <= len(numbers) or rank < 0:
@@ -38,13 +38,14 @@ def top_layers(problem: AllocationProblem, layers: int, rank: int) -> IntArray:
 
 
 def top_down_whole(problem: AllocationProblem, rank_floor: float = RANK_FLOOR) -> IntArray:
-    """One rank on the top layers: as many of them as can have the floor rank, then the largest rank that fits.
+    """One rank on whole layers from the top down: as many layers as can have the rank floor, at the largest rank.
 
-    Where not even the top layer can have it, the largest rank on that layer; where that is none, what `pack` finds.
+    Where the top layer cannot have the rank floor, it alone gets the largest rank that fits; where it cannot have rank
+    1, the plan is that of `pack`.
 
     Args:
         problem: the plans that are possible; `max_step` and `pinned` are ignored.
-        rank_floor: rank that every adapted module should be able to have, > 0.
+        rank_floor: the rank that every adapted module should be able to have, > 0.
 
     Returns:
         Whole ranks, on the ladder or not, int64 (modules,).
@@ -54,19 +55,17 @@ def top_down_whole(problem: AllocationProblem, rank_floor: float = RANK_FLOOR) -
     layers = max(1, bisect_left(counts, True, key=lambda k: not problem.fits(top_layers(problem, k, least))))
     ranks = range(1, problem.ladder.ranks[-1] + 1)
     rank = bisect_left(ranks, True, key=lambda r: not problem.fits(top_layers(problem, layers, r)))
-    return (
-        top_layers(problem, layers, rank)
-        if rank
-        else pack(problem.fresh(), np.zeros(len(problem.ranks)), rank_floor=1.0)
-    )
+    if rank == 0:
+        return pack(problem.fresh(), np.zeros(len(problem.ranks)), rank_floor=1.0)
+    return top_layers(problem, layers, rank)
 
 
 def top_down(problem: AllocationProblem, rank_floor: float = RANK_FLOOR) -> IntArray:
-    """`top_down_whole` that spends everything: single modules of the next layer down, then equal ranks on the ladder.
+    """As `top_down_whole`, but with some modules of the next layer down as well, and nothing left unspent.
 
     Args:
         problem: the plans that are possible; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
-        rank_floor: rank that an adapted module should be able to have, > 0.
+        rank_floor: the rank that every adapted module should be able to have, > 0.
 
     Returns:
         Ranks on the ladder, int64 (modules,), of which none can rise further.

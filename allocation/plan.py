@@ -1,14 +1,14 @@
-"""From wishes to a plan: ranks that fit the budget and spend all of it.
+"""From scores to wanted ranks, and from wanted ranks to a plan that fits the budget and leaves nothing of it unspent.
 
-Two steps, shared by the environment and the Trainer callback:
+Every decision takes these two steps, in an episode and in a real fine-tune:
 
-* `pack` turns scores into the ranks that they ask for: how many layers are adapted follows from a rank floor
-  (fewer layers at a useful rank beat all layers at a thin one, since depth is what costs bytes), and inside them ranks
-  go as exp(score);
-* `project` turns wanted ranks into a plan: clipped to the ladder and the bounds, over budget repaired, under budget
-  filled.
+* `pack` turns scores into wanted ranks. The rank floor decides how many modules are adapted: a few layers at a useful
+  rank are worth more than all layers at rank 1, because bytes depend on the lowest adapted layer above all. Among the
+  adapted modules, ranks are in the ratio exp(score).
+* `project` turns wanted ranks into a plan. It clips them to the ladder and the bounds, lowers ranks until they fit,
+  and raises ranks until nothing more fits.
 
-Both move along the ladder in the order of log(rank) - score, so equal scores give equal ranks.
+Both change one rung at a time in the order of log(rank) - score, so equal scores give equal ranks.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .problem import HYSTERESIS, AllocationProblem
 __all__ = ["HYSTERESIS", "AllocationProblem", "Plan", "check_budget", "pack", "project", "uniform_ranks"]
 
 TOP_DOWN = 100.0
-"""Depth bias with which scores only decide inside a layer."""
+"""A depth bias so high that scores decide between the modules of one layer alone."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A feasible plan.
+    """A plan, and what it was made from.
 
     Attributes:
         clipped: the wanted ranks, rounded down onto the ladder and clipped to the bounds, int64 (modules,).
-        ranks: ranks that fit, int64 (modules,).
-        cost: what they cost, in the unit of the problem.
+        ranks: the plan, int64 (modules,).
+        cost: what it costs, in the unit of the problem.
     """
 
     clipped: IntArray
@@ -48,10 +48,14 @@ class Plan:
 
 
 def check_budget(problem: AllocationProblem, names: list[str]) -> None:
-    """Make sure that the lower bounds fit, and with none of them at least one module at the lowest rank above 0.
+    """Check that any plan fits: the lower bounds, or without bounds one module at the lowest rank above 0.
+
+    Args:
+        problem: the plans that are possible.
+        names: of the modules, for the error.
 
     Raises:
-        BudgetError: they do not; names the smallest budget that works and what takes it.
+        BudgetError: none fits; the error tells the smallest budget that works, and what takes it.
     """
     ladder = problem.ladder.array
     if problem.bottoms.any():
@@ -76,7 +80,7 @@ def check_budget(problem: AllocationProblem, names: list[str]) -> None:
 
 
 def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, str]:
-    """What a plan needs, what there is, and what takes it and would lower it, for people."""
+    """For an error: what a plan takes, the limit, and what takes most of it and would lower it."""
     cost, needed = problem.cost, plan_cost(problem.cost, ranks)
     if not isinstance(cost, ByteCost):
         return f"{needed:.0f} parameters", f"{problem.limit:.0f}", ""
@@ -98,7 +102,10 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, s
 
 
 def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
-    """The rank, at least 1, and the lowest layer of the best plan with one rank on whole layers; None if none fits."""
+    """The best plan with one rank on whole layers: its rank, at least 1, and its lowest layer; None if none fits.
+
+    It adapts as many layers as fit at rank 1, from the top down, and gives them the largest whole rank that fits.
+    """
     blocks = range(int(problem.blocks.max()) + 1)
     lowest = bisect_left(blocks, True, key=lambda block: problem.fits(problem.uniform(1, block)))
     if lowest not in blocks or not problem.uniform(1, lowest).any():
@@ -108,10 +115,10 @@ def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
 
 
 def uniform_ranks(problem: AllocationProblem) -> IntArray:
-    """The best plan with one rank: on all modules if rank 1 fits there, else on as many top layers as fit.
+    """The best plan with one rank: on all modules if they fit at rank 1, else on as many top layers as do.
 
-    Not tied to the ladder: the largest whole rank up to the ladder's end; `low` and `high` bound it for each module.
-    Where not even the top layer fits at rank 1, as many of its modules as fit, at ranks as equal as may be.
+    The rank is any whole number up to the ladder's end, within the bounds of each module. Where not even the top layer
+    fits at rank 1, single modules of it are adapted, at ranks that are as equal as possible.
     """
     window = uniform_window(problem)
     if window:
@@ -120,21 +127,22 @@ def uniform_ranks(problem: AllocationProblem) -> IntArray:
 
 
 def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, depth_bias: float = TOP_DOWN) -> IntArray:
-    """The ranks that a set of scores asks for, as if every module were free to move between its bounds.
+    """The wanted ranks of these scores, as if every module could move to any rank within its bounds.
 
-    Modules are admitted as long as they can have the floor rank, in the order of score + depth bias * layer: with a
-    large depth bias layers from the top down, the lowest in part; with none the best scores wherever they are, and of
-    equal ones those further up. Then every admitted module starts at rank 1 and ranks rise in the order of log(rank) -
-    score until the budget is spent. With equal scores and a large depth bias this is "top-down" of docs/design.md.
+    First, modules are admitted in the order of score + depth bias * layer, as long as all of them can have the rank
+    floor. With a high depth bias these are the top layers, and a part of the next one down; without a bias they are
+    the modules with the best scores, and of equal scores those further up. Then every admitted module starts at rank
+    1, and ranks rise in the order of log(rank) - score until the budget is spent. With equal scores and a high depth
+    bias this is the rule top-down (docs/design.md).
 
     Args:
-        problem: the current state; its `max_step` and `pinned` are ignored.
-        scores: log rank relative to the other modules, float (modules,).
-        rank_floor: rank that an adapted module should at least be able to have, > 0.
-        depth_bias: how much a module's score counts less than that of one in the next layer up, in log rank.
+        problem: the plans that are possible; `max_step` and `pinned` are ignored.
+        scores: the log of each module's rank relative to the others, float (modules,).
+        rank_floor: the rank that every adapted module should be able to have, > 0.
+        depth_bias: by how much a score counts less for each layer further down, in log rank.
 
     Returns:
-        Ranks on the ladder, int64 (modules,); no more than the lower bounds if nothing else fits.
+        Ranks on the ladder, int64 (modules,); the lower bounds if nothing more fits.
     """
     for rung in range(int(np.clip(problem.ladder.rung(round(max(rank_floor, 1))), 1, problem.ladder.top)), 0, -1):
         rungs = _admit(problem, scores, rung, depth_bias)
@@ -149,7 +157,7 @@ def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, dept
 
 
 def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias: float) -> IntArray:
-    """Rungs with as many modules at `rung` as fit: neighbours from one layer together, the last in part."""
+    """Rungs at which as many modules as fit have `rung`; of the last layer that is reached, only some modules may."""
     draft = PlanBuilder(problem, scores, problem.bottoms)
     rungs = np.clip(rung, problem.bottoms, problem.tops)
     order = np.lexsort((-problem.blocks, -(draft.preference + depth_bias * problem.blocks)))
@@ -163,26 +171,27 @@ def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias
 
 
 def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray) -> Plan:
-    """The plan nearest to the wanted ranks that keeps to the budget and leaves nothing of it unspent.
+    """The plan nearest to the wanted ranks that fits the budget and leaves nothing of it unspent.
 
     Args:
-        problem: the current state.
-        wanted: ranks, int (modules,); rounded down onto the ladder, then clipped to `max_step` and to the bounds.
-        scores: decide who gives way and who is filled up first, float (modules,).
+        problem: the plans that are possible.
+        wanted: wanted ranks, int (modules,). They are rounded down onto the ladder and clipped to `max_step` and the
+            bounds.
+        scores: modules with low scores are lowered first, those with high scores are raised first, float (modules,).
 
     Returns:
-        The plan. It exceeds `max_step` downwards, and drops pinned modules, if the budget leaves no other way; where
-        the lower bounds alone exceed the budget, it is those.
+        The plan. Only if nothing else fits, it goes further down than `max_step` allows and drops pinned modules. If
+        not even the lower bounds fit, the plan is the lower bounds.
     """
     lower, upper = problem.bounds()
-    wished = np.clip(problem.ladder.rung(wanted), lower, upper)
+    clipped = np.clip(problem.ladder.rung(wanted), lower, upper)
     pinned = problem.is_pinned
-    draft = PlanBuilder(problem, scores, wished)
+    draft = PlanBuilder(problem, scores, clipped)
     draft.lower(lower)
     draft.lower(np.where(pinned, lower, problem.bottoms))
     if not draft.fits():
         droppable = pinned & (problem.bottoms == 0)
-        draft.drop(np.flatnonzero(droppable & (wished > 0)))
+        draft.drop(np.flatnonzero(droppable & (clipped > 0)))
         upper = np.where(droppable, 0, upper)
     draft.fill(upper)
-    return Plan(problem.ladder.array[wished], draft.ranks, plan_cost(problem.cost, draft.ranks))
+    return Plan(problem.ladder.array[clipped], draft.ranks, plan_cost(problem.cost, draft.ranks))

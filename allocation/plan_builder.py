@@ -1,4 +1,4 @@
-"""A plan in the making: how it is raised and lowered along the ladder within a budget."""
+"""How a plan is built: module by module and rung by rung, within a limit."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .problem import AllocationProblem
 
 
 class PlanBuilder:
-    """Ranks on the ladder that move one rung at a time, with their cost always at hand.
+    """A plan that changes, together with what it costs.
 
-    Moves go in the order of their *level*, log(rank) - score, rank being the higher one of the two: equal scores give
-    equal ranks. Rungs that a module has already are `hysteresis` lower, and so is its place among the modules to
-    adapt: a rank moves for a difference of scores above that. Among equal levels the lower module gives way first and
-    the first module is raised first.
+    A move takes one module one rung up or down. Moves are made in the order of their *level*: log(rank) - score, with
+    the higher of the two ranks. So equal scores lead to equal ranks. The level of a rung that a module has at present
+    is lower by the hysteresis, and a module that is adapted at present comes earlier among the modules to adapt. So
+    rank moves between two modules only if their scores differ by more than the hysteresis. Of moves with equal levels,
+    modules further down are lowered first, and modules that are listed first are raised first.
 
-    One more rank or module never makes a plan cheaper at any moment. So what was refused once stays refused while
-    the plan rises, and what fits is found by bisection.
+    One more rank or one more module never makes a plan cheaper at any moment. So a move that did not fit will not fit
+    while the plan rises, and bisection finds how many moves fit.
 
     Args:
-        problem: costs, limit, ladder and current ranks.
-        scores: log rank relative to the other modules, float (modules,).
-        rungs: where the plan starts, int64 (modules,).
+        problem: the cost of plans, the limit, the ladder and current ranks.
+        scores: the log of each module's rank relative to the others, float (modules,).
+        rungs: the plan to start with, int64 (modules,).
 
     Attributes:
-        rungs: where it is now, int64 (modules,).
-        costs: what that costs at each moment, (moments,).
+        rungs: the plan, int64 (modules,).
+        costs: what it costs at each moment, (moments,).
     """
 
     def __init__(self, problem: AllocationProblem, scores: FloatArray, rungs: IntArray) -> None:
@@ -45,29 +46,29 @@ class PlanBuilder:
 
     @property
     def ranks(self) -> IntArray:
-        """The ranks at these rungs, int64 (modules,)."""
+        """The plan as ranks, int64 (modules,)."""
         return np.asarray(self._ranks[self.rungs], dtype=np.int64)
 
     @property
     def preference(self) -> FloatArray:
-        """Scores, higher where a module has a rank already, (modules,)."""
+        """The scores, raised by the hysteresis for modules that are adapted at present, (modules,)."""
         return self._scores + self._hysteresis * (self._now > 0)
 
     @property
     def precedence(self) -> IntArray:
-        """Modules in the order in which they are adapted, (modules,)."""
+        """All modules in the order in which they are to be adapted, (modules,)."""
         return np.argsort(-self.preference, kind="stable")
 
     def fits(self) -> bool:
-        """Whether the plan keeps to the budget at every moment."""
+        """Whether the plan is within the limit."""
         return bool(self.costs.max() <= self._limit)
 
     def additions(self, modules: IntArray) -> FloatArray:
-        """What adapting each of these modules alone would add, before its first rank, (moments, len(modules))."""
+        """What adapting each of these modules alone adds before its first rank, (moments, len(modules))."""
         return self._fixed.additions(modules)
 
     def lift(self, module: int, rung: int) -> bool:
-        """Put a module on this higher rung, if that fits."""
+        """Raise a module to this rung if that fits; returns whether it does."""
         costs = self.costs + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
         if costs.max() > self._limit:
             return False
@@ -82,7 +83,7 @@ class PlanBuilder:
         return True
 
     def lift_all(self, modules: IntArray, rungs: IntArray) -> bool:
-        """Put modules on these higher rungs, if that fits for all of them together."""
+        """Raise modules to these rungs if all of them together fit; returns whether they do."""
         fixed, fresh = self._fixed.value, modules[self.rungs[modules] == 0]
         rise = self._per_rank[:, modules] @ (self._ranks[rungs] - self._ranks[self.rungs[modules]])
         self._fixed.add_all(fresh)
@@ -102,7 +103,7 @@ class PlanBuilder:
         self.rungs[modules] = 0
 
     def lower(self, bound: IntArray) -> None:
-        """Lower modules one rung at a time, highest level first and none below its bound, until the plan fits."""
+        """Lower modules rung by rung until the plan fits, the highest level first, and none below its bound."""
         if self.fits():
             return
         modules, rungs, levels = self._moves(bound, self.rungs)
@@ -119,13 +120,13 @@ class PlanBuilder:
         self.costs = self._fixed.value + self._per_rank @ self.ranks
 
     def fill(self, upper: IntArray) -> None:
-        """Raise modules until no rung of any of them fits, none above its bound; adapted ones first, then others."""
+        """Raise modules until no further rung fits, none above its bound: first those that are adapted, then others."""
         self.raise_adapted(upper)
         if self._adapt_more(upper):
             self.raise_adapted(upper)
 
     def _adapt_more(self, upper: IntArray) -> bool:
-        """Adapt further modules where that fits, best scores first; returns whether any did."""
+        """Adapt further modules where that fits, the best scores first; returns whether any was adapted."""
         absent = np.flatnonzero((self.rungs == 0) & (upper > 0))
         alone = self.costs[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
         able = np.zeros(len(self.rungs), dtype=np.bool_)
@@ -134,21 +135,21 @@ class PlanBuilder:
         return any(lifted)
 
     def raise_adapted(self, upper: IntArray) -> None:
-        """Raise adapted modules one rung at a time, lowest level first, wherever the next rung fits."""
+        """Raise adapted modules rung by rung wherever that fits, the lowest level first, and none above its bound."""
         modules, rungs, levels = self._moves(self.rungs, np.where(self.rungs > 0, upper, 0))
         order = np.argsort(levels, kind="stable")
         self.take(modules[order], rungs[order])
 
     def take(self, modules: IntArray, rungs: IntArray) -> None:
-        """Make these moves of adapted modules, one rung each, in this order, wherever the next rung fits.
+        """Raise adapted modules by these moves, in this order, wherever they fit.
 
         Args:
-            modules: which module each move raises, (moves,).
-            rungs: the rung that it leads to, (moves,); the moves of one module in rising order.
+            modules: the module of each move, (moves,).
+            rungs: the rung to which it leads, one above the module's last, (moves,).
         """
         rises = self._per_rank[:, modules] * self._rises[rungs]
         while len(modules):
-            # A module that was refused once stays where it is, and what follows its refused rung is out too.
+            # Where one move of a module does not fit, none of its later moves does.
             refused = (rises > (self._limit - self.costs)[:, None]).any(axis=0)
             if refused.any():
                 barred = np.full(len(self.rungs), len(self._ranks))
@@ -164,7 +165,7 @@ class PlanBuilder:
             modules, rungs, rises = modules[count:], rungs[count:], rises[:, count:]
 
     def _moves(self, low: IntArray, high: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
-        """All single rungs between two plans: modules, the higher rung of each move, its level; in that order."""
+        """All moves between two plans: module, higher rung and level of each, (moves,) each."""
         counts = np.maximum(high - low, 0)
         modules = np.repeat(np.arange(len(low)), counts)
         rungs = np.arange(1, len(modules) + 1) + np.repeat(low - np.cumsum(counts) + counts, counts)

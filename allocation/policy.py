@@ -1,4 +1,4 @@
-"""The contract that rules and learned policies share."""
+"""What every policy is, hand-written or learned: it decides on an observation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
-from .actions import decode
+from .actions import base_depth_bias, base_rank_floor
 from .observation import Observation
+from .plan import pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,14 +19,16 @@ class Decision:
     """What a policy wants.
 
     Attributes:
-        ranks: the ranks that it wants, int64 (modules,); `project` rounds them down onto the ladder.
-        scores: log rank relative to the other modules, (modules,); orders the projection.
-        rank_floor: rank floor that decided how deep the adapters go; 0 where a plan was made without one.
-        depth_bias: how much upper layers went before lower ones; 0 where a plan was made without one.
-        log_prob: log-probability density of the scores and steering numbers; 0 for a rule.
-        expected: improvement over uniform rank, later over no change, in standard deviations between plans; of a
-            policy without plan critics over the rule that it started from, in shares of the headroom; 0 for a rule.
-        uncertainty: standard deviation of that among the policy's critics; 0 for a rule.
+        ranks: the wanted ranks, int64 (modules,); `project` rounds them down onto the ladder.
+        scores: the log of each module's rank relative to the others, (modules,). Where the wanted ranks do not fit the
+            budget, modules with low scores give way first.
+        rank_floor: the rank floor from which the wanted ranks follow; 0 if they do not follow from scores.
+        depth_bias: the depth bias from which they follow; 0 if they do not follow from scores.
+        log_prob: log-probability density of the scores and the placement; 0 for a rule.
+        expected: the improvement that the policy expects. With a value ensemble: over uniform rank, and at later
+            decisions over no change, in standard deviations of the log loss between plans. Without one: over the rule
+            that the policy started from, in shares of the headroom. 0 for a rule.
+        uncertainty: standard deviation of `expected` over the members of the ensemble; 0 for a rule.
     """
 
     ranks: IntArray
@@ -38,18 +41,18 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Anything that decides ranks, for any number of modules and with no regard to their names."""
+    """Decides ranks, for any number of modules and whatever their names are."""
 
     @property
     def name(self) -> str:
-        """What logs and tables call it."""
+        """The name in logs and tables."""
 
     def decide(self, observation: Observation) -> Decision:
         """Decide on one observation."""
 
 
 def decision_from_plan(ranks: IntArray) -> Decision:
-    """The decision that asks for these ranks, int64 (modules,); `project` spends what the ladder leaves."""
+    """The decision that wants these ranks, int64 (modules,), and prefers no module to another."""
     return Decision(ranks, np.zeros(len(ranks)))
 
 
@@ -69,6 +72,15 @@ def decision_from_scores(
     placement: Sequence[float] | FloatArray = (0.0, 0.0),
     log_prob: float = 0.0,
 ) -> Decision:
-    """The decision that scores and corrections of floor and depth bias ask for; see `decode`."""
-    ranks, rank_floor, depth_bias = decode(observation.problem, scores, placement)
-    return Decision(ranks, scores, rank_floor, depth_bias, log_prob)
+    """The decision that a policy's scores and placement lead to.
+
+    Args:
+        observation: of the decision.
+        scores: the log of each module's rank relative to the others, (modules,).
+        placement: log2 of a factor on the rank floor, and what is added to the depth bias; see `PLACEMENT`.
+        log_prob: log-probability density of both.
+    """
+    problem = observation.problem
+    rank_floor = float(base_rank_floor(problem) * 2.0 ** placement[0])
+    depth_bias = float(base_depth_bias(problem) + placement[1])
+    return Decision(pack(problem, scores, rank_floor, depth_bias), scores, rank_floor, depth_bias, log_prob)

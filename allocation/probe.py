@@ -1,4 +1,4 @@
-"""The probe: a few small steps at rank 1, which read the first signals."""
+"""The probe: a few small training steps at rank 1 before the run, which measure the first signals."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..lora.signals import SignalMeter
 from ..lora.targets import TargetModule
 
 FIRST_LOSSES = 5
-"""The first loss is the mean of so many losses of the probe."""
+"""The first loss is the mean of this number of losses, from the probe's start."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
-    """What the probe found.
+    """What the probe measured.
 
     Attributes:
         signals: (modules, len(SIGNALS)).
@@ -40,13 +40,13 @@ def probe(
     seed: int,
     max_grad_norm: float = 1.0,
 ) -> ProbeResult:
-    """Train all modules at rank 1 for a few small steps, and read the signals.
+    """Train all modules at rank 1 for a few small steps, and measure the signals.
 
     Args:
-        targets: the target modules; their adapters are started over, and the caller resets them afterwards.
-        optimizer: over the adapter's parameters, without state; thrown away afterwards.
-        losses: one callable a step; it runs the forward pass on a micro-batch and returns the loss.
-        seed: of the rank-1 adapters.
+        targets: the target modules. Their adapters start anew; the caller resets them afterwards.
+        optimizer: of the adapters' parameters, without state; of no use afterwards.
+        losses: for each step a function that runs the forward pass on a micro-batch and returns the loss.
+        seed: decides the adapters at rank 1.
         max_grad_norm: gradients are clipped to this norm.
 
     Raises:

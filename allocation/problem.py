@@ -15,10 +15,9 @@ from ..lora.module_spec import ModuleSpec
 from ..memory.cost import Cost, plan_cost
 
 HYSTERESIS = 0.2
-"""How much cheaper, in log rank, the rungs are that a module has already, at decisions after the first.
+"""The difference of two scores, in log rank, above which rank moves from one module to the other at later decisions.
 
-Scores carry noise of 0.05 to 0.1 from one interval to the next. Two of them have to differ by more than this before
-rank moves from one module to the other.
+From one interval to the next, noise changes scores by 0.05 to 0.1.
 """
 
 
@@ -29,21 +28,23 @@ class AllocationProblem:
     Attributes:
         ranks: current ranks, int64 (modules,).
         max_ranks: the largest useful rank of each module, int64 (modules,).
-        blocks: layer of each module, 0 at the bottom, int64 (modules,).
+        blocks: layer of each module, 0 nearest to the input, int64 (modules,).
         cost: what plans cost.
-        limit: what a plan may cost, in the unit of `cost`.
-        ladder: allowed ranks.
-        max_step: how many rungs a module may move at this decision; None for any number.
-        pinned: modules that must keep their rank, or be dropped unless `low` keeps them, bool (modules,); None for no
-            module.
-        low: the least rank that each module must have, int64 (modules,); None for 0. Between two rungs the upper
-            one counts, above what a module can have the most that it can. Goes before the budget and `max_step`.
-        high: the most that each module may have, int64 (modules,); None for `max_ranks`. A module with `low` equal
-            to `high` is pinned. Goes before `max_step`.
-        hysteresis: how much cheaper, in log rank, the rungs are that a module has already, at least 0.
+        limit: the most that a plan may cost, in the unit of `cost`.
+        ladder: the allowed ranks.
+        max_step: the most rungs that a module may move at this decision; None for any number.
+        pinned: modules whose rank must not change, bool (modules,); None for no module. If nothing else fits, those
+            without a lower bound are dropped.
+        low: the least rank of each module, int64 (modules,); None for 0. Between two rungs the upper one counts; for a
+            module that cannot have so much, the most that it can. Lower bounds hold even where they exceed the budget
+            or `max_step`.
+        high: the largest rank of each module, int64 (modules,); None for `max_ranks`. Upper bounds hold even where they
+            exceed `max_step`.
+        hysteresis: how much the score of a module must exceed another's, in log rank, before it takes rank from it;
+            at least 0.
 
     Raises:
-        ConfigError: `low` or `high` has another shape, lies below 0 or leaves a module no rung.
+        ConfigError: `low` or `high` has another shape or holds a negative rank, or leaves a module no rung.
     """
 
     ranks: IntArray
@@ -115,7 +116,7 @@ class AllocationProblem:
             self._check_rungs(self.low)
 
     def _check_rungs(self, low: IntArray) -> None:
-        """Make sure that each module has a rung between its bounds."""
+        """Check that each module has a rung between its bounds."""
         wrong = np.flatnonzero((low > self._most) | (self.bottoms > self.tops))
         if len(wrong) == 0:
             return
@@ -128,19 +129,19 @@ class AllocationProblem:
 
     @cached_property
     def _most(self) -> IntArray:
-        """`high`, without a bound the top of the ladder or `low`, whichever is more."""
+        """The upper bound of each module, (modules,); without one the ladder's end, or `low` if that is more."""
         if self.high is not None:
             return self.high
         return np.maximum(np.int64(self.ladder.ranks[-1]), np.zeros_like(self.ranks) if self.low is None else self.low)
 
     @cached_property
     def tops(self) -> IntArray:
-        """The highest rung that each module may reach, (modules,)."""
+        """The highest rung that the bounds allow each module, (modules,)."""
         return self.ladder.rung(np.minimum(self.max_ranks, self._most))
 
     @cached_property
     def bottoms(self) -> IntArray:
-        """The lowest rung that each module must keep, (modules,)."""
+        """The lowest rung that the bounds allow each module, (modules,)."""
         if self.low is None:
             return np.zeros_like(self.ranks)
         most = self.ladder.rung(self.max_ranks)
@@ -148,7 +149,7 @@ class AllocationProblem:
 
     @property
     def rungs(self) -> IntArray:
-        """The current rung of each module, the one below for a rank between two, (modules,)."""
+        """The current rung of each module, (modules,); for a rank between two rungs the lower one."""
         return self.ladder.rung(self.ranks)
 
     @property
@@ -157,20 +158,20 @@ class AllocationProblem:
         return np.zeros(len(self.ranks), dtype=np.bool_) if self.pinned is None else self.pinned
 
     def fits(self, ranks: IntArray) -> bool:
-        """Whether a plan keeps to the limit."""
+        """Whether a plan is within the limit."""
         return plan_cost(self.cost, ranks) <= self.limit
 
     def uniform(self, rank: int, lowest: int = 0) -> IntArray:
-        """One rank, on the ladder or not, on all modules from layer `lowest` up; each within its bounds, (modules,)."""
+        """Any one rank on all modules from layer `lowest` up, each within its bounds, (modules,)."""
         low, high = self.ladder.array[self.bottoms], np.minimum(self.max_ranks, self._most)
         return np.clip(np.where(self.blocks >= lowest, rank, 0), low, high)
 
     def fresh(self) -> AllocationProblem:
-        """The same problem at a first decision: from no adapter at all, free to go anywhere within the bounds."""
+        """The same problem at a first decision: no module is adapted, and each may have any rank within its bounds."""
         return replace(self, ranks=np.zeros_like(self.ranks), max_step=None, pinned=None, hysteresis=0.0)
 
     def bounds(self) -> tuple[IntArray, IntArray]:
-        """The lowest and the highest rung of each module that this decision may choose, (modules,) each."""
+        """The lowest and the highest rung that this decision allows each module, (modules,) each."""
         now = self.rungs
         reach = self.ladder.top if self.max_step is None else self.max_step
         upper = np.clip(now + reach, self.bottoms, self.tops)

@@ -1,12 +1,13 @@
-"""Plans that prices choose: the relaxation behind `rankpilot.allocation.optimum.best_plan`.
+"""The relaxation behind `rankpilot.allocation.optimum.best_plan`: prices in place of a budget (Lagrange multipliers).
 
-Give every byte a price and each module takes the rank that is worth most after paying for it. Tensors that several
-modules need are paid together, by those that gain from them in proportion to what they gain, and nobody takes part
-who loses. The higher the price, the smaller the plan; the right price just spends the budget.
+Every byte has a price, and each module takes the rank that is worth most after paying for its bytes. Modules that need
+the same tensor share its price in proportion to what they gain, and a module that would lose is not adapted. The higher
+the price, the smaller the plan; at the right price, the plan just spends the budget.
 
-Moments have prices of their own, since each has the whole budget: bytes at the one that is nearest to it cost most.
-What lies below the *entry*, the deepest module that may be adapted, is left out. What the entry needs counts as paid
-before the others choose: in a deep model that is the backward chain from there up, the bulk of what a plan costs.
+Each moment has a price of its own, because each may use the whole budget; the price is highest at the moment that comes
+nearest to it. Only modules that are at most as expensive to reach as the *entry* are adapted. What the entry needs
+counts as paid before the others choose. In a deep model that is most of what a plan costs: the tensors on the way of
+the gradient from the loss down to the entry.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from ..memory.cost import moment_costs
 from .problem import AllocationProblem
 
 _GRID = np.geomspace(1e-5, 1.0, 16)
-"""Prices at which all entries are compared, over the highest that any module pays."""
+"""Prices at which all entries are compared, as shares of the highest price at which any module is adapted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What modules take at one price.
+    """The plan at one price.
 
     Attributes:
-        rungs: their rungs, those that are left out at their lower bounds, int64 (modules,).
+        rungs: of the modules, those that are left out at their lower bounds, int64 (modules,).
         paid: what each pays for its ranks and for its part of the groups, as a share of the slack, (modules,).
     """
 
@@ -38,7 +39,7 @@ class Choice:
 
 
 class Relaxation:
-    """One problem and its utilities, relaxed.
+    """A problem and its utilities, with prices in place of its limit.
 
     Args:
         problem: the plans that are possible; its lower bounds fit the budget.
@@ -69,26 +70,26 @@ class Relaxation:
         self.per_rank = problem.cost.per_rank
 
     def start(self) -> FloatArray:
-        """Prices of the moments to begin with: alike at all that everything together would exceed, (moments,)."""
+        """The first prices of the moments, (moments,): equal at those at which the largest plan exceeds the limit."""
         exceeded = moment_costs(self._problem.cost, self._ranks[self._problem.tops]) > self._problem.limit
         result: FloatArray = exceeded / self._slack / max(1, int(np.count_nonzero(exceeded)))
         return result
 
     def shifted(self, prices: FloatArray, rungs: IntArray) -> FloatArray:
-        """Prices of the moments after seeing a plan: higher where it comes nearest to the budget, (moments,)."""
+        """The prices of the moments after a plan, (moments,): higher where it comes nearer to the limit."""
         used = (moment_costs(self._problem.cost, self._ranks[rungs]) - self._base) / self._slack
         shares = prices * self._slack * np.exp(3 * (used - used.max()))
         result: FloatArray = shares / shares.sum() / self._slack
         return result
 
     def entries(self, prices: FloatArray) -> tuple[IntArray, FloatArray]:
-        """Modules from the cheapest to the deepest to reach, and what a plan with each as its entry would be worth.
+        """Modules from the cheapest to reach to the most expensive, and the utility of a plan with each as its entry.
 
         Args:
             prices: of a byte at each moment, (moments,).
 
         Returns:
-            The modules, int64 (modules,), and an estimate of the best utility, (modules,); -inf if it does not fit.
+            The modules, int64 (modules,), and an estimate of the utility, (modules,); -inf if no such plan fits.
         """
         reach = self.module_groups @ (prices @ self.group_bytes)
         order = np.argsort(reach, kind="stable")
@@ -103,7 +104,7 @@ class Relaxation:
 
 
 def _interpolated(worths: FloatArray, costs: FloatArray) -> FloatArray:
-    """Utility that fits a cost of 1, between rows of falling utility and cost, (rows, entries) -> (entries,)."""
+    """The utility at a cost of 1, interpolated between rows of falling cost, (rows, entries) -> (entries,)."""
     fitting = costs <= 1.0
     row = np.where(fitting.any(axis=0), fitting.argmax(axis=0), -1)
     column = np.arange(costs.shape[1])
@@ -115,7 +116,7 @@ def _interpolated(worths: FloatArray, costs: FloatArray) -> FloatArray:
 
 
 class Market:
-    """The choices of the modules down to one entry, at any prices.
+    """The plans for one entry, at any price.
 
     Args:
         relaxation: the problem.
@@ -132,7 +133,7 @@ class Market:
         self._members = np.arange(len(allowed))
 
     def priced(self, prices: FloatArray) -> Callable[[float], Choice]:
-        """What the modules take when a byte at each moment costs a share of the most that any module gains by one.
+        """The plans when the price of a byte is a share of the highest price at which any module is adapted.
 
         Args:
             prices: of a byte at each moment, relative to each other, (moments,).
@@ -160,7 +161,7 @@ class Market:
     def _settle(
         self, joined: BoolArray, value: FloatArray, level: float, burden: FloatArray
     ) -> tuple[BoolArray, FloatArray]:
-        """Who takes part, and what each pays for groups: those who would lose leave until nobody does."""
+        """Which modules are adapted, and what each pays for groups; modules that would lose are left out."""
         free = self._low > 0  # whose groups are paid in any case
         value = np.where(free, 0.0, value)
         while True:

@@ -1,4 +1,4 @@
-"""When ranks are decided: shared by the environment, the Trainer callback and the policy card."""
+"""When ranks are decided."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class DecisionSchedule:
-    """A probe before the run, the first plan at its start, a few changes, then frozen ranks.
+    """A probe before the run, the first plan at its start, a few changes, and no more changes after them.
 
     Attributes:
-        probe_steps: optimiser steps of the probe, all modules at rank 1; it reads the signals and is then undone.
-        probe_batch: rows of a probe batch, small enough for any budget.
-        fractions: when decisions fall, as shares of the run's steps; rises from 0. Later than about half of the run,
-            a change is not worth its bump (docs/experiments.md).
-        max_step: rungs that a module may move at each decision after the first, which may use the whole ladder.
+        probe_steps: optimiser steps of the probe.
+        probe_batch: rows of each batch of the probe; so few that any budget is enough.
+        fractions: when decisions are taken, in rising shares of the run's steps, the first at 0. After about half of
+            the run a change gains less than it costs (docs/experiments.md).
+        max_step: the most rungs that a module may move at a later decision; the first one may use the whole ladder.
 
     Raises:
         ConfigError: a value out of range.
@@ -38,9 +38,9 @@ class DecisionSchedule:
             raise ConfigError(f"fractions rise from 0 and stay below 1; got {self.fractions}.")
 
     def steps(self, total_steps: int) -> tuple[int, ...]:
-        """The optimiser steps before which a decision falls, for a run of `total_steps`; repeated ones merge."""
+        """The optimiser steps before which a decision is taken in a run of `total_steps`, each once."""
         return tuple(sorted({int(fraction * total_steps) for fraction in self.fractions}))
 
     def reach(self, decision: int) -> int | None:
-        """How many rungs a module may move at this decision, counted from 0; None for any number."""
+        """The most rungs that a module may move at this decision, counted from 0; None for any number."""
         return None if decision == 0 else self.max_step

@@ -16,9 +16,9 @@ import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics
-from rankpilot.allocation.actions import decode
 from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.plan import uniform_ranks
+from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.single import Episode, _measured_reference, probe_task, reference_of
 from rankpilot.env.proxies.adapted import adapted_base, proxy_cost
@@ -483,10 +483,10 @@ def test_score_actions_decode_against_the_present_plans(make_env: MakeEnv) -> No
     action = np.append(np.linspace(-1, 1, 28), [0.5, -0.25]).astype(np.float32)
     observation = env.unwrapped.observation
     assert observation is not None
-    wanted, rank_floor, depth_bias = decode(observation.problem, action[:28].astype(np.float64), (0.5, -0.25))
-    assert (rank_floor, depth_bias) == (pytest.approx(16 * 2**0.5), 3.75)
+    decision = decision_from_scores(observation, action[:28].astype(np.float64), (0.5, -0.25))
+    assert (decision.rank_floor, decision.depth_bias) == (pytest.approx(16 * 2**0.5), 3.75)
     info = env.step(action)[4]
-    assert info["ranks"] == tuple(wanted.tolist()), "what scores ask for fits the budget already"
+    assert info["ranks"] == tuple(decision.ranks.tolist()), "what scores ask for fits the budget already"
     with pytest.raises(ConfigError, match="wraps RankAllocationEnv"):
         ScoreActions(gym.make("CartPole-v1"))
 
