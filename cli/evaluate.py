@@ -20,7 +20,7 @@ class Evaluate(EvaluateConfig):
     A POLICY is the folder of a trained policy, or a rule: uniform, top-half, top-third, top-down-whole, top-down,
     top-down-mlp, one-deeper, two-deeper, all-layers, ramp-up, ramp-down, random, gradient-norm, adalora, snr,
     signal-mean, utility-per-byte. Parts of a trained policy can compete too: constant:FOLDER always takes its mean
-    action, whatever the task; actor:FOLDER decides without its plan critics; once:FOLDER decides only at the start;
+    action, whatever the task; actor:FOLDER decides without its value ensemble; once:FOLDER decides only at the start;
     without-signals:FOLDER (or -costs, -place, -progress, or one feature) does not see those features. Four more show
     what could be reached, and may do more than the others: uniform-115 (15 % more budget), oracle (knows what was
     planted), best-window and best-of-8 (the best of several runs).

@@ -114,7 +114,7 @@ class Once:
 
 
 def actor_of(policy: Policy) -> Policy:
-    """A learned policy without its plan critics; ConfigError for one that has none."""
-    if not isinstance(policy, LearnedPolicy) or policy.critics is None:
-        raise ConfigError(f"{policy.name} has no plan critics that could be left out.")
-    return replace(policy, name=f"{policy.name} actor", critics=None)
+    """A learned policy without its value ensemble; ConfigError for one that has none."""
+    if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
+        raise ConfigError(f"{policy.name} has no value ensemble that could be left out.")
+    return replace(policy, name=f"{policy.name} actor", value_ensemble=None)

@@ -1,9 +1,8 @@
-"""Plans worth a thought at a decision: the rules', the actor's own, and many between and around them.
+"""Candidates: the actions from which a learned policy chooses at a decision.
 
-Each is an action, a score for each module and corrections of floor and depth bias. Scores are weighted sums of what can
-be read off an observation (the mean of three signals, the cost of a rank, the relative depth) and of the actor's
-scores; weights and corrections are drawn widely, because nobody knows in advance how deep adapters should go, or how
-far signals can be trusted.
+Some are fixed: those of the rules and the actor's. Others are drawn. Their scores are weighted sums of the mean signal,
+the cost of a rank, the relative depth and the actor's scores. Weights and placements are drawn from wide distributions,
+because nobody knows in advance how deep adapters should go, or how far signals can be trusted.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from ...memory.cost import ParameterCost
 from ..rules.by_signal import signal_mean
 
 BASIS = ("signal_mean", "rank_cost", "relative_depth", "actor")
-"""What scores are sums of."""
+"""The scores of candidates are weighted sums of these."""
 
 _FIXED_GAINS = ((0, 0, 0, 0), (0, 0, 0, 0), (0.5, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1))
-"""Gains of the candidates that are always there: uniform, top-down, signal-mean, top-down-mlp and the actor's."""
+"""Weights of the fixed candidates: uniform, top-down, signal-mean, top-down-mlp and the actor's."""
 
 FIXED = len(_FIXED_GAINS)
+"""Number of fixed candidates; they come first."""
 
 
-def propose(
+def candidate_actions(
     observation: Observation, scores: FloatArray, placement: FloatArray, draws: int, generator: np.random.Generator
 ) -> tuple[FloatArray, FloatArray]:
-    """Actions to choose from.
+    """The candidates at a decision.
 
     Args:
         observation: of the decision.
         scores: the actor's, (modules,).
         placement: the actor's, (2,).
-        draws: how many are drawn beside the fixed ones.
+        draws: number of candidates that are drawn, beside the fixed ones.
         generator: draws them.
 
     Returns:
-        Scores (FIXED + draws, modules) and corrections of floor and depth bias (FIXED + draws, 2), the fixed ones
-        first.
+        Scores (FIXED + draws, modules), and placements (FIXED + draws, 2).
     """
     problem = observation.problem
     by_parameters = isinstance(problem.cost, ParameterCost)
@@ -51,12 +50,12 @@ def propose(
     uniform = (np.log2(rank / base_rank_floor(problem)), 0)
     fixed = np.array([uniform, (0, 0), (0, 0), (0, 0), tuple(placement)], dtype=np.float64)
     gains = np.concatenate([np.array(_FIXED_GAINS, dtype=np.float64), _draw_gains(draws, generator)])
-    corrections = np.concatenate([fixed, _draw_corrections(draws, by_parameters, generator)])
-    return np.clip(gains @ basis, -SCORE_BOUND, SCORE_BOUND), np.clip(corrections, -SCORE_BOUND, SCORE_BOUND)
+    placements = np.concatenate([fixed, _draw_placements(draws, by_parameters, generator)])
+    return np.clip(gains @ basis, -SCORE_BOUND, SCORE_BOUND), np.clip(placements, -SCORE_BOUND, SCORE_BOUND)
 
 
 def _draw_gains(draws: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Gains on the basis, (draws, len(BASIS))."""
+    """Weights, (draws, len(BASIS))."""
     return np.stack(
         [
             generator.choice([0.0, 0.5, 1.0], draws),
@@ -68,11 +67,8 @@ def _draw_gains(draws: int, generator: np.random.Generator) -> NDArray[np.float6
     )
 
 
-def _draw_corrections(draws: int, by_parameters: bool, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Corrections of floor (log2) and depth bias, (draws, 2).
-
-    Where depth costs nothing, floors above 1 leave modules out.
-    """
+def _draw_placements(draws: int, by_parameters: bool, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Placements, (draws, 2). Under a budget of parameters, only a rank floor above 1 leaves modules out."""
     if by_parameters:
         depth_biases = generator.choice([0.0, 1.0], draws) * generator.normal(0, 1, draws)
         return np.stack([generator.uniform(-0.5, 3.0, draws), depth_biases], axis=1)

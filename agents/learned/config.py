@@ -1,4 +1,4 @@
-"""Settings of the policy network."""
+"""Settings of the policy network, in a module that imports no library."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ...errors import ConfigError
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Size and start of the network.
+    """Size of the policy network, and the policy at its start.
 
     Attributes:
         width: of every hidden layer.
-        critics: networks that predict the outcome of a run; their disagreement is the uncertainty.
-        score_std: standard deviation of exploration on each score.
-        shared_std: of exploration on the gain of each feature, shared by the modules.
-        rank_floor_std: of exploration on log2 of the rank floor.
-        depth_bias_std: of exploration on the depth bias.
-        signal_gain: weight of signal-mean in the score at the start.
+        critics: number of networks that predict the result of a run; their spread is the uncertainty.
+        score_std: standard deviation of exploration for each score.
+        shared_std: for the gain of each direction, which the modules share.
+        rank_floor_std: for log2 of the rank floor.
+        depth_bias_std: for the depth bias.
+        signal_gain: gain of the mean signal in the scores at the start.
 
     Raises:
         ConfigError: a value out of range.

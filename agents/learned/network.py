@@ -1,16 +1,16 @@
-"""The policy network: one set of weights for every module, so that any number of modules fits.
+"""The policy network. It has one set of weights for all modules, so that a model may have any number of them.
 
-Each module's features and the run's become a token; mean and maximum over the modules give the context. Two parts use
-it:
+The features of a module and those of the run become a token; the mean and the maximum over the tokens are the context.
+Two parts use it:
 
-* the *estimate*: what each module is worth, a score from its token and the context. The warm start teaches it, and it
-  is 0 before;
-* the *steering*: a gain for each direction (the signals, relative depth, rank cost and the estimate), of which the
-  scores are the weighted sum, and two numbers that correct the rank floor and the depth bias. PPO trains it alone: a
-  dozen numbers for a decision, where one for each module moved the policy by dozens of nats in a single update
+* the *estimate*: a score for each module, from its token and the context. The warm start teaches it what modules are
+  worth; before that it is 0.
+* the *steering*: a gain for each direction (the signals, the relative depth, the cost of a rank, and the estimate), and
+  the placement. Scores are the sum of the directions, each times its gain. PPO trains the steering alone: these are a
+  dozen numbers for a decision. One number for each module changed the policy far too much in a single update
   (docs/experiments.md).
 
-All corrections start at zero: an untrained network *is* the rule (top-down's placement, signal-mean's reallocation).
+At first all that training can change is zero, and the network does what the rule signal-mean does.
 """
 
 from __future__ import annotations
@@ -27,23 +27,26 @@ from ..rules.by_signal import MEAN_SIGNALS
 from .config import NetworkConfig
 
 DIRECTIONS = (*SIGNALS, "relative_depth", "rank_cost", "estimate")
-"""What scores are made of: the context sets a gain for each, and exploration shares a draw among the modules."""
+"""Scores are a weighted sum of these, centred over the modules. Exploration adds one draw to each gain."""
 
 LATER_NOISE = 0.5
-"""Exploration at decisions after the first, as a share of that at the first: later ones move rank by two rungs."""
+"""Exploration at later decisions as a share of that at the first: they move ranks by two rungs at most."""
 
 _COLUMNS = [MODULE_FEATURES.index(name) for name in DIRECTIONS[:-1]]
 
 
 @dataclass(frozen=True, eq=False)
 class Action:
-    """A distribution over actions, and what it is worth; the action is a score for each module and then STEERING.
+    """A distribution of actions, and the expected result. An action is a score for each module, and then the placement.
+
+    With standard normal e and z, an action is mean + std * e + factors @ z.
 
     Attributes:
         mean: (batch, modules + 2), zero for padding.
-        std: of each number's own noise, the same shape.
-        factors: of the noise that modules share, (batch, modules + 2, len(DIRECTIONS)): noise is std * e + factors @ z.
-        values: what each critic expects of the run, in shares of the headroom over the rule, (batch, critics).
+        std: the noise that each number has for itself, (batch, modules + 2).
+        factors: the noise that the scores share, (batch, modules + 2, len(DIRECTIONS)).
+        values: how much better than under the rule each critic expects the run to end, in shares of the headroom,
+            (batch, critics).
     """
 
     mean: torch.Tensor
@@ -53,10 +56,10 @@ class Action:
 
 
 class RankNetwork(nn.Module):
-    """Scores for every module, steering numbers, and values.
+    """From features to a distribution of actions, and to the expected result.
 
     Args:
-        config: its size and start.
+        config: size of the network, and the policy at its start.
     """
 
     def __init__(self, config: NetworkConfig | None = None) -> None:
@@ -86,12 +89,12 @@ class RankNetwork(nn.Module):
                 nn.init.zeros_(parameter)
 
     def freeze_estimate(self) -> None:
-        """Leave the estimate as it is from here on."""
+        """Let no further training change the estimate."""
         for part in (self.module_encoder, self.context_encoder, self.estimate_head):
             part.requires_grad_(False)
 
     def forward(self, modules: torch.Tensor, run: torch.Tensor, mask: torch.Tensor) -> Action:
-        """The distribution of the action, and values.
+        """The distribution of actions, and the expected result.
 
         Args:
             modules: (batch, modules, len(MODULE_FEATURES)).
@@ -113,10 +116,8 @@ class RankNetwork(nn.Module):
         means = torch.cat([scores, self.steering_head(context)], dim=1).clamp(-SCORE_BOUND, SCORE_BOUND)
         later = run[:, RUN_FEATURES.index("progress")] > 0
         noise = torch.where(later, LATER_NOISE, 1.0).unsqueeze(1)
-        own = (
-            torch.cat([self.log_std[:1].expand_as(scores), self.log_std[1:].expand(len(run), -1)], dim=1).exp() * noise
-        )
+        log_std = torch.cat([self.log_std[:1].expand_as(scores), self.log_std[1:].expand(len(run), -1)], dim=1)
         shared = features * (self.shared_log_std.exp() * noise).unsqueeze(1)
         factors = torch.cat([shared, shared.new_zeros(len(run), len(PLACEMENT), len(DIRECTIONS))], dim=1)
         values = torch.cat([critic(context.detach()) for critic in self.critics], dim=1)
-        return Action(means, own, factors, values)
+        return Action(means, log_std.exp() * noise, factors, values)

@@ -1,10 +1,9 @@
-"""Critics that judge plans: what a run will gain if a decision leads to these ranks.
+"""The value of a plan: how much lower the held-out loss will be than with other plans for the same task.
 
-A policy's mean action is one answer; a critic can compare many. It reads what the policy reads and a plan, and tells
-by how much the held-out loss will be lower than that of other plans, in standard deviations of the log loss between
-plans for the same task: what is at stake differs a hundredfold from task to task. Several critics disagree where they
-have seen little, and what they disagree about is not worth a risk (the lower bound of an ensemble, as in Ghasemipour et
-al., 2022, arXiv 2205.13703).
+The unit is the standard deviation of the log loss between plans for one task, because losses differ a hundred times
+more on some tasks than on others. A network estimates the value from what the policy sees and the plan. Several of them
+make a value ensemble. They differ where they have learned from few plans, so a policy chooses by the lower confidence
+bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
 """
 
 from __future__ import annotations
@@ -18,20 +17,22 @@ from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...errors import ConfigError
 
 PLAN_FEATURES = 4
-"""Of a module in a plan: log2(1 + rank), whether it is adapted, the former less the plan's mean, and rank over 32."""
+"""Features of a module in a plan: log2(1 + rank), whether it is adapted, log2(1 + rank) minus its mean, rank / 32."""
 
 _SUMMARY = 5
+"""Number of features of a plan as a whole."""
+
 _RELATIVE_DEPTH = MODULE_FEATURES.index("relative_depth")
 
 
 @dataclass(frozen=True)
 class PlanValueConfig:
-    """Size of the critics.
+    """Size of a value ensemble.
 
     Attributes:
-        count: how many there are.
+        count: number of networks.
         width: of every hidden layer.
-        dropout: share of the last hidden layer that each fit's step leaves out.
+        dropout: share of the last hidden layer that is left out in each step of a fit.
 
     Raises:
         ConfigError: a value out of range.
@@ -44,19 +45,19 @@ class PlanValueConfig:
     def __post_init__(self) -> None:
         if min(self.count, self.width) < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(
-                "count and width of the plan critics are at least 1 and dropout is from 0 to below 1; got "
+                "count and width of the value ensemble are at least 1 and dropout is from 0 to below 1; got "
                 f"{self.count}, {self.width} and {self.dropout}."
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Plans:
-    """States, and plans for each.
+    """Plans for several states, a state being what a policy sees at a decision.
 
     Attributes:
-        modules: (states, modules, len(MODULE_FEATURES)).
-        scores: the actor's, centred, (states, modules).
-        run: (states, len(RUN_FEATURES)).
+        modules: features of the modules, (states, modules, len(MODULE_FEATURES)).
+        scores: the actor's, minus their mean, (states, modules).
+        run: features of the run, (states, len(RUN_FEATURES)).
         mask: (states, modules), 1 for modules that exist.
         ranks: (states, plans, modules).
     """
@@ -72,10 +73,10 @@ class Plans:
 
 
 class PlanValue(nn.Module):
-    """One critic.
+    """A network that estimates the value of plans.
 
     Args:
-        config: its size.
+        config: size of the network.
     """
 
     def __init__(self, config: PlanValueConfig) -> None:
@@ -92,22 +93,23 @@ class PlanValue(nn.Module):
         )
 
     def forward(self, plans: Plans) -> torch.Tensor:
-        """Gains in standard deviations, up to a constant for each state, (states, plans)."""
+        """The values, (states, plans); only their differences between plans for one state have a meaning."""
         exists = plans.mask[:, None, :, None].to(plans.modules.dtype)
         count = exists.sum(2)
         ranks = plans.ranks.to(plans.modules.dtype).unsqueeze(-1)
         logs = torch.log2(1 + ranks) * exists
         adapted = (ranks > 0) * exists
         relative = (logs - (logs.sum(2) / count).unsqueeze(2)) * exists
-        own = torch.cat([logs / 3, adapted, relative / 2, ranks / 32], -1)
+        planned = torch.cat([logs / 3, adapted, relative / 2, ranks / 32], -1)
         seen = torch.cat([plans.modules, plans.scores.clamp(-3, 3).unsqueeze(-1)], -1)
         shape = (*plans.ranks.shape, -1)
         tokens = self.encoder(
-            torch.cat([seen[:, None].expand(shape), own, plans.run[:, None, None].expand(shape)], dim=-1)
+            torch.cat([seen[:, None].expand(shape), planned, plans.run[:, None, None].expand(shape)], dim=-1)
         )
-        used = adapted.sum(2).clamp_min(1)
         depth = plans.modules[..., _RELATIVE_DEPTH][:, None].expand(plans.ranks.shape)
         lowest = torch.where(adapted.squeeze(-1) > 0, depth, 1.0).amin(2, keepdim=True)
+        # Share of adapted modules, mean log2(1 + rank) of all and of the adapted ones, lowest adapted layer, spread.
+        used = adapted.sum(2).clamp_min(1)
         spread = ((relative**2).sum(2) / count).clamp_min(1e-12).sqrt()
         summary = torch.cat(
             [adapted.sum(2) / count, logs.sum(2) / count / 3, logs.sum(2) / used / 3, lowest, spread], dim=-1
@@ -126,10 +128,10 @@ class PlanValue(nn.Module):
 
 
 class PlanValueEnsemble(nn.Module):
-    """Several critics.
+    """Several networks of one kind, each of which learns from other plans.
 
     Args:
-        config: how many, and their size.
+        config: number and size of the networks.
     """
 
     def __init__(self, config: PlanValueConfig | None = None) -> None:
@@ -138,5 +140,5 @@ class PlanValueEnsemble(nn.Module):
         self.critics = nn.ModuleList(PlanValue(self.config) for _ in range(self.config.count))
 
     def forward(self, plans: Plans) -> torch.Tensor:
-        """What each critic says, (critics, states, plans)."""
+        """The values by each network, (networks, states, plans)."""
         return torch.stack([critic(plans) for critic in self.critics])

@@ -1,4 +1,4 @@
-"""Policy files: a folder with `policy.safetensors` and `card.json`. Loading never unpickles and never runs code."""
+"""Policies as folders with `policy.safetensors` and `card.json`. Loading one never unpickles and runs no code of it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ FORMAT = "rankpilot-policy"
 SCHEMA = 3
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
-CRITICS = "plan_critics."
-"""Before the names of the plan critics' weights."""
+ENSEMBLE_WEIGHTS = "plan_critics."
+"""Start of the names of the value ensemble's weights, as in files of all schemas."""
 
 PACKAGED = Path(__file__).parent / "policies"
 DEFAULT = "default"
-"""Name of the policy that ships with the package, in a folder of that name in PACKAGED."""
+"""Name of the policy that ships with the package, and of its folder in PACKAGED."""
 
 
 def save_policy(
@@ -47,22 +47,22 @@ def save_policy(
     network: RankNetwork,
     schedule: DecisionSchedule,
     provenance: dict[str, Any],
-    critics: PlanValueEnsemble | None = None,
+    value_ensemble: PlanValueEnsemble | None = None,
 ) -> Path:
-    """Write a policy; an existing one of that name is replaced file by file.
+    """Write a policy. The files of one that is there already are replaced.
 
     Args:
-        folder: where to.
+        folder: of the policy.
         network: the actor.
-        schedule: when it was trained to decide.
-        provenance: how it came about and what it achieved, as JSON values.
-        critics: of plans, if it has any.
+        schedule: when the policy was trained to decide.
+        provenance: further keys of the card: how the policy was trained, and with what result, as JSON values.
+        value_ensemble: if the policy has one.
 
     Returns:
         The folder.
     """
     with atomic_path(folder / WEIGHTS) as temporary:
-        weights = network.state_dict() | (critics.state_dict(prefix=CRITICS) if critics else {})
+        weights = network.state_dict() | (value_ensemble.state_dict(prefix=ENSEMBLE_WEIGHTS) if value_ensemble else {})
         save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
         temporary.chmod(0o644)
     card = {
@@ -74,7 +74,7 @@ def save_policy(
         "ladder": list(DEFAULT_RANKS),
         "schedule": asdict(schedule),
         "network": asdict(network.config),
-        "plan_value": asdict(critics.config) if critics else None,
+        "plan_value": asdict(value_ensemble.config) if value_ensemble else None,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("rankpilot", "torch", "stable-baselines3")},
@@ -89,8 +89,8 @@ def load_policy(given: str | Path | Policy) -> Policy:
     """A policy by name or folder.
 
     Args:
-        given: the policy that ships with the package ("default"), a rule ("signal-mean", "top-down"), the folder of a
-            trained policy, or a policy object, which is returned.
+        given: "default" for the policy that ships with the package, the name of a rule ("signal-mean", "top-down"),
+            the folder of a trained policy, or a policy object, which is returned.
 
     Raises:
         PolicyFileError: the folder is incomplete, corrupt, or of another format, schema, feature set or ladder.
@@ -116,27 +116,32 @@ def load_policy(given: str | Path | Policy) -> Policy:
     card = read_card(folder)
     try:
         network = RankNetwork(from_json(NetworkConfig, card.get("network"), complete=True))
-        critics = _new_critics(card.get("plan_value"))
+        value_ensemble = _new_ensemble(card.get("plan_value"))
     except (ConfigError, RuntimeError) as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {first_line(error)}") from error
     weights = _read_weights(folder, card)
-    judging = {name.removeprefix(CRITICS): weights.pop(name) for name in list(weights) if name.startswith(CRITICS)}
+    of_ensemble = {
+        name.removeprefix(ENSEMBLE_WEIGHTS): weights.pop(name)
+        for name in list(weights)
+        if name.startswith(ENSEMBLE_WEIGHTS)
+    }
     try:
         network.load_state_dict(weights)
-        (critics or nn.Module()).load_state_dict(judging)
+        (value_ensemble or nn.Module()).load_state_dict(of_ensemble)
     except RuntimeError as error:
         raise PolicyFileError(f"The weights in {folder} do not fit its card: {first_line(error)}") from error
-    name, ensemble = str(card.get("name", folder.name)), critics.eval() if critics else None
-    return LearnedPolicy(name, network.eval(), ensemble, sha256=card["sha256"])
+    if value_ensemble:
+        value_ensemble.eval()
+    return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), value_ensemble, sha256=card["sha256"])
 
 
-def _new_critics(described: Any) -> PlanValueEnsemble | None:
-    """Plan critics without weights, of the size that a card tells; None if it tells none."""
+def _new_ensemble(described: Any) -> PlanValueEnsemble | None:
+    """A value ensemble of the size that a card tells, without its weights; None if the card tells none."""
     return None if described is None else PlanValueEnsemble(from_json(PlanValueConfig, described, complete=True))
 
 
 def policy_folder(given: str | Path) -> Path:
-    """The folder of a policy: that of the packaged one for its name, else the path itself."""
+    """The folder of a policy: for "default" that of the packaged one, else the path itself."""
     return PACKAGED / DEFAULT if str(given) == DEFAULT else Path(given)
 
 
@@ -203,7 +208,7 @@ def _stored_card(folder: Path) -> dict[str, Any]:
 
 
 def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
-    """When a policy was trained to decide; the default schedule for rules and policy objects."""
+    """When a policy was trained to decide; for rules and policy objects the default schedule."""
     if not isinstance(given, str | Path) or not policy_folder(given).is_dir():
         return DecisionSchedule()
     card = read_card(policy_folder(given))

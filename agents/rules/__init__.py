@@ -1,21 +1,21 @@
-"""Hand-written policies: what a learned one starts from and is compared with.
+"""Rules: hand-written policies, from which a learned one starts and with which it is compared.
 
-| rule | how it places rank | reads signals |
+| rule | its plan | reads signals |
 |---|---|---|
 | uniform | one rank on all modules | no |
-| top-half, top-third | one rank on all modules of the top layers | no |
-| top-down-whole | one rank on as many top layers as can have rank 16 | no |
-| top-down | top-down-whole that spends everything: the lowest layer in part | no |
-| top-down-mlp | top-down, larger modules first | no |
-| one-deeper, two-deeper, all-layers | top-down with a floor of 8, 4 or 1 | no |
-| ramp-up, ramp-down | top-down's layers, ranks that rise or fall fourfold with height | no |
-| random | top-down's floor, random scores | no |
-| gradient-norm, adalora, snr | top-down's layers, ranks by one signal | yes |
-| signal-mean | top-down's layers, ranks by the mean of three signals | yes |
-| utility-per-byte | signal-mean over the cost of a rank | yes |
+| top-half, top-third | one rank on the top half or third of the layers | no |
+| top-down-whole | one rank on as many top layers as can have the rank floor, 16 | no |
+| top-down | the same, with some modules of the next layer down, and nothing left unspent | no |
+| top-down-mlp | as top-down, with more rank for larger modules | no |
+| one-deeper, two-deeper, all-layers | as top-down, with a rank floor of 8, 4 or 1 | no |
+| ramp-up, ramp-down | the modules of top-down, ranks that rise or fall fourfold from bottom to top | no |
+| random | random scores, the rank floor of top-down | no |
+| gradient-norm, adalora, snr | the modules of top-down, ranks by one signal | yes |
+| signal-mean | the modules of top-down, ranks by the mean of three signals | yes |
+| utility-per-byte | as signal-mean, relative to what a rank costs | yes |
 
-Rules that read signals decide anew at every decision, and so does top-down's family, whose scores do not change; plans
-are made at the first decision and kept. A new rule is a policy (`allocation/policy.py`) and an entry here.
+Rules that read signals make a new plan at every decision. So do top-down and its variants, but from the same scores.
+The others keep the plan of the first decision. A new rule is a policy (`allocation/policy.py`) and an entry here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""top-down's placement, and inside it ranks by what the gradients tell; decided anew at every decision."""
+"""Rules that adapt the modules of top-down and give them ranks by their signals, at every decision anew."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ...allocation.policy import Decision, decision_from_scores
 from ...common.arrays import FloatArray
 
 MEAN_SIGNALS = ("sensitivity", "snr", "relative_change")
-"""The signals whose mean is signal-mean."""
+"""The signals whose mean the rule signal-mean takes as scores."""
 
 
 @dataclass(frozen=True)
 class SignalRule:
-    """top-down's placement, and inside it ranks by signals; by signal-mean, the mean of three centred log signals.
+    """Adapts the modules of top-down, and gives more rank to those with larger signals.
 
-    Under a parameter budget, where depth is free and the floor is rank 1, that is signal-mean over all modules.
+    Under a budget of parameters the rank floor is 1, so that all modules are adapted that the budget allows.
 
     Attributes:
-        name: what logs and tables call it.
-        gain: exponent of the ranks in the score; the default was the best on training tasks for signal-mean.
-        signals: features whose mean is the score.
+        name: the name in logs and tables.
+        gain: by what the mean is multiplied to give the score; the default was the best on training tasks.
+        signals: features whose mean is taken; each is the log of a signal minus its mean over the modules.
     """
 
     name: str = "signal-mean"
@@ -29,21 +29,21 @@ class SignalRule:
     signals: tuple[str, ...] = MEAN_SIGNALS
 
     def decide(self, observation: Observation) -> Decision:
-        """Scores from the signals alone."""
+        """Scores are the mean of the signals, times the gain."""
         return decision_from_scores(observation, self.gain * mean_feature(observation, self.signals))
 
 
 @dataclass(frozen=True)
 class UtilityPerCost:
-    """signal-mean over the cost of a rank: what a module promises for each byte, or for each parameter."""
+    """As signal-mean, but relative to what a rank costs: by signal for each byte, or for each parameter."""
 
     name: str = "utility-per-byte"
 
     def decide(self, observation: Observation) -> Decision:
-        """Scores are log signal minus log cost."""
+        """Scores are the mean log signal minus the log cost of a rank."""
         return decision_from_scores(observation, signal_mean(observation) - module_feature(observation, "rank_cost"))
 
 
 def signal_mean(observation: Observation) -> FloatArray:
-    """signal-mean: the mean of the three centred log signals, (modules,); see docs/design.md."""
+    """The mean of the three signals of signal-mean, each as a log minus its mean, (modules,)."""
     return mean_feature(observation, MEAN_SIGNALS)

@@ -1,4 +1,4 @@
-"""What is left of a policy that takes no notice of the task: its mean action."""
+"""A policy's mean action over several tasks, as a policy of its own: it pays no attention to the task."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ...allocation.policy import Decision, Policy, decision_from_scores
 from ...common.arrays import FloatArray
 
 KNOTS = np.linspace(0, 1, 5)
-"""Heights at which scores are averaged; between them they are interpolated."""
+"""Relative depths at which scores are given; between them they are interpolated."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The same action whatever is seen: a score for each height, and corrections of floor and depth bias.
+    """The same action at every decision: scores by relative depth, and a placement.
 
     Attributes:
-        name: what logs and tables call it.
+        name: the name in logs and tables.
         scores: at each of `KNOTS`.
-        placement: corrections of the rank floor (log2) and of the depth bias.
+        placement: see `PLACEMENT`.
     """
 
     name: str
@@ -31,35 +31,35 @@ class Constant:
     placement: tuple[float, ...]
 
     def decide(self, observation: Observation) -> Decision:
-        """The constant action."""
+        """Take the constant action."""
         scores = np.interp(module_feature(observation, "relative_depth"), KNOTS, self.scores)
         return decision_from_scores(observation, scores, self.placement)
 
 
 def constant_of(policy: Policy, observations: Sequence[Observation], name: str) -> Constant:
-    """A policy's mean action over some tasks.
+    """The mean action of a policy over several tasks.
 
-    Modules of different models have nothing in common but their height, so scores are averaged by it: the least
-    squares fit of what `Constant` interpolates.
+    Modules of different models have only their relative depth in common. So the scores at `KNOTS` are those from which
+    interpolation comes nearest to the policy's scores, by least squares.
 
     Args:
-        policy: one that decides by scores and a floor.
-        observations: first decisions.
+        policy: one whose decisions have scores, a rank floor and a depth bias.
+        observations: of first decisions.
         name: of the constant policy.
     """
-    heights, scores, placement = [], [], []
+    depths, scores, placement = [], [], []
     for observation in observations:
         decision = policy.decide(observation)
-        heights.append(module_feature(observation, "relative_depth"))
+        depths.append(module_feature(observation, "relative_depth"))
         scores.append(decision.scores)
         problem = observation.problem
         placement.append(
             (np.log2(decision.rank_floor / base_rank_floor(problem)), decision.depth_bias - base_depth_bias(problem))
         )
-    fitted = np.linalg.lstsq(_hats(np.concatenate(heights)), np.concatenate(scores), rcond=None)[0]
+    fitted = np.linalg.lstsq(_hats(np.concatenate(depths)), np.concatenate(scores), rcond=None)[0]
     return Constant(name, tuple(fitted.tolist()), tuple(np.mean(placement, axis=0).tolist()))
 
 
-def _hats(heights: FloatArray) -> FloatArray:
-    """Weights of each knot in the interpolated value at each height, (heights, knots)."""
-    return np.stack([np.interp(heights, KNOTS, one) for one in np.eye(len(KNOTS))], axis=1)
+def _hats(depths: FloatArray) -> FloatArray:
+    """The weight of each knot in the interpolation at each relative depth, (depths, knots)."""
+    return np.stack([np.interp(depths, KNOTS, one) for one in np.eye(len(KNOTS))], axis=1)

@@ -1,4 +1,4 @@
-"""Plans that read no signal: made at the first decision, and kept."""
+"""Rules that make a plan without signals at the first decision, and keep it."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ class FixedPlan:
     """One plan for the whole run.
 
     Attributes:
-        name: what logs and tables call it.
-        ranks: finds the plan, int64 (modules,); off the ladder it is rounded down, and what that leaves is spent.
+        name: the name in logs and tables.
+        ranks: makes the plan, int64 (modules,). Ranks between two rungs are rounded down, and what is then left is
+            spent.
     """
 
     name: str
     ranks: Callable[[AllocationProblem], IntArray]
 
     def decide(self, observation: Observation) -> Decision:
-        """The plan at first, and no change after it."""
+        """The plan at the first decision, and no change at later ones."""
         if not is_first(observation):
             return decision_to_keep(observation)
         return decision_from_plan(self.ranks(observation.problem))
 
 
 def window_ranks(problem: AllocationProblem, start: float, end: float) -> IntArray:
-    """The largest rank that fits on a window of neighbouring layers, and no adapter elsewhere.
+    """The largest rank that fits on neighbouring layers, the window, while no other layer is adapted.
 
     Args:
         problem: the plans that are possible; current ranks play no part.
-        start: where the window begins, as a share of the layers from the bottom, 0 to 1.
-        end: where it ends; rounded like `start` to whole layers, of which there is at least one.
+        start: where the window begins, as a share of the layers from the bottom up, 0 to 1. It is rounded to layers.
+        end: where it ends, likewise; a window has at least one layer.
 
     Returns:
-        Whole ranks, on the ladder or not, int64 (modules,). Where not even rank 1 fits, those of `uniform_ranks`.
+        Any whole ranks, int64 (modules,). Where not even rank 1 fits, those of `uniform_ranks`.
     """
     layers = np.unique(problem.blocks)
     first = min(round(start * len(layers)), len(layers) - 1)
@@ -59,7 +60,7 @@ def window_ranks(problem: AllocationProblem, start: float, end: float) -> IntArr
 
 @dataclass(frozen=True)
 class Window:
-    """`window_ranks` with a place: a function that can be pickled.
+    """`window_ranks` for one window, as a function that can be pickled.
 
     Attributes:
         start: see `window_ranks`.

@@ -1,4 +1,4 @@
-"""Ramps: ranks that rise or fall with the height of the layer, whatever the signals say."""
+"""Rules whose ranks rise or fall from layer to layer, whatever the signals are."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from ...allocation.policy import Decision, decision_from_scores
 
 @dataclass(frozen=True)
 class Ramp:
-    """top-down's placement, and ranks that change evenly (in logs) from the bottom layer to the top one.
+    """Adapts the modules of top-down, with ranks that change from layer to layer by the same factor.
 
-    Four times as much at the top as at the bottom is the shape that MoLA found best for its experts (Gao et al., 2024,
-    arXiv 2402.08562).
+    MoLA found four times as many experts at the top as at the bottom to be best (Gao et al., 2024, arXiv 2402.08562).
 
     Attributes:
-        name: what logs and tables call it.
-        factor: rank at the top over rank at the bottom, > 0.
+        name: the name in logs and tables.
+        factor: the rank of the top layer over that of the bottom layer, > 0.
     """
 
     name: str = "ramp-up"
     factor: float = 4.0
 
     def decide(self, observation: Observation) -> Decision:
-        """Scores go with the height."""
+        """Scores rise or fall evenly with the layer."""
         return decision_from_scores(observation, math.log(self.factor) * module_feature(observation, "relative_depth"))

@@ -1,4 +1,4 @@
-"""Random scores: what any rule has to beat."""
+"""Random scores, which every other rule should beat."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ...allocation.policy import Decision, decision_from_scores, decision_to_kee
 
 @dataclass(frozen=True)
 class RandomScores:
-    """Normal scores with a standard deviation of 1, drawn at the first decision; its plan is kept.
+    """Normal scores with standard deviation 1 at the first decision; the plan is kept at later ones.
 
-    Deterministic: the draw depends on what is observed, to two decimals, and on nothing else.
+    The draw depends only on the observation, rounded to two decimals, so that a decision can be reproduced.
 
     Attributes:
-        name: what logs and tables call it.
-        draw: which of many draws.
+        name: the name in logs and tables.
+        draw: number of the draw; each gives other scores.
     """
 
     name: str = "random"

@@ -1,4 +1,4 @@
-"""top-down: equal ranks on as many top layers as can have the floor rank; and the same with other floors and orders."""
+"""The rule top-down, and variants of it with another rank floor or with unequal scores."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from ...allocation.policy import Decision, decision_from_scores
 
 @dataclass(frozen=True)
 class TopDown:
-    """Equal ranks on the top layers: as many layers as can have the floor rank, the lowest in part.
+    """Equal ranks on as many top layers as can have the rank floor, and on some modules of the next layer down.
 
     Attributes:
-        name: what logs and tables call it.
-        rank_floor_shift: octaves by which the floor differs from top-down's; below 0 the adapters go deeper and are
-            thinner. Under a parameter budget the floor is rank 1 already, and lower ones change nothing.
+        name: the name in logs and tables.
+        rank_floor_shift: log2 of a factor on the rank floor; below 0, more layers have smaller ranks. Under a budget of
+            parameters the rank floor is 1, and a lower one changes nothing.
     """
 
     name: str = "top-down"
     rank_floor_shift: float = 0.0
 
     def decide(self, observation: Observation) -> Decision:
-        """Equal scores."""
+        """Equal scores, and the shift of the rank floor."""
         return decision_from_scores(observation, np.zeros(len(observation.modules)), (self.rank_floor_shift, 0.0))
 
 
 @dataclass(frozen=True)
 class LargeModulesFirst:
-    """top-down that prefers modules whose ranks cost most, which are the MLP's: rank goes as d_in + d_out, nearly."""
+    """As top-down, with more rank for modules on which a rank costs more: those of the MLPs, for the most part."""
 
     name: str = "top-down-mlp"
 

@@ -28,7 +28,7 @@ from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError
-from ..learned.candidates import FIXED, propose
+from ..learned.candidates import FIXED, candidate_actions
 from ..learned.plan_value import Plans
 from ..learned.policy import LearnedPolicy, MeanAction
 from ..learned.policy_file import SCHEMA
@@ -122,7 +122,7 @@ def run_plans(stack: Stack) -> PlanRun:
 
 def _decide(observation: Observation, action: MeanAction, number: int, generator: np.random.Generator) -> Decision:
     """A fixed candidate or one that is drawn; later on the ranks as they are, for the most part."""
-    scores, placement = propose(observation, action.scores, action.placement, 1, generator)
+    scores, placement = candidate_actions(observation, action.scores, action.placement, 1, generator)
     if not is_first(observation) and generator.uniform() > MOVES:
         return decision_to_keep(observation)
     chosen = min(number, FIXED) if is_first(observation) else FIXED

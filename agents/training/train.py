@@ -133,7 +133,11 @@ def _train(
     if measured.best:
         network.load_state_dict(measured.best[1])
     actor = LearnedPolicy(folder.name, network.eval())
-    return replace(actor, critics=_plan_critics(actor, rounds, config, folder, report)) if config.plan_tasks else actor
+    return (
+        replace(actor, value_ensemble=_plan_critics(actor, rounds, config, folder, report))
+        if config.plan_tasks
+        else actor
+    )
 
 
 def _plan_critics(
@@ -217,7 +221,7 @@ def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: di
         "suite_version": VERSION,
         "episodes": sum(row.get("episodes", 0) for row in rows),
         "start": rows[0],
-        "plan_runs": read_json(folder / PLAN_RUNS / SUMMARY) if policy.critics else {},
+        "plan_runs": read_json(folder / PLAN_RUNS / SUMMARY) if policy.value_ensemble else {},
         "validation": results or {},
     }
-    return save_policy(folder, policy.network, config.schedule, provenance, policy.critics)
+    return save_policy(folder, policy.network, config.schedule, provenance, policy.value_ensemble)

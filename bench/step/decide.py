@@ -83,9 +83,9 @@ def deciders(policy: LearnedPolicy, observation: Observation) -> dict[str, Calla
     calls: dict[str, Callable[[], object]] = {
         RULE: partial(find_rule(RULE).decide, observation),
         "network": partial(_forward, policy.network, modules, run, mask),
-        "actor": partial(replace(policy, critics=None).decide, observation),
+        "actor": partial(replace(policy, value_ensemble=None).decide, observation),
     }
-    return calls | ({"policy": partial(policy.decide, observation)} if policy.critics else {})
+    return calls | ({"policy": partial(policy.decide, observation)} if policy.value_ensemble else {})
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from rankpilot.agents.learned.candidates import BASIS, FIXED, propose
+from rankpilot.agents.learned.candidates import BASIS, FIXED, candidate_actions
 from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
 from rankpilot.allocation.features import MODULE_FEATURES
@@ -49,7 +49,7 @@ def actor_scores(modules: int = 16, seed: int = 0) -> NDArray[np.float64]:
 
 def proposals(observation: Observation, draws: int = 0, seed: int = 0, **actor: Any) -> Arrays:
     given = {"scores": actor_scores(len(observation.modules)), "placement": PLACEMENT} | actor
-    return propose(observation, **given, draws=draws, generator=np.random.default_rng(seed))
+    return candidate_actions(observation, **given, draws=draws, generator=np.random.default_rng(seed))
 
 
 def ranks_of(observation: Observation, actions: Arrays, number: int) -> IntArray:

@@ -1,4 +1,4 @@
-"""Plan critics: what they may look at, and that they learn which of many plans is the best."""
+"""Value ensembles: what they may look at, and that they learn which of many plans is the best."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A learned policy with plan critics: it takes the plan that they agree is better, or leaves things as they are."""
+"""A learned policy with a value ensemble: it takes the plan that is surely better, or leaves things as they are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.candidates import FIXED, propose
+from rankpilot.agents.learned.candidates import FIXED, candidate_actions
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
@@ -68,7 +68,7 @@ def network() -> RankNetwork:
 def proposed(network: RankNetwork, observation: Observation) -> list[Decision]:
     """In the order in which critics see them; ahead of them, later on, the ranks as they are."""
     own = LearnedPolicy("actor", network).act(observation)
-    actions = propose(observation, own.scores, own.placement, DRAWS, np.random.default_rng(0))
+    actions = candidate_actions(observation, own.scores, own.placement, DRAWS, np.random.default_rng(0))
     return [decision_from_scores(observation, *action) for action in zip(*actions, strict=True)]
 
 
@@ -304,7 +304,7 @@ def test_without_critics_the_actor_decides(
     make_observation: MakeObservation, network: RankNetwork, max_step: int | None
 ) -> None:
     policy = LearnedPolicy("p", network)
-    assert policy.critics is None
+    assert policy.value_ensemble is None
     for seed in range(4):
         observation = make_observation(12, seed, max_step=max_step)
         found, action = policy.decide(observation), policy.act(observation)

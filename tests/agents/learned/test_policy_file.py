@@ -18,7 +18,7 @@ from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemb
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import (
     CARD,
-    CRITICS,
+    ENSEMBLE_WEIGHTS,
     WEIGHTS,
     load_policy,
     policy_schedule,
@@ -272,7 +272,7 @@ def test_unknown_names(tmp_path: Path) -> None:
         load_policy("")
 
 
-# Plan critics ---------------------------------------------------------------------------------------------------------
+# Value ensembles ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -299,9 +299,9 @@ def test_critics_come_back(
 ) -> None:
     loaded = load_policy(judged)
     assert isinstance(loaded, LearnedPolicy)
-    assert loaded.critics is not None
-    assert loaded.critics.config == critics.config
-    assert not any(module.training for module in loaded.critics.modules())
+    assert loaded.value_ensemble is not None
+    assert loaded.value_ensemble.config == critics.config
+    assert not any(module.training for module in loaded.value_ensemble.modules())
     found = decisions_of(loaded, make_observation)
     expected = decisions_of(LearnedPolicy("x", network, critics), make_observation)
     alone = decisions_of(LearnedPolicy("x", network), make_observation)
@@ -316,14 +316,14 @@ def test_critics_come_back(
 def test_a_policy_without_critics_loads_as_before(folder: Path, make_observation: Callable[..., Observation]) -> None:
     """Also one whose card was written when there were none."""
     assert json.loads((folder / CARD).read_text())["plan_value"] is None
-    assert not any(name.startswith(CRITICS) for name in load_file(folder / WEIGHTS))
+    assert not any(name.startswith(ENSEMBLE_WEIGHTS) for name in load_file(folder / WEIGHTS))
     new = load_policy(folder)
     edit_card(folder, plan_value=None)
     assert "plan_value" not in json.loads((folder / CARD).read_text())
     old = load_policy(folder)
     assert isinstance(new, LearnedPolicy)
     assert isinstance(old, LearnedPolicy)
-    assert new.critics is old.critics is None
+    assert new.value_ensemble is old.value_ensemble is None
     for a, b in zip(decisions_of(new, make_observation), decisions_of(old, make_observation), strict=True):
         np.testing.assert_array_equal(a["ranks"], b["ranks"])
         assert a["log_prob"] == b["log_prob"] != 0
@@ -333,7 +333,7 @@ def test_a_policy_can_be_written_again_without_its_critics(judged: Path, network
     save_policy(judged, network, SCHEDULE, {})
     loaded = load_policy(judged)
     assert isinstance(loaded, LearnedPolicy)
-    assert loaded.critics is None
+    assert loaded.value_ensemble is None
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_policy_can_be_written_again_without_its_critics(judged: Path, network
         (JUDGES | {"width": 9}, "do not fit its card"),
         ({"count": 2}, "does not describe"),
         (JUDGES | {"depth": 2}, "does not describe"),
-        (JUDGES | {"count": 0}, "does not describe the network: count and width of the plan critics"),
+        (JUDGES | {"count": 0}, "does not describe the network: count and width of the value ensemble"),
         (JUDGES | {"width": -1}, "does not describe"),
         (JUDGES | {"width": "a"}, "does not describe"),
         (JUDGES | {"width": 8.5}, "does not describe"),
@@ -366,10 +366,10 @@ def test_cards_that_do_not_describe_the_critics(judged: Path, described: Any, me
 @pytest.mark.parametrize("change", ["all missing", "one missing", "one more", "another shape"])
 def test_weights_that_are_not_those_of_the_critics(judged: Path, change: str) -> None:
     weights = load_file(judged / WEIGHTS)
-    own = [name for name in weights if name.startswith(CRITICS)]
+    own = [name for name in weights if name.startswith(ENSEMBLE_WEIGHTS)]
     assert len(own) == 2 * 8
     if change == "one more":
-        weights[CRITICS + "critics.0.other"] = torch.zeros(2)
+        weights[ENSEMBLE_WEIGHTS + "critics.0.other"] = torch.zeros(2)
     elif change == "another shape":
         weights[own[0]] = weights[own[0]][..., None].repeat_interleave(2, dim=-1)
     else:

@@ -334,9 +334,9 @@ def test_plan_runs_give_the_policy_critics(tmp_path: Path, make_observation: Cal
     assert facts["runs"] == 2 * RUNS
     loaded = load_policy(run.folder)
     assert isinstance(loaded, LearnedPolicy)
-    assert loaded.critics is not None
+    assert loaded.value_ensemble is not None
     with torch.no_grad():
-        assert all(float(value.abs().max()) > 0 for value in loaded.critics.parameters())
+        assert all(float(value.abs().max()) > 0 for value in loaded.value_ensemble.parameters())
     observation = make_observation(9)
     np.testing.assert_array_equal(loaded.decide(observation).ranks, run.policy.decide(observation).ranks)
 

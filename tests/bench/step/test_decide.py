@@ -65,7 +65,7 @@ def test_what_is_timed_decides(observation: Any) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decide, "QUICK", (1, 2))
     path, threads, trained = tmp_path / "figures.json", torch.get_num_threads(), learned(critics=True)
-    save_policy(tmp_path / "policy", trained.network, DecisionSchedule(), {"name": "mine"}, trained.critics)
+    save_policy(tmp_path / "policy", trained.network, DecisionSchedule(), {"name": "mine"}, trained.value_ensemble)
     assert main(["--quick", "--policy", str(tmp_path / "policy"), "--json", str(path)]) == 0
     assert torch.get_num_threads() == threads
     figures = json.loads(path.read_text())
