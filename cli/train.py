@@ -26,9 +26,9 @@ class Train(TrainConfig):
     is known. PPO then trains how to use this estimate and the signals: each iteration runs short fine-tunes of small
     pretrained transformers, several episodes of each fresh task, beside one run under signal-mean; from time to time
     the policy is measured on validation tasks, and the best one is kept. Last, with --plan-tasks, many plans are run on
-    each of these tasks, and a value ensemble learns from the results to choose between the actor's plan and others. In the end
-    the policy is compared on validation tasks with signal-mean, top-down and uniform ranks. These tasks chose the
-    policy; for a comparison on others, see rankpilot evaluate --split test.
+    each of these tasks, and a value ensemble learns from the results to choose between the actor's plan and others. In
+    the end the policy is compared on validation tasks with signal-mean, top-down and uniform ranks. These tasks chose
+    the policy; for a comparison on others, see rankpilot evaluate --split test.
 
     Attributes:
         output: folder of the run; the policy is written there.
