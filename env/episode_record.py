@@ -9,9 +9,10 @@ import numpy as np
 from ..allocation.controller import RankController
 from ..allocation.observation import Observation
 from ..allocation.problem import AllocationProblem
+from ..common.arrays import IntArray
 from ..memory.cost import plan_cost
 from .rendering import EpisodeTrace
-from .reward import REWARD_BOUND, Reward, churn_cost, terminal_improvement
+from .reward import Comparison, churn_cost
 from .tasks.finetune import Reference
 
 
@@ -26,82 +27,77 @@ class EpisodeRecord:
 
     Attributes:
         observation: the latest one, with the plans that it allows.
+        churn: cost of the rungs that were moved after the first decision, so far.
     """
 
     def __init__(
         self, task: str, reference: Reference, controller: RankController[Any], observation: Observation
     ) -> None:
         self.task, self.reference, self.observation = task, reference, observation
+        self.churn = 0.0
         self._controller = controller
-        self._churn = 0.0
-        self._steps: list[int] = []
-        self._ranks: list[Any] = []
+        self._step = 0
+        self._loss: float | None = None
+        self._failed = False
+        self._decision_steps: list[int] = []
+        self._ranks: list[IntArray] = []
         self._costs: list[float] = []
         self._losses: list[tuple[int, float]] = []
         self._held_out: float | None = None
+        self._comparison: Comparison | None = None
 
-    def decided(self, step: int) -> None:
-        """The controller has applied a decision before this step."""
+    def decided(self) -> None:
+        """The controller has applied a decision."""
         problem = self._controller.problem()
-        before, after = self.observation.problem.rungs, problem.rungs
-        self._churn = churn_cost(before, after) if self._steps else 0.0
-        self._steps.append(step)
+        if self._decision_steps:
+            self.churn += churn_cost(self.observation.problem.rungs, problem.rungs)
+        self._decision_steps.append(self._step)
         self._ranks.append(problem.ranks)
         self._costs.append(plan_cost(problem.cost, problem.ranks))
 
-    def improvement(self, held_out_loss: float | None) -> float:
-        """How much better the run ended than the uniform one; None is a failed run."""
-        return terminal_improvement(self.reference, held_out_loss)
-
-    def close_interval(
-        self,
-        step: int,
-        loss: float | None,
-        *,
-        ended: bool,
-        held_out_loss: float | None = None,
-        observation: Observation | None = None,
-        group_mean: float = 0.0,
-    ) -> tuple[float, dict[str, Any]]:
-        """Training has gone on to a step; returns the reward and `info`.
+    def close_interval(self, step: int, loss: float | None, observation: Observation | None = None) -> None:
+        """Training has gone on to a step.
 
         Args:
             step: optimiser steps done.
             loss: mean training loss of the interval; None if it was not finite.
-            ended: whether the episode is over.
-            held_out_loss: at the end, unless the run failed.
             observation: the next one, before the end.
-            group_mean: mean improvement of the group, at the end.
         """
+        self._step, self._loss, self._failed = step, loss, loss is None
+        self._losses.append((step, np.nan if loss is None else loss))
         if observation is not None:
             self.observation = observation
-        self._losses.append((step, np.nan if loss is None else loss))
-        self._held_out = held_out_loss
-        reward = Reward(0.0, 0.0, self._churn)
-        if ended:
-            reward = Reward(self.improvement(held_out_loss), group_mean, self._churn)
-        if ended and (held_out_loss is None or not np.isfinite(held_out_loss)):
-            # A failed run gets the worst reward, whatever the rest of its group did.
-            reward = Reward(-REWARD_BOUND)
-        return reward.value, self.info(step, loss, reward)
 
-    def info(self, step: int, loss: float | None = None, reward: Reward | None = None) -> dict[str, Any]:
+    def end(self, held_out_loss: float | None, comparison: Comparison) -> float:
+        """The episode is over; returns its reward.
+
+        Args:
+            held_out_loss: in nats; None if the run failed.
+            comparison: with what.
+        """
+        self._held_out, self._comparison = held_out_loss, comparison
+        return self._improvement - self.churn
+
+    @property
+    def _improvement(self) -> float:
+        return self._comparison.improvement(self._held_out) if self._comparison else 0.0
+
+    def info(self) -> dict[str, Any]:
         """The same keys at each step; see the environment's manual."""
         problem: AllocationProblem = self._controller.problem()
-        reward = reward or Reward()
         return {
             "task": self.task,
-            "step": step,
-            "loss": loss,
+            "step": self._step,
+            "loss": self._loss,
             "held_out_loss": self._held_out,
             "uniform_loss": self.reference.uniform,
+            "other_loss": self._comparison.loss if self._comparison else None,
             "cost": plan_cost(problem.cost, problem.ranks),
             "limit": problem.limit,
             "ranks": tuple(problem.ranks.tolist()),
-            "non_finite": bool(self._losses) and loss is None,
-            "improvement": reward.improvement,
-            "group_mean": reward.group_mean,
-            "churn": reward.churn,
+            "non_finite": self._failed,
+            "improvement": self._improvement,
+            "churn": self.churn,
         }
 
     @property
@@ -109,13 +105,13 @@ class EpisodeRecord:
         """What has happened so far, for a picture."""
         controller, problem = self._controller, self.observation.problem  # others may train the adapters since
         # Before the first decision: the probe's rank 1 everywhere.
-        first = not self._steps
+        first = not self._decision_steps
         return EpisodeTrace(
             title=self.task,
             names=controller.names,
             blocks=problem.blocks,
             total_steps=controller.total_steps,
-            steps=(0,) if first else tuple(self._steps),
+            steps=(0,) if first else tuple(self._decision_steps),
             ranks=np.stack([problem.ranks] if first else self._ranks),
             costs=(plan_cost(problem.cost, problem.ranks),) if first else tuple(self._costs),
             limit=problem.limit,

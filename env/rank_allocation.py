@@ -1,33 +1,34 @@
-"""The Gymnasium environment `rankpilot/RankAllocation-v3`."""
+"""The Gymnasium environment `rankpilot/RankAllocation-v4`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from numpy.typing import NDArray
 
 from ..allocation.features import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, feature_table
 from ..allocation.observation import Observation
-from ..allocation.policy import Decision
 from ..allocation.schedule import DecisionSchedule
 from ..errors import ConfigError, NonFiniteError
 from .episode_record import EpisodeRecord
-from .episodes.single import Episode, reference_of
+from .episodes.single import Episode, reference_of, rule_losses
 from .proxies.adapted import adapted_base
 from .rendering import describe, draw
-from .spaces import delta_space, observation_space, read_deltas
-from .tasks.finetune import FineTune
+from .reward import GROUP, UNIFORM, Comparison, rule_to_compare_with
+from .spaces import Actions, action_space, observation_space, read_action
+from .tasks.finetune import FineTune, Reference
 from .tasks.proxy_finetune import fine_tune_of
 from .tasks.proxy_task import ProxyTask
+from .tasks.stream import TaskStream
 from .tasks.suite_names import SUITES
-from .tasks.suites import find_tasks, task_stream
+from .tasks.suites import find_tasks
 
 
-class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.EzPickle):
+class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickle):
     """Decide the LoRA rank of every target module of a short fine-tune, a few times, inside a budget of bytes.
 
     ## Description
@@ -40,10 +41,14 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     (`env.vector.StackedVectorEnv`); it is the same decision process, several times faster.
 
     ## Action Space
-    `MultiDiscrete([21] * max_modules)`: entry m minus 10 is the number of rungs of the ladder 0, 1, 2, 4, 8, 12, 16,
-    24, 32, 48, 64 by which module m should move. The wish is clipped to the schedule's `max_step` (the first decision
-    may use the whole ladder) and projected onto the budget: never above it, and with none of it left where another
-    rung would fit. Entries past the last module are ignored. `ScoreActions` takes scores instead.
+    With `actions="deltas"`, `MultiDiscrete([21] * max_modules)`: entry m minus 10 is the number of rungs of the ladder
+    0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64 by which module m should move. The wish is clipped to the schedule's
+    `max_step` (the first decision may use the whole ladder) and projected onto the budget: never above it, and with
+    none of it left where another rung would fit. Entries past the last module are ignored.
+
+    With `actions="scores"`, `Box(-4, 4, (max_modules + 2,), float32)`: a score for each module, which is its log rank
+    relative to the others, then a correction of the rank floor, which decides how many modules are adapted, and one of
+    the depth bias, which decides how much upper layers come before lower ones. In this form policies learn.
 
     ## Observation Space
     A `Dict`:
@@ -63,18 +68,18 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     {run_features}
 
     ## Rewards
-    Until the end only churn. At the end, how much lower the held-out loss is than that of the uniform run
-    (same seed, batches and budget) as a share of the task's headroom: the gap between uniform and the best known
-    allocation, at least 5 % of what uniform gained over the untrained base. Clipped to -3 to 3. Minus 0.002 for each
-    rung that the modules move on average after the first decision. In vectors with groups, the mean of the group is
-    subtracted before the clip.
+    Nothing until the end. At the end, how much lower the held-out loss is than that of the run that the episode is
+    compared with (`against`), as a share of the task's headroom, -3 to 3; less 0.002 for each rung that the modules
+    have moved on average after the first decision. The other run has the same seed, batches and budget. The headroom
+    is the gap between uniform and the best known allocation, at least 5 % of what uniform gained over the untrained
+    base; where a rule is compared with, the same share of what the rule gained.
 
     ## Starting State
     A task drawn from the suites, or the one given; adapters fresh, probe done.
 
     ## Episode End
-    Terminates after the last interval of training, or at a loss that is not finite (reward -3, the worst). Never
-    truncates; `gym.make(..., max_episode_steps=n)` does.
+    Terminates after the last interval of training, or at a loss that is not finite, which counts as an improvement of
+    -3. Never truncates; `gym.make(..., max_episode_steps=n)` does.
 
     ## Information
     The same keys at each step:
@@ -86,10 +91,11 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     | loss | mean training loss of the interval in nats; None at reset and where it is not finite |
     | held_out_loss | at the end, in nats; None before it |
     | uniform_loss | held-out loss of the uniform run, in nats |
+    | other_loss | held-out loss of the run that the episode is compared with, in nats; None before the end |
     | cost, limit | price of the plan, and the budget: bytes, or parameters |
     | ranks | rank of each module, a tuple |
     | non_finite | whether the episode ended at a loss that is not finite |
-    | improvement, group_mean, churn | the parts of the reward |
+    | improvement, churn | the parts of the reward: 0 before the end; what moves have cost so far |
 
     ## Rendering
     "rgb_array": ranks, losses and budget as a picture, uint8 (600, 900, 3). "ansi": as text.
@@ -102,11 +108,18 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     * `schedule`: a `DecisionSchedule`.
     * `max_modules`: padding; None for the most that any of the tasks has.
     * `task_overrides`: fields of `ProxyTask` that every drawn task gets, such as `{"steps": 60}`.
+    * `actions`: "deltas" or "scores".
+    * `against`: "uniform", or the name of a rule (`rankpilot.agents.rules`), whose run of the task is trained first. In
+      vectors also "group": the mean of the episodes that share a task.
+    * `fresh_seeds`: give each drawn task a seed of its own, so that teacher, data and adapters are new. Against
+      uniform, the uniform run of each is trained first; else `uniform_loss` stays that of the task as it was.
 
     Options of `reset`: `task` overrides the task of one episode; `budget` its budget, as a share of what uniform rank
     8 takes.
 
     ## Version History
+    * v4: the whole reward comes at the end; it can compare with a rule's run; scores and fresh seeds are arguments.
+      Shaping, repeated tasks and the option `skip_tasks` are gone.
     * v3: a third of the training tasks count the bytes of a large batch; rise, release and entry are logarithms.
     * v2: tasks come from suites with fixed splits; the reward is a share of the headroom, and pays for churn; the
       gradient's norm and AdaLoRA's importance are features.
@@ -129,24 +142,35 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
         schedule: DecisionSchedule | None = None,
         max_modules: int | None = None,
         task_overrides: dict[str, Any] | None = None,
+        actions: Actions = "deltas",
+        against: str = UNIFORM,
+        fresh_seeds: bool = False,
         render_mode: str | None = None,
     ) -> None:
         gym.utils.EzPickle.__init__(
-            self, task, suites, split, bases, schedule, max_modules, task_overrides, render_mode
+            self, task, suites, split, bases, schedule, max_modules, task_overrides, actions, against, fresh_seeds,
+            render_mode,
+        )  # fmt: skip
+        self.tasks = environment_tasks(
+            task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
         )
-        self.task = task
-        self.tasks: tuple[ProxyTask, ...] = () if task else find_tasks(suites, split, bases, task_overrides)
         modules = len(fine_tune_of(task).adapted()[1]) if task else most_modules(self.tasks)
         self.max_modules = max_modules or modules
         if self.max_modules < modules:
             raise ConfigError(f"max_modules is at least {modules}; got {max_modules}.")
+        self._against = against if rule_to_compare_with(against) else None
+        if against == GROUP:
+            raise ConfigError(f"One environment has no group to compare with; give against={UNIFORM!r} or a rule.")
+        self.actions = actions
         self.schedule = schedule or DecisionSchedule()
         self.render_mode = render_mode
         self.observation_space = observation_space(self.max_modules)
-        self.action_space = delta_space(self.max_modules)
-        self._stream: Iterator[ProxyTask] | None = None
+        self.action_space = action_space(actions, self.max_modules)
+        self._fresh_seeds = fresh_seeds
+        self._stream: TaskStream | None = None
         self._episode: Episode | None = None
         self._record: EpisodeRecord | None = None
+        self._other: tuple[float, float] | None = None
 
     @property
     def observation(self) -> Observation:
@@ -160,30 +184,26 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start an episode; a new seed also draws a new task."""
         super().reset(seed=seed)
-        options = check_options(options)
         if self._stream is None or seed is not None:
-            self._stream = task_stream(self.tasks, self.np_random)
-        task: ProxyTask | FineTune = options.get("task") or self.task or next(self._stream)
-        fine_tune = fine_tune_of(within_budget(task, options["budget"]) if "budget" in options else task)
+            self._stream = TaskStream(self.tasks, self.np_random, fresh_seeds=self._fresh_seeds)
+        fine_tune = fine_tune_of(self._stream.take(options))
         self._episode = None  # so that nothing of it is kept aside
-        reference = reference_of(fine_tune, self.schedule)  # before the episode: both train the same adapters
+        # What the episode is compared with comes before it: both train the same adapters.
+        reference = reference_of(fine_tune, self.schedule)
+        self._other = rule_losses(fine_tune, self.schedule, self._against) if self._against else None
         self._episode = Episode(fine_tune, self.schedule)
         first = self._episode.observe()
         self._record = EpisodeRecord(fine_tune.id, reference, self._episode.controller, first)
-        return self._arrays(), self._record.info(0)
+        return self._arrays(), self._record.info()
 
-    def step(self, action: NDArray[np.int64]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[Any]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Take one decision and train until the next one or the end."""
-        ranks = read_deltas(action, self.max_modules, self.observation.problem)
-        return self.decide(Decision(ranks, np.zeros(len(ranks))))
-
-    def decide(self, decision: Decision) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """As `step`, with a policy's decision."""
+        decision = read_action(self.actions, action, self.max_modules, self.observation)
         episode, record = self._episode, self._record
         if episode is None or record is None:
             raise ConfigError("No episode is under way: call reset() first.")
         episode.apply(decision)
-        record.decided(episode.step)
+        record.decided()
         loss: float | None = None
         try:
             loss = episode.advance()
@@ -191,16 +211,20 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[np.int64]], gym.utils.Ez
             terminated = True
         else:
             terminated = episode.step == episode.task.steps
-        reward, info = record.close_interval(
-            episode.step,
-            loss,
-            ended=terminated,
-            held_out_loss=episode.held_out_loss() if terminated and loss is not None else None,
-            observation=None if terminated else episode.observe(loss),
-        )
+        record.close_interval(episode.step, loss, None if terminated else episode.observe(loss))
+        reward = 0.0
         if terminated:
+            held_out_loss = None if loss is None else episode.held_out_loss()
+            reward = record.end(held_out_loss, self._comparison(record.reference, held_out_loss))
             self._episode = None
-        return self._arrays(), reward, terminated, False, info
+        return self._arrays(), reward, terminated, False, record.info()
+
+    def _comparison(self, reference: Reference, held_out_loss: float | None) -> Comparison:
+        """What the episode that has ended is compared with."""
+        if self._other is None:
+            return Comparison.with_uniform(reference)
+        sound = [] if held_out_loss is None or not math.isfinite(held_out_loss) else [held_out_loss]
+        return Comparison.with_run(*self._other, reference, sound)
 
     def _arrays(self) -> dict[str, Any]:
         return self.observation.padded(self.max_modules)
@@ -219,30 +243,31 @@ for _placeholder, _features in (("module_features", MODULE_FEATURE_TABLE), ("run
     )
 
 
-def most_modules(tasks: tuple[ProxyTask, ...]) -> int:
+def environment_tasks(
+    task: ProxyTask | FineTune | None,
+    suites: Sequence[str],
+    split: str,
+    bases: Sequence[str] | None,
+    overrides: dict[str, Any] | None,
+    *,
+    fresh_seeds: bool,
+    against: str,
+) -> tuple[ProxyTask | FineTune, ...]:
+    """The tasks that an environment draws from; see its arguments.
+
+    Raises:
+        UnknownNameError: no such suite, split or base.
+        ConfigError: there are none, or one that cannot have a fresh seed.
+    """
+    tasks: tuple[ProxyTask | FineTune, ...] = (task,) if task else find_tasks(suites, split, bases, overrides)
+    if not fresh_seeds:
+        return tasks
+    if not all(isinstance(each, ProxyTask) for each in tasks):
+        raise ConfigError("Only proxy tasks can have fresh seeds; make an OwnTask with the seed that you want.")
+    proxies = tuple(each for each in tasks if isinstance(each, ProxyTask))
+    return tuple(replace(each, reference=None) for each in proxies) if against == UNIFORM else proxies
+
+
+def most_modules(tasks: Sequence[ProxyTask | FineTune]) -> int:
     """The most target modules that the base of any of these tasks has."""
-    return max(len(adapted_base(name)[1]) for name in {task.base for task in tasks})
-
-
-def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
-    """The options of a reset.
-
-    Raises:
-        ConfigError: an unknown one.
-    """
-    known = ("task", "budget")
-    unknown = sorted(set(options or {}) - set(known))
-    if unknown:
-        raise ConfigError(f"Options of reset are {known}; got {unknown}.")
-    return options or {}
-
-
-def within_budget(task: ProxyTask | FineTune, budget: float) -> ProxyTask:
-    """The task within another budget, a share of what uniform rank 8 takes.
-
-    Raises:
-        ConfigError: the task is not a `ProxyTask`, or the budget is not above 0.
-    """
-    if not isinstance(task, ProxyTask):
-        raise ConfigError(f"The option budget is for proxy tasks; give task {task.id} its budget when you make it.")
-    return replace(task, budget=budget, reference=None)
+    return max(len(adapted_base(name)[1]) for name in {task.base for task in tasks if isinstance(task, ProxyTask)})

@@ -2,7 +2,7 @@
 
 import gymnasium as gym
 
-ENV_ID = "rankpilot/RankAllocation-v3"
+ENV_ID = "rankpilot/RankAllocation-v4"
 
 if ENV_ID not in gym.registry:
     gym.register(

@@ -1,81 +1,104 @@
-"""The reward of an episode, in parts.
+"""The reward of an episode: how much better it ended than what it is compared with, less the cost of its moves.
 
-    reward = clip(improvement - mean of the group, -3, 3) - churn
+    reward = clip((other loss - loss) / headroom, -3, 3) - churn
 
-* *improvement*: at the end, how much lower the held-out loss is than the uniform run's, as a share of the headroom.
-* *mean of the group*: of the episodes of the same task, seed and batches that have ended; what is left is the effect of
-  the actions (0 for an episode by itself).
+* *other loss*: the held-out loss of the run that it is compared with: uniform rank, a rule's run on the same task, seed
+  and batches, or the mean of the episodes that share them;
+* *headroom*: what a better allocation could gain over that run, nearly;
 * *churn*: a small cost of rungs moved after the first decision.
+
+All of it comes at the end of the episode.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..agents.rules import RULES, find_rule
+from ..allocation.policy import Policy
 from ..common.arrays import IntArray
+from ..errors import UnknownNameError
 from .tasks.finetune import Reference
 
 REWARD_BOUND = 3.0
-"""Improvements, and what is left of them without the group's mean, lie between minus and plus this; a loss that is not
-finite gets the lower end."""
+"""Improvements lie between minus and plus this; a loss that is not finite gets the lower end."""
 
 CHURN = 0.002
 """Cost of moving every module by one rung."""
 
 
+UNIFORM, GROUP = "uniform", "group"
+"""What episodes are compared with: the uniform run of their task, or the mean of those that share task and seed."""
+
+
+def rule_to_compare_with(against: str) -> Policy | None:
+    """The rule whose runs episodes are compared with; None for the uniform run and for the mean of a group.
+
+    Raises:
+        UnknownNameError: neither a rule nor one of those.
+    """
+    if against in (UNIFORM, GROUP):
+        return None
+    try:
+        return find_rule(against)
+    except UnknownNameError:
+        raise UnknownNameError.of("comparison", against, [UNIFORM, GROUP, *RULES]) from None
+
+
 @dataclass(frozen=True)
-class Reward:
-    """The parts of one step's reward, each in the unit of the reward.
+class Comparison:
+    """What a run is compared with.
 
     Attributes:
-        improvement: over the uniform run, -3 to 3; 0 before the end.
-        group_mean: mean improvement of the group's episodes, this one included; 0 before the end.
-        churn: cost of the rungs that were moved, at least 0.
+        loss: held-out loss of the other run, in nats; NaN or infinite if it failed.
+        headroom: what a better allocation could gain over it, nearly, in nats, > 0.
     """
 
-    improvement: float = 0.0
-    group_mean: float = 0.0
-    churn: float = 0.0
+    loss: float
+    headroom: float
 
-    @property
-    def value(self) -> float:
-        """The reward."""
-        relative = self.improvement - self.group_mean
-        return _bounded(relative) - self.churn
+    @classmethod
+    def with_uniform(cls, reference: Reference) -> Comparison:
+        """With the uniform run of a task."""
+        return cls(reference.uniform, reference.headroom)
 
+    @classmethod
+    def with_run(cls, loss: float, initial: float, reference: Reference, others: Sequence[float]) -> Comparison:
+        """With another run of the same task, seed and batches.
 
-def terminal_improvement(reference: Reference, held_out_loss: float | None) -> float:
-    """How much better a run ended than the uniform one, in shares of the headroom, -3 to 3; None is a failed run."""
-    if held_out_loss is None or not math.isfinite(held_out_loss):
-        return -REWARD_BOUND
-    share = (reference.uniform - held_out_loss) / reference.headroom
-    return _bounded(share)
+        Args:
+            loss: that run's held-out loss. Where it is not finite, the median of the others stands in, or the initial
+                loss if there are none.
+            initial: held-out loss before training.
+            reference: of this task or of one like it; tells how the headroom compares with what uniform gains.
+            others: finite losses of the runs that are compared.
+        """
+        level = loss if math.isfinite(loss) else float(np.median(others)) if len(others) else initial
+        gain = max(initial - level, 0.01 * initial, 1e-6)
+        return cls(level, gain * reference.headroom / reference.gain)
 
+    @classmethod
+    def with_mean(cls, losses: Sequence[float], reference: Reference) -> Comparison:
+        """With the mean of the runs that did not fail, of which there may be none."""
+        return cls(float(np.mean(losses)) if len(losses) else reference.uniform, reference.headroom)
 
-def _bounded(value: float) -> float:
-    return min(max(value, -REWARD_BOUND), REWARD_BOUND)
+    def improvement(self, loss: float | None, bound: float = REWARD_BOUND) -> float:
+        """How much lower a loss is, as a share of the headroom, from -bound to bound.
+
+        A run that failed (None, NaN or infinite) gets the lower end, and one that is compared with a failed run the
+        upper one; where both failed it is 0.
+        """
+        failed, other_failed = loss is None or not math.isfinite(loss), not math.isfinite(self.loss)
+        if failed or other_failed:
+            return bound * (other_failed - failed)
+        assert loss is not None
+        return min(max((self.loss - loss) / self.headroom, -bound), bound)
 
 
 def churn_cost(before: IntArray, after: IntArray) -> float:
     """Cost of going from some rungs to others, (modules,) each."""
     return CHURN * float(np.abs(after - before).mean())
-
-
-class GroupMeans:
-    """Mean improvement of the episodes that a group runs side by side; each slot's n-th episode is of round n."""
-
-    def __init__(self) -> None:
-        self._ended: dict[tuple[int, int], list[float]] = defaultdict(list)
-
-    def add(self, group: int, round_: int, improvement: float) -> None:
-        """An episode has ended."""
-        self._ended.pop((group, round_ - 2), None)
-        self._ended[group, round_].append(improvement)
-
-    def mean(self, group: int, round_: int) -> float:
-        """Of those of the round that have ended so far."""
-        return float(np.mean(self._ended[group, round_]))

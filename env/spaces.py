@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from gymnasium import spaces
@@ -10,10 +10,17 @@ from numpy.typing import NDArray
 
 from ..allocation.actions import PLACEMENT, SCORE_BOUND
 from ..allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ..allocation.observation import Observation
+from ..allocation.policy import Decision, decision_from_scores
 from ..allocation.problem import AllocationProblem
 from ..common.arrays import IntArray
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownNameError
 from ..lora.ladder import DEFAULT_RANKS
+
+Actions = Literal["deltas", "scores"]
+ACTIONS: tuple[Actions, ...] = get_args(Actions)
+"""Forms of actions: a number of rungs for each module, or a score for each module and two numbers that steer the whole
+plan. Policies learn in scores: free choices per module did not learn (docs/experiments.md)."""
 
 TOP = len(DEFAULT_RANKS) - 1
 """The highest rung of the rank ladder, and the largest delta in rungs."""
@@ -28,6 +35,35 @@ def observation_space(max_modules: int) -> spaces.Dict:
             "mask": spaces.MultiBinary(max_modules),
         }
     )
+
+
+def action_space(actions: str, max_modules: int) -> spaces.MultiDiscrete | spaces.Box:
+    """The space of one form of actions.
+
+    Raises:
+        UnknownNameError: there is no such form.
+    """
+    if actions not in ACTIONS:
+        raise UnknownNameError.of("form of actions", actions, ACTIONS)
+    return delta_space(max_modules) if actions == "deltas" else score_space(max_modules)
+
+
+def read_action(actions: str, action: Any, max_modules: int, observation: Observation) -> Decision:
+    """The decision that an action asks for.
+
+    Args:
+        actions: its form.
+        action: of `action_space`.
+        max_modules: padding of observations and actions.
+        observation: of the decision.
+
+    Raises:
+        ConfigError: the action has another shape, or a value that is not allowed.
+    """
+    if actions == "deltas":
+        ranks = read_deltas(action, max_modules, observation.problem)
+        return Decision(ranks, np.zeros(len(ranks)))
+    return decision_from_scores(observation, *read_scores(action, max_modules, len(observation.modules)))
 
 
 def delta_space(max_modules: int) -> spaces.MultiDiscrete:

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..allocation.policy import Decision
 from ..errors import ConfigError
 from .episodes.slots import StackedConfig, StackedRankAllocation
+from .rank_allocation import environment_tasks
 from .rendering import describe, draw
-from .spaces import delta_space, observation_space, read_deltas
+from .spaces import action_space, observation_space
+from .tasks.proxy_task import ProxyTask
+from .tasks.stream import TaskStream
+from .tasks.suite_names import SUITES
 
 
-class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]]):
+class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
     """`RankAllocationEnv`, stacked: the same spaces, rewards and infos, all episodes trained together.
 
-    `gym.make_vec("rankpilot/RankAllocation-v3", num_envs=8, vectorization_mode="vector_entry_point", base=...)`. An
+    `gym.make_vec("rankpilot/RankAllocation-v4", num_envs=8, vectorization_mode="vector_entry_point", base=...)`. An
     episode that ends is reset in the same step: its last observation and info are in `final_obs` and `final_info`.
+
+    With `episodes_per_task` above 1, neighbouring episodes share task, seed and batches, so that their returns can be
+    compared with each other. They begin and end together: one whose training fails waits for the others, and gets its
+    reward then.
 
     Args:
         num_envs: episodes at a time.
         render_mode: "rgb_array" or "ansi"; `render` then returns one picture or text for each episode.
+        task: a fixed task; None draws one for each group.
+        suites: names of the suites to draw from.
+        split: of the suites.
+        task_overrides: fields of `ProxyTask` that each drawn task gets.
+        fresh_seeds: see `RankAllocationEnv`.
         settings: fields of `StackedConfig`.
+
+    Raises:
+        ConfigError: an argument out of range, an action of the wrong shape or range, or a step before `reset`.
+        UnknownNameError: a name that is not among the allowed ones.
     """
 
     metadata = {  # noqa: RUF012  (declared so by Gymnasium)
@@ -34,27 +52,65 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
-    def __init__(self, num_envs: int = 1, render_mode: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        num_envs: int = 1,
+        render_mode: str | None = None,
+        *,
+        task: ProxyTask | None = None,
+        suites: tuple[str, ...] = SUITES,
+        split: str = "train",
+        task_overrides: dict[str, Any] | None = None,
+        fresh_seeds: bool = False,
+        **settings: Any,
+    ) -> None:
+        config = StackedConfig(num_envs, **settings)
+        if task and task.base != config.base:
+            raise ConfigError(f"The task is on base {task.base}, not {config.base}. Give base={task.base!r}.")
+        self.tasks = environment_tasks(
+            task, suites, split, (config.base,), task_overrides, fresh_seeds=fresh_seeds, against=config.against
+        )
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self.core = StackedRankAllocation(StackedConfig(num_envs, **settings))
+        self.core = StackedRankAllocation(config)
         self.single_observation_space = observation_space(self.core.max_modules)
-        self.single_action_space = delta_space(self.core.max_modules)
+        self.single_action_space = action_space(config.actions, self.core.max_modules)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self._fresh_seeds = fresh_seeds
+        self._streams: list[TaskStream] = []
+        self._seed_tasks(None)
+
+    def _seed_tasks(self, seed: int | Sequence[int] | None) -> None:
+        """Begin the tasks anew: a group draws what an environment with the seed of its first slot would."""
+        if seed is None:
+            seed = int(np.random.default_rng().integers(2**31))
+        seeds = [seed + slot for slot in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != self.num_envs:
+            raise ConfigError(f"One seed for each of {self.num_envs} environments is needed; got {len(seeds)}.")
+        self._streams = [
+            TaskStream(self.tasks, seeding.np_random(each)[0], fresh_seeds=self._fresh_seeds)
+            for each in seeds[:: self.core.config.episodes_per_task]
+        ]
+
+    def _start(self, slots: Sequence[int], options: dict[str, Any] | None = None) -> dict[int, dict[str, Any]]:
+        """Start an episode in each of these slots, which are whole groups; returns their infos."""
+        size = self.core.config.episodes_per_task
+        drawn = {group: self._streams[group].take(options) for group in dict.fromkeys(slot // size for slot in slots)}
+        return self.core.start({slot: drawn[slot // size] for slot in slots})  # type: ignore[misc]
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode in every slot."""
-        slots = range(self.num_envs)
+        """Start an episode in every slot; for the options see `RankAllocationEnv`."""
         if seed is not None:
-            self.core.seed(seed)  # type: ignore[arg-type]
-        infos = self.core.reset(slots, options)
+            self._seed_tasks(seed)  # type: ignore[arg-type]
+        slots = range(self.num_envs)
+        infos = self._start(slots, options)
         return self.core.padded(slots), self._gathered(infos)
 
     def step(
-        self, actions: NDArray[np.int64]
+        self, actions: NDArray[Any]
     ) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Take one decision in every slot and train until the next one or the end."""
         core = self.core
@@ -62,20 +118,15 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[np.int64], NDArray[Any]
             raise ConfigError("No episode is under way: call reset() first.")
         if len(actions) != self.num_envs:
             raise ConfigError(f"One action for each of {self.num_envs} environments is needed; got {len(actions)}.")
-        problems = [core.records[slot].observation.problem for slot in range(self.num_envs)]
-        wanted = [
-            read_deltas(*each) for each in zip(actions, [core.max_modules] * self.num_envs, problems, strict=True)
-        ]
-        steps = core.step({slot: Decision(ranks, np.zeros(len(ranks))) for slot, ranks in enumerate(wanted)})
+        steps = core.step(dict(enumerate(actions)))
         rewards = np.array([step.reward for step in steps.values()])
         terminated = np.array([step.terminated for step in steps.values()])
         infos = {slot: step.info for slot, step in steps.items()}
         ended = np.flatnonzero(terminated).tolist()
         if ended:
             last = {slot: steps[slot].observation.padded(core.max_modules) for slot in ended}
-            fresh = core.reset(ended)
-            for slot in ended:
-                infos[slot] = {**fresh[slot], "final_obs": last[slot], "final_info": infos[slot]}
+            for slot, info in self._start(ended).items():
+                infos[slot] = {**info, "final_obs": last[slot], "final_info": infos[slot]}
         observations = core.padded(range(self.num_envs))
         return observations, rewards, terminated, np.zeros_like(terminated), self._gathered(infos)
 

@@ -32,7 +32,7 @@ def test_public_names() -> None:
 
 
 def test_the_environment_is_registered() -> None:
-    assert rankpilot.ENV_ID == "rankpilot/RankAllocation-v3"
+    assert rankpilot.ENV_ID == "rankpilot/RankAllocation-v4"
     assert rankpilot.ENV_ID in gym.registry
 
 
@@ -40,9 +40,9 @@ def test_the_environment_is_registered() -> None:
     "code",
     [
         "import rankpilot, gymnasium; assert rankpilot.ENV_ID in gymnasium.registry",
-        "import gymnasium, rankpilot; gymnasium.spec('rankpilot/RankAllocation-v3')",
+        "import gymnasium, rankpilot; gymnasium.spec('rankpilot/RankAllocation-v4')",
         pytest.param(
-            "import gymnasium; gymnasium.make('rankpilot.env.registration:rankpilot/RankAllocation-v3')",
+            "import gymnasium; gymnasium.make('rankpilot.env.registration:rankpilot/RankAllocation-v4')",
             marks=pytest.mark.slow,
         ),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...common.files import append_json_line, read_json_lines, write_json_lines
 from ...env.proxies.bases import find_base
-from ...env.reward import terminal_improvement
+from ...env.reward import Comparison
 from ...env.tasks.finetune import Reference
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError
@@ -98,7 +98,7 @@ def row_of(policy: str, origin: ProxyTask, task: ProxyTask, reference: Reference
         uniform_loss=reference.uniform,
         best_loss=reference.best,
         loss=None if failed else loss,
-        improvement=terminal_improvement(reference, None if failed else loss),
+        improvement=Comparison.with_uniform(reference).improvement(loss),
         failed=failed,
     )
 

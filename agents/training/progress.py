@@ -52,7 +52,7 @@ class PPOProgress(BaseCallback):
         self._ranks: list[IntArray] = []
 
     def _on_step(self) -> bool:
-        self._ranks = [info["ranks"] for info in self.locals["infos"] if "ranks" in info] or self._ranks
+        self._ranks = [np.array(info["ranks"]) for info in self.locals["infos"]]
         return True
 
     def _on_rollout_start(self) -> None:
@@ -82,7 +82,7 @@ class PPOProgress(BaseCallback):
             "return_p10": float(np.quantile(returns, 0.1)),
             "return_p90": float(np.quantile(returns, 0.9)),
             "spread_in_groups": float(groups.std(axis=1).mean()),
-            "tasks": [task.id for s in range(self._config.stacks) for task in envs.config.draw(self.iteration - 1, s)],
+            "tasks": [task.id for s in range(self._config.stacks) for task in envs.fresh.draw(self.iteration - 1, s)],
             "returns": [round(float(value), 3) for value in groups.mean(axis=1)],
             "adapted": float(np.mean([(ranks > 0).mean() for ranks in self._ranks])),
             "mean_rank": float(np.mean([ranks.mean() for ranks in self._ranks])),

@@ -1,146 +1,100 @@
-"""PPO's environment for training a policy: groups of episodes on fresh tasks, all cores at work.
+"""PPO's environment for training a policy: the registered environment on fresh tasks, with all cores at work.
 
-Each iteration is a round of a few stacks, each on one base: groups of episodes of one fresh task each, and one more
-episode of it in which the rule that an untrained policy is decides. The reward comes at the end: how much lower an
-episode's held-out loss is than the rule's, as a share of the task's headroom. Which process trains a stack decides
-nothing, so results are the same on any number of cores.
+Each iteration is a round of a few stacks, each on one base: groups of episodes of one fresh task each, and beside each
+group a run of the rule that an untrained policy is. What episodes see, how actions are read and what the reward is are
+those of the registered environment, because each stack is its vector form; which tasks come, and in which process a
+stack is trained, is decided here. Processes decide nothing, so results are the same on any number of cores.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from ...allocation.policy import Policy
 from ...common.arrays import Arrays, FloatArray
-from ...common.workers import isolated
+from ...common.workers import Call, make_workers
 from ...env.episodes.rollout import rollout
-from ...env.spaces import observation_space, score_space
+from ...env.episodes.slots import StackedConfig
+from ...env.spaces import action_space, observation_space
 from ...env.tasks.proxy_finetune import CACHED_TASKS
 from ...env.tasks.proxy_task import ProxyTask
-from ...errors import ConfigError, WorkerError
-from .rewards import rewards_of
-from .stack_worker import StackState, _serve, _Worker
-from .task_sampling import RolloutConfig
+from .stack_worker import EnvironmentStack, RolloutStack
+from .task_sampling import FreshTasks
+from .vec_env import SharedVecEnv
 
 Note = Callable[[Arrays, Sequence[FloatArray | None]], None]
 
 
-class ProxyVecEnv(VecEnv):
+class ProxyVecEnv(SharedVecEnv):
     """Rounds of fresh tasks for PPO: every episode has the same number of decisions, and all end together.
 
     Args:
-        config: what is trained on.
-        rule: decides in the episode that others are measured against.
-        max_modules: padding of observations and actions.
+        fresh: tasks of each stack.
+        config: of each stack; its base is that of the tasks.
+        stacks: how many there are.
+        workers: processes, at least 1; no more than stacks are of use.
 
     Attributes:
         round: number of the round under way.
 
     Raises:
         ConfigError: tasks of several lengths.
-        WorkerError: a worker's process ended; what it raises is raised here as it is.
+        WorkerError: worker processes died again and again; what they raise is raised here as it is.
     """
 
-    def __init__(self, config: RolloutConfig, rule: Policy, max_modules: int) -> None:
-        self.config = config
-        steps = {task.steps for templates in config.templates for task in templates}
-        if len(steps) != 1:
-            raise ConfigError(f"All tasks of a round have the same number of steps; got {sorted(steps)}.")
-        self.decisions = len(config.schedule.steps(steps.pop()))
-        self.max_modules = max_modules
-        self.render_mode = None
-        episodes = config.stacks * config.tasks_per_stack * config.episodes_per_task
-        super().__init__(episodes, observation_space(max_modules), score_space(max_modules))
-        self.round = 0
-        slots = config.tasks_per_stack * (config.episodes_per_task + 1)
-        self._worker_options = (rule, config.schedule, slots, max_modules, config.device)
-        self._local: _Worker | None = None
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
-        self._actions: NDArray[Any] | None = None
-
-    def _calls(self, calls: dict[int, tuple[str, tuple[Any, ...]]]) -> dict[int, StackState]:
-        """Have the workers answer calls, by stack."""
-        if self.config.worker_count == 1:
-            self._local = self._local or _Worker(*self._worker_options)
-            with isolated():
-                return {stack: getattr(self._local, name)(stack, *values) for stack, (name, values) in calls.items()}
-        if not self._pipes:
-            self._start_processes()
-        shares = [{s: call for s, call in calls.items() if s % len(self._pipes) == i} for i in range(len(self._pipes))]
-        found: dict[int, StackState] = {}
-        try:
-            for pipe, share in zip(self._pipes, shares, strict=True):
-                pipe.send(share)
-            answers = [pipe.recv() for pipe in self._pipes]
-        except (EOFError, ConnectionError) as error:
-            raise WorkerError("A worker process ended, for lack of memory perhaps. Try fewer workers.") from error
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-            found |= answer
-        return found
-
-    def _start_processes(self) -> None:
-        context = get_context("spawn")
-        for _ in range(self.config.worker_count):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, *self._worker_options), daemon=True)
-            process.start()
-            there.close()  # else nobody would notice that the process ended
-            self._pipes.append(here)
-            self._processes.append(process)
+    def __init__(self, fresh: FreshTasks, config: StackedConfig, *, stacks: int, workers: int) -> None:
+        assert config.max_modules is not None
+        self.fresh, self.config, self.stacks = fresh, config, stacks
+        self.decisions = len(config.schedule.steps(fresh.steps))
+        space = observation_space(config.max_modules)
+        super().__init__(stacks * config.num_envs, space, action_space(config.actions, config.max_modules))
+        self.round = self._taken = 0
+        self.workers = make_workers(min(workers, stacks))
+        for stack in range(stacks):
+            self.workers.keep(stack, partial(EnvironmentStack, config))
+            self.workers.keep(stacks + stack, partial(RolloutStack, config))
 
     # Rounds of PPO ----------------------------------------------------------------------------------------------------
 
     def reset(self) -> VecEnvObs:
         """Start round `round`."""
-        config = self.config
-        self._tasks = [config.draw(self.round, stack) for stack in range(config.stacks)]
         self._taken = 0
-        begin: dict[int, tuple[str, tuple[Any, ...]]] = {
-            stack: ("begin", ([task for task in tasks for _ in range(config.episodes_per_task)], tasks, False))
-            for stack, tasks in enumerate(self._tasks)
-        }
-        return self._joined(self._calls(begin))
+        self._returns = np.zeros(self.num_envs)
+        calls = {}
+        for stack in range(self.stacks):
+            tasks = self.fresh.draw(self.round, stack)
+            calls[stack] = Call(EnvironmentStack.begin, (tasks,), self._name(stack, tasks), anew=True)
+        return _joined(self.workers.call(calls))
 
-    def _joined(self, states: dict[int, StackState]) -> Arrays:
-        ordered = [states[stack].arrays for stack in range(len(states))]
-        return {key: np.concatenate([arrays[key] for arrays in ordered]) for key in ordered[0]}
-
-    def step_async(self, actions: NDArray[Any]) -> None:
-        """Note the actions, (num_envs, action size)."""
-        self._actions = actions
+    def _name(self, stack: int, tasks: Sequence[ProxyTask]) -> str:
+        return f"stack {stack} of round {self.round} ({', '.join(task.id for task in tasks)})"
 
     def step_wait(self) -> VecEnvStepReturn:
         """Take one decision in every episode; after the last one the next round begins."""
-        assert self._actions is not None
-        parts = np.split(self._actions, self.config.stacks)
-        found = self._calls({stack: ("step", (part,)) for stack, part in enumerate(parts)})
+        parts = np.split(self._actions, self.stacks)
+        calls = {
+            stack: Call(EnvironmentStack.step, (part,), self._name(stack, self.fresh.draw(self.round, stack)))
+            for stack, part in enumerate(parts)
+        }
+        steps = self.workers.call(calls)
         self._taken += 1
-        seen = self._joined(found)
-        observations: VecEnvObs = seen
-        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
-        rewards = np.zeros(self.num_envs, dtype=np.float32)
+        self._returns += np.concatenate([steps[stack].rewards for stack in calls])
+        seen = _joined({stack: step.arrays for stack, step in steps.items()})
+        infos = [{**info, "TimeLimit.truncated": False} for stack in calls for info in steps[stack].infos]
         ended = self._taken == self.decisions
-        if ended:
-            rewards = np.concatenate([rewards_of(found[stack], own) for stack, own in enumerate(self._tasks)])
-            ranks = [own for stack in range(len(self._tasks)) for own in found[stack].ranks]
-            for slot, info in enumerate(infos):
-                info["ranks"] = ranks[slot]
-                info["terminal_observation"] = {key: value[slot] for key, value in seen.items()}
-            self.round += 1
-            observations = self.reset()
-        return observations, rewards, np.full(self.num_envs, ended), infos
+        if not ended:
+            return seen, np.zeros(self.num_envs, dtype=np.float32), np.full(self.num_envs, False), infos
+        rewards = self._returns.astype(np.float32)
+        for slot, info in enumerate(infos):
+            info["terminal_observation"] = {key: value[slot] for key, value in seen.items()}
+        self.round += 1
+        return self.reset(), rewards, np.full(self.num_envs, True), infos
 
     # Whole tasks ------------------------------------------------------------------------------------------------------
 
@@ -163,7 +117,7 @@ class ProxyVecEnv(VecEnv):
         Returns:
             Held-out losses in nats, NaN for failed runs.
         """
-        size = min(self.config.tasks_per_stack * (self.config.episodes_per_task + 1), CACHED_TASKS)
+        size = min(self.config.rows, CACHED_TASKS)
         by_base: dict[str, list[int]] = {}
         for index, task in enumerate(tasks):
             by_base.setdefault(task.base, []).append(index)
@@ -171,59 +125,44 @@ class ProxyVecEnv(VecEnv):
         losses = [math.nan] * len(tasks)
         report = on_progress or (lambda done, total: None)
         report(0, len(tasks))
-        for start in range(0, len(chunks), self.config.stacks):
-            side_by_side = dict(enumerate(chunks[start : start + self.config.stacks], start=self.config.stacks))
-            stacks = {stack: [tasks[index] for index in chunk] for stack, chunk in side_by_side.items()}
-            running = _WholeTasks(self, stacks, with_worth=note is not None)
-            rollout(running, lambda seen: {stack: act(arrays) for stack, arrays in seen.items()}, running.noting(note))
+        for start in range(0, len(chunks), self.stacks):
+            side_by_side = dict(enumerate(chunks[start : start + self.stacks], start=self.stacks))
+            running = _Tasks(self, {stack: [tasks[i] for i in chunk] for stack, chunk in side_by_side.items()}, note)
+            rollout(running, lambda seen: {stack: act(arrays) for stack, arrays in seen.items()}, running.note)
             for stack, chunk in side_by_side.items():
-                for index, loss in zip(chunk, running.losses(stack), strict=True):
+                for index, loss in zip(chunk, running.states[stack].losses, strict=True):
                     losses[index] = loss
             report(sum(map(len, chunks[: start + len(side_by_side)])), len(tasks))
         return losses
 
-    # The rest of the contract -----------------------------------------------------------------------------------------
-
     def close(self) -> None:
         """End the processes."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.terminate()
-        self._pipes, self._processes = [], []
-
-    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of this environment, once for each episode; AttributeError for unknown names."""
-        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Refused: episodes have no attributes of their own."""
-        raise ConfigError("Rounds share their settings: make a new ProxyVecEnv.")
-
-    def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
-        """Refused: episodes have no methods of their own."""
-        raise AttributeError(f"Rounds have no method {method_name!r} of their own.")
-
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
-        """Never."""
-        return [False] * len(list(self._get_indices(indices)))
+        self.workers.close()
 
 
-class _WholeTasks:
+def _joined(arrays: dict[int, Arrays]) -> Arrays:
+    """The observations of all stacks, one row an episode."""
+    ordered = [arrays[stack] for stack in sorted(arrays)]
+    return {key: np.concatenate([each[key] for each in ordered]) for key in ordered[0]}
+
+
+class _Tasks:
     """Stacks of whole tasks that run side by side; see `Running`.
 
     Args:
         envs: whose workers train them.
         stacks: tasks on one base, by number of the stack.
-        with_worth: ask what modules are worth on planted tasks.
+        note: see `ProxyVecEnv.play`.
     """
 
-    def __init__(self, envs: ProxyVecEnv, stacks: dict[int, list[ProxyTask]], *, with_worth: bool) -> None:
-        self._envs, self._taken = envs, 0
-        self._states = envs._calls({stack: ("begin", (tasks, [], with_worth)) for stack, tasks in stacks.items()})
-        self._worth = {stack: state.utilities for stack, state in self._states.items()}
+    def __init__(self, envs: ProxyVecEnv, stacks: dict[int, list[ProxyTask]], note: Note | None) -> None:
+        self._envs, self._note, self._taken = envs, note, 0
+        self._names = {stack: ", ".join(task.id for task in tasks) for stack, tasks in stacks.items()}
+        begin = RolloutStack.begin
+        calls = {stack: Call(begin, (tasks,), self._names[stack], anew=True) for stack, tasks in stacks.items()}
+        self.states = envs.workers.call(calls)
+        worth = {stack: Call(RolloutStack.worth, (tasks,), self._names[stack]) for stack, tasks in stacks.items()}
+        self._worth = envs.workers.call(worth) if note else {}
 
     @property
     def ended(self) -> bool:
@@ -233,24 +172,16 @@ class _WholeTasks:
     @property
     def seen(self) -> dict[int, Arrays]:
         """Observations by stack."""
-        return {stack: state.arrays for stack, state in self._states.items()}
+        return {stack: state.arrays for stack, state in self.states.items()}
 
     def step(self, chosen: dict[int, NDArray[Any]]) -> None:
         """Take decisions, (episodes, action size) by stack."""
-        self._states = self._envs._calls({stack: ("step", (actions,)) for stack, actions in chosen.items()})
+        calls = {stack: Call(RolloutStack.step, (each,), self._names[stack]) for stack, each in chosen.items()}
+        self.states = self._envs.workers.call(calls)
         self._taken += 1
 
-    def noting(self, note: Note | None) -> Callable[[dict[int, Arrays], object], None] | None:
-        """What `rollout` calls to note observations together with what modules are worth."""
-        if note is None:
-            return None
-
-        def note_stacks(seen: dict[int, Arrays], _: object) -> None:
+    def note(self, seen: dict[int, Arrays], _: object) -> None:
+        """Note observations together with what modules are worth."""
+        if self._note:
             for stack, arrays in seen.items():
-                note(arrays, self._worth[stack])
-
-        return note_stacks
-
-    def losses(self, stack: int) -> tuple[float, ...]:
-        """Held-out losses of a stack at the end, in nats; NaN for failed runs."""
-        return self._states[stack].losses
+                self._note(arrays, self._worth[stack])

@@ -1,121 +1,126 @@
-"""A worker that trains stacks of episodes, in a process of its own or in this one."""
+"""What workers keep while a policy is trained: stacks of episodes, one decision at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ...allocation.policy import Policy, decision_from_scores
-from ...allocation.schedule import DecisionSchedule
-from ...common.arrays import Arrays, FloatArray, IntArray
+from ...common.arrays import Arrays, FloatArray
 from ...env.episodes.rollout import Rollout
+from ...env.episodes.slots import StackedConfig, StackedRankAllocation
 from ...env.episodes.stacked import StackedEpisodes
-from ...env.spaces import read_scores
+from ...env.spaces import read_action
 from ...env.tasks.oracle import utilities
 from ...env.tasks.proxy_task import ProxyTask
 
 
 @dataclass(frozen=True, eq=False)
-class StackState:
-    """What a worker tells of a stack: before its first decision, and after each.
+class StackStep:
+    """What a stack has come to after a decision.
+
+    Attributes:
+        arrays: the observations, one row an episode.
+        rewards: of the episodes that have ended with this decision, 0 for others, float64 (episodes,).
+        infos: of each episode; see `RankAllocationEnv`.
+    """
+
+    arrays: Arrays
+    rewards: NDArray[np.float64]
+    infos: tuple[dict[str, Any], ...]
+
+
+class EnvironmentStack:
+    """The registered environment, stacked, on tasks that are given; episodes that have ended wait for all others.
+
+    Args:
+        config: of the stacks; their base is that of the tasks.
+    """
+
+    def __init__(self, config: StackedConfig) -> None:
+        self._config = config
+        self._stacks: dict[str, StackedRankAllocation] = {}
+        self._active: dict[int, bool] = {}
+        self._infos: dict[int, dict[str, Any]] = {}
+
+    def begin(self, tasks: Sequence[ProxyTask]) -> Arrays:
+        """Start all episodes; returns what they see.
+
+        Args:
+            tasks: on one base, one a group.
+        """
+        base, size = tasks[0].base, self._config.episodes_per_task
+        if base not in self._stacks:
+            self._stacks[base] = StackedRankAllocation(replace(self._config, base=base))
+        self._stack = self._stacks[base]
+        slots = range(self._config.num_envs)
+        self._stack.start({slot: tasks[slot // size] for slot in slots})
+        self._active = dict.fromkeys(slots, True)
+        return self._stack.padded(slots)
+
+    def step(self, actions: NDArray[Any]) -> StackStep:
+        """Take decisions, (episodes, action size)."""
+        transitions = self._stack.step({slot: actions[slot] for slot, active in self._active.items() if active})
+        self._active |= {slot: not each.terminated for slot, each in transitions.items()}
+        rewards = [transitions[slot].reward if slot in transitions else 0.0 for slot in self._active]
+        self._infos |= {slot: each.info for slot, each in transitions.items()}
+        infos = tuple(self._infos[slot] for slot in self._active)
+        return StackStep(self._stack.padded(list(self._active)), np.array(rewards), infos)
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutState:
+    """What a rollout of whole tasks has come to.
 
     Attributes:
         arrays: the observations, one row an episode.
         losses: held-out losses at the end, in nats; NaN for failed runs.
-        churn: see `Rollout`.
-        rule_losses: those of the rule's episodes, one a group.
-        initial_losses: before training, one a group.
-        utilities: what each module is worth at most, in nats, (modules,) by episode; None where it is not known.
-        ranks: at the end, int64 (modules,) by episode.
     """
 
     arrays: Arrays
     losses: tuple[float, ...] = ()
-    churn: tuple[float, ...] = ()
-    rule_losses: tuple[float, ...] = ()
-    initial_losses: tuple[float, ...] = ()
-    utilities: tuple[FloatArray | None, ...] = ()
-    ranks: tuple[IntArray, ...] = ()
 
 
-class _Worker:
-    """Trains stacks; lives in a process of its own, or in this one."""
+class RolloutStack:
+    """Rollouts of any tasks.
 
-    def __init__(self, rule: Policy, schedule: DecisionSchedule, slots: int, max_modules: int, device: str) -> None:
-        self._rule, self._schedule, self._slots, self._max_modules = rule, schedule, slots, max_modules
-        self._device = device
-        self._engines: dict[tuple[int, str], StackedEpisodes] = {}
-        self._rollouts: dict[int, tuple[Rollout, int]] = {}
-        self._initial: dict[int, tuple[float, ...]] = {}
+    Args:
+        config: of the stacks; their base is that of the tasks.
+    """
 
-    def begin(
-        self, stack: int, tasks: Sequence[ProxyTask], ruled: Sequence[ProxyTask], with_utilities: bool
-    ) -> StackState:
-        """Start a stack.
+    def __init__(self, config: StackedConfig) -> None:
+        self._config = config
+        self._episodes: dict[str, StackedEpisodes] = {}
 
-        Args:
-            stack: its number; several are under way at once, each in an engine of its own.
-            tasks: one an episode.
-            ruled: what the rule runs beside them.
-            with_utilities: tell what modules are worth on planted tasks.
-        """
-        key = (stack, tasks[0].base)
-        if key not in self._engines:
-            self._engines[key] = StackedEpisodes(tasks[0].base, self._schedule, self._slots, device=self._device)
-        run = Rollout(self._engines[key], [*tasks, *ruled])
-        self._rollouts[stack] = run, len(tasks)
-        self._initial[stack] = tuple(run.initial_loss(len(tasks) + place) for place in range(len(ruled)))
-        worth: tuple[FloatArray | None, ...] = ()
-        if with_utilities:
-            pairs = zip(tasks, run.seen, strict=False)
-            worth = tuple(utilities(t, o.problem)[:, -1] if t.kind == "planted" else None for t, o in pairs)
-        return StackState(self._arrays(stack), utilities=worth)
+    def begin(self, tasks: Sequence[ProxyTask]) -> RolloutState:
+        """Start the tasks, which are on one base."""
+        base, config = tasks[0].base, self._config
+        if base not in self._episodes:
+            self._episodes[base] = StackedEpisodes(base, config.schedule, config.rows, device=config.device)
+        self._running = Rollout(self._episodes[base], tasks)
+        return RolloutState(self._arrays())
 
-    def step(self, stack: int, actions: NDArray[Any]) -> StackState:
+    def worth(self, tasks: Sequence[ProxyTask]) -> tuple[FloatArray | None, ...]:
+        """What each module is worth at most on the tasks that have begun, in nats, (modules,); None if not known."""
+        pairs = zip(tasks, self._running.seen, strict=True)
+        return tuple(utilities(task, o.problem)[:, -1] if task.kind == "planted" else None for task, o in pairs)
+
+    def step(self, actions: NDArray[Any]) -> RolloutState:
         """Take decisions, (episodes, action size)."""
-        run, count = self._rollouts[stack]
-        decisions = []
-        for slot, observation in enumerate(run.seen):
-            if slot < count:
-                action = read_scores(actions[slot], self._max_modules, len(observation.modules))
-                decisions.append(decision_from_scores(observation, *action))
-            else:
-                decisions.append(self._rule.decide(observation))
-        run.step(decisions)
-        if not run.ended:
-            return StackState(self._arrays(stack))
-        losses = tuple(run.losses())
-        return StackState(
-            self._arrays(stack),
-            losses[:count],
-            tuple(run.churn[:count]),
-            losses[count:],
-            self._initial[stack],
-            ranks=tuple(run.ranks[:count]),
+        config, seen = self._config, self._running.seen
+        assert config.max_modules is not None
+        self._running.step(
+            [
+                read_action(config.actions, action, config.max_modules, observation)
+                for action, observation in zip(actions, seen, strict=True)
+            ]
         )
+        return RolloutState(self._arrays(), tuple(self._running.losses()) if self._running.ended else ())
 
-    def _arrays(self, stack: int) -> Arrays:
-        run, count = self._rollouts[stack]
-        rows = [observation.padded(self._max_modules) for observation in run.seen[:count]]
+    def _arrays(self) -> Arrays:
+        assert self._config.max_modules is not None
+        rows = [observation.padded(self._config.max_modules) for observation in self._running.seen]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def _serve(pipe: Connection, *options: Any) -> None:
-    """A worker's process: answer calls until the pipe closes."""
-    torch.set_num_threads(1)
-    worker = _Worker(*options)
-    while True:
-        try:
-            calls = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send({stack: getattr(worker, name)(stack, *values) for stack, (name, values) in calls.items()})
-        except Exception as error:  # whatever it is, the parent raises it
-            pipe.send(error)

@@ -10,33 +10,68 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...allocation.schedule import DecisionSchedule
-from ...common.devices import find_device
 from ...env.tasks.proxy_task import ProxyTask
+from ...env.tasks.stream import fresh_task
 from ...env.tasks.suites import evenly, find_tasks
+from ...errors import ConfigError
 from .config import TrainConfig
 
 WARM_ROUND, PLAN_ROUND = 1_000_000, 2_000_000
 """Tasks of the warm start and of the plan runs are drawn as those of rounds from these on."""
 
 
-def rounds_of(config: TrainConfig) -> RolloutConfig:
-    """What rounds of a training run are drawn from, and where they run.
+@dataclass(frozen=True)
+class FreshTasks:
+    """Tasks like those of suites, with seeds of their own.
+
+    Attributes:
+        templates: tasks by suite; fresh ones differ from one of them in the seed alone. Suites take turns, and what
+            budgets count (`ProxyTask.price`) is drawn evenly.
+        count: tasks of each stack.
+        seed: of the draws.
+    """
+
+    templates: tuple[tuple[ProxyTask, ...], ...]
+    count: int
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of every task.
+
+        Raises:
+            ConfigError: tasks have several numbers of steps.
+        """
+        steps = {task.steps for suite in self.templates for task in suite}
+        if len(steps) != 1:
+            raise ConfigError(f"All tasks of a rollout have the same number of steps; got {sorted(steps)}.")
+        return steps.pop()
+
+    def draw(self, round_: int, stack: int) -> list[ProxyTask]:
+        """The tasks of one stack in one round, all on one base."""
+        generator = np.random.default_rng([self.seed, round_, stack])
+        bases = sorted({task.base for suite in self.templates for task in suite})
+        base = bases[int(generator.integers(len(bases)))]
+        suites = [on_base for suite in self.templates if (on_base := [task for task in suite if task.base == base])]
+        tasks = []
+        for place in range(self.count):
+            suite = suites[(round_ + stack + place) % len(suites)]
+            prices = sorted({task.price for task in suite})
+            price = prices[int(generator.integers(len(prices)))]
+            alike = [task for task in suite if task.price == price]
+            tasks.append(fresh_task(alike[int(generator.integers(len(alike)))], generator))
+        return tasks
+
+
+def fresh_tasks(config: TrainConfig) -> FreshTasks:
+    """What a training run draws its tasks from.
 
     Raises:
         UnknownNameError: no such suite or base.
-        ConfigError: no such tasks, or no such device.
+        ConfigError: no such tasks.
     """
-    return RolloutConfig(
-        tuple(_tasks((suite,), "train", config) for suite in config.suites),
-        config.stacks,
-        config.tasks_per_stack,
-        config.episodes_per_task,
-        config.schedule,
-        config.seed,
-        config.worker_count,
-        str(find_device(config.device)),
-    )
+    templates = tuple(_tasks((suite,), "train", config) for suite in config.suites)
+    return FreshTasks(templates, config.tasks_per_stack, config.seed)
 
 
 def validation_tasks(config: TrainConfig) -> tuple[ProxyTask, ...]:
@@ -49,20 +84,20 @@ def validation_tasks(config: TrainConfig) -> tuple[ProxyTask, ...]:
     return evenly(_tasks(config.suites, "validation", config), config.validation_tasks)
 
 
-def warm_draws(rounds: RolloutConfig, tasks: int) -> list[ProxyTask]:
+def warm_draws(fresh: FreshTasks, tasks: int) -> list[ProxyTask]:
     """Fresh tasks of the warm start, so many."""
-    numbers = range(WARM_ROUND, WARM_ROUND - (-tasks // rounds.tasks_per_stack))
-    return [task for number in numbers for task in rounds.draw(number, 0)][:tasks]
+    numbers = range(WARM_ROUND, WARM_ROUND - (-tasks // fresh.count))
+    return [task for number in numbers for task in fresh.draw(number, 0)][:tasks]
 
 
-def plan_draws(rounds: RolloutConfig, tasks: int) -> list[tuple[ProxyTask, ...]]:
+def plan_draws(fresh: FreshTasks, tasks: int) -> list[tuple[ProxyTask, ...]]:
     """The fresh tasks of each stack of plan runs, in the order in which they are run; at least so many in all.
 
-    The first half are like those of rounds; the second half are the same ones varied, see `vary`.
+    The first half are like those of PPO; the second half are the same ones varied, see `vary`.
     """
-    numbers = range(PLAN_ROUND, PLAN_ROUND - (-tasks // (2 * rounds.tasks_per_stack)))
-    plain = sorted((tuple(rounds.draw(number, 0)) for number in numbers), key=_base)  # bases take long to load
-    suites = {(task.kind, task.base): suite for suite in rounds.templates for task in suite}
+    numbers = range(PLAN_ROUND, PLAN_ROUND - (-tasks // (2 * fresh.count)))
+    plain = sorted((tuple(fresh.draw(number, 0)) for number in numbers), key=_base)  # bases take long to load
+    suites = {(task.kind, task.base): suite for suite in fresh.templates for task in suite}
     return plain + [tuple(vary(task, suites[task.kind, task.base]) for task in drawn) for drawn in plain]
 
 
@@ -110,54 +145,3 @@ def vary(task: ProxyTask, suite: Sequence[ProxyTask]) -> ProxyTask:
 
 def _counts(task: ProxyTask) -> tuple[object, ...]:
     return task.base, task.price, task.priced_rows
-
-
-FRESH_SEEDS = 10_000_000
-"""Seeds of fresh tasks lie above this, those of suites below."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """What is trained on.
-
-    Attributes:
-        templates: tasks by suite; fresh ones differ from one of them in the seed alone. Suites take turns, and what
-            budgets count (`ProxyTask.price`) is drawn evenly.
-        stacks: how many stacks of episodes a round has, each on one base.
-        tasks_per_stack: fresh tasks of each stack.
-        episodes_per_task: episodes of each fresh task.
-        schedule: when ranks are decided.
-        seed: of the tasks.
-        workers: processes, at least 1; no more than stacks are of use.
-        device: where they train.
-    """
-
-    templates: tuple[tuple[ProxyTask, ...], ...]
-    stacks: int
-    tasks_per_stack: int
-    episodes_per_task: int
-    schedule: DecisionSchedule
-    seed: int = 0
-    workers: int = 1
-    device: str = "cpu"
-
-    @property
-    def worker_count(self) -> int:
-        """Processes that run."""
-        return min(self.workers, self.stacks)
-
-    def draw(self, round_: int, stack: int) -> list[ProxyTask]:
-        """The fresh tasks of a stack, each of which keeps its template's reference, as a measure of headroom."""
-        generator = np.random.default_rng([self.seed, round_, stack])
-        bases = sorted({task.base for suite in self.templates for task in suite})
-        base = bases[int(generator.integers(len(bases)))]
-        suites = [own for suite in self.templates if (own := [task for task in suite if task.base == base])]
-        tasks = []
-        for number in range(self.tasks_per_stack):
-            suite = suites[(round_ + stack + number) % len(suites)]
-            prices = sorted({task.price for task in suite})
-            price = prices[int(generator.integers(len(prices)))]
-            alike = [task for task in suite if task.price == price]
-            template = alike[int(generator.integers(len(alike)))]
-            tasks.append(replace(template, seed=FRESH_SEEDS + int(generator.integers(2**30))))
-        return tasks

@@ -19,9 +19,11 @@ import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
+from ...common.devices import find_device
 from ...common.files import append_json_line, read_json, read_json_lines, write_json, write_text
 from ...common.run_folder import open_run
 from ...common.settings import as_json
+from ...env.episodes.slots import StackedConfig
 from ...env.proxies.adapted import adapted_base
 from ...env.tasks.proxy_finetune import check_texts
 from ...env.tasks.proxy_task import ProxyTask
@@ -30,7 +32,6 @@ from ..learned.network import RankNetwork
 from ..learned.plan_value import PlanValueEnsemble
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import CARD, save_policy
-from ..rules import find_rule
 from .checkpoint import CHECKPOINT, restore, write_checkpoint
 from .config import TrainConfig
 from .fit_plan_value import fit_critics
@@ -38,7 +39,7 @@ from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, plan_dataset
 from .ppo_policy import GroupRolloutBuffer, RankPolicy
 from .progress import PROGRESS, OnStage, PPOProgress, Stage
 from .rollout_env import ProxyVecEnv
-from .task_sampling import RolloutConfig, plan_draws, rounds_of, validation_tasks, warm_draws
+from .task_sampling import FreshTasks, fresh_tasks, plan_draws, validation_tasks, warm_draws
 from .validation import Validation
 from .warm_start import warm_start
 
@@ -78,21 +79,30 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         ConfigError: no such tasks, or no such device.
         AssetError: a text is not at hand.
     """
-    rounds = rounds_of(config)
+    fresh = fresh_tasks(config)
     validation = validation_tasks(config)
-    everything = [*(task for suite in rounds.templates for task in suite), *validation]
+    everything = [*(task for suite in fresh.templates for task in suite), *validation]
     check_texts(everything)
     modules = max(len(adapted_base(task.base)[1]) for task in everything)
+    stack = StackedConfig(
+        config.tasks_per_stack * config.episodes_per_task,
+        episodes_per_task=config.episodes_per_task,
+        actions="scores",
+        against=START,
+        schedule=config.schedule,
+        max_modules=modules,
+        device=str(find_device(config.device)),
+    )
     with open_run(folder, as_json(TrainConfig, config), resume=resume, kind=TrainConfig):
-        return _train(config, folder, rounds, validation, modules, on_stage or (lambda stage: None))
+        return _train(config, folder, fresh, stack, validation, on_stage or (lambda stage: None))
 
 
 def _train(
     config: TrainConfig,
     folder: Path,
-    rounds: RolloutConfig,
+    fresh: FreshTasks,
+    stack: StackedConfig,
     validation: tuple[ProxyTask, ...],
-    modules: int,
     report: OnStage,
 ) -> LearnedPolicy:
     """Train in a folder that is this run's alone.
@@ -100,12 +110,12 @@ def _train(
     Args:
         config: how.
         folder: the run's folder.
-        rounds: which episodes each iteration runs.
+        fresh: what tasks are drawn from.
+        stack: the episodes of a stack.
         validation: tasks on which the policy is measured.
-        modules: target modules of the largest base.
         report: called as training goes on.
     """
-    envs = ProxyVecEnv(rounds, find_rule(START), modules)
+    envs = ProxyVecEnv(fresh, stack, stacks=config.stacks, workers=config.worker_count)
     try:
         model = _new_model(config, envs, folder)
         measured = Validation(validation, envs)
@@ -134,19 +144,19 @@ def _train(
         network.load_state_dict(measured.best[1])
     actor = LearnedPolicy(folder.name, network.eval())
     return (
-        replace(actor, value_ensemble=_plan_critics(actor, rounds, config, folder, report))
+        replace(actor, value_ensemble=_plan_critics(actor, fresh, stack, config, folder, report))
         if config.plan_tasks
         else actor
     )
 
 
 def _plan_critics(
-    actor: LearnedPolicy, rounds: RolloutConfig, config: TrainConfig, folder: Path, report: OnStage
+    actor: LearnedPolicy, fresh: FreshTasks, stack: StackedConfig, config: TrainConfig, folder: Path, report: OnStage
 ) -> PlanValueEnsemble:
     """Plan critics, from plan runs of fresh tasks."""
-    draws = plan_draws(rounds, config.plan_tasks)
+    draws = plan_draws(fresh, config.plan_tasks)
     stacks = [
-        Stack(number, number % (len(draws) // 2), tasks, actor, config.schedule, config.seed, rounds.device)
+        Stack(number, number % (len(draws) // 2), tasks, actor, config.schedule, config.seed, stack.device)
         for number, tasks in enumerate(draws)
     ]
     plan_runs = collect_plan_runs(
@@ -159,7 +169,7 @@ def _plan_critics(
     report(Stage("plan critics", len(stacks), len(stacks)))
     critics = PlanValueEnsemble()
     facts = fit_critics(critics, dataset, seed=config.seed, workers=config.worker_count)
-    write_json(folder / PLAN_RUNS / SUMMARY, {"runs": len(stacks) * rounds.tasks_per_stack * RUNS} | facts)
+    write_json(folder / PLAN_RUNS / SUMMARY, {"runs": len(stacks) * fresh.count * RUNS} | facts)
     return critics
 
 
@@ -171,7 +181,7 @@ def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProg
     progress.init_callback(model)
     row: dict[str, Any] = {"iteration": 0} | progress.validate()
     if config.warm_tasks:
-        tasks = warm_draws(envs.config, config.warm_tasks)
+        tasks = warm_draws(envs.fresh, config.warm_tasks)
         facts = warm_start(
             policy,
             envs,

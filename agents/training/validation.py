@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +9,13 @@ import numpy as np
 import torch
 
 from ...common.arrays import Arrays
+from ...env.reward import Comparison
 from ...env.tasks.proxy_task import ProxyTask
 from .ppo_policy import RankPolicy
 from .rollout_env import ProxyVecEnv
+
+BOUND = 1.0
+"""Improvements on one task count from minus to plus this, so that no task alone decides which network is best."""
 
 
 def greedy(policy: RankPolicy) -> Callable[[Arrays], Any]:
@@ -45,7 +48,9 @@ class Validation:
         uniform = [task.reference.uniform for task in self._tasks if task.reference]
         row = {}
         for name, baseline in (("over_start", self._start), ("over_uniform", uniform)):
-            row[name] = float(np.mean([_share(*each) for each in zip(baseline, losses, headrooms, strict=True)]))
+            comparisons = [Comparison(*each) for each in zip(baseline, headrooms, strict=True)]
+            shares = [other.improvement(loss, BOUND) for other, loss in zip(comparisons, losses, strict=True)]
+            row[name] = float(np.mean(shares))
         if self.best is None or row["over_start"] > self.best[0]:
             state = {name: value.clone() for name, value in policy.network.state_dict().items()}
             self.best = row["over_start"], state
@@ -58,10 +63,3 @@ class Validation:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._start, self.best = state["start"], state["best"]
-
-
-def _share(before: float, after: float, headroom: float) -> float:
-    """How much lower a loss is, in shares of the headroom, -1 to 1; a run that failed (NaN) counts as the worst."""
-    if math.isfinite(before) and math.isfinite(after):
-        return min(max((before - after) / headroom, -1.0), 1.0)
-    return float(math.isfinite(after)) - float(math.isfinite(before))

@@ -8,7 +8,6 @@ from typing import Protocol, TypeVar
 
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision
-from ..reward import churn_cost
 from ..tasks.proxy_task import ProxyTask
 from .stacked import StackedEpisodes
 
@@ -63,7 +62,6 @@ class Rollout:
     Attributes:
         seen: the latest observation of each episode, by slot.
         ranks: of each, after its latest decision.
-        churn: cost of the rungs that each has moved after its first decision.
         decided: slots of the episodes that took the latest decision.
         decisions: how many have been taken.
     """
@@ -73,7 +71,6 @@ class Rollout:
         self._episodes, self._slots = episodes, range(len(tasks))
         self.seen: list[Observation] = [episodes.observe(slot) for slot in self._slots]
         self.ranks = [observation.problem.ranks for observation in self.seen]
-        self.churn = [0.0] * len(tasks)
         self.decided: list[int] = []
         self.decisions = 0
 
@@ -99,11 +96,7 @@ class Rollout:
         """
         self.decided = self.active
         for slot in self.decided:
-            problem = self.seen[slot].problem
-            plan = self._episodes.apply(slot, chosen[slot])
-            self.ranks[slot] = plan.ranks
-            if self.decisions:
-                self.churn[slot] += churn_cost(problem.rungs, problem.ladder.rung(plan.ranks))
+            self.ranks[slot] = self._episodes.apply(slot, chosen[slot]).ranks
         losses = self._episodes.advance(self.decided)
         self.decisions += 1
         self.seen = list(self.seen)  # whoever was given the last list may keep it

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...agents.rules import find_rule
 from ...allocation.controller import AdaptersT, RankController
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan, uniform_ranks
@@ -177,3 +178,17 @@ def _measured_reference(task: FineTune, schedule: DecisionSchedule) -> Reference
     except NonFiniteError:
         uniform = np.nan
     return Reference(initial, uniform if np.isfinite(uniform) else initial)  # a run that failed gained nothing
+
+
+@lru_cache(maxsize=512)
+def rule_losses(task: FineTune, schedule: DecisionSchedule, rule: str) -> tuple[float, float]:
+    """Held-out losses of a rule's run of a task, NaN if it failed, and before training."""
+    episode = Episode(task, schedule)
+    initial, loss = episode.held_out_loss(), None
+    try:
+        while episode.step < task.steps:
+            episode.apply(find_rule(rule).decide(episode.observe(loss)))
+            loss = episode.advance()
+    except NonFiniteError:
+        return np.nan, initial
+    return episode.held_out_loss(), initial

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
 from ...allocation.observation import Observation
-from ...allocation.policy import Decision
 from ...allocation.schedule import DecisionSchedule
 from ...errors import ConfigError
 from ..episode_record import EpisodeRecord
-from ..rank_allocation import check_options, within_budget
-from ..reward import GroupMeans
+from ..reward import GROUP, UNIFORM, Comparison, rule_to_compare_with
+from ..spaces import Actions, action_space, read_action
 from ..tasks.proxy_task import ProxyTask
-from ..tasks.suite_names import SUITES
-from ..tasks.suites import find_tasks, task_stream
 from .stacked import StackedEpisodes
 
 
@@ -31,38 +28,44 @@ class StackedConfig:
     Attributes:
         num_envs: episodes at a time.
         base: the proxy base of all tasks.
-        task: a fixed task; None draws one for each group.
-        suites: names of the suites to draw from.
-        split: of the suites.
-        group: so many neighbouring episodes share task, seed and batches, and the group's mean is subtracted from
-            their rewards; divides `num_envs`.
+        episodes_per_task: so many neighbouring episodes are a group: they share task, seed and batches, and begin and
+            end together; divides `num_envs`.
+        actions: "deltas" or "scores"; see `ACTIONS`.
+        against: what the reward compares an episode with: "uniform", the name of a rule, whose run of the task is
+            trained beside the episodes, or "group".
         schedule: when ranks are decided.
-        task_overrides: fields of `ProxyTask` that each task gets, as pairs.
         max_modules: padding of observations and actions; None for as many as the base has.
         compiled: run the model through torch.compile: faster after a minute or two.
         device: where to train.
 
     Raises:
         ConfigError: a value out of range.
+        UnknownNameError: no such form of actions, or no such comparison.
     """
 
     num_envs: int
     base: str = "llama-4x64"
-    task: ProxyTask | None = None
-    suites: tuple[str, ...] = SUITES
-    split: str = "train"
-    group: int = 1
+    episodes_per_task: int = 1
+    actions: Actions = "deltas"
+    against: str = UNIFORM
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
-    task_overrides: tuple[tuple[str, Any], ...] = ()
     max_modules: int | None = None
     compiled: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.num_envs < 1 or self.group < 1 or self.num_envs % self.group:
-            raise ConfigError(f"num_envs is at least 1 and a multiple of group; got {self.num_envs} and {self.group}.")
-        if self.task and self.task.base != self.base:
-            raise ConfigError(f"The task is on base {self.task.base}, not {self.base}. Give base={self.task.base!r}.")
+        if self.num_envs < 1 or self.episodes_per_task < 1 or self.num_envs % self.episodes_per_task:
+            raise ConfigError(
+                f"num_envs is at least 1 and a multiple of episodes_per_task; got {self.num_envs} and "
+                f"{self.episodes_per_task}."
+            )
+        action_space(self.actions, 1)
+        rule_to_compare_with(self.against)
+
+    @property
+    def rows(self) -> int:
+        """Runs that are trained at a time: the episodes and, beside each group, the rule's."""
+        return self.num_envs + (self.num_envs // self.episodes_per_task if rule_to_compare_with(self.against) else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,9 @@ class Transition:
 
 
 class StackedRankAllocation:
-    """Episodes in numbered slots; callers reset those that have ended.
+    """Episodes in numbered slots, in groups of one task each; callers start new ones where a group has ended.
+
+    An episode whose training fails waits for the others of its group.
 
     Args:
         config: what is stacked.
@@ -91,90 +96,108 @@ class StackedRankAllocation:
 
     def __init__(self, config: StackedConfig) -> None:
         self.config = config
-        overrides = dict(config.task_overrides)
-        self.tasks = (
-            (config.task,) if config.task else find_tasks(config.suites, config.split, (config.base,), overrides)
-        )
+        self._rule = rule_to_compare_with(config.against)
         self.episodes = StackedEpisodes(
-            config.base, config.schedule, config.num_envs, compiled=config.compiled, device=torch.device(config.device)
+            config.base,
+            config.schedule,
+            config.rows,
+            compiled=config.compiled,
+            device=torch.device(config.device),
         )
         count = self.episodes.module_count
         self.max_modules = config.max_modules or count
         if self.max_modules < count:
             raise ConfigError(f"max_modules is at least {count} for {config.base}; got {config.max_modules}.")
         self.records: dict[int, EpisodeRecord] = {}
-        self._streams: list[Iterator[ProxyTask]] = []
-        self.seed(None)
+        self._rule_seen: dict[int, Observation] = {}
+        self._initial: dict[int, float] = {}
 
-    def seed(self, seed: int | Sequence[int] | None) -> None:
-        """Begin the tasks anew: slot i draws what an environment with seed + i would, a group what its first one does.
+    def _group(self, slot: int) -> range:
+        """The slots that share a task with one."""
+        first = slot - slot % self.config.episodes_per_task
+        return range(first, first + self.config.episodes_per_task)
 
-        Args:
-            seed: one for all, or one a slot; None for a random one.
-        """
-        config = self.config
-        if seed is None:
-            seed = int(np.random.default_rng().integers(2**31))
-        seeds = [seed + slot for slot in range(config.num_envs)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != config.num_envs:
-            raise ConfigError(f"One seed for each of {config.num_envs} environments is needed; got {len(seeds)}.")
-        self._rounds = [0] * config.num_envs  # episodes of a group are compared by their place in its stream
-        self._means = GroupMeans()
-        self._streams = [
-            task_stream(self.tasks, seeding.np_random(seeds[slot - slot % config.group])[0])
-            for slot in range(config.num_envs)
-        ]
+    def _rule_slots(self, slots: Iterable[int]) -> list[int]:
+        """Where the rule runs the tasks of these slots, each once; nowhere without a rule."""
+        return list(dict.fromkeys(map(self._rule_slot, slots))) if self._rule else []
 
-    def reset(self, slots: Sequence[int], options: dict[str, Any] | None = None) -> dict[int, dict[str, Any]]:
-        """Start an episode in each of these slots; returns their infos.
+    def _rule_slot(self, slot: int) -> int:
+        return self.config.num_envs + slot // self.config.episodes_per_task
+
+    def start(self, tasks: Mapping[int, ProxyTask]) -> dict[int, dict[str, Any]]:
+        """Begin episodes, whole groups at a time; returns their infos.
 
         Args:
-            slots: which ones.
-            options: see `RankAllocationEnv`.
+            tasks: by slot; the slots of a group get the same one.
+
+        Raises:
+            ConfigError: a part of a group, or several tasks in one group; see also `StackedEpisodes.start`.
         """
-        options = check_options(options)
-        tasks: dict[int, ProxyTask] = {}
-        for slot in slots:
-            task: ProxyTask = options.get("task") or next(self._streams[slot])
-            tasks[slot] = within_budget(task, options["budget"]) if "budget" in options else task
-            self._rounds[slot] += 1
-        self.episodes.measure_references(tasks)
-        self.episodes.start(tasks)
         for slot, task in tasks.items():
-            controller = self.episodes.under_way[slot].controller
-            first = self.episodes.observe(slot)
-            reference = self.episodes.reference(task)
-            self.records[slot] = EpisodeRecord(task.id, reference, controller, first)
-        return {slot: self.records[slot].info(0) for slot in slots}
+            if any(tasks.get(other) != task for other in self._group(slot)):
+                raise ConfigError(f"Slots {self._group(slot)} begin together, on one task.")
+        self.episodes.measure_references(tasks)
+        ruled = {self._rule_slot(slot): task for slot, task in tasks.items()} if self._rule else {}
+        self.episodes.start({**tasks, **ruled})
+        for slot, task in tasks.items():
+            controller, reference = self.episodes.under_way[slot].controller, self.episodes.reference(task)
+            self.records[slot] = EpisodeRecord(task.id, reference, controller, self.episodes.observe(slot))
+        self._rule_seen |= {slot: self.episodes.observe(slot) for slot in ruled}
+        self._initial |= self.episodes.held_out_losses(list(ruled))
+        return {slot: self.records[slot].info() for slot in tasks}
 
-    def step(self, decisions: Mapping[int, Decision]) -> dict[int, Transition]:
-        """Take a decision in each of these slots, and train them until their next one or their end."""
-        episodes, under_way = self.episodes, self.episodes.under_way
+    def step(self, actions: Mapping[int, NDArray[Any]]) -> dict[int, Transition]:
+        """Take a decision in whole groups, and train their episodes until the next one or the end.
+
+        Args:
+            actions: by slot, see `read_action`; those of episodes that wait are ignored.
+
+        Raises:
+            ConfigError: an action cannot be read; nothing has happened then.
+        """
+        under_way, records = self.episodes.under_way, self.records
+        decisions = {
+            slot: read_action(self.config.actions, action, self.max_modules, records[slot].observation)
+            for slot, action in actions.items()
+            if not under_way[slot].ended
+        }
+        for slot in self._rule_slots(actions):
+            if self._rule and not under_way[slot].ended:
+                decisions[slot] = self._rule.decide(self._rule_seen[slot])
         for slot, decision in decisions.items():
-            episodes.apply(slot, decision)
-            self.records[slot].decided(under_way[slot].step)
-        slots = list(decisions)
-        losses = episodes.advance(slots)
-        ended = [slot for slot in slots if under_way[slot].ended]
-        final = episodes.held_out_losses([slot for slot in ended if not under_way[slot].failed])
-        for slot in ended:
-            improvement = self.records[slot].improvement(final.get(slot))
-            self._means.add(slot // self.config.group, self._rounds[slot], improvement)
-        return {slot: self._transition(slot, losses[slot], final.get(slot)) for slot in slots}
+            self.episodes.apply(slot, decision)
+            if slot in actions:
+                records[slot].decided()
+        for slot, loss in self.episodes.advance(list(decisions)).items():
+            observation = None if under_way[slot].ended else self.episodes.observe(slot, loss)
+            if slot in actions:
+                records[slot].close_interval(under_way[slot].step, loss, observation)
+            elif observation is not None:
+                self._rule_seen[slot] = observation
+        return self._transitions(list(actions))
 
-    def _transition(self, slot: int, loss: float | None, held_out: float | None) -> Transition:
-        episode, record = self.episodes.under_way[slot], self.records[slot]
-        ended, grouped = episode.ended, self.config.group > 1
-        mean = self._means.mean(slot // self.config.group, self._rounds[slot]) if ended and grouped else 0.0
-        reward, info = record.close_interval(
-            episode.step,
-            loss,
-            ended=ended,
-            held_out_loss=held_out,
-            observation=None if ended else self.episodes.observe(slot, loss),
-            group_mean=mean,
-        )
-        return Transition(record.observation, reward, ended, info)
+    def _transitions(self, slots: Sequence[int]) -> dict[int, Transition]:
+        under_way = self.episodes.under_way
+        over = [slot for slot in slots if all(under_way[other].ended for other in self._group(slot))]
+        whole = [slot for slot in (*over, *self._rule_slots(over)) if under_way[slot].ended]
+        losses = self.episodes.held_out_losses([slot for slot in whole if not under_way[slot].failed])
+        transitions = {}
+        for slot in slots:
+            record = self.records[slot]
+            reward = record.end(losses.get(slot), self._comparison(slot, losses)) if slot in over else 0.0
+            transitions[slot] = Transition(record.observation, reward, slot in over, record.info())
+        return transitions
+
+    def _comparison(self, slot: int, losses: Mapping[int, float]) -> Comparison:
+        """What an episode is compared with, given the held-out losses of its group and its rule."""
+        reference = self.records[slot].reference
+        group = [losses[other] for other in self._group(slot) if math.isfinite(losses.get(other, math.nan))]
+        if self._rule:
+            ruled = self._rule_slot(slot)
+            return Comparison.with_run(losses.get(ruled, math.nan), self._initial[ruled], reference, group)
+        if self.config.against == GROUP:
+            return Comparison.with_mean(group, reference)
+        return Comparison.with_uniform(reference)
 
     def padded(self, slots: Sequence[int]) -> dict[str, NDArray[Any]]:
         """The latest observations as arrays, one row a slot."""

@@ -13,13 +13,11 @@ uniform run of each task, and its result and the oracle's (planted) or full rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ...common.files import read_json
 from ...errors import ConfigError, UnknownNameError
@@ -84,9 +82,3 @@ def evenly(tasks: Sequence[ProxyTask], count: int) -> tuple[ProxyTask, ...]:
     """So many of some tasks, evenly spread over their order; all of them if there are fewer."""
     count = min(count, len(tasks))
     return tuple(tasks[index * len(tasks) // count] for index in range(count))
-
-
-def task_stream(tasks: Sequence[ProxyTask], generator: np.random.Generator) -> Iterator[ProxyTask]:
-    """Tasks drawn without end, each as likely as the others."""
-    while True:
-        yield tasks[int(generator.integers(len(tasks)))]

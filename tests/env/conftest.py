@@ -18,12 +18,12 @@ INFO_KEYS = {
     "loss",
     "held_out_loss",
     "uniform_loss",
+    "other_loss",
     "cost",
     "limit",
     "ranks",
     "non_finite",
     "improvement",
-    "group_mean",
     "churn",
 }
 

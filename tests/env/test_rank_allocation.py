@@ -16,18 +16,20 @@ import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics
+from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.episodes.single import Episode, _measured_reference, probe_task, reference_of
+from rankpilot.env.episodes.single import Episode, _measured_reference, probe_task, reference_of, rule_losses
 from rankpilot.env.proxies.adapted import adapted_base, proxy_cost
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.rendering import HEIGHT, WIDTH
-from rankpilot.env.score_actions import ScoreActions
+from rankpilot.env.reward import CHURN
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.tasks.stream import FRESH_SEEDS
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.ladder import DEFAULT_RANKS
 from stable_baselines3 import PPO
@@ -37,11 +39,12 @@ MakeTask = Callable[..., ProxyTask]
 MakeEnv = Callable[..., RankAllocationEnv]
 Rollout = Callable[..., list[tuple[Any, ...]]]
 AssertSame = Callable[..., None]
+FORMS = pytest.mark.parametrize("actions", ["deltas", "scores"])
 
 
 def forget() -> None:
     """Drop everything that is remembered about tasks, so that it has to come out the same again."""
-    for cached in (load_task, probe_task, proxy_cost, _measured_reference, adapted_base):
+    for cached in (load_task, probe_task, proxy_cost, _measured_reference, rule_losses, adapted_base):
         cached.cache_clear()
 
 
@@ -75,26 +78,25 @@ def test_gymnasium_check_has_nothing_to_complain_of(make_task: MakeTask, schedul
         gymnasium_check(env.unwrapped, skip_render_check=False)
 
 
-@pytest.mark.parametrize("wrap", [lambda env: env, ScoreActions])
-def test_gymnasium_check_of_each_action_form(make_env: MakeEnv, wrap: Any) -> None:
+@FORMS
+def test_gymnasium_check_of_each_action_form(make_env: MakeEnv, actions: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        if wrap is ScoreActions:  # the checker itself warns of any wrapper that it is given
-            warnings.filterwarnings("ignore", message=".*is different from the unwrapped version.*")
+        if actions == "scores":
             warnings.filterwarnings("ignore", message=".*symmetric and normalized.*")  # log2 ranks, on purpose
-        gymnasium_check(wrap(make_env(render_mode="rgb_array")), skip_render_check=True)
+        gymnasium_check(make_env(actions=actions, render_mode="rgb_array"), skip_render_check=True)
 
 
-@pytest.mark.parametrize("wrap", [lambda env: env, ScoreActions])
-def test_sb3_check_has_nothing_to_complain_of(make_env: MakeEnv, wrap: Any) -> None:
+@FORMS
+def test_sb3_check_has_nothing_to_complain_of(make_env: MakeEnv, actions: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         # Its own networks flatten (modules, features); ours reads them as they are.
-        if wrap is ScoreActions:  # SB3 advises to scale actions to 1; ours are log2 ranks on purpose
+        if actions == "scores":  # SB3 advises to scale actions to 1; ours are log2 ranks on purpose
             warnings.filterwarnings("ignore", message=".*symmetric and normalized Box.*")
-        sb3_check(wrap(make_env()), warn=True)
+        sb3_check(make_env(actions=actions), warn=True)
 
 
 def test_sb3_check_of_the_registered_id(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -222,7 +224,7 @@ def test_whole_numbers_of_any_type_are_taken(make_env: MakeEnv) -> None:
 
 @pytest.mark.parametrize("bad", [np.zeros(29), np.full(30, np.nan), np.append(np.zeros(29), np.inf), np.zeros((30, 1))])
 def test_wrong_scores_are_refused_and_the_episode_goes_on(make_env: MakeEnv, bad: np.ndarray[Any, Any]) -> None:
-    env = ScoreActions(make_env())
+    env = make_env(actions="scores")
     env.reset(seed=0)
     with pytest.raises(ConfigError, match="30 finite numbers, the corrections of floor and depth bias last"):
         env.step(bad)
@@ -230,16 +232,16 @@ def test_wrong_scores_are_refused_and_the_episode_goes_on(make_env: MakeEnv, bad
 
 
 def test_scores_out_of_range_are_clipped(make_env: MakeEnv) -> None:
-    env, ranks = ScoreActions(make_env()), []
+    env, ranks = make_env(actions="scores"), []
     for scale in (4.0, 100.0):
         env.reset(seed=0)
         ranks.append(env.step(scale * np.sign(np.arange(30) - 14.0))[4]["ranks"])
     assert ranks[0] == ranks[1]
 
 
-@pytest.mark.parametrize("wrap", [lambda env: env, ScoreActions])
-def test_no_step_before_reset_or_after_the_end(make_env: MakeEnv, wrap: Any) -> None:
-    env = wrap(make_env())
+@FORMS
+def test_no_step_before_reset_or_after_the_end(make_env: MakeEnv, actions: str) -> None:
+    env = make_env(actions=actions)
     action = env.action_space.sample()
     with pytest.raises(ConfigError, match="call reset"):
         env.step(action)
@@ -263,9 +265,10 @@ def test_a_loss_that_is_not_finite_ends_the_episode(
 
     monkeypatch.setattr(TaskData, "train_loss", diverged)
     observation, reward, terminated, truncated, info = env.step(np.full(28, 11))
-    assert (reward, terminated, truncated, info["non_finite"]) == (-3.0, True, False, True)
+    assert (reward, terminated, truncated, info["non_finite"]) == (-3.0 - info["churn"], True, False, True)
     assert (info["loss"], info["held_out_loss"]) == (None, None)
-    assert info["improvement"] - info["group_mean"] - info["churn"] == -3.0
+    assert info["improvement"] == -3.0
+    assert info["churn"] > 0
     assert set(info) == info_keys
     assert env.observation_space.contains(observation)
     with pytest.raises(ConfigError, match="call reset"):
@@ -284,11 +287,11 @@ def test_a_huge_learning_rate_does_not_crash(
     last = rows[-1]
     assert last[2]
     assert all(np.isfinite(row[1]) and env.observation_space.contains(row[0]) for row in rows)
-    assert last[1] >= -3.01
+    assert last[1] >= -3.0 - 3 * 10 * CHURN
     assert set(last[4]) == info_keys
     assert last[4]["non_finite"] or rate < 1e30
     if last[4]["non_finite"]:
-        assert last[1] == -3.0
+        assert last[1] == -3.0 - last[4]["churn"]
     assert np.isfinite(last[4]["uniform_loss"])
     assert rollout(make_env(), seed=0)[-1][4]["held_out_loss"] < 10, "nothing of it is left in the shared base"
 
@@ -303,8 +306,8 @@ def test_a_held_out_loss_that_is_not_finite_is_a_failed_run(
     while not terminated:
         _, reward, terminated, _, info = env.step(action)
         action = 20 - action
-    assert reward == -3.0
-    assert info["improvement"] - info["group_mean"] - info["churn"] == -3.0
+    assert reward == -3.0 - info["churn"]
+    assert info["improvement"] == -3.0
 
 
 def test_a_uniform_run_without_a_finite_end_gained_nothing(
@@ -376,10 +379,62 @@ def test_the_uniform_plan_is_the_zero_of_the_reward(make_task: MakeTask, schedul
         assert episode.controller.problem().fits(ranks)
 
 
-def test_the_parts_of_the_reward_add_up(make_env: MakeEnv, rollout: Rollout, info_keys: set[str]) -> None:
-    for _, reward, _, _, info in rollout(make_env(), seed=8):
-        assert set(info) == info_keys
-        assert info["improvement"] - info["group_mean"] - info["churn"] == pytest.approx(reward)
+@pytest.mark.parametrize("against", ["uniform", "signal-mean"])
+def test_the_reward_comes_at_the_end(
+    make_env: MakeEnv,
+    make_task: MakeTask,
+    schedule: DecisionSchedule,
+    rollout: Rollout,
+    info_keys: set[str],
+    against: str,
+) -> None:
+    rows = rollout(make_env(against=against), seed=8)
+    assert all(set(row[4]) == info_keys for row in rows)
+    for _, reward, _, _, info in rows[:-1]:
+        assert (reward, info["improvement"], info["other_loss"]) == (0.0, 0.0, None)
+    reward, info = rows[-1][1], rows[-1][4]
+    churn = [row[4]["churn"] for row in rows]
+    assert churn[:2] == [0.0, 0.0], "the first decision is free"
+    assert churn == sorted(churn)
+    assert churn[-1] > 0
+    assert reward == info["improvement"] - info["churn"]
+    fine_tune = ProxyFineTune(make_task())
+    if against == "uniform":
+        assert info["other_loss"] == info["uniform_loss"] == reference_of(fine_tune, schedule).uniform
+    else:
+        loss, initial = rule_losses(fine_tune, schedule, against)
+        assert initial == reference_of(fine_tune, schedule).initial
+        assert info["other_loss"] == loss != info["uniform_loss"]
+
+
+def test_a_rule_gains_nothing_over_itself(make_env: MakeEnv) -> None:
+    env = make_env(actions="scores", against="signal-mean")
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        scores = find_rule("signal-mean").decide(env.observation).scores
+        _, reward, terminated, _, info = env.step(np.append(scores, [0.0, 0.0]).astype(np.float32))
+    assert info["held_out_loss"] == pytest.approx(info["other_loss"], abs=1e-6)
+    assert reward == pytest.approx(-info["churn"], abs=1e-4)
+
+
+def test_a_rule_that_fails_is_no_measure(make_env: MakeEnv, make_task: MakeTask) -> None:
+    env = make_env(task=make_task(learning_rate=1e30, reference=Reference(3.0, 2.0)), against="signal-mean")
+    env.reset(seed=0)
+    _, reward, terminated, _, info = env.step(np.full(28, 10))
+    assert (reward, terminated) == (-3.0, True)
+    assert np.isfinite(info["other_loss"])
+
+
+def test_fresh_seeds_are_of_no_suite(make_pool: MakeEnv, make_task: MakeTask) -> None:
+    env = make_pool(fresh_seeds=True, against="signal-mean")
+    seeds = [int(env.reset(seed=5 if i == 0 else None)[1]["task"].rpartition("/")[2]) for i in range(3)]
+    assert len(set(seeds)) == 3
+    assert min(seeds) >= FRESH_SEEDS
+    one = make_pool(task=make_task(reference=Reference(3.0, 2.0)), fresh_seeds=True)
+    told = [one.reset(seed=5 if i == 0 else None)[1]["uniform_loss"] for i in range(2)]
+    assert told[0] != told[1], "against uniform, each is measured"
+    assert 2.0 not in told
 
 
 def test_options_of_reset(make_pool: MakeEnv, make_task: MakeTask) -> None:
@@ -405,7 +460,7 @@ def test_the_budget_of_one_episode(make_env: MakeEnv, make_task: MakeTask) -> No
     assert (both["task"], both["limit"]) == (replace(other, budget=0.5).id, pytest.approx(usual["limit"] * 0.5 / 0.7))
     with pytest.raises(ConfigError, match="Budget and learning rate of a task are above 0"):
         env.reset(options={"budget": -1.0})
-    with pytest.raises(ConfigError, match=r"Options of reset are .*'budget'.*; got \['bugdet'\]"):
+    with pytest.raises(ConfigError, match=r"Options of reset are 'task' and 'budget'; got \['bugdet'\]"):
         env.reset(options={"bugdet": 0.5})
 
 
@@ -442,6 +497,16 @@ def test_a_budget_that_fits_nothing_is_refused(make_env: MakeEnv, make_task: Mak
 def test_arguments_are_checked(make_env: MakeEnv) -> None:
     with pytest.raises(ConfigError, match="max_modules is at least 28"):
         make_env(max_modules=27)
+    with pytest.raises(ConfigError, match="One environment has no group to compare with"):
+        make_env(against="group")
+    with pytest.raises(UnknownNameError, match="form of actions 'moves'"):
+        make_env(actions="moves")
+
+
+def test_the_id_of_an_earlier_version_names_the_present_one() -> None:
+    for make in (gym.make, gym.make_vec):
+        with pytest.raises(gym.error.DeprecatedEnv, match=rf"v3 .* is deprecated\. Please use `{rankpilot.ENV_ID}`"):
+            make("rankpilot/RankAllocation-v3")
 
 
 def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
@@ -478,17 +543,15 @@ def test_render_as_a_picture(make_env: MakeEnv) -> None:
 
 
 def test_score_actions_decode_against_the_present_plans(make_env: MakeEnv) -> None:
-    env = ScoreActions(make_env())
+    env = make_env(actions="scores")
     env.reset(seed=0)
     action = np.append(np.linspace(-1, 1, 28), [0.5, -0.25]).astype(np.float32)
-    observation = env.unwrapped.observation
+    observation = env.observation
     assert observation is not None
     decision = decision_from_scores(observation, action[:28].astype(np.float64), (0.5, -0.25))
     assert (decision.rank_floor, decision.depth_bias) == (pytest.approx(16 * 2**0.5), 3.75)
     info = env.step(action)[4]
     assert info["ranks"] == tuple(decision.ranks.tolist()), "what scores ask for fits the budget already"
-    with pytest.raises(ConfigError, match="wraps RankAllocationEnv"):
-        ScoreActions(gym.make("CartPole-v1"))
 
 
 def test_ppo_of_sb3_runs_on_the_plain_env(make_env: MakeEnv) -> None:

@@ -6,10 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from rankpilot.env.reward import CHURN, REWARD_BOUND, GroupMeans, Reward, churn_cost, terminal_improvement
+from rankpilot.env.reward import CHURN, GROUP, REWARD_BOUND, UNIFORM, Comparison, churn_cost, rule_to_compare_with
 from rankpilot.env.tasks.finetune import Reference
+from rankpilot.errors import UnknownNameError
 
 REFERENCE = Reference(initial=3.0, uniform=2.0, best=1.8)
+QUARTER = Reference(initial=3.0, uniform=2.2, best=2.0)
+"""Its headroom is a quarter of what uniform gains."""
 
 
 @pytest.mark.parametrize(
@@ -17,20 +20,53 @@ REFERENCE = Reference(initial=3.0, uniform=2.0, best=1.8)
     [(2.0, 0.0), (1.8, 1.0), (1.9, 0.5), (2.2, -1.0), (0.0, 3.0), (2.7, -3.0), (1e9, -3.0), (1.39, 3.0)],
 )
 def test_improvement_is_a_share_of_the_headroom(loss: float, expected: float) -> None:
-    assert terminal_improvement(REFERENCE, loss) == pytest.approx(expected)
+    assert Comparison.with_uniform(REFERENCE).improvement(loss) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf, -math.inf])
 def test_a_failed_run_is_the_worst(loss: float | None) -> None:
-    assert terminal_improvement(REFERENCE, loss) == -REWARD_BOUND == -3.0
+    assert Comparison.with_uniform(REFERENCE).improvement(loss) == -REWARD_BOUND == -3.0
 
 
-def test_the_group_mean_goes_before_the_clip() -> None:
-    assert Reward(3.0, -3.0).value == 3.0
-    assert Reward(-3.0, 3.0).value == -3.0
-    assert Reward(1.0, 0.25).value == 0.75
-    assert Reward(3.0, -3.0, churn=0.01).value == pytest.approx(2.99), "churn after it"
-    assert Reward().value == 0.0
+def test_bounds_may_be_narrower() -> None:
+    other = Comparison(2.0, 0.2)
+    assert [other.improvement(loss, 1.0) for loss in (1.9, 1.0, 2.9)] == pytest.approx([0.5, 1.0, -1.0])
+    assert other.improvement(math.nan, 1.0) == -1.0
+
+
+def test_whoever_is_compared_with_a_failed_run_is_the_best() -> None:
+    failed = Comparison(math.nan, 0.2)
+    assert [failed.improvement(loss, 1.0) for loss in (1.9, 1e9, math.inf)] == [1.0, 1.0, 0.0]
+
+
+def test_a_rule_by_hand() -> None:
+    """The headroom is the same share of what the rule gains as of what uniform gains."""
+    other = Comparison.with_run(2.1, 3.0, QUARTER, [2.0, 2.2])
+    assert [other.improvement(loss) for loss in (2.0, 2.2)] == pytest.approx([0.1 / (0.9 / 4), -0.1 / (0.9 / 4)])
+    unknown = Comparison.with_run(1.5, 2.5, Reference(2.0, 1.0), [])
+    assert [unknown.improvement(loss) for loss in (1.5, 1.45)] == pytest.approx([0.0, 0.05 / 0.1])
+    assert [other.improvement(loss) for loss in (0.1, 2.9, math.nan)] == [3.0, -3.0, -3.0]
+
+
+def test_where_the_rule_failed_the_middle_of_the_others_stands_in() -> None:
+    """What it gained sets the scale too."""
+    other = Comparison.with_run(math.nan, 3.0, QUARTER, [2.0, 2.1, 2.2])
+    expected = [0.1 / (0.9 / 4), 0, -0.1 / (0.9 / 4), -3]
+    assert [other.improvement(loss) for loss in (2.0, 2.1, 2.2, math.nan)] == pytest.approx(expected)
+    nobody = Comparison.with_run(math.nan, 3.0, QUARTER, [])
+    assert (nobody.loss, nobody.improvement(None)) == (3.0, -3.0)
+
+
+def test_a_rule_that_gains_nothing_leaves_a_scale() -> None:
+    """One percent of the initial loss at least."""
+    other = Comparison.with_run(3.2, 3.0, QUARTER, [3.2])
+    assert [other.improvement(loss) for loss in (3.2, 3.1975)] == pytest.approx([0, 0.0025 / (0.03 / 4)])
+
+
+def test_the_mean_of_a_group() -> None:
+    other = Comparison.with_mean([1.9, 2.1, 2.3], REFERENCE)
+    assert [other.improvement(loss) for loss in (1.9, 2.1, 2.3)] == pytest.approx([1.0, 0.0, -1.0])
+    assert Comparison.with_mean([], REFERENCE) == Comparison.with_uniform(REFERENCE), "all of them failed"
 
 
 def test_churn_is_a_price_a_rung() -> None:
@@ -41,10 +77,10 @@ def test_churn_is_a_price_a_rung() -> None:
     assert churn_cost(before, before + 10) == churn_cost(before + 10, before) == pytest.approx(10 * CHURN)
 
 
-def test_means_of_groups() -> None:
-    means = GroupMeans()
-    for group, round_, improvement in ((0, 1, 1.0), (0, 1, 2.0), (1, 1, -3.0), (0, 2, 5.0), (0, 1, 6.0)):
-        means.add(group, round_, improvement)
-    assert means.mean(0, 1) == 3.0
-    assert means.mean(1, 1) == -3.0
-    assert means.mean(0, 2) == 5.0
+def test_names_of_what_episodes_are_compared_with() -> None:
+    assert rule_to_compare_with(UNIFORM) is rule_to_compare_with(GROUP) is None
+    rule = rule_to_compare_with("signal-mean")
+    assert rule is not None
+    assert rule.name == "signal-mean"
+    with pytest.raises(UnknownNameError, match=r"Unknown comparison 'unifrom'. Did you mean: 'uniform'"):
+        rule_to_compare_with("unifrom")

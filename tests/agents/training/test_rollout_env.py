@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import rankpilot
 import torch
 from numpy.typing import NDArray
 from rankpilot.agents.evaluation.runs import run_attempts
-from rankpilot.agents.rules import find_rule
 from rankpilot.agents.rules.by_signal import MEAN_SIGNALS, signal_mean
-from rankpilot.agents.training.rewards import rewards_of
+from rankpilot.agents.training import rollout_env
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
-from rankpilot.agents.training.stack_worker import StackState
-from rankpilot.agents.training.task_sampling import FRESH_SEEDS, RolloutConfig
+from rankpilot.agents.training.task_sampling import FreshTasks
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.arrays import Arrays
+from rankpilot.env.episodes.slots import StackedConfig
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.oracle import utilities
 from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.tasks.stream import FRESH_SEEDS
+from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,20 +51,16 @@ def task(kind: Any = "planted", seed: int = 0, base: str = "llama-4x32", **optio
 PLANTED, SHIFT = (task("planted", 1), task("planted", 2)), (task("shift", 3, budget=0.4), task("shift", 4))
 
 
-def config(**options: Any) -> RolloutConfig:
-    settings: Any = {
-        "templates": (PLANTED, SHIFT),
-        "stacks": 1,
-        "tasks_per_stack": 2,
-        "episodes_per_task": 2,
-        "schedule": SCHEDULE,
-        "workers": 1,
-    }
-    return RolloutConfig(**{**settings, **options})
+def fresh(templates: Any = (PLANTED, SHIFT), count: int = 2, seed: int = 0) -> FreshTasks:
+    return FreshTasks(templates, count, seed)
 
 
-def make(**options: Any) -> ProxyVecEnv:
-    return ProxyVecEnv(config(**options), find_rule("signal-mean"), MODULES)
+def make(
+    templates: Any = (PLANTED, SHIFT), *, count: int = 2, stacks: int = 1, workers: int = 1, **options: Any
+) -> ProxyVecEnv:
+    settings: Any = {"episodes_per_task": 2, "actions": "scores", "against": "signal-mean", "max_modules": MODULES}
+    stack = StackedConfig(2 * count, **{**settings, "schedule": SCHEDULE, **options})
+    return ProxyVecEnv(fresh(templates, count), stack, stacks=stacks, workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def envs() -> Iterator[ProxyVecEnv]:
 
 
 def random_actions(envs: ProxyVecEnv, seed: int) -> NDArray[np.float32]:
-    shape = (envs.num_envs, envs.max_modules + 2)
+    shape = (envs.num_envs, MODULES + 2)
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -128,8 +129,8 @@ def test_a_round_from_beginning_to_end(envs: ProxyVecEnv) -> None:
     assert envs.round == 6
     for slot, info in enumerate(infos):
         assert envs.observation_space.contains(info["terminal_observation"])
-        assert info["ranks"].shape == (MODULES,)
-        assert info["ranks"].any()
+        assert len(info["ranks"]) == MODULES
+        assert any(info["ranks"])
         assert not np.array_equal(
             info["terminal_observation"]["module_features"], observations["module_features"][slot]
         ), "the next round has begun"
@@ -180,25 +181,21 @@ def test_the_rest_of_the_contract(envs: ProxyVecEnv) -> None:
 
 def test_tasks_of_several_lengths_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"same number of steps; got \[8, 9\]"):
-        make(templates=((task(), task(steps=9)),))
+        make(((task(), task(steps=9)),))
 
 
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_draw_depends_on_seed_round_and_stack_alone() -> None:
-    some = config(tasks_per_stack=3, seed=7)
-    assert (
-        some.draw(4, 1)
-        == some.draw(4, 1)
-        == config(tasks_per_stack=3, seed=7, episodes_per_task=5, workers=2).draw(4, 1)
-    )
-    assert len({tuple(drawn) for drawn in (some.draw(4, 1), some.draw(5, 1), some.draw(4, 0))}) == 3
-    assert config(tasks_per_stack=3, seed=8).draw(4, 1) != some.draw(4, 1)
+    drawing = fresh(count=3, seed=7)
+    assert drawing.draw(4, 1) == drawing.draw(4, 1) == fresh(count=3, seed=7).draw(4, 1)
+    assert len({tuple(drawn) for drawn in (drawing.draw(4, 1), drawing.draw(5, 1), drawing.draw(4, 0))}) == 3
+    assert fresh(count=3, seed=8).draw(4, 1) != drawing.draw(4, 1)
 
 
 def test_drawn_tasks_are_templates_with_fresh_seeds() -> None:
-    drawn = [one for round_ in range(20) for one in config(tasks_per_stack=3).draw(round_, 0)]
+    drawn = [one for round_ in range(20) for one in fresh(count=3).draw(round_, 0)]
     assert len({one.seed for one in drawn}) == len(drawn)
     assert all(one.seed >= FRESH_SEEDS for one in drawn)
     assert {replace(one, seed=0) for one in drawn} == {replace(one, seed=0) for one in (*PLANTED, *SHIFT)}
@@ -206,10 +203,10 @@ def test_drawn_tasks_are_templates_with_fresh_seeds() -> None:
 
 
 def test_suites_take_turns() -> None:
-    some = config(tasks_per_stack=3)
+    drawing = fresh(count=3)
     for round_ in range(4):
         for stack in range(2):
-            kinds = [one.kind for one in some.draw(round_, stack)]
+            kinds = [one.kind for one in drawing.draw(round_, stack)]
             expected = ["planted", "shift", "planted", "shift"]
             assert kinds == expected[(round_ + stack) % 2 :][:3]
 
@@ -218,16 +215,16 @@ def test_kinds_of_budget_come_equally_often() -> None:
     odd = [replace(PLANTED[0], checkpointing=True), replace(PLANTED[0], priced_rows=32)]
     odd.append(replace(PLANTED[0], unit="parameters"))
     many = [replace(PLANTED[0], budget=0.5 + 0.01 * turn) for turn in range(30)]
-    some = config(templates=((*odd, *many),), tasks_per_stack=4)
-    drawn = Counter(one.price for round_ in range(100) for one in some.draw(round_, 0))
+    drawing = fresh(((*odd, *many),), 4)
+    drawn = Counter(one.price for round_ in range(100) for one in drawing.draw(round_, 0))
     assert drawn.keys() == {"bytes", "checkpointed", "large batch", "parameters"}
     assert all(70 <= count <= 130 for count in drawn.values())
 
 
 def test_a_stack_has_one_base() -> None:
     elsewhere = tuple(replace(one, base="bert-4x32") for one in PLANTED)
-    some = config(templates=((*PLANTED, *elsewhere), SHIFT), tasks_per_stack=3)
-    drawn = [some.draw(round_, stack) for round_ in range(20) for stack in range(2)]
+    drawing = fresh(((*PLANTED, *elsewhere), SHIFT), 3)
+    drawn = [drawing.draw(round_, stack) for round_ in range(20) for stack in range(2)]
     assert all(len({one.base for one in own}) == 1 for own in drawn)
     assert {own[0].base for own in drawn} == {"llama-4x32", "bert-4x32"}
     for own in drawn:
@@ -236,7 +233,7 @@ def test_a_stack_has_one_base() -> None:
 
 
 def test_a_suite_of_one_task() -> None:
-    drawn = config(templates=((PLANTED[0],),), tasks_per_stack=2).draw(0, 0)
+    drawn = fresh(((PLANTED[0],),)).draw(0, 0)
     assert len({one.seed for one in drawn}) == 2
     assert {replace(one, seed=1) for one in drawn} == {PLANTED[0]}
 
@@ -244,14 +241,14 @@ def test_a_suite_of_one_task() -> None:
 def test_stacks_lie_side_by_side_in_the_order_of_their_numbers() -> None:
     """Modules that exist tell the bases apart."""
     elsewhere = tuple(replace(one, base="bert-4x32") for one in PLANTED)
-    some = make(templates=((*PLANTED, *elsewhere),), stacks=3, tasks_per_stack=1)
+    drawing = make(((*PLANTED, *elsewhere),), stacks=3, count=1)
     counts = {base: len(adapted_base(base)[1]) for base in ("llama-4x32", "bert-4x32")}
     assert len(set(counts.values())) == 2
     found = set()
     for round_ in range(3):
-        some.round = round_
-        observations: Any = some.reset()
-        bases = [some.config.draw(round_, stack)[0].base for stack in range(3)]
+        drawing.round = round_
+        observations: Any = drawing.reset()
+        bases = [drawing.fresh.draw(round_, stack)[0].base for stack in range(3)]
         expected = [counts[base] for base in bases for _ in range(2)]
         assert observations["mask"].sum(axis=1).tolist() == expected
         found |= set(bases)
@@ -261,66 +258,27 @@ def test_stacks_lie_side_by_side_in_the_order_of_their_numbers() -> None:
 # Rewards --------------------------------------------------------------------------------------------------------------
 
 
-def standing(
-    losses: list[float], rule: list[float], initial: list[float], churn: list[float] | None = None
-) -> StackState:
-    return StackState({}, tuple(losses), tuple(churn or [0.0] * len(losses)), tuple(rule), tuple(initial))
-
-
-def test_rewards_by_hand() -> None:
-    """Headroom is a quarter of what uniform gains on the first task, a tenth on the second."""
-    tasks = [task(), task(reference=Reference(2.0, 1.0))]
-    ended = standing([2.0, 2.2, 1.5, 1.45], [2.1, 1.5], [3.0, 2.5], [0.0, 0.01, 0.002, 0.0])
-    expected = [0.1 / (0.9 / 4), -0.1 / (0.9 / 4) - 0.01, -0.002, 0.05 / 0.1]
-    found = rewards_of(ended, tasks)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert found.dtype == np.float32
-
-
-def test_rewards_are_bounded_and_failed_runs_are_at_the_lower_end() -> None:
-    losses = [0.1, 2.9, math.nan, math.inf]
-    np.testing.assert_allclose(rewards_of(standing(losses, [2.1], [3.0]), [task()]), [3, -3, -3, -3])
-    churn = [0.01] * 4
-    np.testing.assert_allclose(rewards_of(standing(losses, [2.1], [3.0], churn), [task()]), [2.99, -3.01, -3.01, -3.01])
-
-
-def test_where_the_rule_failed_the_middle_of_the_others_stands_in() -> None:
-    """What it gained sets the scale too."""
-    found = rewards_of(standing([2.0, 2.1, math.nan, 2.2], [math.nan], [3.0]), [task()])
-    np.testing.assert_allclose(found, [0.1 / (0.9 / 4), 0, -3, -0.1 / (0.9 / 4)], rtol=1e-5, atol=1e-7)
-    found = rewards_of(standing([math.nan, math.nan], [math.nan], [3.0]), [task()])
-    np.testing.assert_allclose(found, [-3, -3])
-
-
-def test_a_rule_that_gains_nothing_leaves_a_scale() -> None:
-    """One percent of the initial loss at least."""
-    found = rewards_of(standing([3.2, 3.1975], [3.2], [3.0]), [task()])
-    np.testing.assert_allclose(found, [0, 0.0025 / (0.03 / 4)], rtol=1e-4)
-
-
 @pytest.mark.parametrize("unit", ["bytes", "parameters"])
 @pytest.mark.parametrize("fractions", [(0.0,), (0.0, 0.3, 0.6)], ids=["once", "often"])
 def test_whoever_acts_as_the_rule_gets_nothing(unit: Any, fractions: tuple[float, ...]) -> None:
-    """The rule flies beside: the same losses, so what is left is the churn."""
+    """The rule runs beside: the same losses, so what is left is the churn."""
     templates = tuple(tuple(replace(one, unit=unit) for one in suite) for suite in (PLANTED, SHIFT))
-    some = make(templates=templates, schedule=replace(SCHEDULE, fractions=fractions))
-    observations: Any = some.reset()
+    envs = make(templates, schedule=replace(SCHEDULE, fractions=fractions))
+    observations: Any = envs.reset()
     for _ in fractions:
-        assert some._local is not None
-        found = some._local._rollouts[0][0]
-        observations, rewards, _, _ = some.step(rule_actions(observations))
-    churn = found.churn[: some.num_envs]
+        observations, rewards, _, infos = envs.step(rule_actions(observations))
+    churn = [info["churn"] for info in infos]
     np.testing.assert_allclose(rewards + churn, 0, atol=1e-6)
     assert (max(churn) > 0) == (len(fractions) > 1)
-    assert found.losses()[0] == found.losses()[some.num_envs]
+    assert all(info["held_out_loss"] == info["other_loss"] for info in infos)
 
 
 def test_a_failed_run_among_others() -> None:
     """Templates that cannot be trained: the rule fails too, and the round goes on to its end."""
     hot = tuple(replace(one, learning_rate=1e30) for one in SHIFT)
-    some = make(templates=(PLANTED, hot))
+    envs = make((PLANTED, hot))
     for _ in range(2):
-        seen = play_round(some, 0)
+        seen = play_round(envs, 0)
         _, rewards, ended, _ = seen[-1]
         assert ended.all()
         assert np.isfinite(rewards).all()
@@ -409,38 +367,109 @@ def test_rounds_in_this_process_leave_it_alone() -> None:
     adapted_base.cache_clear()
     torch.set_num_threads(2)
     before = torch.get_rng_state()
-    some = make()
-    some.reset()
-    some.step(random_actions(some, 0))
+    envs = make()
+    envs.reset()
+    envs.step(random_actions(envs, 0))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == 2
 
 
-def test_workers_beyond_the_stacks_are_not_started() -> None:
-    assert config(workers=8, stacks=2).worker_count == 2
-    assert config(workers=1, stacks=2).worker_count == 1
-
-
 @pytest.mark.slow
 def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
-    options: Any = {"stacks": 2, "tasks_per_stack": 1}
-    here, isolated = make(**options), make(**options, workers=2)
+    """Nor does it matter when one of them dies, in the middle of a round or of whole tasks."""
+    here, apart = make(stacks=2, count=1), make(stacks=2, count=1, workers=8)
     try:
-        assert_same(play_round(isolated, 0), play_round(here, 0))
+        assert_same(play_round(apart, 0), play_round(here, 0))
+        processes = apart.workers.processes  # type: ignore[attr-defined]
+        assert len(processes) == 2, "more than there are stacks would be of no use"
         tasks = [*PLANTED, *SHIFT, task("shift", 9, "bert-4x32")]
-        assert isolated.play(tasks, rule_actions) == here.play(tasks, rule_actions)
+        assert apart.play(tasks, rule_actions) == here.play(tasks, rule_actions)
 
         poor = task("shift", budget=1e-9)
-        for some in (here, isolated):
+        for envs in (here, apart):
             with pytest.raises(BudgetError, match="fits no adapter at all"):
-                some.play([*SHIFT[:1] * 4, poor], rule_actions)
-        assert_same(play_round(isolated, 1), play_round(here, 1))
+                envs.play([*SHIFT[:1] * 4, poor], rule_actions)
+        assert_same(play_round(apart, 1), play_round(here, 1))
 
-        isolated._processes[1].kill()
-        with pytest.raises(WorkerError, match="worker process ended"):
-            isolated.reset()
+        expected = play_round(here, 2)
+        apart.round = 2
+        seen: list[Any] = [apart.reset()]
+        for decision in range(apart.decisions):
+            os.kill(processes[decision % 2].process.pid, signal.SIGKILL)
+            seen.append(apart.step(random_actions(apart, decision)))
+        assert_same(seen, expected)
+
+        worths: list[Any] = []
+
+        def kill_and_note(arrays: Arrays, worth: Any) -> None:
+            worths.append(worth)
+            os.kill(processes[0].process.pid, signal.SIGKILL)
+
+        assert apart.play(tasks, rule_actions, note=kill_and_note) == here.play(tasks, rule_actions)
+        assert len(worths) == 3 * 2
     finally:
-        processes = list(isolated._processes)
-        isolated.close()
-        isolated.close()
-    assert not any(process.is_alive() for process in processes)
+        apart.close()
+        apart.close()
+    assert not any(process.process for process in processes)
+
+
+def test_a_round_at_which_workers_die_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_env, "EnvironmentStack", Deadly)
+    envs = make(stacks=2, count=1, workers=2)
+    envs.round = 7
+    try:
+        with pytest.raises(
+            WorkerError, match=r"ended 3 times at the same work, .*: stack [01] of round 7 \(llama-4x32/"
+        ):
+            envs.reset()
+    finally:
+        envs.close()
+
+
+class Deadly:
+    """A stack that ends its process."""
+
+    def __init__(self, config: StackedConfig) -> None:
+        pass
+
+    def begin(self, tasks: list[ProxyTask]) -> None:
+        os._exit(1)
+
+
+# The registered environment -------------------------------------------------------------------------------------------
+
+
+def test_it_is_the_registered_environment_on_other_tasks(envs: ProxyVecEnv) -> None:
+    """Same tasks, seeds and actions: the same observations and rewards, bit for bit."""
+    vector = gym.make_vec(
+        rankpilot.ENV_ID,
+        num_envs=envs.num_envs,
+        vectorization_mode="vector_entry_point",
+        base="llama-4x32",
+        episodes_per_task=2,
+        actions="scores",
+        against="signal-mean",
+        schedule=SCHEDULE,
+    )
+    assert isinstance(vector, StackedVectorEnv)
+    assert vector.single_observation_space == envs.observation_space
+    assert vector.single_action_space == envs.action_space
+    envs.round = 11
+    tasks = envs.fresh.draw(11, 0)
+    observations: Any = envs.reset()
+    vector.core.start({slot: tasks[slot // 2] for slot in range(4)})
+    assert_same(vector.core.padded(range(4)), observations)
+    for decision in range(envs.decisions):
+        actions = random_actions(envs, decision)
+        observations, rewards, ended, infos = envs.step(actions)
+        same, same_rewards, terminated, _, gathered = vector.step(actions)
+        assert terminated.tolist() == ended.tolist()
+        np.testing.assert_array_equal(same_rewards.astype(np.float32), rewards)
+        told = gathered["final_info"] if terminated.all() else gathered
+        for slot, info in enumerate(infos):
+            seen = {key: value[slot] for key, value in same.items()} if not ended.all() else gathered["final_obs"][slot]
+            expected = {key: value[slot] for key, value in observations.items()}
+            assert_same(seen, info.get("terminal_observation", expected))
+            for key in ("task", "ranks", "churn", "held_out_loss", "other_loss"):
+                assert told[key][slot] == info[key]
+    assert rewards.any()

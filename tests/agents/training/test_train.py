@@ -29,7 +29,7 @@ from rankpilot.agents.training.plan_runs import PLAN_RUNS, RUNS
 from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
 from rankpilot.agents.training.progress import PROGRESS
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
-from rankpilot.agents.training.task_sampling import plan_draws, rounds_of
+from rankpilot.agents.training.task_sampling import fresh_tasks, plan_draws
 from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
 from rankpilot.agents.training.validation import Validation
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
@@ -473,13 +473,13 @@ def test_episodes_have_the_steps_that_were_asked_for(bare: Run, monkeypatch: pyt
     found: list[ProxyVecEnv] = []
     start = ProxyVecEnv.__init__
 
-    def noting(envs: ProxyVecEnv, *given: Any) -> None:
+    def noting(envs: ProxyVecEnv, *given: Any, **options: Any) -> None:
         found.append(envs)
-        start(envs, *given)
+        start(envs, *given, **options)
 
     monkeypatch.setattr(ProxyVecEnv, "__init__", noting)
     train(BARE, bare.folder, resume=True)
-    templates = [task for suite in found[0].config.templates for task in suite]
+    templates = [task for suite in found[0].fresh.templates for task in suite]
     assert {task.steps for task in templates} == {6}
     assert all(task.reference is not None for task in templates)
     assert found[0].decisions == 2
@@ -571,12 +571,12 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
 def test_tasks_of_plan_runs() -> None:
     """Each draw comes twice, as its template is and varied, base by base."""
     config = TrainConfig(plan_tasks=100)
-    rounds = rounds_of(config)
-    draws = plan_draws(rounds, config.plan_tasks)
+    fresh = fresh_tasks(config)
+    draws = plan_draws(fresh, config.plan_tasks)
     half = len(draws) // 2
     assert len(draws) == 2 * half
-    assert 100 <= sum(map(len, draws)) < 100 + 2 * rounds.tasks_per_stack
-    templates = {dataclasses.replace(task, seed=0) for suite in rounds.templates for task in suite}
+    assert 100 <= sum(map(len, draws)) < 100 + 2 * fresh.count
+    templates = {dataclasses.replace(task, seed=0) for suite in fresh.templates for task in suite}
     for plain, varied in zip(draws[:half], draws[half:], strict=True):
         for task, other in zip(plain, varied, strict=True):
             assert dataclasses.replace(task, seed=0) in templates
@@ -584,4 +584,4 @@ def test_tasks_of_plan_runs() -> None:
             assert other.reference is None
     bases = [tasks[0].base for tasks in draws[:half]]
     assert bases == sorted(bases)
-    assert len({task.seed for tasks in draws[:half] for task in tasks}) == half * rounds.tasks_per_stack
+    assert len({task.seed for tasks in draws[:half] for task in tasks}) == half * fresh.count

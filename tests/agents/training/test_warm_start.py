@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.rules import find_rule
 from rankpilot.agents.training import warm_start as module
 from rankpilot.agents.training.ppo_policy import RankPolicy
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
-from rankpilot.agents.training.task_sampling import RolloutConfig
+from rankpilot.agents.training.task_sampling import FreshTasks
 from rankpilot.agents.training.warm_start import EXPONENT, SPAN, ScoreDataset, explore, target_scores, warm_start
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.arrays import Arrays
+from rankpilot.env.episodes.slots import StackedConfig
 from rankpilot.env.spaces import observation_space, score_space
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_task import ProxyTask
@@ -31,8 +31,10 @@ SHIFT = [ProxyTask("shift", seed, reference=Reference(3.0, 2.2), **SIZES) for se
 
 @pytest.fixture(scope="module")
 def envs() -> Iterator[ProxyVecEnv]:
-    config = RolloutConfig((tuple(PLANTED), tuple(SHIFT)), 1, 2, 2, SCHEDULE, workers=1)
-    made = ProxyVecEnv(config, find_rule("signal-mean"), MODULES + 2)
+    stack = StackedConfig(
+        4, episodes_per_task=2, actions="scores", against="signal-mean", schedule=SCHEDULE, max_modules=MODULES + 2
+    )
+    made = ProxyVecEnv(FreshTasks((tuple(PLANTED), tuple(SHIFT)), 2), stack, stacks=1, workers=1)
     yield made
     made.close()
 

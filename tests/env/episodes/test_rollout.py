@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.plan import Plan
 from rankpilot.allocation.policy import Decision, decision_to_keep
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.rollout import Rollout, rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
-from rankpilot.env.reward import churn_cost
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import ConfigError
@@ -84,9 +82,8 @@ def test_an_episode_ends_as_if_alone(
 
 
 def test_a_failed_episode_sits_out(together: tuple[Rollout, list[list[Any]], list[float]]) -> None:
-    found, ranks, _ = together
+    _, ranks, _ = together
     assert (ranks[1][2] == ranks[2][2]).all(), "what is seen of it stays as it was"
-    assert found.churn[2] == 0
     assert (ranks[1][0] != ranks[2][0]).any()
 
 
@@ -99,35 +96,6 @@ def test_a_round_of_failures_ends(engine: StackedEpisodes, tasks: list[ProxyTask
     assert found.decided == []
     assert found.decisions == 2
     assert np.isnan(found.losses()).all()
-
-
-def test_churn_is_that_of_moves_after_the_first_decision(
-    engine: StackedEpisodes, tasks: list[ProxyTask], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plans: list[Plan] = []
-    apply = engine.apply
-
-    def noted(slot: int, chosen: Decision) -> Plan:
-        plans.append(apply(slot, chosen))
-        return plans[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "apply", noted)
-        found, _ = play(engine, tasks[:1])
-    first, second, third = (found.seen[0].problem.ladder.rung(plan.ranks) for plan in plans)
-    assert found.churn == [pytest.approx(churn_cost(first, second) + churn_cost(second, third))]
-    assert churn_cost(second, third) > 0
-
-
-def test_the_first_plan_and_keeping_it_are_free(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
-    """But for the bytes of signal buffers, which the last plan may spend as well: here the unit is parameters."""
-    quiet = Rollout(engine, [replace(tasks[0], unit="parameters")])
-    count = engine.module_count
-    quiet.step([Decision(np.full(count, 64), np.zeros(count))])
-    assert (quiet.seen[0].problem.ranks != 1).any()
-    for _ in range(2):
-        quiet.step([decision_to_keep(quiet.seen[0])])
-    assert quiet.churn == [0.0]
 
 
 def test_the_initial_loss_is_that_of_the_base(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,20 +16,24 @@ import rankpilot
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from numpy.typing import NDArray
+from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episode_record import EpisodeRecord
-from rankpilot.env.episodes.single import Episode, reference_of
+from rankpilot.env.episodes.single import Episode, reference_of, rule_losses
 from rankpilot.env.episodes.slots import StackedConfig, StackedRankAllocation
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.rendering import HEIGHT, WIDTH
+from rankpilot.env.reward import Comparison, churn_cost
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
 from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.tasks.stream import FRESH_SEEDS
 from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.lora.ladder import RankLadder
 
 MakeTask = Callable[..., ProxyTask]
 Rollout = Callable[..., list[tuple[Any, ...]]]
@@ -52,7 +57,7 @@ class Story:
     losses: list[float | None] = field(default_factory=list)
     held_out: float | None = None
     reference: Reference | None = None
-    rewards: list[float] = field(default_factory=list)
+    reward: float | None = None
 
 
 def run_stacked(
@@ -78,7 +83,7 @@ def run_stacked(
             plan = episodes.apply(slot, random_decision(ids[slot], turn, seen.problem))
             stories[slot].ranks.append(plan.ranks)
         for slot in active:
-            records[slot].decided(episodes.under_way[slot].step)
+            records[slot].decided()
         losses = episodes.advance(active)
         for slot in active:
             stories[slot].losses.append(losses[slot])
@@ -89,10 +94,9 @@ def run_stacked(
             story.held_out = held_out.get(slot)
             over = slot in ended
             # The real loop observes before it closes; here the next turn does, with the same result.
-            reward, _ = records[slot].close_interval(
-                episode.step, losses[slot], ended=over, held_out_loss=story.held_out, observation=None
-            )
-            story.rewards.append(reward)
+            records[slot].close_interval(episode.step, losses[slot])
+            if over:
+                story.reward = records[slot].end(story.held_out, Comparison.with_uniform(records[slot].reference))
         active = [slot for slot in active if slot not in ended]
     assert not active
     return stories
@@ -150,7 +154,7 @@ def assert_equal_stories(one: Story, two: Story) -> None:
     assert one.losses == two.losses
     assert one.held_out == two.held_out
     assert one.reference == two.reference
-    assert one.rewards == two.rewards
+    assert one.reward == two.reward
     for a, b in zip(one.observations, two.observations, strict=True):
         np.testing.assert_array_equal(a.modules, b.modules)
         np.testing.assert_array_equal(a.run, b.run)
@@ -172,7 +176,7 @@ def test_an_episode_does_not_notice_its_neighbours(make_task: MakeTask, schedule
     ]
     together = run_stacked(tasks, schedule)
     assert together[5].losses[-1] is None, "one fails, so its slot stops early"
-    assert together[5].rewards[-1] == -3.0
+    assert together[5].reward == -3.0
     for index in (0, 1, 2, 3, 5):
         assert_equal_stories(run_stacked([tasks[index]], schedule, ids=[index])[0], together[index])
     wide = run_stacked(tasks[1:4], schedule, ids=[1, 2, 3], slots=8)
@@ -246,8 +250,8 @@ def test_the_vector_is_single_environments_side_by_side(
             for key in ("task", "step", "cost", "limit", "ranks", "non_finite", "churn"):
                 assert final[key][copy] == wanted[key], key
             assert final["loss"][copy] == pytest.approx(wanted["loss"], abs=1e-4)
-            parts = [final[key][copy] for key in ("improvement", "group_mean", "churn")]
-            assert parts[0] - parts[1] - parts[2] == pytest.approx(rewards[copy])
+            paid = final["improvement"][copy] - final["churn"][copy] if turn == 3 else 0.0
+            assert rewards[copy] == pytest.approx(paid)
     assert final["held_out_loss"][0] == pytest.approx(expected[0][3][4]["held_out_loss"], abs=1e-4)
     for key, value in start.items():
         np.testing.assert_array_equal(observations[key], value)
@@ -294,7 +298,7 @@ def test_slots_that_end_apart_are_reset_alone(pool: tuple[ProxyTask, ...], sched
     failing = replace(pool[0], learning_rate=1e30, seed=79)
     envs = make_vector(4, schedule=schedule)
     together: list[tuple[Any, ...]] = [envs.reset(seed=3)]
-    envs.core.reset([1], {"task": failing})
+    envs.core.start({1: failing})
     together += [envs.step(action) for action in actions]
     ends = [row[2].tolist() for row in together[1:]]
     assert any(any(row) and not all(row) for row in ends), "they do end apart"
@@ -302,7 +306,7 @@ def test_slots_that_end_apart_are_reset_alone(pool: tuple[ProxyTask, ...], sched
         alone = make_vector(1, schedule=schedule)
         alone.reset(seed=3 + slot)
         if slot == 1:
-            alone.core.reset([0], {"task": failing})
+            alone.core.start({0: failing})
         for turn, action in enumerate(actions):
             observations, rewards, terminated, _, infos = alone.step(action[slot : slot + 1])
             wide = together[turn + 1]
@@ -323,41 +327,123 @@ def _number(infos: Mapping[str, Any], key: str, slot: int) -> float:
     return np.nan if value is None else float(value)
 
 
-def test_groups_share_a_task_and_are_compared(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
-    envs = make_vector(4, schedule=schedule, group=2)
+@pytest.mark.parametrize("against", ["uniform", "group", "signal-mean"])
+def test_groups_share_a_task_and_end_together(
+    pool: tuple[ProxyTask, ...], schedule: DecisionSchedule, against: str
+) -> None:
+    envs = make_vector(4, schedule=schedule, episodes_per_task=2, against=against)
     _, infos = envs.reset(seed=1)
     names = infos["task"].tolist()
     assert names[0] == names[1] != names[2] == names[3]
     finals = 0
-    for action in np.random.default_rng(0).integers(0, 21, size=(12, 4, 28)):
+    for action in np.random.default_rng(0).integers(0, 21, size=(8, 4, 28)):
         _, rewards, terminated, _, infos = envs.step(action)
         assert infos["task"][0] == infos["task"][1]
         for first in (0, 2):
+            pair = slice(first, first + 2)
+            assert terminated[first] == terminated[first + 1]
             if not terminated[first]:
+                assert rewards[pair].tolist() == [0.0, 0.0]
                 continue
             finals += 1
-            final = {key: value[first : first + 2] for key, value in infos["final_info"].items()}
-            mean = final["improvement"].mean()
-            assert final["group_mean"].tolist() == pytest.approx([mean] * 2)
-            expected = np.clip(final["improvement"] - mean, -3, 3) - final["churn"]
-            np.testing.assert_allclose(rewards[first : first + 2], expected)
+            final = {key: value[pair] for key, value in infos["final_info"].items()}
+            np.testing.assert_allclose(rewards[pair], final["improvement"] - final["churn"])
             assert final["improvement"][0] != final["improvement"][1]
-    assert finals > 3
+            expected = {"uniform": final["uniform_loss"][0], "group": final["held_out_loss"].mean()}
+            if against in expected:
+                assert final["other_loss"].tolist() == pytest.approx([expected[against]] * 2)
+            else:
+                assert final["other_loss"][0] == final["other_loss"][1]
+                assert final["other_loss"][0] not in (*final["uniform_loss"], *final["held_out_loss"])
+    assert finals > 2
 
 
-def test_a_new_seed_pairs_groups_anew(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    """Also after one of them alone has failed and begun again."""
+def test_a_rule_beside_the_episodes_runs_as_it_would_alone(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    """And whoever acts as the rule gets nothing but the cost of its moves."""
+    task = make_task("planted", 2, reference=Reference(3.0, 2.0, 1.9))
+    config = StackedConfig(2, BASE, episodes_per_task=2, actions="scores", against="signal-mean", schedule=schedule)
+    core = StackedRankAllocation(config)
+    infos = core.start(dict.fromkeys(range(2), task))
+    assert infos[0]["other_loss"] is None
+    rule, generator = find_rule("signal-mean"), np.random.default_rng(0)
+    for _ in range(4):
+        scores = rule.decide(core.records[0].observation).scores
+        same = np.append(scores, [0.0, 0.0]).astype(np.float32)
+        steps = core.step({0: same, 1: generator.normal(size=30).astype(np.float32)})
+    alone, initial = rule_losses(ProxyFineTune(task), schedule, "signal-mean")
+    assert steps[0].terminated
+    assert steps[0].info["other_loss"] == steps[1].info["other_loss"] == pytest.approx(alone, abs=1e-4)
+    assert steps[0].info["held_out_loss"] == pytest.approx(alone, abs=1e-4)
+    assert steps[0].reward == pytest.approx(-steps[0].info["churn"], abs=1e-3)
+    assert steps[0].info["churn"] > 0
+    shares = 10 * (alone - steps[1].info["held_out_loss"]) / (initial - alone)  # the headroom is a tenth of a gain
+    assert steps[1].info["improvement"] == pytest.approx(shares, abs=0.02)
+
+
+def test_churn_is_that_of_moves_after_the_first_decision(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    envs = make_vector(1, task=make_task(reference=Reference(3.0, 2.0)), schedule=schedule)
+    envs.reset(seed=0)
+    rungs, told = [], []
+    for action in np.random.default_rng(0).integers(0, 21, size=(4, 1, 28)):
+        *_, infos = envs.step(action)
+        infos = infos.get("final_info", infos)
+        rungs.append(RankLadder().rung(np.array(infos["ranks"][0])))
+        told.append(infos["churn"][0])
+    costs = [0.0, *(churn_cost(*pair) for pair in itertools.pairwise(rungs))]
+    assert told == pytest.approx(np.cumsum(costs).tolist())
+    assert costs[-1] > 0
+
+
+def test_the_first_plan_and_keeping_it_are_free(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    """But for the bytes of signal buffers, which the last plan may spend as well: here the unit is parameters."""
+    task = make_task(unit="parameters", reference=Reference(3.0, 2.0))
+    envs = make_vector(1, task=task, schedule=schedule)
+    before = envs.reset(seed=0)[1]["ranks"][0]
+    *_, infos = envs.step(np.full((1, 28), 20))
+    assert infos["ranks"][0] != before
+    for _ in range(3):
+        *_, infos = envs.step(np.full((1, 28), 10))
+    assert infos["final_info"]["churn"].tolist() == [0.0]
+
+
+def test_a_failed_episode_waits_for_its_group(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    """Its reward comes with that of the others; those of other groups do not wait."""
     task = make_task(reference=Reference(3.0, 2.0, 1.9))
-    core = StackedRankAllocation(StackedConfig(2, base=BASE, task=task, group=2, schedule=schedule))
-    core.reset([0, 1])
-    core.reset([0])
-    core.seed(4)
-    core.reset([0, 1])
-    for turn in range(4):
-        problems = [core.records[slot].observation.problem for slot in range(2)]
-        steps = core.step({slot: random_decision(slot, turn, problems[slot]) for slot in range(2)})
-    improvements = [steps[slot].info["improvement"] for slot in range(2)]
-    assert [steps[slot].info["group_mean"] for slot in range(2)] == pytest.approx([np.mean(improvements)] * 2)
+    core = StackedRankAllocation(StackedConfig(4, BASE, episodes_per_task=2, schedule=schedule))
+    core.start(dict.fromkeys(range(2), task) | dict.fromkeys((2, 3), replace(task, learning_rate=1e30)))
+    action = np.full(28, 11)
+    steps = core.step(dict.fromkeys(range(4), action))
+    assert [steps[slot].terminated for slot in range(4)] == [False, False, True, True]
+    assert [steps[slot].reward for slot in range(4)] == [0.0, 0.0, -3.0, -3.0]
+    core.episodes.under_way[0].failed = True
+    waited = [core.step(dict.fromkeys(range(2), action)) for _ in range(3)]
+    assert (
+        [steps[0].terminated for steps in waited] == [steps[1].terminated for steps in waited] == [False, False, True]
+    )
+    assert waited[2][0].reward == -3.0
+    assert waited[2][1].reward > -3.0
+    assert waited[2][0].info["step"] == 2, "it has not trained any more"
+    np.testing.assert_array_equal(waited[2][0].observation.modules, waited[0][0].observation.modules)
+
+
+def test_groups_begin_whole_and_on_one_task(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    core = StackedRankAllocation(StackedConfig(4, BASE, episodes_per_task=2, schedule=schedule))
+    for tasks in ({0: make_task()}, {2: make_task(), 3: make_task(seed=5)}):
+        with pytest.raises(ConfigError, match="begin together, on one task"):
+            core.start(tasks)
+
+
+def test_fresh_seeds(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
+    one, two = (make_vector(4, schedule=schedule, fresh_seeds=True, episodes_per_task=2) for _ in range(2))
+    infos = one.reset(seed=3)[1]
+    seeds = [int(name.rpartition("/")[2]) for name in infos["task"]]
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+    assert min(seeds) >= FRESH_SEEDS
+    assert infos["uniform_loss"][0] not in (2.5, infos["uniform_loss"][2]), "measured for each"
+    assert two.reset(seed=3)[1]["task"].tolist() == infos["task"].tolist()
+    assert one.reset()[1]["task"].tolist() != infos["task"].tolist()
+    ruled = make_vector(1, schedule=schedule, fresh_seeds=True, against="signal-mean")
+    assert ruled.reset(seed=3)[1]["uniform_loss"].tolist() == [2.5], "a measure of headroom, as the task has it"
 
 
 @pytest.mark.parametrize("kind", ["shift", "planted"])
@@ -365,7 +451,7 @@ def test_a_vector_survives_failed_runs(
     make_task: MakeTask, schedule: DecisionSchedule, info_keys: set[str], kind: str
 ) -> None:
     """The probe and the uniform run fail as well."""
-    envs = make_vector(2, task=make_task(kind, learning_rate=1e30), schedule=schedule, group=2)
+    envs = make_vector(2, task=make_task(kind, learning_rate=1e30), schedule=schedule, episodes_per_task=2)
     envs.reset(seed=0)
     for _ in range(2):
         observations, rewards, terminated, _, infos = envs.step(np.full((2, 28), 12))
@@ -375,7 +461,7 @@ def test_a_vector_survives_failed_runs(
         final = infos["final_info"]
         assert info_keys <= set(final)
         assert final["non_finite"].all()
-        assert (final["improvement"] - final["group_mean"] - final["churn"]).tolist() == [-3.0] * 2
+        assert (final["improvement"] - final["churn"]).tolist() == [-3.0] * 2
         assert np.isfinite(infos["uniform_loss"]).all()
 
 
@@ -383,11 +469,10 @@ def test_one_failed_run_among_others(make_task: MakeTask, schedule: DecisionSche
     task = make_task(reference=Reference(3.0, 2.0, 1.9))
     envs = make_vector(3, task=task, schedule=schedule)
     envs.reset(seed=0)
-    envs.core.reset([1], {"task": replace(task, learning_rate=1e30)})
+    envs.core.start({1: replace(task, learning_rate=1e30)})
     _, rewards, terminated, _, infos = envs.step(np.full((3, 28), 11))
     assert terminated.tolist() == [False, True, False]
-    assert rewards[1] == -3.0
-    assert rewards[0] == rewards[2] != -3.0
+    assert rewards.tolist() == [0.0, -3.0, 0.0]
     assert infos["loss"][0] == infos["loss"][2]
     assert infos["final_info"]["non_finite"].tolist() == [False, True, False]
     assert infos["_final_info"].tolist() == [False, True, False]
@@ -424,11 +509,11 @@ def test_options_of_a_vector(pool: tuple[ProxyTask, ...], make_task: MakeTask, s
 
 
 def test_overrides_and_padding_of_a_vector(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
-    envs = make_vector(2, schedule=schedule, task_overrides=(("steps", 5),), max_modules=30)
+    envs = make_vector(2, schedule=schedule, task_overrides={"steps": 5}, max_modules=30)
     observations, _ = envs.reset(seed=0)
     assert observations["mask"].tolist() == [[1] * 28 + [0] * 2] * 2
     assert envs.single_action_space.shape == (30,)
-    assert {task.steps for task in envs.core.tasks} == {5}
+    assert {task.steps for task in envs.tasks} == {5}
     action = np.full((2, 30), 10)
     action[:, 28:] = 20
     assert envs.step(action)[4]["ranks"].tolist() == envs.step(np.full((2, 30), 10))[4]["ranks"].tolist()
@@ -483,9 +568,9 @@ def test_wrong_actions_of_a_vector(make_task: MakeTask, schedule: DecisionSchedu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_envs": 4, "group": 3}, "num_envs is at least 1 and a multiple of group; got 4 and 3"),
+        ({"num_envs": 4, "episodes_per_task": 3}, "num_envs is at least 1 and a multiple of episodes_per_task; got 4"),
         ({"num_envs": 0}, "num_envs is at least 1"),
-        ({"num_envs": 2, "group": 0}, "multiple of group"),
+        ({"num_envs": 2, "episodes_per_task": 0}, "multiple of episodes_per_task"),
         ({"num_envs": 1, "base": "llama-4x64"}, "The task is on base llama-4x32, not llama-4x64. Give base="),
         ({"num_envs": 1, "max_modules": 27}, "max_modules is at least 28 for llama-4x32; got 27"),
     ],
@@ -502,6 +587,10 @@ def test_unknown_names_of_a_stack() -> None:
         StackedVectorEnv(1, suites=("plantd",))
     with pytest.raises(UnknownNameError, match="split 'dev'"):
         StackedVectorEnv(1, split="dev")
+    with pytest.raises(UnknownNameError, match=r"form of actions 'score'. Did you mean: 'scores'"):
+        StackedVectorEnv(1, actions="score")
+    with pytest.raises(UnknownNameError, match=r"comparison 'signal-men'. Did you mean: 'signal-mean'"):
+        StackedVectorEnv(1, against="signal-men")
 
 
 def test_batches_of_different_shapes_cannot_be_stacked(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -512,6 +601,6 @@ def test_batches_of_different_shapes_cannot_be_stacked(make_task: MakeTask, sche
     episodes.start({0: make_task(), 1: make_task("planted")})
 
 
-def test_a_stack_of_settings_can_be_pickled(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    config = StackedConfig(2, base=BASE, task=make_task(), schedule=schedule, task_overrides=(("steps", 5),))
+def test_a_stack_of_settings_can_be_pickled(schedule: DecisionSchedule) -> None:
+    config = StackedConfig(2, BASE, episodes_per_task=2, actions="scores", against="signal-mean", schedule=schedule)
     assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301

@@ -30,7 +30,7 @@ from rankpilot.env.tasks.oracle import oracle_plan
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, check_texts
 from rankpilot.env.tasks.proxy_task import PLACEMENTS, ProxyTask
 from rankpilot.env.tasks.suite_names import SPLITS, SUITES
-from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load_suite, task_stream
+from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load_suite
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.memory.cost import plan_cost
 
@@ -388,15 +388,3 @@ def test_some_of_them_evenly(make_task: MakeTask) -> None:
     assert [task.seed for task in evenly(tasks, 5)] == [0, 2, 4, 6, 8]
     assert [task.seed for task in evenly(tasks, 3)] == [0, 3, 6]
     assert evenly(tasks, 99) == tuple(tasks)
-
-
-def test_drawing(make_task: MakeTask) -> None:
-    tasks = [make_task(seed=seed) for seed in range(5)]
-
-    def draw(count: int, seed: int = 0) -> list[int]:
-        stream = task_stream(tasks, np.random.default_rng(seed))
-        return [next(stream).seed for _ in range(count)]
-
-    plain = draw(50)
-    assert draw(50) == plain != draw(50, seed=1)
-    assert set(plain) == set(range(5))

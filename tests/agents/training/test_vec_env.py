@@ -1,0 +1,156 @@
+"""The vector environment of Gymnasium as one of Stable-Baselines3, and the example that trains on it."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import rankpilot
+import torch
+from rankpilot.agents.training.vec_env import GymnasiumVecEnv
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.errors import ConfigError
+from stable_baselines3 import PPO
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BASE = "llama-4x32"
+SCHEDULE = DecisionSchedule(probe_steps=4)
+EXAMPLE = Path(__file__).parents[3] / "examples" / "train_with_sb3.py"
+
+
+def make_task(kind: Any = "shift", seed: int = 1, **options: Any) -> ProxyTask:
+    sizes: Any = {"base": BASE, "steps": 12, "batch_size": 4, "length": 16, "eval_rows": 16}
+    return ProxyTask(kind, seed, **{**sizes, **options})
+
+
+def make(num_envs: int, **settings: Any) -> GymnasiumVecEnv:
+    options = {"base": BASE, "actions": "scores", "schedule": SCHEDULE, **settings}
+    mode = "vector_entry_point"
+    return GymnasiumVecEnv(gym.make_vec(rankpilot.ENV_ID, num_envs=num_envs, vectorization_mode=mode, **options))
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> tuple[ProxyTask, ...]:
+    """A few tiny tasks in place of the suites."""
+    from rankpilot.env.tasks import suites
+
+    reference = Reference(3.0, 2.5, 0.5)
+    tasks = tuple(make_task(seed=70 + index, budget=0.6 + 0.02 * index, reference=reference) for index in range(9))
+    monkeypatch.setattr(suites, "load_suite", lambda name, split: tasks if name == "shift" else ())
+    return tasks
+
+
+@pytest.mark.parametrize("actions", ["scores", "deltas"])
+def test_it_is_single_environments_side_by_side(actions: Any) -> None:
+    task = make_task("planted", 2)
+    envs = make(2, task=task, actions=actions)
+    single = RankAllocationEnv(task=task, schedule=SCHEDULE, actions=actions)
+    assert envs.observation_space == single.observation_space
+    assert envs.action_space == single.action_space
+    envs.action_space.seed(0)
+    taken = np.array([[envs.action_space.sample() for _ in range(2)] for _ in range(4)])
+    first = envs.reset()
+    assert isinstance(first, dict)
+    expected = []
+    for copy in range(2):
+        assert set(single.reset()[1]) == set(envs.reset_infos[copy])
+        expected.append([single.step(action) for action in taken[:, copy]])
+    for turn, action in enumerate(taken):
+        observations, rewards, dones, infos = envs.step(action)
+        assert dones.tolist() == [turn == 3] * 2
+        assert rewards.dtype == np.float32
+        np.testing.assert_allclose(rewards, [steps[turn][1] for steps in expected], rtol=0, atol=1e-4)
+        for copy, info in enumerate(infos):
+            assert set(expected[copy][turn][4]) <= set(info)
+            assert info["ranks"] == expected[copy][turn][4]["ranks"]
+            assert not info["TimeLimit.truncated"]
+            assert ("terminal_observation" in info) == (turn == 3)
+            seen = info["terminal_observation"] if turn == 3 else {k: part[copy] for k, part in observations.items()}
+            for key, value in expected[copy][turn][0].items():
+                np.testing.assert_allclose(seen[key], value, rtol=0, atol=1e-3)
+    np.testing.assert_equal(observations, first)
+
+
+def test_seeds_and_options(pool: tuple[ProxyTask, ...]) -> None:
+    envs = make(2)
+
+    def names() -> list[str]:
+        envs.reset()
+        return [info["task"] for info in envs.reset_infos]
+
+    envs.seed(3)
+    first, second = names(), names()
+    assert first != second
+    envs.seed(3)
+    assert names() == first
+    assert envs.envs.reset(seed=3)[1]["task"].tolist() == first, "both vectors draw alike"
+    mine = make_task(seed=99, reference=Reference(3.0, 2.5))
+    envs.set_options({"task": mine})
+    assert names() == [mine.id] * 2
+    assert mine.id not in names(), "options hold for one reset"
+
+
+def test_failed_runs() -> None:
+    envs = make(2, task=make_task(learning_rate=1e30))
+    envs.reset()
+    for _ in range(2):
+        observations, rewards, dones, infos = envs.step(np.zeros((2, 30), dtype=np.float32))
+        assert rewards.tolist() == [-3.0, -3.0]
+        assert dones.all()
+        assert all(info["non_finite"] and info["loss"] is None for info in infos)
+        assert isinstance(observations, dict)
+        assert all(np.isfinite(part).all() for part in observations.values())
+
+
+def test_refusals() -> None:
+    envs = make(2, task=make_task(reference=Reference(3.0, 2.0)))
+    with pytest.raises(ConfigError, match="call reset"):
+        envs.step(np.zeros((2, 30), dtype=np.float32))
+    envs.reset()
+    for bad in (np.full((2, 30), np.nan), np.zeros((2, 29))):
+        with pytest.raises(ConfigError, match="30 finite numbers"):
+            envs.step(bad)
+    with pytest.raises(ConfigError, match="share their settings: make a new GymnasiumVecEnv"):
+        envs.set_attr("num_envs", 3)
+    with pytest.raises(AttributeError, match="no method 'jump'"):
+        envs.env_method("jump")
+    assert envs.env_is_wrapped(gym.Wrapper) == [False, False]
+    assert envs.get_attr("num_envs", [0]) == [2]
+    assert envs.step(np.zeros((2, 30), dtype=np.float32))[3][0]["step"] == 2
+    envs.close()
+
+
+def test_vectors_that_reset_late_are_refused() -> None:
+    late = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+    with pytest.raises(ConfigError, match=r"reset episodes in the same step; this has .*NEXT_STEP"):
+        GymnasiumVecEnv(late)
+
+
+def test_ppo_learns_on_it(make_policy: Callable[..., PPO]) -> None:
+    model = make_policy(make(2, task=make_task()))
+    before = [p.detach().clone() for p in model.policy.parameters()]
+    model.learn(16)
+    assert model.num_timesteps == 16
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+@pytest.fixture
+def make_policy() -> Callable[..., PPO]:
+    return lambda envs: PPO("MultiInputPolicy", envs, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
+
+
+def test_the_example_trains(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), "--updates", "1", "--task-steps", "8", "--base", BASE])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "mean return of the last" in printed
+    assert len(EXAMPLE.read_text().splitlines()) < 40
