@@ -158,11 +158,12 @@ class _Tasks:
     def __init__(self, envs: ProxyVecEnv, stacks: dict[int, list[ProxyTask]], note: Note | None) -> None:
         self._envs, self._note, self._taken = envs, note, 0
         self._names = {stack: ", ".join(task.id for task in tasks) for stack, tasks in stacks.items()}
-        begin = RolloutStack.begin
-        calls = {stack: Call(begin, (tasks,), self._names[stack], anew=True) for stack, tasks in stacks.items()}
+        calls = {
+            stack: Call(RolloutStack.begin, (tasks, note is not None), self._names[stack], anew=True)
+            for stack, tasks in stacks.items()
+        }
         self.states = envs.workers.call(calls)
-        worth = {stack: Call(RolloutStack.worth, (tasks,), self._names[stack]) for stack, tasks in stacks.items()}
-        self._worth = envs.workers.call(worth) if note else {}
+        self._worth = {stack: state.worth for stack, state in self.states.items()}
 
     @property
     def ended(self) -> bool:

@@ -78,10 +78,12 @@ class RolloutState:
     Attributes:
         arrays: the observations, one row an episode.
         losses: held-out losses at the end, in nats; NaN for failed runs.
+        worth: at the beginning, what each module is worth at most, in nats, (modules,) by episode; None if not known.
     """
 
     arrays: Arrays
     losses: tuple[float, ...] = ()
+    worth: tuple[FloatArray | None, ...] = ()
 
 
 class RolloutStack:
@@ -95,18 +97,20 @@ class RolloutStack:
         self._config = config
         self._episodes: dict[str, StackedEpisodes] = {}
 
-    def begin(self, tasks: Sequence[ProxyTask]) -> RolloutState:
-        """Start the tasks, which are on one base."""
+    def begin(self, tasks: Sequence[ProxyTask], with_worth: bool) -> RolloutState:
+        """Start tasks.
+
+        Args:
+            tasks: on one base.
+            with_worth: tell what modules are worth on planted tasks.
+        """
         base, config = tasks[0].base, self._config
         if base not in self._episodes:
             self._episodes[base] = StackedEpisodes(base, config.schedule, config.rows, device=config.device)
         self._running = Rollout(self._episodes[base], tasks)
-        return RolloutState(self._arrays())
-
-    def worth(self, tasks: Sequence[ProxyTask]) -> tuple[FloatArray | None, ...]:
-        """What each module is worth at most on the tasks that have begun, in nats, (modules,); None if not known."""
-        pairs = zip(tasks, self._running.seen, strict=True)
-        return tuple(utilities(task, o.problem)[:, -1] if task.kind == "planted" else None for task, o in pairs)
+        pairs = zip(tasks, self._running.seen, strict=True) if with_worth else ()
+        worth = (utilities(task, o.problem)[:, -1] if task.kind == "planted" else None for task, o in pairs)
+        return RolloutState(self._arrays(), worth=tuple(worth))
 
     def step(self, actions: NDArray[Any]) -> RolloutState:
         """Take decisions, (episodes, action size)."""

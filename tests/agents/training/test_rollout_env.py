@@ -406,7 +406,7 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
             os.kill(processes[0].process.pid, signal.SIGKILL)
 
         assert apart.play(tasks, rule_actions, note=kill_and_note) == here.play(tasks, rule_actions)
-        assert len(worths) == 3 * 2
+        assert len(worths) == 3 * 3, "three stacks, three decisions"
     finally:
         apart.close()
         apart.close()

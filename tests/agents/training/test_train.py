@@ -34,6 +34,7 @@ from rankpilot.agents.training.train import WARM_START, finish, is_finished, tra
 from rankpilot.agents.training.validation import Validation
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.common import workers
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.env.spaces import observation_space, score_space
 from rankpilot.env.tasks.finetune import Reference
@@ -101,17 +102,17 @@ def noted(config: TrainConfig, folder: Path, *, resume: bool = False, kill_at: i
     """Train; be killed at one of the calls of the workers."""
     stages: list[tuple[str, int, int]] = []
     calls = 0
-    call = ProxyVecEnv._calls
+    call = workers._ThisProcess.call
 
-    def counted(envs: ProxyVecEnv, given: Any) -> Any:
+    def counted(worker: Any, given: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == kill_at:
             raise Killed
-        return call(envs, given)
+        return call(worker, given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ProxyVecEnv, "_calls", counted)
+        patch.setattr(workers._ThisProcess, "call", counted)
         policy = train(config, folder, resume=resume, on_stage=lambda stage: stages.append(dataclasses.astuple(stage)))
     return Run(folder, policy, stages, calls)
 
