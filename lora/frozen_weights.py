@@ -51,10 +51,7 @@ def base_norm(layer: LoraLayer) -> float:
 
 @torch.no_grad()
 def real_weight(layer: LoraLayer) -> torch.Tensor:
-    """The frozen weight of a layer as a plain floating-point tensor, dequantised if it is quantised.
-
-    Args:
-        layer: a PEFT layer over a linear layer (quantised or not), a Conv1D or an embedding.
+    """The frozen weight of a linear layer (quantised or not), a Conv1D or an embedding.
 
     Returns:
         The weight in the base layer's orientation, in a floating-point dtype of at least 16 bits. A plain weight is

@@ -40,12 +40,9 @@ class StateMap:
     fill_second: Fill = "zero"
 
     def apply(self, state: torch.Tensor, *, second: bool, axis: int | None = None) -> torch.Tensor:
-        """The mapped state, in the dtype of `state`.
+        """A first or `second` moment after the change, in its dtype.
 
-        Args:
-            state: a moment, as a tensor of the parameter's shape or averaged over one axis.
-            second: whether it is a second moment.
-            axis: the rank axis of `state`, that of the parameter by default.
+        `state` has the parameter's shape, or is averaged over one axis; `axis` is its rank axis if not the parameter's.
         """
         axis = self.axis if axis is None else axis
         fill = state.mean(dim=axis, keepdim=True) if second and self.fill_second == "mean" else 0.0

@@ -124,10 +124,7 @@ def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer
 
 
 def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> None:
-    """Give every module a new pair with B A = 0, of rank `rank` or the module's highest if that is lower.
-
-    For a model whose adapters are trained several times; no optimiser may hold state of them.
-    """
+    """Give every module a new pair with B A = 0, of rank `rank` or its highest; no optimiser may hold state of them."""
     for target in targets:
         width = min(rank, target.max_rank)
         new_a, new_b = fresh_directions(target, width, growth_generator(seed, BEFORE_THE_RUN, target.name))
@@ -143,7 +140,6 @@ def resize(target: TargetModule, rank: int) -> None:
 
 
 def _write(target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor) -> None:
-    """Replace a pair's factors and update PEFT's records."""
     write_in_place(target.weight_a, weight_a)
     write_in_place(target.weight_b, weight_b)
     update_peft_records(target, target.rank)

@@ -113,8 +113,7 @@ def _refuse(name: str, layer: LoraLayer, adapter: str) -> None:
 
 def _refuse_config(config: LoraConfig) -> None:
     """Raise UnsupportedError for settings under which an adapter of changed ranks could not be loaded."""
-    start = str(config.init_lora_weights).lower()
-    if start.startswith(CHANGES_THE_BASE):
+    if str(config.init_lora_weights).lower().startswith(CHANGES_THE_BASE):
         raise UnsupportedError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT "
             "computes from the rank each time it loads the adapter, so an adapter of new ranks would load wrong. "

@@ -35,8 +35,7 @@ def calibrate(
     """Measure what plans cost on this model and batch.
 
     Four small steps are recorded (two or three rows; one step of half the length, one of higher ranks), and a forward
-    pass. From these the size of every tensor follows for any shape. Weights, gradients, ranks and random state are
-    restored afterwards.
+    pass; the size of every tensor follows for any shape. Weights, gradients, ranks and random state are restored.
 
     Args:
         model: the PEFT model, on its device, in the mode in which it trains.

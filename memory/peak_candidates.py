@@ -83,7 +83,7 @@ class _Finder:
         self._is_input = self._first_segment < len(serials)
 
     def candidates(self) -> Iterator[PeakCandidate]:
-        """All candidates, in the order of forward pass, backward pass and second runs of segments."""
+        """In the order of forward pass, backward pass and second runs of segments."""
         yield from self._in_forward_pass()
         yield from self._in_backward_pass()
         for index in range(len(self._recording.segments)):
@@ -177,12 +177,9 @@ class _Finder:
 
 
 def needed_candidates(cost: ByteCost, generator: np.random.Generator, plans: int = 300) -> list[int]:
-    """Rising indices of enough candidates that the peak of every random plan falls by at most `UNDERESTIMATE`.
+    """Rising indices of enough candidates that the peak of every sampled plan falls by at most `UNDERESTIMATE`.
 
-    Args:
-        cost: the cost with all candidates.
-        generator: draws the plans: any density, top layers only, ranks 1 to 64.
-        plans: number of plans drawn, beside a few fixed ones.
+    Sampled are a few fixed plans, and `plans` random ones: any density, or top layers only, with ranks 1 to 64.
     """
     costs = moment_costs(cost, np.stack([*_sampled(cost, generator, plans)]))
     peaks = costs.max(axis=1)

@@ -9,7 +9,6 @@ import torch
 
 from ...common.arrays import FloatArray, IntArray
 from ..signals import Meter, pair_signals
-from ..targets import TargetModule
 from .adapters import StackedAdapters
 from .resize import Move
 
@@ -66,6 +65,7 @@ class StackedRun:
 
     Attributes:
         meter: measures its signals.
+        targets: the target modules: names, shapes, scaling.
         move: a decided change of rank that `set_stacked_ranks` has not made yet; None if there is none.
     """
 
@@ -73,12 +73,8 @@ class StackedRun:
         self.row = row
         self.meter = StackedMeter(adapters, row, base_norms)
         self.move: Move | None = None
+        self.targets = adapters.targets
         self._adapters = adapters
-
-    @property
-    def targets(self) -> Sequence[TargetModule]:
-        """The target modules: names, shapes, scaling."""
-        return self._adapters.targets
 
     @property
     def ranks(self) -> IntArray:
