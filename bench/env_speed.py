@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
-from rich.progress import track
 
 from ..allocation.schedule import DecisionSchedule
 from ..common.arrays import FloatArray
+from ..common.tables import make_table
 from ..common.workers import isolated
 from ..env.rank_allocation import RankAllocationEnv
 from ..env.spaces import TOP
@@ -28,10 +26,10 @@ from .harness import (
     estimate_figures,
     interleave,
     machine_facts,
-    make_table,
     paired_ratios,
     run_command,
     usual_step,
+    with_progress,
 )
 
 SCHEDULE = DecisionSchedule(probe_steps=8, probe_batch=2, fractions=(0.0, 0.25, 0.5, 0.75))
@@ -126,7 +124,7 @@ def benchmark(options: EnvSpeed, load: Load, console: Console) -> Figures:
     figures: Figures = {**machine_facts(torch.device("cpu")), "threads": 1, "quick": options.quick}
     figures |= {name: value for name, value in asdict(load).items() if not isinstance(value, tuple)}
     rows = []
-    for steps in track(load.steps, "episodes", console=Console(stderr=True), transient=True):
+    for steps in with_progress(load.steps, "episodes"):
         with isolated():
             counts, seconds = measure(load, steps)
         each = {name: seconds[name] / counts[name] for name in counts}
@@ -144,7 +142,10 @@ def benchmark(options: EnvSpeed, load: Load, console: Console) -> Figures:
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(EnvSpeed, args=arguments, prog="rankpilot bench env-speed")
-    return run_command(partial(benchmark, options, QUICK if options.quick else FULL), options.json)
+
+    def sized(options: EnvSpeed, console: Console) -> Figures:
+        return benchmark(options, QUICK if options.quick else FULL, console)
+
+    return run_command("env-speed", EnvSpeed, sized, arguments)

@@ -1,25 +1,26 @@
-"""What benchmarks share: interleaved timing, ratios with intervals, the command line, the table."""
+"""What benchmarks share: interleaved timing, ratios with intervals, the command line."""
 
 from __future__ import annotations
 
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
-from rich.markup import escape
+from rich.progress import track
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.files import write_json
 from ..common.statistics import Estimate, Statistic, estimate, medians
-from ..common.tables import make_table as make_table
-from ..errors import ConfigError, RankPilotError
+from ..errors import ConfigError
 
 WIDTH = 132
 """Columns of output that goes into a file."""
@@ -164,32 +165,50 @@ def machine_facts(device: torch.device) -> Figures:
     return {**packages, "device": device.type, "chip": chip, "threads": torch.get_num_threads()}
 
 
-def run_command(benchmark: Callable[[Console], Figures], json: Path | None) -> int:
-    """Run a benchmark as a command: tables to stdout, figures to a file, an error as one line on stderr.
+class Options(Protocol):
+    """What every benchmark's options have."""
+
+    @property
+    def json(self) -> Path | None:
+        """Where the figures go, whole or not at all; nowhere if None."""
+
+
+T = TypeVar("T")
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def run_command(
+    name: str,
+    kind: type[OptionsT],
+    benchmark: Callable[[OptionsT, Console], Figures],
+    arguments: Sequence[str],
+) -> int:
+    """Run a benchmark as a command: tables to stdout, figures to a file.
 
     Args:
+        name: after `rankpilot bench`.
+        kind: of the options, read from the command line.
         benchmark: prints its tables on the console and returns its figures.
-        json: where the figures go, whole or not at all; nowhere if None.
+        arguments: the command line after the name.
 
     Returns:
         The exit status.
     """
-    try:
-        if json:
-            check_output(json)
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, WIDTH)
-        figures = benchmark(console)
-        if json:
-            write_json(json, figures)
-    except RankPilotError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted; no figures were written.")
-        return 130
+    options = tyro.cli(kind, args=arguments, prog=f"rankpilot bench {name}")
+    if options.json:
+        check_output(options.json)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    figures = benchmark(options, console)
+    if options.json:
+        write_json(options.json, figures)
     return 0
+
+
+def with_progress(items: Sequence[T], title: str) -> Iterable[T]:
+    """The same items, with a progress bar on stderr meanwhile."""
+    return track(items, title, console=Console(stderr=True), transient=True)
 
 
 def check_output(path: Path) -> None:

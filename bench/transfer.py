@@ -5,29 +5,28 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from ..agents.learned.policy import LearnedPolicy
 from ..agents.learned.policy_file import load_policy, policy_folder, read_card
 from ..common.devices import find_device
 from ..common.statistics import Estimate, compare_pairs, estimate
+from ..common.tables import make_table
 from ..common.workers import worker_pool
 from ..data.workload import load_workload
 from ..errors import ConfigError, NonFiniteError
 from ..finetune.config import FinetuneConfig
 from ..finetune.experiment import PILOT, UNIFORM, run_one
-from .harness import Figures, estimate_figures, machine_facts, make_table, run_command
+from .harness import Figures, estimate_figures, machine_facts, run_command
 from .ledger import Ledger
 
 MODEL = "all-minilm-l6-v2"
@@ -60,18 +59,25 @@ class Course:
     length: int
     held_out_rows: int
 
-    def runs(self, policies: Mapping[str, str | None]) -> list[Piece]:
-        """All runs; those that are compared follow one another.
-
-        Args:
-            policies: sha256 of each one's weights; None for rules.
-        """
+    def runs(self, policies: Sequence[str]) -> list[FinetuneConfig]:
+        """All runs, those of uniform rank too; runs that are compared follow one another."""
         return [
-            Piece(policy, weights, data, budget, seed, rate, self.steps, self.length, self.held_out_rows)
+            FinetuneConfig(
+                MODEL,
+                data,
+                policy=policy,
+                budget=budget,
+                steps=self.steps,
+                learning_rate=rate,
+                max_length=self.length,
+                held_out_rows=self.held_out_rows,
+                seed=seed,
+                eval_every=self.steps,
+            )
             for seed in range(self.seeds)
             for data, rates in self.rates.items()
             for budget, rate in rates.items()
-            for policy, weights in ({UNIFORM: None} | dict(policies)).items()
+            for policy in (UNIFORM, *policies)
         ]
 
 
@@ -83,33 +89,6 @@ FULL = Course(
     held_out_rows=800,
 )
 QUICK = Course({"rotten-tomatoes": {"60%": 1e-3}}, seeds=1, steps=4, length=16, held_out_rows=32)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One run, with all that its result depends on.
-
-    Attributes:
-        policy: decides, or UNIFORM.
-        weights: sha256 of its weights; None for rules.
-        data: data set.
-        budget: see `Budget.parse`.
-        seed: of everything.
-        learning_rate: peak of a linear decay.
-        steps: of the run.
-        length: tokens of a row at most.
-        held_out_rows: of the held-out set.
-    """
-
-    policy: str
-    weights: str | None
-    data: str
-    budget: str
-    seed: int
-    learning_rate: float
-    steps: int
-    length: int
-    held_out_rows: int
 
 
 @dataclass(frozen=True)
@@ -155,69 +134,52 @@ class Transfer:
             raise ConfigError(f"--policies names at least one policy, and none twice; got {self.policies}.")
         if UNIFORM in self.policies:
             raise ConfigError(f"{UNIFORM} is what all --policies are compared with; leave it out.")
-        if self.resume and not self.json:
-            raise ConfigError("--resume goes on with the .jsonl file beside --json FILE: name that too.")
         self.weights()
 
-    def weights(self) -> dict[str, str | None]:
-        """The sha256 of each policy's weights; None for rules."""
-        learned = {policy: isinstance(load_policy(policy), LearnedPolicy) for policy in self.policies}
-        return {
-            policy: str(read_card(policy_folder(policy))["sha256"]) if has_weights else None
-            for policy, has_weights in learned.items()
-        }
+    def weights(self) -> dict[str, str]:
+        """The sha256 of each learned policy's weights."""
+        learned = [policy for policy in self.policies if isinstance(load_policy(policy), LearnedPolicy)]
+        return {policy: str(read_card(policy_folder(policy))["sha256"]) for policy in learned}
 
 
-def run_piece(piece: Piece) -> dict[str, Any]:
+Results = dict[FinetuneConfig, dict[str, Any]]
+Pair = tuple[FinetuneConfig, dict[str, Any], dict[str, Any]]
+
+
+def run_piece(piece: FinetuneConfig) -> dict[str, Any]:
     """Run one fine-tune; returns its figures, for a policy also whether plain PEFT loads the adapter.
 
     The loss of a run that diverges is None; "guess" is the loss of a model that gives each class the same probability.
     """
-    name = UNIFORM if piece.policy == UNIFORM else PILOT
-    config = FinetuneConfig(
-        MODEL,
-        piece.data,
-        policy="default" if name == UNIFORM else piece.policy,
-        budget=piece.budget,
-        steps=piece.steps,
-        learning_rate=piece.learning_rate,
-        max_length=piece.length,
-        held_out_rows=piece.held_out_rows,
-        seed=piece.seed,
-        eval_every=piece.steps,
-    )
     with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         workload = load_workload(
-            MODEL, piece.data, max_length=piece.length, held_out_rows=piece.held_out_rows, seed=piece.seed
+            MODEL, piece.data, max_length=piece.max_length, held_out_rows=piece.held_out_rows, seed=piece.seed
         )
         guess = {"guess": math.log(len(workload.labels))}
         try:
-            return guess | run_one(config, workload, Path(folder), name)
+            return guess | run_one(piece, workload, Path(folder), UNIFORM if piece.policy == UNIFORM else PILOT)
         except NonFiniteError:
             return guess | {"held_out_loss": None}
 
 
-def run_all(options: Transfer, course: Course, ledger: Ledger, console: Console) -> dict[Piece, dict[str, Any]]:
+def run_all(options: Transfer, course: Course, ledger: Ledger, console: Console) -> Results:
     """Run what the ledger does not hold yet; returns the results of all runs."""
-    pieces = course.runs(options.weights())
-    missing = [piece for piece in pieces if ledger.get(asdict(piece)) is None]
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar, worker_pool(options.workers) as workers:
-        shown = bar.add_task("fine-tunes", total=len(pieces), completed=len(pieces) - len(missing))
+    weights = options.weights()
+    works = {piece: [asdict(piece), weights.get(piece.policy)] for piece in course.runs(options.policies)}
+    missing = [piece for piece, work in works.items() if ledger.get(work) is None]
+    with Progress(console=console, transient=True) as bar, worker_pool(options.workers) as workers:
+        shown = bar.add_task("fine-tunes", total=len(works), completed=len(works) - len(missing))
         for piece, result in workers.spread(run_piece, missing):
-            ledger.add(asdict(piece), result)
+            ledger.add(works[piece], result)
             bar.advance(shown)
-    return {piece: ledger.get(asdict(piece)) for piece in pieces}
+    return {piece: ledger.get(work) for piece, work in works.items()}
 
 
-Pair = tuple[Piece, dict[str, Any], dict[str, Any]]
-
-
-def pairs_of(results: dict[Piece, dict[str, Any]], policy: str) -> Iterator[Pair]:
+def pairs_of(results: Results, policy: str) -> Iterator[Pair]:
     """Runs of a policy with its result and the uniform run's."""
     for piece, result in results.items():
         if piece.policy == policy:
-            yield piece, result, results[replace(piece, policy=UNIFORM, weights=None)]
+            yield piece, result, results[replace(piece, policy=UNIFORM)]
 
 
 def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
@@ -229,6 +191,7 @@ def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
     ended = [(run, uniform) for _, run, uniform in pairs if _ended(run) and _ended(uniform)]
     versus = compare_pairs([-loss for loss in losses], [-loss for loss in uniform_losses], tasks)
     step_ratios = [run["median_step_s"] / uniform["median_step_s"] for run, uniform in ended]
+    accuracy_gains = [run["held_out_accuracy"] - uniform["held_out_accuracy"] for run, uniform in ended]
     figures: Figures = {
         "runs": len(pairs),
         **estimate_figures("better", versus.better),
@@ -236,7 +199,7 @@ def figures_of(policy: str, pairs: Sequence[Pair]) -> Figures:
         "diverged": sum(not _ended(run) for run in runs),
         "one_percent_worse": sum(loss > WORSE * other for loss, other in zip(losses, uniform_losses, strict=True)),
         "worst_ratio": float(np.exp(np.max(logs - uniform_logs))),
-        "accuracy_gain": _mean(run["held_out_accuracy"] - uniform["held_out_accuracy"] for run, uniform in ended),
+        "accuracy_gain": float(np.mean(accuracy_gains or [0.0])),
         "over_budget": sum(run["peak_bytes"] > run["budget_bytes"] for run, _ in ended),
         "identical_reloads": sum(bool(run["reload"]["identical"]) for run, _ in ended),
         "step_ratio": float(np.median(step_ratios or [0.0])),
@@ -250,12 +213,6 @@ def _ended(run: dict[str, Any]) -> bool:
 
 def _loss(run: dict[str, Any], otherwise: float) -> float:
     return float(run["held_out_loss"]) if _ended(run) else otherwise
-
-
-def _mean(values: Iterable[float]) -> float:
-    """The mean; 0 of nothing."""
-    listed = list(values)
-    return float(np.mean(listed)) if listed else 0.0
 
 
 def _runs_table(policy: str, pairs: Sequence[Pair]) -> Any:
@@ -304,7 +261,7 @@ def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
         ConfigError, UnknownNameError, PolicyFileError: bad options, or results that are in the way.
     """
     options.check()
-    ledger = Ledger(options.json.with_suffix(".jsonl") if options.json else None, resume=options.resume)
+    ledger = Ledger(options.json, resume=options.resume)
     # The stream by name: runs in this process redirect what they print.
     results = run_all(options, course, ledger, Console(file=sys.stderr))
     figures: Figures = {**machine_facts(find_device("auto")), "threads": 1, "quick": options.quick}
@@ -316,7 +273,10 @@ def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(Transfer, args=arguments, prog="rankpilot bench transfer")
-    return run_command(partial(benchmark, options, QUICK if options.quick else FULL), options.json)
+
+    def sized(options: Transfer, console: Console) -> Figures:
+        return benchmark(options, QUICK if options.quick else FULL, console)
+
+    return run_command("transfer", Transfer, sized, arguments)

@@ -13,8 +13,7 @@ import torch
 
 from ...common.arrays import IntArray
 from ...memory.batch_shape import BatchShape
-from ...memory.cost import ByteCost, plan_cost
-from ...memory.model import MemoryModel
+from ...memory.cost import plan_cost
 from ...memory.recording import Batch
 from ..learner import Learner
 from .settings import Setting
@@ -24,21 +23,6 @@ SHAPES = (CALIBRATED, BatchShape(3, 32), BatchShape(12, 44))
 """Batches of the plans; all but the first are predicted from a calibration on another one."""
 RANKS = (1, 2, 4, 8, 16)
 DENSITIES = (1.0, 0.6, 0.3, 0.1)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One plan, one batch shape.
-
-    Attributes:
-        calibrated: whether the batch has the shape of calibration.
-        saved: predicted and measured bytes that autograd holds for the backward pass; None with checkpointing.
-        peak: predicted and measured bytes at the peak of the whole step.
-    """
-
-    calibrated: bool
-    saved: tuple[float, float] | None
-    peak: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -97,8 +81,9 @@ def compare_plans(
         seed: of everything.
 
     Returns:
-        "calibration_steps" (seconds of calibration over the median of three plain steps) and "plans", each a
-        `Comparison` as a dict.
+        "calibration_steps" (seconds of calibration over the median of three plain steps) and "plans". Each of these has
+        "calibrated" (whether the batch has the shape of calibration), "saved" (predicted and measured bytes that
+        autograd holds for the backward pass; None with checkpointing) and "peak" (the same at the peak of the step).
     """
     learner = setting.learner(device, seed)
     generator = np.random.default_rng([seed, *map(ord, repr(setting))])
@@ -113,7 +98,12 @@ def compare_plans(
         batch, cost = setting.batch(shape, device, seed), memory.cost(shape)
         for turn in range(plans):
             ranks = learner.set_ranks(random_plan(generator, blocks, turn))
-            compared.append(vars(_compare(learner, memory, cost, batch, ranks, setting.checkpointing == "none")))
+            learner.step(batch)  # the optimiser's state is there from now on
+            peak = plan_cost(cost, ranks), float(learner.measured_step(batch))
+            saved = None
+            if setting.checkpointing == "none":
+                saved = memory.saved(ranks, shape), float(saved_bytes(learner, batch))
+            compared.append({"calibrated": shape == CALIBRATED, "saved": saved, "peak": peak})
     return {"calibration_steps": calibration_s / step_s, "plans": compared}
 
 
@@ -125,16 +115,6 @@ def _median_step(learner: Learner, batch: Batch) -> float:
         learner.step(batch)
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[1:]))
-
-
-def _compare(
-    learner: Learner, memory: MemoryModel, cost: ByteCost, batch: Batch, ranks: IntArray, saves: bool
-) -> Comparison:
-    learner.step(batch)  # the optimiser's state is there from now on
-    peak = plan_cost(cost, ranks), float(learner.measured_step(batch))
-    shape = BatchShape.of(batch)
-    saved = (memory.saved(ranks, shape), float(saved_bytes(learner, batch))) if saves else None
-    return Comparison(shape == memory.shape, saved, peak)
 
 
 class _Token:

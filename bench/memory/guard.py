@@ -29,7 +29,7 @@ PLANS = (REFERENCE, TOP_HALF, HALF_BUDGET)
 """Plans that are looked at from outside the process."""
 
 
-def measured_steps(family: Family, size: Size, rounds: int, device: torch.device, seed: int) -> dict[str, Any]:
+def measured_steps(family: Family, size: Size, device: torch.device, seed: int, rounds: int) -> dict[str, Any]:
     """Time steps under `PeakMeter` and plain ones in turn.
 
     Returns:

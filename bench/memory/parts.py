@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from rich.progress import Progress
 
 from ...memory.batch_shape import BatchShape
+from ..harness import with_progress
 from ..ledger import Ledger
 from ..models import ARCHITECTURES, FAMILIES, Family, Size
 from .accuracy import SHAPES, compare_plans
@@ -67,41 +65,20 @@ QUICK = Extent(
 )
 
 
-def accuracy_part(
-    extent: Extent, device: torch.device, seed: int, ledger: Ledger, bar: Progress
-) -> dict[Setting, dict[str, Any]]:
+def accuracy_part(extent: Extent, device: torch.device, seed: int, ledger: Ledger) -> dict[Setting, dict[str, Any]]:
     """Random plans by setting; see `compare_plans`."""
-    results = {}
-    for setting in _shown(bar, "settings of random plans", extent.settings):
-        work = {"part": "accuracy", "setting": asdict(setting), "device": str(device), "seed": seed}
-        work |= {"shapes": [str(shape) for shape in extent.shapes], "plans": extent.plans}
-        results[setting] = ledger.fetch(
-            work, partial(compare_plans, setting, extent.shapes, extent.plans, device, seed)
-        )
-    return results
+    return {
+        setting: ledger.fetch(compare_plans, setting, extent.shapes, extent.plans, device, seed)
+        for setting in with_progress(extent.settings, "settings of random plans")
+    }
 
 
-def guard_part(
-    extent: Extent, device: torch.device, seed: int, ledger: Ledger, bar: Progress
-) -> dict[str, dict[str, Any]]:
+def guard_part(extent: Extent, device: torch.device, seed: int, ledger: Ledger) -> dict[str, dict[str, Any]]:
     """By family "guard" (see `measured_steps`) and, for the first one, "outside" (see `outside_view`)."""
     results: dict[str, dict[str, Any]] = {}
-    for index, family in enumerate(_shown(bar, "guard and resident set", extent.families)):
-        work = {"part": "guard", "family": family, "size": asdict(extent.size), "device": str(device), "seed": seed}
-        timed = work | {"rounds": extent.rounds}
-        results[family] = {
-            "guard": ledger.fetch(timed, partial(measured_steps, family, extent.size, extent.rounds, device, seed))
-        }
-        if index == 0:
-            looked = work | {"part": "outside", "plans": extent.outside}
-            results[family]["outside"] = ledger.fetch(
-                looked, partial(outside_view, family, extent.size, device, seed, extent.outside)
-            )
+    for family in with_progress(extent.families, "guard and resident set"):
+        given = (family, extent.size, device, seed)
+        results[family] = {"guard": ledger.fetch(measured_steps, *given, extent.rounds)}
+        if family == extent.families[0]:
+            results[family]["outside"] = ledger.fetch(outside_view, *given, extent.outside)
     return results
-
-
-def _shown(bar: Progress, title: str, items: tuple[T, ...]) -> Iterator[T]:
-    task = bar.add_task(title, total=len(items))
-    for item in items:
-        yield item
-        bar.advance(task)

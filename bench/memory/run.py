@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ...common.devices import find_device
 from ...errors import ConfigError
@@ -51,17 +48,6 @@ class Memory:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
 
-    def check(self) -> None:
-        """Make sure that the values are in range.
-
-        Raises:
-            ConfigError: one is not.
-        """
-        if self.seed < 0:
-            raise ConfigError(f"--seed is at least 0; got {self.seed}.")
-        if self.resume and not self.json:
-            raise ConfigError("--resume goes on with the .jsonl file beside --json FILE: name that too.")
-
 
 def benchmark(options: Memory, extent: Extent, console: Console) -> Figures:
     """Run both parts, print their tables, and return all figures.
@@ -69,18 +55,20 @@ def benchmark(options: Memory, extent: Extent, console: Console) -> Figures:
     Raises:
         ConfigError: a value out of range, an absent device, or results that are in the way.
     """
-    options.check()
+    if options.seed < 0:
+        raise ConfigError(f"--seed is at least 0; got {options.seed}.")
     device = find_device(options.device)
-    ledger = Ledger(options.json.with_suffix(".jsonl") if options.json else None, resume=options.resume)
+    ledger = Ledger(options.json, resume=options.resume)
     figures: Figures = {**machine_facts(device), "quick": options.quick, "seed": options.seed}
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        figures |= report.accuracy(accuracy_part(extent, device, options.seed, ledger, bar), console)
-        figures |= report.guard(guard_part(extent, device, options.seed, ledger, bar), console)
+    figures |= report.accuracy(accuracy_part(extent, device, options.seed, ledger), console)
+    figures |= report.guard(guard_part(extent, device, options.seed, ledger), console)
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(Memory, args=arguments, prog="rankpilot bench memory")
-    return run_command(partial(benchmark, options, QUICK if options.quick else FULL), options.json)
+
+    def sized(options: Memory, console: Console) -> Figures:
+        return benchmark(options, QUICK if options.quick else FULL, console)
+
+    return run_command("memory", Memory, sized, arguments)

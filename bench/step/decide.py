@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from rich.progress import track
 
 from ...agents.learned.network import Action, RankNetwork
 from ...agents.learned.policy import LearnedPolicy
@@ -20,13 +18,14 @@ from ...agents.learned.policy_file import load_policy
 from ...agents.rules import find_rule
 from ...allocation.observation import Observation, RunState, observe
 from ...allocation.problem import AllocationProblem
+from ...common.tables import make_table
 from ...common.workers import isolated
 from ...errors import ConfigError
 from ...lora.signals import SIGNALS
 from ...lora.targets import find_target_modules
 from ...memory.budget import reference_cost
 from ...memory.calibration import calibrate
-from ..harness import Figures, interleave, machine_facts, make_table, paired_ratios, run_command
+from ..harness import Figures, interleave, machine_facts, paired_ratios, run_command, with_progress
 from ..models import Size, random_model
 
 RULE = "signal-mean"
@@ -126,7 +125,7 @@ def benchmark(options: Decide, console: Console) -> Figures:
         raise ConfigError(f"--policy names a trained policy; {options.policy!r} is a rule.")
     figures: Figures = {**machine_facts(torch.device("cpu")), "threads": 1, "quick": options.quick}
     rows = []
-    for layers in track(QUICK if options.quick else FULL, "decisions", console=Console(stderr=True), transient=True):
+    for layers in with_progress(QUICK if options.quick else FULL, "decisions"):
         with isolated():
             count, medians = time_decisions(policy, layers, 5 if options.quick else 15)
         figures |= {f"modules_{count}.{name}": value for name, value in medians.items()}
@@ -136,7 +135,6 @@ def benchmark(options: Decide, console: Console) -> Figures:
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(Decide, args=arguments, prog="rankpilot bench decide")
-    return run_command(partial(benchmark, options), options.json)
+    return run_command("decide", Decide, benchmark, arguments)

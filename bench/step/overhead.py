@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from ...common.devices import find_device
+from ...common.tables import make_table
 from ...common.units import format_bytes
 from ...errors import ConfigError
-from ..harness import Figures, estimate_figures, machine_facts, make_table, run_command, usual_step, whole_cycle
+from ..harness import Figures, estimate_figures, machine_facts, run_command, usual_step, whole_cycle
 from ..models import FAMILIES, Family, Size
 from .race import PERIOD, Course, Result, run
 
@@ -135,8 +135,7 @@ def benchmark(options: Overhead, size: Size, course: Course, console: Console) -
     figures: Figures = {**machine_facts(device), "quick": options.quick, "seed": options.seed}
     figures |= asdict(size) | asdict(course)
     everything = {}
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         for family in FAMILIES:
             task = bar.add_task(f"{family}, rounds of four steps", total=course.steps)
             advance = partial(bar.advance, task)
@@ -150,8 +149,10 @@ def benchmark(options: Overhead, size: Size, course: Course, console: Console) -
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit status."""
-    options = tyro.cli(Overhead, args=arguments, prog="rankpilot bench overhead")
-    size, course = QUICK if options.quick else FULL
-    return run_command(partial(benchmark, options, size, course), options.json)
+
+    def sized(options: Overhead, console: Console) -> Figures:
+        return benchmark(options, *(QUICK if options.quick else FULL), console)
+
+    return run_command("overhead", Overhead, sized, arguments)

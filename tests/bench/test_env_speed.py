@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rankpilot.bench import env_speed
 from rankpilot.bench.env_speed import EnvSpeed, Load, main, measure, whole_episodes
+from rankpilot.cli import main as cli
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rich.console import Console
 
@@ -68,5 +69,5 @@ def test_an_episode_that_does_not_end_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_folder_is_no_file_for_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--quick", "--json", "."]) == 1
+    assert cli.run(["bench", "env-speed", "--quick", "--json", "."]) == 1
     assert "Name a file" in capsys.readouterr().err

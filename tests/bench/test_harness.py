@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,16 +19,17 @@ from rankpilot.bench.harness import (
     estimate_cycles,
     interleave,
     machine_facts,
-    make_table,
     paired_ratios,
     run_command,
     turn_order,
     usual_step,
     whole_cycle,
 )
+from rankpilot.cli import main as cli
 from rankpilot.common import statistics
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.statistics import Estimate, Statistic
+from rankpilot.common.tables import make_table
 from rankpilot.errors import ConfigError
 from rich.console import Console
 
@@ -168,27 +171,51 @@ def test_output_is_checked_before_the_work(tmp_path: Path) -> None:
         check_output(tmp_path / "file" / "figures.json")
 
 
-def test_a_command_writes_its_figures_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def fine(console: Console) -> Figures:
+@dataclass(frozen=True)
+class Plain:
+    """Options of a benchmark.
+
+    Attributes:
+        json: file for the figures.
+    """
+
+    json: Path | None = None
+
+
+def test_a_command_writes_its_figures_or_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fine(options: Plain, console: Console) -> Figures:
         console.print("a table")
         return {"a.ratio": 1.5}
 
-    def wrong(console: Console) -> Figures:
-        raise ConfigError("no [such] thing")
-
-    def interrupted(console: Console) -> Figures:
-        raise KeyboardInterrupt
+    def wrong(options: Plain, console: Console) -> Figures:
+        raise ConfigError("no such thing")
 
     path = tmp_path / "figures.json"
-    assert run_command(fine, None) == 0
+    assert run_command("fine", Plain, fine, []) == 0
     assert not path.exists()
-    assert run_command(fine, path) == 0
+    assert run_command("fine", Plain, fine, ["--json", str(path)]) == 0
     assert json.loads(path.read_text()) == {"a.ratio": 1.5}
     assert capsys.readouterr().out == "a table\na table\n"
     path.unlink()
-    assert (run_command(wrong, path), run_command(interrupted, path)) == (1, 130)
+    with pytest.raises(ConfigError, match="no such thing"):
+        run_command("wrong", Plain, wrong, ["--json", str(path)])
     assert list(tmp_path.iterdir()) == []
-    assert "error: no [such] thing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [(ConfigError("no [such] thing"), 1, "error: no [such] thing"), (KeyboardInterrupt(), 130, "Interrupted")],
+)
+def test_an_error_and_an_interruption_of_a_benchmark(
+    error: BaseException,
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("rankpilot.bench.env_speed.benchmark", Mock(side_effect=error))
+    assert cli.run(["bench", "env-speed", "--quick"]) == status
+    assert message in capsys.readouterr().err
 
 
 def test_table_holds_every_cell(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,6 @@ from rankpilot.bench.transfer import (
     QUICK,
     RATES,
     Course,
-    Piece,
     Transfer,
     figures_of,
     main,
@@ -34,6 +33,7 @@ from rankpilot.common.files import sha256
 from rankpilot.common.workers import isolated
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.finetune import experiment
+from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import UNIFORM
 from rich.console import Console
 
@@ -43,7 +43,7 @@ COURSE = Course(
 CONSOLE = Console(file=io.StringIO())
 
 
-def made_up(piece: Piece) -> dict[str, Any]:
+def made_up(piece: FinetuneConfig) -> dict[str, Any]:
     """Policy "a" is 10 % better everywhere; "b" 5 % worse on one data set and equal on the other."""
     loss = 0.5 + 0.1 * piece.seed + float(piece.budget.rstrip("%")) / 1000
     factor = {"a": 0.9, "b": 1.05 if piece.data == "reuters-r8" else 1.0}.get(piece.policy, 1.0)
@@ -59,16 +59,15 @@ def made_up(piece: Piece) -> dict[str, Any]:
     return result if piece.policy == UNIFORM else result | {"reload": {"identical": piece.seed == 0}}
 
 
-def results(*policies: str) -> dict[Piece, dict[str, Any]]:
-    return {piece: made_up(piece) for piece in COURSE.runs(dict.fromkeys(policies))}
+def results(*policies: str) -> dict[FinetuneConfig, dict[str, Any]]:
+    return {piece: made_up(piece) for piece in COURSE.runs(policies)}
 
 
 def test_all_runs_of_a_comparison_are_paired() -> None:
-    pieces = COURSE.runs({"a": None, "b": "0123"})
+    pieces = COURSE.runs(("a", "b"))
     assert len(set(pieces)) == len(pieces) == 2 * 2 * 2 * 3
     assert [piece.policy for piece in pieces[:3]] == [UNIFORM, "a", "b"]
-    assert [piece.weights for piece in pieces[:3]] == [None, None, "0123"]
-    assert len({replace(piece, policy="", weights=None) for piece in pieces[:3]}) == 1
+    assert len({replace(piece, policy="") for piece in pieces[:3]}) == 1
     assert all(piece.learning_rate == COURSE.rates[piece.data][piece.budget] for piece in pieces)
     outcomes = {piece: made_up(piece) for piece in pieces}
     for policy in ("a", "b"):
@@ -77,7 +76,7 @@ def test_all_runs_of_a_comparison_are_paired() -> None:
         for piece, run, uniform_run in pairs:
             assert piece.policy == policy
             assert run == outcomes[piece]
-            assert uniform_run == outcomes[replace(piece, policy=UNIFORM, weights=None)]
+            assert uniform_run == outcomes[replace(piece, policy=UNIFORM)]
 
 
 def test_figures() -> None:
@@ -100,7 +99,7 @@ def test_figures() -> None:
 
 
 def test_a_run_above_its_budget_is_told() -> None:
-    piece = COURSE.runs({"a": None})[1]
+    piece = COURSE.runs(("a",))[1]
     pair = piece, made_up(piece) | {"peak_bytes": 101}, made_up(replace(piece, policy=UNIFORM))
     assert figures_of("a", [pair])["a.over_budget"] == 1
 
@@ -133,14 +132,14 @@ def _tokenised_once() -> Iterator[None]:
 @pytest.mark.assets
 @pytest.mark.usefixtures("_tokenised_once")
 def test_a_rate_that_is_too_high_diverges() -> None:
-    _, piece = QUICK.runs({"signal-mean": None})
+    _, piece = QUICK.runs(("signal-mean",))
     assert run_piece(replace(piece, learning_rate=1e30)) == {"held_out_loss": None, "guess": math.log(2)}
 
 
 def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Piece] = []
+    started: list[FinetuneConfig] = []
 
-    def stop_at_seven(piece: Piece) -> dict[str, Any]:
+    def stop_at_seven(piece: FinetuneConfig) -> dict[str, Any]:
         started.append(piece)
         if len(started) == 7:
             raise KeyboardInterrupt
@@ -153,11 +152,11 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="Go on with --resume"):
         transfer.benchmark(options, COURSE, CONSOLE)
     figures = transfer.benchmark(replace(options, resume=True), COURSE, CONSOLE)
-    pieces = COURSE.runs({"signal-mean": None})
+    pieces = COURSE.runs(("signal-mean",))
     assert len(started) == len(pieces) + 1, "only the run that failed is repeated"
     assert figures["signal-mean.runs"] == 8
-    ledger = Ledger(tmp_path / "figures.jsonl", resume=True)
-    assert all(ledger.get(asdict(piece)) == made_up(piece) for piece in pieces)
+    ledger = Ledger(tmp_path / "figures.json", resume=True)
+    assert all(ledger.get([asdict(piece), None]) == made_up(piece) for piece in pieces)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,6 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         ({"policies": ("signal-mean", "signal-mean")}, ConfigError, "none twice"),
         ({"policies": ("uniform",)}, ConfigError, "leave it out"),
         ({"policies": ("signal-man",)}, UnknownNameError, "signal-mean"),
-        ({"resume": True}, ConfigError, "--json FILE"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -176,9 +174,14 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         Transfer(**options).check()
 
 
+def test_resume_needs_a_file() -> None:
+    with pytest.raises(ConfigError, match="--json FILE"):
+        transfer.benchmark(Transfer(policies=("signal-mean",), resume=True), COURSE, CONSOLE)
+
+
 def test_runs_are_told_apart_by_the_weights(trained: Path) -> None:
     weights = Transfer(policies=(str(trained), "signal-mean")).weights()
-    assert weights == {str(trained): sha256(trained / WEIGHTS), "signal-mean": None}
+    assert weights == {str(trained): sha256(trained / WEIGHTS)}
 
 
 @pytest.fixture
@@ -187,7 +190,7 @@ def trained(tmp_path: Path) -> Path:
 
 
 def test_budgets_and_data_of_the_full_run() -> None:
-    pieces = FULL.runs({"default": None})
+    pieces = FULL.runs(("default",))
     assert {(piece.data, piece.learning_rate) for piece in pieces} == set(RATES.items())
     assert {piece.budget for piece in pieces} == set(BUDGETS)
 
@@ -202,10 +205,10 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert figures["signal-mean.runs"] == figures["signal-mean.identical_reloads"] == 1
     assert figures["signal-mean.over_budget"] == 0
     assert "signal-mean against uniform rank" in capsys.readouterr().out
-    piece, _ = QUICK.runs({"signal-mean": None})
+    piece, _ = QUICK.runs(("signal-mean",))
     # The adapter of the first run has been loaded in another process; the second one is compared with the first.
     monkeypatch.setattr(experiment, "check_reload", lambda *_: {"identical": True})
     with isolated():
-        again, stored = run_piece(piece), Ledger(path.with_suffix(".jsonl"), resume=True).get(asdict(piece))
+        again, stored = run_piece(piece), Ledger(path, resume=True).get([asdict(piece), None])
     assert again["held_out_loss"] == stored["held_out_loss"], "the same seed, the same run"
     assert again["ranks"] == stored["ranks"]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.bench.ledger import Ledger
-from rankpilot.bench.memory import run as memory
 from rankpilot.bench.memory.accuracy import CALIBRATED, Errors, compare_plans, random_plan, saved_bytes
 from rankpilot.bench.memory.guard import HALF_BUDGET, PLANS, REFERENCE, TOP_HALF, named_plans
 from rankpilot.bench.memory.report import accuracy, guard
 from rankpilot.bench.memory.settings import Setting
 from rankpilot.bench.models import ARCHITECTURES, Family
+from rankpilot.cli import main as cli
 from rankpilot.errors import ConfigError
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.cost import plan_cost
@@ -83,21 +83,27 @@ def test_watched_plans_are_what_their_names_say(family: Family) -> None:
 
 
 def test_a_ledger_goes_on_where_it_was_and_refuses_to_mix(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
+    path = tmp_path / "figures.json"
     ledger = Ledger(path)
-    assert ledger.fetch({"plan": [1, 2], "seed": 0}, lambda: 0.5) == 0.5
+
+    def compute(plan: list[int], seed: int) -> float:
+        return 0.5 if ledger.get(["compute", plan, seed]) is None else math.nan
+
+    assert ledger.fetch(compute, [1, 2], 0) == ledger.fetch(compute, [1, 2], 0) == 0.5
     with pytest.raises(ConfigError, match="--resume"):
         Ledger(path)
-    resumed = Ledger(path, resume=True)
-    assert resumed.fetch({"seed": 0, "plan": [1, 2]}, lambda: math.nan) == 0.5
-    assert resumed.get({"seed": 1, "plan": [1, 2]}) is None
+    with pytest.raises(ConfigError, match="--json FILE"):
+        Ledger(None, resume=True)
+    ledger = Ledger(path, resume=True)
+    assert ledger.fetch(compute, [1, 2], 0) == 0.5
+    assert ledger.get(["compute", [1, 2], 1]) is None
 
 
 @pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--resume"], ["--device", "cuda"]])
 def test_options_that_cannot_work(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if arguments == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    assert memory.main(["--quick", *arguments]) == 1
+    assert cli.run(["bench", "memory", "--quick", *arguments]) == 1
     assert "error:" in capsys.readouterr().err
 
 

@@ -20,6 +20,7 @@ from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.bench.step import decide
 from rankpilot.bench.step.decide import RULE, deciders, main, observation_of
+from rankpilot.cli import main as cli
 
 
 @pytest.fixture(scope="module")
@@ -87,5 +88,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     ],
 )
 def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--quick", *arguments]) == 1
+    assert cli.run(["bench", "decide", "--quick", *arguments]) == 1
     assert message in " ".join(capsys.readouterr().err.split())

@@ -13,6 +13,7 @@ from rankpilot.bench.models import Size
 from rankpilot.bench.step import overhead
 from rankpilot.bench.step.overhead import figures_of, main, table_of, verdict
 from rankpilot.bench.step.race import PERIOD, Course, Result, run
+from rankpilot.cli import main as cli
 from rich.console import Console
 
 METHODS = ("plain", "plain_again", "adalora", "rankpilot")
@@ -127,5 +128,5 @@ def test_the_command_writes_all_figures(
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--seed", "-1"], "--seed"), (["--json", "."], "Name a file")])
 def test_wrong_options_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--quick", *arguments]) == 1
+    assert cli.run(["bench", "overhead", "--quick", *arguments]) == 1
     assert message in capsys.readouterr().err
