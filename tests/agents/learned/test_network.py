@@ -213,6 +213,36 @@ def test_density_and_entropy_are_those_of_a_normal_distribution() -> None:
     assert off_diagonal.abs().max() > 1e-3, "scores move together"
 
 
+def test_density_and_entropy_by_hand() -> None:
+    """With the inverse and the determinant of the whole covariance, and with the numbers of the formula used before."""
+    std, factors = (
+        torch.tensor([[0.5, 2.0, 9.0, 0.1]]),
+        torch.tensor([[[0.3, 0.0], [0.0, -1.0], [0.0, 0.0], [0.2, 0.4]]]),
+    )
+    mean, mask = torch.tensor([[0.2, -0.1, 0.0, 0.4]]), torch.tensor([[1.0, 1.0, 0.0]])
+    action = Action(*(part.double() for part in (mean, std, factors)), values=torch.zeros(1, 1))
+    gaussian = CorrelatedGaussian(action, mask.double())
+    point = torch.tensor([[0.7, 0.9, 5.0, -0.2]], dtype=torch.float64)
+    keep = [0, 1, 3]
+    real = part(action, keep)
+    whole, away = covariance(real)[0].numpy(), (point[:, keep] - real.mean)[0].numpy()
+    volume = 3 * np.log(2 * np.pi) + np.linalg.slogdet(whole)[1]
+    assert float(gaussian.log_prob(point)) == pytest.approx(-0.5 * (away @ np.linalg.solve(whole, away) + volume))
+    assert float(gaussian.entropy()) == pytest.approx(0.5 * (3 + volume))
+    assert float(gaussian.log_prob(point)) == pytest.approx(-3.701038287717109, abs=1e-12)
+    assert float(gaussian.entropy()) == pytest.approx(3.6284803265225154, abs=1e-12)
+
+
+def test_samples_draw_as_they_always_did() -> None:
+    action = stirred()(*arrays(5))
+    torch.manual_seed(7)
+    sampled = CorrelatedGaussian(action, torch.ones(3, 5)).sample()
+    torch.manual_seed(7)
+    alone = action.std * torch.randn(3, 7)
+    shared = action.factors @ torch.randn(3, action.factors.shape[2], 1)
+    assert torch.equal(sampled, action.mean + alone + shared.squeeze(-1))
+
+
 def test_padding_counts_for_nothing() -> None:
     network, (modules, run, mask) = doubles(6)
     given = padded(modules, run, mask)
