@@ -141,8 +141,8 @@ def _constant(folder: str, schedule: DecisionSchedule) -> Constant:
     tasks = sorted(evenly(find_tasks(SUITES, "train"), CONSTANT_TASKS), key=lambda task: task.base)
     check_texts(tasks)
     observations = []
-    for base, some in groupby(tasks, key=lambda task: task.base):
-        observations += first_observations(StackedEpisodes(base, schedule, SLOTS), list(some), SLOTS)
+    for base, on_base in groupby(tasks, key=lambda task: task.base):
+        observations += first_observations(StackedEpisodes(base, schedule, SLOTS), list(on_base), SLOTS)
     return constant_of(policy, observations, f"{CONSTANT}{policy.name}")
 
 

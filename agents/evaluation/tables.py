@@ -47,7 +47,7 @@ class Group:
     Attributes:
         name: which tasks, such as "planted, bytes".
         tasks: how many different ones.
-        standings: best mean improvement first.
+        results: best mean improvement first.
     """
 
     name: str

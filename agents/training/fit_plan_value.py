@@ -131,14 +131,14 @@ def fit_critics(
         _Fit(number, critics.config, fit or FitConfig(), plans, targets.numpy(), sizes, tasks, seed * count + number)
         for number in range(count)
     ]
-    said = torch.full((count, len(rows)), torch.nan)
+    predicted = torch.full((count, len(rows)), torch.nan)
     with worker_pool(min(workers, count)) as pool:
         for piece, fitted in pool.spread(_fit_one, pieces, lambda piece: f"the fit of plan critic {piece.number}"):
             weights = {name: torch.from_numpy(values) for name, values in fitted.weights.items()}
             critics.critics[piece.number].load_state_dict(weights)
-            said[piece.number] = torch.from_numpy(fitted.unseen)
+            predicted[piece.number] = torch.from_numpy(fitted.unseen)
     critics.eval()
-    mean = said.nanmean(dim=0)
+    mean = predicted.nanmean(dim=0)
     known = ~mean.isnan()
     truth = targets[known]
     if not truth.any():
@@ -174,22 +174,22 @@ def _fit_one(piece: _Fit) -> _Fitted:
     groups = list(torch.split(torch.arange(len(piece.targets)), piece.sizes))
     count = int(piece.tasks.max()) + 1
     drawn = torch.bincount(torch.randint(count, (count,)), minlength=count)[torch.from_numpy(piece.tasks)]
-    own = [group for group, times in zip(groups, drawn.tolist(), strict=True) for _ in range(times)]
+    drawn_groups = [group for group, times in zip(groups, drawn.tolist(), strict=True) for _ in range(times)]
     critic = PlanValue(piece.critic)
-    _learn(critic, plans, torch.from_numpy(piece.targets), own, piece.fit)
-    said = torch.full((len(piece.targets),), torch.nan)
+    _learn(critic, plans, torch.from_numpy(piece.targets), drawn_groups, piece.fit)
+    predicted = torch.full((len(piece.targets),), torch.nan)
     unseen = [group for group, times in zip(groups, drawn.tolist(), strict=True) if not times]
     with torch.no_grad():
         for start in range(0, len(unseen), piece.fit.batch):
-            some = unseen[start : start + piece.fit.batch]
-            said[torch.cat(some)] = _centred(critic, plans, some)
-    return _Fitted({name: value.numpy() for name, value in critic.state_dict().items()}, said.numpy())
+            batch = unseen[start : start + piece.fit.batch]
+            predicted[torch.cat(batch)] = _centred(critic, plans, batch)
+    return _Fitted({name: value.numpy() for name, value in critic.state_dict().items()}, predicted.numpy())
 
 
 def _centred(critic: nn.Module, plans: Plans, groups: Sequence[torch.Tensor]) -> torch.Tensor:
     """What a critic says of some groups, less the mean of each."""
-    said = critic(plans[torch.cat(list(groups))]).squeeze(1)
-    return torch.cat([part - part.mean() for part in torch.split(said, [len(group) for group in groups])])
+    predicted = critic(plans[torch.cat(list(groups))]).squeeze(1)
+    return torch.cat([part - part.mean() for part in torch.split(predicted, [len(group) for group in groups])])
 
 
 def _learn(
@@ -201,8 +201,8 @@ def _learn(
     critic.train()
     for _ in range(fit.epochs):
         for chosen in torch.split(torch.randperm(len(groups)), fit.batch):
-            some = [groups[index] for index in chosen.tolist()]
-            loss = (_centred(critic, plans, some) - targets[torch.cat(some)]).square().mean()
+            batch = [groups[index] for index in chosen.tolist()]
+            loss = (_centred(critic, plans, batch) - targets[torch.cat(batch)]).square().mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -110,8 +110,8 @@ class PPOProgress(BaseCallback):
         assert isinstance(self.model, PPO)
         assert isinstance(self.model.policy, RankPolicy)
         self.report(Stage("validation", self.iteration, self._config.iterations))
-        found = self._validation.measure(self.model.policy)
-        for key, value in found.items():
+        shares = self._validation.measure(self.model.policy)
+        for key, value in shares.items():
             self.logger.record(f"validation/{key}", value)
-        self.logger.record("validation/regret", 1 - found["over_uniform"])
-        return {f"validation_{key}": value for key, value in found.items()}
+        self.logger.record("validation/regret", 1 - shares["over_uniform"])
+        return {f"validation_{key}": value for key, value in shares.items()}

@@ -87,10 +87,10 @@ def warm_start(
 
     Args:
         policy: explores and is taught.
-        envs: flies the tasks.
+        envs: runs the tasks.
         tasks: planted ones, and others.
         seed: of the order of the dataset.
-        on_progress: called with the tasks that have been flown and all of them, now and then.
+        on_progress: called with the tasks that are done and all of them, now and then.
 
     Returns:
         Mean squared error of the scores where the worth is known: "before" and "after", and "constant" for equal ones.
@@ -112,8 +112,10 @@ def warm_start(
     def errors(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = policy.get_distribution({key: value[rows] for key, value in seen.items()}).mean
         count = targets.shape[1]
-        own = mean[:, :count] - targets[rows]
-        centred = own - (own * weights[rows]).sum(dim=1, keepdim=True)  # only differences of scores matter
+        difference = mean[:, :count] - targets[rows]
+        centred = difference - (difference * weights[rows]).sum(
+            dim=1, keepdim=True
+        )  # only differences of scores matter
         return (centred.square() * weights[rows]).sum(dim=1), (mean[:, count:] - placement[rows]).square().sum(dim=1)
 
     everything = torch.arange(len(known))

@@ -229,9 +229,9 @@ class StackedEpisodes:
             with adapters.running(list(crew), compiled=compiled) as model:
                 losses = self._losses(model, list(crew.values()))
                 adapters.backward(losses)
-            found = dict(zip(crew, losses.tolist(), strict=True))
+            by_row = dict(zip(crew, losses.tolist(), strict=True))
             for lane in active:
-                lane.losses.append(found[lane.row])
+                lane.losses.append(by_row[lane.row])
                 lane.failed = not math.isfinite(lane.losses[-1])
             self._step([lane for lane in active if not lane.failed])
 
