@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from .harness import (
     interleave,
     machine_facts,
     paired_ratios,
-    run_command,
     usual_step,
     with_progress,
 )
@@ -62,7 +61,7 @@ FULL, QUICK = Load(), Load(steps=(20,), runs=(16,), rounds=3)
 
 
 @dataclass(frozen=True)
-class EnvSpeed:
+class Options:
     """Measure the environment's speed: stacked episodes on one frozen base beside one PEFT episode at a time.
 
     `StackedVectorEnv` with 4 and with 16 episodes and `RankAllocationEnv` take turns in one process on one thread: an
@@ -119,8 +118,9 @@ def measure(load: Load, steps: int) -> tuple[dict[str, int], dict[str, FloatArra
     return dict(zip(work, [steps, *(steps * runs for runs in load.runs)], strict=True)), seconds
 
 
-def benchmark(options: EnvSpeed, load: Load, console: Console) -> Figures:
+def benchmark(options: Options, console: Console) -> Figures:
     """Measure all lengths of episodes, print the table, and return the figures."""
+    load = QUICK if options.quick else FULL
     figures: Figures = {**machine_facts(torch.device("cpu")), "threads": 1, "quick": options.quick}
     figures |= {name: value for name, value in asdict(load).items() if not isinstance(value, tuple)}
     rows = []
@@ -140,12 +140,3 @@ def benchmark(options: EnvSpeed, load: Load, console: Console) -> Figures:
     title = f"{load.base}, {load.rows} x {load.length} tokens, four decisions; medians of {load.rounds} rounds"
     console.print(make_table(title, ("episodes of", "train steps/CPU s", "CPU of one", "over PEFT"), rows))
     return figures
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit status."""
-
-    def sized(options: EnvSpeed, console: Console) -> Figures:
-        return benchmark(options, QUICK if options.quick else FULL, console)
-
-    return run_command("env-speed", EnvSpeed, sized, arguments)

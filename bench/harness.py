@@ -44,7 +44,7 @@ def turn_order(count: int, turn: int) -> tuple[int, ...]:
 
 
 def interleave(
-    work: Mapping[str, Callable[[int], None]],
+    work: Mapping[str, Callable[[int], object]],
     rounds: int,
     device: torch.device,
     *,
@@ -165,7 +165,7 @@ def machine_facts(device: torch.device) -> Figures:
     return {**packages, "device": device.type, "chip": chip, "threads": torch.get_num_threads()}
 
 
-class Options(Protocol):
+class HasJson(Protocol):
     """What every benchmark's options have."""
 
     @property
@@ -174,15 +174,12 @@ class Options(Protocol):
 
 
 T = TypeVar("T")
-OptionsT = TypeVar("OptionsT", bound=Options)
+OptionsT = TypeVar("OptionsT", bound=HasJson)
 
 
 def run_command(
-    name: str,
-    kind: type[OptionsT],
-    benchmark: Callable[[OptionsT, Console], Figures],
-    arguments: Sequence[str],
-) -> int:
+    name: str, kind: type[OptionsT], benchmark: Callable[[OptionsT, Console], Figures], arguments: Sequence[str]
+) -> None:
     """Run a benchmark as a command: tables to stdout, figures to a file.
 
     Args:
@@ -190,9 +187,6 @@ def run_command(
         kind: of the options, read from the command line.
         benchmark: prints its tables on the console and returns its figures.
         arguments: the command line after the name.
-
-    Returns:
-        The exit status.
     """
     options = tyro.cli(kind, args=arguments, prog=f"rankpilot bench {name}")
     if options.json:
@@ -203,7 +197,6 @@ def run_command(
     figures = benchmark(options, console)
     if options.json:
         write_json(options.json, figures)
-    return 0
 
 
 def with_progress(items: Sequence[T], title: str) -> Iterable[T]:

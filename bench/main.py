@@ -16,7 +16,7 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        module: inside this package; its `main(arguments)` runs the benchmark and returns the exit status.
+        module: inside this package; it has `Options` and `benchmark(options, console)`, which returns the figures.
         description: what is measured, one line.
     """
 
@@ -48,8 +48,10 @@ def run(arguments: Sequence[str]) -> int:
     name, *options = arguments
     if name not in BENCHMARKS:
         raise UnknownNameError.of("benchmark", name, BENCHMARKS)
-    benchmark = import_module(f"rankpilot.bench.{BENCHMARKS[name].module}")
-    return int(benchmark.main(options))
+    module = import_module(f"rankpilot.bench.{BENCHMARKS[name].module}")
+    run_command = import_module("rankpilot.bench.harness").run_command
+    run_command(name, module.Options, module.benchmark, options)
+    return 0
 
 
 def _usage() -> str:

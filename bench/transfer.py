@@ -26,7 +26,7 @@ from ..data.workload import load_workload
 from ..errors import ConfigError, NonFiniteError
 from ..finetune.config import FinetuneConfig
 from ..finetune.experiment import PILOT, UNIFORM, run_one
-from .harness import Figures, estimate_figures, machine_facts, run_command
+from .harness import Figures, estimate_figures, machine_facts
 from .ledger import Ledger
 
 MODEL = "all-minilm-l6-v2"
@@ -92,7 +92,7 @@ QUICK = Course({"rotten-tomatoes": {"60%": 1e-3}}, seeds=1, steps=4, length=16, 
 
 
 @dataclass(frozen=True)
-class Transfer:
+class Options:
     """Fine-tune MiniLM-L6 under policies and under uniform rank, in the same bytes.
 
     all-MiniLM-L6-v2 (6 layers, 37 linear modules) learns Rotten Tomatoes (2 classes) and Reuters R8 (8 classes) for 160
@@ -162,7 +162,7 @@ def run_piece(piece: FinetuneConfig) -> dict[str, Any]:
             return guess | {"held_out_loss": None}
 
 
-def run_all(options: Transfer, course: Course, ledger: Ledger, console: Console) -> Results:
+def run_all(options: Options, course: Course, ledger: Ledger, console: Console) -> Results:
     """Run what the ledger does not hold yet; returns the results of all runs."""
     weights = options.weights()
     works = {piece: [asdict(piece), weights.get(piece.policy)] for piece in course.runs(options.policies)}
@@ -254,7 +254,7 @@ def _summary_table(figures: Figures, policies: Sequence[str]) -> Any:
     return make_table("over all runs", columns, [row(policy) for policy in policies])
 
 
-def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
+def benchmark(options: Options, console: Console) -> Figures:
     """Run all fine-tunes, print the tables, and return the figures.
 
     Raises:
@@ -263,7 +263,7 @@ def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
     options.check()
     ledger = Ledger(options.json, resume=options.resume)
     # The stream by name: runs in this process redirect what they print.
-    results = run_all(options, course, ledger, Console(file=sys.stderr))
+    results = run_all(options, QUICK if options.quick else FULL, ledger, Console(file=sys.stderr))
     figures: Figures = {**machine_facts(find_device("auto")), "threads": 1, "quick": options.quick}
     for policy in options.policies:
         pairs = list(pairs_of(results, policy))
@@ -271,12 +271,3 @@ def benchmark(options: Transfer, course: Course, console: Console) -> Figures:
         figures |= figures_of(policy, pairs)
     console.print(_summary_table(figures, options.policies))
     return figures
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit status."""
-
-    def sized(options: Transfer, console: Console) -> Figures:
-        return benchmark(options, QUICK if options.quick else FULL, console)
-
-    return run_command("transfer", Transfer, sized, arguments)

@@ -39,13 +39,8 @@ def measured_steps(family: Family, size: Size, device: torch.device, seed: int, 
     learner, batch = large_learner(family, size, device, seed)
     learner.step(batch)
 
-    def plain(turn: int) -> None:
-        learner.step(batch)
-
-    def measured(turn: int) -> None:
-        learner.measured_step(batch)
-
-    seconds = interleave({"plain": plain, "measured": measured}, rounds, device)
+    work = {"plain": lambda turn: learner.step(batch), "measured": lambda turn: learner.measured_step(batch)}
+    seconds = interleave(work, rounds, device)
     ratio = estimate_cycles(paired_ratios(seconds["measured"], seconds["plain"], 1), usual_step)
     share = _look_seconds(batch) / float(np.median(seconds["plain"]))
     return {"step_ratio": [ratio.value, ratio.low, ratio.high], "look_share": share}

@@ -2,23 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
 from ...common.devices import find_device
 from ...errors import ConfigError
-from ..harness import Figures, machine_facts, run_command
+from ...memory.batch_shape import BatchShape
+from ..harness import Figures, machine_facts, with_progress
 from ..ledger import Ledger
+from ..models import ARCHITECTURES, FAMILIES, Family, Size
 from . import report
-from .parts import FULL, QUICK, Extent, accuracy_part, guard_part
+from .accuracy import SHAPES, compare_plans
+from .guard import PLANS, REFERENCE, measured_steps, outside_view
+from .settings import CHECKPOINTING, PRECISIONS, Setting
 
 
 @dataclass(frozen=True)
-class Memory:
+class Extent:
+    """How much is measured.
+
+    Attributes:
+        settings: of random plans.
+        shapes: batch shapes of each setting.
+        plans: random plans at each shape.
+        size: of the larger models.
+        families: of the larger models whose guard is timed.
+        outside: plans that are looked at from outside, on the first of the families.
+        rounds: timed pairs of a plain and a measured step.
+    """
+
+    settings: tuple[Setting, ...]
+    shapes: tuple[BatchShape, ...]
+    plans: int
+    size: Size
+    families: tuple[Family, ...]
+    outside: tuple[str, ...]
+    rounds: int
+
+
+FULL = Extent(
+    settings=tuple(Setting(f, c, p) for f in ARCHITECTURES for c in CHECKPOINTING for p in PRECISIONS),
+    shapes=SHAPES,
+    plans=3,
+    size=Size(),
+    families=FAMILIES,
+    outside=PLANS,
+    rounds=10,
+)
+QUICK = Extent(
+    settings=tuple(
+        Setting(family, checkpointing, "fp32")
+        for index, family in enumerate(ARCHITECTURES)
+        for checkpointing in ("none", CHECKPOINTING[1 + index % 2])
+    ),
+    shapes=SHAPES[:2],
+    plans=1,
+    size=Size(layers=2, rows=4),
+    families=FAMILIES[:1],
+    outside=(REFERENCE,),
+    rounds=3,
+)
+
+
+@dataclass(frozen=True)
+class Options:
     """Show that the memory of a training step is predicted.
 
     Random plans (random ranks, rank 0 included; all layers, top layers, single modules) are trained for two steps on
@@ -49,7 +100,26 @@ class Memory:
     seed: int = 0
 
 
-def benchmark(options: Memory, extent: Extent, console: Console) -> Figures:
+def accuracy_part(extent: Extent, device: torch.device, seed: int, ledger: Ledger) -> dict[Setting, dict[str, Any]]:
+    """Random plans by setting; see `compare_plans`."""
+    return {
+        setting: ledger.fetch(compare_plans, setting, extent.shapes, extent.plans, device, seed)
+        for setting in with_progress(extent.settings, "settings of random plans")
+    }
+
+
+def guard_part(extent: Extent, device: torch.device, seed: int, ledger: Ledger) -> dict[str, dict[str, Any]]:
+    """By family "guard" (see `measured_steps`) and, for the first one, "outside" (see `outside_view`)."""
+    results: dict[str, dict[str, Any]] = {}
+    for family in with_progress(extent.families, "guard and resident set"):
+        given = (family, extent.size, device, seed)
+        results[family] = {"guard": ledger.fetch(measured_steps, *given, extent.rounds)}
+        if family == extent.families[0]:
+            results[family]["outside"] = ledger.fetch(outside_view, *given, extent.outside)
+    return results
+
+
+def benchmark(options: Options, console: Console) -> Figures:
     """Run both parts, print their tables, and return all figures.
 
     Raises:
@@ -57,18 +127,9 @@ def benchmark(options: Memory, extent: Extent, console: Console) -> Figures:
     """
     if options.seed < 0:
         raise ConfigError(f"--seed is at least 0; got {options.seed}.")
-    device = find_device(options.device)
+    extent, device = QUICK if options.quick else FULL, find_device(options.device)
     ledger = Ledger(options.json, resume=options.resume)
     figures: Figures = {**machine_facts(device), "quick": options.quick, "seed": options.seed}
     figures |= report.accuracy(accuracy_part(extent, device, options.seed, ledger), console)
     figures |= report.guard(guard_part(extent, device, options.seed, ledger), console)
     return figures
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit status."""
-
-    def sized(options: Memory, console: Console) -> Figures:
-        return benchmark(options, QUICK if options.quick else FULL, console)
-
-    return run_command("memory", Memory, sized, arguments)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from ...lora.signals import SIGNALS
 from ...lora.targets import find_target_modules
 from ...memory.budget import reference_cost
 from ...memory.calibration import calibrate
-from ..harness import Figures, interleave, machine_facts, paired_ratios, run_command, with_progress
+from ..harness import Figures, interleave, machine_facts, paired_ratios, with_progress
 from ..models import Size, random_model
 
 RULE = "signal-mean"
@@ -37,7 +36,7 @@ BUDGET = 0.6
 
 
 @dataclass(frozen=True)
-class Decide:
+class Options:
     """Time one first decision on Llama models of 28 to 1,001 target modules, on one thread.
 
     The models are narrow and random; prices are theirs, signals are random. "Network" is the actor's forward pass,
@@ -75,16 +74,17 @@ def observation_of(layers: int) -> Observation:
     )
 
 
-def deciders(policy: LearnedPolicy, observation: Observation) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+def deciders(policy: LearnedPolicy, observation: Observation) -> dict[str, Callable[[int], object]]:
+    """What is timed, by name, as work for `interleave`."""
     modules, run = (torch.from_numpy(array).unsqueeze(0) for array in (observation.modules, observation.run))
     mask = torch.ones(1, modules.shape[1])
-    calls: dict[str, Callable[[], object]] = {
-        RULE: partial(find_rule(RULE).decide, observation),
-        "network": partial(_forward, policy.network, modules, run, mask),
-        "actor": partial(replace(policy, value_ensemble=None).decide, observation),
+    rule, actor = find_rule(RULE), replace(policy, value_ensemble=None)
+    calls: dict[str, Callable[[int], object]] = {
+        RULE: lambda turn: rule.decide(observation),
+        "network": lambda turn: _forward(policy.network, modules, run, mask),
+        "actor": lambda turn: actor.decide(observation),
     }
-    return calls | ({"policy": partial(policy.decide, observation)} if policy.value_ensemble else {})
+    return calls | ({"policy": lambda turn: policy.decide(observation)} if policy.value_ensemble else {})
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def _forward(network: RankNetwork, *inputs: torch.Tensor) -> Action:
 def time_decisions(policy: LearnedPolicy, layers: int, rounds: int) -> tuple[int, Figures]:
     """Number of modules, and the figures of one model."""
     observation = observation_of(layers)
-    work = {name: _ignoring_turn(call) for name, call in deciders(policy, observation).items()}
+    work = deciders(policy, observation)
     device = torch.device("cpu")
     interleave(work, 1, device)  # to warm up
     seconds = interleave(work, rounds, device)
@@ -106,14 +106,7 @@ def time_decisions(policy: LearnedPolicy, layers: int, rounds: int) -> tuple[int
     return len(observation.modules), figures
 
 
-def _ignoring_turn(call: Callable[[], object]) -> Callable[[int], None]:
-    def work(turn: int) -> None:
-        call()
-
-    return work
-
-
-def benchmark(options: Decide, console: Console) -> Figures:
+def benchmark(options: Options, console: Console) -> Figures:
     """Time all sizes, print the table, and return all figures.
 
     Raises:
@@ -133,8 +126,3 @@ def benchmark(options: Decide, console: Console) -> Figures:
         rows.append([str(count), *times, f"{medians['policy_ms']:.1f} ms" if "policy_ms" in medians else "actor alone"])
     console.print(make_table("One first decision, medians", ("modules", RULE, "network", "actor", "policy"), rows))
     return figures
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command("decide", Decide, benchmark, arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from ...common.devices import find_device
 from ...common.tables import make_table
 from ...common.units import format_bytes
 from ...errors import ConfigError
-from ..harness import Figures, estimate_figures, machine_facts, run_command, usual_step, whole_cycle
+from ..harness import Figures, estimate_figures, machine_facts, usual_step, whole_cycle
 from ..models import FAMILIES, Family, Size
 from .race import PERIOD, Course, Result, run
 
@@ -37,7 +36,7 @@ QUICK = Size(layers=2, rows=4), Course(cycles=4)
 
 
 @dataclass(frozen=True)
-class Overhead:
+class Options:
     """Measure what rankpilot costs: time and memory of a training step beside plain LoRA and AdaLoRA.
 
     Trains a random BERT classifier and a random Llama on random tokens. Plain LoRA, plain LoRA once more, PEFT's
@@ -123,7 +122,7 @@ def verdict(family: Family, results: dict[str, Result], *, quick: bool) -> str:
     )
 
 
-def benchmark(options: Overhead, size: Size, course: Course, console: Console) -> Figures:
+def benchmark(options: Options, console: Console) -> Figures:
     """Run both models, print a table of each, and return all figures.
 
     Raises:
@@ -132,6 +131,7 @@ def benchmark(options: Overhead, size: Size, course: Course, console: Console) -
     if options.seed < 0:
         raise ConfigError(f"--seed is at least 0; got {options.seed}.")
     device = find_device(options.device)
+    size, course = QUICK if options.quick else FULL
     figures: Figures = {**machine_facts(device), "quick": options.quick, "seed": options.seed}
     figures |= asdict(size) | asdict(course)
     everything = {}
@@ -147,12 +147,3 @@ def benchmark(options: Overhead, size: Size, course: Course, console: Console) -
     for family, results in everything.items():
         console.print(verdict(family, results, quick=options.quick), highlight=False)
     return figures
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit status."""
-
-    def sized(options: Overhead, console: Console) -> Figures:
-        return benchmark(options, *(QUICK if options.quick else FULL), console)
-
-    return run_command("overhead", Overhead, sized, arguments)

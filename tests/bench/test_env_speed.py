@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rankpilot.bench import env_speed
-from rankpilot.bench.env_speed import EnvSpeed, Load, main, measure, whole_episodes
+from rankpilot.bench.env_speed import Load, Options, measure, whole_episodes
 from rankpilot.cli import main as cli
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rich.console import Console
@@ -23,8 +23,9 @@ def known(load: Load, steps: int) -> tuple[dict[str, int], dict[str, np.ndarray]
 
 def test_rates_and_ratios_are_of_train_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env_speed, "measure", known)
+    monkeypatch.setattr(env_speed, "FULL", Load(steps=(6, 12)))
     shown = io.StringIO()
-    figures = env_speed.benchmark(EnvSpeed(), Load(steps=(6, 12)), Console(file=shown, width=120))
+    figures = env_speed.benchmark(Options(), Console(file=shown, width=120))
     assert figures["steps_6.peft.train_steps_per_cpu_s"] == pytest.approx(2.0)
     assert figures["steps_12.n4.train_steps_per_cpu_s"] == pytest.approx(16.0)
     for end in ("", "_low", "_high"):
@@ -47,7 +48,7 @@ def test_the_command_writes_all_figures(
 ) -> None:
     monkeypatch.setattr(env_speed, "measure", known)
     path = tmp_path / "figures.json"
-    assert main(["--quick", "--json", str(path)]) == 0
+    assert cli.run(["bench", "env-speed", "--quick", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
     assert (figures["quick"], figures["threads"], figures["rounds"]) == (True, 1, 3)
     assert figures["steps_20.n4.over_peft"] == pytest.approx(4.0)

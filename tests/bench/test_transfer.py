@@ -17,15 +17,15 @@ from rankpilot.agents.learned.policy_file import WEIGHTS, save_policy
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.bench import transfer
 from rankpilot.bench.ledger import Ledger
+from rankpilot.bench.main import run as bench
 from rankpilot.bench.transfer import (
     BUDGETS,
     FULL,
     QUICK,
     RATES,
     Course,
-    Transfer,
+    Options,
     figures_of,
-    main,
     pairs_of,
     run_piece,
 )
@@ -146,12 +146,13 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         return made_up(piece)
 
     monkeypatch.setattr(transfer, "run_piece", stop_at_seven)
-    options = Transfer(policies=("signal-mean",), json=tmp_path / "figures.json", workers=1)
+    monkeypatch.setattr(transfer, "FULL", COURSE)
+    options = Options(policies=("signal-mean",), json=tmp_path / "figures.json", workers=1)
     with pytest.raises(KeyboardInterrupt):
-        transfer.benchmark(options, COURSE, CONSOLE)
+        transfer.benchmark(options, CONSOLE)
     with pytest.raises(ConfigError, match="Go on with --resume"):
-        transfer.benchmark(options, COURSE, CONSOLE)
-    figures = transfer.benchmark(replace(options, resume=True), COURSE, CONSOLE)
+        transfer.benchmark(options, CONSOLE)
+    figures = transfer.benchmark(replace(options, resume=True), CONSOLE)
     pieces = COURSE.runs(("signal-mean",))
     assert len(started) == len(pieces) + 1, "only the run that failed is repeated"
     assert figures["signal-mean.runs"] == 8
@@ -171,16 +172,16 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Transfer(**options).check()
+        Options(**options).check()
 
 
 def test_resume_needs_a_file() -> None:
     with pytest.raises(ConfigError, match="--json FILE"):
-        transfer.benchmark(Transfer(policies=("signal-mean",), resume=True), COURSE, CONSOLE)
+        transfer.benchmark(Options(policies=("signal-mean",), resume=True), CONSOLE)
 
 
 def test_runs_are_told_apart_by_the_weights(trained: Path) -> None:
-    weights = Transfer(policies=(str(trained), "signal-mean")).weights()
+    weights = Options(policies=(str(trained), "signal-mean")).weights()
     assert weights == {str(trained): sha256(trained / WEIGHTS)}
 
 
@@ -199,7 +200,7 @@ def test_budgets_and_data_of_the_full_run() -> None:
 @pytest.mark.usefixtures("_tokenised_once")
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "figures.json"
-    assert main(["--quick", "--policies", "signal-mean", "--workers", "1", "--json", str(path)]) == 0
+    assert bench(["transfer", "--quick", "--policies", "signal-mean", "--workers", "1", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
     assert figures["quick"] is True
     assert figures["signal-mean.runs"] == figures["signal-mean.identical_reloads"] == 1

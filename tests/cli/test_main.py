@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,18 +169,14 @@ def test_benchmarks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     listed = capsys.readouterr().out
     for name, row in bench.BENCHMARKS.items():
         assert f"rankpilot bench {name} " in listed
-        assert (ROOT / "bench" / f"{row.module.replace('.', '/')}.py").read_text().count("\ndef main(") == 1
+        assert (ROOT / "bench" / f"{row.module.replace('.', '/')}.py").read_text().count(
+            "\ndef benchmark(options: Options, console: Console) -> Figures:"
+        ) == 1
     assert "Unknown benchmark 'overhed'. Did you mean: 'overhead'" in failure(["bench", "overhed"], capsys)
     given: list[Any] = []
-
-    def measure(arguments: list[str]) -> int:
-        given.extend(arguments)
-        return 3
-
-    modules = {"rankpilot.bench.step.decide": SimpleNamespace(main=measure)}
-    monkeypatch.setattr(bench, "import_module", modules.__getitem__)
-    assert cli.run(["bench", "decide", "--json", "x"]) == 3, "the exit status of the measurement"
-    assert given == ["--json", "x"]
+    monkeypatch.setattr("rankpilot.bench.step.decide.benchmark", lambda options, console: given.append(options))
+    assert cli.run(["bench", "decide", "--policy", "x", "--quick"]) == 0
+    assert (given[0].policy, given[0].quick) == ("x", True)
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:

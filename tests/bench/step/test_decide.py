@@ -19,7 +19,7 @@ from rankpilot.allocation.plan import project, uniform_ranks
 from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.bench.step import decide
-from rankpilot.bench.step.decide import RULE, deciders, main, observation_of
+from rankpilot.bench.step.decide import RULE, deciders, observation_of
 from rankpilot.cli import main as cli
 
 
@@ -46,7 +46,7 @@ def test_a_first_decision_with_something_to_decide(observation: Any) -> None:
 
 def test_what_is_timed_decides(observation: Any) -> None:
     policy = learned(critics=True)
-    results = {name: call() for name, call in deciders(policy, observation).items()}
+    results = {name: call(0) for name, call in deciders(policy, observation).items()}
     assert list(results) == [RULE, "network", "actor", "policy"]
     expected = {
         RULE: find_rule(RULE).decide(observation),
@@ -67,7 +67,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(decide, "QUICK", (1, 2))
     path, threads, trained = tmp_path / "figures.json", torch.get_num_threads(), learned(critics=True)
     save_policy(tmp_path / "policy", trained.network, DecisionSchedule(), {"name": "mine"}, trained.value_ensemble)
-    assert main(["--quick", "--policy", str(tmp_path / "policy"), "--json", str(path)]) == 0
+    assert cli.run(["bench", "decide", "--quick", "--policy", str(tmp_path / "policy"), "--json", str(path)]) == 0
     assert torch.get_num_threads() == threads
     figures = json.loads(path.read_text())
     for count in (7, 14):

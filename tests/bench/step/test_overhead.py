@@ -11,7 +11,7 @@ import torch
 from rankpilot.bench.harness import usual_step, whole_cycle
 from rankpilot.bench.models import Size
 from rankpilot.bench.step import overhead
-from rankpilot.bench.step.overhead import figures_of, main, table_of, verdict
+from rankpilot.bench.step.overhead import figures_of, table_of, verdict
 from rankpilot.bench.step.race import PERIOD, Course, Result, run
 from rankpilot.cli import main as cli
 from rich.console import Console
@@ -115,7 +115,7 @@ def test_the_command_writes_all_figures(
 ) -> None:
     monkeypatch.setattr(overhead, "QUICK", (tiny, Course(cycles=1)))
     path = tmp_path / "new" / "figures.json"
-    assert main(["--quick", "--device", "cpu", "--seed", "1", "--json", str(path)]) == 0
+    assert cli.run(["bench", "overhead", "--quick", "--device", "cpu", "--seed", "1", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "llama: 2 layers x 32" in printed
     assert "Bar 1.01" in printed
