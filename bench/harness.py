@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -65,7 +64,11 @@ def interleave(
     """
     names = list(work)
     seconds = {name: np.zeros(rounds) for name in names}
-    with _old_objects_frozen():
+    # All participants live in one process. A full collection walks all of their models, and its time would count for
+    # the participant that happens to start it: so the collector keeps away from what exists already.
+    gc.collect()
+    gc.freeze()
+    try:
         for turn in range(rounds):
             for index in turn_order(len(names), turn):
                 name = names[index]
@@ -76,22 +79,9 @@ def interleave(
                 seconds[name][turn] = clock() - start
             if after_round:
                 after_round(turn)
-    return seconds
-
-
-@contextmanager
-def _old_objects_frozen() -> Iterator[None]:
-    """Keep the garbage collector away from what exists already.
-
-    All participants live in one process. A full collection walks all of their models, and its time would count for the
-    participant that happens to start it.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
     finally:
         gc.unfreeze()
+    return seconds
 
 
 def wait_for(device: torch.device) -> None:
@@ -165,26 +155,17 @@ def machine_facts(device: torch.device) -> Figures:
     return {**packages, "device": device.type, "chip": chip, "threads": torch.get_num_threads()}
 
 
-class HasJson(Protocol):
-    """What every benchmark's options have."""
-
-    @property
-    def json(self) -> Path | None:
-        """Where the figures go, whole or not at all; nowhere if None."""
-
-
 T = TypeVar("T")
-OptionsT = TypeVar("OptionsT", bound=HasJson)
 
 
 def run_command(
-    name: str, kind: type[OptionsT], benchmark: Callable[[OptionsT, Console], Figures], arguments: Sequence[str]
+    name: str, kind: type[Any], benchmark: Callable[[Any, Console], Figures], arguments: Sequence[str]
 ) -> None:
     """Run a benchmark as a command: tables to stdout, figures to a file.
 
     Args:
         name: after `rankpilot bench`.
-        kind: of the options, read from the command line.
+        kind: of the options, read from the command line; they have `json`, the file for the figures or None.
         benchmark: prints its tables on the console and returns its figures.
         arguments: the command line after the name.
     """

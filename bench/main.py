@@ -43,7 +43,11 @@ def run(arguments: Sequence[str]) -> int:
         UnknownNameError: there is no benchmark of that name.
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        Console().print(_usage(), highlight=False, soft_wrap=True)
+        width = max(map(len, BENCHMARKS))
+        lines = [f"  [bold]rankpilot bench {name:{width}}[/]  {row.description}" for name, row in BENCHMARKS.items()]
+        first = "Measure again what docs/experiments.md reports.\n"
+        last = "\nEach has its own --help, --quick (under a minute) and --json FILE (the figures)."
+        Console().print("\n".join([first, *lines, last]), highlight=False, soft_wrap=True)
         return 0 if arguments else 2
     name, *options = arguments
     if name not in BENCHMARKS:
@@ -52,17 +56,3 @@ def run(arguments: Sequence[str]) -> int:
     run_command = import_module("rankpilot.bench.harness").run_command
     run_command(name, module.Options, module.benchmark, options)
     return 0
-
-
-def _usage() -> str:
-    width = max(map(len, BENCHMARKS))
-    lines = [f"  [bold]rankpilot bench {name:{width}}[/]  {row.description}" for name, row in BENCHMARKS.items()]
-    return "\n".join(
-        [
-            "Measure again what docs/experiments.md reports.",
-            "",
-            *lines,
-            "",
-            "Each has its own --help, --quick (under a minute) and --json FILE (the figures).",
-        ]
-    )

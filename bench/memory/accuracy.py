@@ -15,6 +15,7 @@ from ...common.arrays import IntArray
 from ...memory.batch_shape import BatchShape
 from ...memory.cost import plan_cost
 from ...memory.recording import Batch
+from ..harness import interleave
 from ..learner import Learner
 from .settings import Setting
 
@@ -89,7 +90,8 @@ def compare_plans(
     generator = np.random.default_rng([seed, *map(ord, repr(setting))])
     blocks = np.array([target.block for target in learner.targets], dtype=np.int64)
     batch = setting.batch(CALIBRATED, device, seed)
-    step_s = _median_step(learner, batch)
+    # The first step warms up.
+    step_s = np.median(interleave({"step": lambda turn: learner.step(batch)}, 4, device)["step"][1:])
     start = time.perf_counter()
     memory = learner.calibrate(batch)
     calibration_s = time.perf_counter() - start
@@ -104,17 +106,7 @@ def compare_plans(
             if setting.checkpointing == "none":
                 saved = memory.saved(ranks, shape), float(saved_bytes(learner, batch))
             compared.append({"calibrated": shape == CALIBRATED, "saved": saved, "peak": peak})
-    return {"calibration_steps": calibration_s / step_s, "plans": compared}
-
-
-def _median_step(learner: Learner, batch: Batch) -> float:
-    """Seconds of a plain step, one step to warm up apart."""
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        learner.step(batch)
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+    return {"calibration_steps": calibration_s / float(step_s), "plans": compared}
 
 
 class _Token:

@@ -15,13 +15,14 @@ from ...allocation.problem import AllocationProblem
 from ...common.arrays import IntArray
 from ...finetune.batch_watch import BatchWatch
 from ...lora.targets import TargetModule
+from ...memory import resident
 from ...memory.batch_shape import BatchShape
 from ...memory.budget import REFERENCE_RANK
 from ...memory.cost import Cost, plan_cost
 from ...memory.recording import Batch
 from ..harness import estimate_cycles, interleave, paired_ratios, usual_step
 from ..models import Family, Size
-from .resident import is_supported, large_learner, observe
+from .resident import large_learner, observe
 
 REFERENCE = f"all-linear, rank {REFERENCE_RANK}"
 TOP_HALF, HALF_BUDGET = "top half, rank 16", "top-down at 50 %"
@@ -90,7 +91,7 @@ def outside_view(
     Returns:
         By plan "predicted" bytes, and those of `resident.observe`; no plan where nothing can be read.
     """
-    if not is_supported(device):
+    if device.type != "cuda" and not resident.can_reset_peak():
         return {}
     learner, batch = large_learner(family, size, device, seed)
     learner.step(batch)

@@ -29,11 +29,6 @@ from ..models import LORA, Family, Size, random_loader, random_model
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def is_supported(device: torch.device) -> bool:
-    """Whether the peak of a step can be read from outside: on CUDA, and on Linux."""
-    return device.type == "cuda" or resident.can_reset_peak()
-
-
 def large_learner(family: Family, size: Size, device: torch.device, seed: int) -> tuple[Learner, Batch]:
     """A random model with adapters and a batch, the same ones for the same arguments."""
     learner = Learner(random_model(family, size, seed).to(device), LoraConfig(**LORA[family]), seed=seed)

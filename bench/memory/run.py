@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
 from ...common.devices import find_device
@@ -100,25 +99,6 @@ class Options:
     seed: int = 0
 
 
-def accuracy_part(extent: Extent, device: torch.device, seed: int, ledger: Ledger) -> dict[Setting, dict[str, Any]]:
-    """Random plans by setting; see `compare_plans`."""
-    return {
-        setting: ledger.fetch(compare_plans, setting, extent.shapes, extent.plans, device, seed)
-        for setting in with_progress(extent.settings, "settings of random plans")
-    }
-
-
-def guard_part(extent: Extent, device: torch.device, seed: int, ledger: Ledger) -> dict[str, dict[str, Any]]:
-    """By family "guard" (see `measured_steps`) and, for the first one, "outside" (see `outside_view`)."""
-    results: dict[str, dict[str, Any]] = {}
-    for family in with_progress(extent.families, "guard and resident set"):
-        given = (family, extent.size, device, seed)
-        results[family] = {"guard": ledger.fetch(measured_steps, *given, extent.rounds)}
-        if family == extent.families[0]:
-            results[family]["outside"] = ledger.fetch(outside_view, *given, extent.outside)
-    return results
-
-
 def benchmark(options: Options, console: Console) -> Figures:
     """Run both parts, print their tables, and return all figures.
 
@@ -130,6 +110,15 @@ def benchmark(options: Options, console: Console) -> Figures:
     extent, device = QUICK if options.quick else FULL, find_device(options.device)
     ledger = Ledger(options.json, resume=options.resume)
     figures: Figures = {**machine_facts(device), "quick": options.quick, "seed": options.seed}
-    figures |= report.accuracy(accuracy_part(extent, device, options.seed, ledger), console)
-    figures |= report.guard(guard_part(extent, device, options.seed, ledger), console)
-    return figures
+    plans = {
+        setting: ledger.fetch(compare_plans, setting, extent.shapes, extent.plans, device, options.seed)
+        for setting in with_progress(extent.settings, "settings of random plans")
+    }
+    figures |= report.accuracy(plans, console)
+    guards: dict[str, dict[str, Any]] = {}
+    for family in with_progress(extent.families, "guard and resident set"):
+        given = (family, extent.size, device, options.seed)
+        guards[family] = {"guard": ledger.fetch(measured_steps, *given, extent.rounds)}
+        if family == extent.families[0]:
+            guards[family]["outside"] = ledger.fetch(outside_view, *given, extent.outside)
+    return figures | report.guard(guards, console)

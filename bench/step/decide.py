@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from ...agents.learned.network import Action, RankNetwork
 from ...agents.learned.policy import LearnedPolicy
 from ...agents.learned.policy_file import load_policy
 from ...agents.rules import find_rule
@@ -78,19 +77,14 @@ def deciders(policy: LearnedPolicy, observation: Observation) -> dict[str, Calla
     """What is timed, by name, as work for `interleave`."""
     modules, run = (torch.from_numpy(array).unsqueeze(0) for array in (observation.modules, observation.run))
     mask = torch.ones(1, modules.shape[1])
-    rule, actor = find_rule(RULE), replace(policy, value_ensemble=None)
+    network, rule = torch.no_grad()(policy.network.forward), find_rule(RULE)
+    actor = replace(policy, value_ensemble=None)
     calls: dict[str, Callable[[int], object]] = {
         RULE: lambda turn: rule.decide(observation),
-        "network": lambda turn: _forward(policy.network, modules, run, mask),
+        "network": lambda turn: network(modules, run, mask),
         "actor": lambda turn: actor.decide(observation),
     }
     return calls | ({"policy": lambda turn: policy.decide(observation)} if policy.value_ensemble else {})
-
-
-@torch.no_grad()
-def _forward(network: RankNetwork, *inputs: torch.Tensor) -> Action:
-    action: Action = network(*inputs)
-    return action
 
 
 def time_decisions(policy: LearnedPolicy, layers: int, rounds: int) -> tuple[int, Figures]:
