@@ -24,9 +24,7 @@ from ..errors import BudgetError
 from ..memory.cost import ByteCost, moment_costs, plan_cost
 from .fixed_cost import FixedCost
 from .plan_builder import PlanBuilder
-from .problem import HYSTERESIS, AllocationProblem
-
-__all__ = ["HYSTERESIS", "AllocationProblem", "Plan", "check_budget", "pack", "project", "uniform_ranks"]
+from .problem import AllocationProblem
 
 TOP_DOWN = 100.0
 """A depth bias so high that scores decide between the modules of one layer alone."""

@@ -70,10 +70,9 @@ class AllocationProblem:
         max_step: int | None = None,
         low: IntArray | None = None,
         high: IntArray | None = None,
-        hysteresis: float | None = None,
         ranks: IntArray | None = None,
     ) -> AllocationProblem:
-        """The plans that are possible for these modules.
+        """The plans that are possible for these modules; at later decisions with `HYSTERESIS`.
 
         Args:
             modules: the modules that can be adapted; their tensors play no part.
@@ -83,13 +82,10 @@ class AllocationProblem:
             max_step: rungs that a module may move; None at the first decision, which may use the whole ladder.
             low: least rank of each module, (modules,).
             high: largest rank of each module, (modules,).
-            hysteresis: see the class; by default 0 at the first decision and `HYSTERESIS` at later ones.
             ranks: current ranks, int64 (modules,); by default no module is adapted.
         """
         if ranks is None:
             ranks = np.zeros(len(modules), dtype=np.int64)
-        if hysteresis is None:
-            hysteresis = 0.0 if max_step is None else HYSTERESIS
         return cls(
             ranks=ranks,
             max_ranks=np.array([module.max_rank for module in modules], dtype=np.int64),
@@ -100,7 +96,7 @@ class AllocationProblem:
             max_step=max_step,
             low=low,
             high=high,
-            hysteresis=hysteresis,
+            hysteresis=0.0 if max_step is None else HYSTERESIS,
         )
 
     def __post_init__(self) -> None:
