@@ -328,7 +328,7 @@ PLACES = [
 ]
 
 
-def test_lessons_are_all_decisions_of_all_runs() -> None:
+def test_rows_are_all_decisions_of_all_runs() -> None:
     dataset = plan_dataset(PLAN_RUNS)
     plans = dataset.plans
     rows = len(PLACES)

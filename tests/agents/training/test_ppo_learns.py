@@ -20,7 +20,6 @@ from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.policy import decision_from_plan
 from rankpilot.env import rank_allocation
 from rankpilot.env.rank_allocation import RankAllocationEnv
-from rankpilot.env.score_actions import ScoreActions
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -33,16 +32,12 @@ class Env(RankAllocationEnv):
     """Draws the same tasks as its neighbours of the group."""
 
     def __init__(self, group: int) -> None:
-        super().__init__(task=ClosedForm(0), schedule=SCHEDULE)  # type: ignore[arg-type]
+        super().__init__(task=ClosedForm(0), schedule=SCHEDULE, actions="scores")  # type: ignore[arg-type]
         self._draws = np.random.default_rng(group)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         gym.Env.reset(self, seed=seed)
         return super().reset(options={"task": ClosedForm(int(self._draws.integers(TRAINING_TASKS)))})
-
-
-def make_env(group: int) -> ScoreActions:
-    return ScoreActions(Env(group))
 
 
 def test_ppo_reaches_a_known_optimum(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
@@ -51,7 +46,7 @@ def test_ppo_reaches_a_known_optimum(monkeypatch: pytest.MonkeyPatch, one_thread
     torch.manual_seed(0)
     model = PPO(
         RankPolicy,
-        DummyVecEnv([functools.partial(make_env, slot // GROUP) for slot in range(GROUPS * GROUP)]),
+        DummyVecEnv([functools.partial(Env, slot // GROUP) for slot in range(GROUPS * GROUP)]),
         n_steps=EPISODES,
         batch_size=EPISODES * GROUPS * GROUP,
         n_epochs=6,

@@ -73,7 +73,7 @@ def test_targets_by_hand() -> None:
     assert target_scores(np.array([0.3])) == 0
 
 
-def test_lessons_are_padded_like_observations() -> None:
+def test_rows_are_padded_like_observations() -> None:
     dataset = ScoreDataset()
     arrays: Arrays = {"mask": np.array([[1, 1, 0], [1, 1, 1]]), "other": np.array([[5.0], [6.0]])}
     dataset.note(arrays, [np.array([1.0, math.exp(-2)]), None])
