@@ -231,27 +231,24 @@ def _runs_table(policy: str, pairs: Sequence[Pair]) -> Any:
 
 
 def _summary_table(figures: Figures, policies: Sequence[str]) -> Any:
-    def row(policy: str) -> list[str]:
-        values = {name.removeprefix(f"{policy}."): value for name, value in figures.items()}
+    rows = []
+    for policy in policies:
+        values = {
+            name.removeprefix(f"{policy}."): float(value)
+            for name, value in figures.items()
+            if name.startswith(f"{policy}.")
+        }
         better, gain = (
-            Estimate(*(float(values[f"{name}{end}"]) for end in ("", "_low", "_high")))
-            for name in ("better", "log_loss_gain")
+            Estimate(*(values[f"{name}{end}"] for end in ("", "_low", "_high"))) for name in ("better", "log_loss_gain")
         )
-        return [
-            policy,
-            f"{values['runs']}",
-            f"{better:.0%}",
-            f"{gain:+.3f}",
-            f"{values['one_percent_worse']}",
-            f"{values['worst_ratio']:.3f}",
-            f"{100 * float(values['accuracy_gain']):+.2f}",
-            f"{values['over_budget']}",
-            f"{values['identical_reloads']}",
-            f"{values['step_ratio']:.2f}",
-        ]
-
+        runs, worse, over, reloads = (
+            f"{values[name]:.0f}" for name in ("runs", "one_percent_worse", "over_budget", "identical_reloads")
+        )
+        worst, points = f"{values['worst_ratio']:.3f}", f"{100 * values['accuracy_gain']:+.2f}"
+        step = f"{values['step_ratio']:.2f}"
+        rows.append((policy, runs, f"{better:.0%}", f"{gain:+.3f}", worse, worst, points, over, reloads, step))
     columns = ("policy", "runs", "better", "log loss gained", "1 % worse", "worst", "points", "over", "reloads", "step")
-    return make_table("over all runs", columns, [row(policy) for policy in policies])
+    return make_table("over all runs", columns, rows)
 
 
 def benchmark(options: Options, console: Console) -> Figures:

@@ -65,9 +65,6 @@ class RankPilot(Learner):
         period: steps between decisions.
         folder: for the decision log.
         seed: of the probe and of fresh rows.
-
-    Attributes:
-        setup_seconds: what the callback took before the first step, mostly the probe.
     """
 
     def __init__(

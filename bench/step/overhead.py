@@ -91,20 +91,12 @@ def table_of(title: str, results: dict[str, Result]) -> Table:
     columns = ("method", "step", "a step", "ten steps", "own work", "adapter", "peak", "rank changes")
     rows, plain = [], results["plain"]
     for name, result in results.items():
-        ratios = (
-            ("1", "1") if result is plain else (f"{result.against(plain, s):.3f}" for s in (usual_step, whole_cycle))
-        )
-        rows.append(
-            (
-                LABELS[name],
-                f"{1e3 * np.median(result.seconds):.0f} ms",
-                *ratios,
-                f"{result.own_share(plain):.1%}",
-                format_bytes(result.adapter_bytes),
-                format_bytes(result.peak_bytes),
-                str(result.rank_changes),
-            )
-        )
+        ratios = ["1", "1"]
+        if result is not plain:
+            ratios = [f"{result.against(plain, statistic):.3f}" for statistic in (usual_step, whole_cycle)]
+        step, share = f"{1e3 * np.median(result.seconds):.0f} ms", f"{result.own_share(plain):.1%}"
+        sizes = (format_bytes(size) for size in (result.adapter_bytes, result.peak_bytes))
+        rows.append((LABELS[name], step, *ratios, share, *sizes, str(result.rank_changes)))
     return make_table(title, columns, rows)
 
 
