@@ -92,7 +92,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     | held_out_loss | at the end, in nats; None before it |
     | uniform_loss | held-out loss of the uniform run, in nats |
     | other_loss | held-out loss of the run that the episode is compared with, in nats; None before the end |
-    | cost, limit | price of the plan, and the budget: bytes, or parameters |
+    | cost, limit | cost of the plan, and the most that it may cost: bytes, or parameters |
     | ranks | rank of each module, a tuple |
     | non_finite | whether the episode ended at a loss that is not finite |
     | improvement, churn | the parts of the reward: 0 before the end; what moves have cost so far |
@@ -120,7 +120,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     ## Version History
     * v4: the whole reward comes at the end; it can compare with a rule's run; scores and fresh seeds are arguments.
       Shaping, repeated tasks and the option `skip_tasks` are gone.
-    * v3: a third of the training tasks count the bytes of a large batch; rise, release and entry are logarithms.
+    * v3: a third of the training tasks count the bytes of a large batch; the cost of the next rung, the
+      saving of a drop and the cost of adapting are logarithms.
     * v2: tasks come from suites with fixed splits; the reward is a share of the headroom, and pays for churn; the
       gradient's norm and AdaLoRA's importance are features.
     * v1: the budget is the peak of the whole step, not only what is saved for backward; the last decision may spend

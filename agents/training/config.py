@@ -28,8 +28,8 @@ class TrainConfig:
         target_kl: an update ends early when the policy has moved this far from the one that acted.
         warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for no
             warm start.
-        plan_tasks: fresh tasks of the plan runs after PPO, from which the plan critics learn; half of the tasks are
-            varied in text, place and budget. With 0 there are no critics, and the actor decides alone.
+        plan_tasks: fresh tasks of the plan runs after PPO, from which the value ensemble learns; half of the tasks are
+            varied in text, place and budget. With 0 there is no ensemble, and the actor decides alone.
         suites: suites that the tasks come from: "planted", "shift" or both.
         bases: use only tasks on these proxy bases; by default all bases of the training split.
         task_steps: optimiser steps of an episode; by default as many as the suite sets.

@@ -1,4 +1,4 @@
-"""Fit plan critics to what plans led to: each learns differences between plans for like states, on a draw of tasks."""
+"""Fits a value ensemble to plan runs: it learns differences between plans for the same task at the same decision."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from ..learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEns
 
 @dataclass(frozen=True, eq=False)
 class PlanDataset:
-    """What plans led to.
+    """Plans and their results.
 
     Attributes:
-        plans: states and one plan for each, that is ranks (states, 1, modules).
-        gains: minus the log of the held-out loss at the end, (states,).
-        groups: states that can be compared, of one task and one decision, have one number, int64 (states,).
+        plans: one plan for each state: ranks (states, 1, modules).
+        gains: minus the log of the held-out loss at the end of the run, (states,).
+        groups: number of each state's group, int64 (states,). The states of one task at one decision are a group; their
+            plans can be compared.
         tasks: number of each state's task, int64 (states,).
     """
 
@@ -38,10 +39,10 @@ class PlanDataset:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How critics are fitted (AdamW, one cycle of the learning rate).
+    """How a network is fitted (AdamW, one cycle of the learning rate).
 
     Attributes:
-        epochs: passes over the groups of a critic's draw.
+        epochs: passes over the groups of the tasks that the network's draw contains.
         batch: groups a step.
         rate: the highest learning rate.
         decay: weight decay.
@@ -64,29 +65,29 @@ class FitConfig:
 
 
 LEAST_SPREAD = 0.02
-"""Added to the standard deviation of a group's gains, in log loss: what is left below is noise."""
+"""Added to the standard deviation of a group's gains, in log loss: smaller differences are noise."""
 
 MOST_GAIN = 1.0
-"""Gains differ from the median of their group by no more than this, in log loss."""
+"""The most by which a gain may differ from the median of its group, in log loss; larger differences are clipped."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """What it takes to fit one critic, without tensors: those would cross to another process in shared memory.
+    """The fit of one network, without tensors: those would reach another process through shared memory.
 
     Attributes:
-        number: of the critic.
-        critic: its size.
-        fit: how.
-        plans: `Plans` of rows that are ordered by group, by name.
-        targets: (rows,).
-        sizes: rows of each group, (groups,).
-        tasks: of each group, from 0 on, (groups,).
-        seed: of the draw, the order of the dataset, and dropout.
+        number: of the network in its ensemble.
+        size: of the network.
+        fit: how it is fitted.
+        plans: the arrays of `Plans` by name, with rows in the order of the groups.
+        targets: what the network learns, (rows,).
+        sizes: number of rows of each group, (groups,).
+        tasks: number of each group's task, from 0 on, (groups,).
+        seed: decides the draw of tasks, the order of groups, and dropout.
     """
 
     number: int
-    critic: PlanValueConfig
+    size: PlanValueConfig
     fit: FitConfig
     plans: dict[str, NDArray[Any]]
     targets: NDArray[np.float32]
@@ -97,27 +98,29 @@ class _Fit:
 
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """Weights by name, and what the critic says of the rows of tasks that it has not seen, NaN of others, (rows,)."""
+    """Weights by name, and predictions for the tasks that are not in the draw, NaN for the others, (rows,)."""
 
     weights: dict[str, NDArray[Any]]
     unseen: NDArray[np.float32]
 
 
-def fit_critics(
-    critics: PlanValueEnsemble, dataset: PlanDataset, *, seed: int, fit: FitConfig | None = None, workers: int = 1
+def fit_value_ensemble(
+    ensemble: PlanValueEnsemble, dataset: PlanDataset, *, seed: int, fit: FitConfig | None = None, workers: int = 1
 ) -> dict[str, float]:
-    """Fit critics to differences between plans for like states, each to a draw of the tasks with replacement.
+    """Fit each network of an ensemble to the groups of other tasks, which are drawn with replacement.
+
+    The networks learn differences inside a group: its mean is taken off predictions and targets.
 
     Args:
-        critics: are fitted afresh; what they say of a group is compared after its mean is taken off.
+        ensemble: its networks start anew.
         dataset: groups of several states each.
-        seed: of the draws, the order of the dataset, and dropout.
-        fit: how.
-        workers: processes; the result does not depend on it.
+        seed: decides the draws of tasks, the order of groups, and dropout.
+        fit: how each network is fitted.
+        workers: number of processes; the result does not depend on it.
 
     Returns:
-        "explained": share of the variance inside groups that critics explain on tasks that they have not seen. Nothing
-        where each has seen all of them, or all plans end alike.
+        "explained": the share of the variance inside groups that the ensemble explains on tasks that a network has not
+        learned from. Empty if there are no such tasks, or if all plans of a group have the same result.
     """
     groups = groups_of(dataset.groups)
     rows = torch.cat(groups)
@@ -126,18 +129,18 @@ def fit_critics(
     ordered = dataset.plans[rows]
     plans = {name: getattr(ordered, name).numpy() for name in Plans.__dataclass_fields__}
     tasks = torch.unique(dataset.tasks, return_inverse=True)[1][[int(group[0]) for group in groups]].numpy()
-    count = len(critics.critics)
+    count = len(ensemble.critics)
     pieces = [
-        _Fit(number, critics.config, fit or FitConfig(), plans, targets.numpy(), sizes, tasks, seed * count + number)
+        _Fit(number, ensemble.config, fit or FitConfig(), plans, targets.numpy(), sizes, tasks, seed * count + number)
         for number in range(count)
     ]
     predicted = torch.full((count, len(rows)), torch.nan)
     with worker_pool(min(workers, count)) as pool:
-        for piece, fitted in pool.spread(_fit_one, pieces, lambda piece: f"the fit of plan critic {piece.number}"):
+        for piece, fitted in pool.spread(_fit_one, pieces, lambda piece: f"the fit of value network {piece.number}"):
             weights = {name: torch.from_numpy(values) for name, values in fitted.weights.items()}
-            critics.critics[piece.number].load_state_dict(weights)
+            ensemble.critics[piece.number].load_state_dict(weights)
             predicted[piece.number] = torch.from_numpy(fitted.unseen)
-    critics.eval()
+    ensemble.eval()
     mean = predicted.nanmean(dim=0)
     known = ~mean.isnan()
     truth = targets[known]
@@ -154,13 +157,13 @@ def groups_of(numbers: torch.Tensor) -> list[torch.Tensor]:
 
 
 def standardised(gains: torch.Tensor) -> torch.Tensor:
-    """What critics learn of the gains of a group: differences from their mean in standard deviations, (states,)."""
+    """The targets of a group: its gains minus their mean, in standard deviations, (states,)."""
     near = _near(gains)
     return (near - near.mean()) / spread_of(gains)
 
 
 def spread_of(gains: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of the gains of groups (..., states), outliers cut and `LEAST_SPREAD` added, (..., 1)."""
+    """Standard deviation of the gains of groups (..., states), clipped, and with `LEAST_SPREAD` added, (..., 1)."""
     return _near(gains).std(dim=-1, keepdim=True, unbiased=False) + LEAST_SPREAD
 
 
@@ -175,36 +178,36 @@ def _fit_one(piece: _Fit) -> _Fitted:
     count = int(piece.tasks.max()) + 1
     drawn = torch.bincount(torch.randint(count, (count,)), minlength=count)[torch.from_numpy(piece.tasks)]
     drawn_groups = [group for group, times in zip(groups, drawn.tolist(), strict=True) for _ in range(times)]
-    critic = PlanValue(piece.critic)
-    _learn(critic, plans, torch.from_numpy(piece.targets), drawn_groups, piece.fit)
+    network = PlanValue(piece.size)
+    _learn(network, plans, torch.from_numpy(piece.targets), drawn_groups, piece.fit)
     predicted = torch.full((len(piece.targets),), torch.nan)
     unseen = [group for group, times in zip(groups, drawn.tolist(), strict=True) if not times]
     with torch.no_grad():
         for start in range(0, len(unseen), piece.fit.batch):
             batch = unseen[start : start + piece.fit.batch]
-            predicted[torch.cat(batch)] = _centred(critic, plans, batch)
-    return _Fitted({name: value.numpy() for name, value in critic.state_dict().items()}, predicted.numpy())
+            predicted[torch.cat(batch)] = _centred(network, plans, batch)
+    return _Fitted({name: value.numpy() for name, value in network.state_dict().items()}, predicted.numpy())
 
 
-def _centred(critic: nn.Module, plans: Plans, groups: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What a critic says of some groups, less the mean of each."""
-    predicted = critic(plans[torch.cat(list(groups))]).squeeze(1)
+def _centred(network: nn.Module, plans: Plans, groups: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A network's predictions for groups, minus the mean of each group."""
+    predicted = network(plans[torch.cat(list(groups))]).squeeze(1)
     return torch.cat([part - part.mean() for part in torch.split(predicted, [len(group) for group in groups])])
 
 
 def _learn(
-    critic: nn.Module, plans: Plans, targets: torch.Tensor, groups: Sequence[torch.Tensor], fit: FitConfig
+    network: nn.Module, plans: Plans, targets: torch.Tensor, groups: Sequence[torch.Tensor], fit: FitConfig
 ) -> None:
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=fit.rate, weight_decay=fit.decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=fit.rate, weight_decay=fit.decay)
     steps = fit.epochs * -(-len(groups) // fit.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fit.rate, total_steps=steps)
-    critic.train()
+    network.train()
     for _ in range(fit.epochs):
         for chosen in torch.split(torch.randperm(len(groups)), fit.batch):
             batch = [groups[index] for index in chosen.tolist()]
-            loss = (_centred(critic, plans, batch) - targets[torch.cat(batch)]).square().mean()
+            loss = (_centred(network, plans, batch) - targets[torch.cat(batch)]).square().mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    critic.eval()
+    network.eval()

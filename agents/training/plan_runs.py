@@ -1,4 +1,4 @@
-"""Plan runs: many plans for each of many fresh tasks, trained to their end, from which plan critics learn.
+"""Plan runs: many plans for each of many fresh tasks, trained to their end, from which a value ensemble learns.
 
 All runs of a task share its seed and batches, so that they differ by their plans alone. At the first decision each
 takes another candidate; at later ones most keep what they have, and some take a candidate again. What is seen and
@@ -35,7 +35,7 @@ from ..learned.policy_file import SCHEMA
 from .fit_plan_value import PlanDataset
 
 PLAN_RUNS = "plan_runs"
-"""Folder, inside a training run's, of what its plan critics learn from."""
+"""Folder, inside a training run's, of what its value ensemble learns from."""
 
 RUNS = 15
 """Plans of each task."""

@@ -28,7 +28,7 @@ class Stage:
     """How far training has come, for progress bars.
 
     Attributes:
-        name: "warm start", "training", "validation", "plan runs" or "plan critics".
+        name: "warm start", "training", "validation", "plan runs" or "value ensemble".
         done: iterations done; of the warm start tasks, of plan runs stacks of them.
         total: of the same, in all.
     """

@@ -1,4 +1,4 @@
-"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3), and critics of plans on plan runs.
+"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3), and a value ensemble on plan runs.
 
 First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
 processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
@@ -34,7 +34,7 @@ from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import CARD, save_policy
 from .checkpoint import CHECKPOINT, restore, write_checkpoint
 from .config import TrainConfig
-from .fit_plan_value import fit_critics
+from .fit_plan_value import fit_value_ensemble
 from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, plan_dataset
 from .ppo_policy import GroupRolloutBuffer, RankPolicy
 from .progress import PROGRESS, OnStage, PPOProgress, Stage
@@ -70,7 +70,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         on_stage: called as training goes on.
 
     Returns:
-        The actor that did best on the validation tasks, the last one without any, and the plan critics, if plan runs
+        The actor that did best on the validation tasks, the last one without any, and the value ensemble, if plan runs
         were asked for. `finish` writes it.
 
     Raises:
@@ -144,16 +144,16 @@ def _train(
         network.load_state_dict(measured.best[1])
     actor = LearnedPolicy(folder.name, network.eval())
     return (
-        replace(actor, value_ensemble=_plan_critics(actor, fresh, stack, config, folder, report))
+        replace(actor, value_ensemble=_value_ensemble(actor, fresh, stack, config, folder, report))
         if config.plan_tasks
         else actor
     )
 
 
-def _plan_critics(
+def _value_ensemble(
     actor: LearnedPolicy, fresh: FreshTasks, stack: StackedConfig, config: TrainConfig, folder: Path, report: OnStage
 ) -> PlanValueEnsemble:
-    """Plan critics, from plan runs of fresh tasks."""
+    """A value ensemble, from plan runs of fresh tasks."""
     draws = plan_draws(fresh, config.plan_tasks)
     stacks = [
         Stack(number, number % (len(draws) // 2), tasks, actor, config.schedule, config.seed, stack.device)
@@ -166,11 +166,11 @@ def _plan_critics(
         on_progress=lambda done, total: report(Stage("plan runs", done, total)),
     )
     dataset = plan_dataset(list(plan_runs))
-    report(Stage("plan critics", len(stacks), len(stacks)))
-    critics = PlanValueEnsemble()
-    facts = fit_critics(critics, dataset, seed=config.seed, workers=config.worker_count)
+    report(Stage("value ensemble", len(stacks), len(stacks)))
+    ensemble = PlanValueEnsemble()
+    facts = fit_value_ensemble(ensemble, dataset, seed=config.seed, workers=config.worker_count)
     write_json(folder / PLAN_RUNS / SUMMARY, {"runs": len(stacks) * fresh.count * RUNS} | facts)
-    return critics
+    return ensemble
 
 
 def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:

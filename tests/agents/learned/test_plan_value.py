@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.training.fit_plan_value import FitConfig, PlanDataset, fit_critics
+from rankpilot.agents.training.fit_plan_value import FitConfig, PlanDataset, fit_value_ensemble
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import ConfigError
 
@@ -180,7 +180,7 @@ class Fitted:
 def fitted(request: pytest.FixtureRequest) -> Fitted:
     """Critics that were taught one of two truths."""
     critics = PlanValueEnsemble(SMALL)
-    facts = fit_critics(critics, dataset_on(request.param, groups=400, runs=10), seed=0)
+    facts = fit_value_ensemble(critics, dataset_on(request.param, groups=400, runs=10), seed=0)
     return Fitted(request.param, critics, facts)
 
 
@@ -226,18 +226,18 @@ def test_noise_is_not_explained() -> None:
     def noise(plans: Plans) -> torch.Tensor:
         return 0.1 * torch.randn(len(plans.run), generator=torch.Generator().manual_seed(3))
 
-    facts = fit_critics(PlanValueEnsemble(SMALL), dataset_on(noise, groups=40, runs=8), seed=0)
+    facts = fit_value_ensemble(PlanValueEnsemble(SMALL), dataset_on(noise, groups=40, runs=8), seed=0)
     assert facts["explained"] < 0.1
 
 
 def test_what_all_have_seen_tells_nothing_of_other_tasks() -> None:
     dataset = dataset_on(right_depth, groups=2, runs=4)
-    assert fit_critics(PlanValueEnsemble(TINY), dataset, seed=0) == {}
+    assert fit_value_ensemble(PlanValueEnsemble(TINY), dataset, seed=0) == {}
 
 
 def test_plans_that_all_end_alike_tell_nothing() -> None:
     dataset = dataset_on(lambda plans: torch.zeros(len(plans.run)), groups=6, runs=4)
-    assert fit_critics(PlanValueEnsemble(TINY), dataset, seed=0) == {}
+    assert fit_value_ensemble(PlanValueEnsemble(TINY), dataset, seed=0) == {}
 
 
 # How they are fitted --------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ DATASET = dataset_on(dyadic, groups=10, runs=4)
 def fit(dataset: PlanDataset, seed: int = 0, start: int = 0, workers: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(start)
     critics = PlanValueEnsemble(TINY)
-    fit_critics(critics, dataset, seed=seed, fit=SHORT, workers=workers)
+    fit_value_ensemble(critics, dataset, seed=seed, fit=SHORT, workers=workers)
     return critics.state_dict()
 
 
@@ -278,7 +278,7 @@ def test_a_fit_depends_on_its_seed_alone() -> None:
 def test_a_fit_leaves_the_random_state_as_it_was() -> None:
     critics = PlanValueEnsemble(TINY)
     before = torch.get_rng_state()
-    fit_critics(critics, DATASET, seed=0, fit=SHORT)
+    fit_value_ensemble(critics, DATASET, seed=0, fit=SHORT)
     assert torch.equal(torch.get_rng_state(), before)
 
 

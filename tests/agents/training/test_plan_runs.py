@@ -19,7 +19,7 @@ from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemb
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.training import plan_runs as module
-from rankpilot.agents.training.fit_plan_value import fit_critics
+from rankpilot.agents.training.fit_plan_value import fit_value_ensemble
 from rankpilot.agents.training.plan_runs import RUNS, PlanRun, Stack, collect_plan_runs, plan_dataset, run_plans
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.plan import project
@@ -193,7 +193,7 @@ def test_a_stack_of_which_nothing_is_left_has_one_decision() -> None:
 def test_critics_can_be_fitted_to_them(made: PlanRun) -> None:
     dataset = plan_dataset([made])
     critics = PlanValueEnsemble(PlanValueConfig(width=4))
-    facts = fit_critics(critics, dataset, seed=0)
+    facts = fit_value_ensemble(critics, dataset, seed=0)
     assert all(map(math.isfinite, facts.values()))
     assert torch.isfinite(critics(dataset.plans)).all()
 

@@ -329,7 +329,7 @@ class _Payload:
 def test_plan_runs_give_the_policy_critics(tmp_path: Path, make_observation: Callable[..., Any]) -> None:
     """Also if a run is interrupted among them, and in processes; byte for byte the same."""
     run = noted(TRIED, tmp_path / "one" / "pilot")
-    assert run.stages == [("training", 1, 1), *(("plan runs", done, 2) for done in range(3)), ("plan critics", 2, 2)]
+    assert run.stages == [("training", 1, 1), *(("plan runs", done, 2) for done in range(3)), ("value ensemble", 2, 2)]
     finish(run.folder, run.policy, TRIED)
     facts = read_json(run.folder / CARD)["plan_runs"]
     assert facts["runs"] == 2 * RUNS
