@@ -72,7 +72,7 @@ def delta_space(max_modules: int) -> spaces.MultiDiscrete:
 
 
 def score_space(max_modules: int) -> spaces.Box:
-    """A score for each module, and the steering numbers."""
+    """A score for each module, and the placement."""
     return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + len(PLACEMENT),), np.float32)
 
 
@@ -91,7 +91,7 @@ def read_deltas(action: Any, max_modules: int, problem: AllocationProblem) -> In
 
 
 def read_scores(action: Any, max_modules: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scores (count,) and steering numbers, from an action of `score_space`; values out of range are clipped.
+    """Scores (count,) and the placement (2,), from an action of `score_space`; values out of range are clipped.
 
     Raises:
         ConfigError: the action has another shape, or a value that is not finite.
@@ -100,8 +100,6 @@ def read_scores(action: Any, max_modules: int, count: int) -> tuple[NDArray[np.f
     size = max_modules + len(PLACEMENT)
     if values.shape != (size,) or not np.isfinite(values).all():
         shown = np.array2string(values, threshold=12)
-        raise ConfigError(
-            f"Scores are {size} finite numbers, the corrections of floor and depth bias last; got {shown}."
-        )
+        raise ConfigError(f"Scores are {size} finite numbers, rank floor and depth bias last; got {shown}.")
     values = np.clip(values, -SCORE_BOUND, SCORE_BOUND)
     return values[:count], values[max_modules:]

@@ -226,7 +226,7 @@ def test_whole_numbers_of_any_type_are_taken(make_env: MakeEnv) -> None:
 def test_wrong_scores_are_refused_and_the_episode_goes_on(make_env: MakeEnv, bad: np.ndarray[Any, Any]) -> None:
     env = make_env(actions="scores")
     env.reset(seed=0)
-    with pytest.raises(ConfigError, match="30 finite numbers, the corrections of floor and depth bias last"):
+    with pytest.raises(ConfigError, match="30 finite numbers, rank floor and depth bias last"):
         env.step(bad)
     assert env.step(np.zeros(30, dtype=np.float32))[4]["step"] == 2
 
