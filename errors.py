@@ -10,7 +10,7 @@
     ├── PolicyFileError    a policy file that is corrupt, foreign or too new       (ValueError)
     ├── RunFolderError     a folder of a run or adapter: exists, missing or cut off    (OSError)
     ├── AssetError         a packaged model or data set that is not at hand        (OSError)
-    └── WorkerError        a worker process that ended in the middle of its work   (RuntimeError)
+    └── WorkerError        work at which worker processes ended again and again    (RuntimeError)
 
 Each also inherits the builtin in brackets, so that code that knows nothing of rankpilot can catch it.
 """
@@ -90,4 +90,4 @@ class AssetError(RankPilotError, OSError):
 
 
 class WorkerError(RankPilotError, RuntimeError):
-    """A worker process that ended in the middle of its work."""
+    """Work at which worker processes ended again and again."""

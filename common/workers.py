@@ -13,27 +13,20 @@ have been. Work at which processes die again and again ends in a `WorkerError` t
 from __future__ import annotations
 
 import os
-import signal
-import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection, wait
-from threading import Thread
+from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeVar
 
-import torch
+from .worker_process import Job, Request, WorkerProcess, isolated
 
-from ..errors import WorkerError
+__all__ = ["Call", "Workers", "count_workers", "isolated", "make_workers", "worker_pool"]
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
-
-MOST_DEATHS = 3
-"""A piece or call at which so many processes have died is given up."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +75,6 @@ class Workers(Protocol):
 
     def close(self) -> None:
         """End all processes; the objects are gone."""
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """As if in a worker's process: one thread, and no trace in the random state (bases are adapted at random)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def make_workers(count: int) -> Workers:
@@ -148,37 +129,16 @@ class _ThisProcess:
         self._objects.clear()
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What a process is sent: a function of a piece, or of the object with this key, or one that builds that object."""
-
-    key: int | None
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...] = ()
-    build: bool = False
-
-
-@dataclass(eq=False)
-class _Job:
-    """A piece or a call that somebody waits for, and how many processes have died at it."""
-
-    index: int
-    request: _Request
-    name: Callable[[], str]
-    anew: bool = False
-    deaths: int = 0
-
-
 class _Processes:
     """Processes of this machine."""
 
     def __init__(self, count: int) -> None:
-        self.processes = [_Process() for _ in range(count)]
+        self.processes = [WorkerProcess() for _ in range(count)]
 
     def spread(
         self, work: Callable[[Piece], Result], pieces: Sequence[Piece], describe: Callable[[Piece], str] = repr
     ) -> Iterator[tuple[Piece, Result]]:
-        jobs = [_Job(i, _Request(None, work, (piece,)), partial(describe, piece)) for i, piece in enumerate(pieces)]
+        jobs = [Job(i, Request(None, work, (piece,)), partial(describe, piece)) for i, piece in enumerate(pieces)]
         for job, succeeded, result in self._done(jobs):
             if not succeeded:
                 raise result
@@ -188,9 +148,7 @@ class _Processes:
         self._home(key).keep(key, make)
 
     def call(self, calls: Mapping[int, Call]) -> dict[int, Any]:
-        jobs = [
-            _Job(key, _Request(key, c.method, c.arguments), partial(str, c.name), c.anew) for key, c in calls.items()
-        ]
+        jobs = [Job(key, Request(key, c.method, c.arguments), partial(str, c.name), c.anew) for key, c in calls.items()]
         done = {job.index: (succeeded, result) for job, succeeded, result in self._done(jobs)}
         for succeeded, result in done.values():
             if not succeeded:
@@ -201,17 +159,17 @@ class _Processes:
         for process in self.processes:
             process.stop()
 
-    def _home(self, key: int) -> _Process:
+    def _home(self, key: int) -> WorkerProcess:
         """The process in which an object lives."""
         return self.processes[key % len(self.processes)]
 
-    def _done(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, bool, Any]]:
+    def _done(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, bool, Any]]:
         """Jobs as they are done: whether each succeeded, and its result, or else what it raised."""
-        waiting = {process: deque[_Job]() for process in self.processes}
-        anywhere = deque[_Job]()
+        waiting = {process: deque[Job]() for process in self.processes}
+        anywhere = deque[Job]()
         for job in jobs:
             (anywhere if job.request.key is None else waiting[self._home(job.request.key)]).append(job)
-        busy: dict[_Process, _Job] = {}
+        busy: dict[WorkerProcess, Job] = {}
         try:
             while busy or anywhere or any(waiting.values()):
                 for process in self.processes:
@@ -225,129 +183,3 @@ class _Processes:
         finally:
             for process in busy:  # nobody waits for their answers any more
                 process.stop()
-
-
-class _Process:
-    """One process, and what it takes to put another one in its place."""
-
-    def __init__(self) -> None:
-        self.pipe: Any = None
-        self.process: Any = None
-        self._makes: dict[int, Callable[[], Any]] = {}
-        self._calls: dict[int, list[_Request]] = {}
-        self._built: set[int] = set()
-        self._pending: deque[_Request] = deque()
-
-    def keep(self, key: int, make: Callable[[], Any]) -> None:
-        """See `Workers`."""
-        self._makes[key], self._calls[key] = make, []
-        self._built.discard(key)
-
-    def begin(self, job: _Job) -> None:
-        """Start with a job; if this process does not have its object yet, with what makes the object as it was."""
-        if not self.process:
-            self._start()
-        key = job.request.key
-        if key is not None and key not in self._built:
-            self._pending.append(_Request(key, self._makes[key], build=True))
-            self._pending.extend([] if job.anew else self._calls[key])
-        self._pending.append(job.request)
-        self._send(job)
-
-    def answer(self, job: _Job) -> tuple[bool, Any] | None:
-        """Take an answer that has arrived: whether a job succeeded, and its result; None if it is not done yet.
-
-        Raises:
-            WorkerError: too many processes have died at the job.
-        """
-        try:
-            succeeded, result = self.pipe.recv()
-        except (EOFError, ConnectionError):
-            self._replace(job)
-            return None
-        request, key = self._pending.popleft(), job.request.key
-        if request.build and succeeded:
-            assert key is not None
-            self._built.add(key)
-        elif request.build:
-            self._pending.clear()
-        if self._pending:  # this was something that the job needs; a repeated call that failed then may fail again
-            self._send(job)
-            return None
-        if key is not None and not request.build:
-            self._calls[key] = [request] if job.anew else [*self._calls[key], request]
-        return succeeded, result
-
-    def stop(self) -> None:
-        """End the process; another one takes its place when there is work."""
-        if not self.process:
-            return
-        self.pipe.close()
-        if not self._pending:
-            self.process.join(timeout=5)
-        self.process.kill()
-        self.process.join()
-        self.process = self.pipe = None
-        self._built.clear()
-        self._pending.clear()
-
-    def _start(self) -> None:
-        context = get_context("spawn")
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there,), daemon=True)
-        self.process.start()
-        there.close()  # else nobody would notice that the process ended
-
-    def _send(self, job: _Job) -> None:
-        """Send the next request; a process that has died in the meantime is noticed here or by its answer."""
-        try:
-            self.pipe.send(self._pending[0])
-        except ConnectionError:
-            self._replace(job)
-
-    def _replace(self, job: _Job) -> None:
-        job.deaths += 1
-        self.stop()
-        if job.deaths == MOST_DEATHS:
-            raise WorkerError(
-                f"A worker process ended {MOST_DEATHS} times at the same work, for lack of memory perhaps: "
-                f"{textwrap.shorten(job.name(), 200)}. Try fewer workers."
-            )
-        self.begin(job)
-
-
-def _serve(pipe: Connection) -> None:
-    """A worker's process: answer requests until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    torch.set_num_threads(1)
-    Thread(target=_end_with_parent, daemon=True).start()
-    objects: dict[int | None, Any] = {}
-    while True:
-        try:
-            request: _Request = pipe.recv()
-        except EOFError:
-            return
-        try:
-            with isolated():
-                if request.build:
-                    objects[request.key] = request.function()
-                    answer: tuple[bool, Any] = True, None
-                else:
-                    kept = () if request.key is None else (objects[request.key],)
-                    answer = True, request.function(*kept, *request.arguments)
-        except Exception as error:  # whatever it is, the parent raises it
-            answer = False, error
-        try:
-            pipe.send(answer)
-        except OSError:  # the parent is gone
-            return
-        except Exception as error:  # it cannot be pickled
-            pipe.send((False, WorkerError(f"What a worker found cannot be sent to its parent: {error}")))
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is killed, also in the middle of a piece of work."""
-    parent = parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)

@@ -1,0 +1,181 @@
+"""A worker's process, which another one replaces when it dies; see `common.workers`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import textwrap
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
+from threading import Thread
+from typing import Any
+
+import torch
+
+from ..errors import WorkerError
+
+MOST_DEATHS = 3
+"""A piece or call at which so many processes have died is given up."""
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """As if in a worker's process: one thread, and no trace in the random state (bases are adapted at random)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a process is sent: a function of a piece, or of the object with this key, or one that builds that object."""
+
+    key: int | None
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    build: bool = False
+
+
+@dataclass(eq=False)
+class Job:
+    """A piece or a call that somebody waits for, and how many processes have died at it."""
+
+    index: int
+    request: Request
+    name: Callable[[], str]
+    anew: bool = False
+    deaths: int = 0
+
+
+class WorkerProcess:
+    """One process, and what it takes to put another one in its place."""
+
+    def __init__(self) -> None:
+        self.pipe: Any = None
+        self.process: Any = None
+        self._makes: dict[int, Callable[[], Any]] = {}
+        self._calls: dict[int, list[Request]] = {}
+        self._built: set[int] = set()
+        self._pending: deque[Request] = deque()
+
+    def keep(self, key: int, make: Callable[[], Any]) -> None:
+        """See `Workers`."""
+        self._makes[key], self._calls[key] = make, []
+        self._built.discard(key)
+
+    def begin(self, job: Job) -> None:
+        """Start with a job; if this process does not have its object yet, with what makes the object as it was."""
+        if not self.process:
+            self._start()
+        key = job.request.key
+        if key is not None and key not in self._built:
+            self._pending.append(Request(key, self._makes[key], build=True))
+            self._pending.extend([] if job.anew else self._calls[key])
+        self._pending.append(job.request)
+        self._send(job)
+
+    def answer(self, job: Job) -> tuple[bool, Any] | None:
+        """Take an answer that has arrived: whether a job succeeded, and its result; None if it is not done yet.
+
+        Raises:
+            WorkerError: too many processes have died at the job.
+        """
+        try:
+            succeeded, result = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self._replace(job)
+            return None
+        request, key = self._pending.popleft(), job.request.key
+        if request.build and succeeded:
+            assert key is not None
+            self._built.add(key)
+        elif request.build:
+            self._pending.clear()
+        if self._pending:  # this was something that the job needs; a repeated call that failed then may fail again
+            self._send(job)
+            return None
+        if key is not None and not request.build:
+            self._calls[key] = [request] if job.anew else [*self._calls[key], request]
+        return succeeded, result
+
+    def stop(self) -> None:
+        """End the process; another one takes its place when there is work."""
+        if not self.process:
+            return
+        self.pipe.close()
+        if not self._pending:
+            self.process.join(timeout=5)
+        self.process.kill()
+        self.process.join()
+        self.process = self.pipe = None
+        self._built.clear()
+        self._pending.clear()
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(there,), daemon=True)
+        self.process.start()
+        there.close()  # else nobody would notice that the process ended
+
+    def _send(self, job: Job) -> None:
+        """Send the next request; a process that has died in the meantime is noticed here or by its answer."""
+        try:
+            self.pipe.send(self._pending[0])
+        except ConnectionError:
+            self._replace(job)
+
+    def _replace(self, job: Job) -> None:
+        job.deaths += 1
+        self.stop()
+        if job.deaths == MOST_DEATHS:
+            raise WorkerError(
+                f"A worker process ended {MOST_DEATHS} times at the same work, for lack of memory perhaps: "
+                f"{textwrap.shorten(job.name(), 200)}. Try fewer workers."
+            )
+        self.begin(job)
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker's process: answer requests until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+    objects: dict[int | None, Any] = {}
+    while True:
+        try:
+            request: Request = pipe.recv()
+        except EOFError:
+            return
+        try:
+            with isolated():
+                if request.build:
+                    objects[request.key] = request.function()
+                    answer: tuple[bool, Any] = True, None
+                else:
+                    kept = () if request.key is None else (objects[request.key],)
+                    answer = True, request.function(*kept, *request.arguments)
+        except Exception as error:  # whatever it is, the parent raises it
+            answer = False, error
+        try:
+            pipe.send(answer)
+        except OSError:  # the parent is gone
+            return
+        except Exception as error:  # it cannot be pickled
+            pipe.send((False, WorkerError(f"What a worker found cannot be sent to its parent: {error}")))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed, also in the middle of a piece of work."""
+    parent = parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
