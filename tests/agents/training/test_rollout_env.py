@@ -445,6 +445,7 @@ def test_it_is_the_registered_environment_on_other_tasks(envs: ProxyVecEnv) -> N
         rankpilot.ENV_ID,
         num_envs=envs.num_envs,
         vectorization_mode="vector_entry_point",
+        task=PLANTED[0],  # which comes after those that are given
         base="llama-4x32",
         episodes_per_task=2,
         actions="scores",
