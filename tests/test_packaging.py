@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-NOT_OURS = ("tests", "build", "dist", "docs", "scripts", "runs")
+NOT_OURS = ("tests", "build", "dist", "docs", "examples", "scripts", "runs")
 
 
 def source_folders() -> set[str]:

@@ -20,7 +20,7 @@ from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, Policy
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.single import Episode, reference_of
-from rankpilot.env.reward import terminal_improvement
+from rankpilot.env.reward import Comparison
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
 from rankpilot.env.tasks.proxy_task import ProxyTask
@@ -66,7 +66,7 @@ def test_rows_are_those_of_peft_episodes() -> None:
     for row, task in zip(rows, (*TASKS, *TASKS), strict=True):
         assert row.loss == pytest.approx(loss_with_peft(RULES[row.policy], task), abs=1e-4)
         assert row.uniform_loss == pytest.approx(reference_of(ProxyFineTune(task), SCHEDULE).uniform, abs=1e-4)
-        assert row.improvement == terminal_improvement(row.reference, row.loss)
+        assert row.improvement == Comparison.with_uniform(row.reference).improvement(row.loss)
         assert (row.seed, row.kind, row.family, row.depth, row.failed) == (task.seed, "planted", "llama", 4, False)
     assert rows[0].loss != rows[2].loss
 
