@@ -55,6 +55,7 @@ class ProxyVecEnv(SharedVecEnv):
         space = observation_space(config.max_modules)
         super().__init__(stacks * config.num_envs, space, action_space(config.actions, config.max_modules))
         self.round = self._taken = 0
+        self._names: list[str] = []
         self.workers = make_workers(min(workers, stacks))
         for stack in range(stacks):
             self.workers.keep(stack, partial(EnvironmentStack, config))
@@ -66,22 +67,17 @@ class ProxyVecEnv(SharedVecEnv):
         """Start round `round`."""
         self._taken = 0
         self._returns = np.zeros(self.num_envs)
-        calls = {}
+        self._names, calls = [], {}
         for stack in range(self.stacks):
             tasks = self.fresh.draw(self.round, stack)
-            calls[stack] = Call(EnvironmentStack.begin, (tasks,), self._name(stack, tasks), anew=True)
+            self._names.append(f"stack {stack} of round {self.round} ({', '.join(task.id for task in tasks)})")
+            calls[stack] = Call(EnvironmentStack.begin, (tasks,), self._names[stack], anew=True)
         return _joined(self.workers.call(calls))
-
-    def _name(self, stack: int, tasks: Sequence[ProxyTask]) -> str:
-        return f"stack {stack} of round {self.round} ({', '.join(task.id for task in tasks)})"
 
     def step_wait(self) -> VecEnvStepReturn:
         """Take one decision in every episode; after the last one the next round begins."""
         parts = np.split(self._actions, self.stacks)
-        calls = {
-            stack: Call(EnvironmentStack.step, (part,), self._name(stack, self.fresh.draw(self.round, stack)))
-            for stack, part in enumerate(parts)
-        }
+        calls = {stack: Call(EnvironmentStack.step, (part,), self._names[stack]) for stack, part in enumerate(parts)}
         steps = self.workers.call(calls)
         self._taken += 1
         self._returns += np.concatenate([steps[stack].rewards for stack in calls])
