@@ -115,18 +115,32 @@ class DecisionLog:
         _write(path, lambda stream: pq.write_table(table, stream))
         return path
 
-    def read(self) -> pa.Table:
+    def read(self, on_error: Callable[[RunFolderError], None] | None = None) -> pa.Table:
         """All rows, by decision and inside it in the order of the modules.
 
         A column that only some decisions have is null in the others.
 
+        Args:
+            on_error: called with the error of each part that cannot be read, which is then left out. Without it, that
+                error is raised.
+
         Raises:
-            RunFolderError: the folder is missing or empty, or a part is corrupt or of another schema.
+            RunFolderError: the folder is missing or empty, or a part is corrupt or of another schema; with `on_error`,
+                no part can be read.
         """
         parts = self._parts()
         if not parts:
             raise RunFolderError(f"No decision log in {self.folder}: expected part-00000.parquet and following.")
-        tables = [_read_part(part) for part in parts]
+        tables = []
+        for part in parts:
+            try:
+                tables.append(_read_part(part))
+            except RunFolderError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+        if not tables:
+            raise RunFolderError(f"The decision log in {self.folder} has {len(parts)} parts, and none can be read.")
         earlier = sum(_schema_of(table) < SCHEMA_VERSION for table in tables)
         if earlier:
             logger.warning(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..common.arrays import FloatArray, IntArray
 from ..errors import DataError
 from .controller import RankController
+from .decision_line import decision_line
 from .decision_log import DECISION_TYPES, FEATURE_PREFIX, MODULE_TYPES, RUN_PREFIX, SCHEMA_KEY, SCHEMA_VERSION
 from .features import MODULE_FEATURES, RUN_FEATURES
 from .observation import Observation
@@ -156,6 +157,12 @@ class DecisionRecord:
         for names in (self.modules, self.feature_names):
             if len(set(names)) < len(names):
                 raise DataError(f"A module or feature name of decision {self.decision} is used twice: {names}.")
+
+    def line(self) -> str:
+        """The decision in one line; see `decision_line`."""
+        problem = self.problem
+        cost, unit = self.predicted_cost, problem.cost.unit
+        return decision_line(self.step, problem.ranks, self.rank_after, cost, problem.limit, unit)
 
     def to_table(self, problem_file: str) -> pa.Table:
         """One row for each module.

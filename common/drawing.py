@@ -13,6 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .arrays import FloatArray
 from .files import atomic_path
+from .units import three_digits
 
 Points = Sequence[tuple[float, float]]
 
@@ -90,8 +91,7 @@ def finite_points(points: Points) -> FloatArray:
 
 def in_mib(count: float) -> str:
     """A byte count in MiB, three digits at least."""
-    value = count / MIB
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return three_digits(count / MIB)
 
 
 def draw_legend(axes: Axes, loc: Literal["best", "lower right", "upper right"]) -> None:

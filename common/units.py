@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import math
 
+_UNITS = ("B", "KiB", "MiB", "GiB")
+
 
 def format_bytes(count: float, *, up: bool = False) -> str:
     """A byte count for people, in binary units: 1536 -> '1.5 KiB'; rounded to four digits, upwards if asked."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            if up and count > 0:
-                last_digit = 10.0 ** (0 if unit == "B" else math.floor(math.log10(count)) - 3)
-                count = math.ceil(count / last_digit) * last_digit
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+    unit, size = byte_unit(count)
+    count /= size
+    if up and count > 0:
+        last_digit = 10.0 ** (0 if unit == "B" else math.floor(math.log10(count)) - 3)
+        count = math.ceil(count / last_digit) * last_digit
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+
+
+def byte_unit(count: float) -> tuple[str, int]:
+    """The binary unit in which people write a byte count, and its bytes: 3000 -> ('KiB', 1024)."""
+    power = sum(abs(count) >= 1024**step for step in range(1, len(_UNITS)))
+    return _UNITS[power], 1024**power
+
+
+def three_digits(value: float) -> str:
+    """A number with three digits, or with all of those before the point: 0.123, 12.3, 1,234."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def part_of(count: float, limit: float, unit: str) -> str:
+    """A cost beside its limit, with the unit once: '12.1 of 12.3 GiB', '240,000 of 300,000 parameters'."""
+    if unit != "bytes":
+        return f"{count:,.0f} of {limit:,.0f} {unit}"
+    name, size = byte_unit(limit)
+    return f"{three_digits(count / size)} of {three_digits(limit / size)} {name}"

@@ -353,3 +353,18 @@ def test_a_lost_problem_is_named(log: DecisionLog, content: bytes | None) -> Non
         log.problem(4)
     log.append(make_record(4))
     assert log.problem(4).limit == 1e9 + 1, "written anew"
+
+
+def test_a_part_that_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path)
+    for decision in range(3):
+        log.append(make_record(decision))
+    (tmp_path / "part-00001.parquet").write_bytes(b"PAR1")
+    errors: list[RunFolderError] = []
+    assert sorted(set(log.read(errors.append)["decision"].to_pylist())) == [0, 2]
+    (error,) = errors
+    assert "part-00001.parquet is corrupt" in str(error)
+    for number in (0, 2):
+        (tmp_path / f"part-0000{number}.parquet").write_bytes(b"")
+    with pytest.raises(RunFolderError, match="3 parts, and none can be read"):
+        log.read(errors.append)
