@@ -259,6 +259,6 @@ class RankController(Generic[AdaptersT]):
         )
         controller._reference_cost = state["reference_cost"]
         controller.interval_losses = list(state["interval_losses"])
-        controller.signal_ranks = np.array(state["signal_ranks"])
+        controller.signal_ranks = np.asarray(state["signal_ranks"]).copy()
         controller.decision = state["decision"]
         return controller

@@ -153,7 +153,7 @@ class Family:
             loss = model(**self.inputs(model)).loss
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
 
 

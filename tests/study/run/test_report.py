@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_a_corrupt_decision_is_named(run_folder: Path) -> None:
 
 def test_summary_table(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
-    console = Console(width=80, record=True, force_terminal=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=80, record=True, force_terminal=True, file=StringIO())
     console.print(summary_table(summary))
     text = console.export_text(styles=True)
     assert "\x1b[1m0.3841" in text
