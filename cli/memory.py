@@ -43,11 +43,12 @@ def main(arguments: Sequence[str]) -> None:
     refuse_file(options.output)  # now, and not after minutes of work
     use = memory_use(options, lambda text: console.print(f"[dim]{escape(text)} ...[/]"))
     console.print(f"[bold]{escape(memory_report.subject(use))}[/]", highlight=False)
-    tables = (memory_report.peak_table, memory_report.layer_table, memory_report.change_table)
-    for table in (*(make(use) for make in tables), memory_report.measured_table(use)):
+    tables = (memory_report.peak_table, memory_report.layer_table, memory_report.rank_table)
+    for make in (*tables, memory_report.change_table, memory_report.measured_table):
+        table = make(use)
         if table is not None:
             console.print(table)
-    console.print(memory_report.finding(use), highlight=False)
+    console.print(memory_report.finding(use), markup=False, highlight=False)
     for note in filter(None, (memory_report.allocator_note(use), *use.notes)):
         console.print(note, markup=False, highlight=False)
     memory_report.write_memory_report(use, options.output)

@@ -65,7 +65,7 @@ def train_command(options: Train) -> None:
 
     folder = options.output
     if is_finished(folder) and options.resume:
-        console.print(f"{folder} holds a finished policy already.")
+        console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
         _print_validation(read_json(folder / "card.json")["validation"])
         return
     with stage_bar("training on proxy fine-tunes (rounds)", "starting") as report:
@@ -74,7 +74,8 @@ def train_command(options: Train) -> None:
     save_figure(learning_curve(read_json_lines(folder / PROGRESS)), folder / "learning_curve.png")
     finish(folder, policy, options, results)
     _print_validation(results)
-    console.print(f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}")
+    line = f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}"
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +13,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .arrays import FloatArray
 from .files import atomic_path
-from .units import three_digits
 
 Points = Sequence[tuple[float, float]]
 
@@ -24,7 +23,6 @@ INK, FAINT, RULE = "#333333", "#767676", "#bbbbbb"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BUDGET_RED = "#b00020"
 """The line that no step may cross."""
-MIB = 2**20
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -89,12 +87,7 @@ def finite_points(points: Points) -> FloatArray:
     return table[np.isfinite(table).all(axis=1)]
 
 
-def in_mib(count: float) -> str:
-    """A byte count in MiB, three digits at least."""
-    return three_digits(count / MIB)
-
-
-def draw_legend(axes: Axes, loc: Literal["best", "lower right", "upper right"]) -> None:
-    """Put a borderless legend in a corner, if anything has a label."""
+def draw_legend(axes: Axes) -> None:
+    """Put a borderless legend where it hides least, if anything has a label."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=loc, fontsize=9, framealpha=0.9, edgecolor="none").set_zorder(10)
+        axes.legend(loc="best", fontsize=9, framealpha=0.9, edgecolor="none").set_zorder(10)

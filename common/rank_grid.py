@@ -26,7 +26,7 @@ NO_ADAPTER = "#e9e9e9"
 _GREY = int(NO_ADAPTER[1:3], 16) / 255
 
 
-def rank_colors(ranks: IntArray) -> FloatArray:
+def rank_colors(ranks: IntArray | FloatArray) -> FloatArray:
     """RGB of ranks in an array, (..., 3): grey for 0, white where there is no module, else from light to dark."""
     place = np.interp(ranks, RUNGS, np.linspace(0, 1, len(RUNGS)))
     colors = colormaps["viridis_r"](0.04 + 0.93 * place)[..., :3]
@@ -35,12 +35,12 @@ def rank_colors(ranks: IntArray) -> FloatArray:
     return np.asarray(colors, dtype=np.float64)
 
 
-def draw_cells(axes: Axes, ranks: IntArray, edges: Sequence[float], *, gap: float, hatched: bool) -> None:
+def draw_cells(axes: Axes, ranks: IntArray | FloatArray, edges: Sequence[float], *, gap: float, hatched: bool) -> None:
     """Draw a cell for each rank, and white lines between the rows.
 
     Args:
         axes: get the limits of the grid, without spines and tick marks.
-        ranks: int (rows, columns), the first row at the bottom; `ABSENT` leaves a cell white.
+        ranks: ranks or means of ranks, (rows, columns), the first row at the bottom; `ABSENT` leaves a cell white.
         edges: where each column begins, and where the last one ends, (columns + 1,).
         gap: width of the lines, points; 0 for none.
         hatched: hatch the cells of rank 0.

@@ -79,11 +79,21 @@ def finetune(
             "policy": policy.name,
             "seed": config.seed,
             "steps": config.steps,
+            **_classes(workload),
             "runs": runs,
             "reload": runs[PILOT].pop("reload"),
         }
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def _classes(workload: Workload) -> dict[str, Any]:
+    """What an accuracy has to be compared with: the number of classes, and the share of the most frequent one."""
+    if workload.task != "classification":
+        return {}
+    counts = np.bincount(np.asarray(workload.held_out["labels"]))
+    rows = int(counts.sum())
+    return {"classes": len(workload.labels), "held_out_rows": rows, "largest_class": int(counts.max()) / rows}
 
 
 def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class OwnTask:
         steps: optimiser steps of an episode.
         batch_size: rows a step.
         learning_rate: peak of a linear decay.
-        budget: see `Budget.parse`.
+        budget: of a training step: "6GiB", "350MB", "80%" of what uniform rank 8 takes, or "300k params".
         collate: makes a batch of rows, "labels" included; transformers' default.
         target_modules: of a plain model, as in `peft.LoraConfig`.
         seed: of batches and adapters.

@@ -6,8 +6,9 @@ memory.json  memory.png
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,45 @@ def layer_table(use: MemoryUse) -> Table:
     """The peak by layer, with the model's output at the top."""
     breakdown = use.breakdown
     saved, moment, adapter = (breakdown.by_layer(*kinds) for kinds in _COLUMNS.values())
-    rules = [alternative for alternative in use.alternatives if alternative.kind == "budget"]
-    columns = ("layer", *_COLUMNS, "share", *(f"ranks of {rule.label.partition(' ')[0]}" for rule in rules))
-    table = make_table("By layer, the model's output at the top", columns)
     every = (breakdown.bytes.sum(axis=1) / breakdown.total).tolist()
-    titles = layer_titles(breakdown.layers)
+    titles, rows = layer_titles(breakdown.layers), []
     for row in range(len(titles))[::-1]:
         cells = [format_bytes(values[row]) if values[row] else "–" for values in (saved, moment, adapter)]
-        inside = [layer == breakdown.layers[row] for layer in breakdown.layer_of]
-        ranks = [_ranks_text(rule.ranks[inside].tolist()) for rule in rules]
-        table.add_row(titles[row], *cells, f"{every[row]:.1%}", *ranks)
-    return table
+        rows.append((titles[row], (*cells, f"{every[row]:.1%}")))
+    columns = ("layer", *_COLUMNS, "share")
+    folded = ((title, *cells) for title, cells in _folded(rows))
+    return make_table("By layer, the model's output at the top", columns, folded)
+
+
+def rank_table(use: MemoryUse) -> Table | None:
+    """The ranks that the rules give inside the budget, by layer; None without a budget."""
+    rules = [alternative for alternative in use.alternatives if alternative.kind == "budget"]
+    if not rules:
+        return None
+    breakdown, rows = use.breakdown, []
+    for title, layer in list(zip(layer_titles(breakdown.layers), breakdown.layers, strict=True))[::-1]:
+        inside = [each == layer for each in breakdown.layer_of]
+        if any(inside):
+            rows.append((title, tuple(_ranks_text(rule.ranks[inside].tolist()) for rule in rules)))
+    columns = ("layer", *(rule.label.partition(" ")[0] for rule in rules))
+    return make_table(f"Ranks inside {use.config.budget}", columns, ((title, *ranks) for title, ranks in _folded(rows)))
+
+
+def _folded(rows: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The rows of a table by layer, with one row for numbered layers that follow one another and have equal cells."""
+
+    def stack(row: tuple[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]]:
+        title, cells = row
+        name, _, number = title.rpartition(" " if " " in title else ".")
+        return (name if number.isdigit() else title, cells)
+
+    for _, equal in groupby(rows, stack):
+        (first, cells), *others = equal
+        if others:
+            last = others[-1][0]
+            low = last.removeprefix("layer ")
+            first = f"layers {low} to {first.removeprefix('layer ')}, each"
+        yield first, cells
 
 
 _COLUMNS: dict[str, tuple[Kind, ...]] = {
@@ -115,7 +144,7 @@ def _ranks_text(ranks: Sequence[int]) -> str:
     """The ranks of a layer's modules: "16", "–" for no adapter, "8 ×4, 12 ×2" for mixed ones."""
     counts = Counter(ranks)
     if not any(ranks):
-        return "–" if ranks else ""
+        return "–"
     if len(counts) == 1:
         return str(ranks[0])
     if len(counts) > MOST_LISTED:
@@ -180,8 +209,8 @@ def finding(use: MemoryUse) -> str:
     thin = next(choice for choice in use.alternatives if choice.label.startswith("rank 1 "))
     return (
         f"{saved / breakdown.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
-        f"{thin.peak_bytes / use.reference_bytes:.0%} of what rank 8 takes; the choice that saves most bytes is "
-        f"{least.label} ({least.peak_bytes / use.reference_bytes:.0%})."
+        f"{thin.peak_bytes / use.reference_bytes:.0%} of the bytes that rank 8 takes; the choice that saves most, "
+        f"{least.label}, takes {least.peak_bytes / use.reference_bytes:.0%} of them."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ...agents.evaluation.tables import Group, PolicyResult
@@ -16,7 +17,7 @@ def comparison_table(group: Group, against: str) -> Table:
     """
     table = Table(title=f"{group.name} ({group.tasks} tasks)", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("policy", overflow="fold")
-    chances = ("better than\nuniform", f"better than\n{against}")
+    chances = ("better than\nuniform", f"better than\n{escape(against)}")
     for column in ("runs", "held-out\nloss", "gain, of\nheadroom", "interquartile\nmean", *chances):
         table.add_column(column, justify="right")
     for result in group.results:
@@ -27,7 +28,7 @@ def comparison_table(group: Group, against: str) -> Table:
 def _cells(result: PolicyResult) -> tuple[str, ...]:
     against, failed = result.against, f"\n[red]{result.failed} failed[/]" if result.failed else ""
     return (
-        result.policy,
+        escape(result.policy),
         f"{result.runs}{failed}",
         "" if result.loss is None else f"{result.loss:.4f}",
         _gain(result.improvement),

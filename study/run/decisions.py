@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...allocation.decision_line import decision_line
 from ...allocation.decision_log import FEATURE_PREFIX
 from ...common.arrays import FloatArray
 from ...common.module_names import short_names
-from ...common.units import format_bytes
+from .comparison import cost_text
 
 MOVES_SHOWN = 3
 """Moves that a decision's list has at most."""
@@ -19,18 +20,28 @@ STANDS_OUT = 1.0
 """Standard deviations from the mean of all modules."""
 
 
+def decision_lines(log: pa.Table) -> list[str]:
+    """A line for each decision of a log, as `DecisionLog.read` returns it."""
+    return [_line(table) for table in _each_decision(log)]
+
+
 def describe_decisions(log: pa.Table) -> list[str]:
     """A Markdown paragraph with a list for each decision of a log, as `DecisionLog.read` returns it.
 
     A feature's distance from the mean shows what was unusual about a module, not what the policy weighed.
     """
+    return [_describe(table) for table in _each_decision(log)]
+
+
+def _each_decision(log: pa.Table) -> list[pa.Table]:
     numbers = sorted(pc.unique(log["decision"]).to_pylist())
-    return [_describe(log.filter(pc.equal(log["decision"], number))) for number in numbers]
+    return [log.filter(pc.equal(log["decision"], number)) for number in numbers]
 
 
-def cost_text(cost: float, unit: str) -> str:
-    """A cost with its unit: "96.5 MiB", "120,000 parameters"."""
-    return format_bytes(cost) if unit == "bytes" else f"{cost:,.0f} parameters"
+def _line(table: pa.Table) -> str:
+    first: dict[str, Any] = table.slice(0, 1).to_pylist()[0]
+    before, after = (table[name].to_numpy() for name in ("rank_before", "rank_after"))
+    return decision_line(first["step"], before, after, first["predicted_cost"], first["limit"], first["unit"])
 
 
 def standing_out(table: pa.Table) -> list[list[tuple[str, float]]]:

@@ -1,4 +1,4 @@
-"""Pictures of a fine-tune and of policy training; each function returns a matplotlib Figure.
+"""Curves of a fine-tune's losses and of policy training; each function returns a matplotlib Figure.
 
 Drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
 README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles state the result.
@@ -14,24 +14,23 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ...common.arrays import FloatArray
 from ...common.drawing import (
-    BUDGET_RED,
     COLORS,
     FAINT,
-    INK,
-    MIB,
     Points,
     clean_axes,
     draw_legend,
     finite_points,
-    in_mib,
     mark_steps,
     new_figure,
     smooth,
 )
+
+FEW_POINTS = 24
+"""Training losses fewer than this are drawn as they are, with a mark each; more are smoothed."""
 
 
 def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequence[int] = ()) -> Figure:
@@ -45,6 +44,7 @@ def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequen
     titles = {"train": "Training loss", "eval": "Held-out loss"}
     parts = [part for part in titles if any(len(curves[run].get(part, ())) for run in curves)] or ["train"]
     lasts = {run: curve["eval"][-1, 1] for run, curve in curves.items() if len(curve.get("eval", ()))}
+    end = max((points[-1, 0] for curve in curves.values() for points in curve.values() if len(points)), default=0) or 1
     figure = new_figure(3.9, _loss_title(lasts), "Dotted lines: decisions." if len(decision_steps) else "")
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, part in zip(panels, parts, strict=True):
@@ -54,52 +54,16 @@ def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequen
             if len(points := curve.get(part, np.empty((0, 2)))):
                 ends.append((_draw_loss(axes, points, part, color, run), color))
                 values += points[:, 1].tolist()
-        axes.set(xlabel="training step", ylabel="loss", xlim=(0, None))
+        axes.set(xlabel="training step", ylabel="loss")
         if len(values) >= 20:  # one spike must not flatten all curves
             middle, usual = np.percentile(values, (50, 99))
             low, high = min(values), min(max(values), 2 * usual - middle)
             if high > low:
                 axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes.set_xlim(0, 1.02 * end)  # room for the last mark
         _label_ends(axes, ends)
     if len(curves) > 1 or len(parts) == 1:
-        draw_legend(panels[0], loc="upper right")
-    return figure
-
-
-def memory_timeline(runs: Mapping[str, Points], limit_bytes: float, predicted: Points = ()) -> Figure:
-    """Measured peak memory below the hard budget.
-
-    Args:
-        runs: for each run (step, peak bytes since the point before); the first run's headroom is shaded.
-        limit_bytes: the budget.
-        predicted: (step, bytes) that each plan was predicted to take from that step on.
-    """
-    curves = {run: points for run, given in runs.items() if len(points := finite_points(given))}
-    plan = finite_points(predicted)
-    end = max((points[-1, 0] for points in (*curves.values(), plan) if len(points)), default=0) or 1
-    highest = max(points[:, 1].max() for points in (*curves.values(), np.array([[0, limit_bytes]]))) / MIB
-    figure = new_figure(3.9, _memory_title(curves, limit_bytes))
-    axes = clean_axes(figure.subplots())
-    for color, (run, points) in zip(cycle(COLORS), curves.items(), strict=False):
-        # A peak belongs to the steps up to its point.
-        steps, peaks = np.insert(points[:, 0], 0, 0), np.insert(points[:, 1], 0, points[0, 1]) / MIB
-        axes.plot(steps, peaks, drawstyle="steps-pre", color=color, linewidth=1.8, label=run, zorder=3)
-        if run == next(iter(curves)):
-            shade: dict[str, Any] = {"color": color, "alpha": 0.1, "linewidth": 0, "label": "headroom"}
-            axes.fill_between(steps, peaks, np.maximum(peaks, limit_bytes / MIB), step="pre", **shade)
-    if len(plan):
-        steps, costs = np.append(plan[:, 0], end), np.append(plan[:, 1], plan[-1, 1]) / MIB
-        line: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 2)), "zorder": 4}
-        axes.plot(steps, costs, drawstyle="steps-post", label="predicted", **line)
-        axes.plot(steps[:-1], costs[:-1], "o", color=INK, markersize=4, zorder=5, clip_on=False)
-    axes.axhline(limit_bytes / MIB, color=BUDGET_RED, linewidth=2, zorder=2)
-    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
-    name = f"budget {in_mib(limit_bytes)} MiB"
-    axes.annotate(name, (1, limit_bytes / MIB), (-4, 4), color=BUDGET_RED, fontsize=9.5, **place)
-    axes.set(xlabel="training step", ylabel="peak memory of training (MiB)", xlim=(0, end))
-    axes.set_ylim(0, highest * 1.14)
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    draw_legend(axes, loc="lower right")
+        draw_legend(panels[0])
     return figure
 
 
@@ -147,7 +111,7 @@ def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     episodes = sum(int(row.get("episodes", 0)) for row in rows)
     axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
     axes.set_ylabel("return: gain over the rule")
-    draw_legend(axes, loc="best")
+    draw_legend(axes)
 
 
 def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
@@ -161,12 +125,12 @@ def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
         style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": COLORS[1]}
         axes.annotate("warm start", points[1], **style)
     axes.set(xlabel="PPO iteration", ylabel="gain")
-    draw_legend(axes, loc="best")
+    draw_legend(axes)
 
 
 def _draw_loss(axes: Axes, points: FloatArray, part: str, color: str, run: str) -> tuple[float, float]:
     """Draw one run and return the end of its line."""
-    if part == "eval":
+    if part == "eval" or len(points) < FEW_POINTS:
         axes.plot(points[:, 0], points[:, 1], "o-", color=color, markersize=4.5, linewidth=1.6, label=run)
         return points[-1, 0], points[-1, 1]
     line = smooth(points[:, 1], max(1, len(points) // 12))
@@ -179,9 +143,8 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str]]) -> 
     """Write the last value right of each line, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap, previous = 0.065 * (high - low), -math.inf
-    axes.set_xlim(0, axes.dataLim.x1 or 1.0)
     for (step, value), color in sorted(ends, key=lambda end: end[0][1]):
-        previous = max(value, previous + gap)
+        previous = max(min(value, high), previous + gap)  # a spike may end above the axis
         style: dict[str, Any] = {
             "color": color,
             "fontsize": 9.5,
@@ -205,18 +168,6 @@ def _loss_title(lasts: Mapping[str, float]) -> str:
         return f"{run} and {other} end level at a held-out loss of {value:.3f}"
     word = "below" if change < 0 else "above"
     return f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
-
-
-def _memory_title(curves: Mapping[str, FloatArray], limit: float) -> str:
-    if not curves:
-        return f"Budget of {in_mib(limit)} MiB; nothing was measured"
-    run, points = next(iter(curves.items()))
-    over = int((points[:, 1] > limit).sum())
-    share = f"{in_mib(points[:, 1].max())} of {in_mib(limit)} MiB"
-    if over:
-        return f"{run} exceeds the budget at {over} of {len(points)} measured steps: {share}"
-    used = f"{points[:, 1].max() / limit:.0%}"
-    return f"{run} keeps to the budget at every measured step: at most {share} ({used})"
 
 
 def _learning_title(rows: Sequence[Mapping[str, Any]], checks: FloatArray) -> str:

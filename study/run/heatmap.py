@@ -1,4 +1,7 @@
-"""The picture of a run: the rank of every module over the steps of a fine-tune."""
+"""The picture of a run: the rank of every module over the steps of a fine-tune.
+
+A run with many modules has a panel for each kind of module, see `panels.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,11 @@ from ...common.drawing import INK, new_figure
 from ...common.module_names import ShortName, short_names
 from ...common.rank_grid import draw_cells, draw_key, write_rank
 from ...lora.ladder import DEFAULT_RANKS
+from .panels import rank_panels
 
+ROW_INCHES = 0.19
 MOST_LABELLED_ROWS = 72
-"""Above this many modules only layers are named."""
+"""Above this many modules there is no row for each."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,6 @@ class _Rows:
     edges: list[int]
     edge_steps: list[float]
 
-    @property
-    def labelled(self) -> bool:
-        """Whether each row has a name and numbers."""
-        return len(self.names) <= MOST_LABELLED_ROWS
-
 
 def rank_heatmap(
     steps: Sequence[int], ranks: IntArray, modules: Sequence[str], blocks: IntArray, total_steps: int
@@ -54,27 +54,30 @@ def rank_heatmap(
         blocks: layer of each module, 0 at the bottom, int (modules,).
         total_steps: where the run ends.
     """
+    ranks = np.asarray(ranks)
+    title, rungs = _title(ranks[-1]), _rungs(ranks)
+    if len(modules) > MOST_LABELLED_ROWS:
+        return rank_panels(steps, ranks, modules, blocks, total_steps, title, rungs)
     order = np.argsort(blocks, kind="stable")
     starts = np.flatnonzero(np.diff(np.asarray(blocks)[order], prepend=-1))
     names = short_names(modules)
     rows = _Rows(
-        np.asarray(ranks)[:, order].T,
+        ranks[:, order].T,
         [names[i] for i in order],
         [*starts.tolist(), len(order)],
         [*steps, total_steps],
     )
-    row_height = 0.19 if rows.labelled else max(0.033, 0.11 * (len(starts)) / len(order))
-    figure = new_figure(1.25 + row_height * max(len(order), 12), _title(rows), _note(rows))
+    note = "Output of the network at the top. Triangles: decisions. A number stands where a rank is new."
+    figure = new_figure(1.25 + ROW_INCHES * max(len(order), 12), title, note)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.022), wspace=0.03)
     axes = figure.add_subplot(grid[0])
-    draw_cells(axes, rows.ranks, rows.edge_steps, gap=0.8 if rows.labelled else 0.0, hatched=rows.labelled)
-    axes.hlines(rows.edges[1:-1], 0, total_steps, color="white", linewidth=3 if rows.labelled else 1, zorder=2)
+    draw_cells(axes, rows.ranks, rows.edge_steps, gap=0.8, hatched=True)
+    axes.hlines(rows.edges[1:-1], 0, total_steps, color="white", linewidth=3, zorder=2)
     axes.set(xlim=(0, total_steps), xlabel="training step")
-    if rows.labelled:
-        _write_ranks(axes, rows)
+    _write_ranks(axes, rows)
     _draw_labels(axes, rows)
     _draw_decisions(axes, rows)
-    draw_key(figure.add_subplot(grid[1]), _rungs(rows.ranks))
+    draw_key(figure.add_subplot(grid[1]), rungs)
     return figure
 
 
@@ -99,14 +102,10 @@ def _write_ranks(axes: Axes, rows: _Rows) -> None:
 def _draw_labels(axes: Axes, rows: _Rows) -> None:
     """Kinds beside their rows, layers as groups left of them."""
     middles = [(low + high) / 2 for low, high in pairwise(rows.edges)]
-    # A module outside the layers has its name beside its row already, where rows are labelled.
-    layers = [rows.names[low].layer or ("" if rows.labelled else rows.names[low].kind) for low in rows.edges[:-1]]
+    # A module outside the layers has its name beside its row already.
+    layers = [rows.names[low].layer for low in rows.edges[:-1]]
     axes.tick_params(axis="y", labelsize=8.5)
     axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=9)
-    if not rows.labelled:
-        every = 1 + len(layers) // 45
-        axes.set_yticks(middles[::every], layers[::every])
-        return
     kinds = [name.kind if len(name.kind) <= 28 else f"…{name.kind[-27:]}" for name in rows.names]
     axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
     groups = axes.secondary_yaxis(-0.02 - 0.0115 * max(len(kind) for kind in kinds))
@@ -134,9 +133,8 @@ def _draw_decisions(axes: Axes, rows: _Rows) -> None:
     marks.spines[:].set_visible(False)
 
 
-def _title(rows: _Rows) -> str:
+def _title(final: IntArray) -> str:
     """How concentrated the final ranks are."""
-    final = rows.ranks[:, -1]
     if not final.any():
         return "No module ends with an adapter"
     if np.unique(final).size == 1:
@@ -146,12 +144,3 @@ def _title(rows: _Rows) -> str:
     without = int((final == 0).sum())
     ending = f"; {without} end without an adapter" if without else ""
     return f"{few} of {len(final)} modules end with {reached[few - 1]:.0%} of all rank{ending}"
-
-
-def _note(rows: _Rows) -> str:
-    """How to read the picture."""
-    if rows.labelled:
-        return "Output of the network at the top. Triangles: decisions. A number stands where a rank is new."
-    kinds = [name.kind for name in rows.names[rows.edges[0] : rows.edges[1]]]
-    note = f"Output at the top; inside a layer, upwards: {', '.join(kinds)}."
-    return note if len(note) < 115 else "Output of the network at the top. Triangles: decisions."

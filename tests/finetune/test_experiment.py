@@ -117,6 +117,8 @@ def test_a_run_writes_what_it_promises(make_config: Callable[..., FinetuneConfig
     folder = tmp_path / "run"
     summary = finetune(make_config(compare_uniform=True), folder)
     assert summary["reload"] == {"identical": True, "max_abs_difference": 0.0}
+    assert (summary["classes"], summary["held_out_rows"]) == (2, 20)
+    assert 0.5 <= summary["largest_class"] < 0.8
     for run in summary["runs"].values():
         assert 0 < run["peak_bytes"] <= run["budget_bytes"]
         assert np.isfinite(run["held_out_loss"])

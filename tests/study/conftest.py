@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,9 @@ def problem_of(ranks: np.ndarray) -> AllocationProblem:
     return AllocationProblem(ranks, np.full(36, 64), BLOCKS, cost, 100 * MIB, RankLadder())
 
 
-def write_decisions(folder: Path) -> None:
+def write_decisions(
+    folder: Path, problem: Callable[[np.ndarray], AllocationProblem] = problem_of, scale: float = 1.0
+) -> None:
     log, ranks = DecisionLog(folder), plans()
     for decision, step in enumerate(STEPS):
         before = ranks[decision - 1] if decision else np.ones(36, dtype=int)
@@ -62,9 +65,9 @@ def write_decisions(folder: Path) -> None:
             DecisionRecord(
                 run="demo", policy="pilot", policy_sha256=None, decision=decision, step=step, seed=3,
                 loss=None if decision == 0 else 0.7 - 0.1 * decision,
-                predicted_cost=(90 + 2 * decision) * MIB,
+                predicted_cost=(90 + 2 * decision) * MIB * scale,
                 measured_cost=None if decision == 0 else 89 * MIB, log_prob=-9.0, rank_floor=4.0,
-                depth_bias=4.0, expected=0.5, uncertainty=0.1, modules=MODULES, problem=problem_of(before),
+                depth_bias=4.0, expected=0.5, uncertainty=0.1, modules=MODULES, problem=problem(before),
                 rank_wanted=asked, rank_clipped=asked, rank_after=ranks[decision], score=np.zeros(36),
                 features=features(decision), feature_names=("sensitivity", "snr", "top", "constant"),
                 run_features={"progress": step / 200},

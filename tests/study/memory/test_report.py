@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +27,7 @@ from rankpilot.study.memory.report import (
     measured_table,
     moment_text,
     peak_table,
+    rank_table,
     subject,
     write_memory_report,
 )
@@ -72,9 +74,9 @@ def memory_use(layers: int = 6, *, budget: bool = True, measured: MeasuredStep |
     )
 
 
-def printed(table: Table | None) -> str:
+def printed(table: Table | None, width: int = 160) -> str:
     assert table is not None
-    console = Console(width=160, record=True, file=None, quiet=False)
+    console = Console(width=width, record=True, file=None, quiet=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get()
@@ -95,12 +97,41 @@ def test_peak_by_kind() -> None:
     assert "Peak of a training step: backward: loss" in text
 
 
+def first_column(text: str) -> list[str]:
+    return [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+
+
 def test_layers_from_the_top() -> None:
     text = printed(layer_table(memory_use()))
-    first = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
-    assert first == ["loss and rest", "classifier", *(f"layer {n}" for n in (5, 4, 3, 2, 1, 0)), "embeddings"]
-    assert row_of(text, "layer 5") == ["layer 5", "10 MiB", "–", "4 MiB", "15.6%", "16 ×1, 4 ×1", "16 ×1, 4 ×1"]
-    assert row_of(text, "layer 0")[-1] == "–"
+    assert first_column(text) == ["loss and rest", "classifier", "layers 0 to 5, each", "embeddings"]
+    assert row_of(text, "layers") == ["layers 0 to 5, each", "10 MiB", "–", "4 MiB", "15.6%"]
+
+
+def test_only_layers_with_equal_cells_share_a_row() -> None:
+    use = memory_use()
+    use.breakdown.bytes[3, KINDS.index("saved")] += MIB
+    text = printed(layer_table(use))
+    layers = ["layers 3 to 5, each", "layer 2", "layers 0 to 1, each"]
+    assert first_column(text) == ["loss and rest", "classifier", *layers, "embeddings"]
+    assert row_of(text, "layer 2")[1] == "11 MiB"
+
+
+def test_ranks_by_layer() -> None:
+    text = printed(rank_table(memory_use()))
+    assert "Ranks inside 60%" in text
+    assert first_column(text) == ["layers 3 to 5, each", "layers 0 to 2, each"]
+    assert row_of(text, "layers 3") == ["layers 3 to 5, each", "16 ×1, 4 ×1", "16 ×1, 4 ×1"]
+    assert row_of(text, "layers 0")[1:] == ["–", "–"]
+    assert rank_table(memory_use(budget=False)) is None
+
+
+@pytest.mark.parametrize("make", [peak_table, layer_table, rank_table, change_table, measured_table])
+def test_tables_fit_a_narrow_terminal(make: Callable[[MemoryUse], Table | None]) -> None:
+    table = make(memory_use(30, measured=MeasuredStep(5)))
+    assert table is not None
+    text = printed(table, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
 
 
 def test_choices() -> None:
@@ -130,7 +161,7 @@ def test_words() -> None:
     use = memory_use()
     assert subject(use) == "model, classification, 16 x 64 tokens, rank 8 on 12 modules, adamw, cpu"
     assert "67% of the peak" in finding(use)
-    assert "with gradient checkpointing (25%)" in finding(use)
+    assert "saves most, with gradient checkpointing, takes 25% of them" in finding(use)
     assert moment_text("optimizer step") == "optimizer step"
     assert moment_text("forward: base_model.model.lm_head.base_layer") == "forward: lm_head"
 

@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rankpilot.common.drawing import save_figure, smooth
 from rankpilot.common.module_names import short_names
-from rankpilot.study.run.figures import learning_curve, loss_curves, memory_timeline
+from rankpilot.study.run.figures import learning_curve, loss_curves
 from rankpilot.study.run.heatmap import rank_heatmap
+from rankpilot.study.run.memory_figure import cost_timeline
 
 MIB = 2**20
 LLAMA = [
     f"model.layers.{layer}.{kind}"
-    for layer in range(32)
+    for layer in range(143)
     for kind in (
         "self_attn.q_proj",
         "self_attn.k_proj",
@@ -92,12 +93,43 @@ def test_heatmap_names_modules_only_while_there_is_room() -> None:
     few = small_heatmap([[1] * 4, [1] * 4]).axes[0]
     assert [label.get_text() for label in few.get_yticklabels()] == ["query", "key", "query", "key"]
     blocks = np.repeat(np.arange(32), 7)
-    many = rank_heatmap([0], np.ones((1, 224), dtype=int), LLAMA, blocks, 10)
+    many = rank_heatmap([0], np.ones((1, 224), dtype=int), LLAMA[:224], blocks, 10)
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [axes.get_title() for axes in many.axes] == [*kinds, ""]
     assert [label.get_text() for label in many.axes[0].get_yticklabels()] == [f"layer {i}" for i in range(32)]
     assert not many.axes[0].texts
 
 
-@pytest.mark.parametrize("layers", [4, 32])
+def test_panels_show_the_rank_of_each_kind_and_layer() -> None:
+    ranks = np.ones((2, 224), dtype=int)
+    ranks[1, 7 * 31 + 1] = 32  # k_proj of the top layer
+    figure = rank_heatmap([0, 50], ranks, LLAMA[:224], np.repeat(np.arange(32), 7), 100)
+    cells = [axes.collections[0].get_array().reshape(32, 2, -1) for axes in figure.axes[:7]]
+    low = cells[0][0, 0]
+    changed = [
+        (kind, layer, change)
+        for kind, values in enumerate(cells)
+        for layer in range(32)
+        for change in range(2)
+        if not np.allclose(values[layer, change], low)
+    ]
+    assert changed == [(1, 31, 1)]
+
+
+def test_panels_of_experts_show_their_mean() -> None:
+    kinds = ("self_attn.q_proj", *(f"mlp.experts.{number}.up_proj" for number in range(8)))
+    modules = [f"model.layers.{layer}.{kind}" for layer in range(10) for kind in kinds]
+    modules += ["lm_head", "embed"]
+    ranks = np.full((1, 92), 4)
+    blocks = np.array([*np.repeat(np.arange(10), 9), 10, 11])
+    figure = rank_heatmap([0], ranks, modules, blocks, 10)
+    assert [axes.get_title() for axes in figure.axes] == ["q_proj", "up_proj", "other", ""]
+    assert "A cell with several modules has their mean." in texts(figure)[1]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [*(f"layer {number}" for number in range(10)), "lm_head", "embed"]
+
+
+@pytest.mark.parametrize("layers", [4, 32, 143])
 def test_nothing_is_clipped(layers: int) -> None:
     count = layers * 7
     ranks = np.arange(2 * count).reshape(2, count) % 33
@@ -131,23 +163,55 @@ def test_short_names_of_two_stacks_stay_different() -> None:
     assert len({str(name) for name in short_names(t5)}) == 2
 
 
-def test_memory_timeline_draws_the_budget_in_mib() -> None:
-    runs = {"rankpilot": [(10, 60 * MIB), (20, 90 * MIB)]}
-    figure = memory_timeline(runs, 100 * MIB, [(0, 70 * MIB), (10, 95 * MIB)])
-    axes = figure.axes[0]
+def test_costs_are_drawn_near_the_budget() -> None:
+    runs = {"rankpilot": [(10, 60 * MIB), (20, 90 * MIB)], "uniform": [(10, 80 * MIB)]}
+    figure = cost_timeline(runs, 100 * MIB, [(0, 70 * MIB), (10, 95 * MIB)])
+    axes, errors = figure.axes
     levels = [set(np.asarray(line.get_ydata()).tolist()) for line in axes.lines]
     assert {100.0} in levels
     assert {60.0, 90.0} in levels
     assert {70.0, 95.0} in levels
-    assert axes.get_ylim()[0] == 0
+    assert 40 < axes.get_ylim()[0] < 60
     assert axes.get_ylim()[1] > 100
     assert "MiB" in axes.get_ylabel()
-    assert texts(figure)[0] == ("rankpilot keeps to the budget at every measured step: at most 90 of 100 MiB (90%)")
+    title = "rankpilot keeps to the budget at every measured step: at most 90 of 100 MiB (90%)"
+    assert texts(figure) == [title, f"The axis starts at {axes.get_ylim()[0]:.3g} MiB."]
     assert [text.get_text() for text in axes.texts] == ["budget 100 MiB"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "headroom",
+        "predicted",
+        "rankpilot, measured",
+        "uniform, measured",
+    ]
+    # The decision after step 10 is in force from step 11 on.
+    (points,) = (line for line in errors.lines if line.get_marker() == "o")
+    assert np.asarray(points.get_ydata()) == pytest.approx([100 * (60 / 70 - 1), 100 * (90 / 95 - 1)])
+    assert errors.get_title(loc="left") == "Measured beside predicted: −14% where they differ most"
 
 
-def test_memory_timeline_says_so_when_the_budget_is_exceeded() -> None:
-    figure = memory_timeline({"uniform": [(1, 60 * MIB), (2, 120 * MIB)]}, 100 * MIB)
+def test_costs_far_below_the_budget_are_drawn_from_zero() -> None:
+    figure = cost_timeline({"rankpilot": [(1, 20 * MIB)]}, 100 * MIB, [(0, 20 * MIB)])
+    assert figure.axes[0].get_ylim()[0] == 0
+    assert len(texts(figure)) == 1
+
+
+def test_a_gibibyte_budget_has_an_axis_in_gibibytes() -> None:
+    figure = cost_timeline({"rankpilot": [(1, 12000 * MIB)]}, 12 * 1024 * MIB)
+    (axes,) = figure.axes
+    assert "GiB" in axes.get_ylabel()
+    assert texts(figure)[0].endswith("at most 11.7 of 12 GiB (98%)")
+
+
+def test_costs_in_parameters() -> None:
+    figure = cost_timeline({}, 300_000, [(0, 240_000), (10, 290_000)], "parameters", 50)
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "parameters"
+    assert axes.get_xlim() == (0, 50)
+    assert texts(figure)[0] == "Plans take at most 290,000 of 300,000 parameters"
+
+
+def test_costs_say_so_when_the_budget_is_exceeded() -> None:
+    figure = cost_timeline({"uniform": [(1, 60 * MIB), (2, 120 * MIB)]}, 100 * MIB)
     assert texts(figure)[0] == "uniform exceeds the budget at 1 of 2 measured steps: 120 of 100 MiB"
     assert figure.axes[0].get_ylim()[1] > 120
 
@@ -162,6 +226,17 @@ def test_loss_curves_label_the_last_values() -> None:
     train, held_out = figure.axes
     assert {text.get_text() for text in held_out.texts} == {"0.900", "1.000"}
     assert {text.get_text() for text in train.texts} == {"0.500", "0.600"}
+
+
+def test_losses_of_a_short_run_are_points() -> None:
+    runs = {"rankpilot": {"train": [(5, 0.9)], "eval": [(6, 0.8)]}}
+    train, held_out = loss_curves(runs).axes
+    for axes, point in ((train, (5, 0.9)), (held_out, (6, 0.8))):
+        (line,) = axes.lines
+        assert (line.get_marker(), line.get_xydata().tolist()) == ("o", [list(point)])
+        assert axes.get_xlim() == (0, 1.02 * 6), "both panels have the steps of the run"
+    many = {"rankpilot": {"train": [(step, 1.0) for step in range(100)], "eval": []}}
+    assert [line.get_marker() for line in loss_curves(many).axes[0].lines] == ["None", "None"]
 
 
 def test_labels_of_close_curves_do_not_overlap() -> None:

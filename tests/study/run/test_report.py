@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.common.files import read_json, write_json
+from rankpilot.common.files import read_json, read_json_lines, write_json
 from rankpilot.errors import RunFolderError
+from rankpilot.memory.cost import ParameterCost
+from rankpilot.study.run.comparison import summary_table
 from rankpilot.study.run.decisions import standing_out
-from rankpilot.study.run.report import summary_table, write_report
+from rankpilot.study.run.report import write_report
+from rankpilot.study.run.run_data import read_run
 from rich.console import Console
+
+from ..conftest import MIB, plans, problem_of, write_decisions
 
 
 def edit_summary(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -32,7 +38,7 @@ def table_rows(report: str) -> dict[str, list[str]]:
 
 
 def test_comparison_marks_the_best_values(run_folder: Path) -> None:
-    path = write_report(run_folder)
+    path = write_report(run_folder).path
     assert path == run_folder / "report.md"
     assert table_rows(path.read_text()) == {
         "": ["rankpilot", "uniform"],
@@ -49,14 +55,14 @@ def test_comparison_marks_the_best_values(run_folder: Path) -> None:
 
 def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
     edit_summary(run_folder, lambda s: s["runs"]["uniform"].update(held_out_loss=0.2, held_out_accuracy=0.99))
-    report = write_report(run_folder).read_text()
+    report = write_report(run_folder).path.read_text()
     assert table_rows(report)["held-out loss"] == ["0.3841", "**0.2000**"]
     assert table_rows(report)["held-out accuracy"] == ["86.10%", "**99.00%**"]
     assert "rankpilot's held-out loss is 92.0% higher than that of uniform ranks." in report
 
 
 def test_pictures_are_made_and_linked(run_folder: Path) -> None:
-    report = write_report(run_folder).read_text()
+    report = write_report(run_folder).path.read_text()
     for name in ("ranks", "loss", "memory"):
         assert f"(figures/{name}.png)" in report
         assert (run_folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -66,7 +72,7 @@ def test_pictures_are_made_and_linked(run_folder: Path) -> None:
 
 
 def test_decisions_in_words(run_folder: Path) -> None:
-    report = write_report(run_folder).read_text()
+    report = write_report(run_folder).path.read_text()
     lines = report.split("## Decisions")[1].splitlines()
     assert report.count("**Decision ") == 4
     second = next(i for i, line in enumerate(lines) if line.startswith("**Decision 2"))
@@ -97,9 +103,9 @@ def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
 
 
 def test_report_can_be_made_again(run_folder: Path) -> None:
-    first = write_report(run_folder).read_text()
+    first = write_report(run_folder).path.read_text()
     pictures = {path: path.read_bytes() for path in (run_folder / "figures").iterdir()}
-    assert write_report(run_folder).read_text() == first
+    assert write_report(run_folder).path.read_text() == first
     assert {path: path.read_bytes() for path in (run_folder / "figures").iterdir()} == pictures
 
 
@@ -114,7 +120,7 @@ def test_missing_parts_are_left_out(run_folder: Path) -> None:
         summary["runs"] = {"rankpilot": {"held_out_loss": run["held_out_loss"], "held_out_accuracy": None}}
 
     edit_summary(run_folder, only_loss)
-    report = write_report(run_folder).read_text()
+    report = write_report(run_folder).path.read_text()
     assert table_rows(report) == {"": ["rankpilot"], "held-out loss": ["0.3841"]}
     assert [line for line in report.splitlines() if line.startswith("#")] == [
         "# Fine-tune report",
@@ -129,31 +135,39 @@ def test_a_causal_model_without_a_uniform_run(run_folder: Path) -> None:
         summary["runs"]["rankpilot"]["held_out_accuracy"] = None
 
     edit_summary(run_folder, change)
-    report = write_report(run_folder).read_text()
+    report = write_report(run_folder).path.read_text()
     assert "held-out accuracy" not in report
     assert "uniform" not in report
     assert table_rows(report)["held-out loss"] == ["0.3841"]
 
 
 def test_a_failed_reload_is_shown(run_folder: Path) -> None:
-    assert "gives identical outputs (largest difference 0)" in write_report(run_folder).read_text()
+    assert "gives identical outputs (largest difference 0)" in write_report(run_folder).path.read_text()
     edit_summary(run_folder, lambda s: s.update(reload={"identical": False, "max_abs_difference": 0.25}))
-    assert "**does not give identical outputs** (largest difference 0.25)" in write_report(run_folder).read_text()
+    assert "**does not give identical outputs** (largest difference 0.25)" in write_report(run_folder).path.read_text()
 
 
 def test_decisions_after_a_probe_start_from_the_ranks_in_place(run_folder: Path) -> None:
     (run_folder / "decisions" / "part-00000.parquet").unlink()
-    assert "**Decision 1" in write_report(run_folder).read_text()
+    assert "**Decision 1" in write_report(run_folder).path.read_text()
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"runs": {}}', '{"runs": {"uniform": {}}}'])
-def test_an_unfinished_run_is_refused(run_folder: Path, content: str | None) -> None:
+def test_a_run_without_a_summary_is_reported_from_the_rest(run_folder: Path, content: str | None) -> None:
     path = run_folder / "summary.json"
     path.unlink()
     if content is not None:
         path.write_text(content)
-    with pytest.raises(RunFolderError, match=r"summary\.json"):
-        write_report(run_folder)
+    report = write_report(run_folder)
+    (line,) = report.run.missing
+    assert "no summary.json, so the run has not finished" in line if content is None else "is unreadable" in line
+    text = report.path.read_text()
+    assert f"Left out of this report: {line}." in text
+    assert "The latest held-out loss is 0.3840, at step 200." in text
+    assert "## Result" not in text
+    assert text.count("**Decision ") == 4
+    for name in ("ranks", "loss", "memory"):
+        assert f"(figures/{name}.png)" in text
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -162,16 +176,116 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_corrupt_decision_is_named(run_folder: Path) -> None:
+def test_a_folder_without_a_run_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"decisions/part-00000\.parquet or part-00000\.parquet.*summary\.json"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_corrupt_decision_is_named_and_left_out(run_folder: Path) -> None:
     (run_folder / "decisions" / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RunFolderError, match=r"part-00001\.parquet"):
-        write_report(run_folder)
+    report = write_report(run_folder)
+    (line,) = report.run.missing
+    assert "part-00001.parquet is corrupt" in line
+    text = report.path.read_text()
+    assert line in text
+    assert [f"**Decision {number}" in text for number in range(4)] == [True, False, True, True]
+    assert "(figures/ranks.png)" in text
+
+
+def test_a_log_of_which_nothing_can_be_read(run_folder: Path) -> None:
+    for path in (run_folder / "decisions").glob("*.parquet"):
+        path.write_bytes(b"")
+    report = write_report(run_folder)
+    assert len(report.run.missing) == 5
+    assert "none can be read" in report.run.missing[-1]
+    text = report.path.read_text()
+    assert "(figures/loss.png)" in text
+    assert "(figures/ranks.png)" not in text
+
+
+def test_decisions_have_a_line_each(run_folder: Path) -> None:
+    text = write_report(run_folder).path.read_text()
+    lines = text.split("## Decisions")[1].split("```")[1].split("\n")[1:-1]
+    assert len(lines) == 4
+    assert lines[2] == "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3"
+
+
+def test_a_decision_log_alone(run_folder: Path) -> None:
+    folder = run_folder / "decisions"
+    report = write_report(folder)
+    assert report.path == folder / "report.md"
+    assert report.run.missing == ("no checkpoint with a trainer_state.json, so no losses",)
+    text = report.path.read_text()
+    assert text.count("**Decision ") == 4
+    assert "(figures/ranks.png)" in text
+    assert "(figures/memory.png)" in text, "the log has the peaks before its decisions"
+    assert "(figures/loss.png)" not in text
+
+
+@pytest.fixture
+def trainer_folder(run_folder: Path, tmp_path: Path) -> Path:
+    """The output folder of a Trainer: decisions, and checkpoints with what was logged up to them."""
+    folder = tmp_path / "out"
+    shutil.copytree(run_folder / "decisions", folder / "decisions")
+    rows = read_json_lines(run_folder / "metrics-rankpilot.jsonl")
+    for step in (100, 200):
+        history = [{key: row[key] for key in row if key != "peak_bytes"} for row in rows if row["step"] <= step]
+        state = {"global_step": step, "log_history": history}
+        write_json(folder / f"checkpoint-{step}" / "trainer_state.json", state)
+        config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "some/model"}
+        write_json(folder / f"checkpoint-{step}" / "adapter_config.json", config)
+    return folder
+
+
+def test_a_trainer_output_folder(trainer_folder: Path) -> None:
+    report = write_report(trainer_folder)
+    assert not report.run.missing
+    text = report.path.read_text()
+    for name in ("ranks", "loss", "memory"):
+        assert f"(figures/{name}.png)" in text
+    assert "The latest held-out loss is 0.3840, at step 200." in text
+    checkpoint = trainer_folder / "checkpoint-200"
+    assert f"The adapter is in `{checkpoint}`; its base model is `some/model`." in text
+    assert f"AutoPeftModelForCausalLM.from_pretrained('{checkpoint}')" in text
+    assert f"rankpilot export '{checkpoint}' --output padded" in text
+
+
+def test_a_torn_trainer_state_gives_way_to_the_one_before(trainer_folder: Path) -> None:
+    (trainer_folder / "checkpoint-200" / "trainer_state.json").write_text('{"log_hist')
+    report = write_report(trainer_folder)
+    assert "The latest held-out loss is 0.4293, at step 100." in report.path.read_text()
+    (line,) = report.run.missing
+    assert "checkpoint-200" in line
+
+
+def test_the_report_names_the_adapter_of_a_fine_tune(run_folder: Path) -> None:
+    assert "## The adapter" not in write_report(run_folder).path.read_text()
+    adapter = run_folder / "rankpilot" / "adapter"
+    write_json(adapter / "adapter_config.json", {"task_type": "SEQ_CLS", "base_model_name_or_path": "some/model"})
+    edit_summary(run_folder, lambda s: s.update(classes=5))
+    text = write_report(run_folder).path.read_text()
+    assert f"AutoPeftModelForSequenceClassification.from_pretrained('{adapter}', num_labels=5)" in text
+    assert "model.merge_and_unload()" in text
+    assert f"rankpilot export '{adapter}' --format rank-pattern" in text
+
+
+def test_a_budget_of_parameters_is_not_given_in_bytes(tmp_path: Path, run_folder: Path) -> None:
+    shutil.rmtree(run_folder / "decisions")
+    problem = problem_of(plans()[0])
+    counted = replace(problem, cost=ParameterCost(np.full((1, 36), 1e3)), limit=300_000.0)
+    write_decisions(run_folder / "decisions", lambda ranks: replace(counted, ranks=ranks), 1 / MIB * 3000)
+    edit_summary(run_folder, lambda s: [run.update(budget_bytes=300_000) for run in s["runs"].values()])
+    text = write_report(run_folder).path.read_text()
+    assert table_rows(text)["budget"] == ["300,000 parameters"] * 2
+    assert "![Parameters of the adapter against the budget](figures/memory.png)" in text
+    assert "step 0: 36 modules moved, 270,000 of 300,000 parameters, mean rank 2.0" in text
 
 
 def test_summary_table(run_folder: Path) -> None:
-    summary = json.loads((run_folder / "summary.json").read_text())
     console = Console(width=80, record=True, force_terminal=True, file=StringIO())
-    console.print(summary_table(summary))
+    console.print(summary_table(read_run(run_folder)))
     text = console.export_text(styles=True)
     assert "\x1b[1m0.3841" in text
     assert "\x1b[1m0.4041" not in text

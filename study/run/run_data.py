@@ -1,0 +1,175 @@
+"""What the folder of a run holds, for its report.
+
+Three kinds of folder have a decision log, and each may be of a run that goes on:
+
+    the folder of `rankpilot finetune`     decisions/  metrics-NAME.jsonl  summary.json  rankpilot/adapter/
+    the output folder of a Trainer         decisions/  checkpoint-N/trainer_state.json
+    a decision log                         part-00000.parquet ...
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...allocation.decision_log import DecisionLog
+from ...common.drawing import Points
+from ...common.files import read_json, read_json_lines
+from ...errors import RunFolderError
+
+Rows = Sequence[Mapping[str, Any]]
+
+PILOT, UNIFORM = RUNS = ("rankpilot", "uniform")
+"""The run under a policy, and the run that it may be compared with."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """What a folder says about a run.
+
+    Attributes:
+        folder: the folder.
+        summary: results and settings by name; empty before the end of `rankpilot finetune`, and in other folders.
+        metrics: losses and measured peaks by step, for each run of which the folder has them.
+        decisions: the decision log, see `DecisionLog.read`; None without one that can be read.
+        missing: what the folder lacks and what cannot be read, a few words each.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+    metrics: Mapping[str, Rows]
+    decisions: pa.Table | None
+    missing: tuple[str, ...]
+
+    @property
+    def results(self) -> dict[str, Mapping[str, Any]]:
+        """The results of each finished run, by name."""
+        runs = self.summary.get("runs", {})
+        return {name: runs[name] for name in RUNS if runs.get(name)}
+
+    @property
+    def unit(self) -> str:
+        """The unit of the budget: "bytes" or "parameters"."""
+        return str(self.decisions["unit"][0].as_py()) if self.decisions else "bytes"
+
+    @property
+    def limit(self) -> float | None:
+        """The budget, in `unit`; None if the folder does not tell."""
+        limits: list[float | None] = self.of_decisions("limit")
+        return limits[-1] if limits else self.results.get(PILOT, {}).get("budget_bytes")
+
+    @property
+    def steps(self) -> int:
+        """The last step that the folder speaks of."""
+        rows = [row["step"] for row in self.metrics.get(PILOT, ()) if "step" in row]
+        return max([*rows, *(step + 1 for step in self.of_decisions("step"))], default=0)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the trained adapter, or else of the last checkpoint that has one."""
+        folders = [self.folder / PILOT / "adapter", self.folder, *_checkpoints(self.folder)]
+        return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
+
+    def of_decisions(self, column: str) -> list[Any]:
+        """One value of a column for each decision."""
+        if self.decisions is None:
+            return []
+        values: list[Any] = self.decisions.filter(pc.equal(self.decisions["module_index"], 0))[column].to_pylist()
+        return values
+
+    def points(self, run: str, key: str) -> Points:
+        """(step, value) of each line of a run's metrics that has the value."""
+        return [
+            (row["step"], row[key]) for row in self.metrics.get(run, ()) if "step" in row and row.get(key) is not None
+        ]
+
+    def peaks(self) -> dict[str, Points]:
+        """(step, bytes at its peak) of each run that was measured; a run that goes on has those of its decisions."""
+        peaks = {run: self.points(run, "peak_bytes") for run in RUNS}
+        if not peaks[PILOT] and self.unit == "bytes":
+            pairs = zip(self.of_decisions("step"), self.of_decisions("measured_cost"), strict=True)
+            peaks[PILOT] = [(step, cost) for step, cost in pairs if cost is not None]
+        return {run: points for run, points in peaks.items() if points}
+
+
+def read_run(folder: Path) -> RunData:
+    """Read what a folder holds.
+
+    Raises:
+        RunFolderError: it has neither a decision log nor the summary of a fine-tune.
+    """
+    missing: list[str] = []
+    logs = [DecisionLog(path) for path in (folder / "decisions", folder)]
+    log = next((log for log in logs if len(log)), None)
+    of_finetune = any((folder / name).is_file() for name in ("config.json", "summary.json", f"metrics-{PILOT}.jsonl"))
+    if log is None and not (folder / "summary.json").is_file():
+        raise RunFolderError(
+            f"{folder} holds no run: there is no decision log (decisions/part-00000.parquet or part-00000.parquet) and "
+            "no summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
+            "RankPilotCallback, or the folder of a decision log."
+        )
+    summary = _read_summary(folder, missing) if of_finetune else {}
+    metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
+    decisions = None
+    if log is None:
+        missing.append("no decision log")
+    else:
+        try:
+            decisions = log.read(lambda error: missing.append(str(error).rstrip(".")))
+        except RunFolderError as error:
+            missing.append(str(error).rstrip("."))
+    return RunData(folder, summary, metrics, decisions, tuple(missing))
+
+
+def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:
+    path = folder / "summary.json"
+    if not path.is_file():
+        missing.append("no summary.json, so the run has not finished")
+        return {}
+    try:
+        summary = read_json(path)
+        if not isinstance(summary["runs"][PILOT], dict):
+            raise TypeError(f"the run {PILOT!r} has no results")
+    except (ValueError, KeyError, TypeError) as error:
+        missing.append(f"{path} is unreadable ({error!r})")
+        return {}
+    return dict(summary)
+
+
+def _read_metrics(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> dict[str, Rows]:
+    metrics: dict[str, Rows] = {}
+    for run in RUNS:
+        path = folder / f"metrics-{run}.jsonl"
+        if path.is_file():
+            metrics[run] = read_json_lines(path)
+        elif run == PILOT or run in summary.get("runs", {}):
+            missing.append(f"no {path.name}, so no losses")
+    return metrics
+
+
+def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
+    """The losses that a Trainer logged up to its last checkpoint."""
+    for path in (folder / "trainer_state.json", *(path / "trainer_state.json" for path in _checkpoints(folder))):
+        if not path.is_file():
+            continue
+        try:
+            state = read_json(path)
+            return {PILOT: [*state["log_history"], {"step": int(state["global_step"])}]}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            missing.append(f"{path} is unreadable ({error!r})")
+    missing.append("no checkpoint with a trainer_state.json, so no losses")
+    return {}
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    """The checkpoints of a Trainer, the last one first."""
+    numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
+    yield from (path for _, path in sorted(((int(n), path) for n, path in numbered if n.isdigit()), reverse=True))

