@@ -63,8 +63,9 @@ def test_a_step_is_predicted_and_measured(
     if sys.platform == "linux":
         assert figures["measured"]["process_bytes"] > figures["measured"]["peak_bytes"]
     assert (tmp_path / "memory" / "memory.png").is_file()
-    for words in ("calibrating", "tensors saved for backward", "layers 0 to", "half the batch (2 x 16)", "A real step"):
+    for words in ("calibrating", "tensors saved for backward", "By layer", "half the batch (2 x 16)", "A real step"):
         assert words in printed
+    assert ("layers 0 to 1, each" in printed) == (name == "bert"), "layers with equal bytes share a row"
     peaks = {choice["label"]: choice["peak_bytes"] for choice in figures["alternatives"]}
     assert peaks["rank 1 on all modules"] < figures["peak_bytes"] < peaks["rank 32 on all modules"]
     assert peaks["half the length (4 x 8)"] < 0.7 * figures["peak_bytes"]
