@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
 from .asset_list import ASSETS
 from .assets import fetch_asset
-from .task import Task
+from .task import KINDS, Task
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_model(name: str) -> str:
@@ -72,31 +73,97 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
+def class_end_token(model: str) -> int | None:
+    """The token that a classifier of this kind reads its answer from; None if it finds the end of a text by itself.
+
+    Encoder-decoders read it from their end token, which each row must therefore hold once.
+    """
+    config = load_config(model)
+    if not config.is_encoder_decoder:
+        return None
+    if not isinstance(config.eos_token_id, int):
+        raise ConfigError(
+            f"The model {model!r} is an encoder-decoder, which reads a class from its end token, and its "
+            "configuration names none. Set eos_token_id in its config.json."
+        )
+    return config.eos_token_id
+
+
 def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -> PreTrainedModel:
     """The model with the head that the task needs, in the dtype in which it was saved.
+
+    A saved head of another size is replaced by a new one, and the log says so.
 
     Args:
         name: packaged name, Hugging Face id or local folder.
         task: decides the head.
-        labels: names of the classes.
+        labels: names of the classes or tags; one name for regression; none for models that write text.
         tokenizer: its padding token is set in a model that has none; without a tokenizer, token 0 is.
 
     Raises:
         UnknownNameError, AssetError: there is no such model.
+        ConfigError: there is no model of this kind for the task.
     """
+    _check_task(name, task)
+    auto = getattr(transformers, KINDS[task].auto_class)
 
-    def load(path: str) -> PreTrainedModel:
-        if task == "causal-lm":
-            return AutoModelForCausalLM.from_pretrained(path)
-        names = dict(enumerate(labels))
-        return AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
-        )
+    def load(path: str) -> Any:
+        return auto.from_pretrained(path, output_loading_info=True, **head_options(task, labels))
 
-    model: PreTrainedModel = _pretrained(name, load)
+    model, info = _pretrained(name, load)
+    _report_new_head(name, model, info["mismatched_keys"])
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
     return model
+
+
+def head_options(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that make the head for a task, also in place of one of another size."""
+    if not KINDS[task].has_head:
+        return {}
+    names = dict(enumerate(labels))
+    options = {"num_labels": len(labels), "id2label": names, "label2id": {label: i for i, label in names.items()}}
+    if KINDS[task].auto_class == "AutoModelForSequenceClassification":
+        options["problem_type"] = "regression" if task == "regression" else "single_label_classification"
+    return options | {"ignore_mismatched_sizes": True}
+
+
+def _check_task(name: str, task: Task) -> None:
+    """Raise ConfigError if transformers has no model of this architecture for the task."""
+    config = load_config(name)
+    mappings = {other: getattr(transformers, kind.auto_class)._model_mapping for other, kind in KINDS.items()}
+    able = [other for other, mapping in mappings.items() if type(config) in mapping]
+    if able and task not in able and "auto_map" not in config.to_dict():
+        raise ConfigError(f"The model {name!r} ({config.model_type}) cannot do {task}. It can do {', '.join(able)}.")
+
+
+def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None:
+    """Log that a head was made anew; raise ConfigError if any other weight did not fit."""
+    keys = sorted(key if isinstance(key, str) else key[0] for key in mismatched)
+    heads = tuple(f"{head}." for head in head_names(model))
+    foreign = [key for key in keys if not key.startswith(heads)]
+    if foreign:
+        raise ConfigError(f"The weights of {name!r} do not fit its config.json: {foreign[0]} has another shape.")
+    if keys:
+        logger.warning("The head of %r has no %d outputs: a new one is trained.", name, model.config.num_labels)
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """The names of the modules beside the base model that hold weights, such as "classifier"."""
+    with_weights = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    return [name for name in with_weights if name != model.base_model_prefix]
+
+
+def check_length(length: int, model: PreTrainedModel) -> None:
+    """Raise ConfigError for rows that are longer than the model has positions."""
+    config: Any = model.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding token's number.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
+    if 0 < most < length:
+        raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")
 
 
 def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, rank: int, scaling: float) -> PeftModel:
@@ -111,12 +178,35 @@ def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, 
         scaling: lora_alpha / rank.
 
     Raises:
-        ConfigError: no such modules, or some that cannot carry an adapter.
+        UnknownNameError: there is no such module.
+        ConfigError: a module cannot carry an adapter.
     """
-    modules = "all-linear" if target_modules == "all-linear" else [part.strip() for part in target_modules.split(",")]
-    kind = "SEQ_CLS" if task == "classification" else "CAUSAL_LM"
-    lora = LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=modules, task_type=kind)
+    modules = target_modules if target_modules == "all-linear" else _existing(base, target_modules)
+    heads, kind = _trained_heads(base, task), KINDS[task].peft_type
+    lora = LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=modules, task_type=kind, **heads)
     try:
         return get_peft_model(base, lora)
-    except (ValueError, TypeError) as error:  # TypeError if a head is to be trained and adapted at once (DistilBERT)
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
+
+
+def _trained_heads(base: PreTrainedModel, task: Task) -> dict[str, Any]:
+    """The arguments of LoraConfig that let new heads train whole, without adapters in them."""
+    heads = head_names(base) if KINDS[task].has_head else []
+    # PEFT does this by itself for the usual names.
+    if not heads or (KINDS[task].peft_type == "SEQ_CLS" and set(heads) <= {"classifier", "score"}):
+        return {}
+    return {"modules_to_save": heads, "exclude_modules": rf"(?:{'|'.join(map(re.escape, heads))})(?:\..*)?"}
+
+
+def _existing(base: PreTrainedModel, target_modules: str) -> list[str]:
+    """The names in a list that is separated by commas; UnknownNameError if one is no module that can be adapted."""
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    paths = [path for path, module in base.named_modules() if isinstance(module, kinds)]
+    names = [part.strip() for part in target_modules.split(",")]
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
+            ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
+            raise UnknownNameError.of("target module", name, ends, "all-linear takes all linear layers.")
+    return names

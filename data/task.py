@@ -2,6 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-Task = Literal["classification", "causal-lm"]
+Task = Literal["classification", "regression", "token-classification", "seq2seq", "causal-lm"]
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """How libraries call a task.
+
+    Attributes:
+        auto_class: the class of transformers that loads a model with the head for it.
+        peft_type: PEFT's `task_type`.
+        has_head: whether a head is trained beside the adapters.
+    """
+
+    auto_class: str
+    peft_type: str
+    has_head: bool
+
+
+KINDS: dict[Task, TaskKind] = {
+    "classification": TaskKind("AutoModelForSequenceClassification", "SEQ_CLS", True),
+    "regression": TaskKind("AutoModelForSequenceClassification", "SEQ_CLS", True),
+    "token-classification": TaskKind("AutoModelForTokenClassification", "TOKEN_CLS", True),
+    "seq2seq": TaskKind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", False),
+    "causal-lm": TaskKind("AutoModelForCausalLM", "CAUSAL_LM", False),
+}

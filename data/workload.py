@@ -1,22 +1,41 @@
-"""Data sets by packaged name, Hugging Face id or local path, tokenised for a model: what a Trainer trains on."""
+"""Data sets for a model, by packaged name, Hugging Face id or local path: what a Trainer trains on."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+from datasets import Dataset
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
 
-from ..errors import ConfigError, DataError, UnknownNameError
-from .models import load_tokenizer, not_found
-from .packaged_data import DATASETS, load_packaged_dataset
+from ..errors import ConfigError, DataError
+from . import tokens
+from .chats import check_chats, encoded, for_trl
+from .columns import LABEL, TEXT, Columns, find_columns
+from .models import class_end_token, load_tokenizer
+from .splits import halves, held_out_split, load_splits, training_split
 from .task import Task
 
-_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """What a language model learns, not tokenised, in the columns that TRL's SFTTrainer reads.
+
+    Attributes:
+        train: rows with the column `text`, or `messages`, or the columns `prompt` and `completion`.
+        held_out: rows that training never sees.
+        is_chat: whether they are conversations or instructions. Other texts may be joined and cut at any place.
+    """
+
+    train: Dataset
+    held_out: Dataset
+    is_chat: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +43,13 @@ class Workload:
     """What a fine-tune trains on.
 
     Attributes:
-        task: classification or causal language modelling.
+        task: what the model learns.
         tokenizer: the model's tokenizer.
         train: tokenised rows.
         held_out: tokenised rows that training never sees.
         collator: makes batches of them.
-        labels: class names; empty for language modelling.
+        labels: names of the classes or tags; "value" for regression; empty for models that write text.
+        texts: the same rows for SFTTrainer; None unless the task is causal-lm.
     """
 
     task: Task
@@ -38,60 +58,7 @@ class Workload:
     held_out: Dataset
     collator: Any
     labels: tuple[str, ...]
-
-
-def load_splits(name: str) -> DatasetDict:
-    """The splits of a data set: packaged, a local file or folder, or a Hugging Face id.
-
-    Raises:
-        UnknownNameError, AssetError: there is no such data set.
-        DataError: a local file of a kind that cannot be read.
-    """
-    if name in DATASETS:
-        return load_packaged_dataset(name)
-    path = Path(name).expanduser()
-    try:
-        if path.is_file():
-            if path.suffix not in _READERS:
-                raise DataError(f"Cannot read {path}: its suffix is not one of {', '.join(_READERS)}.")
-            if path.stat().st_size == 0:
-                raise DataError(f"The data file {path} is empty.")
-            loaded = load_dataset(_READERS[path.suffix], data_files=str(path))
-        elif path.is_dir() and (path / "dataset_dict.json").exists():
-            loaded = DatasetDict.load_from_disk(os.fspath(path))
-        else:
-            loaded = load_dataset(os.fspath(path) if path.is_dir() else name)
-    except DataError:
-        raise
-    except Exception as error:  # datasets lets through what its many readers raise
-        raise not_found("data set", name, dict.fromkeys(DATASETS), error) from error
-    return DatasetDict(loaded)
-
-
-def _split(splits: DatasetDict, label: str, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows: a split with labels, or else a tenth of the training rows."""
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    for name in ("test", "validation", "valid", "dev"):
-        held_out = splits.get(name)
-        if held_out is None or held_out is train:
-            continue
-        if label not in held_out.column_names or set(held_out.unique(label)) != {-1}:  # a contest hides its labels
-            return train, held_out
-    if len(train) < 2:
-        raise DataError(f"A data set needs at least 2 rows; got {len(train)}.")
-    parts = train.train_test_split(test_size=max(1, len(train) // 10), seed=seed)
-    return parts["train"], parts["test"]
-
-
-def _column(parts: list[Dataset], name: str, what: str) -> str:
-    """The name of a column, if all parts have it and no row lacks a value there."""
-    for part in parts:
-        if name not in part.column_names:
-            raise UnknownNameError.of(f"{what} column", name, part.column_names, f"Set --{what}-column.")
-        empty = sum(value is None for value in part[name])
-        if empty:
-            raise DataError(f"The column {name!r} holds no value in {empty} of {len(part)} rows. Remove these rows.")
-    return name
+    texts: Texts | None = None
 
 
 def load_workload(
@@ -100,8 +67,8 @@ def load_workload(
     *,
     task: Task | None = None,
     max_length: int = 64,
-    text_column: str = "text",
-    label_column: str = "label",
+    text_column: str = TEXT,
+    label_column: str = LABEL,
     train_rows: int | None = None,
     held_out_rows: int | None = None,
     seed: int = 0,
@@ -111,10 +78,10 @@ def load_workload(
     Args:
         model: name of the model, whose tokenizer is used.
         data: name of the data set, see `load_splits`.
-        task: classification if the data set has the label column, else causal language modelling.
+        task: what the model learns; without it, the columns decide, see `find_columns`.
         max_length: tokens in a row; longer texts are cut, or split for language modelling.
-        text_column: the column with the text.
-        label_column: the column with the class.
+        text_column: the column with the text, or with the tokens.
+        label_column: the column with the class, the number, the tags or the target text.
         train_rows: use at most so many training rows, drawn at random.
         held_out_rows: use at most so many held-out rows, drawn at random.
         seed: of these draws, and of a split if the data set has only one.
@@ -124,55 +91,119 @@ def load_workload(
     """
     if max_length < 2:
         raise ConfigError(f"max_length is at least 2; got {max_length}.")
+    for name, rows in (("train_rows", train_rows), ("held_out_rows", held_out_rows)):
+        if rows is not None and rows < 1:
+            raise ConfigError(f"{name} is at least 1; got {rows}. Leave it out for all rows.")
     tokenizer = load_tokenizer(model)
-    train, held_out = _split(load_splits(data), label_column, seed)
-    task = task or ("classification" if label_column in train.column_names else "causal-lm")
-    parts = []
-    for part, rows in ((train, train_rows), (held_out, held_out_rows)):
-        if len(part) == 0:
-            sizes = f"{len(train)} and {len(held_out)}"
-            raise DataError(f"The data set {data!r} has no rows in one of its splits: {sizes}.")
-        parts.append(part.shuffle(seed=seed).select(range(min(rows or len(part), len(part)))))
-    if task == "causal-lm":
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        text = _column(parts, text_column, "text")
-        encoded = [_blocks(part, tokenizer, text, max_length) for part in parts]
-        return Workload(task, tokenizer, encoded[0], encoded[1], collator, ())
-    encoded, labels = _classified(parts, tokenizer, text_column, label_column, max_length)
-    collator = DataCollatorWithPadding(tokenizer)
-    return Workload(task, tokenizer, encoded[0], encoded[1], collator, labels)
+    splits = load_splits(data)
+    source = training_split(splits)
+    reads_chats = bool(getattr(tokenizer, "chat_template", None))
+    columns = find_columns(source, task, text_column, label_column, reads_chats=reads_chats)
+    held_out = held_out_split(splits, source, columns.label)
+    sources = [source] if held_out is None else [source, held_out]
+    if any(len(part) == 0 for part in sources):
+        sizes = " and ".join(str(len(part)) for part in sources)
+        raise DataError(f"The data set {data!r} has no rows in one of its splits: {sizes}.")
+    whole = halves(source, seed) if held_out is None else (source, held_out)
+    parts = [
+        part.shuffle(seed=seed).select(range(min(rows or len(part), len(part))))
+        for part, rows in zip(whole, (train_rows, held_out_rows), strict=True)
+    ]
+    return _LOADERS[columns.task](_Reading(model, tokenizer, columns, max_length, sources, parts))
 
 
-def _classified(
-    parts: list[Dataset], tokenizer: Any, text_column: str, label_column: str, max_length: int
-) -> tuple[list[Dataset], tuple[str, ...]]:
-    """Tokenised rows with the number of their class, and the names of the classes."""
-    text, label = _column(parts, text_column, "text"), _column(parts, label_column, "label")
-    feature = parts[0].features[label]
-    values = sorted({value for part in parts for value in part.unique(label)})
-    names = tuple(getattr(feature, "names", None) or map(str, values))
-    if len(names) < 2:
-        raise DataError(f"The column {label!r} holds a single class, {names}: nothing to learn.")
-    index = {value: value if hasattr(feature, "names") else i for i, value in enumerate(values)}
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A data set on its way to a workload.
 
-    def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
-        tokens = tokenizer(rows[text], truncation=True, max_length=max_length)
-        return {**tokens, "labels": [index[value] for value in rows[label]]}
+    Attributes:
+        model: name of the model.
+        tokenizer: the model's tokenizer.
+        columns: what the data set is for.
+        length: tokens in a row, at most.
+        sources: whole splits, of which every row is checked under its number.
+        parts: the training rows and the held-out rows among them.
+    """
 
-    encoded = [part.map(encode, batched=True, remove_columns=part.column_names) for part in parts]
-    return encoded, names
+    model: str
+    tokenizer: Any
+    columns: Columns
+    length: int
+    sources: list[Dataset]
+    parts: list[Dataset]
+
+    @property
+    def text(self) -> str:
+        """The column with what the model reads."""
+        assert self.columns.text is not None
+        return self.columns.text
+
+    @property
+    def label(self) -> str:
+        """The column with what the model predicts."""
+        assert self.columns.label is not None
+        return self.columns.label
+
+    def workload(self, encode: tokens.Encode, collator: Any, labels: tuple[str, ...] = ()) -> Workload:
+        """The workload, tokenised by `encode`."""
+        train, held_out = (part.map(encode, batched=True, remove_columns=part.column_names) for part in self.parts)
+        return Workload(self.columns.task, self.tokenizer, train, held_out, collator, labels)
 
 
-def _blocks(part: Dataset, tokenizer: Any, text: str, length: int) -> Dataset:
-    """The text as one stream of tokens, cut into rows of equal length."""
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+def _classes(reading: _Reading) -> Workload:
+    tokens.check_text(reading.sources, reading.text, "--text-column")
+    names, numbers = tokens.class_names(reading.sources, reading.label)
+    return reading.workload(_labelled(reading, numbers.__getitem__), DataCollatorWithPadding(reading.tokenizer), names)
 
-    def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
-        stream = [token for ids in tokenizer(rows[text])["input_ids"] for token in (*ids, *end)]
-        starts = range(0, len(stream) - length + 1, length)
-        return {"input_ids": [stream[start : start + length] for start in starts]}
 
-    blocks = part.map(encode, batched=True, remove_columns=part.column_names)
-    if len(blocks) == 0:
-        raise DataError(f"The text is shorter than one row of {length} tokens. Lower --max-length.")
-    return blocks
+def _numbers(reading: _Reading) -> Workload:
+    tokens.check_text(reading.sources, reading.text, "--text-column")
+    tokens.check_numbers(reading.sources, reading.label)
+    return reading.workload(_labelled(reading, float), DataCollatorWithPadding(reading.tokenizer), ("value",))
+
+
+def _labelled(reading: _Reading, number: Callable[[Any], Any]) -> tokens.Encode:
+    end = class_end_token(reading.model)
+    return tokens.labelled(reading.tokenizer, reading.text, reading.label, number, reading.length, end)
+
+
+def _tags(reading: _Reading) -> Workload:
+    names, numbers = tokens.tag_names(reading.sources, reading.text, reading.label)
+    encode = tokens.tagged(reading.tokenizer, reading.text, reading.label, numbers, reading.length)
+    return reading.workload(encode, DataCollatorForTokenClassification(reading.tokenizer), names)
+
+
+def _pairs(reading: _Reading) -> Workload:
+    tokens.check_text(reading.sources, reading.text, "--text-column")
+    tokens.check_text(reading.sources, reading.label, "--label-column")
+    encode = tokens.translated(reading.tokenizer, reading.text, reading.label, reading.length)
+    return reading.workload(encode, DataCollatorForSeq2Seq(reading.tokenizer))
+
+
+def _language(reading: _Reading) -> Workload:
+    tokenizer, chat, text = reading.tokenizer, reading.columns.chat, reading.columns.text
+    if chat:
+        for part in reading.sources:
+            check_chats(part, chat, tokenizer)
+        rows = [for_trl(part, chat, tokenizer) for part in reading.parts]
+        (train, train_tokens), (held_out, held_out_tokens) = (encoded(part, tokenizer, reading.length) for part in rows)
+        collator = DataCollatorForSeq2Seq(tokenizer)
+        texts = Texts(train, held_out, is_chat=True)
+        return Workload("causal-lm", tokenizer, train_tokens, held_out_tokens, collator, (), texts)
+    tokens.check_text(reading.sources, reading.text, "--text-column")
+    encode = tokens.blocks(tokenizer, reading.text, reading.length)
+    workload = reading.workload(encode, DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    if 0 in (len(workload.train), len(workload.held_out)):
+        raise DataError(f"The text is shorter than one row of {reading.length} tokens. Lower --max-length.")
+    plain = [part.select_columns([text]) for part in reading.parts]
+    train, held_out = (part if text == TEXT else part.rename_column(text, TEXT) for part in plain)
+    return replace(workload, texts=Texts(train, held_out, is_chat=False))
+
+
+_LOADERS: dict[Task, Callable[[_Reading], Workload]] = {
+    "classification": _classes,
+    "regression": _numbers,
+    "token-classification": _tags,
+    "seq2seq": _pairs,
+    "causal-lm": _language,
+}

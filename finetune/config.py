@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..data.task import Task
 from ..errors import ConfigError
 from ..memory.budget import Budget
-from ..memory.step_config import StepConfig
+from ..memory.step_config import StepConfig, check_seed
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,15 @@ class FinetuneConfig(StepConfig):
         budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what uniform rank 8 takes, "auto" (90
             % of what is free on the device), or "300k params", which counts the adapter's parameters alone.
         compare_uniform: also run LoRA with one rank on all modules in the same budget, and compare.
-        task: classification or causal-lm; without it, the columns of the data decide.
+        task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
+            data decide.
         steps: optimiser steps of the run.
         learning_rate: learning rate of the first step; it falls to zero along a straight line.
         scaling: factor in front of the adapter's output (lora_alpha / r), the same at every rank.
         train_rows: use at most so many training rows; all of them by default.
         held_out_rows: use at most so many held-out rows.
-        text_column: name of the column with the text.
-        label_column: name of the column with the class.
+        text_column: name of the column with the text, or with the tokens.
+        label_column: name of the column with the class, the number, the tags or the target text.
         seed: seed of all random numbers.
         eval_every: optimiser steps from one evaluation and checkpoint to the next.
 
@@ -61,4 +62,10 @@ class FinetuneConfig(StepConfig):
             raise ConfigError(
                 "steps and eval_every are at least 1, learning_rate and scaling above 0; got "
                 f"{self.steps}, {self.eval_every}, {self.learning_rate} and {self.scaling}."
+            )
+        check_seed(self.seed)
+        if min(rows for rows in (self.train_rows, self.held_out_rows, 1) if rows is not None) < 1:
+            raise ConfigError(
+                f"train_rows and held_out_rows are at least 1, or None for all rows; got {self.train_rows} and "
+                f"{self.held_out_rows}."
             )

@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from ..data.models import resolve_model
+from ..data.models import head_options, resolve_model
+from ..data.task import KINDS
 from ..data.workload import Workload
 from ..errors import RunFolderError
 from .config import FinetuneConfig
@@ -42,16 +43,16 @@ def check_reload(config: FinetuneConfig, workload: Workload, model: PeftModel, a
     scratch = adapter.parent / "reload"
     scratch.mkdir(exist_ok=True)
     rows = [workload.held_out[i] for i in range(min(16, len(workload.held_out)))]
-    batch = {k: v.cpu() for k, v in workload.collator(rows).items() if k in ("input_ids", "attention_mask")}
+    kept = ("input_ids", "attention_mask", *(("labels",) if workload.task == "seq2seq" else ()))
+    batch = {name: tensor.cpu() for name, tensor in workload.collator(rows).items() if name in kept}
     model = model.cpu().eval()
     with torch.no_grad():
         expected = model(**batch).logits
     save_file({k: v.contiguous() for k, v in batch.items()}, scratch / "inputs.safetensors")
-    classifies = workload.task == "classification"
     spec = {
         "base": resolve_model(config.model),
-        "options": {"num_labels": len(workload.labels)} if classifies else {},
-        "auto_class": "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM",
+        "options": head_options(workload.task, workload.labels),
+        "auto_class": KINDS[workload.task].auto_class,
         "adapter": str(adapter.resolve()),
         "inputs": str((scratch / "inputs.safetensors").resolve()),
         "logits": str((scratch / "logits.safetensors").resolve()),

@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..data.models import adapt, load_model
+from ..data.models import adapt, check_length, load_model
+from ..data.tokens import IGNORED
 from ..data.workload import Workload
 from ..errors import UnsupportedError
 from ..memory.budget import REFERENCE_RANK
@@ -44,6 +45,7 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     """The same model for both runs: base, fresh adapters and head depend on the seed alone."""
     set_seed(config.seed)
     base = load_model(config.model, workload.task, workload.labels, workload.tokenizer)
+    check_length(config.max_length, base)
     return adapt(
         base,
         config.model,
@@ -77,7 +79,7 @@ def new_trainer(
         eval_dataset=workload.held_out,
         data_collator=workload.collator,
         processing_class=workload.tokenizer,
-        compute_metrics=_accuracy if workload.task == "classification" else None,
+        compute_metrics=_accuracy if workload.task in ("classification", "token-classification") else None,
         callbacks=callbacks,
     )
     trainer.remove_callback(ProgressCallback)
@@ -121,4 +123,5 @@ def _checkpointing() -> dict[str, Any]:
 
 def _accuracy(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+    counted = prediction.label_ids != IGNORED
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids)[counted].mean())}

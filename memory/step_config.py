@@ -7,6 +7,9 @@ from typing import Literal
 
 from ..errors import ConfigError
 
+MOST_TOKENS = 2**24
+"""The largest batch, in tokens, far beyond what any device holds."""
+
 OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit"]
 
 
@@ -38,8 +41,17 @@ class StepConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        if self.batch_size * self.max_length > MOST_TOKENS:
+            asked = f"{self.batch_size} x {self.max_length}"
+            raise ConfigError(f"batch_size times max_length is at most {MOST_TOKENS:,} tokens; got {asked}.")
         if min(self.batch_size, self.accumulation) < 1 or self.max_length < 2:
             raise ConfigError(
                 "batch_size and accumulation are at least 1, max_length at least 2; got "
                 f"{self.batch_size}, {self.accumulation} and {self.max_length}."
             )
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError for a seed that NumPy's generators do not take."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"The seed is at least 0 and below 2**32; got {seed}.")

@@ -54,21 +54,27 @@ def test_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, monke
 
 
 def test_unknown_data(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.data import workload
+    from rankpilot.data import splits, workload
 
     monkeypatch.setattr(workload, "load_tokenizer", lambda model: None)
 
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network\nmore lines")
 
-    monkeypatch.setattr(workload, "load_dataset", offline)
+    monkeypatch.setattr(splits, "load_dataset", offline)
     monkeypatch.chdir(tmp_path)
-    name = next(iter(workload.DATASETS))
+    name = next(iter(splits.DATASETS))
     line = failure(["finetune", "m", f"{name}x", "--output", str(tmp_path / "run")], capsys)
     assert f"Unknown data set '{name}x'. Did you mean: '{name}'" in line
     assert "no network" in line
     (tmp_path / "data.xls").write_text("")
     assert "its suffix is not one of" in failure(["finetune", "m", "data.xls"], capsys)
+
+
+@pytest.mark.parametrize("option", [["--preset", "nope"], ["--preset=nope"]])
+def test_an_unknown_preset(capsys: pytest.CaptureFixture[str], seen: list[Any], option: list[str]) -> None:
+    assert "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'" in failure(["train", *option], capsys)
+    assert not seen
 
 
 @pytest.mark.parametrize("budget", ["lots", "-3GiB", "0", "1.5e"])
@@ -79,6 +85,9 @@ def test_bad_budget(capsys: pytest.CaptureFixture[str], seen: list[Any], budget:
 
 def test_bad_numbers(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
     assert "at least 1" in usage_error(["finetune", "m", "d", "--steps", "0"], capsys)
+    assert "at least 1, or None for all rows; got 0" in usage_error(["finetune", "m", "d", "--train-rows", "0"], capsys)
+    assert "None for all rows; got None and -3" in usage_error(["finetune", "m", "d", "--held-out-rows", "-3"], capsys)
+    assert "The seed is at least 0" in usage_error(["finetune", "m", "d", "--seed", "100000000000"], capsys)
     assert "episodes_per_task at least 2" in usage_error(["train", "--episodes-per-task", "1"], capsys)
     assert "fractions rise" in usage_error(["train", "--schedule.fractions", "0.5"], capsys)
     assert not seen

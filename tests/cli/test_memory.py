@@ -152,7 +152,11 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "config.json is a file. Pass the name of a folder" in line
     line = failure(["memory", str(models / "bert"), *SMALL, "--budget", "1KiB"], capsys)
     assert "fits no adapter at all. The smallest that works is" in line
-    assert "Cannot adapt" in failure(["memory", str(models / "bert"), *SMALL, "--target-modules", "nothing"], capsys)
+    line = failure(["memory", str(models / "llama"), *SMALL, "--target-modules", "q_proj, k_porj"], capsys)
+    assert "Unknown target module 'k_porj'. Did you mean: 'k_proj'" in line
+    huge = ["memory", "m", "--batch-size", "100000000000"]
+    assert "at most 16,777,216 tokens; got 100000000000 x 64" in usage_error(huge, capsys)
+    assert "The seed is at least 0 and below 2**32" in usage_error(["memory", "m", "--seed", "-1"], capsys)
     assert "Cannot read the budget" in usage_error(["memory", "m", "--budget", "lots"], capsys)
     assert "at least 1" in usage_error(["memory", "m", "--batch-size", "0"], capsys)
     assert "at least 2; got" in usage_error(["memory", "m", "--max-length", "-4"], capsys)

@@ -19,7 +19,6 @@ from rankpilot.data.workload import load_workload
 from rankpilot.errors import (
     AssetError,
     BudgetError,
-    ConfigError,
     DataError,
     NonFiniteError,
     RunFolderError,
@@ -277,7 +276,7 @@ def test_language_modelling_from_a_text_file(llama_folder: Path, tmp_path: Path)
     [
         ({"text_column": "texts"}, UnknownNameError, "'text'"),
         ({"budget": "1kB"}, BudgetError, "smallest that works"),
-        ({"target_modules": "nothing_like_it"}, ConfigError, "nothing_like_it"),
+        ({"target_modules": "nothing_like_it"}, UnknownNameError, "nothing_like_it"),
         ({"model": "/no/such/folder"}, AssetError, "/no/such/folder"),
         ({"policy": "signal"}, UnknownNameError, "signal-mean"),
         ({"data": "{tmp}/empty.jsonl"}, DataError, "empty.jsonl is empty"),

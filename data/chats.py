@@ -1,0 +1,171 @@
+"""Conversations and instructions, in the forms that people have, as the columns that TRL's SFTTrainer reads.
+
+| columns | what they hold | become |
+|---|---|---|
+| `messages` | a list of {role, content} | themselves |
+| `conversations` | a list of {from, value} (ShareGPT), or of {role, content} | `messages` |
+| `prompt`, `completion` | texts, or lists of {role, content} | themselves |
+| `instruction`, `input` (may be missing or empty), `output` | texts (Alpaca) | `prompt`, `completion` |
+
+Instructions become messages where the tokenizer has a chat template, and otherwise text under headings.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from datasets import Dataset
+
+from ..errors import ConfigError, DataError
+from .columns import check_no_gaps, check_rows, kind_of, not_text, shorten
+from .tokens import IGNORED
+
+logger = logging.getLogger(__name__)
+
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+"""Senders of ShareGPT by the role that chat templates know; any other is a role already."""
+
+_WITH_INPUT = "Below is a task with an input that belongs to it. Write a response that completes the task."
+_WITHOUT_INPUT = "Below is a task. Write a response that completes it."
+
+
+def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
+    """Check each row of conversations or instructions, and that the tokenizer can read them.
+
+    Raises:
+        DataError: a row does not hold what its columns promise.
+        ConfigError: there are conversations, and the tokenizer has no chat template.
+    """
+    for name in columns:
+        check_no_gaps(part, name)
+    first = part[0]
+    if columns == ("instruction", "output"):
+        for name in columns:
+            check_rows(part, name, not_text, "Instructions and outputs are texts.")
+        if "input" in part.column_names:
+            check_rows(part, "input", lambda value: None if value is None else not_text(value), "Inputs are texts.")
+        return
+    if columns == ("prompt", "completion") and isinstance(first["prompt"], str):
+        for name in columns:
+            check_rows(part, name, not_text, "Prompts and completions are both texts, or both lists of messages.")
+        return
+    advice = (
+        "A conversation is a list of messages, each with the keys role and content (or from and value), both texts."
+    )
+    for name in columns:
+        check_rows(part, name, _not_messages, advice)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"The column {columns[0]!r} holds conversations, and the model's tokenizer has no chat template to turn "
+            "them into text. Pass a model that has one, such as an instruct version; or give this one ChatML by "
+            "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both into a folder and pass that."
+        )
+
+
+def _not_messages(value: Any) -> str | None:
+    """What a value is, if it is no conversation."""
+    if not isinstance(value, list):
+        return f"{kind_of(value)}, not a list of messages"
+    if not value:
+        return "an empty list"
+    for message in value:
+        if not isinstance(message, dict):
+            return f"a list that holds {shorten(message)}"
+        role, content = _parts(message)
+        if not isinstance(role, str) or not isinstance(content, str):
+            given = {key: part for key, part in message.items() if part is not None}
+            return f"a list with the message {shorten(given)}"
+    return None
+
+
+def _parts(message: dict[str, Any]) -> tuple[Any, Any]:
+    """The role and the content of a message, or its sender and value."""
+    if message.get("role") is not None or message.get("content") is not None:
+        return message.get("role"), message.get("content")
+    sender = message.get("from")
+    return ROLES.get(sender, sender) if isinstance(sender, str) else sender, message.get("value")
+
+
+def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
+    """Checked rows in the columns `messages`, or `prompt` and `completion`, alone."""
+    if columns == ("instruction", "output"):
+        make = _as_messages if tokenizer.chat_template else _as_text
+        return part.map(lambda row: make(row["instruction"], row.get("input") or "", row["output"]), **_alone(part))
+    if isinstance(part[0][columns[0]], str):
+        return part.select_columns(list(columns))
+    names = {"conversations": "messages"}
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): [_message(*_parts(message)) for message in row[name]] for name in columns}
+
+    return part.map(convert, **_alone(part))
+
+
+def _alone(part: Dataset) -> dict[str, Any]:
+    return {"remove_columns": part.column_names}
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _as_messages(instruction: str, context: str, output: str) -> dict[str, Any]:
+    """An instruction as what a user asks, and the output as what the assistant answers."""
+    asked = f"{instruction}\n\n{context}" if context.strip() else instruction
+    return {"prompt": [_message("user", asked)], "completion": [_message("assistant", output)]}
+
+
+def _as_text(instruction: str, context: str, output: str) -> dict[str, Any]:
+    """An instruction as text under headings, and the output as how that text goes on."""
+    given = f"\n\n### Input:\n{context}" if context.strip() else ""
+    lead = _WITH_INPUT if given else _WITHOUT_INPUT
+    return {"prompt": f"{lead}\n\n### Instruction:\n{instruction}{given}\n\n### Response:\n", "completion": output}
+
+
+def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Dataset]:
+    """Tokenise rows of `for_trl` as SFTTrainer does: a prompt's labels are `IGNORED`, and long rows are cut.
+
+    Returns:
+        The rows, and their tokens. Rows are left out of both if the cut leaves nothing to learn in them.
+
+    Raises:
+        DataError: no row is left.
+    """
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        if "messages" in row:
+            ids = _ids(tokenizer, row["messages"])
+            return {"input_ids": ids[:length], "labels": ids[:length]}
+        prompt, completion = row["prompt"], row["completion"]
+        end = tokenizer.eos_token
+        if isinstance(completion, str) and end and not completion.endswith(end):
+            completion += end
+        ids = _ids(tokenizer, prompt + completion)
+        shared = 0
+        for token, other in zip(_ids(tokenizer, prompt, asks=True), ids, strict=False):
+            if token != other:
+                break
+            shared += 1
+        return {"input_ids": ids[:length], "labels": ([IGNORED] * shared + ids[shared:])[:length]}
+
+    tokens = rows.map(encode, remove_columns=rows.column_names)
+    kept = [row for row, labels in enumerate(tokens["labels"]) if set(labels) - {IGNORED}]
+    if not kept:
+        raise DataError(f"No prompt leaves room for its completion in {length} tokens. Raise --max-length.")
+    if len(kept) < len(rows):
+        logger.warning(
+            "%d of %d rows are left out: their prompts alone take %d tokens. Raise --max-length to use them.",
+            len(rows) - len(kept),
+            len(rows),
+            length,
+        )
+    return rows.select(kept), tokens.select(kept)
+
+
+def _ids(tokenizer: Any, content: Any, *, asks: bool = False) -> list[int]:
+    """The tokens of a text, or of messages; `asks` adds what the template puts in front of an answer."""
+    if isinstance(content, str):
+        return list(tokenizer(content)["input_ids"])
+    made = tokenizer.apply_chat_template(content, tokenize=True, return_dict=True, add_generation_prompt=asks)
+    return list(made["input_ids"])

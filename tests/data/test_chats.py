@@ -1,0 +1,157 @@
+"""Conversations and instructions: every form that people have, as SFTTrainer reads it and as it tokenises it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from rankpilot.data.tokens import IGNORED
+from rankpilot.data.workload import Workload, load_workload
+from rankpilot.errors import ConfigError, DataError
+
+from .conftest import ModelFolder
+from .small_models import WORDS, build, write_rows
+
+USER, ASSISTANT = {"role": "user", "content": "good film"}, {"role": "assistant", "content": "bad plot"}
+SHARED = [{"from": "human", "value": "good film"}, {"from": "gpt", "value": "bad plot"}]
+ASKED = {"instruction": "good", "output": "bad plot"}
+TEXT = {"prompt": "good film", "completion": " bad"}
+CHAT = {"prompt": [USER], "completion": [ASSISTANT]}
+
+FORMS: dict[str, tuple[dict[str, Any], bool, dict[str, Any]]] = {
+    "messages": ({"messages": [USER, ASSISTANT], "id": 3}, True, {"messages": [USER, ASSISTANT]}),
+    "sharegpt": ({"conversations": SHARED}, True, {"messages": [USER, ASSISTANT]}),
+    "conversations": ({"conversations": [USER, ASSISTANT]}, True, {"messages": [USER, ASSISTANT]}),
+    "prompt-messages": (CHAT | {"label": 1}, True, CHAT),
+    "prompt-text": (
+        {"prompt": "good film", "completion": " bad"},
+        False,
+        {"prompt": "good film", "completion": " bad"},
+    ),
+    "alpaca-chat": (ASKED | {"input": "film"}, True, CHAT | {"prompt": [USER | {"content": "good\n\nfilm"}]}),
+    "alpaca-chat-no-input": (ASKED | {"input": ""}, True, CHAT | {"prompt": [USER | {"content": "good"}]}),
+}
+"""A row as people have it, whether the tokenizer has a chat template, and the row for SFTTrainer."""
+
+
+def load(row: dict[str, Any], folder: str, path: Path, **options: Any) -> Workload:
+    return load_workload(folder, write_rows(path / "rows.jsonl", [row] * 20), **{"max_length": 32} | options)
+
+
+def learned(tokens: dict[str, Any], workload: Workload) -> str:
+    """The text that counts in the loss."""
+    counted = [label for label in tokens["labels"] if label != IGNORED]
+    return str(workload.tokenizer.decode(counted))
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> tuple[dict[str, Any], bool, dict[str, Any]]:
+    """Every form in turn."""
+    return FORMS[request.param]
+
+
+def test_each_form_becomes_rows_for_trl(form: Any, model_folder: ModelFolder, tmp_path: Path) -> None:
+    row, chat, expected = form
+    workload = load(row, model_folder("llama", chat=chat), tmp_path)
+    assert workload.task == "causal-lm"
+    assert workload.texts is not None
+    assert workload.texts.is_chat
+    assert (len(workload.texts.train), len(workload.texts.held_out)) == (18, 2)
+    assert workload.texts.train[0] == workload.texts.held_out[0] == expected
+    text = learned(workload.train[0], workload)
+    assert "bad" in text
+    assert ("good" in text) == ("messages" in expected)
+    batch = workload.collator([workload.train[index] for index in range(2)])
+    assert torch.isfinite(build("llama")(**batch).loss)
+
+
+def test_the_tokens_are_those_of_sft_trainer(form: Any, model_folder: ModelFolder, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    row, chat, _ = form
+    workload = load(row, model_folder("llama", chat=chat), tmp_path, max_length=10)
+    assert workload.texts is not None
+    arguments = trl.SFTConfig(output_dir=str(tmp_path / "out"), max_length=10, use_cpu=True, bf16=False, report_to=[])
+    trainer = trl.SFTTrainer(
+        build("llama"), arguments, train_dataset=workload.texts.train, processing_class=workload.tokenizer
+    )
+    theirs = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    ours = workload.collator([workload.train[index] for index in range(2)])
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert torch.equal(theirs[name], ours[name]), name
+
+
+def test_instructions_without_a_chat_template_stand_under_headings(model_folder: ModelFolder, tmp_path: Path) -> None:
+    workload = load(ASKED | {"input": "film"}, model_folder("llama"), tmp_path, max_length=64)
+    assert workload.texts is not None
+    row = workload.texts.train[0]
+    assert row["prompt"].endswith("\n\n### Instruction:\ngood\n\n### Input:\nfilm\n\n### Response:\n")
+    assert learned(workload.train[0], workload) == "bad plot [EOS]"
+    bare = load(ASKED, model_folder("llama"), tmp_path, max_length=64)
+    assert bare.texts is not None
+    assert "Input" not in bare.texts.train[0]["prompt"]
+
+
+def test_plain_text(model_folder: ModelFolder, tmp_path: Path) -> None:
+    workload = load({"body": " ".join(WORDS)}, model_folder("llama"), tmp_path, text_column="body", max_length=8)
+    assert workload.texts is not None
+    assert not workload.texts.is_chat
+    assert workload.texts.train.column_names == ["text"]
+    assert workload.texts.train[0]["text"] == " ".join(WORDS)
+    assert {len(ids) for ids in workload.train["input_ids"]} == {8}
+
+
+def test_conversations_need_a_chat_template(model_folder: ModelFolder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no chat template.*instruct version.*trl.clone_chat_template\(model, tok"):
+        load({"messages": [USER, ASSISTANT]}, model_folder("llama"), tmp_path)
+    # Text beside the conversations serves such a tokenizer.
+    both = {"messages": [USER, ASSISTANT], "text": " ".join(WORDS)}
+    workload = load(both, model_folder("llama"), tmp_path, max_length=8)
+    assert workload.texts is not None
+    assert workload.texts.train.column_names == ["text"]
+
+
+def test_prompts_that_leave_no_room_are_left_out(
+    model_folder: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "good " * (20 if row % 2 else 2), "completion": "bad"} for row in range(40)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    workload = load_workload(model_folder("llama"), data, max_length=8)
+    assert workload.texts is not None
+    assert len(workload.train) == len(workload.texts.train) < 36
+    assert {len(row["prompt"]) for row in workload.texts.train} == {10}
+    assert "rows are left out: their prompts alone take 8 tokens" in caplog.text
+    with pytest.raises(DataError, match="No prompt leaves room for its completion in 2 tokens"):
+        load_workload(model_folder("llama"), data, max_length=2)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": []}, "Row 3, column 'messages': [] is an empty list"),
+        ({"messages": None}, "'messages' holds no value in 1 of 21 rows, first in row 3"),
+        ({"messages": [{"role": "user", "content": None}]}, "a list with the message {'role': 'user'}"),
+        ({"messages": [{"role": None, "content": "good"}]}, "a list with the message {'content': 'good'}"),
+        ({"conversations": [{"from": "human", "value": None}]}, "column 'conversations'"),
+        ({"prompt": "good", "completion": None}, "'completion' holds no value in 1 of 21 rows"),
+        ({"instruction": None, "output": "bad"}, "'instruction' holds no value in 1 of 21 rows"),
+    ],
+)
+def test_a_flaw_in_one_row(row: dict[str, Any], words: str, model_folder: ModelFolder, tmp_path: Path) -> None:
+    good = {"messages": [USER], "conversations": SHARED, "prompt": "good", "completion": "bad"} | ASKED
+    rows = [{name: good[name] for name in row} for _ in range(20)]
+    rows.insert(2, row)
+    with pytest.raises(DataError, match=re.escape(words)):
+        load_workload(model_folder("llama", chat=True), write_rows(tmp_path / "rows.jsonl", rows))
+
+
+@pytest.mark.parametrize("name", ["messages", "prompt"])
+@pytest.mark.parametrize("value", [3, ["good"], [3]])
+def test_columns_that_hold_no_conversations(name: str, value: Any, model_folder: ModelFolder, tmp_path: Path) -> None:
+    rows = {name: [value] * 20} | ({"completion": ["bad"] * 20} if name == "prompt" else {})
+    Dataset.from_dict(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.raises(DataError, match=rf"Row 1, column '{name}': .* (is a number, not a list|a list that holds)"):
+        load_workload(model_folder("llama", chat=True), str(tmp_path / "rows.parquet"))

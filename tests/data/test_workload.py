@@ -1,0 +1,257 @@
+"""Data for every task: tokens, labels and batches; and one clear error for every flaw of a data set."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from rankpilot.data.models import adapt, load_model
+from rankpilot.data.tokens import IGNORED
+from rankpilot.data.workload import Workload, load_workload
+from rankpilot.errors import AssetError, ConfigError, DataError, UnknownNameError
+from rankpilot.lora.targets import find_target_modules
+
+from .conftest import ModelFolder
+from .small_models import END, WORDS, tokenizer, write_rows
+
+TEXTS = [" ".join(WORDS[(row + shift) % len(WORDS)] for shift in range(1 + row % 5)) for row in range(20)]
+
+
+def numbers(text: str) -> list[int]:
+    """The tokens of a text."""
+    return list(tokenizer()(text)["input_ids"])
+
+
+def loss(model: str, workload: Workload) -> torch.Tensor:
+    """The loss of a batch, with gradients in adapters and head."""
+    base = load_model(model, workload.task, workload.labels, workload.tokenizer)
+    peft = adapt(base, model, workload.task, target_modules="all-linear", rank=2, scaling=2.0)
+    batch = workload.collator([workload.train[row] for row in range(4)])
+    value: torch.Tensor = peft(**batch).loss
+    value.backward()
+    assert find_target_modules(peft)
+    for name, parameter in peft.named_parameters():
+        inside_head = "modules_to_save" in name and "classifier.dense" not in name
+        assert not inside_head or parameter.grad is not None, name
+    assert torch.isfinite(value)
+    return value
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta", "distilbert", "t5", "llama"])
+def test_classification(model: str, model_folder: ModelFolder, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": ("no", "yes")[row % 2]} for row, text in enumerate(TEXTS)]
+    workload = load_workload(model_folder(model), write_rows(tmp_path / "rows.jsonl", rows), max_length=4)
+    assert (workload.task, workload.labels) == ("classification", ("no", "yes"))
+    assert (len(workload.train), len(workload.held_out)) == (18, 2)
+    assert max(map(len, workload.train["input_ids"])) == 4
+    assert workload.texts is None
+    loss(model_folder(model), workload)
+
+
+def test_an_encoder_decoder_that_classifies_has_its_end_token_once(model_folder: ModelFolder, tmp_path: Path) -> None:
+    rows = [{"text": f"{text} [EOS] good", "label": row % 2} for row, text in enumerate(TEXTS)]
+    workload = load_workload(model_folder("t5"), write_rows(tmp_path / "rows.jsonl", rows), max_length=4)
+    for ids in workload.train["input_ids"]:
+        assert (ids.count(END), ids[-1]) == (1, END)
+        assert len(ids) <= 4
+
+
+@pytest.mark.parametrize("model", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("values", [(0.5, 2.25), (1, 3), ("0.5", "2")], ids=["fractions", "whole", "written"])
+def test_regression(model: str, values: tuple[Any, Any], model_folder: ModelFolder, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": values[row % 2]} for row, text in enumerate(TEXTS)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    workload = load_workload(model_folder(model), data, task="regression", max_length=8)
+    assert workload.labels == ("value",)
+    assert set(workload.train["labels"]) == {float(values[0]), float(values[1])}
+    loss(model_folder(model), workload)
+    base = load_model(model_folder(model), "regression", workload.labels, workload.tokenizer)
+    assert (base.config.num_labels, base.config.problem_type) == (1, "regression")
+
+
+@pytest.mark.parametrize("columns", [("tokens", "tags"), ("tokens", "ner_tags"), ("words", "kinds"), ("text", "label")])
+def test_token_classification(columns: tuple[str, str], model_folder: ModelFolder, tmp_path: Path) -> None:
+    text, label = columns
+    words = [["good", "film"], ["the-plot", "was", "bad"]]
+    rows = [{text: words[row % 2], label: [("O", "B")[row % 2]] * len(words[row % 2])} for row in range(20)]
+    options = {"text_column": text, "label_column": label} if text == "words" else {}
+    workload = load_workload(model_folder("bert"), write_rows(tmp_path / "rows.jsonl", rows), **options)
+    assert (workload.task, workload.labels) == ("token-classification", ("B", "O"))
+    row = next(row for row in workload.train if len(row["input_ids"]) > 2)
+    assert row["input_ids"] == numbers("the - plot was bad")
+    assert row["labels"] == [0, IGNORED, IGNORED, 0, 0]
+    batch = workload.collator([workload.train[index] for index in range(18)])
+    assert {tuple(labels.tolist()) for labels in batch["labels"]} == {
+        (0, IGNORED, IGNORED, 0, 0),
+        (1, 1, IGNORED, IGNORED, IGNORED),
+    }
+    loss(model_folder("bert"), workload)
+
+
+def test_tags_that_a_data_set_numbers(model_folder: ModelFolder, tmp_path: Path) -> None:
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "PER", "LOC"]))})
+    rows = {"tokens": [["good", "film"]] * 20, "ner_tags": [[2, IGNORED]] * 20}
+    DatasetDict({"train": Dataset.from_dict(rows, features=features)}).save_to_disk(str(tmp_path / "data"))
+    workload = load_workload(model_folder("bert"), str(tmp_path / "data"))
+    assert workload.labels == ("O", "PER", "LOC")
+    assert workload.train[0]["labels"] == [2, IGNORED]
+
+
+@pytest.mark.parametrize("columns", [("input", "target"), ("source", "target"), ("article", "summary")])
+def test_seq2seq(columns: tuple[str, str], model_folder: ModelFolder, tmp_path: Path) -> None:
+    text, label = columns
+    rows = [{text: read, label: " ".join(read.split()[::-1])} for read in TEXTS]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    options: dict[str, Any] = (
+        {"task": "seq2seq", "text_column": text, "label_column": label} if text == "article" else {}
+    )
+    workload = load_workload(model_folder("t5"), data, max_length=4, **options)
+    assert (workload.task, workload.labels) == ("seq2seq", ())
+    for row in workload.train:
+        assert len(row["input_ids"]) <= 4
+        assert len(row["labels"]) <= 4
+        assert row["labels"][-1] == END
+    batch = workload.collator([workload.train[index] for index in range(8)])
+    assert bool((batch["labels"] == IGNORED).any())
+    loss(model_folder("t5"), workload)
+
+
+def test_pairs_are_a_task_of_models_that_can_do_it(model_folder: ModelFolder, tmp_path: Path) -> None:
+    rows = [{"input": text, "target": text} for text in TEXTS]
+    workload = load_workload(model_folder("llama"), write_rows(tmp_path / "rows.jsonl", rows), max_length=4)
+    with pytest.raises(ConfigError, match=r"\(llama\) cannot do seq2seq. It can do classification, .*causal-lm\."):
+        load_model(model_folder("llama"), workload.task, (), workload.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "error", "words"),
+    [
+        ({"text": "good", "label": None}, {}, DataError, "'label' holds no value in 1 of 21 rows, first in row 4"),
+        ({"text": "good", "label": " "}, {}, DataError, "'label' holds no value in 1 of 21 rows, first in row 4"),
+        ({"text": None, "label": "a"}, {}, DataError, "'text' holds no value in 1 of 21 rows, first in row 4"),
+        ({"text": "good", "label": "nan"}, {"task": "regression"}, DataError, "'nan' is no finite number"),
+        ({"text": "good", "label": "a"}, {"task": "regression"}, DataError, "Row 4, column 'label': 'a' is no number"),
+        ({"text": "good", "label": "1"}, {"text_column": "txt"}, UnknownNameError, "Did you mean: 'text'"),
+        ({"text": "good", "label": "1"}, {"label_column": "lable"}, UnknownNameError, "Set --label-column"),
+        ({"text": "good", "label": "1"}, {"train_rows": 0}, ConfigError, "train_rows is at least 1; got 0"),
+        ({"text": "good", "label": "1"}, {"held_out_rows": -3}, ConfigError, "held_out_rows is at least 1; got -3"),
+        ({"text": "good", "label": "1"}, {"task": "token-classification"}, DataError, "is text"),
+    ],
+)
+def test_a_flaw_in_one_row(
+    row: dict[str, Any],
+    options: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    model_folder: ModelFolder,
+    tmp_path: Path,
+) -> None:
+    rows: list[dict[str, Any]] = [{"text": text, "label": str(i % 2)} for i, text in enumerate(TEXTS)]
+    rows.insert(3, row)
+    if "label_column" in options:
+        options = options | {"task": "classification"}
+    with pytest.raises(error, match=re.escape(words)):
+        load_workload(model_folder("bert"), write_rows(tmp_path / "rows.jsonl", rows), **options)
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "words"),
+    [
+        ({"text": 3.5, "label": "a"}, None, "Row 1, column 'text': 3.5 is a number, not text. Set --text-column"),
+        ({"text": ["good"], "label": "a"}, None, "['good'] is a list, not text"),
+        ({"text": "good", "label": [1, 2]}, None, "holds lists (row 1: [1, 2])"),
+        ({"text": "good", "label": [1, 2]}, None, "--task token-classification"),
+        ({"text": "good", "label": 0.5}, None, "holds fractions (row 1: [0.5])"),
+        ({"text": "good", "label": 0.5}, None, "--task regression"),
+        ({"text": "good", "label": "a"}, None, "single class"),
+        ({"tokens": ["good", "bad"], "tags": ["a"]}, None, "Row 1 has 2 values in the column 'tokens' and 1 in 'tags'"),
+        ({"tokens": ["good"], "tags": [None]}, None, "Row 1, column 'tags': None is empty"),
+        ({"tokens": ["good"], "tags": ["a"]}, None, "single class"),
+        (
+            {"input": "good", "target": 3},
+            "seq2seq",
+            "Row 1, column 'target': 3 is a number, not text. Set --label-column",
+        ),
+        ({"text": 7}, None, "Row 1, column 'text': 7 is a number"),
+    ],
+)
+def test_a_flaw_in_every_row(
+    values: dict[str, Any], task: Any, words: str, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=re.escape(words)):
+        load_workload(model_folder("bert"), write_rows(tmp_path / "rows.jsonl", [values] * 20), task=task)
+
+
+def test_an_empty_cell_of_a_csv_file_is_named_before_the_fractions_that_it_makes(
+    model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "good,1\nbad,0\n" * 5 + "dull,\n")
+    with pytest.raises(DataError, match="'label' holds no value in 1 of 11 rows, first in row 11"):
+        load_workload(model_folder("bert"), str(path))
+
+
+def test_fractions_are_classes_if_the_task_says_so(model_folder: ModelFolder, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": row % 2 + 0.5} for row, text in enumerate(TEXTS)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    assert load_workload(model_folder("bert"), data, task="classification").labels == ("0.5", "1.5")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.csv", "text,label\na,1\nb,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": b}\n', "JSON parse error: Invalid value. in row 1"),
+        ("rows.json", '[{"text": "a"},\n {"text" "b"}]', "at position"),
+        ("rows.parquet", "x", "Parquet file size is 1 bytes"),
+    ],
+)
+def test_a_broken_file(name: str, content: str, words: str, model_folder: ModelFolder, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        DataError, match=rf"The data .*{re.escape(name)} cannot be read: .*{re.escape(words)}"
+    ) as caught:
+        load_workload(model_folder("bert"), str(tmp_path / name))
+    assert "network" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "./missing", "missing/rows.jsonl"])
+def test_a_missing_file(name: str, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssetError, match=r"There is no data file or folder missing"):
+        load_workload(model_folder("bert"), name)
+
+
+def test_a_saved_head_of_another_size_is_made_anew(
+    model_folder: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": text, "label": row % 2} for row, text in enumerate(TEXTS)]
+    workload = load_workload(model_folder("bert"), write_rows(tmp_path / "rows.jsonl", rows))
+    model = load_model(model_folder("bert"), workload.task, workload.labels, workload.tokenizer)
+    assert model.classifier.out_features == 2
+    assert [record.message for record in caplog.records if record.name == "rankpilot.data.models"] == [
+        f"The head of {model_folder('bert')!r} has no 2 outputs: a new one is trained."
+    ]
+    caplog.clear()
+    load_model(model_folder("bert"), workload.task, ("a", "b", "c"), workload.tokenizer)
+    assert not [record for record in caplog.records if record.name == "rankpilot.data.models"]
+
+
+def test_other_weights_of_another_shape_are_refused(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder("bert"), tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(ConfigError, match=r"do not fit its config.json: bert.encoder.layer.0.* has another shape"):
+        load_model(str(folder), "classification", ("a", "b"), None)
+
+
+def test_an_unknown_target_module_among_known_ones(model_folder: ModelFolder) -> None:
+    model = load_model(model_folder("llama"), "causal-lm", (), None)
+    with pytest.raises(UnknownNameError, match=r"Unknown target module 'q_porj'. Did you mean: 'q_proj'"):
+        adapt(model, "llama", "causal-lm", target_modules="v_proj,q_porj", rank=2, scaling=2.0)
