@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,12 +21,20 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from transformers import logging as transformers_logging
 
 from .families import FAMILIES, Family
+from .warm_python import WarmPython
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 # Deadlines measure the machine; derandomized runs fail for a change of the code alone.
 settings.register_profile("rankpilot", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rankpilot"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the libraries have made out of all garbage collections to come: each would take a third of a second."""
+    gc.collect()
+    gc.freeze()
+
 
 Batch = dict[str, torch.Tensor]
 MakeModel = Callable[..., PeftModel]
@@ -43,6 +52,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Runs fresh Python programs that need not load the large libraries."""
+    python = WarmPython()
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from .warm_python import WarmPython
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
@@ -18,16 +22,17 @@ SMALLER = {
     "train": "--iterations 1 --stacks 1 --episodes-per-task 2 --workers 1 --task-steps 12 --validation-tasks 2 "
     "--suites planted",
     "evaluate": "--tasks 2 --task-steps 12 --workers 1 --bases llama-4x32",
-    "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 32 --batch-size 4",
+    "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 16 --batch-size 4 --max-length 16",
     "export": "",
     "assets": "",
     "memory": "--batch-size 4 --max-length 16",
 }
 
 
-def run_shell(line: str, folder: Path) -> str:
+def run_shell(python: WarmPython, line: str, folder: Path) -> str:
     """Run one command line of the README; returns what it printed."""
     words = shlex.split(line)
+    run: Callable[..., Any] = subprocess.run
     if words[0] == "make":  # the real ones make a virtual environment: here, that make knows how to
         command, where = ["make", "-n", *words[1:]], ROOT
     elif words[0] == "pip":
@@ -36,35 +41,34 @@ def run_shell(line: str, folder: Path) -> str:
     else:
         assert words[0] == "rankpilot"
         command = [sys.executable, "-m", "rankpilot", *words[1:], *SMALLER[words[1]].split()]
-        where = folder
+        run, where = python.run, folder
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
+    done = run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
+    return str(done.stdout)
 
 
-def run_python(code: str, folder: Path) -> str:
+def run_python(python: WarmPython, code: str, folder: Path) -> str:
     """Run one Python block in a fresh process; returns what it printed."""
     smaller = code.replace("max_steps=100", "max_steps=6").replace("per_device_train_batch_size=16", "use_cpu=True")
+    smaller = smaller.replace("max_length=48", "max_length=16")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", smaller], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = python.run([sys.executable, "-c", smaller], cwd=folder, env=environment)
     assert done.returncode == 0, f"{code}\n{done.stderr[-2000:]}"
     return done.stdout
 
 
 @pytest.mark.assets
 @pytest.mark.slow
-def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
+def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path) -> None:
     assert len(BLOCKS) >= 6
     printed = ""
     for kind, code in BLOCKS:
         if kind == "python":
-            printed += run_python(code, tmp_path)
+            printed += run_python(warm_python, code, tmp_path)
         else:
             for line in code.strip().splitlines():
-                printed += run_shell(line, tmp_path)
+                printed += run_shell(warm_python, line, tmp_path)
     assert "logits identical" in printed
     assert "moves:" in printed
     assert "against uniform ranks" in printed

@@ -74,7 +74,7 @@ def full_search(problem, utility):
 def test_the_utility_is_close_to_that_of_a_full_search():
     generator = np.random.default_rng(0)
     shares = []
-    for case in range(320):
+    for case in range(160):
         ladder, count = ((RankLadder((0, 4, 16)), 12), (RankLadder((0, 2, 8, 32)), 10))[case % 2]
         problem = utility_problem(generator, ladder, count)
         utility = random_utility(generator, problem)

@@ -113,6 +113,14 @@ def test_threads_and_random_state_are_put_back_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_processes_have_the_environment_of_their_start(two: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the server that they are forks of was started before."""
+    list(two.spread(os.getenv, ["PATH"]))
+    monkeypatch.setenv("RANKPILOT_TESTED", "yes")
+    with worker_pool(2) as workers:
+        assert list(workers.spread(os.getenv, ["RANKPILOT_TESTED"])) == [("RANKPILOT_TESTED", "yes")]
+
+
 # Objects that live in a process ---------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.common.files import read_json
 from rankpilot.data.workload import load_workload
 from rankpilot.errors import (
     AssetError,
@@ -26,6 +28,7 @@ from rankpilot.errors import (
     UnsupportedError,
 )
 from rankpilot.finetune import experiment as module
+from rankpilot.finetune import reload_check
 from rankpilot.finetune import trainer as trainer_module
 from rankpilot.finetune.checkpoint import STATE
 from rankpilot.finetune.config import FinetuneConfig
@@ -41,6 +44,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from ..warm_python import WarmPython
 
 EARLIER = Path(__file__).parent / "earlier_version" / STATE
 """From a checkpoint of the version that did not number its formats."""
@@ -94,7 +99,15 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="module")
+def _warm_reload(warm_python: WarmPython) -> Iterator[None]:
+    """Adapters are loaded again in a process that has the libraries already; one test has it start one of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload_check, "subprocess", warm_python)
+        yield
+
+
+@pytest.fixture(scope="module")
 def make_config(bert_folder: Path, reviews: Path) -> Callable[..., FinetuneConfig]:
     def make(**changes: Any) -> FinetuneConfig:
         base = FinetuneConfig(
@@ -112,9 +125,20 @@ def make_config(bert_folder: Path, reviews: Path) -> Callable[..., FinetuneConfi
     return make
 
 
-def test_a_run_writes_what_it_promises(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compared(make_config: Callable[..., FinetuneConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run beside a uniform one, both of which have ended; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "compared"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload_check, "subprocess", subprocess)
+        finetune(make_config(compare_uniform=True), folder)
+    return folder
+
+
+def test_a_run_writes_what_it_promises(compared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    summary = finetune(make_config(compare_uniform=True), folder)
+    shutil.copytree(compared, folder)
+    summary = read_json(folder / "summary.json")
     assert summary["reload"] == {"identical": True, "max_abs_difference": 0.0}
     assert (summary["classes"], summary["held_out_rows"]) == (2, 20)
     assert 0.5 <= summary["largest_class"] < 0.8
@@ -178,21 +202,23 @@ def test_an_optimizer_that_is_not_installed(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_from_before_these_settings_goes_on(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
-    finetune(make_config(), tmp_path)
-    path = tmp_path / "config.json"
+def test_a_run_from_before_these_settings_goes_on(
+    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compared, folder)
+    path = folder / "config.json"
     later = ("accumulation", "optimizer", "bf16", "checkpointing")
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in later}))
-    assert finetune(make_config(), tmp_path, resume=True)["steps"] == 12
+    assert finetune(make_config(compare_uniform=True), folder, resume=True)["steps"] == 12
     with pytest.raises(RunFolderError, match="bf16: False there, True now"):
-        finetune(make_config(bf16=True), tmp_path, resume=True)
+        finetune(make_config(compare_uniform=True, bf16=True), folder, resume=True)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config()
-    whole = finetune(config, tmp_path / "whole")
+    config, whole = make_config(), read_json(compared / "summary.json")
     on_step_end = module.RunMetrics.on_step_end
 
     def killed(self: Any, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -213,7 +239,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     resumed = finetune(config, tmp_path / "killed", resume=True)
     for key in ("held_out_loss", "held_out_accuracy", "ranks", "peak_bytes"):
         assert resumed["runs"]["rankpilot"][key] == whole["runs"]["rankpilot"][key], key
-    metrics = [(tmp_path / name / "metrics-rankpilot.jsonl").read_text() for name in ("whole", "killed")]
+    metrics = [(folder / "metrics-rankpilot.jsonl").read_text() for folder in (compared, tmp_path / "killed")]
     # Logged training losses are means since the last log, which the Trainer starts anew on resume: evaluations are not.
     losses = [re.findall(r'"step": (\d+), "eval_loss": ([\d.]+)', text) for text in metrics]
     assert losses[0] == losses[1]
@@ -238,20 +264,20 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(
         finetune(config, tmp_path / "run", resume=True)
 
 
-def test_a_finished_run_is_not_repeated(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
-    config = make_config(steps=4)
-    first = finetune(config, tmp_path / "run")
+def test_a_finished_run_is_not_repeated(make_config: Callable[..., FinetuneConfig], compared: Path) -> None:
+    config = make_config(compare_uniform=True)
+    first = read_json(compared / "summary.json")
     phases: list[str] = []
-    assert finetune(config, tmp_path / "run", resume=True, on_phase=phases.append) == first
+    assert finetune(config, compared, resume=True, on_phase=phases.append) == first
     with pytest.raises(RunFolderError, match="other settings"):
-        finetune(replace(config, steps=5), tmp_path / "run", resume=True)
+        finetune(replace(config, steps=5), compared, resume=True)
 
 
 def test_a_run_killed_after_its_last_step_still_gives_its_figures(
-    make_config: Callable[..., FinetuneConfig], tmp_path: Path
+    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
 ) -> None:
-    config = make_config(steps=4, compare_uniform=True)
-    first = finetune(config, tmp_path / "run")
+    config, first = make_config(compare_uniform=True), read_json(compared / "summary.json")
+    shutil.copytree(compared, tmp_path / "run")
     for name in ("rankpilot", "uniform"):
         (tmp_path / "run" / f"result-{name}.json").unlink()
     again = finetune(config, tmp_path / "run", resume=True)

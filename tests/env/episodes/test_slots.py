@@ -38,7 +38,7 @@ from rankpilot.lora.ladder import RankLadder
 MakeTask = Callable[..., ProxyTask]
 Rollout = Callable[..., list[tuple[Any, ...]]]
 BASE = "llama-4x32"
-LONG = DecisionSchedule(probe_steps=10, fractions=(0.0, 0.2, 0.4, 0.6), max_step=10)
+LONG = DecisionSchedule(probe_steps=5, fractions=(0.0, 0.2, 0.4, 0.6), max_step=10)
 
 
 def random_decision(slot: int, turn: int, problem: AllocationProblem) -> Decision:
@@ -119,7 +119,7 @@ def run_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Sto
 
 
 def mixed_tasks(base: str) -> list[ProxyTask]:
-    sizes: dict[str, Any] = {"base": base, "steps": 90, "length": 16}
+    sizes: dict[str, Any] = {"base": base, "steps": 45, "length": 16}
     return [
         ProxyTask("planted", 1, corpus="documentation", budget=0.9, eval_rows=32, **sizes),
         ProxyTask("shift", 2, corpus="code", budget=0.7, eval_rows=48, learning_rate=8e-3, **sizes),
