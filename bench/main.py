@@ -25,11 +25,11 @@ class Benchmark:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "overhead": Benchmark("step.overhead", "time and memory of a training step beside plain LoRA and AdaLoRA"),
+    "overhead": Benchmark("step.overhead", "time and memory of a step, beside LoRA and AdaLoRA"),
     "decide": Benchmark("step.decide", "time of a decision on up to 1,001 modules"),
-    "memory": Benchmark("memory.run", "predicted bytes of a training step beside measured ones"),
-    "env-speed": Benchmark("env_speed", "train steps per CPU second of stacked episodes beside PEFT"),
-    "transfer": Benchmark("transfer", "policies and uniform rank on fine-tunes of MiniLM-L6"),
+    "memory": Benchmark("memory.run", "predicted bytes of a training step, and measured"),
+    "env-speed": Benchmark("env_speed", "speed of stacked episodes, beside PEFT"),
+    "transfer": Benchmark("transfer", "policies beside uniform rank, on MiniLM-L6"),
 }
 
 

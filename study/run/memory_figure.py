@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ...common.arrays import FloatArray
 from ...common.drawing import (
@@ -55,7 +55,7 @@ class _Costs:
             [[self.limit], self.predicted[:, 1], *(points[:, 1] for points in self.measured.values())]
         )
         low, high = float(costs.min()), float(costs.max())
-        pad = max(0.18 * (high - low), 0.01 * high)
+        pad = max(0.18 * (high - low), 0.0005 * high)
         return (0.0 if low < FROM_ZERO * high else low - pad), high + pad
 
     def errors(self) -> FloatArray:
@@ -98,6 +98,7 @@ def cost_timeline(
         _draw_errors(axes, errors)
         mark_steps(axes, plan[:, 0].astype(int).tolist())
     axes.set_xlabel("training step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -147,7 +148,8 @@ def _title(costs: _Costs, unit: str) -> str:
     most, over = points[:, 1].max(), int((points[:, 1] > limit).sum())
     if over:
         return f"{run} exceeds the budget at {over} of {len(points)} measured steps: {_share(most, costs)}"
-    return f"{run} keeps to the budget at every measured step: at most {_share(most, costs)} ({most / limit:.0%})"
+    percent = f"{min(most / limit, 0.999):.1%}" if most / limit > 0.99 else f"{most / limit:.0%}"
+    return f"{run} keeps to the budget at every measured step: at most {_share(most, costs)} ({percent})"
 
 
 def _share(most: float, costs: _Costs) -> str:

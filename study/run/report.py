@@ -23,6 +23,14 @@ from .memory_figure import cost_timeline
 from .run_data import ADAPTER_CONFIG, RunData, read_run
 from .verdict import Verdict, verdict
 
+LOADERS = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+}
+"""PEFT's classes that load an adapter with its base model, by the adapter's task."""
+
 
 @dataclass(frozen=True, eq=False)
 class Report:
@@ -80,18 +88,17 @@ def _adapter(run: RunData) -> str:
     if folder is None:
         return ""
     config = read_json(folder / ADAPTER_CONFIG)
-    classes = run.summary.get("classes")
-    if config.get("task_type") == "SEQ_CLS":
-        loader, options = "AutoPeftModelForSequenceClassification", f", num_labels={classes}" if classes else ""
-    else:
-        loader, options = "AutoPeftModelForCausalLM" if config.get("task_type") == "CAUSAL_LM" else "AutoPeftModel", ""
+    base, classes = config.get("base_model_name_or_path"), run.summary.get("classes")
+    loader = LOADERS.get(config.get("task_type"), "AutoPeftModel") if base else "PeftModel"
+    options = f", num_labels={classes}" if classes and base else ""
     return f"""\
-The adapter is in `{folder}`; its base model is `{config.get("base_model_name_or_path")}`. Plain PEFT loads it:
+The adapter is in `{folder}`; its base model is {f"`{base}`" if base else "the one that was fine-tuned"}. Plain PEFT \
+loads it:
 
 ```python
 from peft import {loader}
 
-model = {loader}.from_pretrained({str(folder)!r}{options})
+model = {loader}.from_pretrained({"" if base else "base_model, "}{str(folder)!r}{options})
 merged = model.merge_and_unload()  # the base model with the adapter in its weights, for save_pretrained
 ```
 

@@ -13,6 +13,8 @@ from .run_data import PILOT, UNIFORM, RunData
 
 RISE = 0.01
 """A held-out loss that ends this share above its lowest value has risen."""
+DIVERGED = 0.05
+"""A training that ends this share above its start has diverged; below it, the loss only did not fall."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,9 @@ def _diverged(run: RunData) -> str:
         if not math.isfinite(value):
             return f"The run diverged: the {name} is {value} at step {step:g}. Lower the learning rate."
     start, end = rise_of(run.points(PILOT, "loss"))
-    if end > start:
-        return (
-            f"The run diverged: the training loss ends at {end:.4g}, above its start of {start:.4g}. "
-            "Lower the learning rate."
-        )
-    return ""
+    if end > (1 + DIVERGED) * start:
+        return f"The run diverged: the training loss rose from {start:.4g} to {end:.4g}. Lower the learning rate."
+    return f"The training loss did not fall: it began at {start:.4g} and ends at {end:.4g}." if end > start else ""
 
 
 def rise_of(losses: Points) -> tuple[float, float]:
@@ -78,6 +77,11 @@ def _guesses(run: RunData) -> str:
     rows, largest = (run.summary.get(key) for key in ("held_out_rows", "largest_class"))
     if accuracy is None or not rows or not largest or accuracy > largest + math.sqrt(largest * (1 - largest) / rows):
         return ""
+    if accuracy > largest:
+        return (
+            f"The model may be guessing: its held-out accuracy of {accuracy:.1%} is hardly above that of always naming "
+            f"the most frequent class ({largest:.1%}), and {rows:,} rows cannot tell them apart."
+        )
     return (
         f"The model guesses: its held-out accuracy of {accuracy:.1%} is no better than always naming the most frequent "
         f"class ({largest:.1%})."

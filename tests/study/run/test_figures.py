@@ -202,6 +202,12 @@ def test_a_gibibyte_budget_has_an_axis_in_gibibytes() -> None:
     assert texts(figure)[0].endswith("at most 11.7 of 12 GiB (98%)")
 
 
+def test_a_budget_that_is_nearly_full_is_not_called_full() -> None:
+    figure = cost_timeline({"rankpilot": [(1, 99.98 * MIB)]}, 100 * MIB, [(0, 99.97 * MIB)])
+    assert texts(figure)[0].endswith("at most 100 of 100 MiB (99.9%)")
+    assert figure.axes[0].get_ylim()[0] > 99.8
+
+
 def test_costs_in_parameters() -> None:
     figure = cost_timeline({}, 300_000, [(0, 240_000), (10, 290_000)], "parameters", 50)
     (axes,) = figure.axes

@@ -271,6 +271,14 @@ def test_the_report_names_the_adapter_of_a_fine_tune(run_folder: Path) -> None:
     assert f"rankpilot export '{adapter}' --format rank-pattern" in text
 
 
+def test_an_adapter_that_does_not_name_its_base_model(trainer_folder: Path) -> None:
+    checkpoint = trainer_folder / "checkpoint-200"
+    write_json(checkpoint / "adapter_config.json", {"task_type": "CAUSAL_LM", "base_model_name_or_path": None})
+    text = write_report(trainer_folder).path.read_text()
+    assert "its base model is the one that was fine-tuned. Plain PEFT loads it" in text
+    assert f"PeftModel.from_pretrained(base_model, '{checkpoint}')" in text
+
+
 def test_a_budget_of_parameters_is_not_given_in_bytes(tmp_path: Path, run_folder: Path) -> None:
     shutil.rmtree(run_folder / "decisions")
     problem = problem_of(plans()[0])

@@ -72,7 +72,7 @@ def test_a_held_out_loss_that_hardly_moves_has_not_risen(
         ({"loss": math.nan}, "the training loss is nan at step 20"),
         ({"eval_loss": math.inf}, "the held-out loss is inf at step 20"),
         ({"loss": 0.0, "grad_norm": math.nan}, "the gradient norm is nan at step 20"),
-        ({"loss": 9.0}, "the training loss ends at 9, above its start of 0.7"),
+        ({"loss": 9.0}, "the training loss rose from 0.7 to 9."),
     ],
 )
 def test_a_run_that_diverged(
@@ -81,6 +81,14 @@ def test_a_run_that_diverged(
     folder = with_metrics({10: {"loss": 0.7}, 20: row, 30: row})
     text = write_report(folder).path.read_text().split("\n\n")
     assert text[1].startswith(f"**The run diverged: {words}")
+
+
+def test_a_training_loss_that_did_not_fall(
+    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
+) -> None:
+    folder = with_metrics({4: {"loss": 4.16}, 8: {"loss": 4.17}, 12: {"loss": 4.165}})
+    (line,) = verdict(read_run(folder)).warnings
+    assert line == "The training loss did not fall: it began at 4.16 and ends at 4.165."
 
 
 def test_noise_is_no_rise() -> None:
@@ -101,6 +109,9 @@ def test_an_accuracy_at_chance(run_folder: Path) -> None:
         edit_results(run_folder, held_out_accuracy=accuracy)
         warnings = verdict(read_run(run_folder)).warnings
         assert bool(warnings) == at_chance, accuracy
+    edit_results(run_folder, held_out_accuracy=0.51)
+    (line,) = verdict(read_run(run_folder)).warnings
+    assert "hardly above that of always naming the most frequent class (50.0%), and 800 rows cannot tell" in line
     edit_results(run_folder, held_out_accuracy=0.43)
     (line,) = verdict(read_run(run_folder)).warnings
     assert "accuracy of 43.0% is no better than always naming the most frequent class (50.0%)" in line
