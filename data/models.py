@@ -15,8 +15,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
+from ..memory.step_config import Quantization
+from ..memory.step_parts import check_installed
 from .asset_list import ASSETS
 from .assets import fetch_asset
+from .quantised import bitsandbytes_settings, head_names, loading_options, prepare
 from .task import KINDS, Task
 
 logger = logging.getLogger(__name__)
@@ -89,7 +92,9 @@ def class_end_token(model: str) -> int | None:
     return config.eos_token_id
 
 
-def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -> PreTrainedModel:
+def load_model(
+    name: str, task: Task, labels: tuple[str, ...], tokenizer: Any, quantization: Quantization = "none"
+) -> PreTrainedModel:
     """The model with the head that the task needs, in the dtype in which it was saved.
 
     A saved head of another size is replaced by a new one, and the log says so.
@@ -99,19 +104,26 @@ def load_model(name: str, task: Task, labels: tuple[str, ...], tokenizer: Any) -
         task: decides the head.
         labels: names of the classes or tags; one name for regression; none for models that write text.
         tokenizer: its padding token is set in a model that has none; without a tokenizer, token 0 is.
+        quantization: how the frozen weights are stored; what is not quantised is then in fp32.
 
     Raises:
         UnknownNameError, AssetError: there is no such model.
         ConfigError: there is no model of this kind for the task.
+        UnsupportedError: bitsandbytes, which quantises, is missing.
     """
-    _check_task(name, task)
+    check_installed(quantization=quantization)
+    config = load_config(name)
+    _check_task(name, config, task)
+    options = head_options(task, labels) | loading_options(bitsandbytes_settings(config, task, quantization))
     auto = getattr(transformers, KINDS[task].auto_class)
 
     def load(path: str) -> Any:
-        return auto.from_pretrained(path, output_loading_info=True, **head_options(task, labels))
+        return auto.from_pretrained(path, output_loading_info=True, **options)
 
     model, info = _pretrained(name, load)
     _report_new_head(name, model, info["mismatched_keys"])
+    if quantization != "none":
+        model = prepare(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
     return model
@@ -128,9 +140,8 @@ def head_options(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
     return options | {"ignore_mismatched_sizes": True}
 
 
-def _check_task(name: str, task: Task) -> None:
+def _check_task(name: str, config: Any, task: Task) -> None:
     """Raise ConfigError if transformers has no model of this architecture for the task."""
-    config = load_config(name)
     mappings = {other: getattr(transformers, kind.auto_class)._model_mapping for other, kind in KINDS.items()}
     able = [other for other, mapping in mappings.items() if type(config) in mapping]
     if able and task not in able and "auto_map" not in config.to_dict():
@@ -146,12 +157,6 @@ def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None
         raise ConfigError(f"The weights of {name!r} do not fit its config.json: {foreign[0]} has another shape.")
     if keys:
         logger.warning("The head of %r has no %d outputs: a new one is trained.", name, model.config.num_labels)
-
-
-def head_names(model: PreTrainedModel) -> list[str]:
-    """The names of the modules beside the base model that hold weights, such as "classifier"."""
-    with_weights = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
-    return [name for name in with_weights if name != model.base_model_prefix]
 
 
 def check_length(length: int, model: PreTrainedModel) -> None:

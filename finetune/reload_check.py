@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from ..data.models import head_options, resolve_model
+from ..data.models import head_options, load_config, resolve_model
+from ..data.quantised import bitsandbytes_settings
 from ..data.task import KINDS
 from ..data.workload import Workload
 from ..errors import RunFolderError
@@ -22,10 +23,17 @@ _RELOAD = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
 from peft import PeftModel
-import transformers
+import peft, transformers
 spec = json.load(sys.stdin)
 kind = getattr(transformers, spec["auto_class"])
+if spec["bitsandbytes"]:
+    spec["options"]["quantization_config"] = transformers.BitsAndBytesConfig(**spec["bitsandbytes"])
 base = kind.from_pretrained(spec["base"], **spec["options"])
+if spec["bitsandbytes"]:
+    base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # or it would compute in bfloat16
 model = PeftModel.from_pretrained(base, spec["adapter"]).eval()
 with torch.no_grad():
     logits = model(**load_file(spec["inputs"])).logits
@@ -52,6 +60,7 @@ def check_reload(config: FinetuneConfig, workload: Workload, model: PeftModel, a
     spec = {
         "base": resolve_model(config.model),
         "options": head_options(workload.task, workload.labels),
+        "bitsandbytes": bitsandbytes_settings(load_config(config.model), workload.task, config.quantization),
         "auto_class": KINDS[workload.task].auto_class,
         "adapter": str(adapter.resolve()),
         "inputs": str((scratch / "inputs.safetensors").resolve()),

@@ -34,9 +34,10 @@ def check_possible(config: FinetuneConfig) -> None:
     """Refuse settings that this machine cannot run.
 
     Raises:
-        UnsupportedError: the optimiser's library is missing, or the GPU does not compute in bfloat16.
+        UnsupportedError: the library of the optimiser or of the quantisation is missing, or the GPU does not compute in
+            bfloat16.
     """
-    check_installed(config.optimizer)
+    check_installed(config.optimizer, config.quantization)
     if config.bf16 and torch.cuda.is_available() and not is_torch_bf16_gpu_available():
         raise UnsupportedError("This GPU does not compute in bfloat16. Leave --bf16 out.")
 
@@ -44,7 +45,7 @@ def check_possible(config: FinetuneConfig) -> None:
 def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     """The same model for both runs: base, fresh adapters and head depend on the seed alone."""
     set_seed(config.seed)
-    base = load_model(config.model, workload.task, workload.labels, workload.tokenizer)
+    base = load_model(config.model, workload.task, workload.labels, workload.tokenizer, config.quantization)
     check_length(config.max_length, base)
     return adapt(
         base,

@@ -6,6 +6,7 @@ bytes, which must be dequantised before use.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def guard_base(model: nn.Module) -> None:
             )
         if module.weight.device.type == "cpu":
             module.support_avx512bf16_for_cpu = False
+
+
+def scale_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """What bitsandbytes keeps beside the weight of a quantised layer, outside of parameters and buffers."""
+    weight = getattr(module, "weight", None)
+    if get_bnb_param_type(weight):
+        yield from _held(module)
+        yield from _held(weight)
+
+
+def _held(holder: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an object's attributes, and in those of quantisation states among them."""
+    for value in vars(holder).values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value).__name__ in ("QuantState", "MatmulLtState"):
+            yield from _held(value)
 
 
 def base_norm(layer: LoraLayer) -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, get_args
 
 import numpy as np
 from torch import nn
 
 from ..common.arrays import FloatArray, IntArray
+from ..lora.frozen_weights import scale_tensors
 from ..lora.targets import TargetModule
 from .batch_shape import BatchShape
 from .live_storages import storages
@@ -98,8 +100,12 @@ def break_down(
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the loaded model's weights and buffers that do not train; a shared storage counts once."""
-    tensors = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+    """Bytes of the loaded model's weights and buffers that do not train, as stored; a shared storage counts once.
+
+    Quantised weights count with their scales.
+    """
+    scales = chain.from_iterable(scale_tensors(module) for module in model.modules())
+    tensors = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers(), *scales]
     return sum({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())
 
 

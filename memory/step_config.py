@@ -13,6 +13,9 @@ MOST_TOKENS = 2**24
 OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit"]
 
 
+Quantization = Literal["none", "nf4", "int8"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
     """One training step of a LoRA fine-tune.
@@ -25,6 +28,8 @@ class StepConfig:
             `peft.LoraConfig`.
         optimizer: the optimiser. It decides what is stored for each weight that trains: adamw two numbers, sgd none,
             adafactor at most one, adamw8bit two bytes (needs the extra rankpilot[quant]).
+        quantization: how the frozen weights are stored: none, as they are saved; nf4, four bits each; int8, eight bits.
+            Both need the extra rankpilot[quant].
         bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.
         checkpointing: gradient checkpointing: each layer stores only its inputs, and runs again in the backward pass.
 
@@ -37,6 +42,7 @@ class StepConfig:
     max_length: int = 64
     target_modules: str = "all-linear"
     optimizer: OptimizerName = "adamw"
+    quantization: Quantization = "none"
     bf16: bool = False
     checkpointing: bool = False
 

@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from .step_config import OptimizerName
+from .step_config import OptimizerName, Quantization
 
 CHECKPOINTING = {"use_reentrant": False}
 """How segments run again: reentrant checkpointing would need inputs with gradients, which a frozen base has not."""
 
 
-def check_installed(name: OptimizerName) -> None:
-    """Raise UnsupportedError if the optimiser's library is missing."""
-    if name == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise UnsupportedError("The optimizer adamw8bit needs bitsandbytes: pip install 'rankpilot[quant]'.")
+def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantization = "none") -> None:
+    """Raise UnsupportedError if the library that an optimiser or a quantisation needs is missing."""
+    needing = [f"optimizer {optimizer}"] if optimizer == "adamw8bit" else []
+    needing += [f"quantization {quantization}"] if quantization != "none" else []
+    if needing and find_spec("bitsandbytes") is None:
+        raise UnsupportedError(f"The {needing[0]} needs bitsandbytes: pip install 'rankpilot[quant]'.")
 
 
 def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:

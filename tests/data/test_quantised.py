@@ -1,0 +1,114 @@
+"""Models in four and eight bits: what is quantised, what trains, and how many bytes are stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rankpilot.data.models import adapt, load_model
+from rankpilot.data.task import Task
+from rankpilot.errors import UnsupportedError
+from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.experiment import finetune
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.breakdown import frozen_bytes
+from rankpilot.memory.step_config import Quantization
+from torch import nn
+
+from .conftest import ModelFolder
+from .small_models import WORDS, write_rows
+
+BITS: dict[Quantization, int] = {"nf4": 4, "int8": 8}
+TASKS: list[tuple[str, Task]] = [
+    ("llama", "causal-lm"),
+    ("t5", "seq2seq"),
+    ("bert", "classification"),
+    ("roberta", "regression"),
+    ("distilbert", "token-classification"),
+    ("t5", "classification"),
+]
+OPTIONS = {"target_modules": "all-linear", "rank": 2, "scaling": 2.0}
+
+
+@pytest.fixture(params=BITS)
+def quantization(request: pytest.FixtureRequest) -> Quantization:
+    """Both ways to quantise in turn."""
+    pytest.importorskip("bitsandbytes")
+    chosen: Quantization = request.param
+    return chosen
+
+
+def load(name: str, folder: str, task: Task, quantization: Quantization) -> Any:
+    labels = {"classification": ("a", "b"), "token-classification": ("a", "b"), "regression": ("value",)}
+    return load_model(folder, task, labels.get(task, ()), None, quantization)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
+@pytest.mark.parametrize(("name", "task"), TASKS, ids=lambda value: str(value))
+def test_adapters_and_heads_train_on_a_quantised_model(
+    name: str, task: Task, quantization: Quantization, model_folder: ModelFolder
+) -> None:
+    base = load(name, model_folder(name), task, quantization)
+    assert not base.is_gradient_checkpointing
+    model = adapt(base, name, task, **OPTIONS)
+    targets = find_target_modules(model)
+    # T5 keeps these in full precision, since half precision is too coarse for them.
+    plain = {target.name for target in targets if not is_quantised(target.layer.get_base_layer())}
+    assert plain == {target.name for target in targets if name == "t5" and target.name.endswith(".wo")}
+    trained = [name for name, value in model.named_parameters() if value.requires_grad and "lora" not in name]
+    assert bool(trained) == (task not in ("causal-lm", "seq2seq"))
+    ids = torch.arange(3, 11).repeat(2, 1)
+    ids[:, -1] = 2
+    labels = {"classification": torch.tensor([0, 1]), "regression": torch.tensor([0.5, 1.0])}
+    labels["token-classification"] = ids % 2
+    batch = {"input_ids": ids, "labels": labels.get(task, ids)}
+    model.eval()
+    with torch.no_grad():
+        model(**batch)  # an evaluation must not repack the weights
+    model.train()(**batch).loss.backward()
+    for target in targets:
+        assert target.weight_b.grad is not None, target.name
+        assert bool(target.weight_b.grad.isfinite().all()), target.name
+    assert all(model.get_parameter(name).grad is not None for name in trained)
+
+
+def test_the_bytes_of_a_quantised_model(quantization: Quantization, model_folder: ModelFolder) -> None:
+    plain = load("llama", model_folder("llama"), "causal-lm", "none")
+    base = load("llama", model_folder("llama"), "causal-lm", quantization)
+    linear = [layer for layer in plain.modules() if isinstance(layer, nn.Linear) and layer is not plain.lm_head]
+    weights = sum(layer.weight.numel() for layer in linear)
+    packed = weights * BITS[quantization] // 8
+    saved = frozen_bytes(plain.requires_grad_(False)) - frozen_bytes(base)
+    # Scales: a byte for 64 weights and code books of at most 2 KiB for each layer; or four bytes for each output.
+    scales = 4 * weights - packed - saved
+    assert scales > 0
+    if quantization == "int8":
+        assert scales == sum(4 * layer.out_features for layer in linear)
+    else:
+        assert scales <= weights // 64 + 2048 * len(linear)
+    before = frozen_bytes(base)
+    base(input_ids=torch.arange(3, 11)[None])  # bitsandbytes moves its scales at the first use
+    assert frozen_bytes(base) == before
+
+
+def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_folder: ModelFolder) -> None:
+    monkeypatch.setattr("rankpilot.memory.step_parts.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"The quantization nf4 needs bitsandbytes: pip install"):
+        load("llama", model_folder("llama"), "causal-lm", "nf4")
+
+
+def test_a_run_on_a_quantised_model(quantization: Quantization, model_folder: ModelFolder, tmp_path: Path) -> None:
+    checkpointing = quantization == "nf4"
+    rows = [{"text": " ".join([WORDS[row % 5]] * (2 + row % 4)), "label": row % 2} for row in range(60)]
+    config = FinetuneConfig(model_folder("bert"), write_rows(tmp_path / "rows.jsonl", rows), steps=3, eval_every=2)
+    settings = {"quantization": quantization, "checkpointing": checkpointing, "batch_size": 4, "max_length": 8}
+    summary = finetune(replace(config, **settings), tmp_path / "run")
+    run = summary["runs"]["rankpilot"]
+    assert 0 < run["peak_bytes"] <= run["budget_bytes"]
+    assert summary["reload"]["max_abs_difference"] < 1e-5
