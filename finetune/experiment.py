@@ -79,7 +79,7 @@ def finetune(
             "policy": policy.name,
             "seed": config.seed,
             "steps": config.steps,
-            **_classes(workload),
+            **_head(workload),
             "runs": runs,
             "reload": runs[PILOT].pop("reload"),
         }
@@ -87,13 +87,15 @@ def finetune(
     return summary
 
 
-def _classes(workload: Workload) -> dict[str, Any]:
-    """What an accuracy has to be compared with: the number of classes, and the share of the most frequent one."""
-    if workload.task != "classification":
+def _head(workload: Workload) -> dict[str, Any]:
+    """How many outputs the head has, and with what an accuracy is to be compared: the share of the largest class."""
+    if not workload.labels:
         return {}
-    counts = np.bincount(np.asarray(workload.held_out["labels"]))
-    rows = int(counts.sum())
-    return {"classes": len(workload.labels), "held_out_rows": rows, "largest_class": int(counts.max()) / rows}
+    facts: dict[str, Any] = {"outputs": len(workload.labels), "held_out_rows": len(workload.held_out)}
+    if workload.task == "classification":
+        counts = np.bincount(np.asarray(workload.held_out["labels"]))
+        facts["largest_class"] = int(counts.max()) / len(workload.held_out)
+    return facts
 
 
 def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str) -> dict[str, Any]:

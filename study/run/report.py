@@ -88,9 +88,9 @@ def _adapter(run: RunData) -> str:
     if folder is None:
         return ""
     config = read_json(folder / ADAPTER_CONFIG)
-    base, classes = config.get("base_model_name_or_path"), run.summary.get("classes")
+    base, outputs = config.get("base_model_name_or_path"), run.summary.get("outputs")
     loader = LOADERS.get(config.get("task_type"), "AutoPeftModel") if base else "PeftModel"
-    options = f", num_labels={classes}" if classes and base else ""
+    options = f", num_labels={outputs}" if outputs and base else ""
     return f"""\
 The adapter is in `{folder}`; its base model is {f"`{base}`" if base else "the one that was fine-tuned"}. Plain PEFT \
 loads it:

@@ -140,7 +140,7 @@ def test_a_run_writes_what_it_promises(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, folder)
     summary = read_json(folder / "summary.json")
     assert summary["reload"] == {"identical": True, "max_abs_difference": 0.0}
-    assert (summary["classes"], summary["held_out_rows"]) == (2, 20)
+    assert (summary["outputs"], summary["held_out_rows"]) == (2, 20)
     assert 0.5 <= summary["largest_class"] < 0.8
     for run in summary["runs"].values():
         assert 0 < run["peak_bytes"] <= run["budget_bytes"]

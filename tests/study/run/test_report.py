@@ -24,6 +24,18 @@ from rich.console import Console
 from ..conftest import MIB, plans, problem_of, write_decisions
 
 
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at the files of pictures."""
+
+
+@pytest.fixture(autouse=True)
+def _files_of_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are made and not written, which takes a second for each report, unless a test asks for `drawn`."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("rankpilot.study.run.report.save_figure", lambda figure, path: path)
+
+
 def edit_summary(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     summary = read_json(folder / "summary.json")
     change(summary)
@@ -61,6 +73,7 @@ def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
     assert "rankpilot's held-out loss is 92.0% higher than that of uniform ranks." in report
 
 
+@pytest.mark.usefixtures("drawn")
 def test_pictures_are_made_and_linked(run_folder: Path) -> None:
     report = write_report(run_folder).path.read_text()
     for name in ("ranks", "loss", "memory"):
@@ -102,6 +115,7 @@ def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
     assert all(abs(distance) >= 1 for row in pairs for _, distance in row)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_report_can_be_made_again(run_folder: Path) -> None:
     first = write_report(run_folder).path.read_text()
     pictures = {path: path.read_bytes() for path in (run_folder / "figures").iterdir()}
@@ -264,7 +278,7 @@ def test_the_report_names_the_adapter_of_a_fine_tune(run_folder: Path) -> None:
     assert "## The adapter" not in write_report(run_folder).path.read_text()
     adapter = run_folder / "rankpilot" / "adapter"
     write_json(adapter / "adapter_config.json", {"task_type": "SEQ_CLS", "base_model_name_or_path": "some/model"})
-    edit_summary(run_folder, lambda s: s.update(classes=5))
+    edit_summary(run_folder, lambda s: s.update(outputs=5))
     text = write_report(run_folder).path.read_text()
     assert f"AutoPeftModelForSequenceClassification.from_pretrained('{adapter}', num_labels=5)" in text
     assert "model.merge_and_unload()" in text
