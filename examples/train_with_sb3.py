@@ -7,6 +7,7 @@ import numpy as np
 import rankpilot
 from rankpilot.agents.training.vec_env import GymnasiumVecEnv
 from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--updates", type=int, default=5, help="updates of the policy, each on 16 episodes")
@@ -29,6 +30,7 @@ envs = GymnasiumVecEnv(
 )
 decisions = 4  # of an episode, by the default schedule
 model = PPO("MultiInputPolicy", envs, n_steps=decisions, batch_size=64, gamma=1.0, seed=0, device="cpu")
+model.set_logger(Logger(folder=None, output_formats=[]))  # else it makes a folder among the temporary files
 for update in range(options.updates):
     model.learn(decisions * envs.num_envs, reset_num_timesteps=update == 0)
     returns = np.asarray(model.rollout_buffer.rewards).sum(axis=0)

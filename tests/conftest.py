@@ -54,6 +54,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _folder_of_loggers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each learner of Stable-Baselines3 makes a folder for its log, here and not among the temporary files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("loggers")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def warm_python() -> Iterator[WarmPython]:
     """Runs fresh Python programs that need not load the large libraries."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import LinearSchedule
 
 from ...common.devices import find_device
@@ -43,7 +44,7 @@ from .task_sampling import FreshTasks, fresh_tasks, plan_draws, validation_tasks
 from .validation import Validation
 from .warm_start import warm_start
 
-TENSORBOARD = "tensorboard"
+TENSORBOARD = "tensorboard/ppo_1"
 
 WARM_START = "warm_start"
 """Folder, inside a run's, of the policy before PPO."""
@@ -137,7 +138,7 @@ def _train(
             model._last_episode_starts = np.ones(envs.num_envs, dtype=bool)
             # A checkpoint holds the random state of the moment after its update, so nothing may be drawn before.
             rest = (config.iterations - progress.iteration) * envs.decisions * envs.num_envs
-            model.learn(rest, callback=progress, reset_num_timesteps=False, tb_log_name="ppo")
+            model.learn(rest, callback=progress, reset_num_timesteps=False)
     finally:
         envs.close()
     if measured.best:
@@ -201,7 +202,8 @@ def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProg
 
 
 def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
-    return PPO(
+    """PPO as configured, which logs to TensorBoard where that is installed."""
+    model = PPO(
         RankPolicy,
         envs,
         n_steps=envs.decisions,
@@ -216,10 +218,13 @@ def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
         rollout_buffer_class=GroupRolloutBuffer,
         rollout_buffer_kwargs={"group": config.episodes_per_task},
         policy_kwargs={"network": config.network},
-        tensorboard_log=str(folder / TENSORBOARD) if find_spec("tensorboard") else None,
         seed=config.seed,
         device="cpu",
     )
+    # Without a logger of ours, Stable-Baselines3 makes a folder for one among the temporary files.
+    formats = [TensorBoardOutputFormat(str(folder / TENSORBOARD))] if find_spec("tensorboard") else []
+    model.set_logger(Logger(folder=None, output_formats=formats))
+    return model
 
 
 def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:

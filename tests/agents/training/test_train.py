@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,19 @@ def noted(config: TrainConfig, folder: Path, *, resume: bool = False, kill_at: i
     return Run(folder, policy, stages, calls)
 
 
+def small_tasks(*given: Any) -> tuple[ProxyTask, ...]:
+    """The suites' tasks with fewer and shorter rows; the references stay."""
+    sizes: dict[str, Any] = {"length": 16, "batch_size": 4, "eval_rows": 16}
+    return tuple(dataclasses.replace(task, **sizes) for task in find_tasks(*given))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_tasks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draws, "find_tasks", small_tasks)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An uninterrupted run."""
@@ -125,8 +139,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An uninterrupted run of PPO alone."""
-    return noted(BARE, tmp_path_factory.mktemp("runs") / "bare")
+    """An uninterrupted run of PPO alone; `temporary` beside it stands for the system's folder of temporary files."""
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "temporary").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SB3_LOGDIR")
+        patch.setattr(tempfile, "tempdir", str(runs / "temporary"))
+        return noted(BARE, runs / "bare")
 
 
 # The run's folder -----------------------------------------------------------------------------------------------------
@@ -169,6 +188,10 @@ def test_the_run_folder(whole: Run, bare: Run) -> None:
     warm = load_policy(whole.folder / WARM_START)
     assert isinstance(warm, LearnedPolicy)
     assert not same_weights(warm.network, RankNetwork(CONFIG.network))
+
+
+def test_nothing_is_left_among_the_temporary_files(bare: Run) -> None:
+    assert list((bare.folder.parent / "temporary").iterdir()) == []
 
 
 def test_a_policy_file_is_the_same_byte_for_byte(whole: Run, bare: Run, tmp_path: Path) -> None:
@@ -432,7 +455,7 @@ def test_a_start_that_failed_is_easily_bettered(monkeypatch: pytest.MonkeyPatch)
 def with_tasks(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[tuple[ProxyTask, ...]], tuple[ProxyTask, ...]]
 ) -> None:
-    monkeypatch.setattr(draws, "find_tasks", lambda *given: change(find_tasks(*given)))
+    monkeypatch.setattr(draws, "find_tasks", lambda *given: change(small_tasks(*given)))
 
 
 def test_a_suite_of_one_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

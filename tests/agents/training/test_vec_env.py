@@ -148,9 +148,13 @@ def make_policy() -> Callable[..., PPO]:
     return lambda envs: PPO("MultiInputPolicy", envs, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
 
 
-def test_the_example_trains(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_trains(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SB3_LOGDIR", str(tmp_path / "loggers"))
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), "--updates", "1", "--task-steps", "8", "--base", BASE])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     printed = capsys.readouterr().out
     assert "mean return of the last" in printed
     assert len(EXAMPLE.read_text().splitlines()) < 40
+    assert not (tmp_path / "loggers").exists()
