@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3 import PPO
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import LinearSchedule
 
 from ...common.devices import find_device
@@ -222,7 +222,7 @@ def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
         device="cpu",
     )
     # Without a logger of ours, Stable-Baselines3 makes a folder for one among the temporary files.
-    formats = [TensorBoardOutputFormat(str(folder / TENSORBOARD))] if find_spec("tensorboard") else []
+    formats: list[KVWriter] = [TensorBoardOutputFormat(str(folder / TENSORBOARD))] if find_spec("tensorboard") else []
     model.set_logger(Logger(folder=None, output_formats=formats))
     return model
 
