@@ -29,6 +29,9 @@ COMMANDS = {
 }
 """What each command does; the module that runs it has its name."""
 
+NO_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch's errors say when a device, or the machine, has no memory left."""
+
 RESUMABLE = ("train", "evaluate", "finetune")
 """Commands that an interrupted run can go on with."""
 
@@ -72,6 +75,12 @@ def run(arguments: Sequence[str]) -> int:
         place = f" ({error.filename})" if error.filename else ""
         advice = "Check that the path is right, that you may use it, and that the disk has room."
         return _fail(f"{error.strerror or first_line(error)}{place}. {advice}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        return _fail(
+            f"Too little memory: {first_line(error)}. Lower the batch size or the length, or use checkpointing."
+        )
     except KeyboardInterrupt:
         hint = " The same command with --resume continues from here." if command in RESUMABLE else ""
         Console(stderr=True).print(f"Interrupted.{hint}")

@@ -99,9 +99,10 @@ def _task_of(part: Dataset, text: str, label: str) -> Task:
 def _refuse_floats(part: Dataset, label: str) -> Task:
     """Raise DataError: fractions may be classes or amounts. An empty cell is named first, since it makes them."""
     check_no_gaps(part, label)
+    first = next(iter(part[label]), None)
     raise DataError(
-        f"The column {label!r} holds fractions (row 1: {part[:1][label]}). To predict numbers, pass --task "
-        "regression; to take each value for a class, pass --task classification."
+        f"The column {label!r} holds fractions (row 1: {first}). To predict numbers, pass --task regression; to take each "
+        "value for a class, pass --task classification."
     )
 
 

@@ -320,6 +320,26 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore")])
+def test_too_little_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def allocate(options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "train_command", allocate)
+    assert "Too little memory: " in failure(["train"], capsys)
+
+
+def test_other_errors_of_libraries_are_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(train, "train_command", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.run(["train"])
+
+
 def test_train_agent_script() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_agent.py"), "--help"], capture_output=True, text=True, check=False

@@ -167,7 +167,7 @@ def test_a_flaw_in_one_row(
         ({"text": ["good"], "label": "a"}, None, "['good'] is a list, not text"),
         ({"text": "good", "label": [1, 2]}, None, "holds lists (row 1: [1, 2])"),
         ({"text": "good", "label": [1, 2]}, None, "--task token-classification"),
-        ({"text": "good", "label": 0.5}, None, "holds fractions (row 1: [0.5])"),
+        ({"text": "good", "label": 0.5}, None, "holds fractions (row 1: 0.5)"),
         ({"text": "good", "label": 0.5}, None, "--task regression"),
         ({"text": "good", "label": "a"}, None, "single class"),
         ({"tokens": ["good", "bad"], "tags": ["a"]}, None, "Row 1 has 2 values in the column 'tokens' and 1 in 'tags'"),
