@@ -101,8 +101,8 @@ def _refuse_floats(part: Dataset, label: str) -> Task:
     check_no_gaps(part, label)
     first = next(iter(part[label]), None)
     raise DataError(
-        f"The column {label!r} holds fractions (row 1: {first}). To predict numbers, pass --task regression; to take each "
-        "value for a class, pass --task classification."
+        f"The column {label!r} holds fractions (row 1: {first}). To predict numbers, pass --task regression; to take "
+        "each value for a class, pass --task classification."
     )
 
 
