@@ -10,7 +10,7 @@ import pytest
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.decision_record import DecisionRecord
 from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.common.files import append_json_line, write_json
+from rankpilot.common.files import write_json, write_json_lines
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ByteCost
 
@@ -76,13 +76,14 @@ def write_decisions(
 
 
 def write_metrics(path: Path, level: float, peak: float) -> None:
-    rng = np.random.default_rng(5)
+    rng, lines = np.random.default_rng(5), []
     for step in range(1, 201):
         loss = level + 0.6 * np.exp(-step / 40) + rng.normal(0, 0.05)
         line = {"step": step, "loss": float(loss), "peak_bytes": int((peak + rng.random()) * MIB)}
         if step % 20 == 0:
             line["eval_loss"] = float(level + 0.6 * np.exp(-step / 40))
-        append_json_line(path, line)
+        lines.append(line)
+    write_json_lines(path, lines)
 
 
 def run_summary(loss: float, peak: float, parameters: int, accuracy: float | None = 0.85) -> dict[str, object]:
