@@ -56,5 +56,5 @@ def main(arguments: Sequence[str]) -> None:
         groups = evaluate(options, options.output, resume=options.resume, on_progress=report)
     for group in groups:
         console.print(comparison_table(group, Path(options.against).name))
-    console.print("Below a figure: its 95 % interval; below a chance also the runs won / tied / lost.", style="dim")
+    console.print("Below a figure: its 95 % interval; below a chance also the runs won/tied/lost.", style="dim")
     console.print(f"A line for each run: {options.output / ROWS}", soft_wrap=True, markup=False)

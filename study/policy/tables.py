@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -15,18 +17,22 @@ def comparison_table(group: Group, against: str) -> Table:
 
     Below each figure is its 95 % interval, below a chance also how many runs were won, tied and lost.
     """
-    table = Table(title=f"{group.name} ({group.tasks} tasks)", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("policy", overflow="fold")
+    # Narrow enough for 80 columns with the name of any rule in one line.
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
+    table = Table(title=f"{group.name} ({group.tasks} tasks)", title_justify="left", **look)
+    table.add_column("policy", overflow="fold", min_width=16)
     chances = ("better than\nuniform", f"better than\n{escape(against)}")
-    for column in ("runs", "held-out\nloss", "gain, of\nheadroom", "interquartile\nmean", *chances):
+    for column in ("runs", "held-\nout\nloss", "gain, of\nheadroom", "inter-\nquartile\nmean"):
         table.add_column(column, justify="right")
+    for column in chances:
+        table.add_column(column, justify="right", overflow="fold", min_width=11)
     for result in group.results:
         table.add_row(*_cells(result))
     return table
 
 
 def _cells(result: PolicyResult) -> tuple[str, ...]:
-    against, failed = result.against, f"\n[red]{result.failed} failed[/]" if result.failed else ""
+    against, failed = result.against, f"\n[red]{result.failed}\nfailed[/]" if result.failed else ""
     return (
         escape(result.policy),
         f"{result.runs}{failed}",
@@ -39,11 +45,11 @@ def _cells(result: PolicyResult) -> tuple[str, ...]:
 
 
 def _gain(gain: Estimate) -> str:
-    return f"{gain.value:+.2f}\n[dim]{gain.low:+.2f} to {gain.high:+.2f}[/]"
+    return f"{gain.value:+.2f}\n[dim]{gain.low:+.2f} to\n{gain.high:+.2f}[/]"
 
 
 def _chance(pairs: PairedComparison) -> str:
     """The chance of being better, its interval, and the wins, ties and losses behind it."""
     chance = pairs.better
-    counts = f"{pairs.wins} / {pairs.ties} / {pairs.losses}"
+    counts = f"{pairs.wins}/{pairs.ties}/{pairs.losses}"
     return f"{chance.value:.0%}\n[dim]{chance.low:.0%} to {chance.high:.0%}[/]\n[dim]{counts}[/]"

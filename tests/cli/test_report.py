@@ -77,15 +77,28 @@ def test_a_finished_run_with_a_torn_decision_is_resumed(
     assert f"Report and pictures: {folder / 'report.md'}\n" in out
 
 
-def test_names_of_policies_are_printed_as_they_are() -> None:
+def comparison(policy: str, against: str, width: int) -> str:
     gain = Estimate(0.5, 0.4, 0.6)
-    pairs = PairedComparison(gain, 1, 2, 3)
-    result = PolicyResult(NAME, 6, 0, 0.5, gain, gain, pairs, gain, pairs)
-    console = Console(width=160)
+    pairs = PairedComparison(gain, 104, 20, 300)
+    result = PolicyResult(policy, 424, 3, 0.5, gain, gain, pairs, gain, pairs)
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(comparison_table(Group("all tasks", 6, (result,)), "x[y]"))
-    assert NAME in capture.get()
-    assert "x[y]" in capture.get()
+        console.print(comparison_table(Group("all tasks", 6, (result,)), against))
+    return capture.get()
+
+
+def test_names_of_policies_are_printed_as_they_are() -> None:
+    text = comparison(NAME, "x[y]", 160)
+    assert NAME in text
+    assert "x[y]" in text
+
+
+def test_a_comparison_fits_80_columns() -> None:
+    text = comparison("utility-per-byte", "signal-mean", 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("utility-per-byte", "signal-mean", "104/20/300", "40% to 60%", "+0.40 to", "quartile"):
+        assert whole in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
