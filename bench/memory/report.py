@@ -69,7 +69,7 @@ def guard(results: Mapping[str, Mapping[str, Any]], console: Console) -> Figures
                 predicted = sizes["predicted"]
                 beside = (f"{format_bytes(sizes[name])} ({sizes[name] / predicted - 1:+.1%})" for name in names)
                 rows.append((plan, format_bytes(predicted), *beside))
-            titles = [name.replace("resident_given_back", "resident, freed heap returned") for name in names]
+            titles = [name.replace("resident_given_back", "resident, freed\nheap returned") for name in names]
             console.print(make_table(f"{family}, one step from outside", ("plan", "predicted", *titles), rows))
             figures |= {f"outside.{family}.{p}.{n}": v for p, sizes in seen.items() for n, v in sizes.items()}
         ratio, share = Estimate(*result["guard"]["step_ratio"]), result["guard"]["look_share"]
