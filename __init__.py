@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .allocation.decision_log import DecisionLog
     from .allocation.schedule import DecisionSchedule
     from .env.registration import ENV_ID
-    from .finetune.callback import RankPilotCallback
+    from .finetune.callback import RankPilotCallback, attach
+    from .finetune.pilot import RankPilot
     from .memory.budget import Budget
 
 silence_worker()
@@ -28,7 +29,9 @@ _LAZY = {
     "Budget": ".memory.budget",
     "DecisionLog": ".allocation.decision_log",
     "DecisionSchedule": ".allocation.schedule",
+    "RankPilot": ".finetune.pilot",
     "RankPilotCallback": ".finetune.callback",
+    "attach": ".finetune.callback",
     "load_policy": ".agents.learned.policy_file",
 }
 
@@ -37,8 +40,10 @@ __all__ = [
     "Budget",
     "DecisionLog",
     "DecisionSchedule",
+    "RankPilot",
     "RankPilotCallback",
     "RankPilotError",
+    "attach",
     "load_policy",
 ]
 

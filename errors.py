@@ -77,6 +77,10 @@ class NonFiniteError(RankPilotError, ArithmeticError):
     """A loss, weight or gradient that is NaN or infinite."""
 
 
+class NoGradientError(RankPilotError, RuntimeError):
+    """A run whose adapters receive no gradients."""
+
+
 class PolicyFileError(RankPilotError, ValueError):
     """A policy file that is corrupt, foreign, or of another schema version."""
 

@@ -81,7 +81,8 @@ class RankController(Generic[AdaptersT]):
         adapters.meter.values = probe_result.signals.copy()
         self.first_loss = probe_result.first_loss
         self.interval_losses: list[float] = []
-        self.signal_ranks = np.ones(len(self.targets), dtype=np.int64)
+        ones = np.ones(len(self.targets), dtype=np.int64)
+        self.signal_ranks = ones if probe_result.ranks is None else np.maximum(probe_result.ranks, ones)
         self.decision = 0
         self.names = tuple(target.name for target in self.targets)
         self.notes: dict[str, str] = {}
@@ -110,8 +111,18 @@ class RankController(Generic[AdaptersT]):
 
         The last one may spend what signal buffers took: no more signals are read after it.
         """
-        cost = self.cost
-        if isinstance(cost, ByteCost) and self.decision >= len(self.decision_steps) - 1:
+        return self._problem(self.cost, buffers=self.decision < len(self.decision_steps) - 1)
+
+    def problem_now(self, cost: Cost | None = None) -> AllocationProblem:
+        """The plans that are possible until the next decision.
+
+        Args:
+            cost: what plans cost, signal buffers included, if not what they cost in this run.
+        """
+        return self._problem(cost or self.cost, buffers=not self.finished)
+
+    def _problem(self, cost: Cost, *, buffers: bool) -> AllocationProblem:
+        if isinstance(cost, ByteCost) and not buffers:
             cost = replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
         return AllocationProblem.of(
             self.targets,
@@ -138,10 +149,13 @@ class RankController(Generic[AdaptersT]):
             self.signal_ranks = np.where(live & (meter.age == 0), self.ranks, self.signal_ranks)
         if interval_loss is not None and np.isfinite(interval_loss):
             self.interval_losses.append(interval_loss)
-        return self.observation_now(step)
+        return self._observation(self.problem(), step)
 
     def observation_now(self, step: int) -> Observation:
         """The observation as things stand, without closing the interval."""
+        return self._observation(self.problem_now(), step)
+
+    def _observation(self, problem: AllocationProblem, step: int) -> Observation:
         state = RunState(
             progress=step / self.total_steps,
             decisions_left=max(0, len(self.decision_steps) - self.decision - 1),
@@ -150,7 +164,7 @@ class RankController(Generic[AdaptersT]):
             losses=tuple(self.interval_losses),
         )
         return observe(
-            self.problem(),
+            problem,
             self.names,
             self.adapters.meter.values,
             self.signal_ranks,
@@ -177,19 +191,23 @@ class RankController(Generic[AdaptersT]):
         Returns:
             The plan as applied.
         """
-        plan = self.correct(wanted, scores, step, optimizer)
+        plan = self._apply(self.problem(), wanted, scores, step, optimizer)
         self.decision += 1
         return plan
 
-    def correct(
+    def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
+        """Bring the ranks back under a limit that has become tighter; not counted as a decision. See `apply`."""
+        return self._apply(self.problem_now(), wanted, np.zeros(len(wanted)), step, optimizer)
+
+    def _apply(
         self,
+        problem: AllocationProblem,
         wanted: IntArray,
         scores: FloatArray,
         step: int,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | None,
     ) -> Plan:
-        """As `apply`, but not counted as a decision: brings the ranks back under a limit that has become tighter."""
-        problem = replace(self.problem(), pinned=self._pin_broken(optimizer))
+        problem = replace(problem, pinned=self._pin_broken(optimizer))
         plan = project(problem, wanted, scores)
         self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
         return plan

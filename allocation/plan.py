@@ -84,17 +84,16 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, s
         return f"{needed:.0f} parameters", f"{problem.limit:.0f}", ""
     costs, adapter = moment_costs(cost, ranks), cost.per_rank @ ranks
     peak = int(np.argmax(costs))
-    always = cost.constant.min()
+    held = cost.constant[peak]
     parts = (
-        (always, "to what trains outside the adapter and whatever else is held at all times"),
-        (cost.constant[peak] - always, "to what that moment alone holds"),
-        (costs[peak] - adapter[peak] - cost.constant[peak], "to what is saved for backward"),
+        (held, "to what this moment holds under every plan (logits, loss, what trains outside the adapter)"),
+        (costs[peak] - adapter[peak] - held, "to what is saved for backward"),
         (adapter[peak], "to the adapter itself"),
     )
     shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]
     reason = (
-        f" The peak is at {cost.moments[peak]}: {', '.join(shares)}. A smaller per-device batch, shorter sequences or "
-        "gradient checkpointing lower it."
+        f" The peak is at {cost.moments[peak]}: {', '.join(shares)}. A smaller per-device batch or shorter sequences "
+        "lower it, and so does gradient checkpointing where it is off."
     )
     return format_bytes(needed, up=True), format_bytes(problem.limit), reason
 

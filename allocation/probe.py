@@ -1,4 +1,4 @@
-"""The probe: a few small training steps at rank 1 before the run, which measure the first signals."""
+"""The probe: a few small training steps before the run, which measure the first signals."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..common.arrays import FloatArray
+from ..common.arrays import FloatArray, IntArray
 from ..errors import NonFiniteError
-from ..lora.resize import reset_adapters
 from ..lora.signals import SignalMeter
 from ..lora.targets import TargetModule
 
@@ -26,10 +25,12 @@ class ProbeResult:
     Attributes:
         signals: (modules, len(SIGNALS)).
         first_loss: mean training loss of its first steps.
+        ranks: of the adapters that it trained, int64 (modules,); None where all had rank 1.
     """
 
     signals: FloatArray
     first_loss: float
+    ranks: IntArray | None = None
 
 
 def probe(
@@ -37,22 +38,19 @@ def probe(
     optimizer: torch.optim.Optimizer,
     losses: Iterable[Callable[[], torch.Tensor]],
     *,
-    seed: int,
     max_grad_norm: float = 1.0,
 ) -> ProbeResult:
-    """Train all modules at rank 1 for a few small steps, and measure the signals.
+    """Train the adapters for a few small steps, and measure the signals.
 
     Args:
-        targets: the target modules. Their adapters start anew; the caller resets them afterwards.
+        targets: the target modules. Their adapters train; the caller resets or restores them afterwards.
         optimizer: of the adapters' parameters, without state; of no use afterwards.
         losses: for each step a function that runs the forward pass on a micro-batch and returns the loss.
-        seed: decides the adapters at rank 1.
         max_grad_norm: gradients are clipped to this norm.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
     """
-    reset_adapters(targets, 1, seed)
     meter = SignalMeter(targets)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     history = []
@@ -68,4 +66,5 @@ def probe(
         meter.accumulate()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return ProbeResult(meter.read(), float(np.mean(history[:FIRST_LOSSES])))
+    ranks = np.array([target.rank for target in targets], dtype=np.int64)
+    return ProbeResult(meter.read(), float(np.mean(history[:FIRST_LOSSES])), ranks)

@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerState, TrainingArguments
 
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
 from ..allocation.probe import ProbeResult, probe
 from ..allocation.schedule import DecisionSchedule
-from ..data.batches import Collate, largest_batch, rows_at, to_batch
-from ..errors import DataError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
-from ..lora.resize import reset_adapters
+from ..lora.resize import is_trained, reset_adapters
 from ..lora.targets import TargetModule, check_trains, other_trainable
 from ..memory.budget import Budget
 from ..memory.for_training import PlanCosts, plan_costs
 from ..memory.model import MemoryModel
+from .run import TrainingRun, training_mode, undisturbed
 
-
-@dataclass(frozen=True, eq=False)
-class TrainingRun:
-    """A run that a Trainer is about to begin.
-
-    Attributes:
-        model: the PEFT model, on its device.
-        optimizer: as the Trainer made it.
-        dataset: the training set.
-        collate: makes a batch of its rows.
-        rows: the rows of a batch.
-        total_steps: the optimiser steps of the run.
-        args: the arguments of the Trainer.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    dataset: Any
-    collate: Collate
-    rows: int
-    total_steps: int
-    args: TrainingArguments
-
-    @classmethod
-    def of(cls, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:
-        """The run, from the arguments of a callback's event."""
-        loader = objects["train_dataloader"]
-        return cls(
-            objects["model"],
-            objects["optimizer"],
-            loader.dataset,
-            loader.collate_fn,
-            state.train_batch_size,
-            state.max_steps,
-            args,
-        )
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """The autocast context in which the Trainer runs its forward passes."""
-        if self.args.bf16 or self.args.fp16:
-            return torch.autocast(self.args.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
-        return nullcontext()
+Item = TypeVar("Item")
+Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
+"""Shows how far an iterable has come: the iterable, what it does, its length."""
 
 
 def run_costs(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, *, signals: bool) -> PlanCosts:
@@ -81,10 +37,8 @@ def run_costs(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget,
         budget: the limit as its user gave it.
         signals: whether plans pay for signal buffers.
     """
-    accumulates = run.args.gradient_accumulation_steps > 1
-    with undisturbed(), _training_mode(run.model), run.precision():
-        batch = largest_batch(run.dataset, run.collate, run.rows, run.args.device)
-        return plan_costs(budget, run.model, targets, batch, run.optimizer, signals=signals, accumulates=accumulates)
+    with undisturbed(), training_mode(run.model):
+        return plan_costs(budget, run.step(), targets, run.largest_batch(), signals=signals)
 
 
 def prepare(
@@ -94,8 +48,14 @@ def prepare(
     schedule: DecisionSchedule,
     bounds: Bounds,
     seed: int,
+    *,
+    fresh: bool = False,
+    progress: Progress[Any] | None = None,
 ) -> tuple[RankController[PeftAdapters], MemoryModel | None]:
-    """Measure what plans cost and probe the modules. Afterwards all adapters are new, at rank 1.
+    """Measure what plans cost and probe the modules.
+
+    Afterwards adapters that are trained are as they were before. Where none is, or with `fresh`, all are new, at rank
+    1.
 
     Args:
         run: the run.
@@ -104,6 +64,8 @@ def prepare(
         schedule: when decisions fall, and how long the probe is.
         bounds: see `rank_bounds`.
         seed: of the probe and of fresh rows.
+        fresh: begin with new adapters, even where they are trained.
+        progress: shows how far the probe has come.
 
     Returns:
         The controller of the run, and the byte model (None under a budget of parameters).
@@ -112,16 +74,21 @@ def prepare(
         BudgetError: no plan fits the budget.
         UnknownNameError, ConfigError: see `rank_bounds`.
         NonFiniteError: the loss of the probe is NaN or infinite.
-        DataError: the training set is empty, or the model returns no loss.
+        DataError: the training set is empty.
+        UnsupportedError: the step cannot be measured.
     """
     check_trains(targets)
     low, high = rank_bounds(targets, bounds)
-    # The optimiser may have a state: `train` can be called again, and `auto_find_batch_size` does so.
-    reset_state(run.optimizer, (w for target in targets for w in (target.weight_a, target.weight_b)))
+    keeps = not fresh and any(map(is_trained, targets))
+    if not keeps:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
+        reset_state(run.optimizer, (w for target in targets for w in (target.weight_a, target.weight_b)))
     costs = run_costs(run, targets, budget, signals=True)
-    with undisturbed(), _training_mode(run.model):
-        result = run_probe(run, targets, schedule, seed)
-    reset_adapters(targets, 1, seed)
+    if not keeps:
+        reset_adapters(targets, 1, seed)
+    with undisturbed(), training_mode(run.model):
+        result = run_probe(run, targets, schedule, seed, progress=progress)
+    if not keeps:
+        reset_adapters(targets, 1, seed)
     adapters = PeftAdapters(run.model, targets)
     controller = RankController(
         adapters, costs.cost, costs.limit.value, schedule, run.total_steps, result, low=low, high=high, seed=seed
@@ -129,69 +96,45 @@ def prepare(
     return controller, costs.memory
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Restore torch's random state afterwards, so that the run draws the numbers that it would draw without us.
-
-    A compiled model runs uncompiled meanwhile: each plan that is tried would take one of the few graphs that torch
-    keeps.
-    """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    before = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-def run_probe(run: TrainingRun, targets: Sequence[TargetModule], schedule: DecisionSchedule, seed: int) -> ProbeResult:
-    """The probe on the data of the run, with a new optimiser. Weights outside the adapter are restored afterwards.
+def run_probe(
+    run: TrainingRun,
+    targets: Sequence[TargetModule],
+    schedule: DecisionSchedule,
+    seed: int,
+    *,
+    progress: Progress[Any] | None = None,
+) -> ProbeResult:
+    """The probe on the data of the run, with a new optimiser. All weights are restored afterwards.
 
     Args:
         run: the run.
-        targets: the target modules of its model.
+        targets: the target modules of its model, with the adapters that are probed.
         schedule: the steps of the probe, and their rows.
-        seed: of the adapters at rank 1 and of the choice of rows.
+        seed: of the choice of rows.
+        progress: shows how far the probe has come.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
-        DataError: the model returns no loss.
     """
-    others = other_trainable(run.model, targets)
-    before = [parameter.detach().clone() for parameter in others]
-    parameters = [*others, *(w for target in targets for w in (target.weight_a, target.weight_b))]
-    reset_adapters(targets, 1, seed)
-    optimizer = torch.optim.AdamW(parameters, lr=run.args.learning_rate, weight_decay=0.0)
-    losses = (partial(_loss, run, rows) for rows in _probe_batches(run.dataset, schedule, seed))
+    pairs = [w for target in targets if target.rank > 0 for w in (target.weight_a, target.weight_b)]
+    parameters = [*other_trainable(run.model, targets), *pairs]
+    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, weight_decay=0.0)
+    steps = schedule.probe_steps
+    batches: Iterable[Any] = run.small_batches(steps, schedule.probe_batch, seed)
+    if progress:
+        batches = progress(batches, "probing the modules", steps)
+    with _restored(parameters):
+        return probe(targets, optimizer, (partial(run.loss, batch) for batch in batches))
+
+
+@contextmanager
+def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Restore the values of these parameters afterwards; they have no gradients then."""
+    before = [parameter.detach().clone() for parameter in parameters]
     try:
-        return probe(targets, optimizer, losses, seed=seed)
+        yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(others, before, strict=True):
+            for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
                 parameter.grad = None
-
-
-def _loss(run: TrainingRun, rows: list[Any]) -> torch.Tensor:
-    with run.precision():
-        loss = run.model(**to_batch(run.collate(rows), run.args.device)).loss
-    if loss is None:
-        raise DataError("The model returned no loss: the training set needs labels.")
-    return loss.mean()  # type: ignore[no-any-return]
-
-
-def _probe_batches(dataset: Any, schedule: DecisionSchedule, seed: int) -> Iterator[list[Any]]:
-    steps, rows = schedule.probe_steps, schedule.probe_batch
-    if hasattr(dataset, "__len__"):
-        order = np.random.default_rng(seed).permutation(len(dataset))
-        picked = np.resize(order, (steps, rows))
-        return (rows_at(dataset, indices.tolist()) for indices in picked)
-    examples = list(islice(iter(dataset), steps * rows))
-    return (examples[i % len(examples) :][:rows] for i in range(0, steps * rows, rows))

@@ -3,67 +3,60 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
-from ..allocation.bounds import Bounds, rank_bounds
+from ..agents.learned.policy_file import DEFAULT
+from ..allocation.bounds import Bounds
 from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
-from ..allocation.decision_record import DecisionRecord
-from ..allocation.observation import Observation
-from ..allocation.plan import Plan
-from ..allocation.policy import Decision, Policy, decision_from_plan
+from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
 from ..errors import UnsupportedError
 from ..lora.adapters import PeftAdapters
-from ..lora.optimizer_state import check_optimizer
-from ..lora.peft_config import finish_load, make_resizable
-from ..lora.targets import TargetModule, find_target_modules
+from ..lora.peft_config import make_resizable
+from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
-from ..memory.model import MemoryModel
-from .before_training import TrainingRun, prepare
+from ..memory.recording import Batch
 from .checkpoint import load_state, save_state
-from .loss_meter import LossMeter
-from .peak_guard import Correction, PeakGuard
+from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
+from .run import TrainingRun
+from .trainer_step import TrainerStep, find_trainer
 
 logger = logging.getLogger(__name__)
 
 
 class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
-    """Moves LoRA rank between modules during a Trainer's run, inside a hard budget.
+    """Moves LoRA rank between modules during a Trainer's run, inside a hard memory budget.
 
-    Before the first step it measures what plans cost on your model and data, and probes which modules matter. Then the
-    policy decides the ranks, and again at a few later steps. The adapters really change their size, the optimiser keeps
-    its state, and every checkpoint is an adapter that plain PEFT loads.
+    Before the first step it measures what plans cost in the Trainer's own training step, on its data, and probes which
+    modules matter. Then the policy decides the ranks, and again at a few later steps. The adapters really change their
+    size, the optimiser keeps its state, and every checkpoint is an adapter that plain PEFT loads. Adapters that are
+    trained already are kept.
 
     Args:
-        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
-            ("signal-mean", "top-down"), or a policy object.
-        budget: bytes at the peak of a step ("350MB", "6GiB", an int from 1024 on), a share of what uniform rank 8 takes
-            there ("80%", 0.8), most of the memory that is free on the device ("auto"), or a number of adapter
-            parameters ("300k params"). See `Budget.parse`.
+        policy: see `RankPilot`, as `budget`, `schedule`, `measure_every`, `bounds` and `fresh`.
+        budget: bytes ("350MB"), a share of what uniform rank 8 takes ("80%"), "auto", or parameters ("300k params").
         log: the folder of the decision log; by default `decisions` in the Trainer's output folder.
         schedule: when to decide; by default as the policy was trained to.
         seed: of the probe and of fresh rows; by default `TrainingArguments.seed`.
         measure_every: measure the real peak every so many steps, and after each change of ranks.
-        bounds: the rank of single modules, or their least and largest rank, by the module's name or the end of it:
-            `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
+        bounds: the rank of single modules, or their least and largest rank.
+        fresh: begin with new adapters even where they are trained.
 
     Attributes:
-        controller: observes the adapters and changes their ranks; None before training.
-        predictions: (step, cost of the plan) of each decision.
+        pilot: decides the ranks.
 
     Example:
         >>> trainer = Trainer(..., callbacks=[RankPilotCallback("signal-mean", budget="80%")])  # doctest: +SKIP
 
-    Pass it in the Trainer's `callbacks`. Added later, it cannot resume from a checkpoint.
+    For a Trainer that exists already there is `attach`.
     """
 
     def __init__(
@@ -76,193 +69,196 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         seed: int | None = None,
         measure_every: int = 100,
         bounds: Bounds | None = None,
+        fresh: bool = False,
     ) -> None:
-        self.policy = load_policy(policy)
-        self.budget = Budget.parse(budget)
-        self.schedule = schedule or policy_schedule(policy)
-        self.seed = seed
-        self.controller: RankController[PeftAdapters] | None = None
-        self.predictions: list[tuple[int, float]] = []
-        self._log_folder = Path(log) if log else None
-        self._bounds = bounds or {}
-        self._measure_every = measure_every
-        self._guard = PeakGuard(measure_every)
-        self._losses = LossMeter()
+        self.pilot = RankPilot(
+            policy,
+            budget,
+            log=log,
+            schedule=schedule,
+            measure_every=measure_every,
+            bounds=bounds,
+            fresh=fresh,
+            tell=self._tell,
+            progress=self._progress,
+        )
+        self._seed = seed
+        self._bar = False
+        self._step: TrainerStep | None = None
+        self._batches: list[Batch] = []
+        self._loss: torch.Tensor | float = 0.0
+
+    @property
+    def controller(self) -> RankController[PeftAdapters] | None:
+        """Observes the adapters and changes their ranks; None before training."""
+        return self.pilot.controller
+
+    @property
+    def predictions(self) -> list[tuple[int, float]]:
+        """(step, cost of the plan) of each decision."""
+        return self.pilot.predictions
 
     @property
     def peaks(self) -> list[tuple[int, int]]:
         """(step, bytes at its peak) of each measured step."""
-        return self._guard.meter.history
+        return self.pilot.peaks
 
     @property
     def limit(self) -> float:
         """What a plan may cost, in bytes or parameters. It is known from the start of training on."""
-        return float(self._controller.limit)
+        return self.pilot.limit
+
+    def connect(self, trainer: Trainer) -> None:
+        """Take a Trainer as the one whose run is decided, and let its model load adapters of any ranks.
+
+        Raises:
+            UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
+        """
+        others = [one for one in trainer.callback_handler.callbacks if isinstance(one, RankPilotCallback)]
+        if any(one is not self for one in others):
+            raise UnsupportedError("Two RankPilotCallbacks would decide the ranks of one Trainer. Pass it one.")
+        self._step = TrainerStep(trainer)
+        make_resizable(trainer.model, find_target_modules(trainer.model))
 
     # Trainer events, in the order of a run ----------------------------------------------------------------------------
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Let the adapters load any ranks: a checkpoint may be loaded before training begins."""
-        make_resizable(objects["model"], find_target_modules(objects["model"]))
+        """Find the Trainer. A checkpoint may be loaded before training begins, so the adapters get ready here."""
+        trainer = find_trainer(self)
+        if trainer:
+            self.connect(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Prepare the run and take the first decision, or go on from a checkpoint."""
         _check_arguments(args)
-        model, optimizer = objects["model"], objects["optimizer"]
-        check_optimizer(optimizer)
-        targets = find_target_modules(model)
-        make_resizable(model, targets)
-        later = [step for step in self.schedule.steps(state.max_steps) if step > state.global_step]
-        warn_of_recompiles(model, args, 1 + len(later))
-        self._seed = args.seed if self.seed is None else self.seed
-        self._run = Path(args.output_dir).name
-        self._log = DecisionLog(self._log_folder or Path(args.output_dir) / "decisions")
+        step, pilot = self._connected(), self.pilot
+        step.release()
+        schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
+        warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
+        pilot.seed = args.seed if self._seed is None else self._seed
+        if pilot.log is None:
+            pilot.log = DecisionLog(Path(args.output_dir) / "decisions")
+        self._bar = not args.disable_tqdm
+        run, name = run_of(step, args, state, objects), Path(args.output_dir).name
         if state.global_step > 0:
-            self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", model, targets)
-            memory = None
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            pilot.resume(run, load_state(folder), step=state.global_step, name=name)
         else:
-            self._log.truncate(-1)
-            memory = self._begin(TrainingRun.of(args, state, objects), targets)
-        self._losses.attach(model, args.gradient_accumulation_steps)
-        accumulates = args.gradient_accumulation_steps > 1
-        self._guard.attach(
-            model, optimizer, self._controller, memory, self._losses, self._corrected, accumulates=accumulates
-        )
-        if state.global_step == 0:
-            self._decide(0, optimizer)
+            pilot.begin(run, name=name)
+        step.follow(self._take_batches, self._take_loss, pilot.out_of_memory)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Measure this step if it is due."""
-        self._guard.before_step(state.global_step)
+        """Look at the step's batches, and measure the step if it is due."""
+        self._loss = 0.0
+        self.pilot.before_step(*self._batches)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Add the gradients, which are complete now, to the signals."""
-        self._guard.meter.stepping()
-        if not self._controller.finished:
-            self._controller.adapters.meter.accumulate()
+        """Read the gradients, which are complete now."""
+        self.pilot.before_optimizer_step(self._loss)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Compare the peak with the budget, and decide if a decision is due."""
-        step = state.global_step
-        self._guard.after_step(step)
-        if self._controller.due(step) and step < state.max_steps:
-            self._decide(step, objects["optimizer"])
+        self.pilot.after_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
         """Write the state of this callback into the checkpoint, as the last of its files."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            save_state(folder, self._state_dict())
+            save_state(folder, self.pilot.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
-        self._guard.detach()
-        self._losses.detach()
-        finish_load(objects["model"], self._controller.targets)
+        self._connected().release()
+        self.pilot.finish()
 
     # What the events do -----------------------------------------------------------------------------------------------
 
-    @property
-    def _controller(self) -> RankController[PeftAdapters]:
-        assert self.controller is not None, "training has not begun"
-        return self.controller
-
-    def _begin(self, run: TrainingRun, targets: list[TargetModule]) -> MemoryModel | None:
-        self._losses.detach()
-        self._losses.restart()
-        self._guard.detach()
-        self._guard = PeakGuard(self._measure_every)
-        self.predictions = []
-        self.controller, memory = prepare(run, targets, self.budget, self.schedule, self._bounds, self._seed)
-        return memory
-
-    def _resume(self, folder: Path, model: nn.Module, targets: list[TargetModule]) -> None:
-        finish_load(model, targets)
-        state = load_state(folder)
-        low, high = rank_bounds(targets, self._bounds)
-        adapters = PeftAdapters(model, targets)
-        adapters.meter.load_state_dict(state["signals"])
-        self.controller = RankController.from_state_dict(
-            state["controller"], adapters, self.schedule, low=low, high=high
-        )
-        self._losses.load_state_dict(state["losses"])
-        self._guard.load_state_dict(state["guard"])
-        self.predictions = [(int(step), float(cost)) for step, cost in state["predictions"]]
-        step = int(folder.name.rpartition("-")[2])
-        self._log.truncate(step)
-
-    def _state_dict(self) -> dict[str, Any]:
-        return {
-            "controller": self._controller.state_dict(),
-            "signals": self._controller.adapters.meter.state_dict(),
-            "losses": self._losses.state_dict(),
-            "guard": self._guard.state_dict(),
-            "predictions": self.predictions,
-        }
-
-    def _decide(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        controller = self._controller
-        loss = self._losses.mean()
-        observation = controller.observe(step, loss)
-        decision = self.policy.decide(observation)
-        plan = controller.apply(decision.ranks, decision.scores, step, optimizer)
-        self._losses.restart()
-        self._guard.decided(observation.problem.ranks, step)
-        self._record(step, loss, observation, decision, plan)
-
-    def _corrected(self, correction: Correction) -> None:
-        """Record a change of ranks by the guard like a decision."""
-        decision = decision_from_plan(correction.wanted)
-        moved = correction.plan.ranks != correction.observation.problem.ranks
-        names = np.array(self._controller.names)[moved].tolist()
-        notes = dict.fromkeys(names, correction.reason)
-        self._record(correction.step, self._losses.mean(), correction.observation, decision, correction.plan, notes)
-
-    def _record(
-        self,
-        step: int,
-        loss: float | None,
-        observation: Observation,
-        decision: Decision,
-        plan: Plan,
-        notes: dict[str, str] | None = None,
-    ) -> None:
-        measured = self.peaks and observation.problem.cost.unit == "bytes"
-        self.predictions.append((step, plan.cost))
-        self._log.append(
-            DecisionRecord.of(
-                self._controller,
-                observation,
-                decision,
-                plan,
-                policy=self.policy,
-                number=len(self.predictions) - 1,
-                step=step,
-                run=self._run,
-                loss=loss,
-                measured_cost=float(self.peaks[-1][1]) if measured else None,
-                notes=notes,
+    def _connected(self) -> TrainerStep:
+        """The step of the Trainer that runs now."""
+        trainer = find_trainer(self)
+        if trainer and (self._step is None or self._step.trainer is not trainer):
+            self.connect(trainer)
+        if self._step is None:
+            raise UnsupportedError(
+                "RankPilotCallback found no Trainer whose step it could run. Call `rankpilot.attach(trainer, ...)` in "
+                "place of `callbacks=[RankPilotCallback(...)]`, or drive `rankpilot.RankPilot` from your own loop."
             )
-        )
+        return self._step
+
+    def _take_batches(self, batches: list[Batch]) -> None:
+        self._batches = batches
+
+    def _take_loss(self, loss: torch.Tensor) -> None:
+        self._loss = self._loss + loss
+
+    def _tell(self, text: str) -> None:
+        """Show a line above the progress bar, or log it where there is none."""
+        if self._bar:
+            tqdm.write(f"rankpilot: {text}")
+        else:
+            logger.info(text)
+
+    def _progress(self, items: Iterable[Any], label: str, count: int) -> Iterable[Any]:
+        bar: Iterable[Any] = tqdm(items, desc=label, total=count, disable=not self._bar, leave=False)
+        return bar
+
+
+def attach(trainer: Trainer, policy: str | Path | Policy = DEFAULT, **options: Any) -> RankPilotCallback:
+    """Let a policy decide the ranks of a Trainer's runs; call this before `train`.
+
+    Args:
+        trainer: a transformers Trainer or one of TRL, with a PEFT model.
+        policy: see `RankPilotCallback`.
+        options: see `RankPilotCallback`.
+
+    Returns:
+        The callback, which is among the Trainer's from now on.
+
+    Raises:
+        UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
+
+    Example:
+        >>> rankpilot.attach(trainer, budget="80%")  # doctest: +SKIP
+    """
+    callback = RankPilotCallback(policy, **options)
+    callback.connect(trainer)
+    trainer.add_callback(callback)
+    return callback
+
+
+def run_of(step: TrainerStep, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:
+    """The run that begins, from the arguments of a callback's event."""
+    loader = objects["train_dataloader"]
+    return TrainingRun(
+        model=objects["model"],
+        optimizer=objects["optimizer"],
+        loss=step.loss,
+        dataset=loader.dataset,
+        collate=loader.collate_fn,
+        rows=state.train_batch_size,
+        total_steps=state.max_steps,
+        accumulation=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+    )
 
 
 def _check_arguments(args: TrainingArguments) -> None:
     """Refuse settings under which ranks cannot be changed.
 
     Raises:
-        UnsupportedError: the run has several processes or devices, or uses DeepSpeed or FSDP.
+        UnsupportedError: the run has several processes or devices, or uses DeepSpeed, FSDP or activation offloading.
     """
     if args.world_size > 1 or args.n_gpu > 1:
         raise UnsupportedError(
@@ -271,3 +267,8 @@ def _check_arguments(args: TrainingArguments) -> None:
         )
     if args.deepspeed_plugin or args.fsdp:
         raise UnsupportedError("Ranks cannot be changed under DeepSpeed or FSDP. Use a plain single-device run.")
+    if getattr(args, "activation_offloading", False):
+        raise UnsupportedError(
+            "With activation_offloading=True the tensors of a step leave the device, so its memory cannot be measured "
+            "before training. Leave it out, or use gradient checkpointing, which is measured."
+        )

@@ -1,22 +1,21 @@
-"""Keeps a run within its budget of bytes: measures real steps, looks at every batch, and shrinks the plan if needed."""
+"""Keeps a run within its budget: measures real steps, looks at every batch, and shrinks the plan if needed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..allocation.controller import RankController
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan, check_budget
 from ..common.arrays import IntArray
 from ..common.units import format_bytes
-from ..errors import UnsupportedError
+from ..errors import BudgetError, UnsupportedError
 from ..lora.signals import signal_buffer_bytes
 from ..memory.batch_shape import BatchShape, reshaped
 from ..memory.cost import ByteCost, plan_cost
@@ -24,11 +23,15 @@ from ..memory.for_training import measure_memory
 from ..memory.model import MemoryModel
 from ..memory.peak_meter import PeakMeter
 from ..memory.recording import Batch
-from .batch_watch import BatchWatch
-from .before_training import undisturbed
-from .loss_meter import LossMeter
+from .run import TrainingRun, training_mode, undisturbed
 
 logger = logging.getLogger(__name__)
+
+MARGIN = 0.03
+"""The share of the prediction by which a measured peak may differ without a word."""
+
+OUT_OF_MEMORY_SHARE = 0.9
+"""After an out-of-memory error the plan may cost at most this share of what it cost."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,86 +59,132 @@ class PeakGuard:
     A step is measured after each change of ranks, and every `every_steps` steps. A peak above the budget corrects the
     prediction by the error. Then the last change is rolled back, as far as the plan before it fits the corrected
     prediction; if there is no plan before it, the plan shrinks. The cost of a batch that is larger than all batches
-    before it is predicted before the model sees it.
+    before it is predicted before the model sees it. A plan without any adapter is never the result: where nothing else
+    fits, the run stops with `BudgetError`.
 
     Args:
         every_steps: see `PeakMeter`.
 
     Attributes:
         meter: measures the steps.
+        shape: the largest number of rows and the largest length of a batch so far.
+        checks: (step, predicted bytes, measured bytes) of the first measured step after each change of ranks.
     """
 
     def __init__(self, every_steps: int) -> None:
         self.meter = PeakMeter(every_steps)
-        self._watch = BatchWatch()
+        self.shape = BatchShape(0, 0)
+        self.checks: list[tuple[int, float, int]] = []
+        self._step_shape = BatchShape(0, 0)
+        self._unchecked = True
         self._underestimate = 0.0
         self._before: IntArray | None = None
         self._step = 0
-        self._optimizer: Any = None
 
     def attach(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        run: TrainingRun,
         controller: RankController[Any],
         memory: MemoryModel | None,
-        losses: LossMeter,
         corrected: Callable[[Correction], None],
-        *,
-        accumulates: bool,
     ) -> None:
         """Begin to watch.
 
         Args:
-            model: the model, as the Trainer calls it.
-            optimizer: its state is mapped to new ranks.
+            run: the run; its optimiser's state is mapped to new ranks.
             controller: changes the ranks.
             memory: predicts the cost of other batch shapes; if it is None, it is made when it is needed.
-            losses: paused while that runs the model.
             corrected: called with each correction.
-            accumulates: whether gradients are kept over several micro-batches.
         """
-        self._model, self._optimizer, self._controller = model, optimizer, controller
-        self._memory, self._losses = memory, losses
-        self._corrected, self._accumulates = corrected, accumulates
-        if isinstance(controller.cost, ByteCost):
-            self._watch.attach(model, memory.shape if memory else self._watch.shape, self._larger_batch)
+        self._run, self._controller, self._memory, self._corrected = run, controller, memory, corrected
+        if memory:
+            self.shape = memory.shape
 
-    def detach(self) -> None:
-        """Stop watching."""
-        self.meter.close()
-        self._watch.detach()
+    @property
+    def _limits_bytes(self) -> bool:
+        return isinstance(self._controller.cost, ByteCost)
 
-    def before_step(self, step: int) -> None:
-        """Measure the step that begins, if it is due."""
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Look at the batches of the step that begins, and measure it if it is due."""
         self._step = step
+        self._step_shape = BatchShape(0, 0)
+        for batch in batches:
+            self._step_shape = self._step_shape.joined(BatchShape.of(batch))
+            larger = self.shape.joined(self._step_shape)
+            if larger != self.shape:
+                self.shape = larger
+                if self._limits_bytes:
+                    self._larger_batch(batch, larger)
         controller = self._controller
         if self.meter.due(step):
             # Signal buffers are made in the first step of an interval, and stay.
             buffers = 0 if controller.finished else int(signal_buffer_bytes(controller.targets) @ controller.ranks)
-            self.meter.begin(self._model, self._optimizer, buffers)
+            self.meter.begin(self._run.model, self._run.optimizer, buffers)
 
     def after_step(self, step: int) -> None:
-        """Compare the peak of the step with the budget, if it was measured."""
+        """Compare the peak of the step with its prediction and with the budget, if it was measured.
+
+        Raises:
+            BudgetError: the peak is above the budget, and no plan with an adapter fits the corrected prediction.
+        """
         self._step = step
-        peak = self.meter.end(step, self._model)
-        controller = self._controller
-        if peak is None or not isinstance(controller.cost, ByteCost) or peak <= controller.limit:
+        peak = self.meter.end(step, self._run.model)
+        if peak is None or not self._limits_bytes:
             return
-        problem = controller.problem()
+        controller = self._controller
+        problem = controller.problem_now()
+        cause = self._check(step, peak, problem.ranks) if self._unchecked else ""
+        if peak <= controller.limit:
+            if cause:
+                logger.warning("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
+            return
         error = max(peak - plan_cost(problem.cost, problem.ranks), 0.0)
         self._underestimate += error
+        assert isinstance(controller.cost, ByteCost)
         controller.reprice(replace(controller.cost, constant=controller.cost.constant + error))
         before = problem.ranks if self._before is None else self._before
         back = not np.array_equal(before, problem.ranks)
-        logger.warning(
-            "The peak of step %d was %s, above the budget of %s: the plan is %s.",
-            step,
-            format_bytes(peak, up=True),
-            format_bytes(controller.limit),
-            "rolled back" if back else "shrunk by the difference",
+        text = (
+            f"The peak of step {step} was {format_bytes(peak, up=True)}, above the budget of "
+            f"{format_bytes(controller.limit)}"
         )
+        text = f"{text}, {cause}" if cause else f"{text}."
+        self._check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
+        logger.warning("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
         self._correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
+
+    def out_of_memory(self) -> None:
+        """Shrink the plan after a step that ran out of memory, so that the step can be taken again.
+
+        Raises:
+            BudgetError: no smaller plan is possible.
+        """
+        controller = self._controller
+        self.meter.close()
+        self.meter.request()
+        problem = controller.problem_now()
+        cost = plan_cost(problem.cost, problem.ranks)
+        controller.limit = min(controller.limit, OUT_OF_MEMORY_SHARE * cost)
+        self._check_possible(f"Step {self._step + 1} ran out of memory, and no smaller plan is possible.")
+        logger.warning(
+            "Step %d ran out of memory. The plan shrinks to %.0f %% of its cost, and the step is taken again.",
+            self._step + 1,
+            100 * OUT_OF_MEMORY_SHARE,
+        )
+        self._correct("shrunk: out of memory", problem.ranks)
+
+    def new_limit(self, limit: float) -> None:
+        """Take another limit, and shrink the plan if it no longer fits.
+
+        Raises:
+            BudgetError: no plan fits.
+        """
+        controller = self._controller
+        controller.limit = limit
+        problem = controller.problem_now()
+        if not problem.fits(problem.ranks):
+            self._check_possible("The budget was changed.")
+            self._correct("shrunk: another budget", problem.ranks)
 
     def decided(self, before: IntArray, step: int) -> None:
         """Note that a decision has changed the ranks.
@@ -145,36 +194,75 @@ class PeakGuard:
             step: the optimiser steps before it.
         """
         self._before = before if step > 0 else None  # the first plan follows no plan
-        if isinstance(self._controller.cost, ByteCost):
-            self.meter.request()
+        if self._limits_bytes:
+            self._measure_next()
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue, as tensors and JSON values."""
-        shape = self._watch.shape
         before = {} if self._before is None else {"before": torch.from_numpy(self._before.copy())}
         return {
-            "rows": shape.rows,
-            "length": shape.length,
+            "rows": self.shape.rows,
+            "length": self.shape.length,
             "underestimate": self._underestimate,
             "peaks": list(self.meter.history),
+            "checks": list(self.checks),
             **before,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; call this before `attach`."""
-        self._watch.shape = BatchShape(state["rows"], state["length"])
+        self.shape = BatchShape(state["rows"], state["length"])
         self._underestimate = state["underestimate"]
         self.meter.history = [(int(step), int(peak)) for step, peak in state["peaks"]]
+        self.checks = [(int(step), float(cost), int(peak)) for step, cost, peak in state["checks"]]
         self._before = state["before"].numpy().copy() if "before" in state else None
+
+    def _measure_next(self) -> None:
+        self.meter.request()
+        self._unchecked = True
+
+    def _check(self, step: int, peak: int, ranks: IntArray) -> str:
+        """Hold the first measured step after a change of ranks against its prediction.
+
+        Returns:
+            The prediction and the likely cause if they differ by more than the margin, else nothing.
+        """
+        self._unchecked = False
+        controller = self._controller
+        cost = controller.cost
+        if self._step_shape != self.shape:  # a smaller batch than the plan was made for
+            try:
+                cost = self._cost_of_shape(self._step_shape)
+            except UnsupportedError:
+                return ""
+        predicted = plan_cost(controller.problem_now(cost).cost, ranks)
+        self.checks.append((step, predicted, peak))
+        if abs(peak - predicted) <= MARGIN * predicted:
+            return ""
+        return (
+            f"where {format_bytes(predicted)} were predicted. Likely cause: the step computes "
+            f"{'more' if peak > predicted else 'less'} than the one that was measured before training, because the "
+            "model, the loss or the kind of batch has changed since, or another library keeps tensors."
+        )
+
+    def _cost_of_shape(self, shape: BatchShape) -> ByteCost:
+        if self._memory is None:
+            raise UnsupportedError("This run was resumed, and has no byte model.")
+        cost = self._memory.cost(shape)
+        return replace(cost, constant=cost.constant + self._underestimate)
 
     def _larger_batch(self, batch: Batch, shape: BatchShape) -> None:
         """Predict the cost of the new shape, and shrink the plan if it no longer fits, before the model runs."""
         controller = self._controller
-        self.meter.close()  # calibration must not count as this step
-        self.meter.request()
-        cost = self._cost_of(batch, shape)
-        controller.reprice(replace(cost, constant=cost.constant + self._underestimate))
-        problem = controller.problem()
+        self._measure_next()
+        try:
+            cost = self._cost_of_shape(shape)
+        except UnsupportedError:  # the byte model predicts the shape of its calibration alone
+            logger.debug("Calibrating anew for %s.", shape)
+            self._measure_again(batch, shape)
+            cost = self._cost_of_shape(shape)
+        controller.reprice(cost)
+        problem = controller.problem_now()
         fits = problem.fits(problem.ranks)
         logger.warning(
             "A batch of %s came, larger than the memory was planned for. The plan %s.",
@@ -185,26 +273,25 @@ class PeakGuard:
             check_budget(problem, list(controller.names))
             self._correct(f"shrunk: batch of {shape}", problem.ranks)
 
-    def _cost_of(self, batch: Batch, shape: BatchShape) -> ByteCost:
-        if self._memory is not None:
-            try:
-                return self._memory.cost(shape)
-            except UnsupportedError:  # the byte model predicts the shape of its calibration alone
-                logger.debug("Calibrating anew for %s.", shape)
+    def _measure_again(self, batch: Batch, shape: BatchShape) -> None:
+        run, step = self._run, self._run.step()
         # The largest rows and the largest length so far may be of two batches.
-        batch = reshaped(batch, shape)
-        targets = self._controller.targets
-        with undisturbed(), self._losses.paused():
-            self._memory = measure_memory(
-                self._model, targets, batch, self._optimizer, signals=True, accumulates=self._accumulates
-            )
-        return self._memory.cost()
+        batch = reshaped(run.on_device(batch), shape, step.rows_per_example)
+        with undisturbed(), training_mode(run.model):
+            self._memory = measure_memory(step, self._controller.targets, batch, signals=True)
+
+    def _check_possible(self, context: str) -> None:
+        """Raise BudgetError, with its context, if no plan with an adapter fits."""
+        try:
+            check_budget(self._controller.problem_now(), list(self._controller.names))
+        except BudgetError as error:
+            raise BudgetError(f"{context} {error}") from error
 
     def _correct(self, reason: str, wanted: IntArray) -> None:
         """Bring the ranks within the limit, as near to the wanted ranks as it allows."""
         controller, step = self._controller, self._step
         observation = controller.observation_now(step)
-        plan = controller.correct(wanted, np.zeros(len(wanted)), step, self._optimizer)
+        plan = controller.correct(wanted, step, self._run.optimizer)
         self._before = None
-        self.meter.request()
+        self._measure_next()
         self._corrected(Correction(step, reason, wanted, observation, plan))

@@ -12,7 +12,9 @@ from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, make_resizable
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
-from .before_training import TrainingRun, run_costs
+from .before_training import run_costs
+from .callback import run_of
+from .trainer_step import TrainerStep, find_trainer
 
 
 class UniformRanks(TrainerCallback):  # type: ignore[misc]
@@ -46,7 +48,9 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         """
         model, optimizer = objects["model"], objects["optimizer"]
         targets = find_target_modules(model)
-        costs = run_costs(TrainingRun.of(args, state, objects), targets, self.budget, signals=False)
+        trainer = find_trainer(self)
+        assert trainer, "a Trainer calls this"
+        costs = run_costs(run_of(TrainerStep(trainer), args, state, objects), targets, self.budget, signals=False)
         self.limit = costs.limit.value
         if state.global_step > 0:
             finish_load(model, targets)

@@ -132,6 +132,16 @@ def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> Non
         reset_extras(target)
 
 
+@torch.no_grad()
+def is_trained(target: TargetModule) -> bool:
+    """Whether a module's adapter changes its function: B A, or the bias of B, is not zero."""
+    if target.bias is not None and bool(target.bias.any()):
+        return True
+    a, b = target.weight_a.detach().double(), target.weight_b.detach().double()
+    square = ((b.mT @ b) * (a @ a.mT)).sum()  # of the norm of B A
+    return bool(square > 1e-12 * a.square().sum() * b.square().sum())
+
+
 def resize(target: TargetModule, rank: int) -> None:
     """Give a module zero factors of another rank, into which values can be loaded."""
     _write(target, target.weight_a.new_zeros(rank, target.d_in), target.weight_b.new_zeros(target.d_out, rank))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..common.arrays import IntArray
     from .cost import Cost, CostUnit
 
-_UNITS = {"b": 1}
+_UNITS = {"b": 1, "bytes": 1}
 for _index, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {f"{_prefix}b": 1000**_index, f"{_prefix}ib": 1024**_index}
 
@@ -84,7 +84,7 @@ class Budget:
         text = str(given).strip().lower().replace(",", "").replace("_", "")
         if text == "auto":
             return cls("auto", AUTO_SHARE)
-        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(%|[kmgt]?i?b|[kmb]?\s*param(?:eter)?s)?", text)
+        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(%|bytes|[kmgt]?i?b|[kmb]?\s*param(?:eter)?s)?", text)
         try:
             number = float(match.group(1)) if match else math.nan
         except ValueError:
@@ -116,6 +116,14 @@ class Budget:
                 f"Allowed: {_FORMS}."
             )
         return cls("bytes", number)
+
+    def __str__(self) -> str:
+        """The budget in a form that `parse` reads."""
+        if self.kind == "share":
+            return f"{100 * self.value:g}%"
+        if self.kind == "auto":
+            return "auto"
+        return f"{self.value:.0f} {'params' if self.kind == 'parameters' else 'bytes'}"
 
     @property
     def unit(self) -> CostUnit | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..common.arrays import FloatArray
-from ..errors import UnsupportedError
+from ..errors import RankPilotError, UnsupportedError
 from ..lora.factors import write_in_place
 from ..lora.targets import TargetModule
 from .batch_shape import BatchShape, reshaped
@@ -18,6 +18,10 @@ from .model import RANK, MemoryModel
 from .model_states import model_states
 from .recorder import Recorder
 from .recording import Batch, Recording
+from .training_step import LossFunction
+
+CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
+"""What a loss function may raise for a batch that was cut."""
 
 CUDA_BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this many bytes."""
@@ -29,6 +33,8 @@ def calibrate(
     batch: Batch,
     optimizer: torch.optim.Optimizer | None = None,
     *,
+    loss: LossFunction | None = None,
+    rows_per_example: int = 1,
     signal_bytes: bool = True,
     accumulates: bool = False,
 ) -> MemoryModel:
@@ -40,8 +46,10 @@ def calibrate(
     Args:
         model: the PEFT model, on its device, in the mode in which it trains.
         targets: its target modules.
-        batch: keyword arguments of the model, as large as the largest batch that training will see.
+        batch: what the loss function takes, as large as the largest batch that training will see.
         optimizer: decides the bytes of state; AdamW's two tensors without one.
+        loss: the loss of a batch; by default the one that the model returns for these keyword arguments.
+        rows_per_example: rows of the batch that one example takes; see `reshaped`.
         signal_bytes: count the buffers in which `SignalMeter` averages gradients.
         accumulates: gradients are kept over several micro-batches of each step.
 
@@ -50,16 +58,23 @@ def calibrate(
     """
     shape = BatchShape.of(batch)
     cut = 2 if shape.length >= 4 else 1
-    base_shape, short_shape, wide_shape = _small_shapes(shape, cut)
-    row_ratio = wide_shape.rows / short_shape.rows
+    shapes = _small_shapes(shape, cut, rows_per_example)
+    row_ratio = shapes[2].rows / shapes[1].rows
     with _all_training(model, targets):
-        recorder, small = Recorder(model, targets), reshaped(batch, base_shape)
-        base = _record(recorder, targets, small)
-        short, wide = (_record(recorder, targets, reshaped(batch, other)) for other in (short_shape, wide_shape))
-        regular = _same_operations(base, wide) and _same_operations(base, short)
+        recorder = Recorder(model, targets, loss)
+        small, regular = reshaped(batch, shapes[0], rows_per_example), True
+        try:
+            base, short, wide = (
+                _record(recorder, targets, reshaped(batch, other, rows_per_example)) for other in shapes
+            )
+        except (RankPilotError, torch.OutOfMemoryError):
+            raise
+        except CUT_FAILS:  # the loss takes whole batches alone, such as packed rows with their limits beside them
+            regular = False
+        regular = regular and _same_operations(base, wide) and _same_operations(base, short)
         regular = regular and _grows_regularly(short, wide, row_ratio)
         if not regular:  # operations depend on the data, so only the batch itself tells
-            base, small = _record(recorder, targets, batch), dict(batch)
+            base, small = _record(recorder, targets, batch), batch
         double = _record(recorder, targets, small, 2 * RANK)
         _prepare(targets, RANK)
         base = recorder.lifetimes(base, small)
@@ -82,12 +97,15 @@ def calibrate(
     )
 
 
-def _small_shapes(shape: BatchShape, cut: int) -> tuple[BatchShape, BatchShape, BatchShape]:
+def _small_shapes(shape: BatchShape, cut: int, rows_per_example: int) -> tuple[BatchShape, BatchShape, BatchShape]:
     """Three shapes: small, since a step with every module adapted may exceed the budget; cut; and with one row more."""
-    rows = cut if shape.rows == 1 else 2  # with one row some operators take short cuts
-    length = shape.length if shape.rows >= 4 else -(-shape.length // cut)
+    examples = shape.rows // rows_per_example
+    few = cut if examples == 1 else 2  # with one row some operators take short cuts
+    length = shape.length if examples >= 4 else -(-shape.length // cut)
     shorter = -(-length // cut)
-    return BatchShape(rows, length), BatchShape(rows, shorter), BatchShape(rows + 1, shorter)
+    sizes = (few, length), (few, shorter), (few + 1, shorter)
+    small, short, wide = (BatchShape(count * rows_per_example, tokens) for count, tokens in sizes)
+    return small, short, wide
 
 
 def _record(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch, rank: int = RANK) -> Recording:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import nn
 
 from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
@@ -16,6 +14,7 @@ from .calibration import calibrate
 from .cost import Cost, ParameterCost
 from .model import MemoryModel
 from .recording import Batch
+from .training_step import TrainingStep
 
 LOOP_BYTES = 1024
 """Room for the few scalars that a training loop adds to the graph, such as a loss divided by a token count."""
@@ -30,41 +29,35 @@ class PlanCosts:
     memory: MemoryModel | None
 
 
-def measure_memory(
-    model: nn.Module,
-    targets: Sequence[TargetModule],
-    batch: Batch,
-    optimizer: torch.optim.Optimizer | None,
-    *,
-    signals: bool,
-    accumulates: bool,
-) -> MemoryModel:
+def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool) -> MemoryModel:
     """The byte model of a training loop's step: `calibrate`, with room for the scalars that the loop adds.
 
-    Takes the arguments of `calibrate` and raises its errors; with `signals`, plans pay for signal buffers.
+    Takes batches as `calibrate` does and raises its errors; with `signals`, plans pay for signal buffers.
     """
-    memory = calibrate(model, targets, batch, optimizer, signal_bytes=signals, accumulates=accumulates)
+    memory = calibrate(
+        step.model,
+        targets,
+        batch,
+        step.optimizer,
+        loss=step.loss,
+        rows_per_example=step.rows_per_example,
+        signal_bytes=signals,
+        accumulates=step.accumulates,
+    )
     return replace(memory, states=replace(memory.states, others=memory.states.others + LOOP_BYTES))
 
 
 def plan_costs(
-    budget: Budget,
-    model: nn.Module,
-    targets: Sequence[TargetModule],
-    batch: Batch,
-    optimizer: torch.optim.Optimizer | None,
-    *,
-    signals: bool,
-    accumulates: bool,
+    budget: Budget, step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool
 ) -> PlanCosts:
-    """What plans cost on this model and batch, and the limit that a budget sets them.
+    """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
     A share is a share of what *plain* LoRA of uniform rank 8 takes, without signal buffers. Under a budget of
     parameters nothing is measured. See `measure_memory` for the other arguments.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None), None)
-    memory = measure_memory(model, targets, batch, optimizer, signals=False, accumulates=accumulates)
+    memory = measure_memory(step, targets, batch, signals=False)
     cost, limit = limited_cost(budget, targets, memory)
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))

@@ -42,6 +42,11 @@ class PeakMeter:
         self._rise: Callable[[], int] | None = None
         self._rise_of_passes = 0
 
+    @property
+    def measuring(self) -> bool:
+        """Whether a step is being measured."""
+        return self._rise is not None
+
     def request(self) -> None:
         """Measure the next step."""
         self._requested = True

@@ -20,6 +20,7 @@ from ..lora.targets import TargetModule
 from .autograd_flow import ModuleSet, flow_from, saved_by
 from .live_storages import LiveStorages
 from .recording import NEVER, Batch, Recording, Segment
+from .training_step import LossFunction, model_loss
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,17 @@ class _Stretch:
 
 
 class Recorder:
-    """Records training steps of one PEFT model."""
+    """Records training steps of one PEFT model.
 
-    def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
+    Args:
+        model: the model.
+        targets: its target modules.
+        loss: the loss of a batch; by default the one that the model returns.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[TargetModule], loss: LossFunction | None = None) -> None:
         self.model = model
+        self.loss = loss or model_loss(model)
         named = dict(model.named_modules())
         self.names = tuple(named)
         self.name_index = {id(module): index for index, module in enumerate(named.values())}
@@ -132,9 +140,7 @@ class _Run:
         torch.clear_autocast_cache()  # it may hold factors of other ranks
         with self._mode, self._watching(), _segments_marked(self._recorder.model, self._run_segment):
             with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, save=save), _unpack):
-                loss = self._recorder.model(**self._batch).loss
-            if loss is None:
-                raise UnsupportedError("The model returned no loss, so no step can be measured. Give it labels.")
+                loss = self._recorder.loss(self._batch)
             torch.clear_autocast_cache()  # training leaves autocast here, but the caller's context may last longer
             forward_end = self._mode.now
             gradients = self._backward(loss) if save else {}

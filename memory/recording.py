@@ -7,11 +7,10 @@ other plan would save. `memory/recorder.py` makes recordings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
 from ..common.arrays import BoolArray, IntArray
 from .autograd_flow import ModuleSet
@@ -19,7 +18,8 @@ from .autograd_flow import ModuleSet
 NEVER = np.iinfo(np.int64).max
 """The time of an event that does not happen within the step."""
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Any
+"""What a loss function takes: as a rule keyword arguments of the model, in any nesting of mappings and lists."""
 
 
 @dataclass(frozen=True)

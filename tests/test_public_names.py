@@ -18,8 +18,10 @@ def test_public_names() -> None:
         "Budget",
         "DecisionLog",
         "DecisionSchedule",
+        "RankPilot",
         "RankPilotCallback",
         "RankPilotError",
+        "attach",
         "load_policy",
     }
     for name in rankpilot.__all__:

@@ -50,11 +50,12 @@ def rate_at(peak: float, step: int, steps: int) -> float:
 def probe_task(task: FineTune, schedule: DecisionSchedule) -> ProbeResult:
     """The probe of a task; every episode of the task starts from the same one."""
     model, targets = task.adapted()
+    reset_adapters(targets, 1, task.seed)
     rows = min(schedule.probe_batch, task.batch_size)
     steps = (step % task.steps for step in range(schedule.probe_steps))
     losses = (partial(task.train_loss, model, step, rows) for step in steps)
     try:
-        return probe(targets, _optimizer(task), losses, seed=task.seed, max_grad_norm=MAX_GRAD_NORM)
+        return probe(targets, _optimizer(task), losses, max_grad_norm=MAX_GRAD_NORM)
     except NonFiniteError:  # the episode will find out, and end
         return unknown_signals(len(targets))
 

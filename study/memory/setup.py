@@ -22,9 +22,11 @@ from ...data.workload import load_workload
 from ...errors import ConfigError
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
+from ...memory.batch_shape import map_tensors
 from ...memory.for_training import measure_memory
 from ...memory.model import MemoryModel
 from ...memory.step_parts import new_optimizer
+from ...memory.training_step import TrainingStep, model_loss
 from .config import MemoryConfig
 
 Batch = dict[str, torch.Tensor]
@@ -62,11 +64,11 @@ class StepSetup:
 
     def measure_memory(self, batch: Batch | None = None) -> MemoryModel:
         """The byte model of this step as it is set up now, without signal buffers; on the largest batch, or another."""
-        batch, accumulates = batch or self.batch, self.config.accumulation > 1
+        step = TrainingStep(
+            self.model, model_loss(self.model), self.optimizer, accumulates=self.config.accumulation > 1
+        )
         with self.precision():
-            return measure_memory(
-                self.model, self.targets, batch, self.optimizer, signals=False, accumulates=accumulates
-            )
+            return measure_memory(step, self.targets, batch or self.batch, signals=False)
 
 
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
@@ -98,7 +100,8 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     targets = find_target_modules(model)
     set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
     if workload:
-        batch = dict(largest_batch(workload.train, workload.collator, config.batch_size, device))
+        largest = largest_batch(workload.train, workload.collator, config.batch_size)
+        batch = map_tensors(largest, lambda tensor: tensor.to(device))
     else:
         batch = {name: tensor.to(device) for name, tensor in _random_batch(config, base.config, task).items()}
     return StepSetup(config, task, model, targets, batch, new_optimizer(config.optimizer, model))

@@ -203,7 +203,7 @@ def test_the_decision_log(whole: Run) -> None:
     assert set(table["policy"].to_pylist()) == {"signal-mean"}
     assert set(table["unit"].to_pylist()) == {"bytes"}
     assert set(table["limit"].to_pylist()) == {whole.controller.limit}
-    assert set(table["max_step"].to_pylist()[len(names) :]) == {whole.pilot.schedule.max_step}  # type: ignore[union-attr]
+    assert set(table["max_step"].to_pylist()[len(names) :]) == {whole.pilot.pilot.schedule.max_step}  # type: ignore[union-attr]
 
 
 def test_logged_decisions_can_be_taken_again(whole: Run) -> None:

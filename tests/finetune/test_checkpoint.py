@@ -72,7 +72,7 @@ def test_costs_go_through_a_checkpoint(tmp_path: Path, unit: str) -> None:
 
 def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
     losses, guard = LossMeter(), PeakGuard(10)
-    losses.total, losses.count = torch.tensor(2.5), 2.0
+    losses.total, losses.count = torch.tensor(2.5), 2
     guard.meter.history = [(1, 1000)]
     guard._before = np.array([1, 2])
     save_state(tmp_path, {"losses": losses.state_dict(), "guard": guard.state_dict()})

@@ -16,7 +16,6 @@ from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.finetune import peak_guard as guard_module
-from rankpilot.finetune.batch_watch import BatchWatch
 from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -180,13 +179,13 @@ def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: 
 
 def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Callable[..., Run]) -> None:
     run = launch()
-    guard = run.pilot._guard
-    guard._memory = None
+    guard = run.pilot.pilot._guard
     few = {name: torch.ones(1, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
-    cost = guard._cost_of(few, BatchShape(ROWS, LONG))
+    guard._measure_again(few, BatchShape(ROWS, LONG))
+    cost = guard._cost_of_shape(BatchShape(ROWS, LONG))
     many = {name: torch.ones(ROWS, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
-    guard._memory = None
-    expected = guard._cost_of(many, BatchShape(ROWS, LONG))
+    guard._measure_again(many, BatchShape(ROWS, LONG))
+    expected = guard._cost_of_shape(BatchShape(ROWS, LONG))
     ranks = np.full(len(run.pilot.controller.targets), 4)  # type: ignore[union-attr]
     assert plan_cost(cost, ranks) == plan_cost(expected, ranks)
 
@@ -209,7 +208,7 @@ def test_a_breach_rolls_the_plan_back(
     before, decided, back = (run.steps.ranks[step] for step in (decision - 2, decision - 1, decision))
     (message,) = warnings_of(caplog)
     assert f"The peak of step {decision + 1} was" in message
-    assert "the plan is rolled back." in message
+    assert "The plan is rolled back." in message
     assert before != decided
     if excess > 10_000:
         assert sum(back.values()) < sum(before.values()), "the plan before does not fit either"
@@ -288,22 +287,6 @@ def test_auto_takes_most_of_what_is_free(launch: Callable[..., Run]) -> None:
         24,
         16,
     }
-
-
-def test_the_watch_ignores_evaluation_and_calls_once_for_a_shape() -> None:
-    seen: list[BatchShape] = []
-    model = torch.nn.Module()
-    model.forward = lambda **batch: None  # type: ignore[method-assign]
-    watch = BatchWatch()
-    watch.attach(model, BatchShape(2, 8), lambda batch, shape: seen.append(shape))
-    model.eval()(input_ids=torch.zeros(9, 9, dtype=torch.long))
-    model.train()
-    for rows, length in ((2, 8), (1, 9), (3, 2), (3, 9)):
-        model(input_ids=torch.zeros(rows, length, dtype=torch.long), num_items_in_batch=torch.tensor(3))
-    assert seen == [BatchShape(2, 9), BatchShape(3, 9)]
-    watch.detach()
-    model(input_ids=torch.zeros(50, 50, dtype=torch.long))
-    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("lengths", [(LONG, LONG, LONG, LONG, 5, 7), (LONG,) * 6])

@@ -130,6 +130,7 @@ class Run:
         eval_data: Dataset | None = None,
         prepare: Callable[[PeftModel], Any] | None = None,
         measure_every: int = 1,
+        fresh: bool = False,
         **options: Any,
     ) -> None:
         set_seed(0)
@@ -145,7 +146,7 @@ class Run:
         if budget is None:
             budget = f"{16 * sum(t.d_in + t.d_out for t in find_target_modules(self.model) if t.block == 0)} params"
         schedule = policy.schedule if isinstance(policy, Script) else Script().schedule
-        self.pilot = RankPilotCallback(policy, budget, schedule=schedule, measure_every=measure_every)
+        self.pilot = RankPilotCallback(policy, budget, schedule=schedule, measure_every=measure_every, fresh=fresh)
         self.recorder = Recorder(kill_at)
         arguments = {
             "max_steps": STEPS,
@@ -414,9 +415,9 @@ def test_every_checkpoint_of_a_killed_run_resumes_bit_for_bit(launch: Launch, na
         assert {moment.dtype for moment in moments} == {torch.uint8}
 
 
-def test_training_again_starts_over(launch: Launch) -> None:
+def test_training_again_starts_over_if_asked_to(launch: Launch) -> None:
     """The last plan's ranks are above the first one's, so that state of the old shape would not fit."""
-    run = launch(policy=Script(((8, 8), (0, 16))), lora={"lora_dropout": 0.0})
+    run = launch(policy=Script(((8, 8), (0, 16))), lora={"lora_dropout": 0.0}, fresh=True)
     first = run.log
     again = run.train()
     assert again.layers() == [*run.layers()[:STEPS]] * 2
@@ -438,7 +439,7 @@ class OutOfMemory(Trainer):
 
 
 def test_a_smaller_batch_after_running_out_of_memory(launch: Launch) -> None:
-    options = {"budget": "100%", "policy": "signal-mean", "lora": {"lora_dropout": 0.0}}
+    options = {"budget": "100%", "policy": "signal-mean", "lora": {"lora_dropout": 0.0}, "fresh": True}
     run = launch("run", trainer=OutOfMemory, auto_find_batch_size=True, **options)
     rows_left = run.trainer.state.train_batch_size
     assert rows_left < 4

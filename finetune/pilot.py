@@ -1,0 +1,366 @@
+"""What decides the ranks of one fine-tune, between a model, an optimiser and a loss; it knows no Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
+from ..allocation.bounds import Bounds, rank_bounds
+from ..allocation.controller import RankController
+from ..allocation.decision_log import DecisionLog
+from ..allocation.decision_record import DecisionRecord
+from ..allocation.observation import Observation
+from ..allocation.plan import Plan
+from ..allocation.policy import Decision, Policy, decision_from_plan
+from ..allocation.schedule import DecisionSchedule
+from ..common.arrays import IntArray
+from ..errors import BudgetError, ConfigError, RunFolderError
+from ..lora.adapters import PeftAdapters
+from ..lora.optimizer_state import check_optimizer
+from ..lora.peft_config import finish_load, make_resizable
+from ..lora.targets import find_target_modules
+from ..memory.budget import Budget
+from ..memory.recording import Batch
+from .before_training import Progress, prepare
+from .gradient_watch import GradientWatch
+from .loss_meter import LossMeter
+from .peak_guard import Correction, PeakGuard
+from .run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+
+class RankPilot:
+    """Moves LoRA rank between modules during one fine-tune, inside a hard budget.
+
+    `begin` measures what plans cost on the run's model and data, probes which modules matter, and applies the first
+    plan. Then a loop calls three methods in each optimiser step: `before_step`, `before_optimizer_step`, `after_step`.
+    `RankPilotCallback` does so for the transformers Trainer.
+
+    Args:
+        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
+            ("signal-mean", "top-down"), or a policy object.
+        budget: bytes at the peak of a step ("350MB", "6GiB", an int from 1024 on), a share of what uniform rank 8 takes
+            there ("80%", 0.8), most of the memory that is free on the device ("auto"), or a number of adapter
+            parameters ("300k params").
+        log: the folder of the decision log; None for no log.
+        schedule: when to decide; by default as the policy was trained to.
+        seed: of the probe and of fresh rows.
+        measure_every: measure the real peak every so many steps, and after each change of ranks.
+        bounds: the rank of single modules, or their least and largest rank, by the module's name or the end of it:
+            `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
+        fresh: begin with new adapters. By default adapters that are trained already are kept, and the first plan
+            resizes them: growth leaves the function as it is, shrinking gives the best approximation.
+        tell: called with a line for each decision and each correction; by default they go to the log of this module.
+        progress: shows how far the probe has come.
+
+    Attributes:
+        controller: observes the adapters and changes their ranks; None before `begin`.
+        predictions: (step, cost of the plan) of each decision and correction.
+
+    Raises:
+        ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | Policy = DEFAULT,
+        budget: str | float | Budget = "100%",
+        *,
+        log: str | Path | None = None,
+        schedule: DecisionSchedule | None = None,
+        seed: int = 0,
+        measure_every: int = 100,
+        bounds: Bounds | None = None,
+        fresh: bool = False,
+        tell: Callable[[str], None] | None = None,
+        progress: Progress[Any] | None = None,
+    ) -> None:
+        _check_arguments(policy, schedule, measure_every, bounds)
+        self.policy = load_policy(policy)
+        self.budget = Budget.parse(budget)
+        self.schedule = schedule or policy_schedule(policy)
+        self.seed, self.fresh = seed, fresh
+        self.bounds = dict(bounds or {})
+        self.controller: RankController[PeftAdapters] | None = None
+        self.log = None if log is None else DecisionLog(Path(log))
+        self._tell = tell or logger.info
+        self._progress = progress
+        self._measure_every = measure_every
+        self._name = ""
+        self._start_anew()
+
+    @property
+    def peaks(self) -> list[tuple[int, int]]:
+        """(step, bytes at its peak) of each measured step."""
+        return self._guard.meter.history
+
+    @property
+    def checks(self) -> list[tuple[int, float, int]]:
+        """(step, predicted bytes, measured bytes) of the first measured step after each change of ranks."""
+        return self._guard.checks
+
+    @property
+    def limit(self) -> float:
+        """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
+        return float(self._controller.limit)
+
+    # The events of a run, in their order ------------------------------------------------------------------------------
+
+    def begin(self, run: TrainingRun, *, name: str = "") -> None:
+        """Measure, probe, and apply the first plan.
+
+        Args:
+            run: what is about to begin.
+            name: of the run, for the decision log.
+
+        Raises:
+            BudgetError: no plan fits the budget.
+            UnsupportedError: the model, the optimiser or the loss cannot be handled.
+            DataError: the training set is empty.
+            NonFiniteError: the loss is NaN or infinite.
+        """
+        self._check_run(run)
+        self._start_anew()
+        targets = find_target_modules(run.model)
+        make_resizable(run.model, targets)
+        if self.log is not None:
+            self.log.truncate(-1)
+        self.controller, memory = prepare(
+            run, targets, self.budget, self.schedule, self.bounds, self.seed, fresh=self.fresh, progress=self._progress
+        )
+        self._watch(run, name, memory)
+        self._decide()
+
+    def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
+        """Go on from `state_dict`, with the adapters and the optimiser of that time. Another budget counts at once.
+
+        Args:
+            run: the run, whose model holds the adapters of that time.
+            state: what `state_dict` returned.
+            step: the optimiser steps done.
+            name: of the run, for the decision log.
+
+        Raises:
+            RunFolderError: the policy, the schedule or the bounds are others than those of that time.
+            BudgetError: no plan fits another budget.
+        """
+        self._check_run(run)
+        self._check_same(state["settings"])
+        targets = find_target_modules(run.model)
+        make_resizable(run.model, targets)
+        finish_load(run.model, targets)
+        low, high = rank_bounds(targets, self.bounds)
+        adapters = PeftAdapters(run.model, targets)
+        adapters.meter.load_state_dict(state["signals"])
+        self.controller = RankController.from_state_dict(
+            state["controller"], adapters, self.schedule, low=low, high=high
+        )
+        self._losses.load_state_dict(state["losses"])
+        self._guard.load_state_dict(state["guard"])
+        self.predictions = [(int(at), float(cost)) for at, cost in state["predictions"]]
+        self._step = step
+        if self.log is not None:
+            self.log.truncate(step)
+        self._watch(run, name, None)
+        if state["settings"]["budget"] != str(self.budget) and self.budget.kind != "auto":
+            controller = self.controller
+            limit = self.budget.resolve(controller.cost, controller.problem().max_ranks, run.device).value
+            self._tell(f"step {step}: the budget is {self.budget} now, and was {state['settings']['budget']}")
+            self._guard.new_limit(limit)
+
+    def before_step(self, *batches: Batch) -> None:
+        """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
+
+        A batch that is larger than all before may shrink the plan.
+
+        Raises:
+            BudgetError: no plan fits it.
+        """
+        self._guard.before_step(self._step, batches)
+
+    def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
+        """Read the gradients, which are complete now; call before they are cleared.
+
+        Args:
+            loss: the mean loss of the step.
+
+        Raises:
+            NoGradientError: the adapters receive none.
+        """
+        controller = self._controller
+        self._guard.meter.stepping()
+        self._gradients.look(controller.targets, self._step + 1, closely=self._guard.meter.measuring)
+        self._losses.add(loss)
+        if not controller.finished:
+            controller.adapters.meter.accumulate()
+
+    def after_step(self) -> None:
+        """Compare the peak with the budget, and decide if a decision is due; call after the optimiser's step.
+
+        Raises:
+            BudgetError: the step was above the budget, and no plan fits.
+        """
+        self._step += 1
+        self._guard.after_step(self._step)
+        controller = self._controller
+        if controller.due(self._step) and self._step < controller.total_steps:
+            self._decide()
+
+    def out_of_memory(self) -> None:
+        """Shrink the plan after a step that ran out of memory; afterwards take the step again, without gradients.
+
+        Raises:
+            BudgetError: no smaller plan is possible.
+        """
+        self._guard.out_of_memory()
+
+    def finish(self) -> None:
+        """Stop measuring, and write the ranks to PEFT's configuration. The model can be saved afterwards."""
+        self._guard.meter.close()
+        if self.controller:
+            finish_load(self.controller.adapters.model, self.controller.targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values."""
+        return {
+            "controller": self._controller.state_dict(),
+            "signals": self._controller.adapters.meter.state_dict(),
+            "losses": self._losses.state_dict(),
+            "guard": self._guard.state_dict(),
+            "predictions": self.predictions,
+            "settings": self._settings(),
+        }
+
+    def figures(self) -> dict[str, float]:
+        """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan, limit, latest peak."""
+        controller = self._controller
+        ranks, unit = controller.ranks, controller.cost.unit
+        figures = {
+            "rank_mean": float(ranks.mean()),
+            "rank_modules": float((ranks > 0).sum()),
+            f"plan_{unit}": self.predictions[-1][1],
+            f"budget_{unit}": self.limit,
+            "rank_decisions": float(len(self.predictions)),
+        }
+        return figures | ({"peak_bytes": float(self.peaks[-1][1])} if self.peaks else {})
+
+    # What the events do -----------------------------------------------------------------------------------------------
+
+    @property
+    def _controller(self) -> RankController[PeftAdapters]:
+        assert self.controller is not None, "the run has not begun: call `begin` first"
+        return self.controller
+
+    def _start_anew(self) -> None:
+        self.predictions: list[tuple[int, float]] = []
+        self._guard = PeakGuard(self._measure_every)
+        self._losses = LossMeter()
+        self._gradients = GradientWatch()
+        self._step = 0
+
+    def _check_run(self, run: TrainingRun) -> None:
+        check_optimizer(run.optimizer)
+        if run.total_steps < 1:
+            raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
+
+    def _watch(self, run: TrainingRun, name: str, memory: Any) -> None:
+        self._run, self._name = run, name
+        self._guard.attach(run, self._controller, memory, self._corrected)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run is held against, as JSON values."""
+        bounds = {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in self.bounds.items()}
+        return {
+            "budget": str(self.budget),
+            "policy": self.policy.name,
+            "policy_sha256": getattr(self.policy, "sha256", None),
+            "schedule": repr(self.schedule),
+            "bounds": bounds,
+        }
+
+    def _check_same(self, before: Mapping[str, Any]) -> None:
+        now = self._settings()
+        differing = [key for key in now if key != "budget" and now[key] != before[key]]
+        if differing:
+            shown = "; ".join(f"{key}: {before[key]!r} there, {now[key]!r} now" for key in differing)
+            raise RunFolderError(
+                f"The run that is resumed had other settings ({shown}). Resume with those, or start a new run; only "
+                "the budget may change."
+            )
+
+    def _decide(self) -> None:
+        controller, step = self._controller, self._step
+        loss = self._losses.mean()
+        observation = controller.observe(step, loss)
+        decision = self.policy.decide(observation)
+        plan = controller.apply(decision.ranks, decision.scores, step, self._run.optimizer)
+        self._losses.restart()
+        self._guard.decided(observation.problem.ranks, step)
+        self._record(step, loss, observation, decision, plan)
+
+    def _corrected(self, correction: Correction) -> None:
+        """Record a change of ranks by the guard like a decision."""
+        decision = decision_from_plan(correction.wanted)
+        moved = correction.plan.ranks != correction.observation.problem.ranks
+        notes = dict.fromkeys(_names(self._controller, moved), correction.reason)
+        self._record(correction.step, self._losses.mean(), correction.observation, decision, correction.plan, notes)
+
+    def _record(
+        self,
+        step: int,
+        loss: float | None,
+        observation: Observation,
+        decision: Decision,
+        plan: Plan,
+        notes: dict[str, str] | None = None,
+    ) -> None:
+        measured = self.peaks and observation.problem.cost.unit == "bytes"
+        self.predictions.append((step, plan.cost))
+        record = DecisionRecord.of(
+            self._controller,
+            observation,
+            decision,
+            plan,
+            policy=self.policy,
+            number=len(self.predictions) - 1,
+            step=step,
+            run=self._name,
+            loss=loss,
+            measured_cost=float(self.peaks[-1][1]) if measured else None,
+            notes=notes,
+        )
+        if self.log is not None:
+            self.log.append(record)
+        self._tell(record.line())
+        if not plan.ranks.any():
+            raise BudgetError(
+                f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "
+                "or infinity. Lower the learning rate, or give a larger budget."
+            )
+
+
+def _names(controller: RankController[Any], chosen: IntArray) -> list[str]:
+    names: list[str] = np.array(controller.names)[chosen].tolist()
+    return names
+
+
+def _check_arguments(policy: object, schedule: object, measure_every: object, bounds: object) -> None:
+    """Refuse arguments of a wrong type now, and not after minutes of work."""
+    if not isinstance(policy, str | Path) and not callable(getattr(policy, "decide", None)):
+        raise ConfigError(
+            f"policy is 'default', the folder of a policy, the name of a rule, or an object with `decide`; got "
+            f"{policy!r}."
+        )
+    if schedule is not None and not isinstance(schedule, DecisionSchedule):
+        raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
+    if not isinstance(measure_every, int) or measure_every < 1:
+        raise ConfigError(f"measure_every is a number of steps, at least 1; got {measure_every!r}.")
+    if bounds is not None and not isinstance(bounds, Mapping):
+        raise ConfigError(f"bounds are a dictionary from module names to ranks; got {bounds!r}.")

@@ -1,0 +1,109 @@
+"""A fine-tune that is about to begin: its model, its optimiser, its loss and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.batches import Collate, largest_batch, small_batches
+from ..errors import UnsupportedError
+from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
+from ..memory.recording import Batch
+from ..memory.training_step import LossFunction, TrainingStep
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """A fine-tune that is about to begin.
+
+    Attributes:
+        model: the PEFT model, on its device.
+        optimizer: the optimiser of the run.
+        loss: the loss of a batch, computed as the loop does.
+        dataset: the training set.
+        collate: makes a batch of its examples.
+        rows: the examples of a batch.
+        total_steps: the optimiser steps of the run.
+        accumulation: the batches whose gradients make one optimiser step.
+        learning_rate: of the probe.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: LossFunction
+    dataset: Any
+    collate: Collate
+    rows: int
+    total_steps: int
+    accumulation: int
+    learning_rate: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def largest_batch(self) -> Batch:
+        """The largest batch that training can meet, on the device.
+
+        Raises:
+            DataError: the training set is empty.
+            UnsupportedError: its batches hold no tensors.
+        """
+        return self.on_device(largest_batch(self.dataset, self._collate, self.rows))
+
+    def small_batches(self, steps: int, rows: int, seed: int) -> Iterator[Batch]:
+        """Batches of a few examples, on the device; see `data.batches.small_batches`."""
+        return map(self.on_device, small_batches(self.dataset, self._collate, steps, rows, seed))
+
+    def step(self) -> TrainingStep:
+        """One step of the run, as it is measured."""
+        rows = BatchShape.of(self._collate([next(iter(self.dataset))] * self.rows)).rows
+        each = rows // self.rows if rows % self.rows == 0 else 1
+        return TrainingStep(self.model, self.loss, self.optimizer, max(each, 1), accumulates=self.accumulation > 1)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch on the model's device."""
+        return map_tensors(batch, lambda tensor: tensor.to(self.device))
+
+    def _collate(self, examples: list[Any]) -> Batch:
+        batch = self.collate(examples)
+        if not tensors_of(batch):
+            raise UnsupportedError(
+                f"The data loader's batches ({type(batch).__name__}) hold no tensors: this run makes its data while it "
+                "trains, as in reinforcement learning, so its steps cannot be measured before. Allocate the ranks on "
+                "data of the same kind with `rankpilot.allocate`, and train with the LoraConfig that it returns."
+            )
+        return batch
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restore torch's random state afterwards, so that the run draws the numbers that it would draw without us.
+
+    A compiled model runs uncompiled meanwhile: each plan that is tried would take one of the few graphs that torch
+    keeps.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode for a while."""
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+Tell = Callable[[str], None]
+"""Tells a line to who runs the fine-tune."""

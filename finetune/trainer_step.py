@@ -1,0 +1,167 @@
+"""The training step of a transformers Trainer: run as it runs, up to the loss, and followed while it trains.
+
+The loss that a Trainer trains on is its own business: it may fuse the last layer with the loss (TRL's SFTTrainer), run
+the model twice (DPO), weigh classes or smooth labels. So the Trainer's `training_step` itself is run; what it hands to
+`accelerator.backward` is the loss, with its graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from ..errors import UnsupportedError
+from ..memory.recording import Batch
+
+LONG = 10_000
+"""Lists that are longer hold data, not a Trainer's records."""
+
+
+def find_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer among the functions that run now which has this callback; None if there is none.
+
+    A Trainer passes its callbacks the model, the optimiser and the data, but not itself.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame:
+        owner = frame.f_locals.get("self")
+        handler = getattr(owner, "callback_handler", None) if isinstance(owner, Trainer) else None
+        if handler is not None and any(one is callback for one in handler.callbacks):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+class TrainerStep:
+    """The training step of one Trainer.
+
+    Args:
+        trainer: the Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Run the Trainer's step on a batch up to its loss, which is not divided by the accumulated batches.
+
+        Whatever the step writes into the Trainer, such as metrics and counters, is put back.
+
+        Raises:
+            UnsupportedError: the step makes no loss of the batch.
+        """
+        trainer, losses = self.trainer, []
+        batch = dict(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
+        with _put_back(trainer):
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.accelerator.backward = lambda loss, **_: losses.append(loss)
+            try:
+                _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+                trainer.training_step(trainer.model_wrapped, batch, count)
+            finally:
+                del trainer.accelerator.backward
+        if len(losses) != 1 or not losses[0].requires_grad:
+            problem = (
+                f"called `accelerator.backward` {len(losses)} times" if len(losses) != 1 else "has a constant loss"
+            )
+            raise UnsupportedError(
+                f"The training step of {type(trainer).__name__} {problem}, so what it takes cannot be measured. Let "
+                "`training_step` pass one loss, which depends on the model, to `self.accelerator.backward`, or drive "
+                "`rankpilot.RankPilot` from a loop of your own."
+            )
+        loss: torch.Tensor = losses[0]
+        return loss
+
+    def follow(
+        self, batches: Callable[[list[Batch]], None], losses: Callable[[torch.Tensor], None], again: Callable[[], None]
+    ) -> None:
+        """Follow the real steps.
+
+        Args:
+            batches: called with the batches of each optimiser step before the first is run.
+            losses: called with the loss of each batch, as the Trainer counts it: those of one step add up to its mean.
+            again: called after a batch that ran out of memory. Then all batches of the step so far run once more.
+        """
+        trainer = self.trainer
+        get_batches, run_step = trainer.get_batch_samples, trainer.training_step
+        done: list[tuple[Any, ...]] = []
+
+        def get_batch_samples(*arguments: Any, **options: Any) -> Any:
+            result = get_batches(*arguments, **options)
+            batches(result[0])
+            done.clear()
+            return result
+
+        def training_step(model: Any, inputs: Any, *rest: Any, **options: Any) -> torch.Tensor:
+            done.append((model, inputs, *rest))
+            loss = _retried(lambda step: run_step(*_copied(step), **options), done, again, trainer)
+            losses(loss)
+            return loss
+
+        trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
+
+    def release(self) -> None:
+        """Stop following."""
+        for name in ("get_batch_samples", "training_step"):
+            vars(self.trainer).pop(name, None)
+
+
+def _copied(step: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a step, whose batch the step may change."""
+    model, inputs, *rest = step
+    return model, dict(inputs) if type(inputs) is dict else inputs, *rest
+
+
+def _retried(
+    run: Callable[[tuple[Any, ...]], torch.Tensor],
+    steps: list[tuple[Any, ...]],
+    again: Callable[[], None],
+    trainer: Trainer,
+) -> torch.Tensor:
+    """The loss of the last of these steps; after an out-of-memory error all of them run once more."""
+    try:
+        return run(steps[-1])
+    except torch.OutOfMemoryError:
+        pass  # outside of this clause, the traceback no longer holds the tensors of the step
+    while True:
+        trainer.model.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        again()
+        try:
+            return [run(step) for step in steps][-1]
+        except torch.OutOfMemoryError:
+            pass
+
+
+@contextmanager
+def _put_back(trainer: Trainer) -> Iterator[None]:
+    """Put back what is written into a Trainer's attributes, and into the lists and dictionaries that they hold."""
+    attributes = dict(vars(trainer))
+    containers: dict[int, tuple[Any, Any]] = {}
+    for value in attributes.values():
+        _note(value, containers)
+    try:
+        yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(attributes)
+        for container, content in containers.values():
+            container.clear()
+            container.extend(content) if isinstance(container, list | deque) else container.update(content)
+
+
+def _note(value: Any, containers: dict[int, tuple[Any, Any]]) -> None:
+    """Note the content of a container and of those inside it."""
+    if not isinstance(value, dict | list | deque | set) or len(value) > LONG or id(value) in containers:
+        return
+    containers[id(value)] = value, value.copy()
+    for item in value.values() if isinstance(value, dict) else value:
+        _note(item, containers)

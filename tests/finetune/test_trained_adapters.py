@@ -1,0 +1,137 @@
+"""Adapters that are trained already when a run begins: they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.lora.resize import is_trained
+from rankpilot.lora.targets import find_target_modules
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+STEPS = 6
+ROWS = Dataset.from_list(
+    [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(20)] for j in range(40))]
+)
+TOKENS = torch.arange(40).view(2, 20)
+
+
+def base_model(config: LlamaConfig) -> LlamaForCausalLM:
+    set_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def stage_1(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig) -> Path:
+    """An adapter that plain PEFT has trained."""
+    folder = tmp_path_factory.mktemp("stage_1")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model = get_peft_model(base_model(llama_config), lora)
+    trainer_of(model, folder / "run", learning_rate=1e-2, max_steps=20).train()
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def trainer_of(model: Any, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | options
+    return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=ROWS, callbacks=list(callbacks))
+
+
+@pytest.fixture
+def continued(
+    stage_1: Path, llama_config: LlamaConfig, tmp_path: Path
+) -> Callable[..., tuple[PeftModel, Any, Trainer]]:
+    def start(budget: str, **options: Any) -> tuple[PeftModel, Any, Trainer]:
+        model = PeftModel.from_pretrained(base_model(llama_config), str(stage_1), is_trainable=True)
+        schedule = DecisionSchedule(probe_steps=3, fractions=options.pop("fractions", (0.0, 0.5)))
+        callback = RankPilotCallback("signal-mean", budget, schedule=schedule, fresh=options.pop("fresh", False))
+        trainer = trainer_of(model, tmp_path / "run", callback, **options)
+        trainer.train()
+        return model, callback, trainer
+
+    return start
+
+
+def test_growing_leaves_the_function_as_it_is(
+    continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig
+) -> None:
+    first = logits(PeftModel.from_pretrained(base_model(llama_config), str(stage_1)))
+    model, callback, _ = continued("150%")
+    assert (callback.controller.ranks >= 4).all()
+    assert (callback.controller.ranks > 4).any()
+    assert (first - logits(base_model(llama_config))).abs().max() > 0.1, "the first stage changed the model"
+    assert (logits(model) - first).abs().max() <= 1e-5
+
+
+def test_shrinking_keeps_most_of_it(continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig) -> None:
+    base = base_model(llama_config)
+    adapter = PeftModel.from_pretrained(base, str(stage_1))
+    before = {t.name: t.weight_b.detach() @ t.weight_a.detach() for t in find_target_modules(adapter)}
+    model, callback, _ = continued("3k params", fractions=(0.0,))
+    for target in find_target_modules(model):
+        left = target.weight_b.detach() @ target.weight_a.detach()
+        singular = torch.linalg.svdvals(before[target.name])
+        expected = singular[target.rank :].square().sum().sqrt()
+        assert (before[target.name] - left).norm() == pytest.approx(float(expected), abs=1e-5), target.name
+    assert callback.limit == 3000
+
+
+def test_signals_are_read_at_the_ranks_that_are_there(continued: Callable[..., Any], tmp_path: Path) -> None:
+    continued("150%")
+    table = DecisionLog(tmp_path / "run" / "decisions").read()
+    first = table.slice(0, table.num_rows // 2)
+    assert set(first["rank_before"].to_pylist()) == {4}
+    assert not np.isnan(first["feature.snr"].to_numpy()).any()
+
+
+def test_a_second_call_of_train_goes_on(continued: Callable[..., Any], llama_config: LlamaConfig) -> None:
+    model, callback, trainer = continued("150%", learning_rate=1e-2)
+    before = logits(model)
+    trainer.args.learning_rate = 0.0
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    change = (logits(model) - before).abs().max()
+    assert change < 0.01, "some modules have shrunk and grown again"
+    assert (before - logits(base_model(llama_config))).abs().max() > 30 * change
+    assert [step for step, _ in callback.predictions] == [0, 3]
+
+
+def test_fresh_starts_over(continued: Callable[..., Any], llama_config: LlamaConfig) -> None:
+    model, _, _ = continued("150%", fresh=True)
+    assert torch.equal(logits(model), logits(base_model(llama_config)))
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_what_peft_begins_with_is_not_trained(llama_config: LlamaConfig, start: Any) -> None:
+    model = get_peft_model(
+        base_model(llama_config), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=start)
+    )
+    targets = find_target_modules(model)
+    assert not any(map(is_trained, targets))
+    with torch.no_grad():
+        targets[0].weight_a.fill_(0.01)
+        targets[0].weight_b.fill_(0.01)
+    assert is_trained(targets[0])
