@@ -68,9 +68,14 @@ def load_config(name: str) -> Any:
     return _pretrained(name, AutoConfig.from_pretrained)
 
 
-def load_tokenizer(model: str) -> Any:
-    """A model's tokenizer, with a padding token; UnknownNameError or AssetError if there is no such model."""
-    tokenizer = _pretrained(model, AutoTokenizer.from_pretrained)
+def load_tokenizer(model: str, **options: Any) -> Any:
+    """A model's tokenizer, with a padding token; UnknownNameError or AssetError if there is no such model.
+
+    Args:
+        model: packaged name, Hugging Face id or local folder.
+        options: of `AutoTokenizer.from_pretrained`.
+    """
+    tokenizer = _pretrained(model, lambda path: AutoTokenizer.from_pretrained(path, **options))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -169,6 +169,9 @@ def _labelled(reading: _Reading, number: Callable[[Any], Any]) -> tokens.Encode:
 
 def _tags(reading: _Reading) -> Workload:
     names, numbers = tokens.tag_names(reading.sources, reading.text, reading.label)
+    if getattr(reading.tokenizer, "add_prefix_space", None) is False:
+        # Byte-level tokenizers know words with the space in front of them, which tokens in a list lack.
+        reading = replace(reading, tokenizer=load_tokenizer(reading.model, add_prefix_space=True))
     encode = tokens.tagged(reading.tokenizer, reading.text, reading.label, numbers, reading.length)
     return reading.workload(encode, DataCollatorForTokenClassification(reading.tokenizer), names)
 

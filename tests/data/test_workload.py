@@ -16,6 +16,8 @@ from rankpilot.data.tokens import IGNORED
 from rankpilot.data.workload import Workload, load_workload
 from rankpilot.errors import AssetError, ConfigError, DataError, UnknownNameError
 from rankpilot.lora.targets import find_target_modules
+from tokenizers import ByteLevelBPETokenizer
+from transformers import RobertaConfig, RobertaTokenizer
 
 from .conftest import ModelFolder
 from .small_models import END, WORDS, tokenizer, write_rows
@@ -92,6 +94,20 @@ def test_token_classification(columns: tuple[str, str], model_folder: ModelFolde
         (1, 1, IGNORED, IGNORED, IGNORED),
     }
     loss(model_folder("bert"), workload)
+
+
+def test_tokens_of_a_byte_level_tokenizer_begin_with_a_space(tmp_path: Path) -> None:
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["a good film"] * 50, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    trained.save_model(str(tmp_path))
+    folder = tmp_path / "roberta"
+    RobertaTokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")).save_pretrained(folder)
+    RobertaConfig(vocab_size=300).save_pretrained(folder)
+    rows = [{"tokens": ["film", "film"], "tags": ["A", "B"]}] * 20
+    workload = load_workload(str(folder), write_rows(tmp_path / "rows.jsonl", rows))
+    row = workload.train[0]
+    assert workload.tokenizer.convert_ids_to_tokens(row["input_ids"])[1:-1] == ["Ġfilm", "Ġfilm"]
+    assert row["labels"] == [IGNORED, 0, 1, IGNORED]
 
 
 def test_tags_that_a_data_set_numbers(model_folder: ModelFolder, tmp_path: Path) -> None:
