@@ -94,7 +94,9 @@ class RankPilot:
         self._progress = progress
         self._measure_every = measure_every
         self._name = ""
-        self._start_anew()
+        self.predictions: list[tuple[int, float]] = []
+        self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
+        self._step = 0
 
     @property
     def peaks(self) -> list[tuple[int, int]]:
@@ -127,7 +129,8 @@ class RankPilot:
             NonFiniteError: the loss is NaN or infinite.
         """
         self._check_run(run)
-        self._start_anew()
+        self.predictions, self._step = [], 0
+        self._guard, self._losses, self._gradients = PeakGuard(self._measure_every), LossMeter(), GradientWatch()
         targets = find_target_modules(run.model)
         make_resizable(run.model, targets)
         if self.log is not None:
@@ -257,13 +260,6 @@ class RankPilot:
     def _controller(self) -> RankController[PeftAdapters]:
         assert self.controller is not None, "the run has not begun: call `begin` first"
         return self.controller
-
-    def _start_anew(self) -> None:
-        self.predictions: list[tuple[int, float]] = []
-        self._guard = PeakGuard(self._measure_every)
-        self._losses = LossMeter()
-        self._gradients = GradientWatch()
-        self._step = 0
 
     def _check_run(self, run: TrainingRun) -> None:
         check_optimizer(run.optimizer)
