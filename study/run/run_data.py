@@ -40,7 +40,7 @@ class RunData:
         summary: results and settings by name; empty before the end of `rankpilot finetune`, and in other folders.
         metrics: losses and measured peaks by step, for each run of which the folder has them.
         decisions: the decision log, see `DecisionLog.read`; None without one that can be read.
-        missing: what the folder lacks and what cannot be read, a few words each.
+        missing: what a report has to leave out, and why, a few words each.
     """
 
     folder: Path
@@ -75,7 +75,8 @@ class RunData:
     @property
     def adapter(self) -> Path | None:
         """The folder of the trained adapter, or else of the last checkpoint that has one."""
-        folders = [self.folder / PILOT / "adapter", self.folder, *_checkpoints(self.folder)]
+        checkpoints = (*_checkpoints(self.folder / PILOT), *_checkpoints(self.folder))
+        folders = [self.folder / PILOT / "adapter", self.folder, *checkpoints]
         return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
 
     def of_decisions(self, column: str) -> list[Any]:
@@ -120,26 +121,26 @@ def read_run(folder: Path) -> RunData:
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
     decisions = None
     if log is None:
-        missing.append("no decision log")
+        missing.append("the decisions (no decision log)")
     else:
         try:
-            decisions = log.read(lambda error: missing.append(str(error).rstrip(".")))
+            decisions = log.read(lambda error: missing.append(f"a decision ({error})"))
         except RunFolderError as error:
-            missing.append(str(error).rstrip("."))
+            missing.append(f"all decisions ({error})")
     return RunData(folder, summary, metrics, decisions, tuple(missing))
 
 
 def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:
     path = folder / "summary.json"
     if not path.is_file():
-        missing.append("no summary.json, so the run has not finished")
+        missing.append("the results, as the run has not finished (no summary.json)")
         return {}
     try:
         summary = read_json(path)
         if not isinstance(summary["runs"][PILOT], dict):
             raise TypeError(f"the run {PILOT!r} has no results")
     except (ValueError, KeyError, TypeError) as error:
-        missing.append(f"{path} is unreadable ({error!r})")
+        missing.append(f"the results ({path} is unreadable: {error!r})")
         return {}
     return dict(summary)
 
@@ -151,7 +152,7 @@ def _read_metrics(folder: Path, summary: Mapping[str, Any], missing: list[str]) 
         if path.is_file():
             metrics[run] = read_json_lines(path)
         elif run == PILOT or run in summary.get("runs", {}):
-            missing.append(f"no {path.name}, so no losses")
+            missing.append(f"losses of {run} (no {path.name})")
     return metrics
 
 
@@ -164,8 +165,8 @@ def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
             state = read_json(path)
             return {PILOT: [*state["log_history"], {"step": int(state["global_step"])}]}
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            missing.append(f"{path} is unreadable ({error!r})")
-    missing.append("no checkpoint with a trainer_state.json, so no losses")
+            missing.append(f"the latest losses ({path} is unreadable: {error!r})")
+    missing.append("losses (no checkpoint with a trainer_state.json)")
     return {}
 
 

@@ -48,7 +48,7 @@ def test_what_is_wrong_and_what_is_missing_is_printed(folder: Path, capsys: pyte
     assert cli.run(["report", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "The model guesses" in " ".join(out.split())
-    assert "Left out of the report: The decision log's part" in out
+    assert "Left out of the report: a decision (The decision log's part" in out
     assert "step 100:" in out
     assert "step 68:" not in out
 

@@ -174,7 +174,7 @@ def test_a_run_without_a_summary_is_reported_from_the_rest(run_folder: Path, con
         path.write_text(content)
     report = write_report(run_folder)
     (line,) = report.run.missing
-    assert "no summary.json, so the run has not finished" in line if content is None else "is unreadable" in line
+    assert "the results, as the run has not finished (no summary.json)" in line if content is None else "is unreadable" in line
     text = report.path.read_text()
     assert f"Left out of this report: {line}." in text
     assert "The latest held-out loss is 0.3840, at step 200." in text
@@ -230,7 +230,7 @@ def test_a_decision_log_alone(run_folder: Path) -> None:
     folder = run_folder / "decisions"
     report = write_report(folder)
     assert report.path == folder / "report.md"
-    assert report.run.missing == ("no checkpoint with a trainer_state.json, so no losses",)
+    assert report.run.missing == ("losses (no checkpoint with a trainer_state.json)",)
     text = report.path.read_text()
     assert text.count("**Decision ") == 4
     assert "(figures/ranks.png)" in text
@@ -283,6 +283,12 @@ def test_the_report_names_the_adapter_of_a_fine_tune(run_folder: Path) -> None:
     assert f"AutoPeftModelForSequenceClassification.from_pretrained('{adapter}', num_labels=5)" in text
     assert "model.merge_and_unload()" in text
     assert f"rankpilot export '{adapter}' --format rank-pattern" in text
+
+
+def test_the_adapter_of_a_fine_tune_that_goes_on_is_that_of_its_last_checkpoint(run_folder: Path) -> None:
+    for step in (5, 10):
+        write_json(run_folder / "rankpilot" / f"checkpoint-{step}" / "adapter_config.json", {"task_type": "SEQ_CLS"})
+    assert read_run(run_folder).adapter == run_folder / "rankpilot" / "checkpoint-10"
 
 
 def test_an_adapter_that_does_not_name_its_base_model(trainer_folder: Path) -> None:
