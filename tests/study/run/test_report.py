@@ -174,7 +174,8 @@ def test_a_run_without_a_summary_is_reported_from_the_rest(run_folder: Path, con
         path.write_text(content)
     report = write_report(run_folder)
     (line,) = report.run.missing
-    assert "the results, as the run has not finished (no summary.json)" in line if content is None else "is unreadable" in line
+    words = "the results, as the run has not finished (no summary.json)" if content is None else "is unreadable"
+    assert words in line
     text = report.path.read_text()
     assert f"Left out of this report: {line}." in text
     assert "The latest held-out loss is 0.3840, at step 200." in text
