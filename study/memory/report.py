@@ -53,6 +53,7 @@ def subject(use: MemoryUse) -> str:
         f"{Path(config.model).name}, {use.task}, {use.shape.rows} x {use.shape.length} tokens",
         f"rank {config.rank} on {len(use.modules)} modules",
         config.optimizer,
+        *([f"frozen model in {config.quantization}"] if config.quantization != "none" else []),
         *(["gradients accumulated"] if config.accumulation > 1 else []),
         *(["bf16 autocast"] if config.bf16 else []),
         *(["gradient checkpointing"] if config.checkpointing else []),

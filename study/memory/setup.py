@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import set_seed
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from ...common.devices import find_device
 from ...data.batches import largest_batch
-from ...data.models import adapt, load_config, load_model
+from ...data.models import adapt, check_length, load_config, load_model
 from ...data.task import Task
 from ...data.workload import load_workload
 from ...errors import ConfigError
@@ -85,19 +88,23 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     architecture = load_config(config.model)
     workload = None
     task = config.task or default_task(architecture)
-    labels = tuple(f"class {number}" for number in range(config.labels))
+    labels = tuple(f"class {number}" for number in range(1 if task == "regression" else config.labels))
     if config.data is not None:
         names = ("task", "max_length", "text_column", "label_column", "seed")
         workload = load_workload(config.model, config.data, **{name: getattr(config, name) for name in names})
         task, labels = workload.task, workload.labels
     set_seed(config.seed)
-    base = load_model(config.model, task, labels, workload.tokenizer if workload else None)
+    tokenizer = workload.tokenizer if workload else None
+    base = load_model(config.model, task, labels, tokenizer, config.quantization)
     base.config.use_cache = False  # as in the Trainer
-    _check_length(config.max_length, base)
+    check_length(config.max_length, base)
     device = find_device()
-    model = adapt(base, config.model, task, target_modules=config.target_modules, rank=config.rank, scaling=2.0)
+    model = adapt(base, config.model, task, target_modules=config.target_modules, rank=1, scaling=2.0)
     model = model.to(device).train()
     targets = find_target_modules(model)
+    widest = max(target.max_rank for target in targets)
+    if config.rank > widest:
+        raise ConfigError(f"No module has a rank above {widest}, the smaller width of the widest; got {config.rank}.")
     set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
     if workload:
         largest = largest_batch(workload.train, workload.collator, config.batch_size)
@@ -117,21 +124,13 @@ def default_task(config: Any) -> Task:
             return "causal-lm"
         if architecture.endswith("ForSequenceClassification"):
             return "classification"
+        if architecture.endswith("ForTokenClassification"):
+            return "token-classification"
+        if architecture.endswith("ForConditionalGeneration") and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            return "seq2seq"
     kind = type(config)
     reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
     return "causal-lm" if reads_one_way else "classification"
-
-
-def _check_length(length: int, model: nn.Module) -> None:
-    """Refuse rows that are longer than the model has positions."""
-    config: Any = model.config
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from behind the padding token's number.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            most = min(most, module.num_embeddings - module.padding_idx - 1)
-    if 0 < most < length:
-        raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")
 
 
 def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
@@ -144,7 +143,15 @@ def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, config.max_length)
     tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
-    if model_config.is_encoder_decoder and text.eos_token_id is not None:
+    if model_config.is_encoder_decoder and task != "seq2seq" and text.eos_token_id is not None:
         tokens[:, 0] = text.eos_token_id  # such classifiers look for one; shorter rows keep the first token
-    labels = torch.arange(config.batch_size) % config.labels if task == "classification" else tokens.clone()
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    labels = {
+        "classification": torch.arange(config.batch_size) % config.labels,
+        "regression": torch.linspace(0, 1, config.batch_size),
+        "token-classification": tokens % config.labels,
+    }
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "labels": labels.get(task, tokens.clone()),
+    }

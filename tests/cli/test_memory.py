@@ -20,10 +20,12 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
     T5Config,
+    T5ForConditionalGeneration,
     XLNetConfig,
     XLNetModel,
 )
 
+from ..data.small_models import save, write_rows
 from .mistakes import failure, usage_error
 
 SMALL = ["--batch-size", "4", "--max-length", "16"]
@@ -34,11 +36,14 @@ def models(tmp_path_factory: pytest.TempPathFactory, bert_config: BertConfig, ll
     """A folder with tiny saved models."""
     folder = tmp_path_factory.mktemp("models")
     roberta = RobertaConfig(**bert_config.to_dict() | {"model_type": "roberta", "pad_token_id": 1})
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    t5 = T5Config(vocab_size=64, **sizes, decoder_start_token_id=0)
     every = {
         "bert": BertModel(bert_config),
         "llama": LlamaForCausalLM(llama_config),
         "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
         "roberta": RobertaModel(roberta),
+        "t5": T5ForConditionalGeneration(t5),
         "xlnet": XLNetModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)),
     }
     for name, model in every.items():
@@ -132,6 +137,37 @@ def test_data_makes_the_batch(tmp_path: Path, models: Path, capsys: pytest.Captu
     assert peaks["half the length (4 x 4)"] < 0.9 * figures["peak_bytes"]
 
 
+@pytest.mark.parametrize("task", ["classification", "regression", "token-classification", "seq2seq"])
+def test_every_task_of_an_encoder_decoder(
+    models: Path, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, figures = run([str(models / "t5"), *SMALL, "--task", task, "--measure"], capsys, tmp_path / "memory")
+    assert figures["task"] == task
+    assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
+
+
+def test_a_classifier_that_reads_its_end_token(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("t5", models / "t5-words")
+    rows = [{"text": "good film " * (1 + row % 9), "label": row % 2} for row in range(40)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    _, figures = run([str(models / "t5-words"), data, *SMALL], capsys, tmp_path / "memory")
+    assert (figures["rows"], figures["length"]) == (4, 16)
+
+
+@pytest.mark.parametrize(("quantization", "least"), [("nf4", 0.13), ("int8", 0.25)])
+def test_a_quantised_model(quantization: str, least: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = save("llama", tmp_path / "llama")
+    _, plain = run([folder, *SMALL], capsys, tmp_path / "plain")
+    options = ["--quantization", quantization, "--measure"]
+    printed, figures = run([folder, *SMALL, *options], capsys, tmp_path / "memory")
+    assert f"frozen model in {quantization}" in printed
+    assert least * plain["frozen_bytes"] < figures["frozen_bytes"] < 0.6 * plain["frozen_bytes"]
+    assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
+
+
 def test_a_model_without_checkpointing(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed, figures = run([str(models / "xlnet"), *SMALL], capsys, tmp_path / "memory")
     assert "does not support gradient checkpointing" in printed
@@ -154,6 +190,9 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "fits no adapter at all. The smallest that works is" in line
     line = failure(["memory", str(models / "llama"), *SMALL, "--target-modules", "q_proj, k_porj"], capsys)
     assert "Unknown target module 'k_porj'. Did you mean: 'k_proj'" in line
+    assert "No module has a rank above 32" in failure(
+        ["memory", str(models / "bert"), *SMALL, "--rank", "100000"], capsys
+    )
     huge = ["memory", "m", "--batch-size", "100000000000"]
     assert "at most 16,777,216 tokens; got 100000000000 x 64" in usage_error(huge, capsys)
     assert "The seed is at least 0 and below 2**32" in usage_error(["memory", "m", "--seed", "-1"], capsys)
@@ -185,6 +224,8 @@ def test_tasks_follow_the_architecture() -> None:
     assert default_task(BertConfig(architectures=["BertForMaskedLM"])) == "classification"
     assert default_task(BertConfig(architectures=["BertLMHeadModel"])) == "causal-lm"
     assert default_task(T5Config()) == "classification"
+    assert default_task(T5Config(architectures=["T5ForConditionalGeneration"])) == "seq2seq"
+    assert default_task(BertConfig(architectures=["BertForTokenClassification"])) == "token-classification"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
