@@ -113,9 +113,30 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
             tensor = tensor[:, _cycled(length, tensor.shape[1], tensor)]
         return tensor
 
-    result = map_tensors(batch, change)
+    result = _with_ends(map_tensors(batch, change), batch)
     mask = _mask(batch)
     return result if mask is None or bool(mask.all()) else padded(result)
+
+
+def _with_ends(result: Batch, batch: Batch) -> Batch:
+    """A batch that was cut or made longer, with the last token of each row as often as in the batch before.
+
+    Encoder-decoders that classify look for their end token, and refuse a batch whose rows have different numbers of it.
+    """
+    whole = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(whole, torch.Tensor) or whole.dim() != 2 or not isinstance(result, Mapping):
+        return result
+    tokens = result["input_ids"].clone()
+    length, before = tokens.shape[1], whole.shape[1]
+    rows = _cycled(len(tokens), len(whole), whole)
+    mask = _mask(batch)
+    if length > before:
+        tokens[:, before:] = whole[rows, :1]
+    elif length < before and (mask is None or mask.shape == whole.shape):
+        real = torch.ones_like(whole) if mask is None else mask
+        last = (real * torch.arange(before, device=whole.device)).argmax(dim=1)[rows]
+        tokens[:, -1] = torch.where(last >= length, whole[rows, last], tokens[:, -1])
+    return {**result, "input_ids": tokens}
 
 
 def _cycled(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
