@@ -37,23 +37,26 @@ class _Costs:
     Attributes:
         measured: (step, cost) of each measured run.
         predicted: (step, cost of the plan from that step on).
-        limit: the budget.
+        limits: (step, budget from that step on).
         unit: name of the unit.
         end: the last step.
     """
 
     measured: dict[str, FloatArray]
     predicted: FloatArray
-    limit: float
+    limits: FloatArray
     unit: str
     end: float
 
     @property
+    def limit(self) -> float:
+        """The last budget."""
+        return float(self.limits[-1, 1])
+
+    @property
     def axis(self) -> tuple[float, float]:
         """Where the axis begins and ends: near the data, the budget included."""
-        costs = np.concatenate(
-            [[self.limit], self.predicted[:, 1], *(points[:, 1] for points in self.measured.values())]
-        )
+        costs = np.concatenate([points[:, 1] for points in (self.limits, self.predicted, *self.measured.values())])
         low, high = float(costs.min()), float(costs.max())
         pad = max(0.18 * (high - low), 0.0005 * high)
         return (0.0 if low < FROM_ZERO * high else low - pad), high + pad
@@ -61,30 +64,39 @@ class _Costs:
     def errors(self) -> FloatArray:
         """(step, measured cost beside the predicted one in per cent) of the first run, (points, 2)."""
         points = next(iter(self.measured.values()), np.empty((0, 2)))
-        # A decision takes effect after its step: the step that follows is the first under its plan.
-        plan = np.searchsorted(self.predicted[:, 0], points[:, 0], side="left") - 1
-        points, plan = points[plan >= 0], plan[plan >= 0]
-        return np.column_stack([points[:, 0], 100 * (points[:, 1] / self.predicted[plan, 1] - 1)])
+        points = points[points[:, 0] > self.predicted[0, 0]]
+        return np.column_stack([points[:, 0], 100 * (points[:, 1] / in_force(self.predicted, points[:, 0]) - 1)])
+
+
+def in_force(changes: FloatArray, steps: FloatArray) -> FloatArray:
+    """What each of some steps was run under, (steps,).
+
+    Args:
+        changes: (step, value from that step on), by step. A change takes effect after its step.
+        steps: numbers of steps, the first being 1. Before the first change its value counts.
+    """
+    rows = np.searchsorted(changes[:, 0], steps, side="left") - 1
+    return np.asarray(changes[np.maximum(rows, 0), 1])
 
 
 def cost_timeline(
-    measured: Mapping[str, Points], limit: float, predicted: Points = (), unit: str = "bytes", steps: int = 0
+    measured: Mapping[str, Points], limits: Points, predicted: Points = (), unit: str = "bytes", steps: int = 0
 ) -> Figure:
     """What plans cost below the hard budget, and in a thin panel how far the prediction was off.
 
     Args:
         measured: for each run (step, measured cost), such as the bytes at the peak of that step.
-        limit: the budget.
+        limits: (step, budget from that step on), one at least.
         predicted: (step, cost) that each plan was predicted to take from that step on.
         unit: of all costs: "bytes" or "parameters".
         steps: where the run ends; by default at the last point.
     """
-    name, size = byte_unit(limit) if unit == "bytes" else (unit, 1)
+    name, size = byte_unit(limits[-1][1]) if unit == "bytes" else (unit, 1)
     scale = np.array([1, size])
     runs = {run: points / scale for run, given in measured.items() if len(points := finite_points(given))}
     plan = finite_points(predicted) / scale
     end = max([steps, *(points[-1, 0] for points in (*runs.values(), plan) if len(points))]) or 1
-    costs = _Costs(runs, plan, limit / size, name, end)
+    costs = _Costs(runs, plan, finite_points(limits) / scale, name, end)
     errors, low = costs.errors() if len(plan) else np.empty((0, 2)), costs.axis[0]
     note = f"The axis starts at {three_digits(low)} {name}." if low else ""
     figure = new_figure(4.9 if len(errors) else 3.9, _title(costs, unit), note)
@@ -108,13 +120,16 @@ def _draw_costs(axes: Axes, costs: _Costs) -> None:
     if len(plan):
         steps, values = np.append(plan[:, 0], costs.end), np.append(plan[:, 1], plan[-1, 1])
         shade: dict[str, Any] = {"color": COLORS[0], "alpha": 0.09, "linewidth": 0, "label": "headroom"}
-        axes.fill_between(steps, values, np.maximum(values, costs.limit), step="post", **shade)
+        tops = np.maximum(values, in_force(costs.limits, steps + 1))
+        axes.fill_between(steps, values, tops, step="post", **shade)
         axes.plot(steps, values, drawstyle="steps-post", color=INK, linewidth=1.5, label="predicted", zorder=3)
         mark_steps(axes, plan[:, 0].astype(int).tolist())
     for color, (run, points) in zip(cycle(COLORS), costs.measured.items(), strict=False):
         dots: dict[str, Any] = {"color": color, "markersize": 5 if len(points) <= 60 else 3, "zorder": 4}
         axes.plot(*points.T, "o", alpha=0.8, label=f"{run}, measured", **dots)
-    axes.axhline(costs.limit, color=BUDGET_RED, linewidth=2, zorder=2)
+    places = np.concatenate([[0], costs.limits[1:, 0], [costs.end]])
+    limits = np.append(costs.limits[:, 1], costs.limit)
+    axes.plot(places, limits, drawstyle="steps-post", color=BUDGET_RED, linewidth=2, zorder=2)
     place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
     text = f"budget {three_digits(costs.limit)} {costs.unit}"
     axes.annotate(text, (1, costs.limit), (-4, 4), color=BUDGET_RED, fontsize=9.5, **place)
@@ -137,22 +152,26 @@ def _draw_errors(axes: Axes, errors: FloatArray) -> None:
 
 
 def _title(costs: _Costs, unit: str) -> str:
-    limit = costs.limit
     if not costs.measured:
         if not len(costs.predicted):
-            return f"Budget of {three_digits(limit)} {costs.unit}; nothing was measured"
-        most = costs.predicted[:, 1].max()
+            return f"Budget of {three_digits(costs.limit)} {costs.unit}; nothing was measured"
+        text, _ = _most(costs.predicted, 1, costs)
         what = "" if unit == "parameters" else "; nothing was measured"
-        return f"Plans take at most {_share(most, costs)}{what}"
+        return f"Plans take at most {text}{what}"
     run, points = next(iter(costs.measured.items()))
-    most, over = points[:, 1].max(), int((points[:, 1] > limit).sum())
-    if over:
-        return f"{run} exceeds the budget at {over} of {len(points)} measured steps: {_share(most, costs)}"
-    percent = f"{min(most / limit, 0.999):.1%}" if most / limit > 0.99 else f"{most / limit:.0%}"
-    return f"{run} keeps to the budget at every measured step: at most {_share(most, costs)} ({percent})"
+    text, share = _most(points, 0, costs)
+    if share > 1:
+        over = int((points[:, 1] > in_force(costs.limits, points[:, 0])).sum())
+        return f"{run} exceeds the budget at {over} of {len(points)} measured steps: {text}"
+    percent = f"{min(share, 0.999):.1%}" if share > 0.99 else f"{share:.0%}"
+    return f"{run} keeps to the budget at every measured step: at most {text} ({percent})"
 
 
-def _share(most: float, costs: _Costs) -> str:
+def _most(points: FloatArray, later: int, costs: _Costs) -> tuple[str, float]:
+    """The cost that took the largest share of the budget in force `later` steps on, and that share."""
+    limits = in_force(costs.limits, points[:, 0] + later)
+    most = int(np.argmax(points[:, 1] / limits))
+    cost, limit = float(points[most, 1]), float(limits[most])
     if costs.unit == "parameters":
-        return part_of(most, costs.limit, costs.unit)
-    return f"{three_digits(most)} of {three_digits(costs.limit)} {costs.unit}"
+        return part_of(cost, limit, costs.unit), cost / limit
+    return f"{three_digits(cost)} of {three_digits(limit)} {costs.unit}", cost / limit

@@ -136,9 +136,9 @@ def _losses(run: RunData) -> str:
 def _costs(run: RunData) -> str:
     peaks = run.peaks() if run.unit == "bytes" else {}
     predicted = list(zip(run.of_decisions("step"), run.of_decisions("predicted_cost"), strict=True))
-    if not run.limit or not (peaks or predicted):
+    if not run.limits or not (peaks or predicted):
         return ""
-    figure = cost_timeline(peaks, run.limit, predicted, run.unit, run.steps)
+    figure = cost_timeline(peaks, run.limits, predicted, run.unit, run.steps)
     save_figure(figure, run.folder / "figures" / "memory.png")
     what = "Peak memory" if run.unit == "bytes" else "Parameters of the adapter"
     return f"![{what} against the budget](figures/memory.png)"

@@ -61,10 +61,11 @@ class RunData:
         return str(self.decisions["unit"][0].as_py()) if self.decisions else "bytes"
 
     @property
-    def limit(self) -> float | None:
-        """The budget, in `unit`; None if the folder does not tell."""
-        limits: list[float | None] = self.of_decisions("limit")
-        return limits[-1] if limits else self.results.get(PILOT, {}).get("budget_bytes")
+    def limits(self) -> Points:
+        """(step, budget from that step on, in `unit`): a run may be resumed with another one. Empty if unknown."""
+        limits = list(zip(self.of_decisions("step"), self.of_decisions("limit"), strict=True))
+        known = self.results.get(PILOT, {}).get("budget_bytes")
+        return limits or ([(0, known)] if known else [])
 
     @property
     def steps(self) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...common.drawing import Points
+from ...common.drawing import Points, finite_points
+from .memory_figure import in_force
 from .run_data import PILOT, UNIFORM, RunData
 
 RISE = 0.01
@@ -102,10 +103,10 @@ def _rose(run: RunData) -> str:
 
 
 def _exceeded(run: RunData) -> str:
-    peaks, limit = run.peaks().get(PILOT, []), run.limit
-    if run.unit != "bytes" or not limit:
+    peaks, limits = finite_points(run.peaks().get(PILOT, [])), finite_points(run.limits)
+    if run.unit != "bytes" or not len(limits):
         return ""
-    over = sum(peak > limit for _, peak in peaks)
+    over = int((peaks[:, 1] > in_force(limits, peaks[:, 0])).sum())
     return f"The peak was above the budget at {over} of {len(peaks)} measured steps." if over else ""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from rankpilot.common.drawing import save_figure, smooth
+from rankpilot.common.drawing import BUDGET_RED, save_figure, smooth
 from rankpilot.common.module_names import short_names
 from rankpilot.study.run.figures import learning_curve, loss_curves
 from rankpilot.study.run.heatmap import rank_heatmap
@@ -165,7 +165,7 @@ def test_short_names_of_two_stacks_stay_different() -> None:
 
 def test_costs_are_drawn_near_the_budget() -> None:
     runs = {"rankpilot": [(10, 60 * MIB), (20, 90 * MIB)], "uniform": [(10, 80 * MIB)]}
-    figure = cost_timeline(runs, 100 * MIB, [(0, 70 * MIB), (10, 95 * MIB)])
+    figure = cost_timeline(runs, [(0, 100 * MIB)], [(0, 70 * MIB), (10, 95 * MIB)])
     axes, errors = figure.axes
     levels = [set(np.asarray(line.get_ydata()).tolist()) for line in axes.lines]
     assert {100.0} in levels
@@ -190,34 +190,44 @@ def test_costs_are_drawn_near_the_budget() -> None:
 
 
 def test_costs_far_below_the_budget_are_drawn_from_zero() -> None:
-    figure = cost_timeline({"rankpilot": [(1, 20 * MIB)]}, 100 * MIB, [(0, 20 * MIB)])
+    figure = cost_timeline({"rankpilot": [(1, 20 * MIB)]}, [(0, 100 * MIB)], [(0, 20 * MIB)])
     assert figure.axes[0].get_ylim()[0] == 0
     assert len(texts(figure)) == 1
 
 
 def test_a_gibibyte_budget_has_an_axis_in_gibibytes() -> None:
-    figure = cost_timeline({"rankpilot": [(1, 12000 * MIB)]}, 12 * 1024 * MIB)
+    figure = cost_timeline({"rankpilot": [(1, 12000 * MIB)]}, [(0, 12 * 1024 * MIB)])
     (axes,) = figure.axes
     assert "GiB" in axes.get_ylabel()
     assert texts(figure)[0].endswith("at most 11.7 of 12 GiB (98%)")
 
 
 def test_a_budget_that_is_nearly_full_is_not_called_full() -> None:
-    figure = cost_timeline({"rankpilot": [(1, 99.98 * MIB)]}, 100 * MIB, [(0, 99.97 * MIB)])
+    figure = cost_timeline({"rankpilot": [(1, 99.98 * MIB)]}, [(0, 100 * MIB)], [(0, 99.97 * MIB)])
     assert texts(figure)[0].endswith("at most 100 of 100 MiB (99.9%)")
     assert figure.axes[0].get_ylim()[0] > 99.8
 
 
 def test_costs_in_parameters() -> None:
-    figure = cost_timeline({}, 300_000, [(0, 240_000), (10, 290_000)], "parameters", 50)
+    figure = cost_timeline({}, [(0, 300_000)], [(0, 240_000), (10, 290_000)], "parameters", 50)
     (axes,) = figure.axes
     assert axes.get_ylabel() == "parameters"
     assert axes.get_xlim() == (0, 50)
     assert texts(figure)[0] == "Plans take at most 290,000 of 300,000 parameters"
 
 
+def test_a_budget_that_changed_is_that_of_its_time() -> None:
+    limits = [(0, 100 * MIB), (10, 60 * MIB)]
+    kept = cost_timeline({"rankpilot": [(10, 90 * MIB), (11, 57 * MIB)]}, limits, [(0, 91 * MIB), (10, 58 * MIB)])
+    assert texts(kept)[0].endswith("keeps to the budget at every measured step: at most 57 of 60 MiB (95%)")
+    (budget,) = (line for line in kept.axes[0].lines if line.get_color() == BUDGET_RED)
+    assert np.asarray(budget.get_xydata()).tolist() == [[0, 100], [10, 60], [11, 60]]
+    over = cost_timeline({"rankpilot": [(10, 90 * MIB), (11, 90 * MIB)]}, limits)
+    assert texts(over)[0] == "rankpilot exceeds the budget at 1 of 2 measured steps: 90 of 60 MiB"
+
+
 def test_costs_say_so_when_the_budget_is_exceeded() -> None:
-    figure = cost_timeline({"uniform": [(1, 60 * MIB), (2, 120 * MIB)]}, 100 * MIB)
+    figure = cost_timeline({"uniform": [(1, 60 * MIB), (2, 120 * MIB)]}, [(0, 100 * MIB)])
     assert texts(figure)[0] == "uniform exceeds the budget at 1 of 2 measured steps: 120 of 100 MiB"
     assert figure.axes[0].get_ylim()[1] > 120
 
