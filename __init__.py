@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .allocation.decision_log import DecisionLog
     from .allocation.schedule import DecisionSchedule
     from .env.registration import ENV_ID
+    from .finetune.allocate import allocate
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.pilot import RankPilot
+    from .finetune.run import TrainingRun
     from .memory.budget import Budget
 
 silence_worker()
@@ -31,6 +33,8 @@ _LAZY = {
     "DecisionSchedule": ".allocation.schedule",
     "RankPilot": ".finetune.pilot",
     "RankPilotCallback": ".finetune.callback",
+    "TrainingRun": ".finetune.run",
+    "allocate": ".finetune.allocate",
     "attach": ".finetune.callback",
     "load_policy": ".agents.learned.policy_file",
 }
@@ -43,6 +47,8 @@ __all__ = [
     "RankPilot",
     "RankPilotCallback",
     "RankPilotError",
+    "TrainingRun",
+    "allocate",
     "attach",
     "load_policy",
 ]

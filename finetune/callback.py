@@ -141,7 +141,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
         pilot.seed = args.seed if self._seed is None else self._seed
         if pilot.log is None:
-            pilot.log = DecisionLog(Path(args.output_dir) / "decisions")
+            pilot.log = self._default_log(args)
         self._bar = not args.disable_tqdm
         run, name = run_of(step, args, state, objects), Path(args.output_dir).name
         if state.global_step > 0:
@@ -196,6 +196,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 "place of `callbacks=[RankPilotCallback(...)]`, or drive `rankpilot.RankPilot` from your own loop."
             )
         return self._step
+
+    def _default_log(self, args: TrainingArguments) -> DecisionLog | None:
+        return DecisionLog(Path(args.output_dir) / "decisions")
 
     def _take_batches(self, batches: list[Batch]) -> None:
         self._batches = batches

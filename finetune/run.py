@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..data.batches import Collate, largest_batch, small_batches
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
 from ..memory.recording import Batch
-from ..memory.training_step import LossFunction, TrainingStep
+from ..memory.training_step import LossFunction, TrainingStep, model_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,40 @@ class TrainingRun:
     total_steps: int
     accumulation: int
     learning_rate: float
+
+    @classmethod
+    def of_loader(
+        cls,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: DataLoader[Any],
+        *,
+        total_steps: int,
+        loss: LossFunction | None = None,
+        accumulation: int = 1,
+        learning_rate: float | None = None,
+    ) -> TrainingRun:
+        """The run of a plain loop over a DataLoader.
+
+        Args:
+            model: the PEFT model, on its device.
+            optimizer: the optimiser of the run.
+            loader: makes the batches.
+            total_steps: the optimiser steps of the run.
+            loss: the loss of a batch, computed as the loop does; by default the one that the model returns.
+            accumulation: the batches whose gradients make one optimiser step.
+            learning_rate: of the probe; by default the optimiser's.
+
+        Raises:
+            ConfigError: the batches of the loader have no fixed number of examples.
+        """
+        rows = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        if not isinstance(rows, int):
+            raise ConfigError("The batch size of the DataLoader is not known: give it `batch_size`.")
+        rate = optimizer.param_groups[0]["lr"] if learning_rate is None else learning_rate
+        loss = loss or model_loss(model)
+        collate = loader.collate_fn
+        return cls(model, optimizer, loss, loader.dataset, collate, rows, total_steps, accumulation, float(rate))
 
     @property
     def device(self) -> torch.device:

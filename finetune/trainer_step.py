@@ -59,7 +59,7 @@ class TrainerStep:
         """
         trainer, losses = self.trainer, []
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
-        with _put_back(trainer):
+        with put_back(trainer):
             trainer.current_gradient_accumulation_steps = 1
             trainer.accelerator.backward = lambda loss, **_: losses.append(loss)
             try:
@@ -142,7 +142,7 @@ def _retried(
 
 
 @contextmanager
-def _put_back(trainer: Trainer) -> Iterator[None]:
+def put_back(trainer: Trainer) -> Iterator[None]:
     """Put back what is written into a Trainer's attributes, and into the lists and dictionaries that they hold."""
     attributes = dict(vars(trainer))
     containers: dict[int, tuple[Any, Any]] = {}

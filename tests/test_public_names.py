@@ -21,6 +21,8 @@ def test_public_names() -> None:
         "RankPilot",
         "RankPilotCallback",
         "RankPilotError",
+        "TrainingRun",
+        "allocate",
         "attach",
         "load_policy",
     }

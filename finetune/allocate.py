@@ -1,0 +1,202 @@
+"""A static allocation: the ranks that a run would begin with, as a LoraConfig, without training."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from ..agents.learned.policy_file import DEFAULT
+from ..allocation.decision_line import decision_line
+from ..allocation.policy import Policy
+from ..errors import ConfigError
+from ..lora.factors import write_in_place
+from ..lora.peft_config import adapter_ranks
+from ..lora.resize import update_peft_records
+from ..lora.targets import TargetModule, find_target_modules, unwrap
+from ..memory.budget import Budget
+from ..memory.training_step import LossFunction
+from .callback import RankPilotCallback
+from .pilot import RankPilot
+from .run import TrainingRun
+from .trainer_step import put_back
+
+logger = logging.getLogger(__name__)
+
+TOTAL_STEPS = 1000
+"""Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, no more."""
+
+
+@dataclass(frozen=True, eq=False)
+class StaticPlan:
+    """A plan made before training.
+
+    Attributes:
+        config: for a fine-tune by plain PEFT, with `rank_pattern`, `alpha_pattern` and `exclude_modules`.
+        ranks: the rank of each target module, by name.
+        cost: what a training step is predicted to take at its peak, or the number of parameters.
+        limit: the budget, in the same unit.
+        unit: "bytes" or "parameters".
+    """
+
+    config: LoraConfig
+    ranks: Mapping[str, int]
+    cost: float
+    limit: float
+    unit: str
+
+    def line(self) -> str:
+        """The plan in one line."""
+        after = list(self.ranks.values())
+        return decision_line(0, [0] * len(after), after, self.cost, self.limit, self.unit)  # type: ignore[arg-type]
+
+
+def allocate(
+    model: Any,
+    data: DataLoader[Any] | None = None,
+    *,
+    budget: str | float | Budget = "100%",
+    policy: str | Path | Policy = DEFAULT,
+    **options: Any,
+) -> LoraConfig:
+    """The ranks that a policy gives before training, as a LoraConfig for plain PEFT; logs the memory that it predicts.
+
+    A few small steps measure what plans cost and which modules matter. Nothing is trained: the model, its adapter and
+    the Trainer are afterwards as they were.
+
+    Args:
+        model: a Trainer that is ready to train, a PEFT model, or a transformers model, which then gets adapters on all
+            its linear layers.
+        data: batches of the fine-tune; left out for a Trainer, which has its own.
+        budget: see `RankPilot`, as `policy`.
+        policy: who decides.
+        options: for a Trainer those of `RankPilotCallback`; for a model `loss`, `optimizer`, `learning_rate`, `seed`,
+            `bounds`, `schedule`, and `total_steps`, the length of the run that is planned.
+
+    Raises:
+        BudgetError: no plan fits the budget.
+        ConfigError: there is no data.
+        UnsupportedError: the model or its training step cannot be handled.
+
+    Example:
+        >>> config = rankpilot.allocate(model, loader, budget="60%")  # doctest: +SKIP
+        >>> model = get_peft_model(model, config)  # doctest: +SKIP
+    """
+    plan = static_plan(model, data, budget=budget, policy=policy, **options)
+    logger.info(plan.line())
+    return plan.config
+
+
+def static_plan(
+    model: Any,
+    data: DataLoader[Any] | None = None,
+    *,
+    budget: str | float | Budget = "100%",
+    policy: str | Path | Policy = DEFAULT,
+    **options: Any,
+) -> StaticPlan:
+    """As `allocate`, with the ranks and the predicted memory beside the LoraConfig."""
+    if isinstance(model, Trainer):
+        return _plan_of_trainer(model, _FirstPlan(policy, budget, **options))
+    if data is None:
+        raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
+    if isinstance(model, PeftModel):
+        return _plan_of_model(model, data, budget, policy, **options)
+    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    try:
+        return _plan_of_model(adapted, data, budget, policy, **options)
+    finally:
+        adapted.unload()
+
+
+class _DecidedError(Exception):
+    """Ends `Trainer.train` after the first decision."""
+
+
+class _FirstPlan(RankPilotCallback):
+    """Ends the run as soon as it has its first plan, and writes no log."""
+
+    def on_train_begin(self, *arguments: Any, **objects: Any) -> None:
+        """Take the first decision, and end the run."""
+        super().on_train_begin(*arguments, **objects)
+        raise _DecidedError
+
+    def _default_log(self, args: TrainingArguments) -> None:
+        return None
+
+
+def _plan_of_trainer(trainer: Trainer, callback: _FirstPlan) -> StaticPlan:
+    handler = trainer.callback_handler
+    callbacks = handler.callbacks
+    targets = find_target_modules(trainer.model)
+    with put_back(trainer), _adapters_put_back(trainer.model, targets):
+        handler.callbacks = [callback]  # alone, so that no tracker opens a run
+        try:
+            trainer.train()
+        except _DecidedError:
+            callback.pilot.finish()
+            return _static_plan(callback.pilot, trainer.model)
+        finally:
+            handler.callbacks = callbacks
+            if trainer.args.neftune_noise_alpha is not None:  # `train` removes it at its end
+                trainer.neftune_hook_handle.remove()
+    raise AssertionError("a run begins with a plan")
+
+
+def _plan_of_model(
+    model: PeftModel,
+    data: DataLoader[Any],
+    budget: str | float | Budget,
+    policy: str | Path | Policy,
+    *,
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    learning_rate: float = 1e-4,
+    total_steps: int = TOTAL_STEPS,
+    accumulation: int = 1,
+    **options: Any,
+) -> StaticPlan:
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    run = TrainingRun.of_loader(model, optimizer, data, loss=loss, total_steps=total_steps, accumulation=accumulation)
+    pilot = RankPilot(policy, budget, **options)
+    with _adapters_put_back(model, find_target_modules(model)):
+        pilot.begin(run)
+        pilot.finish()
+        return _static_plan(pilot, model)
+
+
+def _static_plan(pilot: RankPilot, model: Any) -> StaticPlan:
+    controller = pilot.controller
+    assert controller is not None
+    config: LoraConfig = copy.deepcopy(unwrap(model).peft_config[controller.targets[0].adapter])
+    config.inference_mode = False
+    ranks = adapter_ranks(controller.targets)
+    return StaticPlan(config, ranks, pilot.predictions[-1][1], pilot.limit, controller.cost.unit)
+
+
+@contextmanager
+def _adapters_put_back(model: Any, targets: Sequence[TargetModule]) -> Iterator[None]:
+    """Give the adapters their values, their ranks and PEFT's configuration back afterwards."""
+    configs = unwrap(model).peft_config
+    before = {name: copy.deepcopy(vars(config)) for name, config in configs.items()}
+    values = [(p, p.detach().clone(), p.requires_grad) for target in targets for p in target.parameters.values()]
+    try:
+        yield
+    finally:
+        for parameter, value, trains in values:
+            write_in_place(parameter, value)
+            parameter.requires_grad_(trains)
+        for target in targets:
+            update_peft_records(target, target.rank)
+        for name, settings in before.items():
+            vars(configs[name]).clear()
+            vars(configs[name]).update(settings)

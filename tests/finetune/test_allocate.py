@@ -1,0 +1,101 @@
+"""Static allocations: the plan before training is the first plan of a run, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rankpilot import RankPilot, RankPilotCallback, TrainingRun, allocate
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.finetune.allocate import static_plan
+from rankpilot.lora.peft_config import adapter_ranks
+from rankpilot.lora.targets import find_target_modules
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
+ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
+SCHEDULE = DecisionSchedule(probe_steps=3)
+
+
+def adapted(config: LlamaConfig) -> Any:
+    set_seed(0)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    return get_peft_model(LlamaForCausalLM(config), lora)
+
+
+def trainer_of(model: Any, folder: Path, **options: Any) -> Trainer:
+    settings = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
+    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True} | options
+    return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=ROWS)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("budget", ["80%", "3k params"])
+def test_the_plan_is_the_first_of_a_run(llama_config: LlamaConfig, tmp_path: Path, budget: str) -> None:
+    trainer = trainer_of(adapted(llama_config), tmp_path / "run")
+    before, attributes, settings = weights(trainer.model), dict(vars(trainer)), vars(trainer.args).copy()
+    plan = static_plan(trainer, budget=budget, policy="signal-mean", schedule=SCHEDULE)
+    assert vars(trainer) == attributes
+    assert vars(trainer.args) == settings
+    assert not (tmp_path / "run" / "decisions").exists()
+    for name, value in weights(trainer.model).items():
+        assert torch.equal(value, before[name]), name
+    assert trainer.model.peft_config["default"].rank_pattern == {}
+    trainer.add_callback(RankPilotCallback("signal-mean", budget, schedule=SCHEDULE))
+    trainer.train()
+    first = DecisionLog(tmp_path / "run" / "decisions").read().slice(0, len(plan.ranks))
+    assert dict(zip(first["module"].to_pylist(), first["rank_after"].to_pylist(), strict=True)) == plan.ranks
+    assert first["predicted_cost"][0].as_py() == plan.cost <= plan.limit == first["limit"][0].as_py()
+
+
+def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    trainer = trainer_of(adapted(llama_config), tmp_path / "run")
+    plan = static_plan(trainer, budget="70%", policy="signal-mean", schedule=SCHEDULE)
+    assert 0 in plan.ranks.values()
+    plan.config.save_pretrained(str(tmp_path / "config"))
+    config = LoraConfig.from_pretrained(str(tmp_path / "config"))
+    model = get_peft_model(LlamaForCausalLM(llama_config), config)
+    targets = find_target_modules(model)
+    assert adapter_ranks(targets) == {name: rank for name, rank in plan.ranks.items() if rank}
+    assert {target.scaling for target in targets} == {2.0}
+    assert plan.line().endswith(f"mean rank {sum(plan.ranks.values()) / len(plan.ranks):.1f}")
+
+
+def test_a_model_and_a_loader(llama_config: LlamaConfig) -> None:
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+    loader = DataLoader(ROWS, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
+    set_seed(0)
+    base = LlamaForCausalLM(llama_config)
+    names = list(base.state_dict())
+    config = allocate(base, loader, budget="80%", policy="signal-mean", schedule=SCHEDULE, learning_rate=1e-2)
+    assert list(base.state_dict()) == names, "the base model has no adapter afterwards"
+    assert not hasattr(base, "peft_config")
+    model = adapted(llama_config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    pilot = RankPilot("signal-mean", "80%", schedule=SCHEDULE)
+    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=1000))
+    assert config.rank_pattern == model.peft_config["default"].rank_pattern
+    with pytest.raises(ConfigError, match="pass a DataLoader, or a Trainer"):
+        allocate(base)
+
+
+def test_a_budget_that_nothing_fits_changes_nothing(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    trainer = trainer_of(adapted(llama_config), tmp_path / "run", neftune_noise_alpha=5.0)
+    before = weights(trainer.model)
+    hooks = len(trainer.model.get_input_embeddings()._forward_hooks)
+    with pytest.raises(BudgetError, match="smallest that works"):
+        allocate(trainer, budget="10KiB", policy="signal-mean", schedule=SCHEDULE)
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer.model).items())
+    assert len(trainer.model.get_input_embeddings()._forward_hooks) == hooks
