@@ -149,7 +149,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             pilot.resume(run, load_state(folder), step=state.global_step, name=name)
         else:
             pilot.begin(run, name=name)
-        step.follow(self._take_batches, self._take_loss, pilot.out_of_memory)
+        step.follow(self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any

@@ -96,7 +96,7 @@ class RankPilot:
         self._name = ""
         self.predictions: list[tuple[int, float]] = []
         self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
-        self._step = 0
+        self._step = self._shown = 0
 
     @property
     def peaks(self) -> list[tuple[int, int]]:
@@ -129,7 +129,7 @@ class RankPilot:
             NonFiniteError: the loss is NaN or infinite.
         """
         self._check_run(run)
-        self.predictions, self._step = [], 0
+        self.predictions, self._step, self._shown = [], 0, 0
         self._guard, self._losses, self._gradients = PeakGuard(self._measure_every), LossMeter(), GradientWatch()
         targets = find_target_modules(run.model)
         make_resizable(run.model, targets)
@@ -242,7 +242,10 @@ class RankPilot:
         }
 
     def figures(self) -> dict[str, float]:
-        """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan, limit, latest peak."""
+        """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan and limit.
+
+        The highest peak is among them if a step was measured since the last call.
+        """
         controller = self._controller
         ranks, unit = controller.ranks, controller.cost.unit
         figures = {
@@ -252,7 +255,8 @@ class RankPilot:
             f"budget_{unit}": self.limit,
             "rank_decisions": float(len(self.predictions)),
         }
-        return figures | ({"peak_bytes": float(self.peaks[-1][1])} if self.peaks else {})
+        fresh, self._shown = self.peaks[self._shown :], len(self.peaks)
+        return figures | ({"peak_bytes": float(max(peak for _, peak in fresh))} if fresh else {})
 
     # What the events do -----------------------------------------------------------------------------------------------
 

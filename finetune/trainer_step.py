@@ -80,7 +80,11 @@ class TrainerStep:
         return loss
 
     def follow(
-        self, batches: Callable[[list[Batch]], None], losses: Callable[[torch.Tensor], None], again: Callable[[], None]
+        self,
+        batches: Callable[[list[Batch]], None],
+        losses: Callable[[torch.Tensor], None],
+        again: Callable[[], None],
+        figures: Callable[[], dict[str, float]],
     ) -> None:
         """Follow the real steps.
 
@@ -88,9 +92,10 @@ class TrainerStep:
             batches: called with the batches of each optimiser step before the first is run.
             losses: called with the loss of each batch, as the Trainer counts it: those of one step add up to its mean.
             again: called after a batch that ran out of memory. Then all batches of the step so far run once more.
+            figures: go into each of the Trainer's log entries that has a training loss, and so to all its trackers.
         """
         trainer = self.trainer
-        get_batches, run_step = trainer.get_batch_samples, trainer.training_step
+        get_batches, run_step, write_log = trainer.get_batch_samples, trainer.training_step, trainer.log
         done: list[tuple[Any, ...]] = []
 
         def get_batch_samples(*arguments: Any, **options: Any) -> Any:
@@ -105,11 +110,14 @@ class TrainerStep:
             losses(loss)
             return loss
 
-        trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
+        def log(logs: dict[str, float], *rest: Any, **options: Any) -> None:
+            write_log({**logs, **figures()} if "loss" in logs else logs, *rest, **options)
+
+        trainer.get_batch_samples, trainer.training_step, trainer.log = get_batch_samples, training_step, log
 
     def release(self) -> None:
         """Stop following."""
-        for name in ("get_batch_samples", "training_step"):
+        for name in ("get_batch_samples", "training_step", "log"):
             vars(self.trainer).pop(name, None)
 
 

@@ -182,6 +182,19 @@ def test_the_budget_is_never_exceeded_and_the_prediction_is_right(whole: Run) ->
     assert 0.95 * pilot.predictions[-1][1] <= max(last) <= pilot.predictions[-1][1], "no signals are taken any more"
 
 
+def test_ranks_peak_and_budget_stand_in_the_trainers_log(whole: Run) -> None:
+    rows = [row for row in whole.trainer.state.log_history if "loss" in row]
+    assert len(rows) == STEPS
+    names = len(find_target_modules(whole.model))
+    for row, ranks in zip(rows, whole.recorder.ranks, strict=True):
+        assert row["rank_mean"] == pytest.approx(sum(ranks.values()) / names)
+        assert row["rank_modules"] == sum(rank > 0 for rank in ranks.values())
+        assert row["peak_bytes"] == dict(whole.pilot.peaks)[row["step"]] <= row["budget_bytes"]  # type: ignore[union-attr]
+    assert {row["budget_bytes"] for row in rows} == {whole.controller.limit}
+    assert rows[-1]["plan_bytes"] == whole.pilot.predictions[-1][1]  # type: ignore[union-attr]
+    assert rows[-1]["rank_decisions"] == len(DECISIONS)
+
+
 def test_the_decision_log(whole: Run) -> None:
     table = whole.log()
     names = [target.name for target in find_target_modules(whole.model)]
