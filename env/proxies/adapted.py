@@ -8,12 +8,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ...lora.targets import TargetModule, find_target_modules
+from ...memory.batch_shape import BatchShape
 from ...memory.calibration import calibrate
 from ...memory.cost import Cost, ParameterCost
+from ...memory.model import MemoryModel
 from .bases import Unit, find_base, load_base_model
 
 SCALING = 2.0
 """Constant LoRA scaling of proxy runs (alpha 16 at rank 8, PEFT users' most common setting)."""
+
+
+CALIBRATED_ROWS = 4
+"""Rows from which on calibration records the same small steps, whatever their number."""
 
 
 @lru_cache(maxsize=16)
@@ -34,17 +40,23 @@ def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
 @lru_cache(maxsize=256)
 def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> Cost:
     """What plans on a proxy base cost at one batch shape."""
-    model, targets = adapted_base(base)
     if unit == "parameters":
-        return ParameterCost.of(targets)
-    tokens = torch.zeros(rows, length, dtype=torch.int64)
+        return ParameterCost.of(adapted_base(base)[1])
+    return proxy_memory(base, length, checkpointing).cost(BatchShape(rows, length))
+
+
+@lru_cache(maxsize=64)
+def proxy_memory(base: str, length: int, checkpointing: bool) -> MemoryModel:
+    """Predicts the memory of any number of rows."""
+    model, targets = adapted_base(base)
+    tokens = torch.zeros(CALIBRATED_ROWS, length, dtype=torch.int64)
     inner = model.get_base_model()
     if not checkpointing:
-        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
+        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens})
     inner.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # transformers checkpoints in training alone; the bases have no dropout
     try:
-        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
+        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens})
     finally:
         inner.gradient_checkpointing_disable()
         if hasattr(inner, "_require_grads_hook"):  # set by enabling; it would make all later steps save everything

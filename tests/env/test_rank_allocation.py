@@ -22,7 +22,7 @@ from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.single import Episode, _measured_reference, probe_task, reference_of, rule_losses
-from rankpilot.env.proxies.adapted import adapted_base, proxy_cost
+from rankpilot.env.proxies.adapted import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.rendering import HEIGHT, WIDTH
 from rankpilot.env.reward import CHURN
@@ -44,7 +44,7 @@ FORMS = pytest.mark.parametrize("actions", ["deltas", "scores"])
 
 def forget() -> None:
     """Drop everything that is remembered about tasks, so that it has to come out the same again."""
-    for cached in (load_task, probe_task, proxy_cost, _measured_reference, rule_losses, adapted_base):
+    for cached in (load_task, probe_task, proxy_cost, proxy_memory, _measured_reference, rule_losses, adapted_base):
         cached.cache_clear()
 
 

@@ -16,7 +16,7 @@ from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.data.corpora import load_corpus, sample_windows
 from rankpilot.data.labelled import load_labelled
 from rankpilot.env.episodes.single import Episode, probe_task
-from rankpilot.env.proxies.adapted import adapted_base, proxy_cost
+from rankpilot.env.proxies.adapted import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.proxies.bases import BASES_FOLDER, PROXY_BASES, find_base, load_base_model
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.objectives import FIRST_CLASS, label_loss, language_inputs
@@ -358,9 +358,14 @@ def test_weights_of_another_architecture_are_refused(monkeypatch: pytest.MonkeyP
 # Prices ---------------------------------------------------------------------------------------------------------------
 
 
+def forget_costs() -> None:
+    for cached in (proxy_cost, proxy_memory):
+        cached.cache_clear()
+
+
 @pytest.mark.parametrize("base", ["llama-4x32", "bert-4x64", "gpt2-4x32"])
 def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make_task: MakeTask, base: str) -> None:
-    proxy_cost.cache_clear()  # a price from before may be of a model that is gone
+    forget_costs()  # a cost from before may be of a model that is gone
     plain, checkpointed = (
         ProxyFineTune(make_task(base=base, length=32, checkpointing=on)).cost() for on in (False, True)
     )
@@ -382,17 +387,20 @@ def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make
         assert plan_cost(checkpointed, ranks) == plan_cost(real, ranks)
     assert not model.training
     assert not model.get_base_model().is_gradient_checkpointing
-    proxy_cost.cache_clear()
+    forget_costs()
     after = ProxyFineTune(make_task(base=base, length=32)).cost()
     assert plan_cost(after, uniform) == plan_cost(plain, uniform), "pricing with checkpointing leaves no trace"
 
 
 def test_the_price_is_that_of_the_rows_asked_for(make_task: MakeTask) -> None:
-    priced, real = ProxyFineTune(make_task(priced_rows=12)).cost(), ProxyFineTune(make_task(batch_size=12)).cost()
+    priced, task = ProxyFineTune(make_task(priced_rows=12)).cost(), make_task(batch_size=12)
+    model, targets = adapted_base(task.base)
+    tokens = torch.zeros(12, task.length, dtype=torch.int64)
+    measured = calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
     generator = np.random.default_rng(0)
     for _ in range(4):
         ranks = generator.integers(0, 9, 28)
-        assert plan_cost(priced, ranks) == plan_cost(real, ranks)
+        assert plan_cost(priced, ranks) == plan_cost(measured, ranks) == plan_cost(ProxyFineTune(task).cost(), ranks)
         assert plan_cost(priced, ranks) > plan_cost(ProxyFineTune(make_task()).cost(), ranks)
 
 
