@@ -157,10 +157,10 @@ class _Search:
         improved = True
         while improved and left > 0:
             improved = False
-            for trial in islice(self._neighbours(plan, prices), left):
+            for candidate in islice(self._neighbours(plan, prices), left):
                 left -= 1
-                if self._fits(trial) and self._worth(trial) > worth * (1 + 1e-12):
-                    plan, worth, improved = trial, self._worth(trial), True
+                if self._fits(candidate) and self._worth(candidate) > worth * (1 + 1e-12):
+                    plan, worth, improved = candidate, self._worth(candidate), True
                     break
         return plan
 
@@ -171,11 +171,11 @@ class _Search:
             for rung in range(int(bottoms[module]), int(tops[module]) + 1):
                 if rung == plan[module]:
                     continue
-                trial = plan.copy()
-                trial[module] = rung
+                candidate = plan.copy()
+                candidate[module] = rung
                 others = self._modules != module
-                trial = self._relieved(trial, prices, others)
-                yield self._spent(trial, prices, others) if self._fits(trial) else trial
+                candidate = self._relieved(candidate, prices, others)
+                yield self._spent(candidate, prices, others) if self._fits(candidate) else candidate
 
     def _relieved(self, plan: IntArray, prices: FloatArray, free: BoolArray) -> IntArray:
         """A plan after lowering `free` modules until it fits, if that is possible, the least utility per byte first."""

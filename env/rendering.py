@@ -41,7 +41,7 @@ class EpisodeTrace:
         total_steps: optimiser steps of the whole episode.
         steps: optimiser steps at which ranks were set, rising.
         ranks: ranks from each of those steps on, int (len(steps), modules).
-        costs: price of each of those plans, in `unit`, (len(steps),).
+        costs: cost of each of those plans, in `unit`, (len(steps),).
         limit: the budget, in `unit`.
         unit: "bytes" or "parameters".
         losses: (step at the end of an interval, mean training loss in it); may be empty or hold NaN.
@@ -71,7 +71,7 @@ class EpisodeTrace:
 
     @property
     def shares(self) -> FloatArray:
-        """Price of each plan as a percentage of the budget, (len(steps),)."""
+        """CostKind of each plan as a percentage of the budget, (len(steps),)."""
         return 100 * np.asarray(self.costs, dtype=np.float64) / self.limit
 
     def plan(self, back: int = 0) -> IntArray:

@@ -23,12 +23,12 @@ BUILTINS = {
 
 
 def test_the_tree_is_complete():
-    found = {
+    kinds = {
         name
         for name, kind in vars(errors).items()
         if isinstance(kind, type) and issubclass(kind, RankPilotError) and kind is not RankPilotError
     }
-    assert found == set(BUILTINS)
+    assert kinds == set(BUILTINS)
 
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())

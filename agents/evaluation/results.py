@@ -19,6 +19,8 @@ from ..rules import EARLIER_NAMES
 Key = tuple[str, str, int]
 """Policy, task and seed: what makes a row unique."""
 
+_EARLIER_COLUMNS = {"price": "cost_kind"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -33,7 +35,7 @@ class Row:
         family: "llama", "bert" or "gpt2".
         depth: layers of the base.
         budget: share of what uniform rank 8 takes.
-        price: what is counted; see `ProxyTask.price`.
+        cost_kind: what is counted; see `ProxyTask.cost_kind`.
         place: where a change was planted, or the text that was shifted to.
         initial_loss: before training.
         uniform_loss: of the uniform run in the same budget, at the learning rate that is best for it.
@@ -51,7 +53,7 @@ class Row:
     family: str
     depth: int
     budget: float
-    price: str
+    cost_kind: str
     place: str
     initial_loss: float
     uniform_loss: float
@@ -92,7 +94,7 @@ def row_of(policy: str, origin: ProxyTask, task: ProxyTask, reference: Reference
         family=base.family,
         depth=base.depth,
         budget=task.budget,
-        price=task.price,
+        cost_kind=task.cost_kind,
         place=task.placement if task.kind == "planted" else task.corpus,
         initial_loss=reference.initial,
         uniform_loss=reference.uniform,
@@ -115,14 +117,14 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none if it is absent. A torn last line is left out, and rules have their names of today.
+    """The rows of a file; none if it is absent. A torn last line is left out, and names are those of today.
 
     Raises:
         RunFolderError: it holds something else.
     """
     lines: list[Any] = read_json_lines(path)
     try:
-        rows = [Row(**line) for line in lines]
+        rows = [Row(**{_EARLIER_COLUMNS.get(name, name): value for name, value in line.items()}) for line in lines]
     except TypeError as error:
         raise RunFolderError(f"{path} holds no results of this version of rankpilot ({error}).") from error
     return [replace(row, policy=EARLIER_NAMES.get(row.policy, row.policy)) for row in rows]

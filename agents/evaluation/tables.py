@@ -63,11 +63,11 @@ def groups_of(rows: Sequence[Row], against: str) -> list[Group]:
         against: name of the policy that all are compared with.
     """
     groups = [_group("all tasks", rows, against)]
-    places = sorted({(row.kind, row.price) for row in rows})
+    places = sorted({(row.kind, row.cost_kind) for row in rows})
     if len(places) > 1:
-        for kind, price in places:
-            alike = [row for row in rows if (row.kind, row.price) == (kind, price)]
-            groups.append(_group(f"{kind}, {price}", alike, against))
+        for kind, cost_kind in places:
+            alike = [row for row in rows if (row.kind, row.cost_kind) == (kind, cost_kind)]
+            groups.append(_group(f"{kind}, {cost_kind}", alike, against))
     return [group for group in groups if group.tasks > 1]
 
 

@@ -26,7 +26,7 @@ class FreshTasks:
 
     Attributes:
         templates: tasks by suite; fresh ones differ from one of them in the seed alone. Suites take turns, and what
-            budgets count (`ProxyTask.price`) is drawn evenly.
+            budgets count (`ProxyTask.cost_kind`) is drawn evenly.
         count: tasks of each stack.
         seed: of the draws.
     """
@@ -56,9 +56,9 @@ class FreshTasks:
         tasks = []
         for place in range(self.count):
             suite = suites[(round_ + stack + place) % len(suites)]
-            prices = sorted({task.price for task in suite})
-            price = prices[int(generator.integers(len(prices)))]
-            alike = [task for task in suite if task.price == price]
+            cost_kinds = sorted({task.cost_kind for task in suite})
+            cost_kind = cost_kinds[int(generator.integers(len(cost_kinds)))]
+            alike = [task for task in suite if task.cost_kind == cost_kind]
             tasks.append(fresh_task(alike[int(generator.integers(len(alike)))], generator))
         return tasks
 
@@ -144,4 +144,4 @@ def vary(task: ProxyTask, suite: Sequence[ProxyTask]) -> ProxyTask:
 
 
 def _counts(task: ProxyTask) -> tuple[object, ...]:
-    return task.base, task.price, task.priced_rows
+    return task.base, task.cost_kind, task.priced_rows

@@ -44,10 +44,6 @@ class Reference:
             return 0.1 * self.gain
         return max(self.uniform - self.best, 0.05 * self.gain)
 
-    def improvement(self, loss: float) -> float:
-        """How much lower a loss is than the uniform run's, as a share of what the uniform run gained."""
-        return (self.uniform - loss) / self.gain
-
 
 class FineTune(Hashable, Protocol):
     """What an episode needs of a fine-tune; `ProxyFineTune` and `OwnTask` are the two there are."""

@@ -1,4 +1,4 @@
-"""The best allocation of a planted task, and the regret of any other.
+"""The best allocation of a planted task, and the least loss of any other.
 
 Two measures without training:
 
@@ -59,11 +59,6 @@ def attainable_loss(task: ProxyTask, ranks: IntArray) -> float:
     names = [target.name for target in adapted_base(task.base)[1]]
     by_name = dict(zip(names, ranks.tolist(), strict=True))
     return _loss(task, [by_name[change.name] for change in _changes(task)])
-
-
-def regret(task: ProxyTask, problem: AllocationProblem, ranks: IntArray) -> float:
-    """How much more of the teacher's divergence these ranks must leave than the oracle's, in nats."""
-    return attainable_loss(task, ranks) - attainable_loss(task, oracle_plan(task, problem))
 
 
 @lru_cache(maxsize=CACHED_TASKS)

@@ -20,7 +20,7 @@ from .finetune import Reference
 
 Kind = Literal["planted", "shift", "classify"]
 Placement = Literal["low", "high", "spread"]
-Price = Literal["bytes", "checkpointed", "large batch", "parameters"]
+CostKind = Literal["bytes", "checkpointed", "large batch", "parameters"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
@@ -97,11 +97,11 @@ class ProxyTask:
     def id(self) -> str:
         """A readable name, unique among tasks that differ in kind, place, budget or seed."""
         where = self.placement if self.kind == "planted" else self.corpus
-        price = self.price if self.priced_rows is None else f"{self.price} of {self.priced_rows}"
-        return f"{self.base}/{self.kind}-{where}/{self.budget:.3g} {price}/{self.seed}"
+        counted = self.cost_kind if self.priced_rows is None else f"{self.cost_kind} of {self.priced_rows}"
+        return f"{self.base}/{self.kind}-{where}/{self.budget:.3g} {counted}/{self.seed}"
 
     @property
-    def price(self) -> Price:
+    def cost_kind(self) -> CostKind:
         """What is counted: "bytes", "checkpointed" bytes, those of a "large batch", or "parameters"."""
         if self.unit == "parameters" or not (self.checkpointing or self.priced_rows):
             return self.unit

@@ -69,10 +69,10 @@ def _admit(problem, scores, rung, bottoms, tops):
             continue
         for member in _precedence(problem, scores):
             if member in members:
-                trial = rungs.copy()
-                trial[member] = whole[member]
-                if fits(problem, trial):
-                    rungs = trial
+                candidate = rungs.copy()
+                candidate[member] = whole[member]
+                if fits(problem, candidate):
+                    rungs = candidate
         break
     return rungs
 

@@ -102,9 +102,9 @@ def _needs_of_layer(layers, layer):
     """Which modules make each of the layer's tensors be held, bool (tensors, modules)."""
     needs = np.zeros((len(TENSORS), layers * len(LETTERS)), dtype=bool)
     first = layer * len(LETTERS)
-    for row, (_, _, own, chained) in enumerate(TENSORS):
+    for row, (_, _, needed, chained) in enumerate(TENSORS):
         needs[row, :first] = chained
-        needs[row, [first + LETTERS.index(letter) for letter in own]] = True
+        needs[row, [first + LETTERS.index(letter) for letter in needed]] = True
     return needs
 
 

@@ -79,9 +79,9 @@ def test_the_utility_is_close_to_that_of_a_full_search():
         problem = utility_problem(generator, ladder, count)
         utility = random_utility(generator, problem)
         best = full_search(problem, utility)
-        found = worth(problem, utility, best_plan(problem, utility))
-        assert found <= best * (1 + 1e-9)
-        shares.append(found / best if best > 0 else 1.0)
+        reached = worth(problem, utility, best_plan(problem, utility))
+        assert reached <= best * (1 + 1e-9)
+        shares.append(reached / best if best > 0 else 1.0)
     assert np.median(shares) >= 0.9999
     assert min(shares) >= 0.95
     assert np.mean(np.array(shares) > 1 - 1e-9) >= 0.9

@@ -83,8 +83,8 @@ def test_rules_keep_to_the_budget_and_the_bounds(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_top_down_whole_is_the_one_that_a_full_search_finds(seed):
     problem = transformer_problem(seed)
-    found = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, 16))]
-    layers = max(found, default=1)
+    fitting_layers = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, 16))]
+    layers = max(fitting_layers, default=1)
     fitting = [r for r in range(1, 65) if problem.fits(top_layers(problem, layers, r))]
     expected = top_layers(problem, layers, fitting[-1]) if fitting else pack(problem, np.zeros(35), 1.0)
     assert top_down_whole(problem).tolist() == expected.tolist()

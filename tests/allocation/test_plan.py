@@ -139,12 +139,12 @@ def test_the_budget_that_the_message_names_works(problem, seed):
     poor = replace(problem, limit=0.5)
     with pytest.raises(BudgetError, match="fits no adapter at all") as caught:
         check_budget(poor, names)
-    found = re.search(r"smallest that works is (.+?) \(rank (\d+) on '(module\.\d+)' alone", str(caught.value))
-    named = Budget.parse(found[1].replace("parameters", "params"))
+    match = re.search(r"smallest that works is (.+?) \(rank (\d+) on '(module\.\d+)' alone", str(caught.value))
+    named = Budget.parse(match[1].replace("parameters", "params"))
     assert named.kind == ("parameters" if isinstance(problem.cost, ParameterCost) else "bytes")
     check_budget(replace(problem, limit=named.value), names)
     one = np.zeros_like(problem.ranks)
-    one[names.index(found[3])] = int(found[2])
+    one[names.index(match[3])] = int(match[2])
     assert plan_cost(problem.cost, one) <= named.value
     # And it is not much more than needed.
     with pytest.raises(BudgetError):

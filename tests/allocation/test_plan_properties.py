@@ -203,8 +203,8 @@ def test_running_costs_are_those_of_the_whole_set():
                 change = removals if active[module] else additions
                 assert (change[:, module] == abs(fixed_cost(cost, after) - fixed.value)).all()
                 assert ((additions + removals - change)[:, module] == 0).all()
-            some = np.flatnonzero(generator.random(len(active)) < 0.3)
-            coming, going = some[~active[some]], some[active[some]]
+            changed = np.flatnonzero(generator.random(len(active)) < 0.3)
+            coming, going = changed[~active[changed]], changed[active[changed]]
             fixed.remove_all(going)
             if generator.random() < 0.5:
                 fixed.add_all(coming)
@@ -212,7 +212,7 @@ def test_running_costs_are_those_of_the_whole_set():
                 for module in coming.tolist():
                     assert (fixed.value_with(module) >= fixed.value).all()
                     fixed.add(module, fixed.value_with(module))
-            active[some] = ~active[some]
+            active[changed] = ~active[changed]
         assert (fixed.value == fixed_cost(cost, active)).all()
 
 

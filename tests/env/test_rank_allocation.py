@@ -25,7 +25,7 @@ from rankpilot.env.episodes.single import Episode, _measured_reference, probe_ta
 from rankpilot.env.proxies.adapted import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.rendering import HEIGHT, WIDTH
-from rankpilot.env.reward import CHURN
+from rankpilot.env.reward import CHURN, Comparison
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
@@ -142,12 +142,12 @@ def test_envs_that_take_turns_within_episodes_do_not_touch_each_other(
         observation, info = env.reset(seed=5)
         rows.append([(observation, 0.0, False, False, info)])
     assert len({env.render() for env in envs}) == 3
-    while any(not own[-1][2] for own in rows):
-        for env, own in zip(envs, rows, strict=True):
-            if not own[-1][2]:
-                own.append(env.step(env.action_space.sample()))
-    for before, own, picture, env in zip(alone, rows, pictures, envs, strict=True):
-        assert_same(before, own)
+    while any(not each[-1][2] for each in rows):
+        for env, each in zip(envs, rows, strict=True):
+            if not each[-1][2]:
+                each.append(env.step(env.action_space.sample()))
+    for before, each, picture, env in zip(alone, rows, pictures, envs, strict=True):
+        assert_same(before, each)
         assert env.render() == picture
 
 
@@ -312,8 +312,8 @@ def test_a_held_out_loss_that_is_not_finite_is_a_failed_run(
 def test_a_uniform_run_without_a_finite_end_gained_nothing(
     make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, found = make_task(seed=61), iter([3.0, float("nan")])
-    monkeypatch.setattr(TaskData, "held_out_loss", lambda self, model: next(found))
+    task, losses = make_task(seed=61), iter([3.0, float("nan")])
+    monkeypatch.setattr(TaskData, "held_out_loss", lambda self, model: next(losses))
     assert reference_of(ProxyFineTune(task), schedule) == Reference(3.0, 3.0)
 
 
@@ -375,7 +375,8 @@ def test_the_uniform_plan_is_the_zero_of_the_reward(make_task: MakeTask, schedul
         episode = Episode(ProxyFineTune(task), schedule)
         ranks = uniform_ranks(episode.controller.problem())
         loss = episode.run_fixed(ranks)
-        assert reference_of(ProxyFineTune(task), schedule).improvement(loss) == 0.0
+        reference = reference_of(ProxyFineTune(task), schedule)
+        assert Comparison.with_uniform(reference).improvement(loss) == 0.0
         assert episode.controller.problem().fits(ranks)
 
 
@@ -612,7 +613,7 @@ def test_a_vector_of_copies(
     first = {key: value.copy() for key, value in observations.items()}
     for turn, action in enumerate(actions):
         observations, rewards, terminated, truncated, infos = envs.step(action)
-        assert rewards.tolist() == [own[turn][1] for own in expected]
+        assert rewards.tolist() == [each[turn][1] for each in expected]
         assert terminated.tolist() == [turn == 3] * 2
         assert not truncated.any()
         same = mode is AutoresetMode.SAME_STEP and turn == 3
@@ -621,7 +622,7 @@ def test_a_vector_of_copies(
             for key, value in expected[copy][turn][0].items():
                 np.testing.assert_array_equal(seen[key], value)
         losses = infos["final_info"]["loss"] if same else infos["loss"]
-        assert losses.tolist() == [own[turn][4]["loss"] for own in expected]
+        assert losses.tolist() == [each[turn][4]["loss"] for each in expected]
     if mode is AutoresetMode.NEXT_STEP:
         observations = envs.step(actions[0])[0]
     for key, value in first.items():

@@ -212,3 +212,5 @@ def test_rows_as_lines(tmp_path: Path) -> None:
     assert read_rows(file) == rows
     append_rows(file, made_up("fracrule", {3: 0.2}))
     assert read_rows(file)[-1] == made_up("top-down", {3: 0.2})[0], "under the name that the rule has now"
+    file.write_text(file.read_text().replace('"cost_kind"', '"price"'))
+    assert read_rows(file)[:2] == rows, "a column of an earlier name"

@@ -76,9 +76,9 @@ def test_rules_are_among_them(
     observation = make_observation(16, seed, max_step=max_step, **options)
     expected = find_rule(rule).decide(observation)
     scores, placement = proposals(observation)
-    found = decision_from_scores(observation, scores[number], placement[number])
-    np.testing.assert_array_equal(found.ranks, expected.ranks)
-    assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
+    decision = decision_from_scores(observation, scores[number], placement[number])
+    np.testing.assert_array_equal(decision.ranks, expected.ranks)
+    assert (decision.rank_floor, decision.depth_bias) == (expected.rank_floor, expected.depth_bias)
     plan = project(observation.problem, expected.ranks, expected.scores)
     np.testing.assert_array_equal(ranks_of(observation, (scores, placement), number), plan.ranks)
 
@@ -91,9 +91,9 @@ def test_the_actor_is_among_them(
     observation, scores = make_observation(16, seed, max_step=max_step, **options), actor_scores(16, seed)
     expected = decision_from_scores(observation, scores, PLACEMENT)
     actions = proposals(observation, scores=scores)
-    found = decision_from_scores(observation, actions[0][ACTOR], actions[1][ACTOR])
-    np.testing.assert_array_equal(found.ranks, expected.ranks)
-    assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
+    decision = decision_from_scores(observation, actions[0][ACTOR], actions[1][ACTOR])
+    np.testing.assert_array_equal(decision.ranks, expected.ranks)
+    assert (decision.rank_floor, decision.depth_bias) == (expected.rank_floor, expected.depth_bias)
 
 
 def test_the_fixed_ones_are_different_plans(make_observation: MakeObservation, options: dict[str, Any]) -> None:
@@ -201,11 +201,11 @@ def test_plans_differ_in_depth_and_in_order(make_observation: MakeObservation, o
 
 
 def test_scores_are_sums_of_what_can_be_read_off(make_observation: MakeObservation) -> None:
-    observation, own = make_observation(16), 0.1 * actor_scores(16)
-    scores, _ = proposals(observation, 48, scores=own)
+    observation, given_scores = make_observation(16), 0.1 * actor_scores(16)
+    scores, _ = proposals(observation, 48, scores=given_scores)
     columns = [MODULE_FEATURES.index(name) for name in ("rank_cost", "relative_depth")]
     signals = observation.modules[:, :3].astype(np.float64).mean(axis=1)
-    basis = np.stack([signals, *observation.modules[:, columns].T.astype(np.float64), own], axis=1)
+    basis = np.stack([signals, *observation.modules[:, columns].T.astype(np.float64), given_scores], axis=1)
     basis -= basis.mean(axis=0)
     free = np.abs(scores).max(axis=1) < SCORE_BOUND
     assert free.sum() > 40

@@ -87,8 +87,8 @@ def test_modules_that_do_not_exist_change_nothing() -> None:
     action = network(*given)
     more = network(*padded(*given))
     keep = [*range(6), 11, 12]
-    for found, expected in zip(vars(part(more, keep)).values(), vars(action).values(), strict=True):
-        torch.testing.assert_close(found, expected)
+    for kept, expected in zip(vars(part(more, keep)).values(), vars(action).values(), strict=True):
+        torch.testing.assert_close(kept, expected)
     assert not more.mean[:, 6:11].any()
     assert not more.factors[:, 6:11].any()
 
@@ -146,7 +146,7 @@ def test_a_frozen_estimate_stays_as_it_is() -> None:
     """Whatever else is trained; and everything else can be."""
     network = stirred()
     seen: list[torch.Tensor] = []
-    network.estimate_head.register_forward_hook(lambda _, __, found: seen.append(found))
+    network.estimate_head.register_forward_hook(lambda _, __, output: seen.append(output))
     given = arrays(6)
     network.freeze_estimate()
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
@@ -201,11 +201,11 @@ def test_density_and_entropy_are_those_of_a_normal_distribution() -> None:
         (gaussian.log_prob(points), normal.log_prob(points)),
         (gaussian.entropy(), normal.entropy()),
     ):
-        found, expected = (
+        actual, expected = (
             torch.autograd.grad(value.sum(), parameters, retain_graph=True, allow_unused=True)
             for value in (ours, theirs)
         )
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(actual, expected, strict=True):
             assert (one is None) == (other is None)
             if one is not None:
                 torch.testing.assert_close(one, other)
@@ -261,8 +261,8 @@ def test_padding_counts_for_nothing() -> None:
     assert torch.equal(gaussian.log_prob(elsewhere), gaussian.log_prob(points)), "not by a bit"
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (action.mean, action.std, action.factors)]
     points.requires_grad_()
-    own = CorrelatedGaussian(Action(*leaves, values=action.values), given[2].double())
-    for value in (own.log_prob(points), own.entropy()):
+    correlated = CorrelatedGaussian(Action(*leaves, values=action.values), given[2].double())
+    for value in (correlated.log_prob(points), correlated.entropy()):
         gradients = torch.autograd.grad(value.sum(), [*leaves, points], retain_graph=True, allow_unused=True)
         for gradient in gradients:
             assert gradient is None or not gradient[:, 6:11].any()
@@ -271,14 +271,14 @@ def test_padding_counts_for_nothing() -> None:
 def test_gradients_do_not_depend_on_what_is_in_the_padding() -> None:
     """Not by a bit, even if it is absurd."""
     points = torch.randn(3, 13, generator=torch.Generator().manual_seed(2))
-    found = []
+    results = []
     for filling in (0.0, 2.9):
         network = stirred()
         given = padded(*arrays(6), filling=filling)
         gaussian = CorrelatedGaussian(network(*given), given[2])
         (gaussian.log_prob(points).sum() + gaussian.entropy().sum()).backward()
-        found.append([p.grad for name, p in network.named_parameters() if "critics" not in name])
-    for one, other in zip(*found, strict=True):
+        results.append([p.grad for name, p in network.named_parameters() if "critics" not in name])
+    for one, other in zip(*results, strict=True):
         assert one is not None
         assert other is not None
         assert torch.equal(one, other)

@@ -60,25 +60,25 @@ def stirred(config: PlanValueConfig | None = None) -> PlanValueEnsemble:
 
 
 @torch.no_grad()
-def said_by(critics: PlanValueEnsemble, plans: Plans) -> torch.Tensor:
-    found: torch.Tensor = critics(plans)
-    return found
+def estimates_of(critics: PlanValueEnsemble, plans: Plans) -> torch.Tensor:
+    estimates: torch.Tensor = critics(plans)
+    return estimates
 
 
 # What they look at ----------------------------------------------------------------------------------------------------
 
 
 def test_each_critic_has_a_word_on_each_plan() -> None:
-    said = said_by(stirred(), some_plans(5, 3))
-    assert said.shape == (3, 5, 3)
-    assert said.std(dim=0).min() > 1e-3, "critics differ"
-    assert said.std(dim=2).min() > 1e-3, "plans are told apart"
+    estimates = estimates_of(stirred(), some_plans(5, 3))
+    assert estimates.shape == (3, 5, 3)
+    assert estimates.std(dim=0).min() > 1e-3, "critics differ"
+    assert estimates.std(dim=2).min() > 1e-3, "plans are told apart"
 
 
 @pytest.mark.parametrize("filling", [0.0, 2.9, -1e6])
 def test_modules_that_do_not_exist_change_nothing(filling: float) -> None:
     critics, plans = stirred(), some_plans()
-    torch.testing.assert_close(said_by(critics, padded(plans, filling)), said_by(critics, plans))
+    torch.testing.assert_close(estimates_of(critics, padded(plans, filling)), estimates_of(critics, plans))
 
 
 def test_the_order_of_modules_does_not_matter() -> None:
@@ -91,19 +91,21 @@ def test_the_order_of_modules_does_not_matter() -> None:
         mask=plans.mask[:, order],
         ranks=plans.ranks[:, :, order],
     )
-    torch.testing.assert_close(said_by(critics, moved), said_by(critics, plans))
+    torch.testing.assert_close(estimates_of(critics, moved), estimates_of(critics, plans))
     ranks_alone = replace(plans, ranks=plans.ranks[:, :, order])
-    assert (said_by(critics, ranks_alone) - said_by(critics, plans)).abs().max() > 1e-3, "but where ranks are does"
+    assert (estimates_of(critics, ranks_alone) - estimates_of(critics, plans)).abs().max() > 1e-3, (
+        "where ranks are does"
+    )
 
 
 def test_plans_of_one_state_say_what_each_says_alone() -> None:
     critics, plans = stirred(), some_plans()
-    together = said_by(critics, plans)
+    together = estimates_of(critics, plans)
     for state in range(5):
         for plan in range(3):
-            own = plans[torch.tensor([state])]
-            alone = replace(own, ranks=own.ranks[:, plan : plan + 1])
-            torch.testing.assert_close(said_by(critics, alone)[:, 0, 0], together[:, state, plan])
+            of_state = plans[torch.tensor([state])]
+            alone = replace(of_state, ranks=of_state.ranks[:, plan : plan + 1])
+            torch.testing.assert_close(estimates_of(critics, alone)[:, 0, 0], together[:, state, plan])
 
 
 @pytest.mark.parametrize("part", ["modules", "scores", "run"])
@@ -114,7 +116,7 @@ def test_everything_of_a_state_is_read(part: str) -> None:
         other = values.clone()
         other[..., column] += 0.5
         moved = replace(plans, **{part: other})
-        assert (said_by(critics, moved) - said_by(critics, plans)).abs().max() > 1e-4, column
+        assert (estimates_of(critics, moved) - estimates_of(critics, plans)).abs().max() > 1e-4, column
 
 
 @pytest.mark.parametrize("modules", [1, 2, 300])
@@ -122,16 +124,16 @@ def test_any_number_of_modules_and_any_ranks(modules: int) -> None:
     plans = some_plans(2, 3, modules)
     plans.ranks[:, 0] = 0
     plans.ranks[:, 1] = 64
-    said = said_by(stirred(), plans)
-    assert torch.isfinite(said).all()
-    assert (said[:, :, 0] != said[:, :, 1]).all()
+    estimates = estimates_of(stirred(), plans)
+    assert torch.isfinite(estimates).all()
+    assert (estimates[:, :, 0] != estimates[:, :, 1]).all()
 
 
 def test_states_are_taken_by_number() -> None:
     plans = some_plans()
-    some = plans[torch.tensor([3, 0])]
+    picked = plans[torch.tensor([3, 0])]
     for name in ("modules", "scores", "run", "mask", "ranks"):
-        assert torch.equal(getattr(some, name), getattr(plans, name)[[3, 0]])
+        assert torch.equal(getattr(picked, name), getattr(plans, name)[[3, 0]])
 
 
 @pytest.mark.parametrize(
@@ -186,9 +188,9 @@ def fitted(request: pytest.FixtureRequest) -> Fitted:
 
 def share_of_headroom(critics: PlanValueEnsemble, dataset: PlanDataset, runs: int) -> float:
     """What the plans that critics choose gain over the mean of all plans; 1 for the best, 0 for chance."""
-    said = said_by(critics, dataset.plans).mean(dim=0).reshape(-1, runs)
+    estimates = estimates_of(critics, dataset.plans).mean(dim=0).reshape(-1, runs)
     gains = dataset.gains.reshape(-1, runs)
-    chosen = gains.gather(1, said.argmax(dim=1, keepdim=True)).squeeze(1)
+    chosen = gains.gather(1, estimates.argmax(dim=1, keepdim=True)).squeeze(1)
     mean, best = gains.mean(dim=1), gains.amax(dim=1)
     return float((chosen - mean).sum() / (best - mean).sum())
 
@@ -196,9 +198,9 @@ def share_of_headroom(critics: PlanValueEnsemble, dataset: PlanDataset, runs: in
 def test_on_fresh_groups_they_choose_well(fitted: Fitted) -> None:
     fresh = dataset_on(fitted.truth, groups=60, runs=20, seed=7)
     assert share_of_headroom(fitted.critics, fresh, 20) > 0.7
-    said = said_by(fitted.critics, fresh.plans).mean(dim=0).reshape(60, 20)
+    estimates = estimates_of(fitted.critics, fresh.plans).mean(dim=0).reshape(60, 20)
     gains = fresh.gains.reshape(60, 20)
-    better = (gains > gains.gather(1, said.argmax(dim=1, keepdim=True))).float().mean(dim=1)
+    better = (gains > gains.gather(1, estimates.argmax(dim=1, keepdim=True))).float().mean(dim=1)
     assert better.mean() < 0.15, "by chance it were a half"
     assert better.median() < 0.15
 
@@ -215,7 +217,7 @@ def test_they_look_at_what_tells(fitted: Fitted) -> None:
 def test_they_are_ready_to_judge(fitted: Fitted) -> None:
     """Nothing is left out at random any more."""
     plans = some_plans()
-    assert torch.equal(said_by(fitted.critics, plans), said_by(fitted.critics, plans))
+    assert torch.equal(estimates_of(fitted.critics, plans), estimates_of(fitted.critics, plans))
 
 
 def test_much_is_explained_of_tasks_that_they_have_not_seen(fitted: Fitted) -> None:
@@ -267,12 +269,12 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def test_a_fit_depends_on_its_seed_alone() -> None:
     """Not on the weights that critics came with, and not on the random state."""
-    found = fit(DATASET)
-    assert same(found, fit(DATASET, start=5))
-    assert not same(found, fit(DATASET, seed=7))
+    weights = fit(DATASET)
+    assert same(weights, fit(DATASET, start=5))
+    assert not same(weights, fit(DATASET, seed=7))
     critics = PlanValueEnsemble(TINY)
-    critics.load_state_dict(found)
-    assert (said_by(critics, DATASET.plans).std(dim=0) > 1e-4).all(), "critics have seeds of their own"
+    critics.load_state_dict(weights)
+    assert (estimates_of(critics, DATASET.plans).std(dim=0) > 1e-4).all(), "critics have seeds of their own"
 
 
 def test_a_fit_leaves_the_random_state_as_it_was() -> None:
@@ -318,23 +320,23 @@ def test_the_numbers_of_groups_need_not_follow_one_another() -> None:
     order = torch.arange(40).reshape(10, 4).T.reshape(-1)
     groups, tasks = 7 * DATASET.groups[order] - 30, 5 * DATASET.tasks[order] - 11
     scattered = PlanDataset(DATASET.plans[order], DATASET.gains[order], groups, tasks)
-    found, expected = fit(scattered), fit(DATASET)
+    actual, expected = fit(scattered), fit(DATASET)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(actual[name], value)
 
 
 def test_one_run_that_went_wrong_counts_only_so_much() -> None:
     """Beyond the most that gains may differ, it does not matter by how much."""
-    found = []
+    fits = []
     for gain in (-2.0, -9.0):
         gains = DATASET.gains.clone()
         gains[5] = gains[4:8].median() + gain
-        found.append(fit(replace(DATASET, gains=gains)))
-    assert same(*found)
-    assert not same(found[0], fit(DATASET))
+        fits.append(fit(replace(DATASET, gains=gains)))
+    assert same(*fits)
+    assert not same(fits[0], fit(DATASET))
 
 
 def test_a_fit_does_not_depend_on_what_is_in_the_padding() -> None:
-    found = [fit(replace(DATASET, plans=padded(DATASET.plans, filling))) for filling in (0.0, 2.9)]
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value)
+    fits = [fit(replace(DATASET, plans=padded(DATASET.plans, filling))) for filling in (0.0, 2.9)]
+    for name, value in fits[0].items():
+        torch.testing.assert_close(fits[1][name], value)

@@ -42,10 +42,10 @@ def judges_of(gains: Mapping[int, Sequence[float]], offsets: Sequence[float] = (
     """Two critics; what each expects of some plans, by number, over the rest."""
 
     def say(plans: Plans) -> torch.Tensor:
-        said = torch.tensor(offsets)[:, None].repeat(1, plans.ranks.shape[1])
+        estimates = torch.tensor(offsets)[:, None].repeat(1, plans.ranks.shape[1])
         for number, each in gains.items():
-            said[:, number] += torch.tensor(each)
-        return said
+            estimates[:, number] += torch.tensor(each)
+        return estimates
 
     return Judges(say)
 
@@ -61,14 +61,14 @@ def stirred(make: Callable[[], torch.nn.Module], scale: float = 0.2) -> Any:
 
 @pytest.fixture(scope="module")
 def network() -> RankNetwork:
-    found: RankNetwork = stirred(lambda: RankNetwork(NetworkConfig(width=8)))
-    return found
+    made: RankNetwork = stirred(lambda: RankNetwork(NetworkConfig(width=8)))
+    return made
 
 
 def proposed(network: RankNetwork, observation: Observation) -> list[Decision]:
     """In the order in which critics see them; ahead of them, later on, the ranks as they are."""
-    own = LearnedPolicy("actor", network).act(observation)
-    actions = candidate_actions(observation, own.scores, own.placement, DRAWS, np.random.default_rng(0))
+    acted = LearnedPolicy("actor", network).act(observation)
+    actions = candidate_actions(observation, acted.scores, acted.placement, DRAWS, np.random.default_rng(0))
     return [decision_from_scores(observation, *action) for action in zip(*actions, strict=True)]
 
 
@@ -91,11 +91,11 @@ def test_it_takes_the_plan_that_critics_expect_the_most_of(
     observation = make_observation(12, max_step=max_step)
     place = number if max_step is None else number + 1
     critics = judges_of({3: (0.1, 0.05)} | {place: (0.3, 0.2)})
-    found = LearnedPolicy("p", network, critics).decide(observation)
+    taken = LearnedPolicy("p", network, critics).decide(observation)
     expected = proposed(network, observation)[number]
-    np.testing.assert_array_equal(found.ranks, expected.ranks)
-    np.testing.assert_array_equal(found.scores, expected.scores)
-    assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
+    np.testing.assert_array_equal(taken.ranks, expected.ranks)
+    np.testing.assert_array_equal(taken.scores, expected.scores)
+    assert (taken.rank_floor, taken.depth_bias) == (expected.rank_floor, expected.depth_bias)
 
 
 @WHEN
@@ -107,14 +107,14 @@ def test_it_takes_the_best_ranks_of_all(
     critics = Judges(lambda plans: sign * (plans.ranks[0] > 4).sum(dim=1)[None].float())
     for seed in range(3):
         observation = make_observation(16, seed, max_step=max_step)
-        found = LearnedPolicy("p", network, critics).decide(observation)
+        taken = LearnedPolicy("p", network, critics).decide(observation)
         plans = [ranks_of(observation, decision) for decision in proposed(network, observation)]
         if max_step is not None:
             plans.insert(0, project(observation.problem, observation.problem.ranks, np.zeros(16)).ranks)
         worth = [sign * np.count_nonzero(ranks > 4) for ranks in plans]
-        assert sign * np.count_nonzero(ranks_of(observation, found) > 4) == max(worth)
+        assert sign * np.count_nonzero(ranks_of(observation, taken) > 4) == max(worth)
         assert max(worth) > min(worth)
-        assert found.expected == pytest.approx(max(worth) - worth[0])
+        assert taken.expected == pytest.approx(max(worth) - worth[0])
 
 
 @WHEN
@@ -165,23 +165,23 @@ def test_without_a_better_plan_the_first_is_uniform(
         options = {"cost": cost, "limit": 1000 + 3 * per_layer + 14 * 120.0}
     observation = make_observation(12, **options)
     problem = observation.problem
-    found = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
-    ranks, uniform = ranks_of(observation, found), uniform_ranks(problem)
+    taken = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
+    ranks, uniform = ranks_of(observation, taken), uniform_ranks(problem)
     below = problem.ladder.array[problem.ladder.rung(uniform)]
     assert uniform.any()
     assert (ranks >= below).all()
     if per_layer:
         assert uniform.tolist() == [14] * 12
         assert not ranks_of(observation, find_rule("top-down").decide(observation)).all()
-    assert (found.expected, found.uncertainty) == (0.0, 0.0)
+    assert (taken.expected, taken.uncertainty) == (0.0, 0.0)
 
 
 def test_without_a_better_plan_nothing_changes_later(make_observation: MakeObservation, network: RankNetwork) -> None:
     for seed in range(3):
         observation = make_observation(12, seed, max_step=2)
-        found = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
-        np.testing.assert_array_equal(found.ranks, observation.problem.ranks)
-        assert (found.expected, found.uncertainty) == (0.0, 0.0)
+        taken = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
+        np.testing.assert_array_equal(taken.ranks, observation.problem.ranks)
+        assert (taken.expected, taken.uncertainty) == (0.0, 0.0)
         rungs = observation.problem.rungs
         ladder = observation.problem.ladder
         assert any((ladder.rung(decision.ranks) != rungs).any() for decision in proposed(network, observation))
@@ -221,9 +221,9 @@ def test_a_surer_plan_goes_before_one_that_promises_more(
 ) -> None:
     observation = make_observation(12)
     critics = judges_of({7: (0.9, 0.1), 9: (0.3, 0.2)})
-    found = LearnedPolicy("p", network, critics).decide(observation)
-    assert (found.expected, found.uncertainty) == pytest.approx((0.25, 0.05))
-    np.testing.assert_array_equal(found.ranks, proposed(network, observation)[9].ranks)
+    taken = LearnedPolicy("p", network, critics).decide(observation)
+    assert (taken.expected, taken.uncertainty) == pytest.approx((0.25, 0.05))
+    np.testing.assert_array_equal(taken.ranks, proposed(network, observation)[9].ranks)
 
 
 @WHEN
@@ -244,8 +244,8 @@ def test_what_a_critic_says_of_all_plans_does_not_count(
 
 @pytest.fixture(scope="module")
 def critics() -> PlanValueEnsemble:
-    found: PlanValueEnsemble = stirred(lambda: PlanValueEnsemble(PlanValueConfig(count=2, width=8)))
-    return found
+    made: PlanValueEnsemble = stirred(lambda: PlanValueEnsemble(PlanValueConfig(count=2, width=8)))
+    return made
 
 
 @WHEN
@@ -282,16 +282,16 @@ def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
             asked.append(given[0])
 
         handle = critics.register_forward_pre_hook(note)
-        found = LearnedPolicy("p", network, critics).decide(observation)
+        decided = LearnedPolicy("p", network, critics).decide(observation)
         handle.remove()
         with torch.no_grad():
-            said = critics(asked[0])[:, 0].double().numpy()
-        gains = said - said[:, :1]
+            estimates = critics(asked[0])[:, 0].double().numpy()
+        gains = estimates - estimates[:, :1]
         means, stds = gains.mean(axis=0), gains.std(axis=0)
         chosen = int(np.argmax(means - LCB_COEFFICIENT * stds))
-        assert (found.expected, found.uncertainty) == pytest.approx((means[chosen], stds[chosen]), abs=1e-5)
-        np.testing.assert_array_equal(asked[0].ranks[0, chosen], ranks_of(observation, found))
-        assert found.expected >= LCB_COEFFICIENT * found.uncertainty - 1e-6
+        assert (decided.expected, decided.uncertainty) == pytest.approx((means[chosen], stds[chosen]), abs=1e-5)
+        np.testing.assert_array_equal(asked[0].ranks[0, chosen], ranks_of(observation, decided))
+        assert decided.expected >= LCB_COEFFICIENT * decided.uncertainty - 1e-6
         taken += chosen > 0
     assert taken > 2
 
@@ -307,18 +307,18 @@ def test_without_critics_the_actor_decides(
     assert policy.value_ensemble is None
     for seed in range(4):
         observation = make_observation(12, seed, max_step=max_step)
-        found, action = policy.decide(observation), policy.act(observation)
+        taken, action = policy.decide(observation), policy.act(observation)
         expected = decision_from_scores(observation, action.scores, action.placement)
-        np.testing.assert_array_equal(found.ranks, expected.ranks)
-        np.testing.assert_array_equal(found.scores, action.scores)
-        assert (found.rank_floor, found.depth_bias) == (expected.rank_floor, expected.depth_bias)
-        assert (found.log_prob, found.expected, found.uncertainty) == (
+        np.testing.assert_array_equal(taken.ranks, expected.ranks)
+        np.testing.assert_array_equal(taken.scores, action.scores)
+        assert (taken.rank_floor, taken.depth_bias) == (expected.rank_floor, expected.depth_bias)
+        assert (taken.log_prob, taken.expected, taken.uncertainty) == (
             action.log_prob,
             action.expected,
             action.uncertainty,
         )
-        assert found.log_prob != 0
-        assert found.uncertainty > 0
+        assert taken.log_prob != 0
+        assert taken.uncertainty > 0
 
 
 def test_critics_do_not_change_what_the_actor_wants(

@@ -302,13 +302,13 @@ def test_critics_come_back(
     assert loaded.value_ensemble is not None
     assert loaded.value_ensemble.config == critics.config
     assert not any(module.training for module in loaded.value_ensemble.modules())
-    found = decisions_of(loaded, make_observation)
+    decisions = decisions_of(loaded, make_observation)
     expected = decisions_of(LearnedPolicy("x", network, critics), make_observation)
     alone = decisions_of(LearnedPolicy("x", network), make_observation)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(decisions, expected, strict=True):
         for name, value in b.items():
             np.testing.assert_array_equal(a[name], value)
-    assert any(not np.array_equal(a["ranks"], b["ranks"]) for a, b in zip(found, alone, strict=True))
+    assert any(not np.array_equal(a["ranks"], b["ranks"]) for a, b in zip(decisions, alone, strict=True))
     assert json.loads((judged / CARD).read_text())["plan_value"] == JUDGES
     assert {path.name for path in judged.iterdir()} == {WEIGHTS, CARD}
 
@@ -366,14 +366,14 @@ def test_cards_that_do_not_describe_the_critics(judged: Path, described: Any, me
 @pytest.mark.parametrize("change", ["all missing", "one missing", "one more", "another shape"])
 def test_weights_that_are_not_those_of_the_critics(judged: Path, change: str) -> None:
     weights = load_file(judged / WEIGHTS)
-    own = [name for name in weights if name.startswith(ENSEMBLE_WEIGHTS)]
-    assert len(own) == 2 * 8
+    ensemble_names = [name for name in weights if name.startswith(ENSEMBLE_WEIGHTS)]
+    assert len(ensemble_names) == 2 * 8
     if change == "one more":
         weights[ENSEMBLE_WEIGHTS + "critics.0.other"] = torch.zeros(2)
     elif change == "another shape":
-        weights[own[0]] = weights[own[0]][..., None].repeat_interleave(2, dim=-1)
+        weights[ensemble_names[0]] = weights[ensemble_names[0]][..., None].repeat_interleave(2, dim=-1)
     else:
-        for name in own[: 1 if change == "one missing" else None]:
+        for name in ensemble_names[: 1 if change == "one missing" else None]:
             del weights[name]
     save_file(weights, judged / WEIGHTS)
     edit_card(judged, sha256=sha256(judged / WEIGHTS))

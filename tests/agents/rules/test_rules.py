@@ -167,8 +167,8 @@ def test_rules_that_see_the_task(episodes: StackedEpisodes) -> None:
         attempts = rule.prepare(planted, problem)
         assert len(attempts) == rule.attempts
         assert rule.name == name
-        for own, policy in attempts:
-            budget = episodes.problem(own)
+        for attempted, policy in attempts:
+            budget = episodes.problem(attempted)
             decision = policy.decide(seen(budget))
             assert budget.fits(project(budget, decision.ranks, decision.scores).ranks)
     (larger, _), *_ = TASK_RULES["uniform-115"].prepare(planted, problem)

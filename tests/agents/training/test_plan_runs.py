@@ -45,8 +45,8 @@ PROGRESS = RUN_FEATURES.index("progress")
 
 def task_in(unit: str, least_budget: float = 0.0) -> ProxyTask:
     """A training task, made small."""
-    found = [task for task in load_suite("planted", "train") if task.base == "llama-4x32" and task.unit == unit]
-    chosen = next(task for task in found if task.budget > least_budget and not task.checkpointing)
+    alike = [task for task in load_suite("planted", "train") if task.base == "llama-4x32" and task.unit == unit]
+    chosen = next(task for task in alike if task.budget > least_budget and not task.checkpointing)
     return replace(chosen, steps=6, length=16, eval_rows=8)
 
 
@@ -247,10 +247,10 @@ def test_plan_runs_come_in_order_and_stay_in_files(fake_runs: list[int], tmp_pat
     progress: list[tuple[int, int]] = []
     folder = tmp_path / "new" / "plan_runs"
     given = numbered(2, 0, 1)
-    found = list(collect_plan_runs(given, folder, workers=1, on_progress=lambda *done: progress.append(done)))
+    runs = list(collect_plan_runs(given, folder, workers=1, on_progress=lambda *done: progress.append(done)))
     assert fake_runs == [2, 0, 1]
     assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    assert all(same(each, made_up(stack.number)) for each, stack in zip(found, given, strict=True))
+    assert all(same(each, made_up(stack.number)) for each, stack in zip(runs, given, strict=True))
     assert names(folder) == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
     for number in range(3):
         arrays = load_file(folder / f"0000{number}.safetensors")
@@ -366,10 +366,10 @@ def test_a_group_is_one_decision_of_one_task() -> None:
         task = (PLAN_RUNS.index(each), run // RUNS)
         groups.setdefault((task, decision), set()).add(int(dataset.groups[row]))
         tasks.setdefault(task, set()).add(int(dataset.tasks[row]))
-    for found, count in ((groups, 2 * 2 + 1), (tasks, 3)):
-        assert len(found) == count
-        assert all(len(numbers) == 1 for numbers in found.values()), "one number for each"
-        assert len(set.union(*found.values())) == count, "and each has its own"
+    for numbering, count in ((groups, 2 * 2 + 1), (tasks, 3)):
+        assert len(numbering) == count
+        assert all(len(numbers) == 1 for numbers in numbering.values()), "one number for each"
+        assert len(set.union(*numbering.values())) == count, "and each has its own"
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

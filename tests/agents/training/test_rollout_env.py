@@ -110,8 +110,8 @@ def test_a_round_from_beginning_to_end(envs: ProxyVecEnv) -> None:
             "mask": (4, MODULES),
         }
         for slot in range(4):
-            own = {key: value[slot] for key, value in observations.items()}
-            assert envs.observation_space.contains(own)
+            of_slot = {key: value[slot] for key, value in observations.items()}
+            assert envs.observation_space.contains(of_slot)
         progress = observations["run_features"][:, RUN_FEATURES.index("progress")]
         np.testing.assert_allclose(progress, SCHEDULE.steps(8)[decision] / 8)
         before = envs.round
@@ -216,7 +216,7 @@ def test_kinds_of_budget_come_equally_often() -> None:
     odd.append(replace(PLANTED[0], unit="parameters"))
     many = [replace(PLANTED[0], budget=0.5 + 0.01 * turn) for turn in range(30)]
     drawing = fresh(((*odd, *many),), 4)
-    drawn = Counter(one.price for round_ in range(100) for one in drawing.draw(round_, 0))
+    drawn = Counter(one.cost_kind for round_ in range(100) for one in drawing.draw(round_, 0))
     assert drawn.keys() == {"bytes", "checkpointed", "large batch", "parameters"}
     assert all(70 <= count <= 130 for count in drawn.values())
 
@@ -225,11 +225,11 @@ def test_a_stack_has_one_base() -> None:
     elsewhere = tuple(replace(one, base="bert-4x32") for one in PLANTED)
     drawing = fresh(((*PLANTED, *elsewhere), SHIFT), 3)
     drawn = [drawing.draw(round_, stack) for round_ in range(20) for stack in range(2)]
-    assert all(len({one.base for one in own}) == 1 for own in drawn)
-    assert {own[0].base for own in drawn} == {"llama-4x32", "bert-4x32"}
-    for own in drawn:
-        if own[0].base == "bert-4x32":
-            assert {one.kind for one in own} == {"planted"}, "the other suite has no task there"
+    assert all(len({one.base for one in tasks}) == 1 for tasks in drawn)
+    assert {tasks[0].base for tasks in drawn} == {"llama-4x32", "bert-4x32"}
+    for tasks in drawn:
+        if tasks[0].base == "bert-4x32":
+            assert {one.kind for one in tasks} == {"planted"}, "the other suite has no task there"
 
 
 def test_a_suite_of_one_task() -> None:
@@ -244,15 +244,15 @@ def test_stacks_lie_side_by_side_in_the_order_of_their_numbers() -> None:
     drawing = make(((*PLANTED, *elsewhere),), stacks=3, count=1)
     counts = {base: len(adapted_base(base)[1]) for base in ("llama-4x32", "bert-4x32")}
     assert len(set(counts.values())) == 2
-    found = set()
+    seen_bases = set()
     for round_ in range(3):
         drawing.round = round_
         observations: Any = drawing.reset()
         bases = [drawing.fresh.draw(round_, stack)[0].base for stack in range(3)]
         expected = [counts[base] for base in bases for _ in range(2)]
         assert observations["mask"].sum(axis=1).tolist() == expected
-        found |= set(bases)
-    assert len(found) == 2
+        seen_bases |= set(bases)
+    assert len(seen_bases) == 2
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
@@ -319,10 +319,10 @@ def test_play_runs_whole_tasks(envs: ProxyVecEnv) -> None:
     assert math.isnan(losses[3])
     assert len(set(losses)) == len(tasks)
     for base in ("llama-4x32", "bert-4x32"):
-        own = [index for index, one in enumerate(tasks) if one.base == base]
+        indices = [index for index, one in enumerate(tasks) if one.base == base]
         engine = StackedEpisodes(base, SCHEDULE, 4)
-        expected = run_attempts(engine, [(tasks[index], Steered()) for index in own], 4)
-        np.testing.assert_array_equal([losses[index] for index in own], expected)
+        expected = run_attempts(engine, [(tasks[index], Steered()) for index in indices], 4)
+        np.testing.assert_array_equal([losses[index] for index in indices], expected)
 
 
 def test_a_round_is_as_if_nothing_had_been_played(envs: ProxyVecEnv) -> None:

@@ -41,7 +41,7 @@ def test_budgets_lie_between_those_of_like_tasks(suite: str) -> None:
         alike = [
             other.budget
             for other in tasks
-            if (other.base, other.price, other.priced_rows) == (task.base, task.price, task.priced_rows)
+            if (other.base, other.cost_kind, other.priced_rows) == (task.base, task.cost_kind, task.priced_rows)
         ]
         assert min(alike) * 0.99 <= varied.budget <= max(alike) * 1.01
         between += varied.budget not in alike

@@ -494,19 +494,19 @@ def test_an_absent_device_leaves_no_folder_behind(tmp_path: Path) -> None:
 
 
 def test_episodes_have_the_steps_that_were_asked_for(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[ProxyVecEnv] = []
+    made: list[ProxyVecEnv] = []
     start = ProxyVecEnv.__init__
 
     def noting(envs: ProxyVecEnv, *given: Any, **options: Any) -> None:
-        found.append(envs)
+        made.append(envs)
         start(envs, *given, **options)
 
     monkeypatch.setattr(ProxyVecEnv, "__init__", noting)
     train(BARE, bare.folder, resume=True)
-    templates = [task for suite in found[0].fresh.templates for task in suite]
+    templates = [task for suite in made[0].fresh.templates for task in suite]
     assert {task.steps for task in templates} == {6}
     assert all(task.reference is not None for task in templates)
-    assert found[0].decisions == 2
+    assert made[0].decisions == 2
 
 
 def test_bad_settings(tmp_path: Path) -> None:
@@ -604,7 +604,7 @@ def test_tasks_of_plan_runs() -> None:
     for plain, varied in zip(draws[:half], draws[half:], strict=True):
         for task, other in zip(plain, varied, strict=True):
             assert dataclasses.replace(task, seed=0) in templates
-            assert (task.seed, task.base, task.price) == (other.seed, other.base, other.price)
+            assert (task.seed, task.base, task.cost_kind) == (other.seed, other.base, other.cost_kind)
             assert other.reference is None
     bases = [tasks[0].base for tasks in draws[:half]]
     assert bases == sorted(bases)

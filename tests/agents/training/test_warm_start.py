@@ -55,8 +55,8 @@ def seen_on(envs: ProxyVecEnv, tasks: list[ProxyTask]) -> Any:
 
 
 def centred_error(scores: torch.Tensor, dataset: ScoreDataset) -> float:
-    own = scores[:, :MODULES] - torch.from_numpy(np.stack(dataset.targets))[:, :MODULES]
-    return float((own - own.mean(dim=1, keepdim=True)).square().mean())
+    errors = scores[:, :MODULES] - torch.from_numpy(np.stack(dataset.targets))[:, :MODULES]
+    return float((errors - errors.mean(dim=1, keepdim=True)).square().mean())
 
 
 # Targets --------------------------------------------------------------------------------------------------------------
@@ -101,11 +101,11 @@ def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
 
     with torch.no_grad():
         before, after = (one.get_distribution(seen).mean for one in (new_policy(), policy))
-    rows = [index for index, own in enumerate(dataset.known) if own]
-    own = ScoreDataset(targets=[dataset.targets[index] for index in rows])
+    rows = [index for index, known_row in enumerate(dataset.known) if known_row]
+    known_scores = ScoreDataset(targets=[dataset.targets[index] for index in rows])
     for scores, key in ((before, "before"), (after, "after")):
-        assert centred_error(scores[known], own) == pytest.approx(errors[key], rel=1e-3), "as it says itself"
-    constant = np.stack(own.targets)[:, :MODULES]
+        assert centred_error(scores[known], known_scores) == pytest.approx(errors[key], rel=1e-3), "as it says itself"
+    constant = np.stack(known_scores.targets)[:, :MODULES]
     assert np.square(constant).mean() == pytest.approx(errors["constant"], rel=1e-3)
 
     moved = (after - before)[:, :MODULES]
@@ -115,13 +115,13 @@ def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
 
 
 def test_it_is_learned_the_same_again(envs: ProxyVecEnv) -> None:
-    found = []
+    results = []
     for _ in range(2):
         policy = new_policy()
         torch.manual_seed(1)
-        found.append((warm_start(policy, envs, PLANTED[:2], seed=3), policy.network.state_dict()))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+        results.append((warm_start(policy, envs, PLANTED[:2], seed=3), policy.network.state_dict()))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(value, results[1][1][name]) for name, value in results[0][1].items())
 
 
 def test_critics_and_exploration_are_not_taught(envs: ProxyVecEnv) -> None:

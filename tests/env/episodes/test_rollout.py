@@ -58,15 +58,15 @@ def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[Rollout, 
 
 @pytest.fixture(scope="module")
 def together(engine: StackedEpisodes, tasks: list[ProxyTask]) -> tuple[Rollout, list[list[Any]], list[float]]:
-    found, ranks = play(engine, tasks)
-    return found, ranks, found.losses()
+    played, ranks = play(engine, tasks)
+    return played, ranks, played.losses()
 
 
 def test_all_begin_and_end_together(together: tuple[Rollout, list[list[Any]], list[float]]) -> None:
-    found, ranks, losses = together
-    assert found.ended
-    assert not found.active
-    assert found.decisions == len(ranks) == 3
+    played, ranks, losses = together
+    assert played.ended
+    assert not played.active
+    assert played.decisions == len(ranks) == 3
     assert [math.isfinite(loss) for loss in losses] == [True, True, False]
 
 
@@ -76,8 +76,8 @@ def test_an_episode_ends_as_if_alone(
     """The failed one beside it included."""
     alone = []
     for task in tasks[:2]:
-        found, _ = play(engine, [task])
-        alone += found.losses()
+        played, _ = play(engine, [task])
+        alone += played.losses()
     assert alone == together[2][:2]
 
 
@@ -88,20 +88,20 @@ def test_a_failed_episode_sits_out(together: tuple[Rollout, list[list[Any]], lis
 
 
 def test_a_round_of_failures_ends(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
-    found = Rollout(engine, [tasks[2], tasks[2]])
-    found.step([decision(tasks[2], 0, found.seen[0].problem)] * 2)
-    assert found.ended
-    assert found.decided == [0, 1]
-    found.step([decision(tasks[2], 1, found.seen[0].problem)] * 2)
-    assert found.decided == []
-    assert found.decisions == 2
-    assert np.isnan(found.losses()).all()
+    played = Rollout(engine, [tasks[2], tasks[2]])
+    played.step([decision(tasks[2], 0, played.seen[0].problem)] * 2)
+    assert played.ended
+    assert played.decided == [0, 1]
+    played.step([decision(tasks[2], 1, played.seen[0].problem)] * 2)
+    assert played.decided == []
+    assert played.decisions == 2
+    assert np.isnan(played.losses()).all()
 
 
 def test_the_initial_loss_is_that_of_the_base(engine: StackedEpisodes, tasks: list[ProxyTask]) -> None:
     unknown = replace(tasks[0], reference=None)
-    found = Rollout(engine, [tasks[1], unknown])
-    losses = [found.initial_loss(slot) for slot in range(2)]
+    played = Rollout(engine, [tasks[1], unknown])
+    losses = [played.initial_loss(slot) for slot in range(2)]
     assert losses[0] != losses[1]
     engine.measure_references({0: unknown})
     assert losses[1] == engine.reference(unknown).initial

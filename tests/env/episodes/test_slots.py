@@ -238,7 +238,7 @@ def test_the_vector_is_single_environments_side_by_side(
         assert terminated.dtype == truncated.dtype == np.bool_
         assert terminated.tolist() == [turn == 3] * 3
         assert not truncated.any()
-        np.testing.assert_allclose(rewards, [own[turn][1] for own in expected], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(rewards, [each[turn][1] for each in expected], rtol=0, atol=1e-4)
         final = infos["final_info"] if turn == 3 else infos
         assert info_keys <= set(final)
         assert ("final_obs" in infos) == ("final_info" in infos) == (turn == 3)

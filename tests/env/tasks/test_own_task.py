@@ -201,8 +201,8 @@ def test_failed_runs_of_an_own_model(
 def test_it_takes_turns_with_proxies(
     make_own: Callable[..., OwnTask], make_task: Callable[..., ProxyTask], quick: DecisionSchedule, rollout: Rollout
 ) -> None:
-    own, proxy = make_own(), make_task()
-    env = RankAllocationEnv(task=own, schedule=quick, max_modules=28)
+    users_task, proxy = make_own(), make_task()
+    env = RankAllocationEnv(task=users_task, schedule=quick, max_modules=28)
     alone = rollout(env, seed=0)[-1][4]
     assert env.reset(options={"task": proxy})[1]["task"] == proxy.id
     assert env.step(np.full(28, 10))[0]["mask"].sum() == 28
