@@ -13,7 +13,7 @@ help: ## list the targets
 setup: $(VENV)/.installed-test ## make .venv and install the package with what the tests need
 
 test: setup ## run the tests, a process for each core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev ## lint, format, types and import rules
 	scripts/check
