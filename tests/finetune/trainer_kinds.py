@@ -1,0 +1,268 @@
+"""The matrix of Trainers: one row each, with a tiny model, tokenizer and data, as people set them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+STEPS, BATCH, LENGTH = 6, 4, 48
+TEXTS = [f"the number {i} comes after {i - 1} and before {i + 1} " * (1 + i % 3) for i in range(1, 41)]
+ROLES = "user assistant system"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s> "
+    "{% endgeneration %}{% else %}{{ m['content'] }} </s> {% endif %}{% endfor %}"
+)
+
+
+@cache
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word of the texts, and a chat template that marks what the assistant says."""
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[UNK]", "[PAD]", "<s>", "</s>"]
+    words.train_from_iterator([*TEXTS, ROLES], trainers.WordLevelTrainer(special_tokens=special))
+    named = dict(zip(("unk_token", "pad_token", "bos_token", "eos_token"), special, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **named)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def _sizes(**options: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return sizes | {"vocab_size": len(word_tokenizer()), "max_position_embeddings": 128} | options
+
+
+def _llama(kind: Any = LlamaForCausalLM, **options: Any) -> Any:
+    torch.manual_seed(0)
+    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    return kind(LlamaConfig(**_sizes(num_key_value_heads=2), **special, **options))
+
+
+def _bert(kind: Any = BertForSequenceClassification, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(**_sizes(), pad_token_id=1, **options)
+    lora = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=["query", "key", "value", "dense"],
+        exclude_modules=["bert.pooler.dense"],
+        modules_to_save=["classifier"],
+    )
+    return get_peft_model(kind(config), lora)
+
+
+def _settings(**options: Any) -> dict[str, Any]:
+    return {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    } | options
+
+
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+# TRL ------------------------------------------------------------------------------------------------------------------
+
+
+def conversations() -> Dataset:
+    return Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "after"}, {"role": "assistant", "content": x}]} for x in TEXTS]
+    )
+
+
+def completions() -> Dataset:
+    return Dataset.from_list([{"prompt": "after ", "completion": text} for text in TEXTS])
+
+
+def pairs() -> Dataset:
+    rows = [{"chosen": text, "rejected": " ".join(text.split()[::-1])} for text in TEXTS]
+    return Dataset.from_list([{"prompt": "after the number ", **row} for row in rows])
+
+
+def sft(folder: Path, data: Dataset | None = None, **options: Any) -> Trainer:
+    """TRL's SFTTrainer on conversations, or on other data."""
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        _llama(),
+        args=SFTConfig(str(folder), **_settings(max_length=LENGTH) | options),
+        train_dataset=conversations() if data is None else data,
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(**LORA),
+    )
+
+
+def dpo(folder: Path, **options: Any) -> Trainer:
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOTrainer(
+        _llama(),
+        args=DPOConfig(str(folder), **_settings(max_length=LENGTH) | options),
+        train_dataset=pairs(),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(**LORA),
+    )
+
+
+def reward(folder: Path, **options: Any) -> Trainer:
+    from trl import RewardConfig, RewardTrainer
+
+    return RewardTrainer(
+        _llama(LlamaForSequenceClassification, num_labels=1),
+        args=RewardConfig(str(folder), **_settings(max_length=LENGTH) | options),
+        train_dataset=pairs(),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(**LORA, task_type="SEQ_CLS"),
+    )
+
+
+def grpo(folder: Path, **options: Any) -> Trainer:
+    from trl import GRPOConfig, GRPOTrainer
+
+    def brief(completions: list[str], **_: Any) -> list[float]:
+        return [-float(len(text)) for text in completions]
+
+    settings = _settings(num_generations=2, max_completion_length=4) | options
+    return GRPOTrainer(
+        _llama(),
+        reward_funcs=brief,
+        args=GRPOConfig(str(folder), **settings),
+        train_dataset=Dataset.from_list([{"prompt": "after the number"}] * 8),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(**LORA),
+    )
+
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+
+class ClassWeights(Trainer):  # type: ignore[misc]
+    """Weighs the classes in its loss, as imbalanced data need."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        weight = torch.tensor([1.0, 2.0, 5.0])
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight)
+        return (loss, outputs) if return_outputs else loss
+
+
+def _encoded(labels: Callable[[int, int], Any]) -> Dataset:
+    """The texts as tokens; labels of the number of a text and its length."""
+    tokens = word_tokenizer()(TEXTS, truncation=True, max_length=LENGTH, return_token_type_ids=False)
+    rows = [labels(number, len(ids)) for number, ids in enumerate(tokens["input_ids"])]
+    return Dataset.from_dict({**tokens, "labels": rows})
+
+
+def _trainer(model: Any, data: Dataset, folder: Path, options: dict[str, Any], kind: Any = Trainer, **more: Any) -> Any:
+    collator = more.pop("data_collator", None) or DataCollatorWithPadding(word_tokenizer())
+    args = more.pop("arguments", TrainingArguments)(str(folder), **_settings() | options)
+    return kind(model, args, train_dataset=data, data_collator=collator, **more)
+
+
+def class_weights(folder: Path, **options: Any) -> Trainer:
+    return _trainer(_bert(num_labels=3), _encoded(lambda i, _: i % 3), folder, options, ClassWeights)
+
+
+def label_smoothing(folder: Path, **options: Any) -> Trainer:
+    smoothed = {"label_smoothing_factor": 0.1} | options
+    return _trainer(_bert(num_labels=3), _encoded(lambda i, _: i % 3), folder, smoothed)
+
+
+def neftune(folder: Path, **options: Any) -> Trainer:
+    noisy = {"neftune_noise_alpha": 5.0} | options
+    return _trainer(_bert(num_labels=3), _encoded(lambda i, _: i % 3), folder, noisy)
+
+
+def regression(folder: Path, **options: Any) -> Trainer:
+    return _trainer(_bert(num_labels=1), _encoded(lambda i, _: i / 40), folder, options)
+
+
+def multi_label(folder: Path, **options: Any) -> Trainer:
+    model = _bert(num_labels=3, problem_type="multi_label_classification")
+    return _trainer(model, _encoded(lambda i, _: [float(i >> bit & 1) for bit in range(3)]), folder, options)
+
+
+def token_classification(folder: Path, **options: Any) -> Trainer:
+    collator = DataCollatorForTokenClassification(word_tokenizer())
+    data = _encoded(lambda i, length: [(i + place) % 3 for place in range(length)])
+    return _trainer(_bert(BertForTokenClassification, num_labels=3), data, folder, options, data_collator=collator)
+
+
+def seq2seq(folder: Path, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    special = {"pad_token_id": 1, "eos_token_id": 3, "decoder_start_token_id": 1}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=len(word_tokenizer()), **sizes, **special))
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q", "k", "v", "o", "wi", "wo"]))
+    data = _encoded(lambda i, length: [4 + i % 20] * min(length, 12))
+    collator = DataCollatorForSeq2Seq(word_tokenizer(), model=base)
+    more = {"arguments": Seq2SeqTrainingArguments, "data_collator": collator}
+    return _trainer(model, data, folder, options, Seq2SeqTrainer, **more)
+
+
+@dataclass(frozen=True)
+class TrainerKind:
+    """One row of the matrix.
+
+    Attributes:
+        name: shown in the test's id.
+        build: makes the Trainer, from a folder and options of its arguments.
+    """
+
+    name: str
+    build: Callable[..., Trainer]
+
+
+TRL_KINDS = (
+    TrainerKind("sft-messages", sft),
+    TrainerKind("sft-assistant-only", lambda folder, **options: sft(folder, assistant_only_loss=True, **options)),
+    TrainerKind("sft-completions", lambda folder, **options: sft(folder, completions(), **options)),
+    TrainerKind("sft-packing", lambda folder, **options: sft(folder, packing=True, **options)),
+    TrainerKind("sft-no-checkpointing", lambda folder, **options: sft(folder, gradient_checkpointing=False, **options)),
+    TrainerKind("dpo", dpo),
+    TrainerKind("reward", reward),
+)
+
+TRAINER_KINDS = (
+    TrainerKind("class-weights", class_weights),
+    TrainerKind("label-smoothing", label_smoothing),
+    TrainerKind("neftune", neftune),
+    TrainerKind("regression", regression),
+    TrainerKind("multi-label", multi_label),
+    TrainerKind("token-classification", token_classification),
+    TrainerKind("seq2seq", seq2seq),
+)
