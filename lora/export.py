@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,35 +118,51 @@ def export_rank_pattern(adapter_folder: str | Path) -> LoraConfig:
         RunFolderError: the adapter is missing or corrupt.
     """
     adapter = read_adapter(Path(adapter_folder))
-    ranks = {name: rank for name, rank in adapter.ranks.items() if rank}
-    if not ranks:
+    if not any(adapter.ranks.values()):
         raise ConfigError(f"All modules of {adapter_folder} are at rank 0: there is nothing to fine-tune again.")
+    return pattern_config(adapter.config, adapter.ranks, adapter.alphas)
+
+
+def pattern_config(config: LoraConfig, all_ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
+    """A configuration that adapts the modules of a rank above 0, each at its rank and alpha, and no others.
+
+    Args:
+        config: has all other settings.
+        all_ranks: by the full name of a module; one is above 0 at least.
+        alphas: of those modules.
+    """
+    ranks = {name: rank for name, rank in all_ranks.items() if rank}
     widest = max(ranks, key=ranks.__getitem__)
     patterns = {name: f"^{re.escape(name)}" for name in ranks}  # each matches one module only
     return replace(
-        adapter.config,
+        config,
         r=ranks[widest],
-        lora_alpha=adapter.alphas[widest],
+        lora_alpha=alphas[widest],
         # Full names and no pattern: for mixtures of experts PEFT reduces a pattern to the last parts of the names.
         target_modules=list(ranks),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         rank_pattern={patterns[name]: rank for name, rank in ranks.items()},
-        alpha_pattern={patterns[name]: adapter.alphas[name] for name in ranks},
+        alpha_pattern={patterns[name]: alphas[name] for name in ranks},
         inference_mode=False,
     )
 
 
 def rank_pattern_yaml(adapter_folder: str | Path) -> str:
-    """`export_rank_pattern` as lines of an axolotl config file; comments list what axolotl cannot express.
-
-    Axolotl's keys are `lora_rank_pattern` and `lora_alpha_pattern` (axolotl-ai-cloud/axolotl#3673, July 2026). Their
-    values are whole and positive, so a fractional alpha is rounded.
+    """`export_rank_pattern` as lines of an axolotl config file; see `axolotl_yaml`.
 
     Takes the same folder as `export_rank_pattern`, and raises the same errors.
     """
-    config = export_rank_pattern(adapter_folder)
+    return axolotl_yaml(export_rank_pattern(adapter_folder))
+
+
+def axolotl_yaml(config: LoraConfig) -> str:
+    """A `pattern_config` as lines of an axolotl config file; comments list what axolotl cannot express.
+
+    Axolotl's keys are `lora_rank_pattern` and `lora_alpha_pattern` (axolotl-ai-cloud/axolotl#3673, July 2026). Their
+    values are whole and positive, so a fractional alpha is rounded.
+    """
     alphas = {key: max(1, round(alpha)) for key, alpha in config.alpha_pattern.items()}
     optional = {key: getattr(config, name, None) for name, key in _AXOLOTL_KEYS.items()}
     lines = [
@@ -167,7 +184,7 @@ def rank_pattern_yaml(adapter_folder: str | Path) -> str:
 
 def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
     comments = [
-        "Ranks that rankpilot learned. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later",
+        "Ranks by rankpilot. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later",
         "(axolotl-ai-cloud/axolotl#3673). Leave lora_target_linear out: it would adapt other modules as well.",
     ]
     error = max((abs(alphas[key] / alpha - 1) for key, alpha in config.alpha_pattern.items() if alpha), default=0.0)

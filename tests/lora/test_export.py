@@ -485,7 +485,7 @@ def test_lines_for_axolotl(tmp_path: Path) -> None:
     plain = write_adapter(tmp_path / "plain", tensors, lora_dropout=0.1, modules_to_save=["head"], **patterns)
     lines = rank_pattern_yaml(plain).splitlines()
     assert [line for line in lines if line.startswith("#")][:1] == [
-        "# Ranks that rankpilot learned. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later"
+        "# Ranks by rankpilot. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later"
     ]
     assert "# Axolotl takes whole alphas only: the relative error of a scaling is up to 2.3." in lines
     assert lines[lines.index("adapter: lora") :] == [

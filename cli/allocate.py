@@ -1,0 +1,95 @@
+"""`rankpilot allocate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.markup import escape
+
+from ..common.files import write_text
+from ..errors import ConfigError
+from ..finetune.config import FinetuneConfig
+from .config_file import peek, read_config_file, with_file_settings
+from .progress import console
+
+if TYPE_CHECKING:
+    from ..finetune.allocate import StaticPlan
+
+
+@dataclass(frozen=True)
+class Allocate(FinetuneConfig):
+    """Plan the ranks of a LoRA fine-tune before it begins, without training.
+
+    A few small steps measure what plans cost and which modules matter; then the policy decides once. The plan is the
+    one that `rankpilot finetune` with the same options would begin with. It comes as a static configuration for another
+    program, with the memory that a training step is predicted to take.
+
+    Attributes:
+        form: peft, lines for LoraConfig; axolotl, lines for its config file; llama-factory, which has one rank for all
+            modules: the nearest that it can express.
+        output: write the lines to this new file; by default they are printed.
+        config: a JSON or YAML file of settings. Options on the command line override it.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    form: Literal["peft", "axolotl", "llama-factory"] = "peft"
+    output: Path | None = None
+    config: Path | None = None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Make the plan, and print or write it."""
+    path = peek(arguments, "--config")
+    base = Allocate(model=tyro.MISSING, data=tyro.MISSING)
+    default = with_file_settings(base, read_config_file(path), path)
+    options = tyro.cli(Allocate, args=arguments, default=default, prog="rankpilot allocate")
+    if options.output is not None and options.output.exists():
+        raise ConfigError(f"{options.output} exists already. Name a file that does not.")
+    from ..finetune.experiment import plan_ahead
+
+    plan = plan_ahead(options, lambda text: console.rule(escape(text), align="left"))
+    text = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory}[options.form](plan)
+    if options.output is None:
+        console.out(text, end="", highlight=False)
+    else:
+        write_text(options.output, text)
+        console.print(f"{options.output} holds the plan.", soft_wrap=True, markup=False)
+    console.print(f"Predicted: {plan.line()}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _peft(plan: StaticPlan) -> str:
+    """Arguments of `peft.LoraConfig`, as JSON, which Python reads as well."""
+    config = plan.config
+    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "target_modules")
+    values = {name: getattr(config, name) for name in names if getattr(config, name)}
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _axolotl(plan: StaticPlan) -> str:
+    from ..lora.export import axolotl_yaml
+
+    return axolotl_yaml(plan.by_name())
+
+
+def _llama_factory(plan: StaticPlan) -> str:
+    """LLaMA-Factory has no rank pattern: the adapted kinds of modules, at the plan's mean rank."""
+    adapted = {name: rank for name, rank in plan.ranks.items() if rank}
+    kinds = sorted({name.rpartition(".")[2] for name in adapted})
+    rank = max(1, sum(adapted.values()) // len(plan.ranks))
+    alpha = round(plan.config.lora_alpha / plan.config.r * rank)
+    return (
+        "# LLaMA-Factory has one rank for all modules and takes no rank pattern, so this is not the plan:\n"
+        f"# it has the plan's mean rank on every module of the kinds that the plan adapts ({len(adapted)} of\n"
+        f"# {len(plan.ranks)} modules there). For the plan itself use --form peft or axolotl.\n"
+        "finetuning_type: lora\n"
+        f"lora_target: {','.join(kinds)}\n"
+        f"lora_rank: {rank}\n"
+        f"lora_alpha: {alpha}\n"
+    )

@@ -1,0 +1,85 @@
+"""`rankpilot allocate`: what it prints for each program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import LoraConfig
+from rankpilot.cli import allocate as module
+from rankpilot.errors import ConfigError
+from rankpilot.finetune import experiment
+from rankpilot.finetune.allocate import StaticPlan
+from rankpilot.finetune.config import FinetuneConfig
+
+RANKS = {"model.layers.0.q_proj": 0, "model.layers.0.v_proj": 4, "model.layers.1.q_proj": 8}
+
+
+@pytest.fixture(autouse=True)
+def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
+    """A plan for whatever is asked; the settings that it was asked with."""
+    asked: list[FinetuneConfig] = []
+    pattern = {f"^{name}".replace(".", r"\."): rank for name, rank in RANKS.items() if rank}
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        rank_pattern=pattern,
+        alpha_pattern={name: 2 * rank for name, rank in pattern.items()},
+        exclude_modules=r"model\.layers\.0\.q_proj",
+    )
+
+    def plan_ahead(options: FinetuneConfig, tell: object) -> StaticPlan:
+        asked.append(options)
+        return StaticPlan(config, RANKS, 900.0, 1000.0, "parameters")
+
+    monkeypatch.setattr(experiment, "plan_ahead", plan_ahead)
+    return asked
+
+
+def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    module.main(["m", "d", "--output", str(tmp_path / "plan.json"), "--budget", "1k params"])
+    values = json.loads((tmp_path / "plan.json").read_text())
+    config = LoraConfig(**values)
+    assert config.rank_pattern == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
+    assert config.exclude_modules == r"model\.layers\.0\.q_proj"
+    assert "900 of 1,000 parameters, mean rank 4.0" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"plan\.json exists already"):
+        module.main(["m", "d", "--output", str(tmp_path / "plan.json")])
+
+
+def test_lines_for_axolotl(tmp_path: Path) -> None:
+    module.main(["m", "d", "--form", "axolotl", "--output", str(tmp_path / "plan.yaml")])
+    values = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    assert values["lora_target_modules"] == ["model.layers.0.v_proj", "model.layers.1.q_proj"]
+    assert values["lora_rank_pattern"] == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
+    assert values["lora_alpha_pattern"] == {r"^model\.layers\.0\.v_proj": 8, r"^model\.layers\.1\.q_proj": 16}
+
+
+def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
+    module.main(["m", "d", "--form", "llama-factory", "--output", str(tmp_path / "plan.yaml")])
+    text = (tmp_path / "plan.yaml").read_text()
+    assert text.startswith("# LLaMA-Factory has one rank for all modules and takes no rank pattern")
+    assert yaml.safe_load(text) == {
+        "finetuning_type": "lora",
+        "lora_target": "q_proj,v_proj",
+        "lora_rank": 4,
+        "lora_alpha": 8,
+    }
+
+
+def test_settings_in_a_yaml_file(tmp_path: Path, plan: list[FinetuneConfig]) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: m\ndata: d\nbudget: 60%\nlearning_rate: 0.0002\nbf16: true\nbounds: [q_proj=0:8]\n"
+        "trainer:\n  warmup_steps: 0.1\n  lr_scheduler_type: cosine\n  packing: true\n"
+    )
+    module.main(["m", "d", "--config", str(tmp_path / "run.yaml"), "--budget", "50%"])
+    (options,) = plan
+    assert (options.budget, options.learning_rate, options.bf16) == ("50%", 0.0002, True)
+    assert options.bounds == ("q_proj=0:8",)
+    assert options.trainer == ("warmup_steps=0.1", "lr_scheduler_type=cosine", "packing=true")
+    (tmp_path / "run.yaml").write_text("model: [\n")
+    with pytest.raises(ConfigError, match=r"Cannot read the config file .*run\.yaml"):
+        module.main(["m", "d", "--config", str(tmp_path / "run.yaml")])

@@ -1,0 +1,112 @@
+"""Options of a fine-tune: further settings of the Trainer, bounds, chats, early stopping, the merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.common.files import read_json, read_json_lines
+from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.experiment import finetune, plan_ahead
+from rankpilot.finetune.trainer_settings import arguments_class, further_settings, new_arguments, rank_bounds_of
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from ..data.small_models import WORDS, save, write_rows
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A tiny Llama with a chat template, and conversations in a file."""
+    folder = tmp_path_factory.mktemp("chats")
+    texts = [" ".join((WORDS * 2)[i % len(WORDS) :][:8]) for i in range(40)]
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": x}]} for x in texts]
+    return save("llama", folder / "model", chat=True), write_rows(folder / "chat.jsonl", rows)
+
+
+def settings(chats: tuple[str, str], **options: Any) -> FinetuneConfig:
+    model, data = chats
+    usual: dict[str, Any] = {"policy": "top-down", "batch_size": 4, "steps": 12, "eval_every": 6, "learning_rate": 1e-2}
+    return FinetuneConfig(model, data, **usual | options)
+
+
+def test_a_chat_with_every_option(chats: tuple[str, str], tmp_path: Path) -> None:
+    config = settings(
+        chats,
+        budget="110%",
+        epochs=2.0,
+        eval_batch_size=2,
+        early_stopping=1,
+        bounds=("q_proj=0:2", "layers.1.mlp.down_proj=4"),
+        merge=True,
+        checkpointing=True,
+        trainer=("warmup_steps=2", "lr_scheduler_type=cosine", "logging_steps=1"),
+    )
+    summary = finetune(config, tmp_path / "run")
+    run = summary["runs"]["rankpilot"]
+    assert summary["steps"] == run["steps"] == 18, "40 rows, four of which are held out, in batches of four, twice"
+    assert run["peak_bytes"] <= run["budget_bytes"]
+    assert summary["reload"]["identical"]
+    ranks = run["ranks"]
+    assert max(rank for name, rank in ranks.items() if name.endswith("q_proj")) <= 2
+    assert ranks["model.layers.1.mlp.down_proj"] == 4
+    losses = [row["loss"] for row in read_json_lines(tmp_path / "run" / "metrics-rankpilot.jsonl") if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert DecisionLog(tmp_path / "run" / "decisions").read().num_rows > 0
+    adapter = tmp_path / "run" / "rankpilot" / "adapter"
+    assert {"tokenizer.json", "chat_template.jinja", "adapter_model.safetensors"} <= {p.name for p in adapter.iterdir()}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "rankpilot" / "merged")
+    base = AutoModelForCausalLM.from_pretrained(chats[0])
+    tokens = torch.arange(10).view(1, 10)
+    with torch.no_grad():
+        assert (merged(tokens).logits - base(tokens).logits).abs().max() > 1e-3
+    assert read_json(tmp_path / "run" / "config.json")["trainer"] == list(config.trainer)
+
+
+def test_settings_of_the_trainer(tmp_path: Path, chats: tuple[str, str]) -> None:
+    given = ("warmup_steps=0.1", "lr_scheduler_type=cosine", 'label_names=["labels"]')
+    values = further_settings(given, TrainingArguments)
+    assert values == {"warmup_steps": 0.1, "lr_scheduler_type": "cosine", "label_names": ["labels"]}
+    arguments = new_arguments(settings(chats, trainer=("assistant_only_loss=true",)), "causal-lm", tmp_path)
+    assert type(arguments) is arguments_class("causal-lm")
+    assert arguments.assistant_only_loss
+    assert arguments.per_device_eval_batch_size == 4, "the training batch"
+    assert not arguments.gradient_checkpointing, "TRL's own default would be on"
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "message"),
+    [
+        ("warmup_step=3", UnknownNameError, "warmup_steps"),
+        ("warmup_steps", ConfigError, "NAME=VALUE; got 'warmup_steps'"),
+        ("max_steps=3", ConfigError, "max_steps is decided by --steps"),
+        ("lr_scheduler_type=nope", ConfigError, "The Trainer refuses these settings: .*nope"),
+    ],
+)
+def test_settings_that_are_refused(
+    chats: tuple[str, str], tmp_path: Path, entry: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        finetune(settings(chats, trainer=(entry,)), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "before anything is written"
+
+
+def test_bounds() -> None:
+    assert rank_bounds_of(("q_proj=8", "down_proj=0:4")) == {"q_proj": 8, "down_proj": (0, 4)}
+    for wrong in ("q_proj", "q_proj=-1", "=4", "q_proj=1:2:3", "q_proj=x"):
+        with pytest.raises(ConfigError, match="MODULE=LEAST:MOST"):
+            rank_bounds_of((wrong,))
+    with pytest.raises(ConfigError, match="early_stopping: a number above 0"):
+        FinetuneConfig("a", "b", early_stopping=0)
+
+
+def test_a_plan_ahead_is_the_first_of_the_run(chats: tuple[str, str], tmp_path: Path) -> None:
+    config = settings(chats, policy="signal-mean", budget="110%", steps=1, bounds=("q_proj=0:2",))
+    plan = plan_ahead(config)
+    finetune(config, tmp_path / "run")
+    first = DecisionLog(tmp_path / "run" / "decisions").read().slice(0, len(plan.ranks))
+    assert dict(zip(first["module"].to_pylist(), first["rank_after"].to_pylist(), strict=True)) == plan.ranks
+    assert first["predicted_cost"][0].as_py() == plan.cost
