@@ -148,9 +148,10 @@ class WorkerProcess:
 def _process_context() -> Any:
     """How processes start: on Linux as forks of a server that has loaded what this process has, which takes seconds.
 
-    The server is started once, on its own, so that its forks have none of this process's threads, devices and state.
+    The server is started once, on its own, so that its forks have none of this process's threads and state. Where there
+    is a GPU each process starts alone: libraries open it when they are loaded, and a fork cannot use it after that.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or torch.accelerator.is_available():
         return get_context("spawn")
     context = get_context("forkserver")
     package = __name__.partition(".")[0]

@@ -1,7 +1,8 @@
 """Fresh Python programs without the seconds that large libraries take to load.
 
 A process that has loaded them, and nothing of rankpilot, runs each program in a fork of itself: with a `__main__`,
-arguments, folder, environment and streams of its own, up to the end of the interpreter.
+arguments, folder, environment and streams of its own, up to the end of the interpreter. Where there is a GPU, programs
+run as they are: the libraries open it when they are loaded, and a fork cannot use it after that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _SERVER = """
 import os, sys
@@ -66,6 +69,9 @@ class WarmPython:
             options: `cwd`, `env` and `input` of `subprocess.run`; any others are ignored.
         """
         assert command[0] == sys.executable
+        if torch.accelerator.is_available():
+            captured = {"capture_output": True, "text": True, "check": False}
+            return subprocess.run(command, **{**options, **captured})
         with tempfile.TemporaryDirectory() as folder:
             streams = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
             for path in streams.values():
