@@ -58,7 +58,7 @@ def _sizes(**options: Any) -> dict[str, Any]:
     return sizes | {"vocab_size": len(word_tokenizer()), "max_position_embeddings": 128} | options
 
 
-def _llama(kind: Any = LlamaForCausalLM, **options: Any) -> Any:
+def llama(kind: Any = LlamaForCausalLM, **options: Any) -> Any:
     torch.manual_seed(0)
     special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
     return kind(LlamaConfig(**_sizes(num_key_value_heads=2), **special, **options))
@@ -117,7 +117,7 @@ def sft(folder: Path, data: Dataset | None = None, **options: Any) -> Trainer:
     from trl import SFTConfig, SFTTrainer
 
     return SFTTrainer(
-        _llama(),
+        llama(),
         args=SFTConfig(str(folder), **_settings(max_length=LENGTH) | options),
         train_dataset=conversations() if data is None else data,
         processing_class=word_tokenizer(),
@@ -129,7 +129,7 @@ def dpo(folder: Path, **options: Any) -> Trainer:
     from trl import DPOConfig, DPOTrainer
 
     return DPOTrainer(
-        _llama(),
+        llama(),
         args=DPOConfig(str(folder), **_settings(max_length=LENGTH) | options),
         train_dataset=pairs(),
         processing_class=word_tokenizer(),
@@ -141,7 +141,7 @@ def reward(folder: Path, **options: Any) -> Trainer:
     from trl import RewardConfig, RewardTrainer
 
     return RewardTrainer(
-        _llama(LlamaForSequenceClassification, num_labels=1),
+        llama(LlamaForSequenceClassification, num_labels=1),
         args=RewardConfig(str(folder), **_settings(max_length=LENGTH) | options),
         train_dataset=pairs(),
         processing_class=word_tokenizer(),
@@ -157,7 +157,7 @@ def grpo(folder: Path, **options: Any) -> Trainer:
 
     settings = _settings(num_generations=2, max_completion_length=4) | options
     return GRPOTrainer(
-        _llama(),
+        llama(),
         reward_funcs=brief,
         args=GRPOConfig(str(folder), **settings),
         train_dataset=Dataset.from_list([{"prompt": "after the number"}] * 8),
@@ -195,18 +195,22 @@ def _trainer(model: Any, data: Dataset, folder: Path, options: dict[str, Any], k
     return kind(model, args, train_dataset=data, data_collator=collator, **more)
 
 
+def classification(folder: Path, kind: Any = Trainer, callbacks: Any = None, **options: Any) -> Trainer:
+    """A Trainer of some class that sorts the texts into three classes."""
+    data = _encoded(lambda i, _: i % 3)
+    return _trainer(_bert(num_labels=3), data, folder, options, kind, callbacks=callbacks)
+
+
 def class_weights(folder: Path, **options: Any) -> Trainer:
-    return _trainer(_bert(num_labels=3), _encoded(lambda i, _: i % 3), folder, options, ClassWeights)
+    return classification(folder, ClassWeights, **options)
 
 
 def label_smoothing(folder: Path, **options: Any) -> Trainer:
-    smoothed = {"label_smoothing_factor": 0.1} | options
-    return _trainer(_bert(num_labels=3), _encoded(lambda i, _: i % 3), folder, smoothed)
+    return classification(folder, label_smoothing_factor=0.1, **options)
 
 
 def neftune(folder: Path, **options: Any) -> Trainer:
-    noisy = {"neftune_noise_alpha": 5.0} | options
-    return _trainer(_bert(num_labels=3), _encoded(lambda i, _: i % 3), folder, noisy)
+    return classification(folder, neftune_noise_alpha=5.0, **options)
 
 
 def regression(folder: Path, **options: Any) -> Trainer:

@@ -1,0 +1,151 @@
+"""Trainers of TRL, and Trainers with a step of their own: what trains, and what is refused before it trains nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rankpilot
+import torch
+from peft import PeftModel
+from rankpilot.errors import NoGradientError, UnsupportedError
+from rankpilot.lora.peft_config import adapter_ranks
+from rankpilot.lora.targets import find_target_modules
+from transformers import Trainer
+
+from .trainer_kinds import TEXTS, classification, grpo, llama, sft, word_tokenizer
+
+SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
+
+
+def attached(trainer: Trainer, budget: str = "100%") -> rankpilot.RankPilotCallback:
+    return rankpilot.attach(trainer, "signal-mean", budget=budget, measure_every=1, schedule=SCHEDULE)
+
+
+# TRL ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_sft_under_a_share_trains_and_saves_its_adapter(tmp_path: Path, checkpointing: bool) -> None:
+    trainer = sft(tmp_path / "run", gradient_checkpointing=checkpointing, bf16=False, max_steps=12)
+    pilot = attached(trainer)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    assert all(float(row["grad_norm"]) > 0 for row in logs)
+    losses = [float(row["loss"]) for row in logs]
+    assert sum(losses[-3:]) < 0.96 * sum(losses[:3])
+    assert max(peak for _, peak in pilot.peaks) <= pilot.limit
+
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.tensor([word_tokenizer()(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        trained = trainer.model.eval()(tokens).logits
+        assert not torch.allclose(llama().eval()(tokens).logits, trained, atol=0.05)
+        reloaded = PeftModel.from_pretrained(llama(), str(tmp_path / "adapter")).eval()
+        assert torch.equal(reloaded(tokens).logits, trained)
+    assert any(adapter_ranks(find_target_modules(reloaded)).values())
+
+
+@pytest.mark.parametrize("budget", ["100%", "3k params"])
+def test_grpo_is_refused_before_training(tmp_path: Path, budget: str) -> None:
+    trainer = grpo(tmp_path)
+    attached(trainer, budget)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(UnsupportedError, match=r"makes its data while it trains.*`rankpilot.allocate`"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+# Two callbacks --------------------------------------------------------------------------------------------------------
+
+
+def test_two_callbacks_are_refused_before_training(tmp_path: Path) -> None:
+    two = [rankpilot.RankPilotCallback("signal-mean"), rankpilot.RankPilotCallback("top-down")]
+    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
+        classification(tmp_path, callbacks=two)
+    trainer = classification(tmp_path)
+    attached(trainer)
+    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
+        attached(trainer)
+
+
+# Steps of one's own ---------------------------------------------------------------------------------------------------
+
+
+class OwnStep(Trainer):  # type: ignore[misc]
+    """Halves the loss of every other batch, in a step of its own."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.seen = getattr(self, "seen", 0) + 1
+        self.accelerator.backward(loss / (1 + self.seen % 2))
+        return loss.detach()
+
+
+class OwnBackward(OwnStep):
+    """Calls `backward` itself, so nobody hears of its loss."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        loss.backward()
+        return loss.detach()
+
+
+class WithoutAdapter(Trainer):  # type: ignore[misc]
+    """Its loss trains the classifier alone."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        classifier = [p for name, p in model.named_parameters() if "classifier" in name and p.requires_grad]
+        return model(**inputs).loss.detach() + sum(parameter.square().sum() for parameter in classifier)
+
+
+class Detached(Trainer):  # type: ignore[misc]
+    """Its loss is a constant."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        return model(**inputs).loss.detach()
+
+
+class TimesZero(Trainer):  # type: ignore[misc]
+    """Its loss is constant, though it hangs on the model."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        return 1 + 0 * model(**inputs).logits.sum()
+
+
+def test_a_training_step_of_its_own_is_measured_and_trains(tmp_path: Path) -> None:
+    trainer = classification(tmp_path, OwnStep)
+    pilot = attached(trainer)
+    trainer.train()
+    assert trainer.seen == trainer.state.global_step, "what was measured before training was put back"
+    assert max(peak for _, peak in pilot.peaks) <= pilot.limit
+    assert all(abs(peak / cost - 1) <= 0.01 for _, cost, peak in pilot.pilot.checks)
+
+
+@pytest.mark.parametrize("budget", ["100%", "3k params"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OwnBackward, "OwnBackward called `accelerator.backward` 0 times"),
+        (Detached, "Detached has a constant loss"),
+    ],
+)
+def test_a_step_whose_loss_is_out_of_reach_is_refused(tmp_path: Path, kind: Any, reason: str, budget: str) -> None:
+    trainer = classification(tmp_path, kind)
+    attached(trainer, budget)
+    with pytest.raises(UnsupportedError, match=reason):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("budget", ["100%", "3k params"])
+@pytest.mark.parametrize("kind", [WithoutAdapter, TimesZero])
+def test_a_loss_that_does_not_train_the_adapters_is_an_error(tmp_path: Path, kind: Any, budget: str) -> None:
+    trainer = classification(tmp_path, kind)
+    attached(trainer, budget)
+    with pytest.raises(NoGradientError):
+        trainer.train()
+    assert trainer.state.global_step < 3
