@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from .run import TrainingRun
 from .trainer_step import TrainerStep, find_trainer
 
 logger = logging.getLogger(__name__)
+
+EVALUATION_ROOM = 0.5
+"""The share of the budget for which the batch of an evaluation is made anew, since not all of it shrinks with it."""
 
 
 class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
@@ -149,7 +152,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             pilot.resume(run, load_state(folder), step=state.global_step, name=name)
         else:
             pilot.begin(run, name=name)
+        self._rows_evaluated = 0
         step.follow(self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures)
+        step.follow_evaluations(self._evaluate)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -205,6 +210,26 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     def _take_loss(self, loss: torch.Tensor) -> None:
         self._loss = self._loss + loss
+
+    def _evaluate(self, evaluate: Callable[[], Any]) -> Any:
+        """Run an evaluation, and measure the first one with its batch size: the next ones keep within the budget."""
+        args = self._connected().trainer.args
+        rows = args.per_device_eval_batch_size
+        if rows == self._rows_evaluated:
+            return evaluate()
+        self._rows_evaluated = rows
+        with self.pilot.evaluation():
+            result = evaluate()
+        share = self.pilot.evaluation_share
+        if share > 1 and rows > 1:
+            args.per_device_eval_batch_size = max(1, int(EVALUATION_ROOM * rows / share))
+            logger.warning(
+                "An evaluation with batches of %d took %.0f %% of the budget: the next one has batches of %d.",
+                rows,
+                100 * share,
+                args.per_device_eval_batch_size,
+            )
+        return result
 
     def _tell(self, text: str) -> None:
         """Show a line above the progress bar, or log it where there is none."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +69,7 @@ class PeakGuard:
     Attributes:
         meter: measures the steps.
         shape: the largest number of rows and the largest length of a batch so far.
+        evaluation_share: the peak of the latest evaluation as a share of the budget; 0 before the first.
         checks: (step, predicted bytes, measured bytes) of the first measured step after each change of ranks.
     """
 
@@ -75,6 +77,7 @@ class PeakGuard:
         self.meter = PeakMeter(every_steps)
         self.shape = BatchShape(0, 0)
         self.checks: list[tuple[int, float, int]] = []
+        self.evaluation_share = 0.0
         self._step_shape = BatchShape(0, 0)
         self._unchecked = True
         self._underestimate = 0.0
@@ -152,6 +155,16 @@ class PeakGuard:
         self._check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
         logger.warning("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
         self._correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Measure an evaluation; `evaluation_share` tells afterwards how much of the budget it took."""
+        if self._limits_bytes:
+            self.meter.begin(self._run.model, self._run.optimizer)
+        yield
+        peak = self.meter.end_other(self._run.model)
+        if peak is not None:
+            self.evaluation_share = peak / self._controller.limit
 
     def out_of_memory(self) -> None:
         """Shrink the plan after a step that ran out of memory, so that the step can be taken again.

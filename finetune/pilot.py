@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,17 @@ class RankPilot:
         controller = self._controller
         if controller.due(self._step) and self._step < controller.total_steps:
             self._decide()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Measure the evaluation that runs inside the block; see `evaluation_share`."""
+        with self._guard.evaluation():
+            yield
+
+    @property
+    def evaluation_share(self) -> float:
+        """The peak of the latest evaluation as a share of the budget; above 1 its batch is too large."""
+        return self._guard.evaluation_share
 
     def out_of_memory(self) -> None:
         """Shrink the plan after a step that ran out of memory; afterwards take the step again, without gradients.

@@ -115,9 +115,14 @@ class TrainerStep:
 
         trainer.get_batch_samples, trainer.training_step, trainer.log = get_batch_samples, training_step, log
 
+    def follow_evaluations(self, evaluate: Callable[[Callable[[], Any]], Any]) -> None:
+        """Let a function run the Trainer's evaluations, which it gets as a function without arguments."""
+        run = self.trainer.evaluate
+        self.trainer.evaluate = lambda *arguments, **options: evaluate(lambda: run(*arguments, **options))
+
     def release(self) -> None:
         """Stop following."""
-        for name in ("get_batch_samples", "training_step", "log"):
+        for name in ("get_batch_samples", "training_step", "log", "evaluate"):
             vars(self.trainer).pop(name, None)
 
 

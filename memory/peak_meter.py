@@ -79,14 +79,20 @@ class PeakMeter:
 
     def end(self, step: int, model: nn.Module) -> int | None:
         """End the measured step, of this number, and return bytes at its peak; None if no step is being measured."""
+        peak = self.end_other(model)
+        if peak is not None:
+            self._requested = False
+            self.history.append((step, peak))
+        return peak
+
+    def end_other(self, model: nn.Module) -> int | None:
+        """As `end`, for what is no training step, such as an evaluation: it stands in no history."""
         if self._rise is None:
             return None
         rise = self._rise()
         new_state = state_bytes(model, self._optimizer, gradients=False) - self._state_before
         peak = self._bytes_before + max(rise, self._rise_of_passes + max(new_state, 0))
         self.close()
-        self._requested = False
-        self.history.append((step, peak))
         return peak
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +303,48 @@ def test_padding_in_later_batches_is_planned_for(launch: Callable[..., Run], len
     (_, first), (at, second) = run.pilot.predictions
     for step, peak in run.pilot.peaks:
         assert peak <= (first if step <= at else second)
+
+
+def test_an_evaluation_above_the_budget_gets_smaller_batches(
+    tmp_path: Path, llama_config: LlamaConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Measured once, corrected at once: the next evaluations are within the budget."""
+    set_seed(0)
+    model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    rows = [{"input_ids": [i % 64] * SHORT, "labels": [i % 64] * SHORT} for i in range(300)]
+    pilot = RankPilotCallback("signal-mean", "70%", schedule=SCHEDULE)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=6,
+        per_device_train_batch_size=ROWS,
+        per_device_eval_batch_size=64,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    data = Dataset.from_list(rows)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, callbacks=[pilot])
+    shares = []
+    measure = guard_module.PeakGuard.evaluation
+
+    with caplog.at_level(logging.WARNING, logger="rankpilot"), pytest.MonkeyPatch.context() as patch:
+
+        @contextmanager
+        def noted(guard: Any) -> Iterator[None]:
+            with measure(guard):
+                yield
+            shares.append(guard.evaluation_share)
+
+        patch.setattr(guard_module.PeakGuard, "evaluation", noted)
+        trainer.train()
+    assert len(shares) == 2, "the first batch size, and the corrected one"
+    assert shares[0] > 1 >= shares[1]
+    (message,) = warnings_of(caplog)
+    assert f"with batches of 64 took {100 * shares[0]:.0f} % of the budget" in message
+    assert trainer.args.per_device_eval_batch_size < 64
+    assert {step for step, _ in pilot.peaks} <= set(range(1, 7))
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(losses) == 3
