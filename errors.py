@@ -7,9 +7,11 @@
     ├── UnsupportedError   a model, adapter or optimiser that cannot be handled    (TypeError)
     ├── DataError          a data set that is empty, too short or malformed        (ValueError)
     ├── NonFiniteError     a loss or weight that is NaN or infinite                (ArithmeticError)
+    ├── NoGradientError    a run whose adapters receive no gradients               (RuntimeError)
     ├── PolicyFileError    a policy file that is corrupt, foreign or too new       (ValueError)
     ├── RunFolderError     a folder of a run or adapter: exists, missing or cut off    (OSError)
     ├── AssetError         a packaged model or data set that is not at hand        (OSError)
+    ├── ReviewError        a person who refused a plan, or gave no answer in time  (RuntimeError)
     └── WorkerError        work at which worker processes ended again and again    (RuntimeError)
 
 Each also inherits the builtin in brackets, so that code that knows nothing of rankpilot can catch it.
@@ -91,6 +93,10 @@ class RunFolderError(RankPilotError, OSError):
 
 class AssetError(RankPilotError, OSError):
     """A packaged model or data set that is neither cached nor downloadable."""
+
+
+class ReviewError(RankPilotError, RuntimeError):
+    """A person who refused a plan in review, or gave no answer in time."""
 
 
 class WorkerError(RankPilotError, RuntimeError):

@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.units import part_of
+from ..errors import BudgetError
 from ..lora.adapters import Adapters
 from ..lora.ladder import RankLadder
 from ..lora.signals import signal_buffer_bytes
 from ..memory.budget import reference_cost
-from ..memory.cost import ByteCost, Cost, cost_from_state, cost_state
+from ..memory.cost import ByteCost, Cost, cost_from_state, cost_state, plan_cost
 from .observation import Observation, RunState, observe
 from .plan import Plan, check_budget, project
 from .probe import ProbeResult
@@ -191,26 +193,53 @@ class RankController(Generic[AdaptersT]):
         Returns:
             The plan as applied.
         """
-        plan = self._apply(self.problem(), wanted, scores, step, optimizer)
-        self.decision += 1
+        _, plan = self.propose(wanted, scores, optimizer)
+        self._take(plan.ranks, step, optimizer)
         return plan
+
+    def propose(
+        self, wanted: IntArray, scores: FloatArray, optimizer: torch.optim.Optimizer | None = None
+    ) -> tuple[AllocationProblem, Plan]:
+        """What `apply` would do, without doing it: the possible plans with pinned modules, and the plan."""
+        return self._project(self.problem(), wanted, scores, optimizer)
+
+    def set_plan(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Take exactly these ranks as the decision: none is lowered or raised, even if a part of the budget is left.
+
+        Args:
+            ranks: on the ladder, int64 (modules,). Modules that `propose` pinned keep their ranks of the proposal.
+            step: see `apply`, as `optimizer`.
+            optimizer: its state follows.
+
+        Raises:
+            BudgetError: they are above the limit.
+        """
+        problem = self.problem()
+        if not problem.fits(ranks):
+            cost = part_of(plan_cost(problem.cost, ranks), self.limit, self.cost.unit)
+            raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
+        self._take(ranks, step, optimizer)
+
+    def _take(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Give the adapters the ranks of a decision."""
+        self.adapters.set_ranks(ranks, optimizer, seed=self.seed, step=step)
+        self.decision += 1
 
     def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
         """Bring the ranks back under a limit that has become tighter; not counted as a decision. See `apply`."""
-        return self._apply(self.problem_now(), wanted, np.zeros(len(wanted)), step, optimizer)
+        _, plan = self._project(self.problem_now(), wanted, np.zeros(len(wanted)), optimizer)
+        self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
+        return plan
 
-    def _apply(
+    def _project(
         self,
         problem: AllocationProblem,
         wanted: IntArray,
         scores: FloatArray,
-        step: int,
         optimizer: torch.optim.Optimizer | None,
-    ) -> Plan:
+    ) -> tuple[AllocationProblem, Plan]:
         problem = replace(problem, pinned=self._pin_broken(optimizer))
-        plan = project(problem, wanted, scores)
-        self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
-        return plan
+        return problem, project(problem, wanted, scores)
 
     def _pin_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
         """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""

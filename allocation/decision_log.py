@@ -156,7 +156,9 @@ class DecisionLog:
         return table.sort_by([("decision", "ascending"), ("module_index", "ascending")])
 
     def problem(self, decision: int) -> AllocationProblem:
-        """The plans that were possible at a decision: `project` on it gives the logged ranks once more.
+        """The plans that were possible at a decision.
+
+        `project` on it gives the logged ranks once more, but for those that a person changed in review.
 
         Raises:
             RunFolderError: there is no such decision, it was logged without its problem, or a file is corrupt.

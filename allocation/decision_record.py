@@ -44,13 +44,14 @@ class DecisionRecord:
         modules: full names, in the order of all arrays.
         problem: the plans that were possible, with the ranks in place and the pinned modules.
         rank_wanted: ranks that the policy wanted, int (L,).
-        rank_clipped: those on the ladder and within the bounds, before the budget, int (L,).
+        rank_clipped: those on the ladder and within the bounds, before the budget, int (L,). Where a person changed a
+            rank in review, it is the person's.
         rank_after: ranks of the plan, int (L,).
         score: priority in the projection, float (L,).
         features: what the policy saw of each module, float32 (L, F).
         feature_names: names of the columns of `features`.
         run_features: what the policy saw of the whole run.
-        notes: why a module did not get its rank of the plan, by name; the others are left out.
+        notes: why a module did not get the rank that the policy wanted, by name; the others are left out.
 
     Raises:
         DataError: lengths disagree, a name is used twice, or a number is out of range.

@@ -23,6 +23,11 @@ def byte_unit(count: float) -> tuple[str, int]:
     return _UNITS[power], 1024**power
 
 
+def cost_text(cost: float, unit: str) -> str:
+    """A cost with its unit: "96.5 MiB", "120,000 parameters"."""
+    return format_bytes(cost) if unit == "bytes" else f"{cost:,.0f} parameters"
+
+
 def three_digits(value: float) -> str:
     """A number with three digits, or with all of those before the point: 0.123, 12.3, 1,234."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"

@@ -52,6 +52,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         bounds: the rank of single modules, or their least and largest rank.
         fresh: begin with new adapters even where they are trained.
+        review: a file in which a person changes or approves each plan; see `RankPilot`, as `review_timeout`.
+        review_timeout: how many seconds to wait for that.
 
     Attributes:
         pilot: decides the ranks.
@@ -73,6 +75,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         measure_every: int = 100,
         bounds: Bounds | None = None,
         fresh: bool = False,
+        review: str | Path | None = None,
+        review_timeout: float | None = None,
     ) -> None:
         self.pilot = RankPilot(
             policy,
@@ -84,6 +88,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             fresh=fresh,
             tell=self._tell,
             progress=self._progress,
+            review=review,
+            review_timeout=review_timeout,
         )
         self._seed = seed
         self._bar = False

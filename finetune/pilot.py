@@ -32,6 +32,8 @@ from .before_training import Progress, prepare
 from .gradient_watch import GradientWatch
 from .loss_meter import LossMeter
 from .peak_guard import Correction, PeakGuard
+from .proposal import Proposal
+from .review import PlanReview, review_notes
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,9 @@ class RankPilot:
             resizes them: growth leaves the function as it is, shrinking gives the best approximation.
         tell: called with a line for each decision and each correction; by default they go to the log of this module.
         progress: shows how far the probe has come.
+        review: a file. Each plan is written there, and a person changes or approves it before it is applied. Without a
+            terminal the run waits until the file says `approved: true`.
+        review_timeout: how many seconds to wait for that; None for as long as it takes.
 
     Attributes:
         controller: observes the adapters and changes their ranks; None before `begin`.
@@ -82,6 +87,8 @@ class RankPilot:
         fresh: bool = False,
         tell: Callable[[str], None] | None = None,
         progress: Progress[Any] | None = None,
+        review: str | Path | None = None,
+        review_timeout: float | None = None,
     ) -> None:
         _check_arguments(policy, schedule, measure_every, bounds)
         self.policy = load_policy(policy)
@@ -93,6 +100,9 @@ class RankPilot:
         self.log = None if log is None else DecisionLog(Path(log))
         self._tell = tell or logger.info
         self._progress = progress
+        if review is None and review_timeout is not None:
+            raise ConfigError("review_timeout needs review: the file in which a person approves each plan.")
+        self._review = None if review is None else PlanReview(review, review_timeout)
         self._measure_every = measure_every
         self._name = ""
         self.predictions: list[tuple[int, float]] = []
@@ -128,6 +138,7 @@ class RankPilot:
             UnsupportedError: the model, the optimiser or the loss cannot be handled.
             DataError: the training set is empty.
             NonFiniteError: the loss is NaN or infinite.
+            ReviewError: a person refused the plan, or gave no answer in time.
         """
         self._check_run(run)
         self.predictions, self._step, self._shown = [], 0, 0
@@ -136,6 +147,8 @@ class RankPilot:
         make_resizable(run.model, targets)
         if self.log is not None:
             self.log.truncate(-1)
+        if self._review is not None:
+            self._review.resumed = False
         self.controller, memory = prepare(
             run, targets, self.budget, self.schedule, self.bounds, self.seed, fresh=self.fresh, progress=self._progress
         )
@@ -172,6 +185,8 @@ class RankPilot:
         self._step = step
         if self.log is not None:
             self.log.truncate(step)
+        if self._review is not None:
+            self._review.resumed = True
         self._watch(run, name, None)
         if state["settings"]["budget"] != str(self.budget) and self.budget.kind != "auto":
             controller = self.controller
@@ -210,6 +225,7 @@ class RankPilot:
 
         Raises:
             BudgetError: the step was above the budget, and no plan fits.
+            ReviewError: a person refused the plan, or gave no answer in time.
         """
         self._step += 1
         self._guard.after_step(self._step)
@@ -312,10 +328,22 @@ class RankPilot:
         loss = self._losses.mean()
         observation = controller.observe(step, loss)
         decision = self.policy.decide(observation)
-        plan = controller.apply(decision.ranks, decision.scores, step, self._run.optimizer)
+        plan, notes = self._apply(observation, decision)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
-        self._record(step, loss, observation, decision, plan)
+        self._record(step, loss, observation, decision, plan, notes)
+
+    def _apply(self, observation: Observation, decision: Decision) -> tuple[Plan, dict[str, str]]:
+        """Give the adapters the plan of a decision, as a person wants it if there is a review; with notes on that."""
+        controller, step, optimizer = self._controller, self._step, self._run.optimizer
+        if self._review is None:
+            return controller.apply(decision.ranks, decision.scores, step, optimizer), {}
+        problem, proposed = controller.propose(decision.ranks, decision.scores, optimizer)
+        number = len(self.predictions)
+        proposal = Proposal(number, step, self.policy.name, observation, decision.scores, problem, proposed)
+        plan = self._review.plan(proposal)
+        controller.set_plan(plan.ranks, step, optimizer)
+        return plan, review_notes(proposal, plan)
 
     def _corrected(self, correction: Correction) -> None:
         """Record a change of ranks by the guard like a decision."""

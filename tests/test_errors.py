@@ -15,9 +15,11 @@ BUILTINS = {
     "UnsupportedError": TypeError,
     "DataError": ValueError,
     "NonFiniteError": ArithmeticError,
+    "NoGradientError": RuntimeError,
     "PolicyFileError": ValueError,
     "RunFolderError": OSError,
     "AssetError": OSError,
+    "ReviewError": RuntimeError,
     "WorkerError": RuntimeError,
 }
 

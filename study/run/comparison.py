@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...common.tables import make_table
-from ...common.units import format_bytes
+from ...common.units import cost_text, format_bytes
 from .run_data import RunData
 
 
@@ -21,11 +21,6 @@ class _Measure:
     key: str
     text: Callable[[float], str]
     better: int = 0
-
-
-def cost_text(cost: float, unit: str) -> str:
-    """A cost with its unit: "96.5 MiB", "120,000 parameters"."""
-    return format_bytes(cost) if unit == "bytes" else f"{cost:,.0f} parameters"
 
 
 def _measures(unit: str) -> tuple[_Measure, ...]:

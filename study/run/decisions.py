@@ -10,14 +10,13 @@ import pyarrow.compute as pc
 
 from ...allocation.decision_line import decision_line
 from ...allocation.decision_log import FEATURE_PREFIX
+from ...allocation.unusual_features import unusual_features
 from ...common.arrays import FloatArray
 from ...common.module_names import short_names
-from .comparison import cost_text
+from ...common.units import cost_text
 
 MOVES_SHOWN = 3
 """Moves that a decision's list has at most."""
-STANDS_OUT = 1.0
-"""Standard deviations from the mean of all modules."""
 
 
 def decision_lines(log: pa.Table) -> list[str]:
@@ -45,30 +44,12 @@ def _line(table: pa.Table) -> str:
 
 
 def standing_out(table: pa.Table) -> list[list[tuple[str, float]]]:
-    """For each module the two features that are farthest from the mean of all modules, farthest first.
-
-    Features with fewer than three different values (flags) and distances below `STANDS_OUT` are left out.
-
-    Returns:
-        For each row of one decision's table up to two pairs (feature, distance in standard deviations).
-    """
-    names, distances = [], []
-    for column in table.column_names:
-        if not column.startswith(FEATURE_PREFIX):
-            continue
-        values = np.asarray(table[column].to_numpy(), dtype=np.float64)
-        known = values[np.isfinite(values)]
-        if np.unique(known).size >= 3:
-            names.append(column.removeprefix(FEATURE_PREFIX))
-            distances.append(np.nan_to_num((values - known.mean()) / known.std()))
-    if not names:
-        return [[] for _ in range(table.num_rows)]
-    rows = np.array(distances).T
-    order = np.argsort(-np.abs(rows), axis=1, kind="stable")[:, :2].tolist()
-    return [
-        [(names[i], float(row[i])) for i in chosen if abs(row[i]) >= STANDS_OUT]
-        for row, chosen in zip(rows, order, strict=True)
-    ]
+    """The unusual features of each row of one decision's table; see `unusual_features`."""
+    columns = [name for name in table.column_names if name.startswith(FEATURE_PREFIX)]
+    values = np.empty((table.num_rows, len(columns)))
+    for index, column in enumerate(columns):
+        values[:, index] = table[column].to_numpy()
+    return unusual_features([name.removeprefix(FEATURE_PREFIX) for name in columns], values)
 
 
 def _describe(table: pa.Table) -> str:
