@@ -10,7 +10,6 @@ from typing import Any, TypeGuard
 import numpy as np
 import yaml
 
-from ..allocation.features import MODULE_FEATURES
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.problem import AllocationProblem
@@ -18,6 +17,7 @@ from ..allocation.unusual_features import unusual_features
 from ..common.arrays import FloatArray, IntArray
 from ..common.units import cost_text, format_bytes
 from ..errors import ConfigError, UnknownNameError, first_line
+from ..lora.signals import SIGNALS
 from ..memory.cost import moment_costs, plan_cost
 
 Document = Mapping[Any, Any]
@@ -34,7 +34,7 @@ _HEADER = """\
 # proposed, before: the rank that the policy proposes, and the one that the module has now
 # score: the policy's; modules with high scores come first where the budget is short
 # {unit}_per_rank: what each rank costs at the peak{first}
-# reason: what is unusual about the module, in standard deviations from the mean of all modules
+# reason: which of its signals are high or low, in standard deviations from the mean of all modules
 """
 
 
@@ -89,7 +89,7 @@ class Proposal:
             self.problem.ranks.tolist(),
             self.scores.tolist(),
             per_rank.tolist(),
-            unusual_features(MODULE_FEATURES, self.observation.modules),
+            unusual_features(SIGNALS, self.observation.modules[:, : len(SIGNALS)]),
             strict=True,
         )
         return {
@@ -216,4 +216,4 @@ def _is_map(value: object) -> TypeGuard[Document]:
 
 def _reason(unusual: list[tuple[str, float]]) -> str:
     words = [f"{'high' if distance > 0 else 'low'} {name} ({distance:+.1f})" for name, distance in unusual]
-    return ", ".join(words) or "nothing is unusual"
+    return ", ".join(words) or "no signal is unusual"

@@ -81,7 +81,7 @@ def test_what_stands_out_is_told_as_high_or_low(proposal: Proposal) -> None:
     proposal = replace(proposal, observation=replace(proposal.observation, modules=features))
     modules = list(yaml.safe_load(proposal.text())["modules"].values())
     assert modules[7]["reason"] == "high snr (+2.6)"
-    assert modules[2]["reason"] == "nothing is unusual"
+    assert modules[2]["reason"] == "no signal is unusual"
 
 
 def test_an_approved_file_is_the_same_with_the_ranks_of_the_person(proposal: Proposal) -> None:
