@@ -179,24 +179,24 @@ class DecisionLog:
             pinned=pinned if pinned.any() else None,
         )
 
-    def truncate(self, after_step: int) -> int:
-        """Drop the decisions taken after a step: a run that resumes there takes them again.
+    def truncate(self, keep: int) -> int:
+        """Drop the decisions that followed a checkpoint: a run that resumes there takes them again.
 
         Args:
-            after_step: the step of the checkpoint; a decision at exactly this step is kept.
+            keep: how many decisions had been taken at the checkpoint.
 
         Returns:
             How many decisions were dropped.
 
         Raises:
-            RunFolderError: a part is corrupt or of another schema; nothing is dropped then.
+            RunFolderError: a part that is kept is corrupt or of another schema; nothing is dropped then.
         """
-        tables = {part: _read_part(part) for part in self._parts()}
-        late = [part for part, table in tables.items() if table["step"][0].as_py() > after_step]
+        parts = self._parts()
+        late = [part for part in parts if part >= self._part(keep)]
+        tables = [_read_part(part) for part in parts if part not in late]
         for part in reversed(late):
             part.unlink()
-        kept = [table for part, table in tables.items() if part not in late and "problem" in table.column_names]
-        needed = {table["problem"][0].as_py() for table in kept}
+        needed = {table["problem"][0].as_py() for table in tables if "problem" in table.column_names}
         for path in self.folder.glob("problem-*.safetensors"):
             if path.name not in needed:
                 path.unlink()

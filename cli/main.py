@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 
 from rich.console import Console
 from rich.markup import escape
 
+from ..common.termination import STATUS, Terminated, on_sigterm
 from ..errors import RankPilotError, UnknownNameError, first_line
 from .progress import console
 
@@ -52,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command, given the command line without the program's name.
 
     Returns:
-        The exit status: 0, 1 after an error, 2 without a command, 130 if interrupted.
+        The exit status: 0, 1 after an error, 2 without a command, 130 if interrupted, 143 after SIGTERM.
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         console.print(usage(), highlight=False, soft_wrap=True)
@@ -66,7 +68,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UnknownNameError.of("command", command, COMMANDS)
-        status: int | None = import_module(f".{command}", __package__).main(rest)
+        with on_sigterm() if command in RESUMABLE else nullcontext():
+            status: int | None = import_module(f".{command}", __package__).main(rest)
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end of the process would complain
         return 1
@@ -82,10 +85,11 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(
             f"Too little memory: {first_line(error)}. Lower the batch size or the length, or use checkpointing."
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as end:
+        word, status = ("Terminated", STATUS) if isinstance(end, Terminated) else ("Interrupted", 130)
         hint = " The same command with --resume continues from here." if command in RESUMABLE else ""
-        Console(stderr=True).print(f"Interrupted.{hint}")
-        return 130
+        Console(stderr=True).print(f"{word}.{hint}")
+        return status
     return status or 0
 
 

@@ -96,6 +96,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._step: TrainerStep | None = None
         self._batches: list[Batch] = []
         self._loss: torch.Tensor | float = 0.0
+        self._between_steps, self._save_later = True, False
 
     @property
     def controller(self) -> RankController[PeftAdapters] | None:
@@ -159,8 +160,12 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         else:
             pilot.begin(run, name=name)
         self._rows_evaluated = 0
-        step.follow(self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures)
+        step.follow(self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures, self._save_state)
         step.follow_evaluations(self._evaluate)
+        self._between_steps, self._save_later = True, False
+        if state.global_step >= state.max_steps:
+            step.take_no_more()
+            control.should_training_stop = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -173,6 +178,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Read the gradients, which are complete now."""
+        self._between_steps = False
         self.pilot.before_optimizer_step(self._loss)
 
     def on_step_end(
@@ -180,12 +186,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Compare the peak with the budget, and decide if a decision is due."""
         self.pilot.after_step()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
-        """Write the state of this callback into the checkpoint, as the last of its files."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            save_state(folder, self.pilot.state_dict())
+        self._between_steps = True
+        if self._save_later:
+            control.should_save, self._save_later = True, False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -236,6 +239,17 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 args.per_device_eval_batch_size,
             )
         return result
+
+    def _save_state(self, checkpoint: Path) -> bool:
+        """Write the state of this callback into a checkpoint, before the Trainer writes its files.
+
+        So the checkpoint is complete when the Trainer deletes older ones. Other callbacks may ask for one while this
+        callback has not heard yet of the end of the step; then it is made a moment later.
+        """
+        self._save_later = not self._between_steps
+        if self._between_steps:
+            save_state(checkpoint, self.pilot.state_dict())
+        return self._between_steps
 
     def _tell(self, text: str) -> None:
         """Show a line above the progress bar, or log it where there is none."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from contextlib import suppress
+from json import JSONDecodeError
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +16,7 @@ from ..agents.learned.policy_file import load_policy
 from ..common.files import append_json_line, atomic_path, read_json, read_json_lines, write_json
 from ..common.run_folder import open_run
 from ..common.settings import as_json
+from ..common.termination import Terminated, on_sigterm
 from ..data.workload import Workload, load_workload
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
@@ -22,10 +24,11 @@ from ..memory.budget import Budget
 from ..memory.peak_meter import PeakMeter
 from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback
-from .checkpoint import is_complete
+from .checkpoint import last_checkpoint
 from .config import FinetuneConfig
 from .metrics import RunMetrics
 from .reload_check import check_reload
+from .stop import StopWithCheckpoint
 from .trainer import check_possible, new_model, new_trainer
 from .trainer_settings import new_arguments, rank_bounds_of
 from .uniform import UniformRanks
@@ -65,7 +68,7 @@ def finetune(
         runs = {}
         for name in (PILOT, UNIFORM) if config.compare_uniform else (PILOT,):
             tell(f"fine-tuning under {policy.name}" if name == PILOT else "fine-tuning with uniform ranks")
-            runs[name] = run_one(config, workload, folder, name)
+            runs[name] = run_one(config, workload, folder, name, tell)
         summary = {
             "model": config.model,
             "data": config.data,
@@ -119,7 +122,9 @@ def _head(workload: Workload) -> dict[str, Any]:
     return facts
 
 
-def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str) -> dict[str, Any]:
+def run_one(
+    config: FinetuneConfig, workload: Workload, folder: Path, name: str, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Run one fine-tune to its end, from its last complete checkpoint if there is one.
 
     Args:
@@ -127,12 +132,16 @@ def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str)
         workload: the texts to train and to evaluate on.
         folder: of both runs.
         name: `PILOT`, or `UNIFORM` for equal ranks.
+        tell: called with a line for each checkpoint that cannot be read.
 
     Returns:
         What `result-NAME.json` holds. If that file is there already, nothing runs.
+
+    Raises:
+        Terminated: the process was asked to end; a checkpoint is saved if steps were done.
     """
     result_path = folder / f"result-{name}.json"
-    if result_path.exists():
+    with suppress(FileNotFoundError, JSONDecodeError):  # the run of a torn result goes on from its last checkpoint
         stored: dict[str, Any] = read_json(result_path)
         return stored
     model = new_model(config, workload)
@@ -149,11 +158,15 @@ def run_one(config: FinetuneConfig, workload: Workload, folder: Path, name: str)
     else:
         ranks = UniformRanks(_uniform_budget(config, folder), config.seed)
     metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY))
-    trainer = new_trainer(config, workload, model, folder / name, [ranks, metrics])
-    started = time.monotonic()
+    stop = StopWithCheckpoint()
+    trainer = new_trainer(config, workload, model, folder / name, [ranks, metrics, stop])
+    checkpoint = last_checkpoint(folder / name, piloted=pilot, tell=tell)
     set_seed(config.seed)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / name, piloted=pilot))
-    train_s = time.monotonic() - started
+    with on_sigterm(stop.stop):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        raise Terminated
+    train_s = metrics.train_s
     held_out = trainer.evaluate()
     if isinstance(ranks, RankPilotCallback):
         for step, peak in ranks.peaks:
@@ -193,14 +206,3 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     return Budget("bytes", read_json(folder / f"result-{PILOT}.json")["budget_bytes"])
 
 
-def last_complete_checkpoint(folder: Path, *, piloted: bool) -> str | None:
-    """The latest checkpoint of which all files were written; None if there is none.
-
-    Args:
-        folder: the Trainer's output folder.
-        piloted: whether the run is under a policy, whose state is part of the checkpoint.
-    """
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        if is_complete(path) if piloted else (path / "trainer_state.json").is_file():
-            return str(path)
-    return None

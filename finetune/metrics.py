@@ -16,27 +16,41 @@ from ..memory.peak_meter import PeakMeter
 
 
 class RunMetrics(TrainerCallback):  # type: ignore[misc]
-    """Writes the curves of a run as JSON lines, and times its steps.
+    """Writes the curves of a run as JSON lines, and times the run, from when this object is made.
 
     Args:
         path: the file; a resumed run appends to it.
         meter: measures peaks in a run without RankPilotCallback, which measures them itself.
 
     Attributes:
-        step_s: seconds of each step since the start or the resumption of the run.
+        step_s: seconds of each step, those before a resumption included.
     """
 
     def __init__(self, path: Path, meter: PeakMeter | None = None) -> None:
         self.path, self.meter = path, meter
         self.step_s: list[float] = []
+        self._written = 0
+        self._evaluated: set[int] = set()
         self._started = 0.0
+        self._made, self._before_s = time.perf_counter(), 0.0
+
+    @property
+    def train_s(self) -> float:
+        """Seconds that the run has taken, those before a resumption included."""
+        return self._before_s + time.perf_counter() - self._made
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Delete what an interrupted run wrote after its last checkpoint."""
-        rows = [row for row in read_json_lines(self.path) if row["step"] <= state.global_step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows if state.global_step > 0))
+        """Delete what an interrupted run wrote after its last checkpoint, and go on with its times."""
+        rows = [row for row in read_json_lines(self.path) if 0 < row["step"] <= state.global_step]
+        if self.meter is None:  # RankPilotCallback knows all peaks of the run, and they are written at its end
+            rows = [row for row in rows if "peak_bytes" not in row]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.step_s = [seconds for row in rows for seconds in row.get("step_s", ())]
+        self._written = len(self.step_s)
+        self._before_s = max((row.get("train_s", 0.0) for row in rows), default=0.0)
+        self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -70,7 +84,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **objects: Any,
     ) -> None:
-        """Write losses and accuracies.
+        """Write losses, accuracies and times; one evaluation for each step.
 
         Raises:
             NonFiniteError: the gradient is NaN or infinite.
@@ -80,7 +94,16 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
             raise NonFiniteError(
                 f"The gradient norm is {norm} at step {state.global_step}: training diverged. Lower --learning-rate."
             )
-        kept = {key: float(v) for key, v in (logs or {}).items() if key in ("loss", "eval_loss", "eval_accuracy")}
+        kept: dict[str, Any] = {
+            key: float(value) for key, value in (logs or {}).items() if key in ("loss", "eval_loss", "eval_accuracy")
+        }
+        if "loss" in kept:
+            kept |= {"step_s": self.step_s[self._written :], "train_s": self.train_s}
+            self._written = len(self.step_s)
+        elif kept and state.global_step in self._evaluated:
+            return
+        if "eval_loss" in kept:
+            self._evaluated.add(state.global_step)
         if kept:
             append_json_line(self.path, {"step": state.global_step, **kept})
 

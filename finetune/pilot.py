@@ -146,7 +146,7 @@ class RankPilot:
         targets = find_target_modules(run.model)
         make_resizable(run.model, targets)
         if self.log is not None:
-            self.log.truncate(-1)
+            self.log.truncate(0)
         if self._review is not None:
             self._review.resumed = False
         self.controller, memory = prepare(
@@ -184,7 +184,7 @@ class RankPilot:
         self.predictions = [(int(at), float(cost)) for at, cost in state["predictions"]]
         self._step = step
         if self.log is not None:
-            self.log.truncate(step)
+            self.log.truncate(len(self.predictions))
         if self._review is not None:
             self._review.resumed = True
         self._watch(run, name, None)

@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -85,6 +86,7 @@ class TrainerStep:
         losses: Callable[[torch.Tensor], None],
         again: Callable[[], None],
         figures: Callable[[], dict[str, float]],
+        saves: Callable[[Path], bool],
     ) -> None:
         """Follow the real steps.
 
@@ -93,9 +95,12 @@ class TrainerStep:
             losses: called with the loss of each batch, as the Trainer counts it: those of one step add up to its mean.
             again: called after a batch that ran out of memory. Then all batches of the step so far run once more.
             figures: go into each of the Trainer's log entries that has a training loss, and so to all its trackers.
+            saves: called with the folder of a checkpoint before the Trainer writes it. If it returns False, nothing is
+                written.
         """
         trainer = self.trainer
-        get_batches, run_step, write_log = trainer.get_batch_samples, trainer.training_step, trainer.log
+        get_batches, run_step = trainer.get_batch_samples, trainer.training_step
+        write_log, save = trainer.log, trainer._save_checkpoint
         done: list[tuple[Any, ...]] = []
 
         def get_batch_samples(*arguments: Any, **options: Any) -> Any:
@@ -113,7 +118,16 @@ class TrainerStep:
         def log(logs: dict[str, float], *rest: Any, **options: Any) -> None:
             write_log({**logs, **figures()} if "loss" in logs else logs, *rest, **options)
 
-        trainer.get_batch_samples, trainer.training_step, trainer.log = get_batch_samples, training_step, log
+        def save_checkpoint(model: Any, trial: Any = None) -> None:
+            if saves(Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"):
+                save(model, trial)
+
+        trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
+        trainer.log, trainer._save_checkpoint = log, save_checkpoint
+
+    def take_no_more(self) -> None:
+        """Give the Trainer no more batches: when it resumes a run that has all its steps, it would train one more."""
+        self.trainer.get_batch_samples = lambda *_, **__: ([], None)
 
     def follow_evaluations(self, evaluate: Callable[[Callable[[], Any]], Any]) -> None:
         """Let a function run the Trainer's evaluations, which it gets as a function without arguments."""
@@ -122,7 +136,7 @@ class TrainerStep:
 
     def release(self) -> None:
         """Stop following."""
-        for name in ("get_batch_samples", "training_step", "log", "evaluate"):
+        for name in ("get_batch_samples", "training_step", "log", "_save_checkpoint", "evaluate"):
             vars(self.trainer).pop(name, None)
 
 

@@ -50,10 +50,14 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         targets = find_target_modules(model)
         trainer = find_trainer(self)
         assert trainer, "a Trainer calls this"
-        costs = run_costs(run_of(TrainerStep(trainer), args, state, objects), targets, self.budget, signals=False)
+        step = TrainerStep(trainer)
+        costs = run_costs(run_of(step, args, state, objects), targets, self.budget, signals=False)
         self.limit = costs.limit.value
         if state.global_step > 0:
             finish_load(model, targets)
+            if state.global_step >= state.max_steps:
+                step.take_no_more()
+                control.should_training_stop = True
             return
         problem = AllocationProblem.of(targets, costs.cost, self.limit)
         check_budget(problem, [target.name for target in targets])

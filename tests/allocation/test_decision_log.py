@@ -163,9 +163,9 @@ def test_datasets_opens_it_by_pattern(log: DecisionLog, tmp_path: Path) -> None:
     assert pq.ParquetFile(renamed / "part-00000.parquet").schema_arrow.metadata[b"rankpilot.schema"] == b"3"
 
 
-@pytest.mark.parametrize(("step", "left"), [(-1, 0), (0, 1), (35, 1), (36, 2), (99, 3), (100, 4), (10**6, 4)])
-def test_truncate_keeps_decisions_up_to_the_step(log: DecisionLog, step: int, left: int) -> None:
-    assert log.truncate(after_step=step) == 4 - left
+@pytest.mark.parametrize(("keep", "left"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (10**6, 4)])
+def test_truncate_keeps_the_first_decisions(log: DecisionLog, keep: int, left: int) -> None:
+    assert log.truncate(keep) == 4 - left
     assert len(log) == left
     problems = ["problem-00000.safetensors"] if left else []
     assert [path.name for path in sorted(log.folder.iterdir())] == [
@@ -177,7 +177,7 @@ def test_truncate_keeps_decisions_up_to_the_step(log: DecisionLog, step: int, le
 def test_a_resumed_run_takes_its_decisions_again(log: DecisionLog) -> None:
     with pytest.raises(RunFolderError, match="Decision 2 is already"):
         log.append(make_record(2))
-    log.truncate(after_step=40)
+    log.truncate(2)
     log.append(make_record(2, loss=0.25))
     assert log.read()["loss"].to_pylist()[-1] == 0.25
 
@@ -222,8 +222,9 @@ def test_a_corrupt_part_is_named(log: DecisionLog, keep: int) -> None:
     with pytest.raises(RunFolderError, match=r"part-00002\.parquet is corrupt"):
         log.read()
     with pytest.raises(RunFolderError, match=r"part-00002\.parquet"):
-        log.truncate(0)
+        log.truncate(3)
     assert len(log) == 4
+    assert log.truncate(2) == 2, "a part that is dropped need not be read"
 
 
 @pytest.mark.parametrize("metadata", [None, *({b"rankpilot.schema": name} for name in (b"1", b"4", b"new"))])
@@ -286,7 +287,7 @@ def test_a_log_of_schema_2_is_read_with_one_line_of_notice(
         assert table[name].to_pylist() == whole[name].to_pylist()
     for name in ("rank_wanted", "pinned", "expected", "max_step", "problem"):
         assert table[name].to_pylist() == [None] * 3 * parts + whole[name].to_pylist()[3 * parts :]
-    assert log.truncate(40) == 2
+    assert log.truncate(2) == 2
     with pytest.raises(RunFolderError, match="is of log schema 2, which does not hold the problem"):
         log.problem(1)
     log.append(make_record(2))
@@ -335,7 +336,7 @@ def test_a_problem_is_written_once_for_each_change_of_costs(tmp_path: Path) -> N
         DecisionLog(tmp_path).append(make_record(number, problem=one))
         assert_same_problem(log.problem(number), one)
     assert log.read()["problem"].to_pylist()[::3] == [f"problem-0000{number}.safetensors" for number in (0, 0, 2, 3)]
-    log.truncate(after_step=50)
+    log.truncate(2)
     assert sorted(path.name for path in tmp_path.glob("problem-*")) == ["problem-00000.safetensors"]
     log.append(make_record(2, problem=later))
     assert log.read()["problem"].to_pylist()[-1] == "problem-00000.safetensors"

@@ -1,0 +1,417 @@
+"""What goes wrong under a Trainer: no memory, requests to end, resumed runs that are over, other settings, arguments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rankpilot
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rankpilot.agents.rules.by_signal import SignalRule
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
+from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.checkpoint import STATE
+from rankpilot.lora.peft_config import adapter_ranks
+from rankpilot.lora.targets import find_target_modules
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+STEPS, LENGTH = 12, 12
+SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
+ROWS = Dataset.from_list(
+    [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(LENGTH)] for j in range(96))]
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Recorder(TrainerCallback):
+    """Losses and ranks after each step; calls a function of the step at the end of each."""
+
+    def __init__(self, at_step: Callable[[int], None]) -> None:
+        self.at_step = at_step
+        self.losses: list[float] = []
+        self.ranks: list[dict[str, int]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        self.ranks.append(adapter_ranks(find_target_modules(objects["model"])))
+        self.at_step(state.global_step)
+
+
+class Run:
+    """A Trainer on a tiny Llama, each as a new process would make it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: LlamaConfig,
+        *,
+        budget: Any = "80%",
+        pilot: dict[str, Any] | None = None,
+        trainer: type[Trainer] = Trainer,
+        at_step: Callable[[int], None] = lambda step: None,
+        data: Dataset = ROWS,
+        **options: Any,
+    ) -> None:
+        set_seed(0)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        self.folder, self.model = folder, get_peft_model(LlamaForCausalLM(config), lora)
+        settings = {"policy": "signal-mean", "schedule": SCHEDULE, "measure_every": 3} | (pilot or {})
+        self.pilot = RankPilotCallback(budget=budget, **settings)
+        self.recorder = Recorder(at_step)
+        arguments = {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_steps": 4,
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+        } | options
+        self.trainer = trainer(
+            model=self.model,
+            args=TrainingArguments(str(folder), **arguments),
+            train_dataset=data,
+            callbacks=[self.pilot, self.recorder],
+        )
+
+    def train(self, resume: int | None = None) -> Run:
+        self.trainer.train(resume_from_checkpoint=None if resume is None else str(self.checkpoint(resume)))
+        return self
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if "lora_" in name}
+
+    def log(self) -> Any:
+        return DecisionLog(self.folder / "decisions").read()
+
+
+Launch = Callable[..., Run]
+
+
+@pytest.fixture
+def make(tmp_path: Path, llama_config: LlamaConfig) -> Launch:
+    return lambda name="run", **options: Run(tmp_path / name, llama_config, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig) -> Run:
+    """An uninterrupted run, which several tests look at."""
+    return Run(tmp_path_factory.mktemp("whole") / "run", llama_config).train()
+
+
+def assert_same_adapter(run: Run, other: Run) -> None:
+    there = other.adapter()
+    for name, value in run.adapter().items():
+        assert torch.equal(value, there[name]), name
+
+
+# Out of memory ------------------------------------------------------------------------------------------------------
+
+
+def failing(fails: Callable[[int], bool]) -> type[Trainer]:
+    """A Trainer whose loss runs out of memory at the calls that `fails` names, after some work was done."""
+
+    class OutOfMemory(Trainer):  # type: ignore[misc]
+        calls = 0
+
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+            result = super().compute_loss(model, inputs, *rest, **options)
+            if self.is_training_for_real:
+                self.calls += 1
+                if fails(self.calls):
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return result
+
+        is_training_for_real = False
+
+        def training_step(self, *arguments: Any, **options: Any) -> Any:
+            self.is_training_for_real = "training_step" in vars(self)  # the callback follows the real steps
+            return super().training_step(*arguments, **options)
+
+    return OutOfMemory
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
+    make: Launch, accumulation: int, times: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the plan of the failing step has shrunk, all goes on as in a run that had that plan from the start."""
+    failing_step = 3
+    first = accumulation * (failing_step - 1) + max(accumulation - 1, 1)  # the second of three batches
+    options = {"gradient_accumulation_steps": accumulation, "max_steps": 5, "save_strategy": "no"}
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        run = make(trainer=failing(lambda call: call - first in range(times)), **options).train()
+    quiet = make("quiet", **options).train()
+    assert run.recorder.ranks[:2] == quiet.recorder.ranks[:2]
+    assert run.recorder.losses[:2] == quiet.recorder.losses[:2]
+    assert sum(run.recorder.ranks[2].values()) < sum(quiet.recorder.ranks[2].values())
+    lines = [record.message for record in caplog.records if "ran out of memory" in record.message]
+    assert len(lines) == times
+    assert all("Step 3 ran out of memory. The plan shrinks to" in line for line in lines)
+    corrections = [note for note in run.log()["note"].to_pylist() if note == "shrunk: out of memory"]
+    assert corrections
+    steps = [step for step, _ in run.pilot.predictions]
+    assert steps[: 1 + times] == [0, *[2] * times]
+    costs = [cost for _, cost in run.pilot.predictions]
+    assert costs[:1 + times] == sorted(costs[: 1 + times], reverse=True)
+    assert run.pilot.limit < quiet.pilot.limit
+    # The same step, on the smaller plan, computed by hand.
+    expected = replayed(make, run, accumulation)
+    assert run.recorder.losses[2] == pytest.approx(expected, abs=2e-4)
+
+
+def replayed(make: Launch, run: Run, accumulation: int) -> float:
+    """The loss of step 3 of a run that gets the smaller plan between its steps 2 and 3."""
+    other: Run
+
+    def shrink(step: int) -> None:
+        if step == 2:
+            guard = other.pilot.pilot._guard
+            controller = other.pilot.controller
+            assert controller is not None
+            guard._step = step
+            controller.limit = run.pilot.limit
+            guard._correct("by hand", controller.ranks)
+
+    other = make("by-hand", gradient_accumulation_steps=accumulation, max_steps=5, save_strategy="no", at_step=shrink)
+    other.train()
+    if run.recorder.ranks == other.recorder.ranks:
+        assert_same_adapter(run, other)
+    return other.recorder.losses[2]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("budget", ["80%", "6k params"])
+def test_a_step_that_never_fits_ends_the_run(make: Launch, accumulation: int, budget: str) -> None:
+    run = make(trainer=failing(lambda call: call > accumulation), gradient_accumulation_steps=accumulation, budget=budget)
+    with pytest.raises(BudgetError, match="Step 2 ran out of memory, and no smaller plan is possible"):
+        run.train()
+    assert run.trainer.calls < 60
+    assert (find_target_modules(run.model)[0].weight_a is not None) is True
+
+
+def test_factors_that_cannot_shrink_end_the_run(make: Launch) -> None:
+    """Modules that hold NaN keep their ranks, so the plan stays as it is however often the step fails."""
+
+    def break_all(step: int) -> None:
+        if step == 1:
+            for target in find_target_modules(run.model):
+                if target.rank:
+                    target.weight_b.data.fill_(torch.nan)
+
+    run = make(trainer=failing(lambda call: call > 1), at_step=break_all)
+    with pytest.raises(BudgetError):
+        run.train()
+    assert run.trainer.calls < 60
+
+
+# Asked to end -------------------------------------------------------------------------------------------------------
+
+
+class Asks(TrainerCallback):
+    """Has the Trainer's just-in-time checkpoint asked for at one event of a step, as its timer would after SIGTERM."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.event, self.step = event, step
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        jit = next(c for c in self.handler.callbacks if type(c).__name__ == "JITCheckpointCallback")
+        inner = getattr(jit, self.event)
+
+        def asked(args: Any, state: Any, control: Any, **objects: Any) -> Any:
+            if state.global_step == self.step:
+                jit.jit_manager.is_checkpoint_requested = True
+            return inner(args, state, control, **objects)
+
+        setattr(jit, self.event, asked)
+
+    handler: Any = None
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "saved"),
+    [("on_step_begin", 5, 5), ("on_pre_optimizer_step", 5, 5), ("on_step_end", 5, 5), ("on_step_end", 6, 6)],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_just_in_time_checkpoint_of_the_trainer_resumes(
+    make: Launch, event: str, step: int, saved: int, accumulation: int
+) -> None:
+    """A decision falls after step 6; the checkpoint of that step holds it."""
+    options = {"gradient_accumulation_steps": accumulation}
+    whole = make("whole", **options).train()
+    cut = make(enable_jit_checkpoint=True, **options)
+    asks = Asks(event, step)
+    asks.handler = cut.trainer.callback_handler
+    cut.trainer.add_callback(asks)
+    cut.train()
+    assert len(cut.recorder.losses) < STEPS
+    assert (cut.checkpoint(saved) / STATE).is_file()
+    resumed = make(**options).train(resume=saved)
+    assert resumed.recorder.ranks == whole.recorder.ranks[saved:]
+    assert resumed.recorder.losses == whole.recorder.losses[saved:]
+    assert_same_adapter(resumed, whole)
+    assert resumed.log().drop_columns(["run"]).equals(whole.log().drop_columns(["run"]))
+
+
+def test_a_checkpoint_is_complete_before_older_ones_are_deleted(
+    make: Launch, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at that moment must not leave a run without any checkpoint."""
+    from transformers import trainer as trainer_module
+
+    complete = []
+    right = trainer_module.rotate_checkpoints
+
+    def rotate(output_dir: str, **options: Any) -> None:
+        step = run.trainer.state.global_step
+        complete.append((run.checkpoint(step) / STATE).is_file())
+        right(output_dir=output_dir, **options)
+
+    monkeypatch.setattr(trainer_module, "rotate_checkpoints", rotate)
+    run = make(save_total_limit=1).train()
+    assert complete == [True] * 3
+    assert_same_adapter(run, whole)
+
+
+# Resuming -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_run_that_is_over_trains_no_step_when_it_resumes(make: Launch, schedule: str) -> None:
+    run = make(lr_scheduler_type=schedule).train()
+    again = make(lr_scheduler_type=schedule).train(resume=STEPS)
+    assert again.trainer.state.global_step == STEPS
+    assert again.recorder.losses == []
+    assert sorted(path.name for path in run.folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+    assert_same_adapter(again, run)
+    assert again.log().equals(run.log())
+    assert again.pilot.peaks == run.pilot.peaks
+    again.trainer.args.max_steps = STEPS + 2
+    again.trainer.train(resume_from_checkpoint=str(run.checkpoint(STEPS)))
+    assert again.trainer.state.global_step == STEPS + 2, "the Trainer takes batches again"
+
+
+def test_another_budget_counts_at_once(make: Launch, whole: Run, caplog: pytest.LogCaptureFixture) -> None:
+    make().train()
+    before = whole.pilot.limit
+    for budget, limit in ((int(0.9 * before), int(0.9 * before)), ("65%", before * 65 / 80)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="rankpilot"):
+            resumed = make(budget=budget).train(resume=8)
+        assert resumed.pilot.limit == pytest.approx(limit, rel=1e-6)
+        assert resumed.pilot.pilot.figures()["budget_bytes"] == resumed.pilot.limit
+        assert sum(resumed.recorder.ranks[0].values()) < sum(whole.recorder.ranks[8].values())
+        assert all(peak <= resumed.pilot.limit for step, peak in resumed.pilot.peaks if step > 8)
+        assert any(f"the budget is {resumed.pilot.pilot.budget} now, and was 80%" in r.message for r in caplog.records)
+        last = resumed.log().slice(2 * len(resumed.recorder.ranks[0]))
+        assert set(last["step"].to_pylist()) == {8}
+        assert set(last["limit"].to_pylist()) == {resumed.pilot.limit}
+        assert {note for note in last["note"].to_pylist() if note} == {"shrunk: another budget"}
+    # A second kill before the next checkpoint: the change is logged once, not twice.
+    assert len(DecisionLog(resumed.folder / "decisions")) == 3
+
+
+def test_a_larger_budget_is_spent_at_the_next_decision(make: Launch, whole: Run) -> None:
+    make().train()
+    resumed = make(budget="95%").train(resume=4)
+    assert resumed.pilot.limit == pytest.approx(whole.pilot.limit * 95 / 80, rel=1e-6)
+    assert sum(resumed.recorder.ranks[-1].values()) > sum(whole.recorder.ranks[-1].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"policy": "top-down"}, "policy: 'signal-mean' there, 'top-down' now"),
+        ({"policy": SignalRule(gain=7.0)}, "policy"),
+        ({"schedule": DecisionSchedule(probe_steps=3, fractions=(0.0, 0.6))}, "schedule: "),
+        ({"bounds": {"q_proj": 4}}, "bounds: {} there, {'q_proj': 4} now"),
+    ],
+)
+def test_other_settings_than_the_budget_are_refused(
+    make: Launch, whole: Run, changes: dict[str, Any], words: str
+) -> None:
+    make(max_steps=4).train()
+    resumed = make(pilot=changes)
+    with pytest.raises(RunFolderError) as caught:
+        resumed.train(resume=4)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert resumed.recorder.losses == []
+
+
+@pytest.mark.parametrize(("budget", "other"), [("80%", "3k params"), ("3k params", "350KB"), ("3k params", "auto")])
+def test_a_budget_of_another_unit_is_refused(make: Launch, budget: str, other: str) -> None:
+    make(max_steps=4, budget=budget).train()
+    with pytest.raises(BudgetError, match="the cost of a plan counts"):
+        make(budget=other).train(resume=4)
+
+
+def test_the_budget_may_become_auto(make: Launch) -> None:
+    make(max_steps=4).train()
+    assert make(budget="auto").train(resume=4).pilot.limit > 1e8
+
+
+def test_a_budget_that_fits_nothing_is_refused(make: Launch) -> None:
+    make(max_steps=4).train()
+    with pytest.raises(BudgetError, match=r"The budget was changed\. .*The smallest that works is"):
+        make(budget="10KiB").train(resume=4)
+
+
+# Arguments ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"policy": None}, ConfigError, "policy is 'default', the folder of a policy.*got None"),
+        ({"policy": 3}, ConfigError, "got 3"),
+        ({"schedule": "linear"}, ConfigError, "schedule is a rankpilot.DecisionSchedule or None; got 'linear'"),
+        ({"bounds": [4, 8]}, ConfigError, r"bounds are a dictionary.*got \[4, 8\]"),
+        ({"measure_every": 0}, ConfigError, "at least 1; got 0"),
+        ({"measure_every": 2.5}, ConfigError, "at least 1; got 2.5"),
+        ({"budget": 80}, BudgetError, 'Did you mean "80%"'),
+        ({"budget": "80"}, BudgetError, 'Did you mean "80%"'),
+        ({"budget": None}, BudgetError, "Cannot read the budget None"),
+    ],
+)
+@pytest.mark.parametrize("kind", [RankPilotCallback, rankpilot.RankPilot])
+def test_arguments_are_checked_at_once(
+    kind: Any, arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        kind(**{"policy": "signal-mean"} | arguments)
+
+
+def test_a_run_of_no_step(make: Launch) -> None:
+    with pytest.raises(ConfigError, match="A run has at least one step; this one has 0"):
+        make(max_steps=-1, num_train_epochs=0).train()
+
+
+def test_an_empty_data_set_is_refused_before_training(make: Launch) -> None:
+    with pytest.raises(DataError, match="The training set is empty"):
+        make(data=ROWS.select([])).train()
+
+
+def test_two_callbacks_for_one_trainer(make: Launch) -> None:
+    run = make()
+    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
+        rankpilot.attach(run.trainer, "signal-mean")
+    run.trainer.add_callback(RankPilotCallback("signal-mean"))
+    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
+        run.train()
