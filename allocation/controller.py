@@ -20,7 +20,7 @@ from ..errors import BudgetError
 from ..lora.adapters import Adapters
 from ..lora.ladder import RankLadder
 from ..lora.signals import signal_buffer_bytes
-from ..memory.budget import reference_cost
+from ..memory.budget import Budget, reference_cost
 from ..memory.cost import ByteCost, Cost, cost_from_state, cost_state, plan_cost
 from .observation import Observation, RunState, observe
 from .plan import Plan, check_budget, project
@@ -124,11 +124,9 @@ class RankController(Generic[AdaptersT]):
         return self._problem(cost or self.cost, buffers=not self.finished)
 
     def _problem(self, cost: Cost, *, buffers: bool) -> AllocationProblem:
-        if isinstance(cost, ByteCost) and not buffers:
-            cost = replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
         return AllocationProblem.of(
             self.targets,
-            cost,
+            cost if buffers else self._without_buffers(cost),
             self.limit,
             ladder=self.ladder,
             max_step=self.schedule.reach(self.decision),
@@ -136,6 +134,24 @@ class RankController(Generic[AdaptersT]):
             high=self.high,
             ranks=self.ranks,
         )
+
+    def limit_of(self, budget: Budget, device: torch.device) -> float:
+        """The limit that a budget sets on the plans of this run; as before training, a share is one of plain LoRA.
+
+        Args:
+            budget: the budget.
+            device: of the model.
+
+        Raises:
+            BudgetError: the budget counts another unit than the costs.
+        """
+        highest = np.array([target.max_rank for target in self.targets], dtype=np.int64)
+        return budget.resolve(self._without_buffers(self.cost), highest, device).value
+
+    def _without_buffers(self, cost: Cost) -> Cost:
+        if not isinstance(cost, ByteCost):
+            return cost
+        return replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
 
     def observe(self, step: int, interval_loss: float | None = None) -> Observation:
         """Close the interval that ends before `step` and describe the next decision.

@@ -55,26 +55,39 @@ def check_budget(problem: AllocationProblem, names: list[str]) -> None:
     Raises:
         BudgetError: none fits; the error tells the smallest budget that works, and what takes it.
     """
-    ladder = problem.ladder.array
+    least = least_ranks(problem)
     if problem.bottoms.any():
-        least = ladder[problem.bottoms]
         count = np.count_nonzero(least)
         first = names[int(np.argmax(least > 0))]
         cause = f"not the lower bounds on the ranks of {count} modules"
         where = f"(rank {least.max()} at most, {first!r} among them)"
         if count == 1:
             cause, where = f"not the lower bound on the rank of {first!r}", f"(rank {least.max()} on it alone)"
-    elif not problem.tops.any():
-        raise BudgetError("The upper bounds on the ranks leave no module a rank above 0.")
     else:
-        nothing = FixedCost(problem.cost, np.zeros(len(names), dtype=np.bool_))
-        alone = nothing.value[:, None] + nothing.additions(np.arange(len(names))) + problem.cost.per_rank * ladder[1]
-        cheapest = int(np.argmin(np.where(problem.tops > 0, alone.max(axis=0), np.inf)))
-        least = np.where(np.arange(len(names)) == cheapest, ladder[1], 0)
-        cause, where = "no adapter at all", f"(rank {ladder[1]} on {names[cheapest]!r} alone)"
+        cause, where = "no adapter at all", f"(rank {least.max()} on {names[int(np.argmax(least))]!r} alone)"
     if not problem.fits(least):
         needed, given, reason = _shortfall(problem, least)
         raise BudgetError(f"The budget of {given} fits {cause}. The smallest that works is {needed} {where}.{reason}")
+
+
+def least_ranks(problem: AllocationProblem) -> IntArray:
+    """The cheapest plan with an adapter: the lower bounds, or without bounds one module at the lowest rank above 0.
+
+    Returns:
+        Ranks, int64 (modules,).
+
+    Raises:
+        BudgetError: the upper bounds allow no adapter.
+    """
+    ladder, modules = problem.ladder.array, np.arange(len(problem.tops))
+    if problem.bottoms.any():
+        return ladder[problem.bottoms]
+    if not problem.tops.any():
+        raise BudgetError("The upper bounds on the ranks leave no module a rank above 0.")
+    nothing = FixedCost(problem.cost, np.zeros(len(modules), dtype=np.bool_))
+    alone = nothing.value[:, None] + nothing.additions(modules) + problem.cost.per_rank * ladder[1]
+    cheapest = int(np.argmin(np.where(problem.tops > 0, alone.max(axis=0), np.inf)))
+    return np.where(modules == cheapest, ladder[1], 0)
 
 
 def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
 from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
-from ..errors import UnsupportedError
+from ..errors import DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import make_resizable
 from ..lora.targets import find_target_modules
@@ -123,10 +123,13 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
+            DataError: its training set is empty.
         """
         others = [one for one in trainer.callback_handler.callbacks if isinstance(one, RankPilotCallback)]
         if any(one is not self for one in others):
             raise UnsupportedError("Two RankPilotCallbacks would decide the ranks of one Trainer. Pass it one.")
+        if isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset):
+            raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
         self._step = TrainerStep(trainer)
         make_resizable(trainer.model, find_target_modules(trainer.model))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from json import JSONDecodeError
@@ -32,6 +33,8 @@ from .stop import StopWithCheckpoint
 from .trainer import check_possible, new_model, new_trainer
 from .trainer_settings import new_arguments, rank_bounds_of
 from .uniform import UniformRanks
+
+logger = logging.getLogger(__name__)
 
 PILOT, UNIFORM = "rankpilot", "uniform"
 
@@ -123,7 +126,7 @@ def _head(workload: Workload) -> dict[str, Any]:
 
 
 def run_one(
-    config: FinetuneConfig, workload: Workload, folder: Path, name: str, tell: Callable[[str], None]
+    config: FinetuneConfig, workload: Workload, folder: Path, name: str, tell: Callable[[str], None] = logger.warning
 ) -> dict[str, Any]:
     """Run one fine-tune to its end, from its last complete checkpoint if there is one.
 
@@ -204,5 +207,3 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     if budget.kind != "auto":
         return budget
     return Budget("bytes", read_json(folder / f"result-{PILOT}.json")["budget_bytes"])
-
-

