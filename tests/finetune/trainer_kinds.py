@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -53,20 +53,20 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _sizes(**options: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return sizes | {"vocab_size": len(word_tokenizer()), "max_position_embeddings": 128} | options
+def sizes(**options: Any) -> dict[str, Any]:
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return layers | {"vocab_size": len(word_tokenizer()), "max_position_embeddings": 128} | options
 
 
 def llama(kind: Any = LlamaForCausalLM, **options: Any) -> Any:
     torch.manual_seed(0)
     special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
-    return kind(LlamaConfig(**_sizes(num_key_value_heads=2), **special, **options))
+    return kind(LlamaConfig(**sizes(num_key_value_heads=2), **special, **options))
 
 
 def _bert(kind: Any = BertForSequenceClassification, **options: Any) -> Any:
     torch.manual_seed(0)
-    config = BertConfig(**_sizes(), pad_token_id=1, **options)
+    config = BertConfig(**sizes(), pad_token_id=1, **options)
     lora = LoraConfig(
         r=8,
         lora_alpha=16,
@@ -92,6 +92,12 @@ def _settings(**options: Any) -> dict[str, Any]:
 
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+def reviews() -> DatasetDict:
+    """The texts as reviews with verdicts, in the form of the packaged data sets."""
+    rows = Dataset.from_list([{"text": text, "label": number % 2} for number, text in enumerate(TEXTS * 6)])
+    return DatasetDict(train=rows, validation=rows)
 
 
 # TRL ------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""A loop in plain PyTorch, three calls a step: python examples/plain_loop.py --budget 80%."""
+
+import argparse
+from itertools import chain, islice, repeat
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot import RankPilot
+from rankpilot.data.assets import fetch_asset
+from rankpilot.data.packaged_data import load_packaged_dataset
+from rankpilot.finetune.run import TrainingRun
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", help="a Hugging Face id or a folder; all-MiniLM-L6-v2 by default")
+parser.add_argument("--budget", default="80%")
+parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--output", default="runs/plain")
+options = parser.parse_args()
+
+base = options.model or fetch_asset("all-minilm-l6-v2")
+tokenizer = AutoTokenizer.from_pretrained(base)
+data = load_packaged_dataset("rotten-tomatoes")["train"].rename_column("label", "labels")
+data = data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=48), remove_columns="text")
+loader = torch.utils.data.DataLoader(data, 16, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
+model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+
+pilot = RankPilot("default", options.budget, tell=print)
+pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=options.steps))
+for batch in islice(chain.from_iterable(repeat(loader)), options.steps):
+    pilot.before_step(batch)
+    loss = model(**batch).loss
+    loss.backward()
+    pilot.before_optimizer_step(loss.detach())
+    optimizer.step()
+    optimizer.zero_grad()
+    pilot.after_step()
+pilot.finish()
+model.save_pretrained(f"{options.output}/adapter")

@@ -1,0 +1,98 @@
+"""Every example runs, at the size of a tiny model."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rankpilot.data import packaged_data
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from .finetune.trainer_kinds import llama, reviews, sizes, word_tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # The examples leave TrainingArguments as they are, for machines with a GPU.
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found"),
+]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny classifier with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**sizes(), pad_token_id=1)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny chat model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs an example in a folder of its own, on a few short reviews; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(packaged_data, "load_packaged_dataset", lambda name: reviews())
+
+    def start(name: str, *arguments: object) -> str:
+        path = EXAMPLES / f"{name}.py"
+        monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments), "--output", "out"])
+        runpy.run_path(str(path), run_name="__main__")
+        assert has_ranks(tmp_path / "out" / "adapter")
+        return capsys.readouterr().out
+
+    return start
+
+
+def has_ranks(adapter: Path) -> bool:
+    """Whether some module of a saved adapter has learned something."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    return any(value.any() for name, value in weights.items() if "lora_B" in name)
+
+
+def test_examples_are_short() -> None:
+    lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert len(lines) == 8
+    assert max(lines.values()) <= 44, lines
+
+
+def test_trainer_and_going_on_from_its_adapter(run: Callable[..., str], bert: Path, tmp_path: Path) -> None:
+    assert "held-out loss" in run("trainer", "--model", bert, "--steps", 4)
+    adapter = shutil.copytree(tmp_path / "out" / "adapter", tmp_path / "first")
+    printed = run("continue_adapter", adapter, "--steps", 2)
+    assert "held-out loss before" in printed
+    assert "held-out loss after" in printed
+
+
+def test_a_plain_loop(run: Callable[..., str], bert: Path) -> None:
+    assert "step 0" in run("plain_loop", "--model", bert, "--steps", 4)
+
+
+def test_resuming(run: Callable[..., str], bert: Path, tmp_path: Path) -> None:
+    arguments = ("--model", bert, "--steps", 6, "--save-steps", 2)
+    assert "began and trained 6 steps" in run("resume", *arguments)
+    whole = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")  # as if it had been killed after step 4
+    assert "checkpoint-4 and trained 6 steps" in run("resume", *arguments)
+    resumed = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("name", ["trl_sft", "trl_dpo", "qlora"])
+def test_trl(run: Callable[..., str], chat_model: Path, name: str) -> None:
+    assert "highest peak" in run(name, "--model", chat_model, "--steps", 3, "--batch-size", 2)
