@@ -1,0 +1,202 @@
+"""A plain PyTorch loop under a policy, and runs that would train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot import RankPilot, TrainingRun
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.errors import ConfigError, NoGradientError, UnsupportedError
+from rankpilot.finetune.callback import RankPilotCallback, attach
+from rankpilot.finetune.gradient_watch import PATIENCE
+from rankpilot.lora.targets import find_target_modules
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+STEPS, LENGTH = 8, 16
+SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
+STRIDES = torch.tensor([[stride * i % 64 for i in range(LENGTH)] for stride in range(1, 41)])
+ROWS = [{"input_ids": row, "labels": row} for row in STRIDES.tolist()]
+
+
+def adapted(config: LlamaConfig) -> Any:
+    set_seed(0)
+    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+
+
+class Loop:
+    """A loop of the user's own, over tuples of tensors, with a loss of its own."""
+
+    def __init__(self, config: LlamaConfig, folder: Path, *, accumulation: int = 1, budget: str = "80%") -> None:
+        self.model = adapted(config).train()
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+        self.loader: DataLoader[Any] = DataLoader(TensorDataset(STRIDES), batch_size=4)
+        self.run = TrainingRun.of_loader(
+            self.model,
+            self.optimizer,
+            self.loader,
+            loss=self.loss,
+            total_steps=STEPS,
+            accumulation=accumulation,
+        )
+        self.pilot = RankPilot("signal-mean", budget, log=folder, schedule=SCHEDULE, measure_every=1)
+        self.losses: list[float] = []
+
+    def loss(self, batch: tuple[torch.Tensor]) -> torch.Tensor:
+        (tokens,) = batch
+        logits = self.model(input_ids=tokens).logits[:, :-1]
+        return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), label_smoothing=0.1)
+
+    def batches(self) -> Iterator[tuple[torch.Tensor]]:
+        while True:
+            yield from self.loader
+
+    def train(self, steps: range = range(STEPS)) -> None:
+        batches = self.batches()
+        for _ in range(steps.start * self.run.accumulation):
+            next(batches)
+        for _ in steps:
+            micro = [next(batches) for _ in range(self.run.accumulation)]
+            self.pilot.before_step(*micro)
+            total = 0.0
+            for batch in micro:
+                loss = self.loss(batch) / self.run.accumulation
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            self.pilot.before_optimizer_step(total)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.pilot.after_step()
+            self.losses.append(total)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_three_calls_a_step(llama_config: LlamaConfig, tmp_path: Path, accumulation: int) -> None:
+    loop = Loop(llama_config, tmp_path / "log", accumulation=accumulation)
+    loop.pilot.begin(loop.run, name="mine")
+    batch = next(iter(loop.loader))
+    before = float(loop.loss(batch).detach())
+    loop.train()
+    loop.pilot.finish()
+    assert float(loop.loss(batch).detach()) < before
+    assert [step for step, _ in loop.pilot.predictions] == [0, 4]
+    assert [step for step, _ in loop.pilot.peaks] == list(range(1, STEPS + 1))
+    assert max(peak for _, peak in loop.pilot.peaks) <= loop.pilot.limit
+    for _, predicted, measured in loop.pilot.checks:
+        assert measured == pytest.approx(predicted, rel=0.01)
+    table = DecisionLog(tmp_path / "log").read()
+    assert set(table["run"].to_pylist()) == {"mine"}
+    assert table["loss"][-1].as_py() == pytest.approx(sum(loop.losses[:4]) / 4)
+    loop.model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_loop_goes_on_from_its_state(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    whole = Loop(llama_config, tmp_path / "whole")
+    whole.pilot.begin(whole.run)
+    whole.train(range(3))
+    state = whole.pilot.state_dict()
+    adapter = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
+    moments = deepcopy(whole.optimizer.state_dict())
+    whole.train(range(3, STEPS))
+    again = Loop(llama_config, tmp_path / "whole")
+    ranks = {target.name: target.rank for target in find_target_modules(whole.model)}
+    again.pilot.begin(again.run)  # gives the adapters the ranks of that time
+    again.model.load_state_dict(adapter)
+    again.optimizer.load_state_dict(moments)
+    again.pilot.resume(again.run, state, step=3)
+    again.train(range(3, STEPS))
+    assert again.losses == whole.losses[3:]
+    assert {target.name: target.rank for target in find_target_modules(again.model)} == ranks
+
+
+def test_a_loss_that_does_not_reach_the_adapters(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    loop.pilot.before_step(next(iter(loop.loader)))
+    with pytest.raises(NoGradientError, match=r"No adapter received a gradient in step 1: .*train nothing"):
+        loop.pilot.before_optimizer_step(1.0)
+
+
+def test_gradients_that_stay_zero(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    batch = next(iter(loop.loader))
+    for step in range(PATIENCE):
+        loop.pilot.before_step(batch)
+        (loop.loss(batch) * 0.0).backward()  # type: ignore[no-untyped-call]
+        if step < PATIENCE - 1:
+            loop.pilot.before_optimizer_step(0.0)
+            loop.optimizer.zero_grad()
+            loop.pilot.after_step()
+    with pytest.raises(NoGradientError, match="gradients of all adapters are zero"):
+        loop.pilot.before_optimizer_step(0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": None}, "policy is 'default', the folder"),
+        ({"schedule": "early"}, "schedule is a rankpilot.DecisionSchedule"),
+        ({"measure_every": 0}, "measure_every is a number of steps"),
+        ({"bounds": ["q_proj"]}, "bounds are a dictionary"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RankPilot(**{"policy": "signal-mean"} | options)
+    with pytest.raises(ConfigError, match=message):
+        RankPilotCallback(**{"policy": "signal-mean"} | options)
+
+
+class OwnSteps(Trainer):
+    """Counts its steps in attributes of several kinds, and its loss is a model's and a penalty."""
+
+    counted, notes = 0, {"losses": []}
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
+        self.counted += 1
+        self.notes["losses"].append(self.counted)
+        inputs.pop("labels")
+        logits = model(**inputs).logits
+        return logits.square().mean() + logits.std()
+
+
+def test_what_a_step_notes_in_the_trainer_is_put_back(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", logging_steps=1
+    )
+    trainer = OwnSteps(adapted(llama_config), arguments, train_dataset=ROWS)  # type: ignore[arg-type]
+    trainer.notes = {"losses": []}
+    callback = attach(trainer, "signal-mean", budget="80%", schedule=SCHEDULE, measure_every=1)
+    trainer.train()
+    assert trainer.counted == 3
+    assert trainer.notes == {"losses": [1, 2, 3]}
+    assert "training_step" not in vars(trainer), "afterwards the Trainer is its own again"
+    assert all(peak == pytest.approx(cost, rel=0.01) for _, cost, peak in callback.pilot.checks)
+    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
+        attach(trainer, "signal-mean")
+
+
+class Constant(Trainer):
+    """Its loss does not depend on the model."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
+        return torch.tensor(1.0)
+
+
+def test_a_step_without_a_loss_is_refused_before_training(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], disable_tqdm=True, use_cpu=True)
+    trainer = Constant(adapted(llama_config), arguments, train_dataset=ROWS)  # type: ignore[arg-type]
+    attach(trainer, "signal-mean", budget="300k params", schedule=SCHEDULE)
+    with pytest.raises(UnsupportedError, match=r"step of Constant has a constant loss"):
+        trainer.train()
