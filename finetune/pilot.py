@@ -32,8 +32,7 @@ from .before_training import Progress, prepare
 from .gradient_watch import GradientWatch
 from .loss_meter import LossMeter
 from .peak_guard import Correction, PeakGuard
-from .proposal import Proposal
-from .review import PlanReview, review_notes
+from .review import PlanReview
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -100,9 +99,7 @@ class RankPilot:
         self.log = None if log is None else DecisionLog(Path(log))
         self._tell = tell or logger.info
         self._progress = progress
-        if review is None and review_timeout is not None:
-            raise ConfigError("review_timeout needs review: the file in which a person approves each plan.")
-        self._review = None if review is None else PlanReview(review, review_timeout)
+        self._review = PlanReview.of(review, review_timeout)
         self._measure_every = measure_every
         self._name = ""
         self.predictions: list[tuple[int, float]] = []
@@ -327,22 +324,15 @@ class RankPilot:
         loss = self._losses.mean()
         observation = controller.observe(step, loss)
         decision = self.policy.decide(observation)
-        plan, notes = self._apply(observation, decision)
+        notes: dict[str, str] = {}
+        if self._review is None:
+            plan = controller.apply(decision.ranks, decision.scores, step, self._run.optimizer)
+        else:
+            number, policy, optimizer = len(self.predictions), self.policy.name, self._run.optimizer
+            plan, notes = self._review.apply(controller, observation, decision, number, step, policy, optimizer)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan, notes)
-
-    def _apply(self, observation: Observation, decision: Decision) -> tuple[Plan, dict[str, str]]:
-        """Give the adapters the plan of a decision, as a person wants it if there is a review; with notes on that."""
-        controller, step, optimizer = self._controller, self._step, self._run.optimizer
-        if self._review is None:
-            return controller.apply(decision.ranks, decision.scores, step, optimizer), {}
-        problem, proposed = controller.propose(decision.ranks, decision.scores, optimizer)
-        number = len(self.predictions)
-        proposal = Proposal(number, step, self.policy.name, observation, decision.scores, problem, proposed)
-        plan = self._review.plan(proposal)
-        controller.set_plan(plan.ranks, step, optimizer)
-        return plan, review_notes(proposal, plan)
 
     def _corrected(self, correction: Correction) -> None:
         """Record a change of ranks by the guard like a decision."""

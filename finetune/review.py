@@ -6,10 +6,15 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from ..allocation.controller import RankController
+from ..allocation.observation import Observation
 from ..allocation.plan import Plan
+from ..allocation.policy import Decision
 from ..common.arrays import IntArray
 from ..common.files import write_text
 from ..errors import ConfigError, ReviewError
@@ -46,6 +51,46 @@ class PlanReview:
         self.path = Path(path)
         self.timeout_s = timeout_s
         self.resumed = False
+
+    @classmethod
+    def of(cls, path: str | Path | None, timeout_s: float | None) -> PlanReview | None:
+        """The review that these arguments ask for; None without a file."""
+        if path is None and timeout_s is not None:
+            raise ConfigError("review_timeout needs review: the file in which a person approves each plan.")
+        return None if path is None else cls(path, timeout_s)
+
+    def apply(
+        self,
+        controller: RankController[Any],
+        observation: Observation,
+        decision: Decision,
+        number: int,
+        step: int,
+        policy: str,
+        optimizer: torch.optim.Optimizer,
+    ) -> tuple[Plan, dict[str, str]]:
+        """Let a person review a decision, and give the adapters the plan that the person wants.
+
+        Args:
+            controller: observes the adapters and changes their ranks.
+            observation: what the decision was made from.
+            decision: what the policy wants.
+            number: of the decision in its run, from 0.
+            step: optimiser steps done before it.
+            policy: name of the policy.
+            optimizer: its state follows.
+
+        Returns:
+            The plan as applied, and notes for the decision log.
+
+        Raises:
+            ReviewError: the person refused the plan, or gave no answer in time.
+        """
+        problem, proposed = controller.propose(decision.ranks, decision.scores, optimizer)
+        proposal = Proposal(number, step, policy, observation, decision.scores, problem, proposed)
+        plan = self.plan(proposal)
+        controller.set_plan(plan.ranks, step, optimizer)
+        return plan, review_notes(proposal, plan)
 
     def plan(self, proposal: Proposal) -> Plan:
         """The plan as the person wants it.
