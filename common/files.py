@@ -44,10 +44,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_plain(value: Any) -> Any:
-    """A value of dicts, tuples and scalars as it comes back from JSON: with lists in place of tuples."""
+    """A value of dicts, tuples, paths and scalars as it comes back from JSON: lists for tuples, text for paths."""
     if isinstance(value, dict):
         return {key: as_plain(item) for key, item in value.items()}
-    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def read_json(path: Path) -> Any:

@@ -157,6 +157,7 @@ def run_one(
             log=folder / "decisions",
             measure_every=MEASURE_EVERY,
             bounds=rank_bounds_of(config.bounds),
+            review=config.review,
         )
     else:
         ranks = UniformRanks(_uniform_budget(config, folder), config.seed)
