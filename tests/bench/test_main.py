@@ -15,6 +15,7 @@ EXPLAINED = {
     "decide": ("--policy", "--quick", "--json", "plans", "one thread"),
     "memory": ("--quick", "--json", "--resume", "--device", "--seed", "checkpointing", "guard"),
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
+    "kills": ("--kills", "--quick", "--json", "--seed", "sigkill", "bit for bit"),
     "transfer": ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"),
 }
 
