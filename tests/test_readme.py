@@ -1,4 +1,7 @@
-"""Every code block of the README runs, in order, in one folder. Only the size of runs is cut down."""
+"""Every code block of the README runs, in order, in one folder. Only the size of runs is cut down.
+
+Python blocks of one section go on from one another.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,30 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .finetune.trainer_kinds import llama, word_tokenizer
 from .warm_python import WarmPython
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def blocks_of(text: str) -> Iterator[tuple[str, str]]:
+    """The kind and the code of each block; those in Python after one another in a section are one."""
+    for section in re.split(r"^## ", text, flags=re.M):
+        blocks = re.findall(r"```(bash|python)\n(.*?)```", section, re.S)
+        for kind, group in groupby(blocks, key=lambda block: block[0]):
+            codes = [code for _, code in group]
+            yield from [(kind, "\n".join(codes))] if kind == "python" else [(kind, code) for code in codes]
+
+
+BLOCKS = [*blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))]
 
 SMALLER = {
     "train": "--iterations 1 --stacks 1 --episodes-per-task 2 --workers 1 --task-steps 12 --validation-tasks 2 "
@@ -48,10 +65,11 @@ def run_shell(python: WarmPython, line: str, folder: Path) -> str:
     return str(done.stdout)
 
 
-def run_python(python: WarmPython, code: str, folder: Path) -> str:
-    """Run one Python block in a fresh process; returns what it printed."""
+def run_python(python: WarmPython, code: str, folder: Path, chat_model: Path) -> str:
+    """Run the Python blocks of a section in a fresh process; returns what it printed."""
     smaller = code.replace("max_steps=100", "max_steps=6").replace("per_device_train_batch_size=16", "use_cpu=True")
-    smaller = smaller.replace("max_length=48", "max_length=16")
+    smaller = smaller.replace("max_length=48", "max_length=16").replace(CHAT_MODEL, str(chat_model))
+    smaller = smaller.replace("total_steps=100", "total_steps=6").replace("islice(loader, 100)", "islice(loader, 6)")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = python.run([sys.executable, "-c", smaller], cwd=folder, env=environment)
     assert done.returncode == 0, f"{code}\n{done.stderr[-2000:]}"
@@ -62,10 +80,13 @@ def run_python(python: WarmPython, code: str, folder: Path) -> str:
 @pytest.mark.slow
 def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path) -> None:
     assert len(BLOCKS) >= 6
+    chat_model = tmp_path / "chat_model"
+    llama().save_pretrained(chat_model)
+    word_tokenizer().save_pretrained(chat_model)
     printed = ""
     for kind, code in BLOCKS:
         if kind == "python":
-            printed += run_python(warm_python, code, tmp_path)
+            printed += run_python(warm_python, code, tmp_path, chat_model)
         else:
             for line in code.strip().splitlines():
                 printed += run_shell(warm_python, line, tmp_path)
@@ -75,6 +96,7 @@ def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path)
     assert (tmp_path / "runs/policy/policy.safetensors").is_file()
     assert (tmp_path / "runs/finetune/report.md").is_file()
     assert (tmp_path / "runs/mine/adapter/adapter_model.safetensors").is_file()
+    assert any((tmp_path / "runs/sft/decisions").iterdir())
 
 
 def test_pictures_and_links_of_the_readme_exist() -> None:
