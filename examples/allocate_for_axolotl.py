@@ -1,0 +1,37 @@
+"""Ranks for axolotl before training: python examples/allocate_for_axolotl.py --model MODEL --budget 70%."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from rankpilot.data.packaged_data import load_packaged_dataset
+from rankpilot.finetune.allocate import static_plan
+from rankpilot.lora.export import axolotl_yaml
+from trl import SFTConfig, SFTTrainer
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a model that continues a text")
+parser.add_argument("--budget", default="70%", help="bytes, or a share of what uniform rank 8 takes")
+parser.add_argument("--batch-size", type=int, default=8, help="micro_batch_size of the axolotl run")
+parser.add_argument("--output", default="runs/axolotl-lora.yaml")
+options = parser.parse_args()
+
+reviews = load_packaged_dataset("rotten-tomatoes")["train"].select_columns("text")
+settings = SFTConfig(
+    "runs/plan",
+    per_device_train_batch_size=options.batch_size,
+    max_length=128,
+    max_steps=1000,
+    use_cpu=not torch.accelerator.is_available(),
+)
+trainer = SFTTrainer(
+    model=options.model,
+    args=settings,
+    train_dataset=reviews,
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+)
+plan = static_plan(trainer, budget=options.budget)
+Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+Path(options.output).write_text(axolotl_yaml(plan.by_name()))
+print(f"{options.output}: {plan.line()}")
