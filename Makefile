@@ -25,6 +25,7 @@ demo: setup ## train a small policy, then run a real fine-tune under it (goes on
 
 bench: setup ## measure what steps and decisions cost, how memory is predicted, how fast the environment is, how policies transfer (an hour and a half)
 	$(BIN)/rankpilot bench overhead --json runs/bench/overhead.json
+	$(BIN)/rankpilot bench start --json runs/bench/start.json
 	$(BIN)/rankpilot bench decide --json runs/bench/decide.json
 	$(BIN)/rankpilot bench memory --json runs/bench/memory.json --resume
 	$(BIN)/rankpilot bench env-speed --json runs/bench/env_speed.json

@@ -12,7 +12,7 @@ class DecisionSchedule:
     """A probe before the run, the first plan at its start, a few changes, and no more changes after them.
 
     Attributes:
-        probe_steps: optimiser steps of the probe.
+        probe_steps: optimiser steps of the probe; before a short real run it takes fewer.
         probe_batch: rows of each batch of the probe; so few that any budget is enough.
         fractions: when decisions are taken, in rising shares of the run's steps, the first at 0. After about half of
             the run a change gains less than it costs (docs/experiments.md).

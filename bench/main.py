@@ -26,6 +26,7 @@ class Benchmark:
 
 BENCHMARKS: dict[str, Benchmark] = {
     "overhead": Benchmark("step.overhead", "time and memory of a step, beside LoRA and AdaLoRA"),
+    "start": Benchmark("start", "what happens before the first step, as a share of a run"),
     "decide": Benchmark("step.decide", "time of a decision on up to 1,001 modules"),
     "memory": Benchmark("memory.run", "predicted bytes of a training step, and measured"),
     "env-speed": Benchmark("env_speed", "speed of stacked episodes, beside PEFT"),

@@ -12,6 +12,7 @@ from rankpilot.errors import UnknownNameError
 
 EXPLAINED = {
     "overhead": ("--quick", "--json", "--device", "--seed", "adalora", "own work"),
+    "start": ("--steps", "--timed", "--quick", "--json", "calibration", "cpu time"),
     "decide": ("--policy", "--quick", "--json", "plans", "one thread"),
     "memory": ("--quick", "--json", "--resume", "--device", "--seed", "checkpointing", "guard"),
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),

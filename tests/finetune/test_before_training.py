@@ -1,0 +1,53 @@
+"""How long the probe of a real run is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot import RankPilot, TrainingRun
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.finetune.before_training import LEAST_PROBE_STEPS, PROBE_SHARE, probe_steps
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def run_of(model: nn.Module, *, rows: int, total_steps: int, accumulation: int = 1) -> TrainingRun:
+    examples = [{"input_ids": torch.arange(12), "labels": torch.arange(12)} for _ in range(2 * rows)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    loader: DataLoader[Any] = DataLoader(examples, batch_size=rows)  # type: ignore[arg-type]
+    return TrainingRun.of_loader(model, optimizer, loader, total_steps=total_steps, accumulation=accumulation)
+
+
+@pytest.mark.parametrize(
+    ("rows", "total_steps", "accumulation", "steps"),
+    [(16, 1000, 1, 40), (16, 286, 1, 40), (16, 100, 1, 14), (4, 100, 4, 14), (8, 150, 1, 10), (4, 20, 1, 8)],
+)
+def test_a_short_run_has_a_short_probe(rows: int, total_steps: int, accumulation: int, steps: int) -> None:
+    run = run_of(nn.Linear(1, 1), rows=rows, total_steps=total_steps, accumulation=accumulation)
+    assert probe_steps(run, DecisionSchedule()) == steps
+    share = 2 * steps / (rows * total_steps * accumulation)
+    assert share <= PROBE_SHARE or steps == LEAST_PROBE_STEPS
+
+
+def test_a_probe_is_never_longer_than_its_schedule() -> None:
+    assert probe_steps(run_of(nn.Linear(1, 1), rows=16, total_steps=100), DecisionSchedule(probe_steps=3)) == 3
+
+
+def test_the_run_takes_so_many_steps(llama_config: LlamaConfig) -> None:
+    counts: list[int] = []
+
+    def progress(items: Iterable[Any], label: str, count: int) -> Iterable[Any]:
+        counts.append(count)
+        for item in items:
+            counts.append(len(item["input_ids"]))
+            yield item
+
+    model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules="all-linear"))
+    pilot = RankPilot("signal-mean", "3k params", schedule=DecisionSchedule(probe_batch=1), progress=progress)
+    pilot.begin(run_of(model, rows=4, total_steps=150))
+    assert counts == [10, *[1] * 10]
