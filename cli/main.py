@@ -35,6 +35,11 @@ COMMANDS = {
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when a device, or the machine, has no memory left."""
 
+NOT_WRITTEN = ("I/O error", "inline_container", "PytorchStreamWriter")
+"""What the errors of safetensors and of `torch.save` say when a disk is full; they are no OSErrors."""
+
+CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."
+
 RESUMABLE = ("train", "evaluate", "finetune")
 """Commands that an interrupted run can go on with."""
 
@@ -77,9 +82,10 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error))
     except OSError as error:  # a file in place of a folder, no permission, a full disk
         place = f" ({error.filename})" if error.filename else ""
-        advice = "Check that the path is right, that you may use it, and that the disk has room."
-        return _fail(f"{error.strerror or first_line(error)}{place}. {advice}")
-    except (MemoryError, RuntimeError) as error:
+        return _fail(f"{error.strerror or first_line(error)}{place}. {CHECK_PATH}")
+    except Exception as error:
+        if any(words in str(error) for words in NOT_WRITTEN):
+            return _fail(f"A file could not be written: {first_line(error)}. {CHECK_PATH}")
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         return _fail(

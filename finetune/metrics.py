@@ -50,6 +50,8 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         self.step_s = [seconds for row in rows for seconds in row.get("step_s", ())]
         self._written = len(self.step_s)
         self._before_s = max((row.get("train_s", 0.0) for row in rows), default=0.0)
+        if self.meter and state.global_step > 0:  # as in a run that nothing has interrupted
+            self.meter.requested = False
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
 
     def on_step_begin(

@@ -228,6 +228,7 @@ class PeakGuard:
             "length": self.shape.length,
             "underestimate": self._underestimate,
             "peaks": list(self.meter.history),
+            "measure_next": self.meter.requested,
             "checks": list(self.checks),
             **before,
         }
@@ -237,6 +238,7 @@ class PeakGuard:
         self.shape = BatchShape(state["rows"], state["length"])
         self._underestimate = state["underestimate"]
         self.meter.history = [(int(step), int(peak)) for step, peak in state["peaks"]]
+        self.meter.requested = state.get("measure_next", True)
         self.checks = [(int(step), float(cost), int(peak)) for step, cost, peak in state["checks"]]
         self._before = state["before"].numpy().copy() if "before" in state else None
 

@@ -28,12 +28,13 @@ class PeakMeter:
 
     Attributes:
         history: (step, bytes at the peak) of each measured step.
+        requested: whether the next step is measured, whatever its number.
     """
 
     def __init__(self, every_steps: int = 100) -> None:
         self.every_steps = every_steps
         self.history: list[tuple[int, int]] = []
-        self._requested = True
+        self.requested = True
         self._contexts = ExitStack()
         self._bytes_before = 0
         self._state_before = 0
@@ -49,11 +50,11 @@ class PeakMeter:
 
     def request(self) -> None:
         """Measure the next step."""
-        self._requested = True
+        self.requested = True
 
     def due(self, step: int) -> bool:
         """Whether `step` is to be measured."""
-        return self._requested or step % self.every_steps == 0
+        return self.requested or step % self.every_steps == 0
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: int = 0) -> None:
         """Begin to measure a step; `extra` is bytes of other tensors that exist already, such as signal buffers."""
@@ -81,7 +82,7 @@ class PeakMeter:
         """End the measured step, of this number, and return bytes at its peak; None if no step is being measured."""
         peak = self.end_other(model)
         if peak is not None:
-            self._requested = False
+            self.requested = False
             self.history.append((step, peak))
         return peak
 

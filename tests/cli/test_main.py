@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +213,37 @@ def test_what_the_system_refuses_is_one_line(
 
     monkeypatch.setattr(train, "train_command", refuse)
     assert failure(["train"], capsys).startswith(line)
+
+
+def test_a_full_disk_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The errors of safetensors and torch are no OSErrors; a limit on the size of files provokes them."""
+    import torch
+    from safetensors.torch import save_file
+
+    large = {"weight": torch.ones(50_000)}
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for write in (lambda: save_file(large, tmp_path / "a"), lambda: torch.save(large, tmp_path / "b")):
+            monkeypatch.setattr(train, "train_command", lambda options, write=write: write())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+            shown = failure(["train"], capsys)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert shown.startswith("error: A file could not be written: ")
+            assert shown.endswith("that the disk has room.")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_sigterm_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train, "train_command", lambda options: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run(["train"]) == 143
+    assert capsys.readouterr().err == "Terminated. The same command with --resume continues from here.\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_presets_and_flags(seen: list[Any]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.common.files import read_json
+from rankpilot.common.files import read_json, read_json_lines
+from rankpilot.common.termination import Terminated
 from rankpilot.data.workload import load_workload
 from rankpilot.errors import (
     AssetError,
@@ -285,6 +288,109 @@ def test_a_run_killed_after_its_last_step_still_gives_its_figures(
         for key in ("held_out_loss", "peak_bytes", "ranks"):
             assert again["runs"][name][key] == first["runs"][name][key], (name, key)
     write_report(tmp_path / "run")
+
+
+def rows_of(folder: Path, name: str) -> Counter[tuple[int, str]]:
+    """How often there is a value for each step and kind of value in a run's metrics."""
+    rows = read_json_lines(folder / f"metrics-{name}.jsonl")
+    return Counter((row["step"], key) for row in rows for key in ("loss", "eval_loss", "peak_bytes") if key in row)
+
+
+def test_a_run_that_is_over_trains_no_step_and_doubles_no_row(
+    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
+) -> None:
+    """It was killed after its last checkpoint and before its result; times are those of the whole run."""
+    folder, first = tmp_path / "run", read_json(compared / "summary.json")
+    shutil.copytree(compared, folder)
+    for name in ("rankpilot", "uniform"):
+        (folder / f"result-{name}.json").unlink()
+    again = finetune(make_config(compare_uniform=True), folder, resume=True)
+    decisions = [DecisionLog(path / "decisions").read() for path in (compared, folder)]
+    assert decisions[0].equals(decisions[1])
+    for name in ("rankpilot", "uniform"):
+        assert set(rows_of(folder, name).values()) == {1}
+        assert rows_of(folder, name) == rows_of(compared, name)
+        assert not (folder / name / "checkpoint-13").exists()
+        adapter = "adapter/adapter_model.safetensors"
+        assert (folder / name / adapter).read_bytes() == (compared / name / adapter).read_bytes()
+        before, after = first["runs"][name], again["runs"][name]
+        assert after["train_s"] > 0.8 * sum(row.get("train_s", 0) for row in metrics_of(folder, name)[-1:])
+        assert after["median_step_s"] == pytest.approx(before["median_step_s"], rel=0.5)
+
+
+def metrics_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics that tell its time."""
+    return [row for row in read_json_lines(folder / f"metrics-{name}.jsonl") if "train_s" in row]
+
+
+def cut_in_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["adapter_model.safetensors", "optimizer.pt", "rankpilot.json", "rankpilot.safetensors", "trainer_state.json"],
+)
+def test_a_torn_checkpoint_is_passed_over(
+    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path, file: str
+) -> None:
+    folder, lines = tmp_path / "run", list[str]()
+    shutil.copytree(compared, folder)
+    (folder / "result-rankpilot.json").write_text("{")  # torn as well, so the run goes on
+    cut_in_half(folder / "rankpilot" / "checkpoint-12" / file)
+    config = make_config(compare_uniform=True)
+    again = finetune(config, folder, resume=True, on_phase=lines.append)
+    assert f"checkpoint-12 is passed over: {file} is torn" in lines
+    first = read_json(compared / "summary.json")
+    for key in ("held_out_loss", "ranks"):
+        assert again["runs"]["rankpilot"][key] == first["runs"]["rankpilot"][key]
+    assert rows_of(folder, "rankpilot").keys() >= rows_of(compared, "rankpilot").keys()
+
+
+def test_a_torn_part_of_the_decision_log_does_not_stop_a_run_that_is_over(
+    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compared, folder)
+    cut_in_half(folder / "decisions" / "part-00002.parquet")
+    assert finetune(make_config(compare_uniform=True), folder, resume=True)["steps"] == 12
+    write_report(folder)
+
+
+@pytest.mark.parametrize("name", ["rankpilot", "uniform"])
+def test_sigterm_saves_a_checkpoint(
+    make_config: Callable[..., FinetuneConfig],
+    compared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """Step 6 is no step at which a checkpoint is due; it falls into the run under the policy, or into the other."""
+    on_step_end = module.RunMetrics.on_step_end
+
+    def asked(self: Any, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if state.global_step == 6 and Path(args.output_dir).name == name:
+            signal.raise_signal(signal.SIGTERM)
+        on_step_end(self, args, state, control, **objects)
+
+    config, folder = make_config(compare_uniform=True), tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module.RunMetrics, "on_step_end", asked)
+    with pytest.raises(Terminated) as caught:
+        finetune(config, folder)
+    monkeypatch.undo()
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (folder / name / "checkpoint-6" / "trainer_state.json").is_file()
+    phases: list[str] = []
+    resumed = finetune(config, folder, resume=True, on_phase=phases.append)
+    assert not any("passed over" in phase for phase in phases)
+    whole = read_json(compared / "summary.json")
+    for run in ("rankpilot", "uniform"):
+        for key in ("held_out_loss", "ranks"):
+            assert resumed["runs"][run][key] == whole["runs"][run][key], (run, key)
+        assert set(rows_of(folder, run).values()) == {1}
 
 
 def test_language_modelling_from_a_text_file(llama_folder: Path, tmp_path: Path) -> None:
