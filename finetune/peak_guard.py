@@ -238,7 +238,7 @@ class PeakGuard:
         self.shape = BatchShape(state["rows"], state["length"])
         self._underestimate = state["underestimate"]
         self.meter.history = [(int(step), int(peak)) for step, peak in state["peaks"]]
-        self.meter.requested = state.get("measure_next", True)
+        self.meter.requested = self._unchecked = state.get("measure_next", True)
         self.checks = [(int(step), float(cost), int(peak)) for step, cost, peak in state["checks"]]
         self._before = state["before"].numpy().copy() if "before" in state else None
 
