@@ -12,7 +12,9 @@ from torch import nn
 
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
+from ..allocation.plan import check_budget
 from ..allocation.probe import ProbeResult, probe
+from ..allocation.problem import AllocationProblem
 from ..allocation.schedule import DecisionSchedule
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
@@ -91,6 +93,8 @@ def prepare(
     if not keeps:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, (w for target in targets for w in (target.weight_a, target.weight_b)))
     costs = run_costs(run, targets, budget, signals=True)
+    problem = AllocationProblem.of(targets, costs.cost, costs.limit.value, low=low, high=high)
+    check_budget(problem, [target.name for target in targets])  # now, and not after the probe
     if not keeps:
         reset_adapters(targets, 1, seed)
     with undisturbed(), training_mode(run.model):

@@ -163,7 +163,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         else:
             pilot.begin(run, name=name)
         self._rows_evaluated = 0
-        step.follow(self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures, self._save_state)
+        step.follow(
+            self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures, self._save_state, pilot.finish
+        )
         step.follow_evaluations(self._evaluate)
         self._between_steps, self._save_later = True, False
         if state.global_step >= state.max_steps:

@@ -162,7 +162,11 @@ class PeakGuard:
         """Measure an evaluation; `evaluation_share` tells afterwards how much of the budget it took."""
         if self._limits_bytes:
             self.meter.begin(self._run.model, self._run.optimizer)
-        yield
+        try:
+            yield
+        except BaseException:
+            self.meter.close()
+            raise
         peak = self.meter.end_other(self._run.model)
         if peak is not None:
             self.evaluation_share = peak / self._controller.limit

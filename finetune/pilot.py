@@ -21,7 +21,7 @@ from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy, decision_from_plan
 from ..allocation.schedule import DecisionSchedule
 from ..common.arrays import IntArray
-from ..errors import BudgetError, ConfigError, RunFolderError
+from ..errors import BudgetError, ConfigError, NoGradientError, RunFolderError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import check_optimizer
 from ..lora.peft_config import finish_load, make_resizable
@@ -211,7 +211,11 @@ class RankPilot:
         """
         controller = self._controller
         self._guard.meter.stepping()
-        self._gradients.look(controller.targets, self._step + 1, closely=self._guard.meter.measuring)
+        try:
+            self._gradients.look(controller.targets, self._step + 1, closely=self._guard.meter.measuring)
+        except NoGradientError:
+            self._guard.meter.close()
+            raise
         self._losses.add(loss)
         if not controller.finished:
             controller.adapters.meter.accumulate()

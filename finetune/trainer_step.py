@@ -87,6 +87,7 @@ class TrainerStep:
         again: Callable[[], None],
         figures: Callable[[], dict[str, float]],
         saves: Callable[[Path], bool],
+        broken: Callable[[], None],
     ) -> None:
         """Follow the real steps.
 
@@ -97,6 +98,7 @@ class TrainerStep:
             figures: go into each of the Trainer's log entries that has a training loss, and so to all its trackers.
             saves: called with the folder of a checkpoint before the Trainer writes it. If it returns False, nothing is
                 written.
+            broken: called after a step that raised an error.
         """
         trainer = self.trainer
         get_batches, run_step = trainer.get_batch_samples, trainer.training_step
@@ -111,7 +113,11 @@ class TrainerStep:
 
         def training_step(model: Any, inputs: Any, *rest: Any, **options: Any) -> torch.Tensor:
             done.append((model, inputs, *rest))
-            loss = _retried(lambda step: run_step(*_copied(step), **options), done, again, trainer)
+            try:
+                loss = _retried(lambda step: run_step(*_copied(step), **options), done, again, trainer)
+            except BaseException:
+                broken()
+                raise
             losses(loss)
             return loss
 

@@ -49,9 +49,6 @@ def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
     return tensor.dim() == 2 and tensor.shape[0] == rows and not tensor.is_floating_point()
 
 
-MASK = "attention_mask"
-
-
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
     """The tensors of a batch, in any nesting of mappings and lists."""
     if isinstance(batch, torch.Tensor):

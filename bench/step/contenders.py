@@ -8,11 +8,12 @@ from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 
 from ...allocation.controller import RankController
 from ...allocation.schedule import DecisionSchedule
-from ...finetune.callback import RankPilotCallback
+from ...finetune.pilot import RankPilot as Pilot
+from ...finetune.run import TrainingRun
 from ...lora.adapters import PeftAdapters
 from ...memory.budget import REFERENCE_RANK, Budget
 from ..learner import LEARNING_RATE, Learner
@@ -51,10 +52,10 @@ class AdaLora(Learner):
 
 
 class RankPilot(Learner):
-    """The Trainer callback with the rule signal-mean, driven by the events that a Trainer would send.
+    """The core of a fine-tune with the rule signal-mean, called as the Trainer callback calls it.
 
-    So the steps hold all that a fine-tune pays for: signals, decisions, resizes, the decision log, the average of the
-    loss, the checks of the peak. The budget is uniform rank 8's number of parameters: under a budget of bytes low
+    So the steps hold all that a fine-tune pays for: signals, decisions, resizes, the decision log, the look at the
+    gradients, the checks of the peak. The budget is uniform rank 8's number of parameters: under a budget of bytes low
     modules would lose their adapters, which makes steps faster and would hide what the callback costs.
 
     Args:
@@ -80,44 +81,31 @@ class RankPilot(Learner):
         super().__init__(base, LoraConfig(**LORA[family]))
         parameters = sum(min(REFERENCE_RANK, t.max_rank) * (t.d_in + t.d_out) for t in self.targets)
         budget, schedule = Budget("parameters", parameters), every(period, total_steps)
-        self.callback = RankPilotCallback("signal-mean", budget, schedule=schedule)
-        self._arguments = TrainingArguments(
-            str(folder),
-            max_steps=total_steps,
-            per_device_train_batch_size=loader.batch_size or 1,
-            learning_rate=LEARNING_RATE,
-            use_cpu=base.device.type == "cpu",
-            report_to="none",
-            seed=seed,
+        self.pilot = Pilot("signal-mean", budget, schedule=schedule, log=folder / "decisions", seed=seed)
+        run = TrainingRun.of_loader(
+            self.model, self.optimizer, loader, total_steps=total_steps, learning_rate=LEARNING_RATE
         )
-        self._state = TrainerState(max_steps=total_steps, train_batch_size=loader.batch_size)
         start = time.perf_counter()
-        self._send("on_init_end")
-        self._send("on_train_begin", train_dataloader=loader)
+        self.pilot.begin(run)
         self.setup_seconds = time.perf_counter() - start
-
-    def _send(self, event: str, **objects: Any) -> None:
-        self._state.global_step = self.steps
-        objects |= {"model": self.model, "optimizer": self.optimizer}
-        getattr(self.callback, event)(self._arguments, self._state, TrainerControl(), **objects)
 
     def on_step_begin(self) -> None:
         """Start to measure the peak, where it is due."""
-        self._send("on_step_begin")
+        self.pilot.before_step()
 
     def on_pre_optimizer_step(self) -> None:
         """Take in signals."""
-        self._send("on_pre_optimizer_step")
+        self.pilot.before_optimizer_step(0.0)
 
     def on_step_end(self) -> None:
         """Decide and resize, where it is due."""
-        self._send("on_step_end")
+        self.pilot.after_step()
 
     @property
     def controller(self) -> RankController[PeftAdapters]:
-        """The callback's link to the adapters."""
-        assert self.callback.controller is not None, "the callback was begun with this object"
-        return self.callback.controller
+        """The link to the adapters."""
+        assert self.pilot.controller is not None, "the run was begun with this object"
+        return self.pilot.controller
 
     def ranks(self) -> tuple[int, ...]:
         """Real ranks by module."""

@@ -483,7 +483,7 @@ def test_a_model_without_loss_is_told_to_take_labels():
     run = run_of("llama")
     del run.batch["labels"]
     before = state_of(run)
-    with pytest.raises(UnsupportedError, match=r"returned no loss.*Give it labels"):
+    with pytest.raises(UnsupportedError, match=r"returned no loss.*Give its batches labels"):
         run.calibrated()
     assert changed(before, state_of(run)) == []
 
