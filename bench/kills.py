@@ -208,7 +208,6 @@ def benchmark(options: Options, console: Console) -> Figures:
 
 def write_inputs(folder: Path) -> None:
     """A tiny Llama with its tokenizer, and a text."""
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -221,7 +220,9 @@ def write_inputs(folder: Path) -> None:
         bos_token_id=None,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder / "model")
     names = ("[PAD]", "[UNK]", "[EOS]", *(f"w{index}" for index in range(WORDS)))
     words = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()

@@ -48,7 +48,7 @@ def run_costs(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget,
         signals: whether plans pay for signal buffers.
     """
     with undisturbed(), training_mode(run.model):
-        return plan_costs(budget, run.step(), targets, run.largest_batch(), signals=signals)
+        return plan_costs(budget, run.step, targets, run.largest_batch(), signals=signals)
 
 
 def prepare(

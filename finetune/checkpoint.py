@@ -20,7 +20,7 @@ from ..errors import RunFolderError
 
 STATE, TENSORS = "rankpilot.json", "rankpilot.safetensors"
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files. It rises when older checkpoints cannot be read any more."""
 
 

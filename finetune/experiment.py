@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 from transformers import set_seed
 
 from ..agents.learned.policy_file import load_policy
@@ -149,18 +150,7 @@ def run_one(
         return stored
     model = new_model(config, workload)
     pilot, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
-    ranks: RankPilotCallback | UniformRanks
-    if pilot:
-        ranks = RankPilotCallback(
-            config.policy,
-            config.budget,
-            log=folder / "decisions",
-            measure_every=MEASURE_EVERY,
-            bounds=rank_bounds_of(config.bounds),
-            review=config.review,
-        )
-    else:
-        ranks = UniformRanks(_uniform_budget(config, folder), config.seed)
+    ranks = _ranks(config, folder, name)
     metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY))
     stop = StopWithCheckpoint()
     trainer = new_trainer(config, workload, model, folder / name, [ranks, metrics, stop])
@@ -170,16 +160,12 @@ def run_one(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
         raise Terminated
-    train_s = metrics.train_s
     held_out = trainer.evaluate()
     if isinstance(ranks, RankPilotCallback):
         for step, peak in ranks.peaks:
             append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
     targets = find_target_modules(model)
-    model.save_pretrained(folder / name / "adapter")
-    workload.tokenizer.save_pretrained(folder / name / "adapter")
-    if workload.labels:
-        write_json(folder / name / "adapter" / "labels.json", list(workload.labels))
+    adapter = _save_adapter(model, workload, folder / name)
     result = {
         "held_out_loss": held_out["eval_loss"],
         "held_out_accuracy": held_out.get("eval_accuracy"),
@@ -188,18 +174,42 @@ def run_one(
         "peak_bytes": max(row["peak_bytes"] for row in read_json_lines(metrics_path) if "peak_bytes" in row),
         "budget_bytes": ranks.limit,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
-        "train_s": train_s,
+        "train_s": metrics.train_s,
         "steps": trainer.state.max_steps,
         "ranks": adapter_ranks(targets),
     }
     if pilot:
-        result["reload"] = check_reload(config, workload, model, folder / name / "adapter")
+        result["reload"] = check_reload(config, workload, model, adapter)
     if config.merge:
         with atomic_path(folder / name / "merged") as temporary:
             model.merge_and_unload().save_pretrained(temporary)
             workload.tokenizer.save_pretrained(temporary)
     write_json(result_path, result)
     return result
+
+
+def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback | UniformRanks:
+    """The callback that decides the ranks of a run."""
+    if name == UNIFORM:
+        return UniformRanks(_uniform_budget(config, folder), config.seed)
+    return RankPilotCallback(
+        config.policy,
+        config.budget,
+        log=folder / "decisions",
+        measure_every=MEASURE_EVERY,
+        bounds=rank_bounds_of(config.bounds),
+        review=config.review,
+    )
+
+
+def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> Path:
+    """Save the adapter, with the tokenizer and the names of the classes beside it; returns its folder."""
+    adapter = folder / "adapter"
+    model.save_pretrained(adapter)
+    workload.tokenizer.save_pretrained(adapter)
+    if workload.labels:
+        write_json(adapter / "labels.json", list(workload.labels))
+    return adapter
 
 
 def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:

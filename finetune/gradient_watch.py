@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ..errors import NoGradientError
+from ..lora.factors import norms_of
 from ..lora.targets import TargetModule
 
 PATIENCE = 3
@@ -42,8 +41,7 @@ class GradientWatch:
             )
         if not closely:
             return
-        norms = torch.stack([norm.float().to(present[0].device) for norm in torch._foreach_norm(present)])
-        self._zero_looks = 0 if bool((norms != 0).any()) else self._zero_looks + 1
+        self._zero_looks = 0 if bool((norms_of(present) != 0).any()) else self._zero_looks + 1
         if self._zero_looks >= PATIENCE:
             raise NoGradientError(
                 f"The gradients of all adapters are zero, in step {step} as in the steps that were looked at before "

@@ -303,7 +303,7 @@ class PeakGuard:
             self._correct(f"shrunk: batch of {shape}", problem.ranks)
 
     def _measure_again(self, batch: Batch, shape: BatchShape) -> None:
-        run, step = self._run, self._run.step()
+        run, step = self._run, self._run.step
         # The largest rows and the largest length so far may be of two batches.
         batch = reshaped(run.on_device(batch), shape, step.rows_per_example)
         with undisturbed(), training_mode(run.model):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +233,9 @@ class RankPilot:
         if controller.due(self._step) and self._step < controller.total_steps:
             self._decide()
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
-        with self._guard.evaluation():
-            yield
+        return self._guard.evaluation()
 
     @property
     def evaluation_share(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ class TrainingRun:
         """Batches of a few examples, on the device; see `data.batches.small_batches`."""
         return map(self.on_device, small_batches(self.dataset, self._collate, steps, rows, seed))
 
+    @cached_property
     def step(self) -> TrainingStep:
         """One step of the run, as it is measured."""
         rows = BatchShape.of(self._collate([next(iter(self.dataset))] * self.rows)).rows

@@ -86,6 +86,11 @@ def fresh_directions(target: TargetModule, count: int, generator: torch.Generato
     return rows.to(a), b.new_zeros(target.d_out, count)
 
 
+def norms_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of each tensor as one float32 tensor, on the device of the first; (tensors,)."""
+    return torch.stack([norm.float().to(tensors[0].device) for norm in torch._foreach_norm(tensors)])
+
+
 def write_in_place(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Replace a parameter's tensor and clear its gradient; object, hooks and optimiser group stay."""
     parameter.grad = None

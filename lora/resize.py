@@ -20,7 +20,7 @@ from itertools import groupby
 
 import torch
 
-from .factors import BEFORE_THE_RUN, fresh_directions, growth_generator, shrink_maps, write_in_place
+from .factors import BEFORE_THE_RUN, fresh_directions, growth_generator, norms_of, shrink_maps, write_in_place
 from .frozen_weights import real_weight
 from .optimizer_layouts import unwrap_optimizer
 from .optimizer_state import Fill, StateMap, check_optimizer, map_state, reset_state
@@ -118,7 +118,7 @@ def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer
             modules += [index] * len(floats)
     if not tensors:
         return []
-    norms = torch.stack([norm.float().to(tensors[0].device) for norm in torch._foreach_norm(tensors)])
+    norms = norms_of(tensors)
     broken = {modules[index] for index in torch.nonzero(~torch.isfinite(norms)).flatten().tolist()}
     return [targets[index].name for index in sorted(broken)]
 

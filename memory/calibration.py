@@ -41,7 +41,7 @@ def calibrate(
     """Measure what plans cost on this model and batch.
 
     Four small steps are recorded (two or three rows; one step of half the length, one of higher ranks), and a forward
-    pass; the size of every tensor follows for any shape. Weights, gradients, ranks and random state are restored.
+    pass. The size of every tensor follows for any shape. Weights, gradients, ranks and random state are restored.
 
     Args:
         model: the PEFT model, on its device, in the mode in which it trains.
@@ -58,26 +58,18 @@ def calibrate(
     """
     shape = BatchShape.of(batch)
     cut = 2 if shape.length >= 4 else 1
-    shapes = _small_shapes(shape, cut, rows_per_example)
-    row_ratio = shapes[2].rows / shapes[1].rows
+    _, short_shape, wide_shape = shapes = _small_shapes(shape, cut, rows_per_example)
+    row_ratio = wide_shape.rows / short_shape.rows
     with _all_training(model, targets):
         recorder = Recorder(model, targets, loss)
-        small, regular = reshaped(batch, shapes[0], rows_per_example), True
-        try:
-            base, short, wide = (
-                _record(recorder, targets, reshaped(batch, other, rows_per_example)) for other in shapes
-            )
-        except (RankPilotError, torch.OutOfMemoryError):
-            raise
-        except CUT_FAILS:  # the loss takes whole batches alone, such as packed rows with their limits beside them
-            regular = False
-        regular = regular and _same_operations(base, wide) and _same_operations(base, short)
-        regular = regular and _grows_regularly(short, wide, row_ratio)
-        if not regular:  # operations depend on the data, so only the batch itself tells
+        small, shorter, wider = (reshaped(batch, other, rows_per_example) for other in shapes)
+        series = _regular_series(recorder, targets, (small, shorter, wider), row_ratio)
+        if series is None:  # operations depend on the data, so only the batch itself tells
             base, small = _record(recorder, targets, batch), batch
+        else:
+            base, short, wide = series
         double = _record(recorder, targets, small, 2 * RANK)
-        _prepare(targets, RANK)
-        base = recorder.lifetimes(base, small)
+        base = _lifetimes(recorder, targets, base, small)
     _check_all_ran(base, targets)
     recorded = BatchShape.of(small)
     length_ratio = -(-recorded.length // cut) / recorded.length
@@ -90,11 +82,25 @@ def calibrate(
         recorded,
         base.sizes - RANK * slope,
         slope,
-        _power(wide, short, row_ratio) if regular else np.full(len(slope), np.nan),
-        _power(base, short, 1 / length_ratio) if regular else np.zeros(len(slope)),
+        np.full(len(slope), np.nan) if series is None else _power(wide, short, row_ratio),
+        np.zeros(len(slope)) if series is None else _power(base, short, 1 / length_ratio),
         length_ratio,
         CUDA_BLOCK if next(model.parameters()).is_cuda else 1,
     )
+
+
+def _regular_series(
+    recorder: Recorder, targets: Sequence[TargetModule], batches: Sequence[Batch], row_ratio: float
+) -> tuple[Recording, Recording, Recording] | None:
+    """The recordings of a small, a shorter and a wider batch; None if sizes cannot be told from them."""
+    try:
+        base, short, wide = (_record(recorder, targets, batch) for batch in batches)
+    except (RankPilotError, torch.OutOfMemoryError):
+        raise
+    except CUT_FAILS:  # the loss takes whole batches alone, such as packed rows with their limits beside them
+        return None
+    same = _same_operations(base, wide) and _same_operations(base, short)
+    return (base, short, wide) if same and _grows_regularly(short, wide, row_ratio) else None
 
 
 def _small_shapes(shape: BatchShape, cut: int, rows_per_example: int) -> tuple[BatchShape, BatchShape, BatchShape]:
@@ -111,6 +117,11 @@ def _small_shapes(shape: BatchShape, cut: int, rows_per_example: int) -> tuple[B
 def _record(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch, rank: int = RANK) -> Recording:
     _prepare(targets, rank)
     return recorder.step(batch)
+
+
+def _lifetimes(recorder: Recorder, targets: Sequence[TargetModule], base: Recording, batch: Batch) -> Recording:
+    _prepare(targets, RANK)
+    return recorder.lifetimes(base, batch)
 
 
 def _prepare(targets: Sequence[TargetModule], rank: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 from rankpilot.agents.training.config import TrainConfig
 from rankpilot.common.files import read_json, write_json
 from rankpilot.common.run_folder import CONFIG, LOCK, open_run
@@ -72,8 +73,8 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     with other_process(folder) as process:
         process.kill()
         process.wait()
-        with open_run(folder, SETTINGS, resume=True):
-            pass
+        with open_run(folder, SETTINGS, resume=True), pytest.raises(Timeout):
+            FileLock(folder / LOCK, timeout=0).acquire()
 
 
 def test_a_run_that_fails_frees_its_folder(tmp_path: Path) -> None:
