@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,11 @@ from transformers import logging as transformers_logging
 
 from .families import FAMILIES, Family
 from .warm_python import WarmPython
+
+with suppress(ImportError):
+    # Optimum-quanto needs setuptools, which takes the place of the standard library's distutils. It fails to do so in a
+    # process that has already loaded that one, as other libraries do in the middle of the tests.
+    import_module("setuptools")
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
