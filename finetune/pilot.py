@@ -179,7 +179,7 @@ class RankPilot:
         self._losses.load_state_dict(state["losses"])
         self._guard.load_state_dict(state["guard"])
         self.predictions = [(int(at), float(cost)) for at, cost in state["predictions"]]
-        self._step = step
+        self._step, self._shown = step, state["peaks_shown"]
         if self.log is not None:
             self.log.truncate(len(self.predictions))
         if self._review is not None:
@@ -264,6 +264,7 @@ class RankPilot:
             "losses": self._losses.state_dict(),
             "guard": self._guard.state_dict(),
             "predictions": self.predictions,
+            "peaks_shown": self._shown,
             "settings": self._settings(),
         }
 

@@ -366,6 +366,18 @@ def test_the_guard_corrects_a_prediction_that_was_too_low(
     assert shrunk["measured_cost"].to_pylist()[0] > limit
 
 
+def test_a_resumed_run_logs_each_peak_once(launch: Callable[..., Run]) -> None:
+    whole = launch("whole", measure_every=5)
+    cut = launch("cut", measure_every=5, stop_at=13)
+    resumed = launch("cut", measure_every=5, resume=cut.folder / "checkpoint-12")
+    shown = [
+        [(row["step"], row.get("peak_bytes")) for row in run.trainer.state.log_history if "loss" in row]
+        for run in (whole, resumed)
+    ]
+    assert shown[0] == shown[1]
+    assert sum(peak is not None for _, peak in shown[0]) == len(whole.pilot.peaks)  # type: ignore[union-attr]
+
+
 def test_a_budget_of_parameters(launch: Callable[..., Run]) -> None:
     run = launch(budget="3k params")
     per_rank = {t.name: t.d_in + t.d_out for t in find_target_modules(run.model)}
