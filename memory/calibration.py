@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from peft.utils.integrations import get_bnb_param_type
 from torch import nn
 
 from ..common.arrays import FloatArray
@@ -65,6 +66,7 @@ def calibrate(
         small, shorter, wider = (reshaped(batch, other, rows_per_example) for other in shapes)
         series = _regular_series(recorder, targets, (small, shorter, wider), row_ratio)
         if series is None:  # operations depend on the data, so only the batch itself tells
+            _warm_up(recorder, targets, batch)
             base, small = _record(recorder, targets, batch), batch
         else:
             base, short, wide = series
@@ -94,6 +96,7 @@ def _regular_series(
 ) -> tuple[Recording, Recording, Recording] | None:
     """The recordings of a small, a shorter and a wider batch; None if sizes cannot be told from them."""
     try:
+        _warm_up(recorder, targets, batches[1])
         base, short, wide = (_record(recorder, targets, batch) for batch in batches)
     except (RankPilotError, torch.OutOfMemoryError):
         raise
@@ -112,6 +115,17 @@ def _small_shapes(shape: BatchShape, cut: int, rows_per_example: int) -> tuple[B
     sizes = (few, length), (few, shorter), (few + 1, shorter)
     small, short, wide = (BatchShape(count * rows_per_example, tokens) for count, tokens in sizes)
     return small, short, wide
+
+
+def _warm_up(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch) -> None:
+    """Run a forward pass where layers cast their biases for good when they are first called: that is no part of a step.
+
+    Layers of bitsandbytes do so, in four and in eight bits.
+    """
+    modules = recorder.model.modules()
+    if any(getattr(m, "bias", None) is not None and get_bnb_param_type(getattr(m, "weight", None)) for m in modules):
+        _prepare(targets, RANK)
+        recorder.forward(batch)
 
 
 def _record(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch, rank: int = RANK) -> Recording:

@@ -117,10 +117,18 @@ class _Finder:
         if index >= 0 and recording.segments[index].reentrant:
             saved_in_segment[list(recording.segments[index].outputs)] = True
             live |= self._incoming_gradients(index)
-        inputs = self._is_input & (self._first_segment <= index if index >= 0 else live)
+        # The layer may save its input in another precision only, so at the loss it need not be among what is live.
+        inputs = self._is_input & (self._first_segment <= index if index >= 0 else live | self._yet_to_run(time))
         needed = live & (~self._forward | self._needed)
         always = live & self._forward & ~self._needed & ~self._saved_in_segment & ~self._is_input
         return PeakCandidate(label, always, needed, saved_in_segment, inputs, copied, time)
+
+    def _yet_to_run(self, time: int) -> BoolArray:
+        """Storages that are inputs of segments which have not run again by `time`, bool (storages,)."""
+        starts = [self._second_run_start(index) for index in range(len(self._recording.segments))]
+        waits = np.append(np.array(starts, dtype=np.int64) >= time, False)
+        waiting: BoolArray = waits[np.minimum(self._first_segment, len(starts))]
+        return waiting
 
     def _second_run_start(self, index: int) -> int:
         """The time at which a segment runs again, just before gradients flow through it; -1 if none do."""

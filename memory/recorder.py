@@ -78,13 +78,21 @@ class Recorder:
         """
         return _Run(self, batch).record(save=True)
 
+    def forward(self, batch: Batch) -> Recording:
+        """Record a forward pass in which autograd saves nothing.
+
+        Raises:
+            UnsupportedError: the model returns no loss.
+        """
+        return _Run(self, batch).record(save=False)
+
     def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
         """Fill in `freed_if_unsaved`, by a forward pass of the same batch in which autograd saves nothing.
 
         Raises:
             UnsupportedError: that pass ran other operations.
         """
-        unsaved = _Run(self, batch).record(save=False)
+        unsaved = self.forward(batch)
         count = len(unsaved.created)
         if not np.array_equal(unsaved.created, recording.created[recording.created <= recording.forward_end]):
             raise UnsupportedError(
