@@ -21,8 +21,9 @@ from ..lora.optimizer_state import reset_state
 from ..lora.resize import is_trained, reset_adapters
 from ..lora.targets import TargetModule, check_trains, other_trainable
 from ..memory.budget import Budget
-from ..memory.for_training import PlanCosts, plan_costs
+from ..memory.for_training import PlanCosts, measure_memory, plan_costs
 from ..memory.model import MemoryModel
+from ..memory.recording import Batch
 from .run import TrainingRun, training_mode, undisturbed
 
 PROBE_SHARE = 0.0175
@@ -49,6 +50,18 @@ def run_costs(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget,
     """
     with undisturbed(), training_mode(run.model):
         return plan_costs(budget, run.step, targets, run.largest_batch(), signals=signals)
+
+
+def run_memory(run: TrainingRun, targets: Sequence[TargetModule], batch: Batch | None = None) -> MemoryModel:
+    """The byte model of a run's step without signal buffers; on its largest batch, or another.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        batch: the batch to measure the step with, on the device.
+    """
+    with undisturbed(), training_mode(run.model):
+        return measure_memory(run.step, targets, run.largest_batch() if batch is None else batch, signals=False)
 
 
 def prepare(

@@ -19,7 +19,7 @@ from ..common.files import append_json_line, atomic_path, read_json, read_json_l
 from ..common.run_folder import open_run
 from ..common.settings import as_json
 from ..common.termination import Terminated, on_sigterm
-from ..data.workload import Workload, load_workload
+from ..data.workload import Workload
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
@@ -31,7 +31,7 @@ from .config import FinetuneConfig
 from .metrics import RunMetrics
 from .reload_check import check_reload
 from .stop import StopWithCheckpoint
-from .trainer import check_possible, new_model, new_trainer
+from .trainer import new_model, new_trainer, read_workload
 from .trainer_settings import new_arguments, rank_bounds_of
 from .uniform import UniformRanks
 
@@ -65,7 +65,7 @@ def finetune(
     """
     tell = on_phase or (lambda text: None)
     policy = load_policy(config.policy)
-    workload = _workload(config, tell)
+    workload = read_workload(config, tell)
     new_arguments(config, workload.task, folder)  # so that a setting that does not fit is told now
     rank_bounds_of(config.bounds)
     with open_run(folder, as_json(FinetuneConfig, config), resume=resume, kind=FinetuneConfig):
@@ -90,29 +90,13 @@ def finetune(
 def plan_ahead(config: FinetuneConfig, on_phase: Callable[[str], None] | None = None) -> StaticPlan:
     """The plan that `finetune` would begin with, without training; it raises the same errors."""
     tell = on_phase or (lambda text: None)
-    workload = _workload(config, tell)
+    workload = read_workload(config, tell)
     with TemporaryDirectory() as folder:
         trainer = new_trainer(config, workload, new_model(config, workload), Path(folder), [])
         tell(f"planning under {config.policy}")
         bounds = rank_bounds_of(config.bounds)
         set_seed(config.seed)
         return static_plan(trainer, budget=config.budget, policy=config.policy, bounds=bounds)
-
-
-def _workload(config: FinetuneConfig, tell: Callable[[str], None]) -> Workload:
-    check_possible(config)
-    tell(f"loading {config.model} and {config.data}")
-    return load_workload(
-        config.model,
-        config.data,
-        task=config.task,
-        max_length=config.max_length,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        train_rows=config.train_rows,
-        held_out_rows=config.held_out_rows,
-        seed=config.seed,
-    )
 
 
 def _head(workload: Workload) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..data.models import adapt, check_length, load_model
 from ..data.tokens import IGNORED
-from ..data.workload import Texts, Workload
+from ..data.workload import Texts, Workload, load_workload
 from ..errors import UnsupportedError
 from ..memory.budget import REFERENCE_RANK
-from ..memory.step_parts import check_installed
+from ..memory.step_parts import check_checkpointing, check_installed
 from .config import FinetuneConfig
 from .metrics import LossInProgressBar
 from .trainer_settings import new_arguments
@@ -41,11 +42,40 @@ def check_possible(config: FinetuneConfig) -> None:
         raise UnsupportedError("This GPU does not compute in bfloat16. Leave --bf16 out.")
 
 
+def read_workload(config: FinetuneConfig, tell: Callable[[str], None]) -> Workload:
+    """The data of a fine-tune; `tell` is called with a few words on what happens next.
+
+    Raises:
+        UnsupportedError: see `check_possible`.
+        UnknownNameError, AssetError, DataError, ConfigError: see `load_workload`.
+    """
+    check_possible(config)
+    tell(f"loading {config.model} and {config.data}")
+    return load_workload(
+        config.model,
+        config.data,
+        task=config.task,
+        max_length=config.max_length,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        train_rows=config.train_rows,
+        held_out_rows=config.held_out_rows,
+        seed=config.seed,
+    )
+
+
 def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
-    """The same model for both runs: base, fresh adapters and head depend on the seed alone."""
+    """The same model for both runs: base, fresh adapters and head depend on the seed alone.
+
+    Raises:
+        UnknownNameError, AssetError, ConfigError: there is no such model, or it does not fit the task or the length.
+        UnsupportedError: gradient checkpointing is asked for, and the model has none.
+    """
     set_seed(config.seed)
     base = load_model(config.model, workload.task, workload.labels, workload.tokenizer, config.quantization)
     check_length(config.max_length, base)
+    if config.checkpointing:
+        check_checkpointing(base)
     return adapt(
         base,
         config.model,

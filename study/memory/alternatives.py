@@ -21,10 +21,10 @@ from ...memory.budget import Budget, Limit, reference_cost
 from ...memory.cost import Cost, plan_cost
 from ...memory.for_training import limited_cost
 from ...memory.model import MemoryModel
-from ...memory.step_parts import checkpoint_segments
+from ...memory.recording import Batch
 from .config import MemoryConfig
 from .measured_step import MeasuredStep, measure_step
-from .setup import Batch, StepSetup, Tell, set_up
+from .setup import StepSetup, Tell, set_up
 
 AlternativeKind = Literal["asked", "rank", "layers", "batch", "checkpointing", "budget"]
 
@@ -103,10 +103,6 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
     """
     setup = set_up(config, tell)
     notes: list[str] = []
-    switched = None  # the other choice of checkpointing
-    if config.checkpointing:
-        switched = _calibrated(setup, tell, "without gradient checkpointing")
-        checkpoint_segments(setup.model.get_base_model())
     memory = _calibrated(setup, tell, "with gradient checkpointing" if config.checkpointing else "")
     plans = _Plans(setup, memory)
     rules = tuple(plans.rules())  # first, since it may raise that no plan fits
@@ -114,16 +110,16 @@ def memory_use(config: MemoryConfig, tell: Tell) -> MemoryUse:
         tell("measuring real steps")
     measured = measure_step(setup) if config.measure else None
     batches = tuple(plans.by_batch(tell))
-    if not config.checkpointing:
-        try:
-            checkpoint_segments(setup.model.get_base_model())
-            switched = _calibrated(setup, tell, "with gradient checkpointing")
-        except UnsupportedError as error:
-            notes.append(f"Without a figure for gradient checkpointing: {error}")
+    switched = None  # the other choice of checkpointing
+    try:
+        setup.switch_checkpointing()
+        switched = _calibrated(setup, tell, f"{'without' if config.checkpointing else 'with'} gradient checkpointing")
+    except UnsupportedError as error:
+        notes.append(f"Without a figure for gradient checkpointing: {error}")
     return MemoryUse(
         config=config,
         task=setup.task,
-        device=setup.device.type,
+        device=setup.run.device.type,
         shape=memory.shape,
         modules=tuple(target.name for target in setup.targets),
         frozen_bytes=frozen_bytes(setup.model),

@@ -32,13 +32,13 @@ class MeasuredStep:
 def measure_step(setup: StepSetup) -> MeasuredStep:
     """Train one step, which makes the optimiser's state, then measure further steps. The adapters change."""
     _step(setup)
-    state = state_bytes(setup.model, setup.optimizer, gradients=False)
-    if setup.device.type == "cuda":
+    state = state_bytes(setup.model, setup.run.optimizer, gradients=False)
+    if setup.run.device.type == "cuda":
         torch.cuda.empty_cache()
     meter = PeakMeter()
-    meter.begin(setup.model, setup.optimizer)
+    meter.begin(setup.model, setup.run.optimizer)
     _step(setup)
-    reserved = torch.cuda.max_memory_reserved(setup.device) if setup.device.type == "cuda" else None
+    reserved = torch.cuda.max_memory_reserved(setup.run.device) if setup.run.device.type == "cuda" else None
     peak = meter.end(1, setup.model)
     assert peak is not None, "the step was measured"
     if reserved is not None:
@@ -53,8 +53,6 @@ def measure_step(setup: StepSetup) -> MeasuredStep:
 
 def _step(setup: StepSetup) -> None:
     for _ in range(setup.config.accumulation):
-        with setup.precision():
-            loss = setup.model(**setup.batch).loss
-        (loss / setup.config.accumulation).backward()
-    setup.optimizer.step()
-    setup.optimizer.zero_grad(set_to_none=True)
+        (setup.run.loss(setup.batch) / setup.config.accumulation).backward()  # type: ignore[no-untyped-call]
+    setup.run.optimizer.step()
+    setup.run.optimizer.zero_grad(set_to_none=True)

@@ -1,38 +1,43 @@
-"""The model, adapter, batch and optimiser that `rankpilot memory` looks at."""
+"""The model, adapter, data and optimiser that `rankpilot memory` looks at: those of `rankpilot finetune`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from transformers import set_seed
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, default_data_collator, set_seed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
-from ...common.devices import find_device
-from ...data.batches import largest_batch
-from ...data.models import adapt, check_length, load_config, load_model
+from ...data.models import load_config
 from ...data.task import Task
-from ...data.workload import load_workload
+from ...data.workload import Texts, Workload
 from ...errors import ConfigError
+from ...finetune.before_training import run_memory
+from ...finetune.config import FinetuneConfig
+from ...finetune.run import TrainingRun
+from ...finetune.run_of_trainer import run_of_trainer
+from ...finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
-from ...memory.batch_shape import map_tensors
-from ...memory.for_training import measure_memory
 from ...memory.model import MemoryModel
-from ...memory.step_parts import new_optimizer
-from ...memory.training_step import TrainingStep, model_loss
+from ...memory.recording import Batch
+from ...memory.step_config import StepConfig
+from ...memory.step_parts import switch_checkpointing
 from .config import MemoryConfig
 
-Batch = dict[str, torch.Tensor]
 Tell = Callable[[str], None]
 
 
@@ -45,73 +50,67 @@ class StepSetup:
         task: the task of the model's head.
         model: with adapters of the rank that was asked for, in training mode, on its device.
         targets: its target modules.
+        run: the fine-tune of which this is a step.
         batch: the largest batch that training would see.
-        optimizer: the optimiser of all parameters that train.
     """
 
     config: MemoryConfig
     task: Task
     model: PeftModel
     targets: list[TargetModule]
+    run: TrainingRun
     batch: Batch
-    optimizer: torch.optim.Optimizer
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.targets[0].weight_a.device
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """The context of forward passes."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
     def measure_memory(self, batch: Batch | None = None) -> MemoryModel:
         """The byte model of this step as it is set up now, without signal buffers; on the largest batch, or another."""
-        step = TrainingStep(
-            self.model, model_loss(self.model), self.optimizer, accumulates=self.config.accumulation > 1
-        )
-        with self.precision():
-            return measure_memory(step, self.targets, batch or self.batch, signals=False)
+        return run_memory(self.run, self.targets, self.batch if batch is None else batch)
+
+    def switch_checkpointing(self) -> None:
+        """Make the other choice of gradient checkpointing; raise UnsupportedError if the model has none."""
+        base, wanted = self.model.get_base_model(), not self.config.checkpointing
+        switch_checkpointing(base, wanted)
+        if self.task == "causal-lm":  # as TRL's SFTTrainer does
+            (base.enable_input_require_grads if wanted else base.disable_input_require_grads)()
 
 
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
-    """Load the model and the data that a configuration names, and make the adapter, the batch and the optimiser.
+    """Load the model and the data that a configuration names, and make the Trainer that would fine-tune it.
 
     `tell` is called with a few words on what happens next.
 
     Raises:
         UnknownNameError, AssetError, DataError: there is no such model or data, or the data cannot be used.
         ConfigError: the rows are longer than the model's positions, or no module can be adapted.
-        UnsupportedError: the adapter or the optimiser cannot be handled.
+        UnsupportedError: the adapter, the optimiser or gradient checkpointing cannot be handled, or a library is
+            missing.
     """
-    tell(f"loading {config.model}")
-    architecture = load_config(config.model)
-    workload = None
-    task = config.task or default_task(architecture)
-    labels = tuple(f"class {number}" for number in range(1 if task == "regression" else config.labels))
+    tune = fine_tune_of(config)
     if config.data is not None:
-        names = ("task", "max_length", "text_column", "label_column", "seed")
-        workload = load_workload(config.model, config.data, **{name: getattr(config, name) for name in names})
-        task, labels = workload.task, workload.labels
-    set_seed(config.seed)
-    tokenizer = workload.tokenizer if workload else None
-    base = load_model(config.model, task, labels, tokenizer, config.quantization)
-    base.config.use_cache = False  # as in the Trainer
-    check_length(config.max_length, base)
-    device = find_device()
-    model = adapt(base, config.model, task, target_modules=config.target_modules, rank=1, scaling=2.0)
-    model = model.to(device).train()
-    targets = find_target_modules(model)
-    widest = max(target.max_rank for target in targets)
-    if config.rank > widest:
-        raise ConfigError(f"No module has a rank above {widest}, the smaller width of the widest; got {config.rank}.")
-    set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
-    if workload:
-        largest = largest_batch(workload.train, workload.collator, config.batch_size)
-        batch = map_tensors(largest, lambda tensor: tensor.to(device))
+        workload = read_workload(tune, tell)
     else:
-        batch = {name: tensor.to(device) for name, tensor in _random_batch(config, base.config, task).items()}
-    return StepSetup(config, task, model, targets, batch, new_optimizer(config.optimizer, model))
+        check_possible(tune)
+        tell(f"loading {config.model}")
+        workload = _random_workload(config)
+    model = new_model(tune, workload)
+    with TemporaryDirectory() as folder:
+        trainer = new_trainer(tune, workload, model, Path(folder), [])
+        targets = find_target_modules(model)
+        widest = max(target.max_rank for target in targets)
+        if config.rank > widest:
+            raise ConfigError(
+                f"No module has a rank above {widest}, the smaller width of the widest; got {config.rank}."
+            )
+        set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
+        set_seed(config.seed)
+        run = run_of_trainer(trainer)
+    model.train()
+    return StepSetup(config, workload.task, model, targets, run, run.largest_batch())
+
+
+def fine_tune_of(config: MemoryConfig) -> FinetuneConfig:
+    """The settings of the fine-tune that takes this step."""
+    names = [field.name for field in fields(StepConfig)] + ["task", "text_column", "label_column", "seed"]
+    return FinetuneConfig(config.model, config.data or "", **{name: getattr(config, name) for name in names})
 
 
 def default_task(config: Any) -> Task:
@@ -133,9 +132,28 @@ def default_task(config: Any) -> Task:
     return "causal-lm" if reads_one_way else "classification"
 
 
-def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
-    """Full rows of ordinary token ids, without ids that the model reads as padding or as an end."""
-    text = model_config.get_text_config()
+def _random_workload(config: MemoryConfig) -> Workload:
+    """Full rows of random tokens, as many as a batch has."""
+    architecture = load_config(config.model)
+    task = config.task or default_task(architecture)
+    labels = tuple(f"class {number}" for number in range(1 if task == "regression" else config.labels))
+    columns = _random_columns(config, architecture, task)
+    rows = Dataset.from_dict({name: values.tolist() for name, values in columns.items()})
+    if task != "causal-lm":
+        return Workload(task, None, rows, rows, _collate, labels)
+    # SFTTrainer insists on a tokenizer, which has nothing to do.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")), pad_token="")
+    return Workload(task, tokenizer, rows, rows, _collate, (), Texts(rows, rows, is_chat=False))
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch: dict[str, torch.Tensor] = default_data_collator(rows)
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def _random_columns(config: MemoryConfig, architecture: Any, task: Task) -> dict[str, torch.Tensor]:
+    """Rows of ordinary token ids, without ids that the model reads as padding or as an end, and their labels."""
+    text = architecture.get_text_config()
     special: set[int] = set()
     for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
         special.update(np.atleast_1d(getattr(text, f"{name}_token_id", None) or 0).tolist())
@@ -143,15 +161,11 @@ def _random_batch(config: MemoryConfig, model_config: Any, task: Task) -> Batch:
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, config.max_length)
     tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
-    if model_config.is_encoder_decoder and task != "seq2seq" and text.eos_token_id is not None:
+    if architecture.is_encoder_decoder and task != "seq2seq" and text.eos_token_id is not None:
         tokens[:, 0] = text.eos_token_id  # such classifiers look for one; shorter rows keep the first token
     labels = {
         "classification": torch.arange(config.batch_size) % config.labels,
         "regression": torch.linspace(0, 1, config.batch_size),
         "token-classification": tokens % config.labels,
     }
-    return {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
-        "labels": labels.get(task, tokens.clone()),
-    }
+    return {"input_ids": tokens, "labels": labels.get(task, tokens)}

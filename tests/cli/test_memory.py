@@ -79,7 +79,9 @@ def test_a_step_is_predicted_and_measured(
 
 def test_settings_are_followed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--checkpointing", "--rank", "4", "--optimizer", "sgd", "--bf16", "--measure", "--budget", "90%"]
-    printed, figures = run([str(models / "llama"), *SMALL, *options], capsys, tmp_path / "memory")
+    model = [str(models / "llama"), "--task", "classification"]
+    printed, figures = run([*model, *SMALL, *options], capsys, tmp_path / "memory")
+    assert figures["task"] == "classification"
     assert figures["kinds"]["optimizer"] == 0
     assert figures["kinds"]["inputs"] > 0
     assert figures["margin_bytes"] > 0
