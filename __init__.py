@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .env.registration import ENV_ID
     from .finetune.allocate import allocate
     from .finetune.callback import RankPilotCallback, attach
+    from .finetune.checkpoint import last_checkpoint
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
     from .memory.budget import Budget
@@ -36,6 +37,7 @@ _LAZY = {
     "TrainingRun": ".finetune.run",
     "allocate": ".finetune.allocate",
     "attach": ".finetune.callback",
+    "last_checkpoint": ".finetune.checkpoint",
     "load_policy": ".agents.learned.policy_file",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "TrainingRun",
     "allocate",
     "attach",
+    "last_checkpoint",
     "load_policy",
 ]
 

@@ -114,7 +114,7 @@ def _train(folder: Path, inputs: Path, scheduler: str) -> None:
     trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
     trainer.add_callback(pilot)
     pilot.connect(trainer)
-    checkpoint = last_checkpoint(folder, piloted=True, tell=lambda _: None)
+    checkpoint = last_checkpoint(folder, tell=lambda _: None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.save_pretrained(folder / "adapter")
 

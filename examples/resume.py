@@ -1,14 +1,12 @@
 """A run that goes on where it was killed: start python examples/resume.py again, with the same arguments."""
 
 import argparse
-from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from rankpilot import RankPilotCallback
+from rankpilot import RankPilotCallback, last_checkpoint
 from rankpilot.data.assets import fetch_asset
 from rankpilot.data.packaged_data import load_packaged_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", help="a Hugging Face id or a folder; all-MiniLM-L6-v2 by default")
@@ -30,7 +28,7 @@ settings = {"max_steps": options.steps, "save_steps": options.save_steps, "learn
 args = TrainingArguments(options.output, per_device_train_batch_size=16, **settings)
 callback = RankPilotCallback("default", budget=options.budget)
 trainer = Trainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
-last = get_last_checkpoint(options.output) if Path(options.output).is_dir() else None
+last = last_checkpoint(options.output)  # passes over one that was cut off
 trainer.train(resume_from_checkpoint=last)
 print(f"went on from {last}" if last else "began", f"and trained {trainer.state.global_step} steps")
 model.save_pretrained(f"{options.output}/adapter")

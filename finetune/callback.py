@@ -23,11 +23,11 @@ from ..lora.peft_config import make_resizable
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
 from ..memory.recording import Batch
-from .checkpoint import load_state, save_state
+from .checkpoint import chosen_checkpoint, load_state, save_state
 from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
 from .run import TrainingRun
-from .trainer_step import TrainerStep, find_trainer
+from .trainer_step import TrainerStep, find_trainer, resumed_from
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def connect(self, trainer: Trainer) -> None:
         """Take a Trainer as the one whose run is decided, and let its model load adapters of any ranks.
 
+        From now on `train(resume_from_checkpoint=True)` takes the last checkpoint that is whole.
+
         Raises:
             UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
             DataError: its training set is empty.
@@ -130,7 +132,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             raise UnsupportedError("Two RankPilotCallbacks would decide the ranks of one Trainer. Pass it one.")
         if isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset):
             raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
-        self._step = TrainerStep(trainer)
+        if self._step is None or self._step.trainer is not trainer:
+            self._step = TrainerStep(trainer)
+            self._step.choose_checkpoint(lambda resume: chosen_checkpoint(resume, trainer.args.output_dir))
         make_resizable(trainer.model, find_target_modules(trainer.model))
 
     # Trainer events, in the order of a run ----------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._bar = not args.disable_tqdm
         run, name = run_of(step, args, state, objects), Path(args.output_dir).name
         if state.global_step > 0:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = resumed_from(step.trainer, state.global_step)
             pilot.resume(run, load_state(folder), step=state.global_step, name=name)
         else:
             pilot.begin(run, name=name)

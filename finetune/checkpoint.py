@@ -5,9 +5,10 @@ The two files of rankpilot are written first; the Trainer's own follow, of which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from ..common.files import atomic_path, read_json, write_json
 from ..errors import RunFolderError
 
+logger = logging.getLogger(__name__)
+
 STATE, TENSORS = "rankpilot.json", "rankpilot.safetensors"
 
 FORMAT = 3
@@ -26,18 +29,30 @@ FORMAT = 3
 
 TRAINER_STATE = "trainer_state.json"
 
-_TRAINER_FILES = (TRAINER_STATE, "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+_RANDOM_STATE = "rng_state.pth"
+"""Under `save_only_model=True` a Trainer writes none, no optimiser and no scheduler."""
 
 
-def last_checkpoint(folder: Path, *, piloted: bool, tell: Callable[[str], None]) -> Path | None:
+def last_checkpoint(
+    folder: str | Path, *, piloted: bool = True, tell: Callable[[str], None] = logger.warning
+) -> Path | None:
     """The latest checkpoint of which all files can be read; None if there is none.
 
+    A run that is killed or fills the disk may leave a torn one behind.
+
     Args:
-        folder: the Trainer's output folder.
+        folder: the Trainer's output folder; it need not be there.
         piloted: whether the run is under a policy, whose state is part of the checkpoint.
         tell: called with a line for each checkpoint that is passed over.
+
+    Example:
+        >>> trainer.train(resume_from_checkpoint=rankpilot.last_checkpoint("output"))  # doctest: +SKIP
     """
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+    numbered = {path: path.name.rpartition("-")[2] for path in Path(folder).glob("checkpoint-*")}
+    found = [path for path, number in numbered.items() if number.isdecimal() and path.is_dir()]
+    for path in sorted(found, key=lambda path: -int(numbered[path])):
         fault = fault_of(path, piloted=piloted)
         if not fault:
             return path
@@ -45,10 +60,57 @@ def last_checkpoint(folder: Path, *, piloted: bool, tell: Callable[[str], None])
     return None
 
 
+def chosen_checkpoint(resume: str | Path | bool | None, output: str | Path) -> str | Literal[True] | None:
+    """The checkpoint from which a Trainer goes on, given its argument `resume_from_checkpoint`.
+
+    Args:
+        resume: a folder, which must be whole; True for the last whole one; None or False for a new run.
+        output: the Trainer's output folder.
+
+    Raises:
+        RunFolderError: the checkpoint, or each one in the output folder, is torn or was made without rankpilot.
+    """
+    if resume is True:
+        whole = last_checkpoint(output)
+        if whole is None and any(Path(output).glob("checkpoint-*")):
+            raise RunFolderError(f"No checkpoint can be resumed. {way_out(Path(output))}")
+        return str(whole) if whole else True  # without any checkpoint the Trainer says so
+    if not resume:
+        return None
+    fault = fault_of(Path(resume), piloted=True)
+    if fault:
+        raise RunFolderError(f"{resume} cannot be resumed: {fault}. {way_out(Path(resume).parent)}")
+    return str(resume)
+
+
+def way_out(folder: Path) -> str:
+    """What to do where a checkpoint in this folder cannot be resumed."""
+    whole = last_checkpoint(folder, tell=lambda _: None)
+    if whole:
+        return f"The last whole checkpoint is {whole}: pass it as resume_from_checkpoint."
+    return (
+        f"There is no whole checkpoint with the state of rankpilot in {folder}: those without it were cut off, or made "
+        "without RankPilotCallback. Start the run again."
+    )
+
+
+def _files_of(checkpoint: Path, *, piloted: bool) -> Iterator[Path]:
+    """The files that a whole checkpoint has."""
+    yield checkpoint / TRAINER_STATE
+    # Adapters that are not called "default" lie in folders of their names.
+    adapters = {path.parent for name in _ADAPTER_FILES for path in checkpoint.rglob(name)} or {checkpoint}
+    yield from (folder / name for folder in sorted(adapters) for name in _ADAPTER_FILES)
+    yield from (checkpoint / name for name in ((STATE, TENSORS) if piloted else ()))
+    if (checkpoint / _RANDOM_STATE).is_file():
+        yield from (checkpoint / name for name in ("optimizer.pt", "scheduler.pt", _RANDOM_STATE))
+
+
 def fault_of(checkpoint: Path, *, piloted: bool) -> str:
     """What is wrong with the files of a checkpoint, in a few words; empty if they are whole."""
-    for name in (*_TRAINER_FILES, *((STATE, TENSORS) if piloted else ())):
-        path = checkpoint / name
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    for path in _files_of(checkpoint, piloted=piloted):
+        name = path.relative_to(checkpoint)
         if not path.is_file():
             return f"{name} is missing"
         try:
@@ -91,8 +153,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     missing = [name for name in (STATE, TENSORS) if not (checkpoint / name).is_file()]
     if missing:
         raise RunFolderError(
-            f"{checkpoint} holds no {missing[0]}: it was made without RankPilotCallback, or was cut off. Resume from "
-            "an earlier checkpoint."
+            f"{checkpoint} holds no {missing[0]}: it was made without RankPilotCallback, or was cut off. "
+            f"{way_out(checkpoint.parent)}"
         )
     state: dict[str, Any] = read_json(checkpoint / STATE)
     if state.pop("format", 1) != FORMAT:

@@ -21,6 +21,9 @@ from transformers import Trainer, TrainerCallback
 from ..errors import UnsupportedError
 from ..memory.recording import Batch
 
+RESUME = "resume_from_checkpoint"
+"""The argument of `Trainer.train`, and the variable that holds it while a run begins."""
+
 LONG = 10_000
 """Lists that are longer hold data, not a Trainer's records."""
 
@@ -30,14 +33,29 @@ def find_trainer(callback: TrainerCallback) -> Trainer | None:
 
     A Trainer passes its callbacks the model, the optimiser and the data, but not itself.
     """
-    frame: FrameType | None = sys._getframe()
-    while frame:
-        owner = frame.f_locals.get("self")
-        handler = getattr(owner, "callback_handler", None) if isinstance(owner, Trainer) else None
+    for owner, _ in _running_trainers():
+        handler = getattr(owner, "callback_handler", None)
         if handler is not None and any(one is callback for one in handler.callbacks):
             return owner
-        frame = frame.f_back
     return None
+
+
+def resumed_from(trainer: Trainer, step: int) -> Path:
+    """The folder of the checkpoint from which a Trainer's run goes on at this step, while the run begins."""
+    for owner, variables in _running_trainers():
+        if owner is trainer and isinstance(variables.get(RESUME), str | Path):
+            return Path(variables[RESUME])
+    return Path(trainer.args.output_dir) / f"checkpoint-{step}"
+
+
+def _running_trainers() -> Iterator[tuple[Trainer, Mapping[str, Any]]]:
+    """The Trainers among the functions that run now, each with the variables of its function; the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            yield owner, frame.f_locals
+        frame = frame.f_back
 
 
 class TrainerStep:
@@ -130,6 +148,15 @@ class TrainerStep:
 
         trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
         trainer.log, trainer._save_checkpoint = log, save_checkpoint
+
+    def choose_checkpoint(self, choose: Callable[[Any], Any]) -> None:
+        """Let a function choose the checkpoint from which each run goes on, given what `train` is asked for."""
+        run = self.trainer.train
+
+        def train(resume_from_checkpoint: Any = None, *rest: Any, **options: Any) -> Any:
+            return run(choose(resume_from_checkpoint), *rest, **options)
+
+        self.trainer.train = train
 
     def take_no_more(self) -> None:
         """Give the Trainer no more batches: when it resumes a run that has all its steps, it would train one more."""

@@ -28,6 +28,7 @@ def test_public_names() -> None:
         "TrainingRun",
         "allocate",
         "attach",
+        "last_checkpoint",
         "load_policy",
     }
     for name in rankpilot.__all__:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,43 @@ def test_a_checkpoint_is_complete_before_older_ones_are_deleted(
 
 
 # Resuming -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_in_another_folder_resumes(make: Launch, whole: Run, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(whole.checkpoint(8), tmp_path / "kept" / "checkpoint-8"))
+    resumed = make("elsewhere")
+    resumed.trainer.train(resume_from_checkpoint=elsewhere)
+    assert resumed.recorder.losses == whole.recorder.losses[8:]
+    assert_same_adapter(resumed, whole)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "rankpilot.safetensors", "trainer_state.json"])
+def test_the_last_whole_checkpoint_is_resumed(
+    make: Launch, whole: Run, tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whole.folder, tmp_path / "run")
+    cut = make()
+    (cut.checkpoint(12) / file).write_bytes((cut.checkpoint(12) / file).read_bytes()[:-9])
+    assert rankpilot.last_checkpoint(cut.folder) == cut.checkpoint(8)
+    with pytest.raises(RunFolderError, match=rf"{file} is torn\. The last whole checkpoint is .*checkpoint-8: pass"):
+        cut.train(resume=12)
+    cut.trainer.train(resume_from_checkpoint=True)
+    assert f"checkpoint-12 is passed over: {file} is torn" in caplog.text
+    assert cut.recorder.losses == whole.recorder.losses[8:]
+    assert_same_adapter(cut, whole)
+    shutil.rmtree(cut.checkpoint(4))
+    for step in (8, 12):
+        (cut.checkpoint(step) / file).unlink()
+    with pytest.raises(RunFolderError, match=r"No checkpoint can be resumed\. There is no whole"):
+        cut.trainer.train(resume_from_checkpoint=True)
+    assert rankpilot.last_checkpoint(cut.folder) is None
+    assert rankpilot.last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_model_saved_alone_is_no_torn_checkpoint(make: Launch) -> None:
+    run = make(max_steps=4, save_only_model=True).train()
+    assert not (run.checkpoint(4) / "optimizer.pt").exists()
+    assert rankpilot.last_checkpoint(str(run.folder)) == run.checkpoint(4)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
