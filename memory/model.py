@@ -10,6 +10,7 @@ signal buffers, tensors saved for the backward pass, and short-lived tensors suc
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,10 +20,10 @@ from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
 from .autograd_flow import ModuleSet
 from .batch_shape import BatchShape
-from .cost import ByteCost, moment_costs
+from .cost import ByteCost, moment_costs, plan_cost
 from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
-from .recording import Recording
+from .recording import Recording, Segment
 
 RANK = 2
 """The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""
@@ -145,9 +146,23 @@ class MemoryModel:
         return cost, candidates, groups
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The checkpointed segments, in forward order."""
+        return self._recording.segments
+
+    def recomputing(self, layers: Collection[str]) -> MemoryModel:
+        """The byte model of the same step in which only these layers run again; see `Recording.recomputing`."""
+        return replace(self, _recording=self._recording.recomputing(layers))
+
+    def peak(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
+        """Bytes at the peak of one plan; quicker than `cost`, which serves for many. See `cost` for its errors."""
+        cost, _, _ = self._full_cost(*self.sizes(shape or self.shape))
+        return plan_cost(_with_margin(cost, self.margin), ranks)
+
+    @property
     def margin(self) -> float:
         """The share of the peak by which predictions are raised, so that none is too low."""
-        segments = self._recording.segments
+        segments = self.segments
         return CHECKPOINTING_MARGIN[any(segment.reentrant for segment in segments)] if segments else 0.0
 
     def saved(self, ranks: IntArray, shape: BatchShape | None = None) -> float:

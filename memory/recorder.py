@@ -20,6 +20,7 @@ from ..lora.targets import TargetModule
 from .autograd_flow import ModuleSet, flow_from, saved_by
 from .live_storages import LiveStorages
 from .recording import NEVER, Batch, Recording, Segment
+from .step_parts import is_reentrant, requires_grad_hook
 from .training_step import LossFunction, model_loss
 
 
@@ -103,8 +104,9 @@ class Recorder:
         for serial, time in recording.on_context_until.items():  # the context holds these in both passes
             freed[serial] = min(freed[serial], time)
         needed = dict(recording.needed)
+        saved_in_segments = {serial for segment in recording.segments for serial in segment.saved}
         for serial in np.flatnonzero(freed < recording.freed).tolist():
-            if serial in needed or serial in recording.saved_in_segment:
+            if serial in needed or serial in saved_in_segments:
                 continue
             if recording.target_index[serial] >= 0:
                 # It is on a graph that the loss does not depend on, such as that of DoRA's detached norm.
@@ -128,7 +130,6 @@ class _Run:
         self._segment_index: list[int] = []
         self._uses_saved: list[bool] = []
         self._needed: dict[int, ModuleSet] = {}
-        self._saved_in_segment: dict[int, ModuleSet] = {}
         self._on_context_until: dict[int, int] = {}
         # The forward pass, and where the run is in it; the backward pass returns to the stretch of each node.
         self._stretches: list[_Stretch] = [_Stretch(0, 0, 0, -1, 0)]
@@ -164,7 +165,6 @@ class _Run:
             target_index=np.array([stretch.target_index for stretch in self._stretch_of], dtype=np.int64),
             segment_index=np.array(self._segment_index, dtype=np.int64),
             needed=self._needed,
-            saved_in_segment=self._saved_in_segment,
             on_context_until=self._on_context_until,
             uses_saved=np.array(self._uses_saved, dtype=np.bool_),
             gradients=gradients,
@@ -226,10 +226,11 @@ class _Run:
         """Run a checkpointed segment without checkpointing, and note it."""
         inputs = self._serials((arguments, function.keywords if isinstance(function, partial) else None))
         start, sequence, self._segment = self._mode.now, _sequence(), len(self._segments)
+        name = self._recorder.names[self._stretch.name_index]
         output = function(*arguments)
         self._segment = -1
-        sequences = sequence, _sequence()
-        self._segments.append(Segment(start, self._mode.now, inputs, self._serials(output), sequences, reentrant))
+        sequences, outputs = (sequence, _sequence()), self._serials(output)
+        self._segments.append(Segment(start, self._mode.now, inputs, outputs, sequences, reentrant, name))
         return output
 
     def _serials(self, values: Any) -> tuple[int, ...]:
@@ -279,10 +280,9 @@ class _Run:
                     until = max(self._on_context_until.get(serial, 0), self._parent_left_at(sequence))
                     self._on_context_until[serial] = until
                 # A checkpoint that is not reentrant frees only the tensors that the hooks see.
-                if segment < 0 or (on_context and not self._segments[segment].reentrant):
-                    self._needed[serial] = self._needed.get(serial, 0) | modules
-                elif segment == self._segment_index[serial]:
-                    self._saved_in_segment[serial] = self._saved_in_segment.get(serial, 0) | modules
+                held = segment < 0 or (on_context and not self._segments[segment].reentrant)
+                saved = self._needed if held else self._segments[segment].saved
+                saved[serial] = saved.get(serial, 0) | modules
 
     def _follow_backward(self, flow: dict[int, ModuleSet]) -> None:
         """Set stretch, segment and modules to the running node's; a node that sums gradients changes nothing."""
@@ -325,7 +325,7 @@ class _Leaf(torch.autograd.Function):
 
 def _requires_grad_always(layer: nn.Module) -> bool:
     """Whether `enable_input_require_grads` makes a module's output require gradients even if it is not adapted."""
-    return any("require_grad" in getattr(hook, "__name__", "") for hook in layer._forward_hooks.values())
+    return any(map(requires_grad_hook, layer._forward_hooks.values()))
 
 
 def _unpack(saved: _Packed) -> torch.Tensor:
@@ -344,9 +344,7 @@ def _segments_marked(model: nn.Module, run: Callable[..., Any]) -> Iterator[None
     changed = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
     try:
         for module, function in changed:
-            # transformers binds arguments to torch.utils.checkpoint.checkpoint, which is reentrant by default
-            reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
-            setattr(module, name, partial(run, reentrant))
+            setattr(module, name, partial(run, is_reentrant(function)))
         yield
     finally:
         for module, function in changed:

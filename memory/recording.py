@@ -7,7 +7,9 @@ other plan would save. `memory/recorder.py` makes recordings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,9 @@ class Segment:
         outputs: serial numbers of its output tensors' storages.
         sequences: autograd's sequence number at its start and end.
         reentrant: whether the second run builds a separate graph, which holds the outputs until its backward pass ends.
+        name: name of the module that runs again.
+        saved: storages that its operations save for the backward pass, and the target modules that need each: what the
+            second run holds and, without checkpointing, the first one.
     """
 
     start: int
@@ -41,6 +46,8 @@ class Segment:
     outputs: tuple[int, ...]
     sequences: tuple[int, int]
     reentrant: bool
+    name: str
+    saved: dict[int, ModuleSet] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +67,6 @@ class Recording:
             (storages,).
         needed: by serial number, the target modules that need a storage. In the forward pass: it is held beyond
             `freed_if_unsaved` if one of them is adapted. In the backward pass: it exists only if one of them is.
-        saved_in_segment: by serial number of a storage created in a checkpointed segment, the target modules for which
-            an operation of that segment saves it, when the segment runs again.
         on_context_until: storages that a Python autograd function keeps on its context, where autograd's hooks do not
             see them: by serial number, the time at which the parent of the function's module returned.
         uses_saved: whether the operation that created it, in the backward pass, uses a saved tensor, bool (storages,).
@@ -79,13 +84,40 @@ class Recording:
     target_index: IntArray
     segment_index: IntArray
     needed: dict[int, ModuleSet]
-    saved_in_segment: dict[int, ModuleSet]
     on_context_until: dict[int, int]
     uses_saved: BoolArray
     gradients: dict[int, int]
     names: tuple[str, ...]
     forward_end: int
     segments: tuple[Segment, ...]
+
+    @cached_property
+    def saved_in_segment(self) -> dict[int, ModuleSet]:
+        """By serial number of a storage created in a segment, the target modules for which that segment saves it."""
+        return {
+            serial: modules
+            for index, segment in enumerate(self.segments)
+            for serial, modules in segment.saved.items()
+            if self.segment_index[serial] == index
+        }
+
+    def recomputing(self, layers: Collection[str]) -> Recording:
+        """The same step with fewer checkpointed segments.
+
+        Args:
+            layers: names of the modules that still run again in the backward pass. Of the others, what their
+                operations save is held from the forward pass on.
+        """
+        kept = [index for index, segment in enumerate(self.segments) if segment.name in layers]
+        needed = dict(self.needed)
+        for segment in self.segments:
+            if segment.name not in layers:
+                for serial, modules in segment.saved.items():
+                    needed[serial] = needed.get(serial, 0) | modules
+        numbers = np.full(len(self.segments) + 1, -1)  # the last is for storages of no segment, whose index is -1
+        numbers[kept] = np.arange(len(kept))
+        segments = tuple(self.segments[index] for index in kept)
+        return replace(self, segments=segments, needed=needed, segment_index=numbers[self.segment_index])
 
     def saved_under(self, ranks: IntArray) -> BoolArray:
         """Whether autograd holds each storage at the end of the forward pass under a plan, bool (storages,).

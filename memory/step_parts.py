@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedError
 from .step_config import OptimizerName, Quantization
 
@@ -33,5 +35,31 @@ def switch_checkpointing(base: Any, wanted: bool) -> None:
     name = "activation_checkpointing" if hasattr(base, "activation_checkpointing_enable") else "gradient_checkpointing"
     if wanted:
         getattr(base, f"{name}_enable")(CHECKPOINTING)
+        release_inputs(base)
     else:
         getattr(base, f"{name}_disable")()
+
+
+def is_reentrant(function: Any) -> bool:
+    """Whether a module's checkpointing function is reentrant: torch's is by default, and transformers binds options."""
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+
+
+def release_inputs(model: torch.nn.Module) -> None:
+    """Let the model's inputs require no gradients any more, unless its checkpointing is reentrant and needs them.
+
+    transformers makes them require gradients under either checkpointing. Then every layer below the lowest adapter
+    holds tensors for the backward pass, which runs down to the embeddings for nothing.
+    """
+    functions = (vars(module).get("_gradient_checkpointing_func") for module in model.modules())
+    if any(function is not None and is_reentrant(function) for function in functions):
+        return
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if requires_grad_hook(hook):
+                del module._forward_hooks[key]
+
+
+def requires_grad_hook(hook: object) -> bool:
+    """Whether a forward hook makes a module's output require gradients, as transformers and PEFT install them."""
+    return "require_grad" in getattr(hook, "__name__", "")
