@@ -30,49 +30,42 @@ class FixedCost:
         self._constant, self._group_bytes, self._needs = cost.constant, cost.group_bytes, cost.needs
         self._module_groups = cost.module_groups
         self._by_group = np.ascontiguousarray(cost.group_bytes.T)
-        self._counts = self._module_groups[active].sum(axis=0, dtype=np.int32)  # adapted modules of each group
         self.active = active.copy()
-        self.value = self._evaluate()
+        self._pay()
 
     def value_with(self, module: int) -> FloatArray:
         """The cost with this module in the set as well, (moments,)."""
-        added = np.flatnonzero(self._module_groups[module] & (self._counts == 0))
+        added = np.flatnonzero(self._module_groups[module] & ~self._paid)
         result: FloatArray = self.value + self._by_group[added].sum(axis=0)
         return result
 
     def add(self, module: int, value: FloatArray) -> None:
         """Add a module that is not in the set; `value` is what `value_with` returned for it."""
         self.value = value
-        self._counts += self._module_groups[module]
+        self._paid |= self._module_groups[module]
         self.active[module] = True
-
-    def add_all(self, modules: IntArray) -> None:
-        """Add modules that are not in the set."""
-        self._counts += self._module_groups[modules].sum(axis=0, dtype=np.int32)
-        self.active[modules] = True
-        self.value = self._evaluate()
 
     def remove_all(self, modules: IntArray) -> None:
         """Remove modules that are in the set."""
-        self._counts -= self._module_groups[modules].sum(axis=0, dtype=np.int32)
         self.active[modules] = False
-        self.value = self._evaluate()
+        self._pay()
 
     def additions(self, modules: IntArray) -> FloatArray:
         """What adding each of these modules alone would add to the cost, (moments, len(modules))."""
-        unpaid = self._counts == 0
+        unpaid = ~self._paid
         result: FloatArray = (self._module_groups[modules][:, unpaid].astype(np.float64) @ self._by_group[unpaid]).T
         return result
 
     def removals(self) -> FloatArray:
         """What removing each module of the set alone would take off the cost, 0 for the others, (moments, modules)."""
         result = np.zeros((len(self.value), len(self.active)))
-        single = np.flatnonzero(self._counts == 1)
+        single = np.flatnonzero(self._module_groups[self.active].sum(axis=0, dtype=np.int32) == 1)
         owners = (self._needs[single] & self.active).argmax(axis=1)
         for moment, sizes in enumerate(self._group_bytes):
             result[moment] = np.bincount(owners, weights=sizes[single], minlength=len(self.active))
         return result
 
-    def _evaluate(self) -> FloatArray:
-        result: FloatArray = self._constant + self._group_bytes @ (self._counts > 0)
-        return result
+    def _pay(self) -> None:
+        """Find the groups that the set needs, and what they cost."""
+        self._paid: BoolArray = self._module_groups[self.active].any(axis=0)
+        self.value: FloatArray = self._constant + self._group_bytes @ self._paid

@@ -168,15 +168,19 @@ def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, dept
 
 def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias: float) -> IntArray:
     """Rungs at which as many modules as fit have `rung`; of the last layer that is reached, only some modules may."""
-    draft = PlanBuilder(problem, scores, problem.bottoms)
-    rungs = np.clip(rung, problem.bottoms, problem.tops)
-    order = np.lexsort((-problem.blocks, -(draft.preference + depth_bias * problem.blocks)))
-    for members in np.split(order, np.flatnonzero(np.diff(problem.blocks[order])) + 1):
-        able = members[rungs[members] > draft.rungs[members]]
-        if not draft.lift_all(able, rungs[able]):
-            for member in able.tolist():
-                draft.lift(member, int(rungs[member]))
-            break
+    rungs, ladder = np.clip(rung, problem.bottoms, problem.tops), problem.ladder.array
+    order = np.lexsort((-problem.blocks, -(problem.preference(scores) + depth_bias * problem.blocks)))
+    turns = np.empty_like(order)  # modules of one layer that follow one another in the order have one turn
+    turns[order] = np.cumsum(np.diff(problem.blocks[order], prepend=problem.blocks[order[0]]) != 0)
+
+    def admitted(turn: int) -> IntArray:
+        return np.where(turns < turn, rungs, problem.bottoms)
+
+    all_turns = range(1, int(turns[order[-1]]) + 2)
+    whole = bisect_left(all_turns, True, key=lambda turn: not problem.fits(ladder[admitted(turn)]))
+    draft = PlanBuilder(problem, scores, admitted(whole))
+    for member in order[(turns[order] == whole) & (rungs[order] > problem.bottoms[order])].tolist():
+        draft.lift(member, int(rungs[member]))
     return draft.rungs
 
 
@@ -204,4 +208,4 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray) ->
         draft.drop(np.flatnonzero(droppable & (clipped > 0)))
         upper = np.where(droppable, 0, upper)
     draft.fill(upper)
-    return Plan(problem.ladder.array[clipped], draft.ranks, plan_cost(problem.cost, draft.ranks))
+    return Plan(problem.ladder.array[clipped], draft.ranks, float(draft.costs.max()))

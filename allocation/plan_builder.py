@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 import numpy as np
 
-from ..common.arrays import FloatArray, IntArray
+from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..memory.cost import plan_cost
 from .fixed_cost import FixedCost
 from .problem import AllocationProblem
@@ -37,6 +37,7 @@ class PlanBuilder:
     def __init__(self, problem: AllocationProblem, scores: FloatArray, rungs: IntArray) -> None:
         self.rungs = rungs.copy()
         self._limit, self._blocks, self._scores = problem.limit, problem.blocks, scores
+        self._preference = problem.preference(scores)
         self._ranks = problem.ladder.array
         self._rises = np.diff(self._ranks, prepend=0)
         self._cost, self._per_rank = problem.cost, problem.cost.per_rank
@@ -48,16 +49,6 @@ class PlanBuilder:
     def ranks(self) -> IntArray:
         """The plan as ranks, int64 (modules,)."""
         return np.asarray(self._ranks[self.rungs], dtype=np.int64)
-
-    @property
-    def preference(self) -> FloatArray:
-        """The scores, raised by the hysteresis for modules that are adapted at present, (modules,)."""
-        return self._scores + self._hysteresis * (self._now > 0)
-
-    @property
-    def precedence(self) -> IntArray:
-        """All modules in the order in which they are to be adapted, (modules,)."""
-        return np.argsort(-self.preference, kind="stable")
 
     def fits(self) -> bool:
         """Whether the plan is within the limit."""
@@ -80,19 +71,6 @@ class PlanBuilder:
             self._fixed.add(module, fixed)
         self.costs = costs
         self.rungs[module] = rung
-        return True
-
-    def lift_all(self, modules: IntArray, rungs: IntArray) -> bool:
-        """Raise modules to these rungs if all of them together fit; returns whether they do."""
-        fixed, fresh = self._fixed.value, modules[self.rungs[modules] == 0]
-        rise = self._per_rank[:, modules] @ (self._ranks[rungs] - self._ranks[self.rungs[modules]])
-        self._fixed.add_all(fresh)
-        costs = self.costs + rise + (self._fixed.value - fixed)
-        if costs.max() > self._limit:
-            self._fixed.remove_all(fresh)
-            return False
-        self.costs = costs
-        self.rungs[modules] = rungs
         return True
 
     def drop(self, modules: IntArray) -> None:
@@ -127,16 +105,23 @@ class PlanBuilder:
 
     def _adapt_more(self, upper: IntArray) -> bool:
         """Adapt further modules where that fits, the best scores first; returns whether any was adapted."""
-        absent = np.flatnonzero((self.rungs == 0) & (upper > 0))
+        absent = self._can_rise((self.rungs == 0) & (upper > 0))
         alone = self.costs[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
-        able = np.zeros(len(self.rungs), dtype=np.bool_)
-        able[absent] = (alone <= self._limit).all(axis=0)
-        lifted = [self.lift(module, 1) for module in self.precedence.tolist() if able[module]]
-        return any(lifted)
+        able = absent[(alone <= self._limit).all(axis=0)]
+        order = np.argsort(-self._preference[able], kind="stable")
+        return any([self.lift(module, 1) for module in able[order].tolist()])
+
+    def _can_rise(self, modules: BoolArray) -> IntArray:
+        """Those of the modules for which one more rung would fit if they needed no further group, their indices."""
+        able = np.flatnonzero(modules)
+        rises = self._per_rank[:, able] * self._rises[self.rungs[able] + 1]
+        return able[(rises <= (self._limit - self.costs)[:, None]).all(axis=0)]
 
     def raise_adapted(self, upper: IntArray) -> None:
         """Raise adapted modules rung by rung wherever that fits, the lowest level first, and none above its bound."""
-        modules, rungs, levels = self._moves(self.rungs, np.where(self.rungs > 0, upper, 0))
+        able, high = self._can_rise((self.rungs > 0) & (self.rungs < upper)), self.rungs.copy()
+        high[able] = upper[able]
+        modules, rungs, levels = self._moves(self.rungs, high)
         order = np.argsort(levels, kind="stable")
         self.take(modules[order], rungs[order])
 

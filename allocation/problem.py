@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..common.arrays import BoolArray, IntArray
+from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import ConfigError
 from ..lora.ladder import RankLadder
 from ..lora.module_spec import ModuleSpec
@@ -143,7 +143,7 @@ class AllocationProblem:
         most = self.ladder.rung(self.max_ranks)
         return np.minimum(np.searchsorted(self.ladder.array, self.low), most)
 
-    @property
+    @cached_property
     def rungs(self) -> IntArray:
         """The current rung of each module, (modules,); for a rank between two rungs the lower one."""
         return self.ladder.rung(self.ranks)
@@ -152,6 +152,10 @@ class AllocationProblem:
     def is_pinned(self) -> BoolArray:
         """Which modules are pinned, bool (modules,)."""
         return np.zeros(len(self.ranks), dtype=np.bool_) if self.pinned is None else self.pinned
+
+    def preference(self, scores: FloatArray) -> FloatArray:
+        """The scores, raised by the hysteresis for modules that are adapted at present, (modules,)."""
+        return scores + self.hysteresis * (self.rungs > 0)
 
     def fits(self, ranks: IntArray) -> bool:
         """Whether a plan is within the limit."""

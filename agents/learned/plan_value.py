@@ -8,10 +8,11 @@ bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...errors import ConfigError
@@ -21,6 +22,9 @@ PLAN_FEATURES = 4
 
 _SUMMARY = 5
 """Number of features of a plan as a whole."""
+
+TOKENS_AT_ONCE = 2048
+"""About so many modules, counted in each plan, go through a value network together: they fit into a processor's cache."""
 
 _RELATIVE_DEPTH = MODULE_FEATURES.index("relative_depth")
 
@@ -72,6 +76,51 @@ class Plans:
         return Plans(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
 
 
+@dataclass(frozen=True, eq=False)
+class _Features:
+    """What a network sees of plans.
+
+    Attributes:
+        of_state: of each module whatever the plan, (states, modules, len(MODULE_FEATURES) + 1).
+        of_plan: of each module in each plan, (states, plans, modules, PLAN_FEATURES).
+        run: features of the run, (states, 1, len(RUN_FEATURES)).
+        weights: of each module in two means, over all modules and over adapted ones, (states, plans, 2, modules).
+        absent: 0 for modules that exist and -2 for others, (states, 1, modules, 1).
+        summary: of each plan as a whole, (states, plans, _SUMMARY).
+    """
+
+    of_state: torch.Tensor
+    of_plan: torch.Tensor
+    run: torch.Tensor
+    weights: torch.Tensor
+    absent: torch.Tensor
+    summary: torch.Tensor
+
+    @classmethod
+    def of(cls, plans: Plans) -> _Features:
+        """The features of plans."""
+        exists = plans.mask[:, None].to(plans.modules.dtype)
+        count = exists.sum(2, keepdim=True)
+        ranks = plans.ranks.to(plans.modules.dtype)
+        logs = torch.log2(1 + ranks) * exists
+        adapted = (ranks > 0) * exists
+        total, used = logs.sum(2, keepdim=True), adapted.sum(2, keepdim=True).clamp_min(1)
+        relative = (logs - total / count) * exists
+        depth = plans.modules[:, None, :, _RELATIVE_DEPTH].expand(ranks.shape)
+        lowest = torch.where(adapted > 0, depth, 1.0).amin(2, keepdim=True)
+        spread = (relative.square().sum(2, keepdim=True) / count).clamp_min(1e-12).sqrt()
+        weights = torch.stack([(exists / count).expand(ranks.shape), adapted / used], dim=2)
+        return cls(
+            torch.cat([plans.modules, plans.scores.clamp(-3, 3).unsqueeze(-1)], -1),
+            torch.stack([logs / 3, adapted, relative / 2, ranks / 32], -1),
+            plans.run[:, None],
+            weights,
+            2 * (exists - 1).unsqueeze(-1),
+            # Share of adapted modules, mean log2(1 + rank) of all and of the adapted ones, lowest adapted layer, spread.
+            torch.cat([adapted.sum(2, keepdim=True) / count, total / count / 3, total / used / 3, lowest, spread], -1),
+        )
+
+
 class PlanValue(nn.Module):
     """A network that estimates the value of plans.
 
@@ -94,36 +143,19 @@ class PlanValue(nn.Module):
 
     def forward(self, plans: Plans) -> torch.Tensor:
         """The values, (states, plans); only their differences between plans for one state have a meaning."""
-        exists = plans.mask[:, None, :, None].to(plans.modules.dtype)
-        count = exists.sum(2)
-        ranks = plans.ranks.to(plans.modules.dtype).unsqueeze(-1)
-        logs = torch.log2(1 + ranks) * exists
-        adapted = (ranks > 0) * exists
-        relative = (logs - (logs.sum(2) / count).unsqueeze(2)) * exists
-        planned = torch.cat([logs / 3, adapted, relative / 2, ranks / 32], -1)
-        seen = torch.cat([plans.modules, plans.scores.clamp(-3, 3).unsqueeze(-1)], -1)
-        shape = (*plans.ranks.shape, -1)
-        tokens = self.encoder(
-            torch.cat([seen[:, None].expand(shape), planned, plans.run[:, None, None].expand(shape)], dim=-1)
-        )
-        depth = plans.modules[..., _RELATIVE_DEPTH][:, None].expand(plans.ranks.shape)
-        lowest = torch.where(adapted.squeeze(-1) > 0, depth, 1.0).amin(2, keepdim=True)
-        # Share of adapted modules, mean log2(1 + rank) of all and of the adapted ones, lowest adapted layer, spread.
-        used = adapted.sum(2).clamp_min(1)
-        spread = ((relative**2).sum(2) / count).clamp_min(1e-12).sqrt()
-        summary = torch.cat(
-            [adapted.sum(2) / count, logs.sum(2) / count / 3, logs.sum(2) / used / 3, lowest, spread], dim=-1
-        )
-        pooled = torch.cat(
-            [
-                (tokens * exists).sum(2) / count,
-                tokens.masked_fill(exists == 0, -torch.inf).amax(2),
-                (tokens * adapted).sum(2) / used,
-                plans.run[:, None].expand(-1, tokens.shape[1], -1),
-                summary,
-            ],
-            dim=-1,
-        )
+        return self.value(_Features.of(plans))
+
+    def value(self, seen: _Features) -> torch.Tensor:
+        """The values of plans that are described already, (states, plans)."""
+        first = self.encoder[0]
+        of_state, of_plan, of_run = first.weight.split([seen.of_state.shape[-1], PLAN_FEATURES, seen.run.shape[-1]], 1)
+        # What all plans for a state have in common goes through the first layer once.
+        common = linear(seen.of_state, of_state, first.bias) + linear(seen.run, of_run)
+        tokens = self.encoder[1:](common[:, None] + linear(seen.of_plan, of_plan))
+        everywhere, where_adapted = (seen.weights @ tokens).unbind(2)
+        highest = (tokens + seen.absent).amax(2)
+        run = seen.run.expand(-1, tokens.shape[1], -1)
+        pooled = torch.cat([everywhere, highest, where_adapted, run, seen.summary], dim=-1)
         return self.head(pooled).squeeze(-1)  # type: ignore[no-any-return]
 
 
@@ -141,4 +173,10 @@ class PlanValueEnsemble(nn.Module):
 
     def forward(self, plans: Plans) -> torch.Tensor:
         """The values by each network, (networks, states, plans)."""
-        return torch.stack([critic(plans) for critic in self.critics])
+        distinct, places = torch.unique(plans.ranks, dim=1, return_inverse=True)
+        states, _, modules = distinct.shape
+        values = []
+        for ranks in distinct.split(max(1, TOKENS_AT_ONCE // (states * modules)), dim=1):
+            seen = _Features.of(replace(plans, ranks=ranks))
+            values.append(torch.stack([critic.value(seen) for critic in self.critics]))
+        return torch.cat(values, dim=2)[:, :, places]
