@@ -170,8 +170,8 @@ def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias
     """Rungs at which as many modules as fit have `rung`; of the last layer that is reached, only some modules may."""
     rungs, ladder = np.clip(rung, problem.bottoms, problem.tops), problem.ladder.array
     order = np.lexsort((-problem.blocks, -(problem.preference(scores) + depth_bias * problem.blocks)))
-    turns = np.empty_like(order)  # modules of one layer that follow one another in the order have one turn
-    turns[order] = np.cumsum(np.diff(problem.blocks[order], prepend=problem.blocks[order[0]]) != 0)
+    blocks, turns = problem.blocks[order], np.zeros_like(order)
+    turns[order[1:]] = np.cumsum(blocks[1:] != blocks[:-1])  # neighbours in the order of one layer have one turn
 
     def admitted(turn: int) -> IntArray:
         return np.where(turns < turn, rungs, problem.bottoms)

@@ -39,7 +39,7 @@ class PlanBuilder:
         self._limit, self._blocks, self._scores = problem.limit, problem.blocks, scores
         self._preference = problem.preference(scores)
         self._ranks = problem.ladder.array
-        self._rises = np.diff(self._ranks, prepend=0)
+        self._rises = np.append(0, self._ranks[1:] - self._ranks[:-1])
         self._cost, self._per_rank = problem.cost, problem.cost.per_rank
         self._now, self._hysteresis = problem.rungs, problem.hysteresis
         self._fixed = FixedCost(problem.cost, rungs > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,10 +40,12 @@ class RankLadder:
         """The highest rung, which is also the largest number of rungs between two ranks."""
         return len(self.ranks) - 1
 
-    @property
+    @cached_property
     def array(self) -> IntArray:
-        """The ranks as int64, shape (rungs,)."""
-        return np.asarray(self.ranks, dtype=np.int64)
+        """The ranks as int64, shape (rungs,); read-only."""
+        ranks = np.asarray(self.ranks, dtype=np.int64)
+        ranks.flags.writeable = False
+        return ranks
 
     def rung(self, ranks: IntArray | int) -> IntArray:
         """The highest rung whose rank is not above each given rank, int64 of the shape of `ranks`."""

@@ -27,7 +27,7 @@ from ..harness import Figures, interleave, machine_facts, paired_ratios, with_pr
 from ..models import Size, random_model
 
 RULE = "signal-mean"
-QUICK, FULL = (4, 36), (4, 36, 143)
+QUICK, FULL = (4, 30), (4, 30, 36, 143)
 """Layers of seven modules each."""
 
 BUDGET = 0.6
