@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
     """The storages of tensors, including those inside of tensor subclasses (quantised weights)."""
     for tensor in tensors:
+        if type(tensor) is torch.Tensor:
+            yield tensor.untyped_storage()
+            continue
         inner = getattr(tensor, "__tensor_flatten__", None)
         if inner is not None:
             parts = (getattr(tensor, name) for name in inner()[0])
@@ -55,10 +58,18 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = options or {}
         result = operator(*arguments, **options)
         self.now += 1
-        for storage in storages(_tensors(result)):
+        for storage in storages((result,) if type(result) is torch.Tensor else _tensors(result)):
             if storage._cdata not in self._seen:
                 self._see(storage, (arguments, options))
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False, so that torch calls `__torch_dispatch__` without a wrapper, which would take as long as all else here.
+
+        The wrapper keeps torch.compile out; whoever enters this context does so himself, by the stance "force_eager".
+        """
+        return False
 
     def _see(self, storage: torch.UntypedStorage, inputs: Any) -> None:
         """Note a storage seen for the first time; it is new unless it is among the operator's inputs."""
@@ -76,15 +87,21 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._created(serial, storage.nbytes())
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def _tensors(values: Any) -> list[torch.Tensor]:
     """The tensors among an operator's inputs or results; much faster than pytree, since it runs for every operator."""
     if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors([*values.values()])
+        return [values]
+    found: list[torch.Tensor] = []
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return found
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            found += _tensors(value)
+    return found
 
 
 class LivePeak(LiveStorages):  # type: ignore[no-untyped-call]
