@@ -23,6 +23,12 @@ def terminate() -> None:
     raise Terminated
 
 
+def is_unhandled() -> bool:
+    """Whether SIGTERM would end this process at once: nobody handles it, and this thread may."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 @contextmanager
 def on_sigterm(react: Callable[[], None] = terminate) -> Iterator[None]:
     """Call a function when SIGTERM comes while the block runs; without an effect outside of the main thread.

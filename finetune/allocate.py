@@ -134,6 +134,7 @@ class _FirstPlan(RankPilotCallback):
     def on_train_begin(self, *arguments: Any, **objects: Any) -> None:
         """Take the first decision, and end the run."""
         super().on_train_begin(*arguments, **objects)
+        self._break_off()
         raise _DecidedError
 
     def _default_log(self, args: TrainingArguments) -> None:
@@ -149,7 +150,6 @@ def _plan_of_trainer(trainer: Trainer, callback: _FirstPlan) -> StaticPlan:
         try:
             trainer.train()
         except _DecidedError:
-            callback.pilot.finish()
             return _static_plan(callback.pilot, trainer.model)
         finally:
             handler.callbacks = callbacks

@@ -27,6 +27,7 @@ from .checkpoint import chosen_checkpoint, load_state, save_state
 from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
 from .run import TrainingRun
+from .stop import StopOnSigterm
 from .trainer_step import TrainerStep, find_trainer, resumed_from
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     Before the first step it measures what plans cost in the Trainer's own training step, on its data, and probes which
     modules matter. Then the policy decides the ranks, and again at a few later steps. The adapters really change their
     size, the optimiser keeps its state, and every checkpoint is an adapter that plain PEFT loads. Adapters that are
-    trained already are kept.
+    trained already are kept. Where nobody handles SIGTERM, it saves a checkpoint and ends the process with status 143.
 
     Args:
         policy: see `RankPilot`, as `budget`, `schedule`, `measure_every`, `bounds` and `fresh`.
@@ -94,6 +95,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._seed = seed
         self._bar = False
         self._step: TrainerStep | None = None
+        self._stop: StopOnSigterm | None = None
         self._batches: list[Batch] = []
         self._loss: torch.Tensor | float = 0.0
         self._between_steps, self._save_later = True, False
@@ -168,13 +170,14 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             pilot.begin(run, name=name)
         self._rows_evaluated = 0
         step.follow(
-            self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures, self._save_state, pilot.finish
+            self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures, self._save_state, self._break_off
         )
         step.follow_evaluations(self._evaluate)
         self._between_steps, self._save_later = True, False
         if state.global_step >= state.max_steps:
             step.take_no_more()
             control.should_training_stop = True
+        self._stop = StopOnSigterm.unless_handled(step.trainer)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -222,6 +225,12 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     def _default_log(self, args: TrainingArguments) -> DecisionLog | None:
         return DecisionLog(Path(args.output_dir) / "decisions")
+
+    def _break_off(self) -> None:
+        """Stop measuring and handling SIGTERM, since the run ends with an error."""
+        self.pilot.finish()
+        if self._stop:
+            self._stop.release()
 
     def _take_batches(self, batches: list[Batch]) -> None:
         self._batches = batches

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import ExitStack
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..common.termination import terminate
+from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
+
+logger = logging.getLogger(__name__)
 
 
 class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
@@ -48,3 +52,46 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """All steps are done and saved."""
         self._stepping = False
+
+
+class StopOnSigterm(StopWithCheckpoint):
+    """Handles SIGTERM while a Trainer's run lasts: a checkpoint after the step that runs, and exit status 143.
+
+    It is the last of the Trainer's callbacks, so that trackers have ended when it raises Terminated.
+
+    Args:
+        trainer: the Trainer whose run begins.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self._trainer, self._handling = trainer, ExitStack()
+        self._handling.enter_context(on_sigterm(self.stop))
+        trainer.callback_handler.callbacks.append(self)
+
+    @classmethod
+    def unless_handled(cls, trainer: Trainer) -> StopOnSigterm | None:
+        """Handle SIGTERM for this Trainer; None if somebody does, such as its just-in-time checkpoint."""
+        return cls(trainer) if is_unhandled() else None
+
+    def release(self) -> None:
+        """Handle SIGTERM no more."""
+        self._handling.close()
+        callbacks = self._trainer.callback_handler.callbacks
+        callbacks[:] = [one for one in callbacks if one is not self]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """End the process, if asked.
+
+        Raises:
+            Terminated: SIGTERM came.
+        """
+        self.release()
+        if self.stopped:
+            logger.warning(
+                "Ended by SIGTERM after step %d, with a checkpoint: resume_from_checkpoint=True goes on from it.",
+                state.global_step,
+            )
+            raise Terminated

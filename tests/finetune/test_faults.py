@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,62 @@ def test_factors_that_cannot_shrink_end_the_run(make: Launch) -> None:
 # Asked to end -------------------------------------------------------------------------------------------------------
 
 
+def sigterm_at(step: int) -> Callable[[int], None]:
+    return lambda at: signal.raise_signal(signal.SIGTERM) if at == step else None
+
+
+class Ends(TrainerCallback):
+    """Counts the runs that it saw end."""
+
+    count = 0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        self.count += 1
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_the_process(
+    make: Launch, whole: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    cut, ends = make(at_step=sigterm_at(6)), Ends()
+    cut.trainer.add_callback(ends)
+    with pytest.raises(SystemExit) as caught:
+        cut.train()
+    assert caught.value.code == 143
+    assert "Ended by SIGTERM after step 6, with a checkpoint" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert ends.count == 1, "trackers have ended"
+    assert rankpilot.last_checkpoint(cut.folder) == cut.checkpoint(6)
+    resumed = make().train(resume=6)
+    assert resumed.recorder.losses == whole.recorder.losses[6:]
+    assert_same_adapter(resumed, whole)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_handler_of_the_user_stays_in_charge(make: Launch) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        run = make(at_step=sigterm_at(2), max_steps=4).train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+    assert run.trainer.state.global_step == 4
+
+
+def test_no_handler_is_left_behind(make: Launch) -> None:
+    def breaks(step: int) -> None:
+        if step == 2:
+            run.trainer.compute_loss = None
+
+    run = make(at_step=breaks)
+    with pytest.raises(TypeError):
+        run.train()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    rankpilot.allocate(make("other").trainer, budget="80%", policy="signal-mean", schedule=SCHEDULE)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 class Asks(TrainerCallback):
     """Has the Trainer's just-in-time checkpoint asked for at one event of a step, as its timer would after SIGTERM."""
 
@@ -248,10 +305,13 @@ def test_the_just_in_time_checkpoint_of_the_trainer_resumes(
     options = {"gradient_accumulation_steps": accumulation}
     whole = make("whole", **options).train()
     cut = make(enable_jit_checkpoint=True, **options)
+    in_charge, handlers = signal.getsignal(signal.SIGTERM), set[Any]()
     asks = Asks(event, step)
     asks.handler = cut.trainer.callback_handler
     cut.trainer.add_callback(asks)
+    cut.recorder.at_step = lambda _: handlers.add(signal.getsignal(signal.SIGTERM))
     cut.train()
+    assert handlers == {in_charge}
     assert len(cut.recorder.losses) < STEPS
     assert (cut.checkpoint(saved) / STATE).is_file()
     resumed = make(**options).train(resume=saved)
