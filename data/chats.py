@@ -7,14 +7,19 @@
 | `prompt`, `completion` | texts, or lists of {role, content} | themselves |
 | `instruction`, `input` (may be missing or empty), `output` | texts (Alpaca) | `prompt`, `completion` |
 
+Conversations may call tools: beside them, the column `tools` holds the descriptions that the model gets to read (JSON,
+as a list or as text), and their messages may have `tool_calls`, `tool_call_id` and `name`.
+
 Instructions become messages where the tokenizer has a chat template, and otherwise text under headings.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
+import datasets
 from datasets import Dataset
 
 from ..errors import ConfigError, DataError
@@ -25,6 +30,12 @@ logger = logging.getLogger(__name__)
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """Senders of ShareGPT by the role that chat templates know; any other is a role already."""
+
+TOOLS = "tools"
+"""The column with the descriptions of the tools that the model may call, and the variable of chat templates."""
+
+_CALLS = ("tool_calls", "tool_call_id", "name")
+"""What a message may have beside its role and content."""
 
 _WITH_INPUT = "Below is a task with an input that belongs to it. Write a response that completes the task."
 _WITHOUT_INPUT = "Below is a task. Write a response that completes it."
@@ -61,6 +72,52 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
             "them into text. Pass a model that has one, such as an instruct version; or give this one ChatML by "
             "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both into a folder and pass that."
         )
+    _check_tools(part, columns, tokenizer)
+
+
+def _check_tools(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
+    """Raise DataError if a row's tools cannot be read, ConfigError if the chat template would leave tools out."""
+    if TOOLS in part.column_names:
+        advice = "Tools are a list of JSON schemas, or its JSON text; rename the column if it holds something else."
+        check_rows(part, TOOLS, _not_tools, advice)
+    held = {TOOLS: _has_tools(part), _CALLS[0]: _has_calls(part, columns)}
+    left_out = [name for name, there in held.items() if there and name not in str(tokenizer.chat_template)]
+    if left_out:
+        raise ConfigError(
+            f"The conversations have {' and '.join(left_out)}, which the chat template of the model's tokenizer leaves "
+            "out. Pass a model whose template knows tools, or remove them from the data."
+        )
+
+
+def _not_tools(value: Any) -> str | None:
+    """What a value is, if it holds no tools."""
+    try:
+        tools = _tools_of(value)
+    except ValueError:
+        return "no JSON"
+    return None if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else "no list of tools"
+
+
+def _tools_of(value: Any) -> Any:
+    """The descriptions of tools in a list or its JSON text; an empty list for nothing."""
+    if isinstance(value, str):
+        return json.loads(value) if value.strip() else []
+    return [] if value is None else _without_gaps(value)
+
+
+def _without_gaps(value: Any) -> Any:
+    """The same without keys that hold None, which a table adds where rows have other keys."""
+    if isinstance(value, dict):
+        return {key: _without_gaps(inner) for key, inner in value.items() if inner is not None}
+    return [_without_gaps(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _has_tools(part: Dataset) -> bool:
+    return TOOLS in part.column_names and any(map(_tools_of, part[TOOLS]))
+
+
+def _has_calls(part: Dataset, columns: tuple[str, ...]) -> bool:
+    return any(message.get(_CALLS[0]) for name in columns for messages in part[name] for message in messages)
 
 
 def _not_messages(value: Any) -> str | None:
@@ -73,6 +130,8 @@ def _not_messages(value: Any) -> str | None:
         if not isinstance(message, dict):
             return f"a list that holds {shorten(message)}"
         role, content = _parts(message)
+        if message.get(_CALLS[0]) and content is None:
+            content = ""
         if not isinstance(role, str) or not isinstance(content, str):
             given = {key: part for key, part in message.items() if part is not None}
             return f"a list with the message {shorten(given)}"
@@ -88,7 +147,7 @@ def _parts(message: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
-    """Checked rows in the columns `messages`, or `prompt` and `completion`, alone."""
+    """Checked rows in the columns `messages`, or `prompt` and `completion`, alone, or with `tools` as JSON text."""
     if columns == ("instruction", "output"):
         make = _as_messages if tokenizer.chat_template else _as_text
         return part.map(lambda row: make(row["instruction"], row.get("input") or "", row["output"]), **_alone(part))
@@ -96,10 +155,24 @@ def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
         return part.select_columns(list(columns))
     names = {"conversations": "messages"}
 
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        return {names.get(name, name): [_message(*_parts(message)) for message in row[name]] for name in columns}
+    has_tools = _has_tools(part)
 
-    return part.map(convert, **_alone(part))
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = {names.get(name, name): [_called(message) for message in row[name]] for name in columns}
+        return made | {TOOLS: json.dumps(_tools_of(row[TOOLS]))} if has_tools else made
+
+    features = None
+    if _has_calls(part, columns) and hasattr(datasets, "Json"):  # a table would give all calls the same arguments
+        kinds = {names.get(name, name): [datasets.Json()] for name in columns}
+        features = datasets.Features(kinds | ({TOOLS: datasets.Value("string")} if has_tools else {}))
+    return part.map(convert, features=features, **_alone(part))
+
+
+def _called(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its calls of tools."""
+    role, content = _parts(message)
+    calls = {name: _without_gaps(message[name]) for name in _CALLS if message.get(name)}
+    return _message(role, content or "") | calls
 
 
 def _alone(part: Dataset) -> dict[str, Any]:
@@ -134,16 +207,17 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
     """
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
+        tools = _tools_of(row.get(TOOLS)) or None
         if "messages" in row:
-            ids = _ids(tokenizer, row["messages"])
+            ids = _ids(tokenizer, row["messages"], tools)
             return {"input_ids": ids[:length], "labels": ids[:length]}
         prompt, completion = row["prompt"], row["completion"]
         end = tokenizer.eos_token
         if isinstance(completion, str) and end and not completion.endswith(end):
             completion += end
-        ids = _ids(tokenizer, prompt + completion)
+        ids = _ids(tokenizer, prompt + completion, tools)
         shared = 0
-        for token, other in zip(_ids(tokenizer, prompt, asks=True), ids, strict=False):
+        for token, other in zip(_ids(tokenizer, prompt, tools, asks=True), ids, strict=False):
             if token != other:
                 break
             shared += 1
@@ -163,9 +237,10 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
     return rows.select(kept), tokens.select(kept)
 
 
-def _ids(tokenizer: Any, content: Any, *, asks: bool = False) -> list[int]:
+def _ids(tokenizer: Any, content: Any, tools: Any = None, *, asks: bool = False) -> list[int]:
     """The tokens of a text, or of messages; `asks` adds what the template puts in front of an answer."""
     if isinstance(content, str):
         return list(tokenizer(content)["input_ids"])
-    made = tokenizer.apply_chat_template(content, tokenize=True, return_dict=True, add_generation_prompt=asks)
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": asks}
+    made = tokenizer.apply_chat_template(content, tools=tools, **options)
     return list(made["input_ids"])

@@ -27,11 +27,19 @@ from transformers import (
 )
 
 WORDS = ("good", "fine", "great", "bad", "poor", "dull", "film", "plot", "the", "a", "was", "very")
-SPECIAL = ("[PAD]", "[UNK]", "[EOS]", "<|im_start|>", "<|im_end|>", "user", "assistant", "###")
+SPECIAL = ("[PAD]", "[UNK]", "[EOS]", "<|im_start|>", "<|im_end|>", "user", "assistant", "###", "tool")
 CHATML = (
     "{% for message in messages %}<|im_start|> {{ message.role }} {{ message.content }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
+TOOL_CHATML = (
+    "{% for tool in tools or [] %}<|im_start|> tool {{ tool.function.name }} <|im_end|> {% endfor %}"
+    "{% for message in messages %}<|im_start|> {{ message.role }} {{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    " tool {{ call.function.name }} {{ call.function.arguments.values() | join(' ') }}{% endfor %} <|im_end|> "
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+"""ChatML that shows tools and calls of them."""
 PAD, UNKNOWN, END = range(3)
 
 _SIZES = {

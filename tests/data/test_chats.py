@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rankpilot.data.tokens import IGNORED
 from rankpilot.data.workload import Workload, load_workload
 from rankpilot.errors import ConfigError, DataError
 
+from . import small_models
 from .conftest import ModelFolder
 from .small_models import WORDS, build, write_rows
 
@@ -21,6 +23,20 @@ SHARED = [{"from": "human", "value": "good film"}, {"from": "gpt", "value": "bad
 ASKED = {"instruction": "good", "output": "bad plot"}
 TEXT = {"prompt": "good film", "completion": " bad"}
 CHAT = {"prompt": [USER], "completion": [ASSISTANT]}
+
+
+def tool(name: str) -> dict[str, Any]:
+    """The description of a tool; each has other parameters."""
+    parameters = {"type": "object", "properties": {name: {"type": "string"}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def calling(name: str) -> list[dict[str, Any]]:
+    """A conversation in which a tool is called; each has other arguments."""
+    call = {"type": "function", "function": {"name": name, "arguments": {name: "dull"}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return [USER, calls, {"role": "tool", "name": name, "content": "plot"}, ASSISTANT]
+
 
 FORMS: dict[str, tuple[dict[str, Any], bool, dict[str, Any]]] = {
     "messages": ({"messages": [USER, ASSISTANT], "id": 3}, True, {"messages": [USER, ASSISTANT]}),
@@ -82,6 +98,53 @@ def test_the_tokens_are_those_of_sft_trainer(form: Any, model_folder: ModelFolde
     ours = workload.collator([workload.train[index] for index in range(2)])
     for name in ("input_ids", "labels", "attention_mask"):
         assert torch.equal(theirs[name], ours[name]), name
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["list", "text"])
+@pytest.mark.parametrize("split", [None, 3], ids=["messages", "prompt-completion"])
+def test_tools_reach_the_chat_template(
+    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool, split: int | None
+) -> None:
+    trl = pytest.importorskip("trl")
+    monkeypatch.setattr(small_models, "CHATML", small_models.TOOL_CHATML)
+    folder = small_models.save("llama", tmp_path / "tools", chat=True)
+    rows: list[dict[str, Any]] = []
+    for name in ["film", "plot", "bad"] * 6:
+        tools, messages = [tool(name), tool("a")], calling(name)
+        chat = {"messages": messages} if split is None else {"prompt": messages[:split], "completion": messages[split:]}
+        rows.append(chat | {"tools": json.dumps(tools) if as_text else tools})
+    rows.append(rows[0] | {"tools": None})
+    workload = load_workload(folder, write_rows(tmp_path / "rows.jsonl", rows), max_length=64)
+    texts = [workload.tokenizer.decode(ids) for ids in workload.train["input_ids"]]
+    shown = {text[: text.index("user")] for text in texts}
+    assert shown >= {
+        f"<|im_start|> tool {name} <|im_end|> <|im_start|> tool a <|im_end|> <|im_start|> "
+        for name in ("film", "plot", "bad")
+    }
+    assert {text[text.index("good film") :].split(" <|im_start|>")[1] for text in texts} == {
+        f" assistant tool {name} dull <|im_end|>" for name in ("film", "plot", "bad")
+    }
+    assert workload.texts is not None
+    arguments = trl.SFTConfig(output_dir=str(tmp_path / "out"), max_length=64, use_cpu=True, bf16=False, report_to=[])
+    trainer = trl.SFTTrainer(
+        build("llama"), arguments, train_dataset=workload.texts.train, processing_class=workload.tokenizer
+    )
+    assert trainer.train_dataset["input_ids"][:] == workload.train["input_ids"][:]
+    assert trainer.train_dataset["labels"][:] == workload.train["labels"][:]
+
+
+def test_tools_that_a_chat_template_leaves_out(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = model_folder("llama", chat=True)
+    with pytest.raises(ConfigError, match=r"The conversations have tools, which the chat template .* leaves out"):
+        load({"messages": [USER, ASSISTANT], "tools": [tool("film")]}, folder, tmp_path)
+    with pytest.raises(ConfigError, match="The conversations have tool_calls, which"):
+        load({"messages": calling("film")}, folder, tmp_path)
+    nothing = load({"messages": [USER, ASSISTANT], "tools": []}, folder, tmp_path)
+    assert nothing.texts is not None
+    assert nothing.texts.train.column_names == ["messages"]
+    for value, words in (("{", "no JSON"), ("[1]", "no list of tools"), (7, "no list of tools")):
+        with pytest.raises(DataError, match=rf"Row 1, column 'tools': .* is {words}\. Tools are a list"):
+            load({"messages": [USER, ASSISTANT], "tools": value}, folder, tmp_path)
 
 
 def test_instructions_without_a_chat_template_stand_under_headings(model_folder: ModelFolder, tmp_path: Path) -> None:
