@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
+from ..lora.fresh import fresh_adapters, head_names
 from ..memory.step_config import Quantization
 from ..memory.step_parts import check_installed
 from .asset_list import ASSETS
 from .assets import fetch_asset
-from .quantised import bitsandbytes_settings, head_names, loading_options, prepare
+from .quantised import bitsandbytes_settings, loading_options, prepare
 from .task import KINDS, Task
 
 logger = logging.getLogger(__name__)
@@ -191,32 +189,6 @@ def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, 
         UnknownNameError: there is no such module.
         ConfigError: a module cannot carry an adapter.
     """
-    modules = target_modules if target_modules == "all-linear" else _existing(base, target_modules)
-    heads, kind = _trained_heads(base, task), KINDS[task].peft_type
-    lora = LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=modules, task_type=kind, **heads)
-    try:
-        return get_peft_model(base, lora)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
-
-
-def _trained_heads(base: PreTrainedModel, task: Task) -> dict[str, Any]:
-    """The arguments of LoraConfig that let new heads train whole, without adapters in them."""
-    heads = head_names(base) if KINDS[task].has_head else []
-    # PEFT does this by itself for the usual names.
-    if not heads or (KINDS[task].peft_type == "SEQ_CLS" and set(heads) <= {"classifier", "score"}):
-        return {}
-    return {"modules_to_save": heads, "exclude_modules": rf"(?:{'|'.join(map(re.escape, heads))})(?:\..*)?"}
-
-
-def _existing(base: PreTrainedModel, target_modules: str) -> list[str]:
-    """The names in a list that is separated by commas; UnknownNameError if one is no module that can be adapted."""
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
-    paths = [path for path, module in base.named_modules() if isinstance(module, kinds)]
-    names = [part.strip() for part in target_modules.split(",")]
-    for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
-            linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
-            ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
-            raise UnknownNameError.of("target module", name, ends, "all-linear takes all linear layers.")
-    return names
+    kind = KINDS[task]
+    options = {"r": rank, "lora_alpha": scaling * rank}
+    return fresh_adapters(base, name, kind.peft_type, new_head=kind.has_head, target_modules=target_modules, **options)

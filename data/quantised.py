@@ -10,6 +10,7 @@ from peft import prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
+from ..lora.fresh import head_names
 from ..lora.frozen_weights import guard_base
 from ..memory.step_config import Quantization
 from .task import KINDS, Task
@@ -39,12 +40,6 @@ def _head_names(config: Any, task: Task) -> list[str]:
     with torch.device("meta"):
         model = getattr(transformers, KINDS[task].auto_class).from_config(config)
     return head_names(model)
-
-
-def head_names(model: PreTrainedModel) -> list[str]:
-    """The names of the modules beside the base model that hold weights, such as "classifier"."""
-    with_weights = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
-    return [name for name in with_weights if name != model.base_model_prefix]
 
 
 def loading_options(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..errors import RankPilotError, UnsupportedError
 from ..lora.factors import write_in_place
 from ..lora.targets import TargetModule
 from .batch_shape import BatchShape, reshaped
+from .device_kind import device_kind
 from .model import RANK, MemoryModel
 from .model_states import model_states
 from .recorder import Recorder
@@ -87,7 +88,7 @@ def calibrate(
         np.full(len(slope), np.nan) if series is None else _power(wide, short, row_ratio),
         np.zeros(len(slope)) if series is None else _power(base, short, 1 / length_ratio),
         length_ratio,
-        CUDA_BLOCK if next(model.parameters()).is_cuda else 1,
+        CUDA_BLOCK if device_kind(next(model.parameters())) == "cuda" else 1,
     )
 
 

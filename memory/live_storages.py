@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .scratch import scratch_bytes
+
 
 def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
     """The storages of tensors, including those inside of tensor subclasses (quantised weights)."""
@@ -27,7 +29,8 @@ def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context that reports every storage that operators create inside it, and when it is freed.
 
-    Scratch memory inside an operator is not seen, because no tensor holds it.
+    Scratch memory inside an operator is held by no tensor. What CUDA kernels take (`memory/scratch.py`) counts as a
+    storage that is freed at once.
 
     Args:
         created: called with the serial number and bytes of a new storage, in the order of creation.
@@ -61,6 +64,11 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in storages((result,) if type(result) is torch.Tensor else _tensors(result)):
             if storage._cdata not in self._seen:
                 self._see(storage, (arguments, options))
+        scratch = scratch_bytes(operator, arguments, options)
+        if scratch:
+            serial, self.count = self.count, self.count + 1
+            self._created(serial, scratch)
+            self._freed(serial)
         return result
 
     @classmethod

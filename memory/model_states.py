@@ -15,6 +15,7 @@ from ..lora.optimizer_layouts import unwrap_optimizer
 from ..lora.optimizer_state import state_bytes_of
 from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
+from .device_kind import device_kind
 from .live_storages import storages
 
 
@@ -91,7 +92,7 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
     if "foreach" not in settings or settings.get("fused"):
         return False
     foreach = settings["foreach"]
-    return bool(next(model.parameters()).is_cuda if foreach is None else foreach)
+    return bool(device_kind(next(model.parameters())) == "cuda" if foreach is None else foreach)
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:

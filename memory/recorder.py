@@ -250,7 +250,7 @@ class _Run:
         self._find_saved(flow)
         self._flow = {node._sequence_nr(): modules for node, modules in flow.items()}
         del flow  # it would keep the graph alive
-        with torch.autocast(loss.device.type, enabled=False):
+        with torch.autocast("cpu" if loss.is_meta else loss.device.type, enabled=False):
             loss.backward()  # type: ignore[no-untyped-call]
         gradients = {}
         for parameter in self._recorder.model.parameters():

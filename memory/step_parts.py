@@ -1,11 +1,13 @@
-"""The parts of a training step that `StepConfig` names: libraries that it needs, and gradient checkpointing."""
+"""The parts of a training step that `StepConfig` names: libraries that it needs, the optimiser, and checkpointing."""
 
 from __future__ import annotations
 
+import importlib
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import UnsupportedError
 from .step_config import OptimizerName, Quantization
@@ -22,19 +24,43 @@ def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantizati
         raise UnsupportedError(f"The {needing[0]} needs bitsandbytes: pip install 'rankpilot[quant]'.")
 
 
+def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of that name with the Trainer's settings, over all parameters that train; see `check_installed`."""
+    check_installed(name)
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "sgd":
+        return torch.optim.SGD(trains, lr=1e-4)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        factored: torch.optim.Optimizer = Adafactor(trains, lr=1e-4, scale_parameter=False, relative_step=False)
+        return factored
+    if name == "adamw8bit":
+        optimizer: torch.optim.Optimizer = importlib.import_module("bitsandbytes.optim").AdamW8bit(trains, lr=1e-4)
+        return optimizer
+    if trains[0].is_meta:  # torch knows no fused kernel for the meta device, which stands for one that has it
+        hollow = torch.optim.AdamW(trains, lr=1e-4)
+        hollow.defaults["fused"] = True
+        return hollow
+    return torch.optim.AdamW(trains, lr=1e-4, fused=True)
+
+
 def check_checkpointing(base: Any) -> None:
     """Raise UnsupportedError if a transformers model has no gradient checkpointing."""
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UnsupportedError(f"{type(base).__name__} does not support gradient checkpointing.")
 
 
-def switch_checkpointing(base: Any, wanted: bool) -> None:
-    """Switch gradient checkpointing of a transformers model on or off; raise UnsupportedError if it has none."""
+def switch_checkpointing(base: Any, wanted: bool, *, reentrant: bool = False) -> None:
+    """Switch gradient checkpointing of a transformers model on or off; raise UnsupportedError if it has none.
+
+    Reentrant checkpointing needs inputs with gradients, which a frozen base does not have: it is asked for them.
+    """
     check_checkpointing(base)
     # Its name from transformers 5.20 on, and before.
     name = "activation_checkpointing" if hasattr(base, "activation_checkpointing_enable") else "gradient_checkpointing"
     if wanted:
-        getattr(base, f"{name}_enable")(CHECKPOINTING)
+        getattr(base, f"{name}_enable")(CHECKPOINTING | {"use_reentrant": reentrant})
         release_inputs(base)
     else:
         getattr(base, f"{name}_disable")()
@@ -45,7 +71,7 @@ def is_reentrant(function: Any) -> bool:
     return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
-def release_inputs(model: torch.nn.Module) -> None:
+def release_inputs(model: nn.Module) -> None:
     """Let the model's inputs require no gradients any more, unless its checkpointing is reentrant and needs them.
 
     transformers makes them require gradients under either checkpointing. Then every layer below the lowest adapter

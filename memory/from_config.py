@@ -1,0 +1,254 @@
+"""The memory of a training step from a model's configuration alone: no weight is loaded or allocated.
+
+The model is made on the meta device, where tensors have shapes and no contents, and the package's own calibration runs
+its small steps there, as the device that is asked about would run them (`memory/hollow/`). The byte model that comes
+out is the one that the same steps give on that device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+
+from ..errors import ConfigError, RankPilotError, UnknownNameError, UnsupportedError, first_line
+from ..lora.fresh import fresh_adapters, head_names
+from ..lora.targets import TargetModule, find_target_modules
+from .batch_shape import BatchShape
+from .breakdown import frozen_bytes
+from .device_kind import DeviceKind
+from .for_training import measure_memory
+from .hollow.attention import Attention
+from .hollow.batch import hollow_batch
+from .hollow.device import HollowDevice, hollow_autocast, hollow_device
+from .hollow.quantised import quantise, quiet
+from .model import MemoryModel
+from .step_config import StepConfig
+from .step_parts import new_optimizer, switch_checkpointing
+from .training_step import LossFunction, TrainingStep, model_loss
+
+WORKSPACE_BYTES = 2 * 8_519_680
+"""What cuBLAS takes through the allocator: a workspace each for the threads of the forward and of the backward pass
+(its default `:4096:2:16:8`; 32 MiB each on Hopper)."""
+
+PEFT_TYPES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+}
+"""Classes of transformers that make a model with a head, and PEFT's `task_type` for it."""
+
+_NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAs:
+    """How the model would be loaded and trained, beside what `StepConfig` says.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        dtype: the precision of the frozen weights; by default that of the configuration. Adapters are then in fp32, as
+            PEFT makes them.
+        attention: which attention kernels CUDA has, if the configuration does not ask for eager attention.
+        padded: whether some rows of a batch are padded, which takes other kernels and a mask.
+        auto_class: the class of transformers that makes the model with its head; by default the usual one of the
+            architecture, a language model or a classifier.
+        compute_dtype: the precision of products with nf4 weights; by default the one in which the weights were saved.
+        double_quantization: whether the scales of nf4 weights are quantised too.
+        reentrant: whether gradient checkpointing is torch's reentrant one.
+        input_gradients: whether the embedding's output is made to require gradients (`enable_input_require_grads`).
+        keeps_output: whether the training loop keeps the model's output, logits included, until the step ends; the
+            Trainer does not.
+        adapter: further arguments of `peft.LoraConfig`, such as use_dora.
+    """
+
+    device: DeviceKind = "cuda"
+    dtype: torch.dtype | None = None
+    attention: Attention = "auto"
+    padded: bool = False
+    auto_class: str | None = None
+    compute_dtype: torch.dtype | None = None
+    double_quantization: bool = True
+    reentrant: bool = False
+    input_gradients: bool = False
+    keeps_output: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ConfiguredStep:
+    """A training step that is known from a configuration.
+
+    Attributes:
+        memory: predicts the bytes of any plan and batch shape beside the frozen model; `memory.cost()` is their cost.
+        model: the PEFT model, without contents.
+        targets: its target modules.
+        parameters: number of parameters of the frozen model, a tied one once.
+        frozen_bytes: bytes of the frozen model as loaded, scales of quantised weights included.
+        workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
+    """
+
+    memory: MemoryModel
+    model: PeftModel = field(repr=False)
+    targets: list[TargetModule] = field(repr=False)
+    parameters: int
+    frozen_bytes: int
+    workspace_bytes: int
+
+
+def from_config(config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs | None = None) -> ConfiguredStep:
+    """What a training step takes, from a model's configuration.
+
+    Args:
+        config: of a transformers model; `find_configuration` reads one by name. It is not changed.
+        step: batch, length, target modules, optimiser, quantisation, autocast, checkpointing.
+        loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
+
+    Returns:
+        The byte model, and the bytes of the frozen base.
+
+    Raises:
+        ConfigError: no model can be made from the configuration, or no adapter on it.
+        UnknownNameError: there is no such target module.
+        UnsupportedError: what the model computes depends on contents, so it cannot be predicted; or bitsandbytes is
+            missing.
+    """
+    config = type(config).from_dict(config.to_dict())
+    loaded = loaded or LoadedAs()
+    loaded = replace(loaded, auto_class=loaded.auto_class or usual_class(config))
+    device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
+    with hollow_device(device), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries, about contents that are not there
+        base = _base(config, loaded)
+        parameters = sum(parameter.numel() for parameter in base.parameters())
+        model = _adapted(_quantised(base, step, loaded), step, loaded)
+        training = TrainingStep(
+            model, _loss(model, step, loaded), new_optimizer(step.optimizer, model), accumulates=step.accumulation > 1
+        )
+        targets = find_target_modules(model)
+        batch = hollow_batch(base, BatchShape(step.batch_size, step.max_length))
+        try:
+            memory = measure_memory(training, targets, batch, signals=False)
+        except RankPilotError:
+            raise
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            raise _unpredictable(config, error) from error
+        return ConfiguredStep(
+            memory=memory,
+            model=model,
+            targets=targets,
+            parameters=parameters,
+            frozen_bytes=frozen_bytes(model),
+            workspace_bytes=WORKSPACE_BYTES if loaded.device == "cuda" else 0,
+        )
+
+
+def usual_class(config: PreTrainedConfig) -> str:
+    """The class of transformers that makes a model with the head that its architecture is usually fine-tuned with."""
+    kind = type(config)
+    for architecture in config.architectures or ():
+        for ending, name in _ENDINGS.items():
+            if architecture.endswith(ending):
+                return name
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return "AutoModelForSeq2SeqLM"
+    reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    return "AutoModelForCausalLM" if reads_one_way else "AutoModelForSequenceClassification"
+
+
+_ENDINGS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
+
+
+def _class(loaded: LoadedAs) -> str:
+    """The name of the model's class, which must be one that PEFT knows."""
+    name = loaded.auto_class or ""
+    if name not in PEFT_TYPES:
+        raise UnknownNameError.of("auto_class", name, PEFT_TYPES)
+    return name
+
+
+def _base(config: PreTrainedConfig, loaded: LoadedAs) -> PreTrainedModel:
+    """The frozen model without contents, before it is quantised."""
+    dtype = loaded.dtype or config.dtype or torch.float32
+    config.use_cache = False  # as in the Trainer
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = 0
+    try:
+        base: PreTrainedModel = getattr(transformers, _class(loaded)).from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"No {loaded.auto_class} can be made from this configuration of {config.model_type!r}: {first_line(error)}"
+        ) from error
+    return base
+
+
+def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs) -> PreTrainedModel:
+    if step.quantization == "none":
+        return base
+    return quantise(
+        base,
+        step.quantization,
+        compute_dtype=loaded.compute_dtype or base.dtype,
+        double_quantization=loaded.double_quantization,
+        kept=head_names(base) if PEFT_TYPES[_class(loaded)] in _NEW_HEADS else None,
+    )
+
+
+def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs) -> PeftModel:
+    """The model with adapters, in the mode in which it trains."""
+    kind = PEFT_TYPES[_class(loaded)]
+    if step.checkpointing:
+        switch_checkpointing(base, True, reentrant=loaded.reentrant)
+    if loaded.input_gradients:
+        base.enable_input_require_grads()
+    model = fresh_adapters(
+        base,
+        base.config.model_type,
+        kind,
+        new_head=kind in _NEW_HEADS,
+        target_modules=step.target_modules,
+        **{"r": 8, "lora_alpha": 16} | loaded.adapter,
+    )
+    return model.train()
+
+
+def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> LossFunction:
+    """The loss of a batch under the step's precision."""
+    plain = model_loss(model)
+    if loaded.keeps_output:
+        model.register_forward_hook(_keep_logits)
+
+    def loss(batch: Any) -> torch.Tensor:
+        with hollow_autocast(torch.bfloat16 if step.bf16 else None):
+            return plain(batch)
+
+    return loss
+
+
+def _keep_logits(model: torch.nn.Module, arguments: Any, output: Any) -> None:
+    """Let the loss keep the logits alive."""
+    if getattr(output, "loss", None) is not None:
+        output.loss.kept = output.logits
+
+
+def _unpredictable(config: PreTrainedConfig, error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        f"A step of {config.model_type!r} cannot be predicted from its configuration, because what it computes depends "
+        f"on contents ({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
+    )

@@ -1,0 +1,66 @@
+"""The same training step on the CPU with contents and from its configuration, and how far their prices differ."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rankpilot.lora.fresh import fresh_adapters
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.cost import moment_costs
+from rankpilot.memory.for_training import measure_memory
+from rankpilot.memory.from_config import PEFT_TYPES, LoadedAs, from_config, usual_class
+from rankpilot.memory.model import MemoryModel
+from rankpilot.memory.step_config import StepConfig
+from rankpilot.memory.step_parts import new_optimizer, switch_checkpointing
+from rankpilot.memory.training_step import TrainingStep, model_loss
+from transformers import PreTrainedConfig
+
+RANKS = (0, 1, 4, 8, 16, 64)
+
+
+def real_memory(config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs) -> MemoryModel:
+    """The byte model of the step on a real model on the CPU."""
+    config = type(config).from_dict(config.to_dict())
+    config.use_cache = False
+    config.get_text_config().pad_token_id = config.get_text_config().pad_token_id or 0
+    auto_class = loaded.auto_class or usual_class(config)
+    base = getattr(transformers, auto_class).from_config(config, dtype=loaded.dtype or config.dtype)
+    if step.checkpointing:
+        switch_checkpointing(base, True, reentrant=loaded.reentrant)
+    kind = PEFT_TYPES[auto_class]
+    adapter = {"r": 8, "lora_alpha": 16} | loaded.adapter
+    model = fresh_adapters(
+        base, config.model_type, kind, new_head=kind.endswith("CLS"), target_modules=step.target_modules, **adapter
+    ).train()
+    training = TrainingStep(model, model_loss(model), new_optimizer(step.optimizer, model))
+    batch = real_batch(config, step, loaded, rows_only=auto_class.endswith("SequenceClassification"))
+    with torch.autocast("cpu", torch.bfloat16) if step.bf16 else nullcontext():
+        return measure_memory(training, find_target_modules(model), batch, signals=False)
+
+
+def real_batch(
+    config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs, *, rows_only: bool
+) -> dict[str, torch.Tensor]:
+    """Random tokens without those that a model reads as its padding or the end of a text."""
+    shape = (step.batch_size, step.max_length)
+    tokens = torch.randint(5, config.get_text_config().vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    if loaded.padded:
+        mask[-1, -1] = 0
+    labels = torch.arange(step.batch_size) % config.num_labels if rows_only else tokens
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def largest_error(config: PreTrainedConfig, step: StepConfig, plans: int = 40, **options: Any) -> float:
+    """The largest relative difference between prices of random plans: from the configuration, and on the real model."""
+    loaded = replace(LoadedAs(device="cpu", dtype=torch.float32), **options)
+    real = real_memory(config, step, loaded).cost()
+    hollow = from_config(config, step, loaded).memory.cost()
+    ranks = np.random.default_rng(0).choice(RANKS, size=(plans, real.per_rank.shape[1]))
+    ranks[plans // 2 :, : ranks.shape[1] // 2] = 0
+    return float(np.abs(moment_costs(hollow, ranks).max(axis=1) / moment_costs(real, ranks).max(axis=1) - 1).max())
