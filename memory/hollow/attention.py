@@ -43,7 +43,8 @@ def attend(
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     mask = _additive(attn_mask, query)
     tensors: tuple[torch.Tensor, ...] = query, key, value
-    fused = query.dim() == 4 and attention != "math"
+    same_heads = enable_gqa or query.shape[:-2] == key.shape[:-2]
+    fused = query.dim() == 4 and same_heads and attention != "math"
     if kind == "cpu" and fused and not dropout_p and not (mask is not None and mask.requires_grad):
         output = ATEN._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, is_causal, attn_mask=mask, scale=scale)
         return _first(output)
@@ -93,7 +94,8 @@ def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | 
     """A mask of truth values as one that is added."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    seen, hidden = (torch.scalar_tensor(value, dtype=query.dtype) for value in (0.0, float("-inf")))
+    return torch.where(mask, seen, hidden)
 
 
 def _padded(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
