@@ -7,28 +7,25 @@ out is the one that the same steps give on that device.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
 
-from ..errors import ConfigError, RankPilotError, UnknownNameError, UnsupportedError, first_line
+from ..errors import RankPilotError, UnsupportedError, first_line
 from ..lora.fresh import fresh_adapters, head_names
 from ..lora.targets import TargetModule, find_target_modules
 from .batch_shape import BatchShape
 from .breakdown import frozen_bytes
 from .device_kind import DeviceKind
+from .find_configuration import find_configuration
 from .for_training import measure_memory
 from .hollow.attention import Attention
+from .hollow.base import PEFT_TYPES, hollow_base, usual_class
 from .hollow.batch import hollow_batch
 from .hollow.device import HollowDevice, hollow_autocast, hollow_device
 from .hollow.quantised import quantise, quiet
@@ -40,14 +37,6 @@ from .training_step import LossFunction, TrainingStep, model_loss
 WORKSPACE_BYTES = 2 * 8_519_680
 """What cuBLAS takes through the allocator: a workspace each for the threads of the forward and of the backward pass
 (its default `:4096:2:16:8`; 32 MiB each on Hopper)."""
-
-PEFT_TYPES = {
-    "AutoModelForCausalLM": "CAUSAL_LM",
-    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
-    "AutoModelForSequenceClassification": "SEQ_CLS",
-    "AutoModelForTokenClassification": "TOKEN_CLS",
-}
-"""Classes of transformers that make a model with a head, and PEFT's `task_type` for it."""
 
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -107,11 +96,12 @@ class ConfiguredStep:
     workspace_bytes: int
 
 
-def from_config(config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs | None = None) -> ConfiguredStep:
+def from_config(config: PreTrainedConfig | str, step: StepConfig, loaded: LoadedAs | None = None) -> ConfiguredStep:
     """What a training step takes, from a model's configuration.
 
     Args:
-        config: of a transformers model; `find_configuration` reads one by name. It is not changed.
+        config: of a transformers model, which is not changed; or what `find_configuration` takes: a folder, a
+            config.json, a short name such as "qwen3-8b", a Hugging Face id.
         step: batch, length, target modules, optimiser, quantisation, autocast, checkpointing.
         loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
 
@@ -120,19 +110,20 @@ def from_config(config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs | N
 
     Raises:
         ConfigError: no model can be made from the configuration, or no adapter on it.
-        UnknownNameError: there is no such target module.
+        UnknownNameError, AssetError: there is no such target module, or no such model.
         UnsupportedError: what the model computes depends on contents, so it cannot be predicted; or bitsandbytes is
             missing.
     """
-    config = type(config).from_dict(config.to_dict())
+    config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
     loaded = loaded or LoadedAs()
-    loaded = replace(loaded, auto_class=loaded.auto_class or usual_class(config))
+    auto_class = loaded.auto_class or usual_class(config)
     device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
     with hollow_device(device), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about contents that are not there
-        base = _base(config, loaded)
+        base = hollow_base(config, auto_class, loaded.dtype)
         parameters = sum(parameter.numel() for parameter in base.parameters())
-        model = _adapted(_quantised(base, step, loaded), step, loaded)
+        kind = PEFT_TYPES[auto_class]
+        model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
         training = TrainingStep(
             model, _loss(model, step, loaded), new_optimizer(step.optimizer, model), accumulates=step.accumulation > 1
         )
@@ -154,51 +145,7 @@ def from_config(config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs | N
         )
 
 
-def usual_class(config: PreTrainedConfig) -> str:
-    """The class of transformers that makes a model with the head that its architecture is usually fine-tuned with."""
-    kind = type(config)
-    for architecture in config.architectures or ():
-        for ending, name in _ENDINGS.items():
-            if architecture.endswith(ending):
-                return name
-    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        return "AutoModelForSeq2SeqLM"
-    reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
-    return "AutoModelForCausalLM" if reads_one_way else "AutoModelForSequenceClassification"
-
-
-_ENDINGS = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-}
-
-
-def _class(loaded: LoadedAs) -> str:
-    """The name of the model's class, which must be one that PEFT knows."""
-    name = loaded.auto_class or ""
-    if name not in PEFT_TYPES:
-        raise UnknownNameError.of("auto_class", name, PEFT_TYPES)
-    return name
-
-
-def _base(config: PreTrainedConfig, loaded: LoadedAs) -> PreTrainedModel:
-    """The frozen model without contents, before it is quantised."""
-    dtype = loaded.dtype or config.dtype or torch.float32
-    config.use_cache = False  # as in the Trainer
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = 0
-    try:
-        base: PreTrainedModel = getattr(transformers, _class(loaded)).from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ConfigError(
-            f"No {loaded.auto_class} can be made from this configuration of {config.model_type!r}: {first_line(error)}"
-        ) from error
-    return base
-
-
-def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs) -> PreTrainedModel:
+def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:
     if step.quantization == "none":
         return base
     return quantise(
@@ -206,13 +153,12 @@ def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs) -> Pre
         step.quantization,
         compute_dtype=loaded.compute_dtype or base.dtype,
         double_quantization=loaded.double_quantization,
-        kept=head_names(base) if PEFT_TYPES[_class(loaded)] in _NEW_HEADS else None,
+        kept=head_names(base) if kind in _NEW_HEADS else None,
     )
 
 
-def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs) -> PeftModel:
+def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PeftModel:
     """The model with adapters, in the mode in which it trains."""
-    kind = PEFT_TYPES[_class(loaded)]
     if step.checkpointing:
         switch_checkpointing(base, True, reentrant=loaded.reentrant)
     if loaded.input_gradients:

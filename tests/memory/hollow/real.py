@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from rankpilot.lora.fresh import fresh_adapters
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.cost import moment_costs
 from rankpilot.memory.for_training import measure_memory
-from rankpilot.memory.from_config import PEFT_TYPES, LoadedAs, from_config, usual_class
+from rankpilot.memory.from_config import LoadedAs, from_config
+from rankpilot.memory.hollow.base import PEFT_TYPES, hollow_base, usual_class
 from rankpilot.memory.model import MemoryModel
 from rankpilot.memory.step_config import StepConfig
 from rankpilot.memory.step_parts import new_optimizer, switch_checkpointing
@@ -25,11 +26,9 @@ RANKS = (0, 1, 4, 8, 16, 64)
 
 def real_memory(config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs) -> MemoryModel:
     """The byte model of the step on a real model on the CPU."""
-    config = type(config).from_dict(config.to_dict())
-    config.use_cache = False
-    config.get_text_config().pad_token_id = config.get_text_config().pad_token_id or 0
+    config = copy.deepcopy(config)
     auto_class = loaded.auto_class or usual_class(config)
-    base = getattr(transformers, auto_class).from_config(config, dtype=loaded.dtype or config.dtype)
+    base = hollow_base(config, auto_class, loaded.dtype)  # here on the CPU
     if step.checkpointing:
         switch_checkpointing(base, True, reentrant=loaded.reentrant)
     kind = PEFT_TYPES[auto_class]

@@ -1,0 +1,84 @@
+"""Finds a model's configuration by name, without its weights: a folder, a file, a short name or a Hugging Face id.
+
+The configurations of common models ship with the package, so that neither they nor a network are needed: sizes are
+facts, published on the models' pages.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..errors import AssetError, ConfigError, UnknownNameError, first_line
+
+_TABLE = Path(__file__).with_name("published_models.json")
+
+_VARIANTS = ("-instruct", "-it", "-pt", "-chat", "-base")
+"""Ends of names of models that have the sizes of the model without them."""
+
+
+@cache
+def published_models() -> dict[str, dict[str, Any]]:
+    """The models of the table by short name ("llama-3.1-8b").
+
+    Each has "owner" (of the Hugging Face id), "parameters" (their published number, without the head of a classifier)
+    and "config" (fields of the configuration).
+    """
+    table: dict[str, dict[str, Any]] = json.loads(_TABLE.read_text())
+    return table
+
+
+def find_configuration(name: str) -> PreTrainedConfig:
+    """A model's configuration.
+
+    Args:
+        name: a local folder or config.json; a short name of the table, such as "qwen3-8b"; or a Hugging Face id. The
+            ids of the table's models, and of their variants for chat, need no network.
+
+    Raises:
+        UnknownNameError: there is no such model.
+        AssetError: a path that does not exist, or an id that cannot be read, as without a network.
+        ConfigError: the configuration names no model that transformers knows.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return _read(name, path.parent if path.is_file() else path)
+    if name.startswith((".", "/", "~")) or name.endswith(".json"):
+        raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
+    short = _short_name(name)
+    if short in published_models():
+        fields = dict(published_models()[short]["config"])
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    if "/" not in name:
+        hint = "A folder with a config.json or a Hugging Face id works too."
+        raise UnknownNameError.of("model", name, published_models(), hint)
+    return _read(name, name)
+
+
+def _short_name(name: str) -> str:
+    """The name in the table that an id or a name would have."""
+    owner, _, model = name.lower().rpartition("/")
+    model = model.removeprefix("meta-").replace("-instruct-", "-")
+    for candidate in (model, *(model.removesuffix(variant) for variant in _VARIANTS)):
+        entry = published_models().get(candidate)
+        if entry is not None and owner in ("", entry["owner"].lower()):
+            return candidate
+    return ""
+
+
+def _read(name: str, place: str | Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(place)
+    except OSError as error:
+        raise AssetError(
+            f"The configuration of {name!r} could not be read: {first_line(error)} Check the id or path and the "
+            f"network; without one, a local config.json works, or one of {', '.join(list(published_models())[:5])}, ..."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"The configuration of {name!r} names no model that transformers knows: {first_line(error)}"
+        ) from error
