@@ -39,7 +39,9 @@ Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
 """Shows how far an iterable has come: the iterable, what it does, its length."""
 
 
-def run_costs(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, *, signals: bool) -> PlanCosts:
+def run_costs(
+    run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, *, signals: bool, recompute: bool = False
+) -> PlanCosts:
     """What plans cost on a run's largest batch, and the limit that a budget sets them.
 
     Args:
@@ -47,21 +49,25 @@ def run_costs(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget,
         targets: the target modules of its model.
         budget: the limit as its user gave it.
         signals: whether plans pay for signal buffers.
+        recompute: whether layers may run again in the backward pass; see `plan_costs`.
     """
     with undisturbed(), training_mode(run.model):
-        return plan_costs(budget, run.step, targets, run.largest_batch(), signals=signals)
+        return plan_costs(budget, run.step, targets, run.largest_batch(), signals=signals, recompute=recompute)
 
 
-def run_memory(run: TrainingRun, targets: Sequence[TargetModule], batch: Batch | None = None) -> MemoryModel:
-    """The byte model of a run's step without signal buffers; on its largest batch, or another.
+def run_memory(
+    run: TrainingRun, targets: Sequence[TargetModule], batch: Batch | None = None, *, signals: bool = False
+) -> MemoryModel:
+    """The byte model of a run's step; on its largest batch, or another.
 
     Args:
         run: the run.
         targets: the target modules of its model.
         batch: the batch to measure the step with, on the device.
+        signals: whether plans pay for signal buffers.
     """
     with undisturbed(), training_mode(run.model):
-        return measure_memory(run.step, targets, run.largest_batch() if batch is None else batch, signals=False)
+        return measure_memory(run.step, targets, run.largest_batch() if batch is None else batch, signals=signals)
 
 
 def prepare(
@@ -73,6 +79,7 @@ def prepare(
     seed: int,
     *,
     fresh: bool = False,
+    recompute: bool = False,
     progress: Progress[Any] | None = None,
 ) -> tuple[RankController[PeftAdapters], MemoryModel | None]:
     """Measure what plans cost and probe the modules.
@@ -88,6 +95,7 @@ def prepare(
         bounds: see `rank_bounds`.
         seed: of the probe and of fresh rows.
         fresh: begin with new adapters, even where they are trained.
+        recompute: whether layers may run again in the backward pass; see `plan_costs`.
         progress: shows how far the probe has come.
 
     Returns:
@@ -105,7 +113,7 @@ def prepare(
     keeps = not fresh and any(map(is_trained, targets))
     if not keeps:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, (w for target in targets for w in (target.weight_a, target.weight_b)))
-    costs = run_costs(run, targets, budget, signals=True)
+    costs = run_costs(run, targets, budget, signals=True, recompute=recompute)
     problem = AllocationProblem.of(targets, costs.cost, costs.limit.value, low=low, high=high)
     check_budget(problem, [target.name for target in targets])  # now, and not after the probe
     if not keeps:

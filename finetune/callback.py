@@ -55,6 +55,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         fresh: begin with new adapters even where they are trained.
         review: a file in which a person changes or approves each plan; see `RankPilot`, as `review_timeout`.
         review_timeout: how many seconds to wait for that.
+        recompute: let as few layers as each plan needs run again in the backward pass; see `RankPilot`.
 
     Attributes:
         pilot: decides the ranks.
@@ -78,6 +79,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         fresh: bool = False,
         review: str | Path | None = None,
         review_timeout: float | None = None,
+        recompute: bool = False,
     ) -> None:
         self.pilot = RankPilot(
             policy,
@@ -91,6 +93,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             progress=self._progress,
             review=review,
             review_timeout=review_timeout,
+            recompute=recompute,
         )
         self._seed = seed
         self._bar = False
@@ -159,8 +162,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
         pilot.seed = args.seed if self._seed is None else self._seed
-        if pilot.log is None:
-            pilot.log = self._default_log(args)
+        if pilot.journal.log is None:
+            pilot.journal.log = self._default_log(args)
         self._bar = not args.disable_tqdm
         run, name = run_of(step, args, state, objects), Path(args.output_dir).name
         if state.global_step > 0:

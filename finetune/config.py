@@ -40,6 +40,8 @@ class FinetuneConfig(StepConfig):
         best: end with the checkpoint that had the lowest held-out loss.
         early_stopping: stop after so many evaluations without a lower held-out loss, and end with the best checkpoint.
         bounds: ranks of single modules, or their least and largest rank: q_proj=8 down_proj=0:4.
+        recompute: run as few layers again in the backward pass as the plan needs (gradient checkpointing, layer by layer):
+            less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
         review: a file in which you see and change each plan before it is applied.
         merge: also save the model with the adapter merged into it.
         report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
@@ -71,6 +73,7 @@ class FinetuneConfig(StepConfig):
     best: bool = False
     early_stopping: int | None = None
     bounds: tuple[str, ...] = ()
+    recompute: bool = False
     review: Path | None = None
     merge: bool = False
     report_to: tuple[str, ...] = ()
@@ -94,6 +97,10 @@ class FinetuneConfig(StepConfig):
         if wrong:
             raise ConfigError(f"{', '.join(wrong)}: a number above 0, or left out; got {list(wrong.values())}.")
         check_seed(self.seed)
+        if self.recompute and self.checkpointing:
+            raise ConfigError(
+                "checkpointing runs all layers again, recompute as few as the plan needs: give one of them."
+            )
         if min(rows for rows in (self.train_rows, self.held_out_rows, 1) if rows is not None) < 1:
             raise ConfigError(
                 f"train_rows and held_out_rows are at least 1, or None for all rows; got {self.train_rows} and "

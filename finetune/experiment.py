@@ -175,7 +175,7 @@ def run_one(
 def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback | UniformRanks:
     """The callback that decides the ranks of a run."""
     if name == UNIFORM:
-        return UniformRanks(_uniform_budget(config, folder), config.seed)
+        return UniformRanks(_uniform_budget(config, folder), config.seed, recompute=config.recompute)
     return RankPilotCallback(
         config.policy,
         config.budget,
@@ -183,6 +183,7 @@ def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback
         measure_every=MEASURE_EVERY,
         bounds=rank_bounds_of(config.bounds),
         review=config.review,
+        recompute=config.recompute,
     )
 
 

@@ -24,6 +24,7 @@ from ..memory.for_training import measure_memory
 from ..memory.model import MemoryModel
 from ..memory.peak_meter import PeakMeter
 from ..memory.recording import Batch
+from .recomputation import Recomputation
 from .run import TrainingRun, training_mode, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,9 @@ class PeakGuard:
     A step is measured after each change of ranks, and every `every_steps` steps. A peak above the budget corrects the
     prediction by the error. Then the last change is rolled back, as far as the plan before it fits the corrected
     prediction; if there is no plan before it, the plan shrinks. The cost of a batch that is larger than all batches
-    before it is predicted before the model sees it. A plan without any adapter is never the result: where nothing else
-    fits, the run stops with `BudgetError`.
+    before it is predicted before the model sees it. Where layers may run again in the backward pass, more of them do
+    before the plan changes. A plan without any adapter is never the result: where nothing else fits, the run stops with
+    `BudgetError`.
 
     Args:
         every_steps: see `PeakMeter`.
@@ -84,6 +86,7 @@ class PeakGuard:
         self._underestimate = 0.0
         self._before: IntArray | None = None
         self._step = 0
+        self._recomputation: Recomputation | None = None
 
     def attach(
         self,
@@ -91,6 +94,7 @@ class PeakGuard:
         controller: RankController[Any],
         memory: MemoryModel | None,
         corrected: Callable[[Correction], None],
+        recomputation: Recomputation | None = None,
     ) -> None:
         """Begin to watch.
 
@@ -99,10 +103,29 @@ class PeakGuard:
             controller: changes the ranks.
             memory: predicts the cost of other batch shapes; if it is None, it is made when it is needed.
             corrected: called with each correction.
+            recomputation: chooses the layers that run again; `memory` is of the step in which all do.
         """
         self._run, self._controller, self._memory, self._corrected = run, controller, memory, corrected
+        self._recomputation = recomputation
         if memory:
-            self.shape = memory.shape
+            self.shape = self.shape.joined(memory.shape)
+            if recomputation:
+                recomputation.memory, self._memory = memory, memory.recomputing(recomputation.layers)
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """Names of the layers that were chosen to run again."""
+        return self._recomputation.layers if self._recomputation else ()
+
+    def recomputation_line(self) -> str:
+        """How many layers run again, for people; nothing where they are not chosen."""
+        return str(self._recomputation or "")
+
+    def deciding(self) -> None:
+        """Price plans for a decision: as if all layers ran again, where they may."""
+        if self._recomputation:
+            self._memory = self._recomputation.memory
+            self._controller.reprice(self._cost_of_shape(self.shape))
 
     @property
     def _limits_bytes(self) -> bool:
@@ -153,6 +176,8 @@ class PeakGuard:
             f"{format_bytes(controller.limit)}"
         )
         text = f"{text}, {cause}" if cause else f"{text}."
+        if self._relieved(text):
+            return
         self._check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
         logger.warning("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
         self._correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
@@ -182,6 +207,8 @@ class PeakGuard:
         self.meter.request()
         problem = controller.problem_now()
         cost = plan_cost(problem.cost, problem.ranks)
+        self.deciding()
+        problem = controller.problem_now()
         least = plan_cost(problem.cost, least_ranks(problem))
         if cost <= least:
             raise BudgetError(
@@ -189,6 +216,8 @@ class PeakGuard:
                 "the length, or use checkpointing."
             )
         controller.limit = min(controller.limit, max(OUT_OF_MEMORY_SHARE * cost, (cost + least) / 2))
+        if self._relieved(f"Step {self._step + 1} ran out of memory, and is taken again."):
+            return
         logger.warning(
             "Step %d ran out of memory. The plan shrinks to %.0f %% of its cost, and the step is taken again.",
             self._step + 1,
@@ -208,6 +237,8 @@ class PeakGuard:
         """
         controller = self._controller
         controller.limit, self._step = limit, step
+        if self._relieved("The budget was changed."):
+            return
         problem = controller.problem_now()
         if not problem.fits(problem.ranks):
             self._check_possible("The budget was changed.")
@@ -221,6 +252,7 @@ class PeakGuard:
             step: the optimiser steps before it.
         """
         self._before = before if step > 0 else None  # the first plan follows no plan
+        self._settle()
         if self._limits_bytes:
             self._measure_next()
 
@@ -291,14 +323,13 @@ class PeakGuard:
             self._measure_again(batch, shape)
             cost = self._cost_of_shape(shape)
         controller.reprice(cost)
+        text = f"A batch of {shape} came, larger than the memory was planned for."
         problem = controller.problem_now()
-        fits = problem.fits(problem.ranks)
-        logger.warning(
-            "A batch of %s came, larger than the memory was planned for. The plan %s.",
-            shape,
-            "still fits" if fits else "is shrunk",
-        )
-        if not fits:
+        if problem.fits(problem.ranks):
+            logger.warning("%s The plan still fits.", text)
+        elif not self._relieved(text):
+            logger.warning("%s The plan is shrunk.", text)
+            problem = controller.problem_now()
             check_budget(problem, list(controller.names))
             self._correct(f"shrunk: batch of {shape}", problem.ranks)
 
@@ -306,8 +337,35 @@ class PeakGuard:
         run, step = self._run, self._run.step
         # The largest rows and the largest length so far may be of two batches.
         batch = reshaped(run.on_device(batch), shape, step.rows_per_example)
+        if self._recomputation:
+            self._recomputation.all()
         with undisturbed(), training_mode(run.model):
             self._memory = measure_memory(step, self._controller.targets, batch, signals=True)
+        if self._recomputation:
+            self._recomputation.memory = self._memory
+            self._settle()
+
+    def _settle(self) -> bool:
+        """Let the fewest layers run again with which the plan fits; whether it does now."""
+        controller = self._controller
+        if self._recomputation:
+            # After the last decision signals take nothing, and the byte model counts them still.
+            buffers = signal_buffer_bytes(controller.targets) @ controller.ranks if controller.finished else 0.0
+            room = controller.limit - self._underestimate + float(buffers)
+            self._memory = self._recomputation.fit(controller.ranks, room, self.shape)
+            controller.reprice(self._cost_of_shape(self.shape))
+        problem = controller.problem_now()
+        return problem.fits(problem.ranks)
+
+    def _relieved(self, reason: str) -> bool:
+        """Whether the plan fits, because other layers run again from now on."""
+        before = self.recomputed
+        if self._recomputation is None or not self._settle():
+            return False
+        if before != self.recomputed:
+            self._measure_next()
+            logger.warning("%s Now %s, and the plan stays.", reason, self._recomputation)
+        return True
 
     def _check_possible(self, context: str) -> None:
         """Raise BudgetError, with its context, if no plan with an adapter fits."""
@@ -321,6 +379,7 @@ class PeakGuard:
         controller, step = self._controller, self._step
         observation = controller.observation_now(step)
         plan = controller.correct(wanted, step, self._run.optimizer)
+        self._settle()
         self._before = None
         self._measure_next()
         self._corrected(Correction(step, reason, wanted, observation, plan))

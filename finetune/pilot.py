@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,26 @@ from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
-from ..allocation.decision_record import DecisionRecord
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy, decision_from_plan
 from ..allocation.schedule import DecisionSchedule
-from ..common.arrays import IntArray
 from ..errors import BudgetError, ConfigError, NoGradientError, RunFolderError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import check_optimizer
 from ..lora.peft_config import finish_load, make_resizable
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
+from ..memory.cost import plan_cost
+from ..memory.model import MemoryModel
 from ..memory.recording import Batch
-from .before_training import Progress, prepare
+from .before_training import Progress, prepare, run_memory
 from .gradient_watch import GradientWatch
+from .journal import Journal
 from .loss_meter import LossMeter
+from .options import check_options, readable_budget
 from .peak_guard import Correction, PeakGuard
+from .recomputation import Recomputation
 from .review import PlanReview
 from .run import TrainingRun
 
@@ -64,10 +68,13 @@ class RankPilot:
         review: a file. Each plan is written there, and a person changes or approves it before it is applied. Without a
             terminal the run waits until the file says `approved: true`.
         review_timeout: how many seconds to wait for that; None for as long as it takes.
+        recompute: let as few layers as each plan needs run again in the backward pass (gradient checkpointing, layer by
+            layer). They take less memory and more time, and losses stay the same. A share is then one of what uniform
+            rank 8 takes without. By default the model stays as it is set.
 
     Attributes:
         controller: observes the adapters and changes their ranks; None before `begin`.
-        predictions: (step, cost of the plan) of each decision and correction.
+        journal: writes down the decisions.
 
     Raises:
         ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument that cannot be used.
@@ -88,23 +95,27 @@ class RankPilot:
         progress: Progress[Any] | None = None,
         review: str | Path | None = None,
         review_timeout: float | None = None,
+        recompute: bool = False,
     ) -> None:
-        _check_arguments(policy, schedule, measure_every, bounds)
+        check_options(policy, schedule, measure_every, bounds)
         self.policy = load_policy(policy)
-        self.budget = Budget.parse(budget)
+        self.budget = readable_budget(budget, recompute=recompute)
         self.schedule = schedule or policy_schedule(policy)
         self.seed, self.fresh = seed, fresh
         self.bounds = dict(bounds or {})
         self.controller: RankController[PeftAdapters] | None = None
-        self.log = None if log is None else DecisionLog(Path(log))
-        self._tell = tell or logger.info
+        self.recompute = recompute
+        self.journal = Journal(None if log is None else DecisionLog(Path(log)), self.policy, tell or logger.info)
         self._progress = progress
         self._review = PlanReview.of(review, review_timeout)
         self._measure_every = measure_every
-        self._name = ""
-        self.predictions: list[tuple[int, float]] = []
         self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
         self._step = self._shown = 0
+
+    @property
+    def predictions(self) -> list[tuple[int, float]]:
+        """(step, cost of the plan) of each decision and correction."""
+        return self.journal.predictions
 
     @property
     def peaks(self) -> list[tuple[int, int]]:
@@ -138,18 +149,26 @@ class RankPilot:
             ReviewError: a person refused the plan, or gave no answer in time.
         """
         self._check_run(run)
-        self.predictions, self._step, self._shown = [], 0, 0
+        self._step, self._shown = 0, 0
         self._guard, self._losses, self._gradients = PeakGuard(self._measure_every), LossMeter(), GradientWatch()
         targets = find_target_modules(run.model)
         make_resizable(run.model, targets)
-        if self.log is not None:
-            self.log.truncate(0)
+        self.journal.open(name, [])
         if self._review is not None:
             self._review.resumed = False
+        recomputation = Recomputation(run.model) if self.recompute else None
         self.controller, memory = prepare(
-            run, targets, self.budget, self.schedule, self.bounds, self.seed, fresh=self.fresh, progress=self._progress
+            run,
+            targets,
+            self.budget,
+            self.schedule,
+            self.bounds,
+            self.seed,
+            fresh=self.fresh,
+            recompute=self.recompute,
+            progress=self._progress,
         )
-        self._watch(run, name, memory)
+        self._watch(run, memory, recomputation)
         self._decide()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
@@ -178,16 +197,18 @@ class RankPilot:
         )
         self._losses.load_state_dict(state["losses"])
         self._guard.load_state_dict(state["guard"])
-        self.predictions = [(int(at), float(cost)) for at, cost in state["predictions"]]
+        self.journal.open(name, [(int(at), float(cost)) for at, cost in state["predictions"]])
         self._step, self._shown = step, state["peaks_shown"]
-        if self.log is not None:
-            self.log.truncate(len(self.predictions))
         if self._review is not None:
             self._review.resumed = True
-        self._watch(run, name, None)
+        recomputation = Recomputation(run.model) if self.recompute else None
+        memory = run_memory(run, targets, signals=True) if recomputation else None
+        if recomputation:
+            recomputation.take(state["recomputed"])
+        self._watch(run, memory, recomputation)
         if state["settings"]["budget"] != str(self.budget):
             limit = self.controller.limit_of(self.budget, run.device)
-            self._tell(f"step {step}: the budget is {self.budget} now, and was {state['settings']['budget']}")
+            self.journal.tell(f"step {step}: the budget is {self.budget} now, and was {state['settings']['budget']}")
             self._guard.new_limit(limit, step)
 
     def before_step(self, *batches: Batch) -> None:
@@ -265,6 +286,7 @@ class RankPilot:
             "guard": self._guard.state_dict(),
             "predictions": self.predictions,
             "peaks_shown": self._shown,
+            "recomputed": list(self._guard.recomputed),
             "settings": self._settings(),
         }
 
@@ -282,6 +304,8 @@ class RankPilot:
             f"budget_{unit}": self.limit,
             "rank_decisions": float(len(self.predictions)),
         }
+        if self.recompute:
+            figures["recomputed_layers"] = float(len(self._guard.recomputed))
         fresh, self._shown = self.peaks[self._shown :], len(self.peaks)
         return figures | ({"peak_bytes": float(max(peak for _, peak in fresh))} if fresh else {})
 
@@ -297,9 +321,9 @@ class RankPilot:
         if run.total_steps < 1:
             raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
 
-    def _watch(self, run: TrainingRun, name: str, memory: Any) -> None:
-        self._run, self._name = run, name
-        self._guard.attach(run, self._controller, memory, self._corrected)
+    def _watch(self, run: TrainingRun, memory: MemoryModel | None, recomputation: Recomputation | None) -> None:
+        self._run = run
+        self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run is held against, as JSON values."""
@@ -310,6 +334,7 @@ class RankPilot:
             "policy_sha256": getattr(self.policy, "sha256", None),
             "schedule": repr(self.schedule),
             "bounds": bounds,
+            "recompute": self.recompute,
         }
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
@@ -325,6 +350,7 @@ class RankPilot:
     def _decide(self) -> None:
         controller, step = self._controller, self._step
         loss = self._losses.mean()
+        self._guard.deciding()
         observation = controller.observe(step, loss)
         decision = self.policy.decide(observation)
         notes: dict[str, str] = {}
@@ -341,7 +367,7 @@ class RankPilot:
         """Record a change of ranks by the guard like a decision."""
         decision = decision_from_plan(correction.wanted)
         moved = correction.plan.ranks != correction.observation.problem.ranks
-        notes = dict.fromkeys(_names(self._controller, moved), correction.reason)
+        notes = dict.fromkeys(np.array(self._controller.names)[moved].tolist(), correction.reason)
         self._record(correction.step, self._losses.mean(), correction.observation, decision, correction.plan, notes)
 
     def _record(
@@ -353,46 +379,20 @@ class RankPilot:
         plan: Plan,
         notes: dict[str, str] | None = None,
     ) -> None:
-        measured = self.peaks and observation.problem.cost.unit == "bytes"
-        self.predictions.append((step, plan.cost))
-        record = DecisionRecord.of(
+        plan = replace(plan, cost=plan_cost(self._controller.problem_now().cost, plan.ranks))
+        self.journal.record(
             self._controller,
             observation,
             decision,
             plan,
-            policy=self.policy,
-            number=len(self.predictions) - 1,
             step=step,
-            run=self._name,
             loss=loss,
-            measured_cost=float(self.peaks[-1][1]) if measured else None,
+            peak=self.peaks[-1][1] if self.peaks else None,
             notes=notes,
+            remark=self._guard.recomputation_line(),
         )
-        if self.log is not None:
-            self.log.append(record)
-        self._tell(record.line())
         if not plan.ranks.any():
             raise BudgetError(
                 f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "
                 "or infinity. Lower the learning rate, or give a larger budget."
             )
-
-
-def _names(controller: RankController[Any], chosen: IntArray) -> list[str]:
-    names: list[str] = np.array(controller.names)[chosen].tolist()
-    return names
-
-
-def _check_arguments(policy: object, schedule: object, measure_every: object, bounds: object) -> None:
-    """Refuse arguments of a wrong type now, and not after minutes of work."""
-    if not isinstance(policy, str | Path) and not callable(getattr(policy, "decide", None)):
-        raise ConfigError(
-            f"policy is 'default', the folder of a policy, the name of a rule, or an object with `decide`; got "
-            f"{policy!r}."
-        )
-    if schedule is not None and not isinstance(schedule, DecisionSchedule):
-        raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
-    if not isinstance(measure_every, int) or measure_every < 1:
-        raise ConfigError(f"measure_every is a number of steps, at least 1; got {measure_every!r}.")
-    if bounds is not None and not isinstance(bounds, Mapping):
-        raise ConfigError(f"bounds are a dictionary from module names to ranks; got {bounds!r}.")

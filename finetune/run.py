@@ -16,6 +16,7 @@ from ..data.batches import Collate, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError
 from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
 from ..memory.recording import Batch
+from ..memory.step_parts import release_inputs
 from ..memory.training_step import LossFunction, TrainingStep, model_loss
 
 
@@ -33,6 +34,8 @@ class TrainingRun:
         total_steps: the optimiser steps of the run.
         accumulation: the batches whose gradients make one optimiser step.
         learning_rate: of the probe.
+
+    From now on the inputs of the model require no gradients; see `release_inputs`.
     """
 
     model: nn.Module
@@ -44,6 +47,9 @@ class TrainingRun:
     total_steps: int
     accumulation: int
     learning_rate: float
+
+    def __post_init__(self) -> None:
+        release_inputs(self.model)
 
     @classmethod
     def of_loader(

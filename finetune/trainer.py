@@ -74,7 +74,7 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     set_seed(config.seed)
     base = load_model(config.model, workload.task, workload.labels, workload.tokenizer, config.quantization)
     check_length(config.max_length, base)
-    if config.checkpointing:
+    if config.checkpointing or config.recompute:
         check_checkpointing(base)
     return adapt(
         base,

@@ -14,6 +14,7 @@ from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
 from .before_training import run_costs
 from .callback import run_of
+from .recomputation import Recomputation
 from .trainer_step import TrainerStep, find_trainer
 
 
@@ -23,13 +24,14 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
     Args:
         budget: the limit, as for `RankPilotCallback`.
         seed: of fresh rows.
+        recompute: let as few layers as the plan needs run again in the backward pass, as for `RankPilotCallback`.
 
     Attributes:
         limit: what the plan may cost, in bytes or parameters; 0 before training.
     """
 
-    def __init__(self, budget: Budget, seed: int) -> None:
-        self.budget, self.seed = budget, seed
+    def __init__(self, budget: Budget, seed: int, *, recompute: bool = False) -> None:
+        self.budget, self.seed, self.recompute = budget, seed, recompute
         self.limit = 0.0
 
     def on_init_end(
@@ -48,17 +50,27 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         """
         model, optimizer = objects["model"], objects["optimizer"]
         targets = find_target_modules(model)
+        adapters = PeftAdapters(model, targets)
         trainer = find_trainer(self)
         assert trainer, "a Trainer calls this"
         step = TrainerStep(trainer)
-        costs = run_costs(run_of(step, args, state, objects), targets, self.budget, signals=False)
+        recomputation = Recomputation(model) if self.recompute else None
+        run = run_of(step, args, state, objects)
+        costs = run_costs(run, targets, self.budget, signals=False, recompute=self.recompute)
         self.limit = costs.limit.value
+        if recomputation:
+            recomputation.memory = costs.memory
         if state.global_step > 0:
             finish_load(model, targets)
+            if recomputation:
+                recomputation.fit(adapters.ranks, self.limit)
             if state.global_step >= state.max_steps:
                 step.take_no_more()
                 control.should_training_stop = True
             return
         problem = AllocationProblem.of(targets, costs.cost, self.limit)
         check_budget(problem, [target.name for target in targets])
-        PeftAdapters(model, targets).set_ranks(uniform_ranks(problem), optimizer, seed=self.seed, step=0)
+        ranks = uniform_ranks(problem)
+        adapters.set_ranks(ranks, optimizer, seed=self.seed, step=0)
+        if recomputation:
+            recomputation.fit(ranks, self.limit)

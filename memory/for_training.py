@@ -53,21 +53,28 @@ def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: B
 
 
 def plan_costs(
-    budget: Budget, step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool
+    budget: Budget,
+    step: TrainingStep,
+    targets: Sequence[TargetModule],
+    batch: Batch,
+    *,
+    signals: bool,
+    recompute: bool = False,
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
-    A share is a share of what *plain* LoRA of uniform rank 8 takes, without signal buffers. Under a budget of
-    parameters nothing is measured. See `measure_memory` for the other arguments.
+    A share is a share of what *plain* LoRA of uniform rank 8 takes, without signal buffers. With `recompute`, layers
+    may run again in the backward pass: plans cost what they take where all do, which the step is set to, and a share is
+    one of what plain LoRA takes where none does. Under a budget of parameters nothing is measured. See `measure_memory`
+    for the other arguments.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None), None)
     memory = measure_memory(step, targets, batch, signals=False)
-    cost, limit = limited_cost(budget, targets, memory)
+    cost, limit = limited_cost(budget, targets, memory.recomputing(()) if recompute else memory)
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
-        cost = memory.cost()
-    return PlanCosts(cost, limit, memory)
+    return PlanCosts(memory.cost() if signals or recompute else cost, limit, memory)
 
 
 def limited_cost(budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None) -> tuple[Cost, Limit]:

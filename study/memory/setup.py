@@ -67,10 +67,7 @@ class StepSetup:
 
     def switch_checkpointing(self) -> None:
         """Make the other choice of gradient checkpointing; raise UnsupportedError if the model has none."""
-        base, wanted = self.model.get_base_model(), not self.config.checkpointing
-        switch_checkpointing(base, wanted)
-        if self.task == "causal-lm":  # as TRL's SFTTrainer does
-            (base.enable_input_require_grads if wanted else base.disable_input_require_grads)()
+        switch_checkpointing(self.model.get_base_model(), not self.config.checkpointing)
 
 
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:

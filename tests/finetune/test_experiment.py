@@ -196,6 +196,18 @@ def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
         assert np.isfinite(run["held_out_loss"])
 
 
+def test_both_runs_let_layers_run_again_where_the_budget_needs_it(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = finetune(make_config(recompute=True, compare_uniform=True, budget="75%"), tmp_path / "run")
+    runs = summary["runs"]
+    assert runs["rankpilot"]["budget_bytes"] == runs["uniform"]["budget_bytes"]
+    for name, run in runs.items():
+        assert run["peak_bytes"] <= run["budget_bytes"], name
+        assert run["adapter_parameters"] > 0, name
+    assert "1 of 2 layers run again" in capsys.readouterr().out
+
+
 def test_an_optimizer_that_is_not_installed(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

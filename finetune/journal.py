@@ -1,0 +1,83 @@
+"""Writes down what is decided in a run: a list of costs, a line for people, and the decision log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..allocation.controller import RankController
+from ..allocation.decision_log import DecisionLog
+from ..allocation.decision_record import DecisionRecord
+from ..allocation.observation import Observation
+from ..allocation.plan import Plan
+from ..allocation.policy import Decision, Policy
+
+
+class Journal:
+    """Writes down the decisions and corrections of one run.
+
+    Args:
+        log: the decision log; None for none.
+        policy: decides.
+        tell: called with a line for each decision and correction.
+
+    Attributes:
+        log: as above; it may be given later.
+        predictions: (step, predicted cost of the plan) of each decision and correction.
+    """
+
+    def __init__(self, log: DecisionLog | None, policy: Policy, tell: Callable[[str], None]) -> None:
+        self.log, self.tell = log, tell
+        self.predictions: list[tuple[int, float]] = []
+        self._policy = policy
+        self._name = ""
+
+    def open(self, name: str, predictions: list[tuple[int, float]]) -> None:
+        """Begin to write of a run, after the decisions that were already taken in it."""
+        self._name, self.predictions = name, predictions
+        if self.log is not None:
+            self.log.truncate(len(predictions))
+
+    def record(
+        self,
+        controller: RankController[Any],
+        observation: Observation,
+        decision: Decision,
+        plan: Plan,
+        *,
+        step: int,
+        loss: float | None,
+        peak: int | None,
+        notes: Mapping[str, str] | None = None,
+        remark: str = "",
+    ) -> None:
+        """Write down a decision that has just been applied.
+
+        Args:
+            controller: has applied it.
+            observation: what the decision was made from.
+            decision: what was wanted.
+            plan: what was applied.
+            step: optimiser steps done before it.
+            loss: mean training loss since the decision before this one.
+            peak: bytes at the latest peak that was measured.
+            notes: by module name, why it has not the rank that was wanted.
+            remark: added to the line.
+        """
+        self.predictions.append((step, plan.cost))
+        record = DecisionRecord.of(
+            controller,
+            observation,
+            decision,
+            plan,
+            policy=self._policy,
+            number=len(self.predictions) - 1,
+            step=step,
+            run=self._name,
+            loss=loss,
+            measured_cost=float(peak) if peak and observation.problem.cost.unit == "bytes" else None,
+            notes=notes,
+        )
+        if self.log is not None:
+            self.log.append(record)
+        self.tell(record.line() + (f", {remark}" if remark else ""))

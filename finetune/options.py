@@ -1,0 +1,44 @@
+"""Checks the options of `RankPilot`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..allocation.schedule import DecisionSchedule
+from ..errors import BudgetError, ConfigError
+from ..memory.budget import Budget
+
+
+def readable_budget(given: str | float | Budget, *, recompute: bool) -> Budget:
+    """The budget of a run.
+
+    Raises:
+        BudgetError: it cannot be read, or counts parameters where the layers that run again are to be chosen by it.
+    """
+    budget = Budget.parse(given)
+    if recompute and budget.kind == "parameters":
+        raise BudgetError(
+            f"The budget {str(given)!r} counts parameters, and a layer that runs again saves none. Give a budget of "
+            "bytes ('6GiB', '80%') or leave `recompute` out."
+        )
+    return budget
+
+
+def check_options(policy: object, schedule: object, measure_every: object, bounds: object) -> None:
+    """Refuse options of `RankPilot` of a wrong type now, and not after minutes of work.
+
+    Raises:
+        ConfigError: one is of a wrong type.
+    """
+    if not isinstance(policy, str | Path) and not callable(getattr(policy, "decide", None)):
+        raise ConfigError(
+            f"policy is 'default', the folder of a policy, the name of a rule, or an object with `decide`; got "
+            f"{policy!r}."
+        )
+    if schedule is not None and not isinstance(schedule, DecisionSchedule):
+        raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
+    if not isinstance(measure_every, int) or measure_every < 1:
+        raise ConfigError(f"measure_every is a number of steps, at least 1; got {measure_every!r}.")
+    if bounds is not None and not isinstance(bounds, Mapping):
+        raise ConfigError(f"bounds are a dictionary from module names to ranks; got {bounds!r}.")

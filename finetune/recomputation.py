@@ -1,0 +1,72 @@
+"""Which layers of a run's model run again in the backward pass: as few as its plan needs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..common.arrays import IntArray
+from ..errors import UnsupportedError
+from ..lora.targets import unwrap
+from ..memory.batch_shape import BatchShape
+from ..memory.model import MemoryModel
+from ..memory.recomputation import fewest_recomputed
+from ..memory.step_parts import switch_checkpointing
+
+
+class Recomputation:
+    """Lets single layers of a transformers model run again in the backward pass. Losses stay the same.
+
+    Args:
+        model: the PEFT model. All its layers run again from now on, so that the step can be measured.
+
+    Attributes:
+        layers: the names of the layers that run again.
+        memory: the byte model of the step in which all do; None until it is known.
+
+    Raises:
+        UnsupportedError: the model has no layers that can run again one by one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base = unwrap(model)
+        switch_checkpointing(base, True)
+        base.config.use_cache = False  # a layer that runs again would fill the cache twice
+        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+        if not self._layers:
+            raise UnsupportedError(
+                f"{type(base).__name__} checkpoints all its layers together or none, so a plan cannot choose them one "
+                "by one. Leave `recompute` out, or switch gradient checkpointing on for the whole model."
+            )
+        self.layers: tuple[str, ...] = tuple(self._layers)
+        self.memory: MemoryModel | None = None
+
+    def all(self) -> None:
+        """Let all layers run again."""
+        self.take(self._layers)
+
+    def take(self, layers: Collection[str]) -> None:
+        """Let these layers run again, and no other."""
+        self.layers = tuple(name for name in self._layers if name in layers)
+        for name, layer in self._layers.items():
+            layer.gradient_checkpointing = name in layers
+
+    def fit(self, ranks: IntArray, limit: float, shape: BatchShape | None = None) -> MemoryModel:
+        """Let the fewest layers run again with which a plan fits, or all that hold something.
+
+        Args:
+            ranks: the plan, int64 (modules,).
+            limit: bytes that the step may take.
+            shape: of the batch; by default the one that the memory was measured with.
+
+        Returns:
+            The byte model of the step as it is then.
+        """
+        assert self.memory is not None, "the step has not been measured"
+        self.take(fewest_recomputed(self.memory, ranks, limit, shape))
+        return self.memory.recomputing(self.layers)
+
+    def __str__(self) -> str:
+        return f"{len(self.layers)} of {len(self._layers)} layers run again"

@@ -1,0 +1,158 @@
+"""Runs in which as few layers as the plan needs run again in the backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rankpilot
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
+from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.recomputation import Recomputation
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+    set_seed,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+LAYERS, STEPS = 6, 8
+SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
+
+
+BOUNDS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 4)
+"""One plan for all runs: what differs is the layers that run again."""
+
+
+def trainer_of(folder: Path, kind: Any = Trainer, **options: Any) -> Trainer:
+    set_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=LAYERS, **sizes))
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear"))
+    rows = [{"input_ids": [stride * i % 64 for i in range(32)]} for stride in range(1, 41)]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=3,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    return kind(model, arguments, train_dataset=[row | {"labels": row["input_ids"]} for row in rows])
+
+
+def attached(folder: Path, budget: str | int, *, recompute: bool = True, **options: Any) -> tuple[Trainer, Any]:
+    trainer = trainer_of(folder, **options)
+    callback = rankpilot.attach(
+        trainer,
+        "signal-mean",
+        budget=budget,
+        bounds=BOUNDS,
+        recompute=recompute,
+        measure_every=1,
+        schedule=SCHEDULE,
+    )
+    return trainer, callback
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def recomputed(trainer: Trainer) -> list[bool]:
+    return [m.gradient_checkpointing for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the run in which all layers run again."""
+    trainer, _ = attached(tmp_path_factory.mktemp("all"), "120%", recompute=False, gradient_checkpointing=True)
+    trainer.train()
+    return losses(trainer)
+
+
+@pytest.mark.parametrize(("budget", "layers"), [("110%", 0), ("75%", 2), ("55%", 3), ("37%", 5)])
+def test_as_few_layers_run_again_as_the_budget_needs(
+    tmp_path: Path, everything: list[float], budget: str, layers: int
+) -> None:
+    trainer, callback = attached(tmp_path, budget)
+    trainer.train()
+    assert recomputed(trainer) == [True] * layers + [False] * (LAYERS - layers)
+    assert losses(trainer) == everything, "dropout draws the same numbers"
+    assert max(peak for _, peak in callback.peaks) <= callback.limit
+    for _, predicted, peak in callback.pilot.checks:
+        assert peak <= predicted <= 1.01 * peak
+    rows = [row for row in trainer.state.log_history if "recomputed_layers" in row]
+    assert {row["recomputed_layers"] for row in rows} == {layers}
+
+
+def test_a_resumed_run_goes_on_with_the_same_layers(tmp_path: Path, everything: list[float]) -> None:
+    trainer, _ = attached(tmp_path, "55%")
+    trainer.train()
+    resumed, callback = attached(tmp_path, "55%")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert recomputed(resumed) == recomputed(trainer)
+    assert losses(resumed) == everything
+    assert max(peak for _, peak in callback.peaks) <= callback.limit
+
+
+def test_another_budget_changes_the_layers_and_not_the_ranks(tmp_path: Path, everything: list[float]) -> None:
+    trainer, _ = attached(tmp_path, "110%")
+    trainer.train()
+    resumed, callback = attached(tmp_path, "55%")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert sum(recomputed(trainer)) == 0
+    assert sum(recomputed(resumed)) == 3
+    assert set(callback.controller.ranks) == {4}
+    assert losses(resumed) == everything
+
+
+class OutOfMemoryOnce(Trainer):  # type: ignore[misc]
+    """Runs out of memory in its third step, once."""
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        if self.state.global_step == 2 and not getattr(self, "failed", False):
+            self.failed = True
+            raise torch.OutOfMemoryError
+        loss: torch.Tensor = super().training_step(*arguments, **options)
+        return loss
+
+
+def test_more_layers_run_again_before_a_rank_falls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, callback = attached(tmp_path, "110%", kind=OutOfMemoryOnce)
+    trainer.train()
+    assert trainer.failed
+    assert 0 < sum(recomputed(trainer)) < LAYERS
+    assert set(callback.controller.ranks) == {4}
+    assert [step for step, _ in callback.predictions] == [0, 4], "no correction of ranks was needed"
+    assert "Step 3 ran out of memory, and is taken again. Now 1 of 6 layers run again" in caplog.text
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    config = XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    model = get_peft_model(XLNetForSequenceClassification(config), LoraConfig(target_modules=["layer_1"]))
+    with pytest.raises(UnsupportedError, match="does not support gradient checkpointing"):
+        Recomputation(model)
+
+
+def test_a_budget_of_parameters_cannot_choose_layers() -> None:
+    with pytest.raises(BudgetError, match="counts parameters, and a layer that runs again saves none"):
+        rankpilot.RankPilot("signal-mean", "300k params", recompute=True)
+
+
+def test_recompute_and_checkpointing_are_one_choice() -> None:
+    with pytest.raises(ConfigError, match="give one of them"):
+        FinetuneConfig("model", "data", recompute=True, checkpointing=True)
