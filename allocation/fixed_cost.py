@@ -31,6 +31,7 @@ class FixedCost:
         self._module_groups = cost.module_groups
         self._by_group = np.ascontiguousarray(cost.group_bytes.T)
         self.active = active.copy()
+        self.value: FloatArray
         self._pay()
 
     def value_with(self, module: int) -> FloatArray:
@@ -67,5 +68,5 @@ class FixedCost:
 
     def _pay(self) -> None:
         """Find the groups that the set needs, and what they cost."""
-        self._paid: BoolArray = self._module_groups[self.active].any(axis=0)
-        self.value: FloatArray = self._constant + self._group_bytes @ self._paid
+        self._paid = np.asarray(self._module_groups[self.active].any(axis=0))
+        self.value = self._constant + self._group_bytes @ self._paid

@@ -109,13 +109,15 @@ class PlanBuilder:
         alone = self.costs[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
         able = absent[(alone <= self._limit).all(axis=0)]
         order = np.argsort(-self._preference[able], kind="stable")
-        return any([self.lift(module, 1) for module in able[order].tolist()])
+        lifted = [self.lift(module, 1) for module in able[order].tolist()]
+        return any(lifted)
 
     def _can_rise(self, modules: BoolArray) -> IntArray:
         """Those of the modules for which one more rung would fit if they needed no further group, their indices."""
         able = np.flatnonzero(modules)
         rises = self._per_rank[:, able] * self._rises[self.rungs[able] + 1]
-        return able[(rises <= (self._limit - self.costs)[:, None]).all(axis=0)]
+        result: IntArray = able[(rises <= (self._limit - self.costs)[:, None]).all(axis=0)]
+        return result
 
     def raise_adapted(self, upper: IntArray) -> None:
         """Raise adapted modules rung by rung wherever that fits, the lowest level first, and none above its bound."""

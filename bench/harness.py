@@ -84,6 +84,11 @@ def interleave(
     return seconds
 
 
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """A clock in seconds: CPU time if the CPU does the work, which depends less on what else runs; else wall time."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until the device has done what was asked of it; at once on a CPU."""
     if device.type == "cuda":

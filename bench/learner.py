@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -21,6 +20,7 @@ from ..memory.model import MemoryModel
 from ..memory.model_states import state_bytes
 from ..memory.peak_meter import PeakMeter
 from ..memory.recording import Batch
+from .harness import clock_for
 
 LEARNING_RATE = 1e-3
 
@@ -41,7 +41,8 @@ class Learner:
         parameters: all that trains.
         optimizer: of these.
         steps: optimiser steps done.
-        own_seconds: for each step, the time on the host that the method's own work at the events took.
+        own_seconds: for each step, the time that the method's own work at the events took: CPU time on a CPU, and the
+            host's time beside another device.
         setup_seconds: what the method took before the first step.
     """
 
@@ -56,6 +57,7 @@ class Learner:
         self.own_seconds: list[float] = []
         self.setup_seconds = 0.0
         self._device, self._seed, self._autocast = base.device, seed, autocast
+        self._clock = clock_for(base.device)
 
     @cached_property
     def targets(self) -> list[TargetModule]:
@@ -108,9 +110,9 @@ class Learner:
         return meter.end(self.steps, self.model) or 0
 
     def _own(self, event: Callable[[], None]) -> None:
-        start = time.perf_counter()
+        start = self._clock()
         event()
-        self.own_seconds[-1] += time.perf_counter() - start
+        self.own_seconds[-1] += self._clock() - start
 
     def on_step_begin(self) -> None:
         """Before the forward pass."""

@@ -71,7 +71,7 @@ def calibrate(
             base, small = _record(recorder, targets, batch), batch
         else:
             base, short, wide = series
-        double = _record(recorder, targets, small, 2 * RANK)
+        double = _record(recorder, targets, small, 2 * RANK, sizes_alone=True)
         base = _lifetimes(recorder, targets, base, small)
     _check_all_ran(base, targets)
     recorded = BatchShape.of(small)
@@ -98,7 +98,8 @@ def _regular_series(
     """The recordings of a small, a shorter and a wider batch; None if sizes cannot be told from them."""
     try:
         _warm_up(recorder, targets, batches[1])
-        base, short, wide = (_record(recorder, targets, batch) for batch in batches)
+        base = _record(recorder, targets, batches[0])
+        short, wide = (_record(recorder, targets, batch, sizes_alone=True) for batch in batches[1:])
     except (RankPilotError, torch.OutOfMemoryError):
         raise
     except CUT_FAILS:  # the loss takes whole batches alone, such as packed rows with their limits beside them
@@ -129,9 +130,11 @@ def _warm_up(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch) 
         recorder.forward(batch)
 
 
-def _record(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch, rank: int = RANK) -> Recording:
+def _record(
+    recorder: Recorder, targets: Sequence[TargetModule], batch: Batch, rank: int = RANK, *, sizes_alone: bool = False
+) -> Recording:
     _prepare(targets, rank)
-    return recorder.step(batch)
+    return recorder.step(batch, sizes_alone=sizes_alone)
 
 
 def _lifetimes(recorder: Recorder, targets: Sequence[TargetModule], base: Recording, batch: Batch) -> Recording:

@@ -23,6 +23,9 @@ from .recording import NEVER, Batch, Recording, Segment
 from .step_parts import is_reentrant, requires_grad_hook
 from .training_step import LossFunction, model_loss
 
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers keeps a module's checkpointing function."""
+
 
 @dataclass(frozen=True)
 class _Packed:
@@ -65,19 +68,25 @@ class Recorder:
         self.loss = loss or model_loss(model)
         named = dict(model.named_modules())
         self.names = tuple(named)
+        self.parameters = list(model.parameters())
+        self.checkpointing = [module for module in named.values() if _CHECKPOINT in vars(module)]
         self.name_index = {id(module): index for index, module in enumerate(named.values())}
         self.target_index = {id(target.layer): index for index, target in enumerate(targets)}
         self.target_of_parameter = {id(p): i for i, target in enumerate(targets) for p in target.parameters.values()}
         self.every_plan = 1 << len(targets)  # the bit for all that trains whatever the plan
         self.always_trains = {i: t.layer for i, t in enumerate(targets) if _requires_grad_always(t.layer)}
 
-    def step(self, batch: Batch) -> Recording:
+    def step(self, batch: Batch, *, sizes_alone: bool = False) -> Recording:
         """Record a forward and a backward pass, and clear the gradients; `freed_if_unsaved` equals `freed`.
+
+        Args:
+            batch: what the loss takes.
+            sizes_alone: leave out which modules create and need the storages; takes less time.
 
         Raises:
             UnsupportedError: the model returns no loss.
         """
-        return _Run(self, batch).record(save=True)
+        return _Run(self, batch, sizes_alone).record(save=True)
 
     def forward(self, batch: Batch) -> Recording:
         """Record a forward pass in which autograd saves nothing.
@@ -119,8 +128,8 @@ class Recorder:
 class _Run:
     """The state of one recording while the model runs."""
 
-    def __init__(self, recorder: Recorder, batch: Batch) -> None:
-        self._recorder, self._batch = recorder, batch
+    def __init__(self, recorder: Recorder, batch: Batch, sizes_alone: bool = False) -> None:
+        self._recorder, self._batch, self._sizes_alone = recorder, batch, sizes_alone
         self._mode = LiveStorages(self._note_created, self._note_freed)
         # One entry for each storage.
         self._created: list[int] = []
@@ -132,8 +141,8 @@ class _Run:
         self._needed: dict[int, ModuleSet] = {}
         self._on_context_until: dict[int, int] = {}
         # The forward pass, and where the run is in it; the backward pass returns to the stretch of each node.
-        self._stretches: list[_Stretch] = [_Stretch(0, 0, 0, -1, 0)]
-        self._stretch = self._stretches[0]
+        self._stretch = _Stretch(0, 0, 0, -1, 0)
+        self._stretches, self._sequences = [self._stretch], [0]  # the latter are those of the stretches
         self._callers: list[_Stretch] = []
         self._segments: list[Segment] = []
         self._segment = -1
@@ -147,14 +156,14 @@ class _Run:
     def record(self, *, save: bool) -> Recording:
         """Run the step; without `save`, autograd saves nothing and only the forward pass runs."""
         torch.clear_autocast_cache()  # it may hold factors of other ranks
-        with self._mode, self._watching(), _segments_marked(self._recorder.model, self._run_segment):
+        with self._mode, self._watching(), _segments_marked(self._recorder.checkpointing, self._run_segment):
             with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, save=save), _unpack):
                 loss = self._recorder.loss(self._batch)
             torch.clear_autocast_cache()  # training leaves autocast here, but the caller's context may last longer
             forward_end = self._mode.now
             gradients = self._backward(loss) if save else {}
         freed = np.array(self._freed, dtype=np.int64)
-        for parameter in self._recorder.model.parameters():
+        for parameter in self._recorder.parameters:
             parameter.grad = None
         return Recording(
             sizes=np.array(self._sizes, dtype=np.int64),
@@ -194,13 +203,14 @@ class _Run:
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """Follow which module runs."""
-        enter = register_module_forward_pre_hook(self._enter)
-        leave = register_module_forward_hook(self._leave, always_call=True)
-        leaves = [layer.register_forward_hook(self._as_leaf) for layer in self._recorder.always_trains.values()]
+        handles = [layer.register_forward_hook(self._as_leaf) for layer in self._recorder.always_trains.values()]
+        if not self._sizes_alone:
+            handles.append(register_module_forward_pre_hook(self._enter))
+            handles.append(register_module_forward_hook(self._leave, always_call=True))
         try:
             yield
         finally:
-            for handle in (enter, leave, *leaves):
+            for handle in handles:
                 handle.remove()
             self._leaves.clear()
 
@@ -221,6 +231,7 @@ class _Run:
     def _begin_stretch(self, stretch: _Stretch) -> None:
         self._stretch = stretch
         self._stretches.append(stretch)
+        self._sequences.append(stretch.sequence)
 
     def _run_segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a checkpointed segment without checkpointing, and note it."""
@@ -246,14 +257,15 @@ class _Run:
 
     def _backward(self, loss: torch.Tensor) -> dict[int, int]:
         """Run the backward pass and return `Recording.gradients`."""
-        flow = flow_from(loss, self._trains)
-        self._find_saved(flow)
-        self._flow = {node._sequence_nr(): modules for node, modules in flow.items()}
-        del flow  # it would keep the graph alive
+        if not self._sizes_alone:
+            flow = flow_from(loss, self._trains)
+            self._find_saved(flow)
+            self._flow = {node._sequence_nr(): modules for node, modules in flow.items()}
+            del flow  # it would keep the graph alive
         with torch.autocast("cpu" if loss.is_meta else loss.device.type, enabled=False):
             loss.backward()  # type: ignore[no-untyped-call]
         gradients = {}
-        for parameter in self._recorder.model.parameters():
+        for parameter in self._recorder.parameters:
             if parameter.grad is not None:
                 serial = self._mode.serial(parameter.grad)
                 if serial is not None:
@@ -292,13 +304,13 @@ class _Run:
             return
         self._node_modules = flow[sequence]
         self._node_uses_saved = sequence in self._saving
-        index = bisect_right(self._stretches, sequence, key=lambda stretch: stretch.sequence) - 1
+        index = bisect_right(self._sequences, sequence) - 1
         self._stretch = self._stretches[max(index, 0)]
         self._segment = self._segment_of(sequence)
 
     def _parent_left_at(self, sequence: int) -> int:
         """The time at which the parent of a node's module returned; until then its variables hold the node's result."""
-        index = bisect_right(self._stretches, sequence, key=lambda stretch: stretch.sequence)
+        index = bisect_right(self._sequences, sequence)
         outside = self._stretches[index - 1].depth - 2
         return next((stretch.time for stretch in self._stretches[index:] if stretch.depth <= outside), NEVER)
 
@@ -338,14 +350,13 @@ def _sequence() -> int:
 
 
 @contextmanager
-def _segments_marked(model: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Replace transformers' checkpointing function by `run` on every module that has one."""
-    name = "_gradient_checkpointing_func"
-    changed = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
+def _segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
+    """Replace transformers' checkpointing function by `run` on these modules, which have one."""
+    functions = [vars(module)[_CHECKPOINT] for module in modules]
     try:
-        for module, function in changed:
-            setattr(module, name, partial(run, is_reentrant(function)))
+        for module, function in zip(modules, functions, strict=True):
+            setattr(module, _CHECKPOINT, partial(run, is_reentrant(function)))
         yield
     finally:
-        for module, function in changed:
-            setattr(module, name, function)
+        for module, function in zip(modules, functions, strict=True):
+            setattr(module, _CHECKPOINT, function)

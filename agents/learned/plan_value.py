@@ -24,7 +24,7 @@ _SUMMARY = 5
 """Number of features of a plan as a whole."""
 
 TOKENS_AT_ONCE = 2048
-"""About so many modules, counted in each plan, go through a value network together: they fit into a processor's cache."""
+"""Modules, counted in each plan, that go through a value network together: so many fit into a processor's cache."""
 
 _RELATIVE_DEPTH = MODULE_FEATURES.index("relative_depth")
 
@@ -116,7 +116,7 @@ class _Features:
             plans.run[:, None],
             weights,
             2 * (exists - 1).unsqueeze(-1),
-            # Share of adapted modules, mean log2(1 + rank) of all and of the adapted ones, lowest adapted layer, spread.
+            # Share of adapted modules, mean log2(1 + rank) of all and of adapted ones, lowest adapted layer, spread.
             torch.cat([adapted.sum(2, keepdim=True) / count, total / count / 3, total / used / 3, lowest, spread], -1),
         )
 
@@ -148,16 +148,19 @@ class PlanValue(nn.Module):
             nn.Linear(3 * width + run + _SUMMARY, width), _Tanh(), nn.Dropout(config.dropout), nn.Linear(width, 1)
         )
 
-    def forward(self, plans: Plans) -> torch.Tensor:
-        """The values, (states, plans); only their differences between plans for one state have a meaning."""
-        return self.value(_Features.of(plans))
+    def forward(self, plans: Plans, seen: _Features | None = None) -> torch.Tensor:
+        """The values, (states, plans); only their differences between plans for one state have a meaning.
 
-    def value(self, seen: _Features) -> torch.Tensor:
-        """The values of plans that are described already, (states, plans)."""
-        first = self.encoder[0]
-        of_state, of_plan, of_run = first.weight.split([seen.of_state.shape[-1], PLAN_FEATURES, seen.run.shape[-1]], 1)
+        Args:
+            plans: what is valued.
+            seen: the features of these plans, where they are known already.
+        """
+        seen = seen or _Features.of(plans)
+        weight, bias = (self.encoder.get_parameter(f"0.{name}") for name in ("weight", "bias"))
+        sizes = [seen.of_state.shape[-1], PLAN_FEATURES, seen.run.shape[-1]]
+        of_state, of_plan, of_run = torch.split(weight, sizes, dim=1)
         # What all plans for a state have in common goes through the first layer once.
-        common = linear(seen.of_state, of_state, first.bias) + linear(seen.run, of_run)
+        common = linear(seen.of_state, of_state, bias) + linear(seen.run, of_run)
         tokens = self.encoder[1:](common[:, None] + linear(seen.of_plan, of_plan))
         everywhere, where_adapted = (seen.weights @ tokens).unbind(2)
         highest = (tokens + seen.absent).amax(2)
@@ -184,6 +187,7 @@ class PlanValueEnsemble(nn.Module):
         states, _, modules = distinct.shape
         values = []
         for ranks in distinct.split(max(1, TOKENS_AT_ONCE // (states * modules)), dim=1):
-            seen = _Features.of(replace(plans, ranks=ranks))
-            values.append(torch.stack([critic.value(seen) for critic in self.critics]))
+            part = replace(plans, ranks=ranks)
+            seen = _Features.of(part)
+            values.append(torch.stack([critic(part, seen) for critic in self.critics]))
         return torch.cat(values, dim=2)[:, :, places]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ...common.arrays import FloatArray
 from ...common.statistics import Estimate, Statistic
-from ..harness import estimate_cycles, interleave, paired_ratios, whole_cycle
+from ..harness import clock_for, estimate_cycles, interleave, paired_ratios, whole_cycle
 from ..learner import Learner
 from ..models import LORA, Family, Size, random_loader, random_model
 from .contenders import AdaLora, RankPilot
@@ -61,7 +61,7 @@ class Result:
     """What an interleaved run gave for one method.
 
     Attributes:
-        seconds: of each timed step, (steps,).
+        seconds: of each timed step, (steps,); CPU time on a CPU.
         own_seconds: the part of it that is the method's own work, (steps,).
         adapter_bytes: of weights, gradients, optimiser state and further buffers, at the measured step.
         peak_bytes: those and the tensors saved for backward.
@@ -84,6 +84,10 @@ class Result:
         """Own work of a cycle over plain LoRA's usual time for one."""
         a_step = estimate_cycles(self.own_seconds.reshape(-1, PERIOD), whole_cycle).value
         return a_step / float(np.median(plain.seconds))
+
+    def own_share_of_a_step(self, plain: Result) -> float:
+        """Own work of a usual step, between two decisions, over plain LoRA's usual time for one."""
+        return float(np.median(self.own_seconds) / np.median(plain.seconds))
 
 
 def run(
@@ -133,7 +137,7 @@ def run(
                 on_round()
 
         work = {name: partial(step, name) for name in methods}
-        seconds = interleave(work, course.steps, device, after_round=after_round)
+        seconds = interleave(work, course.steps, device, after_round=after_round, clock=clock_for(device))
     timed = slice(course.timed.start, course.timed.stop)
     return {
         name: Result(

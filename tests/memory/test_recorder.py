@@ -80,6 +80,19 @@ def test_recording_twice_gives_the_same(recorded):
         assert np.array_equal(getattr(first, name), getattr(second, name)), name
 
 
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [("llama", None), ("llama", True), ("bert", None), ("gpt2-dora", None)]
+)
+def test_sizes_alone_are_those_of_a_whole_recording(recorded, name, checkpointing):
+    recorder, run, whole = recorded(name, checkpointing)
+    alone = recorder.step(run.batch, sizes_alone=True)
+    assert alone.forward_end == whole.forward_end
+    for column in ("sizes", "created", "freed"):
+        assert np.array_equal(getattr(alone, column), getattr(whole, column)), column
+    assert len(whole.needed) > 0 == len(alone.needed)
+    assert (alone.target_index == -1).all()
+
+
 def test_gradients_are_cleared_and_hooks_removed(recorded):
     before = len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)
     _, run, _ = recorded()

@@ -21,7 +21,7 @@ HELD = ("step_ms", "adapter_bytes", "peak_bytes", "rank_changes")
 RATIOS = (
     *("step_ratio", "step_ratio_low", "step_ratio_high"),
     *("cycle_ratio", "cycle_ratio_low", "cycle_ratio_high"),
-    *("total_ratio", "own_share"),
+    *("total_ratio", "own_share", "own_share_of_a_step"),
 )
 
 
@@ -30,9 +30,9 @@ def results(tiny: Size, short: Course) -> dict[str, Result]:
     return run("bert", tiny, short, torch.device("cpu"), seed=0)
 
 
-def result(*, step: float = 1.0, decision: float = 0.0, noise: float = 0.0) -> Result:
+def result(*, step: float = 1.0, own: float = 0.0, decision: float = 0.0, noise: float = 0.0) -> Result:
     """Four cycles with a decision at the end of each."""
-    own_seconds = np.tile([0.0] * (PERIOD - 1) + [decision], 4)
+    own_seconds = np.tile([own] * (PERIOD - 1) + [decision], 4)
     seconds = step + own_seconds + noise * np.random.default_rng(0).standard_normal(4 * PERIOD)
     return Result(seconds, own_seconds, adapter_bytes=1024, peak_bytes=2048, rank_changes=3, setup_seconds=1.5)
 
@@ -75,6 +75,8 @@ def test_ratios_and_own_share_of_known_times() -> None:
     assert ours.against(plain, usual_step).value == 1.0
     assert ours.against(plain, whole_cycle).value == pytest.approx(1.02)
     assert ours.own_share(plain) == pytest.approx(0.02)
+    assert ours.own_share_of_a_step(plain) == 0.0
+    assert result(step=2.0, own=0.01).own_share_of_a_step(plain) == pytest.approx(0.005)
 
 
 def test_figures_are_flat_and_complete(results: dict[str, Result]) -> None:
@@ -100,14 +102,22 @@ def test_the_verdict_names_the_side_of_the_bar(decision: float, noise: float, wo
     assert "Bar 1.01: not for a quick run" in quick
 
 
+@pytest.mark.parametrize(("own", "word"), [(0.005, "kept"), (0.006, "missed")])
+def test_the_verdict_names_the_side_of_the_bar_of_own_work(own: float, word: str) -> None:
+    results = {"plain": result(), "rankpilot": result(own=own)}
+    assert f"{own:.2%} of plain LoRA's step. Bar 0.5%: {word}" in verdict("bert", results, quick=False)
+    assert "Bar 0.5%: not for a quick run" in verdict("bert", results, quick=True)
+
+
 def test_the_table_shows_each_method(results: dict[str, Result], tmp_path: Path) -> None:
     with (tmp_path / "table.txt").open("w") as stream:
-        Console(width=200, file=stream).print(table_of("bert: tiny", results))
+        Console(width=100, file=stream).print(table_of("bert: tiny", results))
     lines = (tmp_path / "table.txt").read_text().splitlines()
     assert lines[0].startswith("bert: tiny")
     rows = [line for line in lines if any(label in line for label in overhead.LABELS.values())]
     assert len(rows) == 4
     assert f" {results['rankpilot'].rank_changes} " in rows[3]
+    assert not any("…" in line for line in lines)
 
 
 def test_the_command_writes_all_figures(
