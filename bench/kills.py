@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from ..allocation.decision_log import DecisionLog
@@ -283,9 +285,15 @@ def start(kind: Kind, folder: Path, inputs: Path) -> BaseProcess:
     """A process that trains; it starts as a fork of one that has loaded the libraries."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=kind.train, args=(folder, inputs))
+    process = context.Process(target=_train_in_process, args=(kind.train, folder, inputs))
     process.start()
     return process
+
+
+def _train_in_process(train: Callable[[Path, Path], None], folder: Path, inputs: Path) -> None:
+    """Train in a process that may be killed: without the semaphores of progress bars, which a kill would leak."""
+    tqdm.set_lock(threading.RLock())
+    train(folder, inputs)
 
 
 def wrong_rows(kind: Kind, whole: Path, folder: Path) -> int:
