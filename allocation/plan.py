@@ -100,7 +100,7 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, s
     held = cost.constant[peak]
     parts = (
         (held, "to what this moment holds under every plan (logits, loss, what trains outside the adapter)"),
-        (costs[peak] - adapter[peak] - held, "to what is saved for backward"),
+        (costs[peak] - adapter[peak] - held, "to what is saved or computed for backward"),
         (adapter[peak], "to the adapter itself"),
     )
     shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]

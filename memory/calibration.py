@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from peft.utils.integrations import get_bnb_param_type
 from torch import nn
 
-from ..common.arrays import FloatArray
 from ..errors import RankPilotError, UnsupportedError
 from ..lora.factors import write_in_place
 from ..lora.targets import TargetModule
 from .batch_shape import BatchShape, reshaped
 from .device_kind import device_kind
+from .growth import Growth
+from .loss_tiles import LossTiles
 from .model import RANK, MemoryModel
 from .model_states import model_states
 from .recorder import Recorder
@@ -59,57 +61,49 @@ def calibrate(
         UnsupportedError: the model returns no loss, or a target module takes no part in its forward pass.
     """
     shape = BatchShape.of(batch)
-    cut = 2 if shape.length >= 4 else 1
-    _, short_shape, wide_shape = shapes = _small_shapes(shape, cut, rows_per_example)
-    row_ratio = wide_shape.rows / short_shape.rows
+    tiles = LossTiles(shape)
     with _all_training(model, targets):
-        recorder = Recorder(model, targets, loss)
-        small, shorter, wider = (reshaped(batch, other, rows_per_example) for other in shapes)
-        series = _regular_series(recorder, targets, (small, shorter, wider), row_ratio)
-        if series is None:  # operations depend on the data, so only the batch itself tells
-            _warm_up(recorder, targets, batch)
-            base, small = _record(recorder, targets, batch), batch
-        else:
-            base, short, wide = series
-        double = _record(recorder, targets, small, 2 * RANK, sizes_alone=True)
-        base = _lifetimes(recorder, targets, base, small)
+        recorder = _ScaledRecorder(Recorder(model, targets, loss), targets, tiles)
+        batches = [reshaped(batch, other, rows_per_example) for other in _small_shapes(shape, rows_per_example)]
+        small, series = batches[0], _same_series(recorder, batches)
+        growth = series and Growth.of(shape, [BatchShape.of(each) for each in batches], series, tiles)
+        if series and growth:
+            base = series[0]
+        else:  # operations depend on the data, so only the batch itself tells
+            recorder.warm_up(batch)
+            base, small = recorder.step(batch), batch
+            growth = Growth.unknown(shape, len(base.sizes))
+        double = recorder.step(small, 2 * RANK, sizes_alone=True)
+        base = recorder.lifetimes(base, small)
     _check_all_ran(base, targets)
-    recorded = BatchShape.of(small)
-    length_ratio = -(-recorded.length // cut) / recorded.length
     slope = np.where(base.target_index >= 0, (double.sizes - base.sizes) / RANK, 0.0)
     return MemoryModel(
         shape,
         accumulates,
         model_states(model, targets, optimizer, signal_bytes),
         base,
-        recorded,
         base.sizes - RANK * slope,
         slope,
-        np.full(len(slope), np.nan) if series is None else _power(wide, short, row_ratio),
-        np.zeros(len(slope)) if series is None else _power(base, short, 1 / length_ratio),
-        length_ratio,
+        growth,
         CUDA_BLOCK if device_kind(next(model.parameters())) == "cuda" else 1,
     )
 
 
-def _regular_series(
-    recorder: Recorder, targets: Sequence[TargetModule], batches: Sequence[Batch], row_ratio: float
-) -> tuple[Recording, Recording, Recording] | None:
-    """The recordings of a small, a shorter and a wider batch; None if sizes cannot be told from them."""
+def _same_series(recorder: _ScaledRecorder, batches: Sequence[Batch]) -> list[Recording] | None:
+    """The recordings of these batches; None if they are not of the same operations."""
     try:
-        _warm_up(recorder, targets, batches[1])
-        base = _record(recorder, targets, batches[0])
-        short, wide = (_record(recorder, targets, batch, sizes_alone=True) for batch in batches[1:])
+        recorder.warm_up(batches[1])
+        recordings = [recorder.step(batch, sizes_alone=number > 0) for number, batch in enumerate(batches)]
     except (RankPilotError, torch.OutOfMemoryError):
         raise
     except CUT_FAILS:  # the loss takes whole batches alone, such as packed rows with their limits beside them
         return None
-    same = _same_operations(base, wide) and _same_operations(base, short)
-    return (base, short, wide) if same and _grows_regularly(short, wide, row_ratio) else None
+    return recordings if all(_same_operations(recordings[0], other) for other in recordings[1:]) else None
 
 
-def _small_shapes(shape: BatchShape, cut: int, rows_per_example: int) -> tuple[BatchShape, BatchShape, BatchShape]:
+def _small_shapes(shape: BatchShape, rows_per_example: int) -> tuple[BatchShape, BatchShape, BatchShape]:
     """Three shapes: small, since a step with every module adapted may exceed the budget; cut; and with one row more."""
+    cut = 2 if shape.length >= 4 else 1
     examples = shape.rows // rows_per_example
     few = cut if examples == 1 else 2  # with one row some operators take short cuts
     length = shape.length if examples >= 4 else -(-shape.length // cut)
@@ -119,27 +113,37 @@ def _small_shapes(shape: BatchShape, cut: int, rows_per_example: int) -> tuple[B
     return small, short, wide
 
 
-def _warm_up(recorder: Recorder, targets: Sequence[TargetModule], batch: Batch) -> None:
-    """Run a forward pass where layers cast their biases for good when they are first called: that is no part of a step.
+@dataclass(frozen=True, eq=False)
+class _ScaledRecorder:
+    """Records small steps that stand for those of the whole batch."""
 
-    Layers of bitsandbytes do so, in four and in eight bits.
-    """
-    modules = recorder.model.modules()
-    if any(getattr(m, "bias", None) is not None and get_bnb_param_type(getattr(m, "weight", None)) for m in modules):
-        _prepare(targets, RANK)
-        recorder.forward(batch)
+    recorder: Recorder
+    targets: Sequence[TargetModule]
+    tiles: LossTiles
 
+    def warm_up(self, batch: Batch) -> None:
+        """Run a forward pass where layers cast their biases for good in their first call: that is no part of a step.
 
-def _record(
-    recorder: Recorder, targets: Sequence[TargetModule], batch: Batch, rank: int = RANK, *, sizes_alone: bool = False
-) -> Recording:
-    _prepare(targets, rank)
-    return recorder.step(batch, sizes_alone=sizes_alone)
+        Layers of bitsandbytes do so, in four and in eight bits.
+        """
+        modules = self.recorder.model.modules()
+        if any(
+            getattr(m, "bias", None) is not None and get_bnb_param_type(getattr(m, "weight", None)) for m in modules
+        ):
+            _prepare(self.targets, RANK)
+            self.recorder.forward(batch)
 
+    def step(self, batch: Batch, rank: int = RANK, *, sizes_alone: bool = False) -> Recording:
+        """A step in which all modules have this rank; see `Recorder.step`."""
+        _prepare(self.targets, rank)
+        with self.tiles.scaled(BatchShape.of(batch)):
+            return self.recorder.step(batch, sizes_alone=sizes_alone)
 
-def _lifetimes(recorder: Recorder, targets: Sequence[TargetModule], base: Recording, batch: Batch) -> Recording:
-    _prepare(targets, RANK)
-    return recorder.lifetimes(base, batch)
+    def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
+        """See `Recorder.lifetimes`."""
+        _prepare(self.targets, RANK)
+        with self.tiles.scaled(BatchShape.of(batch)):
+            return self.recorder.lifetimes(recording, batch)
 
 
 def _prepare(targets: Sequence[TargetModule], rank: int) -> None:
@@ -174,22 +178,6 @@ def _all_training(model: nn.Module, targets: Sequence[TargetModule]) -> Iterator
 
 def _same_operations(one: Recording, other: Recording) -> bool:
     return one.forward_end == other.forward_end and np.array_equal(one.created, other.created)
-
-
-def _grows_regularly(smaller: Recording, larger: Recording, factor: float) -> bool:
-    """Whether sizes are whole powers of the rows, but for 1 % of the bytes; a mixture of experts' follow the data."""
-    power = _power(larger, smaller, factor)
-    irregular = np.abs(power - np.round(power)) > 0.1
-    return bool(larger.sizes[irregular].sum() <= 0.01 * larger.sizes.sum())
-
-
-def _power(larger: Recording, smaller: Recording, factor: float) -> FloatArray:
-    """The power of `factor` by which each storage is larger, (storages,); 0 if the factor is 1."""
-    if factor == 1:
-        return np.zeros(len(larger.sizes))
-    ratio = np.maximum(larger.sizes, 1) / np.maximum(smaller.sizes, 1)
-    power: FloatArray = np.log(ratio) / np.log(factor)
-    return power
 
 
 def _check_all_ran(recording: Recording, targets: Sequence[TargetModule]) -> None:

@@ -17,10 +17,10 @@ from functools import cached_property
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from ..errors import UnsupportedError
 from .autograd_flow import ModuleSet
 from .batch_shape import BatchShape
 from .cost import ByteCost, moment_costs, plan_cost
+from .growth import Growth
 from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
 from .recording import Recording, Segment
@@ -47,36 +47,19 @@ class MemoryModel:
     accumulates: bool
     states: ModelStates
     _recording: Recording
-    _recorded_shape: BatchShape
     _base: FloatArray
     _slope: FloatArray
-    _row_power: FloatArray
-    _length_power: FloatArray
-    _length_ratio: float
+    _growth: Growth
     _block_bytes: int
 
     def sizes(self, shape: BatchShape) -> tuple[FloatArray, FloatArray]:
         """Bytes of each recorded storage at a batch shape: a constant part and bytes for each rank, both (storages,).
 
         Raises:
-            UnsupportedError: the model's operations depend on its data, so only the shape of calibration is known, or
-                that shape was too short to tell how sizes grow with length.
+            UnsupportedError: the model's operations depend on its data, or its loss works in several tiles, so only the
+                shape of calibration is known; or that shape was too short to tell how sizes grow with length.
         """
-        recorded = self._recorded_shape
-        if self._length_ratio == 1 and shape.length != recorded.length:
-            raise UnsupportedError(
-                f"Batches of {shape} cannot be predicted: the model was measured with batches of {recorded}, which "
-                "are too short to tell how memory grows with length. Calibrate with the longer batch."
-            )
-        if not np.isfinite(self._row_power).all() and shape != recorded:
-            raise UnsupportedError(
-                f"Batches of {shape} cannot be predicted: the operations of this model depend on its data, so only "
-                f"the shape that was measured, {recorded}, is known. Calibrate with the larger batch."
-            )
-        factor = np.ones(len(self._base))
-        if shape != recorded:
-            factor = (shape.rows / recorded.rows) ** self._row_power
-            factor *= _growth(shape.length / recorded.length, self._length_power, self._length_ratio)
+        factor = self._growth.factor(shape)
         base = np.round(self._base * factor)
         return np.ceil(base / self._block_bytes) * self._block_bytes, np.round(self._slope * factor)
 
@@ -193,17 +176,6 @@ class MemoryModel:
         per_rank += np.bincount(modules[of_module], slope[serials[of_module]], minlength=len(per_rank))
         sums = np.bincount(group[live & ~always], (copies * base)[live & ~always])
         return constant, dict(enumerate(sums.tolist())), per_rank
-
-
-def _growth(ratio: float, power: FloatArray, measured: float) -> FloatArray:
-    """The factor by which each storage grows with a `ratio` of lengths, from its power at a `measured` ratio."""
-    if measured == 1:  # the powers are not known
-        return np.ones(len(power))
-    # A size with a power between two whole ones is a sum of both, as for labels that were padded by one token.
-    whole = np.floor(power + 1e-9)
-    share = (measured ** (power - whole) - measured) / (1 - measured)
-    growth: FloatArray = ratio**whole * (share + (1 - share) * ratio)
-    return growth
 
 
 def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
