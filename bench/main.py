@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "start": Benchmark("start", "what happens before the first step, as a share of a run"),
     "decide": Benchmark("step.decide", "time of a decision on up to 1,001 modules"),
     "memory": Benchmark("memory.run", "predicted bytes of a training step, and measured"),
+    "published": Benchmark("memory.published_run", "peaks that others measured on GPUs, and predicted"),
     "env-speed": Benchmark("env_speed", "speed of stacked episodes, beside PEFT"),
     "kills": Benchmark("kills", "fine-tunes that are killed and resumed"),
     "transfer": Benchmark("transfer", "policies beside uniform rank, on MiniLM-L6"),

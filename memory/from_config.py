@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .find_configuration import find_configuration
 from .for_training import measure_memory
 from .hollow.attention import Attention
 from .hollow.base import PEFT_TYPES, hollow_base, usual_class
-from .hollow.batch import hollow_batch
+from .hollow.batch import calibration_shape, hollow_batch
 from .hollow.device import HollowDevice, hollow_autocast, hollow_device
 from .hollow.quantised import quantise, quiet
 from .model import MemoryModel
@@ -128,7 +128,8 @@ def from_config(config: PreTrainedConfig | str, step: StepConfig, loaded: Loaded
             model, _loss(model, step, loaded), new_optimizer(step.optimizer, model), accumulates=step.accumulation > 1
         )
         targets = find_target_modules(model)
-        batch = hollow_batch(base, BatchShape(step.batch_size, step.max_length))
+        shape = BatchShape(step.batch_size, step.max_length)
+        batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
         try:
             memory = measure_memory(training, targets, batch, signals=False)
         except RankPilotError:
@@ -136,7 +137,7 @@ def from_config(config: PreTrainedConfig | str, step: StepConfig, loaded: Loaded
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             raise _unpredictable(config, error) from error
         return ConfiguredStep(
-            memory=memory,
+            memory=replace(memory, shape=shape),
             model=model,
             targets=targets,
             parameters=parameters,

@@ -15,6 +15,7 @@ EXPLAINED = {
     "start": ("--steps", "--timed", "--quick", "--json", "calibration", "cpu time"),
     "decide": ("--policy", "--quick", "--json", "plans", "one thread"),
     "memory": ("--quick", "--json", "--resume", "--device", "--seed", "checkpointing", "guard"),
+    "published": ("--quick", "--json", "t4", "fitcheck", "configurations"),
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
     "kills": ("--kills", "--quick", "--json", "--seed", "sigkill", "bit for bit"),
     "transfer": ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"),
