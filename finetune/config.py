@@ -40,8 +40,8 @@ class FinetuneConfig(StepConfig):
         best: end with the checkpoint that had the lowest held-out loss.
         early_stopping: stop after so many evaluations without a lower held-out loss, and end with the best checkpoint.
         bounds: ranks of single modules, or their least and largest rank: q_proj=8 down_proj=0:4.
-        recompute: run as few layers again in the backward pass as the plan needs (gradient checkpointing, layer by layer):
-            less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
+        recompute: run as few layers again in the backward pass as the plan needs (gradient checkpointing, layer by
+            layer): less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
         review: a file in which you see and change each plan before it is applied.
         merge: also save the model with the adapter merged into it.
         report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...

@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..batch_shape import BatchShape
 
-
 MASK_ALIGNMENT = 16
 """The memory-efficient kernel copies a mask whose rows are no multiple of this long."""
 

@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
 LAYERS, STEPS = 6, 8
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
 
