@@ -24,6 +24,7 @@ OPTIMIZERS: dict[OptimizerName, str] = {
     "sgd": "sgd",
     "adafactor": "adafactor",
     "adamw8bit": "adamw_bnb_8bit",
+    "paged_adamw8bit": "paged_adamw_8bit",
 }
 """Optimisers by the Trainer's names."""
 

@@ -124,9 +124,9 @@ def from_config(config: PreTrainedConfig | str, step: StepConfig, loaded: Loaded
         parameters = sum(parameter.numel() for parameter in base.parameters())
         kind = PEFT_TYPES[auto_class]
         model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
-        training = TrainingStep(
-            model, _loss(model, step, loaded), new_optimizer(step.optimizer, model), accumulates=step.accumulation > 1
-        )
+        with torch.device("cpu"):  # an 8-bit optimiser makes the table of its codes
+            optimizer = new_optimizer(step.optimizer, model)
+        training = TrainingStep(model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1)
         targets = find_target_modules(model)
         shape = BatchShape(step.batch_size, step.max_length)
         batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 MOST_TOKENS = 2**24
 """The largest batch, in tokens, far beyond what any device holds."""
 
-OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit"]
+OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit"]
 
 
 Quantization = Literal["none", "nf4", "int8"]
@@ -27,7 +27,8 @@ class StepConfig:
         target_modules: modules that get an adapter: "all-linear", or names separated by commas, as in
             `peft.LoraConfig`.
         optimizer: the optimiser. It decides what is stored for each weight that trains: adamw two numbers, sgd none,
-            adafactor at most one, adamw8bit two bytes (needs the extra rankpilot[quant]).
+            adafactor at most one, adamw8bit two bytes (needs the extra rankpilot[quant]), paged_adamw8bit as many, in
+            pages that CUDA may move to the CPU; they count as on the device, where a change of rank puts them.
         quantization: how the frozen weights are stored: none, as they are saved; nf4, four bits each; int8, eight bits.
             Both need the extra rankpilot[quant].
         bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.

@@ -16,9 +16,12 @@ CHECKPOINTING = {"use_reentrant": False}
 """How segments run again: reentrant checkpointing would need inputs with gradients, which a frozen base has not."""
 
 
+_OF_BITSANDBYTES: dict[str, str] = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+
+
 def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantization = "none") -> None:
     """Raise UnsupportedError if the library that an optimiser or a quantisation needs is missing."""
-    needing = [f"optimizer {optimizer}"] if optimizer == "adamw8bit" else []
+    needing = [f"optimizer {optimizer}"] if optimizer in _OF_BITSANDBYTES else []
     needing += [f"quantization {quantization}"] if quantization != "none" else []
     if needing and find_spec("bitsandbytes") is None:
         raise UnsupportedError(f"The {needing[0]} needs bitsandbytes: pip install 'rankpilot[quant]'.")
@@ -35,8 +38,9 @@ def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimize
 
         factored: torch.optim.Optimizer = Adafactor(trains, lr=1e-4, scale_parameter=False, relative_step=False)
         return factored
-    if name == "adamw8bit":
-        optimizer: torch.optim.Optimizer = importlib.import_module("bitsandbytes.optim").AdamW8bit(trains, lr=1e-4)
+    if name in _OF_BITSANDBYTES:
+        kind = getattr(importlib.import_module("bitsandbytes.optim"), _OF_BITSANDBYTES[name])
+        optimizer: torch.optim.Optimizer = kind(trains, lr=1e-4)
         return optimizer
     if trains[0].is_meta:  # torch knows no fused kernel for the meta device, which stands for one that has it
         hollow = torch.optim.AdamW(trains, lr=1e-4)

@@ -86,9 +86,14 @@ def t4_rows() -> list[T4Row]:
     with (FOLDER / "t4_peaks.csv").open() as file:
         rows = [
             T4Row(
-                *(row[name] for name in ("model", "attention", "quantization")),
-                *(int(row[name]) for name in ("rows", "length", "rank")),
-                *(float(row[name]) for name in ("measured_mib", "resident_mib")),
+                model=row["model"],
+                attention=row["attention"],
+                quantization=row["quantization"],
+                rows=int(row["rows"]),
+                length=int(row["length"]),
+                rank=int(row["rank"]),
+                measured=float(row["measured_mib"]),
+                resident=float(row["resident_mib"]),
             )
             for row in csv.DictReader(file)
         ]

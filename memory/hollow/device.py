@@ -96,13 +96,15 @@ def _dropout(device: HollowDevice, tensor: torch.Tensor, p: float, train: bool) 
 
 def _read(device: HollowDevice, tensor: torch.Tensor) -> Any:
     """What a mask says where it is read: whether all of it is ones; numbers are 1."""
+    if not tensor.is_meta:
+        return _below(ATEN._local_scalar_dense.default, tensor)
     if tensor.dtype == torch.bool:
         return not device.padded
     return 1.0 if tensor.is_floating_point() else 1
 
 
-def _equal(device: HollowDevice, one: torch.Tensor, other: torch.Tensor) -> bool:
-    return not device.padded
+def _equal(device: HollowDevice, one: torch.Tensor, other: torch.Tensor) -> Any:
+    return not device.padded if one.is_meta else _below(ATEN.equal.default, one, other)
 
 
 _REPLACED: dict[str, Callable[..., Any]] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from rankpilot.lora.fresh import fresh_adapters
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.cost import moment_costs
@@ -19,16 +20,18 @@ from rankpilot.memory.model import MemoryModel
 from rankpilot.memory.step_config import StepConfig
 from rankpilot.memory.step_parts import new_optimizer, switch_checkpointing
 from rankpilot.memory.training_step import TrainingStep, model_loss
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 RANKS = (0, 1, 4, 8, 16, 64)
 
 
-def real_memory(config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs) -> MemoryModel:
-    """The byte model of the step on a real model on the CPU."""
+def real_memory(
+    config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs, base: PreTrainedModel | None = None
+) -> tuple[MemoryModel, PeftModel, dict[str, torch.Tensor]]:
+    """The byte model of the step on a real model on the CPU, that model, and its batch; `base` may be quantised."""
     config = copy.deepcopy(config)
     auto_class = loaded.auto_class or usual_class(config)
-    base = hollow_base(config, auto_class, loaded.dtype)  # here on the CPU
+    base = base or hollow_base(config, auto_class, loaded.dtype)  # here on the CPU
     if step.checkpointing:
         switch_checkpointing(base, True, reentrant=loaded.reentrant)
     kind = PEFT_TYPES[auto_class]
@@ -39,7 +42,7 @@ def real_memory(config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs) ->
     training = TrainingStep(model, model_loss(model), new_optimizer(step.optimizer, model))
     batch = real_batch(config, step, loaded, rows_only=auto_class.endswith("SequenceClassification"))
     with torch.autocast("cpu", torch.bfloat16) if step.bf16 else nullcontext():
-        return measure_memory(training, find_target_modules(model), batch, signals=False)
+        return measure_memory(training, find_target_modules(model), batch, signals=False), model, batch
 
 
 def real_batch(
@@ -56,10 +59,15 @@ def real_batch(
 
 
 def largest_error(config: PreTrainedConfig, step: StepConfig, plans: int = 40, **options: Any) -> float:
-    """The largest relative difference between prices of random plans: from the configuration, and on the real model."""
+    """The largest error of prices from the configuration, on the CPU."""
     loaded = replace(LoadedAs(device="cpu", dtype=torch.float32), **options)
-    real = real_memory(config, step, loaded).cost()
-    hollow = from_config(config, step, loaded).memory.cost()
-    ranks = np.random.default_rng(0).choice(RANKS, size=(plans, real.per_rank.shape[1]))
+    real, _, _ = real_memory(config, step, loaded)
+    return largest_price_error(from_config(config, step, loaded).memory, real, plans)
+
+
+def largest_price_error(hollow: MemoryModel, real: MemoryModel, plans: int = 40) -> float:
+    """The largest relative difference between prices of random plans."""
+    ours, theirs = hollow.cost(), real.cost()
+    ranks = np.random.default_rng(0).choice(RANKS, size=(plans, theirs.per_rank.shape[1]))
     ranks[plans // 2 :, : ranks.shape[1] // 2] = 0
-    return float(np.abs(moment_costs(hollow, ranks).max(axis=1) / moment_costs(real, ranks).max(axis=1) - 1).max())
+    return float(np.abs(moment_costs(ours, ranks).max(axis=1) / moment_costs(theirs, ranks).max(axis=1) - 1).max())
