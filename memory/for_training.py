@@ -20,10 +20,6 @@ LOOP_BYTES = 1024
 """Room for the few scalars that a training loop adds to the graph, such as a loss divided by a token count."""
 
 
-MICRO_BATCH_BYTES = 768
-"""Further room where gradients are kept over several batches: what one batch leaves to the next."""
-
-
 @dataclass(frozen=True, eq=False)
 class PlanCosts:
     """What plans cost, and their limit; `memory`, None under a budget of parameters, predicts other batch shapes."""
@@ -48,8 +44,7 @@ def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: B
         signal_bytes=signals,
         accumulates=step.accumulates,
     )
-    room = LOOP_BYTES + (MICRO_BATCH_BYTES if step.accumulates else 0)
-    return replace(memory, states=replace(memory.states, others=memory.states.others + room))
+    return replace(memory, states=replace(memory.states, others=memory.states.others + LOOP_BYTES))
 
 
 def plan_costs(

@@ -93,7 +93,7 @@ class MemoryModel:
         copies = 1 + candidate.copied
         sizes = np.where(live & needed, copies * base, 0) + np.where(live, slope * self._rank_of_each(ranks), 0)
         serials, modules = self._gradients(candidate)
-        sizes[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
+        sizes[serials] += np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
         return replace(peak, candidate=candidate, sizes=sizes)
 
     @cached_property
@@ -110,7 +110,8 @@ class MemoryModel:
     def _full_cost(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
         """The cost of plans with every candidate, the optimiser's step last, and without margin."""
         recording, states = self._recording, self.states
-        candidates = find_peak_candidates(recording, base + RANK * slope)
+        step = recording.accumulating() if self.accumulates else recording
+        candidates = find_peak_candidates(step, base + RANK * slope)
         groups = _Groups(recording, len(states.weights))
         rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
         optimizer_step = 2 * states.weights + states.optimizer + states.scratch + states.signals

@@ -150,6 +150,7 @@ class _Run:
         # The backward pass.
         self._flow: dict[int, ModuleSet] | None = None  # modules of each node, by sequence number
         self._saving: set[int] = set()  # sequence numbers of nodes that saved a tensor through the hooks
+        self._added_at: dict[int, int] = {}
         self._node_modules: ModuleSet = 0
         self._node_uses_saved = False
 
@@ -177,6 +178,7 @@ class _Run:
             on_context_until=self._on_context_until,
             uses_saved=np.array(self._uses_saved, dtype=np.bool_),
             gradients=gradients,
+            added_at=self._added_at,
             names=self._recorder.names,
             forward_end=forward_end,
             segments=tuple(self._segments),
@@ -262,8 +264,13 @@ class _Run:
             self._find_saved(flow)
             self._flow = {node._sequence_nr(): modules for node, modules in flow.items()}
             del flow  # it would keep the graph alive
+        trains = [parameter for parameter in self._recorder.parameters if parameter.requires_grad]
+        added = self._note_added
+        handles = [each.register_post_accumulate_grad_hook(added) for each in trains]  # type: ignore[no-untyped-call]
         with torch.autocast("cpu" if loss.is_meta else loss.device.type, enabled=False):
             loss.backward()  # type: ignore[no-untyped-call]
+        for handle in handles:
+            handle.remove()
         gradients = {}
         for parameter in self._recorder.parameters:
             if parameter.grad is not None:
@@ -271,6 +278,11 @@ class _Run:
                 if serial is not None:
                     gradients[serial] = self._recorder.target_of_parameter.get(id(parameter), -1)
         return gradients
+
+    def _note_added(self, parameter: torch.Tensor) -> None:
+        serial = None if parameter.grad is None else self._mode.serial(parameter.grad)
+        if serial is not None:
+            self._added_at[serial] = self._mode.now
 
     def _trains(self, leaf: torch.Tensor) -> ModuleSet:
         target = self._recorder.target_of_parameter.get(id(leaf))

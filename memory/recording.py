@@ -71,6 +71,7 @@ class Recording:
             see them: by serial number, the time at which the parent of the function's module returned.
         uses_saved: whether the operation that created it, in the backward pass, uses a saved tensor, bool (storages,).
         gradients: by serial number of a parameter's gradient, the parameter's target module; -1 for other parameters.
+        added_at: by serial number of a parameter's gradient, the time at which it is added to the parameter.
         names: names of all modules.
         forward_end: the time at which the loss is known.
         segments: the checkpointed segments, in forward order.
@@ -87,6 +88,7 @@ class Recording:
     on_context_until: dict[int, int]
     uses_saved: BoolArray
     gradients: dict[int, int]
+    added_at: dict[int, int]
     names: tuple[str, ...]
     forward_end: int
     segments: tuple[Segment, ...]
@@ -118,6 +120,15 @@ class Recording:
         numbers[kept] = np.arange(len(kept))
         segments = tuple(self.segments[index] for index in kept)
         return replace(self, segments=segments, needed=needed, segment_index=numbers[self.segment_index])
+
+    def accumulating(self) -> Recording:
+        """The same step where the parameters have gradients already, of a batch before: new ones are soon freed.
+
+        The gradients that are there are not among its storages.
+        """
+        freed = self.freed.copy()
+        freed[list(self.added_at)] = list(self.added_at.values())
+        return replace(self, freed=freed, gradients={})
 
     def saved_under(self, ranks: IntArray) -> BoolArray:
         """Whether autograd holds each storage at the end of the forward pass under a plan, bool (storages,).

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import signal_buffer_bytes
@@ -20,6 +21,7 @@ from rankpilot.memory.calibration import calibrate
 from rankpilot.memory.cost import moment_costs, plan_cost
 from rankpilot.memory.peak_meter import PeakMeter
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from ..families import FAMILIES
 from .measured import Run, adamw_run, autocast, family_batch, family_model, random_plans
@@ -303,6 +305,19 @@ def test_gradients_kept_over_micro_batches_are_there_at_every_moment():
         assert 0 <= extra <= weights
         run.loss().backward()
         assert plan_cost(over_several, ranks) == pytest.approx(accumulating_peak(run), rel=EXACT)
+
+
+def test_a_new_gradient_beside_that_of_the_micro_batch_before_counts():
+    """In a batch of few tokens, gradients are as large as what flows back, and the peak is where one has just come."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertForSequenceClassification(BertConfig(vocab_size=48, num_labels=3, **sizes))
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS")).train()
+    run = adamw_run(model, family_batch(ROWS["bert"], model, 4, 4), fused=True)
+    cost = run.calibrated(accumulates=True).cost()
+    for ranks in [*random_plans(run.targets, np.random.default_rng(1), 8), np.full(len(run.targets), 16)]:
+        run.apply(ranks)
+        run.loss().backward()
+        assert plan_cost(cost, ranks) == pytest.approx(accumulating_peak(run), rel=EXACT)
 
 
 def accumulating_peak(run: Run) -> int:
