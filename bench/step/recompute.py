@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ class _Steps:
 def measure(options: Options) -> Figures:
     """Bytes, layers and ratios of step times, for each budget."""
     steps = _Steps(options.quick)
-    learner, batch, figures = steps.learner, steps.batch, {}
+    learner, batch = steps.learner, steps.batch
+    figures: Figures = {}
     without = steps.memory.recomputing(()).peak(steps.ranks)
     plans = {share: fewest_recomputed(steps.memory, steps.ranks, share * without) for share in BUDGETS}
     steps.everything()
@@ -96,7 +98,8 @@ def measure(options: Options) -> Figures:
         steps.chosen(layers)
         name = f"budget_{round(100 * share)}"
         equal = all(map(torch.equal, steps.gradients(), reference))
-        figures |= {f"{name}.layers": len(layers), f"{name}.equal": equal, f"{name}.limit_bytes": share * without}
+        found: Figures = {"layers": len(layers), "equal": equal, "limit_bytes": share * without}
+        figures |= {f"{name}.{key}": value for key, value in found.items()}
         figures[f"{name}.peak_bytes"] = learner.measured_step(batch)
         steps.everything()
         reference = steps.gradients()  # the measured step has moved the weights
@@ -108,7 +111,7 @@ def measure(options: Options) -> Figures:
 
         return work
 
-    work = {f"budget_{round(100 * share)}": timed(lambda s=layers: steps.chosen(s)) for share, layers in plans.items()}
+    work = {f"budget_{round(100 * share)}": timed(partial(steps.chosen, layers)) for share, layers in plans.items()}
     device = batch["input_ids"].device
     seconds = interleave({"all": timed(steps.everything), **work}, options.rounds, device, clock=clock_for(device))
     for name in work:
@@ -132,8 +135,8 @@ def benchmark(options: Options, console: Console) -> Figures:
         rows.append(
             [
                 f"{share:.0%}",
-                format_bytes(of["limit_bytes"]),
-                format_bytes(of["peak_bytes"], up=True),
+                format_bytes(float(of["limit_bytes"])),
+                format_bytes(float(of["peak_bytes"]), up=True),
                 f"{of['layers']} of {figures['layers']}",
                 f"{of['step_ratio']:.2f}",
                 "equal" if of["equal"] else "DIFFERENT",
