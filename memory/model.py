@@ -130,6 +130,23 @@ class MemoryModel:
         return cost, candidates, groups
 
     @property
+    def recording(self) -> Recording:
+        """The recorded step."""
+        return self._recording
+
+    def sizes_under(self, ranks: IntArray, shape: BatchShape | None = None) -> FloatArray:
+        """Bytes of each recorded storage under a plan, if it is live at all, (storages,); see `sizes`.
+
+        Those of a parameter's gradient are its weights', 0 if the module is not adapted.
+        """
+        base, slope = self.sizes(shape or self.shape)
+        sizes = base + slope * self._rank_of_each(ranks)
+        serials, modules = self._all_gradients
+        rank = np.where(modules >= 0, np.asarray(ranks)[modules], 1)
+        sizes[serials] = np.where(rank > 0, base[serials] + slope[serials] * rank, 0)
+        return sizes
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """The checkpointed segments, in forward order."""
         return self._recording.segments

@@ -125,29 +125,22 @@ class _Finder:
 
     def _yet_to_run(self, time: int) -> BoolArray:
         """Storages that are inputs of segments which have not run again by `time`, bool (storages,)."""
-        starts = [self._second_run_start(index) for index in range(len(self._recording.segments))]
+        starts = [self._recording.second_run_start(index) for index in range(len(self._recording.segments))]
         waits = np.append(np.array(starts, dtype=np.int64) >= time, False)
         waiting: BoolArray = waits[np.minimum(self._first_segment, len(starts))]
         return waiting
 
-    def _second_run_start(self, index: int) -> int:
-        """The time at which a segment runs again, just before gradients flow through it; -1 if none do."""
-        recording = self._recording
-        flowing = ~self._forward & (recording.segment_index == index)
-        if not recording.segments[index].reentrant:  # it runs again for the first operation that uses a saved tensor
-            flowing &= recording.uses_saved
-        return int(recording.created[flowing].min()) - 1 if flowing.any() else -1
-
     def _incoming_gradients(self, index: int) -> BoolArray:
         """The gradients with which a reentrant segment's backward pass begins; it holds them to its end."""
-        start, recording = self._second_run_start(index), self._recording
+        recording = self._recording
+        start = recording.second_run_start(index)
         live = (recording.created <= start) & (recording.freed > start)
         return ~self._forward & ~self._gradient & live
 
     def _in_second_run(self, index: int) -> Iterator[PeakCandidate]:
         recording, segment = self._recording, self._recording.segments[index]
         saved = self._saved_in_segment & (recording.segment_index == index)
-        start = self._second_run_start(index)
+        start = recording.second_run_start(index)
         if start < 0 or not saved.any():
             return
         before = self._during_backward("", index, start, after=True)

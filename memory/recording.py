@@ -103,6 +103,13 @@ class Recording:
             if self.segment_index[serial] == index
         }
 
+    def second_run_start(self, index: int) -> int:
+        """The time at which a segment runs again, just before gradients flow through it; -1 if none do."""
+        flowing = (self.created > self.forward_end) & (self.segment_index == index)
+        if not self.segments[index].reentrant:  # it runs again for the first operation that uses a saved tensor
+            flowing &= self.uses_saved
+        return int(self.created[flowing].min()) - 1 if flowing.any() else -1
+
     def recomputing(self, layers: Collection[str]) -> Recording:
         """The same step with fewer checkpointed segments.
 

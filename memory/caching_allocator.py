@@ -1,0 +1,182 @@
+"""A model of torch's caching allocator for CUDA: what it reserves for a sequence of allocations.
+
+A card must hold what the allocator reserves, which is more than what tensors take: blocks are cut out of segments that
+the driver gave, and a segment is kept as long as the process lives, or until the cache is emptied.
+Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.6 to 2.9, with its default settings and one stream.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+_MIB = 2**20
+
+BLOCK_BYTES = 512
+"""Sizes are rounded up to multiples of this many bytes."""
+
+SMALL_BYTES = _MIB
+"""Blocks up to this size come from segments of their own; of a larger block, less than this is not split off."""
+
+SMALL_SEGMENT_BYTES = 2 * _MIB
+"""The size of a segment for small blocks; larger ones have a multiple of it."""
+
+LARGE_SEGMENT_BYTES = 20 * _MIB
+"""The size of a segment for blocks below `LARGE_BLOCK_BYTES`."""
+
+LARGE_BLOCK_BYTES = 10 * _MIB
+"""A block of this size or above gets a segment that it fills."""
+
+_FAR = 2**60
+"""The first address of the expandable segment of small blocks; that of large ones begins at 0."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """A piece of a segment; its neighbours are linked."""
+
+    size: int
+    small: bool
+    free: bool = False
+    before: int | None = None
+    after: int | None = None
+
+
+class CachingAllocator:
+    """The allocator's bookkeeping, without memory.
+
+    Args:
+        expandable: as with `expandable_segments:True`, one segment of each pool grows at its end.
+
+    Attributes:
+        allocated: bytes of the blocks in use.
+        reserved: bytes of all segments.
+        peak_allocated: the highest value of `allocated` so far.
+        peak_reserved: the highest value of `reserved` so far.
+    """
+
+    def __init__(self, *, expandable: bool = False) -> None:
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self._expandable = expandable
+        self._blocks: dict[int, _Block] = {}  # by address
+        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # sizes and addresses, by pool
+        self._ends: dict[bool, int] = {}  # the last block of each pool's segment, if it is expandable
+        self._next_address = 0
+
+    def allocate(self, size: int) -> int:
+        """Allocate bytes, at least 1; returns the block's address, which `free` takes."""
+        size = -(-size // BLOCK_BYTES) * BLOCK_BYTES
+        small = size <= SMALL_BYTES
+        free = self._free[small]
+        index = bisect_left(free, (size, -1))
+        address = free.pop(index)[1] if index < len(free) else self._new_block(size, small)
+        block = self._blocks[address]
+        block.free = False
+        rest = block.size - size
+        if rest >= BLOCK_BYTES and (small or self._expandable or rest > SMALL_BYTES):
+            self._split(address, block, size)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return address
+
+    def free(self, address: int) -> None:
+        """Free a block; it becomes one with free neighbours."""
+        block = self._blocks[address]
+        self.allocated -= block.size
+        free = self._free[block.small]
+        after = block.after
+        if after is not None and self._blocks[after].free:
+            del free[bisect_left(free, (self._blocks[after].size, after))]
+            self._join(address, block, after)
+        before = block.before
+        if before is not None and self._blocks[before].free:
+            del free[bisect_left(free, (self._blocks[before].size, before))]
+            self._join(before, self._blocks[before], address)
+            address, block = before, self._blocks[before]
+        block.free = True
+        insort(free, (block.size, address))
+
+    def empty_cache(self) -> None:
+        """Give segments back in which nothing is allocated; of an expandable segment, its free end."""
+        for small, free in self._free.items():
+            unit = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
+            for size, address in list(free):
+                block = self._blocks[address]
+                if block.before is None and block.after is None:
+                    returned = size
+                elif self._expandable and block.after is None:
+                    returned = size // unit * unit
+                else:
+                    continue
+                free.remove((size, address))
+                self.reserved -= returned
+                block.size -= returned
+                if block.size:
+                    insort(free, (block.size, address))
+                else:
+                    self._remove_end(address, block)
+
+    def _new_block(self, size: int, small: bool) -> int:
+        """A block that is large enough, from the driver."""
+        unit = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
+        if self._expandable:
+            return self._grow(size, small, unit)
+        if not small and size >= LARGE_BLOCK_BYTES:
+            unit = -(-size // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
+        return self._add_block(self._next_address, unit, small, None)
+
+    def _grow(self, size: int, small: bool, unit: int) -> int:
+        """Let a pool's segment grow, and return its last block, which is large enough then."""
+        end = self._ends.get(small)
+        if end is not None and self._blocks[end].free:
+            block, free = self._blocks[end], self._free[small]
+            del free[bisect_left(free, (block.size, end))]
+            more = -(-(size - block.size) // unit) * unit
+            block.size += more
+            self._count_reserved(more)
+            return end
+        address = _FAR * small if end is None else end + self._blocks[end].size
+        self._ends[small] = self._add_block(address, -(-size // unit) * unit, small, end)
+        return address
+
+    def _add_block(self, address: int, size: int, small: bool, before: int | None) -> int:
+        self._blocks[address] = _Block(size, small, before=before)
+        if before is not None:
+            self._blocks[before].after = address
+        self._next_address = address + size
+        self._count_reserved(size)
+        return address
+
+    def _count_reserved(self, size: int) -> None:
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def _split(self, address: int, block: _Block, size: int) -> None:
+        """Cut a block to a size; the rest becomes a free block."""
+        rest = address + size
+        self._blocks[rest] = _Block(block.size - size, block.small, True, address, block.after)
+        if block.after is not None:
+            self._blocks[block.after].before = rest
+        if self._ends.get(block.small) == address:
+            self._ends[block.small] = rest
+        insort(self._free[block.small], (block.size - size, rest))
+        block.size, block.after = size, rest
+
+    def _join(self, address: int, block: _Block, after: int) -> None:
+        """Make a block and the next one, which is in no list of free blocks, one."""
+        other = self._blocks.pop(after)
+        block.size += other.size
+        block.after = other.after
+        if other.after is not None:
+            self._blocks[other.after].before = address
+        if self._ends.get(block.small) == after:
+            self._ends[block.small] = address
+
+    def _remove_end(self, address: int, block: _Block) -> None:
+        """Forget an empty block at the end of its segment."""
+        del self._blocks[address]
+        if block.before is not None:
+            self._blocks[block.before].after = None
+            self._ends[block.small] = block.before
+        else:
+            self._ends.pop(block.small, None)
