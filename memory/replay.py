@@ -68,23 +68,26 @@ def replay(
             run.forward_and_backward(workspace_bytes if step == 0 else 0)
         if step == 0:
             run.keep(_optimizer_state(memory, parameters, ranks))
-        run.optimizer_step(_scratch(memory, parameters, ranks))
+        run.optimizer_step(_scratch(memory, parameters))
     return Replayed(run.allocator.peak_allocated, run.allocator.peak_reserved)
 
 
 def _optimizer_state(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
     """Bytes of the optimiser's tensors: taken to be two of the same size for each factor of an adapter."""
     states = memory.states
-    modules = np.array(list(memory.recording.gradients.values()), dtype=np.int64)
-    share = states.optimizer / states.weights
-    halves = np.where(modules >= 0, parameters * share[modules], 0.0) / 2
-    return [*np.repeat(halves, 2), *(states.fixed * (ranks > 0))]
+    return [*np.repeat(_of_factors(memory, parameters, states.optimizer) / 2, 2), *(states.fixed * (ranks > 0))]
 
 
-def _scratch(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
+def _scratch(memory: MemoryModel, parameters: FloatArray) -> list[float]:
     """Bytes of what the optimiser takes for the time of its step."""
-    others = memory.states.other_gradients
-    return [others, *(memory.states.scratch * ranks)]
+    states = memory.states
+    return [states.other_gradients, *_of_factors(memory, parameters, states.scratch)]
+
+
+def _of_factors(memory: MemoryModel, parameters: FloatArray, per_rank: FloatArray) -> FloatArray:
+    """Bytes of each module's rank, (modules,), shared out among its factors as their weights are, (parameters,)."""
+    modules = np.array(list(memory.recording.gradients.values()), dtype=np.int64)
+    return np.where(modules >= 0, parameters * (per_rank / memory.states.weights)[modules], 0.0)
 
 
 class _Run:
