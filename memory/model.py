@@ -19,7 +19,7 @@ import numpy as np
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from .autograd_flow import ModuleSet
 from .batch_shape import BatchShape
-from .cost import ByteCost, moment_costs, plan_cost
+from .cost import ByteCost, moment_costs
 from .growth import Growth
 from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
@@ -107,11 +107,14 @@ class MemoryModel:
         live = self.accumulates | (self._recording.created[serials] <= candidate.time)
         return serials[live], modules[live]
 
+    def _candidates(self, base: FloatArray, slope: FloatArray) -> list[PeakCandidate]:
+        recording = self._recording.accumulating() if self.accumulates else self._recording
+        return find_peak_candidates(recording, base + RANK * slope)
+
     def _full_cost(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
         """The cost of plans with every candidate, the optimiser's step last, and without margin."""
         recording, states = self._recording, self.states
-        step = recording.accumulating() if self.accumulates else recording
-        candidates = find_peak_candidates(step, base + RANK * slope)
+        candidates = self._candidates(base, slope)
         groups = _Groups(recording, len(states.weights))
         rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
         optimizer_step = 2 * states.weights + states.optimizer + states.scratch + states.signals
@@ -157,8 +160,19 @@ class MemoryModel:
 
     def peak(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
         """Bytes at the peak of one plan; quicker than `cost`, which serves for many. See `cost` for its errors."""
-        cost, _, _ = self._full_cost(*self.sizes(shape or self.shape))
-        return plan_cost(_with_margin(cost, self.margin), ranks)
+        base, slope = self.sizes(shape or self.shape)
+        recording, states, adapted = self._recording, self.states, ranks > 0
+        needs = _Needs.of(recording, adapted)
+        growing = slope * self._rank_of_each(ranks)
+        between_steps = states.others + (states.weights + states.optimizer + states.signals) @ ranks
+        highest = states.other_gradients + (states.weights + states.scratch) @ ranks  # the optimiser's step
+        for candidate in self._candidates(base, slope):
+            live, counted = needs.at(candidate)
+            serials, modules = self._gradients(candidate)
+            gradients = np.where(modules < 0, base[serials], slope[serials] * ranks[modules]).sum()
+            held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum()
+            highest = max(highest, held + gradients)
+        return float(np.ceil((between_steps + highest + states.fixed @ adapted) * (1 + self.margin)))
 
     @property
     def margin(self) -> float:
@@ -201,6 +215,49 @@ def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
     return replace(cost, **higher)
 
 
+@dataclass(frozen=True, eq=False)
+class _Needs:
+    """Which storages one plan holds, for each of three reasons; all masks are bool (3, storages).
+
+    Attributes:
+        known: whether it is known which modules need a storage for this reason; else it counts always.
+        met: whether one of them is adapted.
+    """
+
+    known: BoolArray
+    met: BoolArray
+
+    @classmethod
+    def of(cls, recording: Recording, adapted: BoolArray) -> _Needs:
+        """The needs of a plan; `adapted` is bool (modules,)."""
+        chosen = sum(1 << int(module) for module in np.flatnonzero(adapted)) | 1 << len(adapted)
+        known, met = np.zeros((2, 3, len(recording.sizes)), dtype=np.bool_)
+        for row, needs in enumerate(reasons_to_hold(recording)):
+            for serial, modules in needs.items():
+                known[row, serial], met[row, serial] = bool(modules), bool(modules & chosen)
+        return cls(known, met)
+
+    def at(self, candidate: PeakCandidate) -> tuple[BoolArray, BoolArray]:
+        """Whether each storage can be live at a candidate, and whether the plan holds it; both (storages,)."""
+        reasons = np.stack([candidate.needed, candidate.saved_in_segment, candidate.segment_inputs])
+        live = candidate.always | reasons.any(axis=0)
+        held = (reasons & self.met).any(axis=0) | ~(reasons & self.known).any(axis=0)
+        return live, candidate.always | (live & held)
+
+
+def reasons_to_hold(recording: Recording) -> tuple[dict[int, ModuleSet], ...]:
+    """By serial number, the modules for which a storage is held: saved, saved in its segment, a segment's input."""
+    of_segments = [0] * len(recording.segments)
+    for serial, modules in recording.saved_in_segment.items():
+        of_segments[recording.segment_index[serial]] |= modules
+    inputs = {
+        serial: modules
+        for segment, modules in zip(recording.segments, of_segments, strict=True)
+        for serial in segment.inputs
+    }
+    return recording.needed, recording.saved_in_segment, inputs
+
+
 class _Groups:
     """The groups of a recording: storages that are live if one of the same set of the `count` modules is adapted."""
 
@@ -208,15 +265,7 @@ class _Groups:
         self._count = count
         self._numbers: dict[ModuleSet, int] = {}
         self._sets: list[ModuleSet] = [0]
-        of_segments = [0] * len(recording.segments)
-        for serial, modules in recording.saved_in_segment.items():
-            of_segments[recording.segment_index[serial]] |= modules
-        inputs = {
-            serial: modules
-            for segment, modules in zip(recording.segments, of_segments, strict=True)
-            for serial in segment.inputs
-        }
-        reasons = (recording.needed, recording.saved_in_segment, inputs)
+        reasons = reasons_to_hold(recording)
         self._columns = np.stack([self._column(by_serial, len(recording.sizes)) for by_serial in reasons])
 
     @property

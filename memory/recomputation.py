@@ -30,11 +30,20 @@ def fewest_recomputed(
         Names of layers, the lowest first, without those that hold nothing for the backward pass under this plan. All
         that hold something, if the plan does not even fit then.
     """
-    adapted = sum(1 << int(module) for module in ranks.nonzero()[0]) | 1 << len(ranks)
-    holding = [segment.name for segment in memory.segments if any(m & adapted for m in segment.saved.values())]
-    layers = tuple(dict.fromkeys(holding))
+    layers = holding_layers(memory, ranks)
 
     def fits(count: int) -> bool:
         return memory.recomputing(layers[:count]).peak(ranks, shape) <= limit
 
-    return layers[: bisect_left(range(len(layers)), True, key=fits)]
+    if not layers or fits(0):
+        return ()
+    if not fits(len(layers)):
+        return layers
+    return layers[: bisect_left(range(len(layers)), True, lo=1, key=fits)]
+
+
+def holding_layers(memory: MemoryModel, ranks: IntArray) -> tuple[str, ...]:
+    """Names of the layers that hold something for backward under a plan, int64 (modules,), the lowest first."""
+    adapted = sum(1 << int(module) for module in ranks.nonzero()[0]) | 1 << len(ranks)
+    holding = [segment.name for segment in memory.segments if any(m & adapted for m in segment.saved.values())]
+    return tuple(dict.fromkeys(holding))

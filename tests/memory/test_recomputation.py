@@ -53,7 +53,7 @@ def test_any_set_of_recomputed_layers_is_predicted(family, precision):
         else:
             assert -0.002 <= error <= 0.05
         assert predicted.margin == (memory.margin if chosen else 0)
-        assert predicted.peak(ranks) == pytest.approx(plan_cost(predicted.cost(), ranks), rel=2e-4)
+        assert predicted.peak(ranks) == pytest.approx(plan_cost(predicted.cost(), ranks), rel=2e-4, abs=64)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
