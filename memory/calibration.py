@@ -62,7 +62,7 @@ def calibrate(
     """
     shape = BatchShape.of(batch)
     tiles = LossTiles(shape)
-    with _all_training(model, targets):
+    with all_training(model, targets):
         recorder = _ScaledRecorder(Recorder(model, targets, loss), targets, tiles)
         batches = [reshaped(batch, other, rows_per_example) for other in _small_shapes(shape, rows_per_example)]
         small, series = batches[0], _same_series(recorder, batches)
@@ -130,23 +130,23 @@ class _ScaledRecorder:
         if any(
             getattr(m, "bias", None) is not None and get_bnb_param_type(getattr(m, "weight", None)) for m in modules
         ):
-            _prepare(self.targets, RANK)
+            prepare(self.targets, RANK)
             self.recorder.forward(batch)
 
     def step(self, batch: Batch, rank: int = RANK, *, sizes_alone: bool = False) -> Recording:
         """A step in which all modules have this rank; see `Recorder.step`."""
-        _prepare(self.targets, rank)
+        prepare(self.targets, rank)
         with self.tiles.scaled(BatchShape.of(batch)):
             return self.recorder.step(batch, sizes_alone=sizes_alone)
 
     def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
         """See `Recorder.lifetimes`."""
-        _prepare(self.targets, RANK)
+        prepare(self.targets, RANK)
         with self.tiles.scaled(BatchShape.of(batch)):
             return self.recorder.lifetimes(recording, batch)
 
 
-def _prepare(targets: Sequence[TargetModule], rank: int) -> None:
+def prepare(targets: Sequence[TargetModule], rank: int) -> None:
     """Give every module this rank, and reset the random generator, so that steps draw the same numbers."""
     for target in targets:
         write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
@@ -155,7 +155,7 @@ def _prepare(targets: Sequence[TargetModule], rank: int) -> None:
 
 
 @contextmanager
-def _all_training(model: nn.Module, targets: Sequence[TargetModule]) -> Iterator[None]:
+def all_training(model: nn.Module, targets: Sequence[TargetModule]) -> Iterator[None]:
     """Let every adapter train inside the context; restore values, gradients and random state afterwards."""
     parameters = [parameter for target in targets for parameter in target.parameters.values()]
     before = [(p, p.detach(), p.requires_grad) for p in parameters]

@@ -61,7 +61,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = options or {}
         result = operator(*arguments, **options)
         self.now += 1
-        for storage in storages((result,) if type(result) is torch.Tensor else _tensors(result)):
+        for storage in storages((result,) if type(result) is torch.Tensor else tensors_in(result)):
             if storage._cdata not in self._seen:
                 self._see(storage, (arguments, options))
         scratch = scratch_bytes(operator, arguments, options)
@@ -82,7 +82,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see(self, storage: torch.UntypedStorage, inputs: Any) -> None:
         """Note a storage seen for the first time; it is new unless it is among the operator's inputs."""
         key = storage._cdata
-        if any(old._cdata == key for old in storages(_tensors(inputs))):
+        if any(old._cdata == key for old in storages(tensors_in(inputs))):
             self._seen[key] = None, weakref.ref(storage, lambda reference: self._seen.pop(key, None))
             return
         serial, self.count = self.count, self.count + 1
@@ -95,7 +95,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._created(serial, storage.nbytes())
 
 
-def _tensors(values: Any) -> list[torch.Tensor]:
+def tensors_in(values: Any) -> list[torch.Tensor]:
     """The tensors among an operator's inputs or results; much faster than pytree, since it runs for every operator."""
     if isinstance(values, torch.Tensor):
         return [values]
@@ -108,7 +108,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple, dict)):
-            found += _tensors(value)
+            found += tensors_in(value)
     return found
 
 

@@ -23,7 +23,7 @@ from .recording import NEVER, Batch, Recording, Segment
 from .step_parts import is_reentrant, requires_grad_hook
 from .training_step import LossFunction, model_loss
 
-_CHECKPOINT = "_gradient_checkpointing_func"
+CHECKPOINT = "_gradient_checkpointing_func"
 """Where transformers keeps a module's checkpointing function."""
 
 
@@ -69,7 +69,7 @@ class Recorder:
         named = dict(model.named_modules())
         self.names = tuple(named)
         self.parameters = list(model.parameters())
-        self.checkpointing = [module for module in named.values() if _CHECKPOINT in vars(module)]
+        self.checkpointing = [module for module in named.values() if CHECKPOINT in vars(module)]
         self.name_index = {id(module): index for index, module in enumerate(named.values())}
         self.target_index = {id(target.layer): index for index, target in enumerate(targets)}
         self.target_of_parameter = {id(p): i for i, target in enumerate(targets) for p in target.parameters.values()}
@@ -157,7 +157,7 @@ class _Run:
     def record(self, *, save: bool) -> Recording:
         """Run the step; without `save`, autograd saves nothing and only the forward pass runs."""
         torch.clear_autocast_cache()  # it may hold factors of other ranks
-        with self._mode, self._watching(), _segments_marked(self._recorder.checkpointing, self._run_segment):
+        with self._mode, self._watching(), segments_marked(self._recorder.checkpointing, self._run_segment):
             with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, save=save), _unpack):
                 loss = self._recorder.loss(self._batch)
             torch.clear_autocast_cache()  # training leaves autocast here, but the caller's context may last longer
@@ -362,13 +362,13 @@ def _sequence() -> int:
 
 
 @contextmanager
-def _segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
+def segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
     """Replace transformers' checkpointing function by `run` on these modules, which have one."""
-    functions = [vars(module)[_CHECKPOINT] for module in modules]
+    functions = [vars(module)[CHECKPOINT] for module in modules]
     try:
         for module, function in zip(modules, functions, strict=True):
-            setattr(module, _CHECKPOINT, partial(run, is_reentrant(function)))
+            setattr(module, CHECKPOINT, partial(run, is_reentrant(function)))
         yield
     finally:
         for module, function in zip(modules, functions, strict=True):
-            setattr(module, _CHECKPOINT, function)
+            setattr(module, CHECKPOINT, function)

@@ -1,0 +1,160 @@
+"""Measures what a training step takes in time: a few timed steps of the user's model, on the user's device."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ..common.arrays import IntArray
+from ..lora.factors import write_in_place
+from ..lora.targets import TargetModule
+from .budget import REFERENCE_RANK
+from .calibration import all_training
+from .recording import Batch
+from .step_time import StepTime, fitted
+from .step_work import Rates
+from .training_step import TrainingStep
+from .work_counter import count_work
+
+ROUNDS = 3
+"""How often each plan is timed, after one round to warm up; the median counts."""
+
+HIGH_RANK = 32
+"""The rank of a plan that tells what grows with ranks."""
+
+OPERATOR_SECONDS = 5e-6
+"""What an operator takes beside its work, to begin with; measured times correct it."""
+
+TimedPlan = tuple[IntArray, tuple[str, ...]]
+"""Ranks (modules,), and the names of the layers that run again."""
+
+Take = Callable[[Collection[str]], object]
+"""Lets the layers of these names run again in the backward pass, and no other."""
+
+
+def measure_step_time(
+    step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, take: Take | None = None, *, rounds: int = ROUNDS
+) -> StepTime:
+    """Measure what a step takes under any plan, by a handful of plans that tell its parts apart; see `timed_plans`.
+
+    The plans take turns. Counted work (`StepWork`) divides each part of the step among modules and layers. Seconds are
+    the device's own on CUDA; on a CPU they are CPU time over the number of threads, which depends less on what else
+    runs. Clipping and fused AdamW are part of a step. Afterwards weights, gradients, ranks and random state are as they
+    were.
+
+    Args:
+        step: the step as the loop takes it.
+        targets: the target modules of its model.
+        batch: on the device, of the shape that is asked about.
+        take: sets the layers that run again, where they can be set one by one; all of them do now, and afterwards.
+        rounds: how often each plan is timed, at least 1.
+
+    Raises:
+        UnsupportedError: the model returns no loss.
+    """
+    device = targets[0].weight_a.device
+    work = count_work(step.model, targets, step.loss, batch)
+    layers = work.running_again if take else ()
+    plans = timed_plans(targets, layers, () if take else work.running_again)
+    seconds = np.zeros((rounds, len(plans)))
+    with all_training(step.model, targets), _no_collection():
+        for turn in range(-1, rounds):
+            for number, (ranks, again) in enumerate(plans):
+                if take:
+                    take(again)
+                value = _timed_step(step, targets, ranks, batch)
+                if turn >= 0:
+                    seconds[turn, number] = value
+    if take:
+        take(layers)
+    return fitted(work.time(measured_rates(device)), plans, np.median(seconds, axis=0))
+
+
+def timed_plans(
+    targets: Sequence[TargetModule], layers: tuple[str, ...], always: tuple[str, ...] = ()
+) -> list[TimedPlan]:
+    """The plans whose times tell the parts of a step apart.
+
+    They are: every module at rank 8 (of which a share is a share), and at rank 32; the lowest layer alone, whose
+    backward pass is nearly the whole one, with few adapters; the upper half; the uppermost module alone, whose step is
+    nearly the forward pass; and every module at rank 8 while all layers run again.
+
+    Args:
+        targets: the target modules.
+        layers: those that can be set to run again one by one.
+        always: those that run again under every plan.
+    """
+    blocks = np.array([target.block for target in targets])
+    most = np.array([target.max_rank for target in targets], dtype=np.int64)
+    modules = np.arange(len(targets))
+    usual = np.minimum(REFERENCE_RANK, most)
+    among = (modules == modules[blocks == blocks.max()][-1], blocks == 0, blocks >= (blocks.max() + 1) / 2)
+    plans: list[TimedPlan] = [(usual, always), (np.minimum(HIGH_RANK, most), always)]
+    plans += [(np.where(chosen, usual, 0), always) for chosen in among]
+    return plans + ([(usual, layers)] if layers else [])
+
+
+def measured_rates(device: torch.device) -> Rates:
+    """What a device does in a second, by a product of two matrices and a copy: enough for proportions."""
+    matrix, long = torch.ones(512, 512, device=device), torch.ones(2**23, device=device)
+    product = _median_seconds(device, lambda: matrix @ matrix)
+    copy = _median_seconds(device, long.clone)
+    return Rates(2 * 512**3 / product, 2 * long.nbytes / copy, OPERATOR_SECONDS)
+
+
+def _median_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    work()
+    return max(float(np.median([_seconds(device, work) for _ in range(5)])), 1e-9)
+
+
+def _timed_step(step: TrainingStep, targets: Sequence[TargetModule], ranks: IntArray, batch: Batch) -> float:
+    """The seconds of one step under a plan."""
+    for target, rank in zip(targets, ranks.tolist(), strict=True):
+        write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
+        write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
+        for parameter in target.parameters.values():
+            parameter.requires_grad_(rank > 0)
+    trains = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trains, lr=0.0, weight_decay=0.0, fused=True)
+    for parameter in trains:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its state
+    optimizer.zero_grad(set_to_none=True)
+
+    def whole() -> None:
+        step.loss(batch).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trains, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _seconds(trains[0].device, whole)
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()  # type: ignore[no-untyped-call]
+        work()
+        end.record()  # type: ignore[no-untyped-call]
+        end.synchronize()  # type: ignore[no-untyped-call]
+        return float(begin.elapsed_time(end)) / 1000  # type: ignore[no-untyped-call]
+    start = time.process_time()
+    work()
+    return (time.process_time() - start) / torch.get_num_threads()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running inside a timed step."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

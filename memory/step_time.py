@@ -1,0 +1,161 @@
+"""The seconds of a training step under any plan: ranks, depth, and the layers that run again.
+
+A step takes the forward pass, whatever the plan; the backward pass down to the lowest adapted module; the work of the
+adapters, a part of which grows with their rank; and the second run of layers that gradient checkpointing runs again. As
+bytes do, seconds fall into a constant, something for each rank, and *groups* that are paid once as soon as any of
+certain modules is adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..errors import ConfigError
+
+PARTS = ("constant", "backward", "adapters", "ranks", "again")
+"""The parts of a step: what every plan takes, the backward pass of the frozen model, adapters at any rank, what grows
+with their ranks, and second runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class SecondsRow:
+    """What plans take in seconds, as one moment of their cost; see `ByteCost`.
+
+    Attributes:
+        constant: seconds whatever the plan.
+        per_rank: seconds of one rank of each module, (modules,).
+        groups: seconds of each group, (groups,).
+        needs: which modules need each group, bool (groups, modules).
+    """
+
+    constant: float
+    per_rank: FloatArray
+    groups: FloatArray
+    needs: BoolArray
+
+    def seconds(self, ranks: IntArray) -> float:
+        """The seconds of a plan, int64 (modules,)."""
+        paid = self.needs[:, ranks > 0].any(axis=1)
+        return float(self.constant + self.groups @ paid + self.per_rank @ ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class StepTime:
+    """The seconds of a training step under any plan. All values are at least 0.
+
+    Attributes:
+        constant: seconds whatever the plan: the forward pass of the frozen model, the loss.
+        per_rank: seconds of one rank of each module, forward and backward, (modules,).
+        adapters: seconds of each adapter whatever its rank, (modules,).
+        groups: seconds of parts of the frozen model's backward pass, (groups,).
+        needs: which modules need each of them: it is there if any of them is adapted, bool (groups, modules).
+        layers: names of the layers that can run again, in forward order.
+        running_again: names of those that do in the step as it was set.
+        layer_seconds: seconds of each layer's second run, its adapters left out, (layers,).
+        layer_needs: which modules need it, bool (layers, modules).
+        layer_of: the layer of each module, -1 for none, int64 (modules,).
+        again: seconds of each adapter in a second run whatever its rank, (modules,).
+        again_per_rank: seconds of one rank of it there, (modules,).
+    """
+
+    constant: float
+    per_rank: FloatArray
+    adapters: FloatArray
+    groups: FloatArray
+    needs: BoolArray
+    layers: tuple[str, ...]
+    running_again: tuple[str, ...]
+    layer_seconds: FloatArray
+    layer_needs: BoolArray
+    layer_of: IntArray
+    again: FloatArray
+    again_per_rank: FloatArray
+
+    def row(self, layers: Collection[str] | None = None) -> SecondsRow:
+        """What plans take if these layers run again; by default those that do in the step as it was set."""
+        runs = self._runs(layers)
+        inside = np.append(runs, False)[self.layer_of]  # the last is for modules of no layer, whose index is -1
+        modules = np.eye(len(self.per_rank), dtype=np.bool_)
+        return SecondsRow(
+            self.constant,
+            self.per_rank + np.where(inside, self.again_per_rank, 0.0),
+            np.concatenate([self.groups, self.adapters + np.where(inside, self.again, 0.0), self.layer_seconds[runs]]),
+            np.concatenate([self.needs, modules, self.layer_needs[runs]]),
+        )
+
+    def seconds(self, ranks: IntArray, layers: Collection[str] | None = None) -> float:
+        """The seconds of a step under a plan, int64 (modules,); see `row`."""
+        return self.row(layers).seconds(ranks)
+
+    def parts(self, ranks: IntArray, layers: Collection[str] | None = None) -> FloatArray:
+        """The seconds of each of `PARTS` under a plan, (5,); see `row`."""
+        adapted = ranks > 0
+        backward = float(self.groups @ self.needs[:, adapted].any(axis=1))
+        adapters, growing = float(self.adapters @ adapted), float(self.per_rank @ ranks)
+        again = self.seconds(ranks, layers) - self.constant - backward - adapters - growing
+        return np.array([self.constant, backward, adapters, growing, max(again, 0.0)])
+
+    def scaled(self, factors: FloatArray) -> StepTime:
+        """The same with each of `PARTS` times a factor of at least 0, (5,)."""
+        constant, backward, adapters, growing, again = factors.tolist()
+        return replace(
+            self,
+            constant=self.constant * constant,
+            groups=self.groups * backward,
+            adapters=self.adapters * adapters,
+            per_rank=self.per_rank * growing,
+            layer_seconds=self.layer_seconds * again,
+            again=self.again * again,
+            again_per_rank=self.again_per_rank * again,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that `from_state` needs, as arrays and JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> StepTime:
+        """The step time that `state` described; arrays may have become tensors in between."""
+        values = {name: np.asarray(state[name]) for name in (field.name for field in fields(cls))}
+        names = {name: tuple(state[name]) for name in ("layers", "running_again")}
+        return cls(**values | names | {"constant": float(state["constant"])})
+
+    def _runs(self, layers: Collection[str] | None) -> BoolArray:
+        layers = self.running_again if layers is None else layers
+        return np.array([name in layers for name in self.layers], dtype=np.bool_)
+
+
+def fitted(nominal: StepTime, plans: list[tuple[IntArray, tuple[str, ...]]], seconds: FloatArray) -> StepTime:
+    """The step time whose parts are in the proportions of a nominal one, and whose sums are measured.
+
+    Least squares of the relative errors; each part has one factor of at least 0. A part that the plans do not tell
+    apart, because none has it, keeps the factor of the whole.
+
+    Args:
+        nominal: for the proportions within each part.
+        plans: ranks (modules,), and names of the layers that ran again.
+        seconds: measured under each, > 0, (plans,).
+
+    Raises:
+        ConfigError: there are fewer plans than one, or a time is not above 0.
+    """
+    if not len(seconds) or not (seconds > 0).all():
+        raise ConfigError(f"Step times are above 0 seconds; got {seconds.tolist()}.")
+    parts = np.stack([nominal.parts(ranks, layers) for ranks, layers in plans])
+    scale = float(np.median(seconds / parts.sum(axis=1)))
+    factors = np.full(len(PARTS), scale)
+    told = list(np.flatnonzero(parts.any(axis=0)))
+    while told:  # a factor below 0 means that noise is larger than its part, which is then left out
+        found = np.linalg.lstsq(parts[:, told] / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
+        if (found >= 0).all():
+            factors[told] = found
+            break
+        worst = told.pop(int(found.argmin()))
+        factors[worst] = 0.0
+    return nominal.scaled(factors)
