@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.markup import escape
 
+from ..errors import ConfigError
+from ..memory.step_config import Quantization, StepConfig
 from ..study.memory.config import MemoryConfig
 from .progress import console
+
+NOTHING_FITS = 3
+"""The exit status where nothing fits the card."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +30,30 @@ class Memory(MemoryConfig):
     batches and gradient checkpointing, and runs none of them. It trains nothing, and writes only memory.json and
     memory.png.
 
+    With --device or --device-memory the model need not be here: its configuration is enough to tell what fits that
+    card, and what each choice costs. The exit status is 3 where nothing fits.
+
     Attributes:
         output: folder of the picture and of all figures.
+        json: print all figures as JSON, and nothing else; for a card.
+        config: print the LoraConfig and the training arguments of the best choice; for a card.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
+    quantization: Annotated[Quantization, tyro.conf.arg(aliases=["--quantize"])] = field(default="none", kw_only=True)
     output: Path = Path("runs/memory")
+    json: bool = False
+    config: bool = False
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Show where the bytes go, and write the picture."""
+def main(arguments: Sequence[str]) -> int:
+    """Show where the bytes go, and write the picture; returns the exit status."""
     options = tyro.cli(Memory, args=arguments, prog="rankpilot memory")
+    if options.card:
+        return _card(options, options.card)
+    if options.json or options.config:
+        raise ConfigError("--json and --config are of a card: give --device or --device-memory with them.")
     from ..common.run_folder import refuse_file
     from ..study.memory import report as memory_report
     from ..study.memory.alternatives import memory_use
@@ -53,3 +71,32 @@ def main(arguments: Sequence[str]) -> None:
         console.print(note, markup=False, highlight=False)
     memory_report.write_memory_report(use, options.output)
     console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _card(options: Memory, card: str) -> int:
+    """Show what fits a card; returns the exit status."""
+    from ..common.run_folder import refuse_file
+    from ..memory.outlook import memory_of
+    from ..study.memory import card_report
+
+    refuse_file(options.output)
+    settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)}
+    if not options.bf16:
+        del settings["bf16"]  # the card decides
+    with console.status(f"reading the step of {options.model} from its configuration ..."):
+        outlook = memory_of(options.model, card, rank=options.rank, dtype=options.dtype, **settings)
+        card_report.write_card_report(outlook, options.output)
+    if options.json:
+        console.out(json.dumps(card_report.card_figures(outlook), indent=2), highlight=False)
+    elif options.config:
+        console.out(card_report.configuration_text(outlook), highlight=False)
+    else:
+        console.print(f"[bold]{escape(card_report.card_subject(outlook))}[/]", highlight=False)
+        console.print(card_report.verdict_text(outlook), markup=False, highlight=False)
+        for table in (card_report.grid_table(outlook), card_report.choice_table(outlook)):
+            console.print(table)
+        for note in card_report.card_notes(outlook):
+            console.print(note, markup=False, highlight=False)
+        console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
+    return 0 if outlook.best else NOTHING_FITS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ...data.task import Task
 from ...errors import ConfigError
@@ -28,9 +29,15 @@ class MemoryConfig(StepConfig):
         text_column: name of the column with the text, or with the tokens.
         label_column: name of the column with the class, the number, the tags or the target text.
         seed: seed of random token ids and fresh adapters.
+        device: predict for this card, from the model's configuration alone: "RTX 4090", "a100 80gb", "T4" ... Nothing
+            is downloaded but a configuration that rankpilot does not know. MODEL is then a short name ("qwen3-8b"), a
+            Hugging Face id, a folder or a config.json.
+        device_memory: the same for a card of which you tell the memory: "24GiB".
+        dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 where the card has it.
+            With bf16, steps compute under bf16 autocast.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or options contradict each other.
         BudgetError: the budget cannot be read.
     """
 
@@ -44,6 +51,14 @@ class MemoryConfig(StepConfig):
     text_column: str = "text"
     label_column: str = "label"
     seed: int = 0
+    device: str | None = None
+    device_memory: str | None = None
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+
+    @property
+    def card(self) -> str | None:
+        """The card that is asked about; None to look at the model where it is."""
+        return self.device or self.device_memory
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,3 +67,20 @@ class MemoryConfig(StepConfig):
         if self.rank < 1 or self.labels < 2:
             raise ConfigError(f"rank is at least 1 and labels at least 2; got {self.rank} and {self.labels}.")
         check_seed(self.seed)
+        self._check_card()
+
+    def _check_card(self) -> None:
+        if self.device and self.device_memory:
+            raise ConfigError(
+                f"Give either the card ({self.device!r}) or its memory ({self.device_memory!r}): one tells the other."
+            )
+        if not self.card:
+            if self.dtype:
+                raise ConfigError("dtype is of a card: give --device or --device-memory with it.")
+            return
+        wrong = [name for name in ("data", "task", "budget", "measure", "checkpointing") if getattr(self, name)]
+        if wrong:
+            raise ConfigError(
+                f"{', '.join(wrong)}: not with a card that is only asked about. Its batches are full rows of "
+                "--max-length tokens, and checkpointing is among the choices that are shown."
+            )
