@@ -100,13 +100,18 @@ def break_down(
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the loaded model's weights and buffers that do not train, as stored; a shared storage counts once.
+    """Bytes of the loaded model's weights and buffers that do not train, as stored; see `frozen_sizes`."""
+    return sum(frozen_sizes(model))
+
+
+def frozen_sizes(model: nn.Module) -> list[int]:
+    """Bytes of each storage of the loaded model that does not train, in the order of its modules; a shared one once.
 
     Quantised weights count with their scales.
     """
     scales = chain.from_iterable(scale_tensors(module) for module in model.modules())
     tensors = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers(), *scales]
-    return sum({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())
+    return list({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())
 
 
 def _parents(name: str) -> list[str]:

@@ -51,7 +51,7 @@ class CachingAllocator:
     Attributes:
         allocated: bytes of the blocks in use.
         reserved: bytes of all segments.
-        peak_allocated: the highest value of `allocated` so far.
+        peak_allocated: the highest value of `allocated` so far, or since `restart_peak`.
         peak_reserved: the highest value of `reserved` so far.
     """
 
@@ -95,6 +95,11 @@ class CachingAllocator:
             address, block = before, self._blocks[before]
         block.free = True
         insort(free, (block.size, address))
+
+    def restart_peak(self) -> int:
+        """Let `peak_allocated` begin anew; returns its value."""
+        peak, self.peak_allocated = self.peak_allocated, self.allocated
+        return peak
 
     def empty_cache(self) -> None:
         """Give segments back in which nothing is allocated; of an expandable segment, its free end."""

@@ -15,7 +15,7 @@ from ..common.arrays import FloatArray, IntArray
 from .batch_shape import BatchShape
 from .caching_allocator import CachingAllocator
 from .model import MemoryModel
-from .step_events import StepEvents, step_events
+from .step_events import StepEvents, evaluation_events, step_events
 
 STEPS = 2
 
@@ -25,11 +25,13 @@ class Replayed:
     """What training takes on a CUDA device, the frozen model included and the context excluded.
 
     Attributes:
-        allocated: bytes of tensors at the peak.
-        reserved: bytes that the allocator holds at the end, which it held at the peak.
+        allocated: bytes of tensors at the peak of the training steps.
+        evaluation: bytes of tensors at the peak of evaluation and generation; 0 if there is none.
+        reserved: bytes that the allocator holds at the most.
     """
 
     allocated: int
+    evaluation: int
     reserved: int
 
 
@@ -39,6 +41,8 @@ def replay(
     loaded: Sequence[int],
     *,
     shape: BatchShape | None = None,
+    evaluation: BatchShape | None = None,
+    cache: Sequence[int] = (),
     workspace_bytes: int = 0,
     expandable: bool = False,
 ) -> Replayed:
@@ -49,6 +53,9 @@ def replay(
         ranks: the plan, (modules,).
         loaded: bytes of each storage of the frozen model, in the order of loading.
         shape: of the batches; by default that of calibration.
+        evaluation: the shape of batches of an evaluation after the steps, a forward pass without a graph; None for
+            none.
+        cache: bytes of the tensors that generation keeps after the steps, such as `generation_cache` tells.
         workspace_bytes: what cuBLAS takes through the allocator, half of it in each thread.
         expandable: replay with `expandable_segments:True`.
 
@@ -56,20 +63,27 @@ def replay(
         UnsupportedError: see `MemoryModel.sizes`.
     """
     sizes = memory.sizes_under(ranks, shape)
-    events = step_events(memory.recording, sizes, ranks)
-    run = _Run(CachingAllocator(expandable=expandable), events, memory.accumulates)
+    run = _Run(CachingAllocator(expandable=expandable))
     run.keep(loaded)
     parameters = sizes[list(memory.recording.gradients)]
     run.keep(parameters)
     states = memory.states
     run.keep([states.others, *(states.signals * ranks)])
+    events = step_events(memory.recording, sizes, ranks)
     for step in range(STEPS):
         for _ in range(1 + memory.accumulates):
-            run.forward_and_backward(workspace_bytes if step == 0 else 0)
+            run.keep([workspace_bytes / 2] * (2 if step == 0 else 0))
+            run.play(events)
         if step == 0:
             run.keep(_optimizer_state(memory, parameters, ranks))
         run.optimizer_step(_scratch(memory, parameters))
-    return Replayed(run.allocator.peak_allocated, run.allocator.peak_reserved)
+    allocated = run.allocator.restart_peak()
+    run.allocator.empty_cache()  # as the allocator does by itself before it runs out of memory
+    if evaluation:
+        run.play(evaluation_events(memory.recording, memory.sizes_under(ranks, evaluation)))
+    run.release(run.keep(cache))
+    after = run.allocator.peak_allocated if evaluation or cache else 0
+    return Replayed(allocated, after, run.allocator.peak_reserved)
 
 
 def _optimizer_state(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
@@ -91,40 +105,38 @@ def _of_factors(memory: MemoryModel, parameters: FloatArray, per_rank: FloatArra
 
 
 class _Run:
-    """Steps in an allocator."""
+    """Passes in an allocator."""
 
-    def __init__(self, allocator: CachingAllocator, events: StepEvents, accumulates: bool) -> None:
+    def __init__(self, allocator: CachingAllocator) -> None:
         self.allocator = allocator
-        self._sizes: list[int] = events.sizes.tolist()
-        self._order: list[int] = events.order.tolist()
-        self._gradients: list[int] = events.gradients.tolist()
-        self._others: list[int] = events.others.tolist()
-        self._of_gradients: list[int] = []  # addresses
+        self._gradients: list[int] = []  # addresses
 
     def keep(self, sizes: Iterable[float]) -> list[int]:
         """Allocate tensors, and return their addresses."""
         return [self.allocator.allocate(int(size)) for size in sizes if size > 0]
 
-    def forward_and_backward(self, workspace_bytes: int) -> None:
+    def release(self, addresses: Iterable[int]) -> None:
+        """Free tensors."""
+        for address in addresses:
+            self.allocator.free(address)
+
+    def play(self, events: StepEvents) -> None:
         """One pass; gradients stay until `optimizer_step`."""
-        allocate, free, sizes = self.allocator.allocate, self.allocator.free, self._sizes
-        self.keep([workspace_bytes / 2] * 2)
+        allocate, free, sizes = self.allocator.allocate, self.allocator.free, events.sizes.tolist()
         addresses = [0] * len(sizes)
-        for event in self._order:
+        for event in events.order.tolist():
             if event >= 0:
                 addresses[event] = allocate(sizes[event])
             else:
                 free(addresses[-1 - event])
-        for tensor in self._others:
-            free(addresses[tensor])
-        for tensor in self._gradients:
-            if len(self._of_gradients) < len(self._gradients):
-                self._of_gradients.append(addresses[tensor])
-            else:  # it was added to those of the batch before
-                free(addresses[tensor])
+        self.release(addresses[tensor] for tensor in events.others)
+        gradients = [addresses[tensor] for tensor in events.gradients]
+        if self._gradients:  # they were added to those of the batch before
+            self.release(gradients)
+        else:
+            self._gradients = gradients
 
     def optimizer_step(self, scratch: Iterable[float]) -> None:
         """The optimiser's step; then gradients are freed."""
-        for address in self.keep(scratch) + self._of_gradients:
-            self.allocator.free(address)
-        self._of_gradients = []
+        self.release(self.keep(scratch) + self._gradients)
+        self._gradients = []

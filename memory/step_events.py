@@ -17,7 +17,7 @@ from .recording import NEVER, Recording, Segment
 
 @dataclass(frozen=True, eq=False)
 class StepEvents:
-    """The allocations of one forward and backward pass.
+    """The allocations of one pass.
 
     Attributes:
         sizes: bytes of each tensor's storage, int64 (tensors,).
@@ -43,6 +43,33 @@ def step_events(recording: Recording, sizes: FloatArray, ranks: IntArray) -> Ste
     return _Events(recording, sizes, ranks).events()
 
 
+def evaluation_events(recording: Recording, sizes: FloatArray) -> StepEvents:
+    """The allocations of a forward pass in which autograd saves nothing; see `step_events`."""
+    serials = np.flatnonzero(recording.created <= recording.forward_end)
+    ended = np.where(recording.freed_if_unsaved > recording.forward_end, NEVER, recording.freed_if_unsaved)
+    return _in_order(recording, sizes, serials, recording.created[serials], ended[serials])
+
+
+def _in_order(
+    recording: Recording, sizes: FloatArray, serials: IntArray, born: IntArray, died: IntArray
+) -> StepEvents:
+    """The events of storages, some of them twice, with their births and deaths; all (tensors,) but the first two."""
+    used = sizes[serials] > 0
+    serials, born, died = serials[used], born[used], died[used]
+    ends = np.flatnonzero(died < NEVER)
+    # Tensors are allocated in the order of their serial numbers, and before others are freed at the same time.
+    keys = np.concatenate([2 * born, 2 * died[ends] + 1])
+    events = np.concatenate([np.arange(len(serials)), -1 - ends])
+    stays = died == NEVER
+    gradient = np.isin(serials, list(recording.gradients))
+    return StepEvents(
+        sizes[serials].astype(np.int64),
+        events[np.argsort(keys, kind="stable")],
+        np.flatnonzero(stays & gradient),
+        np.flatnonzero(stays & ~gradient),
+    )
+
+
 class _Events:
     def __init__(self, recording: Recording, sizes: FloatArray, ranks: IntArray) -> None:
         self._recording, self._sizes = recording, sizes
@@ -60,23 +87,9 @@ class _Events:
         return mask
 
     def events(self) -> StepEvents:
-        recording = self._recording
         runs = [self._first_run(), *self._second_runs()]
         serials, born, died = (np.concatenate(columns) for columns in zip(*runs, strict=True))
-        used = np.flatnonzero(self._sizes[serials] > 0)
-        serials, born, died = serials[used], born[used], died[used]
-        ends = np.flatnonzero(died < NEVER)
-        # Tensors are allocated in the order of their serial numbers, and before others are freed at the same time.
-        keys = np.concatenate([2 * born, 2 * died[ends] + 1])
-        events = np.concatenate([np.arange(len(serials)), -1 - ends])
-        stays = died == NEVER
-        gradient = np.isin(serials, list(recording.gradients))
-        return StepEvents(
-            self._sizes[serials].astype(np.int64),
-            events[np.argsort(keys, kind="stable")],
-            np.flatnonzero(stays & gradient),
-            np.flatnonzero(stays & ~gradient),
-        )
+        return _in_order(self._recording, self._sizes, serials, born, died)
 
     def _first_run(self) -> tuple[IntArray, IntArray, IntArray]:
         """Serial numbers, births and deaths of what the pass allocates, second runs of segments aside."""

@@ -1,0 +1,124 @@
+"""Whether a plan fits a card: everything that the card must hold, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..common.arrays import IntArray
+from .batch_shape import BatchShape
+from .device_table import DeviceSpec
+from .model import MemoryModel
+from .replay import replay
+
+Verdict = Literal["fits", "tight", "does not fit"]
+"""fits: what the allocator reserves and the context fit the card. tight: only tensors and the context do, so training
+needs `expandable_segments:True`, or the luck that memory is not cut up. does not fit: not even these do."""
+
+
+@dataclass(frozen=True)
+class CardUse:
+    """What a plan takes of a card, in bytes.
+
+    Attributes:
+        device: the card.
+        base_bytes: the frozen model.
+        step_bytes: tensors at the peak of a training step beside the frozen model, workspaces of libraries and the byte
+            model's margin included.
+        evaluation_bytes: the same at the peak of evaluation and generation; 0 if none is asked for.
+        reserve_bytes: what the allocator holds beyond tensors at the peak.
+        context_bytes: the CUDA context.
+    """
+
+    device: DeviceSpec
+    base_bytes: int
+    step_bytes: int
+    evaluation_bytes: int
+    reserve_bytes: int
+    context_bytes: int
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Tensors at the peak, and the context."""
+        return self.base_bytes + max(self.step_bytes, self.evaluation_bytes) + self.context_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """What the card must hold so that the plan fits."""
+        return self.allocated_bytes + self.reserve_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of the card that `total_bytes` leaves; below 0, those that are missing."""
+        return self.device.memory_bytes - self.total_bytes
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the plan fits."""
+        if self.spare_bytes >= 0:
+            return "fits"
+        return "tight" if self.allocated_bytes <= self.device.memory_bytes else "does not fit"
+
+
+def card_use(
+    memory: MemoryModel,
+    ranks: IntArray,
+    loaded: Sequence[int],
+    device: DeviceSpec,
+    *,
+    shape: BatchShape | None = None,
+    evaluation: BatchShape | None = None,
+    cache: Sequence[int] = (),
+) -> CardUse:
+    """What a plan takes of a card.
+
+    Args:
+        memory: the byte model of its training step; layers that run again are those that it says.
+        ranks: the plan, (modules,).
+        loaded: bytes of each storage of the frozen model, as `breakdown.frozen_sizes` tells.
+        device: the card.
+        shape: of the batches; by default that of calibration.
+        evaluation: the shape of batches of evaluation; None for none. It is the recorded forward pass with nothing
+            saved for a backward pass: all logits, and the widest layer.
+        cache: bytes of each tensor that generation keeps; see `generation_cache`.
+
+    Raises:
+        UnsupportedError: see `MemoryModel.sizes`.
+    """
+
+    replayed = replay(
+        memory,
+        ranks,
+        loaded,
+        shape=shape,
+        evaluation=evaluation,
+        cache=cache,
+        workspace_bytes=device.workspace_bytes,
+    )
+    base = sum(loaded)
+    step = replayed.allocated - base
+    return CardUse(
+        device=device,
+        base_bytes=base,
+        step_bytes=step + int(memory.margin * step),
+        evaluation_bytes=max(replayed.evaluation - base, 0),
+        reserve_bytes=replayed.reserved - max(replayed.allocated, replayed.evaluation),
+        context_bytes=device.context_bytes,
+    )
+
+
+def generation_cache(config: Any, shape: BatchShape, value_bytes: int = 2) -> list[int]:
+    """Bytes of the keys and values that generation keeps, a tensor of each kind for each layer.
+
+    Args:
+        config: the model's, of transformers.
+        shape: rows that are generated at once, and tokens of each, the prompt included. Attention windows are not
+            counted, so models that have them take less.
+        value_bytes: of one key's or value's number.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = 4 if config.is_encoder_decoder else 2  # keys and values, of its own tokens and of those that it reads
+    return [shape.rows * shape.length * heads * width * value_bytes] * (kinds * text.num_hidden_layers)
