@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
     from .memory.budget import Budget
+    from .memory.outlook import memory_of
 
 silence_worker()
 
@@ -39,6 +40,7 @@ _LAZY = {
     "attach": ".finetune.callback",
     "last_checkpoint": ".finetune.checkpoint",
     "load_policy": ".agents.learned.policy_file",
+    "memory_of": ".memory.outlook",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "attach",
     "last_checkpoint",
     "load_policy",
+    "memory_of",
 ]
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
 from .batch_shape import BatchShape
+from .breakdown import frozen_sizes
 from .device_table import DeviceSpec, find_device_spec
 from .find_configuration import find_configuration
 from .from_config import ConfiguredStep, LoadedAs, from_config
@@ -95,6 +96,7 @@ class Outlook:
         self.step, self.card, self.rank, self.settings = step, card, rank, settings
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = np.array([target.max_rank for target in step.targets], dtype=np.int64)
+        self._loaded = frozen_sizes(step.model)
         self.blocks = len(np.unique(self._blocks))
 
     @property
@@ -108,10 +110,10 @@ class Outlook:
         taken = self.step.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
         return float(self.card.memory_bytes - taken)
 
-    @property
-    def checkpoints(self) -> int:
-        """How many layers can run again."""
-        return len({segment.name for segment in self.memory.segments})
+    @cached_property
+    def recomputable(self) -> tuple[str, ...]:
+        """Names of the layers that can run again."""
+        return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
 
     def plan(self, layers: int, rank: int) -> IntArray:
         """The ranks of so many layers from the top, int64 (modules,)."""
@@ -121,9 +123,8 @@ class Outlook:
     def choice(self, layers: int, rank: int, recomputed: tuple[str, ...]) -> Choice:
         """What the card sees under one choice; the batch is the one that was asked for."""
         ranks, memory = self.plan(layers, rank), self.memory.recomputing(recomputed)
-        return Choice(
-            rank, layers, recomputed, ranks, memory.peak(ranks), card_use(self.step, memory, ranks, self.card), None
-        )
+        use = card_use(memory, ranks, self._loaded, self.card, evaluation=memory.shape)
+        return Choice(rank, layers, recomputed, ranks, memory.peak(ranks), use, None)
 
     def fitting(self, layers: int, rank: int) -> Choice:
         """The same with as few recomputed layers as fit, the allocator's reserve included where that is possible."""
@@ -146,7 +147,9 @@ class Outlook:
             yield none
             every = self.choice(layers, self.rank, holding_layers(self.memory, none.ranks))
             if none.use.verdict != "fits" and every.use.verdict != "does not fit":
-                yield self.fitting(layers, self.rank)
+                fitting = self.fitting(layers, self.rank)
+                if fitting.recomputed != every.recomputed:
+                    yield fitting
             yield every
         for rank in RANKS:
             if rank != self.rank:

@@ -50,9 +50,7 @@ def evaluation_events(recording: Recording, sizes: FloatArray) -> StepEvents:
     return _in_order(recording, sizes, serials, recording.created[serials], ended[serials])
 
 
-def _in_order(
-    recording: Recording, sizes: FloatArray, serials: IntArray, born: IntArray, died: IntArray
-) -> StepEvents:
+def _in_order(recording: Recording, sizes: FloatArray, serials: IntArray, born: IntArray, died: IntArray) -> StepEvents:
     """The events of storages, some of them twice, with their births and deaths; all (tensors,) but the first two."""
     used = sizes[serials] > 0
     serials, born, died = serials[used], born[used], died[used]

@@ -86,7 +86,6 @@ def card_use(
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.
     """
-
     replayed = replay(
         memory,
         ranks,

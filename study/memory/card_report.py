@@ -87,7 +87,11 @@ def recomputed_text(outlook: Outlook, count: int) -> str:
     """How many layers run again, in words."""
     if not count:
         return "no checkpointing"
-    return "checkpointing" if count == outlook.checkpoints else f"{count} of {outlook.checkpoints} layers checkpointed"
+    return (
+        "checkpointing"
+        if count == len(outlook.recomputable)
+        else f"{count} of {len(outlook.recomputable)} layers checkpointed"
+    )
 
 
 def choice_table(outlook: Outlook) -> Table:
@@ -103,12 +107,12 @@ def choice_table(outlook: Outlook) -> Table:
         table.add_row(
             "all layers" if choice.layers == outlook.blocks else f"top {choice.layers}",
             str(choice.rank),
-            f"{len(choice.recomputed)} of {outlook.checkpoints}",
+            f"{len(choice.recomputed)} of {len(outlook.recomputable)}",
             *(
                 f"{count / 2**30:.2f}".replace("-", "−")
                 for count in (choice.step_bytes, use.total_bytes, use.spare_bytes)
             ),
-            use.verdict,
+            "no" if use.verdict == "does not fit" else use.verdict,
             "" if choice.time is None else f"{choice.time:.2f}",
         )
     return table
@@ -154,11 +158,11 @@ def configuration_text(outlook: Outlook) -> str:
         f"    per_device_train_batch_size={settings.batch_size},",
         f"    gradient_accumulation_steps={settings.accumulation},",
         f"    bf16={settings.bf16},",
-        f"    gradient_checkpointing={len(best.recomputed) == outlook.checkpoints},",
+        f"    gradient_checkpointing={len(best.recomputed) == len(outlook.recomputable)},",
         "    gradient_checkpointing_kwargs={'use_reentrant': False},",
         ")",
     ]
-    if 0 < len(best.recomputed) < outlook.checkpoints:
+    if 0 < len(best.recomputed) < len(outlook.recomputable):
         lines.append(
             f"# {len(best.recomputed)} layers run again: RankPilotCallback(recompute=True) chooses them inside "
             f"budget='{outlook.room / 2**30:.1f}GiB'"
@@ -174,7 +178,7 @@ def card_notes(outlook: Outlook) -> Iterator[str]:
         f"({format_bytes(taken)}), the step, and what the allocator reserves beside it. Tight: it fits without that."
     )
     if any(choice.time is not None for choice in outlook.choices):
-        yield "Time: of a step, as a share of plain LoRA's (rank 8 on all modules, no layer runs again), by counted work."
+        yield "Time: of a step, as a share of plain LoRA's (rank 8 on all modules, none runs again), by counted work."
 
 
 def card_figures(outlook: Outlook) -> dict[str, Any]:

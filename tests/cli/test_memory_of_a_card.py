@@ -1,0 +1,104 @@
+"""`rankpilot memory --device`: what fits a card, for a model that is not here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+from rankpilot.cli import main as cli
+from rankpilot.common.files import read_json
+from transformers import LlamaConfig
+
+from .mistakes import failure, usage_error
+
+BATCH = ["--batch-size", "8", "--max-length", "1024"]
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration, and no weights."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=512, num_hidden_layers=6, **sizes, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_a_verdict_comes_first_and_all_figures_are_written(
+    configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["memory", str(configuration), "--device", "rtx 4090", *BATCH, "--output", str(tmp_path / "card")]
+    assert cli.run(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 42 modules of 6 layers" in printed
+    assert printed.index("Fits with") < printed.index("Layers that must run again")
+    assert "all layers at rank 8 with no checkpointing" in printed
+    figures = read_json(tmp_path / "card/memory.json")
+    assert figures["fits"]
+    assert figures["memory_bytes"] < 24 * 2**30
+    assert (tmp_path / "card/memory.png").stat().st_size > 10_000
+
+
+def test_nothing_fits_and_the_status_says_so(
+    configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device-memory", "600MiB", *BATCH, "--json", "--output", str(tmp_path / "card")]
+    assert cli.run(["memory", str(configuration), *options]) == 3
+    figures = json.loads(capsys.readouterr().out)
+    assert not figures["fits"]
+    assert figures["verdict"].startswith("Does not fit: the least of these, ")
+    assert "The largest batch of the grid that fits all layers is " in figures["verdict"]
+    assert figures == read_json(tmp_path / "card/memory.json")
+
+
+def test_the_best_choice_as_a_configuration(
+    configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device-memory", "24GiB", *BATCH, "--rank", "16", "--config", "--output", str(tmp_path / "card")]
+    assert cli.run(["memory", str(configuration), *options]) == 0
+    text = capsys.readouterr().out
+    names: dict[str, object] = {}
+    exec(text, names)
+    lora, arguments = names["lora"], names["arguments"]
+    assert isinstance(lora, peft.LoraConfig)
+    assert (lora.r, lora.target_modules) == (16, "all-linear")
+    assert isinstance(arguments, dict)
+    assert arguments["per_device_train_batch_size"] == 8
+    assert not arguments["gradient_checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "T4", "--device-memory", "16GiB"], "Give either the card ('T4') or its memory ('16GiB')"),
+        (["--dtype", "bf16"], "give --device or --device-memory with it"),
+        (["--device", "T4", "--checkpointing"], "checkpointing is among the choices that are shown"),
+        (["--device", "T4", "--measure"], "measure: not with a card"),
+        (["--device", "T4", "--rank", "0"], "rank is at least 1"),
+    ],
+)
+def test_contradictions_are_refused_as_options(
+    configuration: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in usage_error(["memory", str(configuration), *options], capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "RTX 9999"], "RTX 4090"),
+        (["--device-memory", "400MiB"], "would not hold the CUDA context"),
+        (["--json"], "give --device or --device-memory with them"),
+    ],
+)
+def test_a_card_that_is_not_known_is_one_line(
+    configuration: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in failure(["memory", str(configuration), *options], capsys)
+
+
+def test_a_model_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(["memory", "qwen9-8b", "--device", "T4"], capsys)
+    assert "qwen3-8b" in line

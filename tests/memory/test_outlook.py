@@ -1,0 +1,111 @@
+"""What fits a card, from a configuration alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import rankpilot
+from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.memory.device_table import find_device_spec
+from rankpilot.memory.outlook import Outlook, memory_of
+from transformers import BertConfig, LlamaConfig
+
+LAYERS = 6
+LLAMA = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+@cache
+def llama(card: str) -> Outlook:
+    return memory_of(LlamaConfig(**LLAMA), card, rank=8, batch_size=8, max_length=1024)
+
+
+def card_with(room: float) -> str:
+    """A card that leaves a step so many MiB beside the frozen model, the context and workspaces."""
+    wide = llama("24GiB")
+    return f"{(wide.card.memory_bytes - wide.room) / 2**20 + room:.0f}MiB"
+
+
+def test_a_wide_card_takes_all_layers_without_recomputation() -> None:
+    outlook = llama("24GiB")
+    best = outlook.best
+    assert best is not None
+    assert (best.layers, best.recomputed, best.use.verdict) == (LAYERS, (), "fits")
+    assert best.use.spare_bytes > 0.9 * outlook.room
+    assert {choice.rank for choice in outlook.choices} == {8, 16, 64}
+    assert all(cell.recomputed == 0 for cell in outlook.grid if cell.shape.rows * cell.shape.length <= 8192)
+
+
+def test_a_narrow_card_recomputes_some_layers() -> None:
+    wide = llama("24GiB")
+    none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.recomputable)
+    middle = (none.use.total_bytes + every.use.total_bytes) / 2
+    outlook = llama(f"{middle / 2**20:.0f}MiB")
+    best = outlook.best
+    assert best is not None
+    assert best.layers == LAYERS
+    assert 0 < len(best.recomputed) < LAYERS
+    assert best.use.total_bytes <= outlook.card.memory_bytes < none.use.total_bytes
+    fewer = outlook.choice(LAYERS, 8, best.recomputed[:-1])
+    assert fewer.use.verdict != "fits", "one layer less is too much"
+
+
+def test_choices_cost_less_with_fewer_layers_and_more_recomputation() -> None:
+    outlook = llama("24GiB")
+    half = outlook.choice(3, 8, ())
+    assert np.count_nonzero(half.ranks) == 21
+    assert half.step_bytes < outlook.choice(LAYERS, 8, ()).step_bytes
+    assert outlook.choice(3, 8, outlook.recomputable).step_bytes < half.step_bytes
+
+
+def test_nothing_fits_a_card_that_the_model_fills() -> None:
+    outlook = llama(card_with(1))
+    assert outlook.best is None
+    assert {choice.use.verdict for choice in outlook.choices} <= {"does not fit", "tight"}
+    assert outlook.grid[-1].recomputed is None
+
+
+def test_cells_of_the_grid_agree_with_the_byte_model() -> None:
+    outlook = llama(card_with(150))
+    cells = {(cell.shape.rows, cell.shape.length): cell for cell in outlook.grid}
+    assert {cell.recomputed for cell in cells.values()} >= {0, None}
+    for cell in cells.values():
+        if cell.recomputed is not None:
+            assert cell.bytes <= outlook.card.memory_bytes
+    assert [cells[8, length].bytes for length in (512, 1024)] == sorted(cells[8, n].bytes for n in (512, 1024))
+    assert max(length for _, length in cells) == 4096, "no longer than the model's positions"
+
+
+def test_an_encoder_has_an_outlook() -> None:
+    config = BertConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    outlook = memory_of(config, "T4", batch_size=4, max_length=128, dtype="fp32")
+    assert outlook.card is find_device_spec("T4")
+    assert not outlook.settings.bf16
+    assert outlook.best is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"card": "RTX 9999"}, UnknownNameError, "RTX 4090"),
+        ({"dtype": "int3"}, UnknownNameError, "bf16"),
+        ({"batch": 3}, UnknownNameError, "batch_size"),
+        ({"rank": 0}, ConfigError, "rank is at least 1"),
+        ({"max_length": 1}, ConfigError, "max_length at least 2"),
+        ({"model": "qwen9-8b"}, UnknownNameError, "qwen3-8b"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    given = {"model": LlamaConfig(**LLAMA), "card": "24GiB"} | options
+    with pytest.raises(error, match=words):
+        rankpilot.memory_of(given.pop("model"), given.pop("card"), **given)
