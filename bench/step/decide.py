@@ -23,7 +23,7 @@ from ...lora.signals import SIGNALS
 from ...lora.targets import find_target_modules
 from ...memory.budget import reference_cost
 from ...memory.calibration import calibrate
-from ..harness import Figures, interleave, machine_facts, paired_ratios, with_progress
+from ..harness import Figures, clock_for, interleave, machine_facts, paired_ratios, with_progress
 from ..models import Size, random_model
 
 RULE = "signal-mean"
@@ -40,7 +40,7 @@ class Options:
 
     The models are narrow and random; prices are theirs, signals are random. "Network" is the actor's forward pass,
     "actor" its whole decision, "policy" the decision with the plan value ensemble, which packs and scores 53 plans; all
-    take turns with the rule signal-mean. Figures are medians.
+    take turns with the rule signal-mean. Figures are medians of CPU time.
 
     Attributes:
         policy: "default" or the folder of a trained policy.
@@ -93,7 +93,7 @@ def time_decisions(policy: LearnedPolicy, layers: int, rounds: int) -> tuple[int
     work = deciders(policy, observation)
     device = torch.device("cpu")
     interleave(work, 1, device)  # to warm up
-    seconds = interleave(work, rounds, device)
+    seconds = interleave(work, rounds, device, clock=clock_for(device))
     figures: Figures = {f"{name}_ms": 1e3 * float(np.median(times)) for name, times in seconds.items()}
     for name in work.keys() - {RULE}:
         figures[f"{name}_ratio"] = float(np.median(paired_ratios(seconds[name], seconds[RULE], 1)))
