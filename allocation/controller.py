@@ -21,12 +21,13 @@ from ..lora.adapters import Adapters
 from ..lora.ladder import RankLadder
 from ..lora.signals import signal_buffer_bytes
 from ..memory.budget import Budget, reference_cost
-from ..memory.cost import ByteCost, Cost, cost_from_state, cost_state, plan_cost
+from ..memory.cost import ByteCost, TimedCost, UntimedCost, cost_from_state, cost_state, unit_cost
 from .observation import Observation, RunState, observe
 from .plan import Plan, check_budget, project
 from .probe import ProbeResult
 from .problem import AllocationProblem
 from .schedule import DecisionSchedule
+from .time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class RankController(Generic[AdaptersT]):
         low: the least rank of each module, int64 (modules,); 0 by default.
         high: the largest, int64 (modules,); any by default.
         seed: decides fresh rows on growth.
+        time: the limit of the time of a step; None for none.
 
     Attributes:
         notes: why a module was left out of the latest plan, by name.
@@ -59,7 +61,7 @@ class RankController(Generic[AdaptersT]):
     def __init__(
         self,
         adapters: AdaptersT,
-        cost: Cost,
+        cost: UntimedCost,
         limit: float,
         schedule: DecisionSchedule,
         total_steps: int,
@@ -69,11 +71,13 @@ class RankController(Generic[AdaptersT]):
         low: IntArray | None = None,
         high: IntArray | None = None,
         seed: int = 0,
+        time: TimeLimit | None = None,
     ) -> None:
         self.adapters = adapters
         self.targets = list(adapters.targets)
         self.cost = cost
         self.limit = limit
+        self.time = time
         self.schedule = schedule
         self.total_steps = total_steps
         self.decision_steps = schedule.steps(total_steps)
@@ -113,20 +117,31 @@ class RankController(Generic[AdaptersT]):
 
         The last one may spend what signal buffers took: no more signals are read after it.
         """
-        return self._problem(self.cost, buffers=self.decision < len(self.decision_steps) - 1)
+        return self._problem(buffers=self.decision < len(self.decision_steps) - 1)
 
-    def problem_now(self, cost: Cost | None = None) -> AllocationProblem:
-        """The plans that are possible until the next decision.
+    def problem_now(self) -> AllocationProblem:
+        """The plans that are possible until the next decision."""
+        return self._problem(buffers=not self.finished)
+
+    def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:
+        """What plans cost until the next decision, without time.
 
         Args:
             cost: what plans cost, signal buffers included, if not what they cost in this run.
         """
-        return self._problem(cost or self.cost, buffers=not self.finished)
+        cost = cost or self.cost
+        return self._without_buffers(cost) if self.finished else cost
 
-    def _problem(self, cost: Cost, *, buffers: bool) -> AllocationProblem:
+    def fits(self) -> bool:
+        """Whether the current plan is within the limits, until the next decision."""
+        problem = self.problem_now()
+        return problem.fits(problem.ranks) and (self.time is None or self.time.fits(problem.ranks))
+
+    def _problem(self, *, buffers: bool) -> AllocationProblem:
+        cost = self.cost if buffers else self._without_buffers(self.cost)
         return AllocationProblem.of(
             self.targets,
-            cost if buffers else self._without_buffers(cost),
+            self.time.added_to(cost, self.limit) if self.time else cost,
             self.limit,
             ladder=self.ladder,
             max_step=self.schedule.reach(self.decision),
@@ -148,7 +163,7 @@ class RankController(Generic[AdaptersT]):
         highest = np.array([target.max_rank for target in self.targets], dtype=np.int64)
         return budget.resolve(self._without_buffers(self.cost), highest, device).value
 
-    def _without_buffers(self, cost: Cost) -> Cost:
+    def _without_buffers(self, cost: UntimedCost) -> UntimedCost:
         if not isinstance(cost, ByteCost):
             return cost
         return replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
@@ -231,9 +246,11 @@ class RankController(Generic[AdaptersT]):
             BudgetError: they are above the limit.
         """
         problem = self.problem()
-        if not problem.fits(ranks):
-            cost = part_of(plan_cost(problem.cost, ranks), self.limit, self.cost.unit)
+        if unit_cost(problem.cost, ranks) > self.limit:
+            cost = part_of(unit_cost(problem.cost, ranks), self.limit, self.cost.unit)
             raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
+        if self.time and not (self.time.fits(ranks) and problem.fits(ranks)):
+            raise BudgetError(f"This plan does not fit the time: {self.time.text(ranks)}. Lower some ranks.")
         self._take(ranks, step, optimizer)
 
     def _take(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None) -> None:
@@ -255,7 +272,10 @@ class RankController(Generic[AdaptersT]):
         optimizer: torch.optim.Optimizer | None,
     ) -> tuple[AllocationProblem, Plan]:
         problem = replace(problem, pinned=self._pin_broken(optimizer))
-        return problem, project(problem, wanted, scores)
+        chosen = problem
+        if self.time:
+            chosen = self.time.choose(problem, lambda other: project(other, wanted, scores).ranks)
+        return problem, project(chosen, wanted, scores)
 
     def _pin_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
         """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""
@@ -272,7 +292,7 @@ class RankController(Generic[AdaptersT]):
         self.notes = dict.fromkeys(broken, "left alone: NaN or infinity in its factors, gradients or optimizer state")
         return np.isin(self.names, broken)
 
-    def reprice(self, cost: Cost) -> None:
+    def reprice(self, cost: UntimedCost) -> None:
         """Plans cost something else from now on; the reference of the observation stays."""
         self.cost = cost
 
@@ -282,6 +302,7 @@ class RankController(Generic[AdaptersT]):
             "cost": cost_state(self.cost),
             "reference_cost": self._reference_cost,
             "limit": self.limit,
+            "time": self.time.state() if self.time else None,
             "total_steps": self.total_steps,
             "first_loss": self.first_loss,
             "interval_losses": list(self.interval_losses),
@@ -309,9 +330,11 @@ class RankController(Generic[AdaptersT]):
             low: the least rank of each module.
             high: the largest rank of each module.
         """
+        cost = cost_from_state(state["cost"])
+        assert not isinstance(cost, TimedCost), "time is beside the cost"
         controller = cls(
             adapters,
-            cost_from_state(state["cost"]),
+            cost,
             state["limit"],
             schedule,
             state["total_steps"],
@@ -319,6 +342,7 @@ class RankController(Generic[AdaptersT]):
             low=low,
             high=high,
             seed=state["seed"],
+            time=TimeLimit.from_state(state["time"]) if state.get("time") else None,
         )
         controller._reference_cost = state["reference_cost"]
         controller.interval_losses = list(state["interval_losses"])

@@ -13,6 +13,7 @@ Both change one rung at a time in the order of log(rank) - score, so equal score
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ import numpy as np
 from ..common.arrays import FloatArray, IntArray
 from ..common.units import format_bytes
 from ..errors import BudgetError
-from ..memory.cost import ByteCost, moment_costs, plan_cost
+from ..memory.cost import TimedCost, moment_costs, plan_cost
 from .fixed_cost import FixedCost
 from .plan_builder import PlanBuilder
 from .problem import AllocationProblem
@@ -67,7 +68,7 @@ def check_budget(problem: AllocationProblem, names: list[str]) -> None:
         cause, where = "no adapter at all", f"(rank {least.max()} on {names[int(np.argmax(least))]!r} alone)"
     if not problem.fits(least):
         needed, given, reason = _shortfall(problem, least)
-        raise BudgetError(f"The budget of {given} fits {cause}. The smallest that works is {needed} {where}.{reason}")
+        raise BudgetError(f"The {given} fits {cause}. The smallest that works is {needed} {where}.{reason}")
 
 
 def least_ranks(problem: AllocationProblem) -> IntArray:
@@ -93,11 +94,18 @@ def least_ranks(problem: AllocationProblem) -> IntArray:
 def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, str]:
     """For an error: what a plan takes, the limit, and what takes most of it and would lower it."""
     cost, needed = problem.cost, plan_cost(problem.cost, ranks)
-    if not isinstance(cost, ByteCost):
-        return f"{needed:.0f} parameters", f"{problem.limit:.0f}", ""
     costs, adapter = moment_costs(cost, ranks), cost.per_rank @ ranks
     peak = int(np.argmax(costs))
     held = cost.constant[peak]
+    if isinstance(cost, TimedCost) and peak == len(costs) - 1:
+        least, most, fixed = (value / cost.unit_per_second for value in (needed, problem.limit, held))
+        reason = (
+            f" {fixed:.3g} s of it go to what every plan takes, the forward pass above all. A smaller per-device batch "
+            "or shorter sequences lower it."
+        )
+        return f"{_rounded_up(least)} s", f"time of {most:.3g} s a step", reason
+    if cost.unit == "parameters":
+        return f"{needed:.0f} parameters", f"budget of {problem.limit:.0f}", ""
     parts = (
         (held, "to what this moment holds under every plan (logits, loss, what trains outside the adapter)"),
         (costs[peak] - adapter[peak] - held, "to what is saved or computed for backward"),
@@ -108,7 +116,13 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, s
         f" The peak is at {cost.moments[peak]}: {', '.join(shares)}. A smaller per-device batch or shorter sequences "
         "lower it, and so does gradient checkpointing where it is off."
     )
-    return format_bytes(needed, up=True), format_bytes(problem.limit), reason
+    return format_bytes(needed, up=True), f"budget of {format_bytes(problem.limit)}", reason
+
+
+def _rounded_up(seconds: float) -> str:
+    """Seconds > 0 with three digits, rounded up, so that a limit of as many fits."""
+    last = 10.0 ** (math.floor(math.log10(seconds)) - 2)
+    return f"{math.ceil(seconds / last) * last:.4g}"
 
 
 def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:

@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "overhead": Benchmark("step.overhead", "time and memory of a step, beside LoRA and AdaLoRA"),
     "start": Benchmark("start", "what happens before the first step, as a share of a run"),
     "recompute": Benchmark("step.recompute", "a step in which as few layers run again as a budget needs"),
+    "step-time": Benchmark("step.time", "predicted time of a step under any plan, and measured; budgets of time"),
     "decide": Benchmark("step.decide", "time of a decision on up to 1,001 modules"),
     "memory": Benchmark("memory.run", "predicted bytes of a training step, and measured"),
     "published": Benchmark("memory.published_run", "peaks that others measured on GPUs, and predicted"),

@@ -86,7 +86,7 @@ def allocate(
         budget: see `RankPilot`, as `policy`.
         policy: who decides.
         options: for a Trainer those of `RankPilotCallback`; for a model `loss`, `optimizer`, `learning_rate`, `seed`,
-            `bounds`, `schedule`, and `total_steps`, the length of the run that is planned.
+            `bounds`, `schedule`, `time`, and `total_steps`, the length of the run that is planned.
 
     Raises:
         BudgetError: no plan fits the budget.

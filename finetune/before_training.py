@@ -24,7 +24,10 @@ from ..memory.budget import Budget
 from ..memory.for_training import PlanCosts, measure_memory, plan_costs
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
+from ..memory.time_budget import TimeBudget
+from .recomputation import Recomputation
 from .run import TrainingRun, training_mode, undisturbed
+from .time_before_training import time_limit
 
 PROBE_SHARE = 0.0175
 """The probe reads at most this share of the examples that the run reads. An example costs up to 1.6 times as much in
@@ -79,7 +82,8 @@ def prepare(
     seed: int,
     *,
     fresh: bool = False,
-    recompute: bool = False,
+    recomputation: Recomputation | None = None,
+    time: TimeBudget | None = None,
     progress: Progress[Any] | None = None,
 ) -> tuple[RankController[PeftAdapters], MemoryModel | None]:
     """Measure what plans cost and probe the modules.
@@ -95,14 +99,15 @@ def prepare(
         bounds: see `rank_bounds`.
         seed: of the probe and of fresh rows.
         fresh: begin with new adapters, even where they are trained.
-        recompute: whether layers may run again in the backward pass; see `plan_costs`.
+        recomputation: chooses the layers that run again in the backward pass; all do now.
+        time: the limit of the time of a step as its user gave it.
         progress: shows how far the probe has come.
 
     Returns:
         The controller of the run, and the byte model (None under a budget of parameters).
 
     Raises:
-        BudgetError: no plan fits the budget.
+        BudgetError: no plan fits the budget and the time.
         UnknownNameError, ConfigError: see `rank_bounds`.
         NonFiniteError: the loss of the probe is NaN or infinite.
         DataError: the training set is empty.
@@ -113,9 +118,14 @@ def prepare(
     keeps = not fresh and any(map(is_trained, targets))
     if not keeps:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, (w for target in targets for w in (target.weight_a, target.weight_b)))
-    costs = run_costs(run, targets, budget, signals=True, recompute=recompute)
-    problem = AllocationProblem.of(targets, costs.cost, costs.limit.value, low=low, high=high)
+    costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None)
+    limit = costs.limit.value
+    timed = time_limit(run, targets, time, costs.memory, limit, recomputation) if time else None
+    cost = timed.added_to(costs.cost, limit) if timed else costs.cost
+    problem = AllocationProblem.of(targets, cost, limit, low=low, high=high)
     check_budget(problem, [target.name for target in targets])  # now, and not after the probe
+    if timed:
+        timed.check(problem)
     if not keeps:
         reset_adapters(targets, 1, seed)
     with undisturbed(), training_mode(run.model):
@@ -124,7 +134,7 @@ def prepare(
         reset_adapters(targets, 1, seed)
     adapters = PeftAdapters(run.model, targets)
     controller = RankController(
-        adapters, costs.cost, costs.limit.value, schedule, run.total_steps, result, low=low, high=high, seed=seed
+        adapters, costs.cost, limit, schedule, run.total_steps, result, low=low, high=high, seed=seed, time=timed
     )
     return controller, costs.memory
 

@@ -23,6 +23,7 @@ from ..lora.peft_config import make_resizable
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
 from ..memory.recording import Batch
+from ..memory.time_budget import TimeBudget
 from .checkpoint import chosen_checkpoint, load_state, save_state
 from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
@@ -56,6 +57,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         review: a file in which a person changes or approves each plan; see `RankPilot`, as `review_timeout`.
         review_timeout: how many seconds to wait for that.
         recompute: let as few layers as each plan needs run again in the backward pass; see `RankPilot`.
+        time: what a step may take in time, beside the budget: "75%", "0.8s"; see `RankPilot`.
 
     Attributes:
         pilot: decides the ranks.
@@ -80,6 +82,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         review: str | Path | None = None,
         review_timeout: float | None = None,
         recompute: bool = False,
+        time: str | TimeBudget | None = None,
     ) -> None:
         self.pilot = RankPilot(
             policy,
@@ -94,6 +97,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             review=review,
             review_timeout=review_timeout,
             recompute=recompute,
+            time=time,
         )
         self._seed = seed
         self._bar = False

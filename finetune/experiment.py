@@ -24,6 +24,7 @@ from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
 from ..memory.peak_meter import PeakMeter
+from ..memory.time_budget import TimeBudget
 from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback
 from .checkpoint import last_checkpoint
@@ -96,7 +97,7 @@ def plan_ahead(config: FinetuneConfig, on_phase: Callable[[str], None] | None = 
         tell(f"planning under {config.policy}")
         bounds = rank_bounds_of(config.bounds)
         set_seed(config.seed)
-        return static_plan(trainer, budget=config.budget, policy=config.policy, bounds=bounds)
+        return static_plan(trainer, budget=config.budget, policy=config.policy, bounds=bounds, time=config.time)
 
 
 def _head(workload: Workload) -> dict[str, Any]:
@@ -175,7 +176,8 @@ def run_one(
 def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback | UniformRanks:
     """The callback that decides the ranks of a run."""
     if name == UNIFORM:
-        return UniformRanks(_uniform_budget(config, folder), config.seed, recompute=config.recompute)
+        time = None if config.time is None else TimeBudget.parse(config.time)
+        return UniformRanks(_uniform_budget(config, folder), config.seed, recompute=config.recompute, time=time)
     return RankPilotCallback(
         config.policy,
         config.budget,
@@ -184,6 +186,7 @@ def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback
         bounds=rank_bounds_of(config.bounds),
         review=config.review,
         recompute=config.recompute,
+        time=config.time,
     )
 
 

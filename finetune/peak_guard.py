@@ -111,15 +111,19 @@ class PeakGuard:
             self.shape = self.shape.joined(memory.shape)
             if recomputation:
                 recomputation.memory, self._memory = memory, memory.recomputing(recomputation.layers)
+                if controller.time:
+                    controller.time.layers = self._fewest
 
     @property
     def recomputed(self) -> tuple[str, ...]:
         """Names of the layers that were chosen to run again."""
         return self._recomputation.layers if self._recomputation else ()
 
-    def recomputation_line(self) -> str:
-        """How many layers run again, for people; nothing where they are not chosen."""
-        return str(self._recomputation or "")
+    def remark(self) -> str:
+        """How many layers run again and what a step takes in time, for people; nothing where neither is limited."""
+        time, ranks = self._controller.time, self._controller.ranks
+        parts = [str(self._recomputation or ""), time.text(ranks) if time else ""]
+        return ", ".join(filter(None, parts))
 
     def deciding(self) -> None:
         """Price plans for a decision: as if all layers ran again, where they may."""
@@ -159,18 +163,18 @@ class PeakGuard:
         if peak is None or not self._limits_bytes:
             return
         controller = self._controller
-        problem = controller.problem_now()
-        cause = self._check(step, peak, problem.ranks) if self._unchecked else ""
+        ranks = controller.ranks
+        cause = self._check(step, peak, ranks) if self._unchecked else ""
         if peak <= controller.limit:
             if cause:
                 logger.warning("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
             return
-        error = max(peak - plan_cost(problem.cost, problem.ranks), 0.0)
+        error = max(peak - plan_cost(controller.cost_now(), ranks), 0.0)
         self._underestimate += error
         assert isinstance(controller.cost, ByteCost)
         controller.reprice(replace(controller.cost, constant=controller.cost.constant + error))
-        before = problem.ranks if self._before is None else self._before
-        back = not np.array_equal(before, problem.ranks)
+        before = ranks if self._before is None else self._before
+        back = not np.array_equal(before, ranks)
         text = (
             f"The peak of step {step} was {format_bytes(peak, up=True)}, above the budget of "
             f"{format_bytes(controller.limit)}"
@@ -205,11 +209,9 @@ class PeakGuard:
         controller = self._controller
         self.meter.close()
         self.meter.request()
-        problem = controller.problem_now()
-        cost = plan_cost(problem.cost, problem.ranks)
+        cost = plan_cost(controller.cost_now(), controller.ranks)
         self.deciding()
-        problem = controller.problem_now()
-        least = plan_cost(problem.cost, least_ranks(problem))
+        least = plan_cost(controller.cost_now(), least_ranks(controller.problem_now()))
         if cost <= least:
             raise BudgetError(
                 f"Step {self._step + 1} ran out of memory, and no smaller plan is possible. Lower the batch size or "
@@ -223,7 +225,7 @@ class PeakGuard:
             self._step + 1,
             100 * controller.limit / cost,
         )
-        self._correct("shrunk: out of memory", problem.ranks)
+        self._correct("shrunk: out of memory", controller.ranks)
 
     def new_limit(self, limit: float, step: int) -> None:
         """Take another limit, and shrink the plan if it no longer fits.
@@ -239,10 +241,9 @@ class PeakGuard:
         controller.limit, self._step = limit, step
         if self._relieved("The budget was changed."):
             return
-        problem = controller.problem_now()
-        if not problem.fits(problem.ranks):
+        if not controller.fits():
             self._check_possible("The budget was changed.")
-            self._correct("shrunk: another budget", problem.ranks)
+            self._correct("shrunk: another budget", controller.ranks)
 
     def decided(self, before: IntArray, step: int) -> None:
         """Note that a decision has changed the ranks.
@@ -296,7 +297,7 @@ class PeakGuard:
                 cost = self._cost_of_shape(self._step_shape)
             except UnsupportedError:
                 return ""
-        predicted = plan_cost(controller.problem_now(cost).cost, ranks)
+        predicted = plan_cost(controller.cost_now(cost), ranks)
         self.checks.append((step, predicted, peak))
         if abs(peak - predicted) <= MARGIN * predicted:
             return ""
@@ -324,14 +325,12 @@ class PeakGuard:
             cost = self._cost_of_shape(shape)
         controller.reprice(cost)
         text = f"A batch of {shape} came, larger than the memory was planned for."
-        problem = controller.problem_now()
-        if problem.fits(problem.ranks):
+        if controller.fits():
             logger.warning("%s The plan still fits.", text)
         elif not self._relieved(text):
             logger.warning("%s The plan is shrunk.", text)
-            problem = controller.problem_now()
-            check_budget(problem, list(controller.names))
-            self._correct(f"shrunk: batch of {shape}", problem.ranks)
+            check_budget(controller.problem_now(), list(controller.names))
+            self._correct(f"shrunk: batch of {shape}", controller.ranks)
 
     def _measure_again(self, batch: Batch, shape: BatchShape) -> None:
         run, step = self._run, self._run.step
@@ -349,13 +348,19 @@ class PeakGuard:
         """Let the fewest layers run again with which the plan fits; whether it does now."""
         controller = self._controller
         if self._recomputation:
-            # After the last decision signals take nothing, and the byte model counts them still.
-            buffers = signal_buffer_bytes(controller.targets) @ controller.ranks if controller.finished else 0.0
-            room = controller.limit - self._underestimate + float(buffers)
-            self._memory = self._recomputation.fit(controller.ranks, room, self.shape)
+            self._recomputation.take(self._fewest(controller.ranks))
+            self._memory = self._recomputation.memory_now()
             controller.reprice(self._cost_of_shape(self.shape))
-        problem = controller.problem_now()
-        return problem.fits(problem.ranks)
+        return controller.fits()
+
+    def _fewest(self, ranks: IntArray) -> tuple[str, ...]:
+        """The layers that must run again under a plan."""
+        assert self._recomputation
+        controller = self._controller
+        # After the last decision signals take nothing, and the byte model counts them still.
+        buffers = signal_buffer_bytes(controller.targets) @ ranks if controller.finished else 0.0
+        room = controller.limit - self._underestimate + float(buffers)
+        return self._recomputation.fewest(ranks, room, self.shape)
 
     def _relieved(self, reason: str) -> bool:
         """Whether the plan fits, because other layers run again from now on."""

@@ -20,7 +20,7 @@ from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy, decision_from_plan
 from ..allocation.schedule import DecisionSchedule
-from ..errors import BudgetError, ConfigError, NoGradientError, RunFolderError
+from ..errors import BudgetError, ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import check_optimizer
 from ..lora.peft_config import finish_load, make_resizable
@@ -29,6 +29,7 @@ from ..memory.budget import Budget
 from ..memory.cost import plan_cost
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
+from ..memory.time_budget import TimeBudget
 from .before_training import Progress, prepare, run_memory
 from .gradient_watch import GradientWatch
 from .journal import Journal
@@ -38,6 +39,8 @@ from .peak_guard import Correction, PeakGuard
 from .recomputation import Recomputation
 from .review import PlanReview
 from .run import TrainingRun
+from .run_settings import changes, check_same, run_settings
+from .time_before_training import other_time_limit
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,8 @@ class RankPilot:
         recompute: let as few layers as each plan needs run again in the backward pass (gradient checkpointing, layer by
             layer). They take less memory and more time, and losses stay the same. A share is then one of what uniform
             rank 8 takes without. By default the model stays as it is set.
+        time: what a step may take in time, beside the budget: a share of what uniform rank 8 takes with no layer run
+            again ("75%"), or seconds ("0.8s"). Measured on the device before training.
 
     Attributes:
         controller: observes the adapters and changes their ranks; None before `begin`.
@@ -96,6 +101,7 @@ class RankPilot:
         review: str | Path | None = None,
         review_timeout: float | None = None,
         recompute: bool = False,
+        time: str | TimeBudget | None = None,
     ) -> None:
         check_options(policy, schedule, measure_every, bounds)
         self.policy = load_policy(policy)
@@ -105,6 +111,7 @@ class RankPilot:
         self.bounds = dict(bounds or {})
         self.controller: RankController[PeftAdapters] | None = None
         self.recompute = recompute
+        self.time = None if time is None else TimeBudget.parse(time)
         self.journal = Journal(None if log is None else DecisionLog(Path(log)), self.policy, tell or logger.info)
         self._progress = progress
         self._review = PlanReview.of(review, review_timeout)
@@ -165,14 +172,15 @@ class RankPilot:
             self.bounds,
             self.seed,
             fresh=self.fresh,
-            recompute=self.recompute,
+            recomputation=recomputation,
+            time=self.time,
             progress=self._progress,
         )
         self._watch(run, memory, recomputation)
         self._decide()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
-        """Go on from `state_dict`, with the adapters and the optimiser of that time. Another budget counts at once.
+        """Go on from `state_dict`, with the adapters and the optimiser then. Another budget or time counts at once.
 
         Args:
             run: the run, whose model holds the adapters of that time.
@@ -185,7 +193,8 @@ class RankPilot:
             BudgetError: no plan fits another budget.
         """
         self._check_run(run)
-        self._check_same(state["settings"])
+        settings, before = self._settings(), state["settings"]
+        check_same(settings, before)
         targets = find_target_modules(run.model)
         make_resizable(run.model, targets)
         finish_load(run.model, targets)
@@ -205,10 +214,16 @@ class RankPilot:
         memory = run_memory(run, targets, signals=True) if recomputation else None
         if recomputation:
             recomputation.take(state["recomputed"])
+        limit, controller = self.controller.limit, self.controller
+        if before["budget"] != settings["budget"]:
+            limit = controller.limit_of(self.budget.beside(run.model), run.device)
+        if before.get("time") != settings["time"]:
+            known = (controller.time, run, targets, self.time, memory, limit, recomputation)
+            controller.time = other_time_limit(*known)
         self._watch(run, memory, recomputation)
-        if state["settings"]["budget"] != str(self.budget):
-            limit = self.controller.limit_of(self.budget, run.device)
-            self.journal.tell(f"step {step}: the budget is {self.budget} now, and was {state['settings']['budget']}")
+        changed = changes(settings, before)
+        if changed:
+            self.journal.tell(f"step {step}: {changed}")
             self._guard.new_limit(limit, step)
 
     def before_step(self, *batches: Batch) -> None:
@@ -306,6 +321,8 @@ class RankPilot:
         }
         if self.recompute:
             figures["recomputed_layers"] = float(len(self._guard.recomputed))
+        if controller.time:
+            figures |= {"plan_seconds": controller.time.of(ranks), "budget_seconds": controller.time.seconds}
         fresh, self._shown = self.peaks[self._shown :], len(self.peaks)
         return figures | ({"peak_bytes": float(max(peak for _, peak in fresh))} if fresh else {})
 
@@ -326,26 +343,7 @@ class RankPilot:
         self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
 
     def _settings(self) -> dict[str, Any]:
-        """What a resumed run is held against, as JSON values."""
-        bounds = {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in self.bounds.items()}
-        return {
-            "budget": str(self.budget),
-            "policy": self.policy.name,
-            "policy_sha256": getattr(self.policy, "sha256", None),
-            "schedule": repr(self.schedule),
-            "bounds": bounds,
-            "recompute": self.recompute,
-        }
-
-    def _check_same(self, before: Mapping[str, Any]) -> None:
-        now = self._settings()
-        differing = [key for key in now if key != "budget" and now[key] != before[key]]
-        if differing:
-            shown = "; ".join(f"{key}: {before[key]!r} there, {now[key]!r} now" for key in differing)
-            raise RunFolderError(
-                f"The run that is resumed had other settings ({shown}). Resume with those, or start a new run; only "
-                "the budget may change."
-            )
+        return run_settings(self.budget, self.time, self.policy, self.schedule, self.bounds, self.recompute)
 
     def _decide(self) -> None:
         controller, step = self._controller, self._step
@@ -379,7 +377,7 @@ class RankPilot:
         plan: Plan,
         notes: dict[str, str] | None = None,
     ) -> None:
-        plan = replace(plan, cost=plan_cost(self._controller.problem_now().cost, plan.ranks))
+        plan = replace(plan, cost=plan_cost(self._controller.cost_now(), plan.ranks))
         self.journal.record(
             self._controller,
             observation,
@@ -389,7 +387,7 @@ class RankPilot:
             loss=loss,
             peak=self.peaks[-1][1] if self.peaks else None,
             notes=notes,
-            remark=self._guard.recomputation_line(),
+            remark=self._guard.remark(),
         )
         if not plan.ranks.any():
             raise BudgetError(

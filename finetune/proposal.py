@@ -18,7 +18,7 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.units import cost_text, format_bytes
 from ..errors import ConfigError, UnknownNameError, first_line
 from ..lora.signals import SIGNALS
-from ..memory.cost import moment_costs, plan_cost
+from ..memory.cost import plan_cost, unit_cost, unit_costs
 
 Document = Mapping[Any, Any]
 """What a review file holds."""
@@ -73,7 +73,7 @@ class Proposal:
             "decision": self.number,
             "step": self.step,
             "policy": self.policy,
-            "predicted_cost": cost_text(plan_cost(problem.cost, shown), unit),
+            "predicted_cost": cost_text(unit_cost(problem.cost, shown), unit),
             "budget": cost_text(problem.limit, unit),
             "modules": self._modules(shown),
         }
@@ -82,7 +82,7 @@ class Proposal:
 
     def _modules(self, shown: IntArray) -> dict[str, dict[str, Any]]:
         cost, proposed = self.problem.cost, self.plan.ranks
-        per_rank = cost.per_rank[int(np.argmax(moment_costs(cost, proposed)))]
+        per_rank = cost.per_rank[int(np.argmax(unit_costs(cost, proposed)))]
         columns = zip(
             shown.tolist(),
             proposed.tolist(),
@@ -145,7 +145,7 @@ class Proposal:
         ranks = np.array([modules[name]["rank"] for name in self.names], dtype=np.int64)
         if not ranks.any():
             raise ConfigError("No module has a rank above 0. Give one at least rank 1.")
-        excess = plan_cost(self.problem.cost, ranks) - self.problem.limit
+        excess = unit_cost(self.problem.cost, ranks) - self.problem.limit
         if excess > 0:
             unit = self.problem.cost.unit
             over = format_bytes(excess, up=True) if unit == "bytes" else cost_text(excess, unit)
@@ -153,6 +153,9 @@ class Proposal:
                 f"Its plan takes {cost_text(self.problem.limit + excess, unit)}, which is {over} above the budget of "
                 f"{cost_text(self.problem.limit, unit)}. Lower some ranks."
             )
+        if not self.problem.fits(ranks):
+            times = plan_cost(self.problem.cost, ranks) / self.problem.limit
+            raise ConfigError(f"Its step takes {times:.3g} times as long as the time allows. Lower some ranks.")
         return ranks
 
     def _wrong_entries(self, modules: Document) -> list[str]:

@@ -53,19 +53,20 @@ class Recomputation:
         for name, layer in self._layers.items():
             layer.gradient_checkpointing = name in layers
 
-    def fit(self, ranks: IntArray, limit: float, shape: BatchShape | None = None) -> MemoryModel:
-        """Let the fewest layers run again with which a plan fits, or all that hold something.
+    def fewest(self, ranks: IntArray, limit: float, shape: BatchShape | None = None) -> tuple[str, ...]:
+        """The fewest layers that must run again so that a plan fits, or all that hold something.
 
         Args:
             ranks: the plan, int64 (modules,).
             limit: bytes that the step may take.
             shape: of the batch; by default the one that the memory was measured with.
-
-        Returns:
-            The byte model of the step as it is then.
         """
         assert self.memory is not None, "the step has not been measured"
-        self.take(fewest_recomputed(self.memory, ranks, limit, shape))
+        return fewest_recomputed(self.memory, ranks, limit, shape)
+
+    def memory_now(self) -> MemoryModel:
+        """The byte model of the step in which the layers run again that do now."""
+        assert self.memory is not None, "the step has not been measured"
         return self.memory.recomputing(self.layers)
 
     def __str__(self) -> str:

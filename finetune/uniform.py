@@ -12,9 +12,11 @@ from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, make_resizable
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
+from ..memory.time_budget import TimeBudget
 from .before_training import run_costs
 from .callback import run_of
 from .recomputation import Recomputation
+from .time_before_training import time_limit
 from .trainer_step import TrainerStep, find_trainer
 
 
@@ -25,13 +27,14 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         budget: the limit, as for `RankPilotCallback`.
         seed: of fresh rows.
         recompute: let as few layers as the plan needs run again in the backward pass, as for `RankPilotCallback`.
+        time: the limit of the time of a step, as for `RankPilotCallback`.
 
     Attributes:
         limit: what the plan may cost, in bytes or parameters; 0 before training.
     """
 
-    def __init__(self, budget: Budget, seed: int, *, recompute: bool = False) -> None:
-        self.budget, self.seed, self.recompute = budget, seed, recompute
+    def __init__(self, budget: Budget, seed: int, *, recompute: bool = False, time: TimeBudget | None = None) -> None:
+        self.budget, self.seed, self.recompute, self.time = budget, seed, recompute, time
         self.limit = 0.0
 
     def on_init_end(
@@ -63,14 +66,19 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         if state.global_step > 0:
             finish_load(model, targets)
             if recomputation:
-                recomputation.fit(adapters.ranks, self.limit)
+                recomputation.take(recomputation.fewest(adapters.ranks, self.limit))
             if state.global_step >= state.max_steps:
                 step.take_no_more()
                 control.should_training_stop = True
             return
-        problem = AllocationProblem.of(targets, costs.cost, self.limit)
+        timed = None
+        if self.time:
+            timed = time_limit(run, targets, self.time, costs.memory, self.limit, recomputation)
+        problem = AllocationProblem.of(
+            targets, timed.added_to(costs.cost, self.limit) if timed else costs.cost, self.limit
+        )
         check_budget(problem, [target.name for target in targets])
-        ranks = uniform_ranks(problem)
+        ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
         adapters.set_ranks(ranks, optimizer, seed=self.seed, step=0)
         if recomputation:
-            recomputation.fit(ranks, self.limit)
+            recomputation.take(recomputation.fewest(ranks, self.limit))

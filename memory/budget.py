@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..common.units import format_bytes
 from ..errors import BudgetError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..common.arrays import IntArray
     from .cost import Cost, CostUnit
@@ -24,7 +26,8 @@ for _index, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {f"{_prefix}b": 1000**_index, f"{_prefix}ib": 1024**_index}
 
 _FORMS = (
-    "'6GiB', '350MB', a whole number of bytes from 1024 on, '80%' (of the uniform run's bytes), '300k params' or 'auto'"
+    "'6GiB', '350MB', a whole number of bytes from 1024 on, '24GiB total' (the frozen model included), '80%' (of the "
+    "uniform run's bytes), '300k params' or 'auto'"
 )
 
 AUTO_SHARE = 0.9
@@ -58,13 +61,13 @@ class Budget:
     """A budget as its user gave it; `resolve` makes a limit of it.
 
     Attributes:
-        kind: "bytes" at the peak of a training step; "share" of what uniform rank 8 on all target modules costs;
-            "parameters" in the adapter, for comparisons with the literature; "auto": a share of the memory that is
-            free on the model's device before training.
+        kind: "bytes" at the peak of a training step; "total" bytes of the device, the frozen model included; "share"
+            of what uniform rank 8 on all target modules costs; "parameters" in the adapter, for comparisons with the
+            literature; "auto": a share of the memory that is free on the model's device before training.
         value: above 0, in the unit of `kind`.
     """
 
-    kind: Literal["bytes", "share", "parameters", "auto"]
+    kind: Literal["bytes", "total", "share", "parameters", "auto"]
     value: float
 
     @classmethod
@@ -72,9 +75,9 @@ class Budget:
         """Read a budget.
 
         Args:
-            given: "6GiB", "350MB" or a whole number from 1024 on (bytes); "80%" or a number with a decimal point up to
-                4 (share): 1.0 and "1.0" are all that uniform rank 8 takes, and so is "100%"; "300k params"; "auto". A
-                smaller whole number, such as 1 or "80", is refused: nobody means so few bytes.
+            given: "6GiB", "350MB" or a whole number from 1024 on (bytes); "24GiB total"; "80%" or a number with a
+                decimal point up to 4 (share): 1.0 and "1.0" are all that uniform rank 8 takes, and so is "100%"; "300k
+                params"; "auto". A smaller whole number, such as 1 or "80", is refused: nobody means so few bytes.
 
         Raises:
             BudgetError: it is unreadable, zero, negative, not finite, or a whole number below 1024.
@@ -84,7 +87,11 @@ class Budget:
         text = str(given).strip().lower().replace(",", "").replace("_", "")
         if text == "auto":
             return cls("auto", AUTO_SHARE)
-        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(%|bytes|[kmgt]?i?b|[kmb]?\s*param(?:eter)?s)?", text)
+        of_bytes = r"bytes|[kmgt]?i?b"
+        match = re.fullmatch(rf"([0-9.]+(?:e[0-9]+)?)\s*(%|{of_bytes}|[kmb]?\s*param(?:eter)?s)?", text)
+        total = re.fullmatch(rf"(.*[0-9.]\s*(?:{of_bytes}))\s+total", text)
+        if total:
+            return cls("total", cls.parse(total.group(1)).value)
         try:
             number = float(match.group(1)) if match else math.nan
         except ValueError:
@@ -123,7 +130,8 @@ class Budget:
             return f"{100 * self.value:g}%"
         if self.kind == "auto":
             return "auto"
-        return f"{self.value:.0f} {'params' if self.kind == 'parameters' else 'bytes'}"
+        unit = {"parameters": "params", "total": "bytes total"}.get(self.kind, "bytes")
+        return f"{self.value:.0f} {unit}"
 
     @property
     def unit(self) -> CostUnit | None:
@@ -131,6 +139,27 @@ class Budget:
         if self.kind == "share":
             return None
         return "parameters" if self.kind == "parameters" else "bytes"
+
+    def beside(self, model: nn.Module) -> Budget:
+        """The same budget without what lies on the device whatever the plan, for "total"; any other as it is.
+
+        That is the frozen model and, on CUDA, what contexts and libraries take (`resident_bytes`).
+
+        Raises:
+            BudgetError: that alone takes all of it.
+        """
+        if self.kind != "total":
+            return self
+        from .resident_model import resident_bytes
+
+        resident = resident_bytes(model)
+        if resident >= self.value:
+            raise BudgetError(
+                f"The budget of {format_bytes(self.value)} in total is less than the frozen model and the device's "
+                f"context take, {format_bytes(resident, up=True)}. Give more, or load the model in a smaller precision "
+                "(bf16, or quantised)."
+            )
+        return Budget("bytes", self.value - resident)
 
     def resolve(self, cost: Cost, max_ranks: IntArray, device: torch.device) -> Limit:
         """The limit of plans, in the unit of their cost.

@@ -24,6 +24,7 @@ class ParameterCost:
     """
 
     unit: ClassVar[CostUnit] = "parameters"
+    moments: ClassVar[tuple[str, ...]] = ("the adapter",)
     constant: ClassVar[FloatArray] = np.zeros(1)
     group_bytes: ClassVar[FloatArray] = np.zeros((1, 0))
     per_rank: FloatArray
@@ -75,11 +76,48 @@ class ByteCost:
         return np.ascontiguousarray(self.needs.T)
 
 
-Cost = ParameterCost | ByteCost
+TIME = "the time of a step"
+"""What the last moment of a `TimedCost` is, for people."""
+
+
+@dataclass(frozen=True, eq=False)
+class TimedCost:
+    """Another cost, with the time of a step as its last moment; `SecondsRow.added_to` makes it.
+
+    The unit of time is such that its limit and the limit of the other moments are one number. So whatever chooses plans
+    keeps both limits as it keeps one.
+
+    Attributes:
+        unit: of the other moments.
+        moments: what each moment is, for people, `TIME` last.
+        constant: see `ByteCost`, as the arrays below.
+        per_rank: for each rank, (moments, modules).
+        group_bytes: of each group, (moments, groups).
+        needs: which modules need each group, bool (groups, modules).
+        unit_per_second: how much of the unit stands for one second.
+    """
+
+    unit: CostUnit
+    moments: tuple[str, ...]
+    constant: FloatArray
+    per_rank: FloatArray
+    group_bytes: FloatArray
+    needs: BoolArray
+    unit_per_second: float
+
+    @cached_property
+    def module_groups(self) -> BoolArray:
+        """`needs`, transposed and contiguous, bool (modules, groups)."""
+        return np.ascontiguousarray(self.needs.T)
+
+
+UntimedCost = ParameterCost | ByteCost
+Cost = UntimedCost | TimedCost
 """What any plan costs: the highest of its costs at a few moments of a training step.
 
 At each moment, a plan costs a constant, something for each rank, and something for each *group*. A group is paid once
-as soon as the plan adapts any of the modules that need it. All values are whole numbers, so sums are exact.
+as soon as the plan adapts any of the modules that need it. All values are multiples of one number (1 for bytes and
+parameters), so sums are exact.
 """
 
 
@@ -98,18 +136,32 @@ def plan_cost(cost: Cost, ranks: IntArray) -> float:
     return float(moment_costs(cost, ranks).max())
 
 
+def unit_costs(cost: Cost, plans: IntArray) -> FloatArray:
+    """As `moment_costs`, without the time of a step."""
+    costs = moment_costs(cost, plans)
+    return costs[..., :-1] if isinstance(cost, TimedCost) else costs
+
+
+def unit_cost(cost: Cost, ranks: IntArray) -> float:
+    """What a plan costs in the unit of its cost, whatever time it takes; `ranks` has shape (modules,)."""
+    return float(unit_costs(cost, ranks).max())
+
+
 def cost_state(cost: Cost) -> dict[str, Any]:
     """All that `cost_from_state` needs, as arrays and JSON values."""
     state: dict[str, Any] = {"unit": cost.unit}
     for field in fields(cost):
         value = getattr(cost, field.name)
-        state[field.name] = value if isinstance(value, np.ndarray) else list(value)
+        state[field.name] = list(value) if isinstance(value, tuple) else value
     return state
 
 
 def cost_from_state(state: Mapping[str, Any]) -> Cost:
     """The cost that `cost_state` described; arrays may have become tensors in between."""
-    if state["unit"] == "parameters":
+    if state["unit"] == "parameters" and "moments" not in state:
         return ParameterCost(np.asarray(state["per_rank"]))
     arrays = {name: np.asarray(state[name]) for name in ("constant", "per_rank", "group_bytes", "needs")}
-    return ByteCost(tuple(state["moments"]), **arrays)
+    moments = tuple(state["moments"])
+    if "unit_per_second" in state:
+        return TimedCost(state["unit"], moments, **arrays, unit_per_second=float(state["unit_per_second"]))
+    return ByteCost(moments, **arrays)

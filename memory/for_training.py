@@ -11,7 +11,7 @@ from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
 from .budget import Budget, Limit
 from .calibration import calibrate
-from .cost import Cost, ParameterCost
+from .cost import ParameterCost, UntimedCost
 from .model import MemoryModel
 from .recording import Batch
 from .training_step import TrainingStep
@@ -24,7 +24,7 @@ LOOP_BYTES = 1024
 class PlanCosts:
     """What plans cost, and their limit; `memory`, None under a budget of parameters, predicts other batch shapes."""
 
-    cost: Cost
+    cost: UntimedCost
     limit: Limit
     memory: MemoryModel | None
 
@@ -66,18 +66,21 @@ def plan_costs(
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None), None)
     memory = measure_memory(step, targets, batch, signals=False)
-    cost, limit = limited_cost(budget, targets, memory.recomputing(()) if recompute else memory)
+    cost, limit = limited_cost(budget.beside(step.model), targets, memory.recomputing(()) if recompute else memory)
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
     return PlanCosts(memory.cost() if signals or recompute else cost, limit, memory)
 
 
-def limited_cost(budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None) -> tuple[Cost, Limit]:
+def limited_cost(
+    budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None
+) -> tuple[UntimedCost, Limit]:
     """The cost that a budget limits, and its limit.
 
-    `memory` is the byte model without signal buffers; None only under a budget of parameters.
+    A budget of "total" bytes comes as what is left of it (`Budget.beside`). `memory` is the byte model without signal
+    buffers; None only under a budget of parameters.
     """
-    cost: Cost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
+    cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
     max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
     # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
     return cost, budget.resolve(cost, max_ranks, targets[0].weight_a.device)

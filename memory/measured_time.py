@@ -137,12 +137,12 @@ def _timed_step(step: TrainingStep, targets: Sequence[TargetModule], ranks: IntA
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
         work()
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()  # type: ignore[no-untyped-call]
-        return float(begin.elapsed_time(end)) / 1000  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()
     work()
     return (time.process_time() - start) / torch.get_num_threads()

@@ -8,6 +8,7 @@ certain modules is adapted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,10 +17,16 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import ConfigError
+from .cost import TIME, TimedCost, UntimedCost
 
 PARTS = ("constant", "backward", "adapters", "ranks", "again")
 """The parts of a step: what every plan takes, the backward pass of the frozen model, adapters at any rank, what grows
 with their ranks, and second runs."""
+
+
+def exact_unit(limit: float) -> float:
+    """A power of 2, 2**-32 of a limit > 0 or less. Times beside other costs are multiples of it, so sums are exact."""
+    return 2.0 ** (math.floor(math.log2(limit)) - 32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +49,31 @@ class SecondsRow:
         """The seconds of a plan, int64 (modules,)."""
         paid = self.needs[:, ranks > 0].any(axis=1)
         return float(self.constant + self.groups @ paid + self.per_rank @ ranks)
+
+    def added_to(self, cost: UntimedCost, limit: float, seconds: float) -> TimedCost:
+        """A cost with this time as one more moment.
+
+        Args:
+            cost: of a plan, without time.
+            limit: of that cost, > 0.
+            seconds: the limit of the time, > 0.
+        """
+        exact = exact_unit(limit)
+        scale = limit / seconds / exact
+        mine = {name: np.ceil(np.asarray(getattr(self, name)) * scale) * exact for name in ("per_rank", "groups")}
+        moments = cost.moments
+        before, after = cost.group_bytes.shape[1], len(self.groups)
+        group_bytes = np.zeros((len(moments) + 1, before + after))
+        group_bytes[:-1, :before], group_bytes[-1, before:] = cost.group_bytes, mine["groups"]
+        return TimedCost(
+            cost.unit,
+            (*moments, TIME),
+            np.append(cost.constant, np.ceil(self.constant * scale) * exact),
+            np.concatenate([cost.per_rank, mine["per_rank"][None]]),
+            group_bytes,
+            np.concatenate([cost.needs, self.needs]),
+            limit / seconds,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +154,9 @@ class StepTime:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> StepTime:
         """The step time that `state` described; arrays may have become tensors in between."""
-        values = {name: np.asarray(state[name]) for name in (field.name for field in fields(cls))}
-        names = {name: tuple(state[name]) for name in ("layers", "running_again")}
-        return cls(**values | names | {"constant": float(state["constant"])})
+        values: dict[str, Any] = {field.name: np.asarray(state[field.name]) for field in fields(cls)}
+        values |= {name: tuple(state[name]) for name in ("layers", "running_again")}
+        return cls(**values | {"constant": float(state["constant"])})
 
     def _runs(self, layers: Collection[str] | None) -> BoolArray:
         layers = self.running_again if layers is None else layers
@@ -135,7 +167,7 @@ def fitted(nominal: StepTime, plans: list[tuple[IntArray, tuple[str, ...]]], sec
     """The step time whose parts are in the proportions of a nominal one, and whose sums are measured.
 
     Least squares of the relative errors; each part has one factor of at least 0. A part that the plans do not tell
-    apart, because none has it, keeps the factor of the whole.
+    apart, because none has it, keeps the factor of the whole; second runs that all have, that of the first ones.
 
     Args:
         nominal: for the proportions within each part.
@@ -148,6 +180,11 @@ def fitted(nominal: StepTime, plans: list[tuple[IntArray, tuple[str, ...]]], sec
     if not len(seconds) or not (seconds > 0).all():
         raise ConfigError(f"Step times are above 0 seconds; got {seconds.tolist()}.")
     parts = np.stack([nominal.parts(ranks, layers) for ranks, layers in plans])
+    again = {layers for _, layers in plans}
+    tied = len(again) == 1 and again != {()}
+    if tied:  # the same layers run again under every plan, so their second run counts as the first one does
+        parts[:, 0] += parts[:, -1]
+        parts[:, -1] = 0.0
     scale = float(np.median(seconds / parts.sum(axis=1)))
     factors = np.full(len(PARTS), scale)
     told = list(np.flatnonzero(parts.any(axis=0)))
@@ -158,4 +195,6 @@ def fitted(nominal: StepTime, plans: list[tuple[IntArray, tuple[str, ...]]], sec
             break
         worst = told.pop(int(found.argmin()))
         factors[worst] = 0.0
+    if tied:
+        factors[-1] = factors[0]
     return nominal.scaled(factors)

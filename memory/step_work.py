@@ -87,7 +87,7 @@ class StepWork:
             needs=needs,
             layers=self.layers,
             running_again=self.running_again,
-            layer_seconds=np.bincount(self.layer[of_layer], seconds[of_layer], minlength=len(self.layers)),
+            layer_seconds=_sums(self.layer[of_layer], seconds[of_layer], len(self.layers)),
             layer_needs=layer_needs,
             layer_of=layer_of,
             again=self._by_module(fixed, again, count),
@@ -95,7 +95,7 @@ class StepWork:
         )
 
     def _by_module(self, values: FloatArray, among: BoolArray, count: int) -> FloatArray:
-        return np.bincount(self.module[among], values[among], minlength=count)
+        return _sums(self.module[among], values[among], count)
 
     def _groups(self, seconds: FloatArray) -> tuple[FloatArray, BoolArray]:
         """Seconds and modules of the parts of the frozen model's backward pass that the same modules need."""
@@ -124,3 +124,8 @@ class StepWork:
         count = len(self.widths)
         rows = [[bool(modules >> m & 1) or bool(modules >> count) for m in range(count)] for modules in sets]
         return np.array(rows, dtype=np.bool_).reshape(len(rows), count)
+
+
+def _sums(indices: IntArray, values: FloatArray, count: int) -> FloatArray:
+    """The sum of the values at each index, (count,)."""
+    return np.asarray(np.bincount(indices, values, minlength=count), dtype=np.float64)

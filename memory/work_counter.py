@@ -193,7 +193,8 @@ def _flops(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any], r
         return float(count(*arguments, **options, out_val=result))
     name = getattr(packet, "__name__", "")
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return float(sdpa_flop_count(*(value.shape for value in arguments[:3])))
+        return float(sdpa_flop_count(*(value.shape for value in arguments[:3])))  # type: ignore[no-untyped-call]
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        return float(sdpa_backward_flop_count(*(value.shape for value in arguments[:4])))
+        shapes = (value.shape for value in arguments[:4])
+        return float(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
     return 0.0

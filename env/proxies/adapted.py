@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ...lora.targets import TargetModule, find_target_modules
 from ...memory.batch_shape import BatchShape
 from ...memory.calibration import calibrate
-from ...memory.cost import Cost, ParameterCost
+from ...memory.cost import ParameterCost, UntimedCost
 from ...memory.model import MemoryModel
 from .bases import Unit, find_base, load_base_model
 
@@ -38,7 +38,7 @@ def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
 
 
 @lru_cache(maxsize=256)
-def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> Cost:
+def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> UntimedCost:
     """What plans on a proxy base cost at one batch shape."""
     if unit == "parameters":
         return ParameterCost.of(adapted_base(base)[1])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ...lora.targets import TargetModule
     from ...memory.budget import Budget
-    from ...memory.cost import Cost
+    from ...memory.cost import UntimedCost
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class FineTune(Hashable, Protocol):
     def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
         """The model with a LoRA pair on every target module; the same object each time."""
 
-    def cost(self) -> Cost:
+    def cost(self) -> UntimedCost:
         """What a plan costs."""
 
     def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:

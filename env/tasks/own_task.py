@@ -17,7 +17,7 @@ from ...errors import ConfigError, UnsupportedError
 from ...lora.targets import TargetModule, find_target_modules
 from ...memory.budget import Budget
 from ...memory.calibration import calibrate
-from ...memory.cost import Cost, ParameterCost
+from ...memory.cost import ParameterCost, UntimedCost
 from ..proxies.adapted import SCALING
 from .finetune import Reference
 
@@ -119,13 +119,13 @@ class OwnTask:
         return self._adapted
 
     @cached_property
-    def _cost(self) -> Cost:
+    def _cost(self) -> UntimedCost:
         model, targets = self.adapted()
         if self.limit.kind == "parameters":
             return ParameterCost.of(targets)
         return calibrate(model, targets, self._batch(0)).cost()
 
-    def cost(self) -> Cost:
+    def cost(self) -> UntimedCost:
         """See `FineTune`."""
         return self._cost
 

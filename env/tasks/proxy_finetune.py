@@ -15,7 +15,7 @@ from ...data.labelled import LABELS, load_labelled
 from ...errors import UnknownNameError
 from ...lora.targets import TargetModule
 from ...memory.budget import Budget
-from ...memory.cost import Cost
+from ...memory.cost import UntimedCost
 from ..proxies.adapted import adapted_base, proxy_cost
 from ..proxies.bases import ProxyBase, find_base
 from .finetune import FineTune, Reference
@@ -124,7 +124,7 @@ class ProxyFineTune:
         """See `FineTune`."""
         return adapted_base(self.task.base)
 
-    def cost(self) -> Cost:
+    def cost(self) -> UntimedCost:
         """See `FineTune`."""
         task = self.task
         return proxy_cost(task.base, task.priced_rows or task.batch_size, task.length, task.unit, task.checkpointing)

@@ -147,7 +147,9 @@ class _Plans:
         self.reference_bytes = reference_cost(cost, self._max_ranks)
         self._limit: Limit | None = None
         if setup.config.budget:
-            cost, self._limit = limited_cost(Budget.parse(setup.config.budget), setup.targets, memory)
+            cost, self._limit = limited_cost(
+                Budget.parse(setup.config.budget).beside(setup.model), setup.targets, memory
+            )
         self._problem = AllocationProblem.of(setup.targets, cost, self._limit.value if self._limit else math.inf)
 
     @property
