@@ -32,7 +32,9 @@ from .hollow.quantised import quantise, quiet
 from .model import MemoryModel
 from .step_config import StepConfig
 from .step_parts import new_optimizer, switch_checkpointing
+from .step_work import StepWork
 from .training_step import LossFunction, TrainingStep, model_loss
+from .work_counter import count_work
 
 WORKSPACE_BYTES = 2 * 8_519_680
 """What cuBLAS takes through the allocator: a workspace each for the threads of the forward and of the backward pass
@@ -86,6 +88,7 @@ class ConfiguredStep:
         parameters: number of parameters of the frozen model, a tied one once.
         frozen_bytes: bytes of the frozen model as loaded, scales of quantised weights included.
         workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
+        work: what the step computes; None if it was not counted.
     """
 
     memory: MemoryModel
@@ -94,9 +97,12 @@ class ConfiguredStep:
     parameters: int
     frozen_bytes: int
     workspace_bytes: int
+    work: StepWork | None = field(repr=False)
 
 
-def from_config(config: PreTrainedConfig | str, step: StepConfig, loaded: LoadedAs | None = None) -> ConfiguredStep:
+def from_config(
+    config: PreTrainedConfig | str, step: StepConfig, loaded: LoadedAs | None = None, *, counted: bool = False
+) -> ConfiguredStep:
     """What a training step takes, from a model's configuration.
 
     Args:
@@ -104,6 +110,7 @@ def from_config(config: PreTrainedConfig | str, step: StepConfig, loaded: Loaded
             config.json, a short name such as "qwen3-8b", a Hugging Face id.
         step: batch, length, target modules, optimiser, quantisation, autocast, checkpointing.
         loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
+        counted: also count what the step computes, operator by operator, on a small batch of the same length.
 
     Returns:
         The byte model, and the bytes of the frozen base.
@@ -132,6 +139,7 @@ def from_config(config: PreTrainedConfig | str, step: StepConfig, loaded: Loaded
         batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
         try:
             memory = measure_memory(training, targets, batch, signals=False)
+            work = count_work(model, targets, training.loss, batch) if counted else None
         except RankPilotError:
             raise
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -143,6 +151,7 @@ def from_config(config: PreTrainedConfig | str, step: StepConfig, loaded: Loaded
             parameters=parameters,
             frozen_bytes=frozen_bytes(model),
             workspace_bytes=WORKSPACE_BYTES if loaded.device == "cuda" else 0,
+            work=work,
         )
 
 

@@ -19,12 +19,16 @@ from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
 from .batch_shape import BatchShape
 from .breakdown import frozen_sizes
-from .device_table import DeviceSpec, find_device_spec
+from .device_table import DeviceSpec, Precision, device_table, find_device_spec
 from .find_configuration import find_configuration
 from .from_config import ConfiguredStep, LoadedAs, from_config
+from .hollow.attention import Attention
 from .model import MemoryModel
 from .recomputation import fewest_recomputed, holding_layers
 from .step_config import StepConfig
+from .step_time import StepTime
+from .step_work import Rates
+from .time_budget import reference_seconds
 from .verdict import CardUse, card_use
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,6 +36,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batches of the grid, beside the one that was asked for."""
+
+PLACES = 9
+"""Places between all layers running again and none, in the picture."""
+
+USUAL_CARD = "RTX 4090"
+"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
+
+OPERATOR_SECONDS = 5e-6
+"""What an operator takes on a GPU beside its work."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""
@@ -51,8 +64,7 @@ class Choice:
         ranks: the plan, int64 (modules,).
         step_bytes: predicted peak of a step, beside the frozen model.
         use: what the card sees.
-        time: of a step, as a share of plain LoRA's: rank 8 on all modules, no layer runs again. None if it is not
-            known.
+        time: of a step, as a share of plain LoRA's: rank 8 on all modules, no layer runs again.
     """
 
     rank: int
@@ -61,7 +73,7 @@ class Choice:
     ranks: IntArray = field(repr=False)
     step_bytes: float
     use: CardUse
-    time: float | None
+    time: float
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,8 @@ class GridCell:
     Attributes:
         shape: rows and tokens.
         recomputed: how many layers must run again so that it fits; None if it does not fit even then.
-        bytes: on the card, with these layers, or with all.
+        bytes: on the card, with these layers, or with all; the allocator's reserve is taken to be the share that it is
+            for the batch that was asked for.
     """
 
     shape: BatchShape
@@ -99,6 +112,20 @@ class Outlook:
         self._loaded = frozen_sizes(step.model)
         self.blocks = len(np.unique(self._blocks))
 
+    @cached_property
+    def _time(self) -> StepTime:
+        """The time of any plan, by counted work and the published rates of the card, or of a usual one."""
+        assert self.step.work is not None, "the step was made without its work"
+        rates = self.card.rates or device_table()[USUAL_CARD].rates
+        assert rates is not None, "cards of the table have rates"
+        precision: tuple[Precision, ...] = ("bf16", "fp16", "fp32") if self.settings.bf16 else ("tf32", "fp32")
+        flops = next(rates.flops_per_s[each] for each in precision if each in rates.flops_per_s)
+        return self.step.work.time(Rates(flops, rates.bytes_per_s, OPERATOR_SECONDS))
+
+    @cached_property
+    def _plain_seconds(self) -> float:
+        return reference_seconds(self._time, self._highest)
+
     @property
     def memory(self) -> MemoryModel:
         """The byte model of a step in which all layers run again."""
@@ -124,7 +151,8 @@ class Outlook:
         """What the card sees under one choice; the batch is the one that was asked for."""
         ranks, memory = self.plan(layers, rank), self.memory.recomputing(recomputed)
         use = card_use(memory, ranks, self._loaded, self.card, evaluation=memory.shape)
-        return Choice(rank, layers, recomputed, ranks, memory.peak(ranks), use, None)
+        time = self._time.seconds(ranks, recomputed) / self._plain_seconds
+        return Choice(rank, layers, recomputed, ranks, memory.peak(ranks), use, time)
 
     def fitting(self, layers: int, rank: int) -> Choice:
         """The same with as few recomputed layers as fit, the allocator's reserve included where that is possible."""
@@ -140,9 +168,13 @@ class Outlook:
         """All layers and fewer layers, with no recomputation, as little as fits, and all of it; then other ranks."""
         return tuple(self._choices())
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many layers from the top have adapters, in the choices that are shown."""
+        return tuple(dict.fromkeys(max(1, round(share * self.blocks)) for share in (1.0, *SHARES)))
+
     def _choices(self) -> Iterator[Choice]:
-        depths = [self.blocks, *(round(share * self.blocks) for share in SHARES)]
-        for layers in dict.fromkeys(max(1, depth) for depth in depths):
+        for layers in self.depths:
             none = self.choice(layers, self.rank, ())
             yield none
             every = self.choice(layers, self.rank, holding_layers(self.memory, none.ranks))
@@ -171,9 +203,32 @@ class Outlook:
 
     def _cell(self, shape: BatchShape) -> GridCell:
         ranks = self.plan(self.blocks, self.rank)
-        chosen = fewest_recomputed(self.memory, ranks, self.room, shape)
+        taken = self.card.memory_bytes - self.room
+        room = self.card.memory_bytes / (1 + self._reserve_share) - taken
+        chosen = fewest_recomputed(self.memory, ranks, room, shape)
         peak = self.memory.recomputing(chosen).peak(ranks, shape)
-        return GridCell(shape, len(chosen) if peak <= self.room else None, peak + self.card.memory_bytes - self.room)
+        return GridCell(shape, len(chosen) if peak <= room else None, (peak + taken) * (1 + self._reserve_share))
+
+    def trade(self, layers: int) -> list[tuple[int, float, float]]:
+        """What recomputation trades for so many adapted layers from the top: from all of them again to none.
+
+        Returns:
+            (layers that run again, bytes on the card, time as a share of plain LoRA's) at a few places between.
+        """
+        ranks = self.plan(layers, self.rank)
+        holding, points = holding_layers(self.memory, ranks), []
+        taken = self.card.memory_bytes - self.room
+        for count in sorted({round(part * len(holding)) for part in np.linspace(0, 1, PLACES)}, reverse=True):
+            peak = self.memory.recomputing(holding[:count]).peak(ranks)
+            seconds = self._time.seconds(ranks, holding[:count])
+            points.append((count, (peak + taken) * (1 + self._reserve_share), seconds / self._plain_seconds))
+        return points
+
+    @cached_property
+    def _reserve_share(self) -> float:
+        """The allocator's reserve as a share of all tensors, where all layers run again on the batch asked for."""
+        use = self.choice(self.blocks, self.rank, self.recomputable).use
+        return use.reserve_bytes / use.allocated_bytes
 
 
 def memory_of(
@@ -220,6 +275,6 @@ def memory_of(
     step = StepConfig(**defaults | settings | {"checkpointing": True})
     if rank < 1:
         raise ConfigError(f"rank is at least 1; got {rank}.")
-    attention = "auto" if spec.has_flash_attention else "efficient"
+    attention: Attention = "auto" if spec.has_flash_attention else "efficient"
     loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
-    return Outlook(from_config(config, step, loaded), spec, rank, step)
+    return Outlook(from_config(config, step, loaded, counted=True), spec, rank, step)

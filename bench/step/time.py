@@ -132,12 +132,12 @@ def random_plans(
 def accuracy(predicted: FloatArray, measured: FloatArray) -> Figures:
     """Errors of predictions relative to what was measured, and the rank correlation; both (plans,)."""
     errors = predicted / measured - 1
-    places = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
+    places = np.stack([np.argsort(np.argsort(values)) for values in (predicted, measured)])
     return {
         "median_error": float(np.median(np.abs(errors))),
         "worst_error": float(np.abs(errors).max()),
         "mean_error": float(errors.mean()),
-        "rank_correlation": float(np.corrcoef(*places)[0, 1]),
+        "rank_correlation": float(np.corrcoef(places).reshape(2, 2)[0, 1]),
         "least_s": float(measured.min()),
         "most_s": float(measured.max()),
     }
@@ -226,8 +226,8 @@ def benchmark(options: Options, console: Console) -> Figures:
         shares_kept.append(float(found["share"]))
         plan = f"{found['modules']} at mean rank {found['mean_rank']:.1f}"
         rows.append([name, plan, f"{found['predicted_share']:.1%}", f"{found['share']:.1%}"])
-    columns = ("model", "adapted modules", "predicted", "measured")
-    console.print(make_table(f'time="{BUDGET}": a step as a share of plain LoRA\'s', columns, rows))
+    titles = ("model", "adapted modules", "predicted", "measured")
+    console.print(make_table(f'time="{BUDGET}": a step as a share of plain LoRA\'s', titles, rows))
     limit = TimeBudget.parse(BUDGET).value
     figures |= {"largest_share": max(shares_kept), "largest_excess": max(shares_kept) / limit - 1}
     return figures

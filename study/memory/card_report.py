@@ -13,7 +13,7 @@ from ...common.files import write_json
 from ...common.tables import make_table
 from ...common.units import format_bytes
 from ...errors import BudgetError
-from ...memory.outlook import Choice, GridCell, Outlook
+from ...memory.outlook import USUAL_CARD, Choice, GridCell, Outlook
 from .card_picture import card_picture
 
 
@@ -63,17 +63,12 @@ def _largest_text(outlook: Outlook) -> str:
 
 
 def _time_text(outlook: Outlook, best: Choice) -> str:
-    """A plan of fewer layers that is quicker than the best one, for comparison; nothing where times are not known."""
-    if best.time is None:
-        return ""
-    quicker = [
-        c for c in outlook.choices if c.use.verdict == "fits" and c.time is not None and c.time < 0.9 * best.time
-    ]
+    """A plan of fewer layers that is quicker than the best one, for comparison."""
+    quicker = [each for each in outlook.choices if each.use.verdict == "fits" and each.time < 0.9 * best.time]
     text = f", at {best.time:.2f} of plain LoRA's time"
     if not quicker:
         return text
     other = max(quicker, key=lambda choice: (choice.layers, -len(choice.recomputed)))
-    assert other.time is not None
     return f"{text}; {choice_text(outlook, other)} takes {other.time / best.time:.2f} of that"
 
 
@@ -113,7 +108,7 @@ def choice_table(outlook: Outlook) -> Table:
                 for count in (choice.step_bytes, use.total_bytes, use.spare_bytes)
             ),
             "no" if use.verdict == "does not fit" else use.verdict,
-            "" if choice.time is None else f"{choice.time:.2f}",
+            f"{choice.time:.2f}",
         )
     return table
 
@@ -154,6 +149,7 @@ def configuration_text(outlook: Outlook) -> str:
         f"    r={best.rank},",
         f"    lora_alpha={2 * best.rank},",
         f"    target_modules={modules},",
+        ")",
         "arguments = dict(",
         f"    per_device_train_batch_size={settings.batch_size},",
         f"    gradient_accumulation_steps={settings.accumulation},",
@@ -177,8 +173,8 @@ def card_notes(outlook: Outlook) -> Iterator[str]:
         f"On the card: the frozen model ({format_bytes(outlook.step.frozen_bytes)}), CUDA's context and workspaces "
         f"({format_bytes(taken)}), the step, and what the allocator reserves beside it. Tight: it fits without that."
     )
-    if any(choice.time is not None for choice in outlook.choices):
-        yield "Time: of a step, as a share of plain LoRA's (rank 8 on all modules, none runs again), by counted work."
+    whose = "" if outlook.card.rates else f" and the rates of an {USUAL_CARD}"
+    yield f"Time: a step's share of plain LoRA's (rank 8 on all modules, no layer runs again), by counted work{whose}."
 
 
 def card_figures(outlook: Outlook) -> dict[str, Any]:
