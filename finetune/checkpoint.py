@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 STATE, TENSORS = "rankpilot.json", "rankpilot.safetensors"
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files. It rises when older checkpoints cannot be read any more."""
 
 
