@@ -24,6 +24,9 @@ from .work_counter import count_work
 ROUNDS = 3
 """How often each plan is timed, after one round to warm up; the median counts."""
 
+SHORT_SECONDS = 0.3
+"""Shorter steps run once before each timed one: the first step after a change of ranks takes longer, by little."""
+
 HIGH_RANK = 32
 """The rank of a plan that tells what grows with ranks."""
 
@@ -61,14 +64,17 @@ def measure_step_time(
     work = count_work(step.model, targets, step.loss, batch)
     layers = work.running_again if take else ()
     plans = timed_plans(targets, layers, () if take else work.running_again)
-    seconds = np.zeros((rounds, len(plans)))
+    first, seconds = np.zeros(len(plans)), np.zeros((rounds, len(plans)))
     with all_training(step.model, targets), _no_collection():
         for turn in range(-1, rounds):
             for number, (ranks, again) in enumerate(plans):
                 if take:
                     take(again)
-                value = _timed_step(step, targets, ranks, batch)
-                if turn >= 0:
+                warm = turn >= 0 and first[number] < SHORT_SECONDS
+                value = _timed_step(step, targets, ranks, batch, warm=warm)
+                if turn < 0:
+                    first[number] = value
+                else:
                     seconds[turn, number] = value
     if take:
         take(layers)
@@ -112,8 +118,10 @@ def _median_seconds(device: torch.device, work: Callable[[], object]) -> float:
     return max(float(np.median([_seconds(device, work) for _ in range(5)])), 1e-9)
 
 
-def _timed_step(step: TrainingStep, targets: Sequence[TargetModule], ranks: IntArray, batch: Batch) -> float:
-    """The seconds of one step under a plan."""
+def _timed_step(
+    step: TrainingStep, targets: Sequence[TargetModule], ranks: IntArray, batch: Batch, *, warm: bool
+) -> float:
+    """The seconds of one step under a plan; with `warm`, of the second one."""
     for target, rank in zip(targets, ranks.tolist(), strict=True):
         write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
         write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
@@ -132,6 +140,8 @@ def _timed_step(step: TrainingStep, targets: Sequence[TargetModule], ranks: IntA
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    if warm:
+        whole()
     return _seconds(trains[0].device, whole)
 
 

@@ -13,6 +13,8 @@ from rankpilot.errors import UnknownNameError
 EXPLAINED = {
     "overhead": ("--quick", "--json", "--device", "--seed", "adalora", "own work"),
     "start": ("--steps", "--timed", "--quick", "--json", "calibration", "cpu time"),
+    "recompute": ("--rounds", "--quick", "--json", "checkpointed", "smollm2", "cpu time"),
+    "step-time": ("--plans", "--models", "--quick", "--json", "minilm", "cpu time"),
     "decide": ("--policy", "--quick", "--json", "plans", "one thread"),
     "memory": ("--quick", "--json", "--resume", "--device", "--seed", "checkpointing", "guard"),
     "published": ("--quick", "--json", "t4", "fitcheck", "configurations"),

@@ -1,0 +1,196 @@
+"""Runs under a limit of time. Times are counted from rates, so that nothing is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rankpilot
+from rankpilot.errors import BudgetError, RunFolderError
+from rankpilot.finetune import time_before_training
+from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.memory.budget import Budget
+from rankpilot.memory.resident_model import resident_bytes
+from rankpilot.memory.step_work import Rates
+from rankpilot.memory.time_budget import reference_seconds
+from rankpilot.memory.work_counter import count_work
+from transformers import Trainer
+
+from .test_recomputation import LAYERS, SCHEDULE, recomputed, trainer_of
+
+RATES = Rates(1e9, 1e9)
+
+
+@pytest.fixture(autouse=True)
+def rows_timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each batch that would have been timed."""
+    seen = []
+
+    def counted(step: Any, targets: Any, batch: Any, take: Any = None) -> Any:
+        seen.append(len(batch["input_ids"]))
+        return count_work(step.model, targets, step.loss, batch).time(RATES)
+
+    monkeypatch.setattr(time_before_training, "measure_step_time", counted)
+    return seen
+
+
+def attached(folder: Path, budget: str | int, time: str | None, **options: Any) -> tuple[Trainer, Any]:
+    arguments = options.pop("arguments", {})
+    trainer = trainer_of(folder, **arguments)
+    callback = rankpilot.attach(
+        trainer, "signal-mean", budget=budget, time=time, measure_every=1, schedule=SCHEDULE, **options
+    )
+    return trainer, callback
+
+
+@pytest.mark.parametrize("share", [60, 75, 90])
+def test_a_run_keeps_its_time(tmp_path: Path, share: int, rows_timed: list[int]) -> None:
+    trainer, callback = attached(tmp_path, "400%", f"{share}%")
+    trainer.train()
+    controller = callback.controller
+    most = np.array([target.max_rank for target in controller.targets])
+    whole = reference_seconds(controller.time.time, most)
+    taken = controller.time.of(controller.ranks) / whole
+    assert 0.97 * share / 100 < taken <= share / 100
+    assert rows_timed == [4], "the largest batch, since it fits"
+    figures = callback.pilot.figures()
+    assert figures["plan_seconds"] <= figures["budget_seconds"] == pytest.approx(share / 100 * whole)
+    assert callback.predictions[-1][1] <= callback.limit
+    for _, predicted, peak in callback.pilot.checks:
+        assert peak == pytest.approx(predicted, rel=0.02), "bytes are predicted as bytes, whatever limits the plan"
+
+
+def test_a_plan_says_what_time_it_takes(tmp_path: Path) -> None:
+    told: list[str] = []
+    trainer, callback = attached(tmp_path, "100%", "75%")
+    callback._tell = told.append
+    callback.pilot.journal.tell = told.append
+    trainer.train()
+    assert all(" of " in line and line.endswith(" s") and "a step takes" in line for line in told)
+    assert len(told) == 2
+
+
+def test_fewer_rows_are_timed_where_the_bytes_hold_no_more(tmp_path: Path, rows_timed: list[int]) -> None:
+    trainer, callback = attached(tmp_path, "60%", "90%")
+    trainer.train()
+    assert 0 < rows_timed[0] < 4
+    time = callback.controller.time.time
+    whole = count_work(
+        trainer.model, callback.controller.targets, callback.pilot._run.step.loss, callback.pilot._run.largest_batch()
+    ).time(RATES)
+    ranks = np.full(len(callback.controller.targets), 8)
+    assert time.seconds(ranks) == pytest.approx(whole.seconds(ranks), rel=0.25), "in proportion to tokens"
+
+
+def test_a_step_has_all_its_batches(tmp_path: Path) -> None:
+    seconds = []
+    for accumulation in (1, 2):
+        trainer, callback = attached(
+            tmp_path / str(accumulation), "400%", "80%", arguments={"gradient_accumulation_steps": accumulation}
+        )
+        trainer.train()
+        seconds.append(callback.controller.time.seconds)
+    assert seconds[1] == pytest.approx(2 * seconds[0])
+
+
+@pytest.mark.parametrize(("budget", "time"), [("45%", "115%"), ("60%", "80%"), ("50%", "65%")])
+def test_recomputation_keeps_bytes_and_time(tmp_path: Path, budget: str, time: str) -> None:
+    trainer, callback = attached(tmp_path, budget, time, recompute=True)
+    trainer.train()
+    controller = callback.controller
+    names = callback.pilot._guard.recomputed
+    assert controller.time.time.seconds(controller.ranks, names) <= controller.time.seconds
+    assert max(peak for _, peak in callback.peaks) <= callback.limit
+    assert sum(recomputed(trainer)) == len(names)
+    unlimited, other = attached(tmp_path / "unlimited", budget, None, recompute=True)
+    unlimited.train()
+    assert len(names) <= len(other.pilot._guard.recomputed) <= LAYERS
+
+
+def test_a_time_that_fits_nothing(tmp_path: Path) -> None:
+    trainer, _ = attached(tmp_path, "100%", "10%")
+    with pytest.raises(BudgetError, match=r"time of .* s a step fits no adapter at all. The smallest that works is"):
+        trainer.train()
+
+
+def test_a_resumed_run_keeps_its_time(tmp_path: Path, rows_timed: list[int]) -> None:
+    trainer, callback = attached(tmp_path, "400%", "75%")
+    trainer.train()
+    resumed, again = attached(tmp_path, "400%", "75%")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(rows_timed) == 1, "nothing is measured again"
+    assert again.controller.ranks.tolist() == callback.controller.ranks.tolist()
+    assert again.controller.time.seconds == callback.controller.time.seconds
+
+
+def test_a_resumed_run_may_have_another_time(tmp_path: Path, rows_timed: list[int]) -> None:
+    trainer, callback = attached(tmp_path, "400%", None)
+    trainer.train()
+    told: list[str] = []
+    for time, measured in (("90%", 1), ("60%", 2)):
+        resumed, again = attached(tmp_path, "400%", time)
+        again.pilot.journal.tell = told.append
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        controller = again.controller
+        assert controller.time.fits(controller.ranks)
+        assert len(rows_timed) == measured
+        assert f"step 3: the time is {time} now, and was none" in told
+    assert controller.ranks.sum() < callback.controller.ranks.sum()
+    back, without = attached(tmp_path, "400%", None)
+    back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert without.controller.time is None
+
+
+def test_another_policy_is_still_refused(tmp_path: Path) -> None:
+    trainer, _ = attached(tmp_path, "400%", "75%")
+    trainer.train()
+    other = trainer_of(tmp_path)
+    rankpilot.attach(other, "top-down", budget="400%", time="75%", schedule=SCHEDULE)
+    with pytest.raises(RunFolderError, match="only the budget and the time may change"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_budget_of_parameters_and_a_time(tmp_path: Path) -> None:
+    trainer, callback = attached(tmp_path, "20k params", "70%")
+    trainer.train()
+    controller = callback.controller
+    assert controller.time.fits(controller.ranks)
+    assert callback.predictions[-1][1] == sum(t.rank * (t.d_in + t.d_out) for t in controller.targets) <= 20_000
+
+
+def test_a_total_holds_the_frozen_model(tmp_path: Path) -> None:
+    whole, reference = attached(tmp_path / "share", "100%", None)
+    whole.train()
+    resident = resident_bytes(reference.controller.adapters.model)
+    total = int(resident + 0.8 * reference.limit)
+    trainer, callback = attached(tmp_path / "total", f"{total} bytes total", None)
+    trainer.train()
+    assert callback.limit == pytest.approx(0.8 * reference.limit, abs=1)
+    assert resident + max(peak for _, peak in callback.peaks) <= total
+    resumed, again = attached(tmp_path / "total", f"{total + 1000} bytes total", None)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "total" / "checkpoint-3"))
+    assert again.limit == callback.limit + 1000
+
+
+def test_a_total_below_the_frozen_model(tmp_path: Path) -> None:
+    trainer, _ = attached(tmp_path, "20KiB total", None)
+    with pytest.raises(BudgetError, match=r"20 KiB in total is less than the frozen model .* take, [0-9.]+ KiB"):
+        trainer.train()
+
+
+def test_totals_are_read_and_written() -> None:
+    budget = Budget.parse("24GiB total")
+    assert (budget.kind, budget.value, budget.unit) == ("total", 24 * 2**30, "bytes")
+    assert Budget.parse(str(budget)) == budget
+    for wrong in ("24 total", "80% total", "300k params total", "total"):
+        with pytest.raises(BudgetError, match="'24GiB total'"):
+            Budget.parse(wrong)
+
+
+def test_a_setting_that_cannot_be_read_is_told_at_once() -> None:
+    with pytest.raises(BudgetError, match="The time '3' has no unit"):
+        FinetuneConfig("model", "data", time="3")
+    with pytest.raises(BudgetError, match="Cannot read the time 'soon'"):
+        rankpilot.RankPilot(time="soon")

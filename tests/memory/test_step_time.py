@@ -1,0 +1,140 @@
+"""Seconds of plans, computed by hand and fitted to given timings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rankpilot.errors import ConfigError
+from rankpilot.memory.cost import TIME, ByteCost, ParameterCost, cost_from_state, cost_state, plan_cost, unit_cost
+from rankpilot.memory.step_time import PARTS, StepTime, fitted
+
+
+@pytest.fixture
+def time() -> StepTime:
+    """Two layers with two modules each, and a module above them."""
+    return StepTime(
+        constant=10.0,
+        per_rank=np.array([0.1, 0.2, 0.3, 0.4, 0.5]),
+        adapters=np.array([1.0, 1.0, 2.0, 2.0, 3.0]),
+        groups=np.array([5.0, 7.0]),
+        needs=np.array([[True, True, False, False, False], [True, True, True, True, False]]),
+        layers=("lower", "upper"),
+        running_again=(),
+        layer_seconds=np.array([20.0, 30.0]),
+        layer_needs=np.array([[True, True, False, False, False], [True, True, True, True, False]]),
+        layer_of=np.array([0, 0, 1, 1, -1]),
+        again=np.array([0.5, 0.5, 0.5, 0.5, 100.0]),
+        again_per_rank=np.array([0.01, 0.01, 0.01, 0.01, 100.0]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layers", "seconds"),
+    [
+        ((0, 0, 0, 0, 0), (), 10),
+        ((0, 0, 0, 0, 4), (), 10 + 3 + 4 * 0.5),  # nothing flows below the uppermost module
+        ((0, 0, 2, 0, 0), (), 10 + 7 + 2 + 2 * 0.3),
+        ((1, 0, 0, 1, 0), (), 10 + 5 + 7 + 1 + 2 + 0.1 + 0.4),
+        (
+            (0, 0, 2, 0, 0),
+            ("lower", "upper"),
+            10 + 7 + 2 + 2 * 0.3 + 30 + 0.5 + 2 * 0.01,
+        ),  # the lower one holds nothing
+        ((1, 0, 0, 1, 0), ("lower",), 25.5 + 20 + 0.5 + 0.01),
+        ((0, 0, 0, 0, 4), ("lower", "upper"), 15),
+    ],
+)
+def test_a_plan_takes_the_sum_of_its_parts(time, ranks, layers, seconds):
+    plan = np.array(ranks)
+    assert time.seconds(plan, layers) == pytest.approx(seconds)
+    assert time.parts(plan, layers).sum() == pytest.approx(seconds)
+    assert time.seconds(plan) == time.seconds(plan, ()), "no layer runs again by default"
+
+
+def test_factors_scale_the_parts(time):
+    factors, ranks, layers = np.array([2.0, 3.0, 0.0, 5.0, 7.0]), np.array([1, 0, 2, 0, 0]), ("lower",)
+    assert len(factors) == len(PARTS)
+    assert time.scaled(factors).parts(ranks, layers) == pytest.approx(factors * time.parts(ranks, layers))
+
+
+def test_layers_that_run_again_by_themselves_count(time):
+    again = StepTime(**{**vars(time), "running_again": ("upper",)})
+    ranks = np.array([0, 0, 1, 0, 0])
+    assert again.seconds(ranks) == time.seconds(ranks, ("upper",)) > time.seconds(ranks)
+    assert again.seconds(ranks, ()) == time.seconds(ranks, ())
+
+
+def test_the_parts_are_fitted_to_what_was_measured(time):
+    factors = np.array([1.5, 0.5, 2.0, 3.0, 0.8])
+    plans = [
+        (np.array(ranks), layers)
+        for ranks, layers in [
+            ((8, 8, 8, 8, 8), ()),
+            ((32, 32, 32, 32, 32), ()),
+            ((8, 0, 0, 0, 0), ()),
+            ((0, 0, 0, 0, 8), ()),
+            ((0, 0, 8, 8, 8), ()),
+            ((8, 8, 8, 8, 8), ("lower", "upper")),
+        ]
+    ]
+    truth = time.scaled(factors)
+    found = fitted(time, plans, np.array([truth.seconds(*plan) for plan in plans]))
+    for ranks, layers in [*plans, (np.array([1, 0, 64, 2, 0]), ("upper",))]:
+        assert found.seconds(ranks, layers) == pytest.approx(truth.seconds(ranks, layers))
+
+
+def test_a_part_that_noise_makes_negative_is_left_out(time):
+    plans = [(np.full(5, 8), ()), (np.full(5, 32), ())]
+    found = fitted(time, plans, np.array([50.0, 49.0]))  # a higher rank cannot take less
+    assert all(value >= 0 for value in found.parts(np.full(5, 8)))
+    assert found.seconds(np.full(5, 8)) == pytest.approx(49.5, rel=0.02)
+
+
+def test_second_runs_that_every_plan_has_count_as_the_first_ones(time):
+    plans = [(np.array(ranks), time.layers) for ranks in ((8, 8, 8, 8, 8), (0, 0, 8, 8, 8), (8, 0, 0, 0, 0))]
+    truth = time.scaled(np.array([2.0, 1.0, 1.0, 1.0, 2.0]))
+    found = fitted(time, plans, np.array([truth.seconds(*plan) for plan in plans]))
+    parts = found.parts(*plans[0]) / time.parts(*plans[0])
+    assert parts[0] == pytest.approx(parts[-1])
+    for ranks, layers in plans:
+        assert found.seconds(ranks, layers) == pytest.approx(truth.seconds(ranks, layers))
+
+
+def test_times_of_nothing_are_refused(time):
+    with pytest.raises(ConfigError, match=r"above 0 seconds; got \[0.0\]"):
+        fitted(time, [(np.ones(5, dtype=int), ())], np.zeros(1))
+
+
+def test_it_is_saved_and_read(time):
+    again = StepTime.from_state(time.state())
+    ranks = np.array([1, 0, 2, 0, 4])
+    assert again.seconds(ranks, ("lower",)) == time.seconds(ranks, ("lower",))
+    assert (again.layers, again.running_again) == (time.layers, time.running_again)
+
+
+def test_time_is_one_more_moment_of_bytes(time):
+    cost = ByteCost(("loss",), np.array([1000.0]), np.full((1, 5), 10.0), np.array([[500.0]]), np.eye(5)[:1] > 0)
+    timed = time.row(()).added_to(cost, limit=4000.0, seconds=40.0)
+    ranks = np.array([2, 0, 0, 1, 0])
+    assert timed.moments == ("loss", TIME)
+    assert timed.unit == "bytes"
+    assert unit_cost(timed, ranks) == plan_cost(cost, ranks) == 1530
+    assert plan_cost(timed, ranks) == pytest.approx(100 * time.seconds(ranks, ()), rel=1e-6)
+    assert plan_cost(timed, ranks) >= 100 * time.seconds(ranks, ()), "never under"
+    assert timed.unit_per_second == 100
+    assert plan_cost(cost_from_state(cost_state(timed)), ranks) == plan_cost(timed, ranks)
+
+
+def test_sums_of_time_are_exact(time):
+    cost = ParameterCost(np.full((1, 5), 7.0))
+    timed = time.row(time.layers).added_to(cost, limit=300_000.0, seconds=17.3)
+    total = timed.constant[-1] + timed.group_bytes[-1].sum() + timed.per_rank[-1] @ np.full(5, 64)
+    parts = [timed.constant[-1], *timed.group_bytes[-1], *(64 * timed.per_rank[-1])]
+    forwards = backwards = 0.0
+    for part in parts:
+        forwards += part
+    for part in reversed(parts):
+        backwards += part
+    assert forwards == backwards == total
+    assert timed.unit == "parameters"
+    assert isinstance(cost_from_state(cost_state(cost)), ParameterCost)
