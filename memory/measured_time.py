@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -107,9 +108,9 @@ def timed_plans(
 
 def measured_rates(device: torch.device) -> Rates:
     """What a device does in a second, by a product of two matrices and a copy: enough for proportions."""
-    matrix, long = torch.ones(512, 512, device=device), torch.ones(2**23, device=device)
+    matrix, long = torch.ones(512, 512, device=device), torch.ones(2**20, device=device)
     product = _median_seconds(device, lambda: matrix @ matrix)
-    copy = _median_seconds(device, long.clone)
+    copy = _median_seconds(device, partial(torch.empty_like(long).copy_, long))
     return Rates(2 * 512**3 / product, 2 * long.nbytes / copy, OPERATOR_SECONDS)
 
 

@@ -39,7 +39,7 @@ def time() -> StepTime:
             (0, 0, 2, 0, 0),
             ("lower", "upper"),
             10 + 7 + 2 + 2 * 0.3 + 30 + 0.5 + 2 * 0.01,
-        ),  # the lower one holds nothing
+        ),  # the lower holds nothing
         ((1, 0, 0, 1, 0), ("lower",), 25.5 + 20 + 0.5 + 0.01),
         ((0, 0, 0, 0, 4), ("lower", "upper"), 15),
     ],
