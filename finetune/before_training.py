@@ -16,6 +16,8 @@ from ..allocation.plan import check_budget
 from ..allocation.probe import ProbeResult, probe
 from ..allocation.problem import AllocationProblem
 from ..allocation.schedule import DecisionSchedule
+from ..allocation.time_limit import TimeLimit
+from ..common.arrays import IntArray
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
 from ..lora.resize import is_trained, reset_adapters
@@ -121,11 +123,7 @@ def prepare(
     costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None)
     limit = costs.limit.value
     timed = time_limit(run, targets, time, costs.memory, limit, recomputation) if time else None
-    cost = timed.added_to(costs.cost, limit) if timed else costs.cost
-    problem = AllocationProblem.of(targets, cost, limit, low=low, high=high)
-    check_budget(problem, [target.name for target in targets])  # now, and not after the probe
-    if timed:
-        timed.check(problem)
+    _check_possible(targets, costs, timed, low, high)  # now, and not after the probe
     if not keeps:
         reset_adapters(targets, 1, seed)
     with undisturbed(), training_mode(run.model):
@@ -137,6 +135,18 @@ def prepare(
         adapters, costs.cost, limit, schedule, run.total_steps, result, low=low, high=high, seed=seed, time=timed
     )
     return controller, costs.memory
+
+
+def _check_possible(
+    targets: Sequence[TargetModule], costs: PlanCosts, timed: TimeLimit | None, low: IntArray, high: IntArray
+) -> None:
+    """Raise BudgetError if no plan within the bounds fits the budget and the time."""
+    limit = costs.limit.value
+    cost = timed.added_to(costs.cost, limit) if timed else costs.cost
+    problem = AllocationProblem.of(targets, cost, limit, low=low, high=high)
+    check_budget(problem, [target.name for target in targets])
+    if timed:
+        timed.check(problem)
 
 
 def probe_steps(run: TrainingRun, schedule: DecisionSchedule) -> int:
