@@ -20,9 +20,10 @@ from ..errors import BudgetError, UnsupportedError
 from ..lora.signals import signal_buffer_bytes
 from ..memory.batch_shape import BatchShape, reshaped
 from ..memory.cost import ByteCost, plan_cost
-from ..memory.for_training import measure_memory
+from ..memory.for_training import highest_ranks, measure_memory
 from ..memory.model import MemoryModel
 from ..memory.peak_meter import PeakMeter
+from ..memory.recomputation import recomputed_cost
 from ..memory.recording import Batch
 from .recomputation import Recomputation
 from .run import TrainingRun, training_mode, undisturbed
@@ -126,10 +127,11 @@ class PeakGuard:
         return ", ".join(filter(None, parts))
 
     def deciding(self) -> None:
-        """Price plans for a decision: as if all layers ran again, where they may."""
-        if self._recomputation:
-            self._memory = self._recomputation.memory
-            self._controller.reprice(self._cost_of_shape(self.shape))
+        """Price plans for a decision, where layers may run again; see `recomputed_cost`."""
+        if self._recomputation and self._recomputation.memory:
+            controller, memory = self._controller, self._recomputation.memory
+            cost = recomputed_cost(memory, highest_ranks(controller.targets), controller.limit, self.shape)
+            controller.reprice(replace(cost, constant=cost.constant + self._underestimate))
 
     @property
     def _limits_bytes(self) -> bool:
@@ -210,8 +212,9 @@ class PeakGuard:
         self.meter.close()
         self.meter.request()
         cost = plan_cost(controller.cost_now(), controller.ranks)
-        self.deciding()
-        least = plan_cost(controller.cost_now(), least_ranks(controller.problem_now()))
+        every = self._recomputation.memory if self._recomputation else None  # all layers may run again
+        cheapest = self._cost_of_shape(self.shape, every) if every else None
+        least = plan_cost(controller.cost_now(cheapest), least_ranks(controller.problem_now()))
         if cost <= least:
             raise BudgetError(
                 f"Step {self._step + 1} ran out of memory, and no smaller plan is possible. Lower the batch size or "
@@ -307,10 +310,11 @@ class PeakGuard:
             "model, the loss or the kind of batch has changed since, or another library keeps tensors."
         )
 
-    def _cost_of_shape(self, shape: BatchShape) -> ByteCost:
-        if self._memory is None:
+    def _cost_of_shape(self, shape: BatchShape, memory: MemoryModel | None = None) -> ByteCost:
+        memory = memory or self._memory
+        if memory is None:
             raise UnsupportedError("This run was resumed, and has no byte model.")
-        cost = self._memory.cost(shape)
+        cost = memory.cost(shape)
         return replace(cost, constant=cost.constant + self._underestimate)
 
     def _larger_batch(self, batch: Batch, shape: BatchShape) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..common.arrays import IntArray
 from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
 from .budget import Budget, Limit
 from .calibration import calibrate
 from .cost import ParameterCost, UntimedCost
 from .model import MemoryModel
+from .recomputation import recomputed_cost
 from .recording import Batch
 from .training_step import TrainingStep
 
@@ -59,9 +61,9 @@ def plan_costs(
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
     A share is a share of what *plain* LoRA of uniform rank 8 takes, without signal buffers. With `recompute`, layers
-    may run again in the backward pass: plans cost what they take where all do, which the step is set to, and a share is
-    one of what plain LoRA takes where none does. Under a budget of parameters nothing is measured. See `measure_memory`
-    for the other arguments.
+    may run again in the backward pass, as all do in the step as it is set: plans cost what `recomputed_cost` says, and
+    a share is one of what plain LoRA takes where none does. Under a budget of parameters nothing is measured. See
+    `measure_memory` for the other arguments.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None), None)
@@ -69,7 +71,11 @@ def plan_costs(
     cost, limit = limited_cost(budget.beside(step.model), targets, memory.recomputing(()) if recompute else memory)
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
-    return PlanCosts(memory.cost() if signals or recompute else cost, limit, memory)
+    if recompute:
+        cost = recomputed_cost(memory, highest_ranks(targets), limit.value)
+    elif signals:
+        cost = memory.cost()
+    return PlanCosts(cost, limit, memory)
 
 
 def limited_cost(
@@ -81,6 +87,10 @@ def limited_cost(
     buffers; None only under a budget of parameters.
     """
     cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
-    max_ranks = np.array([target.max_rank for target in targets], dtype=np.int64)
     # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
-    return cost, budget.resolve(cost, max_ranks, targets[0].weight_a.device)
+    return cost, budget.resolve(cost, highest_ranks(targets), targets[0].weight_a.device)
+
+
+def highest_ranks(targets: Sequence[TargetModule]) -> IntArray:
+    """The highest rank that each module can have, int64 (modules,)."""
+    return np.array([target.max_rank for target in targets], dtype=np.int64)

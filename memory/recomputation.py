@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+import numpy as np
+
 from ..common.arrays import IntArray
 from .batch_shape import BatchShape
+from .budget import reference_cost
+from .cost import ByteCost
 from .model import MemoryModel
 
 
@@ -40,6 +44,34 @@ def fewest_recomputed(
     if not fits(len(layers)):
         return layers
     return layers[: bisect_left(range(len(layers)), True, lo=1, key=fits)]
+
+
+def recomputed_cost(
+    memory: MemoryModel, max_ranks: IntArray, limit: float, shape: BatchShape | None = None
+) -> ByteCost:
+    """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
+
+    A plan must fit with all layers running again. And without any, it may take what plain LoRA of uniform rank 8 takes,
+    or the limit if that is more: else every plan would spend all that recomputation saves on ranks, and every layer
+    would run again.
+
+    Args:
+        memory: the byte model of a step in which every layer runs again.
+        max_ranks: the highest rank of each module, int64 (modules,).
+        limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too.
+        shape: of the batch; by default that of calibration.
+    """
+    every, none = memory.cost(shape), memory.recomputing(()).cost(shape)
+    factor = limit / max(limit, reference_cost(none, max_ranks))
+    groups = [np.pad(every.group_bytes, ((0, 0), (0, len(none.needs))))]
+    groups.append(np.pad(np.ceil(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
+    return ByteCost(
+        moments=(*every.moments, *(f"{moment}, with no layer run again" for moment in none.moments)),
+        constant=np.concatenate([every.constant, np.ceil(factor * none.constant)]),
+        per_rank=np.concatenate([every.per_rank, np.ceil(factor * none.per_rank)]),
+        group_bytes=np.concatenate(groups),
+        needs=np.concatenate([every.needs, none.needs]),
+    )
 
 
 def holding_layers(memory: MemoryModel, ranks: IntArray) -> tuple[str, ...]:

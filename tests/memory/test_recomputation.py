@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.memory.cost import plan_cost
-from rankpilot.memory.recomputation import fewest_recomputed
+from rankpilot.memory.recomputation import fewest_recomputed, recomputed_cost
 from rankpilot.memory.step_parts import release_inputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -79,3 +79,19 @@ def test_no_layer_is_recomputed_that_holds_nothing(named_family):
     assert fewest_recomputed(memory, ranks, 1.0) == (upper,), "nothing below the lowest adapter is held"
     assert fewest_recomputed(memory, np.full(len(ranks), 4), 1.0) == (lower, upper), "all, where no set fits"
     assert fewest_recomputed(memory, ranks, np.inf) == ()
+
+
+@pytest.mark.parametrize("share", [0.85, 1.5])
+def test_a_budget_buys_less_recomputation_before_more_rank(named_family, share):
+    run, memory = checkpointed_run(named_family("llama"))
+    names_of(run, memory)
+    most = np.array([target.max_rank for target in run.targets])
+    none = memory.recomputing(())
+    plain = none.peak(np.minimum(8, most))
+    limit = share * plain
+    cost = recomputed_cost(memory, most, limit)
+    for ranks in random_plans(run.targets, np.random.default_rng(0), 6):
+        fits = memory.peak(ranks) <= limit and none.peak(ranks) <= max(limit, plain)
+        assert (plan_cost(cost, ranks) <= limit * (1 + 2e-4)) == fits
+    assert plan_cost(cost, np.minimum(8, most)) <= limit * (1 + 2e-4), "plain LoRA fits, with some layers running again"
+    assert (plan_cost(cost, most) <= limit) == (none.peak(most) <= limit)
