@@ -36,10 +36,10 @@ def test_the_most_that_is_allocated_is_the_peak_of_a_real_step(named_family, nam
     for ranks in random_plans(run.targets, np.random.default_rng(0), 6):
         events = step_events(memory.recording, memory.sizes_under(ranks), ranks)
         error = (highest(events) + states_under(memory, ranks)) / run.peak(ranks) - 1
-        if checkpointing is None:
-            assert error == 0
+        if checkpointing:
+            assert -0.002 <= error <= 0.05
         else:
-            assert -0.002 <= error <= (0.05 if checkpointing else 0.002)
+            assert error == 0
 
 
 def test_every_tensor_is_freed_once_or_stays(named_family):
