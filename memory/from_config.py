@@ -22,6 +22,7 @@ from ..lora.targets import TargetModule, find_target_modules
 from .batch_shape import BatchShape
 from .breakdown import frozen_bytes
 from .device_kind import DeviceKind
+from .device_table import WORKSPACE_BYTES
 from .find_configuration import find_configuration
 from .for_training import measure_memory
 from .hollow.attention import Attention
@@ -35,10 +36,6 @@ from .step_parts import new_optimizer, switch_checkpointing
 from .step_work import StepWork
 from .training_step import LossFunction, TrainingStep, model_loss
 from .work_counter import count_work
-
-WORKSPACE_BYTES = 2 * 8_519_680
-"""What cuBLAS takes through the allocator: a workspace each for the threads of the forward and of the backward pass
-(its default `:4096:2:16:8`; 32 MiB each on Hopper)."""
 
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -150,7 +147,7 @@ def from_config(
             targets=targets,
             parameters=parameters,
             frozen_bytes=frozen_bytes(model),
-            workspace_bytes=WORKSPACE_BYTES if loaded.device == "cuda" else 0,
+            workspace_bytes=2 * WORKSPACE_BYTES if loaded.device == "cuda" else 0,
             work=work,
         )
 

@@ -228,7 +228,7 @@ class Outlook:
     def _reserve_share(self) -> float:
         """The allocator's reserve as a share of all tensors, where all layers run again on the batch asked for."""
         use = self.choice(self.blocks, self.rank, self.recomputable).use
-        return use.reserve_bytes / use.allocated_bytes
+        return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
 
 
 def memory_of(

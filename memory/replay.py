@@ -69,10 +69,11 @@ def replay(
     run.keep(parameters)
     states = memory.states
     run.keep([states.others, *(states.signals * ranks)])
-    events = step_events(memory.recording, sizes, ranks)
+    recordings = [memory.recording, *([memory.recording.accumulating()] if memory.accumulates else [])]
+    batches = [step_events(recording, sizes, ranks) for recording in recordings]
+    run.keep([workspace_bytes / 2] * 2)
     for step in range(STEPS):
-        for _ in range(1 + memory.accumulates):
-            run.keep([workspace_bytes / 2] * (2 if step == 0 else 0))
+        for events in batches:
             run.play(events)
         if step == 0:
             run.keep(_optimizer_state(memory, parameters, ranks))
@@ -130,11 +131,7 @@ class _Run:
             else:
                 free(addresses[-1 - event])
         self.release(addresses[tensor] for tensor in events.others)
-        gradients = [addresses[tensor] for tensor in events.gradients]
-        if self._gradients:  # they were added to those of the batch before
-            self.release(gradients)
-        else:
-            self._gradients = gradients
+        self._gradients += [addresses[tensor] for tensor in events.gradients]
 
     def optimizer_step(self, scratch: Iterable[float]) -> None:
         """The optimiser's step; then gradients are freed."""

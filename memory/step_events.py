@@ -79,9 +79,9 @@ class _Events:
         self._scale = 2 + max((segment.end - segment.start for segment in recording.segments), default=0)
 
     def _mask(self, by_serial: dict[int, int], adapted: int) -> BoolArray:
-        """Storages that one of the adapted modules needs, bool (storages,)."""
+        """Storages that one of the adapted modules needs, or that are there under every plan, bool (storages,)."""
         mask = np.zeros(len(self._sizes), dtype=np.bool_)
-        mask[[serial for serial, modules in by_serial.items() if modules & adapted]] = True
+        mask[[serial for serial, modules in by_serial.items() if modules & adapted or not modules]] = True
         return mask
 
     def events(self) -> StepEvents:
@@ -114,8 +114,12 @@ class _Events:
         start = self._scale * recording.second_run_start(index) + 1
         within = self._forward & (recording.segment_index == index)
         saved = within & self._saved_in_segment
-        # Checkpointing that is not reentrant stops once all that was saved is there again.
-        last = segment.end if segment.reentrant else int(recording.created[saved].max())
+        # Checkpointing that is not reentrant stops once all is there again that was saved, frozen weights as well. So
+        # under any plan it comes as far as if all modules were adapted.
+        last = segment.end
+        if not segment.reentrant:
+            own = [serial for serial in segment.saved if within[serial]]
+            last = int(recording.created[own].max())
         serials = np.flatnonzero(within & (recording.created <= last))
         soon = start + np.minimum(recording.freed_if_unsaved[serials], last) - segment.start
         died = np.where(saved[serials], self._scaled(recording.freed[serials]), soon)

@@ -24,11 +24,11 @@ class CardUse:
     Attributes:
         device: the card.
         base_bytes: the frozen model.
-        step_bytes: tensors at the peak of a training step beside the frozen model, workspaces of libraries and the byte
-            model's margin included.
+        step_bytes: tensors at the peak of a training step beside the frozen model, workspaces of libraries included.
         evaluation_bytes: the same at the peak of evaluation and generation; 0 if none is asked for.
-        reserve_bytes: what the allocator holds beyond tensors at the peak.
+        reserve_bytes: what the allocator holds beyond tensors at the most.
         context_bytes: the CUDA context.
+        margin_bytes: the byte model's margin, so that nothing is predicted too low.
     """
 
     device: DeviceSpec
@@ -37,16 +37,22 @@ class CardUse:
     evaluation_bytes: int
     reserve_bytes: int
     context_bytes: int
+    margin_bytes: int
 
     @property
     def allocated_bytes(self) -> int:
-        """Tensors at the peak, and the context."""
-        return self.base_bytes + max(self.step_bytes, self.evaluation_bytes) + self.context_bytes
+        """Tensors at the peak."""
+        return self.base_bytes + max(self.step_bytes, self.evaluation_bytes)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the allocator holds at the most."""
+        return self.allocated_bytes + self.reserve_bytes
 
     @property
     def total_bytes(self) -> int:
         """What the card must hold so that the plan fits."""
-        return self.allocated_bytes + self.reserve_bytes
+        return self.reserved_bytes + self.context_bytes + self.margin_bytes
 
     @property
     def spare_bytes(self) -> int:
@@ -58,7 +64,7 @@ class CardUse:
         """Whether the plan fits."""
         if self.spare_bytes >= 0:
             return "fits"
-        return "tight" if self.allocated_bytes <= self.device.memory_bytes else "does not fit"
+        return "tight" if self.spare_bytes + self.reserve_bytes >= 0 else "does not fit"
 
 
 def card_use(
@@ -100,10 +106,11 @@ def card_use(
     return CardUse(
         device=device,
         base_bytes=base,
-        step_bytes=step + int(memory.margin * step),
+        step_bytes=step,
         evaluation_bytes=max(replayed.evaluation - base, 0),
         reserve_bytes=replayed.reserved - max(replayed.allocated, replayed.evaluation),
         context_bytes=device.context_bytes,
+        margin_bytes=int(memory.margin * step),
     )
 
 

@@ -42,6 +42,7 @@ class T4Row:
         rank: of the adapters on q, k, v and o.
         measured: the peak of what was allocated.
         resident: what was allocated before the step.
+        reserved: the most that torch's allocator held.
     """
 
     model: str
@@ -52,6 +53,12 @@ class T4Row:
     rank: int
     measured: float
     resident: float
+    reserved: float
+
+    @property
+    def name(self) -> str:
+        """Model and setting, for people."""
+        return f"{self.model.rpartition('/')[2]} {self.attention} {self.quantization} {self.rows} x {self.length}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ def t4_rows() -> list[T4Row]:
                 rank=int(row["rank"]),
                 measured=float(row["measured_mib"]),
                 resident=float(row["resident_mib"]),
+                reserved=float(row["reserved_mib"]),
             )
             for row in csv.DictReader(file)
         ]
@@ -102,15 +110,15 @@ def t4_rows() -> list[T4Row]:
 
 def compare_t4(row: T4Row) -> Compared:
     """Predict a step on a T4."""
-    step = _t4_step(row.model, row.attention, row.quantization)
+    step = t4_step(row.model, row.attention, row.quantization)
     predicted = _total(step, BatchShape(row.rows, row.length), row.rank)
     weights = float(step.memory.states.weights.sum()) * row.rank
-    name = f"{row.model.rpartition('/')[2]} {row.attention} {row.quantization} {row.rows} x {row.length}"
-    return Compared(name, predicted, row.measured, row.resident - (step.frozen_bytes + weights) / MIB)
+    return Compared(row.name, predicted, row.measured, row.resident - (step.frozen_bytes + weights) / MIB)
 
 
 @cache
-def _t4_step(model: str, attention: str, quantization: Any) -> ConfiguredStep:
+def t4_step(model: str, attention: str, quantization: Any) -> ConfiguredStep:
+    """The training step of a setting."""
     config = find_configuration(SHORT_NAMES.get(model, model))
     config._attn_implementation = attention
     step = StepConfig(
@@ -136,7 +144,7 @@ def _t4_step(model: str, attention: str, quantization: Any) -> ConfiguredStep:
 def compare_peft() -> list[Compared]:
     """Predict the runs of PEFT's benchmark; the length of their longest batch is fitted on the first."""
     rows = json.loads((FOLDER / "peft_llama32_3b.json").read_text())["rows"]
-    steps = [_peft_step(tuple(row["target_modules"]), row.get("use_dora", False)) for row in rows]
+    steps = [peft_step(tuple(row["target_modules"]), row.get("use_dora", False)) for row in rows]
 
     def predicted(index: int, length: int) -> float:
         return _total(steps[index], BatchShape(4, length), rows[index]["r"])
@@ -146,7 +154,8 @@ def compare_peft() -> list[Compared]:
 
 
 @cache
-def _peft_step(targets: tuple[str, ...], dora: bool) -> ConfiguredStep:
+def peft_step(targets: tuple[str, ...], dora: bool) -> ConfiguredStep:
+    """The training step of a run of PEFT's benchmark."""
     step = StepConfig(batch_size=4, max_length=LENGTHS.stop, target_modules=",".join(targets))
     loaded = LoadedAs(padded=True, keeps_output=True, adapter={"use_dora": True} if dora else {})
     return from_config("llama-3.2-3b", step, loaded)

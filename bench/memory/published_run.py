@@ -13,6 +13,7 @@ from rich.console import Console
 from ...common.tables import make_table
 from ..harness import Figures, with_progress
 from .published_peaks import Compared, compare_peft, compare_t4, quick_rows, summary, t4_rows
+from .published_reserve import CARD_MIB, Reserved, reserve_of_peft, reserve_on_t4, right_verdicts
 
 TIMED = ("llama-3.1-8b", "llama-3.1-70b")
 
@@ -52,8 +53,10 @@ def benchmark(options: Options, console: Console) -> Figures:
     _, _, under = summary(run.error_with_left for run in on_t4)
     console.print(f"With what loading left, none is under by more than {max(-under, 0):.2f} %.", highlight=False)
     figures["t4.under_with_left_percent"] = under
+    figures |= _report_reserve([reserve_on_t4(row) for row in rows], console)
     if not options.quick:
-        figures |= _report("peft", "PEFT's Llama-3.2-3B on an L40S, MiB reserved", compare_peft(), console)
+        figures |= _report("peft", "PEFT's Llama-3.2-3B on an L40S, MiB allocated", compare_peft(), console)
+        figures |= _report("peft_reserved", "The same, MiB reserved", reserve_of_peft(), console)
     for model in TIMED[:1] if options.quick else TIMED:
         seconds, gib = timed(model)
         console.print(f"{model}: {seconds:.1f} s of CPU, {gib:.2f} GiB resident", highlight=False)
@@ -67,6 +70,21 @@ def _report(key: str, title: str, runs: list[Compared], console: Console) -> Fig
     mean, worst, under = summary(run.error for run in runs)
     console.print(f"mean {mean:.2f} %, worst {worst:.2f} %, lowest {under:+.2f} %", highlight=False)
     return {f"{key}.mean_percent": mean, f"{key}.worst_percent": worst, f"{key}.under_percent": under}
+
+
+def _report_reserve(runs: list[Reserved], console: Console) -> Figures:
+    """What the allocator reserves, by kind of attention and weights, and verdicts."""
+    figures: Figures = {}
+    for kind in sorted({run.kind for run in runs}):
+        of_kind = [run.compared for run in runs if run.kind == kind]
+        figures |= _report(f"t4_reserved.{kind.replace(' ', '_')}", f"MiB reserved: {kind}", of_kind, console)
+    right = sum(run.verdict_is_right(CARD_MIB) for run in runs)
+    on_smaller, of = right_verdicts(runs)
+    console.print(
+        f"verdicts for {CARD_MIB:,} MiB: {right} of {len(runs)} right; for smaller cards {on_smaller} of {of}",
+        highlight=False,
+    )
+    return figures | {"t4_verdicts.wrong": len(runs) - right, "t4_verdicts.smaller_right_share": on_smaller / of}
 
 
 def timed(model: str) -> tuple[float, float]:

@@ -14,7 +14,8 @@ from rankpilot.lora.frozen_weights import guard_base
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.breakdown import frozen_bytes
 from rankpilot.memory.cost import plan_cost
-from rankpilot.memory.from_config import WORKSPACE_BYTES, LoadedAs, from_config
+from rankpilot.memory.device_table import WORKSPACE_BYTES
+from rankpilot.memory.from_config import LoadedAs, from_config
 from rankpilot.memory.step_config import OptimizerName, StepConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DebertaV2Config, PreTrainedModel
 
@@ -132,7 +133,7 @@ def test_the_result_tells_of_the_base_and_of_other_shapes():
 
 def test_cuda_rounds_up_and_takes_workspaces():
     step = from_config(CONFIGURATIONS["llama"], StepConfig(**STEP))
-    assert step.workspace_bytes == WORKSPACE_BYTES
+    assert step.workspace_bytes == 2 * WORKSPACE_BYTES
     base, _ = step.memory.sizes(BatchShape(4, 24))
     assert (base % 512 == 0).all()
 

@@ -1,0 +1,98 @@
+"""What plans take of a card, and whether they fit it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rankpilot.memory.batch_shape import BatchShape
+from rankpilot.memory.breakdown import frozen_sizes
+from rankpilot.memory.device_table import DeviceSpec, find_device_spec
+from rankpilot.memory.find_configuration import find_configuration
+from rankpilot.memory.from_config import ConfiguredStep, LoadedAs, from_config
+from rankpilot.memory.replay import replay
+from rankpilot.memory.step_config import StepConfig
+from rankpilot.memory.verdict import CardUse, card_use, generation_cache
+from transformers import LlamaConfig
+
+MIB = 2**20
+CONFIG = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+CARD = find_device_spec("rtx 4090")
+
+
+@pytest.fixture(scope="module")
+def step() -> ConfiguredStep:
+    return from_config(CONFIG, StepConfig(batch_size=4, max_length=256, checkpointing=True), LoadedAs())
+
+
+def use_of(step: ConfiguredStep, **options: object) -> CardUse:
+    ranks = np.full(len(step.targets), 8)
+    return card_use(step.memory, ranks, frozen_sizes(step.model), CARD, **options)  # type: ignore[arg-type]
+
+
+def test_the_parts_add_up_and_are_those_of_the_byte_model(step):
+    use = use_of(step)
+    assert use.base_bytes == step.frozen_bytes == sum(frozen_sizes(step.model))
+    priced = step.memory.peak(np.full(len(step.targets), 8))
+    # The allocator rounds each tensor, and has the workspaces.
+    assert use.step_bytes + use.margin_bytes == pytest.approx(priced + CARD.workspace_bytes, rel=0.02)
+    assert use.total_bytes == (
+        use.base_bytes + use.step_bytes + use.reserve_bytes + use.context_bytes + use.margin_bytes
+    )
+    assert use.spare_bytes == CARD.memory_bytes - use.total_bytes
+    assert use.reserve_bytes > 0
+    assert use.evaluation_bytes == 0
+
+
+def test_verdicts_change_where_the_card_is_full(step):
+    use = use_of(step)
+    needed = use.total_bytes - use.reserve_bytes
+
+    def on(memory_bytes: int) -> str:
+        return replace(use, device=DeviceSpec("card", memory_bytes, use.context_bytes)).verdict
+
+    assert on(use.total_bytes) == "fits"
+    assert on(use.total_bytes - 1) == on(needed) == "tight"
+    assert on(needed - 1) == "does not fit"
+
+
+def test_evaluation_and_generation_count_where_they_are_the_peak(step):
+    training, few = use_of(step), use_of(step, evaluation=BatchShape(1, 64))
+    assert 0 < few.evaluation_bytes < few.step_bytes
+    assert few.total_bytes == training.total_bytes
+    many = use_of(step, evaluation=BatchShape(64, 512))
+    assert many.evaluation_bytes > 64 * 512 * CONFIG.vocab_size * 4 > many.step_bytes
+    assert many.allocated_bytes == many.base_bytes + many.evaluation_bytes
+    cache = generation_cache(CONFIG, BatchShape(64, 4096))
+    generating = use_of(step, cache=cache)
+    assert generating.evaluation_bytes - sum(cache) < training.step_bytes
+    assert generating.total_bytes > sum(cache) + generating.base_bytes
+
+
+def test_the_cache_of_generation_is_keys_and_values_of_each_layer():
+    assert generation_cache(CONFIG, BatchShape(2, 10)) == [2 * 10 * 4 * 64 * 2] * 6
+    t5 = find_configuration("t5-small")
+    assert generation_cache(t5, BatchShape(1, 1), 4) == [8 * 64 * 4] * (4 * 6)
+    assert sum(generation_cache(find_configuration("llama-3.1-8b"), BatchShape(1, 8192))) == 2**30
+
+
+def test_expandable_segments_reserve_less(step):
+    ranks, loaded = np.full(len(step.targets), 8), frozen_sizes(step.model)
+    plain, expandable = (replay(step.memory, ranks, loaded, expandable=flag) for flag in (False, True))
+    assert plain.allocated <= expandable.reserved <= plain.reserved
+
+
+def test_accumulated_gradients_and_rank_count(step):
+    loaded = frozen_sizes(step.model)
+    sums = replace(step.memory, accumulates=True)
+    few, many = (np.full(len(step.targets), rank) for rank in (4, 64))
+    assert replay(sums, many, loaded).allocated >= replay(step.memory, many, loaded).allocated
+    assert replay(step.memory, many, loaded).allocated > replay(step.memory, few, loaded).allocated
