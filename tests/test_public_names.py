@@ -30,6 +30,7 @@ def test_public_names() -> None:
         "attach",
         "last_checkpoint",
         "load_policy",
+        "memory_of",
     }
     for name in rankpilot.__all__:
         assert getattr(rankpilot, name) is not None

@@ -254,11 +254,13 @@ class TrainerKind:
         name: shown in the test's id.
         build: makes the Trainer, from a folder and options of its arguments.
         typical_error: the median share by which measured peaks may differ from predicted ones.
+        largest_error: the same for the largest share.
     """
 
     name: str
     build: Callable[..., Trainer]
-    typical_error: float = 0.005
+    typical_error: float = 0.0055  # the margin of checkpointing is half a per cent
+    largest_error: float = 0.03
 
 
 TRL_KINDS = (
@@ -269,8 +271,9 @@ TRL_KINDS = (
     TrainerKind("sft-packing", lambda folder, **options: sft(folder, packing=True, **options), 0.02),
     TrainerKind("sft-no-checkpointing", lambda folder, **options: sft(folder, gradient_checkpointing=False, **options)),
     TrainerKind("dpo", dpo),
-    # The margin of checkpointing is half a per cent, and the loop's kibibyte counts where a step takes so little.
-    TrainerKind("reward", reward, 0.008),
+    # The loop's kibibyte counts where a step takes so little. A plan of one down_proj is predicted too high: a gradient
+    # that runs past it where any module below is adapted is taken to be there.
+    TrainerKind("reward", reward, 0.008, 0.12),
 )
 
 TRAINER_KINDS = (
