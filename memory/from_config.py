@@ -32,7 +32,7 @@ from .hollow.device import HollowDevice, hollow_autocast, hollow_device
 from .hollow.quantised import quantise, quiet
 from .model import MemoryModel
 from .step_config import StepConfig
-from .step_parts import new_optimizer, switch_checkpointing
+from .step_parts import new_optimizer, release_inputs, switch_checkpointing
 from .step_work import StepWork
 from .training_step import LossFunction, TrainingStep, model_loss
 from .work_counter import count_work
@@ -168,8 +168,6 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
     """The model with adapters, in the mode in which it trains."""
     if step.checkpointing:
         switch_checkpointing(base, True, reentrant=loaded.reentrant)
-    if loaded.input_gradients:
-        base.enable_input_require_grads()
     model = fresh_adapters(
         base,
         base.config.model_type,
@@ -178,6 +176,10 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
         target_modules=step.target_modules,
         **{"r": 8, "lora_alpha": 16} | loaded.adapter,
     )
+    if loaded.input_gradients:
+        base.enable_input_require_grads()
+    else:
+        release_inputs(model)  # PEFT makes them require gradients again
     return model.train()
 
 

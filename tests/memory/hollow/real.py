@@ -18,7 +18,7 @@ from rankpilot.memory.from_config import LoadedAs, from_config
 from rankpilot.memory.hollow.base import PEFT_TYPES, hollow_base, usual_class
 from rankpilot.memory.model import MemoryModel
 from rankpilot.memory.step_config import StepConfig
-from rankpilot.memory.step_parts import new_optimizer, switch_checkpointing
+from rankpilot.memory.step_parts import new_optimizer, release_inputs, switch_checkpointing
 from rankpilot.memory.training_step import TrainingStep, model_loss
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -39,6 +39,8 @@ def real_memory(
     model = fresh_adapters(
         base, config.model_type, kind, new_head=kind.endswith("CLS"), target_modules=step.target_modules, **adapter
     ).train()
+    if not loaded.input_gradients:
+        release_inputs(model)
     training = TrainingStep(model, model_loss(model), new_optimizer(step.optimizer, model))
     batch = real_batch(config, step, loaded, rows_only=auto_class.endswith("SequenceClassification"))
     with torch.autocast("cpu", torch.bfloat16) if step.bf16 else nullcontext():
