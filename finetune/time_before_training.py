@@ -12,6 +12,7 @@ from ..allocation.time_limit import TimeLimit
 from ..errors import UnsupportedError
 from ..lora.targets import TargetModule
 from ..memory.batch_shape import BatchShape, reshaped
+from ..memory.for_training import highest_ranks
 from ..memory.measured_time import TimedPlan, measure_step_time, timed_plans
 from ..memory.model import MemoryModel
 from ..memory.recomputation import fewest_recomputed
@@ -90,7 +91,7 @@ def other_time_limit(
 
 
 def _seconds(budget: TimeBudget, time: StepTime, targets: Sequence[TargetModule]) -> float:
-    return budget.resolve(time, np.array([target.max_rank for target in targets], dtype=np.int64))
+    return budget.resolve(time, highest_ranks(targets))
 
 
 def _largest_that_fits(

@@ -16,6 +16,7 @@ from ..lora.factors import write_in_place
 from ..lora.targets import TargetModule
 from .budget import REFERENCE_RANK
 from .calibration import all_training
+from .for_training import highest_ranks
 from .recording import Batch
 from .step_time import StepTime, fitted
 from .step_work import Rates
@@ -97,7 +98,7 @@ def timed_plans(
         always: those that run again under every plan.
     """
     blocks = np.array([target.block for target in targets])
-    most = np.array([target.max_rank for target in targets], dtype=np.int64)
+    most = highest_ranks(targets)
     modules = np.arange(len(targets))
     usual = np.minimum(REFERENCE_RANK, most)
     among = (modules == modules[blocks == blocks.max()][-1], blocks == 0, blocks >= (blocks.max() + 1) / 2)

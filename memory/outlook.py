@@ -19,8 +19,9 @@ from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
 from .batch_shape import BatchShape
 from .breakdown import frozen_sizes
-from .device_table import DeviceSpec, Precision, device_table, find_device_spec
+from .device_table import DeviceRates, DeviceSpec, Precision, device_table, find_device_spec
 from .find_configuration import find_configuration
+from .for_training import highest_ranks
 from .from_config import ConfiguredStep, LoadedAs, from_config
 from .hollow.attention import Attention
 from .model import MemoryModel
@@ -100,15 +101,16 @@ class Outlook:
         card: the card.
         rank: on all modules, or the most that one can have.
         settings: rows, tokens and further settings of the step.
+        dtype: of the frozen model, by its name in `DTYPES`.
 
     Attributes:
         blocks: number of layers with target modules.
     """
 
-    def __init__(self, step: ConfiguredStep, card: DeviceSpec, rank: int, settings: StepConfig) -> None:
-        self.step, self.card, self.rank, self.settings = step, card, rank, settings
+    def __init__(self, step: ConfiguredStep, card: DeviceSpec, rank: int, settings: StepConfig, dtype: str) -> None:
+        self.step, self.card, self.rank, self.settings, self.dtype = step, card, rank, settings, dtype
         self._blocks = np.array([target.block for target in step.targets])
-        self._highest = np.array([target.max_rank for target in step.targets], dtype=np.int64)
+        self._highest = highest_ranks(step.targets)
         self._loaded = frozen_sizes(step.model)
         self.blocks = len(np.unique(self._blocks))
 
@@ -118,9 +120,7 @@ class Outlook:
         assert self.step.work is not None, "the step was made without its work"
         rates = self.card.rates or device_table()[USUAL_CARD].rates
         assert rates is not None, "cards of the table have rates"
-        precision: tuple[Precision, ...] = ("bf16", "fp16", "fp32") if self.settings.bf16 else ("tf32", "fp32")
-        flops = next(rates.flops_per_s[each] for each in precision if each in rates.flops_per_s)
-        return self.step.work.time(Rates(flops, rates.bytes_per_s, OPERATOR_SECONDS))
+        return self.step.work.time(Rates(product_rate(rates, self.dtype), rates.bytes_per_s, OPERATOR_SECONDS))
 
     @cached_property
     def _plain_seconds(self) -> float:
@@ -231,6 +231,12 @@ class Outlook:
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
 
 
+def product_rate(rates: DeviceRates, dtype: str) -> float:
+    """The operations per second of products with a frozen model of this dtype; fp32's where a card lacks its own."""
+    own: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "fp32": "tf32"}
+    return rates.flops_per_s.get(own[dtype], rates.flops_per_s["fp32"])
+
+
 def memory_of(
     model: str | PreTrainedConfig,
     card: str,
@@ -277,4 +283,4 @@ def memory_of(
         raise ConfigError(f"rank is at least 1; got {rank}.")
     attention: Attention = "auto" if spec.has_flash_attention else "efficient"
     loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
-    return Outlook(from_config(config, step, loaded, counted=True), spec, rank, step)
+    return Outlook(from_config(config, step, loaded, counted=True), spec, rank, step, dtype)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from .breakdown import frozen_bytes
+from .device_table import HOPPER_WORKSPACE_BYTES
 
-WORKSPACE_BYTES = 2 * 32 * 2**20
+WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES
 """What cuBLAS takes through torch's allocator at most: a workspace for each of two threads (on Hopper; less before)."""
 
 

@@ -24,6 +24,7 @@ from ...errors import ConfigError
 from ...finetune.recomputation import Recomputation
 from ...lora.ladder import RankLadder
 from ...memory.cost import ParameterCost
+from ...memory.for_training import highest_ranks
 from ...memory.measured_time import TimedPlan, measure_step_time
 from ...memory.step_time import StepTime
 from ...memory.time_budget import TimeBudget, reference_seconds
@@ -76,7 +77,7 @@ class _Timed:
         self.layers = self.recomputation.layers if self.recomputation else ()
         step = TrainingStep(self.learner.model, model_loss(self.learner.model), self.learner.optimizer)
         self.time: StepTime = measure_step_time(step, self.targets, self.batch, take)
-        self.most = np.array([target.max_rank for target in self.targets], dtype=np.int64)
+        self.most = highest_ranks(self.targets)
 
     def seconds(self, plans: Sequence[TimedPlan], rounds: int) -> dict[str, FloatArray]:
         """Seconds of each plan in each round, by its number; plans take turns."""

@@ -19,7 +19,7 @@ from ...memory.batch_shape import BatchShape, reshaped
 from ...memory.breakdown import Breakdown, break_down, frozen_bytes
 from ...memory.budget import Budget, Limit, reference_cost
 from ...memory.cost import Cost, plan_cost
-from ...memory.for_training import limited_cost
+from ...memory.for_training import highest_ranks, limited_cost
 from ...memory.model import MemoryModel
 from ...memory.recording import Batch
 from .config import MemoryConfig
@@ -141,7 +141,7 @@ class _Plans:
 
     def __init__(self, setup: StepSetup, memory: MemoryModel) -> None:
         self._setup, self._config, self._targets, self._memory = setup, setup.config, setup.targets, memory
-        self._max_ranks = np.array([target.max_rank for target in setup.targets], dtype=np.int64)
+        self._max_ranks = highest_ranks(setup.targets)
         self._asked = np.minimum(setup.config.rank, self._max_ranks)
         cost: Cost = memory.cost()
         self.reference_bytes = reference_cost(cost, self._max_ranks)

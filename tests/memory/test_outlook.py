@@ -10,7 +10,7 @@ import pytest
 import rankpilot
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.memory.device_table import find_device_spec
-from rankpilot.memory.outlook import Outlook, memory_of
+from rankpilot.memory.outlook import Outlook, memory_of, product_rate
 from transformers import BertConfig, LlamaConfig
 
 LAYERS = 6
@@ -92,6 +92,16 @@ def test_an_encoder_has_an_outlook() -> None:
     assert outlook.card is find_device_spec("T4")
     assert not outlook.settings.bf16
     assert outlook.best is not None
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "precision"),
+    [("T4", "fp16", "fp16"), ("T4", "bf16", "fp32"), ("T4", "fp32", "fp32"), ("A100 80GB", "bf16", "bf16")],
+)
+def test_products_go_at_the_rate_of_their_precision(card: str, dtype: str, precision: Any) -> None:
+    rates = find_device_spec(card).rates
+    assert rates is not None
+    assert product_rate(rates, dtype) == rates.flops_per_s[precision]
 
 
 @pytest.mark.parametrize(
