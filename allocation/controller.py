@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..common.arrays import FloatArray, IntArray
+from ..common.arrays import IntArray
 from ..common.units import part_of
 from ..errors import BudgetError
 from ..lora.adapters import Adapters
@@ -23,7 +23,8 @@ from ..lora.signals import signal_buffer_bytes
 from ..memory.budget import Budget, reference_cost
 from ..memory.cost import ByteCost, TimedCost, UntimedCost, cost_from_state, cost_state, unit_cost
 from .observation import Observation, RunState, observe
-from .plan import Plan, check_budget, project
+from .plan import Plan, check_budget
+from .policy import Decision, decided_plan, decision_from_plan
 from .probe import ProbeResult
 from .problem import AllocationProblem
 from .schedule import DecisionSchedule
@@ -206,33 +207,26 @@ class RankController(Generic[AdaptersT]):
             state,
         )
 
-    def apply(
-        self,
-        wanted: IntArray,
-        scores: FloatArray,
-        step: int,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> Plan:
+    def apply(self, decision: Decision, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
         """Project a decision onto the budget and give the adapters their new ranks.
 
         Args:
-            wanted: wanted ranks, (modules,); see `project`.
-            scores: order of precedence, (modules,).
+            decision: what is wanted.
             step: optimiser steps done; decides fresh rows together with the seed.
             optimizer: its state follows, unless the adapters keep their own.
 
         Returns:
             The plan as applied.
         """
-        _, plan = self.propose(wanted, scores, optimizer)
+        _, plan = self.propose(decision, optimizer)
         self._take(plan.ranks, step, optimizer)
         return plan
 
     def propose(
-        self, wanted: IntArray, scores: FloatArray, optimizer: torch.optim.Optimizer | None = None
+        self, decision: Decision, optimizer: torch.optim.Optimizer | None = None
     ) -> tuple[AllocationProblem, Plan]:
         """What `apply` would do, without doing it: the possible plans with pinned modules, and the plan."""
-        return self._project(self.problem(), wanted, scores, optimizer)
+        return self._project(self.problem(), decision, optimizer)
 
     def set_plan(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take exactly these ranks as the decision: none is lowered or raised, even if a part of the budget is left.
@@ -260,22 +254,18 @@ class RankController(Generic[AdaptersT]):
 
     def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
         """Bring the ranks back under a limit that has become tighter; not counted as a decision. See `apply`."""
-        _, plan = self._project(self.problem_now(), wanted, np.zeros(len(wanted)), optimizer)
+        _, plan = self._project(self.problem_now(), decision_from_plan(wanted), optimizer)
         self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
         return plan
 
     def _project(
-        self,
-        problem: AllocationProblem,
-        wanted: IntArray,
-        scores: FloatArray,
-        optimizer: torch.optim.Optimizer | None,
+        self, problem: AllocationProblem, decision: Decision, optimizer: torch.optim.Optimizer | None
     ) -> tuple[AllocationProblem, Plan]:
         problem = replace(problem, pinned=self._pin_broken(optimizer))
         chosen = problem
         if self.time:
-            chosen = self.time.choose(problem, lambda other: project(other, wanted, scores).ranks)
-        return problem, project(chosen, wanted, scores)
+            chosen = self.time.choose(problem, lambda other: decided_plan(other, decision).ranks)
+        return problem, decided_plan(chosen, decision)
 
     def _pin_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
         """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""

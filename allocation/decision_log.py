@@ -1,11 +1,15 @@
 """The decision log: what a policy saw, wanted and got, in Parquet that any data tool opens.
 
-A log is a folder with one part for each decision, and in it one row for each module. Beside the parts are the problems
-that the decisions solved, one file whenever what plans cost or may cost has changed:
+A log is a folder with one part for each decision, and in it one row for each module. Beside each part is the state of
+its decision: candidates, plans and votes. The problems that the decisions solved are one file whenever what plans cost
+or may cost has changed:
 
     decisions/part-00000.parquet
     decisions/part-00001.parquet
     decisions/problem-00000.safetensors
+    decisions/recipes-5feceb66ffc8.safetensors
+    decisions/state-00000.safetensors
+    decisions/state-00001.safetensors
 
 Files are written under another name, flushed to disk and renamed, so a crash leaves whole files only.
 
@@ -19,17 +23,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..common.arrays import IntArray
 from ..common.files import atomic_path
 from ..errors import RunFolderError
-from .features import EARLIER_FEATURE_NAMES
+from .decision_state import DecisionState, read_state
+from .deliberation import Deliberation
+from .features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES
+from .observation import Observation
 from .problem import AllocationProblem
 from .problem_file import problem_bytes, read_problem
 
@@ -38,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_KEY, SCHEMA_VERSION = b"rankpilot.schema", 3
+SCHEMA_KEY, SCHEMA_VERSION = b"rankpilot.schema", 4
 FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
 
 DECISION_TYPES = {
@@ -60,6 +68,11 @@ DECISION_TYPES = {
     "log_prob": pa.float64(),
     "expected": pa.float64(),
     "uncertainty": pa.float64(),
+    "margin": pa.float64(),
+    "tie_size": pa.int32(),
+    "kept": pa.bool_(),
+    "filled": pa.int32(),
+    "correction": pa.bool_(),
     "problem": pa.string(),
 }
 """Columns with one value a decision."""
@@ -83,6 +96,36 @@ _SCHEMA_2 = {"rank_asked": "rank_clipped"} | {
     FEATURE_PREFIX + earlier: FEATURE_PREFIX + name for earlier, name in EARLIER_FEATURE_NAMES.items()
 }
 """Columns of schema 2, and what they are called now."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoggedDecision:
+    """One decision as its log tells it.
+
+    Attributes:
+        table: its rows, one a module; see `DECISION_TYPES` and `MODULE_TYPES`.
+        problem: the plans that were possible, with the pinned modules.
+        observation: what the policy saw.
+        state: what the policy computed; None in a log of schema 3, which does not hold it.
+    """
+
+    table: pa.Table
+    problem: AllocationProblem
+    observation: Observation
+    state: DecisionState | None
+
+    @property
+    def deliberation(self) -> Deliberation | None:
+        """What the policy computed; None where it was no ensemble's decision, and in a log of schema 3."""
+        return None if self.state is None else self.state.deliberation
+
+    def value(self, column: str) -> Any:
+        """One of `DECISION_TYPES`."""
+        return self.table[column][0].as_py()
+
+    def ranks(self, column: str) -> IntArray:
+        """One of the columns of ranks, int64 (modules,)."""
+        return np.asarray(self.table[column].to_numpy(), dtype=np.int64)
 
 
 class DecisionLog:
@@ -112,6 +155,8 @@ class DecisionLog:
         if path.exists():
             raise RunFolderError(f"Decision {record.decision} is already in {self.folder}. Call `truncate` on resume.")
         table = record.to_table(self._write_problem(record))
+        for name, content in record.state.files(self._state(record.decision).name).items():
+            _write(self.folder / name, lambda stream, content=content: stream.write(content))  # type: ignore[misc]
         _write(path, lambda stream: pq.write_table(table, stream))
         return path
 
@@ -141,14 +186,16 @@ class DecisionLog:
                 on_error(error)
         if not tables:
             raise RunFolderError(f"The decision log in {self.folder} has {len(parts)} parts, and none can be read.")
-        earlier = sum(_schema_of(table) < SCHEMA_VERSION for table in tables)
-        if earlier:
-            logger.warning(
-                "%d of %d decisions in %s are of log schema 2: columns that it lacks are empty.",
-                earlier,
-                len(parts),
-                self.folder,
-            )
+        for version in (2, 3):
+            earlier = sum(_schema_of(table) == version for table in tables)
+            if earlier:
+                logger.warning(
+                    "%d of %d decisions in %s are of log schema %d: columns that it lacks are empty.",
+                    earlier,
+                    len(parts),
+                    self.folder,
+                    version,
+                )
         table = pa.concat_tables(tables, promote_options="default")
         for name, kind in (DECISION_TYPES | MODULE_TYPES).items():
             if name not in table.column_names:
@@ -163,11 +210,43 @@ class DecisionLog:
         Raises:
             RunFolderError: there is no such decision, it was logged without its problem, or a file is corrupt.
         """
+        return self._problem(self._table(decision))
+
+    def logged(self, decision: int) -> LoggedDecision:
+        """All that is known of a decision.
+
+        Raises:
+            RunFolderError: there is no such decision, it was logged without its problem or by a version whose policies
+                saw other features, or a file is corrupt.
+        """
+        table = self._table(decision)
+        problem = self._problem(table)
+        seen = [name.removeprefix(FEATURE_PREFIX) for name in table.column_names if name.startswith(FEATURE_PREFIX)]
+        if sorted(seen) != sorted(MODULE_FEATURES):
+            raise RunFolderError(
+                f"Decision {decision} in {self.folder} was made from other features than those of this version: "
+                f"{', '.join(sorted(set(seen) ^ set(MODULE_FEATURES)))}."
+            )
+        modules = [table[FEATURE_PREFIX + name].to_numpy() for name in MODULE_FEATURES]
+        run = [table[RUN_PREFIX + name][0].as_py() for name in RUN_FEATURES]
+        observation = Observation(
+            np.stack(modules, axis=1),
+            np.array(run, dtype=np.float32),
+            replace(problem, pinned=None),  # as the policy saw it
+            tuple(table["module"].to_pylist()),
+        )
+        state = read_state(self._state(decision)) if _schema_of(table) >= SCHEMA_VERSION else None
+        return LoggedDecision(table, problem, observation, state)
+
+    def _table(self, decision: int) -> pa.Table:
         path = self._part(decision)
         if not path.is_file():
             raise RunFolderError(f"No decision {decision} in {self.folder}: it holds {len(self)} decisions.")
-        table = _read_part(path)
+        return _read_part(path)
+
+    def _problem(self, table: pa.Table) -> AllocationProblem:
         if "problem" not in table.column_names:
+            path = self._part(table["decision"][0].as_py())
             raise RunFolderError(f"{path} is of log schema 2, which does not hold the problem that was solved.")
         first = table.slice(0, 1).select(["problem", "max_step", "hysteresis"]).to_pylist()[0]
         pinned = table["pinned"].to_numpy()
@@ -196,6 +275,12 @@ class DecisionLog:
         tables = [_read_part(part) for part in parts if part not in late]
         for part in reversed(late):
             part.unlink()
+        kept = {self._state(table["decision"][0].as_py()).name for table in tables}
+        for path in self.folder.glob("state-*.safetensors"):
+            if path.name not in kept:
+                path.unlink()
+        for path in self.folder.glob("recipes-*.safetensors") if not tables else ():
+            path.unlink()
         needed = {table["problem"][0].as_py() for table in tables if "problem" in table.column_names}
         for path in self.folder.glob("problem-*.safetensors"):
             if path.name not in needed:
@@ -217,6 +302,9 @@ class DecisionLog:
 
     def _part(self, decision: int) -> Path:
         return self.folder / f"part-{decision:05d}.parquet"
+
+    def _state(self, decision: int) -> Path:
+        return self.folder / f"state-{decision:05d}.safetensors"
 
     def _parts(self) -> list[Path]:
         """Finished parts in order; what a crash left half-written sits in hidden folders."""
@@ -245,11 +333,12 @@ def _read_part(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise RunFolderError(f"The decision log's part {path} is corrupt: {error}") from error
     version = _schema_of(table)
-    if version not in (2, SCHEMA_VERSION) or table.num_rows == 0:
+    if version not in (2, 3, SCHEMA_VERSION) or table.num_rows == 0:
         raise RunFolderError(
-            f"{path} is no decision log of schema 2 or {SCHEMA_VERSION}: its schema is {version or 'not named'}, with "
-            f"{table.num_rows} rows. Read it with the version of rankpilot that wrote it."
+            f"{path} is no decision log of schema 2, 3 or {SCHEMA_VERSION}: its schema is {version or 'not named'}, "
+            f"with {table.num_rows} rows. Read it with the version of rankpilot that wrote it."
         )
-    if version < SCHEMA_VERSION:
-        table = table.rename_columns([_SCHEMA_2.get(name, name) for name in table.column_names])
+    if version == 2:
+        renamed = table.rename_columns([_SCHEMA_2.get(name, name) for name in table.column_names])
+        table = renamed.replace_schema_metadata(table.schema.metadata)
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..errors import DataError
 from .controller import RankController
 from .decision_line import decision_line
 from .decision_log import DECISION_TYPES, FEATURE_PREFIX, MODULE_TYPES, RUN_PREFIX, SCHEMA_KEY, SCHEMA_VERSION
+from .decision_state import DecisionState
 from .features import MODULE_FEATURES, RUN_FEATURES
 from .observation import Observation
 from .plan import Plan
@@ -38,7 +39,7 @@ class DecisionRecord:
         measured_cost: measured since the decision before this one, in the same unit; None if nothing measures it.
         rank_floor: see `Decision`, as the four that follow.
         depth_bias: how much upper layers came before lower ones.
-        log_prob: log-probability density of the action.
+        log_prob: log-probability of the plan; None where the policy does not draw plans.
         expected: improvement that the policy expects.
         uncertainty: standard deviation of that.
         modules: full names, in the order of all arrays.
@@ -51,6 +52,9 @@ class DecisionRecord:
         features: what the policy saw of each module, float32 (L, F).
         feature_names: names of the columns of `features`.
         run_features: what the policy saw of the whole run.
+        kept: whether the policy wanted the ranks in place.
+        correction: whether the guard changed the ranks, and not the policy.
+        state: what the policy computed, and the schedule.
         notes: why a module did not get the rank that the policy wanted, by name; the others are left out.
 
     Raises:
@@ -68,9 +72,11 @@ class DecisionRecord:
     measured_cost: float | None
     rank_floor: float
     depth_bias: float
-    log_prob: float
+    log_prob: float | None
     expected: float
     uncertainty: float
+    kept: bool
+    correction: bool
     modules: tuple[str, ...]
     problem: AllocationProblem
     rank_wanted: IntArray
@@ -80,6 +86,7 @@ class DecisionRecord:
     features: NDArray[np.float32]
     feature_names: tuple[str, ...]
     run_features: Mapping[str, float]
+    state: DecisionState
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -97,6 +104,7 @@ class DecisionRecord:
         loss: float | None = None,
         measured_cost: float | None = None,
         notes: Mapping[str, str] | None = None,
+        correction: bool = False,
     ) -> DecisionRecord:
         """The record of a decision that has just been applied, in a fine-tune or in an episode.
 
@@ -112,6 +120,7 @@ class DecisionRecord:
             loss: mean training loss since the decision before this one.
             measured_cost: see the class.
             notes: by module name, beside those of the controller.
+            correction: see the class.
         """
         pinned = np.isin(observation.names, list(controller.notes))
         return cls(
@@ -129,6 +138,8 @@ class DecisionRecord:
             log_prob=decision.log_prob,
             expected=decision.expected,
             uncertainty=decision.uncertainty,
+            kept=decision.keeps,
+            correction=correction,
             modules=observation.names,
             problem=replace(observation.problem, pinned=pinned) if pinned.any() else observation.problem,
             rank_wanted=decision.ranks,
@@ -138,6 +149,7 @@ class DecisionRecord:
             features=observation.modules,
             feature_names=MODULE_FEATURES,
             run_features=dict(zip(RUN_FEATURES, observation.run.tolist(), strict=True)),
+            state=DecisionState(asdict(controller.schedule), decision.deliberation),
             notes={**(notes or {}), **controller.notes},
         )
 
@@ -171,9 +183,12 @@ class DecisionRecord:
         Args:
             problem_file: name of the file that holds `problem`.
         """
-        count, problem = len(self.modules), self.problem
+        count, problem, deliberation = len(self.modules), self.problem, self.state.deliberation
         values = {
             **vars(self),
+            "margin": deliberation and deliberation.margin,
+            "tie_size": deliberation and int(deliberation.tied.sum()),
+            "filled": int(np.count_nonzero(np.asarray(self.rank_after) > np.asarray(self.rank_clipped))),
             "limit": problem.limit,
             "unit": problem.cost.unit,
             "max_step": problem.max_step,

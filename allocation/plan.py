@@ -198,7 +198,7 @@ def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias
     return draft.rungs
 
 
-def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray) -> Plan:
+def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray, *, fill: bool = True) -> Plan:
     """The plan nearest to the wanted ranks that fits the budget and leaves nothing of it unspent.
 
     Args:
@@ -206,6 +206,7 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray) ->
         wanted: wanted ranks, int (modules,). They are rounded down onto the ladder and clipped to `max_step` and the
             bounds.
         scores: modules with low scores are lowered first, those with high scores are raised first, float (modules,).
+        fill: raise ranks until nothing more fits. Without it, that is done only where some had to be lowered.
 
     Returns:
         The plan. Only if nothing else fits, it goes further down than `max_step` allows and drops pinned modules. If
@@ -215,6 +216,8 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray) ->
     clipped = np.clip(problem.ladder.rung(wanted), lower, upper)
     pinned = problem.is_pinned
     draft = PlanBuilder(problem, scores, clipped)
+    if not fill and draft.fits():
+        return Plan(problem.ladder.array[clipped], draft.ranks, float(draft.costs.max()))
     draft.lower(lower)
     draft.lower(np.where(pinned, lower, problem.bottoms))
     if not draft.fits():

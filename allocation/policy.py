@@ -10,8 +10,10 @@ import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
 from .actions import base_depth_bias, base_rank_floor
+from .deliberation import Deliberation
 from .observation import Observation
-from .plan import pack
+from .plan import Plan, pack, project
+from .problem import AllocationProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,20 +26,24 @@ class Decision:
             budget, modules with low scores give way first.
         rank_floor: the rank floor from which the wanted ranks follow; 0 if they do not follow from scores.
         depth_bias: the depth bias from which they follow; 0 if they do not follow from scores.
-        log_prob: log-probability density of the scores and the placement; 0 for a rule.
+        log_prob: log-probability of the plan; None for a policy that takes the same plan each time.
         expected: the improvement that the policy expects. With a value ensemble: over uniform rank, and at later
             decisions over no change, in standard deviations of the log loss between plans. Without one: over the rule
             that the policy started from, in shares of the headroom. 0 for a rule.
         uncertainty: standard deviation of `expected` over the members of the ensemble; 0 for a rule.
+        keeps: the ranks in place are wanted; what is left of the budget is left.
+        deliberation: what the decision was chosen from; None for a policy without a value ensemble.
     """
 
     ranks: IntArray
     scores: FloatArray
     rank_floor: float = 0.0
     depth_bias: float = 0.0
-    log_prob: float = 0.0
+    log_prob: float | None = None
     expected: float = 0.0
     uncertainty: float = 0.0
+    keeps: bool = False
+    deliberation: Deliberation | None = None
 
 
 class Policy(Protocol):
@@ -57,8 +63,14 @@ def decision_from_plan(ranks: IntArray) -> Decision:
 
 
 def decision_to_keep(observation: Observation) -> Decision:
-    """The decision that leaves all ranks as they are."""
-    return decision_from_plan(observation.problem.ranks)
+    """The decision that leaves all ranks as they are, even where the budget has room for more."""
+    ranks = observation.problem.ranks
+    return Decision(ranks, np.zeros(len(ranks)), keeps=True)
+
+
+def decided_plan(problem: AllocationProblem, decision: Decision) -> Plan:
+    """The plan to which a decision leads: `project`, or the ranks in place if it keeps them."""
+    return project(problem, decision.ranks, decision.scores, fill=not decision.keeps)
 
 
 def is_first(observation: Observation) -> bool:
@@ -70,7 +82,6 @@ def decision_from_scores(
     observation: Observation,
     scores: FloatArray,
     placement: Sequence[float] | FloatArray = (0.0, 0.0),
-    log_prob: float = 0.0,
 ) -> Decision:
     """The decision that a policy's scores and placement lead to.
 
@@ -78,9 +89,8 @@ def decision_from_scores(
         observation: of the decision.
         scores: the log of each module's rank relative to the others, (modules,).
         placement: log2 of a factor on the rank floor, and what is added to the depth bias; see `PLACEMENT`.
-        log_prob: log-probability density of both.
     """
     problem = observation.problem
     rank_floor = float(base_rank_floor(problem) * 2.0 ** placement[0])
     depth_bias = float(base_depth_bias(problem) + placement[1])
-    return Decision(pack(problem, scores, rank_floor, depth_bias), scores, rank_floor, depth_bias, log_prob)
+    return Decision(pack(problem, scores, rank_floor, depth_bias), scores, rank_floor, depth_bias)

@@ -50,6 +50,7 @@ class Journal:
         peak: int | None,
         notes: Mapping[str, str] | None = None,
         remark: str = "",
+        correction: bool = False,
     ) -> None:
         """Write down a decision that has just been applied.
 
@@ -63,6 +64,7 @@ class Journal:
             peak: bytes at the latest peak that was measured.
             notes: by module name, why it has not the rank that was wanted.
             remark: added to the line.
+            correction: whether the guard changed the ranks, and not the policy.
         """
         self.predictions.append((step, plan.cost))
         record = DecisionRecord.of(
@@ -77,6 +79,7 @@ class Journal:
             loss=loss,
             measured_cost=float(peak) if peak and observation.problem.cost.unit == "bytes" else None,
             notes=notes,
+            correction=correction,
         )
         if self.log is not None:
             self.log.append(record)

@@ -353,7 +353,7 @@ class RankPilot:
         decision = self.policy.decide(observation)
         notes: dict[str, str] = {}
         if self._review is None:
-            plan = controller.apply(decision.ranks, decision.scores, step, self._run.optimizer)
+            plan = controller.apply(decision, step, self._run.optimizer)
         else:
             number, policy, optimizer = len(self.predictions), self.policy.name, self._run.optimizer
             plan, notes = self._review.apply(controller, observation, decision, number, step, policy, optimizer)
@@ -366,7 +366,15 @@ class RankPilot:
         decision = decision_from_plan(correction.wanted)
         moved = correction.plan.ranks != correction.observation.problem.ranks
         notes = dict.fromkeys(np.array(self._controller.names)[moved].tolist(), correction.reason)
-        self._record(correction.step, self._losses.mean(), correction.observation, decision, correction.plan, notes)
+        self._record(
+            correction.step,
+            self._losses.mean(),
+            correction.observation,
+            decision,
+            correction.plan,
+            notes,
+            correction=True,
+        )
 
     def _record(
         self,
@@ -376,6 +384,8 @@ class RankPilot:
         decision: Decision,
         plan: Plan,
         notes: dict[str, str] | None = None,
+        *,
+        correction: bool = False,
     ) -> None:
         plan = replace(plan, cost=plan_cost(self._controller.cost_now(), plan.ranks))
         self.journal.record(
@@ -388,6 +398,7 @@ class RankPilot:
             peak=self.peaks[-1][1] if self.peaks else None,
             notes=notes,
             remark=self._guard.remark(),
+            correction=correction,
         )
         if not plan.ranks.any():
             raise BudgetError(

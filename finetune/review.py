@@ -86,7 +86,7 @@ class PlanReview:
         Raises:
             ReviewError: the person refused the plan, or gave no answer in time.
         """
-        problem, proposed = controller.propose(decision.ranks, decision.scores, optimizer)
+        problem, proposed = controller.propose(decision, optimizer)
         proposal = Proposal(number, step, policy, observation, decision.scores, problem, proposed)
         plan = self.plan(proposal)
         controller.set_plan(plan.ranks, step, optimizer)

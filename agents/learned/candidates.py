@@ -7,12 +7,16 @@ because nobody knows in advance how deep adapters should go, or how far signals 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ...allocation.actions import SCORE_BOUND, base_rank_floor
+from ...allocation.deliberation import DRAWN
 from ...allocation.observation import Observation, module_feature
 from ...allocation.plan import uniform_window
+from ...allocation.policy import Decision, decision_from_scores, decision_to_keep
 from ...common.arrays import FloatArray
 from ...memory.cost import ParameterCost
 from ..rules.by_signal import signal_mean
@@ -20,16 +24,56 @@ from ..rules.by_signal import signal_mean
 BASIS = ("signal_mean", "rank_cost", "relative_depth", "actor")
 """The scores of candidates are weighted sums of these."""
 
-_FIXED_GAINS = ((0, 0, 0, 0), (0, 0, 0, 0), (0.5, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1))
-"""Weights of the fixed candidates: uniform, top-down, signal-mean, top-down-mlp and the actor's."""
+_FIXED = {
+    "uniform": (0, 0, 0, 0),
+    "top-down": (0, 0, 0, 0),
+    "signal-mean": (0.5, 0, 0, 0),
+    "top-down-mlp": (0, 1, 0, 0),
+    "actor": (0, 0, 0, 1),
+}
+"""Weights of the fixed candidates, by name."""
 
-FIXED = len(_FIXED_GAINS)
+FIXED = len(_FIXED)
 """Number of fixed candidates; they come first."""
+
+KEEP = "keep"
+"""Name of the candidate that leaves the ranks as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The candidates at a decision, C of them.
+
+    Attributes:
+        names: (C,).
+        weights: of each part of `BASIS` in the scores, (C, len(BASIS)).
+        scores: (C, modules).
+        placements: see `PLACEMENT`, (C, 2).
+    """
+
+    names: tuple[str, ...]
+    weights: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    placements: NDArray[np.float64]
+
+    def after_keep(self) -> Candidates:
+        """The same after one more, which keeps the ranks in place."""
+        rows = (
+            np.concatenate([np.zeros_like(part[:1]), part]) for part in (self.weights, self.scores, self.placements)
+        )
+        return Candidates((KEEP, *self.names), *rows)
+
+    def decisions(self, observation: Observation) -> list[Decision]:
+        """The decision that each leads to."""
+        return [
+            decision_to_keep(observation) if name == KEEP else decision_from_scores(observation, scores, placement)
+            for name, scores, placement in zip(self.names, self.scores, self.placements, strict=True)
+        ]
 
 
 def candidate_actions(
     observation: Observation, scores: FloatArray, placement: FloatArray, draws: int, generator: np.random.Generator
-) -> tuple[FloatArray, FloatArray]:
+) -> Candidates:
     """The candidates at a decision.
 
     Args:
@@ -38,9 +82,6 @@ def candidate_actions(
         placement: the actor's, (2,).
         draws: number of candidates that are drawn, beside the fixed ones.
         generator: draws them.
-
-    Returns:
-        Scores (FIXED + draws, modules), and placements (FIXED + draws, 2).
     """
     problem = observation.problem
     by_parameters = isinstance(problem.cost, ParameterCost)
@@ -49,12 +90,23 @@ def candidate_actions(
     rank, _ = uniform_window(problem.fresh()) or (1, 0)
     uniform = (np.log2(rank / base_rank_floor(problem)), 0)
     fixed = np.array([uniform, (0, 0), (0, 0), (0, 0), tuple(placement)], dtype=np.float64)
-    gains = np.concatenate([np.array(_FIXED_GAINS, dtype=np.float64), _draw_gains(draws, generator)])
-    placements = np.concatenate([fixed, _draw_placements(draws, by_parameters, generator)])
-    return np.clip(gains @ basis, -SCORE_BOUND, SCORE_BOUND), np.clip(placements, -SCORE_BOUND, SCORE_BOUND)
+    drawn = _short(_draw_weights(draws, generator))
+    weights = np.concatenate([np.array([*_FIXED.values()], dtype=np.float64), drawn])
+    placements = np.concatenate([fixed, _short(_draw_placements(draws, by_parameters, generator))])
+    return Candidates(
+        (*_FIXED, *(f"{DRAWN}{number}" for number in range(draws))),
+        weights,
+        np.clip(weights @ basis, -SCORE_BOUND, SCORE_BOUND),
+        np.clip(placements, -SCORE_BOUND, SCORE_BOUND),
+    )
 
 
-def _draw_gains(draws: int, generator: np.random.Generator) -> NDArray[np.float64]:
+def _short(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values that half precision holds exactly: a log of them is a third as large."""
+    return values.astype(np.float16).astype(np.float64)
+
+
+def _draw_weights(draws: int, generator: np.random.Generator) -> NDArray[np.float64]:
     """Weights, (draws, len(BASIS))."""
     return np.stack(
         [

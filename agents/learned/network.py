@@ -47,12 +47,16 @@ class Action:
         factors: the noise that the scores share, (batch, modules + 2, len(DIRECTIONS)).
         values: how much better than under the rule each critic expects the run to end, in shares of the headroom,
             (batch, critics).
+        gains: of each direction in the scores, (batch, len(DIRECTIONS)).
+        estimate: of what each module is worth, (batch, modules).
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     factors: torch.Tensor
     values: torch.Tensor
+    gains: torch.Tensor
+    estimate: torch.Tensor
 
 
 class RankNetwork(nn.Module):
@@ -112,7 +116,8 @@ class RankNetwork(nn.Module):
         features = torch.cat([modules[..., _COLUMNS], estimate], dim=-1)
         features = (features - (features * exists).sum(1, keepdim=True) / exists.sum(1, keepdim=True)) * exists
         context = self.steering_encoder(pooled)
-        scores = (features @ (self.gains + self.gain_head(context)).unsqueeze(-1)).squeeze(-1)
+        gains = self.gains + self.gain_head(context)
+        scores = (features @ gains.unsqueeze(-1)).squeeze(-1)
         means = torch.cat([scores, self.steering_head(context)], dim=1).clamp(-SCORE_BOUND, SCORE_BOUND)
         later = run[:, RUN_FEATURES.index("progress")] > 0
         noise = torch.where(later, LATER_NOISE, 1.0).unsqueeze(1)
@@ -120,4 +125,4 @@ class RankNetwork(nn.Module):
         shared = features * (self.shared_log_std.exp() * noise).unsqueeze(1)
         factors = torch.cat([shared, shared.new_zeros(len(run), len(PLACEMENT), len(DIRECTIONS))], dim=1)
         values = torch.cat([critic(context.detach()) for critic in self.critics], dim=1)
-        return Action(means, log_std.exp() * noise, factors, values)
+        return Action(means, log_std.exp() * noise, factors, values, gains, estimate.squeeze(-1))

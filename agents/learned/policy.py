@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from ...allocation.deliberation import Deliberation, Votes
 from ...allocation.observation import Observation
-from ...allocation.plan import project
-from ...allocation.policy import Decision, decision_from_scores, decision_to_keep, is_first
-from ...common.arrays import FloatArray
-from .candidates import candidate_actions
-from .gaussian import CorrelatedGaussian
-from .network import RankNetwork
+from ...allocation.policy import Decision, decided_plan, decision_from_scores, is_first
+from ...common.arrays import FloatArray, IntArray
+from .candidates import BASIS, Candidates, candidate_actions
+from .network import DIRECTIONS, RankNetwork
 from .plan_value import Plans, PlanValueEnsemble
 
 DRAWS = 48
@@ -24,6 +24,9 @@ LCB_COEFFICIENT, LATER_LCB_COEFFICIENT = 1.0, 2.0
 """The lower confidence bound is the ensemble's mean less this number of standard deviations, at the first decision and
 at later ones. Later ones are more cautious, because a change during a run costs something."""
 
+TIE = 0.0
+"""Plans whose lower bounds differ by less, in standard deviations of the log loss between plans, are tied."""
+
 
 @dataclass(frozen=True, eq=False)
 class MeanAction:
@@ -32,14 +35,16 @@ class MeanAction:
     Attributes:
         scores: (modules,).
         placement: see `PLACEMENT`, (2,).
-        log_prob: log-probability density of the action.
+        gains: of each direction in the scores, (len(DIRECTIONS),).
+        estimate: of what each module is worth, (modules,).
         expected: expected improvement over the rule that the actor started from, in shares of the headroom.
         uncertainty: standard deviation of that over the actor's critics.
     """
 
     scores: FloatArray
     placement: FloatArray
-    log_prob: float
+    gains: FloatArray
+    estimate: FloatArray
     expected: float
     uncertainty: float
 
@@ -49,19 +54,24 @@ class LearnedPolicy:
     """Takes the candidate with the highest lower confidence bound; without a value ensemble, the actor's mean action.
 
     Candidates are compared with the ranks in place, at the first decision with uniform rank. If the bound of none is
-    above 0, the ranks in place (or uniform rank) are the decision.
+    above 0, the ranks in place (or uniform rank) are the decision. Of plans that are tied, the one nearest to those
+    ranks is taken.
 
     Attributes:
         name: the name in logs and tables.
         network: the actor, on the CPU and in evaluation mode.
         value_ensemble: estimates the value of plans, in evaluation mode; None to take the actor's action.
         sha256: of the file of weights; None for a policy that was not loaded from a file.
+        temperature: draw the plan from a softmax over the bounds divided by this, in their unit; 0 to take the best.
+        seed: with the observation it decides what is drawn.
     """
 
     name: str
     network: RankNetwork
     value_ensemble: PlanValueEnsemble | None = None
     sha256: str | None = None
+    temperature: float = 0.0
+    seed: int = 0
 
     @torch.no_grad()
     def act(self, observation: Observation) -> MeanAction:
@@ -71,30 +81,65 @@ class LearnedPolicy:
         action = self.network(
             torch.from_numpy(observation.modules).unsqueeze(0), torch.from_numpy(observation.run).unsqueeze(0), mask
         )
-        density = float(CorrelatedGaussian(action, mask).log_prob(action.mean))
         values = action.mean[0].double().numpy()
+        gains, estimate = (part[0].double().numpy() for part in (action.gains, action.estimate))
         expected, uncertainty = float(action.values.mean()), float(action.values.std(unbiased=False))
-        return MeanAction(values[:count], values[count:], density, expected, uncertainty)
+        return MeanAction(values[:count], values[count:], gains, estimate, expected, uncertainty)
 
     def decide(self, observation: Observation) -> Decision:
         """Decide on one observation; the same observation always leads to the same decision."""
         action = self.act(observation)
         if self.value_ensemble is None:
-            decision = decision_from_scores(observation, action.scores, action.placement, action.log_prob)
+            decision = decision_from_scores(observation, action.scores, action.placement)
             return replace(decision, expected=action.expected, uncertainty=action.uncertainty)
         candidates = _candidates(observation, action)
-        bound, expected, uncertainty = self._gains(observation, action, candidates)
-        best = int(np.argmax(bound))
-        return replace(candidates[best], expected=float(expected[best]), uncertainty=float(uncertainty[best]))
+        decisions = candidates.decisions(observation)
+        deliberation = self._deliberate(observation, action, candidates, decisions)
+        return replace(
+            decisions[deliberation.taken],
+            log_prob=deliberation.log_prob,
+            expected=float(deliberation.mean[deliberation.plan]),
+            uncertainty=float(deliberation.std[deliberation.plan]),
+            deliberation=deliberation,
+        )
+
+    def _deliberate(
+        self, observation: Observation, action: MeanAction, candidates: Candidates, decisions: Sequence[Decision]
+    ) -> Deliberation:
+        """Weigh the plans of some decisions against that of the first one, and choose."""
+        ranks = np.stack([decided_plan(observation.problem, decision).ranks for decision in decisions])
+        first, plan_of = _distinct(ranks)
+        votes = self._votes(observation, action, ranks)
+        open_ = Deliberation(
+            candidates=candidates.names,
+            basis=BASIS,
+            weights=candidates.weights,
+            placements=candidates.placements,
+            plan_of=plan_of,
+            plans=ranks[first],
+            votes=votes[:, first],
+            lcb_coefficient=LCB_COEFFICIENT if is_first(observation) else LATER_LCB_COEFFICIENT,
+            tie=TIE,
+            directions=DIRECTIONS,
+            actor_gains=action.gains,
+            actor_estimate=action.estimate,
+            actor_scores=action.scores,
+            temperature=self.temperature,
+        )
+        return replace(open_, taken=int(first[self._choose(observation, open_)]))
+
+    def _choose(self, observation: Observation, deliberation: Deliberation) -> int:
+        """The plan to take."""
+        if not self.temperature:
+            return deliberation.favourite
+        digest = hashlib.sha256(observation.run.tobytes() + observation.modules.tobytes()).digest()
+        generator = np.random.default_rng([self.seed, *digest])
+        return int(generator.choice(len(deliberation.plans), p=deliberation.probabilities))
 
     @torch.no_grad()
-    def _gains(
-        self, observation: Observation, action: MeanAction, candidates: list[Decision]
-    ) -> tuple[NDArray[np.float32], ...]:
-        """The gain of each candidate over the first one: lower confidence bound, mean, standard deviation."""
+    def _votes(self, observation: Observation, action: MeanAction, ranks: IntArray) -> Votes:
+        """What each network expects of each plan, less what it expects of the first one, (networks, plans)."""
         assert self.value_ensemble is not None
-        problem = observation.problem
-        ranks = np.stack([project(problem, decision.ranks, decision.scores).ranks for decision in candidates])
         plans = Plans(
             torch.from_numpy(observation.modules).unsqueeze(0),
             torch.from_numpy(action.scores - action.scores.mean()).float().unsqueeze(0),
@@ -103,16 +148,20 @@ class LearnedPolicy:
             torch.from_numpy(ranks).unsqueeze(0),
         )
         values = self.value_ensemble(plans)[:, 0]
-        gains = (values - values[:, :1]).numpy()
-        mean, std = gains.mean(axis=0), gains.std(axis=0)
-        lcb_coefficient = LCB_COEFFICIENT if is_first(observation) else LATER_LCB_COEFFICIENT
-        return mean - lcb_coefficient * std, mean, std
+        votes: Votes = (values - values[:, :1]).numpy()
+        return votes
 
 
-def _candidates(observation: Observation, action: MeanAction) -> list[Decision]:
-    """The decisions between which the value ensemble chooses; they are compared with the first one."""
-    actions = candidate_actions(observation, action.scores, action.placement, DRAWS, np.random.default_rng(0))
-    decisions = [
-        decision_from_scores(observation, scores, placement) for scores, placement in zip(*actions, strict=True)
-    ]
-    return decisions if is_first(observation) else [decision_to_keep(observation), *decisions]
+def _candidates(observation: Observation, action: MeanAction) -> Candidates:
+    """The candidates between which the value ensemble chooses; they are compared with the first one."""
+    drawn = candidate_actions(observation, action.scores, action.placement, DRAWS, np.random.default_rng(0))
+    return drawn if is_first(observation) else drawn.after_keep()
+
+
+def _distinct(ranks: IntArray) -> tuple[IntArray, IntArray]:
+    """The distinct plans among some, (plans, modules): of each the first one's place, and of each plan which it is."""
+    _, places, which = np.unique(ranks, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(places)
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    return places[order], number[which.reshape(-1)]

@@ -122,11 +122,11 @@ def run_plans(stack: Stack) -> PlanRun:
 
 def _decide(observation: Observation, action: MeanAction, number: int, generator: np.random.Generator) -> Decision:
     """A fixed candidate or one that is drawn; later on the ranks as they are, for the most part."""
-    scores, placement = candidate_actions(observation, action.scores, action.placement, 1, generator)
+    candidates = candidate_actions(observation, action.scores, action.placement, 1, generator)
     if not is_first(observation) and generator.uniform() > MOVES:
         return decision_to_keep(observation)
     chosen = min(number, FIXED) if is_first(observation) else FIXED
-    return decision_from_scores(observation, scores[chosen], placement[chosen])
+    return decision_from_scores(observation, candidates.scores[chosen], candidates.placements[chosen])
 
 
 @lru_cache(maxsize=1)

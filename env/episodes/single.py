@@ -116,7 +116,7 @@ class Episode:
     def apply(self, decision: Decision) -> Plan:
         """Take a decision."""
         self._take_model()
-        return self.controller.apply(decision.ranks, decision.scores, self.step, self.optimizer)
+        return self.controller.apply(decision, self.step, self.optimizer)
 
     @property
     def until(self) -> int:

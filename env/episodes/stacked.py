@@ -189,7 +189,7 @@ class StackedEpisodes:
     def apply(self, slot: int, decision: Decision) -> Plan:
         """Take a decision; its rank change is made with those of the other slots, when training goes on."""
         episode = self.under_way[slot]
-        return episode.controller.apply(decision.ranks, decision.scores, episode.step)
+        return episode.controller.apply(decision, episode.step)
 
     def advance(self, slots: Sequence[int]) -> dict[int, float | None]:
         """Train each of these episodes until its next decision or its end.

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.decision_state import DecisionState
+from rankpilot.allocation.deliberation import Deliberation
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import DataError, RunFolderError
 from rankpilot.lora.ladder import RankLadder
@@ -34,6 +36,27 @@ def make_problem(limit: float = 1e9 + 1, **changes: Any) -> AllocationProblem:
     return replace(AllocationProblem(ranks, most, blocks, cost, limit, RankLadder(), 2, hysteresis=0.2), **changes)
 
 
+def make_deliberation(**changes: Any) -> Deliberation:
+    """Four candidates with three plans for three modules, on which two networks vote."""
+    deliberation = Deliberation(
+        candidates=("uniform", "top-down", "actor", "drawn 0"),
+        basis=("signal_mean", "actor"),
+        weights=np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.5, 2.0]]),
+        placements=np.array([[0.5, 0.0], [0.0, 0.0], [-1.0, 2.0], [0.25, -3.0]]),
+        plan_of=np.array([0, 1, 1, 2]),
+        plans=np.array([[2, 2, 2], [4, 1, 2], [8, 0, 1]]),
+        votes=np.array([[0.0, 0.5, 0.25], [0.0, 0.5, -0.25]], dtype=np.float32),
+        lcb_coefficient=1.0,
+        tie=0.0,
+        directions=("snr", "estimate"),
+        actor_gains=np.array([0.25, 1.0]),
+        actor_estimate=np.array([0.5, -0.5, 0.0]),
+        actor_scores=np.array([1.0, -1.0, 0.0]),
+        taken=1,
+    )
+    return replace(deliberation, **changes)
+
+
 def make_record(decision: int = 0, **changes: Any) -> DecisionRecord:
     """A decision whose numbers all differ, so that a swapped column shows."""
     record = DecisionRecord(
@@ -51,6 +74,8 @@ def make_record(decision: int = 0, **changes: Any) -> DecisionRecord:
         log_prob=-12.5,
         expected=0.75,
         uncertainty=0.125,
+        kept=False,
+        correction=decision == 3,
         modules=MODULES,
         problem=make_problem(pinned=np.array([False, True, False])),
         rank_wanted=np.array([5, 1, 4]),
@@ -60,6 +85,7 @@ def make_record(decision: int = 0, **changes: Any) -> DecisionRecord:
         features=np.arange(6, dtype=np.float32).reshape(3, 2),
         feature_names=("snr", "relative_depth"),
         run_features={"progress": 0.25 * decision},
+        state=DecisionState({"max_step": 2}, make_deliberation()),
         notes={MODULES[1]: "left alone"},
     )
     return replace(record, **changes)
@@ -99,6 +125,11 @@ def test_round_trip(log: DecisionLog) -> None:
             "log_prob": -12.5,
             "expected": 0.75,
             "uncertainty": 0.125,
+            "margin": 0.5,
+            "tie_size": 1,
+            "kept": False,
+            "filled": 0,
+            "correction": False,
             "problem": "problem-00000.safetensors",
             "module_index": 1,
             "module": "layer.0.query",
@@ -160,7 +191,7 @@ def test_datasets_opens_it_by_pattern(log: DecisionLog, tmp_path: Path) -> None:
     assert rows.num_rows == 12
     assert rows[3]["step"] == 36
     assert set(DecisionLog(renamed).read()["seed"].to_pylist()) == {2**40}
-    assert pq.ParquetFile(renamed / "part-00000.parquet").schema_arrow.metadata[b"rankpilot.schema"] == b"3"
+    assert pq.ParquetFile(renamed / "part-00000.parquet").schema_arrow.metadata[b"rankpilot.schema"] == b"4"
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (10**6, 4)])
@@ -171,6 +202,8 @@ def test_truncate_keeps_the_first_decisions(log: DecisionLog, keep: int, left: i
     assert [path.name for path in sorted(log.folder.iterdir())] == [
         *(f"part-0000{i}.parquet" for i in range(left)),
         *problems,
+        *(path.name for path in log.folder.glob("recipes-*") if left),
+        *(f"state-0000{i}.safetensors" for i in range(left)),
     ]
 
 
@@ -191,7 +224,8 @@ def test_a_crash_while_writing_leaves_no_part(log: DecisionLog, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         log.append(make_record(4))
     assert len(log) == 4
-    assert len(list(log.folder.iterdir())) == 5
+    assert len(list(log.folder.glob("part-*"))) == 4
+    assert not list(log.folder.glob(".*"))
 
 
 def test_what_a_killed_process_left_is_ignored(log: DecisionLog) -> None:
@@ -227,12 +261,12 @@ def test_a_corrupt_part_is_named(log: DecisionLog, keep: int) -> None:
     assert log.truncate(2) == 2, "a part that is dropped need not be read"
 
 
-@pytest.mark.parametrize("metadata", [None, *({b"rankpilot.schema": name} for name in (b"1", b"4", b"new"))])
+@pytest.mark.parametrize("metadata", [None, *({b"rankpilot.schema": name} for name in (b"1", b"5", b"new"))])
 def test_a_foreign_schema_is_refused(log: DecisionLog, metadata: dict[bytes, bytes] | None) -> None:
     path = log.folder / "part-00001.parquet"
     pq.write_table(pa.table({"step": [1]}).replace_schema_metadata(metadata), path)
     with pytest.raises(
-        RunFolderError, match=r"part-00001\.parquet is no decision log of schema 2 or 3: its schema is "
+        RunFolderError, match=r"part-00001\.parquet is no decision log of schema 2, 3 or 4: its schema is "
     ):
         log.read()
 
@@ -262,7 +296,8 @@ def test_a_contradictory_record_is_refused(changes: dict[str, Any], message: str
 def to_schema_2(path: Path) -> None:
     """Rewrite a part as the version before wrote it."""
     table = pq.ParquetFile(path).read()
-    new = ["policy_sha256", "max_step", "hysteresis", "depth_bias", "expected", "uncertainty", "problem", "pinned"]
+    new = ["margin", "tie_size", "kept", "filled", "correction"]
+    new += ["policy_sha256", "max_step", "hysteresis", "depth_bias", "expected", "uncertainty", "problem", "pinned"]
     names = {"rank_wanted": "delta", "rank_clipped": "rank_asked", "feature.relative_depth": "feature.height"}
     table = table.drop_columns(new)
     table = table.rename_columns([names.get(name, name) for name in table.column_names])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.decision_state import DecisionState
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.common.files import write_json, write_json_lines
 from rankpilot.lora.ladder import RankLadder
@@ -67,7 +68,8 @@ def write_decisions(
                 loss=None if decision == 0 else 0.7 - 0.1 * decision,
                 predicted_cost=(90 + 2 * decision) * MIB * scale,
                 measured_cost=None if decision == 0 else 89 * MIB, log_prob=-9.0, rank_floor=4.0,
-                depth_bias=4.0, expected=0.5, uncertainty=0.1, modules=MODULES, problem=problem(before),
+                depth_bias=4.0, expected=0.5, uncertainty=0.1, kept=False, correction=False, modules=MODULES,
+                problem=problem(before), state=DecisionState({}, None),
                 rank_wanted=asked, rank_clipped=asked, rank_after=ranks[decision], score=np.zeros(36),
                 features=features(decision), feature_names=("sensitivity", "snr", "top", "constant"),
                 run_features={"progress": step / 200},

@@ -49,7 +49,8 @@ def actor_scores(modules: int = 16, seed: int = 0) -> NDArray[np.float64]:
 
 def proposals(observation: Observation, draws: int = 0, seed: int = 0, **actor: Any) -> Arrays:
     given = {"scores": actor_scores(len(observation.modules)), "placement": PLACEMENT} | actor
-    return candidate_actions(observation, **given, draws=draws, generator=np.random.default_rng(seed))
+    candidates = candidate_actions(observation, **given, draws=draws, generator=np.random.default_rng(seed))
+    return candidates.scores, candidates.placements
 
 
 def ranks_of(observation: Observation, actions: Arrays, number: int) -> IntArray:

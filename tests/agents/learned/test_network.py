@@ -16,7 +16,6 @@ from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, Ra
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import RULES, find_rule
 from rankpilot.agents.rules.by_signal import SignalRule, signal_mean
-from rankpilot.agents.rules.top_down import TopDown
 from rankpilot.agents.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
 from rankpilot.allocation.actions import PLACEMENT, SCORE_BOUND
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
@@ -61,7 +60,8 @@ def covariance(action: Action) -> torch.Tensor:
 
 def part(action: Action, keep: list[int]) -> Action:
     """The action of some modules and the steering numbers."""
-    return Action(action.mean[:, keep], action.std[:, keep], action.factors[:, keep], action.values)
+    placed = {name: getattr(action, name)[:, keep] for name in ("mean", "std", "factors")}
+    return replace(action, **placed, estimate=action.estimate[:, keep[: -len(PLACEMENT)]])
 
 
 # The network ------------------------------------------------------------------------------------------------------
@@ -220,7 +220,8 @@ def test_density_and_entropy_by_hand() -> None:
         torch.tensor([[[0.3, 0.0], [0.0, -1.0], [0.0, 0.0], [0.2, 0.4]]]),
     )
     mean, mask = torch.tensor([[0.2, -0.1, 0.0, 0.4]]), torch.tensor([[1.0, 1.0, 0.0]])
-    action = Action(*(part.double() for part in (mean, std, factors)), values=torch.zeros(1, 1))
+    none = torch.zeros(1, 1)
+    action = Action(*(part.double() for part in (mean, std, factors)), values=none, gains=none, estimate=none)
     gaussian = CorrelatedGaussian(action, mask.double())
     point = torch.tensor([[0.7, 0.9, 5.0, -0.2]], dtype=torch.float64)
     keep = [0, 1, 3]
@@ -261,7 +262,9 @@ def test_padding_counts_for_nothing() -> None:
     assert torch.equal(gaussian.log_prob(elsewhere), gaussian.log_prob(points)), "not by a bit"
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (action.mean, action.std, action.factors)]
     points.requires_grad_()
-    correlated = CorrelatedGaussian(Action(*leaves, values=action.values), given[2].double())
+    correlated = CorrelatedGaussian(
+        replace(action, **dict(zip(("mean", "std", "factors"), leaves, strict=True))), given[2].double()
+    )
     for value in (correlated.log_prob(points), correlated.entropy()):
         gradients = torch.autograd.grad(value.sum(), [*leaves, points], retain_graph=True, allow_unused=True)
         for gradient in gradients:
@@ -300,17 +303,15 @@ def test_samples_have_the_mean_and_covariance_of_the_density() -> None:
     assert not samples[:, 4:6].any()
 
 
-def test_log_prob_of_a_decision_is_the_density_at_its_mean(make_observation: MakeObservation) -> None:
-    observation = make_observation(5)
-    network = RankNetwork(NetworkConfig(score_std=0.2, rank_floor_std=0.9, depth_bias_std=0.4))
-    decision = LearnedPolicy("p", network).decide(observation)
-    with torch.no_grad():
-        action = network(
-            torch.from_numpy(observation.modules)[None], torch.from_numpy(observation.run)[None], torch.ones(1, 5)
-        )
-    normal = MultivariateNormal(action.mean.double(), covariance(action).double())
-    assert decision.log_prob == pytest.approx(float(normal.log_prob(action.mean.double())), abs=1e-4)
-    assert TopDown().decide(make_observation(5)).log_prob == 0
+def test_scores_are_the_directions_times_their_gains(make_observation: MakeObservation) -> None:
+    observation, network = make_observation(7), stirred()
+    action = LearnedPolicy("p", network).act(observation)
+    columns = [MODULE_FEATURES.index(name) for name in DIRECTIONS[:-1]]
+    parts = np.column_stack([observation.modules[:, columns], action.estimate])
+    scores = (parts - parts.mean(axis=0)) @ action.gains
+    np.testing.assert_allclose(action.scores, np.clip(scores, -SCORE_BOUND, SCORE_BOUND), atol=1e-5)
+    assert np.ptp(scores) > 0.1
+    assert np.abs(action.estimate).max() > 0.01
 
 
 @pytest.mark.parametrize("each", [[0.3, 0.5], [0.1, 0.1], [-0.5, 0.3]])

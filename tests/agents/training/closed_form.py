@@ -101,7 +101,7 @@ class Episode:
         return self.controller.observe(self.step, loss)
 
     def apply(self, decision: Decision) -> None:
-        self.controller.apply(decision.ranks, decision.scores, self.step)
+        self.controller.apply(decision, self.step)
 
     def advance(self) -> float:
         self.step = self.task.steps

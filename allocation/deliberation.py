@@ -1,0 +1,220 @@
+"""What a learned policy computes at one decision: candidates, the plans that they lead to, and votes on the plans.
+
+The policy's decision, the decision log and every explanation read this one object, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.arrays import Arrays, BoolArray, FloatArray, IntArray
+
+Votes = NDArray[np.float32]
+
+DRAWN = "drawn "
+"""How names of candidates begin that were drawn; their numbers follow, from 0 on. They come last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Deliberation:
+    """One deliberation; C candidates, P distinct plans, N value networks, L modules, D directions of the actor.
+
+    Attributes:
+        candidates: names of the candidates, (C,): "keep", rules, "actor", and numbers of those that were drawn.
+        basis: what the candidates' scores are weighted sums of, names, (B,).
+        weights: of the basis in the scores of each candidate, (C, B); all 0 for "keep".
+        placements: of each candidate, see `PLACEMENT`, (C, 2).
+        plan_of: the plan to which each candidate leads, int64 (C,). The first candidate's is the reference: uniform
+            rank, or at later decisions the ranks in place.
+        plans: ranks, int64 (P, L), all different, in the order in which candidates lead to them.
+        votes: how much better than the reference each network expects each plan to be, in standard deviations of the
+            log loss between plans, float32 (N, P).
+        lcb_coefficient: the lower bound is the mean vote less so many standard deviations.
+        tie: plans whose lower bound is less than this below the best one's are tied with it, in the unit of votes.
+        directions: names of the actor's directions, (D,).
+        actor_gains: of each direction in the actor's scores, float64 (D,).
+        actor_estimate: the actor's estimate of what each module is worth, float64 (L,).
+        actor_scores: the actor's scores, (L,).
+        temperature: of the softmax over lower bounds that plans are drawn from; 0 where the best is taken.
+        taken: the candidate that is the decision.
+    """
+
+    candidates: tuple[str, ...]
+    basis: tuple[str, ...]
+    weights: FloatArray
+    placements: FloatArray
+    plan_of: IntArray
+    plans: IntArray
+    votes: Votes
+    lcb_coefficient: float
+    tie: float
+    directions: tuple[str, ...]
+    actor_gains: FloatArray
+    actor_estimate: FloatArray
+    actor_scores: FloatArray
+    temperature: float = 0.0
+    taken: int = -1
+
+    @property
+    def reference(self) -> int:
+        """The plan that all others are compared with."""
+        return int(self.plan_of[0])
+
+    @property
+    def plan(self) -> int:
+        """The plan of the candidate that is taken."""
+        return int(self.plan_of[self.taken])
+
+    @cached_property
+    def distances(self) -> FloatArray:
+        """From each plan to the reference, see `plan_distance`, (P,)."""
+        return plan_distance(self.plans, self.plans[self.reference])
+
+    @cached_property
+    def mean(self) -> Votes:
+        """The mean vote on each plan, (P,)."""
+        return np.asarray(self.votes.mean(axis=0))
+
+    @cached_property
+    def std(self) -> Votes:
+        """The standard deviation of the votes on each plan, (P,)."""
+        return np.asarray(self.votes.std(axis=0))
+
+    @cached_property
+    def bound(self) -> Votes:
+        """The lower confidence bound of each plan's improvement over the reference, (P,); this is maximised."""
+        return np.asarray(self.mean - self.lcb_coefficient * self.std)
+
+    @cached_property
+    def tied(self) -> BoolArray:
+        """The plans that cannot be told from the best one, bool (P,).
+
+        The reference is among them only if it is the best: leaving it takes no more than a bound above 0, and a plan
+        that is surely better than it is not given up for it.
+        """
+        best = int(np.argmax(self.bound))
+        number = np.arange(len(self.bound))
+        if best == self.reference:
+            return np.asarray(number == best)
+        return np.asarray((self.bound >= self.bound[best] - self.tie) & (number != self.reference))
+
+    @cached_property
+    def favourite(self) -> int:
+        """The plan that is taken where none is drawn: of those that are tied, the nearest to the reference."""
+        distances = np.where(self.tied, self.distances, np.inf)
+        nearest = np.flatnonzero(distances == distances.min())
+        return int(nearest[np.argmax(self.bound[nearest])])
+
+    @cached_property
+    def probabilities(self) -> FloatArray:
+        """The probability that each plan is taken, (P,)."""
+        if not self.temperature:
+            return np.asarray(np.arange(len(self.plans)) == self.favourite, dtype=np.float64)
+        logits = self.bound.astype(np.float64) / self.temperature
+        odds = np.exp(logits - logits.max())
+        return np.asarray(odds / odds.sum())
+
+    @property
+    def margin(self) -> float:
+        """How much higher the plan's lower bound is than that of the best other plan; 0 where there is no other."""
+        others = np.delete(self.bound, self.plan)
+        return float(self.bound[self.plan] - others.max()) if len(others) else 0.0
+
+    @property
+    def log_prob(self) -> float | None:
+        """The log-probability of the plan; None where plans are not drawn."""
+        return float(np.log(self.probabilities[self.plan])) if self.temperature else None
+
+    def recipes(self) -> Arrays:
+        """What the candidates are made of, which is the same at many decisions: those that were drawn."""
+        return {"weights": self.weights[self._fixed :], "placements": self.placements[self._fixed :]}
+
+    def arrays(self) -> Arrays:
+        """All other arrays by name, in the smallest types that hold them exactly."""
+        return {
+            "weights": self.weights[: self._fixed],
+            "placements": self.placements[: self._fixed],
+            "plan_of": self.plan_of.astype(np.uint16),
+            "plans": self.plans.astype(np.uint16),
+            "votes": self.votes,
+            "actor_gains": self.actor_gains.astype(np.float32),
+            "actor_estimate": self.actor_estimate.astype(np.float32),
+            "actor_scores": self.actor_scores.astype(np.float32),
+            "probabilities": self.probabilities,
+        }
+
+    def scalars(self) -> dict[str, Any]:
+        """All that is no array, as JSON values."""
+        return {
+            "candidates": list(self.candidates[: self._fixed]),
+            "basis": list(self.basis),
+            "directions": list(self.directions),
+            "lcb_coefficient": self.lcb_coefficient,
+            "tie": self.tie,
+            "temperature": self.temperature,
+            "taken": self.taken,
+        }
+
+    @property
+    def _fixed(self) -> int:
+        """How many candidates have a name of their own; those that were drawn follow."""
+        return sum(not name.startswith(DRAWN) for name in self.candidates)
+
+    @classmethod
+    def restored(
+        cls, arrays: Mapping[str, NDArray[Any]], recipes: Mapping[str, NDArray[Any]], scalars: Mapping[str, Any]
+    ) -> Deliberation:
+        """The deliberation that `arrays`, `recipes` and `scalars` described.
+
+        Raises:
+            KeyError: a part is missing.
+            ValueError: parts disagree on their sizes.
+        """
+        values: dict[str, Any] = {
+            name: tuple(map(str, scalars[name])) for name in ("candidates", "basis", "directions")
+        }
+        values["candidates"] += tuple(f"{DRAWN}{number}" for number in range(len(recipes["weights"])))
+        values |= {name: np.concatenate([arrays[name], recipes[name]]) for name in ("weights", "placements")}
+        doubles = ("actor_gains", "actor_estimate", "actor_scores")
+        values |= {name: arrays[name].astype(np.float64) for name in doubles}
+        values |= {name: arrays[name].astype(np.int64) for name in ("plan_of", "plans")}
+        values |= {name: float(scalars[name]) for name in ("lcb_coefficient", "tie", "temperature")}
+        found = cls(**values, votes=arrays["votes"], taken=int(scalars["taken"]))
+        found._check_sizes()
+        return found
+
+    def _check_sizes(self) -> None:
+        candidates, (plans, modules) = len(self.candidates), self.plans.shape
+        expected = {
+            "weights": (candidates, len(self.basis)),
+            "placements": (candidates, 2),
+            "plan_of": (candidates,),
+            "votes": (len(self.votes), plans),
+            "actor_gains": (len(self.directions),),
+            "actor_estimate": (modules,),
+            "actor_scores": (modules,),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
+        if not (0 <= self.taken < candidates and self.plan_of.min() >= 0 and self.plan_of.max() < plans):
+            raise ValueError(f"a candidate or plan is out of range: {self.taken} of {candidates}, {plans} plans")
+
+
+def plan_distance(ranks: IntArray, reference: IntArray) -> FloatArray:
+    """How far plans are from a reference: the mean of abs(log2(1 + rank) - log2(1 + reference)) over the modules.
+
+    Args:
+        ranks: (..., modules).
+        reference: (modules,).
+
+    Returns:
+        Distances, (...).
+    """
+    return np.asarray(np.abs(np.log2(1.0 + ranks) - np.log2(1.0 + reference)).mean(axis=-1))

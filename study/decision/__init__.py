@@ -1,0 +1,1 @@
+"""One decision of a log: taken again, explained, and questioned."""

@@ -1,0 +1,70 @@
+"""Decisions of a log taken again, by the policy that took them or by another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...agents.learned.policy import LearnedPolicy
+from ...allocation.decision_log import LoggedDecision
+from ...allocation.policy import Decision, Policy, decided_plan
+from ...common.arrays import IntArray
+from ...errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Redecision:
+    """A logged decision taken again.
+
+    Attributes:
+        decision: as it is taken now.
+        ranks: of the plan to which it leads, int64 (modules,).
+        differences: what differs from the log, in words; empty if all is equal, bit for bit.
+    """
+
+    decision: Decision
+    ranks: IntArray
+    differences: tuple[str, ...]
+
+
+def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
+    """Take a logged decision again.
+
+    Where the log's policy drew plans at a temperature, this one draws with the same temperature and seed.
+
+    Raises:
+        ConfigError: the guard changed the ranks there; no policy decided.
+    """
+    if logged.value("correction"):
+        raise ConfigError(
+            f"At step {logged.value('step')} the guard changed the ranks to keep the budget; no policy decided there."
+        )
+    deliberation = logged.deliberation
+    if deliberation and deliberation.temperature and isinstance(policy, LearnedPolicy):
+        policy = replace(policy, temperature=deliberation.temperature, seed=logged.value("seed"))
+    decision = policy.decide(logged.observation)
+    ranks = decided_plan(logged.problem, decision).ranks
+    return Redecision(decision, ranks, tuple(_differences(logged, decision, ranks)))
+
+
+def _differences(logged: LoggedDecision, decision: Decision, ranks: IntArray) -> list[str]:
+    scalars = ("rank_floor", "depth_bias", "log_prob", "expected", "uncertainty")
+    found = [name for name in scalars if logged.value(name) != getattr(decision, name)]
+    if logged.value("kept") is not None and logged.value("kept") != decision.keeps:
+        found.append("kept")
+    pairs = {
+        "score": (logged.table["score"].to_numpy(), decision.scores),
+        "rank_wanted": (logged.ranks("rank_wanted"), decision.ranks),
+        "rank_after": (logged.ranks("rank_after"), ranks),
+    }
+    found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
+    then, now = logged.deliberation, decision.deliberation
+    if then is not None and now is not None:
+        today = {**now.arrays(), **now.recipes()}
+        before = {**then.arrays(), **then.recipes()}
+        found += [name for name, array in before.items() if not np.array_equal(array, today[name])]
+        found += [name for name, value in then.scalars().items() if value != now.scalars()[name]]
+    elif logged.state is not None and (then is None) != (now is None):
+        found.append("deliberation")
+    return found
