@@ -42,6 +42,7 @@ class Deliberation:
         actor_estimate: the actor's estimate of what each module is worth, float64 (L,).
         actor_scores: the actor's scores, (L,).
         temperature: of the softmax over lower bounds that plans are drawn from; 0 where the best is taken.
+        seed: with what was seen it decided what was drawn.
         taken: the candidate that is the decision.
     """
 
@@ -59,6 +60,7 @@ class Deliberation:
     actor_estimate: FloatArray
     actor_scores: FloatArray
     temperature: float = 0.0
+    seed: int = 0
     taken: int = -1
 
     @property
@@ -158,6 +160,7 @@ class Deliberation:
             "lcb_coefficient": self.lcb_coefficient,
             "tie": self.tie,
             "temperature": self.temperature,
+            "seed": self.seed,
             "taken": self.taken,
         }
 
@@ -185,7 +188,7 @@ class Deliberation:
         values |= {name: arrays[name].astype(np.float64) for name in doubles}
         values |= {name: arrays[name].astype(np.int64) for name in ("plan_of", "plans")}
         values |= {name: float(scalars[name]) for name in ("lcb_coefficient", "tie", "temperature")}
-        found = cls(**values, votes=arrays["votes"], taken=int(scalars["taken"]))
+        found = cls(**values, votes=arrays["votes"], seed=int(scalars["seed"]), taken=int(scalars["taken"]))
         found._check_sizes()
         return found
 

@@ -33,6 +33,7 @@ class Allocate(FinetuneConfig):
         form: peft, lines for LoraConfig; axolotl, lines for its config file; llama-factory, which has one rank for all
             modules: the nearest that it can express.
         output: write the lines to this new file; by default they are printed.
+        log: a new folder for the log of the decision, which `rankpilot study` explains.
         config: a JSON or YAML file of settings. Options on the command line override it.
     """
 
@@ -40,6 +41,7 @@ class Allocate(FinetuneConfig):
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     form: Literal["peft", "axolotl", "llama-factory"] = "peft"
     output: Path | None = None
+    log: Path | None = None
     config: Path | None = None
 
 
@@ -51,9 +53,11 @@ def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Allocate, args=arguments, default=default, prog="rankpilot allocate")
     if options.output is not None and options.output.exists():
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
+    if options.log is not None and options.log.exists():
+        raise ConfigError(f"{options.log} exists already. Name a folder that does not.")
     from ..finetune.experiment import plan_ahead
 
-    plan = plan_ahead(options, lambda text: console.rule(escape(text), align="left"))
+    plan = plan_ahead(options, lambda text: console.rule(escape(text), align="left"), options.log)
     text = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory}[options.form](plan)
     if options.output is None:
         console.out(text, end="", highlight=False)

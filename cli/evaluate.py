@@ -21,7 +21,8 @@ class Evaluate(EvaluateConfig):
     top-down-mlp, one-deeper, two-deeper, all-layers, ramp-up, ramp-down, random, gradient-norm, adalora, snr,
     signal-mean, utility-per-byte. Parts of a trained policy can compete too: constant:FOLDER always takes its mean
     action, whatever the task; actor:FOLDER decides without its value ensemble; once:FOLDER decides only at the start;
-    without-signals:FOLDER (or -costs, -place, -progress, or one feature) does not see those features. Four more show
+    without-signals:FOLDER (or -costs, -place, -progress, or one feature) does not see those features;
+    explore-0.05:FOLDER draws plans at that temperature, in standard deviations between plans. Four more show
     what could be reached, and may do more than the others: uniform-115 (15 % more budget), oracle (knows what was
     planted), best-window and best-of-8 (the best of several runs).
 
@@ -37,11 +38,13 @@ class Evaluate(EvaluateConfig):
         output: folder of the comparison.
         resume: continue an interrupted comparison in the same folder; runs that it holds are not repeated, and policies
             or seeds can be added.
+        logs: write down every decision: a decision log for each run, in logs/POLICY/TASK-SEED in the output folder.
     """
 
     policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     output: Path = Path("runs/evaluation")
     resume: bool = False
+    logs: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.split == "test":
         console.print("The test split is for final reports: whoever chooses by it has no test left.")
     with progress_bar("policies on the same proxy fine-tunes (runs)") as report:
-        groups = evaluate(options, options.output, resume=options.resume, on_progress=report)
+        groups = evaluate(options, options.output, resume=options.resume, logs=options.logs, on_progress=report)
     for group in groups:
         console.print(comparison_table(group, Path(options.against).name))
     console.print("Below a figure: its 95 % interval; below a chance also the runs won/tied/lost.", style="dim")

@@ -86,7 +86,8 @@ def allocate(
         budget: see `RankPilot`, as `policy`.
         policy: who decides.
         options: for a Trainer those of `RankPilotCallback`; for a model `loss`, `optimizer`, `learning_rate`, `seed`,
-            `bounds`, `schedule`, `time`, and `total_steps`, the length of the run that is planned.
+            `bounds`, `schedule`, `time`, `explore`, and `total_steps`, the length of the run that is planned. With
+            `log`, a folder, the decision is logged as that of a run is.
 
     Raises:
         BudgetError: no plan fits the budget.

@@ -58,6 +58,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         review_timeout: how many seconds to wait for that.
         recompute: let as few layers as each plan needs run again in the backward pass; see `RankPilot`.
         time: what a step may take in time, beside the budget: "75%", "0.8s"; see `RankPilot`.
+        explore: draw plans at this temperature, and log their probabilities; see `RankPilot`.
 
     Attributes:
         pilot: decides the ranks.
@@ -83,6 +84,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         review_timeout: float | None = None,
         recompute: bool = False,
         time: str | TimeBudget | None = None,
+        explore: float | None = None,
     ) -> None:
         self.pilot = RankPilot(
             policy,
@@ -98,6 +100,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             review_timeout=review_timeout,
             recompute=recompute,
             time=time,
+            explore=explore,
         )
         self._seed = seed
         self._bar = False

@@ -46,6 +46,8 @@ class FinetuneConfig(StepConfig):
         time: what a step may take in time, beside the budget: "75%" of what uniform rank 8 takes where no layer runs
             again, or "0.8s". Measured before training.
         review: a file in which you see and change each plan before it is applied.
+        explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what
+            other policies would have been worth.
         merge: also save the model with the adapter merged into it.
         report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
@@ -79,6 +81,7 @@ class FinetuneConfig(StepConfig):
     recompute: bool = False
     time: str | None = None
     review: Path | None = None
+    explore: float | None = None
     merge: bool = False
     report_to: tuple[str, ...] = ()
     trainer: tuple[str, ...] = ()

@@ -88,8 +88,16 @@ def finetune(
     return summary
 
 
-def plan_ahead(config: FinetuneConfig, on_phase: Callable[[str], None] | None = None) -> StaticPlan:
-    """The plan that `finetune` would begin with, without training; it raises the same errors."""
+def plan_ahead(
+    config: FinetuneConfig, on_phase: Callable[[str], None] | None = None, log: Path | None = None
+) -> StaticPlan:
+    """The plan that `finetune` would begin with, without training; it raises the same errors.
+
+    Args:
+        config: the settings of the fine-tune.
+        on_phase: called with what is done next.
+        log: the folder of a decision log of the plan; None for no log.
+    """
     tell = on_phase or (lambda text: None)
     workload = read_workload(config, tell)
     with TemporaryDirectory() as folder:
@@ -97,7 +105,8 @@ def plan_ahead(config: FinetuneConfig, on_phase: Callable[[str], None] | None = 
         tell(f"planning under {config.policy}")
         bounds = rank_bounds_of(config.bounds)
         set_seed(config.seed)
-        return static_plan(trainer, budget=config.budget, policy=config.policy, bounds=bounds, time=config.time)
+        options: dict[str, Any] = {"bounds": bounds, "time": config.time, "explore": config.explore, "log": log}
+        return static_plan(trainer, budget=config.budget, policy=config.policy, **options)
 
 
 def _head(workload: Workload) -> dict[str, Any]:
@@ -187,6 +196,7 @@ def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback
         review=config.review,
         recompute=config.recompute,
         time=config.time,
+        explore=config.explore,
     )
 
 

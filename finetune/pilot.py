@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..agents.learned.exploring import exploring
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
@@ -76,6 +77,9 @@ class RankPilot:
             rank 8 takes without. By default the model stays as it is set.
         time: what a step may take in time, beside the budget: a share of what uniform rank 8 takes with no layer run
             again ("75%"), or seconds ("0.8s"). Measured on the device before training.
+        explore: draw each plan from a softmax over the policy's lower bounds at this temperature, and log the
+            probabilities, so that other policies can be judged by the log; see `exploring`. By default the best plan is
+            taken.
 
     Attributes:
         controller: observes the adapters and changes their ranks; None before `begin`.
@@ -102,9 +106,11 @@ class RankPilot:
         review_timeout: float | None = None,
         recompute: bool = False,
         time: str | TimeBudget | None = None,
+        explore: float | None = None,
     ) -> None:
         check_options(policy, schedule, measure_every, bounds)
-        self.policy = load_policy(policy)
+        loaded = load_policy(policy)
+        self.policy: Policy = loaded if explore is None else exploring(loaded, explore, seed)
         self.budget = readable_budget(budget, recompute=recompute)
         self.schedule = schedule or policy_schedule(policy)
         self.seed, self.fresh = seed, fresh

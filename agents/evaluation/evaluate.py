@@ -19,6 +19,7 @@ from ...env.tasks.proxy_task import ProxyTask
 from ...env.tasks.suite_names import SUITES
 from ...env.tasks.suites import evenly, find_tasks
 from ...errors import ConfigError, RunFolderError, UnknownNameError
+from ..learned.exploring import exploring
 from ..learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
 from ..rules import EARLIER_NAMES, RULES
 from ..rules.constant import Constant, constant_of
@@ -29,7 +30,7 @@ from .results import read_rows, write_rows
 from .runs import SLOTS, Competitor, compare, first_observations
 from .tables import Group, groups_of
 
-ROWS, SUMMARY, POLICIES = "rows.jsonl", "summary.json", "policies.json"
+ROWS, SUMMARY, POLICIES, LOGS = "rows.jsonl", "summary.json", "policies.json", "logs"
 
 _FIXED = ("suite", "split", "bases", "tasks", "task_steps")
 """Settings that stay the same when a comparison goes on."""
@@ -37,7 +38,7 @@ _FIXED = ("suite", "split", "bases", "tasks", "task_steps")
 CONSTANT = "constant:"
 """Before the folder of a policy: its mean action in its place."""
 
-ACTOR, ONCE, WITHOUT = "actor", "once", "without-"
+ACTOR, ONCE, WITHOUT, EXPLORE = "actor", "once", "without-", "explore-"
 """Before a colon and the folder of a policy: see `agents.ablation`."""
 
 CONSTANT_TASKS = 32
@@ -49,6 +50,7 @@ def evaluate(
     folder: Path,
     *,
     resume: bool = False,
+    logs: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Group]:
     """Compare policies, and write rows and summary into a folder.
@@ -57,6 +59,7 @@ def evaluate(
         config: who and on what.
         folder: of the comparison.
         resume: go on with what is there; further policies and seeds may join, the tasks stay the same.
+        logs: write down the decisions of each run that is still to be run, in `LOGS` in the folder.
         on_progress: called with (runs done, runs in all).
 
     Returns:
@@ -83,6 +86,7 @@ def evaluate(
             workers=count_workers(config.workers),
             seeds=config.seeds,
             file=folder / ROWS,
+            logs=folder / LOGS if logs else None,
             on_progress=on_progress,
         )
         keys = {row.key for row in rows}
@@ -128,6 +132,8 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
         return Once(load_policy(folder))
     if colon and before.startswith(WITHOUT):
         return Without(load_policy(folder), (before.removeprefix(WITHOUT),))
+    if colon and before.startswith(EXPLORE):
+        return exploring(load_policy(folder), before.removeprefix(EXPLORE))
     if name in TASK_RULES:
         return TASK_RULES[name]
     if name not in {*RULES, *EARLIER_NAMES} and Path(name).name == name and not policy_folder(name).exists():

@@ -7,6 +7,7 @@ the rows are the same for any number of workers and in whatever order they come.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ...allocation.decision_log import DecisionLog
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.statistics import mean_and_interval
 from ...common.workers import worker_pool
+from ...env.episodes.episode_log import EpisodeLog
 from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.finetune import Reference
@@ -74,6 +77,7 @@ def compare(
     workers: int,
     seeds: int = 1,
     file: Path | None = None,
+    logs: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Run every competitor on every task.
@@ -85,6 +89,7 @@ def compare(
         workers: processes; with one, all happens in this process.
         seeds: repetitions of each task, at least 1.
         file: rows go there as soon as they are found; those that it holds already are not run again.
+        logs: the decisions of each run go to a log in this folder, see `log_folder`; those of task rules do not.
         on_progress: called with (runs done, runs in all).
 
     Returns:
@@ -112,7 +117,7 @@ def compare(
             references |= {job.key[1:]: result for job, result in zip(chunk, results, strict=True)}
             done += _report(chunk, done, total, on_progress)
         missing = [_with_reference(job, references) for job in missing]
-        for chunk, rows in pool.spread(partial(_run, schedule), _chunks(missing, workers), _name):
+        for chunk, rows in pool.spread(partial(_run, schedule, logs), _chunks(missing, workers), _name):
             known |= {row.key: row for row in rows}
             if file:
                 append_rows(file, rows)
@@ -179,17 +184,27 @@ def _estimated(reference: Reference, origin: Reference | None) -> Reference:
     return replace(reference, best=reference.uniform - reference.gain * origin.headroom / origin.gain)
 
 
-def _run(schedule: DecisionSchedule, jobs: list[Job]) -> list[Row]:
+def log_folder(logs: Path, key: Key) -> Path:
+    """The folder of a run's decision log: POLICY/TASK-SEED, in names that every file system takes."""
+    policy, task = (re.sub(r"[^\w.=-]+", "-", name) for name in key[:2])
+    return logs / policy / f"{task}-{key[2]}"
+
+
+def _run(schedule: DecisionSchedule, logs: Path | None, jobs: list[Job]) -> list[Row]:
     """The rows of some jobs; of several attempts the best counts."""
     episodes = _episodes(_place(jobs[0].task), schedule)
-    attempts = []
+    attempts: list[Sequence[Attempt]] = []
+    episode_logs: list[EpisodeLog | None] = []
     for job in jobs:
         assert job.competitor is not None
         if isinstance(job.competitor, TaskRule):
             attempts.append(job.competitor.prepare(job.task, episodes.problem(job.task)))
+            episode_logs += [None] * len(attempts[-1])
         else:
             attempts.append([(job.task, job.competitor)])
-    losses = iter(run_attempts(episodes, [attempt for of_job in attempts for attempt in of_job], SLOTS))
+            episode_logs.append(_log_of(job, job.competitor, logs))
+    flat = [attempt for of_job in attempts for attempt in of_job]
+    losses = iter(run_attempts(episodes, flat, SLOTS, episode_logs))
     rows = []
     for job, of_job in zip(jobs, attempts, strict=True):
         reached = np.array([next(losses) for _ in of_job])
@@ -198,6 +213,13 @@ def _run(schedule: DecisionSchedule, jobs: list[Job]) -> list[Row]:
             loss = float(np.nanmin(reached)) if np.isfinite(reached).any() else float("nan")
             rows.append(row_of(job.key[0], job.origin, job.task, job.task.reference, loss))
     return rows
+
+
+def _log_of(job: Job, policy: Policy, logs: Path | None) -> EpisodeLog | None:
+    """Where the decisions of a job are written down, if anywhere."""
+    if logs is None:
+        return None
+    return EpisodeLog(DecisionLog(log_folder(logs, job.key)), policy, f"{job.origin.id} seed {job.task.seed}")
 
 
 def summarise(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
@@ -219,13 +241,19 @@ def summarise(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def run_attempts(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: int) -> list[float]:
+def run_attempts(
+    episodes: StackedEpisodes,
+    attempts: Sequence[Attempt],
+    slots: int,
+    logs: Sequence[EpisodeLog | None] | None = None,
+) -> list[float]:
     """Run policies on tasks; each result is as if it had run alone.
 
     Args:
         episodes: of the base of all tasks.
         attempts: tasks, of one batch shape and each with its reference, and who decides.
         slots: how many run at once.
+        logs: of each attempt, where its decisions are written down, if anywhere.
 
     Returns:
         Held-out losses in nats, NaN for a run that failed.
@@ -233,7 +261,8 @@ def run_attempts(episodes: StackedEpisodes, attempts: Sequence[Attempt], slots: 
     losses: list[float] = []
     for start in range(0, len(attempts), slots):
         batch = attempts[start : start + slots]
-        run = Rollout(episodes, [task for task, _ in batch])
+        given = enumerate(logs[start : start + slots] if logs else ())
+        run = Rollout(episodes, [task for task, _ in batch], {slot: log for slot, log in given if log})
         rollout(run, partial(_decide, [policy for _, policy in batch]))
         losses += run.losses()
     return losses

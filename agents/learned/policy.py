@@ -125,6 +125,7 @@ class LearnedPolicy:
             actor_estimate=action.estimate,
             actor_scores=action.scores,
             temperature=self.temperature,
+            seed=self.seed,
         )
         return replace(open_, taken=int(first[self._choose(observation, open_)]))
 

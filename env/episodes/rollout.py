@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from ...allocation.observation import Observation
+from ...allocation.plan import Plan
 from ...allocation.policy import Decision
 from ..tasks.proxy_task import ProxyTask
+from .episode_log import EpisodeLog
 from .stacked import StackedEpisodes
 
 SeenT = TypeVar("SeenT")
@@ -58,6 +60,7 @@ class Rollout:
     Args:
         episodes: of the base of all tasks; no other episodes may be under way.
         tasks: by slot.
+        logs: where the decisions of some slots are written down.
 
     Attributes:
         seen: the latest observation of each episode, by slot.
@@ -66,8 +69,12 @@ class Rollout:
         decisions: how many have been taken.
     """
 
-    def __init__(self, episodes: StackedEpisodes, tasks: Sequence[ProxyTask]) -> None:
+    def __init__(
+        self, episodes: StackedEpisodes, tasks: Sequence[ProxyTask], logs: Mapping[int, EpisodeLog] | None = None
+    ) -> None:
         episodes.start(dict(enumerate(tasks)))
+        self._logs = logs or {}
+        self._losses: dict[int, float | None] = {}
         self._episodes, self._slots = episodes, range(len(tasks))
         self.seen: list[Observation] = [episodes.observe(slot) for slot in self._slots]
         self.ranks = [observation.problem.ranks for observation in self.seen]
@@ -96,12 +103,21 @@ class Rollout:
         """
         self.decided = self.active
         for slot in self.decided:
-            self.ranks[slot] = self._episodes.apply(slot, chosen[slot]).ranks
-        losses = self._episodes.advance(self.decided)
+            plan = self._episodes.apply(slot, chosen[slot])
+            self.ranks[slot] = plan.ranks
+            if slot in self._logs:
+                self._log(slot, chosen[slot], plan)
+        self._losses = self._episodes.advance(self.decided)
         self.decisions += 1
         self.seen = list(self.seen)  # whoever was given the last list may keep it
         for slot in self.active:
-            self.seen[slot] = self._episodes.observe(slot, losses[slot])
+            self.seen[slot] = self._episodes.observe(slot, self._losses[slot])
+
+    def _log(self, slot: int, decision: Decision, plan: Plan) -> None:
+        """Write down the latest decision of an episode."""
+        episode, loss = self._episodes.under_way[slot], self._losses.get(slot)
+        seen = self.seen[slot]
+        self._logs[slot].append(episode.controller, seen, decision, plan, step=episode.step, loss=loss)
 
     def losses(self) -> list[float]:
         """Held-out losses in nats, NaN for episodes that failed."""

@@ -42,7 +42,7 @@ def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
         )
     deliberation = logged.deliberation
     if deliberation and deliberation.temperature and isinstance(policy, LearnedPolicy):
-        policy = replace(policy, temperature=deliberation.temperature, seed=logged.value("seed"))
+        policy = replace(policy, temperature=deliberation.temperature, seed=deliberation.seed)
     decision = policy.decide(logged.observation)
     ranks = decided_plan(logged.problem, decision).ranks
     return Redecision(decision, ranks, tuple(_differences(logged, decision, ranks)))

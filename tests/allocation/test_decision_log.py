@@ -14,6 +14,7 @@ from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.decision_record import DecisionRecord
 from rankpilot.allocation.decision_state import DecisionState
 from rankpilot.allocation.deliberation import Deliberation
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import DataError, RunFolderError
 from rankpilot.lora.ladder import RankLadder
@@ -404,3 +405,64 @@ def test_a_part_that_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
         (tmp_path / f"part-0000{number}.parquet").write_bytes(b"")
     with pytest.raises(RunFolderError, match="3 parts, and none can be read"):
         log.read(errors.append)
+
+
+# Decisions as they were taken -----------------------------------------------------------------------------------------
+
+
+def whole_record(decision: int = 0, **changes: Any) -> DecisionRecord:
+    """One whose policy saw the features of this version."""
+    generator = np.random.default_rng(decision)
+    return make_record(
+        decision,
+        features=generator.uniform(-3, 3, (3, len(MODULE_FEATURES))).astype(np.float32),
+        feature_names=MODULE_FEATURES,
+        run_features=dict(zip(RUN_FEATURES, generator.uniform(0, 1, len(RUN_FEATURES)).tolist(), strict=True)),
+        **changes,
+    )
+
+
+def test_what_was_seen_and_computed_comes_back(tmp_path: Path) -> None:
+    log, record = DecisionLog(tmp_path), whole_record()
+    log.append(record)
+    logged = log.logged(0)
+    np.testing.assert_array_equal(logged.observation.modules, record.features)
+    assert logged.observation.modules.dtype == logged.observation.run.dtype == np.float32
+    assert logged.observation.run.tolist() == np.array([*record.run_features.values()], dtype=np.float32).tolist()
+    assert logged.observation.names == record.modules
+    assert_same_problem(logged.problem, record.problem)
+    assert_same_problem(logged.observation.problem, replace(record.problem, pinned=None))
+    assert (logged.value("step"), logged.ranks("rank_after").tolist()) == (0, [4, 1, 2])
+    assert logged.state is not None
+    assert logged.deliberation is not None
+    assert logged.state.schedule == {"max_step": 2}
+    assert logged.deliberation.votes.tolist() == make_deliberation().votes.tolist()
+
+
+def test_a_decision_of_schema_3_comes_back_without_what_was_computed(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path)
+    log.append(whole_record())
+    path = tmp_path / "part-00000.parquet"
+    table = pq.ParquetFile(path).read().drop_columns(["margin", "tie_size", "kept", "filled", "correction"])
+    pq.write_table(table.replace_schema_metadata({b"rankpilot.schema": b"3"}), path)
+    logged = log.logged(0)
+    assert logged.state is logged.deliberation is None
+    assert logged.observation.problem.limit == 1e9 + 1
+    assert log.read()["kept"].to_pylist() == [None] * 3
+
+
+def test_a_decision_made_from_other_features_is_named(log: DecisionLog) -> None:
+    with pytest.raises(RunFolderError, match=r"made from other features than those of this version: .*snr|importance"):
+        log.logged(0)
+
+
+def test_a_decision_whose_state_is_torn_is_named_and_its_rows_are_read(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path)
+    for number in range(2):
+        log.append(whole_record(number))
+    path = tmp_path / "state-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(RunFolderError, match=r"state-00001\.safetensors is missing, or is no file"):
+        log.logged(1)
+    assert log.logged(0).deliberation is not None
+    assert log.read().num_rows == 6

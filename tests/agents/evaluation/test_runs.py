@@ -12,10 +12,11 @@ import pytest
 from rankpilot.agents.evaluation import runs as evaluation
 from rankpilot.agents.evaluation.hindsight import TASK_RULES
 from rankpilot.agents.evaluation.results import Row, append_rows, read_rows, row_of, write_rows
-from rankpilot.agents.evaluation.runs import SEED_STEP, compare, repetition, summarise
+from rankpilot.agents.evaluation.runs import SEED_STEP, compare, log_folder, repetition, summarise
 from rankpilot.agents.evaluation.tables import groups_of
 from rankpilot.agents.rules import RULES
 from rankpilot.agents.rules.by_signal import SignalRule
+from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, Policy
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -27,6 +28,7 @@ from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suite_names import SPLITS, SUITES
 from rankpilot.env.tasks.suites import load_suite
 from rankpilot.errors import ConfigError, RunFolderError
+from rankpilot.study.decision.redecide import redecide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,9 +45,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many runs each chunk had."""
     counts: list[int] = []
 
-    def noted(episodes: Any, attempts: Any, slots: int) -> list[float]:
+    def noted(episodes: Any, attempts: Any, slots: int, logs: Any) -> list[float]:
         counts.append(len(attempts))
-        return list(real(episodes, attempts, slots))
+        return list(real(episodes, attempts, slots, logs))
 
     real: Callable[..., Any] = evaluation.run_attempts
     monkeypatch.setattr(evaluation, "run_attempts", noted)
@@ -69,6 +71,22 @@ def test_rows_are_those_of_peft_episodes() -> None:
         assert row.improvement == Comparison.with_uniform(row.reference).improvement(row.loss)
         assert (row.seed, row.kind, row.family, row.depth, row.failed) == (task.seed, "planted", "llama", 4, False)
     assert rows[0].loss != rows[2].loss
+
+
+def test_decisions_of_every_run_are_written_down(tmp_path: Path) -> None:
+    policies = [RULES["signal-mean"], RULES["top-down"]]
+    rows = compare(policies, TASKS, SCHEDULE, workers=1, logs=tmp_path)
+    assert [row.loss for row in rows] == [row.loss for row in compare(policies, TASKS, SCHEDULE, workers=1)]
+    for row in rows:
+        log = DecisionLog(log_folder(tmp_path, row.key))
+        table = log.read()
+        assert len(log) == len(SCHEDULE.steps(20))
+        assert table["step"].to_pylist()[:: table.num_rows // len(log)] == list(SCHEDULE.steps(20))
+        assert set(table["policy"].to_pylist()) == {row.policy}
+        assert table["loss"].null_count == table.num_rows // len(log), "none before the first decision"
+        for number in range(len(log)):
+            assert redecide(log.logged(number), RULES[row.policy]).differences == ()
+    assert len(list(tmp_path.glob("*/*"))) == 4
 
 
 def test_repetitions_and_progress() -> None:

@@ -1,0 +1,95 @@
+"""What a deliberation says of its plans, by hand, and what comes back from its file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.allocation.decision_state import DecisionState, read_state
+from rankpilot.allocation.deliberation import Deliberation, plan_distance
+from rankpilot.errors import RunFolderError
+
+from .test_decision_log import make_deliberation
+
+VOTES = np.array([[0.0, 0.5, 0.75, 0.5], [0.0, 0.5, 0.25, 0.25]], dtype=np.float32)
+PLANS = np.array([[2, 2, 2], [8, 0, 1], [4, 2, 2], [4, 1, 2]])
+
+
+def four_plans(**changes: Any) -> Deliberation:
+    """Lower bounds 0, .5, .25 and .25; the last two plans are nearer to the first than the best one is."""
+    return replace(make_deliberation(plan_of=np.array([0, 1, 2, 3]), plans=PLANS, votes=VOTES), **changes)
+
+
+def test_bounds_by_hand() -> None:
+    deliberation = four_plans()
+    assert deliberation.mean.tolist() == [0, 0.5, 0.5, 0.375]
+    assert deliberation.std.tolist() == [0, 0, 0.25, 0.125]
+    assert deliberation.bound.tolist() == [0, 0.5, 0.25, 0.25]
+    assert deliberation.margin == 0.25
+    assert replace(deliberation, taken=2).margin == -0.25
+    assert deliberation.log_prob is None
+    assert deliberation.probabilities.tolist() == [0, 1, 0, 0]
+    assert replace(deliberation, lcb_coefficient=3.0).bound.tolist() == [0, 0.5, -0.25, 0]
+
+
+def test_of_tied_plans_the_nearest_to_the_reference_is_taken() -> None:
+    near = plan_distance(PLANS, PLANS[0])
+    assert near.argsort().tolist() == [0, 2, 3, 1]
+    assert four_plans(tie=0.2).tied.tolist() == [False, True, False, False]
+    assert four_plans(tie=0.2).favourite == 1
+    assert four_plans(tie=0.25).tied.tolist() == [False, True, True, True]
+    assert four_plans(tie=0.25).favourite == 2
+    assert four_plans(tie=9.0).tied.tolist() == [False, True, True, True], "the reference is surely worse"
+
+
+def test_where_nothing_is_better_the_reference_stays() -> None:
+    worse = four_plans(votes=-VOTES, tie=9.0)
+    assert worse.tied.tolist() == [True, False, False, False]
+    assert worse.favourite == 0
+
+
+def test_distances_by_hand() -> None:
+    assert plan_distance(np.array([1, 3, 0]), np.array([1, 1, 3])) == pytest.approx((0 + 1 + 2) / 3)
+    assert plan_distance(PLANS, PLANS[0])[0] == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.25, "seed": 7, "taken": 3}])
+def test_a_deliberation_comes_back(tmp_path: Path, changes: dict[str, Any]) -> None:
+    before = make_deliberation(**changes)
+    for name, content in DecisionState({"max_step": 2}, before).files("state-00000.safetensors").items():
+        (tmp_path / name).write_bytes(content)
+    state = read_state(tmp_path / "state-00000.safetensors")
+    after = state.deliberation
+    assert state.schedule == {"max_step": 2}
+    assert after is not None
+    for name, value in vars(before).items():
+        np.testing.assert_array_equal(getattr(after, name), value, err_msg=name)
+    assert after.plans.dtype == before.plans.dtype
+    np.testing.assert_array_equal(after.probabilities, before.probabilities)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"x" * 64])
+def test_a_state_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "state-00000.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        RunFolderError, match=r"state-00000\.safetensors is missing, or is no file of a"
+    ):
+        read_state(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"taken": 4}, {"plan_of": np.array([0, 1, 1, 9])}, {"votes": VOTES}, {"actor_scores": np.zeros(2)}],
+)
+def test_a_state_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    broken = make_deliberation(temperature=0.0, **changes)
+    arrays, recipes = dict(make_deliberation().arrays()), make_deliberation().recipes()
+    for name in ("plan_of", "votes", "actor_scores"):
+        arrays[name] = np.asarray(getattr(broken, name))
+    with pytest.raises(ValueError, match=r"has shape|out of range"):
+        Deliberation.restored(arrays, recipes, broken.scalars())
