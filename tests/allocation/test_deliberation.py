@@ -76,9 +76,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | N
     path = tmp_path / "state-00000.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(
-        RunFolderError, match=r"state-00000\.safetensors is missing, or is no file of a"
-    ):
+    with pytest.raises(RunFolderError, match=r"state-00000\.safetensors is missing, or is no file of a"):
         read_state(path)
 
 
