@@ -19,7 +19,7 @@ from .decision_state import DecisionState
 from .features import MODULE_FEATURES, RUN_FEATURES
 from .observation import Observation
 from .plan import Plan
-from .policy import Decision, Policy
+from .policy import Decision, Policy, keeps
 from .problem import AllocationProblem
 
 
@@ -53,7 +53,7 @@ class DecisionRecord:
         feature_names: names of the columns of `features`.
         run_features: what the policy saw of the whole run.
         kept: whether the policy wanted the ranks in place.
-        correction: whether the guard changed the ranks, and not the policy.
+        correction: whether the guard or a person changed the ranks, and not the policy.
         state: what the policy computed, and the schedule.
         notes: why a module did not get the rank that the policy wanted, by name; the others are left out.
 
@@ -138,7 +138,7 @@ class DecisionRecord:
             log_prob=decision.log_prob,
             expected=decision.expected,
             uncertainty=decision.uncertainty,
-            kept=decision.keeps,
+            kept=keeps(observation, decision),
             correction=correction,
             modules=observation.names,
             problem=replace(observation.problem, pinned=pinned) if pinned.any() else observation.problem,

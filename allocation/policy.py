@@ -31,7 +31,7 @@ class Decision:
             decisions over no change, in standard deviations of the log loss between plans. Without one: over the rule
             that the policy started from, in shares of the headroom. 0 for a rule.
         uncertainty: standard deviation of `expected` over the members of the ensemble; 0 for a rule.
-        keeps: the ranks in place are wanted; what is left of the budget is left.
+        exact: no more than the wanted ranks; what is left of the budget is left.
         deliberation: what the decision was chosen from; None for a policy without a value ensemble.
     """
 
@@ -42,7 +42,7 @@ class Decision:
     log_prob: float | None = None
     expected: float = 0.0
     uncertainty: float = 0.0
-    keeps: bool = False
+    exact: bool = False
     deliberation: Deliberation | None = None
 
 
@@ -65,12 +65,17 @@ def decision_from_plan(ranks: IntArray) -> Decision:
 def decision_to_keep(observation: Observation) -> Decision:
     """The decision that leaves all ranks as they are, even where the budget has room for more."""
     ranks = observation.problem.ranks
-    return Decision(ranks, np.zeros(len(ranks)), keeps=True)
+    return Decision(ranks, np.zeros(len(ranks)), exact=True)
+
+
+def keeps(observation: Observation, decision: Decision) -> bool:
+    """Whether a decision leaves all ranks as they are."""
+    return decision.exact and bool(np.array_equal(decision.ranks, observation.problem.ranks))
 
 
 def decided_plan(problem: AllocationProblem, decision: Decision) -> Plan:
-    """The plan to which a decision leads: `project`, or the ranks in place if it keeps them."""
-    return project(problem, decision.ranks, decision.scores, fill=not decision.keeps)
+    """The plan to which a decision leads: `project`, or if it is exact the wanted ranks as far as they fit."""
+    return project(problem, decision.ranks, decision.scores, fill=not decision.exact)
 
 
 def is_first(observation: Observation) -> bool:

@@ -121,7 +121,12 @@ def _head(workload: Workload) -> dict[str, Any]:
 
 
 def run_one(
-    config: FinetuneConfig, workload: Workload, folder: Path, name: str, tell: Callable[[str], None] = logger.warning
+    config: FinetuneConfig,
+    workload: Workload,
+    folder: Path,
+    name: str,
+    tell: Callable[[str], None] = logger.warning,
+    ranks: RankPilotCallback | None = None,
 ) -> dict[str, Any]:
     """Run one fine-tune to its end, from its last complete checkpoint if there is one.
 
@@ -131,6 +136,7 @@ def run_one(
         folder: of both runs.
         name: `PILOT`, or `UNIFORM` for equal ranks.
         tell: called with a line for each checkpoint that cannot be read.
+        ranks: decides the ranks; by default what the settings say.
 
     Returns:
         What `result-NAME.json` holds. If that file is there already, nothing runs.
@@ -144,10 +150,10 @@ def run_one(
         return stored
     model = new_model(config, workload)
     pilot, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
-    ranks = _ranks(config, folder, name)
+    decides = ranks or _ranks(config, folder, name)
     metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY))
     stop = StopWithCheckpoint()
-    trainer = new_trainer(config, workload, model, folder / name, [ranks, metrics, stop])
+    trainer = new_trainer(config, workload, model, folder / name, [decides, metrics, stop])
     checkpoint = last_checkpoint(folder / name, piloted=pilot, tell=tell)
     set_seed(config.seed)
     with on_sigterm(stop.stop):
@@ -155,8 +161,8 @@ def run_one(
     if stop.stopped:
         raise Terminated
     held_out = trainer.evaluate()
-    if isinstance(ranks, RankPilotCallback):
-        for step, peak in ranks.peaks:
+    if isinstance(decides, RankPilotCallback):
+        for step, peak in decides.peaks:
             append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
     targets = find_target_modules(model)
     adapter = _save_adapter(model, workload, folder / name)
@@ -166,7 +172,7 @@ def run_one(
         "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
         # From the file: a run that was killed after its last step measures nothing when it goes on.
         "peak_bytes": max(row["peak_bytes"] for row in read_json_lines(metrics_path) if "peak_bytes" in row),
-        "budget_bytes": ranks.limit,
+        "budget_bytes": decides.limit,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
         "train_s": metrics.train_s,
         "steps": trainer.state.max_steps,

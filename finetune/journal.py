@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..allocation.controller import RankController
@@ -11,6 +12,8 @@ from ..allocation.decision_record import DecisionRecord
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy
+from ..errors import BudgetError
+from ..memory.cost import plan_cost
 
 
 class Journal:
@@ -52,7 +55,7 @@ class Journal:
         remark: str = "",
         correction: bool = False,
     ) -> None:
-        """Write down a decision that has just been applied.
+        """Write down a decision that has just been applied, with the cost of its plan until the next one.
 
         Args:
             controller: has applied it.
@@ -64,8 +67,12 @@ class Journal:
             peak: bytes at the latest peak that was measured.
             notes: by module name, why it has not the rank that was wanted.
             remark: added to the line.
-            correction: whether the guard changed the ranks, and not the policy.
+            correction: whether the guard or a person changed the ranks, and not the policy.
+
+        Raises:
+            BudgetError: the plan holds no adapter.
         """
+        plan = replace(plan, cost=plan_cost(controller.cost_now(), plan.ranks))
         self.predictions.append((step, plan.cost))
         record = DecisionRecord.of(
             controller,
@@ -84,3 +91,8 @@ class Journal:
         if self.log is not None:
             self.log.append(record)
         self.tell(record.line() + (f", {remark}" if remark else ""))
+        if not plan.ranks.any():
+            raise BudgetError(
+                f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "
+                "or infinity. Lower the learning rate, or give a larger budget."
+            )

@@ -1,4 +1,4 @@
-"""Checks the options of `RankPilot`."""
+"""Checks the options of `RankPilot`, and its run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ..allocation.schedule import DecisionSchedule
 from ..errors import BudgetError, ConfigError
+from ..lora.optimizer_state import check_optimizer
 from ..memory.budget import Budget
+from .run import TrainingRun
 
 
 def readable_budget(given: str | float | Budget, *, recompute: bool) -> Budget:
@@ -42,3 +44,15 @@ def check_options(policy: object, schedule: object, measure_every: object, bound
         raise ConfigError(f"measure_every is a number of steps, at least 1; got {measure_every!r}.")
     if bounds is not None and not isinstance(bounds, Mapping):
         raise ConfigError(f"bounds are a dictionary from module names to ranks; got {bounds!r}.")
+
+
+def check_run(run: TrainingRun) -> None:
+    """Refuse a run that cannot be trained.
+
+    Raises:
+        UnsupportedError: the optimiser cannot be handled.
+        ConfigError: it has no steps.
+    """
+    check_optimizer(run.optimizer)
+    if run.total_steps < 1:
+        raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")

@@ -14,20 +14,19 @@ import torch
 
 from ..agents.learned.exploring import exploring
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
+from ..agents.rules.given_plan import GivenPlan
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
-from ..allocation.policy import Decision, Policy, decision_from_plan
+from ..allocation.policy import Decision, Policy, decided_plan, decision_from_plan
 from ..allocation.schedule import DecisionSchedule
-from ..errors import BudgetError, ConfigError, NoGradientError
+from ..errors import NoGradientError
 from ..lora.adapters import PeftAdapters
-from ..lora.optimizer_state import check_optimizer
 from ..lora.peft_config import finish_load, make_resizable
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
-from ..memory.cost import plan_cost
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
@@ -35,11 +34,12 @@ from .before_training import Progress, prepare, run_memory
 from .gradient_watch import GradientWatch
 from .journal import Journal
 from .loss_meter import LossMeter
-from .options import check_options, readable_budget
+from .options import check_options, check_run, readable_budget
 from .peak_guard import Correction, PeakGuard
 from .recomputation import Recomputation
 from .review import PlanReview
 from .run import TrainingRun
+from .run_figures import rank_figures
 from .run_settings import changes, check_same, run_settings
 from .time_before_training import other_time_limit
 
@@ -73,13 +73,11 @@ class RankPilot:
             terminal the run waits until the file says `approved: true`.
         review_timeout: how many seconds to wait for that; None for as long as it takes.
         recompute: let as few layers as each plan needs run again in the backward pass (gradient checkpointing, layer by
-            layer). They take less memory and more time, and losses stay the same. A share is then one of what uniform
-            rank 8 takes without. By default the model stays as it is set.
-        time: what a step may take in time, beside the budget: a share of what uniform rank 8 takes with no layer run
-            again ("75%"), or seconds ("0.8s"). Measured on the device before training.
-        explore: draw each plan from a softmax over the policy's lower bounds at this temperature, and log the
-            probabilities, so that other policies can be judged by the log; see `exploring`. By default the best plan is
-            taken.
+            layer): less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
+        time: what a step may take in time: a share of what uniform rank 8 takes with no layer run again ("75%"), or
+            seconds ("0.8s"), measured on the device before training.
+        explore: draw each plan at this temperature and log the probabilities, so that other policies can be judged by
+            the log; see `exploring`. By default the best plan is taken.
 
     Attributes:
         controller: observes the adapters and changes their ranks; None before `begin`.
@@ -161,7 +159,7 @@ class RankPilot:
             NonFiniteError: the loss is NaN or infinite.
             ReviewError: a person refused the plan, or gave no answer in time.
         """
-        self._check_run(run)
+        check_run(run)
         self._step, self._shown = 0, 0
         self._guard, self._losses, self._gradients = PeakGuard(self._measure_every), LossMeter(), GradientWatch()
         targets = find_target_modules(run.model)
@@ -198,7 +196,7 @@ class RankPilot:
             RunFolderError: the policy, the schedule or the bounds are others than those of that time.
             BudgetError: no plan fits another budget.
         """
-        self._check_run(run)
+        check_run(run)
         settings, before = self._settings(), state["settings"]
         check_same(settings, before)
         targets = find_target_modules(run.model)
@@ -275,6 +273,24 @@ class RankPilot:
         if controller.due(self._step) and self._step < controller.total_steps:
             self._decide()
 
+    def take(self, ranks: Mapping[str, int]) -> None:
+        """Give the modules these ranks now, by full name, whatever the schedule and the policy say; it is logged.
+
+        Raises:
+            BudgetError: they are above the budget.
+            UnknownNameError, ConfigError: a module is unknown, or missing.
+        """
+        controller, step, loss = self._controller, self._step, self._losses.mean()
+        self._guard.deciding()
+        observation = controller.observation_now(step)
+        first = replace(observation, problem=observation.problem.fresh())
+        decision = GivenPlan("given", ranks).decide(first)
+        controller.set_plan(decision.ranks, step, self._run.optimizer)
+        self._losses.restart()
+        self._guard.decided(observation.problem.ranks, step)
+        plan = decided_plan(first.problem, decision)
+        self._record(step, loss, observation, decision, plan, correction=True)
+
     def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
         return self._guard.evaluation()
@@ -316,21 +332,9 @@ class RankPilot:
 
         The highest peak is among them if a step was measured since the last call.
         """
-        controller = self._controller
-        ranks, unit = controller.ranks, controller.cost.unit
-        figures = {
-            "rank_mean": float(ranks.mean()),
-            "rank_modules": float((ranks > 0).sum()),
-            f"plan_{unit}": self.predictions[-1][1],
-            f"budget_{unit}": self.limit,
-            "rank_decisions": float(len(self.predictions)),
-        }
-        if self.recompute:
-            figures["recomputed_layers"] = float(len(self._guard.recomputed))
-        if controller.time:
-            figures |= {"plan_seconds": controller.time.of(ranks), "budget_seconds": controller.time.seconds}
         fresh, self._shown = self.peaks[self._shown :], len(self.peaks)
-        return figures | ({"peak_bytes": float(max(peak for _, peak in fresh))} if fresh else {})
+        recomputed = self._guard.recomputed if self.recompute else None
+        return rank_figures(self._controller, self.predictions, recomputed, fresh)
 
     # What the events do -----------------------------------------------------------------------------------------------
 
@@ -338,11 +342,6 @@ class RankPilot:
     def _controller(self) -> RankController[PeftAdapters]:
         assert self.controller is not None, "the run has not begun: call `begin` first"
         return self.controller
-
-    def _check_run(self, run: TrainingRun) -> None:
-        check_optimizer(run.optimizer)
-        if run.total_steps < 1:
-            raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
 
     def _watch(self, run: TrainingRun, memory: MemoryModel | None, recomputation: Recomputation | None) -> None:
         self._run = run
@@ -372,15 +371,8 @@ class RankPilot:
         decision = decision_from_plan(correction.wanted)
         moved = correction.plan.ranks != correction.observation.problem.ranks
         notes = dict.fromkeys(np.array(self._controller.names)[moved].tolist(), correction.reason)
-        self._record(
-            correction.step,
-            self._losses.mean(),
-            correction.observation,
-            decision,
-            correction.plan,
-            notes,
-            correction=True,
-        )
+        seen, plan = correction.observation, correction.plan
+        self._record(correction.step, self._losses.mean(), seen, decision, plan, notes, correction=True)
 
     def _record(
         self,
@@ -393,7 +385,6 @@ class RankPilot:
         *,
         correction: bool = False,
     ) -> None:
-        plan = replace(plan, cost=plan_cost(self._controller.cost_now(), plan.ranks))
         self.journal.record(
             self._controller,
             observation,
@@ -406,8 +397,3 @@ class RankPilot:
             remark=self._guard.remark(),
             correction=correction,
         )
-        if not plan.ranks.any():
-            raise BudgetError(
-                f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "
-                "or infinity. Lower the learning rate, or give a larger budget."
-            )

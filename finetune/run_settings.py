@@ -22,12 +22,16 @@ def run_settings(
     return {
         "budget": str(budget),
         "time": None if time is None else str(time),
-        "policy": policy.name,
-        "policy_sha256": getattr(policy, "sha256", None),
+        **policy_settings(policy),
         "schedule": repr(schedule),
         "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
         "recompute": recompute,
     }
+
+
+def policy_settings(policy: Policy) -> dict[str, Any]:
+    """Those that tell which policy decides."""
+    return {"policy": policy.name, "policy_sha256": getattr(policy, "sha256", None)}
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:

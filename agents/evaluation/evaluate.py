@@ -26,6 +26,7 @@ from ..rules.constant import Constant, constant_of
 from .ablation import Once, Without, actor_of
 from .config import EvaluateConfig
 from .hindsight import TASK_RULES
+from .replayed import SHUFFLED, STATIC, Replayed
 from .results import read_rows, write_rows
 from .runs import SLOTS, Competitor, compare, first_observations
 from .tables import Group, groups_of
@@ -134,6 +135,8 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
         return Without(load_policy(folder), (before.removeprefix(WITHOUT),))
     if colon and before.startswith(EXPLORE):
         return exploring(load_policy(folder), before.removeprefix(EXPLORE))
+    if colon and before in (STATIC, SHUFFLED):
+        return Replayed(Path(folder), before)
     if name in TASK_RULES:
         return TASK_RULES[name]
     if name not in {*RULES, *EARLIER_NAMES} and Path(name).name == name and not policy_folder(name).exists():
@@ -154,8 +157,11 @@ def _constant(folder: str, schedule: DecisionSchedule) -> Constant:
 
 def _folder(name: str) -> Path | None:
     """The folder of a trained policy among the competitors; None for a rule."""
-    path = policy_folder(name.rpartition(":")[2])
-    return path if name not in TASK_RULES and path.is_dir() else None
+    before, _, folder = name.rpartition(":")
+    if name in TASK_RULES or before in (STATIC, SHUFFLED):
+        return None
+    path = policy_folder(folder)
+    return path if path.is_dir() else None
 
 
 def _common_schedule(names: Sequence[str]) -> DecisionSchedule:

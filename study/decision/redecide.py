@@ -8,7 +8,7 @@ import numpy as np
 
 from ...agents.learned.policy import LearnedPolicy
 from ...allocation.decision_log import LoggedDecision
-from ...allocation.policy import Decision, Policy, decided_plan
+from ...allocation.policy import Decision, Policy, decided_plan, keeps
 from ...common.arrays import IntArray
 from ...errors import ConfigError
 
@@ -34,11 +34,11 @@ def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
     Where the log's policy drew plans at a temperature, this one draws with the same temperature and seed.
 
     Raises:
-        ConfigError: the guard changed the ranks there; no policy decided.
+        ConfigError: no policy decided there.
     """
     if logged.value("correction"):
         raise ConfigError(
-            f"At step {logged.value('step')} the guard changed the ranks to keep the budget; no policy decided there."
+            f"At step {logged.value('step')} the guard or a person changed the ranks; no policy decided there."
         )
     deliberation = logged.deliberation
     if deliberation and deliberation.temperature and isinstance(policy, LearnedPolicy):
@@ -51,7 +51,7 @@ def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
 def _differences(logged: LoggedDecision, decision: Decision, ranks: IntArray) -> list[str]:
     scalars = ("rank_floor", "depth_bias", "log_prob", "expected", "uncertainty")
     found = [name for name in scalars if logged.value(name) != getattr(decision, name)]
-    if logged.value("kept") is not None and logged.value("kept") != decision.keeps:
+    if logged.value("kept") is not None and logged.value("kept") != keeps(logged.observation, decision):
         found.append("kept")
     pairs = {
         "score": (logged.table["score"].to_numpy(), decision.scores),

@@ -33,10 +33,12 @@ from rankpilot.errors import (
 from rankpilot.finetune import experiment as module
 from rankpilot.finetune import reload_check
 from rankpilot.finetune import trainer as trainer_module
+from rankpilot.finetune.branch import branch
 from rankpilot.finetune.checkpoint import STATE
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
 from rankpilot.study.run.report import write_report
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -471,3 +473,69 @@ def test_a_split_without_labels_is_passed_over(bert_folder: Path, tmp_path: Path
 def test_a_run_that_diverges_says_so(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"learning.rate"):
         finetune(make_config(learning_rate=1e30, steps=40), tmp_path / "run")
+
+
+# Branches -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many_checkpoints(make_config: Callable[..., FinetuneConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of which all checkpoints are kept."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    finetune(make_config(trainer=("save_total_limit=10",)), folder)
+    return folder
+
+
+def final_ranks(folder: Path) -> dict[str, int]:
+    ranks: dict[str, int] = read_json(folder / "summary.json")["runs"]["rankpilot"]["ranks"]
+    return ranks
+
+
+def test_a_branch_with_the_same_plan_is_the_same_run(many_checkpoints: Path, tmp_path: Path) -> None:
+    """From step 8 on all decisions are taken: the same ranks from there give the same adapter, bit for bit."""
+    ranks = final_ranks(many_checkpoints)
+    summary = branch(many_checkpoints, tmp_path / "same", ranks, at=8)
+    assert summary["runs"]["rankpilot"]["ranks"] == ranks
+    adapters = [
+        load_file(folder / "rankpilot" / "adapter" / "adapter_model.safetensors")
+        for folder in (many_checkpoints, tmp_path / "same")
+    ]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        assert torch.equal(tensor, adapters[1][name]), name
+    table = DecisionLog(tmp_path / "same" / "decisions").read()
+    assert table["correction"].to_pylist()[-1] is True
+    assert table["step"].to_pylist()[-1] == 8
+
+
+@pytest.mark.parametrize("at", [0, 4, 8])
+def test_a_branch_takes_its_plan_and_keeps_it(many_checkpoints: Path, tmp_path: Path, at: int) -> None:
+    ranks = final_ranks(many_checkpoints)
+    lowest = {name: min(rank, 1) for name, rank in ranks.items()}
+    output = tmp_path / "branch"
+    summary = branch(many_checkpoints, output, lowest, at=at, label="thin")
+    assert summary["runs"]["rankpilot"]["ranks"] == lowest
+    assert summary["policy"] == "thin"
+    table = DecisionLog(output / "decisions").read()
+    steps = dict.fromkeys(table["step"].to_pylist())
+    assert at in steps
+    before = DecisionLog(many_checkpoints / "decisions").read()
+    assert [step for step in steps if step < at] == [
+        step for step in dict.fromkeys(before["step"].to_pylist()) if step < at
+    ]
+    rows = [row["step"] for row in read_json_lines(output / "metrics-rankpilot.jsonl") if "eval_loss" in row]
+    assert rows == [4, 8, 12]
+    with pytest.raises(RunFolderError, match="exists already"):
+        branch(many_checkpoints, output, lowest, at=at)
+
+
+def test_branches_that_cannot_be(many_checkpoints: Path, compared: Path, tmp_path: Path) -> None:
+    ranks = final_ranks(many_checkpoints)
+    with pytest.raises(RunFolderError, match=r"there is no such folder\. It has checkpoints of the steps 4, 8"):
+        branch(many_checkpoints, tmp_path / "a", ranks, at=5)
+    with pytest.raises(RunFolderError, match="holds no run of `rankpilot finetune`"):
+        branch(tmp_path, tmp_path / "b", ranks)
+    with pytest.raises(UnknownNameError, match="target module"):
+        branch(many_checkpoints, tmp_path / "c", {"wrong": 1, **ranks})
+    with pytest.raises(BudgetError, match="does not fit the budget"):
+        branch(many_checkpoints, tmp_path / "d", dict.fromkeys(ranks, 16), at=8)
