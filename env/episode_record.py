@@ -46,6 +46,11 @@ class EpisodeRecord:
         self._held_out: float | None = None
         self._comparison: Comparison | None = None
 
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss of the latest interval; None before the first one, and where it was not finite."""
+        return self._loss
+
     def decided(self) -> None:
         """The controller has applied a decision."""
         problem = self._controller.problem()

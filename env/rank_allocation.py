@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ from ..allocation.observation import Observation
 from ..allocation.schedule import DecisionSchedule
 from ..errors import ConfigError, NonFiniteError
 from .episode_record import EpisodeRecord
+from .episodes.episode_log import AGENT, EpisodeLog, next_log
 from .episodes.single import Episode, reference_of, rule_losses
 from .proxies.adapted import adapted_base
 from .rendering import describe, draw
@@ -113,6 +115,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
       vectors also "group": the mean of the episodes that share a task.
     * `fresh_seeds`: give each drawn task a seed of its own, so that teacher, data and adapters are new. Against
       uniform, the uniform run of each is trained first; else `uniform_loss` stays that of the task as it was.
+    * `logs`: a folder; each episode writes the decision log `episode-NNNNN` there, after those that it holds.
 
     Options of `reset`: `task` overrides the task of one episode; `budget` its budget, as a share of what uniform rank
     8 takes.
@@ -147,10 +150,11 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         against: str = UNIFORM,
         fresh_seeds: bool = False,
         render_mode: str | None = None,
+        logs: str | None = None,
     ) -> None:
         gym.utils.EzPickle.__init__(
             self, task, suites, split, bases, schedule, max_modules, task_overrides, actions, against, fresh_seeds,
-            render_mode,
+            render_mode, logs,
         )  # fmt: skip
         self.tasks = environment_tasks(
             task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
@@ -168,6 +172,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         self.observation_space = observation_space(self.max_modules)
         self.action_space = action_space(actions, self.max_modules)
         self._fresh_seeds = fresh_seeds
+        self._logs = None if logs is None else Path(logs)
+        self._log: EpisodeLog | None = None
         self._stream: TaskStream | None = None
         self._episode: Episode | None = None
         self._record: EpisodeRecord | None = None
@@ -195,6 +201,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         self._episode = Episode(fine_tune, self.schedule)
         first = self._episode.observe()
         self._record = EpisodeRecord(fine_tune.id, reference, self._episode.controller, first)
+        self._log = None if self._logs is None else next_log(self._logs, AGENT, fine_tune.id)
         return self._arrays(), self._record.info()
 
     def step(self, action: NDArray[Any]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -203,8 +210,11 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         episode, record = self._episode, self._record
         if episode is None or record is None:
             raise ConfigError("No episode is under way: call reset() first.")
-        episode.apply(decision)
+        seen, step, last_loss = record.observation, episode.step, record.loss
+        plan = episode.apply(decision)
         record.decided()
+        if self._log is not None:
+            self._log.append(episode.controller, seen, decision, plan, step=step, loss=last_loss)
         loss: float | None = None
         try:
             loss = episode.advance()

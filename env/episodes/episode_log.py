@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...allocation.controller import RankController
@@ -54,3 +55,37 @@ class EpisodeLog:
                 loss=loss,
             )
         )
+
+
+@dataclass(frozen=True)
+class _Agent:
+    """Whoever acts in an environment."""
+
+    name: str = "agent"
+
+    def decide(self, observation: Observation) -> Decision:
+        raise NotImplementedError("the actions of an environment come from outside")
+
+
+AGENT: Policy = _Agent()
+"""The policy that logs of an environment name."""
+
+
+def next_log(folder: Path, policy: Policy, run: str) -> EpisodeLog:
+    """The log of an episode that begins: `episode-NNNNN`, numbered after those in a folder.
+
+    Args:
+        folder: of the logs; made if it is not there.
+        policy: decides.
+        run: name of the run.
+    """
+    numbers = [path.name.removeprefix("episode-") for path in folder.glob("episode-*")]
+    number = 1 + max((int(each) for each in numbers if each.isdecimal()), default=-1)
+    while True:  # another environment may write there too
+        place = folder / f"episode-{number:05d}"
+        try:
+            place.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return EpisodeLog(DecisionLog(place), policy, run)

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +18,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics
 from rankpilot.agents.rules import find_rule
+from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.policy import decision_from_scores
@@ -508,6 +510,25 @@ def test_the_id_of_an_earlier_version_names_the_present_one() -> None:
     for make in (gym.make, gym.make_vec):
         with pytest.raises(gym.error.DeprecatedEnv, match=rf"v3 .* is deprecated\. Please use `{rankpilot.ENV_ID}`"):
             make("rankpilot/RankAllocation-v3")
+
+
+def test_every_episode_writes_its_log(make_env: MakeEnv, tmp_path: Path) -> None:
+    for _ in range(2):
+        env = make_env(logs=str(tmp_path))
+        _, info = env.reset(seed=0)
+        steps, ranks, ended = [], [], False
+        while not ended:
+            steps.append(info["step"])
+            _, _, ended, _, info = env.step(env.action_space.sample())
+            ranks.append(list(info["ranks"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["episode-00000", "episode-00001"]
+    log = DecisionLog(tmp_path / "episode-00001")
+    table = log.read()
+    count = len(ranks[0])
+    assert table["step"].to_pylist()[::count] == steps
+    assert table["rank_after"].to_pylist() == [rank for row in ranks for rank in row]
+    assert set(table["policy"].to_pylist()) == {"agent"}
+    assert log.logged(0).deliberation is None
 
 
 def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
