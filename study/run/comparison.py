@@ -39,7 +39,7 @@ def _measures(unit: str) -> tuple[_Measure, ...]:
 def summary_table(run: RunData) -> Table:
     """The comparison for a terminal: one column for each run, the best values bold."""
     table = make_table(escape(subject(run)), ["", *run.results], first_wraps=True)
-    for label, cells, best in _rows(run):
+    for label, cells, best in comparison_rows(run):
         styled = [f"[bold]{cell}[/bold]" if index in best else cell for index, cell in enumerate(cells)]
         table.add_row(label, *styled)
     return table
@@ -50,7 +50,7 @@ def markdown_table(run: RunData) -> str:
     if not run.results:
         return ""
     lines = [f"| | {' | '.join(run.results)} |", "|---|" + "---:|" * len(run.results)]
-    for label, cells, best in _rows(run):
+    for label, cells, best in comparison_rows(run):
         shown = [f"**{cell}**" if index in best else cell for index, cell in enumerate(cells)]
         lines.append(f"| {label} | {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -61,7 +61,7 @@ def subject(run: RunData) -> str:
     return " on ".join(str(run.summary[key]) for key in ("model", "data") if run.summary.get(key))
 
 
-def _rows(run: RunData) -> list[tuple[str, list[str], set[int]]]:
+def comparison_rows(run: RunData) -> list[tuple[str, list[str], set[int]]]:
     """Label, cells and the indices of the best cells of each row; no cell is best where all read the same."""
     rows, results = [], []
     for result in run.results.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pyarrow.compute as pc
 from ...allocation.decision_line import decision_line
 from ...allocation.decision_log import FEATURE_PREFIX
 from ...allocation.unusual_features import unusual_features
-from ...common.arrays import FloatArray
+from ...common.arrays import IntArray
 from ...common.module_names import short_names
 from ...common.units import cost_text
 
@@ -21,7 +23,7 @@ MOVES_SHOWN = 3
 
 def decision_lines(log: pa.Table) -> list[str]:
     """A line for each decision of a log, as `DecisionLog.read` returns it."""
-    return [_line(table) for table in _each_decision(log)]
+    return [line_of(table) for table in each_decision(log)]
 
 
 def describe_decisions(log: pa.Table) -> list[str]:
@@ -29,15 +31,18 @@ def describe_decisions(log: pa.Table) -> list[str]:
 
     A feature's distance from the mean shows what was unusual about a module, not what the policy weighed.
     """
-    return [_describe(table) for table in _each_decision(log)]
+    return [_describe(table) for table in each_decision(log)]
 
 
-def _each_decision(log: pa.Table) -> list[pa.Table]:
-    numbers = sorted(pc.unique(log["decision"]).to_pylist())
-    return [log.filter(pc.equal(log["decision"], number)) for number in numbers]
+def each_decision(log: pa.Table) -> list[pa.Table]:
+    """The rows of each decision of a log, as `DecisionLog.read` returns it: sorted by decision."""
+    numbers = log["decision"].to_numpy()
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
+    return [log.slice(start, end - start) for start, end in pairwise([*starts, len(numbers)])]
 
 
-def _line(table: pa.Table) -> str:
+def line_of(table: pa.Table) -> str:
+    """One decision in one line; see `decision_line`."""
     first: dict[str, Any] = table.slice(0, 1).to_pylist()[0]
     before, after = (table[name].to_numpy() for name in ("rank_before", "rank_after"))
     return decision_line(first["step"], before, after, first["predicted_cost"], first["limit"], first["unit"])
@@ -68,8 +73,21 @@ def _describe(table: pa.Table) -> str:
     return "\n\n".join(filter(None, (lines[0], "\n".join(lines[1:]))))
 
 
-def _headline(first: dict[str, Any], before: FloatArray, after: FloatArray, projected: int) -> str:
+def _headline(first: Mapping[str, Any], before: IntArray, after: IntArray, projected: int) -> str:
     loss = f", loss {first['loss']:.3f}" if first["loss"] is not None else ""
+    lead = f"**Decision {first['decision']}, step {first['step']}{loss}.**"
+    return f"{lead} {moves_sentence(first, before, after, projected)}"
+
+
+def moves_sentence(first: Mapping[str, Any], before: IntArray, after: IntArray, projected: int) -> str:
+    """How many modules moved, and what the plan costs.
+
+    Args:
+        first: a row of the decision.
+        before: ranks before it, int (modules,).
+        after: ranks of the plan, int (modules,).
+        projected: modules that the budget gave another rank than was asked for.
+    """
     up, down = int((after > before).sum()), int((after < before).sum())
     same = len(after) - up - down
     plan = f"{cost_text(first['predicted_cost'], first['unit'])} of {cost_text(first['limit'], first['unit'])}"
@@ -77,5 +95,4 @@ def _headline(first: dict[str, Any], before: FloatArray, after: FloatArray, proj
     seen = f" (measured before it: {cost_text(measured, first['unit'])})" if measured is not None else ""
     changed = f" The budget changed what was asked for {projected} modules." if projected else ""
     moved = f"{up} up, {down} down, {same} unchanged"
-    lead = f"**Decision {first['decision']}, step {first['step']}{loss}.**"
-    return f"{lead} {moved}; predicted cost {plan}{seen}.{changed}"
+    return f"{moved}; predicted cost {plan}{seen}.{changed}"

@@ -45,7 +45,7 @@ def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequen
     parts = [part for part in titles if any(len(curves[run].get(part, ())) for run in curves)] or ["train"]
     lasts = {run: curve["eval"][-1, 1] for run, curve in curves.items() if len(curve.get("eval", ()))}
     end = max((points[-1, 0] for curve in curves.values() for points in curve.values() if len(points)), default=0) or 1
-    figure = new_figure(3.9, _loss_title(lasts), "Dotted lines: decisions." if len(decision_steps) else "")
+    figure = new_figure(3.9, loss_sentence(lasts), "Dotted lines: decisions." if len(decision_steps) else "")
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, part in zip(panels, parts, strict=True):
         mark_steps(clean_axes(axes, titles[part]), decision_steps)
@@ -155,7 +155,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str]]) -> 
         axes.annotate(f"{value:.3f}", (step, previous), (6, 0), textcoords="offset points", **style)
 
 
-def _loss_title(lasts: Mapping[str, float]) -> str:
+def loss_sentence(lasts: Mapping[str, float]) -> str:
     """What the held-out losses say about the first run."""
     if not lasts:
         return "Training loss; no held-out loss was measured"

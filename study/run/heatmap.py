@@ -55,7 +55,7 @@ def rank_heatmap(
         total_steps: where the run ends.
     """
     ranks = np.asarray(ranks)
-    title, rungs = _title(ranks[-1]), _rungs(ranks)
+    title, rungs = ranks_sentence(ranks[-1]), _rungs(ranks)
     if len(modules) > MOST_LABELLED_ROWS:
         return rank_panels(steps, ranks, modules, blocks, total_steps, title, rungs)
     order = np.argsort(blocks, kind="stable")
@@ -133,8 +133,8 @@ def _draw_decisions(axes: Axes, rows: _Rows) -> None:
     marks.spines[:].set_visible(False)
 
 
-def _title(final: IntArray) -> str:
-    """How concentrated the final ranks are."""
+def ranks_sentence(final: IntArray) -> str:
+    """How concentrated the final ranks are, int (modules,)."""
     if not final.any():
         return "No module ends with an adapter"
     if np.unique(final).size == 1:

@@ -91,12 +91,8 @@ def cost_timeline(
         unit: of all costs: "bytes" or "parameters".
         steps: where the run ends; by default at the last point.
     """
-    name, size = byte_unit(limits[-1][1]) if unit == "bytes" else (unit, 1)
-    scale = np.array([1, size])
-    runs = {run: points / scale for run, given in measured.items() if len(points := finite_points(given))}
-    plan = finite_points(predicted) / scale
-    end = max([steps, *(points[-1, 0] for points in (*runs.values(), plan) if len(points))]) or 1
-    costs = _Costs(runs, plan, finite_points(limits) / scale, name, end)
+    costs = _costs(measured, limits, predicted, unit, steps)
+    plan, name = costs.predicted, costs.unit
     errors, low = costs.errors() if len(plan) else np.empty((0, 2)), costs.axis[0]
     note = f"The axis starts at {three_digits(low)} {name}." if low else ""
     figure = new_figure(4.9 if len(errors) else 3.9, _title(costs, unit), note)
@@ -112,6 +108,22 @@ def cost_timeline(
     axes.set_xlabel("training step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def cost_sentence(
+    measured: Mapping[str, Points], limits: Points, predicted: Points = (), unit: str = "bytes", steps: int = 0
+) -> str:
+    """Whether the first run keeps to the budget, and how near it comes; arguments as of `cost_timeline`."""
+    return _title(_costs(measured, limits, predicted, unit, steps), unit)
+
+
+def _costs(measured: Mapping[str, Points], limits: Points, predicted: Points, unit: str, steps: int) -> _Costs:
+    name, size = byte_unit(limits[-1][1]) if unit == "bytes" else (unit, 1)
+    scale = np.array([1, size])
+    runs = {run: points / scale for run, given in measured.items() if len(points := finite_points(given))}
+    plan = finite_points(predicted) / scale
+    end = max([steps, *(points[-1, 0] for points in (*runs.values(), plan) if len(points))]) or 1
+    return _Costs(runs, plan, finite_points(limits) / scale, name, end)
 
 
 def _draw_costs(axes: Axes, costs: _Costs) -> None:

@@ -90,10 +90,7 @@ def rank_panels(
 
 def _grid(ranks: IntArray, names: Sequence[ShortName], blocks: IntArray, edge_steps: list[int]) -> _Grid:
     order, rows = np.unique(blocks, return_inverse=True)
-    full = [_without_numbers(name.kind) for name in names]
-    different = list(dict.fromkeys(full))
-    ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
-    kinds = [ends[kind] for kind in full]
+    kinds = module_kinds(names)
     within = {kind: {row for row, other in zip(rows, kinds, strict=True) if other == kind} for kind in set(kinds)}
     # Panels for modules that one layer alone has would be empty, so they share one.
     rare = {kind for kind in within if len(within[kind]) == 1}
@@ -109,6 +106,14 @@ def _grid(ranks: IntArray, names: Sequence[ShortName], blocks: IntArray, edge_st
         shared |= bool(np.bincount(rows[inside]).max() > 1)
         panels[kind] = cells
     return _Grid([labels[row] for row in range(len(order))], panels, shared, edge_steps)
+
+
+def module_kinds(names: Sequence[ShortName]) -> list[str]:
+    """The kind of each module, the same in all layers and for all experts: such as "mlp.up_proj"."""
+    full = [_without_numbers(name.kind) for name in names]
+    different = list(dict.fromkeys(full))
+    ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
+    return [ends[kind] for kind in full]
 
 
 def _without_numbers(kind: str) -> str:

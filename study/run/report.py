@@ -71,6 +71,12 @@ def write_report(folder: Path) -> Report:
     return Report(path, run, opinion)
 
 
+def write_figures(run: RunData) -> None:
+    """Make the pictures of a report alone: `figures/*.png` in the run's folder."""
+    for draw in (_ranks, _losses, _costs):
+        draw(run)
+
+
 def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}" if text else ""
 

@@ -1,0 +1,18 @@
+"""`rankpilot study`: what can be learned from logged runs. The first word may name a part; without one it is the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+PARTS = {
+    "page": "a page about one or several runs, for a browser; what `rankpilot study RUN...` writes",
+}
+"""What each part does; the module of this package that runs it has its name. A folder of that name is given as ./NAME."""
+
+
+def main(arguments: Sequence[str]) -> int | None:
+    """Run the part that the first word names, or else the page; returns the exit status."""
+    part, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in PARTS else ("page", arguments)
+    status: int | None = import_module(f".{part}", __package__).main(rest)
+    return status

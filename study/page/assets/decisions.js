@@ -1,0 +1,226 @@
+// The list of decisions. Each opens in place, and is drawn when it is first opened.
+
+function decisionList(run, runIndex, several) {
+  const items = run.decisions.map((decision) => decisionItem(run, decision, runIndex));
+  const heading = several ? el("h3", { class: "runname" }, runBadge(runIndex), run.name) : null;
+  return el("div", { class: "list" }, heading, items);
+}
+
+function decisionItem(run, decision, runIndex) {
+  const id = `decision-${runIndex}-${decision.number}`;
+  const panel = el("div", { class: "panel", id, hidden: true, role: "region", "aria-label": `Decision ${decision.number}` });
+  const toggle = () => {
+    const open = button.getAttribute("aria-expanded") !== "true";
+    button.setAttribute("aria-expanded", String(open));
+    panel.hidden = !open;
+    if (open && !panel.hasChildNodes()) panel.append(...decisionParts(run, decision));
+  };
+  const words = (decision.explanation || {}).verdict;
+  const button = el("button", { type: "button", class: "opener", "aria-expanded": "false", "aria-controls": id, onclick: toggle },
+    el("span", { class: "number" }, `Decision ${decision.number}`), el("span", { class: "what" }, decision.line, words ? el("em", {}, words) : null));
+  return el("div", { class: "item" }, el("h4", {}, button), panel);
+}
+
+// Arrow keys move between decisions, Home and End to the first and the last.
+function walkDecisions(event) {
+  if (!event.target.classList.contains("opener")) return;
+  const all = [...event.currentTarget.querySelectorAll(".opener")], at = all.indexOf(event.target);
+  const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 }[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  all[Math.max(0, Math.min(all.length - 1, to))].focus();
+}
+
+function openDecision(runIndex, decision) {
+  const panel = document.getElementById(`decision-${runIndex}-${decision}`);
+  const button = panel && panel.parentNode.querySelector(".opener");
+  if (!button) return;
+  if (panel.hidden) button.click();
+  button.focus();
+  button.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+}
+
+function decisionParts(run, decision) {
+  const explanation = decision.explanation || {};
+  return [
+    el("p", { class: "lead" }, explanation.verdict || decision.summary),
+    explanation.verdict ? el("p", {}, decision.summary) : null,
+    (explanation.sentences || []).map((sentence) => el("p", {}, sentence)),
+    stabilityText(explanation.stability),
+    facts(run, decision),
+    recipePart(explanation),
+    votesPart(explanation),
+    shapleyPart(explanation.shapley),
+    whatIfPart(explanation.what_ifs),
+    projectionPart(run, decision),
+    mapPart(run, decision),
+    modulePart(run, decision),
+  ].flat().filter(Boolean);
+}
+
+function stabilityText(stability) {
+  if (!stability || !known(stability.same)) return null;
+  const noise = known(stability.noise) ? ` of ${number(stability.noise)}` : "";
+  return el("p", {}, `With noise${noise} on the signals the same plan comes out in ${number(100 * stability.same)} % of the trials.`);
+}
+
+function facts(run, decision) {
+  const rows = [
+    ["policy", decision.policy], ["training loss before it", decision.loss, number], ["rank floor", decision.rank_floor, number],
+    ["depth bias", decision.depth_bias, number], ["expected gain", decision.expected, signed], ["uncertainty (sd)", decision.uncertainty, number],
+    ["predicted cost", decision.predicted_cost, (value) => costText(value, run.unit)],
+    ["measured before it", decision.measured_cost, (value) => costText(value, run.unit)],
+  ].filter(([, value]) => known(value));
+  return el("dl", { class: "facts" }, rows.map(([name, value, form]) => el("div", {}, el("dt", {}, name), el("dd", {}, form ? form(value) : value))));
+}
+
+function recipePart(explanation) {
+  const mine = (explanation.candidates || []).filter((each) => each.plan === explanation.taken);
+  const actor = explanation.actor, parts = [];
+  if (mine.length) {
+    const [first] = mine, others = mine.slice(1).map((each) => each.name || "drawn");
+    const gains = Object.entries(first.gains || {}).map(([name, value]) => ({ name: words(name), value }));
+    parts.push(el("p", {}, `${first.name || "A drawn recipe"} made the plan`, known(first.rank_floor) ? `, with rank floor ${number(first.rank_floor)}` : "",
+      known(first.depth_bias) ? ` and depth bias ${number(first.depth_bias)}` : "", ".", others.length ? ` The same plan came from ${others.join(", ")}.` : ""));
+    if (gains.length) parts.push(el("p", { class: "note" }, "A module's score is the sum of these times its features:"), bars("Recipe", gains));
+  }
+  if (actor && (actor.directions || []).length) {
+    const rows = actor.directions.map((name, index) => ({ name: words(name), value: actor.gains[index] })).filter((row) => known(row.value));
+    parts.push(el("p", { class: "note" }, "The actor's own part of the score, by direction:"), bars("Actor", rows));
+  }
+  return parts.length ? block(5, "Recipe", parts) : null;
+}
+
+function votesPart(explanation) {
+  const plans = explanation.plans || [];
+  if (!plans.length) return null;
+  const tied = plans.filter((plan) => plan.tied).length, more = explanation.plans_in_all - drawnPlans(explanation).length;
+  const caution = known(explanation.caution) ? ` The bound is the mean less ${number(explanation.caution)} standard deviations.` : "";
+  const tie = tied > 1 ? `${tied} plans are tied: within ${number(explanation.margin)} of the highest bound.` : "No other plan comes near.";
+  const left = more > 0 ? ` ${plural(more, "plan")} with lower bounds ${more > 1 ? "are" : "is"} not shown.` : "";
+  const reference = known(explanation.reference) ? ` Reference: ${planNames(explanation, explanation.reference)}.` : "";
+  return block(5, "Votes of the networks", el("p", {}, tie + caution + left + reference), votes(explanation), votesKey(),
+    explanation.unit_of_votes ? el("p", { class: "note" }, `Unit: ${explanation.unit_of_votes}.`) : null, votesTable(explanation));
+}
+
+function votesTable(explanation) {
+  const networks = Math.max(...explanation.plans.map((plan) => (plan.votes || []).length));
+  const columns = [
+    { name: "plan", value: (plan) => planNames(explanation, plan.plan) },
+    ...Array.from({ length: networks }, (_, index) => ({ name: `network ${index + 1}`, value: (plan) => (plan.votes || [])[index], text: fixed })),
+    { name: "mean", value: (plan) => plan.mean, text: fixed }, { name: "sd", value: (plan) => plan.sd, text: fixed },
+    { name: "bound", value: (plan) => plan.bound, text: fixed }, { name: "tied", value: (plan) => (plan.tied ? "yes" : "no") },
+    { name: "probability", value: (plan) => plan.probability, text: fixed }, { name: "adapted", value: (plan) => plan.adapted, text: number },
+    { name: "mean rank", value: (plan) => plan.mean_rank, text: number }, { name: "differs from taken", value: (plan) => plan.differs, text: number },
+  ].filter((column) => explanation.plans.some((plan) => known(column.value(plan))));
+  return el("details", {}, el("summary", {}, "The votes as a table"), sortable("Votes of the networks", columns, explanation.plans));
+}
+
+function shapleyPart(shapley) {
+  if (!shapley || !(shapley.groups || []).length) return null;
+  const more = (group) => (known(group.mean) ? `of the mean ${plus(group.mean)}` : "");
+  const groups = [...shapley.groups].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+  const rows = groups.map((group) => ({ name: words(group.name), value: group.value, more: more(group) }));
+  if (known(shapley.alone)) rows.unshift({ name: "the plan's shape alone", value: shapley.alone });
+  if (known(shapley.total)) rows.push({ name: "total", value: shapley.total, strong: true });
+  return block(5, "What spoke for this plan", el("p", {}, `Shapley values of the ${shapley.quantity || "votes"}: how much each group of features adds. They sum to the total.`),
+    bars("Shapley values", rows), shapley.baseline ? el("p", { class: "note" }, `Against this baseline: ${shapley.baseline}`) : null);
+}
+
+function whatIfPart(whatIfs) {
+  if (!whatIfs || !whatIfs.length) return null;
+  const side = ({ side_effects: count }) => (known(count) ? ` ${count ? plural(count, "other module") : "No other module"} would move too.` : "");
+  return block(5, "What if", el("ul", {}, whatIfs.map((each) => el("li", {}, each.text, el("span", { class: "faint" }, side(each))))));
+}
+
+function projectionPart(run, decision) {
+  const types = [...new Set(run.modules.map((module) => module.type))], mean = (values) => {
+    const present = values.filter(known);
+    return present.length ? present.reduce((sum, value) => sum + value, 0) / present.length : null;
+  };
+  const rows = types.map((name) => {
+    const inside = run.modules.map((_, index) => index).filter((index) => run.modules[index].type === name);
+    return { name, asked: mean(inside.map((index) => decision.asked[index])), got: mean(inside.map((index) => decision.after[index])) };
+  }).filter((row) => known(row.asked) && known(row.got));
+  if (!rows.some((row) => row.asked !== row.got)) return block(5, "Asked for, and got", el("p", {}, "Every module got the rank that was asked for."));
+  const changed = decision.changed ? `The budget gave ${plural(decision.changed, "module")} another rank than was asked for. ` : "";
+  return block(5, "Asked for, and got", el("p", {}, `${changed}Mean rank by type: ring asked, dot got.`), askedAndGot(rows));
+}
+
+function mapPart(run, decision) {
+  const { rows, groups, lookup } = cellsOf(run);
+  const mean = (values, inside) => inside.reduce((sum, index) => sum + values[index], 0) / inside.length;
+  const at = (row, group) => (lookup[row][group] || []).filter((index) => known(decision.after[index]));
+  const moved = (row, group) => at(row, group).some((index) => decision.after[index] !== decision.before[index]);
+  const map = heatMap({
+    label: `Ranks after decision ${decision.number}, by layer and type of module`, rows, framed: true, middle: true, least: 58, widest: 96, tallest: 20,
+    groups: groups.map((name) => ({ name, widths: [1] })),
+    value: (row, group) => (at(row, group).length ? mean(decision.after, at(row, group)) : null), marked: moved,
+    text: (row, group) => {
+      const inside = at(row, group);
+      if (!inside.length) return `${rows[row]}, ${groups[group]}: no module`;
+      const before = rankText(mean(decision.before, inside)), after = rankText(mean(decision.after, inside));
+      return `${cellName(run, inside, rows[row], groups[group])}: ${before === after ? `rank ${after}, unchanged` : `rank ${before} → ${after}`}`;
+    },
+  });
+  return block(5, "Ranks after it", el("p", { class: "note" }, "Framed: moved by this decision. The network's output is at the top."), map);
+}
+
+function reasonText(run, pairs) {
+  return (pairs || []).map(([feature, distance]) => `${words(run.features[feature])} ${signed(distance)} sd`).join(", ");
+}
+
+function modulePart(run, decision) {
+  const rows = run.modules.map((module, index) => ({ module, index })).filter(({ index }) => known(decision.after[index]));
+  const columns = [
+    { name: "module", value: ({ module }) => shortModule(module), title: ({ module }) => module.name, order: ({ index }) => index },
+    { name: "before", value: ({ index }) => decision.before[index], text: rankText }, { name: "asked", value: ({ index }) => decision.asked[index], text: rankText },
+    { name: "got", value: ({ index }) => decision.after[index], text: rankText, strong: ({ index }) => decision.after[index] !== decision.before[index] },
+    { name: "score", value: ({ index }) => decision.score[index], text: fixed },
+    { name: "sure", value: ({ index }) => (decision.sure ? (decision.sure[index] ? "yes" : "no") : null) },
+    { name: "stands out by", value: ({ index }) => (decision.reasons ? reasonText(run, decision.reasons[index]) : null), wide: true },
+    { name: "note", value: ({ index }) => noteText(decision, index), wide: true },
+    { name: "modules", value: ({ module }) => (module.count > 1 ? module.count : null), text: number },
+  ].filter((column) => rows.some((row) => known(column.value(row))));
+  const moved = rows.filter(({ index }) => decision.after[index] !== decision.before[index]);
+  const place = el("div", {}), box = el("input", { type: "checkbox", onchange: () => show() });
+  box.checked = moved.length > 0 && moved.length < rows.length;
+  const show = () => place.replaceChildren(sortable(`Modules of decision ${decision.number}`, columns, box.checked ? moved : rows));
+  show();
+  return block(5, "Modules", el("label", { class: "only" }, box, ` only the ${plural(moved.length, "module")} that moved, of ${rows.length.toLocaleString("en")}`), place,
+    decision.reasons ? el("p", { class: "note" }, "What stands out (sd: standard deviations from the mean of all modules) was unusual; it is not what the policy weighed.") : null);
+}
+
+function noteText(decision, index) {
+  const parts = [(decision.notes || {})[index], (decision.pinned || []).includes(index) ? "pinned" : null].filter(Boolean);
+  return parts.length ? parts.join("; ") : null;
+}
+
+// columns [{ name, value(row), text(value), title(row), order(row), strong(row), wide }]; a click on a head sorts.
+function sortable(label, columns, rows) {
+  const body = el("tbody", {}), heads = [];
+  let by = null, down = false;
+  const cellOf = (row) => (column) => {
+    const value = column.value(row), shown = column.text ? column.text(value) : value ?? "";
+    const className = [typeof value === "number" || column.text ? "figure" : "", column.wide ? "wide" : ""].join(" ").trim();
+    const attributes = { class: className || null, title: column.title ? column.title(row) : null };
+    return el("td", attributes, column.strong && column.strong(row) ? el("b", {}, shown) : shown);
+  };
+  const draw = () => {
+    const key = by && (by.order || by.value), sorted = [...rows];
+    if (key) sorted.sort((a, b) => (down ? -1 : 1) * compare(key(a), key(b)));
+    body.replaceChildren(...sorted.map((row) => el("tr", {}, columns.map(cellOf(row)))));
+    heads.forEach((head, index) => head.setAttribute("aria-sort", by !== columns[index] ? "none" : down ? "descending" : "ascending"));
+  };
+  for (const column of columns) {
+    const sort = () => { down = by === column ? !down : false; by = column; draw(); };
+    heads.push(el("th", { scope: "col" }, el("button", { type: "button", class: "sorter", onclick: sort }, column.name)));
+  }
+  draw();
+  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, el("table", {}, el("thead", {}, el("tr", {}, heads)), body));
+}
+
+function compare(a, b) {
+  if (!known(a) || !known(b)) return known(a) ? -1 : known(b) ? 1 : 0;
+  return typeof a === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+}

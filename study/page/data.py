@@ -1,0 +1,224 @@
+"""What the study page shows, as plain JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ...allocation.decision_log import FEATURE_PREFIX
+from ...common.arrays import IntArray
+from ...common.files import read_json
+from ...common.rank_grid import NO_ADAPTER, RUNGS, rank_colors
+from ...errors import BudgetError
+from ...memory.time_budget import TimeBudget
+from ..run.comparison import comparison_rows
+from ..run.decisions import each_decision, line_of, moves_sentence, standing_out
+from ..run.figures import loss_sentence
+from ..run.heatmap import ranks_sentence
+from ..run.memory_figure import cost_sentence
+from ..run.run_data import PILOT, RunData
+from ..run.verdict import verdict
+from .curves import curve, numbers, plain
+from .explanation import shown_explanation
+from .modules import Modules
+
+Explanations = Sequence[Mapping[str, Any]]
+
+MOST_CHARACTERS = 2_000_000
+"""Characters of JSON above which modules are shown by type."""
+ROW_CHARACTERS = 50
+"""Characters of JSON that a module takes at a decision, measured."""
+
+
+def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | None]) -> dict[str, Any]:
+    """What a page about some runs shows.
+
+    Args:
+        runs: one at least.
+        explanations: of each run's decisions, see docs/study.md; None for a run without.
+    """
+    rows = sum(run.decisions.num_rows for run in runs if run.decisions is not None)
+    by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
+    named = zip(runs, explanations, run_names(runs), strict=True)
+    return {
+        "by_type": by_type,
+        "palette": _palette(),
+        "runs": [_run(run, explained or (), name, by_type) for run, explained, name in named],
+    }
+
+
+def run_names(runs: Sequence[RunData]) -> list[str]:
+    """A name for each run: that of its folder, with as much of the path as tells it from the others."""
+    paths = [run.folder.resolve() for run in runs]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({number})" for number, path in enumerate(paths, 1)]  # one run, given several times
+
+
+def _palette() -> dict[str, Any]:
+    """The colours of all pictures of ranks."""
+    colors = np.rint(255 * rank_colors(np.array(RUNGS))).astype(int).tolist()
+    return {"ranks": list(RUNGS), "colors": colors, "none": NO_ADAPTER}
+
+
+def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dict[str, Any]:
+    opinion, log, settings = verdict(run), run.decisions, _settings(run)
+    modules = Modules.of(log, by_type) if log is not None else Modules([], np.zeros(0, dtype=np.int64))
+    decisions = _decisions(log, modules, explained, by_type) if log is not None else []
+    shown = {
+        "name": name,
+        "subject": " on ".join(settings[key] for key in ("model", "data") if key in settings),
+        "warnings": list(opinion.warnings),
+        "results": list(opinion.results),
+        "left_out": list(run.missing),
+        "table": {
+            "columns": list(run.results),
+            "rows": [{"label": label, "cells": cells, "best": sorted(best)} for label, cells, best in _rows(run)],
+        },
+        "settings": settings,
+        "unit": run.unit,
+        "steps": run.steps,
+        "energy_joules": plain(run.results.get(PILOT, {}).get("energy_joules")),
+        "modules": modules.shown,
+        "features": _features(log),
+        "decisions": decisions,
+    }
+    return shown | _curves(run) | {"sentences": _sentences(run)}
+
+
+def _rows(run: RunData) -> list[tuple[str, list[str], set[int]]]:
+    return comparison_rows(run) if run.results else []
+
+
+def _settings(run: RunData) -> dict[str, str]:
+    """The settings of a run as its folder gives them, values as text."""
+    path = run.folder / "config.json"
+    try:
+        config = read_json(path) if path.is_file() else {}
+    except ValueError:  # cut off in the middle, or no JSON
+        config = {}
+    if not isinstance(config, dict):
+        config = {}
+    known = {key: run.summary[key] for key in ("model", "data", "policy", "seed") if run.summary.get(key) is not None}
+    if run.decisions is not None:
+        first = run.decisions.slice(0, 1).select(["policy", "seed"]).to_pylist()[0]
+        known = {key: value for key, value in first.items() if value is not None} | known
+    return {str(key): str(value) for key, value in (config | known).items() if value not in (None, [], {})}
+
+
+def _time_limit(settings: Mapping[str, str]) -> float | None:
+    """The limit of a step's time in seconds; None without one, or if it is a share."""
+    try:
+        limit = TimeBudget.parse(settings["time"])
+    except (KeyError, BudgetError):
+        return None
+    return limit.value if limit.kind == "seconds" else None
+
+
+def _curves(run: RunData) -> dict[str, Any]:
+    """Losses, costs and times over the steps."""
+    losses = {}
+    for name in run.metrics:
+        parts = {"train": curve(run.points(name, "loss")), "held_out": curve(run.points(name, "eval_loss"))}
+        if any(parts.values()):
+            losses[name] = parts
+    seconds = {}
+    for name in run.metrics:
+        points = [(step, float(np.median(values))) for step, values in run.points(name, "step_s") if values]
+        seconds[name] = curve(points, np.median)
+    predicted = zip(run.of_decisions("step"), run.of_decisions("predicted_cost"), strict=True)
+    return {
+        "losses": losses,
+        "peaks": {name: curve(points, np.max) for name, points in run.peaks().items()},
+        "budgets": curve(run.limits),
+        "predicted": curve(predicted, np.max),
+        "step_seconds": {name: points for name, points in seconds.items() if points},
+        "time_limit_s": _time_limit(_settings(run)),
+    }
+
+
+def _sentences(run: RunData) -> dict[str, str]:
+    """What each picture shows, in words."""
+    said = {}
+    if run.decisions is not None:
+        last = each_decision(run.decisions)[-1]
+        said["ranks"] = ranks_sentence(last["rank_after"].to_numpy())
+    ends = {}
+    for name in run.metrics:
+        held_out = [value for _, value in run.points(name, "eval_loss") if np.isfinite(value)]
+        if held_out:
+            ends[name] = held_out[-1]
+    if run.metrics:
+        said["losses"] = loss_sentence(ends)
+    if run.limits:
+        peaks = run.peaks() if run.unit == "bytes" else {}
+        predicted = list(zip(run.of_decisions("step"), run.of_decisions("predicted_cost"), strict=True))
+        said["costs"] = cost_sentence(peaks, run.limits, predicted, run.unit, run.steps)
+    return said
+
+
+def _features(log: pa.Table | None) -> list[str]:
+    names = log.column_names if log is not None else []
+    return [name.removeprefix(FEATURE_PREFIX) for name in names if name.startswith(FEATURE_PREFIX)]
+
+
+def _decisions(log: pa.Table, modules: Modules, explained: Explanations, by_type: bool) -> list[dict[str, Any]]:
+    by_number = {each.get("decision"): each for each in explained}
+    tables, features = each_decision(log), {name: index for index, name in enumerate(_features(log))}
+    bounds = np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
+    shown = []
+    for table, (start, end) in zip(tables, pairwise(bounds), strict=True):
+        slots = modules.slots[start:end]
+        first = table.slice(0, 1).to_pylist()[0]
+        given = by_number.get(first["decision"])
+        decision = _decision(table, first, modules, slots) | {"explanation": shown_explanation(given)}
+        if not by_type:
+            decision |= _of_single_modules(table, modules, slots, features, given)
+        shown.append(decision)
+    return shown
+
+
+def _decision(table: pa.Table, first: Mapping[str, Any], modules: Modules, slots: IntArray) -> dict[str, Any]:
+    """What a decision's rows say, without what only single modules have."""
+    ranks = {name: table[f"rank_{name}"].to_numpy() for name in ("before", "clipped", "after")}
+    wanted = table["rank_wanted"]
+    asked = ranks["clipped"] if wanted.null_count else wanted.to_numpy()  # logs of schema 2 have none
+    changed = int(np.count_nonzero(table["changed_by_projection"].to_numpy()))
+    facts = ("loss", "limit", "predicted_cost", "measured_cost", "expected", "uncertainty", "rank_floor", "depth_bias")
+    return {
+        "number": first["decision"],
+        "step": first["step"],
+        "policy": first["policy"],
+        "line": line_of(table),
+        "summary": moves_sentence(first, ranks["before"], ranks["after"], changed),
+        "moved": int(np.count_nonzero(ranks["before"] != ranks["after"])),
+        "changed": changed,
+        **{name: plain(first[name]) for name in facts},
+        **{name: modules.means(ranks[name], slots) for name in ("before", "clipped", "after")},
+        "asked": modules.means(asked, slots),
+        "score": modules.means(table["score"].to_numpy(), slots, 3),
+    }
+
+
+def _of_single_modules(
+    table: pa.Table, modules: Modules, slots: IntArray, features: Mapping[str, int], given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Reasons as (feature, standard deviations), notes, pinned modules, and whether a module's rank is sure."""
+    reasons: list[list[list[float]]] = [[] for _ in modules.shown]
+    for slot, pairs in zip(slots.tolist(), standing_out(table), strict=True):
+        reasons[slot] = [[features[name], round(distance, 1)] for name, distance in pairs]
+    notes = zip(slots.tolist(), table["note"].to_pylist(), strict=True)
+    pinned = np.flatnonzero(table["pinned"].fill_null(False).to_numpy(zero_copy_only=False))
+    sure = ((given or {}).get("stability") or {}).get("sure")
+    return {
+        "reasons": reasons,
+        "notes": {str(slot): note for slot, note in notes if note},
+        "pinned": slots[pinned].tolist(),
+        "sure": numbers(modules.means(sure, slots)) if sure is not None and len(sure) == len(slots) else None,
+    }
