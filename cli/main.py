@@ -1,7 +1,7 @@
 """The command line: which command runs, what a mistake prints, and the exit status.
 
-Each command is a module (or package) of this package with a function `main(arguments)`, imported when it is asked for: showing help
-or refusing an option loads none of the libraries that training needs.
+Each command is a module of this package, or a package in it, with a function `main(arguments)`, imported when it is
+asked for: showing help or refusing an option loads none of the libraries that training needs.
 """
 
 from __future__ import annotations

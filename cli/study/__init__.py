@@ -1,4 +1,4 @@
-"""`rankpilot study`: what can be learned from logged runs. The first word may name a part; without one it is the page."""
+"""`rankpilot study`: what can be learned from logged runs. The first word may name a part; else it is the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 PARTS = {
     "page": "a page about one or several runs, for a browser; what `rankpilot study RUN...` writes",
 }
-"""What each part does; the module of this package that runs it has its name. A folder of that name is given as ./NAME."""
+"""What each part does; the module that runs it has its name. A folder of that name is given as ./NAME."""
 
 
 def main(arguments: Sequence[str]) -> int | None:

@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     path = options.output or options.runs[0] / PAGE
     write_page(data, path)
-    for run in runs:
-        for part in run.missing:
+    for shown in data["runs"]:
+        for part in shown["left_out"]:
             console.print(f"Left out of the page: {part}.", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Page: {path}", markup=False, highlight=False, soft_wrap=True)
     if options.open:
@@ -79,7 +79,9 @@ def _check(options: StudyOptions) -> None:
     if options.output is None and len(options.runs) > 1 and not options.json:
         raise ConfigError(f"{len(options.runs)} runs have no common folder for their page. Pass --output FILE.")
     if options.output is not None and options.output.is_dir():
-        raise ConfigError(f"--output {options.output} is a folder. Pass the name of a file, such as {options.output / PAGE}.")
+        raise ConfigError(
+            f"--output {options.output} is a folder. Pass the name of a file, such as {options.output / PAGE}."
+        )
     if options.json and options.open:
         raise ConfigError("--open opens the page, and --json writes none. Pass one of them.")
 

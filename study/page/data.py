@@ -22,7 +22,7 @@ from ..run.heatmap import ranks_sentence
 from ..run.memory_figure import cost_sentence
 from ..run.run_data import PILOT, RunData
 from ..run.verdict import verdict
-from .curves import curve, numbers, plain
+from .curves import curve, plain
 from .explanation import shown_explanation
 from .modules import Modules
 
@@ -76,7 +76,7 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
         "subject": " on ".join(settings[key] for key in ("model", "data") if key in settings),
         "warnings": list(opinion.warnings),
         "results": list(opinion.results),
-        "left_out": list(run.missing),
+        "left_out": [" ".join(part.split()) for part in run.missing],  # an error may have several lines
         "table": {
             "columns": list(run.results),
             "rows": [{"label": label, "cells": cells, "best": sorted(best)} for label, cells, best in _rows(run)],
@@ -220,5 +220,5 @@ def _of_single_modules(
         "reasons": reasons,
         "notes": {str(slot): note for slot, note in notes if note},
         "pinned": slots[pinned].tolist(),
-        "sure": numbers(modules.means(sure, slots)) if sure is not None and len(sure) == len(slots) else None,
+        "sure": modules.means(sure, slots) if sure is not None and len(sure) == len(slots) else None,
     }

@@ -56,14 +56,16 @@ function swatch(series) {
   return svg("svg", { width: 26, height: 12, "aria-hidden": "true" }, series.kind === "points" ? null : svg("line", line), dot);
 }
 
-// Decisions as dotted lines, a triangle above each, and their numbers where there is room.
+const MOST_MARKS = 60;
+
+// Decisions as dotted lines, a triangle above each, and their numbers where there is room; very many are not drawn.
 function drawMarks(u, marks) {
   const context = u.ctx, ratio = window.devicePixelRatio || 1, { top, height } = u.bbox;
   context.save();
   context.font = `${11 * ratio}px system-ui, sans-serif`;
   context.textAlign = "center";
   let previous = -Infinity;
-  for (const mark of marks) {
+  for (const mark of marks.length > MOST_MARKS ? [] : marks) {
     const x = u.valToPos(mark.step, "x", true);
     context.strokeStyle = context.fillStyle = cssColor("--faint");
     context.globalAlpha = marks.length > 40 ? 0.25 : 0.9;

@@ -1,9 +1,21 @@
 // The list of decisions. Each opens in place, and is drawn when it is first opened.
 
+const AT_ONCE = 50;
+const growLists = {};  // by run: shows the list as far as a decision
+
 function decisionList(run, runIndex, several) {
-  const items = run.decisions.map((decision) => decisionItem(run, decision, runIndex));
+  const items = el("div", {}), all = run.decisions;
+  const grow = (count) => {
+    const from = items.children.length, to = Math.min(all.length, from + count);
+    items.append(...all.slice(from, to).map((decision) => decisionItem(run, decision, runIndex)));
+    more.hidden = to === all.length;
+    more.textContent = `Show ${Math.min(AT_ONCE, all.length - to)} more of ${all.length.toLocaleString("en")} decisions`;
+  };
+  const more = el("button", { type: "button", class: "plain more", onclick: () => grow(AT_ONCE) });
+  growLists[runIndex] = (number) => grow(Math.max(0, 1 + all.findIndex((decision) => decision.number === number) - items.children.length));
+  grow(AT_ONCE);
   const heading = several ? el("h3", { class: "runname" }, runBadge(runIndex), run.name) : null;
-  return el("div", { class: "list" }, heading, items);
+  return el("div", { class: "list" }, heading, items, more);
 }
 
 function decisionItem(run, decision, runIndex) {
@@ -32,6 +44,7 @@ function walkDecisions(event) {
 }
 
 function openDecision(runIndex, decision) {
+  growLists[runIndex](decision);
   const panel = document.getElementById(`decision-${runIndex}-${decision}`);
   const button = panel && panel.parentNode.querySelector(".opener");
   if (!button) return;
@@ -148,6 +161,7 @@ function projectionPart(run, decision) {
 }
 
 function mapPart(run, decision) {
+  if (data.by_type) return null;
   const { rows, groups, lookup } = cellsOf(run);
   const mean = (values, inside) => inside.reduce((sum, index) => sum + values[index], 0) / inside.length;
   const at = (row, group) => (lookup[row][group] || []).filter((index) => known(decision.after[index]));
@@ -187,7 +201,8 @@ function modulePart(run, decision) {
   box.checked = moved.length > 0 && moved.length < rows.length;
   const show = () => place.replaceChildren(sortable(`Modules of decision ${decision.number}`, columns, box.checked ? moved : rows));
   show();
-  return block(5, "Modules", el("label", { class: "only" }, box, ` only the ${plural(moved.length, "module")} that moved, of ${rows.length.toLocaleString("en")}`), place,
+  const choice = box.checked ? el("label", { class: "only" }, box, ` only the ${plural(moved.length, "module")} that moved, of ${rows.length.toLocaleString("en")}`) : null;
+  return block(5, data.by_type ? "Modules by type" : "Modules", choice, place,
     decision.reasons ? el("p", { class: "note" }, "What stands out (sd: standard deviations from the mean of all modules) was unusual; it is not what the policy weighed.") : null);
 }
 

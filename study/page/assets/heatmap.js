@@ -130,6 +130,7 @@ function heatMap(spec) {
       const clamp = (value, top) => Math.max(0, Math.min(top, value));
       show([clamp(to, spec.rows.length - 1), ...plan.unflat(clamp(at, columns - 1))]);
     } else if (event.key === "Enter" && spec.enter && here) {
+      event.preventDefault();  // or the key would also press the button that gets the focus
       spec.enter(...here);
     } else if (event.key === "Escape") {
       hide();
@@ -138,7 +139,7 @@ function heatMap(spec) {
   return host;
 }
 
-const HEAD = 44, FOOT = 22, LABEL_FONT = "11px system-ui, sans-serif", HEAD_FONT = "600 12px system-ui, sans-serif";
+const FOOT = 22, LABEL_FONT = "11px system-ui, sans-serif", HEAD_FONT = "600 12px system-ui, sans-serif";
 
 // Where everything is: as many groups in a line as have room, lines of about equal length.
 function layOut(spec, width) {
@@ -151,18 +152,18 @@ function layOut(spec, width) {
   const lines = Math.ceil(count / most), inLine = Math.ceil(count / lines);
   const groupWidth = Math.min((room + gap) / inLine - gap, spec.widest || Infinity);
   const tall = Math.max(3, Math.min(spec.tallest, Math.floor((lines > 2 ? 300 : 430) / spec.rows.length)));
-  const foot = spec.foot ? FOOT : 8, lineHeight = HEAD + tall * spec.rows.length + foot;
+  const foot = spec.foot ? FOOT : 8, head = spec.groups.some((group) => group.name) ? 44 : 14, lineHeight = head + tall * spec.rows.length + foot;
   const groups = spec.groups.map((group, index) => {
     const total = group.widths.reduce((sum, value) => sum + value, 0) || 1;
-    const x = left + (index % inLine) * (groupWidth + gap), y = Math.floor(index / inLine) * lineHeight + HEAD;
-    const edges = [x];
-    for (const part of group.widths) edges.push(edges[edges.length - 1] + (part / total) * groupWidth);
-    return { name: group.name, x, y, edges };
+    const x = left + (index % inLine) * (groupWidth + gap), y = Math.floor(index / inLine) * lineHeight + head;
+    let sum = 0;  // whole pixels, or thin columns would be blurred
+    const edges = [0, ...group.widths.map((part) => (sum += part))].map((part) => Math.round(x + (part / total) * groupWidth));
+    return { name: group.name, x: edges[0], y, edges };
   });
   const starts = [];
   spec.groups.reduce((sum, group, index) => { starts[index] = sum; return sum + group.widths.length; }, 0);
   return {
-    width, height: lines * lineHeight, left, tall, groups, groupWidth, lines, inLine, lineHeight,
+    width, height: lines * lineHeight, left, tall, groups, groupWidth, lines, head, lineHeight,
     flat: ([, group, column]) => starts[group] + column,
     unflat(flat) {
       let group = starts.length - 1;
@@ -171,7 +172,7 @@ function layOut(spec, width) {
     },
     box([row, group, column]) {
       const { y, edges } = groups[group];
-      return { x: edges[column], y: y + row * tall, w: edges[column + 1] - edges[column], h: tall };
+      return { x: edges[column], y: y + row * tall, w: Math.max(2, edges[column + 1] - edges[column]), h: tall };
     },
     find(x, y) {
       const group = groups.findIndex(({ y: top, edges }) => x >= edges[0] && x < edges[edges.length - 1] && y >= top
@@ -254,7 +255,7 @@ function drawRowNames(context, spec, plan, faint) {
   context.fillStyle = faint;
   context.textAlign = "right";
   for (let line = 0; line < plan.lines; line += 1) {
-    const top = line * plan.lineHeight + HEAD;
+    const top = line * plan.lineHeight + plan.head;
     spec.rows.forEach((name, row) => {
       if (row % every) return;
       context.fillText(cutStart(context, name, plan.left - 6), plan.left - 6, top + (row + 0.5) * plan.tall);

@@ -130,7 +130,8 @@ function ranksView() {
   const maps = shown.map(([run, index]) => el("div", {}, several() ? el("h3", { class: "runname" }, runBadge(index), run.name) : null,
     el("p", { class: "finding" }, run.sentences.ranks), rankMap(run, index, end)));
   return el("section", { class: "card", id: "ranks" }, el("h2", {}, "Where the rank went"), rankKey(top),
-    el("p", { class: "note" }, "A panel for each type of module, a row for each layer, the network's output at the top; steps from left to right, a triangle at each decision. ",
+    el("p", { class: "note" }, data.by_type ? "A row for each type of module; steps from left to right. "
+      : "A panel for each type of module, a row for each layer, the network's output at the top; steps from left to right, a triangle at each decision. ",
       "Point at a cell, or walk with the arrow keys; Enter opens the decision."), el("div", { class: "side" }, maps));
 }
 
@@ -168,14 +169,14 @@ function lossesView() {
   if (!parts.length) return null;
   const findings = runsShown().map(([run]) => run.sentences.losses).filter(Boolean);
   return el("section", { class: "card", id: "losses" }, el("h2", {}, "Loss"), several() ? null : findings.map((finding) => el("p", { class: "finding" }, ending(finding))),
-    el("div", { class: "side" }, parts), el("p", { class: "note" }, "Dotted lines: decisions."));
+    el("div", { class: "side" }, parts), el("p", { class: "note" }, marksOf().length > MOST_MARKS ? "Decisions are too many to be marked." : "Dotted lines: decisions."));
 }
 
 function costSeries(run, index) {
   const style = (name) => styleOf(index, name), prefix = data.runs.length > 1 ? `${run.name}: ` : "", series = [];
-  for (const [name, curve] of Object.entries(run.peaks)) series.push({ name: `${style(name).label}, measured`, color: style(name).color, dash: style(name).dash, curve, kind: "points" });
   if (run.predicted) series.push({ name: `${prefix}predicted`, color: () => (data.runs.length > 1 ? runColor(index) : cssColor("--ink")), dash: 0, curve: untilEnd(run.predicted, run.steps), kind: "stairs" });
   if (run.budgets) series.push({ name: `${prefix}budget`, color: () => cssColor("--limit"), dash: 3, curve: untilEnd({ x: [0, ...run.budgets.x.slice(1)], y: run.budgets.y }, run.steps), kind: "stairs" });
+  for (const [name, curve] of Object.entries(run.peaks)) series.push({ name: `${style(name).label}, measured`, color: style(name).color, dash: style(name).dash, curve, kind: "points" });
   return series;
 }
 
@@ -256,14 +257,14 @@ function choose(index, input) {
   if (next.length) { chosen = next; show(); } else input.checked = true;  // one run at least
 }
 
-const VIEWS = [["verdict", "Verdict", verdictView], ["ranks", "Ranks", ranksView], ["losses", "Loss", lossesView], ["costs", "Memory and time", costsView],
+const VIEWS = [["verdict", "Verdict", verdictView], ["ranks", "Ranks", ranksView], ["losses", "Loss", lossesView], ["costs", null, costsView],
   ["decisions", "Decisions", decisionsView], ["settings", "Settings", settingsView]];
 
 function show() {
   repaints.clear();
   const views = VIEWS.map(([id, name, make]) => [id, name, make()]).filter(([, , view]) => view);
   document.getElementById("main").replaceChildren(...views.map(([, , view]) => view));
-  document.getElementById("sections").replaceChildren(...views.map(([id, name]) => el("a", { href: `#${id}` }, name)));
+  document.getElementById("sections").replaceChildren(...views.map(([id, name, view]) => el("a", { href: `#${id}` }, name || view.querySelector("h2").textContent)));
 }
 
 function setTheme(theme) {

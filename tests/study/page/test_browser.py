@@ -1,0 +1,233 @@
+"""The page in a browser: every view by pointer and by keyboard, two widths, two themes, and no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.common.files import read_json, write_json
+from rankpilot.study.page.data import page_data
+from rankpilot.study.page.html import write_page
+from rankpilot.study.run.run_data import RunData, read_run
+
+from ..conftest import MODULES
+from ..conftest import run_folder as run_folder
+from .explained import explanation
+
+CHROMIUM = Path("/usr/bin/chromium")
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the page's browser tests need rankpilot[browser]")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"the page's browser tests need {CHROMIUM}"),
+]
+
+HOSTILE = "encoder.layer.5.<img src=x onerror=window['harmed']=1>"
+PHONE, DESKTOP = 360, 1200
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@dataclass
+class Visit:
+    """A page that is open, what it asked a network for, and what it complained of."""
+
+    page: Any
+    asked: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def text(self, selector: str) -> str:
+        return str(self.page.locator(selector).first.inner_text())
+
+    def count(self, selector: str) -> int:
+        return int(self.page.locator(selector).count())
+
+    def settle(self, selector: str, count: int) -> None:
+        """Wait until there are so many: pictures are drawn when their width is known."""
+        playwright.expect(self.page.locator(selector)).to_have_count(count)
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def focused(self) -> str:
+        """The element in focus: its role or tag, and its first class or id."""
+        return str(
+            self.page.evaluate(
+                "(at => `${at.tagName.toLowerCase()}.${at.classList[0] || at.id}`)(document.activeElement)"
+            )
+        )
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
+    """Opens a page with the network off; at the end nothing was asked for, and nothing went wrong."""
+    visits: list[Visit] = []
+
+    def opened(path: Path, width: int = DESKTOP, theme: str = "light", before: str = "") -> Visit:
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=theme, offline=True, reduced_motion="reduce"
+        )
+        if before:
+            context.add_init_script(before)
+        here = Visit(context.new_page())
+        visits.append(here)
+        here.page.route(
+            "**/*", lambda route: route.continue_() if route.request.is_navigation_request() else route.abort()
+        )
+        here.page.on("request", lambda request: here.asked.append(request.url))
+        here.page.on("console", lambda message: here.complaints.append(message.text))
+        here.page.on("pageerror", lambda error: here.complaints.append(str(error)))
+        here.page.goto(path.as_uri())
+        here.page.wait_for_selector("[data-ready]", timeout=20_000)
+        return here
+
+    yield opened
+    for each in visits:
+        assert each.complaints == []
+        assert each.asked == [each.page.url.partition("#")[0]]
+        each.page.context.close()
+
+
+@pytest.fixture
+def page_file(run_folder: Path, tmp_path: Path) -> Path:
+    """One run, with an explanation of each decision."""
+    return written(tmp_path / "study.html", [read_run(run_folder)])
+
+
+@pytest.fixture
+def page_of_two(run_folder: Path, tmp_path: Path) -> Path:
+    """Two runs: one of a longer training with other settings."""
+    other = replace(read_run(run_folder), folder=tmp_path / "other", summary={"model": "MiniLM", "data": "imdb"})
+    return written(tmp_path / "two.html", [read_run(run_folder), other])
+
+
+def written(path: Path, runs: list[RunData]) -> Path:
+    write_page(page_data(runs, [[explanation(decision) for decision in range(4)] for _ in runs]), path)
+    return path
+
+
+def test_every_view_by_pointer(page_file: Path, visit: Callable[..., Visit]) -> None:
+    here = visit(page_file)
+    assert here.text("#verdict .lead") == "rankpilot's held-out loss is 4.9% lower than that of uniform ranks."
+    assert here.text("h1") == "MiniLM on sst2"
+    assert "energy" not in here.text("#verdict")
+    assert here.count("#losses canvas") == 2
+    assert here.count("#costs canvas") == 1
+    here.page.locator("#ranks .heatmap").hover(position={"x": 200, "y": 60})
+    assert "rank" in here.text("#ranks .tip")
+    here.page.locator("#losses .chart").first.hover(position={"x": 200, "y": 150})
+    assert here.text("#losses .where").startswith("at step ")
+    here.page.locator(".opener").nth(1).click()
+    panel = here.text(".panel:not([hidden])")
+    for part in (
+        "Verdict on decision 1.", "Four networks agree.", "signal-mean made the plan", "Votes of the networks",
+        "3 plans are tied", "What spoke for this plan", "With less memory it would have rank 4. 11 other modules",
+        "Asked for, and got", "Ranks after it", "Modules", "in 90 % of the trials",
+    ):  # fmt: skip
+        assert part in panel, part
+    assert here.count(".panel:not([hidden]) .evidence svg") >= 3
+    here.page.locator(".panel summary").click()
+    assert "network 4" in here.text(".panel details table")
+    here.page.locator(".panel .only input").uncheck()
+    table = here.page.locator(".panel .scroll").last
+    assert table.locator("tbody tr").count() == 36
+    table.locator(".sorter", has_text="got").click()
+    table.locator(".sorter", has_text="got").click()
+    assert "layer 5 query" in table.locator("tbody tr").first.inner_text()
+    assert here.count("[aria-sort=descending]") == 1
+    here.page.locator("#settings summary").click()
+    assert "100MiB" in here.text("#settings table")
+
+
+def test_every_view_by_keyboard(page_file: Path, visit: Callable[..., Visit]) -> None:
+    here, reached = visit(page_file), []
+    for _ in range(30):
+        here.press("Tab")
+        reached.append(here.focused())
+        outline = here.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline != "none" or reached[-1] == "body.", reached[-1]
+        if reached[-1] == "div.heatmap":
+            first = here.text("#ranks [role=gridcell]")
+            here.press("ArrowDown", "ArrowRight")
+            assert here.text("#ranks [role=gridcell]") != first
+            assert "layer 4" in here.text("#ranks .tip")
+        if reached[-1] == "figure.chart" and reached.count("figure.chart") == 1:
+            here.press("ArrowRight", "ArrowRight")
+            assert here.text("#losses .where") == "at step 2"
+        if reached[-1] == "summary.":
+            break
+    wanted = ["a.skip", "button.plain", "a.sections", "div.heatmap", "figure.chart", "button.opener", "summary."]
+    assert [name for name in dict.fromkeys(reached) if name in wanted] == [name for name in wanted if name in reached]
+    assert {"div.heatmap", "figure.chart", "button.opener", "summary.", "div.scroll"} <= set(reached)
+    here.page.locator(".opener").first.focus()
+    here.press("ArrowDown", "ArrowDown", "ArrowUp", "Enter")
+    assert here.page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
+    assert here.page.locator(".panel").nth(1).is_visible()
+    here.press("End", "Home", "Enter", "Enter")
+    assert here.page.locator(".panel").nth(0).is_hidden()
+    here.page.locator("#ranks .heatmap").focus()
+    here.press("End", "Enter")
+    assert here.page.locator(".panel").nth(3).is_visible()
+    assert here.focused() == "button.opener"
+
+
+@pytest.mark.parametrize(("width", "theme"), [(PHONE, "dark"), (DESKTOP, "light"), (PHONE, "light"), (DESKTOP, "dark")])
+def test_widths_and_themes(page_of_two: Path, visit: Callable[..., Visit], width: int, theme: str) -> None:
+    here = visit(page_of_two, width, theme)
+    here.page.locator(".opener").first.click()
+    assert here.page.evaluate("document.documentElement.scrollWidth") <= width
+    paper = "getComputedStyle(document.querySelector('.card')).backgroundColor"
+    colors = {"light": "rgb(255, 255, 255)", "dark": "rgb(25, 29, 35)"}
+    assert here.page.evaluate(paper) == colors[theme]
+    here.page.locator("#theme").click()
+    assert here.page.evaluate(paper) == colors["light" if theme == "dark" else "dark"]
+    tall = here.page.locator("#ranks canvas").first.bounding_box()
+    assert tall["height"] > 100
+    assert tall["width"] <= width
+
+
+def test_runs_side_by_side(page_of_two: Path, visit: Callable[..., Visit]) -> None:
+    here = visit(page_of_two)
+    here.settle("#ranks .heatmap", 2)
+    here.settle("#decisions .list", 2)
+    boxes = here.page.locator("fieldset input")
+    boxes.nth(0).uncheck()
+    here.settle("#ranks .heatmap", 1)
+    here.settle("#decisions .list", 1)
+    boxes.nth(1).click()
+    assert boxes.nth(1).is_checked(), "one run is always shown"
+    boxes.nth(0).check()
+    here.settle("#ranks .heatmap", 2)
+
+
+def test_names_are_text(run_folder: Path, tmp_path: Path, visit: Callable[..., Visit]) -> None:
+    summary = read_json(run_folder / "summary.json")
+    write_json(run_folder / "summary.json", summary | {"data": "<b>bold</b><script>window.harmed=1</script>"})
+    run = read_run(run_folder)
+    log: Any = run.decisions
+    names = [HOSTILE if name == MODULES[30] else name for name in log["module"].to_pylist()]
+    hostile = log.set_column(log.column_names.index("module"), "module", [names])
+    here = visit(written(tmp_path / "hostile.html", [replace(run, decisions=hostile)]))
+    assert "<script>" in here.text("h1")
+    here.page.locator(".opener").nth(1).click()
+    table = here.page.locator(".panel:not([hidden]) tbody").last
+    assert HOSTILE.removeprefix("encoder.layer.5.") in table.inner_text()
+    assert here.count("img, main script") == 0
+    assert here.page.evaluate("window.harmed === undefined")
+
+
+def test_a_browser_without_decompression(page_file: Path, visit: Callable[..., Visit]) -> None:
+    here = visit(page_file, before="delete window.DecompressionStream")
+    assert here.page.evaluate("typeof DecompressionStream") == "undefined"
+    assert here.text("h1") == "MiniLM on sst2"
+    assert here.count(".opener") == 4
