@@ -20,7 +20,7 @@ class Modules:
     """The modules of a log, or their types; S of them are shown.
 
     Attributes:
-        shown: each as the page gets it: its name, layer, block, type, and how many modules it stands for.
+        shown: each as the page gets it: its name, the same shortened, its layer, block, type, and how many modules it stands for.
         slots: which of them each row of the log is about, int (rows,).
     """
 
@@ -46,12 +46,12 @@ class Modules:
             places = np.array([types.index(kind) for kind in kinds])
             counts = np.bincount(places).tolist()
             shown = [
-                {"name": kind, "layer": "", "block": 0, "type": kind, "count": count}
+                {"name": kind, "label": kind, "layer": "", "block": 0, "type": kind, "count": count}
                 for kind, count in zip(types, counts, strict=True)
             ]
             return cls(shown, places[rows])
         shown = [
-            {"name": name, "layer": short.layer, "block": block, "type": kind, "count": 1}
+            {"name": name, "label": str(short), "layer": short.layer, "block": block, "type": kind, "count": 1}
             for name, short, block, kind in zip(names, shorts, blocks.tolist(), kinds, strict=True)
         ]
         return cls(shown, rows)

@@ -138,6 +138,6 @@ function chart(spec) {
     const index = Math.max(0, Math.min(last, now + move));
     u.setCursor({ left: u.valToPos(table[0][index], "x"), top: 10 });
   };
-  return el("figure", { class: "chart", tabindex: 0, role: "group", "aria-label": `${spec.label}. Left and right keys walk over the steps.`, onkeydown: walk },
-    el("figcaption", {}, spec.title), host, el("div", { class: "under" }, where, legend), spec.note ? el("p", { class: "note" }, spec.note) : null);
+  return el("div", { class: "chart", tabindex: 0, role: "group", "aria-label": `${spec.label}. Left and right keys walk over the steps.`, onkeydown: walk },
+    el("p", { class: "caption" }, spec.title), host, el("div", { class: "under" }, where, legend), spec.note ? el("p", { class: "note" }, spec.note) : null);
 }

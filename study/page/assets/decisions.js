@@ -30,7 +30,7 @@ function decisionItem(run, decision, runIndex) {
   const words = (decision.explanation || {}).verdict;
   const button = el("button", { type: "button", class: "opener", "aria-expanded": "false", "aria-controls": id, onclick: toggle },
     el("span", { class: "number" }, `Decision ${decision.number}`), el("span", { class: "what" }, decision.line, words ? el("em", {}, words) : null));
-  return el("div", { class: "item" }, el("h4", {}, button), panel);
+  return el("div", { class: "item" }, el(several() ? "h4" : "h3", { class: "heading" }, button), panel);
 }
 
 // Arrow keys move between decisions, Home and End to the first and the last.
@@ -52,6 +52,8 @@ function openDecision(runIndex, decision) {
   button.focus();
   button.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
+
+const part = (title, ...content) => block(several() ? 5 : 4, title, content);
 
 function decisionParts(run, decision) {
   const explanation = decision.explanation || {};
@@ -101,18 +103,18 @@ function recipePart(explanation) {
     const rows = actor.directions.map((name, index) => ({ name: words(name), value: actor.gains[index] })).filter((row) => known(row.value));
     parts.push(el("p", { class: "note" }, "The actor's own part of the score, by direction:"), bars("Actor", rows));
   }
-  return parts.length ? block(5, "Recipe", parts) : null;
+  return parts.length ? part("Recipe", parts) : null;
 }
 
 function votesPart(explanation) {
   const plans = explanation.plans || [];
   if (!plans.length) return null;
   const tied = plans.filter((plan) => plan.tied).length, more = explanation.plans_in_all - drawnPlans(explanation).length;
-  const caution = known(explanation.caution) ? ` The bound is the mean less ${number(explanation.caution)} standard deviations.` : "";
+  const caution = known(explanation.caution) ? ` The bound is the mean less ${explanation.caution === 1 ? "one standard deviation" : `${number(explanation.caution)} standard deviations`}.` : "";
   const tie = tied > 1 ? `${tied} plans are tied: within ${number(explanation.margin)} of the highest bound.` : "No other plan comes near.";
   const left = more > 0 ? ` ${plural(more, "plan")} with lower bounds ${more > 1 ? "are" : "is"} not shown.` : "";
   const reference = known(explanation.reference) ? ` Reference: ${planNames(explanation, explanation.reference)}.` : "";
-  return block(5, "Votes of the networks", el("p", {}, tie + caution + left + reference), votes(explanation), votesKey(),
+  return part("Votes of the networks", el("p", {}, tie + caution + left + reference), votes(explanation), votesKey(),
     explanation.unit_of_votes ? el("p", { class: "note" }, `Unit: ${explanation.unit_of_votes}.`) : null, votesTable(explanation));
 }
 
@@ -136,14 +138,14 @@ function shapleyPart(shapley) {
   const rows = groups.map((group) => ({ name: words(group.name), value: group.value, more: more(group) }));
   if (known(shapley.alone)) rows.unshift({ name: "the plan's shape alone", value: shapley.alone });
   if (known(shapley.total)) rows.push({ name: "total", value: shapley.total, strong: true });
-  return block(5, "What spoke for this plan", el("p", {}, `Shapley values of the ${shapley.quantity || "votes"}: how much each group of features adds. They sum to the total.`),
+  return part("What spoke for this plan", el("p", {}, `Shapley values of the ${shapley.quantity || "votes"}: how much each group of features adds. They sum to the total.`),
     bars("Shapley values", rows), shapley.baseline ? el("p", { class: "note" }, `Against this baseline: ${shapley.baseline}`) : null);
 }
 
 function whatIfPart(whatIfs) {
   if (!whatIfs || !whatIfs.length) return null;
   const side = ({ side_effects: count }) => (known(count) ? ` ${count ? plural(count, "other module") : "No other module"} would move too.` : "");
-  return block(5, "What if", el("ul", {}, whatIfs.map((each) => el("li", {}, each.text, el("span", { class: "faint" }, side(each))))));
+  return part("What if", el("ul", {}, whatIfs.map((each) => el("li", {}, each.text, el("span", { class: "faint" }, side(each))))));
 }
 
 function projectionPart(run, decision) {
@@ -155,9 +157,9 @@ function projectionPart(run, decision) {
     const inside = run.modules.map((_, index) => index).filter((index) => run.modules[index].type === name);
     return { name, asked: mean(inside.map((index) => decision.asked[index])), got: mean(inside.map((index) => decision.after[index])) };
   }).filter((row) => known(row.asked) && known(row.got));
-  if (!rows.some((row) => row.asked !== row.got)) return block(5, "Asked for, and got", el("p", {}, "Every module got the rank that was asked for."));
+  if (!rows.some((row) => row.asked !== row.got)) return part("Asked for, and got", el("p", {}, "Every module got the rank that was asked for."));
   const changed = decision.changed ? `The budget gave ${plural(decision.changed, "module")} another rank than was asked for. ` : "";
-  return block(5, "Asked for, and got", el("p", {}, `${changed}Mean rank by type: ring asked, dot got.`), askedAndGot(rows));
+  return part("Asked for, and got", el("p", {}, `${changed}Mean rank by type: ring asked, dot got.`), askedAndGot(rows));
 }
 
 function mapPart(run, decision) {
@@ -177,7 +179,7 @@ function mapPart(run, decision) {
       return `${cellName(run, inside, rows[row], groups[group])}: ${before === after ? `rank ${after}, unchanged` : `rank ${before} → ${after}`}`;
     },
   });
-  return block(5, "Ranks after it", el("p", { class: "note" }, "Framed: moved by this decision. The network's output is at the top."), map);
+  return part("Ranks after it", el("p", { class: "note" }, "Framed: moved by this decision. The network's output is at the top."), map);
 }
 
 function reasonText(run, pairs) {
@@ -187,7 +189,7 @@ function reasonText(run, pairs) {
 function modulePart(run, decision) {
   const rows = run.modules.map((module, index) => ({ module, index })).filter(({ index }) => known(decision.after[index]));
   const columns = [
-    { name: "module", value: ({ module }) => shortModule(module), title: ({ module }) => module.name, order: ({ index }) => index },
+    { name: "module", value: ({ module }) => module.label, title: ({ module }) => module.name, order: ({ index }) => index },
     { name: "before", value: ({ index }) => decision.before[index], text: rankText }, { name: "asked", value: ({ index }) => decision.asked[index], text: rankText },
     { name: "got", value: ({ index }) => decision.after[index], text: rankText, strong: ({ index }) => decision.after[index] !== decision.before[index] },
     { name: "score", value: ({ index }) => decision.score[index], text: fixed },
@@ -202,7 +204,7 @@ function modulePart(run, decision) {
   const show = () => place.replaceChildren(sortable(`Modules of decision ${decision.number}`, columns, box.checked ? moved : rows));
   show();
   const choice = box.checked ? el("label", { class: "only" }, box, ` only the ${plural(moved.length, "module")} that moved, of ${rows.length.toLocaleString("en")}`) : null;
-  return block(5, data.by_type ? "Modules by type" : "Modules", choice, place,
+  return part(data.by_type ? "Modules by type" : "Modules", choice, place,
     decision.reasons ? el("p", { class: "note" }, "What stands out (sd: standard deviations from the mean of all modules) was unusual; it is not what the policy weighed.") : null);
 }
 

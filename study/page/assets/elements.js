@@ -80,8 +80,6 @@ function cutStart(context, name, width) {
 // Whole words for names of settings and groups: "rank_floor" -> "rank floor".
 const words = (name) => String(name).replace(/_/g, " ");
 
-const shortModule = (module) => [module.layer, module.type].filter(Boolean).join(" ");
-
 // A section of the page, or a part of a decision.
 function block(level, title, ...content) {
   return el("section", { class: level > 2 ? "part" : "card" }, el(`h${level}`, {}, title), content);

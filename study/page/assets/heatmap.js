@@ -203,7 +203,8 @@ function drawGrid(context, spec, plan) {
           context.font = LABEL_FONT;
           context.fillStyle = color ? inkOn(color) : faint;
           context.textAlign = spec.middle ? "center" : "left";
-          context.fillText(rankText(rank), spec.middle ? x + w / 2 : x + 4, y + plan.tall / 2);
+          const told = rankText(rank), room = w - (spec.middle ? 6 : 5);
+          if (context.measureText(told).width <= room) context.fillText(told, spec.middle ? x + w / 2 : x + 4, y + plan.tall / 2);
         }
         if (spec.framed && marked) {
           context.strokeStyle = ink;

@@ -37,7 +37,7 @@ const indices = (run, holds) => run.modules.map((_, index) => index).filter((ind
 function cellName(run, inside, row, group) {
   if (inside.length === 1) {
     const module = run.modules[inside[0]];
-    return module.count > 1 ? `${module.name} (mean of ${module.count} modules)` : shortModule(module);
+    return module.count > 1 ? `${module.name} (mean of ${module.count} modules)` : module.label;
   }
   return `${row} ${group} (${inside.length} modules)`;
 }
@@ -81,7 +81,7 @@ function verdictView() {
     const rest = [...run.results.slice(1), run.sentences.ranks, run.sentences.costs].filter((sentence) => sentence && sentence !== lead);
     return el("article", { class: "run", style: `--mine: var(--run-${index % 6})` },
       data.runs.length > 1 ? el("h3", { class: "runname" }, runBadge(index), run.name) : null,
-      data.runs.length > 1 && run.subject ? el("p", { class: "faint" }, run.subject) : null,
+      data.runs.some((other) => other.subject !== run.subject) && run.subject ? el("p", { class: "faint" }, run.subject) : null,
       run.warnings.map((sentence) => el("p", { class: "warning" }, el("strong", {}, "Warning. "), sentence)),
       lead ? el("p", { class: "lead" }, ending(lead)) : null,
       tiles(run), rest.map((sentence) => el("p", {}, ending(sentence))),
@@ -287,7 +287,7 @@ async function start() {
   document.getElementById("title").textContent = title;
   document.title = `${title} – rankpilot study`;
   const picker = selector();
-  if (picker) document.querySelector("header").after(picker);
+  if (picker) document.querySelector("header").append(picker);
   show();
   document.documentElement.dataset.ready = "true";
 }

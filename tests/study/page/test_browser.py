@@ -161,14 +161,14 @@ def test_every_view_by_keyboard(page_file: Path, visit: Callable[..., Visit]) ->
             here.press("ArrowDown", "ArrowRight")
             assert here.text("#ranks [role=gridcell]") != first
             assert "layer 4" in here.text("#ranks .tip")
-        if reached[-1] == "figure.chart" and reached.count("figure.chart") == 1:
+        if reached[-1] == "div.chart" and reached.count("div.chart") == 1:
             here.press("ArrowRight", "ArrowRight")
             assert here.text("#losses .where") == "at step 2"
         if reached[-1] == "summary.":
             break
-    wanted = ["a.skip", "button.plain", "a.sections", "div.heatmap", "figure.chart", "button.opener", "summary."]
+    wanted = ["a.skip", "button.plain", "a.sections", "div.heatmap", "div.chart", "button.opener", "summary."]
     assert [name for name in dict.fromkeys(reached) if name in wanted] == [name for name in wanted if name in reached]
-    assert {"div.heatmap", "figure.chart", "button.opener", "summary.", "div.scroll"} <= set(reached)
+    assert {"div.heatmap", "div.chart", "button.opener", "summary.", "div.scroll"} <= set(reached)
     here.page.locator(".opener").first.focus()
     here.press("ArrowDown", "ArrowDown", "ArrowUp", "Enter")
     assert here.page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"

@@ -31,7 +31,14 @@ def test_a_run_as_it_is_shown(run_folder: Path) -> None:
     assert run["results"] == ["rankpilot's held-out loss is 4.9% lower than that of uniform ranks."]
     assert run["settings"]["budget"] == "100MiB"
     assert [module["name"] for module in run["modules"]] == list(MODULES)
-    assert run["modules"][30] == {"name": MODULES[30], "layer": "layer 5", "block": 5, "type": "query", "count": 1}
+    assert run["modules"][30] == {
+        "name": MODULES[30],
+        "label": "layer 5 query",
+        "layer": "layer 5",
+        "block": 5,
+        "type": "query",
+        "count": 1,
+    }
     assert [decision["step"] for decision in run["decisions"]] == list(STEPS)
     assert [decision["after"] for decision in run["decisions"]] == plans().tolist()
     assert run["table"]["columns"] == ["rankpilot", "uniform"]
