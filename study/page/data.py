@@ -26,10 +26,16 @@ from .curves import curve, plain
 from .explanation import shown_explanation
 from .modules import Modules
 
-Explanations = Sequence[Mapping[str, Any]]
+Explanations = Sequence[Mapping[str, Any] | None]
 
 MOST_CHARACTERS = 2_000_000
 """Characters of JSON above which modules are shown by type."""
+FACTS = (
+    "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "expected", "uncertainty", "margin",
+    "tie_size", "filled", "kept", "correction",
+)  # fmt: skip
+"""Columns of a log that a page shows as they are."""
+
 ROW_CHARACTERS = 50
 """Characters of JSON that a module takes at a decision, measured."""
 
@@ -39,7 +45,7 @@ def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | Non
 
     Args:
         runs: one at least.
-        explanations: of each run's decisions, see docs/study.md; None for a run without.
+        explanations: of each run's decisions in any order, see docs/study.md; None for a decision or a run without.
     """
     rows = sum(run.decisions.num_rows for run in runs if run.decisions is not None)
     by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
@@ -169,7 +175,7 @@ def _features(log: pa.Table | None) -> list[str]:
 
 
 def _decisions(log: pa.Table, modules: Modules, explained: Explanations, by_type: bool) -> list[dict[str, Any]]:
-    by_number = {each.get("decision"): each for each in explained}
+    by_number = {each["decision"]: each for each in explained if each}
     tables, features = each_decision(log), {name: index for index, name in enumerate(_features(log))}
     bounds = np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
     shown = []
@@ -190,7 +196,6 @@ def _decision(table: pa.Table, first: Mapping[str, Any], modules: Modules, slots
     wanted = table["rank_wanted"]
     asked = ranks["clipped"] if wanted.null_count else wanted.to_numpy()  # logs of schema 2 have none
     changed = int(np.count_nonzero(table["changed_by_projection"].to_numpy()))
-    facts = ("loss", "limit", "predicted_cost", "measured_cost", "expected", "uncertainty", "rank_floor", "depth_bias")
     return {
         "number": first["decision"],
         "step": first["step"],
@@ -199,7 +204,7 @@ def _decision(table: pa.Table, first: Mapping[str, Any], modules: Modules, slots
         "summary": moves_sentence(first, ranks["before"], ranks["after"], changed),
         "moved": int(np.count_nonzero(ranks["before"] != ranks["after"])),
         "changed": changed,
-        **{name: plain(first[name]) for name in facts},
+        **{name: plain(first[name]) for name in FACTS},
         **{name: modules.means(ranks[name], slots) for name in ("before", "clipped", "after")},
         "asked": modules.means(asked, slots),
         "score": modules.means(table["score"].to_numpy(), slots, 3),

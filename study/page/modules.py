@@ -20,7 +20,8 @@ class Modules:
     """The modules of a log, or their types; S of them are shown.
 
     Attributes:
-        shown: each as the page gets it: its name, the same shortened, its layer, block, type, and how many modules it stands for.
+        shown: each as the page gets it: its name, the same shortened (label), its layer, block and type, and how many
+            modules it stands for.
         slots: which of them each row of the log is about, int (rows,).
     """
 

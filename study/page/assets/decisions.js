@@ -60,8 +60,7 @@ function decisionParts(run, decision) {
   return [
     el("p", { class: "lead" }, explanation.verdict || decision.summary),
     explanation.verdict ? el("p", {}, decision.summary) : null,
-    (explanation.sentences || []).map((sentence) => el("p", {}, sentence)),
-    stabilityText(explanation.stability),
+    sentencesOf(explanation).map((sentence) => el("p", {}, sentence)),
     facts(run, decision),
     recipePart(explanation),
     votesPart(explanation),
@@ -73,16 +72,21 @@ function decisionParts(run, decision) {
   ].flat().filter(Boolean);
 }
 
-function stabilityText(stability) {
-  if (!stability || !known(stability.same)) return null;
+// What-ifs have a part of their own; the share of trials with the same plan is told if no sentence does.
+function sentencesOf({ sentences, what_ifs: whatIfs, stability }) {
+  const told = (sentences || []).filter((sentence) => !(whatIfs || []).some((each) => each.text === sentence));
+  if (told.some((sentence) => /noise/i.test(sentence)) || !stability || !known(stability.same)) return told;
   const noise = known(stability.noise) ? ` of ${number(stability.noise)}` : "";
-  return el("p", {}, `With noise${noise} on the signals the same plan comes out in ${number(100 * stability.same)} % of the trials.`);
+  return [...told, `With noise${noise} on the signals the same plan comes out in ${number(100 * stability.same)} % of the trials.`];
 }
 
 function facts(run, decision) {
   const rows = [
     ["policy", decision.policy], ["training loss before it", decision.loss, number], ["rank floor", decision.rank_floor, number],
     ["depth bias", decision.depth_bias, number], ["expected gain", decision.expected, signed], ["uncertainty (sd)", decision.uncertainty, number],
+    ["lead over the next plan", decision.margin, signed], ["plans that are tied", decision.tie_size, number],
+    ["modules filled up", decision.filled || null, number], ["kept the ranks in place", decision.kept ? "yes" : null],
+    ["correction by the guard", decision.correction ? "yes" : null],
     ["predicted cost", decision.predicted_cost, (value) => costText(value, run.unit)],
     ["measured before it", decision.measured_cost, (value) => costText(value, run.unit)],
   ].filter(([, value]) => known(value));
@@ -94,7 +98,7 @@ function recipePart(explanation) {
   const actor = explanation.actor, parts = [];
   if (mine.length) {
     const [first] = mine, others = mine.slice(1).map((each) => each.name || "drawn");
-    const gains = Object.entries(first.gains || {}).map(([name, value]) => ({ name: words(name), value }));
+    const gains = Object.entries(first.gains || {}).filter(([, value]) => value).map(([name, value]) => ({ name: words(name), value }));
     parts.push(el("p", {}, `${first.name || "A drawn recipe"} made the plan`, known(first.rank_floor) ? `, with rank floor ${number(first.rank_floor)}` : "",
       known(first.depth_bias) ? ` and depth bias ${number(first.depth_bias)}` : "", ".", others.length ? ` The same plan came from ${others.join(", ")}.` : ""));
     if (gains.length) parts.push(el("p", { class: "note" }, "A module's score is the sum of these times its features:"), bars("Recipe", gains));
@@ -111,10 +115,11 @@ function votesPart(explanation) {
   if (!plans.length) return null;
   const tied = plans.filter((plan) => plan.tied).length, more = explanation.plans_in_all - drawnPlans(explanation).length;
   const caution = known(explanation.caution) ? ` The bound is the mean less ${explanation.caution === 1 ? "one standard deviation" : `${number(explanation.caution)} standard deviations`}.` : "";
-  const tie = tied > 1 ? `${tied} plans are tied: within ${number(explanation.margin)} of the highest bound.` : "No other plan comes near.";
+  const tie = tied > 1 ? `${tied} plans are tied: the networks cannot tell them from the best.` : "No other plan is tied with the best.";
+  const lead = known(explanation.margin) ? ` The bound of the taken plan is ${number(Math.abs(explanation.margin))} ${explanation.margin < 0 ? "below" : "above"} that of the best other one.` : "";
   const left = more > 0 ? ` ${plural(more, "plan")} with lower bounds ${more > 1 ? "are" : "is"} not shown.` : "";
-  const reference = known(explanation.reference) ? ` Reference: ${planNames(explanation, explanation.reference)}.` : "";
-  return part("Votes of the networks", el("p", {}, tie + caution + left + reference), votes(explanation), votesKey(),
+  const reference = known(explanation.reference) ? ` Votes are relative to the reference, ${planNames(explanation, explanation.reference)}.` : "";
+  return part("Votes of the networks", el("p", {}, tie + lead + caution + reference + left), votes(explanation), votesKey(tied > 1),
     explanation.unit_of_votes ? el("p", { class: "note" }, `Unit: ${explanation.unit_of_votes}.`) : null, votesTable(explanation));
 }
 
@@ -144,8 +149,7 @@ function shapleyPart(shapley) {
 
 function whatIfPart(whatIfs) {
   if (!whatIfs || !whatIfs.length) return null;
-  const side = ({ side_effects: count }) => (known(count) ? ` ${count ? plural(count, "other module") : "No other module"} would move too.` : "");
-  return part("What if", el("ul", {}, whatIfs.map((each) => el("li", {}, each.text, el("span", { class: "faint" }, side(each))))));
+  return part("What if", el("ul", {}, whatIfs.map((each) => el("li", {}, each.text))));
 }
 
 function projectionPart(run, decision) {

@@ -55,7 +55,7 @@ function number(value, digits = 3) {
 }
 
 const signed = (value, digits = 3) => (known(value) && value > 0 ? "+" : "") + number(value, digits);
-const fixed = (value, digits = 3) => (known(value) ? minus(value.toFixed(digits)) : "–");
+const fixed = (value, digits = 3) => (known(value) ? minus((Number(value.toFixed(digits)) || 0).toFixed(digits)) : "–");  // no −0.000
 const rankText = (value) => (known(value) ? number(value, 3) : "–");
 
 function byteScale(count) {

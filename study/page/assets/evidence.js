@@ -53,15 +53,15 @@ function drawnPlans({ plans, taken, reference }) {
 
 // A row for each plan: a ring for each network, a stroke at the mean, a diamond at the bound that is maximised.
 function votes(explanation) {
-  const plans = drawnPlans(explanation), best = Math.max(...plans.map((plan) => plan.bound ?? -Infinity));
+  const plans = drawnPlans(explanation), tied = plans.filter((plan) => plan.tied && known(plan.bound)).map((plan) => plan.bound);
   const values = plans.flatMap((plan) => [...(plan.votes || []), plan.bound, plan.mean]).filter(known);
-  const low = Math.min(...values), high = Math.max(...values), margin = explanation.margin || 0;
+  const low = Math.min(...values), high = Math.max(...values);
   return responsive({ class: "evidence" }, (width) => {
     const narrow = width < 480, named = narrow ? 0 : Math.min(210, 0.36 * width), told = narrow ? 0 : 58;
     const place = (value) => named + 12 + ((value - low) / (high - low || 1)) * (width - named - told - 24);
     const tall = narrow ? 44 : 26, top = 8, height = top + tall * plans.length + 22;
-    const tieWidth = Math.max(2, place(best) - place(best - margin));
-    const band = Number.isFinite(best) && margin ? svg("rect", { x: place(best) - tieWidth, y: 0, width: tieWidth, height: height - 20, class: "tie" }) : null;
+    const [left, right] = [place(Math.min(...tied)) - 7, place(Math.max(...tied)) + 7];
+    const band = tied.length > 1 ? svg("rect", { x: left, y: 0, width: right - left, height: height - 20, class: "tie" }) : null;
     const rows = plans.map((plan, index) => voteRow(explanation, plan, top + tall * index, { width, named, place, tall, narrow }));
     const zero = low < 0 && high > 0 ? svg("line", { x1: place(0), x2: place(0), y1: 0, y2: height - 20, class: "zero" }) : null;
     const scale = [low, high].map((value, index) => text(place(value), height - 4, index ? "end" : "start", "faint", fixed(value)));
@@ -73,7 +73,8 @@ function votes(explanation) {
 function voteRow(explanation, plan, y, { width, named, place, tall, narrow }) {
   const taken = plan.plan === explanation.taken, style = taken ? "name strong" : "name";
   const middle = narrow ? y + 31 : y + tall / 2, line = narrow ? y + 16 : middle + 4;
-  const name = (taken ? "▸ " : "") + planNames(explanation, plan.plan), bound = known(plan.bound) ? place(plan.bound) : null;
+  const name = (taken ? "▸ " : "") + planNames(explanation, plan.plan) + (plan.plan === explanation.reference ? " (reference)" : "");
+  const bound = known(plan.bound) ? place(plan.bound) : null;
   const spread = plan.votes && plan.votes.length ? [Math.min(...plan.votes), Math.max(...plan.votes)] : null;
   return svg("g", { class: taken ? "plan taken" : "plan" },
     svg("rect", { x: 0, y: y + 1, width, height: tall - 2, class: "row" }),
@@ -92,13 +93,13 @@ function votesInWords(explanation) {
     + `has mean ${fixed(plan.mean)} and lower bound ${fixed(plan.bound)}`;
 }
 
-function votesKey() {
+function votesKey(tied) {
   const sign = (shape, meaning) => el("span", {}, svg("svg", { width: 14, height: 14, "aria-hidden": "true", class: "plan" }, shape), meaning);
   return el("p", { class: "note signs" },
     sign(svg("circle", { cx: 7, cy: 7, r: 4, class: "vote" }), "one network"),
     sign(svg("line", { x1: 7, x2: 7, y1: 0, y2: 14, class: "mean" }), "their mean"),
-    sign(svg("path", { d: "M7 1l6 6l-6 6l-6 -6z", class: "bound" }), "lower bound, written at the right: the highest wins"),
-    sign(svg("rect", { x: 0, y: 0, width: 14, height: 14, class: "tie" }), "bounds too near the highest to tell apart"));
+    sign(svg("path", { d: "M7 1l6 6l-6 6l-6 -6z", class: "bound" }), "lower bound, written at the right"),
+    tied ? sign(svg("rect", { x: 0, y: 0, width: 14, height: 14, class: "tie" }), "bounds of the plans that are tied") : null);
 }
 
 // For each type of module the mean rank that was asked for, a ring, and the one that it got, a dot.

@@ -131,7 +131,7 @@ def test_every_view_by_pointer(page_file: Path, visit: Callable[..., Visit]) -> 
     panel = here.text(".panel:not([hidden])")
     for part in (
         "Verdict on decision 1.", "Four networks agree.", "signal-mean made the plan", "Votes of the networks",
-        "3 plans are tied", "What spoke for this plan", "With less memory it would have rank 4. 11 other modules",
+        "3 plans are tied: the networks", "What spoke for this plan", "With less memory it would have rank 4.",
         "Asked for, and got", "Ranks after it", "Modules", "in 90 % of the trials",
     ):  # fmt: skip
         assert part in panel, part
