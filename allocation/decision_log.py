@@ -179,7 +179,7 @@ class DecisionLog:
         tables = []
         for part in parts:
             try:
-                tables.append(_read_part(part))
+                tables.append(_read_part(part).sort_by("module_index"))
             except RunFolderError as error:
                 if on_error is None:
                     raise
@@ -196,11 +196,13 @@ class DecisionLog:
                     self.folder,
                     version,
                 )
+        # Sorted part by part: a long log would be in memory twice if it were sorted as a whole.
+        tables.sort(key=lambda table: table["decision"][0].as_py())
         table = pa.concat_tables(tables, promote_options="default")
         for name, kind in (DECISION_TYPES | MODULE_TYPES).items():
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(table.num_rows, kind))
-        return table.sort_by([("decision", "ascending"), ("module_index", "ascending")])
+        return table
 
     def problem(self, decision: int) -> AllocationProblem:
         """The plans that were possible at a decision.

@@ -84,7 +84,8 @@ class RunData:
         """One value of a column for each decision."""
         if self.decisions is None:
             return []
-        values: list[Any] = self.decisions.filter(pc.equal(self.decisions["module_index"], 0))[column].to_pylist()
+        firsts = pc.equal(self.decisions["module_index"], 0)
+        values: list[Any] = self.decisions[column].filter(firsts).to_pylist()
         return values
 
     def points(self, run: str, key: str) -> Points:
