@@ -37,11 +37,11 @@ from ..errors import RunFolderError
 from .decision_state import DecisionState, read_state
 from .deliberation import Deliberation
 from .features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES
-from .observation import Observation
 from .problem import AllocationProblem
 from .problem_file import problem_bytes, read_problem
 
 if TYPE_CHECKING:
+    from .observation import Observation
     from .decision_record import DecisionRecord
 
 logger = logging.getLogger(__name__)
@@ -221,6 +221,8 @@ class DecisionLog:
             RunFolderError: there is no such decision, it was logged without its problem or by a version whose policies
                 saw other features, or a file is corrupt.
         """
+        from .observation import Observation  # late: it loads torch, which reading rows does not need
+
         table = self._table(decision)
         problem = self._problem(table)
         seen = [name.removeprefix(FEATURE_PREFIX) for name in table.column_names if name.startswith(FEATURE_PREFIX)]
