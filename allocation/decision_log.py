@@ -41,8 +41,8 @@ from .problem import AllocationProblem
 from .problem_file import problem_bytes, read_problem
 
 if TYPE_CHECKING:
-    from .observation import Observation
     from .decision_record import DecisionRecord
+    from .observation import Observation
 
 logger = logging.getLogger(__name__)
 
