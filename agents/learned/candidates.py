@@ -33,8 +33,11 @@ _FIXED = {
 }
 """Weights of the fixed candidates, by name."""
 
+FIXED_NAMES = tuple(_FIXED)
+"""Names of the fixed candidates; they come first."""
+
 FIXED = len(_FIXED)
-"""Number of fixed candidates; they come first."""
+"""Number of fixed candidates."""
 
 KEEP = "keep"
 """Name of the candidate that leaves the ranks as they are."""

@@ -7,8 +7,9 @@ decided goes to a file for each stack of runs, so that an interrupted training g
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from ...allocation.observation import Observation
 from ...allocation.policy import Decision, decision_from_scores, decision_to_keep, is_first
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path
+from ...common.settings import from_json
 from ...common.workers import worker_pool
 from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_task import ProxyTask
-from ...errors import RunFolderError
-from ..learned.candidates import FIXED, candidate_actions
+from ...errors import ConfigError, RunFolderError
+from ..learned.candidates import FIXED, FIXED_NAMES, KEEP, candidate_actions
 from ..learned.plan_value import Plans
 from ..learned.policy import LearnedPolicy, MeanAction
 from ..learned.policy_file import SCHEMA
@@ -43,10 +45,18 @@ RUNS = 15
 MOVES = 0.25
 """Share of the runs that move at a decision after the first."""
 
+CHOICES = (*FIXED_NAMES, "drawn", KEEP)
+"""What a run takes at a decision: a fixed candidate, one that is drawn, or the ranks in place."""
+
+_DESCRIBED = ("tasks", "names")
+"""Fields of `PlanRun` that stand in the metadata of its file, as JSON."""
+
 
 @dataclass(frozen=True, eq=False)
 class PlanRun:
     """What one stack of runs was, decision by decision.
+
+    Files of earlier versions lack the last three, which no fit needs.
 
     Attributes:
         modules: float32 (decisions, runs, modules, features).
@@ -55,6 +65,10 @@ class PlanRun:
         ranks: after each decision, int64 (decisions, runs, modules); -1 for runs that had failed before.
         losses: held-out losses at the end in nats, NaN for runs that failed, float64 (runs,).
         initial: the same before training, float64 (runs,).
+        choices: which of `CHOICES` each decision was, int8 (decisions, runs); of runs that had failed before, what they
+            would have taken.
+        tasks: of the stack, `RUNS` runs of each one after another.
+        names: of the modules, (modules,).
     """
 
     modules: NDArray[np.float32]
@@ -63,6 +77,9 @@ class PlanRun:
     ranks: NDArray[np.int64]
     losses: NDArray[np.float64]
     initial: NDArray[np.float64]
+    choices: NDArray[np.int8] | None = None
+    tasks: tuple[ProxyTask, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def gains(self) -> NDArray[np.float64]:
@@ -100,13 +117,15 @@ def run_plans(stack: Stack) -> PlanRun:
     episodes = _episodes(stack.tasks[0].base, stack.schedule, len(stack.tasks) * RUNS, stack.device)
     run = Rollout(episodes, [task for task in stack.tasks for _ in range(RUNS)])
     initial = [run.initial_loss(place * RUNS) for place in range(len(stack.tasks)) for _ in range(RUNS)]
-    noted: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": []}
+    noted: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": [], "choices": []}
 
     def decide(seen: Sequence[Observation]) -> Sequence[Decision]:
         actions = [stack.actor.act(observation) for observation in seen]
         noted["scores"].append(np.stack([each.scores - each.scores.mean() for each in actions]).astype(np.float32))
         pairs = enumerate(zip(seen, actions, strict=True))
-        return [_decide(*pair, slot % RUNS, generator) for slot, pair in pairs]
+        decisions, choices = zip(*(_decide(*pair, slot % RUNS, generator) for slot, pair in pairs), strict=True)
+        noted["choices"].append(np.array([CHOICES.index(choice) for choice in choices], dtype=np.int8))
+        return decisions
 
     def note(seen: Sequence[Observation], _: Sequence[Decision]) -> None:
         noted["modules"].append(np.stack([observation.modules for observation in seen]))
@@ -117,16 +136,25 @@ def run_plans(stack: Stack) -> PlanRun:
 
     rollout(run, decide, note)
     arrays = {name: np.stack(parts) for name, parts in noted.items()}
-    return PlanRun(**arrays, losses=np.array(run.losses()), initial=np.array(initial))
+    return PlanRun(
+        **arrays,
+        losses=np.array(run.losses()),
+        initial=np.array(initial),
+        tasks=stack.tasks,
+        names=run.seen[0].names,
+    )
 
 
-def _decide(observation: Observation, action: MeanAction, number: int, generator: np.random.Generator) -> Decision:
-    """A fixed candidate or one that is drawn; later on the ranks as they are, for the most part."""
+def _decide(
+    observation: Observation, action: MeanAction, number: int, generator: np.random.Generator
+) -> tuple[Decision, str]:
+    """A fixed candidate or one that is drawn; later on the ranks as they are, for the most part. And which of these."""
     candidates = candidate_actions(observation, action.scores, action.placement, 1, generator)
     if not is_first(observation) and generator.uniform() > MOVES:
-        return decision_to_keep(observation)
+        return decision_to_keep(observation), KEEP
     chosen = min(number, FIXED) if is_first(observation) else FIXED
-    return decision_from_scores(observation, candidates.scores[chosen], candidates.placements[chosen])
+    decision = decision_from_scores(observation, candidates.scores[chosen], candidates.placements[chosen])
+    return decision, CHOICES[chosen]
 
 
 @lru_cache(maxsize=1)
@@ -157,13 +185,12 @@ def collect_plan_runs(
     with worker_pool(workers) as pool:
         for stack, result in pool.spread(run_plans, missing, _name):
             with atomic_path(paths[stack.number]) as temporary:
-                arrays = {field.name: getattr(result, field.name) for field in fields(result)}
-                save_file(arrays, temporary, metadata={"schema": str(SCHEMA)})
+                _write(result, temporary)
             done += 1
             if on_progress:
                 on_progress(done, len(stacks))
     for path in paths.values():
-        yield _read(path)
+        yield read_plan_run(path)
 
 
 def _name(stack: Stack) -> str:
@@ -175,13 +202,32 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.safetensors"
 
 
-def _read(path: Path) -> PlanRun:
+def _write(result: PlanRun, path: Path) -> None:
+    arrays = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in _DESCRIBED}
+    metadata = {"schema": str(SCHEMA)}
+    if result.choices is None:
+        del arrays["choices"]
+    if result.tasks:
+        metadata["origin"] = json.dumps({"tasks": [asdict(task) for task in result.tasks], "names": result.names})
+    save_file(arrays, path, metadata=metadata)
+
+
+def read_plan_run(path: Path) -> PlanRun:
+    """The plan runs of one file.
+
+    Raises:
+        RunFolderError: it is damaged, or of another version.
+    """
     try:
         with safe_open(path, "np") as file:
-            if (file.metadata() or {}).get("schema") != str(SCHEMA):
+            metadata = file.metadata() or {}
+            if metadata.get("schema") != str(SCHEMA):
                 raise RunFolderError(f"{path} was written by another version of rankpilot. Train in a new folder.")
-            return PlanRun(**{field.name: file.get_tensor(field.name) for field in fields(PlanRun)})
-    except SafetensorError as error:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no dict)
+        origin = json.loads(metadata.get("origin", "{}"))
+        tasks = tuple(from_json(ProxyTask, task) for task in origin.get("tasks", ()))
+        return PlanRun(**arrays, tasks=tasks, names=tuple(origin.get("names", ())))
+    except (SafetensorError, ConfigError, ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"The plan runs in {path} cannot be read ({error}). Delete the file to make them again."
         ) from error

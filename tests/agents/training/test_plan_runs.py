@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.candidates import FIXED
+from rankpilot.agents.learned.candidates import FIXED, FIXED_NAMES
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
@@ -20,7 +20,15 @@ from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.training import plan_runs as module
 from rankpilot.agents.training.fit_plan_value import fit_value_ensemble
-from rankpilot.agents.training.plan_runs import RUNS, PlanRun, Stack, collect_plan_runs, plan_dataset, run_plans
+from rankpilot.agents.training.plan_runs import (
+    CHOICES,
+    RUNS,
+    PlanRun,
+    Stack,
+    collect_plan_runs,
+    plan_dataset,
+    run_plans,
+)
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -66,10 +74,11 @@ def run(stack: Stack) -> PlanRun:
 
 
 def same(left: PlanRun, right: PlanRun) -> bool:
+    arrays = [field.name for field in fields(PlanRun) if isinstance(getattr(left, field.name), np.ndarray)]
     return all(
-        np.array_equal(getattr(left, field.name), getattr(right, field.name), equal_nan=True)
-        for field in fields(PlanRun)
-    )
+        np.array_equal(getattr(left, name), getattr(right, name), equal_nan=name in ("losses", "initial"))
+        for name in arrays
+    ) and (left.tasks, left.names) == (right.tasks, right.names)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +173,36 @@ def test_a_stack_gives_the_same_again(made: PlanRun) -> None:
     module._episodes.cache_clear()
     assert same(run(stack_of(BYTES, PARAMETERS)), made)
     assert not same(run(stack_of(BYTES, PARAMETERS, seed=1)), made)
+
+
+def test_which_task_was_run_and_what_was_chosen(made: PlanRun) -> None:
+    assert made.tasks == (BYTES, PARAMETERS)
+    assert made.names == tuple(target.name for target in adapted_base(BYTES.base)[1])
+    assert made.choices is not None
+    first, later = (np.array(CHOICES)[row] for row in made.choices)
+    assert first.tolist() == [*FIXED_NAMES, *["drawn"] * (RUNS - FIXED)] * 2
+    assert set(later) == {"drawn", "keep"}
+    kept = later == "keep"
+    np.testing.assert_array_equal(made.ranks[1, kept], made.ranks[0, kept])
+    assert kept.sum() > RUNS, "most keep"
+
+
+def test_what_a_run_was_comes_back_from_its_file(made: PlanRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "run_plans", lambda stack: made)
+    (read,) = collect_plan_runs([stack_of(BYTES, PARAMETERS)], tmp_path, workers=1)
+    assert same(read, made)
+    assert read.choices is not None
+
+
+def test_files_of_earlier_versions_can_be_learned_from(fake_runs: list[int], tmp_path: Path) -> None:
+    """They tell neither tasks nor choices."""
+    arrays = {name: array for name, array in vars(made_up()).items() if isinstance(array, np.ndarray)}
+    assert "choices" not in arrays
+    save_file(arrays, tmp_path / "00000.safetensors", metadata={"schema": "3"})
+    (read,) = collect_plan_runs(numbered(0), tmp_path, workers=1)
+    assert not fake_runs
+    assert same(read, made_up())
+    assert (read.choices, read.tasks, read.names) == (None, (), ())
 
 
 def test_runs_that_fail_have_gained_nothing() -> None:
