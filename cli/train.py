@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..agents.training.config import PRESETS, TrainConfig
 from ..common.files import read_json, read_json_lines
-from ..errors import UnknownNameError
+from ..errors import ConfigError, UnknownNameError
 from .config_file import peek, read_config_file, with_file_settings
 from .progress import console, progress_bar, stage_bar
 
@@ -35,12 +35,16 @@ class Train(TrainConfig):
         preset: sets all options that are not given. On two cores, quick takes 5 minutes, default 90, full 140.
         config: a JSON file of settings, such as the config.json of an earlier run. It overrides the preset, and options
             on the command line override both.
+        from_trials: folder of a data set (rankpilot study dataset). Its actor is taken, and the value ensemble is
+            fitted to its plan runs, so nothing is run but the validation. It has the settings of its training; only
+            seed, workers, device and validation_tasks can be chosen.
         resume: continue an interrupted run in the same folder; a finished run is left as it is.
     """
 
     output: Path = Path("runs/policy")
     preset: Literal["quick", "default", "full"] = "quick"
     config: Path | None = None
+    from_trials: Path | None = None
     resume: bool = False
 
 
@@ -48,34 +52,71 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command; options on the command line go before those of --config FILE, and both before the preset."""
     path = peek(arguments, "--config")
     values = read_config_file(path)
+    trials = peek(arguments, "--from-trials") or values.get("from_trials")
     preset = peek(arguments, "--preset") or values.get("preset", "quick")
     if preset not in PRESETS:
         raise UnknownNameError.of("preset", str(preset), PRESETS)
-    base = Train(**vars(PRESETS[preset]) | {"preset": preset})
+    base = Train(**vars(_settings_of(trials, arguments) if trials else PRESETS[preset]) | {"preset": preset})
     default = with_file_settings(base, values | {"preset": preset}, path)
     train_command(tyro.cli(Train, args=arguments, default=default, prog="rankpilot train"))
 
 
+def _settings_of(trials: str, arguments: Sequence[str]) -> TrainConfig:
+    """The settings of the training in a data set, which take the place of a preset."""
+    from ..study.dataset.read import open_dataset
+    from ..study.dataset.refit import training_config
+
+    if peek(arguments, "--preset"):
+        raise ConfigError("Leave out --preset: with --from-trials, the settings are those of the data set's training.")
+    return training_config(open_dataset(trials))
+
+
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
-    from ..agents.training.progress import PROGRESS
-    from ..agents.training.train import finish, is_finished, train
-    from ..common.drawing import save_figure
-    from ..study.run.figures import learning_curve
+    from ..agents.training.train import is_finished
 
     folder = options.output
     if is_finished(folder) and options.resume:
         console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
         _print_validation(read_json(folder / "card.json")["validation"])
         return
+    results = _refit(options, options.from_trials) if options.from_trials else _train(options)
+    _print_validation(results)
+    line = f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}"
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _train(options: Train) -> dict[str, dict[str, float]]:
+    """Train, and write the policy; returns what its validation found."""
+    from ..agents.training.progress import PROGRESS
+    from ..agents.training.train import finish, train
+    from ..common.drawing import save_figure
+    from ..study.run.figures import learning_curve
+
+    folder = options.output
     with stage_bar("training on proxy fine-tunes (rounds)", "starting") as report:
         policy = train(options, folder, resume=options.resume, on_stage=lambda s: report(s.done, s.total, s.name))
     results = _validate(options, policy) if options.validation_tasks else {}
     save_figure(learning_curve(read_json_lines(folder / PROGRESS)), folder / "learning_curve.png")
     finish(folder, policy, options, results)
-    _print_validation(results)
-    line = f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}"
-    console.print(line, markup=False, soft_wrap=True)
+    return results
+
+
+def _refit(options: Train, trials: Path) -> dict[str, dict[str, float]]:
+    """Fit value networks to a data set, and write the policy; returns what its validation found."""
+    from ..common.run_folder import open_run
+    from ..common.settings import as_json
+    from ..study.dataset.read import open_dataset
+    from ..study.dataset.refit import refit, save_refitted
+
+    folder, dataset = options.output, open_dataset(trials)
+    settings = as_json(TrainConfig, options) | {"from_trials": str(trials)}
+    with open_run(folder, settings, resume=options.resume):
+        console.rule("fitting value networks to the data set", align="left")
+        refitted = refit(dataset, options)
+        results = _validate(options, refitted.policy) if options.validation_tasks else {}
+        save_refitted(folder, refitted, options, dataset, results)
+    return results
 
 
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:

@@ -184,8 +184,7 @@ def collect_plan_runs(
         on_progress(done, len(stacks))
     with worker_pool(workers) as pool:
         for stack, result in pool.spread(run_plans, missing, _name):
-            with atomic_path(paths[stack.number]) as temporary:
-                _write(result, temporary)
+            write_plan_run(result, paths[stack.number])
             done += 1
             if on_progress:
                 on_progress(done, len(stacks))
@@ -202,14 +201,16 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.safetensors"
 
 
-def _write(result: PlanRun, path: Path) -> None:
+def write_plan_run(result: PlanRun, path: Path) -> None:
+    """Write plan runs to a file, which is whole or absent."""
     arrays = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in _DESCRIBED}
     metadata = {"schema": str(SCHEMA)}
     if result.choices is None:
         del arrays["choices"]
     if result.tasks:
         metadata["origin"] = json.dumps({"tasks": [asdict(task) for task in result.tasks], "names": result.names})
-    save_file(arrays, path, metadata=metadata)
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary, metadata=metadata)
 
 
 def read_plan_run(path: Path) -> PlanRun:

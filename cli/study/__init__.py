@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 PARTS = {
+    "dataset": "a data set of allocation decisions, for research",
     "page": "a page about one or several runs, for a browser; what `rankpilot study RUN...` writes",
 }
 """What each part does; the module that runs it has its name. A folder of that name is given as ./NAME."""

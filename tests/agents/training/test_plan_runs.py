@@ -187,7 +187,9 @@ def test_which_task_was_run_and_what_was_chosen(made: PlanRun) -> None:
     assert kept.sum() > RUNS, "most keep"
 
 
-def test_what_a_run_was_comes_back_from_its_file(made: PlanRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_a_run_was_comes_back_from_its_file(
+    made: PlanRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(module, "run_plans", lambda stack: made)
     (read,) = collect_plan_runs([stack_of(BYTES, PARAMETERS)], tmp_path, workers=1)
     assert same(read, made)

