@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 PARTS = {
+    "branch": "a fine-tune run once more with another plan from one step on",
     "dataset": "a data set of allocation decisions, for research",
     "page": "a page about one or several runs, for a browser; what `rankpilot study RUN...` writes",
+    "replay": "what another policy would have decided at the decisions of a run",
 }
 """What each part does; the module that runs it has its name. A folder of that name is given as ./NAME."""
 

@@ -103,6 +103,22 @@ class RunData:
         return {run: points for run, points in peaks.items() if points}
 
 
+def log_of(folder: Path) -> DecisionLog | None:
+    """The decision log of a run's folder, or the folder itself if it is one; None if there is none."""
+    logs = [DecisionLog(path) for path in (folder / "decisions", folder)]
+    return next((log for log in logs if len(log)), None)
+
+
+def find_log(folder: Path) -> DecisionLog:
+    """As `log_of`; RunFolderError if there is none."""
+    log = log_of(folder)
+    if log is None:
+        raise RunFolderError(
+            f"{folder} holds no decision log: there is neither decisions/part-00000.parquet nor part-00000.parquet."
+        )
+    return log
+
+
 def read_run(folder: Path) -> RunData:
     """Read what a folder holds.
 
@@ -110,8 +126,7 @@ def read_run(folder: Path) -> RunData:
         RunFolderError: it has neither a decision log nor the summary of a fine-tune.
     """
     missing: list[str] = []
-    logs = [DecisionLog(path) for path in (folder / "decisions", folder)]
-    log = next((log for log in logs if len(log)), None)
+    log = log_of(folder)
     of_finetune = any((folder / name).is_file() for name in ("config.json", "summary.json", f"metrics-{PILOT}.jsonl"))
     if log is None and not (folder / "summary.json").is_file():
         raise RunFolderError(

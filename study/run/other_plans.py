@@ -1,0 +1,72 @@
+"""Plans with which a run can be gone on with: those that its log knows, and those of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from ...agents.rules.given_plan import shuffled_within_kinds
+from ...allocation.decision_log import DecisionLog, LoggedDecision
+from ...allocation.plan import uniform_ranks
+from ...common.module_names import kinds_in_layers
+from ...errors import ConfigError, first_line
+
+NAMED = {
+    "final": "the ranks with which the run ended",
+    "first": "the ranks of its first plan",
+    "shuffled": "the final ranks, dealt anew among the modules of each kind",
+    "uniform": "one rank on all modules, as high as the budget allows, rounded down onto the ladder",
+}
+"""Plans by name."""
+
+
+def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]:
+    """A plan by name, or from a file.
+
+    Args:
+        log: of the run.
+        which: one of `NAMED`, or a YAML or JSON file with the rank of each module by its full name. A file that
+            `rankpilot finetune --review` wrote has them under `modules`.
+        seed: of a shuffled plan.
+
+    Raises:
+        ConfigError: no such plan or file, or it holds no ranks.
+        RunFolderError: the log cannot be read.
+    """
+    if which not in NAMED:
+        return _from_file(Path(which))
+    last = log.logged(len(log) - 1)
+    if which == "uniform":
+        return _by_name(last, uniform_ranks(last.problem.fresh()).tolist())
+    if which == "first":
+        first = log.logged(0)
+        return _by_name(first, first.ranks("rank_after").tolist())
+    ranks = _by_name(last, last.ranks("rank_after").tolist())
+    if which == "final":
+        return ranks
+    kinds = kinds_in_layers(last.observation.names, last.problem.blocks.tolist())
+    return shuffled_within_kinds(ranks, dict(zip(last.observation.names, kinds, strict=True)), seed)
+
+
+def _by_name(logged: LoggedDecision, ranks: list[int]) -> dict[str, int]:
+    return dict(zip(logged.observation.names, ranks, strict=True))
+
+
+def _from_file(path: Path) -> dict[str, int]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(f"{name} ({meaning})" for name, meaning in NAMED.items())
+        raise ConfigError(f"{path} is no file and no plan by name. Plans by name: {known}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML or JSON: {first_line(error)}.") from error
+    modules = content.get("modules", content) if isinstance(content, Mapping) else None
+    if not isinstance(modules, Mapping) or not modules:
+        raise ConfigError(f"{path} holds no ranks. It maps the full name of each module to its rank.")
+    ranks = {name: entry.get("rank") if isinstance(entry, Mapping) else entry for name, entry in modules.items()}
+    for name, rank in ranks.items():
+        if not isinstance(name, str) or type(rank) is not int or rank < 0:
+            raise ConfigError(f"The rank of {name!r} in {path} is {rank!r}; it is a whole number from 0 on.")
+    return ranks
