@@ -17,14 +17,14 @@ from .candidates import BASIS, Candidates, candidate_actions
 from .network import DIRECTIONS, RankNetwork
 from .plan_value import Plans, PlanValueEnsemble
 
-DRAWS = 48
+DRAWS = 24
 """Candidates beside the fixed ones. Every decision draws the same numbers, so that decisions can be reproduced."""
 
 LCB_COEFFICIENT, LATER_LCB_COEFFICIENT = 1.0, 2.0
 """The lower confidence bound is the ensemble's mean less this number of standard deviations, at the first decision and
 at later ones. Later ones are more cautious, because a change during a run costs something."""
 
-TIE = 0.0
+TIE = 0.05
 """Plans whose lower bounds differ by less, in standard deviations of the log loss between plans, are tied."""
 
 

@@ -13,8 +13,9 @@ from rankpilot.agents.learned.candidates import FIXED, candidate_actions
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.learned.policy import DRAWS, LATER_LCB_COEFFICIENT, LCB_COEFFICIENT, LearnedPolicy
+from rankpilot.agents.learned.policy import DRAWS, LATER_LCB_COEFFICIENT, LCB_COEFFICIENT, TIE, LearnedPolicy
 from rankpilot.agents.rules import find_rule
+from rankpilot.allocation.deliberation import plan_distance
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.policy import Decision, decided_plan, decision_from_scores
@@ -292,10 +293,15 @@ def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
             estimates = critics(asked[0])[:, 0].double().numpy()
         gains = estimates - estimates[:, :1]
         means, stds = gains.mean(axis=0), gains.std(axis=0)
-        chosen = int(np.argmax(means - LCB_COEFFICIENT * stds))
+        bounds = means - LCB_COEFFICIENT * stds
+        plans = asked[0].ranks[0].numpy()
+        tied = np.flatnonzero((bounds >= bounds.max() - TIE) & (plans != plans[0]).any(axis=1))
+        nearness = [plan_distance(plans[number], plans[0]) for number in tied]
+        best_of_nearest = [number for number, far in zip(tied, nearness, strict=True) if far == min(nearness)]
+        chosen = max(best_of_nearest, key=lambda number: bounds[number]) if bounds.max() > 0 else 0
         assert (decided.expected, decided.uncertainty) == pytest.approx((means[chosen], stds[chosen]), abs=1e-5)
         np.testing.assert_array_equal(asked[0].ranks[0, chosen], ranks_of(observation, decided))
-        assert decided.expected >= LCB_COEFFICIENT * decided.uncertainty - 1e-6
+        assert decided.expected >= LCB_COEFFICIENT * decided.uncertainty - TIE - 1e-6
         taken += chosen > 0
     assert taken > 2
 
