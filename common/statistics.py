@@ -5,12 +5,16 @@ one run that went astray hardly moves, and differences with the probability of i
 scale. Runs are compared in pairs: same task, seed and batches. Repetitions of a task are alike, so the bootstrap draws
 tasks, each with all its repetitions. Benchmarks of time use the same bootstrap: neighbours in time are alike, so it
 draws whole cycles of steps.
+
+Where few tasks carry most of the weight, as in off-policy estimates, plain quantiles of the draws are too narrow:
+`ratio_estimate` gives a studentised interval for those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,8 +33,8 @@ class Estimate:
 
     Attributes:
         value: of all runs.
-        low: 2.5 % of the bootstrap draws lie below it.
-        high: 2.5 % lie above it.
+        low: lower end of the interval.
+        high: upper end.
     """
 
     value: float
@@ -87,7 +91,7 @@ def interquartile_means(values: FloatArray, counts: IntArray) -> FloatArray:
 def estimate(
     values: Sequence[float] | FloatArray, tasks: Sequence[str | int], statistic: Statistic = means
 ) -> Estimate:
-    """A statistic of several runs, with the interval of a bootstrap over tasks.
+    """A statistic of several runs, with the interval of a bootstrap over tasks: 2.5 % of the draws lie on either side.
 
     Args:
         values: one a run, (runs,), or (runs, ...) where the statistic takes that; at least one run.
@@ -100,12 +104,77 @@ def estimate(
     return Estimate(float(statistic(array, whole)[0]), float(low), float(high))
 
 
+def ratio_estimate(numerators: FloatArray, denominators: FloatArray, tasks: Sequence[str | int]) -> Estimate:
+    """A ratio of sums over runs, with a symmetric studentised interval of a bootstrap over tasks.
+
+    Of each draw it takes the distance from the ratio in standard errors of the draw (of the linearised ratio). The
+    interval reaches as many standard errors to either side as 95 % of the draws stay within (Hall, 1988, "On symmetric
+    bootstrap confidence intervals", JRSS B 50). It is wider than that of `estimate`, and holds the truth more often
+    where runs differ much in weight.
+
+    Args:
+        numerators: one a run, (runs,); of a mean the values, of a weighted mean weight times value.
+        denominators: one a run, at least 0 and not all 0, (runs,); of a mean ones, of a weighted mean the weights.
+        tasks: the task of each run.
+    """
+    _, task_of = np.unique(np.asarray(tasks), return_inverse=True)
+    count = int(task_of.max()) + 1
+    above, below = (np.bincount(task_of, values, minlength=count) for values in (numerators, denominators))
+    ratio = float(above.sum() / below.sum())
+    rest = above - ratio * below
+    sums = np.stack([rest, below, rest**2, rest * below, below**2], axis=1)
+    _, error = _ratios(sums.sum(axis=0, keepdims=True), count)
+    distances, errors = _ratios(_task_draws(count) @ sums, count)
+    known = errors > 0
+    studentised = np.where(known, np.abs(distances) / np.where(known, errors, 1), 0)
+    half = float(np.quantile(studentised, 0.95) * error[0])
+    return Estimate(ratio, ratio - half, ratio + half)
+
+
+def _ratios(sums: FloatArray, count: int) -> tuple[FloatArray, FloatArray]:
+    """Ratio and standard error of each draw; both 0 in a draw of tasks without weight.
+
+    Args:
+        sums: of a, b, a a, a b and b b over the tasks of each draw, (draws, 5).
+        count: tasks in a draw.
+    """
+    above, below, above_above, above_below, below_below = sums.T
+    divisor = np.where(below > 0, below, np.inf)
+    ratios = above / divisor
+    squares = np.maximum(above_above - 2 * ratios * above_below + ratios**2 * below_below, 0)
+    return ratios, np.sqrt(squares * count / max(count - 1, 1)) / divisor
+
+
 def _draws(tasks: Sequence[str | int]) -> IntArray:
     """How often each run is in each bootstrap draw of tasks, (DRAWS, runs); always the same draws."""
     _, task_of = np.unique(np.asarray(tasks), return_inverse=True)
-    count = int(task_of.max()) + 1
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)
-    return np.asarray(drawn[:, task_of], dtype=np.int64)
+    return np.asarray(_task_draws(int(task_of.max()) + 1)[:, task_of])
+
+
+@lru_cache(maxsize=1)
+def _task_draws(count: int) -> IntArray:
+    """How often each of some tasks is in each draw, (DRAWS, count), read-only; the last is held for the next figure."""
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.int64)
+    drawn.flags.writeable = False
+    return drawn
+
+
+def rank_correlation(first: FloatArray, second: FloatArray) -> float:
+    """Spearman's rank correlation of two lists of numbers, -1 to 1; NaN if all numbers of one are equal.
+
+    Args:
+        first: (values,), at least one.
+        second: of the same shape; equal numbers share the mean of their ranks.
+    """
+    places = [_ranks(values) - (len(values) - 1) / 2 for values in (first, second)]
+    scale = np.sqrt(np.prod([place @ place for place in places]))
+    return float(places[0] @ places[1] / scale) if scale else float("nan")
+
+
+def _ranks(values: FloatArray) -> FloatArray:
+    """The rank of each value from 0 on; equal ones share the mean."""
+    _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts + 1) / 2)[number])
 
 
 def compare_pairs(

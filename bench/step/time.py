@@ -18,6 +18,7 @@ from ...allocation.plan import project
 from ...allocation.problem import AllocationProblem
 from ...allocation.time_limit import TimeLimit
 from ...common.arrays import FloatArray, IntArray
+from ...common.statistics import rank_correlation
 from ...common.tables import make_table
 from ...common.workers import isolated
 from ...errors import ConfigError
@@ -133,12 +134,11 @@ def random_plans(
 def accuracy(predicted: FloatArray, measured: FloatArray) -> Figures:
     """Errors of predictions relative to what was measured, and the rank correlation; both (plans,)."""
     errors = predicted / measured - 1
-    one, other = (np.argsort(np.argsort(values)).astype(np.float64) for values in (predicted, measured))
     return {
         "median_error": float(np.median(np.abs(errors))),
         "worst_error": float(np.abs(errors).max()),
         "mean_error": float(errors.mean()),
-        "rank_correlation": float(np.corrcoef(one, other)[0, 1]),
+        "rank_correlation": rank_correlation(predicted, measured),
         "least_s": float(measured.min()),
         "most_s": float(measured.max()),
     }
