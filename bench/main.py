@@ -34,6 +34,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "published": Benchmark("memory.published_run", "peaks that others measured on GPUs, and predicted"),
     "env-speed": Benchmark("env_speed", "speed of stacked episodes, beside PEFT"),
     "kills": Benchmark("kills", "fine-tunes that are killed and resumed"),
+    "off-policy": Benchmark(
+        "off_policy", "what policies would have gained, estimated from others' runs, and the truth"
+    ),
     "transfer": Benchmark("transfer", "policies beside uniform rank, on MiniLM-L6"),
 }
 

@@ -37,8 +37,8 @@ class LoggedChoices:
         plans: number of possible plans at each decision, int64 (decisions,), at least 1. They differ from each other: a
             plan that several candidates lead to is one plan, and has their probabilities together.
         chosen: the plan that was taken, counted from 0 among the decision's own, int64 (decisions,).
-        outcomes: what came of it, float64 (decisions,), finite; higher is better. Usually the gain, minus the log of the
-            held-out loss; all in one unit, which is that of every estimate.
+        outcomes: what came of it, float64 (decisions,), finite; higher is better. Usually the gain, minus the log of
+            the held-out loss; all in one unit, which is that of every estimate.
         probabilities: with which each plan would have been taken, float64 (sum of plans,). They sum to 1 at each
             decision, or all of a decision are NaN: unknown. None if all are unknown, as under a policy without
             exploration.
@@ -68,8 +68,8 @@ class LoggedChoices:
         if len(wrong):
             first = wrong[0]
             raise DataError(
-                f"chosen counts from 0 among the plans of a decision; decision {first} has {self.plans[first]} plans and "
-                f"chose {self.chosen[first]}."
+                f"chosen counts from 0 among the plans of a decision; decision {first} has {self.plans[first]} plans "
+                f"and chose {self.chosen[first]}."
             )
         wrong = np.flatnonzero(~np.isfinite(self.outcomes))
         if len(wrong):
@@ -116,15 +116,15 @@ class LoggedChoices:
         Raises:
             DataError: they are not.
         """
-        sums = self.sums(probabilities)
+        sums: FloatArray = self.sums(probabilities)
         wrong = ~((probabilities >= 0) & (probabilities <= 1 + _SUM_TOLERANCE))
         bad = np.flatnonzero((self.sums(wrong) > 0) | ~(np.abs(sums - 1) <= _SUM_TOLERANCE))
         if len(bad):
             first = bad[0]
             values = probabilities[self.starts[first] : self.starts[first] + self.plans[first]]
             raise DataError(
-                f"{name} of a decision are from 0 to 1 and sum to 1; those of decision {first} are from {values.min():.3g} "
-                f"to {values.max():.3g} and sum to {sums[first]:.6g}."
+                f"{name} of a decision are from 0 to 1 and sum to 1; those of decision {first} are from "
+                f"{values.min():.3g} to {values.max():.3g} and sum to {sums[first]:.6g}."
             )
 
     @cached_property
@@ -151,7 +151,7 @@ class LoggedChoices:
 
     def of_chosen(self, values: FloatArray) -> FloatArray:
         """Of values of all plans, (sum of plans,), those of the plans that were taken, (decisions,)."""
-        return values[self.starts + self.chosen]
+        return np.asarray(values[self.starts + self.chosen])
 
     def sums(self, values: FloatArray | BoolArray) -> FloatArray:
         """The sum over each decision's plans of values of all plans, (decisions,)."""

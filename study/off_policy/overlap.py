@@ -21,8 +21,8 @@ class Overlap:
     Attributes:
         weights: of each decision, (decisions,); empty if probabilities are unknown.
         effective_size: of the weights, in tasks; None if unknown.
-        largest_weight: over all plans that the target would take, whether they were taken or not: infinite if the logged
-            policy never takes one of them. None if unknown.
+        largest_weight: over all plans that the target would take, whether they were taken or not: infinite if the
+            logged policy never takes one of them. None if unknown.
         refused: why there can be no estimate; None if there can be.
     """
 
@@ -47,16 +47,20 @@ def overlap(choices: LoggedChoices, target: TargetPolicy) -> Overlap:
     """
     target.check(choices)
     unknown = choices.unknown
-    limits = f"effective sample size {{}} (at least {LEAST_EFFECTIVE_SIZE:g}), largest weight {{}} (at most {LARGEST_WEIGHT:g})"
     if choices.probabilities is None or unknown.any():
         reason = f"the probabilities of {np.count_nonzero(unknown)} of {len(unknown)} decisions are not known"
-        refused = f"Not enough overlap: {limits.format('unknown', 'unknown')}; {reason}."
-        return Overlap(np.zeros(0), None, None, refused)
+        return Overlap(np.zeros(0), None, None, f"{_refusal('unknown', 'unknown')}; {reason}.")
     wanted, possible = target.probabilities > 0, choices.probabilities > 0
     weights = np.where(wanted, np.inf, 0.0)
     np.divide(target.probabilities, choices.probabilities, out=weights, where=possible)
     of_chosen = choices.of_chosen(weights)
     size, largest = effective_size(choices, of_chosen), float(weights.max())
-    refused = f"Not enough overlap: {limits.format(f'{size:.1f}', f'{largest:.1f}')}."
     enough = size >= LEAST_EFFECTIVE_SIZE and largest <= LARGEST_WEIGHT
-    return Overlap(of_chosen, size, largest, None if enough else refused)
+    return Overlap(of_chosen, size, largest, None if enough else f"{_refusal(f'{size:.1f}', f'{largest:.1f}')}.")
+
+
+def _refusal(size: str, largest: str) -> str:
+    return (
+        f"Not enough overlap: effective sample size {size} (at least {LEAST_EFFECTIVE_SIZE:g}), largest weight "
+        f"{largest} (at most {LARGEST_WEIGHT:g})"
+    )

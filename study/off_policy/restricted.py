@@ -21,8 +21,8 @@ def restricted_choice(choices: LoggedChoices, target: TargetPolicy) -> PolicyEst
         target: ranks the plans.
 
     Returns:
-        An estimate for the restricted policy; refused if no task has two logged plans that the target tells apart, or if
-        there are few tasks.
+        An estimate for the restricted policy; refused if no task has two logged plans that the target tells apart, or
+        if there are few tasks.
 
     Raises:
         DataError: the target does not fit the decisions.

@@ -20,6 +20,7 @@ EXPLAINED = {
     "published": ("--quick", "--json", "t4", "fitcheck", "configurations"),
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
     "kills": ("--kills", "--quick", "--json", "--seed", "sigkill", "bit for bit"),
+    "off-policy": ("--logs", "--targets", "--quick", "--json", "overlap", "planted"),
     "transfer": ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"),
 }
 
