@@ -102,7 +102,7 @@ class KnownOutcomes:
         """Policies that value plans more or less as the logged policy does; every other one takes the best plan."""
         generator, targets = np.random.default_rng(seed), []
         for number in range(count):
-            weights = _BEHAVIOUR + generator.choice([0.1, 0.3, 1.0]) * generator.normal(size=len(_BEHAVIOUR))
+            weights = _BEHAVIOUR + generator.choice([0.3, 1.0, 2.0]) * generator.normal(size=len(_BEHAVIOUR))
             temperature = generator.choice([0.5, 1.0]) if number % 2 else 0.0
             targets.append(self.target(f"{number}", weights, temperature))
         return targets

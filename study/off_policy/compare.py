@@ -99,7 +99,8 @@ def comparison_table(results: Sequence[TargetResult], truth: Mapping[str, float]
             tells each method's rank correlation with it.
     """
     methods = list(results[0].estimates)
-    columns = ["policy", *methods, "effective size", "largest weight", *(["truth"] if truth else [])]
+    titles = ["direct (interval without the model's error)" if name == "direct" else name for name in methods]
+    columns = ["policy", *titles, "effective size", "largest weight", *(["truth"] if truth else [])]
     rows = []
     for result in results:
         weighted = result.estimates["self-normalised"]
@@ -107,8 +108,9 @@ def comparison_table(results: Sequence[TargetResult], truth: Mapping[str, float]
         known = [f"{truth[result.target]:+.3f}"] if truth else []
         rows.append([escape(result.target), *map(_cell, result.estimates.values()), *figures, *known])
     if truth:
-        agreement = [f"{accuracy_of(results, truth, method).rank_correlation:.2f}" for method in methods]
-        rows.append(["rank correlation", *agreement, "", "", ""])
+        agreement = [accuracy_of(results, truth, method).rank_correlation for method in methods]
+        shown = ["" if np.isnan(each) else f"{each:.2f}" for each in agreement]
+        rows.append(["rank correlation", *shown, "", "", ""])
     return make_table("Off-policy estimates of the gain, with 95 % intervals", columns, rows)
 
 

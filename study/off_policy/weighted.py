@@ -15,7 +15,7 @@ from .overlap import overlap
 from .targets import TargetPolicy
 
 _WHOLE = "the target among all possible plans"
-_BY_MODEL = f"{_WHOLE}, as far as the predictions are right"
+_BY_MODEL = f"{_WHOLE}, as far as the predictions are right; the interval leaves their error out"
 
 
 def direct(choices: LoggedChoices, target: TargetPolicy) -> PolicyEstimate:

@@ -12,6 +12,8 @@ from rankpilot.common.statistics import (
     mean_and_interval,
     means,
     medians,
+    rank_correlation,
+    ratio_estimate,
 )
 
 
@@ -97,3 +99,65 @@ def test_the_chance_of_being_better_is_a_binomial_share() -> None:
     assert result.better.high - result.better.low == pytest.approx(2 * half, rel=0.1)
     sure = compare_pairs(np.ones(5), np.zeros(5), alone(5)).better
     assert (sure.value, sure.low, sure.high) == (1, 1, 1)
+
+
+# Ratios, and ranks ----------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_ratio_is_that_of_a_mean_where_weights_are_equal() -> None:
+    values = np.random.default_rng(0).normal(1.0, 2.0, size=400)
+    result, plain = ratio_estimate(values, np.ones(400), alone(400)), estimate(values, alone(400))
+    assert result.value == pytest.approx(plain.value)
+    assert (result.low, result.high) == pytest.approx((plain.low, plain.high), abs=0.03)
+    assert result.high - result.value == pytest.approx(result.value - result.low), "as far to either side"
+    assert ratio_estimate(values, np.ones(400), alone(400)) == result, "the same draws each time"
+
+
+def test_a_weighted_mean_by_hand() -> None:
+    values, weights = np.array([1.0, 5.0, 2.0, 7.0]), np.array([2.0, 0.0, 1.0, 1.0])
+    result = ratio_estimate(weights * values, weights, alone(4))
+    assert result.value == (2 * 1 + 2 + 7) / 4
+    twice = ratio_estimate(2 * weights * values, 2 * weights, alone(4))
+    assert (twice.value, twice.low, twice.high) == pytest.approx((result.value, result.low, result.high))
+    moved = ratio_estimate(weights * (values + 1e6), weights, alone(4))
+    assert (moved.low, moved.high) == pytest.approx((1e6 + result.low, 1e6 + result.high))
+
+
+def test_a_ratio_draws_whole_tasks() -> None:
+    values = np.random.default_rng(1).normal(size=20)
+    once = ratio_estimate(values, np.ones(20), alone(20))
+    often = ratio_estimate(np.repeat(values, 5), np.ones(100), np.repeat(alone(20), 5).tolist())
+    assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
+
+
+def test_values_without_spread_have_an_interval_without_width() -> None:
+    result = ratio_estimate(np.full(9, 0.3), np.ones(9), alone(9))
+    assert (result.low, result.high) == pytest.approx((0.3, 0.3))
+    assert ratio_estimate(np.array([2.0]), np.array([4.0]), ["a"]) == Estimate(0.5, 0.5, 0.5)
+
+
+def test_studentised_intervals_hold_the_truth_more_often_where_few_weights_count() -> None:
+    """Thirty values times weights that are mostly 0, as of importance sampling; the truth is 1."""
+    held = {"plain": 0, "studentised": 0}
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        values = generator.normal(1, 0.5, size=30) * 5 * (generator.random(30) < 0.2)
+        for name, result in (
+            ("plain", estimate(values, alone(30))),
+            ("studentised", ratio_estimate(values, np.ones(30), alone(30))),
+        ):
+            held[name] += result.low <= 1 <= result.high
+    assert held["studentised"] >= 0.93 * 200
+    assert held["studentised"] > held["plain"]
+
+
+def test_rank_correlation_by_hand() -> None:
+    up = np.array([1.0, 2.0, 3.0, 10.0])
+    assert rank_correlation(up, up**3) == pytest.approx(1)
+    assert rank_correlation(up, -up) == pytest.approx(-1)
+    assert rank_correlation(up, np.array([2.0, 1.0, 3.0, 4.0])) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    # Ranks 0, 1.5, 1.5, 3 and 0, 2, 1, 3: deviations (-1.5, 0, 0, 1.5) and (-1.5, .5, -.5, 1.5).
+    tied = rank_correlation(np.array([1.0, 2.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0, 4.0]))
+    assert tied == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert np.isnan(rank_correlation(up, np.ones(4)))
+    assert np.isnan(rank_correlation(up[:1], up[:1]))
