@@ -31,7 +31,7 @@ from ..study.off_policy.cross_fit import Predict, cross_fit
 from ..study.off_policy.logged import LoggedChoices
 from ..study.off_policy.targets import TargetPolicy
 
-NOISE = 0.05
+NOISE = 0.03
 """Standard deviation of an outcome around its expectation, in log loss."""
 
 CANDIDATES = 10

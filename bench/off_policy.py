@@ -65,7 +65,7 @@ class Options:
     """
 
     logs: int = 100
-    targets: int = 60
+    targets: int = 100
     quick: bool = False
     json: Path | None = None
 
