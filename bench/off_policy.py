@@ -164,6 +164,6 @@ def benchmark(options: Options, console: Console) -> Figures:
             for method, accuracy in found.items():
                 key = f"{name}.{setting.name}.{method}".replace(" ", "_")
                 figures |= {f"{key}.{figure}": value for figure, value in _figures(accuracy).items()}
-            title = f"{name}: {setting.tasks} tasks, {setting.runs} runs each, temperature {setting.temperature:g}"
+            title = f"{name}: {setting.tasks} tasks, runs of each: {setting.runs}, temperature {setting.temperature:g}"
             console.print(make_table(title, columns, [[method, *_cells(each)] for method, each in found.items()]))
     return figures

@@ -81,7 +81,7 @@ def test_a_small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
         assert figures[f"{name}.40x3.t2.direct.covered"] < figures[f"{name}.40x3.t2.doubly_robust.covered"]
         assert figures[f"{name}.20x1.t0.05.restricted_choice.refused"] == 1
         assert f"{name}.20x1.t0.05.restricted_choice.covered" not in figures
-    assert "closed form: 40 tasks, 3 runs each, temperature 2" in shown.getvalue()
+    assert "closed form: 40 tasks, runs of each: 3, temperature 2" in shown.getvalue()
 
 
 @pytest.mark.parametrize("options", [Options(logs=0), Options(targets=1)])
