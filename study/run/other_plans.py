@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -65,7 +66,9 @@ def _from_file(path: Path) -> dict[str, int]:
     modules = content.get("modules", content) if isinstance(content, Mapping) else None
     if not isinstance(modules, Mapping) or not modules:
         raise ConfigError(f"{path} holds no ranks. It maps the full name of each module to its rank.")
-    ranks = {name: entry.get("rank") if isinstance(entry, Mapping) else entry for name, entry in modules.items()}
+    ranks: dict[Any, Any] = {
+        name: entry.get("rank") if isinstance(entry, Mapping) else entry for name, entry in modules.items()
+    }
     for name, rank in ranks.items():
         if not isinstance(name, str) or type(rank) is not int or rank < 0:
             raise ConfigError(f"The rank of {name!r} in {path} is {rank!r}; it is a whole number from 0 on.")
