@@ -16,10 +16,10 @@ from ..progress import console
 class OffPolicyOptions:
     """Estimate what other policies would have gained, from the runs of one that explored; nothing is trained.
 
-    FOLDER is that of rankpilot evaluate explore-T:POLICY --logs. Estimates are how much lower the log loss would be than
-    under uniform rank, with 95 % intervals over tasks. Each is about the first plan alone: later decisions are those of
-    the policy that was logged. Where the logged policy seldom took what another would take, there is no number but the
-    words "not enough overlap"; a higher temperature T helps.
+    FOLDER is that of rankpilot evaluate explore-T:POLICY --logs. Estimates are how much lower the log loss would be
+    than under uniform rank, with 95 % intervals over tasks. Each is about the first plan alone: later decisions are
+    those of the policy that was logged. Where the logged policy seldom took what another would take, there is no number
+    but the words "not enough overlap"; a higher temperature T helps.
 
     Attributes:
         folder: of the evaluation.

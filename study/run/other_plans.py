@@ -66,9 +66,8 @@ def _from_file(path: Path) -> dict[str, int]:
     modules = content.get("modules", content) if isinstance(content, Mapping) else None
     if not isinstance(modules, Mapping) or not modules:
         raise ConfigError(f"{path} holds no ranks. It maps the full name of each module to its rank.")
-    ranks: dict[Any, Any] = {
-        name: entry.get("rank") if isinstance(entry, Mapping) else entry for name, entry in modules.items()
-    }
+    entries: dict[Any, Any] = dict(modules)
+    ranks = {name: entry.get("rank") if isinstance(entry, Mapping) else entry for name, entry in entries.items()}
     for name, rank in ranks.items():
         if not isinstance(name, str) or type(rank) is not int or rank < 0:
             raise ConfigError(f"The rank of {name!r} in {path} is {rank!r}; it is a whole number from 0 on.")
