@@ -217,7 +217,7 @@ def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
 
 @dataclass(frozen=True, eq=False)
 class _Needs:
-    """Which storages one plan holds, for each of three reasons; all masks are bool (3, storages).
+    """Which storages one plan holds, for each of four reasons; all masks are bool (4, storages).
 
     Attributes:
         known: whether it is known which modules need a storage for this reason; else it counts always.
@@ -231,7 +231,7 @@ class _Needs:
     def of(cls, recording: Recording, adapted: BoolArray) -> _Needs:
         """The needs of a plan; `adapted` is bool (modules,)."""
         chosen = sum(1 << int(module) for module in np.flatnonzero(adapted)) | 1 << len(adapted)
-        known, met = np.zeros((2, 3, len(recording.sizes)), dtype=np.bool_)
+        known, met = np.zeros((2, 4, len(recording.sizes)), dtype=np.bool_)
         for row, needs in enumerate(reasons_to_hold(recording)):
             for serial, modules in needs.items():
                 known[row, serial], met[row, serial] = bool(modules), bool(modules & chosen)
@@ -239,14 +239,14 @@ class _Needs:
 
     def at(self, candidate: PeakCandidate) -> tuple[BoolArray, BoolArray]:
         """Whether each storage can be live at a candidate, and whether the plan holds it; both (storages,)."""
-        reasons = np.stack([candidate.needed, candidate.saved_in_segment, candidate.segment_inputs])
+        reasons = candidate.reasons
         live = candidate.always | reasons.any(axis=0)
         held = (reasons & self.met).any(axis=0) | ~(reasons & self.known).any(axis=0)
         return live, candidate.always | (live & held)
 
 
 def reasons_to_hold(recording: Recording) -> tuple[dict[int, ModuleSet], ...]:
-    """By serial number, the modules for which a storage is held: saved, saved in its segment, a segment's input."""
+    """By serial number, the modules for which a storage is held; see `PeakCandidate.reasons`."""
     of_segments = [0] * len(recording.segments)
     for serial, modules in recording.saved_in_segment.items():
         of_segments[recording.segment_index[serial]] |= modules
@@ -255,7 +255,8 @@ def reasons_to_hold(recording: Recording) -> tuple[dict[int, ModuleSet], ...]:
         for segment, modules in zip(recording.segments, of_segments, strict=True)
         for serial in segment.inputs
     }
-    return recording.needed, recording.saved_in_segment, inputs
+    later = {serial: modules for serial, (_, modules) in recording.needed_later.items()}
+    return recording.needed, later, recording.saved_in_segment, inputs
 
 
 class _Groups:
@@ -280,13 +281,16 @@ class _Groups:
 
     def at(self, candidate: PeakCandidate) -> tuple[BoolArray, IntArray]:
         """Whether each storage can be live, and its group, -1 if it is live under every plan; both (storages,)."""
-        reasons = np.stack([candidate.needed, candidate.saved_in_segment, candidate.segment_inputs])
+        reasons = candidate.reasons
         live = candidate.always | reasons.any(axis=0)
         group = np.full(len(live), -1)
         grouped = np.flatnonzero(live & ~candidate.always)
         indices = np.where(reasons, self._columns, 0)[:, grouped]
         base = len(self._sets)
-        codes, inverse = np.unique((indices[0] * base + indices[1]) * base + indices[2], return_inverse=True)
+        # The first two reasons exclude each other, and three indices fit into one number.
+        codes, inverse = np.unique(
+            ((indices[0] + indices[1]) * base + indices[2]) * base + indices[3], return_inverse=True
+        )
         numbers = [self._number(code // base**2, code // base % base, code % base) for code in codes.tolist()]
         group[grouped] = np.array(numbers, dtype=np.int64)[inverse]
         return live, group

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from .cost import ByteCost, moment_costs
-from .recording import Recording
+from .recording import NEVER, Recording
 
 UNDERESTIMATE = 1e-4
 """Candidates are left out as long as no sampled plan's peak falls by more than this share."""
@@ -28,6 +28,7 @@ class PeakCandidate:
         label: a description of the time, for people.
         always: storages that are live under every plan.
         needed: storages that are live if one of their modules in `Recording.needed` is adapted.
+        needed_later: storages that are live if one of their modules in `Recording.needed_later` is adapted.
         saved_in_segment: storages that are live if one of their modules in `Recording.saved_in_segment` is adapted.
         segment_inputs: inputs of a checkpointed segment, live if one of the modules is for which the segment saves.
         copied: storages of which a second copy is live.
@@ -37,10 +38,16 @@ class PeakCandidate:
     label: str
     always: BoolArray
     needed: BoolArray
+    needed_later: BoolArray
     saved_in_segment: BoolArray
     segment_inputs: BoolArray
     copied: BoolArray
     time: int
+
+    @property
+    def reasons(self) -> BoolArray:
+        """The masks of storages that are live under some plans, in the order of `reasons_to_hold`, (4, storages)."""
+        return np.stack([self.needed, self.needed_later, self.saved_in_segment, self.segment_inputs])
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +88,9 @@ class _Finder:
         for index in range(len(recording.segments))[::-1]:
             self._first_segment[list(recording.segments[index].inputs)] = index
         self._is_input = self._first_segment < len(serials)
+        self._needed_until = np.full(len(serials), NEVER)
+        for serial, (time, _) in recording.needed_later.items():
+            self._needed_until[serial] = time
 
     def candidates(self) -> Iterator[PeakCandidate]:
         """In the order of forward pass, backward pass and second runs of segments."""
@@ -97,13 +107,17 @@ class _Finder:
             rest = created & ~always
             needed = rest & self._needed & (recording.freed >= time)
             inputs = rest & self._is_input
-            yield PeakCandidate(self._label("forward", time), always, needed, self._none, inputs, self._none, time)
+            label, none = self._label("forward", time), self._none
+            yield PeakCandidate(label, always, needed, none, none, inputs, none, time)
 
     def _in_backward_pass(self) -> Iterator[PeakCandidate]:
         recording = self._recording
         backward = ~self._forward & ~self._gradient
         for index in np.unique(recording.segment_index[backward]).tolist():
-            for time in self._highest(backward & (recording.segment_index == index), recording.freed, latest=False):
+            own = backward & (recording.segment_index == index)
+            soonest = np.minimum(recording.freed, self._needed_until)  # as under the plans that free gradients early
+            times = [self._highest(own, freed, latest=False) for freed in (recording.freed, soonest)]
+            for time in sorted({*times[0], *times[1]}):
                 yield self._during_backward(self._label("backward", time), index, time)
 
     def _during_backward(self, label: str, index: int, time: int, *, after: bool = False) -> PeakCandidate:
@@ -114,14 +128,17 @@ class _Finder:
         saved_in_segment = live & within & self._saved_in_segment
         # The second run copies the tensors that functions still keep on their contexts from the first run.
         copied = saved_in_segment & self._on_context & self._needed
+        later = live & (self._needed_until < time + after)
         if index >= 0 and recording.segments[index].reentrant:
             saved_in_segment[list(recording.segments[index].outputs)] = True
-            live |= self._incoming_gradients(index)
+            incoming = self._incoming_gradients(index)
+            live |= incoming
+            later &= ~incoming
         # The layer may save its input in another precision only, so at the loss it need not be among what is live.
         inputs = self._is_input & (self._first_segment <= index if index >= 0 else live | self._yet_to_run(time))
-        needed = live & (~self._forward | self._needed)
+        needed = live & (~self._forward | self._needed) & ~later
         always = live & self._forward & ~self._needed & ~self._saved_in_segment & ~self._is_input
-        return PeakCandidate(label, always, needed, saved_in_segment, inputs, copied, time)
+        return PeakCandidate(label, always, needed, later, saved_in_segment, inputs, copied, time)
 
     def _yet_to_run(self, time: int) -> BoolArray:
         """Storages that are inputs of segments which have not run again by `time`, bool (storages,)."""
@@ -153,7 +170,9 @@ class _Finder:
             saved_now = created & ~always & self._saved_in_segment & (recording.freed >= time)
             label, outside = self._label("recomputed", time), before.always & ~within
             copied = created & self._on_context & self._needed
-            yield PeakCandidate(label, outside | always, before.needed, saved_now, before.segment_inputs, copied, start)
+            yield replace(
+                before, label=label, always=outside | always, saved_in_segment=saved_now, copied=copied, time=start
+            )
 
     def _highest(self, among: BoolArray, freed: IntArray, *, latest: bool = True) -> list[int]:
         """The times at which these storages take more bytes than at any later (if not `latest`, any earlier) time."""

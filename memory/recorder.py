@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 from ..errors import UnsupportedError
 from ..lora.targets import TargetModule
 from .autograd_flow import ModuleSet, flow_from, saved_by
+from .gradient_holders import GradientHolders
 from .live_storages import LiveStorages
 from .recording import NEVER, Batch, Recording, Segment
 from .step_parts import is_reentrant, requires_grad_hook
@@ -139,6 +140,7 @@ class _Run:
         self._segment_index: list[int] = []
         self._uses_saved: list[bool] = []
         self._needed: dict[int, ModuleSet] = {}
+        self._needed_later: dict[int, tuple[int, ModuleSet]] = {}
         self._on_context_until: dict[int, int] = {}
         # The forward pass, and where the run is in it; the backward pass returns to the stretch of each node.
         self._stretch = _Stretch(0, 0, 0, -1, 0)
@@ -175,6 +177,7 @@ class _Run:
             target_index=np.array([stretch.target_index for stretch in self._stretch_of], dtype=np.int64),
             segment_index=np.array(self._segment_index, dtype=np.int64),
             needed=self._needed,
+            needed_later=self._needed_later,
             on_context_until=self._on_context_until,
             uses_saved=np.array(self._uses_saved, dtype=np.bool_),
             gradients=gradients,
@@ -259,9 +262,11 @@ class _Run:
 
     def _backward(self, loss: torch.Tensor) -> dict[int, int]:
         """Run the backward pass and return `Recording.gradients`."""
+        holders = None
         if not self._sizes_alone:
             flow = flow_from(loss, self._trains)
             self._find_saved(flow)
+            holders = GradientHolders(flow, self._mode.serial, lambda: self._mode.now)
             self._flow = {node._sequence_nr(): modules for node, modules in flow.items()}
             del flow  # it would keep the graph alive
         trains = [parameter for parameter in self._recorder.parameters if parameter.requires_grad]
@@ -271,6 +276,8 @@ class _Run:
             loss.backward()  # type: ignore[no-untyped-call]
         for handle in handles:
             handle.remove()
+        if holders:
+            self._needed_later = holders.needed_later(self._created, self._freed, self._needed)
         gradients = {}
         for parameter in self._recorder.parameters:
             if parameter.grad is not None:

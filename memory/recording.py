@@ -67,6 +67,8 @@ class Recording:
             (storages,).
         needed: by serial number, the target modules that need a storage. In the forward pass: it is held beyond
             `freed_if_unsaved` if one of them is adapted. In the backward pass: it exists only if one of them is.
+        needed_later: storages of the backward pass that fewer modules need from some time on: by serial number, the
+            last time at which those of `needed` count, and the modules that count after it.
         on_context_until: storages that a Python autograd function keeps on its context, where autograd's hooks do not
             see them: by serial number, the time at which the parent of the function's module returned.
         uses_saved: whether the operation that created it, in the backward pass, uses a saved tensor, bool (storages,).
@@ -85,6 +87,7 @@ class Recording:
     target_index: IntArray
     segment_index: IntArray
     needed: dict[int, ModuleSet]
+    needed_later: dict[int, tuple[int, ModuleSet]]
     on_context_until: dict[int, int]
     uses_saved: BoolArray
     gradients: dict[int, int]

@@ -71,17 +71,17 @@ def _in_order(recording: Recording, sizes: FloatArray, serials: IntArray, born: 
 class _Events:
     def __init__(self, recording: Recording, sizes: FloatArray, ranks: IntArray) -> None:
         self._recording, self._sizes = recording, sizes
-        adapted = sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
-        self._needed = self._mask(recording.needed, adapted)
-        self._saved_in_segment = self._mask(recording.saved_in_segment, adapted)
+        self._adapted = sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
+        self._needed = self._mask(recording.needed)
+        self._saved_in_segment = self._mask(recording.saved_in_segment)
         self._forward = recording.created <= recording.forward_end
         # Within one time, the second run of a segment comes after all else; its own times are counted from 1.
         self._scale = 2 + max((segment.end - segment.start for segment in recording.segments), default=0)
 
-    def _mask(self, by_serial: dict[int, int], adapted: int) -> BoolArray:
+    def _mask(self, by_serial: dict[int, int]) -> BoolArray:
         """Storages that one of the adapted modules needs, or that are there under every plan, bool (storages,)."""
         mask = np.zeros(len(self._sizes), dtype=np.bool_)
-        mask[[serial for serial, modules in by_serial.items() if modules & adapted or not modules]] = True
+        mask[[serial for serial, modules in by_serial.items() if modules & self._adapted or not modules]] = True
         return mask
 
     def events(self) -> StepEvents:
@@ -93,6 +93,9 @@ class _Events:
         """Serial numbers, births and deaths of what the pass allocates, second runs of segments aside."""
         recording = self._recording
         freed = np.where(self._forward & ~self._needed, recording.freed_if_unsaved, recording.freed)
+        for serial, (time, modules) in recording.needed_later.items():
+            if not modules & self._adapted:
+                freed[serial] = time
         for index, segment in enumerate(recording.segments):
             if self._runs_again(index):
                 inputs = list(segment.inputs)
