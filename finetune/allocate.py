@@ -27,6 +27,7 @@ from ..lora.targets import TargetModule, find_target_modules, unwrap
 from ..memory.budget import Budget
 from ..memory.training_step import LossFunction
 from .callback import RankPilotCallback
+from .model_settings import settings_put_back
 from .pilot import RankPilot
 from .run import TrainingRun
 from .trainer_step import put_back
@@ -146,7 +147,7 @@ def _plan_of_trainer(trainer: Trainer, callback: _FirstPlan) -> StaticPlan:
     handler = trainer.callback_handler
     callbacks = handler.callbacks
     targets = find_target_modules(trainer.model)
-    with put_back(trainer), _adapters_put_back(trainer.model, targets):
+    with put_back(trainer), settings_put_back(trainer.model), _adapters_put_back(trainer.model, targets):
         handler.callbacks = [callback]  # alone, so that no tracker opens a run
         try:
             trainer.train()
@@ -173,9 +174,10 @@ def _plan_of_model(
     **options: Any,
 ) -> StaticPlan:
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    run = TrainingRun.of_loader(model, optimizer, data, loss=loss, total_steps=total_steps, accumulation=accumulation)
     pilot = RankPilot(policy, budget, **options)
-    with _adapters_put_back(model, find_target_modules(model)):
+    with settings_put_back(model), _adapters_put_back(model, find_target_modules(model)):
+        size = {"total_steps": total_steps, "accumulation": accumulation}
+        run = TrainingRun.of_loader(model, optimizer, data, loss=loss, **size)
         pilot.begin(run)
         pilot.finish()
         return _static_plan(pilot, model)

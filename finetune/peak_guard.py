@@ -120,6 +120,12 @@ class PeakGuard:
         """Names of the layers that were chosen to run again."""
         return self._recomputation.layers if self._recomputation else ()
 
+    def finish(self) -> None:
+        """Stop measuring, and set the model's layers as they were."""
+        self.meter.close()
+        if self._recomputation:
+            self._recomputation.put_back()
+
     def remark(self) -> str:
         """How many layers run again and what a step takes in time, for people; nothing where neither is limited."""
         time, ranks = self._controller.time, self._controller.ranks

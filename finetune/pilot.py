@@ -36,7 +36,7 @@ from .journal import Journal
 from .loss_meter import LossMeter
 from .options import check_options, check_run, readable_budget
 from .peak_guard import Correction, PeakGuard
-from .recomputation import Recomputation
+from .recomputation import Recomputation, recomputing
 from .review import PlanReview
 from .run import TrainingRun
 from .run_figures import rank_figures
@@ -167,21 +167,21 @@ class RankPilot:
         self.journal.open(name, [])
         if self._review is not None:
             self._review.resumed = False
-        recomputation = Recomputation(run.model) if self.recompute else None
-        self.controller, memory = prepare(
-            run,
-            targets,
-            self.budget,
-            self.schedule,
-            self.bounds,
-            self.seed,
-            fresh=self.fresh,
-            recomputation=recomputation,
-            time=self.time,
-            progress=self._progress,
-        )
-        self._watch(run, memory, recomputation)
-        self._decide()
+        with recomputing(run.model, self.recompute) as recomputation:
+            self.controller, memory = prepare(
+                run,
+                targets,
+                self.budget,
+                self.schedule,
+                self.bounds,
+                self.seed,
+                fresh=self.fresh,
+                recomputation=recomputation,
+                time=self.time,
+                progress=self._progress,
+            )
+            self._watch(run, memory, recomputation)
+            self._decide()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
         """Go on from `state_dict`, with the adapters and the optimiser then. Another budget or time counts at once.
@@ -214,21 +214,21 @@ class RankPilot:
         self._step, self._shown = step, state["peaks_shown"]
         if self._review is not None:
             self._review.resumed = True
-        recomputation = Recomputation(run.model) if self.recompute else None
-        memory = run_memory(run, targets, signals=True) if recomputation else None
-        if recomputation:
-            recomputation.take(state["recomputed"])
-        limit, controller = self.controller.limit, self.controller
-        if before["budget"] != settings["budget"]:
-            limit = controller.limit_of(self.budget.beside(run.model), run.device)
-        if before.get("time") != settings["time"]:
-            known = (controller.time, run, targets, self.time, memory, limit, recomputation)
-            controller.time = other_time_limit(*known)
-        self._watch(run, memory, recomputation)
-        changed = changes(settings, before)
-        if changed:
-            self.journal.tell(f"step {step}: {changed}")
-            self._guard.new_limit(limit, step)
+        with recomputing(run.model, self.recompute) as recomputation:
+            memory = run_memory(run, targets, signals=True) if recomputation else None
+            if recomputation:
+                recomputation.take(state["recomputed"])
+            limit, controller = self.controller.limit, self.controller
+            if before["budget"] != settings["budget"]:
+                limit = controller.limit_of(self.budget.beside(run.model), run.device)
+            if before.get("time") != settings["time"]:
+                known = (controller.time, run, targets, self.time, memory, limit, recomputation)
+                controller.time = other_time_limit(*known)
+            self._watch(run, memory, recomputation)
+            changed = changes(settings, before)
+            if changed:
+                self.journal.tell(f"step {step}: {changed}")
+                self._guard.new_limit(limit, step)
 
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
@@ -309,8 +309,11 @@ class RankPilot:
         self._guard.out_of_memory()
 
     def finish(self) -> None:
-        """Stop measuring, and write the ranks to PEFT's configuration. The model can be saved afterwards."""
-        self._guard.meter.close()
+        """Stop measuring, and write the ranks to PEFT's configuration. The model can be saved afterwards.
+
+        The layers that ran again before the run do so again.
+        """
+        self._guard.finish()
         if self.controller:
             finish_load(self.controller.adapters.model, self.controller.targets)
 

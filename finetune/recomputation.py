@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -13,14 +14,15 @@ from ..lora.targets import unwrap
 from ..memory.batch_shape import BatchShape
 from ..memory.model import MemoryModel
 from ..memory.recomputation import fewest_recomputed
-from ..memory.step_parts import switch_checkpointing
+from ..memory.step_parts import check_checkpointing, switch_checkpointing
+from .model_settings import ModelSettings
 
 
 class Recomputation:
     """Lets single layers of a transformers model run again in the backward pass. Losses stay the same.
 
     Args:
-        model: the PEFT model. All its layers run again from now on, so that the step can be measured.
+        model: the PEFT model. All its layers run again from now on, so that the step can be measured; until `put_back`.
 
     Attributes:
         layers: the names of the layers that run again.
@@ -32,16 +34,22 @@ class Recomputation:
 
     def __init__(self, model: nn.Module) -> None:
         base = unwrap(model)
-        switch_checkpointing(base, True)
-        base.config.use_cache = False  # a layer that runs again would fill the cache twice
+        check_checkpointing(base)
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
         if not self._layers:
             raise UnsupportedError(
                 f"{type(base).__name__} checkpoints all its layers together or none, so a plan cannot choose them one "
                 "by one. Leave `recompute` out, or switch gradient checkpointing on for the whole model."
             )
+        self._before = ModelSettings(model)
+        switch_checkpointing(base, True)
+        base.config.use_cache = False  # a layer that runs again would fill the cache twice
         self.layers: tuple[str, ...] = tuple(self._layers)
         self.memory: MemoryModel | None = None
+
+    def put_back(self) -> None:
+        """Let the layers run again that did so before, and set the model's cache as it was."""
+        self._before.put_back()
 
     def all(self) -> None:
         """Let all layers run again."""
@@ -71,3 +79,15 @@ class Recomputation:
 
     def __str__(self) -> str:
         return f"{len(self.layers)} of {len(self._layers)} layers run again"
+
+
+@contextmanager
+def recomputing(model: nn.Module, wanted: bool) -> Iterator[Recomputation | None]:
+    """What chooses the layers of a run that begins, None unless it is wanted; put back if an error ends the run."""
+    recomputation = Recomputation(model) if wanted else None
+    try:
+        yield recomputation
+    except BaseException:
+        if recomputation:
+            recomputation.put_back()
+        raise

@@ -18,6 +18,7 @@ from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
 ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
@@ -99,3 +100,32 @@ def test_a_budget_that_nothing_fits_changes_nothing(llama_config: LlamaConfig, t
         allocate(trainer, budget="10KiB", policy="signal-mean", schedule=SCHEDULE)
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer.model).items())
     assert len(trainer.model.get_input_embeddings()._forward_hooks) == hooks
+
+
+def test_a_trainers_layers_and_inputs_are_as_they_were(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    """A Trainer switches checkpointing on when it begins, and rankpilot lets inputs require no gradients."""
+    model = adapted(llama_config)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    hooks = dict(model.get_input_embeddings()._forward_hooks)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    functions = [layer._gradient_checkpointing_func for layer in layers]
+    layers[0].gradient_checkpointing = False
+    trainer = trainer_of(model, tmp_path / "run", gradient_checkpointing=True)
+    model.config.use_cache = True
+    allocate(trainer, budget="80%", policy="signal-mean", schedule=SCHEDULE, recompute=True)
+    assert hooks
+    assert dict(model.get_input_embeddings()._forward_hooks) == hooks
+    assert [layer.gradient_checkpointing for layer in layers] == [False] + [True] * (len(layers) - 1)
+    assert [layer._gradient_checkpointing_func for layer in layers] == functions
+    assert model.config.use_cache
+
+
+def test_a_models_inputs_are_as_they_were(llama_config: LlamaConfig) -> None:
+    model = adapted(llama_config)
+    model.enable_input_require_grads()
+    hooks = dict(model.get_input_embeddings()._forward_hooks)
+    loader = DataLoader(ROWS.with_format("torch"), batch_size=4)  # type: ignore[arg-type]
+    allocate(model, loader, budget="80%", policy="signal-mean", schedule=SCHEDULE)
+    assert hooks
+    assert dict(model.get_input_embeddings()._forward_hooks) == hooks

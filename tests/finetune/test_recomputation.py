@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     XLNetConfig,
     XLNetForSequenceClassification,
@@ -64,6 +66,7 @@ def attached(folder: Path, budget: str | int, *, recompute: bool = True, **optio
         measure_every=1,
         schedule=SCHEDULE,
     )
+    trainer.add_callback(Layers())
     return trainer, callback
 
 
@@ -71,8 +74,22 @@ def losses(trainer: Trainer) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+def flags(model: Any) -> list[bool]:
+    return [m.gradient_checkpointing for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+class Layers(TrainerCallback):  # type: ignore[misc]
+    """Which layers run again in the latest step."""
+
+    flags: list[bool]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        self.flags = flags(objects["model"])
+
+
 def recomputed(trainer: Trainer) -> list[bool]:
-    return [m.gradient_checkpointing for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    (layers,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, Layers)]
+    return layers.flags
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +134,43 @@ def test_another_budget_changes_the_layers_and_not_the_ranks(tmp_path: Path, eve
     assert sum(recomputed(resumed)) == 3
     assert set(callback.controller.ranks) == {4}
     assert losses(resumed) == everything
+
+
+class Broken(Trainer):  # type: ignore[misc]
+    """Breaks in its second step."""
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        if self.state.global_step == 1:
+            raise RuntimeError("broken")
+        loss: torch.Tensor = super().training_step(*arguments, **options)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("budget", "kind", "error"), [("55%", Trainer, None), ("55%", Broken, RuntimeError), ("2KiB", Trainer, BudgetError)]
+)
+def test_a_run_leaves_the_layers_and_the_cache_as_they_were(
+    tmp_path: Path, budget: str, kind: Any, error: type[Exception] | None
+) -> None:
+    trainer, _ = attached(tmp_path, budget, kind=kind)
+    model = trainer.model
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers[1].gradient_checkpointing = False
+    model.config.use_cache = True
+    before, functions = flags(model), [layer._gradient_checkpointing_func for layer in layers]
+    with pytest.raises(error) if error else nullcontext():
+        trainer.train()
+    assert flags(model) == before == [True, False, True, True, True, True]
+    assert [layer._gradient_checkpointing_func for layer in layers] == functions
+    assert model.config.use_cache
+
+
+def test_a_model_that_never_checkpointed_has_no_function_for_it_afterwards(tmp_path: Path) -> None:
+    trainer, _ = attached(tmp_path, "55%")
+    trainer.train()
+    assert not any(flags(trainer.model))
+    assert not any(hasattr(module, "_gradient_checkpointing_func") for module in trainer.model.modules())
 
 
 class OutOfMemoryOnce(Trainer):  # type: ignore[misc]
