@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .autograd_flow import ModuleSet
+from .recording import Phases
 
 
 class GradientHolders:
@@ -49,13 +50,13 @@ class GradientHolders:
 
     def needed_later(
         self, created: Sequence[int], freed: Sequence[int], needed: dict[int, ModuleSet]
-    ) -> dict[int, tuple[int, ModuleSet]]:
+    ) -> dict[int, Phases]:
         """Stop watching, and return `Recording.needed_later`; `needed` is `Recording.needed`."""
         for handle in self._handles:
             handle.remove()
         held = self._held(created, freed)
-        found = {serial: _first_shrink(held[serial], freed[serial], needed.get(serial, 0)) for serial in held}
-        return {serial: later for serial, later in found.items() if later}
+        found = {serial: _shrinking(held[serial], freed[serial], needed.get(serial, 0)) for serial in held}
+        return {serial: phases for serial, phases in found.items() if phases}
 
     def _held(self, created: Sequence[int], freed: Sequence[int]) -> dict[int, list[tuple[int, ModuleSet]]]:
         """By serial number of a storage of the backward pass: until when nodes hold it, and the modules of each."""
@@ -76,17 +77,17 @@ class GradientHolders:
         return held
 
 
-def _first_shrink(
-    holders: Sequence[tuple[int, ModuleSet]], freed: int, needed: ModuleSet
-) -> tuple[int, ModuleSet] | None:
-    """When the first nodes let go of a storage so that fewer modules need it, and these; None if that never is."""
+def _shrinking(holders: Sequence[tuple[int, ModuleSet]], freed: int, needed: ModuleSet) -> Phases:
+    """The times at which nodes let go of a storage so that fewer modules need it; none if something else holds it."""
     ends = sorted({end for end, _ in holders})
-    if not needed or ends[-1] < freed:  # it is there under every plan, or something else holds it
-        return None
+    if ends[-1] < freed:
+        return ()
+    phases = []
     for end in ends[: bisect_left(ends, freed)]:
         rest = 0
         for until, modules in holders:
-            rest |= modules if until > end else 0
-        if rest and rest & needed != needed:
-            return end, rest
-    return None
+            rest |= modules & needed if until > end else 0
+        if 0 < rest != needed:
+            needed = rest
+            phases.append((end, rest))
+    return tuple(phases)

@@ -217,7 +217,7 @@ def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
 
 @dataclass(frozen=True, eq=False)
 class _Needs:
-    """Which storages one plan holds, for each of four reasons; all masks are bool (4, storages).
+    """Which storages one plan holds, for each of several reasons; all masks are bool (reasons, storages).
 
     Attributes:
         known: whether it is known which modules need a storage for this reason; else it counts always.
@@ -231,8 +231,9 @@ class _Needs:
     def of(cls, recording: Recording, adapted: BoolArray) -> _Needs:
         """The needs of a plan; `adapted` is bool (modules,)."""
         chosen = sum(1 << int(module) for module in np.flatnonzero(adapted)) | 1 << len(adapted)
-        known, met = np.zeros((2, 4, len(recording.sizes)), dtype=np.bool_)
-        for row, needs in enumerate(reasons_to_hold(recording)):
+        reasons = reasons_to_hold(recording)
+        known, met = np.zeros((2, len(reasons), len(recording.sizes)), dtype=np.bool_)
+        for row, needs in enumerate(reasons):
             for serial, modules in needs.items():
                 known[row, serial], met[row, serial] = bool(modules), bool(modules & chosen)
         return cls(known, met)
@@ -255,8 +256,7 @@ def reasons_to_hold(recording: Recording) -> tuple[dict[int, ModuleSet], ...]:
         for segment, modules in zip(recording.segments, of_segments, strict=True)
         for serial in segment.inputs
     }
-    later = {serial: modules for serial, (_, modules) in recording.needed_later.items()}
-    return recording.needed, later, recording.saved_in_segment, inputs
+    return *recording.needed_in_phases, recording.saved_in_segment, inputs
 
 
 class _Groups:
@@ -287,10 +287,8 @@ class _Groups:
         grouped = np.flatnonzero(live & ~candidate.always)
         indices = np.where(reasons, self._columns, 0)[:, grouped]
         base = len(self._sets)
-        # The first two reasons exclude each other, and three indices fit into one number.
-        codes, inverse = np.unique(
-            ((indices[0] + indices[1]) * base + indices[2]) * base + indices[3], return_inverse=True
-        )
+        *needed, saved, inputs = indices  # a storage is in one phase, so three indices are enough
+        codes, inverse = np.unique((np.sum(needed, axis=0) * base + saved) * base + inputs, return_inverse=True)
         numbers = [self._number(code // base**2, code // base % base, code % base) for code in codes.tolist()]
         group[grouped] = np.array(numbers, dtype=np.int64)[inverse]
         return live, group

@@ -22,13 +22,13 @@ UNDERESTIMATE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class PeakCandidate:
-    """The storages that can be live at one time of a step; all masks are bool (storages,).
+    """The storages that can be live at one time of a step; masks are bool (storages,) where nothing else is said.
 
     Attributes:
         label: a description of the time, for people.
         always: storages that are live under every plan.
-        needed: storages that are live if one of their modules in `Recording.needed` is adapted.
-        needed_later: storages that are live if one of their modules in `Recording.needed_later` is adapted.
+        needed: storages that are live if one of their modules in a phase of `Recording.needed_in_phases` is adapted,
+            (phases, storages); each is in one phase at the most.
         saved_in_segment: storages that are live if one of their modules in `Recording.saved_in_segment` is adapted.
         segment_inputs: inputs of a checkpointed segment, live if one of the modules is for which the segment saves.
         copied: storages of which a second copy is live.
@@ -38,7 +38,6 @@ class PeakCandidate:
     label: str
     always: BoolArray
     needed: BoolArray
-    needed_later: BoolArray
     saved_in_segment: BoolArray
     segment_inputs: BoolArray
     copied: BoolArray
@@ -46,8 +45,8 @@ class PeakCandidate:
 
     @property
     def reasons(self) -> BoolArray:
-        """The masks of storages that are live under some plans, in the order of `reasons_to_hold`, (4, storages)."""
-        return np.stack([self.needed, self.needed_later, self.saved_in_segment, self.segment_inputs])
+        """The masks of storages that are live under some plans, in the order of `reasons_to_hold`."""
+        return np.vstack([self.needed, self.saved_in_segment, self.segment_inputs])
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +87,9 @@ class _Finder:
         for index in range(len(recording.segments))[::-1]:
             self._first_segment[list(recording.segments[index].inputs)] = index
         self._is_input = self._first_segment < len(serials)
-        self._needed_until = np.full(len(serials), NEVER)
-        for serial, (time, _) in recording.needed_later.items():
-            self._needed_until[serial] = time
+        self._phase_ends = np.full((len(recording.needed_in_phases), len(serials)), NEVER)
+        for serial, phases in recording.needed_later.items():
+            self._phase_ends[: len(phases), serial] = [time for time, _ in phases]
 
     def candidates(self) -> Iterator[PeakCandidate]:
         """In the order of forward pass, backward pass and second runs of segments."""
@@ -107,15 +106,15 @@ class _Finder:
             rest = created & ~always
             needed = rest & self._needed & (recording.freed >= time)
             inputs = rest & self._is_input
-            label, none = self._label("forward", time), self._none
-            yield PeakCandidate(label, always, needed, none, none, inputs, none, time)
+            phases, none = self._in_phases(needed, time), self._none
+            yield PeakCandidate(self._label("forward", time), always, phases, none, inputs, none, time)
 
     def _in_backward_pass(self) -> Iterator[PeakCandidate]:
         recording = self._recording
         backward = ~self._forward & ~self._gradient
         for index in np.unique(recording.segment_index[backward]).tolist():
             own = backward & (recording.segment_index == index)
-            soonest = np.minimum(recording.freed, self._needed_until)  # as under the plans that free gradients early
+            soonest = np.minimum(recording.freed, self._phase_ends[0])  # as under the plans that free gradients early
             times = [self._highest(own, freed, latest=False) for freed in (recording.freed, soonest)]
             for time in sorted({*times[0], *times[1]}):
                 yield self._during_backward(self._label("backward", time), index, time)
@@ -128,17 +127,24 @@ class _Finder:
         saved_in_segment = live & within & self._saved_in_segment
         # The second run copies the tensors that functions still keep on their contexts from the first run.
         copied = saved_in_segment & self._on_context & self._needed
-        later = live & (self._needed_until < time + after)
+        held_to_end = self._none
         if index >= 0 and recording.segments[index].reentrant:
             saved_in_segment[list(recording.segments[index].outputs)] = True
-            incoming = self._incoming_gradients(index)
-            live |= incoming
-            later &= ~incoming
+            held_to_end = self._incoming_gradients(index)
+            live |= held_to_end
         # The layer may save its input in another precision only, so at the loss it need not be among what is live.
         inputs = self._is_input & (self._first_segment <= index if index >= 0 else live | self._yet_to_run(time))
-        needed = live & (~self._forward | self._needed) & ~later
+        needed = live & (~self._forward | self._needed)
         always = live & self._forward & ~self._needed & ~self._saved_in_segment & ~self._is_input
-        return PeakCandidate(label, always, needed, later, saved_in_segment, inputs, copied, time)
+        phases = self._in_phases(needed & ~held_to_end, time + after)
+        phases[0] |= needed & held_to_end
+        return PeakCandidate(label, always, phases, saved_in_segment, inputs, copied, time)
+
+    def _in_phases(self, needed: BoolArray, time: int) -> BoolArray:
+        """These storages by the phase in which each is at a time, bool (phases, storages)."""
+        numbers = np.arange(len(self._phase_ends))[:, np.newaxis]
+        result: BoolArray = needed & ((self._phase_ends < time).sum(axis=0) == numbers)
+        return result
 
     def _yet_to_run(self, time: int) -> BoolArray:
         """Storages that are inputs of segments which have not run again by `time`, bool (storages,)."""

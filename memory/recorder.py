@@ -20,7 +20,7 @@ from ..lora.targets import TargetModule
 from .autograd_flow import ModuleSet, flow_from, saved_by
 from .gradient_holders import GradientHolders
 from .live_storages import LiveStorages
-from .recording import NEVER, Batch, Recording, Segment
+from .recording import NEVER, Batch, Phases, Recording, Segment
 from .step_parts import is_reentrant, requires_grad_hook
 from .training_step import LossFunction, model_loss
 
@@ -140,7 +140,7 @@ class _Run:
         self._segment_index: list[int] = []
         self._uses_saved: list[bool] = []
         self._needed: dict[int, ModuleSet] = {}
-        self._needed_later: dict[int, tuple[int, ModuleSet]] = {}
+        self._needed_later: dict[int, Phases] = {}
         self._on_context_until: dict[int, int] = {}
         # The forward pass, and where the run is in it; the backward pass returns to the stretch of each node.
         self._stretch = _Stretch(0, 0, 0, -1, 0)

@@ -24,6 +24,10 @@ Batch = Any
 """What a loss function takes: as a rule keyword arguments of the model, in any nesting of mappings and lists."""
 
 
+Phases = tuple[tuple[int, ModuleSet], ...]
+"""Rising times, and the modules that need a storage after each; they become fewer."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A part of the forward pass that gradient checkpointing runs again in the backward pass.
@@ -67,8 +71,8 @@ class Recording:
             (storages,).
         needed: by serial number, the target modules that need a storage. In the forward pass: it is held beyond
             `freed_if_unsaved` if one of them is adapted. In the backward pass: it exists only if one of them is.
-        needed_later: storages of the backward pass that fewer modules need from some time on: by serial number, the
-            last time at which those of `needed` count, and the modules that count after it.
+        needed_later: storages of the backward pass that fewer modules need later: by serial number, the modules that
+            count after each of some times, in place of those of `needed`.
         on_context_until: storages that a Python autograd function keeps on its context, where autograd's hooks do not
             see them: by serial number, the time at which the parent of the function's module returned.
         uses_saved: whether the operation that created it, in the backward pass, uses a saved tensor, bool (storages,).
@@ -87,7 +91,7 @@ class Recording:
     target_index: IntArray
     segment_index: IntArray
     needed: dict[int, ModuleSet]
-    needed_later: dict[int, tuple[int, ModuleSet]]
+    needed_later: dict[int, Phases]
     on_context_until: dict[int, int]
     uses_saved: BoolArray
     gradients: dict[int, int]
@@ -95,6 +99,16 @@ class Recording:
     names: tuple[str, ...]
     forward_end: int
     segments: tuple[Segment, ...]
+
+    @cached_property
+    def needed_in_phases(self) -> tuple[dict[int, ModuleSet], ...]:
+        """`needed`, and what takes its place after the first, the second, ... of the times of `needed_later`."""
+        count = max(map(len, self.needed_later.values()), default=0)
+        later = [
+            {serial: phases[index][1] for serial, phases in self.needed_later.items() if index < len(phases)}
+            for index in range(count)
+        ]
+        return self.needed, *later
 
     @cached_property
     def saved_in_segment(self) -> dict[int, ModuleSet]:

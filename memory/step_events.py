@@ -93,9 +93,8 @@ class _Events:
         """Serial numbers, births and deaths of what the pass allocates, second runs of segments aside."""
         recording = self._recording
         freed = np.where(self._forward & ~self._needed, recording.freed_if_unsaved, recording.freed)
-        for serial, (time, modules) in recording.needed_later.items():
-            if not modules & self._adapted:
-                freed[serial] = time
+        for serial, phases in recording.needed_later.items():
+            freed[serial] = next((time for time, modules in phases if not modules & self._adapted), freed[serial])
         for index, segment in enumerate(recording.segments):
             if self._runs_again(index):
                 inputs = list(segment.inputs)
