@@ -29,6 +29,8 @@ class MemoryConfig(StepConfig):
         text_column: name of the column with the text, or with the tokens.
         label_column: name of the column with the class, the number, the tags or the target text.
         seed: seed of random token ids and fresh adapters.
+        trainer: further settings of the Trainer, as NAME=VALUE, as for `rankpilot finetune`: packing=true
+            assistant_only_loss=true label_smoothing_factor=0.1.
         device: predict for this card, from the model's configuration alone: "RTX 4090", "a100 80gb", "T4" ... Nothing
             is downloaded but a configuration that rankpilot does not know. MODEL is then a short name ("qwen3-8b"), a
             Hugging Face id, a folder or a config.json.
@@ -51,6 +53,7 @@ class MemoryConfig(StepConfig):
     text_column: str = "text"
     label_column: str = "label"
     seed: int = 0
+    trainer: tuple[str, ...] = ()
     device: str | None = None
     device_memory: str | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
@@ -78,7 +81,9 @@ class MemoryConfig(StepConfig):
             if self.dtype:
                 raise ConfigError("dtype is of a card: give --device or --device-memory with it.")
             return
-        wrong = [name for name in ("data", "task", "budget", "measure", "checkpointing") if getattr(self, name)]
+        wrong = [
+            name for name in ("data", "task", "budget", "measure", "checkpointing", "trainer") if getattr(self, name)
+        ]
         if wrong:
             raise ConfigError(
                 f"{', '.join(wrong)}: not with a card that is only asked about. Its batches are full rows of "

@@ -52,11 +52,12 @@ def subject(use: MemoryUse) -> str:
     parts = [
         f"{Path(config.model).name}, {use.task}, {use.shape.rows} x {use.shape.length} tokens",
         f"rank {config.rank} on {len(use.modules)} modules",
-        config.optimizer,
+        *([] if any(setting.startswith("optim=") for setting in config.trainer) else [config.optimizer]),
         *([f"frozen model in {config.quantization}"] if config.quantization != "none" else []),
         *(["gradients accumulated"] if config.accumulation > 1 else []),
         *(["bf16 autocast"] if config.bf16 else []),
         *(["gradient checkpointing"] if config.checkpointing else []),
+        *config.trainer,
         use.device,
     ]
     return ", ".join(parts)

@@ -78,6 +78,7 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     Raises:
         UnknownNameError, AssetError, DataError: there is no such model or data, or the data cannot be used.
         ConfigError: the rows are longer than the model's positions, or no module can be adapted.
+        UnknownNameError, ConfigError: a setting of the Trainer is unknown, or an option decides it.
         UnsupportedError: the adapter, the optimiser or gradient checkpointing cannot be handled, or a library is
             missing.
     """
@@ -106,7 +107,7 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
 
 def fine_tune_of(config: MemoryConfig) -> FinetuneConfig:
     """The settings of the fine-tune that takes this step."""
-    names = [field.name for field in fields(StepConfig)] + ["task", "text_column", "label_column", "seed"]
+    names = [field.name for field in fields(StepConfig)] + ["task", "text_column", "label_column", "seed", "trainer"]
     return FinetuneConfig(config.model, config.data or "", **{name: getattr(config, name) for name in names})
 
 

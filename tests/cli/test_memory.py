@@ -96,6 +96,15 @@ def test_settings_are_followed(models: Path, tmp_path: Path, capsys: pytest.Capt
     assert "top-down-whole inside 90%" in printed
 
 
+def test_settings_of_the_trainer_are_followed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [str(models / "bert"), *SMALL, "--measure"]
+    _, plain = run(options, capsys, tmp_path / "plain")
+    printed, figures = run([*options, "--trainer", "optim=sgd", "label_smoothing_factor=0.1"], capsys, tmp_path / "sgd")
+    assert "modules, optim=sgd, label_smoothing_factor=0.1, cpu" in printed
+    assert figures["kinds"]["optimizer"] == 0 < plain["kinds"]["optimizer"]
+    assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
+
+
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
 def test_optimizers(models: Path, optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["--target-modules", "q_proj, v_proj", "--optimizer", optimizer]
@@ -195,6 +204,12 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "No module has a rank above 32" in failure(
         ["memory", str(models / "bert"), *SMALL, "--rank", "100000"], capsys
     )
+    line = failure(["memory", str(models / "bert"), *SMALL, "--trainer", "labl_smoothing_factor=1"], capsys)
+    assert "Did you mean: 'label_smoothing_factor'" in line
+    line = failure(["memory", str(models / "bert"), *SMALL, "--trainer", "max_steps=1"], capsys)
+    assert "max_steps is decided by --steps" in line
+    line = usage_error(["memory", "m", "--device", "T4", "--trainer", "packing=true"], capsys)
+    assert "trainer: not with a card" in line
     huge = ["memory", "m", "--batch-size", "100000000000"]
     assert "at most 16,777,216 tokens; got 100000000000 x 64" in usage_error(huge, capsys)
     assert "The seed is at least 0 and below 2**32" in usage_error(["memory", "m", "--seed", "-1"], capsys)

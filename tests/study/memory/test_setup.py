@@ -33,8 +33,10 @@ def rows(tmp_path: Path) -> dict[str, str]:
         ("llama", "text", {}),
         ("llama", "text", {"checkpointing": True, "accumulation": 2, "optimizer": "adafactor"}),
         ("llama", "chats", {"bf16": True}),
+        ("bert", "classes", {"trainer": ("label_smoothing_factor=0.1", "optim=sgd")}),
+        ("llama", "chats", {"trainer": ("packing=true",)}),
     ],
-    ids=["classifier", "text", "checkpointing", "chats"],
+    ids=["classifier", "text", "checkpointing", "chats", "smoothing", "packing"],
 )
 def test_both_commands_name_the_same_peak(
     tmp_path: Path, rows: dict[str, str], name: str, data: str, settings: dict[str, Any]
