@@ -8,7 +8,9 @@
 | `instruction`, `input` (may be missing or empty), `output` | texts (Alpaca) | `prompt`, `completion` |
 
 Conversations may call tools: beside them, the column `tools` holds the descriptions that the model gets to read (JSON,
-as a list or as text), and their messages may have `tool_calls`, `tool_call_id` and `name`.
+as a list or as text), and their messages may have `tool_calls`, `tool_call_id` and `name`. The column
+`chat_template_kwargs` holds further variables of the chat template (a dictionary or its JSON text), such as
+`enable_thinking`.
 
 Instructions become messages where the tokenizer has a chat template, and otherwise text under headings.
 """
@@ -33,6 +35,9 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 TOOLS = "tools"
 """The column with the descriptions of the tools that the model may call, and the variable of chat templates."""
+
+VARIABLES = "chat_template_kwargs"
+"""The column with further variables of the chat template, by TRL's name."""
 
 _CALLS = ("tool_calls", "tool_call_id", "name")
 """What a message may have beside its role and content."""
@@ -76,10 +81,14 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
 
 
 def _check_tools(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
-    """Raise DataError if a row's tools cannot be read, ConfigError if the chat template would leave tools out."""
+    """Raise DataError if a row's tools or variables cannot be read, ConfigError if the template leaves tools out."""
     if TOOLS in part.column_names:
         advice = "Tools are a list of JSON schemas, or its JSON text; rename the column if it holds something else."
         check_rows(part, TOOLS, _not_tools, advice)
+    if VARIABLES in part.column_names:
+        check_rows(
+            part, VARIABLES, _not_variables, "Variables of the chat template are a dictionary, or its JSON text."
+        )
     held = {TOOLS: _has_tools(part), _CALLS[0]: _has_calls(part, columns)}
     left_out = [name for name, there in held.items() if there and name not in str(tokenizer.chat_template)]
     if left_out:
@@ -98,11 +107,31 @@ def _not_tools(value: Any) -> str | None:
     return None if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else "no list of tools"
 
 
+def _not_variables(value: Any) -> str | None:
+    """What a value is, if it holds no variables of a chat template."""
+    try:
+        return None if isinstance(_variables_of(value), dict) else "no dictionary"
+    except ValueError:
+        return "no JSON"
+
+
 def _tools_of(value: Any) -> Any:
     """The descriptions of tools in a list or its JSON text; an empty list for nothing."""
+    tools = _from_json(value)
+    return [] if tools is None else tools
+
+
+def _variables_of(value: Any) -> Any:
+    """The variables in a dictionary or its JSON text; an empty dictionary for nothing."""
+    variables = _from_json(value)
+    return {} if variables is None else variables
+
+
+def _from_json(value: Any) -> Any:
+    """A value or what its JSON text says, without gaps; None for an empty text."""
     if isinstance(value, str):
-        return json.loads(value) if value.strip() else []
-    return [] if value is None else _without_gaps(value)
+        return json.loads(value) if value.strip() else None
+    return _without_gaps(value)
 
 
 def _without_gaps(value: Any) -> Any:
@@ -114,6 +143,10 @@ def _without_gaps(value: Any) -> Any:
 
 def _has_tools(part: Dataset) -> bool:
     return TOOLS in part.column_names and any(map(_tools_of, part[TOOLS]))
+
+
+def _has_variables(part: Dataset) -> bool:
+    return VARIABLES in part.column_names and any(map(_variables_of, part[VARIABLES]))
 
 
 def _has_calls(part: Dataset, columns: tuple[str, ...]) -> bool:
@@ -147,24 +180,33 @@ def _parts(message: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
-    """Checked rows in the columns `messages`, or `prompt` and `completion`, alone, or with `tools` as JSON text."""
+    """Checked rows in the columns `messages`, or `prompt` and `completion`.
+
+    Conversations keep their tools, as JSON text, and their variables of the chat template, where they have any.
+    """
     if columns == ("instruction", "output"):
         make = _as_messages if tokenizer.chat_template else _as_text
         return part.map(lambda row: make(row["instruction"], row.get("input") or "", row["output"]), **_alone(part))
     if isinstance(part[0][columns[0]], str):
         return part.select_columns(list(columns))
-    names = {"conversations": "messages"}
-
-    has_tools = _has_tools(part)
+    names = {name: "messages" if name == "conversations" else name for name in columns}
+    has_tools, has_variables, has_calls = _has_tools(part), _has_variables(part), _has_calls(part, columns)
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = {names.get(name, name): [_called(message) for message in row[name]] for name in columns}
-        return made | {TOOLS: json.dumps(_tools_of(row[TOOLS]))} if has_tools else made
+        made: dict[str, Any] = {names[name]: [_called(message) for message in row[name]] for name in columns}
+        if has_tools:
+            made[TOOLS] = json.dumps(_tools_of(row[TOOLS]))
+        if has_variables:
+            made[VARIABLES] = _variables_of(row[VARIABLES])
+        return made
 
     features = None
-    if _has_calls(part, columns) and hasattr(datasets, "Json"):  # a table would give all calls the same arguments
-        kinds = {names.get(name, name): [datasets.Json()] for name in columns}
-        features = datasets.Features(kinds | ({TOOLS: datasets.Value("string")} if has_tools else {}))
+    if (has_calls or has_variables) and hasattr(datasets, "Json"):  # a table would give all rows the same keys
+        text = datasets.Value("string")
+        message = datasets.Json() if has_calls else {"role": text, "content": text}
+        kinds = {name: [message] for name in names.values()}
+        more = {TOOLS: text} if has_tools else {}
+        features = datasets.Features(kinds | more | ({VARIABLES: datasets.Json()} if has_variables else {}))
     return part.map(convert, features=features, **_alone(part))
 
 
@@ -207,17 +249,17 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
     """
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        tools = _tools_of(row.get(TOOLS)) or None
+        variables = {TOOLS: _tools_of(row.get(TOOLS)) or None} | _variables_of(row.get(VARIABLES))
         if "messages" in row:
-            ids = _ids(tokenizer, row["messages"], tools)
+            ids = _ids(tokenizer, row["messages"], variables)
             return {"input_ids": ids[:length], "labels": ids[:length]}
         prompt, completion = row["prompt"], row["completion"]
         end = tokenizer.eos_token
         if isinstance(completion, str) and end and not completion.endswith(end):
             completion += end
-        ids = _ids(tokenizer, prompt + completion, tools)
+        ids = _ids(tokenizer, prompt + completion, variables)
         shared = 0
-        for token, other in zip(_ids(tokenizer, prompt, tools, asks=True), ids, strict=False):
+        for token, other in zip(_ids(tokenizer, prompt, variables, asks=True), ids, strict=False):
             if token != other:
                 break
             shared += 1
@@ -237,10 +279,13 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
     return rows.select(kept), tokens.select(kept)
 
 
-def _ids(tokenizer: Any, content: Any, tools: Any = None, *, asks: bool = False) -> list[int]:
-    """The tokens of a text, or of messages; `asks` adds what the template puts in front of an answer."""
+def _ids(tokenizer: Any, content: Any, variables: dict[str, Any], *, asks: bool = False) -> list[int]:
+    """The tokens of a text, or of messages; `asks` adds what the template puts in front of an answer.
+
+    `variables` are those of the chat template, the tools among them.
+    """
     if isinstance(content, str):
         return list(tokenizer(content)["input_ids"])
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": asks}
-    made = tokenizer.apply_chat_template(content, tools=tools, **options)
+    made = tokenizer.apply_chat_template(content, **variables, **options)
     return list(made["input_ids"])

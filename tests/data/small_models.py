@@ -40,6 +40,10 @@ TOOL_CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 """ChatML that shows tools and calls of them."""
+VARIABLE_CHATML = (
+    "{% if mood is defined %}{{ mood }} {% endif %}{% if scene is defined %}{{ scene.place }} {% endif %}" + TOOL_CHATML
+)
+"""ChatML that shows two variables of its own."""
 PAD, UNKNOWN, END = range(3)
 
 _SIZES = {

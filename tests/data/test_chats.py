@@ -147,6 +147,44 @@ def test_tools_that_a_chat_template_leaves_out(model_folder: ModelFolder, tmp_pa
             load({"messages": [USER, ASSISTANT], "tools": value}, folder, tmp_path)
 
 
+@pytest.mark.parametrize("as_text", [False, True], ids=["dictionary", "text"])
+@pytest.mark.parametrize("split", [None, 1], ids=["messages", "prompt-completion"])
+@pytest.mark.parametrize("with_tools", [False, True], ids=["plain", "tools"])
+def test_variables_reach_the_chat_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool, split: int | None, with_tools: bool
+) -> None:
+    """A row without a variable leaves it undefined, whatever other rows have."""
+    trl = pytest.importorskip("trl")
+    monkeypatch.setattr(small_models, "CHATML", small_models.VARIABLE_CHATML)
+    folder = small_models.save("llama", tmp_path / "variables", chat=True)
+    rows: list[dict[str, Any]] = []
+    for variables in [{"mood": "dull"}, {"scene": {"place": "film"}}, {"mood": "good"}, None] * 5:
+        messages = calling("film") if with_tools else [USER, ASSISTANT]
+        chat = {"messages": messages} if split is None else {"prompt": messages[:split], "completion": messages[split:]}
+        given = json.dumps(variables) if as_text and variables else variables
+        rows.append(chat | {"chat_template_kwargs": given} | ({"tools": [tool("a")]} if with_tools else {}))
+    workload = load_workload(folder, write_rows(tmp_path / "rows.jsonl", rows), max_length=64)
+    texts = [workload.tokenizer.decode(ids) for ids in workload.train["input_ids"]]
+    assert {text[: text.index("<|im_start|>")].strip() for text in texts} == {"dull", "film", "good", ""}
+    assert workload.texts is not None
+    arguments = trl.SFTConfig(output_dir=str(tmp_path / "out"), max_length=64, use_cpu=True, bf16=False, report_to=[])
+    trainer = trl.SFTTrainer(
+        build("llama"), arguments, train_dataset=workload.texts.train, processing_class=workload.tokenizer
+    )
+    assert trainer.train_dataset["input_ids"][:] == workload.train["input_ids"][:]
+
+
+def test_variables_that_are_no_dictionary(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = model_folder("llama", chat=True)
+    for value, words in (("{", "no JSON"), ("[1]", "no dictionary"), (7, "no dictionary")):
+        match = rf"Row 1, column 'chat_template_kwargs': .* is {words}\. Variables of the chat template are"
+        with pytest.raises(DataError, match=match):
+            load({"messages": [USER, ASSISTANT], "chat_template_kwargs": value}, folder, tmp_path)
+    nothing = load({"messages": [USER, ASSISTANT], "chat_template_kwargs": {}}, folder, tmp_path)
+    assert nothing.texts is not None
+    assert nothing.texts.train.column_names == ["messages"]
+
+
 def test_instructions_without_a_chat_template_stand_under_headings(model_folder: ModelFolder, tmp_path: Path) -> None:
     workload = load(ASKED | {"input": "film"}, model_folder("llama"), tmp_path, max_length=64)
     assert workload.texts is not None
