@@ -29,7 +29,7 @@ from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
 from .run import TrainingRun
 from .stop import StopOnSigterm
-from .trainer_step import TrainerStep, find_trainer, resumed_from
+from .trainer_step import TrainerStep, before_training, find_trainer, resumed_from
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     Example:
         >>> trainer = Trainer(..., callbacks=[RankPilotCallback("signal-mean", budget="80%")])  # doctest: +SKIP
 
-    For a Trainer that exists already there is `attach`.
+    For a Trainer that exists already there is `attach`. `train(resume_from_checkpoint=True)` takes the last checkpoint
+    that is whole.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             time=time,
             explore=explore,
         )
+        before_training(_prepared)
         self._seed = seed
         self._bar = False
         self._step: TrainerStep | None = None
@@ -133,8 +135,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def connect(self, trainer: Trainer) -> None:
         """Take a Trainer as the one whose run is decided, and let its model load adapters of any ranks.
 
-        From now on `train(resume_from_checkpoint=True)` takes the last checkpoint that is whole.
-
         Raises:
             UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
             DataError: its training set is empty.
@@ -146,7 +146,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
         if self._step is None or self._step.trainer is not trainer:
             self._step = TrainerStep(trainer)
-            self._step.choose_checkpoint(lambda resume: chosen_checkpoint(resume, trainer.args.output_dir))
         make_resizable(trainer.model, find_target_modules(trainer.model))
 
     # Trainer events, in the order of a run ----------------------------------------------------------------------------
@@ -312,6 +311,14 @@ def attach(trainer: Trainer, policy: str | Path | Policy = DEFAULT, **options: A
     callback.connect(trainer)
     trainer.add_callback(callback)
     return callback
+
+
+def _prepared(trainer: Trainer, resume: Any) -> Any:
+    """Get a Trainer ready to load a checkpoint, and return the one that it loads; one without our callback is left."""
+    callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, RankPilotCallback)]
+    for callback in callbacks:
+        callback.connect(trainer)
+    return chosen_checkpoint(resume, trainer.args.output_dir) if callbacks else resume
 
 
 def run_of(step: TrainerStep, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:

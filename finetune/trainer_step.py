@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,6 +57,25 @@ def _running_trainers() -> Iterator[tuple[Trainer, Mapping[str, Any]]]:
         if isinstance(owner, Trainer):
             yield owner, frame.f_locals
         frame = frame.f_back
+
+
+@cache
+def before_training(prepare: Callable[[Trainer, Any], Any]) -> None:
+    """Call a function before any Trainer of this process trains, from now on.
+
+    A callback that is added to a Trainer hears nothing before a checkpoint has been loaded, which is too late to choose
+    it. So the class is told.
+
+    Args:
+        prepare: gets the Trainer and what its `train` is asked to resume from, and returns what it resumes from.
+    """
+    run = Trainer.train
+
+    @wraps(run)
+    def train(self: Trainer, resume_from_checkpoint: Any = None, *rest: Any, **options: Any) -> Any:
+        return run(self, prepare(self, resume_from_checkpoint), *rest, **options)
+
+    Trainer.train = train
 
 
 class TrainerStep:
@@ -148,15 +168,6 @@ class TrainerStep:
 
         trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
         trainer.log, trainer._save_checkpoint = log, save_checkpoint
-
-    def choose_checkpoint(self, choose: Callable[[Any], Any]) -> None:
-        """Let a function choose the checkpoint from which each run goes on, given what `train` is asked for."""
-        run = self.trainer.train
-
-        def train(resume_from_checkpoint: Any = None, *rest: Any, **options: Any) -> Any:
-            return run(choose(resume_from_checkpoint), *rest, **options)
-
-        self.trainer.train = train
 
     def take_no_more(self) -> None:
         """Give the Trainer no more batches: when it resumes a run that has all its steps, it would train one more."""

@@ -62,6 +62,7 @@ class Run:
         trainer: type[Trainer] = Trainer,
         at_step: Callable[[int], None] = lambda step: None,
         data: Dataset = ROWS,
+        late: bool = False,
         **options: Any,
     ) -> None:
         set_seed(0)
@@ -84,8 +85,11 @@ class Run:
             model=self.model,
             args=TrainingArguments(str(folder), **arguments),
             train_dataset=data,
-            callbacks=[self.pilot, self.recorder],
+            callbacks=[] if late else [self.pilot, self.recorder],
         )
+        if late:
+            self.trainer.add_callback(self.pilot)
+            self.trainer.add_callback(self.recorder)
 
     def train(self, resume: int | None = None) -> Run:
         self.trainer.train(resume_from_checkpoint=None if resume is None else str(self.checkpoint(resume)))
@@ -353,12 +357,45 @@ def test_a_checkpoint_in_another_folder_resumes(make: Launch, whole: Run, tmp_pa
     assert_same_adapter(resumed, whole)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "rankpilot.safetensors", "trainer_state.json"])
+def test_a_callback_that_is_added_to_a_trainer(make: Launch, whole: Run) -> None:
+    run = make(late=True).train()
+    assert run.recorder.losses == whole.recorder.losses
+    assert any(target.rank != 8 for target in find_target_modules(run.model))
+    shutil.rmtree(run.checkpoint(12))
+    resumed = make(late=True)
+    resumed.trainer.train(resume_from_checkpoint=True)
+    assert resumed.recorder.losses == whole.recorder.losses[8:]
+    assert_same_adapter(resumed, whole)
+
+
+def test_a_trainer_without_the_callback_resumes_as_ever(make: Launch) -> None:
+    """Torn checkpoints are its own business, even where other Trainers have the callback."""
+    for resume in (False, True):
+        run = make(max_steps=4)
+        run.trainer.remove_callback(run.pilot)
+        if resume:
+            (run.checkpoint(4) / "trainer_state.json").unlink()
+            with pytest.raises(FileNotFoundError, match=r"trainer_state\.json"):
+                run.trainer.train(resume_from_checkpoint=True)
+        else:
+            run.train()
+
+
+@pytest.mark.parametrize(
+    ("file", "late"),
+    [
+        ("adapter_model.safetensors", False),
+        ("rankpilot.safetensors", False),
+        ("trainer_state.json", False),
+        ("adapter_model.safetensors", True),
+        ("trainer_state.json", True),
+    ],
+)
 def test_the_last_whole_checkpoint_is_resumed(
-    make: Launch, whole: Run, tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+    make: Launch, whole: Run, tmp_path: Path, file: str, late: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(whole.folder, tmp_path / "run")
-    cut = make()
+    cut = make(late=late)
     (cut.checkpoint(12) / file).write_bytes((cut.checkpoint(12) / file).read_bytes()[:-9])
     assert rankpilot.last_checkpoint(cut.folder) == cut.checkpoint(8)
     with pytest.raises(RunFolderError, match=rf"{file} is torn\. The last whole checkpoint is .*checkpoint-8: pass"):
