@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_iter
 
+from ..common.arrays import BoolArray, IntArray
+
 ModuleSet = int
-"""A set of target modules as a bit mask: bit i is target module i."""
+"""A set of target modules as a bit mask: bit i is target module i. The bit after the last is what always trains."""
 
 _SAVED_FOR: dict[str, dict[str, int]] = {
     "MmBackward0": {"self": 1, "mat2": 0},
@@ -29,6 +32,11 @@ _SAVED_FOR: dict[str, dict[str, int]] = {
 """Operations that save a tensor for the gradient of one input: by name of the saved tensor, the number of that input
 (tools/autograd/derivatives.yaml of PyTorch). Any other operation counts as saving for all of its inputs, which can only
 over-estimate."""
+
+
+def adapted_modules(ranks: IntArray | BoolArray) -> ModuleSet:
+    """The modules that a plan adapts, with what always trains; `ranks`, or whether each is above 0, (modules,)."""
+    return sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
 
 
 def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], ModuleSet]) -> dict[Any, ModuleSet]:

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from .autograd_flow import ModuleSet
+from .autograd_flow import ModuleSet, adapted_modules
 from .batch_shape import BatchShape
 from .cost import ByteCost, moment_costs
 from .growth import Growth
@@ -230,7 +230,7 @@ class _Needs:
     @classmethod
     def of(cls, recording: Recording, adapted: BoolArray) -> _Needs:
         """The needs of a plan; `adapted` is bool (modules,)."""
-        chosen = sum(1 << int(module) for module in np.flatnonzero(adapted)) | 1 << len(adapted)
+        chosen = adapted_modules(adapted)
         reasons = reasons_to_hold(recording)
         known, met = np.zeros((2, len(reasons), len(recording.sizes)), dtype=np.bool_)
         for row, needs in enumerate(reasons):

@@ -13,6 +13,7 @@ from bisect import bisect_left
 import numpy as np
 
 from ..common.arrays import IntArray
+from .autograd_flow import adapted_modules
 from .batch_shape import BatchShape
 from .budget import reference_cost
 from .cost import ByteCost
@@ -76,6 +77,6 @@ def recomputed_cost(
 
 def holding_layers(memory: MemoryModel, ranks: IntArray) -> tuple[str, ...]:
     """Names of the layers that hold something for backward under a plan, int64 (modules,), the lowest first."""
-    adapted = sum(1 << int(module) for module in ranks.nonzero()[0]) | 1 << len(ranks)
+    adapted = adapted_modules(ranks)
     holding = [segment.name for segment in memory.segments if any(m & adapted for m in segment.saved.values())]
     return tuple(dict.fromkeys(holding))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import BoolArray, IntArray
-from .autograd_flow import ModuleSet
+from .autograd_flow import ModuleSet, adapted_modules
 
 NEVER = np.iinfo(np.int64).max
 """The time of an event that does not happen within the step."""
@@ -159,7 +159,7 @@ class Recording:
 
         Storages saved inside checkpointed segments are left out. `ranks` has shape (modules,).
         """
-        adapted = sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
+        adapted = adapted_modules(ranks)
         saved = np.zeros(len(self.sizes), dtype=np.bool_)
         saved[[serial for serial, modules in self.needed.items() if modules & adapted]] = True
         result: BoolArray = saved & (self.created <= self.forward_end) & (self.freed > self.forward_end)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
+from .autograd_flow import adapted_modules
 from .recording import NEVER, Recording, Segment
 
 
@@ -71,7 +72,7 @@ def _in_order(recording: Recording, sizes: FloatArray, serials: IntArray, born: 
 class _Events:
     def __init__(self, recording: Recording, sizes: FloatArray, ranks: IntArray) -> None:
         self._recording, self._sizes = recording, sizes
-        self._adapted = sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
+        self._adapted = adapted_modules(ranks)
         self._needed = self._mask(recording.needed)
         self._saved_in_segment = self._mask(recording.saved_in_segment)
         self._forward = recording.created <= recording.forward_end

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from rankpilot.memory.autograd_flow import _SAVED_FOR, flow_from, saved_by
+from rankpilot.memory.autograd_flow import _SAVED_FOR, adapted_modules, flow_from, saved_by
 from torch.nn.functional import conv1d, linear
 
 ALWAYS = 8
@@ -207,3 +208,9 @@ def test_linear_layers_are_made_of_operations_of_the_table(shape):
     assert names <= {*_SAVED_FOR, "ViewBackward0", "UnsafeViewBackward0", "TBackward0", "AddBackward0"} | {
         "torch::autograd::AccumulateGrad"
     }
+
+
+def test_a_plan_as_a_set_of_modules() -> None:
+    assert adapted_modules(np.array([0, 3, 0, 1])) == 0b11010
+    assert adapted_modules(np.array([False, True])) == 0b110
+    assert adapted_modules(np.zeros(2, dtype=np.int64)) == 0b100, "what always trains is in every set"
