@@ -6,10 +6,11 @@ graph has one of the ways only, it is freed after that one.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,28 +67,31 @@ class GradientHolders:
         for number, start, end in zip(self._order, self._starts, ends, strict=True):
             new = range(bisect_right(created, start), bisect_right(created, end))
             for serial in self._incoming[number].union(new):
+                if freed[serial] <= end and serial not in held:  # this node alone holds it
+                    continue
                 holders = held.setdefault(serial, [])
                 holders.append((end, self._modules[number]))
-                if freed[serial] <= end:
-                    continue
                 for to in self._next[number]:
                     # A gradient that is the only one of its node comes in as it is. Others may have been added up.
-                    if serial not in self._incoming.get(to, ()) and self._ways_in[to] > 1 and to in start_of:
-                        holders.append((start_of[to], self._modules[to]))
+                    if serial not in self._incoming.get(to, ()) and self._ways_in[to] > 1:
+                        holders.append((start_of.get(to, freed[serial]), self._modules[to]))
         return held
 
 
-def _shrinking(holders: Sequence[tuple[int, ModuleSet]], freed: int, needed: ModuleSet) -> Phases:
+def _shrinking(holders: list[tuple[int, ModuleSet]], freed: int, needed: ModuleSet) -> Phases:
     """The times at which nodes let go of a storage so that fewer modules need it; none if something else holds it."""
-    ends = sorted({end for end, _ in holders})
-    if ends[-1] < freed:
+    holders.sort()
+    if holders[-1][0] < freed:
         return ()
-    phases = []
-    for end in ends[: bisect_left(ends, freed)]:
-        rest = 0
-        for until, modules in holders:
-            rest |= modules & needed if until > end else 0
-        if 0 < rest != needed:
-            needed = rest
+    phases: list[tuple[int, ModuleSet]] = []
+    rest = 0
+    for (end, _), (later, modules) in reversed([*pairwise(holders)]):
+        rest |= modules & needed
+        if end < min(later, freed) and rest:
             phases.append((end, rest))
-    return tuple(phases)
+    kept = []
+    for end, rest in reversed(phases):
+        if rest != needed:
+            kept.append((end, rest))
+            needed = rest
+    return tuple(kept)

@@ -52,7 +52,8 @@ def trainer_of(folder: Path, kind: Any = Trainer, **options: Any) -> Trainer:
         dataloader_pin_memory=False,
         **options,
     )
-    return kind(model, arguments, train_dataset=[row | {"labels": row["input_ids"]} for row in rows])
+    data = [row | {"labels": row["input_ids"]} for row in rows]
+    return kind(model, arguments, train_dataset=data, callbacks=[Layers()])
 
 
 def attached(folder: Path, budget: str | int, *, recompute: bool = True, **options: Any) -> tuple[Trainer, Any]:
@@ -66,7 +67,6 @@ def attached(folder: Path, budget: str | int, *, recompute: bool = True, **optio
         measure_every=1,
         schedule=SCHEDULE,
     )
-    trainer.add_callback(Layers())
     return trainer, callback
 
 
@@ -83,7 +83,7 @@ class Layers(TrainerCallback):  # type: ignore[misc]
 
     flags: list[bool]
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         self.flags = flags(objects["model"])
 
 
