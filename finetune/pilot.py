@@ -309,10 +309,7 @@ class RankPilot:
         self._guard.out_of_memory()
 
     def finish(self) -> None:
-        """Stop measuring, and write the ranks to PEFT's configuration. The model can be saved afterwards.
-
-        The layers that ran again before the run do so again.
-        """
+        """Stop measuring, put back which layers run again, and write the ranks to PEFT's configuration for saving."""
         self._guard.finish()
         if self.controller:
             finish_load(self.controller.adapters.model, self.controller.targets)
