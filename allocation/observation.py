@@ -5,7 +5,7 @@ All numbers are relative (shares, ratios, logarithms), so that a policy can be u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..common.arrays import FloatArray
 from ..lora.signals import SIGNALS
 from ..memory.cost import plan_cost
-from .features import MODULE_FEATURES
+from .features import MODULE_FEATURES, RUN_FEATURES
 from .fixed_cost import FixedCost
 from .problem import AllocationProblem
 
@@ -22,6 +22,9 @@ Float32Array = NDArray[np.float32]
 
 _SUMS = [SIGNALS.index(name) for name in ("sensitivity", "importance")]
 """Signals that are sums over the ranks of a module; they are divided by the rank."""
+
+_OF_LIMIT = [MODULE_FEATURES.index(name) for name in ("next_rung_cost", "drop_saving", "adapt_cost")]
+_BUDGET, _SPENT = (RUN_FEATURES.index(name) for name in ("budget", "spent"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +100,9 @@ def observe(
         shapes: d_out / d_in of each module, (modules,).
         state: where the run stands.
     """
-    ranks, ladder, limit = problem.ranks, problem.ladder, problem.limit
+    ranks, ladder = problem.ranks, problem.ladder
     rungs = ladder.rung(ranks)
     spent = plan_cost(problem.cost, ranks)
-    rise = ladder.array[np.minimum(rungs + 1, ladder.top)] - ladder.array[rungs]
-    per_rank = problem.cost.per_rank.max(axis=0)
-    drop_saving, adapt_cost = _cost_changes(problem)
     scaled = signals.copy()
     scaled[:, _SUMS] /= np.maximum(signal_ranks, 1)[:, None]
     columns = [_centred_log(scaled[:, index]) for index in range(len(SIGNALS))]
@@ -111,13 +111,39 @@ def observe(
         (ranks > 0).astype(np.float64),
         problem.blocks / max(1, int(problem.blocks.max())),
         np.clip(np.log(shapes), -3, 3),
-        _centred_log(per_rank),
-        *(_log_share(costs, limit) for costs in (per_rank * rise, drop_saving, adapt_cost)),
+        _centred_log(problem.cost.per_rank.max(axis=0)),
+        *_shares_of_limit(problem),
         age / 4,
     ]
     modules = np.clip(np.stack(columns, axis=1), -3, 3).astype(np.float32)
     run = np.clip(_run_features(problem, spent, state), -3, 3).astype(np.float32)
     return Observation(modules, run, problem, names)
+
+
+def with_limit(observation: Observation, limit: float) -> Observation:
+    """What would have been seen with another limit, all else equal.
+
+    A `budget` that is cut off at 3 is scaled as if it were 3: what lies beyond is not in the observation.
+
+    Args:
+        observation: at a decision.
+        limit: in the unit of its problem, > 0.
+    """
+    problem = replace(observation.problem, limit=limit)
+    modules, run = observation.modules.astype(np.float64), observation.run.astype(np.float64)
+    modules[:, _OF_LIMIT] = np.stack(_shares_of_limit(problem), axis=1)
+    run[_BUDGET] *= limit / observation.problem.limit
+    run[_SPENT] = plan_cost(problem.cost, problem.ranks) / limit
+    modules, run = np.clip(modules, -3, 3), np.clip(run, -3, 3)
+    return replace(observation, modules=modules.astype(np.float32), run=run.astype(np.float32), problem=problem)
+
+
+def _shares_of_limit(problem: AllocationProblem) -> list[FloatArray]:
+    """What a change of each module's rank costs, as `_log_share`: the next rung up, dropping it, adapting it."""
+    ladder, rungs = problem.ladder, problem.ladder.rung(problem.ranks)
+    rise = ladder.array[np.minimum(rungs + 1, ladder.top)] - ladder.array[rungs]
+    per_rank = problem.cost.per_rank.max(axis=0)
+    return [_log_share(costs, problem.limit) for costs in (per_rank * rise, *_cost_changes(problem))]
 
 
 def _log_share(costs: FloatArray, limit: float) -> FloatArray:

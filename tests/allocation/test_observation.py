@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.allocation.features import MODULE_FEATURE_TABLE, MODULE_FEATURES, RUN_FEATURE_TABLE, feature_table
-from rankpilot.allocation.observation import Observation, RunState, observe
+from rankpilot.allocation.observation import Observation, RunState, observe, with_limit
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.lora.ladder import RankLadder
@@ -89,6 +89,15 @@ def test_costs_look_alike_in_a_model_of_more_modules() -> None:
 def test_costs_of_next_to_nothing_end_at_minus_three() -> None:
     observation = seen(limit=1e9)
     assert column(observation, "next_rung_cost") == [-3.0] * 6
+
+
+@pytest.mark.parametrize("limit", [2000.0, 4000.0, 11000.0])
+def test_another_limit_is_seen_as_if_it_had_been_there_from_the_start(limit: float) -> None:
+    changed, expected = with_limit(seen(), limit), seen(limit=limit)
+    np.testing.assert_array_equal(changed.modules, expected.modules)
+    np.testing.assert_array_equal(changed.run, expected.run)
+    assert changed.problem.limit == limit
+    assert seen().problem.limit == 4000, "the observation itself stays as it is"
 
 
 def test_the_signals_are_the_first_features() -> None:

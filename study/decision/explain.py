@@ -1,0 +1,116 @@
+"""Explanations of all decisions of a log, as JSON values for pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...agents.learned.policy import LearnedPolicy
+from ...agents.learned.policy_file import DEFAULT, load_policy
+from ...allocation.decision_log import DecisionLog, LoggedDecision
+from ...allocation.policy import Policy
+from ...errors import PolicyFileError, RunFolderError
+from .case import Case
+from .redecide import redecide
+from .shapley import attribute
+from .stability import stability
+from .what_if import usual_questions, what_if
+from .why import Explanation, explain_votes
+
+
+def explanations(log: DecisionLog, policy: Policy | None = None, what_ifs: bool = True) -> list[dict[str, Any] | None]:
+    """Explain every decision of a log.
+
+    Args:
+        log: of a run.
+        policy: that decided; without it the policy that ships with the package is tried.
+        what_ifs: also take decisions again with something changed, for what-ifs and stability: some seconds each.
+
+    Returns:
+        By decision, what `Explanation.to_json` gives; less where less is known, with a sentence why. None for a
+        decision of which nothing can be read.
+
+    Raises:
+        RunFolderError: there is no log, or none of it can be read.
+    """
+    table = log.read(lambda error: None)
+    decisions = {}
+    for number in sorted(set(table["decision"].to_pylist())):
+        try:
+            logged = log.logged(number)
+        except RunFolderError as error:
+            decisions[number] = _known(table.filter(pc.equal(table["decision"], number)), str(error))
+        else:
+            decisions[number] = explain(logged, policy, what_ifs).to_json()
+    return [decisions.get(number) for number in range(max(len(log), *(number + 1 for number in decisions)))]
+
+
+def explain(logged: LoggedDecision, policy: Policy | None = None, what_ifs: bool = True) -> Explanation:
+    """Explain one decision; the arguments are those of `explanations`."""
+    found = explain_votes(logged)
+    obstacle = _without_votes(logged)
+    if obstacle:
+        return replace(found, notes=(obstacle,))
+    given, obstacle = _policy_of(logged, policy)
+    if given is None:
+        return replace(found, notes=(obstacle,))
+    differences = redecide(logged, given).differences
+    if differences:
+        note = (
+            f"Taken again on this machine, the decision differs in {', '.join(differences)}; so there are no Shapley "
+            "values and no what-ifs."
+        )
+        return replace(found, notes=(note,))
+    found = replace(found, attribution=attribute(logged, given))
+    if not what_ifs:
+        return found
+    case = Case(logged, given)
+    answers = [answer for question in usual_questions(case) if (answer := what_if(case, question))]
+    return replace(found, what_ifs=tuple(answers), stability=stability(logged, given))
+
+
+def _without_votes(logged: LoggedDecision) -> str:
+    """Why a decision has no votes to explain; empty if it has."""
+    if logged.value("correction"):
+        return "A correction has nothing to explain: it lowers ranks in the order of their scores until the plan fits."
+    if logged.deliberation is not None:
+        return ""
+    if logged.state is None:
+        return "The log is of schema 3, which does not hold the candidates and votes. Later runs log them."
+    return f"{logged.value('policy')} is a rule, or a policy without a value ensemble: it weighs no plans."
+
+
+def _policy_of(logged: LoggedDecision, policy: Policy | None) -> tuple[LearnedPolicy | None, str]:
+    """The policy that decided, or why it is not at hand."""
+    lacking = "so there are no Shapley values and no what-ifs."
+    try:
+        given = load_policy(DEFAULT) if policy is None else policy
+    except PolicyFileError as error:
+        return None, f"The policy cannot be read ({error}), {lacking}"
+    wanted, name = logged.value("policy_sha256"), logged.value("policy")
+    if not isinstance(given, LearnedPolicy) or given.sha256 != wanted:
+        which = "no policy was given, and the one that ships is another" if policy is None else "the one given is another"
+        return None, f"The policy {name} is not at hand ({which}: its weights have another sha256), {lacking}"
+    return given, ""
+
+
+def _known(table: pa.Table, reason: str) -> dict[str, Any]:
+    """What the rows of a decision tell that cannot be taken again."""
+    first = table.slice(0, 1).to_pylist()[0]
+    ranks = {
+        key: table[column].to_pylist()
+        for key, column in (("asked", "rank_wanted"), ("clipped", "rank_clipped"), ("got", "rank_after"))
+        if not table[column].null_count
+    }
+    return {
+        "decision": first["decision"],
+        "step": first["step"],
+        "first": first["decision"] == 0,
+        "policy": first["policy"],
+        "verdict": f"At step {first['step']} {first['policy']} decided; the log does not hold enough to explain it.",
+        "sentences": [reason],
+        "projection": ranks,
+    }

@@ -1,0 +1,267 @@
+"""What would have to be different for another decision: the smallest change that does it, found by deciding again.
+
+A question names what is changed. Its amounts are whole steps of a size of its own, so that what a statement says is
+exactly what was tried. A coarse grid of amounts finds one that changes the decision, and bisection the first step at
+which it does. The decision is taken again at that amount and at one step less; a statement says no more than these two
+gave. Between the amounts of the grid a decision may change and change back, which would not be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import exp
+from typing import Literal
+
+import numpy as np
+
+from ...allocation.observation import with_limit
+from ...allocation.plan import pack
+from ...common.arrays import IntArray
+from ...common.module_names import short_names
+from ...common.units import cost_text
+from ...errors import ConfigError
+from ...lora.signals import SIGNALS
+from .case import Case, with_least, with_most, with_signals
+
+Kind = Literal["signals", "budget", "recipe budget", "most", "least", "caution"]
+
+SIZES = {"signals": 0.01, "budget": 0.001, "recipe budget": 0.001, "caution": 0.01}
+"""The size of a step: of the log of a signal, of the budget as a share of itself, of the caution. A bound's is a rung."""
+
+_OF_BUDGET = (2, 5, 10, 20, 50, 100, 200, 400)
+GRID: dict[str, tuple[int, ...]] = {
+    "signals": (5, 10, 20, 40, 80, 160),
+    "budget": _OF_BUDGET,
+    "recipe budget": _OF_BUDGET,
+    "caution": tuple(range(10, 310, 10)),
+}
+"""The amounts that are tried first, in steps. Of bounds every rung is tried."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is changed, and what is to change by it.
+
+    Attributes:
+        kind: "signals" of modules (all of them by the same amount, in log), "budget", "recipe budget" (the budget,
+            while the scores, the rank floor and the depth bias stay), the "most" or the "least" rank of one module, or
+            the "caution": how many standard deviations of the votes the lower bound takes off.
+        direction: 1 for more, -1 for less; of the bounds "most" goes down and "least" goes up whatever this is.
+        modules: numbers of the modules whose signals or bound are changed.
+        label: what people call them.
+        target: number of the module whose rank is to change; None for that of any module.
+    """
+
+    kind: Kind
+    direction: int = 1
+    modules: tuple[int, ...] = ()
+    label: str = ""
+    target: int | None = None
+
+    def plan(self, case: Case, steps: int) -> IntArray:
+        """The ranks after a change by so many steps, int64 (modules,).
+
+        Raises:
+            ConfigError: caution in a policy that has no votes, or a recipe where there was none.
+        """
+        if steps == 0:
+            return case.decide(case.observation)
+        observation, amount = case.observation, self.amount(case, steps)
+        if self.kind == "signals":
+            shifts = np.zeros((len(observation.modules), len(SIGNALS)))
+            shifts[list(self.modules)] = amount
+            return case.decide(with_signals(observation, shifts))
+        if self.kind == "budget":
+            return case.decide(with_limit(observation, amount))
+        if self.kind == "recipe budget":
+            return _same_recipe(case, amount)
+        if self.kind == "caution":
+            return _with_caution(case, amount)
+        change = with_most if self.kind == "most" else with_least
+        return case.decide(change(observation, self.modules[0], int(amount)))
+
+    def amount(self, case: Case, steps: int) -> float:
+        """What so many steps are: the shift of the signals, or the budget, bound or caution that they lead to."""
+        problem = case.observation.problem
+        if self.kind == "most":
+            return float(problem.ladder.array[problem.tops[self.modules[0]] - steps])
+        if self.kind == "least":
+            return float(problem.ladder.array[problem.bottoms[self.modules[0]] + steps])
+        change = round(self.direction * steps * SIZES[self.kind], 6)
+        if self.kind == "signals":
+            return change
+        return round(_caution(case) + change, 6) if self.kind == "caution" else problem.limit * (1 + change)
+
+    def amounts(self, case: Case) -> Sequence[int]:
+        """The amounts that are tried first, in steps, rising."""
+        if self.kind in ("most", "least"):
+            problem, module = case.observation.problem, self.modules[0]
+            return range(1, int(problem.tops[module] - problem.bottoms[module]) + 1)
+        grid = GRID[self.kind]
+        if self.kind == "caution" and self.direction < 0:
+            return [steps for steps in grid if self.amount(case, steps) >= 0]
+        return grid
+
+    def answers(self, before: IntArray, after: IntArray) -> bool:
+        """Whether the ranks differ where they are to."""
+        moved = before != after
+        return bool(moved.any() if self.target is None else moved[self.target])
+
+
+@dataclass(frozen=True, eq=False)
+class WhatIf:
+    """The smallest change that was found, and what it does.
+
+    Attributes:
+        question: what is changed.
+        steps: by how many steps; one step less does not do it.
+        before: ranks without the change, int64 (modules,).
+        after: ranks with it, int64 (modules,).
+        text: the answer in words.
+    """
+
+    question: Question
+    steps: int
+    before: IntArray
+    after: IntArray
+    text: str
+
+    @property
+    def side_effects(self) -> int:
+        """How many other modules have another rank: not those that were changed, or whose rank was to change."""
+        target = self.question.target
+        asked = self.question.modules if target is None else (target,)
+        moved = self.before != self.after
+        moved[list(asked)] = False
+        return int(moved.sum())
+
+    def holds(self, case: Case) -> bool:
+        """Whether deciding again gives just this, at the change and at one step less of it."""
+        plans = [self.question.plan(case, steps) for steps in (self.steps, self.steps - 1)]
+        same = np.array_equal(plans[0], self.after) and np.array_equal(case.plan, self.before)
+        changed, unchanged = (self.question.answers(self.before, plan) for plan in plans)
+        return same and changed and not unchanged
+
+
+def what_if(case: Case, question: Question) -> WhatIf | None:
+    """The smallest change that answers a question; None if none of the grid does.
+
+    Raises:
+        ConfigError: see `Question.plan`.
+    """
+    before, below = case.plan, 0
+    for steps in question.amounts(case):
+        after = question.plan(case, steps)
+        if question.answers(before, after):
+            break
+        below = steps
+    else:
+        return None
+    while steps - below > 1:
+        middle = (steps + below) // 2
+        plan = question.plan(case, middle)
+        if question.answers(before, plan):
+            steps, after = middle, plan
+        else:
+            below = middle
+    return WhatIf(question, steps, before, after, _text(case, question, steps, before, after))
+
+
+def _caution(case: Case) -> float:
+    deliberation = case.decision.deliberation
+    if deliberation is None:
+        raise ConfigError(f"{case.policy.name} has no value ensemble: there are no votes, and no caution to change.")
+    return deliberation.lcb_coefficient
+
+
+def _with_caution(case: Case, caution: float) -> IntArray:
+    deliberation = case.decision.deliberation
+    assert deliberation is not None
+    return deliberation.plans[replace(deliberation, lcb_coefficient=caution).favourite]
+
+
+def _same_recipe(case: Case, limit: float) -> IntArray:
+    """The ranks that the same scores, rank floor and depth bias lead to under another limit."""
+    decision, problem = case.decision, replace(case.observation.problem, limit=limit)
+    if not decision.rank_floor:
+        raise ConfigError("The decision did not follow from scores and a rank floor: there is no recipe to keep.")
+    ranks = pack(problem, decision.scores, decision.rank_floor, decision.depth_bias)
+    return case.plan_of(problem, replace(decision, ranks=ranks))
+
+
+def _text(case: Case, question: Question, steps: int, before: IntArray, after: IntArray) -> str:
+    moved, target = before != after, question.target
+    if target is None:
+        effect = f"{_modules(int(moved.sum()))} would have another rank"
+    else:
+        others = int(moved.sum()) - 1
+        name = short_names(case.observation.names)[target]
+        effect = f"{name} would have rank {after[target]} instead of {before[target]}"
+        effect += f", and {_modules(others, 'other ')} another rank" if others else ""
+    return f"{_condition(case, question, steps)}, {effect}."
+
+
+def _condition(case: Case, question: Question, steps: int) -> str:
+    amount, less = question.amount(case, steps), question.direction * (steps - 1)
+
+    def but(before: str) -> str:
+        """What one step less does."""
+        if steps == 1:
+            return "the smallest step that was tried"
+        return f"{before} {'changes nothing' if question.target is None else 'is not enough'}"
+
+    if question.kind == "signals":
+        detail = f"{amount:+.2f} in log; {but(f'{0.01 * less:+.2f}')}"
+        return f"If the signals of {question.label} were {exp(amount):.3g} times as strong ({detail})"
+    if question.kind == "caution":
+        before = _caution(case)
+        detail = but(f"{before + 0.01 * less:.2f}")
+        return f"With a caution of {amount:.2f} instead of {before:.2f} standard deviations ({detail})"
+    if question.kind in ("budget", "recipe budget"):
+        word = "larger" if question.direction > 0 else "smaller"
+        detail = f"{cost_text(amount, case.observation.problem.cost.unit)}; {but(f'{0.1 * abs(less):.1f} %')}"
+        recipe = "the same recipe and " if question.kind == "recipe budget" else ""
+        return f"With {recipe}a budget {0.1 * steps:.1f} % {word} ({detail})"
+    words = "might have rank {} at most" if question.kind == "most" else "had to have rank {} at least"
+    detail = f" ({but(f'{question.amount(case, steps - 1):.0f}')})" if steps > 1 else ""
+    return f"If {question.label} {words.format(f'{amount:.0f}')}{detail}"
+
+
+def _modules(count: int, other: str = "") -> str:
+    return f"{count} {other}module{'s' * (count != 1)}"
+
+
+# Questions ------------------------------------------------------------------------------------------------------------
+
+
+def usual_questions(case: Case) -> list[Question]:
+    """What people ask first: caution, budget, the module of the highest rank, its type, and a bound on it."""
+    names, budget = short_names(case.observation.names), ("budget", "recipe budget")
+    first = int(np.argmax(case.plan))
+    alike = tuple(number for number, name in enumerate(names) if name.kind == names[first].kind)
+    deliberation, recipe = case.decision.deliberation, bool(case.decision.rank_floor)
+    questions = [Question("caution", way) for way in (-1, 1) if deliberation]
+    questions += [Question(kind, way) for kind in budget if recipe or kind == "budget" for way in (-1, 1)]
+    questions.append(Question("signals", -1, (first,), str(names[first]), first))
+    questions.append(Question("signals", -1, alike, f"all {names[first].kind} modules"))
+    questions.append(Question("most", -1, (first,), str(names[first]), first))
+    return questions
+
+
+def drawn_question(case: Case, generator: np.random.Generator) -> Question:
+    """A question drawn at random, for tests of the answers."""
+    kinds: list[Kind] = ["signals", "signals", "budget", "most", "least"]
+    kinds += ["recipe budget"] * bool(case.decision.rank_floor) + ["caution"] * bool(case.decision.deliberation)
+    kind = kinds[generator.integers(len(kinds))]
+    names, direction = short_names(case.observation.names), 1 if generator.integers(2) else -1
+    module = int(generator.integers(len(names)))
+    target = module if generator.integers(2) else None
+    if kind in ("most", "least"):
+        return Question(kind, 1 if kind == "least" else -1, (module,), str(names[module]), target)
+    if kind != "signals":
+        return Question(kind, direction, target=target)
+    if generator.integers(2):
+        return Question(kind, direction, (module,), str(names[module]), target)
+    alike = tuple(number for number, name in enumerate(names) if name.kind == names[module].kind)
+    return Question(kind, direction, alike, f"all {names[module].kind} modules", target)

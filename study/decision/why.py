@@ -1,0 +1,273 @@
+"""Why a decision was taken: which candidate won, by how much, and what its plan became."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ...agents.learned.candidates import KEEP
+from ...allocation.actions import base_depth_bias, base_rank_floor
+from ...allocation.decision_log import LoggedDecision
+from ...allocation.deliberation import Deliberation
+from ...allocation.features import MODULE_FEATURES
+from ...common.arrays import BoolArray, FloatArray
+from ...common.module_names import short_names
+from ...common.tables import make_table
+from ...memory.cost import unit_cost
+from .projection import Projection, projection_of
+from .shapley import GROUPS, Attribution
+from .stability import Stability
+from .what_if import WhatIf
+
+UNIT_OF_VOTES = "standard deviations of the log loss between plans"
+SHOWN = 3
+"""Modules and groups that a sentence names at most."""
+
+ROWS = 10
+"""Plans that a table shows, beside the one taken and the reference."""
+
+_WORDS = {"signal_mean": "the mean signal", "rank_cost": "the cost of a rank", "relative_depth": "the relative depth"}
+_WORDS |= {"actor": "the actor's scores"}
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Why a decision of a log was taken.
+
+    Attributes:
+        logged: the decision.
+        projection: what became of the ranks that were wanted.
+        attribution: which features speak for the plan; None if unknown.
+        what_ifs: what would have changed the decision.
+        stability: what noise leaves of it; None if unknown.
+        notes: sentences on what is not known, and why.
+    """
+
+    logged: LoggedDecision
+    projection: Projection
+    attribution: Attribution | None = None
+    what_ifs: tuple[WhatIf, ...] = ()
+    stability: Stability | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def verdict(self) -> str:
+        """The decision in one sentence."""
+        found, logged = self.logged.deliberation, self.logged
+        where = f"At step {logged.value('step')}"
+        if logged.value("correction"):
+            return f"{where} the guard changed the ranks to keep the budget; no policy decided."
+        if found is None:
+            return f"{where} {logged.value('policy')} decided; the log holds no candidates and no votes."
+        if found.plan == found.reference:
+            return f"{where} {_reference(logged)} stayed: no other plan is surely better."
+        votes = found.votes[:, found.plan]
+        return (
+            f"{where} the plan of candidate {found.candidates[found.taken]!r} was taken: {int((votes > 0).sum())} of "
+            f"{len(votes)} networks expect it to be better than {_reference(logged)}, by "
+            f"{found.mean[found.plan]:.3f} on the mean."
+        )
+
+    def sentences(self) -> list[str]:
+        """The explanation in plain English, the most important first; the verdict is not repeated."""
+        found = self.logged.deliberation
+        parts = [] if found is None else _of_deliberation(self.logged, found)
+        parts += self.projection.sentences()
+        if self.attribution:
+            parts.append(_of_attribution(self.attribution, self.logged))
+        parts += [answer.text for answer in self.what_ifs]
+        if self.stability:
+            parts.append(self.stability.sentence())
+        return [*parts, *self.notes]
+
+    def table(self) -> Table:
+        """The best plans, and the reference."""
+        found = self.logged.deliberation
+        columns = ("plan", "candidates", "mean", "spread", "lower bound", "probability", "tied")
+        if found is None:
+            return make_table(self.verdict, columns)
+        rows = []
+        best = np.argsort(-found.bound, kind="stable")[:ROWS].tolist()
+        for plan in dict.fromkeys((*best, found.plan, found.reference)):
+            names = [name for name, led in zip(found.candidates, found.plan_of, strict=True) if led == plan]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            mark = " (taken)" if plan == found.plan else " (reference)" if plan == found.reference else ""
+            numbers = (found.mean[plan], found.std[plan], found.bound[plan])
+            chance = f"{found.probabilities[plan]:.0%}"
+            tied = "yes" if found.tied[plan] else ""
+            rows.append((f"{plan}{mark}", f"{names[0]}{more}", *(f"{value:.3f}" for value in numbers), chance, tied))
+        return make_table(f"Plans at step {self.logged.value('step')}", columns, rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values, for pages."""
+        found, logged = self.logged.deliberation, self.logged
+        return {
+            "decision": logged.value("decision"),
+            "step": logged.value("step"),
+            "first": logged.problem.max_step is None,
+            "policy": logged.value("policy"),
+            "verdict": self.verdict,
+            "sentences": self.sentences(),
+            **({} if found is None else _deliberation_json(logged, found)),
+            "shapley": self.attribution and self.attribution.to_json(),
+            "what_ifs": [{"text": answer.text, "side_effects": answer.side_effects} for answer in self.what_ifs],
+            "projection": self.projection.to_json(),
+            "stability": self.stability and self.stability.to_json(),
+        }
+
+
+def explain_votes(logged: LoggedDecision) -> Explanation:
+    """The explanation of a decision from its log alone, without the policy's networks."""
+    return Explanation(logged, projection_of(logged))
+
+
+def same_in_tie(deliberation: Deliberation) -> BoolArray:
+    """The modules whose rank is the same in all plans that are tied, bool (modules,)."""
+    plans = deliberation.plans[deliberation.tied]
+    return np.asarray((plans == plans[0]).all(axis=0))
+
+
+def actor_terms(logged: LoggedDecision, deliberation: Deliberation) -> FloatArray:
+    """What each direction adds to the actor's scores, before they are clipped, (directions, modules)."""
+    columns = [
+        deliberation.actor_estimate if name == "estimate" else logged.observation.modules[:, MODULE_FEATURES.index(name)]
+        for name in deliberation.directions
+    ]
+    values = np.stack(columns).astype(np.float64)
+    return np.asarray(deliberation.actor_gains[:, None] * (values - values.mean(axis=1, keepdims=True)))
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def _reference(logged: LoggedDecision) -> str:
+    return "uniform rank" if logged.problem.max_step is None else "the ranks in place"
+
+
+def _of_deliberation(logged: LoggedDecision, found: Deliberation) -> list[str]:
+    sentences = [_recipe(logged, found), _votes(logged, found), _margin(found)]
+    if int(found.tied.sum()) > 1:
+        sentences.append(_tie(logged, found))
+    return [*sentences, _actor(logged, found)]
+
+
+def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
+    alike = int((found.plan_of == found.plan).sum()) - 1
+    others = f" {alike} other candidate{'s' * (alike != 1)} lead{'s' * (alike == 1)} to the same plan." if alike else ""
+    name = found.candidates[found.taken]
+    if name == KEEP:
+        return f"The candidate {name!r} leaves the ranks as they are.{others}"
+    weights = zip(found.basis, found.weights[found.taken].tolist(), strict=True)
+    parts = [f"{weight:+.3g} x {_WORDS.get(part, part)}" for part, weight in weights if weight]
+    scores = f"scores are {' '.join(parts)}" if parts else "all scores are equal"
+    return (
+        f"The recipe of {name!r}: {scores}; every adapted module should be able to have rank "
+        f"{logged.value('rank_floor'):.3g} (rank floor), and each layer further down counts "
+        f"{logged.value('depth_bias'):.3g} less (depth bias).{others}"
+    )
+
+
+def _votes(logged: LoggedDecision, found: Deliberation) -> str:
+    plan, reference = found.plan, _reference(logged)
+    if plan == found.reference:
+        others = np.delete(found.bound, plan)
+        best = f"the highest lower bound of another plan is {others.max():.3f}" if len(others) else "no other plan"
+        return f"Everything is compared with {reference}; {best}."
+    votes = ", ".join(f"{vote:.3f}" for vote in found.votes[:, plan].tolist())
+    taken_off = found.lcb_coefficient * found.std[plan]
+    return (
+        f"The networks expect {votes} {UNIT_OF_VOTES} over {reference}: {found.mean[plan]:.3f} on the mean, with a "
+        f"spread of {found.std[plan]:.3f}. Caution takes off {found.lcb_coefficient:g} times the spread, {taken_off:.3f}, "
+        f"which leaves a lower bound of {found.bound[plan]:.3f}."
+    )
+
+
+def _margin(found: Deliberation) -> str:
+    if len(found.plans) == 1:
+        return "All candidates lead to this one plan."
+    size, count = abs(found.margin), len(found.plans)
+    if found.margin >= 0:
+        return f"That is {size:.3f} above the best of the other {count - 1} plans."
+    drawn = f"It was drawn with a probability of {found.probabilities[found.plan]:.1%}"
+    why = drawn if found.temperature else "It was taken because it is nearest to the reference of the plans that are tied"
+    return f"The best of the other {count - 1} plans is {size:.3f} higher. {why}."
+
+
+def _tie(logged: LoggedDecision, found: Deliberation) -> str:
+    same, names = same_in_tie(found), short_names(logged.observation.names)
+    plans = found.plans[found.tied]
+    spread = np.log2(1 + plans.max(axis=0)) - np.log2(1 + plans.min(axis=0))
+    farthest = [index for index in np.argsort(-spread, kind="stable")[:SHOWN].tolist() if not same[index]]
+    examples = ", ".join(f"{names[index]} ({plans[:, index].min()} to {plans[:, index].max()})" for index in farthest)
+    differ = f" They differ the most on {examples}." if examples else ""
+    return (
+        f"{len(plans)} of {len(found.plans)} plans are tied: their lower bounds differ by less than {found.tie:g}. They "
+        f"give {int(same.sum())} of {len(same)} modules the same rank.{differ}"
+    )
+
+
+def _actor(logged: LoggedDecision, found: Deliberation) -> str:
+    names, terms = short_names(logged.observation.names), actor_terms(logged, found)
+    gains = sorted(zip(found.directions, found.actor_gains.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
+    rows = []
+    for module in np.argsort(-found.actor_scores, kind="stable")[:SHOWN].tolist():
+        most = int(np.argmax(np.abs(terms[:, module])))
+        share = f"{found.directions[most]} {terms[most, module]:+.2f}"
+        rows.append(f"{names[module]} ({found.actor_scores[module]:+.2f}, of it {share})")
+    weights = ", ".join(f"{name} {gain:+.2f}" for name, gain in gains[:SHOWN])
+    return f"The actor weighs {weights} the most; its highest scores are those of {', '.join(rows)}."
+
+
+def _of_attribution(found: Attribution, logged: LoggedDecision) -> str:
+    parts = sorted(zip(GROUPS, found.bound.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
+    words = ", ".join(f"{name} {value:+.3f}" for name, value in parts[:SHOWN])
+    plan = "the best other plan" if found.plan == found.reference else "this plan"
+    return (
+        f"Of the lower bound of {found.bound_total:.3f} over {_reference(logged)}, the shape of {plan} alone gives "
+        f"{found.bound_alone:+.3f}; what the networks see of this run adds the rest: {words} and smaller parts."
+    )
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str, Any]:
+    problem, drawn = logged.problem, bool(found.temperature)
+    candidates = [
+        {
+            "name": name,
+            "gains": dict(zip(found.basis, weights, strict=True)),
+            "rank_floor": None if name == KEEP else base_rank_floor(problem) * 2.0**floor,
+            "depth_bias": None if name == KEEP else base_depth_bias(problem) + bias,
+            "plan": plan,
+        }
+        for name, weights, (floor, bias), plan in zip(
+            found.candidates, found.weights.tolist(), found.placements.tolist(), found.plan_of.tolist(), strict=True
+        )
+    ]
+    plans = [
+        {
+            "ranks": found.plans[plan].tolist(),
+            "votes": found.votes[:, plan].tolist(),
+            "mean": float(found.mean[plan]),
+            "sd": float(found.std[plan]),
+            "bound": float(found.bound[plan]),
+            "probability": float(found.probabilities[plan]) if drawn else None,
+            "tied": bool(found.tied[plan]),
+            "cost": unit_cost(problem.cost, found.plans[plan]),
+        }
+        for plan in range(len(found.plans))
+    ]
+    return {
+        "candidates": candidates,
+        "plans": plans,
+        "taken": found.plan,
+        "reference": found.reference,
+        "caution": found.lcb_coefficient,
+        "margin": found.margin,
+        "unit_of_votes": UNIT_OF_VOTES,
+        "actor": {"directions": list(found.directions), "gains": found.actor_gains.tolist()},
+    }

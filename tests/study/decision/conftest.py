@@ -1,0 +1,91 @@
+"""Decisions to explain: two short runs of a proxy under the shipped policy, and decisions on random states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble, Plans
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.policy_file import load_policy
+from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
+from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.policy import Policy, decided_plan
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.bench.study import log_runs
+from rankpilot.env.tasks.proxy_task import ProxyTask
+
+SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
+TASKS = (
+    ProxyTask("planted", 1, corpus="documentation", budget=0.6, **SIZES),
+    ProxyTask("shift", 2, budget=0.25, unit="parameters", **SIZES),
+)
+
+
+class Formula(PlanValueEnsemble):
+    """Networks that compute what a test says: a function of `Plans` to (networks, states, plans)."""
+
+    def __init__(self, say: Callable[[Plans], torch.Tensor]) -> None:
+        super().__init__(PlanValueConfig(count=1, width=1))
+        self.say = say
+
+    def forward(self, plans: Plans) -> torch.Tensor:
+        return self.say(plans)
+
+
+@pytest.fixture(autouse=True)
+def _alone(one_thread: None) -> None:
+    """Decisions are the same bit for bit."""
+
+
+@pytest.fixture(scope="session")
+def policy() -> LearnedPolicy:
+    """The one that ships."""
+    loaded = load_policy("default")
+    assert isinstance(loaded, LearnedPolicy)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def logs(policy: LearnedPolicy, tmp_path_factory: pytest.TempPathFactory) -> list[DecisionLog]:
+    """One run in bytes and one in parameters, four decisions each."""
+    torch.set_num_threads(1)
+    return log_runs(tmp_path_factory.mktemp("runs"), TASKS, policy, DecisionSchedule(probe_steps=4))
+
+
+@pytest.fixture(scope="session")
+def decisions(logs: list[DecisionLog]) -> list[LoggedDecision]:
+    """All decisions of both."""
+    return [log.logged(number) for log in logs for number in range(len(log))]
+
+
+@pytest.fixture(scope="session")
+def log_decision() -> Callable[..., LoggedDecision]:
+    """A policy's decision on an observation, as its log would tell it."""
+
+    def decide(observation: Observation, policy: Policy, **changes: Any) -> LoggedDecision:
+        controller: Any = SimpleNamespace(notes={}, seed=0, schedule=DecisionSchedule())
+        decision = policy.decide(observation)
+        plan = decided_plan(observation.problem, decision)
+        record = DecisionRecord.of(
+            controller, observation, decision, plan, policy=policy, number=0, step=0, **changes
+        )
+        return LoggedDecision(record.to_table("problem-00000.safetensors"), record.problem, observation, record.state)
+
+    return decide
+
+
+@pytest.fixture
+def policy_of() -> Callable[..., LearnedPolicy]:
+    """A policy whose networks compute a formula; its actor gives every module the same score."""
+
+    def make(say: Callable[[Plans], torch.Tensor], **options: Any) -> LearnedPolicy:
+        return LearnedPolicy("formula", RankNetwork(NetworkConfig(width=8)).eval(), Formula(say).eval(), **options)
+
+    return make

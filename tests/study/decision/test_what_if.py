@@ -1,0 +1,165 @@
+"""What-if statements: true when the decision is taken again, and false where they are changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.agents.learned.plan_value import Plans
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.rules import find_rule
+from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
+from rankpilot.allocation.features import MODULE_FEATURES
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.policy import decided_plan
+from rankpilot.errors import ConfigError
+from rankpilot.lora.signals import SIGNALS
+from rankpilot.study.decision.case import SIGNAL_COLUMNS, Case, with_least, with_most, with_signals
+from rankpilot.study.decision.what_if import Question, drawn_question, usual_questions, what_if
+
+
+def test_drawn_statements_are_true(logs: list[DecisionLog], policy: LearnedPolicy) -> None:
+    """Each is checked on a decision that is read again from its log."""
+    generator, kinds = np.random.default_rng(1), set()
+    for turn in range(24):
+        log, number = logs[turn % len(logs)], turn // 2 % 4
+        case = Case(log.logged(number), policy)
+        question = drawn_question(case, generator)
+        answer = what_if(case, question)
+        if answer:
+            assert answer.holds(Case(log.logged(number), policy)), answer.text
+            kinds.add(question.kind)
+            assert answer.side_effects <= len(answer.before)
+    assert len(kinds) >= 4
+
+
+def test_a_false_statement_does_not_hold(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+    case = Case(decisions[0], policy)
+    answer = what_if(case, Question("budget", 1))
+    assert answer is not None
+    assert answer.holds(case)
+    assert not replace(answer, steps=answer.steps + 1).holds(case), "more than the smallest change"
+    assert not replace(answer, after=answer.before).holds(case)
+    assert not replace(answer, question=Question("budget", -1)).holds(case)
+
+
+def test_the_usual_questions(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+    case = Case(decisions[0], policy)
+    questions = usual_questions(case)
+    assert [question.kind for question in questions] == [
+        *("caution",) * 2, *("budget",) * 2, *("recipe budget",) * 2, "signals", "signals", "most"
+    ]  # fmt: skip
+    answers = [answer for question in questions if (answer := what_if(case, question))]
+    assert len(answers) > 4
+    for answer in answers:
+        assert answer.holds(case)
+        assert answer.text.endswith(".")
+
+
+def steps_of(plans: Plans, threshold: float) -> torch.Tensor:
+    """Networks that want many modules adapted if the first signal of module 3 is above a threshold, else few."""
+    adapted = (plans.ranks > 0).to(plans.modules.dtype).sum(2)
+    high = plans.modules[:, 3, SIGNAL_COLUMNS[0]] > threshold
+    return torch.where(high[:, None], adapted, -adapted)[None].repeat(2, 1, 1)
+
+
+def test_the_smallest_change_is_found(
+    make_observation: Callable[..., Observation],
+    policy_of: Callable[..., LearnedPolicy],
+    log_decision: Callable[..., LoggedDecision],
+) -> None:
+    observation = make_observation(10, seed=2)
+    signal = float(observation.modules[3, SIGNAL_COLUMNS[0]] - observation.modules[:, SIGNAL_COLUMNS[0]].mean())
+    policy = policy_of(lambda plans: steps_of(plans, signal + 0.9 * 0.375))  # of a shift, nine tenths stay: it is centred
+    case = Case(log_decision(observation, policy), policy)
+    answer = what_if(case, Question("signals", 1, (3,), "module 3"))
+    assert answer is not None
+    assert answer.steps == 38
+    assert "were 1.46 times as strong (+0.38 in log; +0.37 changes nothing)" in answer.text
+    assert answer.holds(case)
+    assert what_if(case, Question("signals", -1, (3,), "module 3")) is None
+
+
+def test_caution_is_what_the_votes_say(
+    make_observation: Callable[..., Observation],
+    policy_of: Callable[..., LearnedPolicy],
+    log_decision: Callable[..., LoggedDecision],
+) -> None:
+    """Two networks: every other plan is worth 1 on the mean, with a spread of .5; so caution of 2 is too much."""
+
+    def say(plans: Plans) -> torch.Tensor:
+        other = (plans.ranks != plans.ranks[:, :1]).any(2).to(plans.modules.dtype)
+        return torch.stack([0.5 * other, 1.5 * other])
+
+    policy = policy_of(say)
+    case = Case(log_decision(make_observation(10), policy), policy)
+    answer = what_if(case, Question("caution", 1))
+    assert answer is not None
+    assert answer.text.startswith("With a caution of 2.00 instead of 1.00 standard deviations (1.99 changes nothing)")
+    assert answer.holds(case)
+
+
+def test_the_same_recipe_under_another_budget_keeps_scores(
+    decisions: list[LoggedDecision], policy: LearnedPolicy
+) -> None:
+    case = Case(decisions[0], policy)
+    question = Question("recipe budget", 1)
+    means = [question.plan(case, steps).mean() for steps in (0, 100, 200, 400)]
+    assert means == sorted(means)
+    assert means[0] < means[-1]
+    np.testing.assert_array_equal(question.plan(case, 0), decisions[0].ranks("rank_after"))
+
+
+def test_rules_can_be_asked_too(
+    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+) -> None:
+    rule = find_rule("signal-mean")
+    case = Case(log_decision(make_observation(12), rule), rule)
+    assert "caution" not in {question.kind for question in usual_questions(case)}
+    top = int(np.argmax(case.plan))
+    answer = what_if(case, Question("most", -1, (top,), "it", top))
+    assert answer is not None
+    assert answer.after[top] < answer.before[top]
+    with pytest.raises(ConfigError, match="signal-mean has no value ensemble"):
+        what_if(case, Question("caution", 1))
+
+
+def test_a_correction_is_nobodys_decision(
+    make_observation: Callable[..., Observation],
+    policy: LearnedPolicy,
+    log_decision: Callable[..., LoggedDecision],
+) -> None:
+    logged = log_decision(make_observation(8), find_rule("top-down"), correction=True)
+    with pytest.raises(ConfigError, match="the guard changed the ranks"):
+        Case(logged, policy)
+
+
+# Changes --------------------------------------------------------------------------------------------------------------
+
+
+def test_signals_are_shifted_and_centred_again(make_observation: Callable[..., Observation]) -> None:
+    observation = make_observation(6)
+    calm = replace(observation, modules=observation.modules / 3)
+    shifts = np.zeros((6, len(SIGNALS)))
+    shifts[2] = 0.6
+    before, after = calm.modules, with_signals(calm, shifts).modules
+    centred = before[:, SIGNAL_COLUMNS] - before[:, SIGNAL_COLUMNS].mean(axis=0)
+    moved = after[:, SIGNAL_COLUMNS] - centred
+    np.testing.assert_allclose(moved[2], 0.5, atol=1e-6)
+    np.testing.assert_allclose(np.delete(moved, 2, axis=0), -0.1, atol=1e-6)
+    others = [column for column in range(len(MODULE_FEATURES)) if column not in SIGNAL_COLUMNS]
+    np.testing.assert_array_equal(after[:, others], before[:, others])
+
+
+def test_bounds_hold_and_never_loosen(make_observation: Callable[..., Observation]) -> None:
+    observation, rule = make_observation(8), find_rule("top-down")
+    free = decided_plan(observation.problem, rule.decide(observation)).ranks
+    module = int(np.argmax(free))
+    bounded = with_most(observation, module, 2)
+    assert decided_plan(bounded.problem, rule.decide(bounded)).ranks[module] <= 2
+    assert with_most(bounded, module, 8).problem.high[module] == 2  # type: ignore[index]
+    least = with_least(with_least(observation, 0, 16), 0, 4)
+    assert decided_plan(least.problem, rule.decide(least)).ranks[0] >= 16
