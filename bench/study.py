@@ -28,11 +28,11 @@ from ..errors import ConfigError
 from ..study.decision.case import Case
 from ..study.decision.redecide import redecide
 from ..study.decision.shapley import attribute
-from ..study.decision.stability import stability
+from ..study.decision.stability import PROBE_NOISE, stability
 from ..study.decision.what_if import drawn_question, what_if
 from .harness import Figures, with_progress
 
-NOISES = (0.05, 0.1)
+NOISES = (0.05, 0.1, PROBE_NOISE)
 """Standard deviations of noise on the signals, in log."""
 
 

@@ -16,7 +16,7 @@ from ...errors import PolicyFileError, RunFolderError
 from .case import Case
 from .redecide import redecide
 from .shapley import attribute
-from .stability import stability
+from .stability import PROBE_NOISE, stability
 from .what_if import usual_questions, what_if
 from .why import Explanation, explain_votes
 
@@ -69,7 +69,7 @@ def explain(logged: LoggedDecision, policy: Policy | None = None, what_ifs: bool
         return found
     case = Case(logged, given)
     answers = [answer for question in usual_questions(case) if (answer := what_if(case, question))]
-    return replace(found, what_ifs=tuple(answers), stability=stability(logged, given))
+    return replace(found, what_ifs=tuple(answers), stability=stability(logged, given, PROBE_NOISE))
 
 
 def _without_votes(logged: LoggedDecision) -> str:
@@ -92,7 +92,9 @@ def _policy_of(logged: LoggedDecision, policy: Policy | None) -> tuple[LearnedPo
         return None, f"The policy cannot be read ({error}), {lacking}"
     wanted, name = logged.value("policy_sha256"), logged.value("policy")
     if not isinstance(given, LearnedPolicy) or given.sha256 != wanted:
-        which = "no policy was given, and the one that ships is another" if policy is None else "the one given is another"
+        which = (
+            "no policy was given, and the one that ships is another" if policy is None else "the one given is another"
+        )
         return None, f"The policy {name} is not at hand ({which}: its weights have another sha256), {lacking}"
     return given, ""
 

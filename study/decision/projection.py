@@ -21,7 +21,6 @@ class Projection:
         clipped: those on the ladder and within the bounds.
         got: ranks of the plan.
         reasons: why clipped ranks are not those asked, by module; "" where they are the same.
-        bottoms: lower bounds as ranks.
     """
 
     asked: IntArray

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...agents.learned.plan_value import PlanValueEnsemble, Plans
+from ...agents.learned.plan_value import Plans, PlanValueEnsemble
 from ...agents.learned.policy import LearnedPolicy
 from ...allocation.decision_log import LoggedDecision
 from ...allocation.deliberation import Deliberation
@@ -157,9 +157,7 @@ def explained_plan(deliberation: Deliberation) -> int:
 
 
 @torch.no_grad()
-def _differences(
-    logged: LoggedDecision, found: Deliberation, ensemble: PlanValueEnsemble, plan: int
-) -> FloatArray:
+def _differences(logged: LoggedDecision, found: Deliberation, ensemble: PlanValueEnsemble, plan: int) -> FloatArray:
     """The votes on the plan less those on the reference, float64 (networks, coalitions).
 
     Coalition number n shows the groups whose bits are set in n.

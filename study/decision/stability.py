@@ -14,6 +14,9 @@ from ...errors import ConfigError
 from ...lora.signals import SIGNALS
 from .case import Case, with_signals
 
+PROBE_NOISE = 0.3
+"""The noise that signals have: two probes of one task on other batches differ so much (docs/experiments.md)."""
+
 SURE = 0.9
 """A module is sure whose rank stays within a rung in this share of the draws."""
 

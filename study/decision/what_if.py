@@ -27,7 +27,7 @@ from .case import Case, with_least, with_most, with_signals
 Kind = Literal["signals", "budget", "recipe budget", "most", "least", "caution"]
 
 SIZES = {"signals": 0.01, "budget": 0.001, "recipe budget": 0.001, "caution": 0.01}
-"""The size of a step: of the log of a signal, of the budget as a share of itself, of the caution. A bound's is a rung."""
+"""How large a step is: in the log of signals, as a share of the budget, of caution. Bounds go rung by rung."""
 
 _OF_BUDGET = (2, 5, 10, 20, 50, 100, 200, 400)
 GRID: dict[str, tuple[int, ...]] = {
@@ -178,7 +178,7 @@ def _caution(case: Case) -> float:
 def _with_caution(case: Case, caution: float) -> IntArray:
     deliberation = case.decision.deliberation
     assert deliberation is not None
-    return deliberation.plans[replace(deliberation, lcb_coefficient=caution).favourite]
+    return np.asarray(deliberation.plans[replace(deliberation, lcb_coefficient=caution).favourite])
 
 
 def _same_recipe(case: Case, limit: float) -> IntArray:
@@ -237,22 +237,27 @@ def _modules(count: int, other: str = "") -> str:
 
 def usual_questions(case: Case) -> list[Question]:
     """What people ask first: caution, budget, the module of the highest rank, its type, and a bound on it."""
-    names, budget = short_names(case.observation.names), ("budget", "recipe budget")
+    names = short_names(case.observation.names)
     first = int(np.argmax(case.plan))
     alike = tuple(number for number, name in enumerate(names) if name.kind == names[first].kind)
-    deliberation, recipe = case.decision.deliberation, bool(case.decision.rank_floor)
-    questions = [Question("caution", way) for way in (-1, 1) if deliberation]
-    questions += [Question(kind, way) for kind in budget if recipe or kind == "budget" for way in (-1, 1)]
+    kinds: list[Kind] = [*_kinds(case, "caution"), "budget", *_kinds(case, "recipe budget")]
+    questions = [Question(kind, direction) for kind in kinds for direction in (-1, 1)]
     questions.append(Question("signals", -1, (first,), str(names[first]), first))
     questions.append(Question("signals", -1, alike, f"all {names[first].kind} modules"))
     questions.append(Question("most", -1, (first,), str(names[first]), first))
     return questions
 
 
+def _kinds(case: Case, kind: Kind) -> list[Kind]:
+    """The kind, if the decision has what it asks about."""
+    known = case.decision.deliberation is not None if kind == "caution" else case.decision.rank_floor > 0
+    return [kind] if known else []
+
+
 def drawn_question(case: Case, generator: np.random.Generator) -> Question:
     """A question drawn at random, for tests of the answers."""
     kinds: list[Kind] = ["signals", "signals", "budget", "most", "least"]
-    kinds += ["recipe budget"] * bool(case.decision.rank_floor) + ["caution"] * bool(case.decision.deliberation)
+    kinds += [*_kinds(case, "caution"), *_kinds(case, "recipe budget")]
     kind = kinds[generator.integers(len(kinds))]
     names, direction = short_names(case.observation.names), 1 if generator.integers(2) else -1
     module = int(generator.integers(len(names)))

@@ -133,7 +133,9 @@ def same_in_tie(deliberation: Deliberation) -> BoolArray:
 def actor_terms(logged: LoggedDecision, deliberation: Deliberation) -> FloatArray:
     """What each direction adds to the actor's scores, before they are clipped, (directions, modules)."""
     columns = [
-        deliberation.actor_estimate if name == "estimate" else logged.observation.modules[:, MODULE_FEATURES.index(name)]
+        deliberation.actor_estimate
+        if name == "estimate"
+        else logged.observation.modules[:, MODULE_FEATURES.index(name)]
         for name in deliberation.directions
     ]
     values = np.stack(columns).astype(np.float64)
@@ -180,8 +182,8 @@ def _votes(logged: LoggedDecision, found: Deliberation) -> str:
     taken_off = found.lcb_coefficient * found.std[plan]
     return (
         f"The networks expect {votes} {UNIT_OF_VOTES} over {reference}: {found.mean[plan]:.3f} on the mean, with a "
-        f"spread of {found.std[plan]:.3f}. Caution takes off {found.lcb_coefficient:g} times the spread, {taken_off:.3f}, "
-        f"which leaves a lower bound of {found.bound[plan]:.3f}."
+        f"spread of {found.std[plan]:.3f}. Caution takes off {found.lcb_coefficient:g} times the spread, "
+        f"{taken_off:.3f}, which leaves a lower bound of {found.bound[plan]:.3f}."
     )
 
 
@@ -192,7 +194,9 @@ def _margin(found: Deliberation) -> str:
     if found.margin >= 0:
         return f"That is {size:.3f} above the best of the other {count - 1} plans."
     drawn = f"It was drawn with a probability of {found.probabilities[found.plan]:.1%}"
-    why = drawn if found.temperature else "It was taken because it is nearest to the reference of the plans that are tied"
+    why = (
+        drawn if found.temperature else "It was taken because it is nearest to the reference of the plans that are tied"
+    )
     return f"The best of the other {count - 1} plans is {size:.3f} higher. {why}."
 
 
@@ -204,8 +208,8 @@ def _tie(logged: LoggedDecision, found: Deliberation) -> str:
     examples = ", ".join(f"{names[index]} ({plans[:, index].min()} to {plans[:, index].max()})" for index in farthest)
     differ = f" They differ the most on {examples}." if examples else ""
     return (
-        f"{len(plans)} of {len(found.plans)} plans are tied: their lower bounds differ by less than {found.tie:g}. They "
-        f"give {int(same.sum())} of {len(same)} modules the same rank.{differ}"
+        f"{len(plans)} of {len(found.plans)} plans are tied: their lower bounds differ by less than {found.tie:g}. "
+        f"They give {int(same.sum())} of {len(same)} modules the same rank.{differ}"
     )
 
 

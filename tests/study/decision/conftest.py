@@ -10,7 +10,7 @@ import pytest
 import torch
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble, Plans
+from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
@@ -73,9 +73,7 @@ def log_decision() -> Callable[..., LoggedDecision]:
         controller: Any = SimpleNamespace(notes={}, seed=0, schedule=DecisionSchedule())
         decision = policy.decide(observation)
         plan = decided_plan(observation.problem, decision)
-        record = DecisionRecord.of(
-            controller, observation, decision, plan, policy=policy, number=0, step=0, **changes
-        )
+        record = DecisionRecord.of(controller, observation, decision, plan, policy=policy, number=0, step=0, **changes)
         return LoggedDecision(record.to_table("problem-00000.safetensors"), record.problem, observation, record.state)
 
     return decide

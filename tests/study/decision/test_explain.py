@@ -1,0 +1,94 @@
+"""A whole log explained for pages, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.rules import find_rule
+from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
+from rankpilot.allocation.observation import Observation
+from rankpilot.errors import RunFolderError
+from rankpilot.study.decision.explain import explain, explanations
+
+from .test_replay import as_schema
+
+
+def test_every_decision_of_a_run_is_explained(logs: list[DecisionLog], policy: LearnedPolicy) -> None:
+    told = explanations(logs[1], policy, what_ifs=False)
+    assert [each["decision"] for each in told if each] == [0, 1, 2, 3]
+    for each in told:
+        assert each is not None
+        json.dumps(each, allow_nan=False)
+        parts = [group["value"] for group in each["shapley"]["groups"]]
+        assert each["shapley"]["alone"] + sum(parts) == pytest.approx(each["shapley"]["total"], abs=1e-6)
+        assert (each["what_ifs"], each["stability"]) == ([], None)
+
+
+def test_what_ifs_and_stability_of_one_decision(decisions: list[LoggedDecision]) -> None:
+    """The policy that ships is found by itself."""
+    told = explain(decisions[0]).to_json()
+    assert len(told["what_ifs"]) > 4
+    assert {text["text"] for text in told["what_ifs"]} <= set(told["sentences"])
+    assert len(told["stability"]["sure"]) == len(told["projection"]["got"])
+    json.dumps(told, allow_nan=False)
+
+
+def test_an_unknown_policy_leaves_what_the_log_tells(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+    told = explain(decisions[0], replace(policy, sha256="0")).to_json()
+    assert told["shapley"] is None
+    assert told["what_ifs"] == []
+    assert told["plans"]
+    assert told["sentences"][-1] == (
+        "The policy default is not at hand (the one given is another: its weights have another sha256), so there are "
+        "no Shapley values and no what-ifs."
+    )
+    assert "the one given is another" in explain(decisions[0], find_rule("top-down")).notes[0]
+
+
+def test_a_decision_that_comes_out_otherwise_is_not_explained(
+    decisions: list[LoggedDecision], policy: LearnedPolicy
+) -> None:
+    assert decisions[0].state is not None
+    assert decisions[0].deliberation is not None
+    found = replace(decisions[0].deliberation, votes=decisions[0].deliberation.votes * 1.5)
+    changed = replace(decisions[0], state=replace(decisions[0].state, deliberation=found))
+    assert "the decision differs in votes" in explain(changed, policy).notes[0]
+
+
+def test_rules_and_corrections(
+    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+) -> None:
+    rule = find_rule("signal-mean")
+    of_rule = explain(log_decision(make_observation(8), rule), rule).to_json()
+    assert of_rule["sentences"][-1].startswith("signal-mean is a rule, or a policy without a value ensemble")
+    correction = explain(log_decision(make_observation(8), rule, correction=True)).to_json()
+    assert "the guard changed the ranks" in correction["verdict"]
+    assert "A correction has nothing to explain" in correction["sentences"][-1]
+
+
+def test_earlier_schemas_and_parts_that_cannot_be_read(
+    logs: list[DecisionLog], policy: LearnedPolicy, tmp_path: Path
+) -> None:
+    log = as_schema(logs[0], tmp_path / "log", 1, 2)
+    (log.folder / "part-00002.parquet").write_bytes(b"cut off")
+    log = DecisionLog(log.folder)
+    (log.folder / "state-00003.safetensors").unlink()
+    told = explanations(log, policy, what_ifs=False)
+    assert told[0] is not None
+    assert told[0]["shapley"] is not None
+    assert told[1] is not None
+    assert "log schema 2" in told[1]["sentences"][0]
+    assert told[1]["projection"]["got"] == log.read(lambda error: None).to_pydict()["rank_after"][28:56]
+    assert told[2] is None
+    assert told[3] is not None
+    assert "state-00003.safetensors is missing" in told[3]["sentences"][0]
+    third = explanations(as_schema(logs[0], tmp_path / "third", 0, 3), policy, what_ifs=False)[0]
+    assert third is not None
+    assert "schema 3" in third["sentences"][-1]
+    with pytest.raises(RunFolderError, match="No decision log"):
+        explanations(DecisionLog(tmp_path / "nothing"))

@@ -1,0 +1,135 @@
+"""Explanations say what the log holds: recipe, votes, tie, and what became of the ranks asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.agents.learned.plan_value import Plans
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.rules import find_rule
+from rankpilot.allocation.actions import SCORE_BOUND
+from rankpilot.allocation.decision_log import LoggedDecision
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.policy import decision_from_scores
+from rankpilot.memory.cost import unit_cost
+from rankpilot.study.decision.why import ROWS, actor_terms, explain_votes, same_in_tie
+from rich.console import Console
+
+KEYS = {
+    "decision", "step", "first", "policy", "verdict", "sentences", "candidates", "plans", "taken", "reference",
+    "caution", "margin", "unit_of_votes", "actor", "shapley", "what_ifs", "projection", "stability",
+}  # fmt: skip
+
+
+def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[LoggedDecision]) -> None:
+    for logged in decisions:
+        found = logged.deliberation
+        assert found is not None
+        sums = actor_terms(logged, found).sum(axis=0)
+        np.testing.assert_allclose(np.clip(sums, -SCORE_BOUND, SCORE_BOUND), found.actor_scores, atol=1e-5)
+
+
+def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[LoggedDecision]) -> None:
+    """What pages are told of a candidate is enough to make its plan again."""
+    logged = decisions[0]
+    told, observation = explain_votes(logged).to_json(), logged.observation
+    assert logged.deliberation is not None
+    modules = dict(zip(("rank_cost", "relative_depth"), observation.modules[:, [9, 7]].T.astype(float), strict=True))
+    modules |= {"signal_mean": observation.modules[:, :3].mean(axis=1).astype(float)}
+    modules |= {"actor": logged.deliberation.actor_scores}
+    for candidate in told["candidates"]:
+        scores = sum(gain * (modules[part] - modules[part].mean()) for part, gain in candidate["gains"].items())
+        placement = (np.log2(candidate["rank_floor"] / 16), candidate["depth_bias"] - 4)
+        wanted = decision_from_scores(observation, np.clip(scores, -4, 4), placement).ranks
+        plan = told["plans"][candidate["plan"]]["ranks"]
+        same = np.mean(np.array(plan) == wanted)
+        assert same > 0.8, candidate["name"]  # the rest of the budget is spent after it
+
+
+def test_json_is_the_contract(decisions: list[LoggedDecision]) -> None:
+    for logged in decisions:
+        told, found = explain_votes(logged).to_json(), logged.deliberation
+        assert found is not None
+        assert set(told) == KEYS
+        json.dumps(told, allow_nan=False)
+        assert told["plans"][told["taken"]]["ranks"] == found.plans[found.plan].tolist()
+        assert told["first"] == (logged.value("decision") == 0)
+        bounds = [plan["mean"] - told["caution"] * plan["sd"] for plan in told["plans"]]
+        assert bounds == pytest.approx([plan["bound"] for plan in told["plans"]], abs=1e-6)
+        for plan in told["plans"]:
+            assert plan["cost"] == unit_cost(logged.problem.cost, np.array(plan["ranks"]))
+            assert plan["probability"] is None
+        assert told["projection"]["got"] == logged.ranks("rank_after").tolist()
+
+
+def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> None:
+    first = explain_votes(decisions[0])
+    deliberation = decisions[0].deliberation
+    assert deliberation is not None
+    text = " ".join(first.sentences())
+    assert first.verdict.startswith("At step 0 the plan of candidate ")
+    assert f"{deliberation.mean[deliberation.plan]:.3f} on the mean" in text
+    assert f"a lower bound of {deliberation.bound[deliberation.plan]:.3f}" in text
+    kept = [explain_votes(logged) for logged in decisions if logged.value("kept")]
+    assert kept
+    for each in kept:
+        assert "the ranks in place stayed" in each.verdict
+        assert "leaves the ranks as they are" in each.sentences()[0]
+        assert "Every module got the rank that the policy asked for." in each.sentences()
+
+
+def test_a_tie_tells_what_its_plans_have_in_common(decisions: list[LoggedDecision]) -> None:
+    (logged,) = [logged for logged in decisions[:1] if logged.deliberation]
+    assert logged.deliberation is not None
+    assert logged.state is not None
+    bounds = np.sort(logged.deliberation.bound)[::-1]
+    wide = replace(logged.deliberation, tie=float(bounds[0] - bounds[4]) + 1e-4)
+    tied = replace(logged, state=replace(logged.state, deliberation=wide))
+    same, plans = same_in_tie(wide), wide.plans[wide.tied]
+    assert len(plans) >= 2
+    assert 0 < same.sum() < len(same)
+    assert (np.ptp(plans, axis=0)[same] == 0).all()
+    assert np.ptp(plans, axis=0)[~same].all()
+    (sentence,) = [text for text in explain_votes(tied).sentences() if "plans are tied" in text]
+    assert sentence.startswith(f"{len(plans)} of {len(wide.plans)} plans are tied")
+    assert f"{same.sum()} of {len(same)} modules the same rank" in sentence
+
+
+def test_plans_that_are_drawn_have_probabilities(
+    make_observation: Callable[..., Observation],
+    policy_of: Callable[..., LearnedPolicy],
+    log_decision: Callable[..., LoggedDecision],
+) -> None:
+    def say(plans: Plans) -> torch.Tensor:
+        return (plans.ranks > 4).double().mean(2)[None].repeat(2, 1, 1)
+
+    logged = log_decision(make_observation(10), policy_of(say, temperature=1.0))
+    told = explain_votes(logged).to_json()
+    assert sum(plan["probability"] for plan in told["plans"]) == pytest.approx(1)
+    assert logged.deliberation is not None
+    if logged.deliberation.margin < 0:
+        assert "It was drawn with a probability of" in " ".join(told["sentences"])
+
+
+def test_tables_show_the_best_plans_and_the_reference(decisions: list[LoggedDecision]) -> None:
+    shown = StringIO()
+    explanation = explain_votes(decisions[0])
+    Console(file=shown, width=120).print(explanation.table())
+    assert "(taken)" in shown.getvalue()
+    assert "(reference)" in shown.getvalue()
+    assert ROWS <= explanation.table().row_count <= ROWS + 2
+
+
+def test_a_rule_has_no_votes(
+    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+) -> None:
+    explanation = explain_votes(log_decision(make_observation(8), find_rule("top-down")))
+    assert explanation.verdict == "At step 0 top-down decided; the log holds no candidates and no votes."
+    assert explanation.to_json()["shapley"] is None
+    assert explanation.table().row_count == 0
