@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from ..agents.evaluation.runs import run_attempts
 from ..agents.learned.policy import LearnedPolicy
 from ..agents.learned.policy_file import load_policy, policy_schedule
 from ..allocation.decision_log import DecisionLog, LoggedDecision
-from ..allocation.decision_record import DecisionRecord
-from ..allocation.policy import Policy, decided_plan
+from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.tables import make_table
-from ..env.episodes.rollout import Rollout
+from ..env.episodes.episode_log import EpisodeLog
 from ..env.episodes.stacked import StackedEpisodes
 from ..env.tasks.proxy_task import ProxyTask
 from ..env.tasks.suite_names import SUITES
@@ -79,21 +79,10 @@ def log_runs(folder: Path, tasks: Sequence[ProxyTask], policy: Policy, schedule:
         policy: decides.
         schedule: when.
     """
+    logs = [DecisionLog(folder / str(number)) for number in range(len(tasks))]
     episodes = StackedEpisodes(tasks[0].base, schedule, len(tasks))
-    run, logs = Rollout(episodes, tasks), [DecisionLog(folder / str(number)) for number in range(len(tasks))]
-    while not run.ended:
-        seen, slots = run.seen, run.active
-        steps = [episode.step for _, episode in sorted(episodes.under_way.items())]
-        decisions = [policy.decide(observation) for observation in seen]
-        run.step(decisions)
-        for slot in slots:
-            controller, number = episodes.under_way[slot].controller, len(logs[slot])
-            plan = decided_plan(seen[slot].problem, decisions[slot])
-            logs[slot].append(
-                DecisionRecord.of(
-                    controller, seen[slot], decisions[slot], plan, policy=policy, number=number, step=steps[slot]
-                )
-            )
+    written = [EpisodeLog(log, policy, task.id) for log, task in zip(logs, tasks, strict=True)]
+    run_attempts(episodes, [(task, policy) for task in tasks], len(tasks), written)
     return logs
 
 
