@@ -58,18 +58,29 @@ def explain(logged: LoggedDecision, policy: Policy | None = None, what_ifs: bool
     if given is None:
         return replace(found, notes=(obstacle,))
     differences = redecide(logged, given).differences
-    if differences:
+    if set(differences) - {"rank_after"}:
         note = (
             f"Taken again on this machine, the decision differs in {', '.join(differences)}; so there are no Shapley "
             "values and no what-ifs."
         )
         return replace(found, notes=(note,))
-    found = replace(found, attribution=attribute(logged, given))
+    notes = _about_the_plan(logged, "rank_after" in differences)
+    found = replace(found, attribution=attribute(logged, given), notes=notes)
     if not what_ifs:
         return found
     case = Case(logged, given)
     answers = [answer for question in usual_questions(case) if (answer := what_if(case, question))]
     return replace(found, what_ifs=tuple(answers), stability=stability(logged, given, PROBE_NOISE))
+
+
+def _about_the_plan(logged: LoggedDecision, changed: bool) -> tuple[str, ...]:
+    """Where what is explained is not the plan that the run got."""
+    drawn = logged.deliberation is not None and logged.deliberation.temperature > 0
+    notes = {
+        "The plan was drawn; what-ifs and the effect of noise are those of the plan that the policy prefers.": drawn,
+        "A person in review or a limit of time changed the plan; what is explained is the policy's own.": changed,
+    }
+    return tuple(note for note, applies in notes.items() if applies)
 
 
 def _without_votes(logged: LoggedDecision) -> str:

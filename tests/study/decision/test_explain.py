@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
@@ -58,6 +59,25 @@ def test_a_decision_that_comes_out_otherwise_is_not_explained(
     found = replace(decisions[0].deliberation, votes=decisions[0].deliberation.votes * 1.5)
     changed = replace(decisions[0], state=replace(decisions[0].state, deliberation=found))
     assert "the decision differs in votes" in explain(changed, policy).notes[0]
+
+
+def test_plans_that_are_not_the_policys_own_are_said_to_be(
+    decisions: list[LoggedDecision],
+    policy: LearnedPolicy,
+    make_observation: Callable[..., Observation],
+    log_decision: Callable[..., LoggedDecision],
+) -> None:
+    ranks = decisions[0].ranks("rank_after")
+    ranks[np.argmax(ranks)] //= 2
+    place = decisions[0].table.column_names.index("rank_after")
+    table = decisions[0].table.set_column(place, "rank_after", [ranks.astype(np.int32)])
+    reviewed = explain(replace(decisions[0], table=table), policy, what_ifs=False)
+    assert reviewed.attribution is not None
+    assert reviewed.sentences()[-1].startswith("A person in review or a limit of time changed the plan")
+    drawing = replace(policy, temperature=0.5, seed=3)
+    drawn = explain(log_decision(make_observation(8), drawing), policy, what_ifs=False)
+    assert drawn.attribution is not None
+    assert drawn.sentences()[-1].startswith("The plan was drawn; what-ifs")
 
 
 def test_rules_and_corrections(
