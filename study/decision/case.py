@@ -31,7 +31,7 @@ class Case:
         policy: decides.
 
     Raises:
-        ConfigError: the guard changed the ranks there; no policy decided.
+        ConfigError: no policy decided there.
     """
 
     logged: LoggedDecision
@@ -40,8 +40,7 @@ class Case:
     def __post_init__(self) -> None:
         if self.logged.value("correction"):
             raise ConfigError(
-                f"At step {self.logged.value('step')} the guard changed the ranks to keep the budget; no policy "
-                "decided there."
+                f"At step {self.logged.value('step')} the guard or a person changed the ranks; no policy decided there."
             )
 
     @property

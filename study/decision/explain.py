@@ -86,7 +86,7 @@ def _about_the_plan(logged: LoggedDecision, changed: bool) -> tuple[str, ...]:
 def _without_votes(logged: LoggedDecision) -> str:
     """Why a decision has no votes to explain; empty if it has."""
     if logged.value("correction"):
-        return "A correction has nothing to explain: it lowers ranks in the order of their scores until the plan fits."
+        return "The log does not tell how the guard, or a person, chose these ranks."
     if logged.deliberation is not None:
         return ""
     if logged.state is None:

@@ -80,7 +80,7 @@ class Replay:
         return {"run": self.run, "policy": self.policy, "decisions": rows, "lacking": list(self.lacking)}
 
     def table(self) -> Table:
-        """One row for each decision."""
+        """One row for each decision, and below them what is lacking."""
         columns = ("decision", "step", "same ranks", "distance in log2", "mean rank", f"of {self.policy}")
         rows = [
             (
@@ -93,7 +93,9 @@ class Replay:
             )
             for row in self.agreements
         ]
-        return make_table(f"{self.run} beside {self.policy}, in the states of the run", columns, rows)
+        table = make_table(f"{self.run} beside {self.policy}, in the states of the run", columns, rows)
+        table.caption, table.caption_justify = "\n".join(self.lacking) or None, "left"
+        return table
 
 
 def replay(log: DecisionLog, policy: Policy) -> Replay:
@@ -132,7 +134,7 @@ def _obstacle(row: Mapping[str, Any]) -> str:
     """Why a decision cannot be taken again; empty if nothing stands in the way."""
     if row["problem"] is None:
         return "log schema 2 does not hold the problem that was solved"
-    return "the guard changed the ranks; no policy decided" if row["correction"] else ""
+    return "the guard or a person changed the ranks; no policy decided" if row["correction"] else ""
 
 
 def _agreement(number: int, logged: LoggedDecision, policy: Policy) -> Agreement:

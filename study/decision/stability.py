@@ -65,7 +65,7 @@ def stability(logged: LoggedDecision, policy: Policy, noise: float = 0.05, draws
         draws: how often, at least 1. They are the same each time.
 
     Raises:
-        ConfigError: noise or draws out of range, or the guard changed the ranks there.
+        ConfigError: noise or draws out of range, or no policy decided there.
     """
     if not noise >= 0 or draws < 1:
         raise ConfigError(f"noise is at least 0 and draws are at least 1; got {noise} and {draws}.")

@@ -11,7 +11,7 @@ from rich.table import Table
 from ...agents.learned.candidates import KEEP
 from ...allocation.actions import base_depth_bias, base_rank_floor
 from ...allocation.decision_log import LoggedDecision
-from ...allocation.deliberation import Deliberation
+from ...allocation.deliberation import DRAWN, Deliberation
 from ...allocation.features import MODULE_FEATURES
 from ...common.arrays import BoolArray, FloatArray
 from ...common.module_names import short_names
@@ -59,7 +59,7 @@ class Explanation:
         found, logged = self.logged.deliberation, self.logged
         where = f"At step {logged.value('step')}"
         if logged.value("correction"):
-            return f"{where} the guard changed the ranks to keep the budget; no policy decided."
+            return f"{where} the guard or a person changed the ranks; no policy decided."
         if found is None:
             return f"{where} {logged.value('policy')} decided; the log holds no candidates and no votes."
         if found.plan == found.reference:
@@ -242,7 +242,7 @@ def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str,
     problem, drawn = logged.problem, bool(found.temperature)
     candidates = [
         {
-            "name": name,
+            "name": None if name.startswith(DRAWN) else name,
             "gains": dict(zip(found.basis, weights, strict=True)),
             "rank_floor": None if name == KEEP else base_rank_floor(problem) * 2.0**floor,
             "depth_bias": None if name == KEEP else base_depth_bias(problem) + bias,

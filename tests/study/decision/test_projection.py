@@ -21,7 +21,7 @@ class Wants:
     name: str = "wants"
 
     def decide(self, observation: Observation) -> Decision:
-        return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), keeps=True)
+        return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), exact=True)
 
 
 def decided(make: Callable[..., Observation], log: Callable[..., LoggedDecision], *ranks: int, **problem: Any) -> Any:

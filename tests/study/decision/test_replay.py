@@ -66,6 +66,7 @@ def test_earlier_schemas_lack_a_line_each(logs: list[DecisionLog], tmp_path: Pat
     second = replay(as_schema(logs[0], tmp_path / "2", 1, 2), policy)
     assert [row.decision for row in second.agreements] == [0, 2, 3]
     assert second.lacking == ("Decision 1: log schema 2 does not hold the problem that was solved.",)
+    assert second.table().caption == second.lacking[0]
 
 
 def test_no_log(tmp_path: Path, policy: LearnedPolicy) -> None:

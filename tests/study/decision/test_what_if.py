@@ -134,7 +134,7 @@ def test_a_correction_is_nobodys_decision(
     log_decision: Callable[..., LoggedDecision],
 ) -> None:
     logged = log_decision(make_observation(8), find_rule("top-down"), correction=True)
-    with pytest.raises(ConfigError, match="the guard changed the ranks"):
+    with pytest.raises(ConfigError, match="no policy decided there"):
         Case(logged, policy)
 
 
