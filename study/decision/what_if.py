@@ -209,7 +209,7 @@ def _condition(case: Case, question: Question, steps: int) -> str:
         """What one step less does."""
         if steps == 1:
             return "the smallest step that was tried"
-        return f"{before} {'changes nothing' if question.target is None else 'is not enough'}"
+        return f"{before} {'changes nothing' if question.target is None else 'leaves its rank as it is'}"
 
     if question.kind == "signals":
         detail = f"{amount:+.2f} in log; {but(f'{0.01 * less:+.2f}')}"

@@ -62,13 +62,16 @@ class Explanation:
             return f"{where} the guard or a person changed the ranks; no policy decided."
         if found is None:
             return f"{where} {logged.value('policy')} decided; the log holds no candidates and no votes."
+        reference = _reference(logged)
+        how = f"drawn, with a probability of {found.probabilities[found.plan]:.1%}" if found.temperature else "taken"
         if found.plan == found.reference:
-            return f"{where} {_reference(logged)} stayed: no other plan is surely better."
+            why = "" if found.temperature else ": no other plan is surely better"
+            return f"{where} {reference} {'was' if logged.problem.max_step is None else 'were'} {how}{why}."
         votes = found.votes[:, found.plan]
         return (
-            f"{where} the plan of candidate {found.candidates[found.taken]!r} was taken: {int((votes > 0).sum())} of "
-            f"{len(votes)} networks expect it to be better than {_reference(logged)}, by "
-            f"{found.mean[found.plan]:.3f} on the mean."
+            f"{where} the plan of candidate {found.candidates[found.taken]!r} was {how}: {int((votes > 0).sum())} of "
+            f"{len(votes)} networks expect it to be better than {reference}, by {found.mean[found.plan]:.3f} on the "
+            "mean."
         )
 
     def sentences(self) -> list[str]:
@@ -193,11 +196,8 @@ def _margin(found: Deliberation) -> str:
     size, count = abs(found.margin), len(found.plans)
     if found.margin >= 0:
         return f"That is {size:.3f} above the best of the other {count - 1} plans."
-    drawn = f"It was drawn with a probability of {found.probabilities[found.plan]:.1%}"
-    why = (
-        drawn if found.temperature else "It was taken because it is nearest to the reference of the plans that are tied"
-    )
-    return f"The best of the other {count - 1} plans is {size:.3f} higher. {why}."
+    nearest = " It was taken because it is nearest to the reference of the plans that are tied."
+    return f"The best of the other {count - 1} plans is {size:.3f} higher.{'' if found.temperature else nearest}"
 
 
 def _tie(logged: LoggedDecision, found: Deliberation) -> str:
