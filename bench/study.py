@@ -44,7 +44,7 @@ class Options:
     and compared bit for bit. Shapley values are added up. What-if statements are drawn at random (signals of a module
     or of a type of modules, budget, caution, a bound) and each is checked by deciding again from the log, at the change
     that it states and at one step less. Noise on the signals tells how many decisions it moves. On one thread, the full
-    run takes about half an hour.
+    run takes about ten minutes.
 
     Attributes:
         policy: "default" or the folder of a trained policy with a value ensemble.
@@ -55,7 +55,7 @@ class Options:
     """
 
     policy: str = "default"
-    tasks: int = 24
+    tasks: int = 12
     statements: int = 1000
     quick: bool = False
     json: Path | None = None
