@@ -23,7 +23,7 @@ from rankpilot.env.tasks.proxy_task import ProxyTask
 
 SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
 TASKS = (
-    ProxyTask("planted", 1, corpus="documentation", budget=0.6, **SIZES),
+    ProxyTask("planted", 1, corpus="documentation", budget=0.8, **SIZES),
     ProxyTask("shift", 2, budget=0.25, unit="parameters", **SIZES),
 )
 

@@ -60,10 +60,10 @@ def test_the_usual_questions(decisions: list[LoggedDecision], policy: LearnedPol
 
 
 def steps_of(plans: Plans, threshold: float) -> torch.Tensor:
-    """Networks that want many modules adapted if the first signal of module 3 is above a threshold, else few."""
-    adapted = (plans.ranks > 0).to(plans.modules.dtype).sum(2)
+    """Networks that want a high rank somewhere if the first signal of module 3 is above a threshold, else uniform."""
+    highest = plans.ranks.max(2).values.to(plans.modules.dtype)
     high = plans.modules[:, 3, SIGNAL_COLUMNS[0]] > threshold
-    return torch.where(high[:, None], adapted, -adapted)[None].repeat(2, 1, 1)
+    return torch.where(high[:, None], highest, -highest)[None].repeat(2, 1, 1)
 
 
 def test_the_smallest_change_is_found(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -13,10 +12,11 @@ import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.actions import SCORE_BOUND
+from rankpilot.agents.rules.by_signal import signal_mean
+from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
 from rankpilot.allocation.decision_log import LoggedDecision
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.policy import decision_from_scores
+from rankpilot.allocation.observation import Observation, module_feature
+from rankpilot.allocation.policy import decided_plan, decision_from_scores
 from rankpilot.memory.cost import unit_cost
 from rankpilot.study.decision.why import ROWS, actor_terms, explain_votes, same_in_tie
 from rich.console import Console
@@ -37,19 +37,23 @@ def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[LoggedDeci
 
 def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[LoggedDecision]) -> None:
     """What pages are told of a candidate is enough to make its plan again."""
-    logged = decisions[0]
-    told, observation = explain_votes(logged).to_json(), logged.observation
-    assert logged.deliberation is not None
-    modules = dict(zip(("rank_cost", "relative_depth"), observation.modules[:, [9, 7]].T.astype(float), strict=True))
-    modules |= {"signal_mean": observation.modules[:, :3].mean(axis=1).astype(float)}
-    modules |= {"actor": logged.deliberation.actor_scores}
-    for candidate in told["candidates"]:
-        scores = sum(gain * (modules[part] - modules[part].mean()) for part, gain in candidate["gains"].items())
-        placement = (np.log2(candidate["rank_floor"] / 16), candidate["depth_bias"] - 4)
-        wanted = decision_from_scores(observation, np.clip(scores, -4, 4), placement).ranks
-        plan = told["plans"][candidate["plan"]]["ranks"]
-        same = np.mean(np.array(plan) == wanted)
-        assert same > 0.8, candidate["name"]  # the rest of the budget is spent after it
+    for logged in decisions:
+        observation, found = logged.observation, logged.deliberation
+        assert found is not None
+        told = explain_votes(logged).to_json()
+        parts = {name: module_feature(observation, name) for name in ("rank_cost", "relative_depth")}
+        parts |= {"signal_mean": signal_mean(observation), "actor": found.actor_scores}
+        parts = {name: values - values.mean() for name, values in parts.items()}
+        base = base_rank_floor(logged.problem), base_depth_bias(logged.problem)
+        for number, candidate in enumerate(told["candidates"]):
+            if candidate["rank_floor"] is None:
+                assert found.candidates[number] == "keep"
+                continue
+            scores = sum(gain * parts[name] for name, gain in candidate["gains"].items())
+            placement = (np.log2(candidate["rank_floor"] / base[0]), candidate["depth_bias"] - base[1])
+            decision = decision_from_scores(observation, np.clip(scores, -SCORE_BOUND, SCORE_BOUND), placement)
+            ranks = decided_plan(logged.problem, decision).ranks
+            assert ranks.tolist() == told["plans"][candidate["plan"]]["ranks"], found.candidates[number]
 
 
 def test_json_is_the_contract(decisions: list[LoggedDecision]) -> None:
@@ -85,20 +89,18 @@ def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> Non
 
 
 def test_a_tie_tells_what_its_plans_have_in_common(decisions: list[LoggedDecision]) -> None:
-    (logged,) = [logged for logged in decisions[:1] if logged.deliberation]
-    assert logged.deliberation is not None
-    assert logged.state is not None
-    bounds = np.sort(logged.deliberation.bound)[::-1]
-    wide = replace(logged.deliberation, tie=float(bounds[0] - bounds[4]) + 1e-4)
-    tied = replace(logged, state=replace(logged.state, deliberation=wide))
-    same, plans = same_in_tie(wide), wide.plans[wide.tied]
+    found = decisions[0].deliberation
+    assert found is not None
+    same, plans = same_in_tie(found), found.plans[found.tied]
     assert len(plans) >= 2
-    assert 0 < same.sum() < len(same)
     assert (np.ptp(plans, axis=0)[same] == 0).all()
     assert np.ptp(plans, axis=0)[~same].all()
-    (sentence,) = [text for text in explain_votes(tied).sentences() if "plans are tied" in text]
-    assert sentence.startswith(f"{len(plans)} of {len(wide.plans)} plans are tied")
+    told = explain_votes(decisions[0]).sentences()
+    (sentence,) = [text for text in told if "plans are tied" in text]
+    assert sentence.startswith(f"{len(plans)} of {len(found.plans)} plans are tied")
     assert f"{same.sum()} of {len(same)} modules the same rank" in sentence
+    assert found.margin < 0
+    assert f"is {-found.margin:.3f} higher. It was taken because it is nearest to the reference" in " ".join(told)
 
 
 def test_plans_that_are_drawn_have_probabilities(
