@@ -7,12 +7,12 @@ import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from ...errors import ConfigError
-from ..progress import console
+from ..progress import console, progress_bar
 
 if TYPE_CHECKING:
     from ...study.page.data import Explanations
@@ -36,6 +36,10 @@ class StudyOptions:
         json: give the data of the page as JSON instead, on standard output or in --output.
         png: also make figures/*.png of ranks, losses and costs in the folder of each run, as rankpilot report does.
         open: open the page in a browser.
+        explain: how much to say of each decision: votes, what the networks voted and which features drove them; all,
+            also what would have changed the decision and how sure each rank is, some seconds a decision; none. By
+            default all for up to 12 decisions, votes for up to 200.
+        policy: the folder of the policy that decided, if it is not the one that ships with rankpilot.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -43,6 +47,8 @@ class StudyOptions:
     json: bool = False
     png: bool = False
     open: bool = False
+    explain: Literal["auto", "all", "votes", "none"] = "auto"
+    policy: Path | None = None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     from ...study.run.run_data import read_run
 
     runs = [read_run(folder) for folder in options.runs]
-    data = page_data(runs, [_explanations(run) for run in runs])
+    data = page_data(runs, [_explanations(run, options) for run in runs])
     if options.png:
         for run in runs:
             write_figures(run)
@@ -86,9 +92,24 @@ def _check(options: StudyOptions) -> None:
         raise ConfigError("--open opens the page, and --json writes none. Pass one of them.")
 
 
-def _explanations(run: RunData) -> Explanations | None:
-    """Why each decision of a run was taken, see docs/study.md: not told yet."""
-    return None
+def _explanations(run: RunData, options: StudyOptions) -> Explanations | None:
+    """Why each decision of a run was taken, see docs/study.md."""
+    from ...study.run.run_data import log_of
+
+    log = log_of(run.folder)
+    if log is None or run.decisions is None:
+        return None
+    depth = options.explain
+    if depth == "auto":
+        depth = "all" if len(log) <= 12 else "votes" if len(log) <= 200 else "none"
+    if depth == "none":
+        return None
+    from ...agents.learned.policy_file import load_policy
+    from ...study.decision.explain import explanations
+
+    policy = None if options.policy is None else load_policy(options.policy)
+    with progress_bar(f"explaining the decisions of {run.folder.name} (decisions)") as report:
+        return explanations(log, policy, what_ifs=depth == "all", on_progress=report)
 
 
 def _give_json(data: dict[str, object], path: Path | None) -> None:

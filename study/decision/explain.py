@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +22,19 @@ from .what_if import usual_questions, what_if
 from .why import Explanation, explain_votes
 
 
-def explanations(log: DecisionLog, policy: Policy | None = None, what_ifs: bool = True) -> list[dict[str, Any] | None]:
+def explanations(
+    log: DecisionLog,
+    policy: Policy | None = None,
+    what_ifs: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any] | None]:
     """Explain every decision of a log.
 
     Args:
         log: of a run.
         policy: that decided; without it the policy that ships with the package is tried.
         what_ifs: also take decisions again with something changed, for what-ifs and stability: some seconds each.
+        on_progress: called with (decisions done, decisions in all).
 
     Returns:
         By decision, what `Explanation.to_json` gives; less where less is known, with a sentence why. None for a
@@ -38,13 +45,16 @@ def explanations(log: DecisionLog, policy: Policy | None = None, what_ifs: bool 
     """
     table = log.read(lambda error: None)
     decisions = {}
-    for number in sorted(set(table["decision"].to_pylist())):
+    numbers = sorted(set(table["decision"].to_pylist()))
+    for done, number in enumerate(numbers, 1):
         try:
             logged = log.logged(number)
         except RunFolderError as error:
             decisions[number] = _known(table.filter(pc.equal(table["decision"], number)), str(error))
         else:
             decisions[number] = explain(logged, policy, what_ifs).to_json()
+        if on_progress:
+            on_progress(done, len(numbers))
     return [decisions.get(number) for number in range(max(len(log), *(number + 1 for number in decisions)))]
 
 

@@ -67,7 +67,9 @@ def _from_file(path: Path) -> dict[str, int]:
     if not isinstance(modules, Mapping) or not modules:
         raise ConfigError(f"{path} holds no ranks. It maps the full name of each module to its rank.")
     entries: dict[Any, Any] = dict(modules)
-    ranks = {name: entry.get("rank") if isinstance(entry, Mapping) else entry for name, entry in entries.items()}
+    ranks: dict[Any, Any] = {
+        name: entry.get("rank") if isinstance(entry, Mapping) else entry for name, entry in entries.items()
+    }
     for name, rank in ranks.items():
         if not isinstance(name, str) or type(rank) is not int or rank < 0:
             raise ConfigError(f"The rank of {name!r} in {path} is {rank!r}; it is a whole number from 0 on.")
