@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
 from ...errors import ConfigError
-from ..progress import console, progress_bar
+from ..progress import console
 
 if TYPE_CHECKING:
     from ...study.page.data import Explanations
@@ -108,8 +109,9 @@ def _explanations(run: RunData, options: StudyOptions) -> Explanations | None:
     from ...study.decision.explain import explanations
 
     policy = None if options.policy is None else load_policy(options.policy)
-    with progress_bar(f"explaining the decisions of {run.folder.name} (decisions)") as report:
-        return explanations(log, policy, what_ifs=depth == "all", on_progress=report)
+    # On standard error, since standard output may be the data; nothing where nobody looks.
+    with tqdm(desc="explaining decisions", total=len(log), disable=None, leave=False) as bar:
+        return explanations(log, policy, what_ifs=depth == "all", on_progress=lambda *_: bar.update())
 
 
 def _give_json(data: dict[str, object], path: Path | None) -> None:
