@@ -120,8 +120,8 @@ class LoggedDecision:
         return None if self.state is None else self.state.deliberation
 
     def value(self, column: str) -> Any:
-        """One of `DECISION_TYPES`."""
-        return self.table[column][0].as_py()
+        """One of `DECISION_TYPES`; None where the log does not know it."""
+        return self.table[column][0].as_py() if column in self.table.column_names else None
 
     def ranks(self, column: str) -> IntArray:
         """One of the columns of ranks, int64 (modules,)."""

@@ -446,7 +446,7 @@ def test_a_decision_of_schema_3_comes_back_without_what_was_computed(tmp_path: P
     table = pq.ParquetFile(path).read().drop_columns(["margin", "tie_size", "kept", "filled", "correction"])
     pq.write_table(table.replace_schema_metadata({b"rankpilot.schema": b"3"}), path)
     logged = log.logged(0)
-    assert logged.state is logged.deliberation is None
+    assert logged.state is logged.deliberation is logged.value("correction") is None
     assert logged.observation.problem.limit == 1e9 + 1
     assert log.read()["kept"].to_pylist() == [None] * 3
 
