@@ -1,8 +1,8 @@
 """The final ranks of logged runs, taken from the start: did changes on the way matter, did the choice of modules?
 
 Two runs of each task are compared with the logged one. `static` has its final ranks from the first step on: what is
-lost there is what later decisions were worth. `shuffled` has the same ranks dealt anew among the modules of each kind:
-what is lost there is what the choice between layers was worth.
+lost there is what later decisions were worth. `shuffled` has the same ranks dealt anew among the modules of each kind,
+under a budget of bytes among the adapted ones: what is lost there is what the choice between layers was worth.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Replayed:
         ranks = dict(zip(names, last.ranks("rank_after").tolist(), strict=True))
         if self.how == SHUFFLED:
             kinds = kinds_in_layers(names, last.problem.blocks.tolist())
-            ranks = shuffled_within_kinds(ranks, dict(zip(names, kinds, strict=True)), task.seed)
+            of_bytes, kind_of = last.problem.cost.unit == "bytes", dict(zip(names, kinds, strict=True))
+            ranks = shuffled_within_kinds(ranks, kind_of, task.seed, adapted_alone=of_bytes)
         if not np.any([*ranks.values()]):
             return []
         return [(task, GivenPlan(self.name, ranks))]

@@ -46,19 +46,21 @@ class GivenPlan:
         return Decision(ranks, np.zeros(len(ranks)), exact=True)
 
 
-def shuffled_within_kinds(ranks: Mapping[str, int], kinds: Mapping[str, str], seed: int) -> dict[str, int]:
-    """The same ranks dealt anew among the modules of each kind.
-
-    Bytes for saved tensors may differ, since other layers are adapted; the adapter has the same size.
+def shuffled_within_kinds(
+    ranks: Mapping[str, int], kinds: Mapping[str, str], seed: int, *, adapted_alone: bool
+) -> dict[str, int]:
+    """The same ranks dealt anew among the modules of each kind; the adapter keeps its size.
 
     Args:
         ranks: of each module, by its name.
         kinds: the kind of each module, such as "self_attn.q_proj".
         seed: decides the deal.
+        adapted_alone: modules without an adapter stay without: under a budget of bytes, an adapter in a lower layer
+            would not fit.
     """
     generator, dealt = np.random.default_rng(seed), dict(ranks)
     for kind in sorted(set(kinds.values())):
-        members = [name for name in ranks if kinds[name] == kind]
+        members = [name for name, rank in ranks.items() if kinds[name] == kind and (rank > 0 or not adapted_alone)]
         values = generator.permutation([ranks[name] for name in members]).tolist()
         dealt |= dict(zip(members, values, strict=True))
     return dealt

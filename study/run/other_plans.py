@@ -17,7 +17,7 @@ from ...errors import ConfigError, first_line
 NAMED = {
     "final": "the ranks with which the run ended",
     "first": "the ranks of its first plan",
-    "shuffled": "the final ranks, dealt anew among the modules of each kind",
+    "shuffled": "the final ranks, dealt anew among the modules of each kind (among adapted ones, if bytes are counted)",
     "uniform": "one rank on all modules, as high as the budget allows, rounded down onto the ladder",
 }
 """Plans by name."""
@@ -48,7 +48,8 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
     if which == "final":
         return ranks
     kinds = kinds_in_layers(last.observation.names, last.problem.blocks.tolist())
-    return shuffled_within_kinds(ranks, dict(zip(last.observation.names, kinds, strict=True)), seed)
+    of_bytes, kind_of = last.problem.cost.unit == "bytes", dict(zip(last.observation.names, kinds, strict=True))
+    return shuffled_within_kinds(ranks, kind_of, seed, adapted_alone=of_bytes)
 
 
 def _by_name(logged: LoggedDecision, ranks: list[int]) -> dict[str, int]:

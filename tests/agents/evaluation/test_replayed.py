@@ -90,7 +90,11 @@ def test_shuffling_keeps_each_kind() -> None:
         {"a1": 1, "a2": 2, "a3": 3, "b1": 8, "b2": 9},
         {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b"},
     )
-    dealt = [shuffled_within_kinds(ranks, kinds, seed) for seed in range(20)]
+    dealt = [shuffled_within_kinds(ranks, kinds, seed, adapted_alone=False) for seed in range(20)]
     assert {tuple(sorted(each[name] for name in ("a1", "a2", "a3"))) for each in dealt} == {(1, 2, 3)}
     assert len({*map(str, dealt)}) > 6
-    assert shuffled_within_kinds(ranks, kinds, 3) == dealt[3]
+    assert shuffled_within_kinds(ranks, kinds, 3, adapted_alone=False) == dealt[3]
+    few = {**ranks, "a2": 0}
+    dealt = [shuffled_within_kinds(few, kinds, seed, adapted_alone=True) for seed in range(20)]
+    assert {each["a2"] for each in dealt} == {0}
+    assert {(each["a1"], each["a3"]) for each in dealt} == {(1, 3), (3, 1)}
