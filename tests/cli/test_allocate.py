@@ -31,7 +31,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
         exclude_modules=r"model\.layers\.0\.q_proj",
     )
 
-    def plan_ahead(options: FinetuneConfig, tell: object) -> StaticPlan:
+    def plan_ahead(options: FinetuneConfig, tell: object, log: Path | None) -> StaticPlan:
         asked.append(options)
         return StaticPlan(config, RANKS, 900.0, 1000.0, "parameters")
 
@@ -48,6 +48,8 @@ def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert "900 of 1,000 parameters, mean rank 4.0" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"plan\.json exists already"):
         module.main(["m", "d", "--output", str(tmp_path / "plan.json")])
+    with pytest.raises(ConfigError, match=r"exists already\. Name a folder"):
+        module.main(["m", "d", "--log", str(tmp_path)])
 
 
 def test_lines_for_axolotl(tmp_path: Path) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, RankPilotCallback, TrainingRun, allocate
+from rankpilot.agents.learned.policy_file import load_policy
+from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.study.decision.redecide import redecide
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -129,3 +133,35 @@ def test_a_models_inputs_are_as_they_were(llama_config: LlamaConfig) -> None:
     allocate(model, loader, budget="80%", policy="signal-mean", schedule=SCHEDULE)
     assert hooks
     assert dict(model.get_input_embeddings()._forward_hooks) == hooks
+
+
+@pytest.mark.parametrize("explore", [None, 0.5])
+def test_a_logged_plan_is_made_again_bit_for_bit(
+    llama_config: LlamaConfig, tmp_path: Path, explore: float | None
+) -> None:
+    trainer = trainer_of(adapted(llama_config), tmp_path / "run")
+    plan = static_plan(trainer, budget="70%", explore=explore, log=tmp_path / "log")
+    logged = DecisionLog(tmp_path / "log").logged(0)
+    assert dict(zip(logged.observation.names, logged.ranks("rank_after").tolist(), strict=True)) == plan.ranks
+    again = redecide(logged, load_policy("default"))
+    assert again.differences == ()
+    assert again.ranks.tolist() == [*plan.ranks.values()]
+    assert (logged.value("log_prob") is None) is (explore is None)
+    other = redecide(logged, find_rule("uniform"))
+    assert {"score", "deliberation"} <= set(other.differences)
+
+
+def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    trainer = trainer_of(adapted(llama_config), tmp_path / "run")
+    trainer.add_callback(RankPilotCallback(budget="70%", explore=0.5))
+    trainer.train()
+    log = DecisionLog(tmp_path / "run" / "decisions")
+    assert len(log) >= 4
+    for number in range(len(log)):
+        logged = log.logged(number)
+        if not logged.value("correction"):
+            assert redecide(logged, load_policy("default")).differences == ()
+            assert logged.deliberation is not None
+            chance = logged.deliberation.probabilities[logged.deliberation.plan]
+            assert logged.value("log_prob") == pytest.approx(float(np.log(chance)))
+    assert set(log.read()["policy"].to_pylist()) == {"default exploring at 0.5"}
