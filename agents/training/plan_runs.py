@@ -116,7 +116,7 @@ def run_plans(stack: Stack) -> PlanRun:
     generator = np.random.default_rng([stack.seed, stack.draw])
     episodes = _episodes(stack.tasks[0].base, stack.schedule, len(stack.tasks) * RUNS, stack.device)
     run = Rollout(episodes, [task for task in stack.tasks for _ in range(RUNS)])
-    initial = [run.initial_loss(place * RUNS) for place in range(len(stack.tasks)) for _ in range(RUNS)]
+    initial = np.repeat([run.initial_loss(place * RUNS) for place in range(len(stack.tasks))], RUNS)
     noted: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": [], "choices": []}
 
     def decide(seen: Sequence[Observation]) -> Sequence[Decision]:
@@ -139,7 +139,7 @@ def run_plans(stack: Stack) -> PlanRun:
     return PlanRun(
         **arrays,
         losses=np.array(run.losses()),
-        initial=np.array(initial),
+        initial=initial,
         tasks=stack.tasks,
         names=run.seen[0].names,
     )
