@@ -29,7 +29,7 @@ class OffPolicyOptions:
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     behaviour: str
-    policies: tuple[str, ...] = ("default", "uniform", "signal-mean", "top-down", "top-down-mlp")
+    policies: tuple[str, ...] = ("default", "signal-mean", "top-down", "top-down-mlp")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -91,27 +91,37 @@ def accuracy_of(results: Sequence[TargetResult], truth: Mapping[str, float], met
 
 
 def comparison_table(results: Sequence[TargetResult], truth: Mapping[str, float] | None = None) -> Table:
-    """Estimates with their intervals, a row a target, beside what tells how far weights carry; refusals in words.
+    """Estimates with their intervals, some rows a target, beside what tells how far weights carry; refusals in words.
 
     Args:
         results: of `compare_targets`, at least one.
-        truth: the expected outcome of each target, by name, where it is known: gets a column, and the table's last row
-            tells each method's rank correlation with it.
+        truth: the expected outcome of each target, by name, where it is known: gets a column, and the table's last rows
+            tell each method's rank correlation with it.
     """
-    methods = list(results[0].estimates)
-    titles = ["direct (interval without the model's error)" if name == "direct" else name for name in methods]
-    columns = ["policy", *titles, "effective size", "largest weight", *(["truth"] if truth else [])]
+    columns = ["policy", "method", "gain", "tasks that\ntell", "largest\nweight", *(["truth"] if truth else [])]
     rows = []
     for result in results:
         weighted = result.estimates["self-normalised"]
-        figures = (_or_unknown(weighted.effective_size), _or_unknown(weighted.largest_weight))
-        known = [f"{truth[result.target]:+.3f}"] if truth else []
-        rows.append([escape(result.target), *map(_cell, result.estimates.values()), *figures, *known])
+        for number, (method, estimate) in enumerate(result.estimates.items()):
+            figures = [_or_unknown(weighted.effective_size), _or_unknown(weighted.largest_weight)]
+            known = [f"{truth[result.target]:+.3f}"] if truth else []
+            first = number == 0
+            rows.append(
+                [
+                    escape(result.target) if first else "",
+                    method + (" *" if method == "direct" else ""),
+                    _cell(estimate),
+                    *(figures + known if first else [""] * len(figures + known)),
+                ]
+            )
     if truth:
-        agreement = [accuracy_of(results, truth, method).rank_correlation for method in methods]
-        shown = ["" if np.isnan(each) else f"{each:.2f}" for each in agreement]
-        rows.append(["rank correlation", *shown, "", "", ""])
-    return make_table("Off-policy estimates of the gain, with 95 % intervals", columns, rows)
+        for number, method in enumerate(results[0].estimates):
+            agreement = accuracy_of(results, truth, method).rank_correlation
+            shown = "" if np.isnan(agreement) else f"{agreement:.2f}"
+            rows.append(["" if number else "rank correlation", method, shown, "", "", ""])
+    table = make_table("Off-policy estimates of the gain, with 95 % intervals", columns, rows, first_wraps=True)
+    table.caption, table.caption_justify = "* its interval leaves out the error of the model", "left"
+    return table
 
 
 def _cell(estimate: PolicyEstimate) -> str:
