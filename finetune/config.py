@@ -96,6 +96,8 @@ class FinetuneConfig(StepConfig):
         Budget.parse(self.budget)
         if self.time is not None:
             TimeBudget.parse(self.time)
+        if self.explore is not None and not self.explore > 0:
+            raise ConfigError(f"explore is a temperature above 0, such as 0.05; got {self.explore}.")
         if min(self.steps, self.eval_every) < 1 or self.learning_rate <= 0 or self.scaling <= 0:
             raise ConfigError(
                 "steps and eval_every are at least 1, learning_rate and scaling above 0; got "

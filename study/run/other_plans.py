@@ -17,7 +17,7 @@ from ...errors import ConfigError, first_line
 NAMED = {
     "final": "the ranks with which the run ended",
     "first": "the ranks of its first plan",
-    "shuffled": "the final ranks, dealt anew among the modules of each kind (among adapted ones, if bytes are counted)",
+    "shuffled": "the final ranks, dealt anew among the modules of each kind, or the adapted ones if bytes count",
     "uniform": "one rank on all modules, as high as the budget allows, rounded down onto the ladder",
 }
 """Plans by name."""

@@ -149,9 +149,11 @@ def test_gradients_that_stay_zero(llama_config: LlamaConfig, tmp_path: Path) -> 
         ({"schedule": "early"}, "schedule is a rankpilot.DecisionSchedule"),
         ({"measure_every": 0}, "measure_every is a number of steps"),
         ({"bounds": ["q_proj"]}, "bounds are a dictionary"),
+        ({"explore": 0.1}, "signal-mean has no value ensemble"),
+        ({"policy": "default", "explore": 0.0}, "a temperature above 0"),
     ],
 )
-def test_arguments_of_a_wrong_kind(options: dict[str, Any], message: str) -> None:
+def test_arguments_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RankPilot(**{"policy": "signal-mean"} | options)
     with pytest.raises(ConfigError, match=message):
