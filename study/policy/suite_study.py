@@ -5,10 +5,10 @@ It reads the folder of `rankpilot evaluate --logs`: rows of results, and a decis
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,13 +18,14 @@ from ...agents.evaluation.results import Row, read_rows
 from ...agents.evaluation.runs import log_folder
 from ...agents.learned.policy import LearnedPolicy
 from ...allocation.decision_log import DecisionLog, LoggedDecision
-from ...allocation.policy import Policy, is_first
-from ...common.statistics import Estimate, estimate, rank_correlation
+from ...allocation.plan import uniform_ranks
+from ...allocation.policy import Policy
+from ...common.arrays import FloatArray
+from ...common.statistics import Estimate, estimate
 from ...errors import RunFolderError
 from ..decision.shapley import GROUPS, attribute
-
-WORST = 0.1
-"""Share of the runs, those with the most regret, that are held against the rest."""
+from .suite_figures import Driver, Part, Promise, Trait, promise_of, worst_against_rest, worst_count
+from .traits import changed, traits_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,64 +34,24 @@ class StudiedRun:
 
     Attributes:
         row: its result.
-        decisions: of its log, in order.
-        attributions: of the decisions that value networks took, what each of `GROUPS` adds to the lower bound of the
-            plan over the reference, (decisions, groups); empty without the policy's networks.
+        log: the folder of its decision log.
+        decisions: of the log, in order.
+        parts: what each of `GROUPS` adds to the lower bound of the first plan over uniform rank (of the best other
+            plan, where uniform rank was taken), (groups,); None without the policy's networks.
     """
 
     row: Row
+    log: Path
     decisions: tuple[LoggedDecision, ...]
-    attributions: np.ndarray[Any, np.dtype[np.float64]]
+    parts: FloatArray | None
 
     @property
-    def regret(self) -> float:
-        """How much worse than uniform rank the run ended, in shares of the headroom; negative where it was better."""
-        return -self.row.improvement
-
-    def traits(self) -> dict[str, float]:
-        """What may tell runs that went wrong from others, as numbers; yes is 1."""
-        first, row = self.decisions[0], self.row
-        ranks = first.ranks("rank_after")
-        adapted = ranks > 0
-        found = {
-            "planted task": float(row.kind == "planted"),
-            "budget counts bytes": float(first.problem.cost.unit == "bytes"),
-            "budget, share of uniform rank 8": row.budget,
-            "layers of the base": float(row.depth),
-            "share of modules adapted": float(adapted.mean()),
-            "share of layers adapted": len(np.unique(first.problem.blocks[adapted])) / row.depth,
-            "highest rank": float(ranks.max()),
-            "share of rank on the top tenth of modules": _concentration(ranks),
-            "later decisions that moved": float(sum(bool(_moved(each)) for each in self.decisions[1:])),
-            **{f"{row.family} base": 1.0},
-        }
-        deliberation = first.deliberation
-        if deliberation is not None:
-            found |= {
-                "expected gain": float(deliberation.mean[deliberation.plan]),
-                "spread of the votes": float(deliberation.std[deliberation.plan]),
-                "margin": deliberation.margin,
-                "plans in the tie": float(deliberation.tied.sum()),
-                "distance from uniform": float(deliberation.distances[deliberation.plan]),
-            }
-        return found
-
-
-@dataclass(frozen=True)
-class Trait:
-    """What the worst runs have more or less of than the rest.
-
-    Attributes:
-        name: of the trait.
-        worst: mean over the worst runs.
-        rest: mean over the others.
-        distance: their difference in standard deviations over all runs.
-    """
-
-    name: str
-    worst: float
-    rest: float
-    distance: float
+    def leaves_uniform(self) -> bool:
+        """Whether its first plan is not uniform rank."""
+        first = self.decisions[0]
+        if first.deliberation is not None:
+            return first.deliberation.plan != first.deliberation.reference
+        return not np.array_equal(first.ranks("rank_after"), uniform_ranks(first.observation.problem))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,157 +60,200 @@ class SuiteStudy:
 
     Attributes:
         policy: its name.
-        runs: all runs with a log.
-        worth: against the same task and seed: what later changes are worth ("static"), and the choice of layers
-            ("shuffled"), in shares of the headroom; those that were run.
+        folder: of the evaluation.
+        rows: all its results.
+        runs: those of them that have a log.
+        others: results of other policies, by name.
+        networks: the policy's own; None where they are not at hand.
+        obstacle: why they are not, in words; empty where they are.
     """
 
     policy: str
+    folder: Path
+    rows: tuple[Row, ...]
     runs: tuple[StudiedRun, ...]
-    worth: Mapping[str, Estimate]
+    others: Mapping[str, Sequence[Row]]
+    networks: LearnedPolicy | None
+    obstacle: str
 
     @property
-    def tasks(self) -> list[str]:
-        """Of each run."""
-        return [run.row.task for run in self.runs]
+    def replays(self) -> dict[str, str]:
+        """By `STATIC` and `SHUFFLED`, what rows call the runs at this policy's final ranks."""
+        logged_as = log_folder(self.folder, self.rows[0].key).parent.name
+        return {how: f"{logged_as} {how}" for how in (STATIC, SHUFFLED)}
 
     def improvement(self) -> Estimate:
         """Mean improvement over uniform rank, in shares of the headroom."""
-        return estimate([run.row.improvement for run in self.runs], self.tasks)
+        return estimate([row.improvement for row in self.rows], [row.task for row in self.rows])
+
+    def gained(self) -> Estimate:
+        """Share of runs that ended better than uniform rank."""
+        return estimate([float(row.improvement > 0) for row in self.rows], [row.task for row in self.rows])
+
+    def parts(self) -> list[Part]:
+        """The improvement on each kind of task, by what was counted, and by family of the base."""
+        found: dict[str, list[Row]] = {}
+        for name in ("kind", "cost_kind", "family"):
+            values = sorted({str(getattr(row, name)) for row in self.rows})
+            for value in values if len(values) > 1 else []:
+                label = {"kind": value, "cost_kind": f"budget in {value}", "family": f"{value} bases"}[name]
+                found[label] = [row for row in self.rows if str(getattr(row, name)) == value]
+        return [_part(name, rows) for name, rows in found.items()]
 
     def leaves_uniform(self) -> Estimate:
-        """Share of runs whose first plan is not the reference's."""
-        return estimate([float(_leaves(run.decisions[0])) for run in self.runs], self.tasks)
+        """Share of runs whose first plan is not uniform rank."""
+        return estimate([float(run.leaves_uniform) for run in self.runs], self._tasks)
 
-    def moves_later(self) -> float:
-        """Share of later decisions that change a rank."""
-        later = [each for run in self.runs for each in run.decisions[1:]]
-        return float(np.mean([bool(_moved(each)) for each in later])) if later else 0.0
+    def moves_later(self) -> Estimate | None:
+        """Share of later decisions that change a rank; None where there are none."""
+        later = [(run.row.task, float(changed(each) > 0)) for run in self.runs for each in run.decisions[1:]]
+        return estimate([moved for _, moved in later], [task for task, _ in later]) if later else None
 
-    def drivers(self) -> dict[str, float]:
-        """Mean size of what each group of features adds at first decisions, in the unit of votes; largest first."""
-        first = [np.abs(run.attributions[0]) for run in self.runs if len(run.attributions)]
-        if not first:
-            return {}
-        means = dict(zip(GROUPS, np.mean(first, axis=0).tolist(), strict=True))
-        return dict(sorted(means.items(), key=lambda pair: -pair[1]))
+    def drivers(self) -> list[Driver]:
+        """What each group of features adds at first decisions, the largest first; empty without networks."""
+        known = [(run.row.task, run.parts) for run in self.runs if run.parts is not None]
+        if not known:
+            return []
+        parts, tasks = np.stack([parts for _, parts in known]), [task for task, _ in known]
+        found = [
+            Driver(name, estimate(np.abs(column), tasks), float(column.mean()))
+            for name, column in zip(GROUPS, parts.T, strict=True)
+        ]
+        return sorted(found, key=lambda driver: -driver.size.value)
+
+    def against(self, name: str) -> Estimate | None:
+        """How much better this policy's runs are than others on the same tasks and seeds; None if there are none."""
+        improvements = {row.key[1:]: row.improvement for row in self.others.get(name, ())}
+        pairs = [(row.task, row.improvement - improvements[row.key[1:]]) for row in self.rows if row.key[1:] in improvements]
+        return estimate([gap for _, gap in pairs], [task for task, _ in pairs]) if pairs else None
+
+    def worth(self) -> dict[str, Estimate]:
+        """What later changes are worth (`STATIC`), and the choice of layers (`SHUFFLED`), in shares of the headroom.
+
+        Those that were run; each is the mean of this policy's runs less runs at their final ranks.
+        """
+        found = {how: self.against(name) for how, name in self.replays.items()}
+        return {how: value for how, value in found.items() if value}
+
+    def beside(self) -> dict[str, Estimate]:
+        """How much better it is than each other policy of the folder, in shares of the headroom."""
+        found = {name: self.against(name) for name in self.others if name not in self.replays.values()}
+        return {name: value for name, value in found.items() if value}
 
     def worst(self) -> tuple[StudiedRun, ...]:
-        """The runs with the most regret, the worst first."""
-        order = sorted(self.runs, key=lambda run: -run.regret)
-        return tuple(order[: max(1, round(WORST * len(order)))])
+        """The tenth of the runs that ended worst against uniform rank, the worst first."""
+        return tuple(sorted(self.runs, key=lambda run: run.row.improvement)[: worst_count(len(self.runs))])
+
+    @cached_property
+    def _tasks(self) -> list[str]:
+        return [run.row.task for run in self.runs]
 
     def traits(self) -> list[Trait]:
-        """What the worst runs have in common, the largest distance first."""
-        worst = set(map(id, self.worst()))
-        rows = [(id(run) in worst, run.traits()) for run in self.runs]
-        found = []
-        for name in dict.fromkeys(name for _, traits in rows for name in traits):
-            values = np.array([traits.get(name, 0.0) for _, traits in rows])
-            bad = np.array([is_worst for is_worst, _ in rows])
-            if values.std() > 0 and not bad.all():
-                gap = values[bad].mean() - values[~bad].mean()
-                trait = Trait(name, float(values[bad].mean()), float(values[~bad].mean()), float(gap / values.std()))
-                found.append(trait)
-        return sorted(found, key=lambda trait: -abs(trait.distance))
+        """What the worst runs have more or less of than the rest, the largest distance first."""
+        by_run = [traits_of(run.row, run.decisions) for run in self.runs]
+        families = sorted({run.row.family for run in self.runs})
+        for family in families if len(families) > 2 else families[:1]:
+            for traits, run in zip(by_run, self.runs, strict=True):
+                traits[f"{family} base"] = float(run.row.family == family)
+        names = dict.fromkeys(name for traits in by_run for name in traits)
+        found = [self._trait(name, [traits.get(name) for traits in by_run]) for name in names]
+        return sorted((each for each in found if each), key=lambda trait: -abs(trait.distance.value))
 
-    def promise(self) -> tuple[float, list[tuple[float, float, int]]]:
-        """Whether runs gain where the votes say so.
+    def _trait(self, name: str, given: Sequence[float | None]) -> Trait | None:
+        """One trait over the runs that have it; None where it is the same in all of them."""
+        known = [(run, value) for run, value in zip(self.runs, given, strict=True) if value is not None]
+        values = np.array([value for _, value in known])
+        spread = float(values.std()) if len(values) > 1 else 0.0
+        tasks = [run.row.task for run, _ in known]
+        if spread < 1e-9 or len(set(tasks)) < 2:
+            return None
+        improvements = np.array([run.row.improvement for run, _ in known])
+        order = np.argsort(improvements, kind="stable")
+        cut = worst_count(len(order))
+        worst, rest = (float(values[part].mean()) for part in (order[:cut], order[cut:]))
+        both = np.stack([improvements, values / spread], axis=1)
+        return Trait(name, worst, rest, estimate(both, tasks, worst_against_rest))
 
-        Returns:
-            The rank correlation of expected and real improvement over first decisions that left uniform rank; and for
-            each third of the expected gain over its spread its mean, the share of runs that gained, and their number.
-        """
-        seen = [run for run in self.runs if run.decisions[0].deliberation and _leaves(run.decisions[0])]
-        if len(seen) < 3:
-            return float("nan"), []
-        first = [run.decisions[0] for run in seen]
-        expected = np.array([each.value("expected") for each in first])
-        surety = expected / np.maximum([each.value("uncertainty") for each in first], 1e-9)
-        real = np.array([run.row.improvement for run in seen])
-        thirds = [
-            (float(surety[part].mean()), float((real[part] > 0).mean()), len(part))
-            for part in np.array_split(np.argsort(surety), 3)
+    def promise(self) -> Promise | None:
+        """Whether runs gain where the votes say so; None where too few runs left uniform rank by votes."""
+        found = [
+            (run.row, votes)
+            for run in self.runs
+            if (votes := run.decisions[0].deliberation) is not None and run.leaves_uniform
         ]
-        return rank_correlation(expected, real), thirds
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        correlation, thirds = self.promise()
-        return {
-            "policy": self.policy,
-            "runs": len(self.runs),
-            "tasks": len(set(self.tasks)),
-            "improvement": vars(self.improvement()),
-            "leaves_uniform": vars(self.leaves_uniform()),
-            "moves_later": self.moves_later(),
-            "drivers": self.drivers(),
-            "worth": {name: vars(value) for name, value in self.worth.items()},
-            "promise": {
-                "rank_correlation": None if np.isnan(correlation) else correlation,
-                "thirds": [dict(zip(("surety", "gained", "runs"), third, strict=True)) for third in thirds],
-            },
-            "worst": [
-                {"task": run.row.task, "seed": run.row.seed, "improvement": run.row.improvement} for run in self.worst()
-            ],
-            "traits": [vars(trait) for trait in self.traits()],
-        }
+        return promise_of(
+            np.array([votes.mean[votes.plan] for _, votes in found], dtype=np.float64),
+            np.array([votes.std[votes.plan] for _, votes in found], dtype=np.float64),
+            np.array([row.improvement for row, _ in found]),
+            [row.task for row, _ in found],
+        )
 
 
-def study_suite(folder: Path, name: str, policy: Policy | None = None) -> SuiteStudy:
+def study_suite(
+    folder: Path,
+    name: str,
+    policy: Policy | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SuiteStudy:
     """Study a policy by the folder of an evaluation.
 
     Args:
         folder: of `rankpilot evaluate --logs`.
         name: what rows call the policy.
-        policy: the policy, to tell which features drive it; without it, or for a rule, that is left out.
+        policy: the policy, to tell which features drive it. Without it, for a rule, or if its weights are others than
+            those of the log, that is left out, and `SuiteStudy.obstacle` says why.
+        on_progress: called with (runs read, runs in all).
 
     Raises:
-        RunFolderError: there are no rows of this policy, or no logs of its runs.
+        RunFolderError: there are no rows of this policy, or logs of its runs on fewer than two tasks.
     """
     rows = read_rows(folder / ROWS)
-    mine = [row for row in rows if row.policy == name]
+    mine = tuple(row for row in rows if row.policy == name)
     if not mine:
         names = ", ".join(dict.fromkeys(row.policy for row in rows)) or "none"
         raise RunFolderError(f"{folder / ROWS} holds no runs of {name!r}; it holds those of: {names}.")
-    learned = policy if isinstance(policy, LearnedPolicy) and policy.value_ensemble is not None else None
-    logs = [(row, DecisionLog(log_folder(folder / LOGS, row.key))) for row in mine]
-    runs = tuple(_studied(row, log, learned) for row, log in logs if len(log))
-    if not runs:
+    logs = [(row, log) for row in mine if len(log := DecisionLog(log_folder(folder / LOGS, row.key)))]
+    tasks = len({row.task for row, _ in logs})
+    if tasks < 2:
         raise RunFolderError(
-            f"{folder / LOGS} holds no decision log of {name!r}. Run `rankpilot evaluate {name}` with --logs."
+            f"{folder / LOGS} holds decision logs of {name!r} on {tasks} {'task' if tasks == 1 else 'tasks'}; intervals "
+            "need at least 2. Run `rankpilot evaluate` with --logs from the start: runs that the folder holds already "
+            "are not repeated."
         )
-    worth = {how: _worth(mine, [row for row in rows if row.policy == f"{name} {how}"]) for how in (STATIC, SHUFFLED)}
-    return SuiteStudy(name, runs, {how: value for how, value in worth.items() if value})
+    networks, obstacle = _networks(name, policy, logs[0][1].logged(0))
+    runs = []
+    for row, log in logs:
+        runs.append(_studied(row, log, networks))
+        if on_progress:
+            on_progress(len(runs), len(logs))
+    others: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.policy != name:
+            others.setdefault(row.policy, []).append(row)
+    return SuiteStudy(name, folder, mine, tuple(runs), others, networks, obstacle)
 
 
-def _studied(row: Row, log: DecisionLog, policy: LearnedPolicy | None) -> StudiedRun:
+def _networks(name: str, policy: Policy | None, first: LoggedDecision) -> tuple[LearnedPolicy | None, str]:
+    """The networks that decided, or why they are not at hand."""
+    if first.deliberation is None:
+        return None, f"{name} is a rule, or a policy without a value ensemble: it weighs no plans"
+    if policy is None:
+        return None, f"the networks of {name} were not given"
+    if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
+        return None, f"{policy.name}, which was given, has no value networks"
+    if policy.sha256 != first.value("policy_sha256"):
+        return None, f"the networks that were given as {name} are others than those that decided (another sha256)"
+    return policy, ""
+
+
+def _studied(row: Row, log: DecisionLog, networks: LearnedPolicy | None) -> StudiedRun:
     decisions = tuple(log.logged(number) for number in range(len(log)))
-    found = [attribute(each, policy) for each in decisions if policy and each.deliberation]
-    parts = [each.bound for each in found if each]
-    return StudiedRun(row, decisions, np.array(parts) if parts else np.zeros((0, len(GROUPS))))
+    known = attribute(decisions[0], networks) if networks and decisions[0].deliberation else None
+    return StudiedRun(row, log.folder, decisions, known.bound if known else None)
 
 
-def _worth(mine: Sequence[Row], others: Sequence[Row]) -> Estimate | None:
-    """How much better the policy's runs are than others on the same tasks and seeds."""
-    improvements = {row.key[1:]: row.improvement for row in others}
-    pairs = [(row.task, row.improvement - improvements[row.key[1:]]) for row in mine if row.key[1:] in improvements]
-    return estimate([gap for _, gap in pairs], [task for task, _ in pairs]) if pairs else None
-
-
-def _leaves(logged: LoggedDecision) -> bool:
-    """Whether a decision took another plan than the reference's."""
-    deliberation = logged.deliberation
-    if deliberation is not None:
-        return deliberation.plan != deliberation.reference
-    return not is_first(logged.observation) and bool(_moved(logged))
-
-
-def _moved(logged: LoggedDecision) -> int:
-    return int(np.count_nonzero(logged.ranks("rank_after") != logged.ranks("rank_before")))
-
-
-def _concentration(ranks: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-    """Share of all rank that the tenth of the modules with the most of it has."""
-    most = np.sort(ranks)[::-1][: max(1, len(ranks) // 10)]
-    return float(most.sum() / max(1, ranks.sum()))
+def _part(name: str, rows: Sequence[Row]) -> Part:
+    tasks = [row.task for row in rows]
+    count = len(set(tasks))
+    improvement = estimate([row.improvement for row in rows], tasks) if count > 1 else None
+    return Part(name, len(rows), count, improvement)

@@ -19,18 +19,22 @@ function decisionList(run, runIndex, several) {
 }
 
 function decisionItem(run, decision, runIndex) {
-  const id = `decision-${runIndex}-${decision.number}`;
-  const panel = el("div", { class: "panel", id, hidden: true, role: "region", "aria-label": `Decision ${decision.number}` });
+  const words = (decision.explanation || {}).verdict, name = `Decision ${decision.number}`;
+  const head = [el("span", { class: "number" }, name), el("span", { class: "what" }, decision.line, words ? el("em", {}, words) : null)];
+  return openingItem(`decision-${runIndex}-${decision.number}`, name, several() ? 4 : 3, head, () => decisionParts(run, decision));
+}
+
+// An item of a list that opens in place; parts() gives its content when it is first opened.
+function openingItem(id, label, level, head, parts) {
+  const panel = el("div", { class: "panel", id, hidden: true, role: "region", "aria-label": label });
   const toggle = () => {
     const open = button.getAttribute("aria-expanded") !== "true";
     button.setAttribute("aria-expanded", String(open));
     panel.hidden = !open;
-    if (open && !panel.hasChildNodes()) panel.append(...decisionParts(run, decision));
+    if (open && !panel.hasChildNodes()) panel.append(...parts());
   };
-  const words = (decision.explanation || {}).verdict;
-  const button = el("button", { type: "button", class: "opener", "aria-expanded": "false", "aria-controls": id, onclick: toggle },
-    el("span", { class: "number" }, `Decision ${decision.number}`), el("span", { class: "what" }, decision.line, words ? el("em", {}, words) : null));
-  return el("div", { class: "item" }, el(several() ? "h4" : "h3", { class: "heading" }, button), panel);
+  const button = el("button", { type: "button", class: "opener", "aria-expanded": "false", "aria-controls": id, onclick: toggle }, head);
+  return el("div", { class: "item" }, el(`h${level}`, { class: "heading" }, button), panel);
 }
 
 // Arrow keys move between decisions, Home and End to the first and the last.

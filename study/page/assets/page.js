@@ -262,34 +262,16 @@ const VIEWS = [["verdict", "Verdict", verdictView], ["ranks", "Ranks", ranksView
 
 function show() {
   repaints.clear();
-  const views = VIEWS.map(([id, name, make]) => [id, name, make()]).filter(([, , view]) => view);
-  document.getElementById("main").replaceChildren(...views.map(([, , view]) => view));
-  document.getElementById("sections").replaceChildren(...views.map(([id, name, view]) => el("a", { href: `#${id}` }, name || view.querySelector("h2").textContent)));
+  showViews(VIEWS.map(([id, name, make]) => [id, name, make()]));
 }
 
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  document.getElementById("theme").textContent = theme === "dark" ? "Light theme" : "Dark theme";
-  for (const repaint of repaints) repaint();
-}
-
-async function start() {
-  const system = matchMedia("(prefers-color-scheme: dark)"), button = document.getElementById("theme");
-  let own = false;
-  setTheme(system.matches ? "dark" : "light");
-  system.addEventListener("change", () => { if (!own) setTheme(system.matches ? "dark" : "light"); });
-  button.addEventListener("click", () => { own = true; setTheme(isDark() ? "light" : "dark"); });
-  data = await unpack(document.getElementById("data").textContent);
+startPage((given) => {
+  data = given;
   palette = data.palette;
   chosen = data.runs.map((_, index) => index).slice(0, 4);
-  const subjects = [...new Set(data.runs.map((run) => run.subject).filter(Boolean))];
-  const title = subjects.length === 1 ? subjects[0] : data.runs.map((run) => run.name).join(", ");
-  document.getElementById("title").textContent = title;
-  document.title = `${title} – rankpilot study`;
   const picker = selector();
   if (picker) document.querySelector("header").append(picker);
   show();
-  document.documentElement.dataset.ready = "true";
-}
-
-start().catch((error) => { document.getElementById("title").textContent = `This page cannot be shown: ${error.message}`; });
+  const subjects = [...new Set(data.runs.map((run) => run.subject).filter(Boolean))];
+  return subjects.length === 1 ? subjects[0] : data.runs.map((run) => run.name).join(", ");
+});
