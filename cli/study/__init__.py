@@ -10,6 +10,7 @@ PARTS = {
     "dataset": "a data set of allocation decisions, for research",
     "off-policy": "what other policies would have gained in the runs of one that explored",
     "page": "a page about one or several runs, for a browser; what `rankpilot study RUN...` writes",
+    "policy": "a page about a policy over a suite, from a comparison with --logs",
     "replay": "what another policy would have decided at the decisions of a run",
 }
 """What each part does; the module that runs it has its name, with _ for -. A folder of that name is given as ./NAME."""

@@ -135,7 +135,9 @@ def correlations(values: FloatArray, counts: IntArray) -> FloatArray:
     """
     total = counts.sum(axis=1, keepdims=True)
     first, second = (column - counts @ column[:, None] / total for column in values.T)
-    products = [(counts * left * right).sum(axis=1) for left, right in ((first, second), (first, first), (second, second))]
+    products = [
+        (counts * left * right).sum(axis=1) for left, right in ((first, second), (first, first), (second, second))
+    ]
     scale = np.sqrt(np.maximum(products[1] * products[2], 0))
     # What rounding leaves of a constant column is no spread.
     return np.asarray(np.where(scale > 1e-12, products[0] / np.maximum(scale, 1e-12), 0.0))

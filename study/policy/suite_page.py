@@ -48,10 +48,12 @@ def suite_data(study: SuiteStudy, on_progress: Callable[[int, int], None] | None
         "gained": asdict(study.gained()),
         "leaves_uniform": asdict(study.leaves_uniform()),
         "moves_later": later and asdict(later),
-        "parts": [asdict(part) | {"improvement": part.improvement and _figure(part.improvement)} for part in study.parts()],
+        "parts": [
+            asdict(part) | {"improvement": part.improvement and _figure(part.improvement)} for part in study.parts()
+        ],
         "beside": {name: _figure(value) for name, value in study.beside().items()},
         "worth": {how: _figure(value) for how, value in study.worth().items()},
-        "drivers": [asdict(driver) for driver in study.drivers()],
+        "drivers": [asdict(each) | {"name": suite_words.driver_name(each.name)} for each in study.drivers()],
         "promise": promise and asdict(promise),
         "traits": [asdict(trait) | {"distance": _figure(trait.distance)} for trait in study.traits()],
         "worst": worst,
@@ -105,7 +107,10 @@ def _plan(logged: LoggedDecision) -> dict[str, Any]:
     layers, columns = sorted(set(blocks.tolist()), reverse=True), list(dict.fromkeys(kinds))
     of_kind = np.array([columns.index(kind) for kind in kinds])
     cells = [
-        [float(ranks[here].mean()) if (here := (blocks == layer) & (of_kind == column)).any() else None for column in range(len(columns))]
+        [
+            float(ranks[here].mean()) if (here := (blocks == layer) & (of_kind == column)).any() else None
+            for column in range(len(columns))
+        ]
         for layer in layers
     ]
     return {"kinds": columns, "layers": layers, "ranks": cells}

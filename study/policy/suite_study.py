@@ -19,13 +19,24 @@ from ...agents.evaluation.runs import log_folder
 from ...agents.learned.policy import LearnedPolicy
 from ...allocation.decision_log import DecisionLog, LoggedDecision
 from ...allocation.plan import uniform_ranks
-from ...allocation.policy import Policy
+from ...allocation.policy import Policy, decided_plan, decision_from_plan
 from ...common.arrays import FloatArray
 from ...common.statistics import Estimate, estimate
 from ...errors import RunFolderError
 from ..decision.shapley import GROUPS, attribute
-from .suite_figures import Driver, Part, Promise, Trait, promise_of, worst_against_rest, worst_count
+from .suite_figures import Driver, Part, Promise, Trait, decides_nothing, promise_of, worst_against_rest, worst_count
 from .traits import changed, traits_of
+
+_PARTS = {
+    "planted": "planted tasks",
+    "shift": "shifted texts",
+    "classify": "classification",
+    "parameters": "budget in parameters",
+    "bytes": "budget in bytes",
+    "checkpointed": "bytes, layers recomputed",
+    "large batch": "bytes of a large batch",
+}
+"""What the kinds of tasks and budgets are called."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +62,9 @@ class StudiedRun:
         first = self.decisions[0]
         if first.deliberation is not None:
             return first.deliberation.plan != first.deliberation.reference
-        return not np.array_equal(first.ranks("rank_after"), uniform_ranks(first.observation.problem))
+        problem = first.observation.problem
+        uniform = decided_plan(problem, decision_from_plan(uniform_ranks(problem))).ranks
+        return not np.array_equal(first.ranks("rank_after"), uniform)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +105,13 @@ class SuiteStudy:
 
     def parts(self) -> list[Part]:
         """The improvement on each kind of task, by what was counted, and by family of the base."""
-        found: dict[str, list[Row]] = {}
-        for name in ("kind", "cost_kind", "family"):
-            values = sorted({str(getattr(row, name)) for row in self.rows})
+        found = []
+        for column in ("kind", "cost_kind", "family"):
+            values = sorted({str(getattr(row, column)) for row in self.rows})
             for value in values if len(values) > 1 else []:
-                label = {"kind": value, "cost_kind": f"budget in {value}", "family": f"{value} bases"}[name]
-                found[label] = [row for row in self.rows if str(getattr(row, name)) == value]
-        return [_part(name, rows) for name, rows in found.items()]
+                rows = [row for row in self.rows if getattr(row, column) == value]
+                found.append(_part(_PARTS.get(value, f"{value} bases"), rows))
+        return found
 
     def leaves_uniform(self) -> Estimate:
         """Share of runs whose first plan is not uniform rank."""
@@ -124,7 +137,9 @@ class SuiteStudy:
     def against(self, name: str) -> Estimate | None:
         """How much better this policy's runs are than others on the same tasks and seeds; None if there are none."""
         improvements = {row.key[1:]: row.improvement for row in self.others.get(name, ())}
-        pairs = [(row.task, row.improvement - improvements[row.key[1:]]) for row in self.rows if row.key[1:] in improvements]
+        pairs = [
+            (row.task, row.improvement - improvements[row.key[1:]]) for row in self.rows if row.key[1:] in improvements
+        ]
         return estimate([gap for _, gap in pairs], [task for task, _ in pairs]) if pairs else None
 
     def worth(self) -> dict[str, Estimate]:
@@ -149,7 +164,7 @@ class SuiteStudy:
         return [run.row.task for run in self.runs]
 
     def traits(self) -> list[Trait]:
-        """What the worst runs have more or less of than the rest, the largest distance first."""
+        """What the worst runs have more or less of than the rest; first what decides something, then by distance."""
         by_run = [traits_of(run.row, run.decisions) for run in self.runs]
         families = sorted({run.row.family for run in self.runs})
         for family in families if len(families) > 2 else families[:1]:
@@ -157,7 +172,8 @@ class SuiteStudy:
                 traits[f"{family} base"] = float(run.row.family == family)
         names = dict.fromkeys(name for traits in by_run for name in traits)
         found = [self._trait(name, [traits.get(name) for traits in by_run]) for name in names]
-        return sorted((each for each in found if each), key=lambda trait: -abs(trait.distance.value))
+        known = [trait for trait in found if trait]
+        return sorted(known, key=lambda trait: (decides_nothing(trait.distance), -abs(trait.distance.value)))
 
     def _trait(self, name: str, given: Sequence[float | None]) -> Trait | None:
         """One trait over the runs that have it; None where it is the same in all of them."""
@@ -216,9 +232,8 @@ def study_suite(
     tasks = len({row.task for row, _ in logs})
     if tasks < 2:
         raise RunFolderError(
-            f"{folder / LOGS} holds decision logs of {name!r} on {tasks} {'task' if tasks == 1 else 'tasks'}; intervals "
-            "need at least 2. Run `rankpilot evaluate` with --logs from the start: runs that the folder holds already "
-            "are not repeated."
+            f"{folder / LOGS} holds decision logs of {name!r} on {tasks} tasks; intervals need at least 2. "
+            "Run `rankpilot evaluate` with --logs from the start: runs that the folder holds already are not repeated."
         )
     networks, obstacle = _networks(name, policy, logs[0][1].logged(0))
     runs = []
@@ -238,7 +253,7 @@ def _networks(name: str, policy: Policy | None, first: LoggedDecision) -> tuple[
     if first.deliberation is None:
         return None, f"{name} is a rule, or a policy without a value ensemble: it weighs no plans"
     if policy is None:
-        return None, f"the networks of {name} were not given"
+        return None, f"the networks of {name} are not at hand"
     if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
         return None, f"{policy.name}, which was given, has no value networks"
     if policy.sha256 != first.value("policy_sha256"):

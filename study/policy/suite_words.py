@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...agents.evaluation.replayed import SHUFFLED, STATIC
 from ...common.statistics import Estimate
+from ..decision.shapley import ACTOR
 from .suite_figures import Promise, decides_nothing
 from .suite_study import SuiteStudy
 
@@ -13,6 +14,9 @@ _WORTH = {
     STATIC: ("What it changes on the way", "its final ranks from the first step on"),
     SHUFFLED: ("Its choice of layers", "its final ranks dealt anew among the modules of each kind"),
 }
+"""By kind of replay: what is measured, and by which runs."""
+
+ACTOR_SCORES = "the actor's scores"
 
 
 def verdict(study: SuiteStudy) -> list[str]:
@@ -25,14 +29,16 @@ def worth(study: SuiteStudy) -> dict[str, str]:
     known, sentences = study.worth(), {}
     for how, (what, runs) in _WORTH.items():
         if how in known:
+            ending = f": {NOTHING}" if decides_nothing(known[how]) else ""
             sentences[how] = (
-                f"{what} {_is_worth(known[how])} of the headroom, against runs with {runs}; {_interval(known[how])}."
+                f"{what} is worth {signed(known[how].value)} of the headroom, against runs with {runs} "
+                f"({_interval(known[how])}){ending}."
             )
         else:
-            logs = study.runs[0].log.parent
             sentences[how] = (
                 f"{what} was not held against runs with {runs}, so its worth is not known. `rankpilot evaluate "
-                f"{how}:{logs} --output {study.folder} --resume`, with the settings of this folder, makes them."
+                f"{how}:{study.runs[0].log.parent} --output {study.folder} --resume`, with the settings of this "
+                "folder, makes them."
             )
     return sentences
 
@@ -45,10 +51,12 @@ def promise(found: Promise | None) -> list[str]:
     inside = found.gained.low <= found.claimed <= found.gained.high
     fits = "that fits" if inside else f"the votes claim too {'much' if gap > 0 else 'little'}"
     ties = decides_nothing(found.correlation)
-    follows = NOTHING if ties else f"runs gain {'more' if found.correlation.value > 0 else 'less'} where more is expected"
+    follows = (
+        NOTHING if ties else f"runs gain {'more' if found.correlation.value > 0 else 'less'} where more is expected"
+    )
     return [
-        f"The votes claim a chance of {percent(found.claimed)} to end better than uniform rank, on the mean of the runs "
-        f"that left it; {percent(found.gained.value)} of them did ({_percents(found.gained)}): {fits}.",
+        f"The votes claim a chance of {percent(found.claimed)} to end better than uniform rank, on the mean of the "
+        f"runs that left it; {percent(found.gained.value)} of them did ({_percents(found.gained)}): {fits}.",
         f"The rank correlation of expected and real improvement is {signed(found.correlation.value)} "
         f"({_interval(found.correlation)}): {follows}.",
     ]
@@ -60,15 +68,18 @@ def traits(study: SuiteStudy) -> str:
     sure = [trait for trait in found if not decides_nothing(trait.distance)]
     if not found:
         return "Nothing was measured that differs between the runs."
-    count = f"{len(found)} traits were tried, so one in twenty would stand out by chance."
+    worst = study.worst()
+    mean = sum(run.row.improvement for run in worst) / len(worst)
+    lead = f"The worst tenth, {plural(len(worst), 'run')}, gains {signed(mean)} of the headroom on the mean."
+    count = f"{len(found)} traits were tried, and one in twenty would stand out by chance."
     if not sure:
-        return f"No trait tells the worst runs from the rest: each interval holds 0. {count}"
+        return f"{lead} No trait tells these runs from the rest: each interval holds 0. {count}"
     parts = [
         f"{'more' if trait.distance.value > 0 else 'less'} of \u201c{trait.name}\u201d ({number(trait.worst)} against "
         f"{number(trait.rest)})"
         for trait in sure
     ]
-    return f"The worst runs have {'; '.join(parts)}. {count}"
+    return f"{lead} Compared with the rest they have {'; '.join(parts)}. {count}"
 
 
 def obstacle(study: SuiteStudy) -> str:
@@ -78,21 +89,23 @@ def obstacle(study: SuiteStudy) -> str:
 
 def _result(study: SuiteStudy) -> str:
     gain = study.improvement()
-    ends = f"Runs of {study.policy} end {number(abs(gain.value))} of the headroom"
-    ends += f" {'better' if gain.value >= 0 else 'worse'} than uniform rank, on the mean"
     ending = f": {NOTHING}" if decides_nothing(gain) else ""
-    return f"{ends} ({_interval(gain)}){ending}."
+    return (
+        f"The gain of {study.policy} over uniform rank is {signed(gain.value)} of the headroom on the mean "
+        f"({_interval(gain)}){ending}."
+    )
 
 
 def _counts(study: SuiteStudy) -> str:
     rows, gained = study.rows, study.gained()
+    runs, tasks = plural(len(rows), "run"), plural(len({row.task for row in rows}), "task")
     failed, unlogged = sum(row.failed for row in rows), len(rows) - len(study.runs)
-    more = f" {plural(failed, 'run')} failed." if failed else ""
-    more += f" {plural(unlogged, 'run')} have no decision log and count in these figures only." if unlogged else ""
-    return (
-        f"{percent(gained.value)} of {plural(len(rows), 'run')} on {plural(len({row.task for row in rows}), 'task')} end "
-        f"better than uniform rank ({_percents(gained)}).{more}"
-    )
+    notes = [f"{percent(gained.value)} of {runs} on {tasks} end better than uniform rank ({_percents(gained)})."]
+    if failed:
+        notes.append(f"{plural(failed, 'run')} failed.")
+    if unlogged:
+        notes.append(f"{plural(unlogged, 'run')} without a decision log counted in these two figures alone.")
+    return " ".join(notes)
 
 
 def _leaves(study: SuiteStudy) -> str:
@@ -105,8 +118,13 @@ def _drivers(study: SuiteStudy) -> str:
     found = study.drivers()
     if not found:
         return obstacle(study) or "What drives it is not known: its first decisions had one plan each."
-    parts = ", ".join(f"{driver.name} ({number(driver.size.value)})" for driver in found[:3])
+    parts = ", ".join(f"{driver_name(driver.name)} ({number(driver.size.value)})" for driver in found[:3])
     return f"What weighs most in its first decisions, in the unit of votes: {parts}."
+
+
+def driver_name(group: str) -> str:
+    """What sentences call a group of features."""
+    return ACTOR_SCORES if group == ACTOR else group
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
@@ -130,11 +148,6 @@ def percent(value: float) -> str:
 def plural(count: int, word: str) -> str:
     """A number with a word."""
     return f"{count} {word}{'' if count == 1 else 's'}"
-
-
-def _is_worth(found: Estimate) -> str:
-    nothing = "may be worth nothing, measured as " if decides_nothing(found) else "is worth "
-    return f"{nothing}{signed(found.value)}"
 
 
 def _interval(found: Estimate) -> str:

@@ -23,7 +23,7 @@ function intervalBars(label, rows, form, reach = []) {
         narrow ? cutText(2, line, "start", "name", row.name, width - 90) : cutText(named, line, "end", "name", row.name, named),
         svg("rect", { x: Math.min(zero, end), y: y + 1, width: Math.max(1, Math.abs(end - zero)), height: 18, rx: 2,
           class: `bar${row.value < 0 ? " below" : ""}${row.nothing ? " nothing" : ""}` }, svg("title", {}, barInWords(row, form))),
-        known(row.low) ? svg("line", { x1: place(row.low), x2: place(row.high), y1: y + 10, y2: y + 10, class: "whisker" }) : null,
+        known(row.low) ? ["halo", "whisker"].map((name) => svg("line", { x1: place(row.low), x2: place(row.high), y1: y + 10, y2: y + 10, class: name })) : null,
         known(row.mark) ? svg("path", { d: `M${place(row.mark)} ${y + 3}l7 7l-7 7l-7 -7z`, class: "bound" }) : null,
         narrow ? text(width - 2, line, "end", "name", shown) : text(width - told + 8, line, "start", "name", shown),
         narrow ? null : cutText(width - 2, line, "end", "faint", row.nothing ? "decides nothing" : row.more || "", told - 70),
@@ -94,16 +94,19 @@ function promiseCard({ promise, sentences }) {
       { name: "runs", value: (row) => row.runs, text: number }]));
 }
 
-function kindsCard({ parts, beside }) {
+function kindsCard({ parts, beside, worth }) {
   const figures = (name, figure, more) => ({ name, ...figure, nothing: figure.decides_nothing, more });
   const rows = parts.filter((part) => part.improvement).map((part) => figures(part.name, part.improvement, `${plural(part.runs, "run")}, ${plural(part.tasks, "task")}`));
   const alone = parts.filter((part) => !part.improvement).map((part) => part.name);
   const others = Object.entries(beside).map(([name, figure]) => figures(name, figure));
-  if (!rows.length && !others.length) return null;
+  const worths = Object.entries(worth).map(([how, figure]) => figures(how === "static" ? "changes on the way" : "choice of layers", figure));
+  if (!rows.length && !others.length && !worths.length) return null;
   return card("kinds", "Where it gains",
     rows.length ? [el("p", {}, "Mean gain over uniform rank, in shares of the headroom."), intervalBars("Gain by kind of task", rows, change),
       barTable("Gain by kind of task", "kind", rows, change, [{ name: "runs", value: (row) => row.more, wide: true }])] : null,
     alone.length ? el("p", { class: "note" }, `One task alone tells no interval: ${alone.join(", ")}.`) : null,
+    worths.length ? block(3, "What its parts are worth", el("p", {}, "How much better its runs end than runs at its final ranks: taken from the first step on, and dealt anew among the modules of each kind."),
+      intervalBars("Worth of the policy's parts", worths, change), barTable("Worth of the policy's parts", "part", worths, change)) : null,
     others.length ? block(3, "Against other policies", el("p", {}, "How much better its runs end than those of another policy on the same tasks and seeds."),
       intervalBars("Gain over other policies", others, change), barTable("Gain over other policies", "policy", others, change)) : null,
     key(whiskerSign(), nothingSign()));
