@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...allocation.decision_log import LoggedDecision
-from ...common.files import write_text
+from ...common.files import as_plain, write_text
 from ...common.module_names import kinds_in_layers
 from ...common.statistics import Estimate
 from ..decision.explain import explain
@@ -54,7 +54,7 @@ def suite_data(study: SuiteStudy, on_progress: Callable[[int, int], None] | None
         "beside": {name: _figure(value) for name, value in study.beside().items()},
         "worth": {how: _figure(value) for how, value in study.worth().items()},
         "drivers": [asdict(each) | {"name": suite_words.driver_name(each.name)} for each in study.drivers()],
-        "promise": promise and asdict(promise),
+        "promise": promise and as_plain(asdict(promise)),
         "traits": [asdict(trait) | {"distance": _figure(trait.distance)} for trait in study.traits()],
         "worst": worst,
         "sentences": {

@@ -29,7 +29,7 @@ def traits_of(row: Row, decisions: Sequence[LoggedDecision]) -> dict[str, float]
         "share of modules adapted": float(adapted.mean()),
         "share of layers adapted": len(np.unique(blocks[adapted])) / len(np.unique(blocks)),
         "highest rank": float(ranks.max()),
-        "share of rank on the top tenth of modules": concentration(ranks),
+        "rank on the top tenth of modules": concentration(ranks),
         "later decisions that moved": float(sum(changed(each) > 0 for each in decisions[1:])),
     }
     votes = first.deliberation

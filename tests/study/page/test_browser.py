@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +16,13 @@ from rankpilot.study.run.run_data import RunData, read_run
 from ..conftest import MODULES
 from ..conftest import run_folder as run_folder
 from .explained import explanation
+from .visits import DESKTOP, MARKS, PHONE, Visit
+from .visits import browser as browser
+from .visits import visit as visit
 
-CHROMIUM = Path("/usr/bin/chromium")
-
-playwright = pytest.importorskip("playwright.sync_api", reason="the page's browser tests need rankpilot[browser]")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"the page's browser tests need {CHROMIUM}"),
-]
+pytestmark = MARKS
 
 HOSTILE = "encoder.layer.5.<img src=x onerror=window['harmed']=1>"
-PHONE, DESKTOP = 360, 1200
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-@dataclass
-class Visit:
-    """A page that is open, what it asked a network for, and what it complained of."""
-
-    page: Any
-    asked: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-    def text(self, selector: str) -> str:
-        return str(self.page.locator(selector).first.inner_text())
-
-    def count(self, selector: str) -> int:
-        return int(self.page.locator(selector).count())
-
-    def settle(self, selector: str, count: int) -> None:
-        """Wait until there are so many: pictures are drawn when their width is known."""
-        playwright.expect(self.page.locator(selector)).to_have_count(count)
-
-    def press(self, *keys: str) -> None:
-        for key in keys:
-            self.page.keyboard.press(key)
-
-    def focused(self) -> str:
-        """The element in focus: its role or tag, and its first class or id."""
-        return str(
-            self.page.evaluate(
-                "(at => `${at.tagName.toLowerCase()}.${at.classList[0] || at.id}`)(document.activeElement)"
-            )
-        )
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
-    """Opens a page with the network off; at the end nothing was asked for, and nothing went wrong."""
-    visits: list[Visit] = []
-
-    def opened(path: Path, width: int = DESKTOP, theme: str = "light", before: str = "") -> Visit:
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=theme, offline=True, reduced_motion="reduce"
-        )
-        if before:
-            context.add_init_script(before)
-        here = Visit(context.new_page())
-        visits.append(here)
-        here.page.route(
-            "**/*", lambda route: route.continue_() if route.request.is_navigation_request() else route.abort()
-        )
-        here.page.on("request", lambda request: here.asked.append(request.url))
-        here.page.on("console", lambda message: here.complaints.append(message.text))
-        here.page.on("pageerror", lambda error: here.complaints.append(str(error)))
-        here.page.goto(path.as_uri())
-        here.page.wait_for_selector("[data-ready]", timeout=20_000)
-        return here
-
-    yield opened
-    for each in visits:
-        assert each.complaints == []
-        assert each.asked == [each.page.url.partition("#")[0]]
-        each.page.context.close()
 
 
 @pytest.fixture
@@ -151,6 +78,7 @@ def test_every_view_by_pointer(page_file: Path, visit: Callable[..., Visit]) -> 
 
 def test_every_view_by_keyboard(page_file: Path, visit: Callable[..., Visit]) -> None:
     here, reached = visit(page_file), []
+    here.settle("#losses canvas", 2)
     for _ in range(30):
         here.press("Tab")
         reached.append(here.focused())
