@@ -1,0 +1,48 @@
+"""The notebook runs from start to end, and says what its text promises."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "study.py"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANKPILOT_NOTEBOOK", str(tmp_path))
+    runpy.run_path(str(NOTEBOOK), run_name="__main__")
+    told = capsys.readouterr().out
+    for key_result in (
+        r"default: mean gain over uniform rank [+-]\d\.\d\d of the headroom, on 12 tasks",
+        r"Decisions that differ when they are taken again: 0\n",
+        r"Lower bound: -?\d\.\d{3}",
+        r"  total +[+-]\d\.\d{3}, missed by \d\.\de-\d\d",
+        r"With a budget .* Checked: True",
+        r"Noise of 0\.3 in the log of every signal leaves the plan",
+        r"step 0: \d+ of \d+ ranks as signal-mean would have them",
+        r"The gain of default over uniform rank is",
+        r"What it changes on the way is worth",
+        r"half as hot, self-normalised: [+-]\d\.\d{3} \(.* effective sample size 1[0-2]\.\d",
+        r"uniform, importance: Not enough overlap",
+        r"252 decisions on 12 tasks",
+    ):
+        assert re.search(key_result, told), key_result
+    assert "Checked: False" not in told
+    for name in ("ranks.png", "run.html", "suite.html"):
+        assert (tmp_path / name).stat().st_size > 10_000, name
+
+
+def test_cells_are_markdown_or_code() -> None:
+    """What jupytext takes for Markdown is comments alone, so that nothing of it is lost."""
+    cells = re.split(r"^# %%", NOTEBOOK.read_text(encoding="utf-8"), flags=re.M)
+    assert cells[0] == ""
+    text = [cell for cell in cells[1:] if cell.startswith(" [markdown]\n")]
+    code = [cell for cell in cells[1:] if cell.startswith("\n")]
+    assert len(text) + len(code) == len(cells) - 1
+    assert len(text) > 10
+    for cell in text:
+        assert all(line.startswith("#") or not line for line in cell.splitlines()[1:])
