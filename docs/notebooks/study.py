@@ -180,7 +180,7 @@ print("Page of the run:", folder / "run.html")
 compare([Replayed(folder / LOGS / policy.name)], tasks, schedule, workers=1, file=folder / ROWS)
 study = study_suite(folder, policy.name, policy)
 data = suite_data(study)
-for sentence in (*data["sentences"]["verdict"], *data["sentences"]["promise"], data["sentences"]["traits"]):
+for sentence in (*data["sentences"]["verdict"], *data["sentences"]["promise"], *data["sentences"]["traits"]):
     print(" -", sentence)
 write_suite_page(data, folder / "suite.html")
 print("Page of the suite:", folder / "suite.html")

@@ -62,24 +62,23 @@ def promise(found: Promise | None) -> list[str]:
     ]
 
 
-def traits(study: SuiteStudy) -> str:
-    """Which traits tell the worst runs from the rest."""
-    found = study.traits()
-    sure = [trait for trait in found if not decides_nothing(trait.distance)]
-    if not found:
-        return "Nothing was measured that differs between the runs."
-    worst = study.worst()
+def traits(study: SuiteStudy) -> list[str]:
+    """Which traits tell the worst runs from the rest, in sentences; the first is how bad these runs are."""
+    worst, found = study.worst(), study.traits()
     mean = sum(run.row.improvement for run in worst) / len(worst)
     lead = f"The worst tenth, {plural(len(worst), 'run')}, gains {signed(mean)} of the headroom on the mean."
-    count = f"{len(found)} traits were tried, and one in twenty would stand out by chance."
-    if not sure:
-        return f"{lead} No trait tells these runs from the rest: each interval holds 0. {count}"
+    if not found:
+        return [lead, "Nothing was measured that differs between the runs."]
+    sure = [trait for trait in found if not decides_nothing(trait.distance)]
     parts = [
         f"{'more' if trait.distance.value > 0 else 'less'} of \u201c{trait.name}\u201d ({number(trait.worst)} against "
         f"{number(trait.rest)})"
         for trait in sure
     ]
-    return f"{lead} Compared with the rest they have {'; '.join(parts)}. {count}"
+    told = (
+        f"Compared with the rest these runs have {'; '.join(parts)}." if sure else "No trait tells them from the rest."
+    )
+    return [lead, told, f"{plural(len(found), 'trait')} were tried, and one in twenty would stand out by chance."]
 
 
 def obstacle(study: SuiteStudy) -> str:

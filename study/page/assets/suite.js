@@ -116,7 +116,7 @@ function traitsCard({ traits, worst, sentences }) {
   if (!traits.length) return null;
   const rows = traits.map(({ name, distance, worst: mine, rest }) => (
     { name, ...distance, nothing: distance.decides_nothing, more: `${number(mine)} against ${number(rest)}`, mine, rest }));
-  return card("traits", "What the worst runs have in common", el("p", { class: "finding" }, sentences.traits),
+  return card("traits", "What the worst runs have in common", el("p", { class: "finding" }, sentences.traits[0]), paragraphs(sentences.traits.slice(1)),
     el("p", {}, `The ${plural(worst.length, "run")} of the worst tenth against the others: to the right, what they have more of; to the left, less. In standard deviations over all runs.`),
     intervalBars("Distance of the worst runs from the rest", rows, change), key(whiskerSign(), nothingSign()),
     barTable("Traits of the worst runs", "trait", rows, change, [
