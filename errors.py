@@ -12,7 +12,8 @@
     ├── RunFolderError     a folder of a run or adapter: exists, missing or cut off    (OSError)
     ├── AssetError         a packaged model or data set that is not at hand        (OSError)
     ├── ReviewError        a person who refused a plan, or gave no answer in time  (RuntimeError)
-    └── WorkerError        work at which worker processes ended again and again    (RuntimeError)
+    ├── WorkerError        work at which worker processes ended again and again    (RuntimeError)
+    └── ProcessError       processes of one run that no longer hold the same       (RuntimeError)
 
 Each also inherits the builtin in brackets, so that code that knows nothing of rankpilot can catch it.
 """
@@ -101,3 +102,7 @@ class ReviewError(RankPilotError, RuntimeError):
 
 class WorkerError(RankPilotError, RuntimeError):
     """Work at which worker processes ended again and again."""
+
+
+class ProcessError(RankPilotError, RuntimeError):
+    """Processes of one run that no longer hold the same, or of which the first has failed."""

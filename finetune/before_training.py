@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,13 +23,13 @@ from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
 from ..lora.resize import is_trained, reset_adapters
 from ..lora.targets import TargetModule, check_trains, other_trainable
-from ..memory.budget import Budget
+from ..memory.budget import Budget, free_bytes
 from ..memory.for_training import PlanCosts, measure_memory, plan_costs
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
 from .recomputation import Recomputation
-from .run import TrainingRun, training_mode, undisturbed
+from .run import TrainingRun
 from .time_before_training import time_limit
 
 PROBE_SHARE = 0.0175
@@ -56,8 +57,19 @@ def run_costs(
         signals: whether plans pay for signal buffers.
         recompute: whether layers may run again in the backward pass; see `plan_costs`.
     """
-    with undisturbed(), training_mode(run.model):
-        return plan_costs(budget, run.step, targets, run.largest_batch(), signals=signals, recompute=recompute)
+    budget = within_all(run, budget)
+    return run.measured(
+        lambda: plan_costs(budget, run.step, targets, run.largest_batch(), signals=signals, recompute=recompute)
+    )
+
+
+def within_all(run: TrainingRun, budget: Budget) -> Budget:
+    """The budget; "auto" as the share of the first process's free memory that every other process has as well."""
+    if budget.kind != "auto":
+        return budget
+    replicas, free = run.replicas, float(free_bytes(run.device))
+    (least,) = replicas.processes.least(free / replicas.on_this_device)
+    return replace(budget, value=budget.value * replicas.processes.on_first(lambda: least / free))
 
 
 def run_memory(
@@ -71,8 +83,9 @@ def run_memory(
         batch: the batch to measure the step with, on the device.
         signals: whether plans pay for signal buffers.
     """
-    with undisturbed(), training_mode(run.model):
-        return measure_memory(run.step, targets, run.largest_batch() if batch is None else batch, signals=signals)
+    return run.measured(
+        lambda: measure_memory(run.step, targets, run.largest_batch() if batch is None else batch, signals=signals)
+    )
 
 
 def prepare(
@@ -126,8 +139,7 @@ def prepare(
     _check_possible(targets, costs, timed, low, high)  # now, and not after the probe
     if not keeps:
         reset_adapters(targets, 1, seed)
-    with undisturbed(), training_mode(run.model):
-        result = run_probe(run, targets, schedule, seed, progress=progress)
+    result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
     if not keeps:
         reset_adapters(targets, 1, seed)
     adapters = PeftAdapters(run.model, targets)

@@ -17,6 +17,7 @@ from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
 from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
+from ..common.processes import Processes
 from ..errors import DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import make_resizable
@@ -25,6 +26,7 @@ from ..memory.budget import Budget
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
 from .checkpoint import chosen_checkpoint, load_state, save_state
+from .parallel_kinds import check_arguments
 from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
 from .run import TrainingRun
@@ -162,7 +164,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Prepare the run and take the first decision, or go on from a checkpoint."""
-        _check_arguments(args)
+        check_arguments(args)
         step, pilot = self._connected(), self.pilot
         step.release()
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
@@ -186,7 +188,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step >= state.max_steps:
             step.take_no_more()
             control.should_training_stop = True
-        self._stop = StopOnSigterm.unless_handled(step.trainer)
+        self._stop = StopOnSigterm.unless_handled(step.trainer, run.replicas.processes)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -237,7 +239,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     def _break_off(self) -> None:
         """Stop measuring and handling SIGTERM, since the run ends with an error."""
-        self.pilot.finish()
+        self.pilot.break_off()
         if self._stop:
             self._stop.release()
 
@@ -275,7 +277,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         """
         self._save_later = not self._between_steps
         if self._between_steps:
-            save_state(checkpoint, self.pilot.state_dict())
+            state = self.pilot.state_dict()
+            if self._connected().trainer.args.should_save:  # of several processes one writes
+                save_state(checkpoint, state)
         return self._between_steps
 
     def _tell(self, text: str) -> None:
@@ -318,7 +322,9 @@ def _prepared(trainer: Trainer, resume: Any) -> Any:
     callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, RankPilotCallback)]
     for callback in callbacks:
         callback.connect(trainer)
-    return chosen_checkpoint(resume, trainer.args.output_dir) if callbacks else resume
+    if not callbacks:
+        return resume
+    return Processes.of_this_run().on_first(lambda: chosen_checkpoint(resume, trainer.args.output_dir))
 
 
 def run_of(step: TrainerStep, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:
@@ -334,24 +340,5 @@ def run_of(step: TrainerStep, args: TrainingArguments, state: TrainerState, obje
         total_steps=state.max_steps,
         accumulation=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,
+        wrapped=step.trainer.model_wrapped,
     )
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    """Refuse settings under which ranks cannot be changed.
-
-    Raises:
-        UnsupportedError: the run has several processes or devices, or uses DeepSpeed, FSDP or activation offloading.
-    """
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise UnsupportedError(
-            f"This run spreads over {max(args.world_size, args.n_gpu)} processes or devices; ranks can be changed in "
-            "a run on one device only so far. Set CUDA_VISIBLE_DEVICES to one of them."
-        )
-    if args.deepspeed_plugin or args.fsdp:
-        raise UnsupportedError("Ranks cannot be changed under DeepSpeed or FSDP. Use a plain single-device run.")
-    if getattr(args, "activation_offloading", False):
-        raise UnsupportedError(
-            "With activation_offloading=True the tensors of a step leave the device, so its memory cannot be measured "
-            "before training. Leave it out, or use gradient checkpointing, which is measured."
-        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile, ZipFile
@@ -31,8 +32,8 @@ TRAINER_STATE = "trainer_state.json"
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-_RANDOM_STATE = "rng_state.pth"
-"""Under `save_only_model=True` a Trainer writes none, no optimiser and no scheduler."""
+_RANDOM_STATES = "rng_state*.pth"
+"""The random numbers of each process. Under `save_only_model=True` there are none, no optimiser and no scheduler."""
 
 
 def last_checkpoint(
@@ -101,8 +102,18 @@ def _files_of(checkpoint: Path, *, piloted: bool) -> Iterator[Path]:
     adapters = {path.parent for name in _ADAPTER_FILES for path in checkpoint.rglob(name)} or {checkpoint}
     yield from (folder / name for folder in sorted(adapters) for name in _ADAPTER_FILES)
     yield from (checkpoint / name for name in ((STATE, TENSORS) if piloted else ()))
-    if (checkpoint / _RANDOM_STATE).is_file():
-        yield from (checkpoint / name for name in ("optimizer.pt", "scheduler.pt", _RANDOM_STATE))
+    random_states = {path.name for path in checkpoint.glob(_RANDOM_STATES)}
+    if random_states:
+        count = _processes_of(checkpoint)
+        random_states |= {f"rng_state_{rank}.pth" for rank in range(count)} if count > 1 else set()
+        yield from (checkpoint / name for name in ("optimizer.pt", "scheduler.pt", *sorted(random_states)))
+
+
+def _processes_of(checkpoint: Path) -> int:
+    """How many processes have written a checkpoint, each its random numbers."""
+    with suppress(OSError, ValueError):
+        return int(read_json(checkpoint / STATE).get("processes", 1))
+    return 1
 
 
 def fault_of(checkpoint: Path, *, piloted: bool) -> str:

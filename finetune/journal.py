@@ -33,13 +33,24 @@ class Journal:
         self.log, self.tell = log, tell
         self.predictions: list[tuple[int, float]] = []
         self._policy = policy
-        self._name = ""
+        self._name, self._writes = "", True
 
-    def open(self, name: str, predictions: list[tuple[int, float]]) -> None:
-        """Begin to write of a run, after the decisions that were already taken in it."""
-        self._name, self.predictions = name, predictions
-        if self.log is not None:
+    def open(self, name: str, predictions: list[tuple[int, float]], *, writes: bool = True) -> None:
+        """Begin to write of a run, after the decisions that were already taken in it.
+
+        Args:
+            name: of the run.
+            predictions: of those decisions.
+            writes: whether this process writes and tells; of several processes one does.
+        """
+        self._name, self.predictions, self._writes = name, predictions, writes
+        if self.log is not None and writes:
             self.log.truncate(len(predictions))
+
+    def note(self, line: str) -> None:
+        """Tell people a line."""
+        if self._writes:
+            self.tell(line)
 
     def record(
         self,
@@ -88,9 +99,9 @@ class Journal:
             notes=notes,
             correction=correction,
         )
-        if self.log is not None:
+        if self.log is not None and self._writes:
             self.log.append(record)
-        self.tell(record.line() + (f", {remark}" if remark else ""))
+        self.note(record.line() + (f", {remark}" if remark else ""))
         if not plan.ranks.any():
             raise BudgetError(
                 f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "

@@ -50,9 +50,10 @@ def check_run(run: TrainingRun) -> None:
     """Refuse a run that cannot be trained.
 
     Raises:
-        UnsupportedError: the optimiser cannot be handled.
+        UnsupportedError: the optimiser cannot be handled, or several processes run that share no gradients.
         ConfigError: it has no steps.
     """
+    run.replicas.check()
     check_optimizer(run.optimizer)
     if run.total_steps < 1:
         raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")

@@ -19,6 +19,7 @@ from ..common.units import format_bytes
 from ..errors import BudgetError, UnsupportedError
 from ..lora.signals import signal_buffer_bytes
 from ..memory.batch_shape import BatchShape, reshaped
+from ..memory.budget import Budget
 from ..memory.cost import ByteCost, plan_cost
 from ..memory.for_training import highest_ranks, measure_memory
 from ..memory.model import MemoryModel
@@ -26,7 +27,7 @@ from ..memory.peak_meter import PeakMeter
 from ..memory.recomputation import recomputed_cost
 from ..memory.recording import Batch
 from .recomputation import Recomputation
-from .run import TrainingRun, training_mode, undisturbed
+from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class PeakGuard:
             recomputation: chooses the layers that run again; `memory` is of the step in which all do.
         """
         self._run, self._controller, self._memory, self._corrected = run, controller, memory, corrected
-        self._recomputation = recomputation
+        self._recomputation, self.meter.highest = recomputation, run.replicas.highest
         if memory:
             self.shape = self.shape.joined(memory.shape)
             if recomputation:
@@ -146,19 +147,18 @@ class PeakGuard:
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Look at the batches of the step that begins, and measure it if it is due."""
         self._step = step
-        self._step_shape = BatchShape(0, 0)
-        for batch in batches:
-            self._step_shape = self._step_shape.joined(BatchShape.of(batch))
-            larger = self.shape.joined(self._step_shape)
-            if larger != self.shape:
-                self.shape = larger
-                if self._limits_bytes:
-                    self._larger_batch(batch, larger)
+        self._step_shape = self._run.replicas.largest_shape(batches)
+        larger = self.shape.joined(self._step_shape)
+        if larger != self.shape:
+            self.shape = larger
+            if self._limits_bytes:
+                self._larger_batch(batches, larger)
         controller = self._controller
         if self.meter.due(step):
             # Signal buffers are made in the first step of an interval, and stay.
             buffers = 0 if controller.finished else int(signal_buffer_bytes(controller.targets) @ controller.ranks)
-            self.meter.begin(self._run.model, self._run.optimizer, buffers)
+            held = buffers + self._run.replicas.begin_measuring()
+            self.meter.begin(self._run.model, self._run.optimizer, held)
 
     def after_step(self, step: int) -> None:
         """Compare the peak of the step with its prediction and with the budget, if it was measured.
@@ -198,7 +198,7 @@ class PeakGuard:
     def evaluation(self) -> Iterator[None]:
         """Measure an evaluation; `evaluation_share` tells afterwards how much of the budget it took."""
         if self._limits_bytes:
-            self.meter.begin(self._run.model, self._run.optimizer)
+            self.meter.begin(self._run.model, self._run.optimizer, self._run.replicas.begin_measuring())
         try:
             yield
         except BaseException:
@@ -212,7 +212,7 @@ class PeakGuard:
         """Shrink the plan after a step that ran out of memory, so that the step can be taken again.
 
         Raises:
-            BudgetError: no smaller plan is possible.
+            BudgetError: no smaller plan is possible, or other processes are in the middle of the step.
         """
         controller = self._controller
         self.meter.close()
@@ -227,6 +227,7 @@ class PeakGuard:
                 "the length, or use checkpointing."
             )
         controller.limit = min(controller.limit, max(OUT_OF_MEMORY_SHARE * cost, (cost + least) / 2))
+        self._run.replicas.check_again(self._step + 1, Budget(controller.cost.unit, controller.limit))
         if self._relieved(f"Step {self._step + 1} ran out of memory, and is taken again."):
             return
         logger.warning(
@@ -323,7 +324,7 @@ class PeakGuard:
         cost = memory.cost(shape)
         return replace(cost, constant=cost.constant + self._underestimate)
 
-    def _larger_batch(self, batch: Batch, shape: BatchShape) -> None:
+    def _larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
         """Predict the cost of the new shape, and shrink the plan if it no longer fits, before the model runs."""
         controller = self._controller
         self._measure_next()
@@ -331,7 +332,8 @@ class PeakGuard:
             cost = self._cost_of_shape(shape)
         except UnsupportedError:  # the byte model predicts the shape of its calibration alone
             logger.debug("Calibrating anew for %s.", shape)
-            self._measure_again(batch, shape)
+            longest = max(batches, key=lambda batch: BatchShape.of(batch).length, default=None)
+            self._measure_again(longest, shape)
             cost = self._cost_of_shape(shape)
         controller.reprice(cost)
         text = f"A batch of {shape} came, larger than the memory was planned for."
@@ -342,14 +344,19 @@ class PeakGuard:
             check_budget(controller.problem_now(), list(controller.names))
             self._correct(f"shrunk: batch of {shape}", controller.ranks)
 
-    def _measure_again(self, batch: Batch, shape: BatchShape) -> None:
-        run, step = self._run, self._run.step
-        # The largest rows and the largest length so far may be of two batches.
-        batch = reshaped(run.on_device(batch), shape, step.rows_per_example)
+    def _measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
+        run, targets = self._run, self._controller.targets
         if self._recomputation:
             self._recomputation.all()
-        with undisturbed(), training_mode(run.model):
-            self._memory = measure_memory(step, self._controller.targets, batch, signals=True)
+
+        def measure() -> MemoryModel:
+            # The largest rows and the largest length so far may be of two batches, or of another process.
+            largest = run.largest_batch() if batch is None else run.on_device(batch)
+            whole = reshaped(largest, shape, run.step.rows_per_example)
+            return measure_memory(run.step, targets, whole, signals=True)
+
+        self._memory = run.measured(measure)
+        run.replicas.changed(targets, self._step)
         if self._recomputation:
             self._recomputation.memory = self._memory
             self._settle()

@@ -30,23 +30,23 @@ from ..memory.budget import Budget
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
-from .before_training import Progress, prepare, run_memory
+from .before_training import Progress, prepare, run_memory, within_all
 from .gradient_watch import GradientWatch
 from .journal import Journal
 from .loss_meter import LossMeter
 from .options import check_options, check_run, readable_budget
 from .peak_guard import Correction, PeakGuard
+from .readings import Readings
 from .recomputation import Recomputation, recomputing
 from .review import PlanReview
 from .run import TrainingRun
-from .run_figures import rank_figures
 from .run_settings import changes, check_same, run_settings
 from .time_before_training import other_time_limit
 
 logger = logging.getLogger(__name__)
 
 
-class RankPilot:
+class RankPilot(Readings):
     """Moves LoRA rank between modules during one fine-tune, inside a hard budget.
 
     `begin` measures what plans cost on the run's model and data, probes which modules matter, and applies the first
@@ -123,26 +123,6 @@ class RankPilot:
         self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
         self._step = self._shown = 0
 
-    @property
-    def predictions(self) -> list[tuple[int, float]]:
-        """(step, cost of the plan) of each decision and correction."""
-        return self.journal.predictions
-
-    @property
-    def peaks(self) -> list[tuple[int, int]]:
-        """(step, bytes at its peak) of each measured step."""
-        return self._guard.meter.history
-
-    @property
-    def checks(self) -> list[tuple[int, float, int]]:
-        """(step, predicted bytes, measured bytes) of the first measured step after each change of ranks."""
-        return self._guard.checks
-
-    @property
-    def limit(self) -> float:
-        """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
-        return float(self._controller.limit)
-
     # The events of a run, in their order ------------------------------------------------------------------------------
 
     def begin(self, run: TrainingRun, *, name: str = "") -> None:
@@ -158,13 +138,13 @@ class RankPilot:
             DataError: the training set is empty.
             NonFiniteError: the loss is NaN or infinite.
             ReviewError: a person refused the plan, or gave no answer in time.
+            ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
         check_run(run)
-        self._step, self._shown = 0, 0
-        self._guard, self._losses, self._gradients = PeakGuard(self._measure_every), LossMeter(), GradientWatch()
+        self._start(run)
         targets = find_target_modules(run.model)
         make_resizable(run.model, targets)
-        self.journal.open(name, [])
+        self.journal.open(name, [], writes=run.replicas.processes.first)
         if self._review is not None:
             self._review.resumed = False
         with recomputing(run.model, self.recompute) as recomputation:
@@ -197,6 +177,7 @@ class RankPilot:
             BudgetError: no plan fits another budget.
         """
         check_run(run)
+        self._start(run)
         settings, before = self._settings(), state["settings"]
         check_same(settings, before)
         targets = find_target_modules(run.model)
@@ -210,7 +191,8 @@ class RankPilot:
         )
         self._losses.load_state_dict(state["losses"])
         self._guard.load_state_dict(state["guard"])
-        self.journal.open(name, [(int(at), float(cost)) for at, cost in state["predictions"]])
+        predictions = [(int(at), float(cost)) for at, cost in state["predictions"]]
+        self.journal.open(name, predictions, writes=run.replicas.processes.first)
         self._step, self._shown = step, state["peaks_shown"]
         if self._review is not None:
             self._review.resumed = True
@@ -220,14 +202,16 @@ class RankPilot:
                 recomputation.take(state["recomputed"])
             limit, controller = self.controller.limit, self.controller
             if before["budget"] != settings["budget"]:
-                limit = controller.limit_of(self.budget.beside(run.model), run.device)
+                budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
+                limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device))
             if before.get("time") != settings["time"]:
                 known = (controller.time, run, targets, self.time, memory, limit, recomputation)
                 controller.time = other_time_limit(*known)
             self._watch(run, memory, recomputation)
+            run.replicas.changed(targets, step)
             changed = changes(settings, before)
             if changed:
-                self.journal.tell(f"step {step}: {changed}")
+                self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
 
     def before_step(self, *batches: Batch) -> None:
@@ -295,11 +279,6 @@ class RankPilot:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
         return self._guard.evaluation()
 
-    @property
-    def evaluation_share(self) -> float:
-        """The peak of the latest evaluation as a share of the budget; above 1 its batch is too large."""
-        return self._guard.evaluation_share
-
     def out_of_memory(self) -> None:
         """Shrink the plan after a step that ran out of memory; afterwards take the step again, without gradients.
 
@@ -309,14 +288,32 @@ class RankPilot:
         self._guard.out_of_memory()
 
     def finish(self) -> None:
-        """Stop measuring, put back which layers run again, and write the ranks to PEFT's configuration for saving."""
+        """Stop measuring, put back which layers run again, and write the ranks to PEFT's configuration for saving.
+
+        Raises:
+            ProcessError: the processes do not hold the same adapters.
+        """
+        self.break_off()
+        if self.controller:
+            self._run.replicas.compare(self.controller.targets, self._step)
+
+    def break_off(self) -> None:
+        """As `finish`, after an error: other processes are not heard."""
         self._guard.finish()
         if self.controller:
             finish_load(self.controller.adapters.model, self.controller.targets)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values."""
+        """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values.
+
+        All processes call this.
+
+        Raises:
+            ProcessError: the processes do not hold the same adapters.
+        """
+        self._run.replicas.compare(self._controller.targets, self._step)
         return {
+            "processes": self._run.replicas.processes.count,
             "controller": self._controller.state_dict(),
             "signals": self._controller.adapters.meter.state_dict(),
             "losses": self._losses.state_dict(),
@@ -327,21 +324,14 @@ class RankPilot:
             "settings": self._settings(),
         }
 
-    def figures(self) -> dict[str, float]:
-        """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan and limit.
-
-        The highest peak is among them if a step was measured since the last call.
-        """
-        fresh, self._shown = self.peaks[self._shown :], len(self.peaks)
-        recomputed = self._guard.recomputed if self.recompute else None
-        return rank_figures(self._controller, self.predictions, recomputed, fresh)
-
     # What the events do -----------------------------------------------------------------------------------------------
 
-    @property
-    def _controller(self) -> RankController[PeftAdapters]:
-        assert self.controller is not None, "the run has not begun: call `begin` first"
-        return self.controller
+    def _start(self, run: TrainingRun) -> None:
+        self._step, self._shown = 0, 0
+        self._guard, self._gradients = PeakGuard(self._measure_every), GradientWatch()
+        self._losses = LossMeter(run.replicas.processes)
+        if self._review is not None:
+            self._review.processes = run.replicas.processes
 
     def _watch(self, run: TrainingRun, memory: MemoryModel | None, recomputation: Recomputation | None) -> None:
         self._run = run
@@ -355,7 +345,7 @@ class RankPilot:
         loss = self._losses.mean()
         self._guard.deciding()
         observation = controller.observe(step, loss)
-        decision = self.policy.decide(observation)
+        decision = self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))
         notes: dict[str, str] = {}
         if self._review is None:
             plan = controller.apply(decision, step, self._run.optimizer)
@@ -397,3 +387,4 @@ class RankPilot:
             remark=self._guard.remark(),
             correction=correction,
         )
+        self._run.replicas.changed(self._controller.targets, step)

@@ -17,6 +17,7 @@ from ..allocation.plan import Plan
 from ..allocation.policy import Decision
 from ..common.arrays import IntArray
 from ..common.files import write_text
+from ..common.processes import Processes
 from ..errors import ConfigError, ReviewError
 from ..memory.cost import plan_cost
 from .proposal import Document, Proposal, is_review_file, parse
@@ -39,6 +40,7 @@ class PlanReview:
     Attributes:
         resumed: whether the run goes on from a checkpoint. Then a plan that the file holds as approved, for the same
             proposal, is not asked for again.
+        processes: those of the run; the first one asks.
 
     Raises:
         ConfigError: the file exists and is no review file, or the timeout is not above 0.
@@ -51,6 +53,7 @@ class PlanReview:
         self.path = Path(path)
         self.timeout_s = timeout_s
         self.resumed = False
+        self.processes = Processes()
 
     @classmethod
     def of(cls, path: str | Path | None, timeout_s: float | None) -> PlanReview | None:
@@ -88,7 +91,7 @@ class PlanReview:
         """
         problem, proposed = controller.propose(decision, optimizer)
         proposal = Proposal(number, step, policy, observation, decision.scores, problem, proposed)
-        plan = self.plan(proposal)
+        plan = self.processes.on_first(lambda: self.plan(proposal))
         controller.set_plan(plan.ranks, step, optimizer)
         return plan, review_notes(proposal, plan)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
 from ..memory.recording import Batch
 from ..memory.step_parts import release_inputs
 from ..memory.training_step import LossFunction, TrainingStep, model_loss
+from .replicas import Replicas
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,12 @@ class TrainingRun:
         total_steps: the optimiser steps of the run.
         accumulation: the batches whose gradients make one optimiser step.
         learning_rate: of the probe.
+        wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
+            default `model`, which may be wrapped itself.
+        replicas: its copies in the processes of the run. `model` is the one of this process, without their wrapper.
+
+    Raises:
+        UnsupportedError: ranks cannot change inside a wrapper; see `check_wrappers`.
 
     From now on the inputs of the model require no gradients; see `release_inputs`.
     """
@@ -47,8 +56,12 @@ class TrainingRun:
     total_steps: int
     accumulation: int
     learning_rate: float
+    wrapped: nn.Module | None = None
+    replicas: Replicas = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "replicas", Replicas.of(self.model if self.wrapped is None else self.wrapped))
+        object.__setattr__(self, "model", self.replicas.inside(self.model))
         release_inputs(self.model)
 
     @classmethod
@@ -66,7 +79,7 @@ class TrainingRun:
         """The run of a plain loop over a DataLoader.
 
         Args:
-            model: the PEFT model, on its device.
+            model: the PEFT model, on its device; with several processes, inside DistributedDataParallel.
             optimizer: the optimiser of the run.
             loader: makes the batches.
             total_steps: the optimiser steps of the run.
@@ -108,7 +121,27 @@ class TrainingRun:
         """One step of the run, as it is measured."""
         rows = BatchShape.of(self._collate([next(iter(self.dataset))] * self.rows)).rows
         each = rows // self.rows if rows % self.rows == 0 else 1
-        return TrainingStep(self.model, self.loss, self.optimizer, max(each, 1), accumulates=self.accumulation > 1)
+        replicas = self.replicas
+        return TrainingStep(
+            self.model,
+            self.loss,
+            self.optimizer,
+            max(each, 1),
+            accumulates=self.accumulation > 1 or replicas.gradients_stay,
+            bucket_copies=replicas.bucket_copies,
+        )
+
+    def measured(self, work: Callable[[], T]) -> T:
+        """What a function finds out by running steps, in the first process alone; all get its result or its error.
+
+        Training goes on as if nothing had run: with the random numbers and the mode of the model as they were.
+        """
+
+        def alone() -> T:
+            with _undisturbed(), _training_mode(self.model), self.replicas.apart():
+                return work()
+
+        return self.replicas.processes.on_first(alone)
 
     def on_device(self, batch: Batch) -> Batch:
         """The batch on the model's device."""
@@ -126,7 +159,7 @@ class TrainingRun:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def _undisturbed() -> Iterator[None]:
     """Restore torch's random state afterwards, so that the run draws the numbers that it would draw without us.
 
     A compiled model runs uncompiled meanwhile: each plan that is tried would take one of the few graphs that torch
@@ -138,7 +171,7 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
+def _training_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into training mode for a while."""
     before = model.training
     model.train()

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..common.processes import Processes
 from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
 
 logger = logging.getLogger(__name__)
@@ -16,12 +17,16 @@ logger = logging.getLogger(__name__)
 class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
     """Saves a checkpoint after the step that runs when `stop` is called, and ends the training there.
 
+    Args:
+        processes: of the run; where `stop` is called in one of them, all end after the same step.
+
     Attributes:
         stopped: whether `stop` was called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes | None = None) -> None:
         self.stopped = False
+        self._processes = processes or Processes()
         self._stepping = False
 
     def stop(self) -> None:
@@ -44,6 +49,7 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Let the Trainer save and end, if asked."""
+        self.stopped = bool(self._processes.most(self.stopped)[0])
         if self.stopped:
             control.should_log = control.should_save = control.should_training_stop = True
 
@@ -61,18 +67,19 @@ class StopOnSigterm(StopWithCheckpoint):
 
     Args:
         trainer: the Trainer whose run begins.
+        processes: of the run.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__()
+    def __init__(self, trainer: Trainer, processes: Processes) -> None:
+        super().__init__(processes)
         self._trainer, self._handling = trainer, ExitStack()
         self._handling.enter_context(on_sigterm(self.stop))
         trainer.callback_handler.callbacks.append(self)
 
     @classmethod
-    def unless_handled(cls, trainer: Trainer) -> StopOnSigterm | None:
+    def unless_handled(cls, trainer: Trainer, processes: Processes) -> StopOnSigterm | None:
         """Handle SIGTERM for this Trainer; None if somebody does, such as its just-in-time checkpoint."""
-        return cls(trainer) if is_unhandled() else None
+        return cls(trainer, processes) if is_unhandled() else None
 
     def release(self) -> None:
         """Handle SIGTERM no more."""

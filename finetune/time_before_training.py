@@ -19,7 +19,7 @@ from ..memory.recomputation import fewest_recomputed
 from ..memory.step_time import StepTime
 from ..memory.time_budget import TimeBudget
 from .recomputation import Recomputation
-from .run import TrainingRun, training_mode, undisturbed
+from .run import TrainingRun
 
 LEAST_LENGTH = 16
 """Texts are not cut below this many tokens, so that the time of a step is more than that of its overhead."""
@@ -50,17 +50,27 @@ def time_limit(
     Raises:
         DataError, UnsupportedError: see `TrainingRun.largest_batch` and `measure_step_time`.
     """
+    time = run.measured(lambda: _step_time(run, targets, memory, limit, recomputation))
+    fewest = partial(fewest_recomputed, memory, limit=limit) if recomputation and memory else None
+    return TimeLimit(time, _seconds(budget, time, targets), fewest)
+
+
+def _step_time(
+    run: TrainingRun,
+    targets: Sequence[TargetModule],
+    memory: MemoryModel | None,
+    limit: float,
+    recomputation: Recomputation | None,
+) -> StepTime:
+    """The time of a step with the run's largest batch; see `time_limit`."""
     batch, each = run.largest_batch(), run.step.rows_per_example
     whole = BatchShape.of(batch)
     layers = recomputation.layers if recomputation else ()
     shape = _largest_that_fits(memory, timed_plans(targets, layers), limit, each) if memory else whole
-    with undisturbed(), training_mode(run.model):
-        timed = batch if shape == whole else reshaped(batch, shape, each)
-        time = measure_step_time(run.step, targets, timed, recomputation.take if recomputation else None)
+    timed = batch if shape == whole else reshaped(batch, shape, each)
+    time = measure_step_time(run.step, targets, timed, recomputation.take if recomputation else None)
     factor = run.accumulation * whole.rows * whole.length / (shape.rows * shape.length)
-    time = time.scaled(np.full(5, factor))
-    fewest = partial(fewest_recomputed, memory, limit=limit) if recomputation and memory else None
-    return TimeLimit(time, _seconds(budget, time, targets), fewest)
+    return time.scaled(np.full(5, factor))
 
 
 def other_time_limit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,14 @@ def check_possible(config: FinetuneConfig) -> None:
     """Refuse settings that this machine cannot run.
 
     Raises:
-        UnsupportedError: the library of the optimiser or of the quantisation is missing, or the GPU does not compute in
-            bfloat16.
+        UnsupportedError: there are several processes, the library of the optimiser or of the quantisation is missing,
+            or the GPU does not compute in bfloat16.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UnsupportedError(
+            "A fine-tune from the command line runs in one process. With several, use RankPilotCallback in a script of "
+            "your own, as examples/several_processes.py does."
+        )
     check_installed(config.optimizer, config.quantization)
     if config.bf16 and torch.cuda.is_available() and not is_torch_bf16_gpu_available():
         raise UnsupportedError("This GPU does not compute in bfloat16. Leave --bf16 out.")

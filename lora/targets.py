@@ -193,15 +193,24 @@ def unwrap(model: nn.Module) -> PeftModel:
     Raises:
         UnsupportedError: the model holds no PeftModel.
     """
-    inner: nn.Module | None = model
-    while inner is not None and not isinstance(inner, PeftModel):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    if inner is None:
+    inner = wrappers_of(model)[-1]
+    if not isinstance(inner, PeftModel):
         raise UnsupportedError(
             f"{type(model).__name__} is not a PEFT model. Wrap it first: "
             "`peft.get_peft_model(model, LoraConfig(r=8, target_modules='all-linear'))`."
         )
     return inner
+
+
+def wrappers_of(model: nn.Module) -> list[nn.Module]:
+    """A model, what it wraps, what that wraps, and so on; a PeftModel is the last if there is one."""
+    found = [model]
+    while not isinstance(found[-1], PeftModel):
+        inner = getattr(found[-1], "_orig_mod", None) or getattr(found[-1], "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        found.append(inner)
+    return found
 
 
 def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> None:

@@ -30,7 +30,7 @@ saved: tensors that autograd saved for the backward pass.
 inputs: inputs of checkpointed segments, kept to run them again.
 recomputed: tensors of a checkpointed segment that runs again.
 transient: short-lived tensors: logits, gradients of activations, the optimiser's copies.
-weights, gradients, optimizer, signals: of the adapters, as in `ModelStates`.
+weights, gradients, optimizer, signals: of the adapters, as in `ModelStates`; gradients with their copies in buckets.
 others: weights, gradients and state of what trains outside the adapters, such as a classifier.
 """
 
@@ -169,10 +169,11 @@ def _add_states(
         "weights": states.weights * ranks,
         "optimizer": states.optimizer * ranks + states.fixed * (ranks > 0),
         "signals": states.signals * ranks,
+        "gradients": states.buckets * ranks,
     }
     others = states.others
     if at_optimizer_step:
-        by_module |= {"gradients": states.weights * ranks, "transient": states.scratch * ranks}
+        by_module |= {"gradients": (states.weights + states.buckets) * ranks, "transient": states.scratch * ranks}
         others += states.other_gradients
     for kind, sizes in by_module.items():
         np.add.at(table[:, KINDS.index(kind)], target_rows, sizes)

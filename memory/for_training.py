@@ -14,6 +14,7 @@ from .budget import Budget, Limit
 from .calibration import calibrate
 from .cost import ParameterCost, UntimedCost
 from .model import MemoryModel
+from .model_states import with_buckets
 from .recomputation import recomputed_cost
 from .recording import Batch
 from .training_step import TrainingStep
@@ -32,7 +33,7 @@ class PlanCosts:
 
 
 def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool) -> MemoryModel:
-    """The byte model of a training loop's step: `calibrate`, with room for the scalars that the loop adds.
+    """The byte model of a training loop's step: `calibrate`, with the scalars and the buckets that the loop adds.
 
     Takes batches as `calibrate` does and raises its errors; with `signals`, plans pay for signal buffers.
     """
@@ -46,7 +47,8 @@ def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: B
         signal_bytes=signals,
         accumulates=step.accumulates,
     )
-    return replace(memory, states=replace(memory.states, others=memory.states.others + LOOP_BYTES))
+    states = replace(memory.states, others=memory.states.others + LOOP_BYTES)
+    return replace(memory, states=with_buckets(states, step.model, targets, step.bucket_copies))
 
 
 def plan_costs(

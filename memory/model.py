@@ -117,7 +117,7 @@ class MemoryModel:
         candidates = self._candidates(base, slope)
         groups = _Groups(recording, len(states.weights))
         rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
-        optimizer_step = 2 * states.weights + states.optimizer + states.scratch + states.signals
+        optimizer_step = states.between_steps + states.weights + states.scratch
         rows.append((states.others + states.other_gradients, {}, optimizer_step))
         by_group = np.zeros((len(rows), len(groups.modules)))
         for row, (_, grouped, _) in zip(by_group, rows, strict=True):
@@ -164,7 +164,7 @@ class MemoryModel:
         recording, states, adapted = self._recording, self.states, ranks > 0
         needs = _Needs.of(recording, adapted)
         growing = slope * self._rank_of_each(ranks)
-        between_steps = states.others + (states.weights + states.optimizer + states.signals) @ ranks
+        between_steps = states.others + states.between_steps @ ranks
         highest = states.other_gradients + (states.weights + states.scratch) @ ranks  # the optimiser's step
         for candidate in self._candidates(base, slope):
             live, counted = needs.at(candidate)
@@ -197,7 +197,7 @@ class MemoryModel:
         recording, states = self._recording, self.states
         live, group = groups.at(candidate)
         of_target = live & (recording.target_index >= 0)
-        per_rank = states.weights + states.optimizer + states.signals
+        per_rank = states.between_steps
         per_rank += np.bincount(recording.target_index[of_target], slope[of_target], minlength=len(per_rank))
         always = live & (group < 0)
         copies = 1 + candidate.copied

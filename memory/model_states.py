@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class ModelStates:
             (modules,).
         others: bytes of weights and state of everything else that trains, such as a classifier.
         other_gradients: bytes of its gradients, and of what the optimiser takes beside them for the time of its step.
+        buckets: bytes of one rank's further copies of its gradients, which are sent to other processes, (modules,).
+            Those of biases and magnitudes are in `fixed`, those of everything else in `others`.
     """
 
     weights: FloatArray
@@ -41,6 +43,26 @@ class ModelStates:
     fixed: FloatArray
     others: float
     other_gradients: float
+    buckets: FloatArray = field(default_factory=lambda: np.zeros(1))
+
+    @property
+    def between_steps(self) -> FloatArray:
+        """Bytes of one rank on each module that are there all the time, (modules,)."""
+        held: FloatArray = self.weights + self.optimizer + self.signals + self.buckets
+        return held
+
+
+def with_buckets(states: ModelStates, model: nn.Module, targets: Sequence[TargetModule], copies: float) -> ModelStates:
+    """The same states, where all gradients are held so many times more, in buckets that are sent to other processes."""
+    adapter = {id(p) for target in targets for p in target.parameters.values()}
+    others = sum(p.nbytes for p in model.parameters() if p.requires_grad and id(p) not in adapter)
+    unranked = [sum(p.nbytes for p in (t.bias, t.magnitude) if p is not None) for t in targets]
+    return replace(
+        states,
+        buckets=np.ceil(copies * states.weights),
+        fixed=states.fixed + np.ceil(copies * np.array(unranked, dtype=np.float64)),
+        others=states.others + float(np.ceil(copies * others)),
+    )
 
 
 def model_states(

@@ -68,7 +68,7 @@ def replay(
     parameters = sizes[list(memory.recording.gradients)]
     run.keep(parameters)
     states = memory.states
-    run.keep([states.others, *(states.signals * ranks)])
+    run.keep([states.others, *((states.signals + states.buckets) * ranks)])
     recordings = [memory.recording, *([memory.recording.accumulating()] if memory.accumulates else [])]
     batches = [step_events(recording, sizes, ranks) for recording in recordings]
     run.keep([workspace_bytes / 2] * 2)

@@ -24,7 +24,8 @@ class TrainingStep:
         loss: the loss of a batch.
         optimizer: decides the bytes of state; AdamW's two tensors count without one.
         rows_per_example: rows of a batch that one example takes; see `reshaped`.
-        accumulates: whether gradients are kept over several batches of each step.
+        accumulates: whether gradients are there all the time, because they are kept over several batches of each step.
+        bucket_copies: how often the loop holds all gradients besides, all the time, to send them to other processes.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class TrainingStep:
     optimizer: torch.optim.Optimizer | None
     rows_per_example: int = 1
     accumulates: bool = False
+    bucket_copies: float = 0.0
 
 
 def model_loss(model: nn.Module) -> LossFunction:

@@ -21,6 +21,7 @@ BUILTINS = {
     "AssetError": OSError,
     "ReviewError": RuntimeError,
     "WorkerError": RuntimeError,
+    "ProcessError": RuntimeError,
 }
 
 

@@ -210,6 +210,15 @@ def test_both_runs_let_layers_run_again_where_the_budget_needs_it(
     assert "1 of 2 layers run again" in capsys.readouterr().out
 
 
+def test_several_processes_are_refused(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match=r"runs in one process.*examples/several_processes\.py"):
+        finetune(make_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_optimizer_that_is_not_installed(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -666,13 +666,14 @@ def test_layers_compiled_one_by_one_are_counted_together(
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ({"world_size": 2}, "spreads over 2 processes or devices.*Set CUDA_VISIBLE_DEVICES to one"),
-        ({"n_gpu": 4}, "spreads over 4 processes or devices"),
-        ({"deepspeed": "stage3.json", "deepspeed_plugin": object()}, "under DeepSpeed or FSDP"),
-        ({"deepspeed_plugin": object()}, "under DeepSpeed or FSDP"),  # from the configuration of accelerate
-        ({"fsdp": True}, "under DeepSpeed or FSDP. Use a plain single-device run"),
+        ({"n_gpu": 4}, "One process would train on 4 GPUs.*Start one process for each device with torchrun"),
+        ({"deepspeed": "stage3.json", "deepspeed_plugin": object()}, "DeepSpeed keeps parameters in flat buffers"),
+        ({"deepspeed_plugin": object()}, "DeepSpeed keeps"),  # from the configuration of accelerate
+        ({"fsdp": True}, "FSDP keeps.*FSDP2 cannot load checkpoints.*Start one process for each device with torchrun"),
+        ({"parallelism_config": SimpleNamespace(tp_size=2)}, "parallelism_config has tp_size=2.*has the whole model"),
+        ({"parallelism_config": SimpleNamespace(cp_size=4)}, "parallelism_config has cp_size=4"),
     ],
-    ids=["processes", "devices", "deepspeed", "deepspeed by accelerate", "fsdp"],
+    ids=["devices", "deepspeed", "deepspeed by accelerate", "fsdp", "tensor parallel", "context parallel"],
 )
 def test_what_would_go_wrong_silently_is_refused_before_training(
     llama_config: LlamaConfig, tmp_path: Path, setting: dict[str, Any], reason: str

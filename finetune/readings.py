@@ -1,0 +1,64 @@
+"""What can be read from a `RankPilot` while its run lasts."""
+
+from __future__ import annotations
+
+from ..allocation.controller import RankController
+from ..lora.adapters import PeftAdapters
+from .journal import Journal
+from .peak_guard import PeakGuard
+from .run_figures import rank_figures
+
+
+class Readings:
+    """What can be read from a `RankPilot` while its run lasts.
+
+    Attributes:
+        controller: observes the adapters and changes their ranks; None before the run.
+        journal: writes down the decisions.
+        recompute: whether the layers that run again are chosen with each plan.
+    """
+
+    controller: RankController[PeftAdapters] | None
+    journal: Journal
+    recompute: bool
+    _guard: PeakGuard
+    _shown: int
+
+    @property
+    def predictions(self) -> list[tuple[int, float]]:
+        """(step, cost of the plan) of each decision and correction."""
+        return self.journal.predictions
+
+    @property
+    def peaks(self) -> list[tuple[int, int]]:
+        """(step, bytes at its peak) of each measured step; the highest of all processes."""
+        return self._guard.meter.history
+
+    @property
+    def checks(self) -> list[tuple[int, float, int]]:
+        """(step, predicted bytes, measured bytes) of the first measured step after each change of ranks."""
+        return self._guard.checks
+
+    @property
+    def limit(self) -> float:
+        """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
+        return float(self._controller.limit)
+
+    @property
+    def evaluation_share(self) -> float:
+        """The peak of the latest evaluation as a share of the budget; above 1 its batch is too large."""
+        return self._guard.evaluation_share
+
+    def figures(self) -> dict[str, float]:
+        """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan and limit.
+
+        The highest peak is among them if a step was measured since the last call.
+        """
+        fresh, self._shown = self.peaks[self._shown :], len(self.peaks)
+        recomputed = self._guard.recomputed if self.recompute else None
+        return rank_figures(self._controller, self.predictions, recomputed, fresh)
+
+    @property
+    def _controller(self) -> RankController[PeftAdapters]:
+        assert self.controller is not None, "the run has not begun: call `begin` first"
+        return self.controller

@@ -1,0 +1,224 @@
+"""The copies of a model that several processes train together, under torch's DistributedDataParallel.
+
+DDP looks at the parameters once, when it wraps the model: which of them train, and how large their gradients are. So
+its reducer is built anew after each change of ranks. What the first process does alone, such as the probe, goes past
+DDP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from ..common.processes import Processes
+from ..errors import BudgetError, ProcessError, UnsupportedError
+from ..lora.targets import TargetModule, wrappers_of
+from ..memory.batch_shape import BatchShape
+from ..memory.budget import Budget
+from ..memory.recording import Batch
+from .parallel_kinds import check_wrappers
+
+
+class Replicas:
+    """The copies of one model, one in each process. Where there is one process, all of this does nothing.
+
+    Args:
+        wrapper: the DDP around the model of this process; None where there is none.
+        processes: those that hold the copies.
+
+    Attributes:
+        wrapper: as above, as `processes`.
+        processes: as above.
+    """
+
+    def __init__(self, wrapper: DistributedDataParallel | None = None, processes: Processes | None = None) -> None:
+        self.wrapper, self.processes = wrapper, processes or Processes()
+        self._had_rebuilt = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Replicas:
+        """The copies of a model as its loop calls it, with all its wrappers.
+
+        Raises:
+            UnsupportedError: ranks cannot change inside one of them; see `check_wrappers`.
+        """
+        wrappers = wrappers_of(model)
+        check_wrappers(wrappers)
+        wrapper = next((one for one in wrappers if isinstance(one, DistributedDataParallel)), None)
+        return cls(wrapper, Processes.of_this_run() if wrapper is not None else None)
+
+    def check(self) -> None:
+        """Raise UnsupportedError if there are other processes, and no wrapper that joins their gradients."""
+        if self.wrapper is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise UnsupportedError(
+                f"{dist.get_world_size()} processes run, and the model of this one is not wrapped in "
+                "DistributedDataParallel, so each would train alone. Pass the wrapped model to TrainingRun; a Trainer "
+                "on a CPU wraps it with use_cpu=True."
+            )
+
+    def inside(self, model: nn.Module) -> nn.Module:
+        """The model inside DDP; the model itself where there is none."""
+        return model if self.wrapper is None else self.wrapper.module
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether gradients lie in DDP's buckets, which are there all the time."""
+        return self.wrapper is not None and bool(self.wrapper.gradient_as_bucket_view)
+
+    @property
+    def bucket_copies(self) -> float:
+        """How often DDP holds all gradients besides: in buckets, and in the messages of a hook that rounds them."""
+        if self.wrapper is None:
+            return 0.0
+        return (0.0 if self.gradients_stay else 1.0) + (0.5 if self.wrapper._comm_hooks else 0.0)
+
+    def begin_measuring(self) -> int:
+        """Bytes of DDP's buckets, now that a step begins that is measured; gradients inside them are not counted."""
+        if self.wrapper is None:
+            return 0
+        self._had_rebuilt = self.wrapper._has_rebuilt_buckets
+        inside = [p for p in self.wrapper.module.parameters() if self.gradients_stay and p.grad is not None]
+        return trained_bytes(self.wrapper) - sum(int(parameter.nbytes) for parameter in inside)
+
+    @property
+    def on_this_device(self) -> int:
+        """How many processes share this process's device: all of a host where it is no accelerator."""
+        if self.wrapper is None or self.wrapper.device_type != "cpu":
+            return 1
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.processes.count))
+
+    # What all processes agree on --------------------------------------------------------------------------------------
+
+    def largest_shape(self, batches: Sequence[Batch]) -> BatchShape:
+        """The largest number of rows and the largest length of these batches, in any process."""
+        shape = BatchShape(0, 0)
+        for batch in batches:
+            shape = shape.joined(BatchShape.of(batch))
+        return BatchShape(*map(int, self.processes.most(shape.rows, shape.length)))
+
+    def highest(self, peak: int) -> int:
+        """The highest of the peaks of all processes, in bytes, given that of the step of this one."""
+        wrapper = self.wrapper
+        if wrapper is None:
+            return peak
+        if wrapper._has_rebuilt_buckets and not self._had_rebuilt and wrapper.device_type != "cuda":
+            # DDP has put its buckets into another order. The new ones were seen, and not that the old ones are gone.
+            peak -= trained_bytes(wrapper)
+        return int(self.processes.most(peak)[0])
+
+    def check_again(self, step: int, limit: Budget) -> None:
+        """Raise BudgetError if other processes are in the middle of a step that this one would take again.
+
+        Args:
+            step: its number, from 1.
+            limit: what a plan may cost from now on.
+        """
+        if self.wrapper is not None:
+            raise BudgetError(
+                f"Step {step} ran out of memory in process {self.processes.rank} of {self.processes.count}, and the "
+                f"others cannot take it again. Resume from the last checkpoint with budget='{limit}'."
+            )
+
+    # Changes of ranks -------------------------------------------------------------------------------------------------
+
+    def changed(self, targets: Sequence[TargetModule], step: int) -> None:
+        """Let DDP know of new ranks, and compare the copies.
+
+        Args:
+            targets: the target modules of the model.
+            step: the optimiser steps done.
+
+        Raises:
+            ProcessError: see `compare`.
+        """
+        if self.wrapper is not None:
+            rebuild_reducer(self.wrapper)
+        self.compare(targets, step)
+
+    def compare(self, targets: Sequence[TargetModule], step: int) -> None:
+        """Compare ranks and adapters of all processes, bit for bit.
+
+        Raises:
+            ProcessError: they are not the same, in all processes.
+        """
+        if self.wrapper is None:
+            return
+        digests = self.processes.of_each(digest_of(targets))
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if different:
+            raise ProcessError(
+                f"After step {step} the adapters of process {', '.join(map(str, different[:8]))} are not those of "
+                "process 0, so their gradients are no longer joined as they should be. Do not use this adapter. Go on "
+                "from a checkpoint before it, on devices of one kind; if it happens again, please report it."
+            )
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let this process run the model alone: nothing is sent by DDP, and nothing gathered by accelerate."""
+        wrapper = self.wrapper
+        if wrapper is None:
+            yield
+            return
+        states = [one for one in (PartialState._shared_state, AcceleratorState._shared_state) if one]
+        before = [dict(state) for state in states]
+        copies = wrapper.find_unused_parameters or wrapper.static_graph
+
+        def forward(*inputs: Any, **options: Any) -> Any:
+            outputs = wrapper.module(*inputs, **options)
+            return tree_map_only(torch.Tensor, _copied, outputs) if copies else outputs
+
+        wrapper.forward = forward  # type: ignore[method-assign]
+        for state in states:
+            state.update(distributed_type=DistributedType.NO, num_processes=1)
+        try:
+            yield
+        finally:
+            del wrapper.forward
+            for state, values in zip(states, before, strict=True):
+                state.update(values)
+
+
+def _copied(output: torch.Tensor) -> torch.Tensor:
+    """What DDP makes of an output where it looks for parameters without gradients: a copy, which takes memory."""
+    return output.clone() if output.grad_fn is not None else output
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters that train, and of their gradients."""
+    return sum(int(parameter.nbytes) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
+    """Let DDP look at the parameters again, as it does when it is unpickled: which train, and how large they are."""
+    hooks = list(wrapper._comm_hooks)
+    wrapper.__setstate__(wrapper.__getstate__())  # type: ignore[no-untyped-call]
+    wrapper._has_rebuilt_buckets = False
+    if wrapper.static_graph:
+        # Its first backward pass joins gradients only at its end, for which it must be the first one again.
+        wrapper._static_graph_delay_allreduce_enqueued = False
+    for hook, state in hooks:
+        dist._register_comm_hook(wrapper.reducer, state, hook)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def digest_of(targets: Sequence[TargetModule]) -> str:
+    """A checksum of the ranks and the adapters of target modules."""
+    digest = hashlib.sha256()
+    for target in targets:
+        digest.update(f"{target.name} {target.rank};".encode())
+        for weight in (target.weight_a, target.weight_b):
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

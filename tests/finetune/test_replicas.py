@@ -1,0 +1,437 @@
+"""DDP's reducer follows changes of ranks; copies that differ are an error; what cannot work is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from peft import PeftModel
+from rankpilot.errors import NonFiniteError, UnsupportedError
+from rankpilot.finetune import before_training
+from rankpilot.finetune import replicas as replicas_module
+from rankpilot.finetune.pilot import RankPilot
+from rankpilot.finetune.replicas import Replicas, digest_of, rebuild_reducer, trained_bytes
+from rankpilot.finetune.review import PlanReview
+from rankpilot.finetune.run import TrainingRun
+from rankpilot.lora.resize import set_ranks
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory import budget as budget_module
+from rankpilot.memory.live_storages import LivePeak
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel as Ddp
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, DistributedSampler
+
+from .ddp_run import DECISIONS, ROWS, SCHEDULE, Round, Setting, budget_of, collate, make_model, texts
+from .several import ProcessFailed, in_processes
+
+STEPS = 10
+SETTING = Setting(None, dtype=torch.float64)  # type: ignore[arg-type]
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+# Loops ----------------------------------------------------------------------------------------------------------------
+
+
+def loop(wrap: Wrap | None, *, policy: Any = None, budget: str | None = None, **options: Any) -> dict[str, Any]:
+    """A plain loop in each process; returns what is to be compared."""
+    torch.set_num_threads(1)
+    count = 1
+    model = make_model(SETTING)
+    wrapped: nn.Module = model
+    if wrap is not None:
+        dist.init_process_group("gloo")
+        count = dist.get_world_size()
+        wrapped = wrap(model)
+    data = texts(lengths=False)
+    sampler = DistributedSampler(data, count, dist.get_rank() if count > 1 else 0, shuffle=False)
+    loader = DataLoader(data, ROWS // count, sampler=sampler, collate_fn=collate)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+    told: list[str] = []
+    pilot = RankPilot(policy or Round(), budget or budget_of(model), schedule=SCHEDULE, tell=told.append, **options)
+    pilot.begin(TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=STEPS))
+    digests = []
+    for _, batch in zip(range(STEPS), loader, strict=False):
+        pilot.before_step(batch)
+        loss = wrapped(**batch).loss
+        loss.backward()
+        pilot.before_optimizer_step(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        pilot.after_step()
+        digests.append(digest_of(find_target_modules(model)))
+    pilot.finish()
+    weights = [p.detach().clone().numpy() for p in model.parameters() if p.requires_grad]
+    return {"digests": digests, "weights": weights, "told": len(told), "decisions": len(pilot.predictions)}
+
+
+def accelerated() -> dict[str, Any]:
+    """A loop with accelerate; returns what is to be compared."""
+    torch.set_num_threads(1)
+    model = make_model(SETTING)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
+    loader = DataLoader(texts(lengths=False), ROWS // accelerator.num_processes, collate_fn=collate)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    peft = accelerator.unwrap_model(model)
+    pilot = RankPilot(Round(), budget_of(peft), schedule=SCHEDULE)
+    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS))
+    for _, batch in zip(range(STEPS), loader, strict=False):
+        pilot.before_step(batch)
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        pilot.before_optimizer_step(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        pilot.after_step()
+    pilot.finish()
+    return {"weights": [p.detach().clone().numpy() for p in peft.parameters() if p.requires_grad]}
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return Ddp(model)
+
+
+def close(a: Any, b: Any) -> None:
+    assert [value.shape for value in a] == [value.shape for value in b]
+    assert max(abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True)) < 1e-12
+
+
+def test_a_plain_loop_trains_as_in_one_process() -> None:
+    (one,) = in_processes(1, loop, None)
+    first, second = in_processes(2, loop, ddp)
+    assert first["digests"] == second["digests"]
+    assert (first["told"], second["told"]) == (DECISIONS, 0), "one process tells"
+    assert first["decisions"] == second["decisions"] == DECISIONS
+    close(first["weights"], one["weights"])
+
+
+def test_a_loop_with_accelerate_trains_as_in_one_process() -> None:
+    (one,) = in_processes(1, accelerated)
+    first, second = in_processes(2, accelerated)
+    close(first["weights"], one["weights"])
+    close(first["weights"], second["weights"])
+
+
+# Copies that differ ---------------------------------------------------------------------------------------------------
+
+
+def without_rebuilding() -> None:
+    replicas_module.rebuild_reducer = lambda wrapper: None
+    loop(ddp)
+
+
+def test_without_a_new_reducer_the_copies_differ_and_that_is_an_error() -> None:
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, without_rebuilding)
+    assert caught.value.kinds == {0: "ProcessError", 1: "ProcessError"}
+    assert "the adapters of process 1 are not those of process 0" in caught.value.texts[0]
+
+
+def drifts_after_the_last_decision() -> None:
+    step = torch.optim.AdamW.step
+    taken: list[int] = []
+
+    def drifting(optimizer: Any, *arguments: Any) -> Any:
+        result = step(optimizer, *arguments)
+        taken.append(1)
+        if len(taken) == STEPS and dist.get_rank() == 1:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][-1].add_(1e-9)
+        return result
+
+    torch.optim.AdamW.step = drifting
+    loop(ddp)
+
+
+def test_copies_that_differ_at_the_end_are_an_error() -> None:
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, drifts_after_the_last_decision)
+    assert caught.value.kinds == {0: "ProcessError", 1: "ProcessError"}
+    assert f"After step {STEPS} " in caught.value.texts[1]
+
+
+# Errors of the first --------------------------------------------------------------------------------------------------
+
+
+class Failing:
+    name = "failing"
+
+    def decide(self, observation: Any) -> Any:
+        raise ZeroDivisionError("the policy divides by zero")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"budget": "2000 bytes"}, "BudgetError", "The budget of 1.953 KiB fits no adapter at all"),
+        ({"policy": Failing()}, "ZeroDivisionError", "the policy divides by zero"),
+    ],
+    ids=["budget", "policy"],
+)
+def test_an_error_of_the_first_process_is_one_of_all(options: dict[str, Any], kind: str, text: str) -> None:
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, looped, options, patience_s=30)
+    assert caught.value.kinds == {0: kind, 1: kind}
+    assert caught.value.texts[0] == caught.value.texts[1]
+    assert text in caught.value.texts[0]
+
+
+def looped(options: dict[str, Any]) -> None:
+    loop(ddp, **options)
+
+
+# The reducer ----------------------------------------------------------------------------------------------------------
+
+
+def step_of(wrapped: nn.Module) -> None:
+    batch = collate([texts(lengths=False)[dist.get_rank()]])
+    wrapped(**batch).loss.backward()
+
+
+def grown(model: PeftModel, rank: int) -> None:
+    targets = find_target_modules(model)
+    set_ranks(targets, {target.name: rank for target in targets})
+
+
+def buckets() -> list[tuple[int, int]]:
+    """Bytes that a new reducer holds, and those that are counted."""
+    dist.init_process_group("gloo")
+    found = []
+    model = make_model(SETTING)
+    for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
+        wrapped = Ddp(model, **options)
+        grown(model, 3)
+        with LivePeak() as live:
+            rebuild_reducer(wrapped)
+        found.append((live.peak, trained_bytes(wrapped)))
+    return found
+
+
+def test_buckets_take_one_copy_of_the_gradients() -> None:
+    for held, counted in in_processes(2, buckets)[0]:
+        assert counted <= held <= 1.02 * counted
+
+
+def hooks() -> list[bool]:
+    """Whether gradients are rounded to half precision before and after a change of ranks."""
+    dist.init_process_group("gloo")
+    model = make_model(SETTING)
+    wrapped = Ddp(model)
+    wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    Replicas.of(wrapped)
+    rounded = []
+    for rank in (2, 5):
+        grown(model, rank)
+        rebuild_reducer(wrapped)
+        step_of(wrapped)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        rounded.append(all(bool((gradient.half() == gradient).all()) for gradient in gradients))
+        assert {gradient.shape[0] for gradient in gradients} | {gradient.shape[1] for gradient in gradients} >= {rank}
+        model.zero_grad()
+    return rounded
+
+
+def test_a_communication_hook_stays() -> None:
+    assert in_processes(2, hooks) == [[True, True]] * 2
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def own_group(model: nn.Module) -> nn.Module:
+    return Ddp(model, process_group=dist.new_group())
+
+
+def power_sgd(model: nn.Module) -> nn.Module:
+    wrapped = Ddp(model)
+    wrapped.register_comm_hook(powerSGD_hook.PowerSGDState(None), powerSGD_hook.powerSGD_hook)
+    return wrapped
+
+
+def built_in_hook(model: nn.Module) -> nn.Module:
+    wrapped = Ddp(model)
+    wrapped._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    return wrapped
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (own_group, "a process_group of its own"),
+        (power_sgd, "The communication hook powerSGD_hook.*use one of allreduce_hook"),
+        (built_in_hook, "The communication hook .*FP16_COMPRESS"),
+        (
+            unwrapped,
+            "2 processes run, and the model of this one is not wrapped in DistributedDataParallel, so.*use_cpu=True",
+        ),
+    ],
+)
+def test_what_cannot_follow_is_refused(wrap: Wrap, reason: str) -> None:
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, loop, wrap)
+    assert caught.value.kinds == {0: "UnsupportedError", 1: "UnsupportedError"}
+    assert re.search(reason, caught.value.texts[1])
+
+
+@pytest.mark.parametrize("name", ["DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel", "FSDPModule"])
+def test_other_wrappers_are_refused(name: str, make_llama: Callable[..., PeftModel]) -> None:
+    model = make_llama()
+    wrapper = type(name, (nn.Module,), {})()
+    wrapper.module = model
+    with pytest.raises(
+        UnsupportedError, match=r"so ranks cannot change\. Start one process for each device with torchrun"
+    ):
+        Replicas.of(wrapper)
+
+
+def test_memory_that_runs_out_in_one_process_ends_the_run() -> None:
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, runs_out)
+    assert caught.value.kinds == {0: "BudgetError", 1: "BudgetError"}
+    assert "Step 3 ran out of memory in process 1 of 2" in caught.value.texts[1]
+    assert "Resume from the last checkpoint with budget='" in caught.value.texts[1]
+
+
+def runs_out() -> None:
+    begun: list[RankPilot] = []
+    before = RankPilot.before_step
+
+    def before_step(pilot: RankPilot, *batches: Any) -> None:
+        before(pilot, *batches)
+        begun.append(pilot)
+        if len(begun) == 3:
+            pilot.out_of_memory()
+
+    RankPilot.before_step = before_step  # type: ignore[method-assign]
+    loop(ddp)
+
+
+def test_alone_nothing_happens(make_llama: Callable[..., PeftModel]) -> None:
+    model = make_llama()
+    alone = Replicas.of(model)
+    alone.check()
+    assert alone.inside(model) is model
+    assert (alone.bucket_copies, alone.begin_measuring(), alone.highest(5), alone.on_this_device) == (0, 0, 5, 1)
+    assert not alone.gradients_stay
+    with alone.apart():
+        alone.changed(find_target_modules(model), 0)
+
+
+def profiled() -> list[int]:
+    """Numbers that each all-reduce of a run of `STEPS` steps sends."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        loop(ddp)
+    return [event.input_shapes[0][0] for event in recorded.events() if event.name == "gloo:all_reduce"]
+
+
+def test_on_the_wire_are_the_gradients_of_the_adapters() -> None:
+    """In each step, the parameters of the plan and two numbers, which tell the shape of the largest batch."""
+    sizes = in_processes(2, profiled)[0]
+    model = make_model(SETTING)
+    parameters = int(budget_of(model).split()[0])
+    assert [size for size in sizes if size > 2] == [parameters] * STEPS
+    assert sizes.count(2) == STEPS
+    assert sizes.count(1) <= DECISIONS, "the highest peak of the steps that were measured"
+
+
+# What all agree on ----------------------------------------------------------------------------------------------------
+
+
+def differing_memory() -> float:
+    """The limit that "auto" sets where the second process has less free memory."""
+    free = 10e9 if int(os.environ["RANK"]) == 0 else 6e9
+    budget_module.free_bytes = before_training.free_bytes = lambda device: int(free)
+    limits: list[float] = []
+    record = RankPilot._record
+
+    def note(pilot: RankPilot, *arguments: Any, **options: Any) -> None:
+        record(pilot, *arguments, **options)
+        limits.append(pilot.limit)
+
+    RankPilot._record = note  # type: ignore[method-assign]
+    loop(ddp, policy="signal-mean", budget="auto")
+    assert len(set(limits)) == 1
+    return limits[0]
+
+
+def test_auto_is_what_every_process_has_free() -> None:
+    """Two processes share the host's memory."""
+    assert in_processes(2, differing_memory) == [pytest.approx(0.9 * 6e9 / 2)] * 2
+
+
+def larger_peak(excess: int) -> list[str]:
+    """The corrections where the second process takes more bytes from step 4 on."""
+    highest = Replicas.highest
+    seen: list[int] = []
+
+    def more(replicas: Replicas, peak: int) -> int:
+        seen.append(peak)
+        return highest(replicas, peak + (excess if replicas.processes.rank == 1 and len(seen) > 3 else 0))
+
+    Replicas.highest = more  # type: ignore[method-assign]
+    plans: list[str] = []
+    corrected = RankPilot._corrected
+
+    def note(pilot: RankPilot, correction: Any) -> None:
+        corrected(pilot, correction)
+        plans.append(f"{correction.step} {correction.reason} {correction.plan.ranks.tolist()}")
+
+    RankPilot._corrected = note  # type: ignore[method-assign]
+    loop(ddp, policy="signal-mean", budget="80%", measure_every=1)
+    return plans
+
+
+def test_a_peak_above_the_budget_in_one_process_corrects_all() -> None:
+    first, second = in_processes(2, larger_peak, 60_000)
+    assert first == second
+    assert first[0].startswith(("4 shrunk: peak above the budget", "4 rolled back: peak above the budget"))
+
+
+def reviewed(folder: Path) -> dict[str, Any]:
+    """A run whose plans a person halves, in the first process."""
+
+    def halved(review: PlanReview, proposal: Any) -> Any:
+        assert review.processes.first
+        return proposal.plan.ranks // 2
+
+    PlanReview._wait = halved  # type: ignore[method-assign]
+    return loop(ddp, review=folder / "plan.yaml")
+
+
+def test_a_person_is_asked_by_the_first_process(tmp_path: Path) -> None:
+    first, second = in_processes(2, reviewed, tmp_path)
+    assert first["digests"] == second["digests"]
+    assert max(weight.shape[0] for weight in first["weights"] if weight.shape[1] == 32) <= 48
+    assert {min(weight.shape) for weight in first["weights"]} <= {0, 2, 4, 6}
+
+
+def broken_probe() -> None:
+    """The loss is NaN in the probe, which the first process runs."""
+    before_training.run_probe = lambda *_, **__: broken()
+    loop(ddp)
+
+
+def broken() -> Any:
+    assert dist.get_rank() == 0
+    raise NonFiniteError("The loss of the probe is nan.")
+
+
+def test_an_error_of_the_probe_is_one_of_all() -> None:
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, broken_probe, patience_s=30)
+    assert caught.value.kinds == {0: "NonFiniteError", 1: "NonFiniteError"}
+    assert caught.value.texts[1] == "The loss of the probe is nan."

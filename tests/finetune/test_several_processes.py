@@ -1,0 +1,266 @@
+"""Several processes under DistributedDataParallel train as one would: same ranks, same losses, same files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.finetune.callback import RankPilotCallback, attach
+from rankpilot.finetune.checkpoint import last_checkpoint
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers import TrainerCallback
+
+from .ddp_run import DECISIONS, SCHEDULE, Setting, Watch, train
+from .several import ProcessFailed, in_processes
+from .trainer_kinds import dpo, sft
+
+Outcome = dict[str, Any]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "static graph": {"arguments": {"ddp_static_graph": True, "ddp_find_unused_parameters": False}},
+    "no unused parameters": {"arguments": {"ddp_find_unused_parameters": False}},
+    "bucket views": {"handler": {"gradient_as_bucket_view": True}},
+    "accumulation": {"arguments": {"gradient_accumulation_steps": 2}, "rows": 16},
+    "checkpointing": {
+        "arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    },
+    "head": {"lora": {"modules_to_save": ["lm_head"]}},
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The settings of each kind in turn."""
+    return KINDS[request.param]
+
+
+def both(setting: Setting, count: int = 2) -> tuple[Outcome, list[Outcome]]:
+    """What one process makes of a setting, and what each of several makes of it."""
+    (one,) = in_processes(1, train, replace(setting, folder=setting.folder / "one"))
+    return one, in_processes(count, train, replace(setting, folder=setting.folder / "several"))
+
+
+def check_equal_copies(several: list[Outcome], steps: int) -> None:
+    for outcome in several:
+        assert outcome["digests"].keys() == set(range(1, steps + 1))
+        assert outcome["digests"] == several[0]["digests"]
+        assert outcome["predictions"] == several[0]["predictions"]
+        assert outcome["peaks"] == several[0]["peaks"]
+
+
+def largest_difference(a: Outcome, b: Outcome) -> float:
+    assert a["weights"].keys() == b["weights"].keys()
+    assert all(a["weights"][name].shape == value.shape for name, value in b["weights"].items())
+    return max(float(np.abs(a["weights"][name] - value).max(initial=0)) for name, value in b["weights"].items())
+
+
+@pytest.mark.parametrize(("count", "steps"), [(2, 15), pytest.param(4, 30, marks=pytest.mark.slow)])
+def test_weights_are_those_of_one_process(kind: dict[str, Any], count: int, steps: int, tmp_path: Path) -> None:
+    one, several = both(Setting(tmp_path, steps, dtype=torch.float64, **kind), count)
+    check_equal_copies(several, steps)
+    assert len(one["predictions"]) == DECISIONS
+    assert several[0]["ranks"] == one["ranks"]
+    assert largest_difference(several[0], one) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["plain", "static graph", "accumulation"])
+def test_losses_are_those_of_one_process(name: str, tmp_path: Path) -> None:
+    one, several = both(Setting(tmp_path, **KINDS[name]))
+    check_equal_copies(several, 30)
+    assert several[0]["losses"].keys() == set(range(1, 31))
+    assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-6)
+
+
+def test_peaks_are_predicted_with_buckets(kind: dict[str, Any], tmp_path: Path) -> None:
+    """Each step is measured; those of several processes keep the budget, as those of one do."""
+    settings = {"policy": "signal-mean", "budget": "80%", "steps": 12, "callback": {"measure_every": 1}}
+    one, several = both(Setting(tmp_path, **kind, **settings))
+    check_equal_copies(several, 12)
+    for outcome in (one, several[0]):
+        assert len(outcome["peaks"]) == 12
+        assert max(peak for _, peak in outcome["peaks"]) <= outcome["limit"]
+        assert outcome["checks"]
+        for _, predicted, measured in outcome["checks"]:
+            assert 0.985 * predicted < measured <= predicted
+    # Buckets are one more copy of the gradients, which a share of uniform rank 8 pays for as well.
+    assert several[0]["limit"] != one["limit"]
+
+
+def test_texts_of_different_lengths_under_a_budget_of_bytes(tmp_path: Path) -> None:
+    """Each process has other lengths: all plan for the longest of all."""
+    setting = Setting(tmp_path, lengths=True, policy="signal-mean", budget="90%", callback={"measure_every": 1})
+    several = in_processes(2, train, setting)
+    check_equal_copies(several, 30)
+    assert max(peak for _, peak in several[0]["peaks"]) <= several[0]["limit"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
+def test_compiled_models(tmp_path: Path) -> None:
+    arguments = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    one, several = both(Setting(tmp_path, 12, dtype=torch.float64, arguments=arguments))
+    check_equal_copies(several, 12)
+    assert several[0]["graphs"] > 1
+    assert largest_difference(several[0], one) < 1e-12
+
+
+def test_one_process_writes(tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    in_processes(2, train, Setting(tmp_path / "run", steps=8, arguments=arguments))
+    log = DecisionLog(tmp_path / "run" / "decisions").read()
+    assert sorted(set(log["step"].to_pylist())) == sorted({0, 1, 3, 4, 6})
+    assert len(log) == len(set(zip(log["step"].to_pylist(), log["module"].to_pylist(), strict=True)))
+    names = {path.name for path in (tmp_path / "run" / "checkpoint-8").iterdir()}
+    assert {"rankpilot.json", "rankpilot.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
+
+
+# Going on -------------------------------------------------------------------------------------------------------------
+
+SAVING = {"save_strategy": "steps", "save_steps": 5}
+
+
+def trained(setting: Setting, count: int) -> Outcome:
+    first, *others = in_processes(count, train, setting)
+    check_equal_copies([first, *others], setting.steps)
+    return first
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_any_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
+    """With as many as before bit for bit; with others within what the order of sums makes of fp32."""
+    setting = Setting(tmp_path / "run", 20, arguments=SAVING)
+    (tmp_path / "run").mkdir()
+    whole = in_processes(before, train, setting)[0]
+    for name in ("checkpoint-15", "checkpoint-20"):
+        shutil.rmtree(tmp_path / "run" / name)
+    log = DecisionLog(tmp_path / "run" / "decisions").read()
+    again = in_processes(after, train, replace(setting, resume=True))
+    for outcome in again:
+        assert outcome["digests"] == again[0]["digests"]
+        assert outcome["digests"].keys() == set(range(11, 21))
+        assert outcome["ranks"] == whole["ranks"]
+        assert outcome["predictions"] == whole["predictions"]
+    if before == after:
+        assert again[0]["digests"].items() <= whole["digests"].items()
+        assert DecisionLog(tmp_path / "run" / "decisions").read().equals(log)
+    else:
+        assert largest_difference(again[0], whole) < 1e-6
+
+
+def test_a_checkpoint_without_the_random_numbers_of_a_process_is_passed_over(tmp_path: Path) -> None:
+    in_processes(2, train, Setting(tmp_path / "run", 10, arguments=SAVING))
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-10"
+    (tmp_path / "run" / "checkpoint-10" / "rng_state_1.pth").unlink()
+    told: list[str] = []
+    assert last_checkpoint(tmp_path / "run", tell=told.append) == tmp_path / "run" / "checkpoint-5"
+    assert told == ["checkpoint-10 is passed over: rng_state_1.pth is missing"]
+
+
+class Term(TrainerCallback):  # type: ignore[misc]
+    """The second process gets SIGTERM in the middle of step 7, as job schedulers send it to all."""
+
+    def __init__(self, pilot: RankPilotCallback) -> None: ...
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 6 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_in_one_process_ends_all_after_the_same_step(tmp_path: Path) -> None:
+    arguments = {"gradient_accumulation_steps": 2}
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, train, Setting(tmp_path / "run", 20, rows=16, arguments=arguments, callbacks=(Term,)))
+    assert caught.value.kinds == {0: "Terminated", 1: "Terminated"}
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-7"
+
+
+def test_the_best_model_at_the_end(tmp_path: Path) -> None:
+    arguments = SAVING | {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
+    first, second = in_processes(2, train, Setting(tmp_path / "run", 20, arguments=arguments))
+    assert first["ranks"] == second["ranks"]
+    assert largest_difference(first, second) == 0
+
+
+class Dies(TrainerCallback):  # type: ignore[misc]
+    """The second process is killed in the middle of step 8, once."""
+
+    def __init__(self, pilot: RankPilotCallback) -> None: ...
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def restarted(setting: Setting) -> Outcome:
+    """What the first process of `torchrun --max-restarts 1` returns in the end."""
+    # Or processes that start again find the addresses of those that have died (torch 2.13).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # Not forks of this process: the agent that starts them again has threads.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    settings = LaunchConfig(
+        1, 1, nproc_per_node=2, max_restarts=1, start_method="forkserver", rdzv_backend="c10d", monitor_interval=0.1
+    )
+    results: dict[int, Outcome] = elastic_launch(settings, from_last_checkpoint)(setting)
+    return results[0]
+
+
+def from_last_checkpoint(setting: Setting) -> Outcome:
+    checkpoint = last_checkpoint(setting.folder)
+    return train(replace(setting, resume=str(checkpoint) if checkpoint else None))
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_and_nothing_changes(tmp_path: Path) -> None:
+    whole = trained(Setting(tmp_path / "whole", 15, arguments=SAVING), 2)
+    killed = Setting(tmp_path / "killed", 15, arguments=SAVING, callbacks=(Dies,))
+    (again,) = in_processes(1, restarted, killed)
+    assert again["digests"].keys() == set(range(6, 16)), "it goes on from the checkpoint of step 5"
+    assert again["digests"].items() <= whole["digests"].items()
+    logs = [DecisionLog(tmp_path / name / "decisions").read() for name in ("whole", "killed")]
+    columns = [name for name in logs[0].column_names if name != "run"]
+    assert logs[0].select(columns).equals(logs[1].select(columns))
+
+
+# Other Trainers -------------------------------------------------------------------------------------------------------
+
+
+def other_trainer(kind: str, folder: Path, steps: int) -> Outcome:
+    """One of TRL's Trainers, as each of the processes trains it."""
+    torch.set_num_threads(1)
+    count = int(os.environ["WORLD_SIZE"])
+    build = {"sft": sft, "dpo": dpo}[kind]
+    options: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 4 // count,
+        "learning_rate": 1e-3,
+        "bf16": False,
+    }
+    trainer = build(folder / str(count), ddp_backend="gloo" if count > 1 else None, **options)
+    pilot = attach(trainer, "signal-mean", budget="6k params", schedule=SCHEDULE)
+    watch = Watch(pilot)
+    trainer.add_callback(watch)
+    trainer.train()
+    weights = {name: p.detach().clone().numpy() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    facts = {"predictions": pilot.predictions, "peaks": pilot.peaks}
+    return {"losses": watch.losses, "digests": watch.digests, "weights": weights, **facts}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trainers_of_trl(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    (one,) = in_processes(1, other_trainer, kind, tmp_path, 12)
+    several = in_processes(2, other_trainer, kind, tmp_path, 12)
+    check_equal_copies(several, 12)
+    assert len(set(one["digests"].values())) == 12
+    assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert largest_difference(several[0], one) < 1e-5
