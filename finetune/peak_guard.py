@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..allocation.controller import RankController
-from ..allocation.observation import Observation
-from ..allocation.plan import Plan, check_budget, least_ranks
+from ..allocation.plan import check_budget, least_ranks
 from ..common.arrays import IntArray
 from ..common.units import format_bytes
 from ..errors import BudgetError, UnsupportedError
@@ -26,6 +25,7 @@ from ..memory.model import MemoryModel
 from ..memory.peak_meter import PeakMeter
 from ..memory.recomputation import recomputed_cost
 from ..memory.recording import Batch
+from .correction import Correction
 from .recomputation import Recomputation
 from .run import TrainingRun
 
@@ -37,25 +37,6 @@ MARGIN = 0.03
 OUT_OF_MEMORY_SHARE = 0.9
 """After an out-of-memory error the plan may cost this share of what it cost, or half of what its adapters cost if that
 is more: where most of the cost is the same under every plan, less would be no adapter at all."""
-
-
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """A change of ranks that no policy asked for.
-
-    Attributes:
-        step: the optimiser steps before it.
-        reason: why, for the decision log.
-        wanted: ranks of the plan before, the current ones where there was none, int64 (modules,).
-        observation: the state of the run before it.
-        plan: the new plan.
-    """
-
-    step: int
-    reason: str
-    wanted: IntArray
-    observation: Observation
-    plan: Plan
 
 
 class PeakGuard:

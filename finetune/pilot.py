@@ -31,11 +31,12 @@ from ..memory.model import MemoryModel
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
 from .before_training import Progress, prepare, run_memory, within_all
+from .correction import Correction
 from .gradient_watch import GradientWatch
 from .journal import Journal
 from .loss_meter import LossMeter
 from .options import check_options, check_run, readable_budget
-from .peak_guard import Correction, PeakGuard
+from .peak_guard import PeakGuard
 from .readings import Readings
 from .recomputation import Recomputation, recomputing
 from .review import PlanReview
