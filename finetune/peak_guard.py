@@ -156,7 +156,7 @@ class PeakGuard:
         cause = self._check(step, peak, ranks) if self._unchecked else ""
         if peak <= controller.limit:
             if cause:
-                logger.warning("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
+                self._warn("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
             return
         error = max(peak - plan_cost(controller.cost_now(), ranks), 0.0)
         self._underestimate += error
@@ -172,7 +172,7 @@ class PeakGuard:
         if self._relieved(text):
             return
         self._check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
-        logger.warning("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
+        self._warn("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
         self._correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
 
     @contextmanager
@@ -211,7 +211,7 @@ class PeakGuard:
         self._run.replicas.check_again(self._step + 1, Budget(controller.cost.unit, controller.limit))
         if self._relieved(f"Step {self._step + 1} ran out of memory, and is taken again."):
             return
-        logger.warning(
+        self._warn(
             "Step %d ran out of memory. The plan shrinks to %.0f %% of its cost, and the step is taken again.",
             self._step + 1,
             100 * controller.limit / cost,
@@ -270,6 +270,10 @@ class PeakGuard:
         self.checks = [(int(step), float(cost), int(peak)) for step, cost, peak in state["checks"]]
         self._before = state["before"].numpy().copy() if "before" in state else None
 
+    def _warn(self, text: str, *values: object) -> None:
+        if self._run.replicas.processes.first:  # all processes come to the same
+            logger.warning(text, *values)
+
     def _measure_next(self) -> None:
         self.meter.request()
         self._unchecked = True
@@ -319,9 +323,9 @@ class PeakGuard:
         controller.reprice(cost)
         text = f"A batch of {shape} came, larger than the memory was planned for."
         if controller.fits():
-            logger.warning("%s The plan still fits.", text)
+            self._warn("%s The plan still fits.", text)
         elif not self._relieved(text):
-            logger.warning("%s The plan is shrunk.", text)
+            self._warn("%s The plan is shrunk.", text)
             check_budget(controller.problem_now(), list(controller.names))
             self._correct(f"shrunk: batch of {shape}", controller.ranks)
 
@@ -367,7 +371,7 @@ class PeakGuard:
             return False
         if before != self.recomputed:
             self._measure_next()
-            logger.warning("%s Now %s, and the plan stays.", reason, self._recomputation)
+            self._warn("%s Now %s, and the plan stays.", reason, self._recomputation)
         return True
 
     def _check_possible(self, context: str) -> None:
