@@ -104,6 +104,18 @@ def test_texts_of_different_lengths_under_a_budget_of_bytes(tmp_path: Path) -> N
     assert max(peak for _, peak in several[0]["peaks"]) <= several[0]["limit"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [("signal-mean", {"recompute": True, "time": "110%"}), ("default", {"explore": 0.5})],
+    ids=["layers that run again, and time", "exploration"],
+)
+def test_choices_of_the_first_process_are_those_of_all(policy: str, options: dict[str, Any], tmp_path: Path) -> None:
+    options |= {"measure_every": 1}
+    several = in_processes(2, train, Setting(tmp_path, 10, policy=policy, budget="70%", callback=options))
+    check_equal_copies(several, 10)
+    assert max(peak for _, peak in several[0]["peaks"]) <= several[0]["limit"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
 def test_compiled_models(tmp_path: Path) -> None:
