@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from ..errors import UnsupportedError
 
-STATELESS_HOOKS = (default_hooks.allreduce_hook, default_hooks.bf16_compress_hook, default_hooks.fp16_compress_hook)
-"""Communication hooks that know nothing of the shapes of gradients, and so go on with others."""
+STATELESS_HOOKS = ("allreduce_hook", "bf16_compress_hook", "fp16_compress_hook")
+"""Communication hooks of torch that know nothing of the shapes of gradients, and so go on with others."""
+
+_HOOKS = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"
+"""Where they are; a Trainer does not load it."""
 
 WAY_OUT = "Start one process for each device with torchrun, which trains under DistributedDataParallel."
 
@@ -86,11 +88,11 @@ def _check_ddp(wrapper: DistributedDataParallel) -> None:
         )
     hooks = [hook for hook, _ in wrapper._comm_hooks]
     named = wrapper._get_ddp_logging_data().get("comm_hook", "")  # type: ignore[no-untyped-call]
-    unknown = [hook.__qualname__ for hook in hooks if hook not in STATELESS_HOOKS]
+    unknown = [hook.__qualname__ for hook in hooks if hook.__module__ != _HOOKS or hook.__name__ not in STATELESS_HOOKS]
     if named and not hooks:
         unknown.append(named)
     if unknown:
         raise UnsupportedError(
             f"The communication hook {unknown[0]} of {name} may keep the shapes of gradients, which change with ranks. "
-            f"Leave it out, or use one of {', '.join(hook.__name__ for hook in STATELESS_HOOKS)}."
+            f"Leave it out, or use one of {', '.join(STATELESS_HOOKS)}."
         )
