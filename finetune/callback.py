@@ -31,7 +31,7 @@ from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
 from .run import TrainingRun
 from .stop import StopOnSigterm
-from .trainer_step import TrainerStep, before_training, find_trainer, resumed_from
+from .trainer_step import TrainerStep, around_training, find_trainer, resumed_from
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             time=time,
             explore=explore,
         )
-        before_training(_prepared)
+        around_training(_prepared, _broken_off)
         self._seed = seed
         self._bar = False
         self._step: TrainerStep | None = None
@@ -325,6 +325,12 @@ def _prepared(trainer: Trainer, resume: Any) -> Any:
     if not callbacks:
         return resume
     return Processes.of_this_run().on_first(lambda: chosen_checkpoint(resume, trainer.args.output_dir))
+
+
+def _broken_off(trainer: Trainer) -> None:
+    """Leave nothing behind of a run that ended with an error, wherever it came from."""
+    for callback in [one for one in trainer.callback_handler.callbacks if isinstance(one, RankPilotCallback)]:
+        callback._break_off()
 
 
 def run_of(step: TrainerStep, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:

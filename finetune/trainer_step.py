@@ -60,20 +60,25 @@ def _running_trainers() -> Iterator[tuple[Trainer, Mapping[str, Any]]]:
 
 
 @cache
-def before_training(prepare: Callable[[Trainer, Any], Any]) -> None:
-    """Call a function before any Trainer of this process trains, from now on.
+def around_training(prepare: Callable[[Trainer, Any], Any], break_off: Callable[[Trainer], None]) -> None:
+    """Call functions before any Trainer of this process trains, and after an error in it, from now on.
 
     A callback that is added to a Trainer hears nothing before a checkpoint has been loaded, which is too late to choose
-    it. So the class is told.
+    it, and nothing of an error. So the class is told.
 
     Args:
         prepare: gets the Trainer and what its `train` is asked to resume from, and returns what it resumes from.
+        break_off: gets the Trainer whose training has ended with an error.
     """
     run = Trainer.train
 
     @wraps(run)
     def train(self: Trainer, resume_from_checkpoint: Any = None, *rest: Any, **options: Any) -> Any:
-        return run(self, prepare(self, resume_from_checkpoint), *rest, **options)
+        try:
+            return run(self, prepare(self, resume_from_checkpoint), *rest, **options)
+        except BaseException:
+            break_off(self)
+            raise
 
     Trainer.train = train
 

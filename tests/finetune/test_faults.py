@@ -19,6 +19,7 @@ from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.finetune.checkpoint import STATE
+from rankpilot.finetune.stop import StopOnSigterm
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -275,6 +276,18 @@ def test_no_handler_is_left_behind(make: Launch) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     rankpilot.allocate(make("other").trainer, budget="80%", policy="signal-mean", schedule=SCHEDULE)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_no_handler_is_left_behind_by_an_error_between_steps(make: Launch) -> None:
+    def breaks(step: int) -> None:
+        if step == 2:
+            raise OSError("the disk of the data is gone")
+
+    run = make(at_step=breaks)
+    with pytest.raises(OSError, match="is gone"):
+        run.train()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not [one for one in run.trainer.callback_handler.callbacks if isinstance(one, StopOnSigterm)]
 
 
 class Asks(TrainerCallback):
