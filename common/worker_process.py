@@ -1,4 +1,4 @@
-"""A worker's process, which another one replaces when it dies; see `common.workers`."""
+"""A worker: a process that answers requests, and another one in its place when it dies; see `common.workers`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 import sys
 import textwrap
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -56,12 +56,50 @@ class Job:
     deaths: int = 0
 
 
-class WorkerProcess:
-    """One process, and what it takes to put another one in its place."""
+class Process(Protocol):
+    """A process that answers requests, one after another."""
 
-    def __init__(self) -> None:
-        self.pipe: Any = None
-        self.process: Any = None
+    def send(self, request: Request) -> None:
+        """Send a request; ConnectionError if the process has ended."""
+
+    def receive(self) -> tuple[bool, Any]:
+        """The answer to it: whether it succeeded, and its result, or else what it raised.
+
+        Raises:
+            EOFError, ConnectionError: the process has ended.
+        """
+
+    def end(self, *, idle: bool) -> None:
+        """End the process.
+
+        Args:
+            idle: it has no work, so that it may be given the time to end by itself.
+        """
+
+
+class Machines(Protocol):
+    """Where processes can run."""
+
+    def size(self) -> int:
+        """How many processes are of use."""
+
+    def start(self) -> Process:
+        """Start one."""
+
+    def ready(self, processes: Sequence[Any]) -> Sequence[Any]:
+        """Those of some processes whose answers have arrived, or that have ended; waits until there is one."""
+
+
+class Worker:
+    """One process at a time, and what it takes to put another one in its place.
+
+    Args:
+        machines: where processes run.
+    """
+
+    def __init__(self, machines: Machines) -> None:
+        self._machines = machines
+        self.process: Process | None = None
         self._makes: dict[int, Callable[[], Any]] = {}
         self._calls: dict[int, list[Request]] = {}
         self._built: set[int] = set()
@@ -75,7 +113,7 @@ class WorkerProcess:
     def begin(self, job: Job) -> None:
         """Start with a job; if this process does not have its object yet, with what makes the object as it was."""
         if not self.process:
-            self._start()
+            self.process = self._machines.start()
         key = job.request.key
         if key is not None and key not in self._built:
             self._pending.append(Request(key, self._makes[key], build=True))
@@ -89,8 +127,9 @@ class WorkerProcess:
         Raises:
             WorkerError: too many processes have died at the job.
         """
+        assert self.process is not None
         try:
-            succeeded, result = self.pipe.recv()
+            succeeded, result = self.process.receive()
         except (EOFError, ConnectionError):
             self._replace(job)
             return None
@@ -111,26 +150,16 @@ class WorkerProcess:
         """End the process; another one takes its place when there is work."""
         if not self.process:
             return
-        self.pipe.close()
-        if not self._pending:
-            self.process.join(timeout=5)
-        self.process.kill()
-        self.process.join()
-        self.process = self.pipe = None
+        self.process.end(idle=not self._pending)
+        self.process = None
         self._built.clear()
         self._pending.clear()
 
-    def _start(self) -> None:
-        context = _process_context()
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there, dict(os.environ)), daemon=True)
-        self.process.start()
-        there.close()  # else nobody would notice that the process ended
-
     def _send(self, job: Job) -> None:
         """Send the next request; a process that has died in the meantime is noticed here or by its answer."""
+        assert self.process is not None
         try:
-            self.pipe.send(self._pending[0])
+            self.process.send(self._pending[0])
         except ConnectionError:
             self._replace(job)
 
@@ -143,6 +172,51 @@ class WorkerProcess:
                 f"{textwrap.shorten(job.name(), 200)}. Try fewer workers."
             )
         self.begin(job)
+
+
+class ThisMachine:
+    """Processes of this machine; see `Machines`."""
+
+    def size(self) -> int:
+        """One process for each core."""
+        return os.cpu_count() or 1
+
+    def start(self) -> LocalProcess:
+        """Start one."""
+        return LocalProcess()
+
+    def ready(self, processes: Sequence[LocalProcess]) -> Sequence[LocalProcess]:
+        """See `Machines`."""
+        ready = wait([process.pipe for process in processes])
+        return [process for process in processes if process.pipe in ready]
+
+
+class LocalProcess:
+    """A process of this machine; see `Process`."""
+
+    def __init__(self) -> None:
+        context = _process_context()
+        self.pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, dict(os.environ)), daemon=True)
+        self._process.start()
+        there.close()  # else nobody would notice that the process ended
+
+    def send(self, request: Request) -> None:
+        """See `Process`."""
+        self.pipe.send(request)
+
+    def receive(self) -> tuple[bool, Any]:
+        """See `Process`."""
+        succeeded, result = self.pipe.recv()
+        return succeeded, result
+
+    def end(self, *, idle: bool) -> None:
+        """See `Process`."""
+        self.pipe.close()
+        if idle:
+            self._process.join(timeout=5)
+        self._process.kill()
+        self._process.join()
 
 
 def _process_context() -> Any:
@@ -165,28 +239,43 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     torch.set_num_threads(1)
     Thread(target=_end_with_parent, daemon=True).start()
-    objects: dict[int | None, Any] = {}
+    objects: dict[int, Any] = {}
     while True:
         try:
             request: Request = pipe.recv()
         except EOFError:
             return
-        try:
-            with isolated():
-                if request.build:
-                    objects[request.key] = request.function()
-                    answer: tuple[bool, Any] = True, None
-                else:
-                    kept = () if request.key is None else (objects[request.key],)
-                    answer = True, request.function(*kept, *request.arguments)
-        except Exception as error:  # whatever it is, the parent raises it
-            answer = False, error
+        answer = answered(request, objects)
         try:
             pipe.send(answer)
         except OSError:  # the parent is gone
             return
         except Exception as error:  # it cannot be pickled
-            pipe.send((False, WorkerError(f"What a worker found cannot be sent to its parent: {error}")))
+            pipe.send(not_sent(error))
+
+
+def answered(request: Request, objects: dict[int, Any]) -> tuple[bool, Any]:
+    """What a process answers: whether a request succeeded, and its result, or else what it raised.
+
+    Args:
+        request: what to do.
+        objects: that the process keeps.
+    """
+    key = request.key
+    try:
+        with isolated():
+            if request.build:
+                assert key is not None
+                objects[key] = request.function()
+                return True, None
+            return True, request.function(*(() if key is None else (objects[key],)), *request.arguments)
+    except Exception as error:  # whatever it is, the parent raises it
+        return False, error
+
+
+def not_sent(error: Exception) -> tuple[bool, WorkerError]:
+    """The answer in place of one that cannot be pickled."""
+    return False, WorkerError(f"What a worker found cannot be sent to its parent: {error}")
 
 
 def _end_with_parent() -> None:

@@ -8,25 +8,29 @@ There are two kinds of work:
 A process can die in the middle of its work, mostly for lack of memory. Then another one takes its place: it builds the
 same objects, repeats their calls, and goes on with the work that was interrupted, so that results stay what they would
 have been. Work at which processes die again and again ends in a `WorkerError` that names it.
+
+Processes run on this machine, or on those that `running_on` names, such as a cluster's (`common.cluster`).
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeVar
 
-from .worker_process import Job, Request, WorkerProcess, isolated
+from .worker_process import Job, Machines, Request, ThisMachine, Worker, isolated
 
-__all__ = ["Call", "Workers", "count_workers", "isolated", "make_workers", "worker_pool"]
+__all__ = ["Call", "Workers", "count_workers", "isolated", "make_workers", "running_on", "worker_pool"]
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
+
+_MACHINES: ContextVar[Machines | None] = ContextVar("machines", default=None)
+"""Where processes run; None stands for this machine."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Call:
 
 
 class Workers(Protocol):
-    """Runs pieces of work, and keeps objects: this process, or processes of this machine."""
+    """Runs pieces of work, and keeps objects: this process, or others, here or on other machines."""
 
     def spread(
         self, work: Callable[[Piece], Result], pieces: Sequence[Piece], describe: Callable[[Piece], str] = repr
@@ -77,9 +81,23 @@ class Workers(Protocol):
         """End all processes; the objects are gone."""
 
 
+@contextmanager
+def running_on(machines: Machines) -> Iterator[None]:
+    """Let all workers that are made inside the block be processes of some machines, also where there is but one."""
+    token = _MACHINES.set(machines)
+    try:
+        yield
+    finally:
+        _MACHINES.reset(token)
+
+
 def make_workers(count: int) -> Workers:
-    """Processes that start when there is work for them, to be closed by the caller; one stands for this process."""
-    return _ThisProcess() if count == 1 else _Processes(count)
+    """Processes that start when there is work for them, to be closed by the caller.
+
+    One stands for this process, unless processes run elsewhere; see `running_on`.
+    """
+    machines = _MACHINES.get()
+    return _ThisProcess() if count == 1 and machines is None else _Processes(count, machines or ThisMachine())
 
 
 @contextmanager
@@ -93,8 +111,8 @@ def worker_pool(count: int) -> Iterator[Workers]:
 
 
 def count_workers(asked: int) -> int:
-    """Worker processes for a setting in which 0 stands for as many as there are cores."""
-    return asked or os.cpu_count() or 1
+    """Worker processes for a setting in which 0 stands for as many as there are cores, here or where processes run."""
+    return asked or (_MACHINES.get() or ThisMachine()).size()
 
 
 class _ThisProcess:
@@ -130,10 +148,11 @@ class _ThisProcess:
 
 
 class _Processes:
-    """Processes of this machine."""
+    """Processes of some machines."""
 
-    def __init__(self, count: int) -> None:
-        self.processes = [WorkerProcess() for _ in range(count)]
+    def __init__(self, count: int, machines: Machines) -> None:
+        self._machines = machines
+        self.workers = [Worker(machines) for _ in range(count)]
 
     def spread(
         self, work: Callable[[Piece], Result], pieces: Sequence[Piece], describe: Callable[[Piece], str] = repr
@@ -156,30 +175,30 @@ class _Processes:
         return {key: done[key][1] for key in calls}
 
     def close(self) -> None:
-        for process in self.processes:
-            process.stop()
+        for worker in self.workers:
+            worker.stop()
 
-    def _home(self, key: int) -> WorkerProcess:
-        """The process in which an object lives."""
-        return self.processes[key % len(self.processes)]
+    def _home(self, key: int) -> Worker:
+        """The worker that has an object."""
+        return self.workers[key % len(self.workers)]
 
     def _done(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, bool, Any]]:
         """Jobs as they are done: whether each succeeded, and its result, or else what it raised."""
-        waiting = {process: deque[Job]() for process in self.processes}
+        waiting = {worker: deque[Job]() for worker in self.workers}
         anywhere = deque[Job]()
         for job in jobs:
             (anywhere if job.request.key is None else waiting[self._home(job.request.key)]).append(job)
-        busy: dict[WorkerProcess, Job] = {}
+        busy: dict[Worker, Job] = {}
         try:
             while busy or anywhere or any(waiting.values()):
-                for process in self.processes:
-                    if process not in busy and (queue := waiting[process] or anywhere):
-                        busy[process] = queue.popleft()
-                        process.begin(busy[process])
-                ready = wait([process.pipe for process in busy])
-                for process in [process for process in busy if process.pipe in ready]:
-                    if (answer := process.answer(busy[process])) is not None:
-                        yield busy.pop(process), *answer
+                for worker in self.workers:
+                    if worker not in busy and (queue := waiting[worker] or anywhere):
+                        busy[worker] = queue.popleft()
+                        worker.begin(busy[worker])
+                ready = self._machines.ready([worker.process for worker in busy])
+                for worker in [worker for worker in busy if worker.process in ready]:
+                    if (answer := worker.answer(busy[worker])) is not None:
+                        yield busy.pop(worker), *answer
         finally:
-            for process in busy:  # nobody waits for their answers any more
-                process.stop()
+            for worker in busy:  # nobody waits for their answers any more
+                worker.stop()
