@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from ..agents.evaluation.config import EvaluateConfig
+from .on_cluster import on_cluster
 from .progress import console, progress_bar
 
 
@@ -41,12 +42,15 @@ class Evaluate(EvaluateConfig):
         resume: continue an interrupted comparison in the same folder; runs that it holds are not repeated, and policies
             or seeds can be added.
         logs: write down every decision: a decision log for each run, in logs/POLICY/TASK-SEED in the output folder.
+        cluster: run on a Ray cluster: "local" starts one on this machine, "auto" joins the one that runs here, and
+            HOST:PORT the one with that address. The results are the same (docs/cluster.md).
     """
 
     policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     output: Path = Path("runs/evaluation")
     resume: bool = False
     logs: bool = False
+    cluster: str | None = None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,7 +61,8 @@ def main(arguments: Sequence[str]) -> None:
 
     if options.split == "test":
         console.print("The test split is for final reports: whoever chooses by it has no test left.")
-    with progress_bar("policies on the same proxy fine-tunes (runs)") as report:
+    bar = progress_bar("policies on the same proxy fine-tunes (runs)")
+    with on_cluster(options.cluster), bar as report:
         groups = evaluate(options, options.output, resume=options.resume, logs=options.logs, on_progress=report)
     for group in groups:
         console.print(comparison_table(group, Path(options.against).name))

@@ -14,6 +14,7 @@ from ..agents.training.config import PRESETS, TrainConfig
 from ..common.files import read_json, read_json_lines
 from ..errors import ConfigError, UnknownNameError
 from .config_file import peek, read_config_file, with_file_settings
+from .on_cluster import on_cluster
 from .progress import console, progress_bar, stage_bar
 
 
@@ -39,6 +40,8 @@ class Train(TrainConfig):
             fitted to its plan runs, so nothing is run but the validation. It has the settings of its training; only
             seed, workers, device and validation_tasks can be chosen.
         resume: continue an interrupted run in the same folder; a finished run is left as it is.
+        cluster: train on a Ray cluster: "local" starts one on this machine, "auto" joins the one that runs here, and
+            HOST:PORT the one with that address. The policy is the same (docs/cluster.md).
     """
 
     output: Path = Path("runs/policy")
@@ -46,6 +49,7 @@ class Train(TrainConfig):
     config: Path | None = None
     from_trials: Path | None = None
     resume: bool = False
+    cluster: str | None = None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -80,7 +84,8 @@ def train_command(options: Train) -> None:
         console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
         _print_validation(read_json(folder / "card.json")["validation"])
         return
-    results = _refit(options, options.from_trials) if options.from_trials else _train(options)
+    with on_cluster(options.cluster, options.device):
+        results = _refit(options, options.from_trials) if options.from_trials else _train(options)
     _print_validation(results)
     line = f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}"
     console.print(line, markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from ...allocation.decision_log import DecisionLog
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, Policy
 from ...allocation.schedule import DecisionSchedule
+from ...common.files import atomic_path
 from ...common.statistics import mean_and_interval
 from ...common.workers import worker_pool
 from ...env.episodes.episode_log import EpisodeLog
@@ -37,6 +39,9 @@ SEED_STEP = 7_000_000
 """Between the seeds of a task's repetitions; the suites' own seeds lie from 1 to 3 million."""
 
 Competitor = Policy | TaskRule
+
+LogFiles = dict[str, dict[str, bytes]]
+"""Contents of decision logs: by folder, below that of all logs, and name of the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +122,11 @@ def compare(
             references |= {job.key[1:]: result for job, result in zip(chunk, results, strict=True)}
             done += _report(chunk, done, total, on_progress)
         missing = [_with_reference(job, references) for job in missing]
-        for chunk, rows in pool.spread(partial(_run, schedule, logs), _chunks(missing, workers), _name):
+        run = partial(_run, schedule, logs is not None)
+        for chunk, (rows, files) in pool.spread(run, _chunks(missing, workers), _name):
             known |= {row.key: row for row in rows}
+            if logs:
+                _write_logs(logs, files)
             if file:
                 append_rows(file, rows)
             done += _report(chunk, done, total, on_progress)
@@ -190,7 +198,29 @@ def log_folder(logs: Path, key: Key) -> Path:
     return logs / policy / f"{task}-{key[2]}"
 
 
-def _run(schedule: DecisionSchedule, logs: Path | None, jobs: list[Job]) -> list[Row]:
+def _run(schedule: DecisionSchedule, logged: bool, jobs: list[Job]) -> tuple[list[Row], LogFiles]:
+    """The rows of some jobs, and their decision logs, which this process may be too far away to write in place."""
+    if not logged:
+        return _rows(schedule, None, jobs), {}
+    with TemporaryDirectory(prefix="rankpilot-") as name:
+        place = Path(name)
+        rows = _rows(schedule, place, jobs)
+        files: LogFiles = {}
+        for path in sorted(path for path in place.rglob("*") if path.is_file()):
+            files.setdefault(path.parent.relative_to(place).as_posix(), {})[path.name] = path.read_bytes()
+        return rows, files
+
+
+def _write_logs(logs: Path, files: LogFiles) -> None:
+    """Write decision logs in place of those that may be there; the parts come last, as in any log."""
+    for folder, contents in files.items():
+        DecisionLog(logs / folder).truncate(0)
+        for name in sorted(contents, key=lambda name: name.startswith("part-")):
+            with atomic_path(logs / folder / name) as temporary:
+                temporary.write_bytes(contents[name])
+
+
+def _rows(schedule: DecisionSchedule, logs: Path | None, jobs: list[Job]) -> list[Row]:
     """The rows of some jobs; of several attempts the best counts."""
     episodes = _episodes(_place(jobs[0].task), schedule)
     attempts: list[Sequence[Attempt]] = []
