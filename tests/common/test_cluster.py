@@ -8,15 +8,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from operator import call
 from pathlib import Path
 from threading import Timer
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from rankpilot.common.cluster import running_on_cluster
@@ -24,45 +22,16 @@ from rankpilot.common.worker_process import MOST_DEATHS
 from rankpilot.common.workers import Call, Workers, count_workers, worker_pool
 from rankpilot.errors import ConfigError, UnsupportedError, WorkerError
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
-SIZE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+from ..ray_nodes import Nodes
 
-
-class Nodes:
-    """A cluster of one head without CPUs, and nodes that come and go."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-        head = {**SIZE, "num_cpus": 0, "include_dashboard": False, "_system_config": quick}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.address: str = self.cluster.address
-
-    def add(self, **variables: str) -> Any:
-        return self.cluster.add_node(**SIZE, env_vars=variables)
-
-    def remove(self, node: Any) -> None:
-        """As if its machine had lost power: Ray's own process and all workers there end at once."""
-        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
-        self.cluster.remove_node(node, allow_graceful=False)
-        for worker in workers:
-            with suppress(psutil.NoSuchProcess):
-                worker.kill()
-
-    def settle(self) -> None:
-        """Wait until Ray has noticed which nodes are gone."""
-        self.cluster.wait_for_nodes(timeout=120)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     pytest.importorskip("ray")
-    nodes = Nodes()
-    nodes.add()
-    nodes.add()
-    yield nodes
-    nodes.cluster.shutdown()
+    with Nodes(2) as nodes:
+        yield nodes
 
 
 def canary() -> str:
@@ -166,6 +135,10 @@ def test_the_work_of_a_node_that_is_lost_is_done_again(nodes: Nodes, tmp_path: P
         assert sum(before[key][1] != after[key][1] for key in range(3)) == 1, "the other nodes' objects stay"
         nodes.settle()
         assert count_workers(0) == 2
+        fourth = nodes.add()
+        assert count_workers(0) == 3, "a node that joins later is of use"
+    nodes.remove(fourth)
+    nodes.settle()
 
 
 def _wait_for(path: Path, piece: int) -> int:
