@@ -288,7 +288,10 @@ def _connection(ray: Any, address: str) -> Iterator[None]:
             logging_level="ERROR",
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"The cluster at {address!r} cannot be joined: {first_line(error)}") from error
+        raise ConfigError(
+            f"The cluster at {address!r} cannot be joined: {first_line(error)}. This machine must be part of it, with "
+            "the same versions of Python and Ray, and know its token if it has one (docs/cluster.md)."
+        ) from error
     try:
         if current_thread() is main_thread():
             for number, handler in handlers.items():
