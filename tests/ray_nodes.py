@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import suppress
 from typing import Any, Self
 
@@ -22,20 +23,30 @@ class Nodes:
     def __init__(self, count: int) -> None:
         from ray.cluster_utils import Cluster
 
+        # A node that is started from this process handles its signals from then on.
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         head = {**SIZE, "num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.add() for _ in range(count)]
         self.address: str = self._cluster.address
+        self._restore_signals()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._cluster.shutdown()
+        self._restore_signals()
 
     def add(self, **variables: str) -> Any:
         """A node whose workers have these environment variables too."""
-        return self._cluster.add_node(**SIZE, env_vars=variables)
+        node = self._cluster.add_node(**SIZE, env_vars=variables)
+        self._restore_signals()
+        return node
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def remove(self, node: Any) -> None:
         """As if its machine had lost power: Ray's own process and all workers there end at once."""

@@ -380,8 +380,8 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
     here, apart = make(stacks=2, count=1), make(stacks=2, count=1, workers=8)
     try:
         assert_same(play_round(apart, 0), play_round(here, 0))
-        processes = apart.workers.processes  # type: ignore[attr-defined]
-        assert len(processes) == 2, "more than there are stacks would be of no use"
+        workers = apart.workers.workers  # type: ignore[attr-defined]
+        assert len(workers) == 2, "more than there are stacks would be of no use"
         tasks = [*PLANTED, *SHIFT, task("shift", 9, "bert-4x32")]
         assert apart.play(tasks, rule_actions) == here.play(tasks, rule_actions)
 
@@ -395,7 +395,7 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
         apart.round = 2
         seen: list[Any] = [apart.reset()]
         for decision in range(apart.decisions):
-            os.kill(processes[decision % 2].process.pid, signal.SIGKILL)
+            os.kill(workers[decision % 2].process._process.pid, signal.SIGKILL)
             seen.append(apart.step(random_actions(apart, decision)))
         assert_same(seen, expected)
 
@@ -403,14 +403,14 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
 
         def kill_and_note(arrays: Arrays, worth: Any) -> None:
             worths.append(worth)
-            os.kill(processes[0].process.pid, signal.SIGKILL)
+            os.kill(workers[0].process._process.pid, signal.SIGKILL)
 
         assert apart.play(tasks, rule_actions, note=kill_and_note) == here.play(tasks, rule_actions)
         assert len(worths) == 3 * 3, "three stacks, three decisions"
     finally:
         apart.close()
         apart.close()
-    assert not any(process.process for process in processes)
+    assert not any(worker.process for worker in workers)
 
 
 def test_a_round_at_which_workers_die_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
