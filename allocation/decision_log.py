@@ -123,6 +123,10 @@ class LoggedDecision:
         """One of `DECISION_TYPES`; None where the log does not know it."""
         return self.table[column][0].as_py() if column in self.table.column_names else None
 
+    def plan(self) -> dict[str, int]:
+        """The rank of each module after the decision, by its full name."""
+        return dict(zip(self.observation.names, self.ranks("rank_after").tolist(), strict=True))
+
     def ranks(self, column: str) -> IntArray:
         """One of the columns of ranks, int64 (modules,)."""
         return np.asarray(self.table[column].to_numpy(), dtype=np.int64)

@@ -118,11 +118,9 @@ class DecisionRecord:
             step: optimiser steps done before it.
             run: name of the run.
             loss: mean training loss since the decision before this one.
-            measured_cost: see the class.
+            measured_cost: see the class, as `correction`.
             notes: by module name, beside those of the controller.
-            correction: see the class.
         """
-        pinned = np.isin(observation.names, list(controller.notes))
         return cls(
             run=run,
             policy=policy.name,
@@ -141,7 +139,7 @@ class DecisionRecord:
             kept=keeps(observation, decision),
             correction=correction,
             modules=observation.names,
-            problem=replace(observation.problem, pinned=pinned) if pinned.any() else observation.problem,
+            problem=_with_pinned(observation, controller.notes),
             rank_wanted=decision.ranks,
             rank_clipped=plan.clipped,
             rank_after=plan.ranks,
@@ -209,3 +207,9 @@ class DecisionRecord:
         for name, value in self.run_features.items():
             columns[RUN_PREFIX + name] = pa.repeat(pa.scalar(value, pa.float32()), count)
         return pa.table(columns).replace_schema_metadata({SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
+
+
+def _with_pinned(observation: Observation, notes: Mapping[str, str]) -> AllocationProblem:
+    """The problem of an observation, with the modules pinned of which a controller notes why it left them alone."""
+    pinned = np.isin(observation.names, list(notes))
+    return replace(observation.problem, pinned=pinned) if pinned.any() else observation.problem

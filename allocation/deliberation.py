@@ -97,14 +97,15 @@ class Deliberation:
     def tied(self) -> BoolArray:
         """The plans that cannot be told from the best one, bool (P,).
 
-        The reference is among them only if it is the best: leaving it takes no more than a bound above 0, and a plan
-        that is surely better than it is not given up for it.
+        The reference is the best only if no bound is above its own, which is 0; then it is alone. Else it is not among
+        them, nor is any plan whose bound is not above 0: what may be worse than the reference is not taken for being
+        near to it.
         """
         best = int(np.argmax(self.bound))
-        number = np.arange(len(self.bound))
         if best == self.reference:
-            return np.asarray(number == best)
-        return np.asarray((self.bound >= self.bound[best] - self.tie) & (number != self.reference))
+            return np.asarray(np.arange(len(self.bound)) == best)
+        above = self.bound > self.bound[self.reference]
+        return np.asarray((self.bound >= self.bound[best] - self.tie) & above)
 
     @cached_property
     def favourite(self) -> int:

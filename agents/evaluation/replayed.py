@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ...allocation.decision_log import DecisionLog
 from ...allocation.problem import AllocationProblem
-from ...common.module_names import kinds_in_layers
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError
-from ..rules.given_plan import GivenPlan, shuffled_within_kinds
+from ..rules.given_plan import GivenPlan, shuffled_plan
 from .hindsight import Attempt
 
 STATIC, SHUFFLED = "static", "shuffled"
@@ -59,12 +56,5 @@ class Replayed:
                 "`rankpilot evaluate` with --logs on the same tasks and seeds first."
             )
         last = logs[0].logged(len(logs[0]) - 1)
-        names = last.observation.names
-        ranks = dict(zip(names, last.ranks("rank_after").tolist(), strict=True))
-        if self.how == SHUFFLED:
-            kinds = kinds_in_layers(names, last.problem.blocks.tolist())
-            of_bytes, kind_of = last.problem.cost.unit == "bytes", dict(zip(names, kinds, strict=True))
-            ranks = shuffled_within_kinds(ranks, kind_of, task.seed, adapted_alone=of_bytes)
-        if not np.any([*ranks.values()]):
-            return []
-        return [(task, GivenPlan(self.name, ranks))]
+        ranks = shuffled_plan(last, task.seed) if self.how == SHUFFLED else last.plan()
+        return [(task, GivenPlan(self.name, ranks))] if any(ranks.values()) else []

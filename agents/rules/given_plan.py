@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ...allocation.decision_log import LoggedDecision
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, decision_to_keep, is_first
+from ...common.module_names import kinds_in_layers
 from ...errors import ConfigError, UnknownNameError
 
 
@@ -44,6 +46,18 @@ class GivenPlan:
             )
         ranks = np.array([self.ranks[name] for name in observation.names], dtype=np.int64)
         return Decision(ranks, np.zeros(len(ranks)), exact=True)
+
+
+def shuffled_plan(logged: LoggedDecision, seed: int) -> dict[str, int]:
+    """The ranks after a decision, dealt anew among the modules of each kind; under bytes, among the adapted ones.
+
+    Args:
+        logged: the decision.
+        seed: decides the deal.
+    """
+    names, problem = logged.observation.names, logged.problem
+    kinds = dict(zip(names, kinds_in_layers(names, problem.blocks.tolist()), strict=True))
+    return shuffled_within_kinds(logged.plan(), kinds, seed, adapted_alone=problem.cost.unit == "bytes")
 
 
 def shuffled_within_kinds(

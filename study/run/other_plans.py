@@ -8,10 +8,9 @@ from typing import Any
 
 import yaml
 
-from ...agents.rules.given_plan import shuffled_within_kinds
-from ...allocation.decision_log import DecisionLog, LoggedDecision
+from ...agents.rules.given_plan import shuffled_plan
+from ...allocation.decision_log import DecisionLog
 from ...allocation.plan import uniform_ranks
-from ...common.module_names import kinds_in_layers
 from ...errors import ConfigError, first_line
 
 NAMED = {
@@ -38,22 +37,14 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
     """
     if which not in NAMED:
         return _from_file(Path(which))
-    last = log.logged(len(log) - 1)
-    if which == "uniform":
-        return _by_name(last, uniform_ranks(last.problem.fresh()).tolist())
     if which == "first":
-        first = log.logged(0)
-        return _by_name(first, first.ranks("rank_after").tolist())
-    ranks = _by_name(last, last.ranks("rank_after").tolist())
-    if which == "final":
-        return ranks
-    kinds = kinds_in_layers(last.observation.names, last.problem.blocks.tolist())
-    of_bytes, kind_of = last.problem.cost.unit == "bytes", dict(zip(last.observation.names, kinds, strict=True))
-    return shuffled_within_kinds(ranks, kind_of, seed, adapted_alone=of_bytes)
-
-
-def _by_name(logged: LoggedDecision, ranks: list[int]) -> dict[str, int]:
-    return dict(zip(logged.observation.names, ranks, strict=True))
+        return log.logged(0).plan()
+    last = log.logged(len(log) - 1)
+    if which == "shuffled":
+        return shuffled_plan(last, seed)
+    if which == "uniform":
+        return dict(zip(last.observation.names, uniform_ranks(last.problem.fresh()).tolist(), strict=True))
+    return last.plan()
 
 
 def _from_file(path: Path) -> dict[str, int]:

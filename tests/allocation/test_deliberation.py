@@ -45,6 +45,14 @@ def test_of_tied_plans_the_nearest_to_the_reference_is_taken() -> None:
     assert four_plans(tie=9.0).tied.tolist() == [False, True, True, True], "the reference is surely worse"
 
 
+def test_a_plan_that_may_be_worse_than_the_reference_is_not_tied() -> None:
+    """Bounds 0, .0625, -.0625 and .03125: the third is nearest, and less than the tie below the best."""
+    votes = np.array([[0.0, 0.0625, -0.0625, 0.03125]] * 2, dtype=np.float32)
+    unsure = four_plans(votes=votes, tie=0.5)
+    assert unsure.tied.tolist() == [False, True, False, True]
+    assert unsure.favourite == 3
+
+
 def test_where_nothing_is_better_the_reference_stays() -> None:
     worse = four_plans(votes=-VOTES, tie=9.0)
     assert worse.tied.tolist() == [True, False, False, False]
