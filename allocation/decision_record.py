@@ -118,8 +118,9 @@ class DecisionRecord:
             step: optimiser steps done before it.
             run: name of the run.
             loss: mean training loss since the decision before this one.
-            measured_cost: see the class, as `correction`.
+            measured_cost: see the class.
             notes: by module name, beside those of the controller.
+            correction: see the class.
         """
         return cls(
             run=run,

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
+from ..allocation.observation import Observation
 from ..allocation.schedule import DecisionSchedule
+from ..common.arrays import IntArray
 from ..errors import BudgetError, ConfigError
 from ..lora.optimizer_state import check_optimizer
 from ..memory.budget import Budget
@@ -57,3 +61,21 @@ def check_run(run: TrainingRun) -> None:
     check_optimizer(run.optimizer)
     if run.total_steps < 1:
         raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
+
+
+def check_allowed(observation: Observation, ranks: IntArray) -> None:
+    """Raise ConfigError if a module cannot have its rank: it is not on the ladder, or above what the module can have.
+
+    Args:
+        observation: of the run.
+        ranks: int64 (modules,).
+    """
+    problem = observation.problem
+    most = np.minimum(ranks, problem.max_ranks)
+    wrong = np.flatnonzero(problem.ladder.array[problem.ladder.rung(most)] != ranks)
+    if len(wrong):
+        module = int(wrong[0])
+        allowed = [rank for rank in problem.ladder.ranks if rank <= problem.max_ranks[module]]
+        raise ConfigError(
+            f"{observation.names[module]!r} cannot have rank {ranks[module]}. Allowed: {', '.join(map(str, allowed))}."
+        )

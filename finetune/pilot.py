@@ -35,7 +35,7 @@ from .correction import Correction
 from .gradient_watch import GradientWatch
 from .journal import Journal
 from .loss_meter import LossMeter
-from .options import check_options, check_run, readable_budget
+from .options import check_allowed, check_options, check_run, readable_budget
 from .peak_guard import PeakGuard
 from .readings import Readings
 from .recomputation import Recomputation, recomputing
@@ -270,6 +270,7 @@ class RankPilot(Readings):
         observation = controller.observation_now(step)
         first = replace(observation, problem=observation.problem.fresh())
         decision = GivenPlan("given", ranks).decide(first)
+        check_allowed(first, decision.ranks)
         controller.set_plan(decision.ranks, step, self._run.optimizer)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)

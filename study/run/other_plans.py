@@ -43,7 +43,8 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
     if which == "shuffled":
         return shuffled_plan(last, seed)
     if which == "uniform":
-        return dict(zip(last.observation.names, uniform_ranks(last.problem.fresh()).tolist(), strict=True))
+        ladder, ranks = last.problem.ladder, uniform_ranks(last.problem.fresh())
+        return dict(zip(last.observation.names, ladder.array[ladder.rung(ranks)].tolist(), strict=True))
     return last.plan()
 
 

@@ -24,6 +24,7 @@ from rankpilot.data.workload import load_workload
 from rankpilot.errors import (
     AssetError,
     BudgetError,
+    ConfigError,
     DataError,
     NonFiniteError,
     RunFolderError,
@@ -546,5 +547,7 @@ def test_branches_that_cannot_be(many_checkpoints: Path, compared: Path, tmp_pat
         branch(tmp_path, tmp_path / "b", ranks)
     with pytest.raises(UnknownNameError, match="target module"):
         branch(many_checkpoints, tmp_path / "c", {"wrong": 1, **ranks})
+    with pytest.raises(ConfigError, match=r"cannot have rank 3\. Allowed: 0, 1, 2, 4, 8"):
+        branch(many_checkpoints, tmp_path / "e", ranks | {next(iter(ranks)): 3}, at=8)
     with pytest.raises(BudgetError, match="does not fit the budget"):
         branch(many_checkpoints, tmp_path / "d", dict.fromkeys(ranks, 16), at=8)
