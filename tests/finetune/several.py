@@ -8,6 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -66,10 +67,13 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any, patience
 
 def _run(end: Connection, rank: int, count: int, port: int, work: Callable[..., Any], arguments: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ |= dict(zip(names, map(str, (rank, rank, count, count)), strict=True))
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
+    # A fork server that an earlier test has started is not this process's child (CPython looks for its death).
+    vars(forkserver._forkserver).update(vars(forkserver.ForkServer()))
     try:
         answer: tuple[bool, Any] = True, work(*arguments)
     except BaseException as error:
