@@ -21,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ..memory.budget import REFERENCE_RANK
+from ..lora.ladder import REFERENCE_RANK
 
 Family = Literal["llama", "bert", "gpt2", "t5"]
 FAMILIES: tuple[Family, ...] = ("bert", "llama")

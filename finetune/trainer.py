@@ -24,7 +24,7 @@ from ..data.models import adapt, check_length, load_model
 from ..data.tokens import IGNORED
 from ..data.workload import Texts, Workload, load_workload
 from ..errors import UnsupportedError
-from ..memory.budget import REFERENCE_RANK
+from ..lora.ladder import REFERENCE_RANK
 from ..memory.step_parts import check_checkpointing, check_installed
 from .config import FinetuneConfig
 from .metrics import LossInProgressBar

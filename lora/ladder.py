@@ -12,6 +12,9 @@ from ..errors import ConfigError
 
 DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
+REFERENCE_RANK = 8
+"""The rank that people use most. Shares of bytes and of time are relative to this rank on every target module."""
+
 
 @dataclass(frozen=True)
 class RankLadder:

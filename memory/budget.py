@@ -39,9 +39,6 @@ MOST_SHARE = 4
 LEAST_BYTES = 1024
 """The lowest number of bytes that is read without a unit: a smaller whole number is refused."""
 
-REFERENCE_RANK = 8
-"""A share is a share of what this rank on every target module costs."""
-
 
 @dataclass(frozen=True)
 class Limit:
@@ -208,6 +205,7 @@ def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
     """What uniform rank 8 on every module costs, or a module's highest in `max_ranks`, int64 (modules,), if lower."""
     import numpy as np
 
+    from ..lora.ladder import REFERENCE_RANK
     from .cost import plan_cost
 
     return plan_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))

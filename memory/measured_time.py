@@ -13,8 +13,8 @@ import torch
 
 from ..common.arrays import IntArray
 from ..lora.factors import write_in_place
+from ..lora.ladder import REFERENCE_RANK
 from ..lora.targets import TargetModule
-from .budget import REFERENCE_RANK
 from .calibration import all_training
 from .for_training import highest_ranks
 from .recording import Batch

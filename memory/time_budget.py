@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import BudgetError
-from .budget import MOST_SHARE, REFERENCE_RANK
+from ..lora.ladder import REFERENCE_RANK
+from .budget import MOST_SHARE
 
 if TYPE_CHECKING:
     from ..common.arrays import IntArray

@@ -2,10 +2,10 @@
 
 | rule | its plan | reads signals |
 |---|---|---|
-| uniform | one rank on all modules | no |
+| uniform | one rank on as many top layers as can have rank 8 (rank 1 under a budget of parameters) | no |
+| uniform-16, uniform-32 | the same for rank 16 or 32, under any budget | no |
 | top-half, top-third | one rank on the top half or third of the layers | no |
-| top-down-whole | one rank on as many top layers as can have the rank floor, 16 | no |
-| top-down | the same, with some modules of the next layer down, and nothing left unspent | no |
+| top-down | as uniform-16, with some modules of the next layer down, and nothing left unspent | no |
 | top-down-mlp | as top-down, with more rank for larger modules | no |
 | one-deeper, two-deeper, all-layers | as top-down, with a rank floor of 8, 4 or 1 | no |
 | ramp-up, ramp-down | the modules of top-down, ranks that rise or fall fourfold from bottom to top | no |
@@ -20,7 +20,8 @@ The others keep the plan of the first decision. A new rule is a policy (`allocat
 
 from __future__ import annotations
 
-from ...allocation.placements import top_down_whole
+from functools import partial
+
 from ...allocation.plan import uniform_ranks
 from ...allocation.policy import Policy
 from ...errors import UnknownNameError
@@ -36,9 +37,9 @@ _RULES: tuple[Policy, ...] = (
     TopDown(),
     SignalRule(),
     FixedPlan("uniform", uniform_ranks),
+    *(FixedPlan(f"uniform-{rank}", partial(uniform_ranks, least_rank=rank)) for rank in (16, 32)),
     FixedPlan("top-half", Window(1 / 2)),
     FixedPlan("top-third", Window(2 / 3)),
-    FixedPlan("top-down-whole", top_down_whole),
     LargeModulesFirst(),
     TopDown("one-deeper", -1.0),
     TopDown("two-deeper", -2.0),
@@ -58,7 +59,8 @@ EARLIER_NAMES = {
     "fracrule": "top-down",
     "fracrule-mlp": "top-down-mlp",
     "heur3": "signal-mean",
-    "rule16": "top-down-whole",
+    "rule16": "uniform-16",
+    "top-down-whole": "uniform-16",
 }
 """Names that rules had in earlier versions, which people and files may still use."""
 

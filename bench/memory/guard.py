@@ -12,10 +12,10 @@ import torch
 from ...allocation.placements import top_down, top_layers
 from ...allocation.problem import AllocationProblem
 from ...common.arrays import IntArray
+from ...lora.ladder import REFERENCE_RANK
 from ...lora.targets import TargetModule
 from ...memory import resident
 from ...memory.batch_shape import BatchShape
-from ...memory.budget import REFERENCE_RANK
 from ...memory.cost import Cost, plan_cost
 from ...memory.recording import Batch
 from ..harness import estimate_cycles, interleave, paired_ratios, usual_step

@@ -15,7 +15,8 @@ from ...allocation.schedule import DecisionSchedule
 from ...finetune.pilot import RankPilot as Pilot
 from ...finetune.run import TrainingRun
 from ...lora.adapters import PeftAdapters
-from ...memory.budget import REFERENCE_RANK, Budget
+from ...lora.ladder import REFERENCE_RANK
+from ...memory.budget import Budget
 from ..learner import LEARNING_RATE, Learner
 from ..models import LORA, Family
 

@@ -21,7 +21,8 @@ from ...allocation.plan import uniform_ranks
 from ...allocation.problem import AllocationProblem
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import append_json_line, read_json_lines, write_json
-from ...memory.budget import REFERENCE_RANK, reference_cost
+from ...lora.ladder import REFERENCE_RANK
+from ...memory.budget import reference_cost
 from ...memory.cost import plan_cost
 from ..episodes.stacked import StackedEpisodes
 from ..proxies.adapted import adapted_base

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from ...allocation.placements import top_down, top_down_whole, top_layers
-from ...allocation.plan import check_budget
+from ...allocation.placements import top_down, top_layers
+from ...allocation.plan import check_budget, uniform_ranks
 from ...allocation.problem import AllocationProblem
 from ...common.arrays import IntArray
 from ...data.task import Task
@@ -199,7 +199,7 @@ class _Plans:
         if self._limit is None:
             return
         check_budget(self._problem, [target.name for target in self._targets])
-        for name, rule in (("top-down-whole", top_down_whole), ("top-down", top_down)):
+        for name, rule in (("uniform", uniform_ranks), ("top-down", top_down)):
             yield self._alternative("budget", f"{name} inside {self._config.budget}", rule(self._problem))
 
     def _alternative(

@@ -1,4 +1,4 @@
-"""How long plans take on one core: `OMP_NUM_THREADS=1 python tests/lora/plan_timing.py [layers]`."""
+"""How long plans take on one core: `OMP_NUM_THREADS=1 python tests/allocation/plan_timing.py [layers]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rankpilot.allocation.optimum import best_plan
 from rankpilot.allocation.plan import pack, project
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
@@ -35,25 +34,22 @@ def timed_problem(generator, layers, *, checkpointing):
 
 
 def time_decisions(layers=143, problems=60, repeats=3, seed=0):
-    """Seconds of one decision (`pack`, then `project`) and of `best_plan`, the best of some repeats, (problems, 2)."""
+    """Seconds of one decision (`pack`, then `project`), the best of some repeats, (problems,)."""
     generator = np.random.default_rng(seed)
-    seconds = np.full((problems, 2), np.inf)
+    seconds = np.full(problems, np.inf)
     for index in range(problems):
         problem = timed_problem(generator, layers, checkpointing=index % 2 == 1)
         scores = generator.normal(size=len(problem.ranks)) * generator.choice([0, 0.3, 1, 3])
         rank_floor = 16 * 2 ** generator.uniform(-3, 3)
-        utility = np.exp(scores)[:, None] * np.log1p(problem.ladder.array / 8)
         for _ in range(repeats):
             start = time.perf_counter()
             wish = pack(problem, scores, rank_floor)
             project(problem, wish, scores)
-            middle = time.perf_counter()
-            best_plan(problem, utility)
-            seconds[index] = np.minimum(seconds[index], (middle - start, time.perf_counter() - middle))
+            seconds[index] = min(seconds[index], time.perf_counter() - start)
     return seconds
 
 
 if __name__ == "__main__":
     layers = int(sys.argv[1]) if len(sys.argv) > 1 else 143
-    for name, column in zip(("pack and project", "best_plan"), 1e3 * time_decisions(layers).T, strict=True):
-        print(f"{7 * layers} modules, {name}: median {np.median(column):.1f} ms, highest {column.max():.1f} ms")
+    times = 1e3 * time_decisions(layers)
+    print(f"{7 * layers} modules, pack and project: median {np.median(times):.1f} ms, highest {times.max():.1f} ms")

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from rankpilot.allocation.optimum import best_plan
+from rankpilot.allocation.optimum import GAP, best_plan
 from rankpilot.allocation.plan import pack
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import ConfigError
@@ -71,7 +71,7 @@ def full_search(problem, utility):
 
 
 @pytest.mark.slow
-def test_the_utility_is_close_to_that_of_a_full_search():
+def test_the_utility_is_that_of_a_full_search():
     generator = np.random.default_rng(0)
     shares = []
     for case in range(160):
@@ -82,8 +82,7 @@ def test_the_utility_is_close_to_that_of_a_full_search():
         reached = worth(problem, utility, best_plan(problem, utility))
         assert reached <= best * (1 + 1e-9)
         shares.append(reached / best if best > 0 else 1.0)
-    assert np.median(shares) >= 0.9999
-    assert min(shares) >= 0.95
+    assert min(shares) >= 1 - GAP
     assert np.mean(np.array(shares) > 1 - 1e-9) >= 0.9
 
 
@@ -91,7 +90,7 @@ def test_the_utility_is_close_to_that_of_a_full_search():
 def test_larger_models_get_at_least_what_scores_would_get(seed):
     """Utility exp(score) log(1 + rank / c) is what `pack` serves too, if the floor is the best of many."""
     generator = np.random.default_rng(seed)
-    cost, blocks, max_ranks = transformer_cost(generator, 24, checkpointing=seed % 2 == 0)
+    cost, blocks, max_ranks = transformer_cost(generator, 8, checkpointing=seed % 2 == 0)
     problem = AllocationProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
     nothing, everything = (
         plan_cost(problem.cost, problem.ranks),
@@ -105,7 +104,7 @@ def test_larger_models_get_at_least_what_scores_would_get(seed):
         worth(problem, utility, pack(problem, scores, rank_floor)) for rank_floor in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     )
     assert problem.fits(ranks)
-    assert worth(problem, utility, ranks) >= packed * 0.999
+    assert worth(problem, utility, ranks) >= packed * (1 - GAP)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from rankpilot.allocation.placements import top_down, top_down_whole, top_layers
+from rankpilot.allocation.placements import top_down, top_layers
 from rankpilot.allocation.plan import pack, uniform_ranks
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ParameterCost, plan_cost
+from rankpilot.memory.cost import ByteCost, ParameterCost, plan_cost
 
 from .synthetic_costs import transformer_cost
 
-RULES = (top_down_whole, top_down, uniform_ranks)
+RULES = (top_down, uniform_ranks, partial(uniform_ranks, least_rank=16))
 
 
 def transformer_problem(seed, layers=5, share=None):
@@ -52,13 +53,21 @@ def test_layers_that_are_not_there(layers, rank):
         top_layers(simple_problem(0), layers, rank)
 
 
-def test_top_down_whole_takes_the_most_layers_that_can_have_16_and_then_the_largest_rank():
-    assert top_down_whole(simple_problem(10 * 16 * 4 + 50)).tolist() == [0, 0, 17, 17, 17, 17]
-    assert top_down_whole(simple_problem(10 * 16 * 6)).tolist() == [16] * 6
-    assert top_down_whole(simple_problem(10 * 16)).tolist() == [0, 0, 0, 0, 8, 8]
-    assert top_down_whole(simple_problem(10 * 16), rank_floor=2.0).tolist() == [2] * 6
-    assert top_down_whole(simple_problem(10)).sum() == 1
-    assert top_down_whole(simple_problem(9)).sum() == 0
+def test_uniform_takes_the_most_layers_that_can_have_a_rank_and_then_the_largest_rank():
+    assert uniform_ranks(simple_problem(10 * 16 * 4 + 50), 16).tolist() == [0, 0, 17, 17, 17, 17]
+    assert uniform_ranks(simple_problem(10 * 16 * 6), 16).tolist() == [16] * 6
+    assert uniform_ranks(simple_problem(10 * 16), 16).tolist() == [0, 0, 0, 0, 8, 8]
+    assert uniform_ranks(simple_problem(10 * 16), 2).tolist() == [2] * 6
+    assert uniform_ranks(simple_problem(10), 16).sum() == 1
+    assert uniform_ranks(simple_problem(9), 16).sum() == 0
+
+
+def test_uniform_is_rank_8_or_more_where_depth_costs_something():
+    problem = simple_problem(10 * 8 * 4 + 70)
+    assert uniform_ranks(problem).tolist() == [6] * 6, "parameters: as deep as possible"
+    cost = ByteCost(("peak",), np.zeros(1), problem.cost.per_rank, np.ones((1, 3)), np.repeat(np.eye(3) > 0, 2, axis=1))
+    assert uniform_ranks(replace(problem, cost=cost)).tolist() == [0, 0, 9, 9, 9, 9]
+    assert uniform_ranks(replace(problem, cost=cost, limit=101.0)).tolist() == [0, 0, 0, 0, 5, 5]
 
 
 def test_top_down_puts_the_rest_on_single_modules_of_the_next_layer():
@@ -81,13 +90,14 @@ def test_rules_keep_to_the_budget_and_the_bounds(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_top_down_whole_is_the_one_that_a_full_search_finds(seed):
+@pytest.mark.parametrize(("least_rank", "rank"), [(None, 8), (16, 16)])
+def test_uniform_is_the_one_that_a_full_search_finds(seed, least_rank, rank):
     problem = transformer_problem(seed)
-    fitting_layers = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, 16))]
+    fitting_layers = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, rank))]
     layers = max(fitting_layers, default=1)
     fitting = [r for r in range(1, 65) if problem.fits(top_layers(problem, layers, r))]
     expected = top_layers(problem, layers, fitting[-1]) if fitting else pack(problem, np.zeros(35), 1.0)
-    assert top_down_whole(problem).tolist() == expected.tolist()
+    assert uniform_ranks(problem, least_rank).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -91,9 +91,9 @@ def test_settings_are_followed(models: Path, tmp_path: Path, capsys: pytest.Capt
     assert choices["without gradient checkpointing"]["peak_bytes"] > figures["peak_bytes"]
     assert figures["limit_bytes"] == pytest.approx(0.9 * figures["reference_bytes"])
     assert figures["reference_bytes"] == choices["rank 8 on all modules"]["peak_bytes"]
-    for rule in ("top-down-whole", "top-down"):
+    for rule in ("uniform", "top-down"):
         assert choices[f"{rule} inside 90%"]["peak_bytes"] <= figures["limit_bytes"]
-    assert "top-down-whole inside 90%" in printed
+    assert "uniform inside 90%" in printed
 
 
 def test_settings_of_the_trainer_are_followed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ def test_plans_keep_to_the_budget_and_spend_it(problems: dict[str, AllocationPro
         assert problem.fits(project(later.problem, decision.ranks, decision.scores).ranks)
 
 
-@pytest.mark.parametrize("name", ["uniform", "top-half", "top-third", "top-down-whole", "random"])
+@pytest.mark.parametrize("name", ["uniform", "uniform-16", "uniform-32", "top-half", "top-third", "random"])
 def test_plans_are_kept(problems: dict[str, AllocationProblem], name: str) -> None:
     problem = problems["bytes"]
     ranks = first_ranks(name, seen(problem))
@@ -214,7 +214,8 @@ def test_unknown_rules() -> None:
         ("heur3", "signal-mean"),
         ("fracrule", "top-down"),
         ("fracrule-mlp", "top-down-mlp"),
-        ("rule16", "top-down-whole"),
+        ("rule16", "uniform-16"),
+        ("top-down-whole", "uniform-16"),
     ],
 )
 def test_earlier_names_are_accepted(earlier: str, name: str) -> None:
