@@ -88,14 +88,22 @@ def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> Non
         assert "Every module got the rank that the policy asked for." in each.sentences()
 
 
-def test_a_tie_tells_what_its_plans_have_in_common(decisions: list[LoggedDecision]) -> None:
-    found = decisions[0].deliberation
+def test_a_tie_tells_what_its_plans_have_in_common(
+    make_observation: Callable[..., Observation],
+    policy_of: Callable[..., LearnedPolicy],
+    log_decision: Callable[..., LoggedDecision],
+) -> None:
+    def say(plans: Plans) -> torch.Tensor:
+        return plans.ranks.double().std(2)[None].repeat(2, 1, 1) / 500
+
+    logged = log_decision(make_observation(10), policy_of(say))
+    found = logged.deliberation
     assert found is not None
     same, plans = same_in_tie(found), found.plans[found.tied]
     assert len(plans) >= 2
     assert (np.ptp(plans, axis=0)[same] == 0).all()
     assert np.ptp(plans, axis=0)[~same].all()
-    told = explain_votes(decisions[0]).sentences()
+    told = explain_votes(logged).sentences()
     (sentence,) = [text for text in told if "plans are tied" in text]
     assert sentence.startswith(f"{len(plans)} of {len(found.plans)} plans are tied")
     assert f"{same.sum()} of {len(same)} modules the same rank" in sentence
