@@ -87,7 +87,9 @@ def _llama_factory(plan: StaticPlan) -> str:
     adapted = {name: rank for name, rank in plan.ranks.items() if rank}
     kinds = sorted({name.rpartition(".")[2] for name in adapted})
     rank = max(1, sum(adapted.values()) // len(plan.ranks))
-    alpha = round(plan.config.lora_alpha / plan.config.r * rank)
+    scales = [plan.alphas[name] / each for name, each in adapted.items()]
+    one_alpha = len({plan.alphas[name] for name in adapted}) == 1
+    alpha = round(plan.config.lora_alpha if one_alpha else sum(scales) / len(scales) * rank)
     return (
         "# LLaMA-Factory has one rank for all modules and takes no rank pattern, so this is not the plan:\n"
         f"# it has the plan's mean rank on every module of the kinds that the plan adapts ({len(adapted)} of\n"

@@ -174,7 +174,7 @@ def check_length(length: int, model: PreTrainedModel) -> None:
         raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")
 
 
-def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, rank: int, scaling: float) -> PeftModel:
+def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, **options: Any) -> PeftModel:
     """The model with fresh LoRA adapters.
 
     Args:
@@ -182,13 +182,11 @@ def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, 
         name: the model's name, for errors.
         task: decides which head is trained beside the adapters.
         target_modules: "all-linear" or names separated by commas.
-        rank: of every adapter.
-        scaling: lora_alpha / rank.
+        options: further arguments of LoraConfig, such as r and lora_alpha.
 
     Raises:
         UnknownNameError: there is no such module.
         ConfigError: a module cannot carry an adapter.
     """
     kind = KINDS[task]
-    options = {"r": rank, "lora_alpha": scaling * rank}
     return fresh_adapters(base, name, kind.peft_type, new_head=kind.has_head, target_modules=target_modules, **options)

@@ -43,8 +43,10 @@ class StaticPlan:
     """A plan made before training.
 
     Attributes:
-        config: for a fine-tune by plain PEFT, with `rank_pattern`, `alpha_pattern` and `exclude_modules`.
+        config: for a fine-tune by plain PEFT, with `rank_pattern` and `exclude_modules`, and with `alpha_pattern` where
+            modules differ in alpha.
         ranks: the rank of each target module, by name.
+        alphas: its alpha, likewise.
         cost: what a training step is predicted to take at its peak, or the number of parameters.
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".
@@ -52,14 +54,14 @@ class StaticPlan:
 
     config: LoraConfig
     ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
     cost: float
     limit: float
     unit: str
 
     def by_name(self) -> LoraConfig:
         """The same plan, with the full names of its modules as `target_modules`."""
-        alphas = {target: self.config.lora_alpha / self.config.r * rank for target, rank in self.ranks.items()}
-        return pattern_config(self.config, self.ranks, alphas)
+        return pattern_config(self.config, self.ranks, self.alphas)
 
     def line(self) -> str:
         """The plan in one line."""
@@ -87,8 +89,8 @@ def allocate(
         budget: see `RankPilot`, as `policy`.
         policy: who decides.
         options: for a Trainer those of `RankPilotCallback`; for a model `loss`, `optimizer`, `learning_rate`, `seed`,
-            `bounds`, `schedule`, `time`, `explore`, and `total_steps`, the length of the run that is planned. With
-            `log`, a folder, the decision is logged as that of a run is.
+            `bounds`, `schedule`, `time`, `explore`, `scaling`, and `total_steps`, the length of the run that is
+            planned. With `log`, a folder, the decision is logged as that of a run is.
 
     Raises:
         BudgetError: no plan fits the budget.
@@ -189,7 +191,8 @@ def _static_plan(pilot: RankPilot, model: Any) -> StaticPlan:
     config: LoraConfig = copy.deepcopy(unwrap(model).peft_config[controller.targets[0].adapter])
     config.inference_mode = False
     ranks = adapter_ranks(controller.targets)
-    return StaticPlan(config, ranks, pilot.predictions[-1][1], pilot.limit, controller.cost.unit)
+    alphas = {target.name: target.alpha for target in controller.targets}
+    return StaticPlan(config, ranks, alphas, pilot.predictions[-1][1], pilot.limit, controller.cost.unit)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from ..common.arrays import IntArray
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
 from ..lora.resize import is_trained, reset_adapters
+from ..lora.scaling import reference_scaling
 from ..lora.targets import TargetModule, check_trains, other_trainable
 from ..memory.budget import Budget, free_bytes
 from ..memory.for_training import PlanCosts, measure_memory, plan_costs
@@ -139,7 +140,8 @@ def prepare(
     _check_possible(targets, costs, timed, low, high)  # now, and not after the probe
     if not keeps:
         reset_adapters(targets, 1, seed)
-    result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
+    with nullcontext() if keeps else reference_scaling(targets):
+        result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
     if not keeps:
         reset_adapters(targets, 1, seed)
     adapters = PeftAdapters(run.model, targets)

@@ -40,6 +40,7 @@ class _Branch(RankPilotCallback):
             bounds=rank_bounds_of(config.bounds) if at else None,
             recompute=config.recompute,
             time=config.time,
+            scaling=config.kept,
         )
         self._plan, self._at = plan, at
 

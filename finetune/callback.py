@@ -20,8 +20,8 @@ from ..allocation.schedule import DecisionSchedule
 from ..common.processes import Processes
 from ..errors import DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import make_resizable
-from ..lora.targets import find_target_modules
+from ..lora.peft_config import resizable_targets
+from ..lora.scaling import Scaling
 from ..memory.budget import Budget
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
@@ -61,6 +61,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         recompute: let as few layers as each plan needs run again in the backward pass; see `RankPilot`.
         time: what a step may take in time, beside the budget: "75%", "0.8s"; see `RankPilot`.
         explore: draw plans at this temperature, and log their probabilities; see `RankPilot`.
+        scaling: what stays when a rank changes, "alpha" or "constant"; see `RankPilot`.
 
     Attributes:
         pilot: decides the ranks.
@@ -88,6 +89,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         recompute: bool = False,
         time: str | TimeBudget | None = None,
         explore: float | None = None,
+        scaling: Scaling = "alpha",
     ) -> None:
         self.pilot = RankPilot(
             policy,
@@ -104,6 +106,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             recompute=recompute,
             time=time,
             explore=explore,
+            scaling=scaling,
         )
         around_training(_prepared, _broken_off)
         self._seed = seed
@@ -148,7 +151,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
         if self._step is None or self._step.trainer is not trainer:
             self._step = TrainerStep(trainer)
-        make_resizable(trainer.model, find_target_modules(trainer.model))
+        resizable_targets(trainer.model, self.pilot.scaling)
 
     # Trainer events, in the order of a run ----------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 STATE, TENSORS = "rankpilot.json", "rankpilot.safetensors"
 
-FORMAT = 4
+FORMAT = 5
 """Version of the files. It rises when older checkpoints cannot be read any more."""
 
 

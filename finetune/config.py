@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..data.task import Task
 from ..errors import ConfigError
+from ..lora.scaling import Scaling
 from ..memory.budget import Budget
 from ..memory.step_config import StepConfig, check_seed
 from ..memory.time_budget import TimeBudget
@@ -29,7 +31,9 @@ class FinetuneConfig(StepConfig):
         steps: optimiser steps of the run.
         epochs: passes over the training rows, in place of steps.
         learning_rate: learning rate of the first step; it falls to zero along a straight line.
-        scaling: factor in front of the adapter's output (lora_alpha / r), the same at every rank.
+        alpha: lora_alpha of every adapter.
+        scaling: the factor in front of an adapter's output at rank r: alpha, alpha / r; rslora, alpha / sqrt(r);
+            constant, alpha / 8 at every rank. Under alpha one learning rate fits all ranks.
         train_rows: use at most so many training rows; all of them by default.
         held_out_rows: use at most so many held-out rows.
         text_column: name of the column with the text, or with the tokens.
@@ -66,7 +70,8 @@ class FinetuneConfig(StepConfig):
     task: Task | None = None
     steps: int = 200
     learning_rate: float = 1e-3
-    scaling: float = 2.0
+    alpha: float = 16.0
+    scaling: Literal["alpha", "rslora", "constant"] = "alpha"
     train_rows: int | None = None
     held_out_rows: int | None = 800
     text_column: str = "text"
@@ -87,6 +92,11 @@ class FinetuneConfig(StepConfig):
     trainer: tuple[str, ...] = ()
 
     @property
+    def kept(self) -> Scaling:
+        """What stays when a rank changes: alpha, or the scaling."""
+        return "constant" if self.scaling == "constant" else "alpha"
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the run ends with its best checkpoint."""
         return self.best or self.early_stopping is not None
@@ -98,10 +108,10 @@ class FinetuneConfig(StepConfig):
             TimeBudget.parse(self.time)
         if self.explore is not None and not self.explore > 0:
             raise ConfigError(f"explore is a temperature above 0, such as 0.05; got {self.explore}.")
-        if min(self.steps, self.eval_every) < 1 or self.learning_rate <= 0 or self.scaling <= 0:
+        if min(self.steps, self.eval_every) < 1 or self.learning_rate <= 0 or self.alpha <= 0:
             raise ConfigError(
-                "steps and eval_every are at least 1, learning_rate and scaling above 0; got "
-                f"{self.steps}, {self.eval_every}, {self.learning_rate} and {self.scaling}."
+                "steps and eval_every are at least 1, learning_rate and alpha above 0; got "
+                f"{self.steps}, {self.eval_every}, {self.learning_rate} and {self.alpha}."
             )
         counts = {name: getattr(self, name) for name in ("epochs", "eval_batch_size", "early_stopping")}
         wrong = {name: value for name, value in counts.items() if value is not None and value <= 0}

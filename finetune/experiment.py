@@ -203,6 +203,7 @@ def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback
         recompute=config.recompute,
         time=config.time,
         explore=config.explore,
+        scaling=config.kept,
     )
 
 

@@ -12,6 +12,7 @@ from ..allocation.schedule import DecisionSchedule
 from ..common.arrays import IntArray
 from ..errors import BudgetError, ConfigError
 from ..lora.optimizer_state import check_optimizer
+from ..lora.scaling import check_scaling
 from ..memory.budget import Budget
 from .run import TrainingRun
 
@@ -31,7 +32,7 @@ def readable_budget(given: str | float | Budget, *, recompute: bool) -> Budget:
     return budget
 
 
-def check_options(policy: object, schedule: object, measure_every: object, bounds: object) -> None:
+def check_options(policy: object, schedule: object, measure_every: object, bounds: object, scaling: object) -> None:
     """Refuse options of `RankPilot` of a wrong type now, and not after minutes of work.
 
     Raises:
@@ -46,6 +47,7 @@ def check_options(policy: object, schedule: object, measure_every: object, bound
         raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
     if not isinstance(measure_every, int) or measure_every < 1:
         raise ConfigError(f"measure_every is a number of steps, at least 1; got {measure_every!r}.")
+    check_scaling(scaling)
     if bounds is not None and not isinstance(bounds, Mapping):
         raise ConfigError(f"bounds are a dictionary from module names to ranks; got {bounds!r}.")
 

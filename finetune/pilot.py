@@ -24,8 +24,8 @@ from ..allocation.policy import Decision, Policy, decided_plan, decision_from_pl
 from ..allocation.schedule import DecisionSchedule
 from ..errors import NoGradientError
 from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import finish_load, make_resizable
-from ..lora.targets import find_target_modules
+from ..lora.peft_config import finish_load, resizable_targets
+from ..lora.scaling import Scaling
 from ..memory.budget import Budget
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
@@ -79,6 +79,9 @@ class RankPilot(Readings):
             seconds ("0.8s"), measured on the device before training.
         explore: draw each plan at this temperature and log the probabilities, so that other policies can be judged by
             the log; see `exploring`. By default the best plan is taken.
+        scaling: what stays when a rank changes: "alpha", the model's `lora_alpha`, which PEFT divides by the rank (by
+            its root under `use_rslora`), so that one learning rate fits all ranks; or "constant", the factor
+            `lora_alpha / r` that the model begins with.
 
     Attributes:
         controller: observes the adapters and changes their ranks; None before `begin`.
@@ -106,14 +109,16 @@ class RankPilot(Readings):
         recompute: bool = False,
         time: str | TimeBudget | None = None,
         explore: float | None = None,
+        scaling: Scaling = "alpha",
     ) -> None:
-        check_options(policy, schedule, measure_every, bounds)
+        check_options(policy, schedule, measure_every, bounds, scaling)
         loaded = load_policy(policy)
         self.policy: Policy = loaded if explore is None else exploring(loaded, explore, seed)
         self.budget = readable_budget(budget, recompute=recompute)
         self.schedule = schedule or policy_schedule(policy)
         self.seed, self.fresh = seed, fresh
         self.bounds = dict(bounds or {})
+        self.scaling = scaling
         self.controller: RankController[PeftAdapters] | None = None
         self.recompute = recompute
         self.time = None if time is None else TimeBudget.parse(time)
@@ -143,8 +148,7 @@ class RankPilot(Readings):
         """
         check_run(run)
         self._start(run)
-        targets = find_target_modules(run.model)
-        make_resizable(run.model, targets)
+        targets = resizable_targets(run.model, self.scaling)
         self.journal.open(name, [], writes=run.replicas.processes.first)
         if self._review is not None:
             self._review.resumed = False
@@ -181,8 +185,7 @@ class RankPilot(Readings):
         self._start(run)
         settings, before = self._settings(), state["settings"]
         check_same(settings, before)
-        targets = find_target_modules(run.model)
-        make_resizable(run.model, targets)
+        targets = resizable_targets(run.model, self.scaling)
         finish_load(run.model, targets)
         low, high = rank_bounds(targets, self.bounds)
         adapters = PeftAdapters(run.model, targets)
@@ -340,7 +343,9 @@ class RankPilot(Readings):
         self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
 
     def _settings(self) -> dict[str, Any]:
-        return run_settings(self.budget, self.time, self.policy, self.schedule, self.bounds, self.recompute)
+        return run_settings(
+            self.budget, self.time, self.policy, self.schedule, self.bounds, self.recompute, self.scaling
+        )
 
     def _decide(self) -> None:
         controller, step = self._controller, self._step

@@ -16,7 +16,13 @@ MAY_CHANGE = ("budget", "time")
 
 
 def run_settings(
-    budget: Budget, time: TimeBudget | None, policy: Policy, schedule: DecisionSchedule, bounds: Bounds, recompute: bool
+    budget: Budget,
+    time: TimeBudget | None,
+    policy: Policy,
+    schedule: DecisionSchedule,
+    bounds: Bounds,
+    recompute: bool,
+    scaling: str,
 ) -> dict[str, Any]:
     """What a resumed run is held against, as JSON values."""
     return {
@@ -26,6 +32,7 @@ def run_settings(
         "schedule": repr(schedule),
         "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
         "recompute": recompute,
+        "scaling": scaling,
     }
 
 

@@ -25,6 +25,8 @@ from ..data.tokens import IGNORED
 from ..data.workload import Texts, Workload, load_workload
 from ..errors import UnsupportedError
 from ..lora.ladder import REFERENCE_RANK
+from ..lora.scaling import choose_scaling
+from ..lora.targets import find_target_modules
 from ..memory.step_parts import check_checkpointing, check_installed
 from .config import FinetuneConfig
 from .metrics import LossInProgressBar
@@ -82,14 +84,10 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     check_length(config.max_length, base)
     if config.checkpointing or config.recompute:
         check_checkpointing(base)
-    return adapt(
-        base,
-        config.model,
-        workload.task,
-        target_modules=config.target_modules,
-        rank=REFERENCE_RANK,
-        scaling=config.scaling,
-    )
+    options = {"r": REFERENCE_RANK, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora"}
+    model = adapt(base, config.model, workload.task, target_modules=config.target_modules, **options)
+    choose_scaling(find_target_modules(model), config.kept)
+    return model
 
 
 def new_trainer(

@@ -134,6 +134,7 @@ def pattern_config(config: LoraConfig, all_ranks: Mapping[str, int], alphas: Map
     ranks = {name: rank for name, rank in all_ranks.items() if rank}
     widest = max(ranks, key=ranks.__getitem__)
     patterns = {name: f"^{re.escape(name)}" for name in ranks}  # each matches one module only
+    one_alpha = len({alphas[name] for name in ranks}) == 1
     return replace(
         config,
         r=ranks[widest],
@@ -144,7 +145,7 @@ def pattern_config(config: LoraConfig, all_ranks: Mapping[str, int], alphas: Map
         layers_to_transform=None,
         layers_pattern=None,
         rank_pattern={patterns[name]: rank for name, rank in ranks.items()},
-        alpha_pattern={patterns[name]: alphas[name] for name in ranks},
+        alpha_pattern={} if one_alpha else {patterns[name]: alphas[name] for name in ranks},
         inference_mode=False,
     )
 
@@ -176,18 +177,22 @@ def axolotl_yaml(config: LoraConfig) -> str:
         *(f"  - {json.dumps(name)}" for name in sorted(config.target_modules)),
         "lora_rank_pattern:",
         *(f"  {json.dumps(key)}: {rank}" for key, rank in config.rank_pattern.items()),
-        "lora_alpha_pattern:",
+        *(["lora_alpha_pattern:"] if alphas else []),
         *(f"  {json.dumps(key)}: {alpha}" for key, alpha in alphas.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
+    needed = "lora_rank_pattern and lora_alpha_pattern need" if alphas else "lora_rank_pattern needs"
     comments = [
-        "Ranks by rankpilot. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later",
+        f"Ranks by rankpilot. {needed} axolotl of July 2026 or later",
         "(axolotl-ai-cloud/axolotl#3673). Leave lora_target_linear out: it would adapt other modules as well.",
     ]
-    error = max((abs(alphas[key] / alpha - 1) for key, alpha in config.alpha_pattern.items() if alpha), default=0.0)
+    exact = [(alphas[key], alpha) for key, alpha in config.alpha_pattern.items() if alpha]
+    if not alphas and config.lora_alpha:
+        exact = [(max(1, round(config.lora_alpha)), config.lora_alpha)]
+    error = max((abs(whole / alpha - 1) for whole, alpha in exact), default=0.0)
     if error:
         comments.append(f"Axolotl takes whole alphas only: the relative error of a scaling is up to {error:.2g}.")
     unknown = [n for n in ("lora_bias", *_OTHER_FORMS) if n not in _AXOLOTL_KEYS and getattr(config, n, None)]

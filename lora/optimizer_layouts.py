@@ -16,7 +16,10 @@ from torch import nn
 
 from ..errors import UnsupportedError
 
-Moment = Literal["first", "second"]
+Moment = Literal["first", "second", "direction", "change"]
+"""What a state tensor is: an average of gradients, of their squares, of gradients without their size (divided by the
+root of their squares), or of changes of the parameter."""
+
 State = dict[str, torch.Tensor]
 
 LOW_BIT_BLOCK = 256
@@ -154,12 +157,12 @@ def _adam_count(settings: Mapping[str, Any]) -> int:
 _LAYOUTS = {
     **dict.fromkeys(("torch.Adam", "torch.AdamW", "torch.NAdam"), StateLayout(_ADAM, count=_adam_count)),
     "torch.RMSprop": StateLayout(
-        {"square_avg": "second", "momentum_buffer": "first"}, count=lambda settings: 1 + (settings["momentum"] != 0)
+        {"square_avg": "second", "momentum_buffer": "direction"}, count=lambda settings: 1 + (settings["momentum"] != 0)
     ),
     "torch.SGD": StateLayout({"momentum_buffer": "first"}, count=lambda settings: int(settings["momentum"] != 0)),
     "torch.Adafactor": StateLayout({"variance": "second"}, {"row_var": (0, 0), "col_var": (1, 1)}),
     "transformers.Adafactor": StateLayout(
-        {"exp_avg": "first", "exp_avg_sq": "second"},
+        {"exp_avg": "change", "exp_avg_sq": "second"},
         {"exp_avg_sq_row": (0, 0), "exp_avg_sq_col": (1, 0)},
         count=lambda settings: 1 + (settings["beta1"] is not None),
     ),

@@ -2,7 +2,8 @@
 
 The gradient of a re-factored pair is a linear map of the old one: with A' = Q A and B' = B P, the chain rule gives
 g_A' = P^T g_A and g_B' = g_B Q^T on the remaining directions. First moments take the same map, second moments the
-map with squared entries, and the step count stays.
+map with squared entries, and the step count stays. Where a parameter is divided by a number because its scaling grows
+by it, gradients grow by it too (`scale_state`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from .optimizer_layouts import StateLayout, layout_of, unwrap_optimizer
+from .optimizer_layouts import Moment, StateLayout, layout_of, unwrap_optimizer
 
 Fill = Literal["zero", "mean"]
 
@@ -96,6 +97,24 @@ def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, 
             mapped = change.apply(layout.form.read(parameter, state, key), second=moment == "second")
             layout.form.write(inner, parameter, state, key, mapped)
     _map_factored(layout, state, change)
+
+
+_POWERS: dict[Moment, int] = {"first": 1, "second": 2, "direction": 0, "change": -1}
+"""The power of the factor by which gradients grow, by which each moment grows."""
+
+
+def scale_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, factor: float) -> None:
+    """Let a parameter's state follow a division of the parameter by `factor`, by which its gradients grow."""
+    if optimizer is None or factor == 1:
+        return
+    inner = unwrap_optimizer(optimizer)
+    layout, state = layout_of(inner), inner.state.get(parameter, {})
+    for key, moment in layout.moments.items():
+        if isinstance(state.get(key), torch.Tensor) and _POWERS[moment]:
+            scaled = layout.form.read(parameter, state, key) * factor ** _POWERS[moment]
+            layout.form.write(inner, parameter, state, key, scaled)
+    for key in layout.factored.keys() & state.keys():  # u and v stand for u v^T / mean(u)
+        state[key] = state[key] * factor**2
 
 
 def _map_factored(layout: StateLayout, state: dict[str, torch.Tensor], change: StateMap) -> None:

@@ -18,7 +18,8 @@ from torch import nn
 
 from .frozen_weights import guard_base
 from .resize import resize
-from .targets import TargetModule, unwrap
+from .scaling import Scaling, choose_scaling
+from .targets import TargetModule, find_target_modules, unwrap
 
 MANY_MODULES = 256
 """From this number on, modules of one rank share a pattern. PEFT tries every pattern on every module, and Python's `re`
@@ -28,8 +29,9 @@ caches 512 of them: with more, loading an adapter takes minutes."""
 def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """Write the current ranks into the model's LoraConfig, so that the adapter can be saved at any time.
 
-    Adapted modules get anchored `rank_pattern` and `alpha_pattern` entries; modules at rank 0 are listed in
-    `exclude_modules`. The user's patterns are removed: PEFT sorts patterns on saving and uses the first that matches.
+    Adapted modules get anchored `rank_pattern` entries, and `alpha_pattern` entries unless all have `lora_alpha`;
+    modules at rank 0 are listed in `exclude_modules`. The user's patterns are removed: PEFT sorts patterns on saving,
+    and uses the first that matches.
     """
     peft_model = unwrap(model)
     adapter = targets[0].adapter
@@ -38,7 +40,8 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     user_excluded, user_targets = settings.setdefault(adapter, (config.exclude_modules, config.target_modules))
     adapted = [target for target in targets if target.rank > 0]
     config.rank_pattern = _patterns({t.name: t.rank for t in adapted})
-    config.alpha_pattern = _patterns({t.name: t.layer.lora_alpha[adapter] for t in adapted})
+    alphas = {t.name: t.layer.lora_alpha[adapter] for t in adapted}
+    config.alpha_pattern = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
     config.exclude_modules = _excluded(user_excluded, [target.name for target in targets if target.rank == 0])
     # PEFT refuses to load an adapter whose target modules match no module, except under this dummy name.
     config.target_modules = user_targets if adapted else DUMMY_TARGET_MODULES
@@ -86,6 +89,14 @@ def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     peft_model.register_load_state_dict_pre_hook(_LoadHook(peft_model, targets))
     for target in targets:
         target.layer.register_state_dict_post_hook(partial(_omit_rank_0, target))
+
+
+def resizable_targets(model: nn.Module, scaling: Scaling) -> list[TargetModule]:
+    """Find the target modules, choose their scaling and let them load any ranks; call before a checkpoint is loaded."""
+    targets = find_target_modules(model)
+    choose_scaling(targets, scaling)
+    make_resizable(model, targets)
+    return targets
 
 
 class _LoadHook:

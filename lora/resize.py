@@ -6,14 +6,14 @@ For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
   (`lora/factors`);
 * *grow*: one side of the new directions is random, the other zero, so the function does not change;
 * *drop* to rank 0: A and B become empty, and stay the same parameter objects so that they can grow again;
-* the scaling s stays as it is, so alpha follows the rank;
+* the scaling becomes s' = alpha / r' (`lora/scaling.py`), and the side that starts at zero, B, is multiplied by s / s',
+  so the function does not change (on embeddings it is A);
 * the optimiser's moments follow the same linear maps (`lora/optimizer_state`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,8 +22,9 @@ import torch
 
 from .factors import BEFORE_THE_RUN, fresh_directions, growth_generator, norms_of, shrink_maps, write_in_place
 from .frozen_weights import real_weight
+from .ladder import REFERENCE_RANK
 from .optimizer_layouts import unwrap_optimizer
-from .optimizer_state import Fill, StateMap, check_optimizer, map_state, reset_state
+from .optimizer_state import Fill, StateMap, check_optimizer, map_state, reset_state, scale_state
 from .targets import TargetModule, check_ranks
 
 logger = logging.getLogger(__name__)
@@ -167,11 +168,10 @@ def reset_extras(target: TargetModule) -> None:
 
 
 def update_peft_records(target: TargetModule, rank: int) -> None:
-    """Write the rank into PEFT's layer, with the alpha that keeps the scaling, and freeze the pair at rank 0."""
+    """Write rank, alpha and scaling into PEFT's layer, and freeze the pair at rank 0."""
     layer, name = target.layer, target.adapter
-    root = math.sqrt(max(rank, 1)) if layer.use_rslora.get(name) else max(rank, 1)
-    layer.r[name] = rank
-    layer.lora_alpha[name] = target.scaling * root
+    alpha, scaling = target.alpha_at(rank), target.scaling_at(rank)
+    layer.r[name], layer.lora_alpha[name], layer.scaling[name] = rank, alpha, scaling
     if not target.embedding:
         layer.lora_A[name].out_features = rank
         layer.lora_B[name].in_features = rank
@@ -204,7 +204,10 @@ def _shrink(
 ) -> None:
     for group, rank in _batches(moves):
         pairs = [(target.weight_a.detach().double(), target.weight_b.detach().double()) for target in group]
-        maps = shrink_maps([a for a, _ in pairs], [b for _, b in pairs], rank)
+        # A and B are balanced as they would be if all had the scaling of one rank.
+        shares = [target.scaling / (target.scaling_at(REFERENCE_RANK) or 1.0) for target in group]
+        scaled = [b * share for (_, b), share in zip(pairs, shares, strict=True)]
+        maps = shrink_maps([a for a, _ in pairs], scaled, rank)
         for target, (a, b), p, q, used in zip(group, pairs, *maps, strict=True):
             new_a, new_b = (q @ a).to(target.weight_a), (b @ p).to(target.weight_b)
             fresh = None if bool(used.all()) else ~used
@@ -214,7 +217,7 @@ def _shrink(
             fill_a, fill_b = _FILLS[target.embedding]
             map_state(optimizer, target.weight_a, StateMap(0, rank, p.mT, fresh, fill_a))
             map_state(optimizer, target.weight_b, StateMap(1, rank, q, fresh, fill_b))
-            _write(target, new_a, new_b)
+            _write_scaled(target, new_a, new_b, optimizer)
 
 
 def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[TargetModule], int]]:
@@ -249,4 +252,22 @@ def _grow(
             map_state(optimizer, b, StateMap(1, rank, fill_second=fill_b))
         else:
             reset_state(optimizer, target.parameters.values())
-        _write(target, torch.cat([a.detach(), rows]), torch.cat([b.detach(), columns], dim=1))
+        _write_scaled(target, torch.cat([a.detach(), rows]), torch.cat([b.detach(), columns], dim=1), optimizer)
+
+
+def _write_scaled(
+    target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Write factors that are meant for the present scaling with that of their rank, which is above 0."""
+    after = target.scaling_at(len(weight_a))
+    factor = after / target.scaling if after else 1.0  # a scaling of 0 stays 0
+    if target.embedding:
+        trained, weight_a = [target.weight_a], weight_a / factor
+    else:
+        trained, weight_b = [target.weight_b], weight_b / factor
+    if target.bias is not None:  # PEFT multiplies it by the scaling too
+        trained.append(target.bias)
+        target.bias.div_(factor)
+    for parameter in trained:
+        scale_state(optimizer, parameter, factor)
+    _write(target, weight_a, weight_b)

@@ -10,7 +10,7 @@ three signals find planted changes where plain gradient norms do not (docs/exper
 
 The last two serve other methods:
 
-* *gradient norm*: root mean square of norm(g);
+* *gradient norm*: root mean square of norm(g), as it would be at the scaling of rank 8, so that ranks compare;
 * *importance*: sum over the entries of B of abs(b * mean g), as in AdaLoRA (Zhang et al., 2023, arXiv 2303.10512).
 """
 
@@ -24,6 +24,7 @@ import torch
 
 from ..common.arrays import FloatArray, IntArray
 from .frozen_weights import base_norm
+from .ladder import REFERENCE_RANK
 from .targets import TargetModule
 
 SIGNALS = ("sensitivity", "snr", "relative_change", "gradient_norm", "importance")
@@ -36,7 +37,7 @@ def base_norms(targets: Sequence[TargetModule]) -> torch.Tensor:
 
 def pair_signals(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    scalings: Sequence[float],
+    scalings: Sequence[tuple[float, float]],
     sums: Sequence[torch.Tensor],
     squares: torch.Tensor,
     count: int,
@@ -46,7 +47,7 @@ def pair_signals(
 
     Args:
         factors: A (rank, d_in) and B (d_out, rank) of each module.
-        scalings: the factor by which each B A is multiplied.
+        scalings: the factor by which each B A is multiplied, and what it would be at `REFERENCE_RANK`.
         sums: gradient of each B, summed over the interval's steps, (d_out, rank).
         squares: squared norm of the gradient of each B, summed over the steps, (modules,).
         count: number of steps in the interval.
@@ -54,7 +55,7 @@ def pair_signals(
     """
     snr = torch.stack(torch._foreach_norm(list(sums))).square() / (count * squares).clamp_min(1e-30)
     rows = []
-    for (a, b), scaling, total in zip(factors, scalings, sums, strict=True):
+    for (a, b), (scaling, _), total in zip(factors, scalings, sums, strict=True):
         products = b * total
         # norm(B A)^2 = trace((B^T B)(A A^T)), without forming the dense product.
         square = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
@@ -62,6 +63,7 @@ def pair_signals(
     sensitivity, change, importance = torch.stack(rows).unbind(dim=1)
     relative = change / base_norms.to(change)
     norms = (squares / count).sqrt()
+    norms = norms * torch.tensor([at_8 / (now or 1.0) for now, at_8 in scalings], dtype=torch.float64).to(norms)
     return torch.stack([sensitivity / count, snr.to(change), relative, norms.to(change), importance / count], dim=1)
 
 
@@ -130,7 +132,7 @@ class SignalMeter(Meter):
 
     def _update(self) -> IntArray:
         factors = [(target.weight_a.detach(), target.weight_b.detach()) for target in self._adapted]
-        scalings = [target.scaling for target in self._adapted]
+        scalings = [(target.scaling, target.scaling_at(REFERENCE_RANK)) for target in self._adapted]
         norms = self._base_norms[self._index]
         signals = pair_signals(factors, scalings, self._sums, self._squares[0], self._count, norms)
         self.values[self._index] = signals.double().cpu().numpy()

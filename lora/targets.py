@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from torch import nn
 
 from ..errors import ConfigError, UnknownNameError, UnsupportedError
 from .module_spec import ModuleSpec
+
+CONSTANT_SCALING = "_rankpilot_constant_scaling"
+"""Attribute of a PEFT layer: its adapters whose scaling stays when a rank changes; see `lora/scaling.py`."""
 
 CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of `init_lora_weights` that subtract the first adapter from the frozen weights."""
@@ -85,8 +89,30 @@ class TargetModule(ModuleSpec):
 
     @property
     def scaling(self) -> float:
-        """The factor by which B A is multiplied; a change of rank does not change it."""
+        """The factor by which B A is multiplied, now."""
         return float(self.layer.scaling[self.adapter])
+
+    @property
+    def alpha(self) -> float:
+        """PEFT's `lora_alpha` of this module: by default what stays when its rank changes."""
+        alpha: float = self.layer.lora_alpha[self.adapter]
+        return alpha
+
+    def alpha_at(self, rank: int) -> float:
+        """What `alpha` is after a change to this rank."""
+        return self.scaling * self._root(rank) if self._constant_scaling else self.alpha
+
+    def scaling_at(self, rank: int) -> float:
+        """What `scaling` is after a change to this rank: alpha / rank, unless the scaling is to stay; 0 counts as 1."""
+        return self.scaling if self._constant_scaling else self.alpha / self._root(rank)
+
+    @property
+    def _constant_scaling(self) -> bool:
+        return self.adapter in self.layer.__dict__.get(CONSTANT_SCALING, ())
+
+    def _root(self, rank: int) -> float:
+        """What PEFT divides alpha by."""
+        return math.sqrt(max(rank, 1)) if self.layer.use_rslora.get(self.adapter) else max(rank, 1)
 
 
 def _layer_key(name: str) -> str:

@@ -21,6 +21,7 @@ from ...errors import NonFiniteError
 from ...lora.adapters import PeftAdapters
 from ...lora.factors import write_in_place
 from ...lora.resize import reset_adapters, resize, set_ranks
+from ...lora.scaling import reference_scaling
 from ...lora.signals import SIGNALS
 from ..tasks.finetune import FineTune, Reference
 
@@ -55,7 +56,8 @@ def probe_task(task: FineTune, schedule: DecisionSchedule) -> ProbeResult:
     steps = (step % task.steps for step in range(schedule.probe_steps))
     losses = (partial(task.train_loss, model, step, rows) for step in steps)
     try:
-        return probe(targets, _optimizer(task), losses, max_grad_norm=MAX_GRAD_NORM)
+        with reference_scaling(targets):
+            return probe(targets, _optimizer(task), losses, max_grad_norm=MAX_GRAD_NORM)
     except NonFiniteError:  # the episode will find out, and end
         return unknown_signals(len(targets))
 

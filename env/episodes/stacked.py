@@ -23,6 +23,7 @@ from ...allocation.problem import AllocationProblem
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import IntArray
 from ...errors import ConfigError
+from ...lora.ladder import REFERENCE_RANK
 from ...lora.signals import base_norms
 from ...lora.stacked.adapters import StackedAdapters
 from ...lora.stacked.resize import Move, reset_runs, set_stacked_ranks
@@ -294,7 +295,7 @@ class StackedEpisodes:
         """Probe tasks that are new, each in a free row."""
         if not tasks:
             return
-        reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()})
+        reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()}, scaled_as=REFERENCE_RANK)
         lanes = []
         for task, row in tasks.items():
             rows, meter = min(self.schedule.probe_batch, task.batch_size), self._meter(row)

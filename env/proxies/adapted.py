@@ -14,8 +14,8 @@ from ...memory.cost import ParameterCost, UntimedCost
 from ...memory.model import MemoryModel
 from .bases import Unit, find_base, load_base_model
 
-SCALING = 2.0
-"""Constant LoRA scaling of proxy runs (alpha 16 at rank 8, PEFT users' most common setting)."""
+ALPHA = 16
+"""`lora_alpha` of proxy runs: the scaling is 16 / rank, 2 at rank 8, PEFT users' most common setting."""
 
 
 CALIBRATED_ROWS = 4
@@ -28,7 +28,7 @@ def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
     base = find_base(name)
     config = LoraConfig(
         r=8,
-        lora_alpha=int(8 * SCALING),
+        lora_alpha=ALPHA,
         target_modules=list(base.target_modules),
         lora_dropout=0.0,
         fan_in_fan_out=base.family == "gpt2",

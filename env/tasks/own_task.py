@@ -18,7 +18,7 @@ from ...lora.targets import TargetModule, find_target_modules
 from ...memory.budget import Budget
 from ...memory.calibration import calibrate
 from ...memory.cost import ParameterCost, UntimedCost
-from ..proxies.adapted import SCALING
+from ..proxies.adapted import ALPHA
 from .finetune import Reference
 
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
@@ -99,9 +99,7 @@ class OwnTask:
         model = self.model
         if not isinstance(model, PeftModel):
             names = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-            config = LoraConfig(
-                r=START_RANK, lora_alpha=int(START_RANK * SCALING), lora_dropout=0.0, target_modules=names
-            )
+            config = LoraConfig(r=START_RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=names)
             try:
                 model = get_peft_model(model, config)
             except ValueError as error:

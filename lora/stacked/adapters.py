@@ -2,8 +2,8 @@
 
 The batches of the runs are concatenated: x has shape (runs * rows, length, d). Each target module has stacked factors
 A (runs, width, d_in) and B^T (runs, width, d_out), which are zero beyond the rank of each run, and a forward hook adds
-scaling * x A^T B^T. A component that is zero in both factors has zero gradients, so Adam leaves it at zero: no masks
-are needed, and each run computes what it would compute alone.
+s * x A^T B^T, with a scaling s of each run and module. A component that is zero in both factors has zero gradients, so
+Adam leaves it at zero: no masks are needed, and each run computes what it would compute alone.
 
 All factors of a run are one row of a flat buffer, and so are their gradients and both moments of Adam. Widths are
 multiples of 16: matrix products (oneMKL) of such widths do not depend on the width, so a run's result is the same bit
@@ -48,6 +48,7 @@ class StackedAdapters:
 
     Attributes:
         ranks: int64 (runs, modules); `lora/stacked/resize.py` changes them.
+        scalings: the factor in front of each product, float64 (runs, modules); it changes with the ranks.
         ages: Adam's steps on each pair since it was created or grew from rank 0, int64 (runs, modules).
         layout: positions of the factors in a row of a buffer.
         weights: the factors, (runs, layout.size).
@@ -70,6 +71,7 @@ class StackedAdapters:
         self.model = model.requires_grad_(False)
         self.targets = list(targets)
         self.ranks: IntArray = np.zeros((runs, len(targets)), dtype=np.int64)
+        self.scalings: FloatArray = np.ones((runs, len(targets)))
         self.ages: IntArray = np.zeros((runs, len(targets)), dtype=np.int64)
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
@@ -140,6 +142,9 @@ class StackedAdapters:
     def running(self, rows: Sequence[int], *, compiled: bool = False) -> Iterator[Callable[..., Any]]:
         """Yield the model (the `compiled` one for training), to be called with batches of these runs, in this order."""
         self._rows, self._gradient, self._compiled = list(rows), self.gradients, compiled
+        self._factors = torch.as_tensor(self.scalings[self._rows], dtype=self.dtype, device=self.device)[
+            :, :, None, None
+        ]
         self._leaves, self._gradients = self.pairs(self.weights), self.pairs(self.gradients)
         if isinstance(self._index(rows), list):
             self._gradient = self.gradients.new_empty(len(rows), self.layout.size)
@@ -159,15 +164,15 @@ class StackedAdapters:
 
     def _hook(self, index: int) -> Callable[..., torch.Tensor]:
         d_in, d_out = self.targets[index].d_in, self.targets[index].d_out
-        scaling = self.targets[index].scaling
 
         def add_delta(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             if not self._leaves or self._leaves[index][0].shape[1] == 0:
                 return output
             a, b = self._leaves[index]
+            scaling = self._factors[:, index]
             x, y = args[0].reshape(len(a), -1, d_in), output.reshape(len(a), -1, d_out)
             if self._compiled or not torch.is_grad_enabled():
-                y = torch.baddbmm(y, torch.bmm(x, a.mT), b, alpha=scaling)
+                y = torch.baddbmm(y, torch.bmm(x, a.mT) * scaling, b)
             else:
                 y = _AddDelta.apply(y, x, a, b, scaling, self._gradients[index], self._anchor)  # type: ignore[no-untyped-call]
             return y.view(output.shape)
@@ -242,7 +247,7 @@ class StackedAdapters:
 
 
 class _AddDelta(torch.autograd.Function):
-    """Adds scaling * x A^T B^T to y in place; the backward pass writes the gradients of A and B into their buffers."""
+    """Adds s * x A^T B^T to y in place; the backward pass writes the gradients of A and B into their buffers."""
 
     @staticmethod
     def forward(
@@ -251,25 +256,25 @@ class _AddDelta(torch.autograd.Function):
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        scaling: float,
+        scaling: torch.Tensor,  # (runs, 1, 1)
         gradients: Pair,
         anchor: torch.Tensor,
     ) -> torch.Tensor:
         """Shapes: y (runs, tokens, d_out), x (runs, tokens, d_in), a (runs, width, d_in), b (runs, width, d_out)."""
         del anchor  # it requires a gradient, so that autograd calls `backward` even if y and x do not
-        hidden = torch.bmm(x, a.mT)
-        ctx.save_for_backward(x, hidden, a, b)
-        ctx.scaling, ctx.gradients = scaling, gradients
+        hidden = torch.bmm(x, a.mT).mul_(scaling)
+        ctx.save_for_backward(x, hidden, a, b, scaling)
+        ctx.gradients = gradients
         ctx.mark_dirty(y)
-        return y.baddbmm_(hidden, b, alpha=scaling)
+        return y.baddbmm_(hidden, b)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, hidden, a, b = ctx.saved_tensors
+        x, hidden, a, b, scaling = ctx.saved_tensors
         (grad_y,) = outputs
-        grad_hidden = torch.bmm(grad_y, b.mT).mul_(ctx.scaling)
+        grad_hidden = torch.bmm(grad_y, b.mT).mul_(scaling)
         grad_a, grad_b = ctx.gradients
         grad_a.copy_(torch.bmm(grad_hidden.mT, x))
-        torch.mul(torch.bmm(hidden.mT, grad_y), ctx.scaling, out=grad_b)
+        torch.bmm(hidden.mT, grad_y, out=grad_b)
         grad_x = torch.bmm(grad_hidden, a) if ctx.needs_input_grad[1] else None
         return grad_y, grad_x, None, None, None, None, None

@@ -15,6 +15,7 @@ import torch
 
 from ...common.arrays import IntArray
 from ..factors import BEFORE_THE_RUN, fresh_directions, growth_generator, shrink_maps
+from ..ladder import REFERENCE_RANK
 from ..optimizer_state import StateMap
 from .adapters import StackedAdapters
 
@@ -37,9 +38,13 @@ class Move:
 
 
 @torch.no_grad()
-def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int]) -> None:
-    """Give runs fresh adapters of rank 1 on every module, as `lora.resize.reset_adapters` does; `seeds` is by run."""
+def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int], *, scaled_as: int = 1) -> None:
+    """Give runs fresh adapters of rank 1 on every module, as `lora.resize.reset_adapters` does; `seeds` is by run.
+
+    Their scaling is that of rank `scaled_as`: `REFERENCE_RANK` for a probe.
+    """
     rows = list(seeds)
+    adapters.scalings[rows] = [target.scaling_at(scaled_as) for target in adapters.targets]
     for buffer in (adapters.weights, adapters.first, adapters.second):
         buffer[rows] = 0
     adapters.ranks[rows], adapters.ages[rows] = 1, 0
@@ -73,6 +78,8 @@ def set_stacked_ranks(adapters: StackedAdapters, moves: Sequence[Move]) -> None:
     shrinking.sort(key=lambda item: item[:2])
     for (old, new), group in groupby(shrinking, key=lambda item: item[:2]):
         change.shrink([(module, move) for _, _, module, move in group], old, new)
+    for row, module in zip(*np.nonzero(before != after), strict=True):
+        change.scale(int(row), int(module), int(after[row, module]))
     adapters.ranks[:] = after
     adapters.make_room(after)
     adapters.forget_slices()
@@ -105,8 +112,11 @@ class _Change:
 
     def shrink(self, moves: Sequence[tuple[int, Move]], old: int, new: int) -> None:
         """Lower these pairs from rank `old` to their best approximations of rank `new`."""
+        targets, scalings = self._adapters.targets, self._adapters.scalings
         pairs = [[side[move.row, :old].double() for side in self._weights[module]] for module, move in moves]
-        maps = shrink_maps([a for a, _ in pairs], [b.mT for _, b in pairs], new)
+        shares = [scalings[move.row, module] / targets[module].scaling_at(REFERENCE_RANK) for module, move in moves]
+        scaled = [b.mT * share for (_, b), share in zip(pairs, shares, strict=True)]
+        maps = shrink_maps([a for a, _ in pairs], scaled, new)
         for (module, move), (a, b), p, q, used in zip(moves, pairs, *maps, strict=True):
             factors = [q @ a, p.mT @ b]
             fresh = None if bool(used.all()) else ~used
@@ -121,6 +131,16 @@ class _Change:
                 for moments, second in ((self._first, False), (self._second, True)):
                     moment = moments[module][side][move.row]
                     self._replace(moment, old, change.apply(moment[:old], second=second))
+
+    def scale(self, row: int, module: int, rank: int) -> None:
+        """Give a pair, which has its new factors, the scaling of its new rank: the function stays."""
+        scalings = self._adapters.scalings
+        after = self._adapters.targets[module].scaling_at(rank)
+        factor = float(after / scalings[row, module])
+        scalings[row, module] = after
+        self._weights[module][1][row] /= factor
+        self._first[module][1][row] *= factor
+        self._second[module][1][row] *= factor**2
 
     @staticmethod
     def _replace(view: torch.Tensor, old: int, value: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ...common.arrays import FloatArray, IntArray
+from ..ladder import REFERENCE_RANK
 from ..signals import Meter, pair_signals
 from .adapters import StackedAdapters
 from .resize import Move
@@ -38,7 +39,8 @@ class StackedMeter(Meter):
                 a, b = weights[index]
                 factors.append((a[row, :rank], b[row, :rank].mT))
                 sums.append(totals[index][1][row, :rank].mT)
-            scalings = [adapters.targets[index].scaling for index in adapted]
+            references = [adapters.targets[index].scaling_at(REFERENCE_RANK) for index in adapted]
+            scalings = list(zip(adapters.scalings[row, adapted].tolist(), references, strict=True))
             squares = torch.from_numpy(self._squares[adapted]).to(adapters.device)
             signals = pair_signals(factors, scalings, sums, squares, self._count, self._base_norms[adapted])
             self.values[adapted] = signals.double().cpu().numpy()

@@ -13,6 +13,7 @@ from ...common.files import write_json
 from ...common.tables import make_table
 from ...common.units import format_bytes
 from ...errors import BudgetError
+from ...lora.ladder import REFERENCE_RANK
 from ...memory.outlook import USUAL_CARD, Choice, GridCell, Outlook
 from .card_picture import card_picture
 
@@ -147,7 +148,7 @@ def configuration_text(outlook: Outlook) -> str:
         "",
         "lora = LoraConfig(",
         f"    r={best.rank},",
-        f"    lora_alpha={2 * best.rank},",
+        f"    lora_alpha={2 * REFERENCE_RANK},",
         f"    target_modules={modules},",
         ")",
         "arguments = dict(",

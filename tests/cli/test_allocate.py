@@ -27,13 +27,12 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
         lora_alpha=16,
         target_modules="all-linear",
         rank_pattern=pattern,
-        alpha_pattern={name: 2 * rank for name, rank in pattern.items()},
         exclude_modules=r"model\.layers\.0\.q_proj",
     )
 
     def plan_ahead(options: FinetuneConfig, tell: object, log: Path | None) -> StaticPlan:
         asked.append(options)
-        return StaticPlan(config, RANKS, 900.0, 1000.0, "parameters")
+        return StaticPlan(config, RANKS, dict.fromkeys(RANKS, 16.0), 900.0, 1000.0, "parameters")
 
     monkeypatch.setattr(experiment, "plan_ahead", plan_ahead)
     return asked
@@ -57,7 +56,8 @@ def test_lines_for_axolotl(tmp_path: Path) -> None:
     values = yaml.safe_load((tmp_path / "plan.yaml").read_text())
     assert values["lora_target_modules"] == ["model.layers.0.v_proj", "model.layers.1.q_proj"]
     assert values["lora_rank_pattern"] == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
-    assert values["lora_alpha_pattern"] == {r"^model\.layers\.0\.v_proj": 8, r"^model\.layers\.1\.q_proj": 16}
+    assert values["lora_alpha"] == 16
+    assert "lora_alpha_pattern" not in values, "one alpha for all"
 
 
 def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
         "finetuning_type": "lora",
         "lora_target": "q_proj,v_proj",
         "lora_rank": 4,
-        "lora_alpha": 8,
+        "lora_alpha": 16,
     }
 
 

@@ -30,7 +30,7 @@ TASKS: list[tuple[str, Task]] = [
     ("distilbert", "token-classification"),
     ("t5", "classification"),
 ]
-OPTIONS = {"target_modules": "all-linear", "rank": 2, "scaling": 2.0}
+OPTIONS = {"target_modules": "all-linear", "r": 2, "lora_alpha": 4}
 
 
 @pytest.fixture(params=BITS)

@@ -33,7 +33,7 @@ def numbers(text: str) -> list[int]:
 def loss(model: str, workload: Workload) -> torch.Tensor:
     """The loss of a batch, with gradients in adapters and head."""
     base = load_model(model, workload.task, workload.labels, workload.tokenizer)
-    peft = adapt(base, model, workload.task, target_modules="all-linear", rank=2, scaling=2.0)
+    peft = adapt(base, model, workload.task, target_modules="all-linear", r=2, lora_alpha=4)
     batch = workload.collator([workload.train[row] for row in range(4)])
     value: torch.Tensor = peft(**batch).loss
     value.backward()
@@ -270,4 +270,4 @@ def test_other_weights_of_another_shape_are_refused(model_folder: ModelFolder, t
 def test_an_unknown_target_module_among_known_ones(model_folder: ModelFolder) -> None:
     model = load_model(model_folder("llama"), "causal-lm", (), None)
     with pytest.raises(UnknownNameError, match=r"Unknown target module 'q_porj'. Did you mean: 'q_proj'"):
-        adapt(model, "llama", "causal-lm", target_modules="v_proj,q_porj", rank=2, scaling=2.0)
+        adapt(model, "llama", "causal-lm", target_modules="v_proj,q_porj", r=2, lora_alpha=4)

@@ -72,7 +72,8 @@ def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_
     model = get_peft_model(LlamaForCausalLM(llama_config), config)
     targets = find_target_modules(model)
     assert adapter_ranks(targets) == {name: rank for name, rank in plan.ranks.items() if rank}
-    assert {target.scaling for target in targets} == {2.0}
+    assert all(target.scaling == 16 / target.rank for target in targets)
+    assert not config.alpha_pattern, "one alpha for all"
     assert plan.line().endswith(f"mean rank {sum(plan.ranks.values()) / len(plan.ranks):.1f}")
 
 

@@ -89,10 +89,10 @@ def test_growing_leaves_the_function_as_it_is(
 def test_shrinking_keeps_most_of_it(continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig) -> None:
     base = base_model(llama_config)
     adapter = PeftModel.from_pretrained(base, str(stage_1))
-    before = {t.name: t.weight_b.detach() @ t.weight_a.detach() for t in find_target_modules(adapter)}
+    before = {t.name: t.scaling * t.weight_b.detach() @ t.weight_a.detach() for t in find_target_modules(adapter)}
     model, callback, _ = continued("3k params", fractions=(0.0,))
     for target in find_target_modules(model):
-        left = target.weight_b.detach() @ target.weight_a.detach()
+        left = target.scaling * target.weight_b.detach() @ target.weight_a.detach()
         singular = torch.linalg.svdvals(before[target.name])
         expected = singular[target.rank :].square().sum().sqrt()
         assert (before[target.name] - left).norm() == pytest.approx(float(expected), abs=1e-5), target.name

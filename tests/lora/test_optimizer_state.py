@@ -9,6 +9,7 @@ from rankpilot.lora.factors import shrink_maps
 from rankpilot.lora.optimizer_layouts import unwrap_optimizer
 from rankpilot.lora.optimizer_state import StateMap, check_optimizer, reset_state, state_bytes_of
 from rankpilot.lora.resize import set_ranks
+from rankpilot.lora.scaling import choose_scaling
 from rankpilot.lora.targets import find_target_modules
 
 from .training import train
@@ -32,6 +33,7 @@ class Run:
     def __init__(self, model, make_tokens, name):
         self.model, self.make_tokens = model, make_tokens
         self.targets = find_target_modules(model)
+        choose_scaling(self.targets, "constant")  # what follows another scaling is in test_scaling.py
         self.optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
         self.count = 0
 
@@ -103,6 +105,7 @@ def test_gradients_of_the_new_pair_are_the_mapped_gradients(make_llama, llama_ba
     """At full numerical rank nothing is lost by a shrink, so both sides can be compared directly."""
     model = make_llama(dtype=torch.float64)
     targets = find_target_modules(model)
+    choose_scaling(targets, "constant")
     for target in targets:  # rank 2 in a pair of rank 4
         with torch.no_grad():
             target.weight_b[:, 2:] = target.weight_b[:, :2] @ torch.tensor([[1.0, 2], [0.5, -1]]).double()

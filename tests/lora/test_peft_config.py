@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from rankpilot.lora import peft_config as checkpoint
 from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
+from rankpilot.lora.scaling import choose_scaling
 from rankpilot.lora.targets import find_target_modules
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
@@ -216,14 +217,18 @@ def test_a_dropped_module_does_not_take_its_namesake_along(tmp_path):
     assert adapter_ranks(find_target_modules(again)) == {"inner.fc": 3}
 
 
-def test_the_file_tells_each_rank_and_alpha(make_llama, tmp_path):
+@pytest.mark.parametrize("scaling", ["alpha", "constant"])
+def test_the_file_tells_each_rank_and_alpha(make_llama, tmp_path, scaling):
     model = make_llama()
     targets = find_target_modules(model)
+    choose_scaling(targets, scaling)
     set_ranks(targets, {targets[0].name: 6, targets[1].name: 0})
     make_resizable(model, targets)
     sync_config(model, targets)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     key = "^" + re.escape(targets[0].name)
-    assert (config["rank_pattern"][key], config["alpha_pattern"][key]) == (6, 12.0)
+    assert (config["rank_pattern"][key], config["lora_alpha"]) == (6, 8)
+    assert config["alpha_pattern"].get(key) == (None if scaling == "alpha" else 12.0)
+    assert bool(config["alpha_pattern"]) == (scaling == "constant"), "one alpha for all says it"
     assert "^" + re.escape(targets[1].name) not in config["rank_pattern"]

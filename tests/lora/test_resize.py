@@ -14,6 +14,7 @@ from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.lora import resize as ranks_module
 from rankpilot.lora.factors import growth_generator, shrink_maps, write_in_place
 from rankpilot.lora.resize import RankChange, non_finite, reset_adapters, set_ranks, update_peft_records
+from rankpilot.lora.scaling import choose_scaling
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 
@@ -90,7 +91,7 @@ def test_the_kept_factors_are_balanced(seed):
     target = lone_pair(12, 20, 6, torch.float64)
     fill(target, 6, torch.Generator().manual_seed(seed))
     set_ranks([target], {"layer": 4})
-    a, b = target.weight_a.detach(), target.weight_b.detach()
+    a, b = target.weight_a.detach(), target.weight_b.detach() * target.scaling / target.scaling_at(8)
     torch.testing.assert_close(a @ a.T, b.T @ b, rtol=1e-9, atol=1e-9)
 
 
@@ -204,21 +205,26 @@ def test_a_revived_module_trains_again(make_llama, llama_batch):
     assert int(optimizer.state[targets[0].weight_b]["step"]) == 3
 
 
+@pytest.mark.parametrize("scaling", ["alpha", "constant"])
 @pytest.mark.parametrize("rslora", [False, True])
 @given(path=st.lists(st.integers(0, 16), min_size=1, max_size=6))
-def test_scaling_stays_and_alpha_follows_the_rank(rslora, path):
+def test_alpha_or_the_scaling_stays(rslora, scaling, path):
     target = lone_pair(16, 16, 4, lora_alpha=12, use_rslora=rslora)
+    choose_scaling([target], scaling)
     layer = target.layer
-    scaling = target.scaling
-    assert scaling == (6 if rslora else 3)
+    first = target.scaling
+    assert first == (6 if rslora else 3)
     for rank in path:
         set_ranks([target], {"layer": rank})
-        assert target.scaling == scaling
+        root = math.sqrt(rank) if rslora else rank
         assert layer.r["default"] == rank
         assert layer.lora_A["default"].out_features == layer.lora_B["default"].in_features == rank
-        if rank:
-            root = math.sqrt(rank) if rslora else rank
-            assert layer.lora_alpha["default"] == pytest.approx(scaling * root)
+        if scaling == "alpha":
+            assert layer.lora_alpha["default"] == 12
+            assert target.scaling == 12 / (root or 1), "bit for bit what PEFT computes when it loads the adapter"
+        else:
+            assert target.scaling == first
+            assert layer.lora_alpha["default"] == pytest.approx(first * (root or 1))
 
 
 def test_shrinks_come_before_grows_so_that_storage_never_peaks(make_llama, monkeypatch):

@@ -62,7 +62,10 @@ def test_signals_against_their_definitions(make_llama, llama_batch, make_tokens)
         assert values["snr"][index] == pytest.approx(float(snr))
         sensitivity = (target.weight_b * mean).sum(dim=0).abs().sum()
         assert values["sensitivity"][index] == pytest.approx(float(sensitivity.detach()))
-        assert values["gradient_norm"][index] == pytest.approx(float(mine.square().sum(dim=(1, 2)).mean().sqrt()))
+        root_mean_square = mine.square().sum(dim=(1, 2)).mean().sqrt()
+        at_rank_8 = target.scaling_at(8) / target.scaling
+        assert at_rank_8 == 0.5
+        assert values["gradient_norm"][index] == pytest.approx(at_rank_8 * float(root_mean_square))
         importance = (target.weight_b.detach() * mean).abs().sum()
         assert values["importance"][index] == pytest.approx(float(importance))
         delta = target.scaling * (target.weight_b @ target.weight_a).norm()
