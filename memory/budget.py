@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 
 from ..common.units import format_bytes
 from ..errors import BudgetError
-from ..lora.ladder import REFERENCE_RANK
 
 if TYPE_CHECKING:
     import torch
