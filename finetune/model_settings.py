@@ -11,12 +11,12 @@ from torch import nn
 from ..memory.recorder import CHECKPOINT
 from ..memory.step_parts import requires_grad_hook
 
-_SWITCHES = ("gradient_checkpointing", CHECKPOINT)
-"""Attributes of a module that say whether it runs again in the backward pass, and how."""
+_SWITCHES = ("gradient_checkpointing", CHECKPOINT, "_loss_function")
+"""Attributes of a module that say whether it runs again in the backward pass, and how, and what computes its loss."""
 
 
 class ModelSettings:
-    """Which layers of a transformers model run again, which outputs require gradients, and whether it fills a cache.
+    """Which layers of a transformers model run again, which outputs require gradients, its loss, and its cache.
 
     Args:
         model: the model, as it is now.

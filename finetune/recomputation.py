@@ -1,4 +1,4 @@
-"""Which layers of a run's model run again in the backward pass: as few as its plan needs."""
+"""Which layers of a run's model run again in the backward pass: as few as its plan needs. The loss runs in tiles."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from ..memory.batch_shape import BatchShape
 from ..memory.model import MemoryModel
 from ..memory.recomputation import fewest_recomputed
 from ..memory.step_parts import check_checkpointing, switch_checkpointing
+from ..memory.tiled_loss import use_tiled_loss
 from .model_settings import ModelSettings
 
 
 class Recomputation:
     """Lets single layers of a transformers model run again in the backward pass. Losses stay the same.
 
+    The loss of a causal language model is computed in tiles, which saves more bytes than several layers do and takes
+    hardly any time (`memory/tiled_loss.py`).
+
     Args:
-        model: the PEFT model. All its layers run again from now on, so that the step can be measured; until `put_back`.
+        model: the PEFT model. All its layers run again from now on, so that the step can be measured, and its loss has
+            tiles; until `put_back`.
 
     Attributes:
         layers: the names of the layers that run again.
@@ -42,6 +47,7 @@ class Recomputation:
                 "by one. Leave `recompute` out, or switch gradient checkpointing on for the whole model."
             )
         self._before = ModelSettings(model)
+        use_tiled_loss(model)
         switch_checkpointing(base, True)
         base.config.use_cache = False  # a layer that runs again would fill the cache twice
         self.layers: tuple[str, ...] = tuple(self._layers)

@@ -10,7 +10,7 @@ import numpy as np
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
 from .batch_shape import BatchShape
-from .loss_tiles import LossTiles, loss_tokens
+from .loss_tiles import LossTiles, loss_tokens, own_tile
 from .recording import Recording
 
 
@@ -27,6 +27,7 @@ class Growth:
         missing: tokens by which the length is too high where a storage is proportional to the rest, else 0.
         tile: tokens of a tile of the loss; None if it has no tiles.
         tile_factor: by how much a tile of the whole batch is larger; 0 for storages that are no tiles.
+        own_tiles: whether it is a tile of `tiled_loss`, bool.
     """
 
     whole: BatchShape
@@ -37,12 +38,13 @@ class Growth:
     missing: FloatArray
     tile: int | None
     tile_factor: FloatArray
+    own_tiles: BoolArray
 
     @classmethod
     def unknown(cls, shape: BatchShape, storages: int) -> Growth:
         """The growth of operations that depend on the data: only the shape of their batch is known."""
         zeros = np.zeros(storages)
-        return cls(shape, shape, np.full(storages, np.nan), zeros, 1.0, zeros, None, zeros)
+        return cls(shape, shape, np.full(storages, np.nan), zeros, 1.0, zeros, None, zeros, zeros > 0)
 
     @classmethod
     def of(
@@ -58,12 +60,18 @@ class Growth:
         """
         (small, shorter, wider), (base, short, wide) = shapes, (recording.sizes for recording in recordings)
         row_ratio = wider.rows / shorter.rows
-        of_tiles = np.zeros(len(base), dtype=np.bool_)
-        if tiles.count > 1:
-            tile, short_tile, wide_tile = map(tiles.tokens, shapes)
-            of_tiles = (base * short_tile == short * tile) & (wide * short_tile == short * wide_tile) & (base > 0)
+        none = np.zeros(len(base), dtype=np.bool_)
+        of_tiles = _proportional((base, short, wide), [*map(tiles.tokens, shapes)]) if tiles.count > 1 else none
         row_power = _power(wide, short, row_ratio)
         irregular = (np.abs(row_power - np.round(row_power)) > 0.1) & ~of_tiles
+        own_tiles = none
+        if tiles.of_own:
+            tokens, parts = [shape.rows * shape.length for shape in shapes], [*map(own_tile, shapes)]
+            if len(set(parts)) == 1:  # a tile looks like what does not grow
+                return None
+            # Where tiles are not rounded, both are the same.
+            own_tiles = _proportional((base, short, wide), parts) & ~_proportional((base, short, wide), tokens)
+            irregular &= ~own_tiles
         if wide[irregular].sum() > 0.01 * wide.sum():  # as a mixture of experts', whose sizes follow the data
             return None
         length_ratio = shorter.length / small.length
@@ -76,6 +84,7 @@ class Growth:
             np.zeros(len(base)) if length_ratio == 1 else _missing_tokens(base, short, small.length, shorter.length),
             tiles.size,
             np.where(of_tiles, (tiles.size or 0) / tiles.tokens(small), 0.0),
+            own_tiles,
         )
 
     def factor(self, shape: BatchShape) -> FloatArray:
@@ -103,6 +112,7 @@ class Growth:
         if shape == recorded:
             return np.ones(len(self.row_power))
         factor: FloatArray = (shape.rows / recorded.rows) ** self.row_power * self._length_factor(shape.length)
+        factor = np.where(self.own_tiles, own_tile(shape) / own_tile(recorded), factor)
         return np.where(self.tile_factor > 0, self.tile_factor, factor)
 
     def _length_factor(self, length: int) -> FloatArray:
@@ -115,6 +125,13 @@ class Growth:
         share = (measured ** (self.length_power - whole) - measured) / (1 - measured)
         growth = (length / recorded) ** whole * (share + (1 - share) * length / recorded)
         return np.where(self.missing > 0, (length - self.missing) / (recorded - self.missing), growth)
+
+
+def _proportional(sizes: Sequence[IntArray], tokens: Sequence[int]) -> BoolArray:
+    """Which storages have sizes in proportion to these tokens at three shapes, bool (storages,)."""
+    (base, short, wide), (tile, short_tile, wide_tile) = sizes, tokens
+    same: BoolArray = (base * short_tile == short * tile) & (wide * short_tile == short * wide_tile) & (base > 0)
+    return same
 
 
 def _power(larger: IntArray, smaller: IntArray, factor: float) -> FloatArray:

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..common.arrays import IntArray
+from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..lora.factors import write_in_place
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.targets import TargetModule
@@ -23,14 +23,18 @@ from .step_work import Rates
 from .training_step import TrainingStep
 from .work_counter import count_work
 
-ROUNDS = 3
-"""How often each plan is timed, after one round to warm up; the median counts."""
+ROUNDS, SHORT_ROUNDS = 3, 5
+"""How often each plan is timed, after one round to warm up, and how often where all steps are short; the median
+counts."""
 
 SHORT_SECONDS = 0.3
 """Shorter steps run once before each timed one: the first step after a change of ranks takes longer, by little."""
 
-HIGH_RANK = 32
-"""The rank of a plan that tells what grows with ranks."""
+HIGH_RANK, HIGHEST_RANK = 32, 64
+"""The ranks of two plans that tell what grows with ranks; from the one to the other it may be more than up to there."""
+
+REFERENCE_WEIGHT = 3
+"""How often the time of plain LoRA counts in the fit, of which budgets are shares."""
 
 OPERATOR_SECONDS = 5e-6
 """What an operator takes beside its work, to begin with; measured times correct it."""
@@ -43,7 +47,12 @@ Take = Callable[[Collection[str]], object]
 
 
 def measure_step_time(
-    step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, take: Take | None = None, *, rounds: int = ROUNDS
+    step: TrainingStep,
+    targets: Sequence[TargetModule],
+    batch: Batch,
+    take: Take | None = None,
+    *,
+    rounds: int | None = None,
 ) -> StepTime:
     """Measure what a step takes under any plan, by a handful of plans that tell its parts apart; see `timed_plans`.
 
@@ -57,7 +66,7 @@ def measure_step_time(
         targets: the target modules of its model.
         batch: on the device, of the shape that is asked about.
         take: sets the layers that run again, where they can be set one by one; all of them do now, and afterwards.
-        rounds: how often each plan is timed, at least 1.
+        rounds: how often each plan is timed, at least 1; by default `ROUNDS` or `SHORT_ROUNDS`.
 
     Raises:
         UnsupportedError: the model returns no loss.
@@ -66,21 +75,37 @@ def measure_step_time(
     work = count_work(step.model, targets, step.loss, batch)
     layers = work.running_again if take else ()
     plans = timed_plans(targets, layers, () if take else work.running_again)
-    first, seconds = np.zeros(len(plans)), np.zeros((rounds, len(plans)))
+
+    def round_of(warm: BoolArray) -> FloatArray:
+        """Seconds of each plan, (plans,)."""
+        seconds = np.zeros(len(plans))
+        for number, (ranks, again) in enumerate(plans):
+            if take:
+                take(again)
+            seconds[number] = _timed_step(step, targets, ranks, batch, warm=bool(warm[number]))
+        return seconds
+
     with all_training(step.model, targets), _no_collection():
-        for turn in range(-1, rounds):
-            for number, (ranks, again) in enumerate(plans):
-                if take:
-                    take(again)
-                warm = turn >= 0 and first[number] < SHORT_SECONDS
-                value = _timed_step(step, targets, ranks, batch, warm=warm)
-                if turn < 0:
-                    first[number] = value
-                else:
-                    seconds[turn, number] = value
+        short = round_of(np.zeros(len(plans), dtype=np.bool_)) < SHORT_SECONDS
+        rounds = rounds or (SHORT_ROUNDS if short.all() else ROUNDS)
+        seconds = usual_seconds(np.stack([round_of(short) for _ in range(rounds)]))
     if take:
         take(layers)
-    return fitted(work.time(measured_rates(device)), plans, np.median(seconds, axis=0))
+    often = [0] * (REFERENCE_WEIGHT - 1) + list(range(len(plans)))
+    return fitted(work.time(measured_rates(device)), [plans[number] for number in often], seconds[often])
+
+
+def usual_seconds(seconds: FloatArray) -> FloatArray:
+    """The usual time of each plan, (plans,), without the pace of the rounds in which they were timed.
+
+    What slows the machine down for a round slows all of its plans down alike: its pace is the median of their times,
+    each relative to the plan's own median.
+
+    Args:
+        seconds: (rounds, plans), > 0.
+    """
+    pace = np.median(seconds / np.median(seconds, axis=0), axis=1, keepdims=True)
+    return np.asarray(np.median(seconds / pace, axis=0), dtype=np.float64)
 
 
 def timed_plans(
@@ -88,9 +113,10 @@ def timed_plans(
 ) -> list[TimedPlan]:
     """The plans whose times tell the parts of a step apart.
 
-    They are: every module at rank 8 (of which a share is a share), and at rank 32; the lowest layer alone, whose
-    backward pass is nearly the whole one, with few adapters; the upper half; the uppermost module alone, whose step is
-    nearly the forward pass; and every module at rank 8 while all layers run again.
+    They are: every module at rank 8 (of which a share is a share), and at rank 32; the uppermost module alone, whose
+    step is nearly the forward pass; the lowest layer alone, whose backward pass is nearly the whole one, with few
+    adapters; the upper half, and the upper half at rank 64, as a limit of time leaves it; and every module at rank 8
+    while all layers run again.
 
     Args:
         targets: the target modules.
@@ -101,9 +127,11 @@ def timed_plans(
     most = highest_ranks(targets)
     modules = np.arange(len(targets))
     usual = np.minimum(REFERENCE_RANK, most)
-    among = (modules == modules[blocks == blocks.max()][-1], blocks == 0, blocks >= (blocks.max() + 1) / 2)
+    upper = blocks >= (blocks.max() + 1) / 2
+    among = (modules == modules[blocks == blocks.max()][-1], blocks == 0, upper)
     plans: list[TimedPlan] = [(usual, always), (np.minimum(HIGH_RANK, most), always)]
     plans += [(np.where(chosen, usual, 0), always) for chosen in among]
+    plans += [(np.where(upper, np.minimum(HIGHEST_RANK, most), 0), always)]
     return plans + ([(usual, layers)] if layers else [])
 
 

@@ -21,13 +21,14 @@ from ...errors import ConfigError
 from ...finetune.recomputation import Recomputation
 from ...lora.targets import unwrap
 from ...memory.recomputation import fewest_recomputed
+from ...memory.tiled_loss import use_tiled_loss
 from ..harness import Figures, clock_for, interleave, machine_facts, paired_ratios
 from ..learner import Learner
 from ..models import LORA, Size, random_loader, random_model
 
 SMOLLM2 = "smollm2-135m-instruct"
 BUDGETS = (0.85, 0.7, 0.55, 0.4)
-"""Shares of what the step takes where no layer runs again."""
+"""Shares of what the step takes where no layer runs again and the loss has no tiles."""
 
 KEYS = ("limit_bytes", "peak_bytes", "layers", "step_ratio", "equal")
 
@@ -36,9 +37,10 @@ KEYS = ("limit_bytes", "peak_bytes", "layers", "step_ratio", "equal")
 class Options:
     """Time a step of SmolLM2-135M (packaged) in which as few layers run again as a budget needs.
 
-    The adapters have rank 8 on all linear modules everywhere. Beside it stands the same step with all layers
-    checkpointed, as transformers switches it on. Both take turns on 4 x 256 random tokens; loss and gradients of both
-    are compared bit by bit. CPU time of one thread on a CPU. Takes about eight minutes.
+    The adapters have rank 8 on all linear modules everywhere, and the loss has tiles. Beside it stands the same step
+    with all layers checkpointed, as transformers switches it on, and transformers' own loss. Both take turns on 4 x 256
+    random tokens; loss and gradients of both are compared bit by bit. CPU time of one thread on a CPU. Takes about
+    eight minutes.
 
     Attributes:
         rounds: how often each step is timed, at least 1.
@@ -61,18 +63,21 @@ class _Steps:
         self.learner = Learner(base, LoraConfig(**LORA["llama"]))
         self.batch = next(iter(random_loader("llama", size, 0, batches=1)))
         self.ranks = np.array([target.rank for target in self.learner.targets], dtype=np.int64)
+        self.without = self.learner.calibrate(self.batch).peak(self.ranks)
         self.recomputation = Recomputation(self.learner.model)
         self.memory = self.learner.calibrate(self.batch)
         self._base: Any = unwrap(self.learner.model).get_base_model()
 
     def everything(self) -> None:
-        """All layers run again, and inputs require gradients, as transformers sets both."""
+        """All layers run again, inputs require gradients and the loss has no tiles, as transformers sets all three."""
         self.recomputation.all()
         self._base.enable_input_require_grads()
+        vars(self._base).pop("_loss_function", None)
 
     def chosen(self, layers: tuple[str, ...]) -> None:
-        """These layers run again."""
+        """These layers run again, and the loss has tiles."""
         self._base.disable_input_require_grads()
+        use_tiled_loss(self._base)
         self.recomputation.take(layers)
 
     def gradients(self) -> list[torch.Tensor]:
@@ -89,8 +94,7 @@ def measure(options: Options) -> Figures:
     steps = _Steps(options.quick)
     learner, batch = steps.learner, steps.batch
     figures: Figures = {}
-    without = steps.memory.recomputing(()).peak(steps.ranks)
-    plans = {share: fewest_recomputed(steps.memory, steps.ranks, share * without) for share in BUDGETS}
+    plans = {share: fewest_recomputed(steps.memory, steps.ranks, share * steps.without) for share in BUDGETS}
     steps.everything()
     learner.step(batch)  # the optimiser makes its state
     reference = steps.gradients()
@@ -98,7 +102,7 @@ def measure(options: Options) -> Figures:
         steps.chosen(layers)
         name = f"budget_{round(100 * share)}"
         equal = all(map(torch.equal, steps.gradients(), reference))
-        found: Figures = {"layers": len(layers), "equal": equal, "limit_bytes": share * without}
+        found: Figures = {"layers": len(layers), "equal": equal, "limit_bytes": share * steps.without}
         figures |= {f"{name}.{key}": value for key, value in found.items()}
         figures[f"{name}.peak_bytes"] = learner.measured_step(batch)
         steps.everything()

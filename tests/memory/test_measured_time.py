@@ -10,7 +10,7 @@ import torch
 from rankpilot.finetune.recomputation import Recomputation
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory import measured_time
-from rankpilot.memory.measured_time import measure_step_time, timed_plans
+from rankpilot.memory.measured_time import measure_step_time, timed_plans, usual_seconds
 from rankpilot.memory.step_work import Rates
 from rankpilot.memory.training_step import TrainingStep, model_loss
 from rankpilot.memory.work_counter import count_work
@@ -33,8 +33,11 @@ def test_the_plans_tell_the_parts_apart(make_llama: Any) -> None:
     assert names[2] == [targets[-1].name]
     assert all(".layers.0." in name for name in names[3])
     assert all(".layers.1." in name for name in names[4])
-    assert [layers for _, layers in plans] == [(), (), (), (), (), ("a", "b")]
-    assert [layers for _, layers in timed_plans(targets, (), ("a",))] == [("a",)] * 5
+    assert names[5] == names[4]
+    assert (plans[5][0] >= plans[4][0]).all()
+    assert plans[5][0].sum() > plans[4][0].sum()
+    assert [layers for _, layers in plans] == [(), (), (), (), (), (), ("a", "b")]
+    assert [layers for _, layers in timed_plans(targets, (), ("a",))] == [("a",)] * 6
     assert all((ranks <= [target.max_rank for target in targets]).all() for ranks, _ in plans)
 
 
@@ -56,8 +59,8 @@ def test_given_timings_are_reproduced(make_llama: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(measured_time, "_timed_step", timed)
     monkeypatch.setattr(measured_time, "measured_rates", lambda device: RATES)
     found = measure_step_time(step, targets, batch(), recomputation.take if recomputation else None)
-    plans = 6 if recompute else 5
-    assert len(seen) == 4 * plans
+    plans = 7 if recompute else 6
+    assert len(seen) == (1 + 5) * plans, "so short steps are timed more often"
     assert not any(warm for _, _, warm in seen[:plans])
     assert all(warm for _, _, warm in seen[plans:]), "steps as short as these run once before"
     generator = np.random.default_rng(0)
@@ -81,3 +84,11 @@ def test_real_steps_leave_the_run_as_it_was(make_llama: Any) -> None:
     assert not optimizer.state
     assert time.seconds(np.full(len(targets), 8)) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_slow_round_and_a_spike_change_nothing() -> None:
+    usual = np.array([1.0, 3.0, 2.0, 0.5])
+    seconds = np.outer([1.0, 1.4, 1.1], usual)
+    seconds[2, 3] *= 9
+    found = usual_seconds(seconds)
+    assert found / found[0] == pytest.approx(usual)
