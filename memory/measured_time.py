@@ -36,6 +36,10 @@ HIGH_RANK, HIGHEST_RANK = 32, 64
 REFERENCE_WEIGHT = 3
 """How often the time of plain LoRA counts in the fit, of which budgets are shares."""
 
+LEAST_GROWTH = 0.75
+"""The least factor of what grows with ranks: at rank 64 thin products take no less time than that for each rank, by the
+rate of a large product (three models; docs/experiments.md)."""
+
 OPERATOR_SECONDS = 5e-6
 """What an operator takes beside its work, to begin with; measured times correct it."""
 
@@ -92,7 +96,8 @@ def measure_step_time(
     if take:
         take(layers)
     often = [0] * (REFERENCE_WEIGHT - 1) + list(range(len(plans)))
-    return fitted(work.time(measured_rates(device)), [plans[number] for number in often], seconds[often])
+    nominal = work.time(measured_rates(device))
+    return fitted(nominal, [plans[number] for number in often], seconds[often], least_growth=LEAST_GROWTH)
 
 
 def usual_seconds(seconds: FloatArray) -> FloatArray:

@@ -163,7 +163,13 @@ class StepTime:
         return np.array([name in layers for name in self.layers], dtype=np.bool_)
 
 
-def fitted(nominal: StepTime, plans: list[tuple[IntArray, tuple[str, ...]]], seconds: FloatArray) -> StepTime:
+def fitted(
+    nominal: StepTime,
+    plans: list[tuple[IntArray, tuple[str, ...]]],
+    seconds: FloatArray,
+    *,
+    least_growth: float = 0.0,
+) -> StepTime:
     """The step time whose parts are in the proportions of a nominal one, and whose sums are measured.
 
     Least squares of the relative errors; each part has one factor of at least 0. A part that the plans do not tell
@@ -173,6 +179,8 @@ def fitted(nominal: StepTime, plans: list[tuple[IntArray, tuple[str, ...]]], sec
         nominal: for the proportions within each part.
         plans: ranks (modules,), and names of the layers that ran again.
         seconds: measured under each, > 0, (plans,).
+        least_growth: the least factor of what grows with ranks, at least 0. It is a small part of most steps, so that
+            noise can hide it, and then high ranks would look free.
 
     Raises:
         ConfigError: there are fewer plans than one, or a time is not above 0.
@@ -187,14 +195,26 @@ def fitted(nominal: StepTime, plans: list[tuple[IntArray, tuple[str, ...]]], sec
         parts[:, -1] = 0.0
     scale = float(np.median(seconds / parts.sum(axis=1)))
     factors = np.full(len(PARTS), scale)
-    told = list(np.flatnonzero(parts.any(axis=0)))
-    while told:  # a factor below 0 means that noise is larger than its part, which is then left out
-        found = np.linalg.lstsq(parts[:, told] / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
-        if (found >= 0).all():
-            factors[told] = found
-            break
-        worst = told.pop(int(found.argmin()))
-        factors[worst] = 0.0
+    told = np.flatnonzero(parts.any(axis=0)).tolist()
+    factors[told] = _least_squares(parts[:, told] / seconds[:, None], np.ones(len(seconds)))
+    growth = PARTS.index("ranks")
+    rest = 1 - least_growth * parts[:, growth] / seconds
+    if growth in told and factors[growth] < least_growth and (rest > 0).all():
+        told.remove(growth)
+        factors[growth] = least_growth
+        factors[told] = _least_squares(parts[:, told] / seconds[:, None], rest)
     if tied:
         factors[-1] = factors[0]
     return nominal.scaled(factors)
+
+
+def _least_squares(parts: FloatArray, sums: FloatArray) -> FloatArray:
+    """The factors of parts, (parts,), of at least 0, with which they make these sums; (plans, parts) and (plans,)."""
+    factors, told = np.zeros(parts.shape[1]), list(range(parts.shape[1]))
+    while told:  # a factor below 0 means that noise is larger than its part, which is then left out
+        found = np.linalg.lstsq(parts[:, told], sums, rcond=None)[0]
+        if (found >= 0).all():
+            factors[told] = found
+            break
+        told.pop(int(found.argmin()))
+    return factors

@@ -90,6 +90,22 @@ def test_a_part_that_noise_makes_negative_is_left_out(time):
     assert found.seconds(np.full(5, 8)) == pytest.approx(49.5, rel=0.02)
 
 
+def test_what_grows_with_ranks_has_a_least_factor(time):
+    plans = [(np.full(5, rank), ()) for rank in (8, 32)] + [
+        (np.array([0, 0, 0, 0, 8]), ()),
+        (np.array([8, 0, 0, 0, 0]), ()),
+    ]
+    truth = time.scaled(np.array([1.0, 1.0, 1.0, 0.0, 1.0]))
+    seconds = np.array([truth.seconds(*plan) for plan in plans])
+    ranks = np.full(5, 64)
+    free = fitted(time, plans, seconds).seconds(ranks)
+    assert free == pytest.approx(truth.seconds(ranks)), "rank 64 takes no more than rank 8"
+    found = fitted(time, plans, seconds, least_growth=0.1)
+    assert found.per_rank == pytest.approx(0.1 * time.per_rank)
+    assert found.seconds(np.full(5, 8)) == pytest.approx(truth.seconds(np.full(5, 8)), rel=0.1)
+    assert found.seconds(ranks) > 1.05 * free
+
+
 def test_second_runs_that_every_plan_has_count_as_the_first_ones(time):
     plans = [(np.array(ranks), time.layers) for ranks in ((8, 8, 8, 8, 8), (0, 0, 8, 8, 8), (8, 0, 0, 0, 0))]
     truth = time.scaled(np.array([2.0, 1.0, 1.0, 1.0, 2.0]))
