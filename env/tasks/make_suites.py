@@ -34,7 +34,7 @@ from .proxy_task import PLACEMENTS, ProxyTask
 from .suite_names import SPLITS, SUITES
 from .suites import FOLDER, VERSION
 
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 """Learning rates that are tried for uniform rank."""
 
 FULL_RANK = 32
@@ -94,7 +94,7 @@ class MakeConfig:
     """Only tasks on these bases; all by default."""
     ledger: Path = Path("runs/suites")
     """Folder of the results so far."""
-    runs: int = 15
+    runs: int = 16
     """Runs at a time."""
 
 
