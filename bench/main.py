@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "off-policy": Benchmark(
         "off_policy", "what policies would have gained, estimated from others' runs, and the truth"
     ),
+    "scaling": Benchmark("scaling", "best learning rate by rank and placement, under three rules for LoRA's scaling"),
     "study": Benchmark("study", "explanations of decisions, checked: Shapley values, what-ifs, decisions taken again"),
     "transfer": Benchmark("transfer", "policies beside uniform rank, on MiniLM-L6"),
 }

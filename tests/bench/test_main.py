@@ -21,6 +21,7 @@ EXPLAINED = {
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
     "kills": ("--kills", "--quick", "--json", "--seed", "sigkill", "bit for bit"),
     "off-policy": ("--logs", "--targets", "--quick", "--json", "overlap", "planted"),
+    "scaling": ("--subjects", "--seeds", "--quick", "--json", "--resume", "parabola", "regret"),
     "study": ("--policy", "--tasks", "--statements", "--quick", "--json", "bit for bit", "shapley"),
     "transfer": ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"),
 }

@@ -200,11 +200,10 @@ def test_an_episode_is_a_plain_fine_tune(
     dropped = [name for name, rank in zip(names, ranks, strict=True) if rank == 0]
     config = LoraConfig(
         r=1,
-        lora_alpha=2,
+        lora_alpha=16,
         target_modules=list(PROXY_BASES[task.base].target_modules),
         exclude_modules="|".join(dropped),
         rank_pattern=live,
-        alpha_pattern={name: 2 * rank for name, rank in live.items()},
     )
     plain = get_peft_model(load_base_model(task.base), config)
     with torch.no_grad():
