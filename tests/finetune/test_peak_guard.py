@@ -191,7 +191,7 @@ def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Calla
     assert plan_cost(cost, ranks) == plan_cost(expected, ranks)
 
 
-@pytest.mark.parametrize("excess", [3_000, 40_000])
+@pytest.mark.parametrize("excess", [6_000, 40_000])
 def test_a_breach_rolls_the_plan_back(
     launch: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, excess: int
 ) -> None:
