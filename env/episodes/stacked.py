@@ -1,15 +1,14 @@
 """Many proxy fine-tunes at once on one frozen base: the same episodes as `Episode`, stacked.
 
-Losses, signals, observations and rank changes are those of a PEFT model (tests/env/test_stacked.py compares them); only
-the arithmetic runs for all episodes together.
+Losses, signals, observations and rank changes are those of a PEFT model (tests/env/episodes/test_slots.py compares
+them); only the arithmetic runs for all episodes together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,18 +24,14 @@ from ...common.arrays import IntArray
 from ...errors import ConfigError
 from ...lora.ladder import REFERENCE_RANK
 from ...lora.signals import base_norms
-from ...lora.stacked.adapters import StackedAdapters
 from ...lora.stacked.resize import Move, reset_runs, set_stacked_ranks
-from ...lora.stacked.run import StackedMeter, StackedRun, accumulate_all
+from ...lora.stacked.run import StackedMeter, StackedRun
 from ..proxies.adapted import adapted_base
-from ..proxies.bases import load_base_model
 from ..tasks.finetune import Reference
-from ..tasks.proxy_finetune import ProxyFineTune, TaskData, load_task, task_losses
+from ..tasks.proxy_finetune import ProxyFineTune
 from ..tasks.proxy_task import ProxyTask
-from .single import MAX_GRAD_NORM, new_controller, rate_at, unknown_signals
-
-EVAL_TOKENS = 8192
-"""Tokens of a forward pass without gradients, over all runs."""
+from .single import new_controller, rate_at, unknown_signals
+from .stack_trainer import Lane, StackTrainer
 
 
 @dataclass(eq=False)
@@ -69,25 +64,6 @@ class StackedEpisode:
         return self.failed or self.step >= self.task.steps
 
 
-@dataclass(eq=False)
-class _Lane:
-    """One row in training: an episode, a probe or a uniform run."""
-
-    task: ProxyTask
-    row: int
-    step: int
-    until: int
-    rate: Callable[[int], float]
-    meter: StackedMeter | None
-    rows: int | None = None
-    failed: bool = False
-    losses: list[float] = field(default_factory=list)
-    data: TaskData = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.data = load_task(self.task)  # held here: more tasks can be in training than the cache of tasks holds
-
-
 class StackedEpisodes:
     """Episodes of tasks on one base, in numbered slots.
 
@@ -114,9 +90,8 @@ class StackedEpisodes:
         self.device = torch.device(device)
         self.under_way: dict[int, StackedEpisode] = {}
         self._targets = adapted_base(base)[1]
-        model = load_base_model(base).to(self.device)
-        model.config.use_cache = False  # nothing is generated
-        self._adapters = StackedAdapters(model, self._targets, slots, compiled=compiled)
+        self._trainer = StackTrainer(base, slots, compiled=compiled, device=self.device)
+        self._adapters = self._trainer.adapters
         self._base_norms = base_norms(self._targets)
         self._probes: dict[ProxyTask, ProbeResult] = {}
         self._references: dict[ProxyTask, Reference] = {}
@@ -205,8 +180,8 @@ class StackedEpisodes:
         for episode, run in zip(episodes, runs, strict=True):
             run.move = None
             task, meter = episode.task, None if episode.controller.finished else run.meter
-            lanes.append(_Lane(task, episode.row, episode.step, episode.until, _decay(task), meter))
-        self._train(lanes)
+            lanes.append(Lane(task, episode.row, episode.step, episode.until, _decay(task), meter))
+        self._trainer.train(lanes)
         for episode, lane in zip(episodes, lanes, strict=True):
             episode.step, episode.failed = lane.step, lane.failed
         return {
@@ -216,78 +191,7 @@ class StackedEpisodes:
     def held_out_losses(self, slots: Sequence[int]) -> dict[int, float]:
         """Losses on the held-out sets, now, in nats."""
         tasks = {self.under_way[slot].row: self.under_way[slot].task for slot in slots}
-        return dict(zip(slots, self._held_out(tasks), strict=True))
-
-    # Training ---------------------------------------------------------------------------------------------------------
-
-    def _train(self, lanes: Sequence[_Lane]) -> None:
-        """Train each lane to its end; one that meets a loss that is not finite stops there."""
-        adapters = self._adapters
-        while active := [lane for lane in lanes if lane.step < lane.until and not lane.failed]:
-            compiled = adapters.compiled and active[0].rows is None
-            # A compiled model is for one number of runs: rows that do not train see some other lane's batch.
-            crew = self._all_rows(active) if compiled else {lane.row: lane for lane in active}
-            with adapters.running(list(crew), compiled=compiled) as model:
-                losses = self._losses(model, list(crew.values()))
-                adapters.backward(losses)
-            by_row = dict(zip(crew, losses.tolist(), strict=True))
-            for lane in active:
-                lane.losses.append(by_row[lane.row])
-                lane.failed = not math.isfinite(lane.losses[-1])
-            self._step([lane for lane in active if not lane.failed])
-
-    def _all_rows(self, active: Sequence[_Lane]) -> dict[int, _Lane]:
-        lanes = {lane.row: lane for lane in active}
-        return {row: lanes.get(row, active[0]) for row in range(len(self._adapters.ranks))}
-
-    def _step(self, lanes: Sequence[_Lane]) -> None:
-        """Clip, take in signals and step."""
-        if not lanes:
-            return
-        rows = [lane.row for lane in lanes]
-        squares = self._adapters.clip(rows, MAX_GRAD_NORM)
-        metered = [index for index, lane in enumerate(lanes) if lane.meter]
-        accumulate_all([lane.meter for lane in lanes if lane.meter], squares[metered])
-        self._adapters.step(rows, [lane.rate(lane.step) for lane in lanes])
-        for lane in lanes:
-            lane.step += 1
-
-    def _losses(self, model: Callable[..., Any], lanes: Sequence[_Lane]) -> torch.Tensor:
-        """The loss of the next batch of each lane, (lanes,)."""
-        batches = [(lane, lane.data, lane.step % lane.task.steps) for lane in lanes]
-        inputs = torch.cat([data.inputs[step, : lane.rows] for lane, data, step in batches])
-        labels = torch.cat([data.labels[step, : lane.rows] for lane, data, step in batches])
-        teachers = [None if data.teacher is None else data.teacher[step, : lane.rows] for lane, data, step in batches]
-        logits = model(input_ids=inputs.to(self.device)).logits
-        return self._split(logits, labels, teachers)
-
-    def _split(
-        self, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[torch.Tensor | None]
-    ) -> torch.Tensor:
-        """The loss of each run in a batch, by its own kind of loss, (runs,)."""
-        runs = len(teachers)
-        taught = [index for index, teacher in enumerate(teachers) if teacher is not None]
-        if len(taught) in (0, runs):
-            teacher = torch.cat([t for t in teachers if t is not None]).to(self.device) if taught else None
-            return task_losses(logits, labels.to(self.device), teacher, runs)
-        by_run = zip(logits.chunk(runs), labels.to(self.device).chunk(runs), teachers, strict=True)
-        return torch.cat([task_losses(a, b, None if c is None else c.to(self.device)) for a, b, c in by_run])
-
-    @torch.no_grad()
-    def _held_out(self, tasks: Mapping[int, ProxyTask]) -> list[float]:
-        """Held-out loss of each of these rows, in nats."""
-        losses = {}
-        for count in sorted({task.eval_rows for task in tasks.values()}):
-            rows = [row for row, task in tasks.items() if task.eval_rows == count]
-            data = [load_task(tasks[row]) for row in rows]
-            inputs = torch.stack([each.held_out_inputs for each in data]).to(self.device)
-            size = max(1, EVAL_TOKENS // (len(rows) * inputs.shape[2]))
-            with self._adapters.running(rows) as model:
-                parts = [model(input_ids=part.flatten(0, 1)).logits for part in torch.split(inputs, size, dim=1)]
-            logits = torch.cat([part.unflatten(0, (len(rows), -1)) for part in parts], dim=1)
-            for row, each, answers in zip(rows, data, logits, strict=True):
-                losses[row] = float(each.held_out_loss_of(answers))
-        return [losses[row] for row in tasks]
+        return dict(zip(slots, self._trainer.held_out(tasks), strict=True))
 
     # Before an episode ------------------------------------------------------------------------------------------------
 
@@ -299,8 +203,8 @@ class StackedEpisodes:
         lanes = []
         for task, row in tasks.items():
             rows, meter = min(self.schedule.probe_batch, task.batch_size), self._meter(row)
-            lanes.append(_Lane(task, row, 0, self.schedule.probe_steps, _constant(task), meter, rows))
-        self._train(lanes)
+            lanes.append(Lane(task, row, 0, self.schedule.probe_steps, _constant(task), meter, rows))
+        self._trainer.train(lanes)
         for lane in lanes:
             assert lane.meter is not None
             first = float(np.mean(lane.losses[:FIRST_LOSSES]))
@@ -323,7 +227,7 @@ class StackedEpisodes:
         if not unknown:
             return
         reset_runs(self._adapters, {row: task.seed for row, task in unknown.items()})
-        initial = self._held_out(unknown)
+        initial = self._trainer.held_out(unknown)
         final = self.run_fixed({row: (task, uniform_ranks(self.problem(task))) for row, task in unknown.items()})
         for task, before, after in zip(unknown.values(), initial, final, strict=True):
             self._references[task] = Reference(before, after if np.isfinite(after) else before)
@@ -337,9 +241,9 @@ class StackedEpisodes:
         reset_runs(self._adapters, {row: task.seed for row, (task, _) in runs.items()})
         moves = [Move(row, ranks, task.seed, 0) for row, (task, ranks) in runs.items()]
         set_stacked_ranks(self._adapters, moves)
-        lanes = [_Lane(task, row, 0, task.steps, _decay(task), None) for row, (task, _) in runs.items()]
-        self._train(lanes)
-        losses = self._held_out({row: task for row, (task, _) in runs.items()})
+        lanes = [Lane(task, row, 0, task.steps, _decay(task), None) for row, (task, _) in runs.items()]
+        self._trainer.train(lanes)
+        losses = self._trainer.held_out({row: task for row, (task, _) in runs.items()})
         return [math.nan if lane.failed else loss for lane, loss in zip(lanes, losses, strict=True)]
 
     def _meter(self, row: int) -> StackedMeter:

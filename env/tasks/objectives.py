@@ -56,6 +56,23 @@ def class_inputs(base: ProxyBase, windows: torch.Tensor, classes: torch.Tensor) 
     return inputs, labels
 
 
+def label_terms(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats at each position, (rows, length); 0 where nothing is asked.
+
+    Args:
+        logits: (rows, length, vocabulary).
+        labels: int64 (rows, length).
+    """
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape)
+
+
+def label_mean(terms: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """The mean of `label_terms` over the predictions of each group, (groups,)."""
+    counts = (labels != IGNORED).view(groups, -1).sum(dim=1)
+    return terms.view(groups, -1).sum(dim=1) / counts
+
+
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
     """Mean cross-entropy in nats for each prediction, shape (groups,).
 
@@ -64,9 +81,18 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> t
         labels: int64 (groups * rows, length), at least one prediction in each group.
         groups: how many runs share the batch, one after another.
     """
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    counts = (labels != IGNORED).view(groups, -1).sum(dim=1)
-    return losses.view(groups, -1).sum(dim=1) / counts
+    return label_mean(label_terms(logits, labels), labels, groups)
+
+
+def divergence_terms(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) in nats at each position, (..., rows, length).
+
+    Args:
+        logits: the student's, (..., rows, length, vocabulary).
+        teacher: log-probabilities, (rows, length, vocabulary).
+    """
+    student = torch.log_softmax(logits, dim=-1)
+    return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
 def divergence(logits: torch.Tensor, teacher: torch.Tensor, groups: int = 1) -> torch.Tensor:
@@ -74,9 +100,7 @@ def divergence(logits: torch.Tensor, teacher: torch.Tensor, groups: int = 1) -> 
 
     Args:
         logits: the student's, (groups * rows, length, vocabulary).
-        teacher: log-probabilities of the same shape.
+        teacher: log-probabilities for all groups, (rows, length, vocabulary).
         groups: how many runs share the batch, one after another.
     """
-    student = torch.log_softmax(logits, dim=-1)
-    terms = torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    return terms.view(groups, -1).mean(dim=1)
+    return divergence_terms(torch.unflatten(logits, 0, (groups, -1)), teacher).view(groups, -1).mean(dim=1)

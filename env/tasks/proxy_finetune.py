@@ -19,7 +19,16 @@ from ...memory.cost import UntimedCost
 from ..proxies.adapted import adapted_base, proxy_cost
 from ..proxies.bases import ProxyBase, find_base
 from .finetune import FineTune, Reference
-from .objectives import Inputs, class_inputs, divergence, label_loss, language_inputs
+from .objectives import (
+    Inputs,
+    class_inputs,
+    divergence,
+    divergence_terms,
+    label_loss,
+    label_mean,
+    label_terms,
+    language_inputs,
+)
 from .planted import Change, changed_weights, draw_changes
 from .proxy_task import ProxyTask
 
@@ -54,20 +63,47 @@ class TaskData:
 
     def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
         """Loss of the batch of one step, or of its first rows, in nats."""
-        teacher = None if self.teacher is None else self.teacher[step, :rows]
-        logits = model(input_ids=self.inputs[step, :rows]).logits
-        return task_losses(logits, self.labels[step, :rows], teacher)[0]
+        return self.train_losses_of(model(input_ids=self.inputs[step, :rows]).logits, step, rows)[0]
+
+    def train_losses_of(self, logits: torch.Tensor, step: int, rows: int | None = None, runs: int = 1) -> torch.Tensor:
+        """Loss of the answers of some runs to the batch of one step, or to its first rows, in nats, (runs,).
+
+        Args:
+            logits: of one run after another, (runs * rows, length, vocabulary).
+            step: number of the batch.
+            rows: how many, None for all.
+            runs: how many.
+        """
+        if self.teacher is None:
+            return label_loss(logits, self.labels[step, :rows].repeat(runs, 1).to(logits.device), runs)
+        return divergence(logits, self.teacher[step, :rows].to(logits.device), runs)
 
     @torch.no_grad()
     def held_out_loss(self, model: torch.nn.Module) -> float:
         """Loss on the held-out set, in nats."""
-        logits = [model(input_ids=rows).logits for rows in torch.split(self.held_out_inputs, EVAL_BATCH)]
-        return self.held_out_loss_of(torch.cat(logits))
+        parts = torch.split(self.held_out_inputs, EVAL_BATCH)
+        terms = [self.held_out_terms(model(input_ids=part).logits, i * EVAL_BATCH) for i, part in enumerate(parts)]
+        return self.mean_of(torch.cat(terms, dim=1)[0])
 
-    def held_out_loss_of(self, logits: torch.Tensor) -> float:
-        """Loss of answers to the held-out set, (eval_rows, length, vocabulary), in nats."""
-        labels, teacher = self.held_out_labels.to(logits.device), self.held_out_teacher
-        return float(task_losses(logits, labels, None if teacher is None else teacher.to(logits.device))[0])
+    def held_out_terms(self, logits: torch.Tensor, start: int, runs: int = 1) -> torch.Tensor:
+        """The loss at each position of some of the held-out set, (runs, rows, length), of which `mean_of` is the mean.
+
+        Args:
+            logits: answers of one run after another, (runs * rows, length, vocabulary).
+            start: number of their first row in the held-out set.
+            runs: how many.
+        """
+        rows = slice(start, start + len(logits) // runs)
+        if self.held_out_teacher is None:
+            labels = self.held_out_labels[rows].repeat(runs, 1).to(logits.device)
+            return torch.unflatten(label_terms(logits, labels), 0, (runs, -1))
+        return divergence_terms(torch.unflatten(logits, 0, (runs, -1)), self.held_out_teacher[rows].to(logits.device))
+
+    def mean_of(self, terms: torch.Tensor) -> float:
+        """Loss of one run on the held-out set in nats, from that at each position of it, (eval_rows, length)."""
+        if self.held_out_teacher is None:
+            return float(label_mean(terms, self.held_out_labels.to(terms.device))[0])
+        return float(terms.view(1, -1).mean(dim=1)[0])
 
 
 @dataclass(frozen=True)
@@ -141,13 +177,6 @@ class ProxyFineTune:
 def fine_tune_of(task: ProxyTask | FineTune) -> FineTune:
     """What trains a task: `ProxyFineTune` for a description, a fine-tune itself."""
     return ProxyFineTune(task) if isinstance(task, ProxyTask) else task
-
-
-def task_losses(
-    logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None, groups: int = 1
-) -> torch.Tensor:
-    """Mean loss of each of some runs that share a batch, in nats, (groups,)."""
-    return label_loss(logits, labels, groups) if teacher is None else divergence(logits, teacher, groups)
 
 
 @lru_cache(maxsize=CACHED_TASKS)

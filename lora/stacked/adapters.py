@@ -7,11 +7,13 @@ Adam leaves it at zero: no masks are needed, and each run computes what it would
 
 All factors of a run are one row of a flat buffer, and so are their gradients and both moments of Adam. Widths are
 multiples of 16: matrix products (oneMKL) of such widths do not depend on the width, so a run's result is the same bit
-for bit, whatever the other runs do.
+for bit, whatever the other runs do. For the same reason most products of zeros can be left out
+(`lora/stacked/segments.py`).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
@@ -27,6 +29,7 @@ from ...common.arrays import FloatArray, IntArray
 from ...errors import UnsupportedError
 from ..targets import TargetModule
 from .layout import WIDTH_STEP, Layout, Pair
+from .segments import AddDeltas, Segment, add_deltas, make_segments
 
 SHRINK_BELOW = 0.75
 """Buffers become narrower if their new size is at most this share of the old one."""
@@ -52,7 +55,7 @@ class StackedAdapters:
         ages: Adam's steps on each pair since it was created or grew from rank 0, int64 (runs, modules).
         layout: positions of the factors in a row of a buffer.
         weights: the factors, (runs, layout.size).
-        gradients: gradients of the latest `backward`, (runs, layout.size).
+        gradients: gradients of the latest `backward`, (runs, layout.size); zero beyond the rank of each run.
         first: Adam's first moments, (runs, layout.size).
         second: Adam's second moments, (runs, layout.size).
         sums: gradients of B summed since the last decision, for signals, (runs, layout.size); zero for A.
@@ -79,9 +82,8 @@ class StackedAdapters:
         self._call: Callable[..., Any] = torch.compile(model) if compiled else model
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._rows: list[int] = []
-        self._compiled = False
+        self._entries: list[int] | None = None
         self._leaves: list[Pair] = []
-        self._gradients: list[Pair] = []
         dims = [np.array([getattr(t, side) for t in targets], dtype=np.int64) for side in ("d_in", "d_out")]
         self.layout = Layout(np.zeros(len(targets), dtype=np.int64), *dims)
         self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate(dims)))
@@ -111,6 +113,8 @@ class StackedAdapters:
     def forget_slices(self) -> None:
         """Call after each change of ranks or ages."""
         self._slices = {}
+        self._segments: dict[tuple[int, ...], list[Segment]] = {}
+        self.gradients.zero_()
 
     @property
     def _buffers(self) -> tuple[torch.Tensor, ...]:
@@ -139,20 +143,23 @@ class StackedAdapters:
     # Forward and backward ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def running(self, rows: Sequence[int], *, compiled: bool = False) -> Iterator[Callable[..., Any]]:
-        """Yield the model (the `compiled` one for training), to be called with batches of these runs, in this order."""
-        self._rows, self._gradient, self._compiled = list(rows), self.gradients, compiled
-        self._factors = torch.as_tensor(self.scalings[self._rows], dtype=self.dtype, device=self.device)[
-            :, :, None, None
-        ]
-        self._leaves, self._gradients = self.pairs(self.weights), self.pairs(self.gradients)
-        if isinstance(self._index(rows), list):
-            self._gradient = self.gradients.new_empty(len(rows), self.layout.size)
-            self._leaves = self.layout.pairs(self.weights[self._rows])
-            self._gradients = self.layout.pairs(self._gradient)
+    def running(
+        self, rows: Sequence[int], entries: Sequence[int] | None = None, *, compiled: bool = False
+    ) -> Iterator[Callable[..., Any]]:
+        """Yield the model (the `compiled` one for training), to be called with batches of these runs, in this order.
+
+        Args:
+            rows: the runs.
+            entries: the block at which each of them joins the batch, in rising order (see `Blocks.joined`); None if all
+                are there from the first block on.
+            compiled: only without `entries`.
+        """
+        self._rows, self._entries = list(rows), None if entries is None else list(entries)
         distinct_widths: Any = nullcontext()
         if compiled:  # one graph for all widths needs contiguous factors, whose strides follow from their shapes
-            self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in self._leaves]
+            leaves = self.layout.pairs(self.weights[self._index(self._rows)])
+            self._factors = self._scalings_of(self._rows)
+            self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in leaves]
             for leaf in (leaf for pair in self._leaves for leaf in pair):
                 torch._dynamo.maybe_mark_dynamic(leaf, 1)
             distinct_widths = dynamic_shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
@@ -160,35 +167,58 @@ class StackedAdapters:
             with distinct_widths:
                 yield self._call if compiled else self.model
         finally:
-            self._rows, self._leaves, self._gradients, self._compiled = [], [], [], False
+            self._rows, self._entries, self._leaves = [], None, []
 
     def _hook(self, index: int) -> Callable[..., torch.Tensor]:
         d_in, d_out = self.targets[index].d_in, self.targets[index].d_out
+        block = self.targets[index].block
 
         def add_delta(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            if not self._leaves or self._leaves[index][0].shape[1] == 0:
+            runs = len(self._rows) if self._entries is None else bisect_right(self._entries, block)
+            if not runs:
                 return output
-            a, b = self._leaves[index]
-            scaling = self._factors[:, index]
-            x, y = args[0].reshape(len(a), -1, d_in), output.reshape(len(a), -1, d_out)
-            if self._compiled or not torch.is_grad_enabled():
-                y = torch.baddbmm(y, torch.bmm(x, a.mT) * scaling, b)
+            x, y = args[0].reshape(runs, -1, d_in), output.reshape(runs, -1, d_out)
+            if self._leaves:
+                a, b = self._leaves[index]
+                return torch.baddbmm(y, torch.bmm(x, a.mT) * self._factors[index], b).view(output.shape)
+            segments = self._segments_of(index, runs, x.shape[1])
+            if not segments:
+                return output
+            if torch.is_grad_enabled():
+                y = AddDeltas.apply(y, x, segments, self._anchor)  # type: ignore[no-untyped-call]
             else:
-                y = _AddDelta.apply(y, x, a, b, scaling, self._gradients[index], self._anchor)  # type: ignore[no-untyped-call]
+                y = add_deltas(y, x, segments)
             return y.view(output.shape)
 
         return add_delta
 
+    def _segments_of(self, index: int, runs: int, tokens: int) -> list[Segment]:
+        """The segments of a module for the first runs of the batch."""
+        key = (index, tokens, *self._rows[:runs])
+        if key not in self._segments:
+            rows, pairs = self._rows[:runs], (self.pairs(self.weights)[index], self.pairs(self.gradients)[index])
+            self._segments[key] = make_segments(
+                rows, self.ranks[rows, index].tolist(), tokens, self._scalings_of(rows)[index], *pairs
+            )
+        return self._segments[key]
+
+    def _scalings_of(self, rows: Sequence[int]) -> torch.Tensor:
+        """The scalings of these runs, (modules, len(rows), 1, 1)."""
+        scalings = torch.from_numpy(self.scalings[list(rows)].T.copy())
+        return scalings.to(self.device, self.dtype)[:, :, None, None]
+
     def backward(self, losses: torch.Tensor) -> None:
         """Compute `gradients` of the runs in the batch from their losses, (runs,); call within `running`."""
-        if self._compiled:
-            leaves = [leaf for pair in self._leaves for leaf in pair]
-            gradients = torch.autograd.grad(losses.sum(), leaves)
-            torch._foreach_copy_([view for pair in self._gradients for view in pair], list(gradients))
-        else:
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-        if self._gradient is not self.gradients:
-            self.gradients[self._rows] = self._gradient
+        if not self._leaves:
+            if losses.requires_grad:  # some run has an adapter
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+            return
+        leaves = [leaf for pair in self._leaves for leaf in pair]
+        gradients = torch.autograd.grad(losses.sum(), leaves)
+        for rows, gradient in zip(
+            (view for pair in self.pairs(self.gradients) for view in pair), gradients, strict=True
+        ):
+            rows[self._rows] = gradient
 
     # Adam -------------------------------------------------------------------------------------------------------------
 
@@ -244,37 +274,3 @@ class StackedAdapters:
         """Add the gradients of B of these runs to their sums."""
         index, start = self._index(rows), self.layout.split
         self.sums[index, start:] += self.gradients[index, start:]
-
-
-class _AddDelta(torch.autograd.Function):
-    """Adds s * x A^T B^T to y in place; the backward pass writes the gradients of A and B into their buffers."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: torch.Tensor,  # (runs, 1, 1)
-        gradients: Pair,
-        anchor: torch.Tensor,
-    ) -> torch.Tensor:
-        """Shapes: y (runs, tokens, d_out), x (runs, tokens, d_in), a (runs, width, d_in), b (runs, width, d_out)."""
-        del anchor  # it requires a gradient, so that autograd calls `backward` even if y and x do not
-        hidden = torch.bmm(x, a.mT).mul_(scaling)
-        ctx.save_for_backward(x, hidden, a, b, scaling)
-        ctx.gradients = gradients
-        ctx.mark_dirty(y)
-        return y.baddbmm_(hidden, b)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, hidden, a, b, scaling = ctx.saved_tensors
-        (grad_y,) = outputs
-        grad_hidden = torch.bmm(grad_y, b.mT).mul_(scaling)
-        grad_a, grad_b = ctx.gradients
-        grad_a.copy_(torch.bmm(grad_hidden.mT, x))
-        torch.bmm(hidden.mT, grad_y, out=grad_b)
-        grad_x = torch.bmm(grad_hidden, a) if ctx.needs_input_grad[1] else None
-        return grad_y, grad_x, None, None, None, None, None
