@@ -184,11 +184,9 @@ class StackedAdapters:
             segments = self._segments_of(index, runs, x.shape[1])
             if not segments:
                 return output
-            if torch.is_grad_enabled():
-                y = AddDeltas.apply(y, x, segments, self._anchor)  # type: ignore[no-untyped-call]
-            else:
-                y = add_deltas(y, x, segments)
-            return y.view(output.shape)
+            if not torch.is_grad_enabled():
+                return add_deltas(y, x, segments).view(output.shape)
+            return AddDeltas.apply(y, x, segments, self._anchor).view(output.shape)  # type: ignore[no-any-return, no-untyped-call]
 
         return add_delta
 

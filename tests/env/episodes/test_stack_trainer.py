@@ -54,10 +54,12 @@ class WholeBatch(StackTrainer):
 
 
 def one_segment(
-    rows: Sequence[int], ranks: Sequence[int], tokens: int, weights: Pair, gradients: Pair
+    rows: Sequence[int], ranks: Sequence[int], tokens: int, scalings: torch.Tensor, weights: Pair, gradients: Pair
 ) -> list[Segment]:
     """The whole width for every run, whatever its rank."""
-    return [Segment(slice(0, len(rows)), weights, gradients, torch.tensor(rows))] if weights[0].shape[1] else []
+    return (
+        [Segment(slice(0, len(rows)), scalings, weights, gradients, torch.tensor(rows))] if weights[0].shape[1] else []
+    )
 
 
 @dataclass

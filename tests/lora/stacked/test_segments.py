@@ -12,8 +12,6 @@ from rankpilot.lora.stacked.segments import OVERHEAD, AddDeltas, add_deltas, cut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCALING = 2.0
-
 
 def cost_of(segments: Sequence[tuple[int, int, int]], operations: float) -> float:
     return sum(OVERHEAD + operations * width * (end - start) for start, end, width in segments)
@@ -59,22 +57,23 @@ def test_deltas_and_gradients_are_those_of_the_formula(rows: tuple[int, ...]) ->
     y = torch.randn(6, tokens, d_out, generator=generator, dtype=torch.float64)
     upper = torch.randn(6, tokens, d_out, generator=generator, dtype=torch.float64)
     index = list(rows)
+    scalings = torch.rand(6, 1, 1, generator=generator, dtype=torch.float64)
     segments = make_segments(
-        index, ranks[index].tolist(), tokens, (weights[0], weights[1]), (gradients[0], gradients[1])
+        index, ranks[index].tolist(), tokens, scalings, (weights[0], weights[1]), (gradients[0], gradients[1])
     )
     assert 1 < len(segments) < 6
     assert any(segment.weights[0].shape[1] < 48 for segment in segments)
     anchor = torch.zeros((), requires_grad=True)
-    output = AddDeltas.apply(y.clone(), x, segments, SCALING, anchor)  # type: ignore[no-untyped-call]
+    output = AddDeltas.apply(y.clone(), x, segments, anchor)  # type: ignore[no-untyped-call]
     output.backward(upper)
     leaves = [side[index].clone().requires_grad_() for side in weights]
     other = x.detach().clone().requires_grad_()
-    expected = y + SCALING * (other @ leaves[0].mT) @ leaves[1]
+    expected = y + scalings * (other @ leaves[0].mT) @ leaves[1]
     expected.backward(upper)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(x.grad, other.grad)
     with torch.no_grad():
-        torch.testing.assert_close(add_deltas(y.clone(), x, segments, SCALING), expected)
+        torch.testing.assert_close(add_deltas(y.clone(), x, segments), expected)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         torch.testing.assert_close(gradient[index], leaf.grad)
 
@@ -89,12 +88,13 @@ def test_products_leave_zeros_out_without_a_change_of_bits(tokens: int, d_in: in
         side[row, :rank] = torch.randn(rank, side.shape[2], generator=generator)
     x, y, upper = (torch.randn(7, tokens, d, generator=generator) for d in (d_in, d_out, d_out))
     x.requires_grad_()
+    scalings = torch.rand(7, 1, 1, generator=generator)
     results = []
     for own in (True, False):
         gradients = (torch.zeros_like(weights[0]), torch.zeros_like(weights[1]))
-        segments = make_segments(range(7), ranks if own else [64] * 7, tokens, weights, gradients)
+        segments = make_segments(range(7), ranks if own else [64] * 7, tokens, scalings, weights, gradients)
         x.grad = None
-        output = AddDeltas.apply(y.clone(), x, segments, SCALING, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+        output = AddDeltas.apply(y.clone(), x, segments, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
         output.backward(upper)
         results.append((output.detach(), x.grad, *gradients))
     for mine, theirs in zip(*results, strict=True):
