@@ -30,6 +30,7 @@ bench: setup ## measure what steps and decisions cost, how memory is predicted, 
 	$(BIN)/rankpilot bench memory --json runs/bench/memory.json --resume
 	$(BIN)/rankpilot bench env-speed --json runs/bench/env_speed.json
 	$(BIN)/rankpilot bench transfer --json runs/bench/transfer.json --resume
+	$(BIN)/rankpilot bench methods --suite quick --output runs/bench/methods
 
 clean: ## remove .venv, build output and caches (keeps runs/)
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -39,6 +39,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "scaling": Benchmark("scaling", "best learning rate by rank and placement, under three rules for LoRA's scaling"),
     "study": Benchmark("study", "explanations of decisions, checked: Shapley values, what-ifs, decisions taken again"),
+    "methods": Benchmark("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),
+    "methods-report": Benchmark("methods.report.run", "tables, figures and answers from the stored rows of methods"),
     "transfer": Benchmark("transfer", "policies beside uniform rank, on MiniLM-L6"),
 }
 
@@ -56,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         width = max(map(len, BENCHMARKS))
         lines = [f"  [bold]rankpilot bench {name:{width}}[/]  {row.description}" for name, row in BENCHMARKS.items()]
         first = "Measure again what docs/experiments.md reports.\n"
-        last = "\nEach has its own --help, --quick (under a minute) and --json FILE (the figures)."
+        last = "\nEach has its own --help and --json FILE (the figures), and nearly all have --quick (under a minute)."
         Console().print("\n".join([first, *lines, last]), highlight=False, soft_wrap=True)
         return 0 if arguments else 2
     name, *options = arguments

@@ -37,15 +37,30 @@ def _standard_library() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _docstrings(source: str) -> list[str]:
-    """The docstrings of a source file that are longer than 80 characters."""
+def _docstrings(source: str) -> list[tuple[str, str]]:
+    """Names and docstrings of a source file that are longer than 80 characters; a module's name is empty."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
-    return [text for node in nodes if (text := ast.get_docstring(node)) and len(text) > 80]
+    texts = ((getattr(node, "name", ""), ast.get_docstring(node)) for node in nodes)
+    return [(name, text) for name, text in texts if text and len(text) > 80]
+
+
+@functools.lru_cache(maxsize=1)
+def documented_names() -> tuple[tuple[str, str], ...]:
+    """Functions and classes of the standard library, such as "asyncio.base_events.run_forever", with their docstrings.
+
+    They come from the running Python, and differ a little from one of its versions to the next. In file order.
+    """
+    root, pairs = Path(sysconfig.get_paths()["stdlib"]), []
+    for path in _standard_library():
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        pairs += [(f"{module}.{name}", text) for name, text in _docstrings(source) if name]
+    return tuple(pairs)
 
 
 def _documentation() -> str:
@@ -53,7 +68,7 @@ def _documentation() -> str:
     topics = pydoc_data.topics.topics
     parts = [topics[name] for name in sorted(topics)]
     for path in _standard_library():
-        parts.extend(_docstrings(path.read_text(encoding="utf-8", errors="ignore")))
+        parts.extend(text for _, text in _docstrings(path.read_text(encoding="utf-8", errors="ignore")))
     return "\n\n".join(parts)
 
 

@@ -23,6 +23,8 @@ EXPLAINED = {
     "off-policy": ("--logs", "--targets", "--quick", "--json", "overlap", "planted"),
     "scaling": ("--subjects", "--seeds", "--quick", "--json", "--resume", "parabola", "regret"),
     "study": ("--policy", "--tasks", "--statements", "--quick", "--json", "bit for bit", "shapley"),
+    "methods": ("--suite", "--workers", "--cluster", "--pack", "--json", "paired seeds", "tuning seeds"),
+    "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap", "worse by construction"),
     "transfer": ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"),
 }
 

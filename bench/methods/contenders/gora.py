@@ -1,0 +1,143 @@
+"""A method in the style of GoRA (He et al., 2025, arXiv 2502.12171): ranks and B from the gradients of frozen weights.
+
+A few batches give the gradient G of each frozen weight W. A module's importance is the mean of |W G|; ranks share out
+the budget of a mean rank in proportion to it, each rank counted as sqrt(d_in + d_out), between half and four times the
+mean rank. B begins at the best approximation of the negative gradient in the row space of A, as small as one step.
+Written from the paper, with a scale of B that does not depend on the loss: not the authors' code.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from ....lora.targets import TargetModule, find_target_modules
+from ..loop import StaticDriver, new_loader
+from ..method import Group
+from ..ranks import plan_ranks, plan_text
+from ..study import DoesNotFitError, Modules, Outcome, Study
+from ..tasks import Cell
+from ..texts import load_data
+from ..work import Work, adapted_model, by_name
+from .modules import at_rank, blocks, deepest, depth, module_names
+
+BATCHES = 8
+"""Batches whose gradients are added up."""
+
+RANK = 8
+"""The mean rank."""
+
+SHARE = 0.05
+"""Norm of the first change of a weight over the norm of the weight, by the paper's gamma."""
+
+LEAST, MOST = RANK // 2, 4 * RANK
+
+
+def shared_out(importance: dict[str, float], sizes: dict[str, int]) -> dict[str, int]:
+    """Ranks in proportion to importance, within the budget of the mean rank.
+
+    Args:
+        importance: of each module, by name.
+        sizes: d_in + d_out of each.
+    """
+    roots = {name: float(np.sqrt(size)) for name, size in sizes.items()}
+    budget, total = RANK * sum(roots.values()), sum(importance.values()) or 1.0
+    wanted = {name: budget * value / total / roots[name] for name, value in importance.items()}
+    return {name: int(np.clip(round(rank), LEAST, MOST)) for name, rank in wanted.items()}
+
+
+def _gradients(work: Work, model: PeftModel, targets: list[TargetModule]) -> dict[str, torch.Tensor]:
+    """The gradient of each frozen weight over a few batches, as (d_out, d_in)."""
+    weights = {target.name: target.layer.get_base_layer() for target in targets}
+    loader = new_loader(work.task, load_data(work.task), work.get("seed"))
+    for layer in weights.values():
+        layer.weight.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(work.get("seed"))
+        for batch in islice(loader, BATCHES):
+            (model(**batch).loss / BATCHES).backward()
+    gradients = {}
+    for name, layer in weights.items():
+        gradients[name] = layer.weight.grad.T if type(layer).__name__ == "Conv1D" else layer.weight.grad
+        layer.weight.requires_grad_(False)
+    model.zero_grad()
+    for layer in weights.values():
+        layer.weight.grad = None
+    return gradients
+
+
+class GoraDriver(StaticDriver):
+    """Plain LoRA from a start in GoRA's style; see `Driver`.
+
+    Args:
+        work: with the arguments plan (mean ranks) and seed.
+    """
+
+    def __init__(self, work: Work) -> None:
+        start, names, seed = time.process_time(), module_names(work.task), work.get("seed")
+        mean = by_name(plan_ranks(work.get("plan")), names)
+        model = adapted_model(work.task, seed, mean)
+        targets = find_target_modules(model)
+        gradients = _gradients(work, model, targets)
+        importance = {target.name: _importance(target, gradients[target.name]) for target in targets}
+        ranks = shared_out(importance, {target.name: target.d_in + target.d_out for target in targets})
+        ranks = {target.name: min(ranks[target.name], target.max_rank) for target in targets}
+        model = adapted_model(work.task, seed, ranks)
+        for target in find_target_modules(model):
+            _start(target, gradients[target.name])
+        self._seconds = time.process_time() - start
+        super().__init__(model, np.array([ranks.get(name, 0) for name in names]))
+
+    def finish(self) -> dict[str, Any]:
+        """What the start took."""
+        return {"setup_s": round(self._seconds, 3)}
+
+
+def _importance(target: TargetModule, gradient: torch.Tensor) -> float:
+    layer = target.layer.get_base_layer()
+    weight = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+    return float((weight.detach() * gradient).abs().mean())
+
+
+@torch.no_grad()
+def _start(target: TargetModule, gradient: torch.Tensor) -> None:
+    """Let B A begin at the part of the negative gradient that A can express."""
+    a = target.weight_a
+    b = -gradient @ torch.linalg.pinv(a)
+    size = torch.linalg.norm(b @ a) * target.scaling
+    base = target.layer.get_base_layer().weight
+    if size > 0:
+        target.weight_b.copy_(b * (SHARE / np.sqrt(max(base.shape)) * torch.linalg.norm(base) / size))
+
+
+@dataclass(frozen=True)
+class Gora:
+    """GoRA's style at a mean rank of 8, on as many top layers as fit at the highest ranks that it may give."""
+
+    name: str = "gora-style"
+    group: Group = "adaptive"
+    description: str = "in the style of GoRA: ranks and start from gradients, mean rank 8 on as many top layers as fit"
+    quick: bool = False
+
+    def outcome(self, study: Study, cell: Cell) -> Outcome:
+        """See `Method`."""
+        modules = study.modules(cell.task)
+        layers = most_layers(modules, cell.budget)
+        if not layers:
+            raise DoesNotFitError
+        plan = plan_text(at_rank(modules, blocks(modules) >= depth(modules) - layers, RANK))
+        return study.outcome(cell, lambda rate, seed: study.training(cell.task, "gora", rate, seed, plan=plan))
+
+
+def most_layers(modules: Modules, budget: str) -> int:
+    """How many top layers fit when ranks are twice the mean, or else at the mean."""
+    return deepest(modules, budget, 2 * RANK) or deepest(modules, budget, RANK)
+
+
+GORA = Gora()

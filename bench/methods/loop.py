@@ -1,0 +1,282 @@
+"""The one training loop of all methods: same batches, optimiser, schedule of rates and evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ...common.arrays import IntArray
+from ...common.files import read_json
+from ...memory.recording import Batch
+from .ranks import plan_text
+from .tasks import MethodTask
+from .texts import TaskData, load_data
+
+WARMUP = 0.1
+"""Share of the steps in which the learning rate rises along a line; from then on it falls along one, to 0."""
+
+CLIP = 1.0
+"""The largest norm of a step's gradient."""
+
+CURVE_ROWS = 64
+"""Held-out rows of the evaluations on the way."""
+
+_ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+"""Where Linux tells the energy that the processor has used, if the machine lets it."""
+
+
+class Driver(Protocol):
+    """A method inside the loop: it has made the model, and is told of each step.
+
+    Attributes:
+        model: a PEFT model in training mode.
+    """
+
+    model: PeftModel
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that trains."""
+
+    def begin(self, optimizer: torch.optim.Optimizer, loader: DataLoader[Any], steps: int) -> None:
+        """Training is about to begin."""
+
+    def before_step(self, batch: Batch) -> None:
+        """Before the forward pass."""
+
+    def gradients(self, loss: torch.Tensor) -> None:
+        """Gradients are there, and clipped."""
+
+    def stepped(self, step: int) -> None:
+        """The optimiser has stepped, this many times; gradients are still there."""
+
+    def cleared(self, step: int) -> None:
+        """Gradients are gone."""
+
+    def changes(self, step: int) -> bool:
+        """Whether ranks may change after this many steps."""
+
+    def ranks(self) -> IntArray:
+        """Current rank of each module, int64 (modules,); of unadapted modules 0."""
+
+    def buffer_bytes(self) -> int:
+        """What the method holds beside weights, gradients and the optimiser's state."""
+
+    def finish(self) -> dict[str, Any]:
+        """Training is over; returns figures of the method's own, as JSON values."""
+
+
+class StaticDriver:
+    """A driver that does nothing: ranks stay as they are.
+
+    Args:
+        model: see `Driver`.
+        plan: the rank of each module.
+    """
+
+    def __init__(self, model: PeftModel, plan: IntArray) -> None:
+        self.model, self._plan = model, plan
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that trains."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def begin(self, optimizer: torch.optim.Optimizer, loader: DataLoader[Any], steps: int) -> None:
+        """Training is about to begin."""
+
+    def before_step(self, batch: Batch) -> None:
+        """Before the forward pass."""
+
+    def gradients(self, loss: torch.Tensor) -> None:
+        """Gradients are there, and clipped."""
+
+    def stepped(self, step: int) -> None:
+        """The optimiser has stepped."""
+
+    def cleared(self, step: int) -> None:
+        """Gradients are gone."""
+
+    def changes(self, step: int) -> bool:
+        """Ranks never change."""
+        return False
+
+    def ranks(self) -> IntArray:
+        """The plan."""
+        return self._plan
+
+    def buffer_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def finish(self) -> dict[str, Any]:
+        """Nothing to tell."""
+        return {}
+
+
+@dataclass(eq=False)
+class _Course:
+    """What is written down of a run."""
+
+    curve: list[list[float]] = field(default_factory=list)
+    bumps: list[float] = field(default_factory=list)
+    moved: int = 0
+    steps: list[float] = field(default_factory=list)
+
+
+def new_loader(task: MethodTask, data: TaskData, seed: int) -> DataLoader[Any]:
+    """The batches of a run, the same for each method: whole passes over the rows, each in an order of its own."""
+    generator = np.random.default_rng([seed, 7])
+    wanted, rows = task.steps * task.rows, len(data.train)
+    passes = [generator.permutation(rows) for _ in range(math.ceil(wanted / rows))]
+    order = np.concatenate(passes)[:wanted].tolist()
+    return DataLoader(data.train, task.rows, sampler=order, collate_fn=data.collate)
+
+
+def factor_at(step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0, as a share of its peak."""
+    warm = max(1, round(WARMUP * steps))
+    return min((step + 1) / warm, (steps - step) / max(steps - warm, 1), 1.0)
+
+
+def train(task: MethodTask, driver: Driver, rate: float, seed: int, *, tuning: bool) -> dict[str, Any]:
+    """Train a method's model, and judge it on held-out rows.
+
+    Args:
+        task: what is trained.
+        driver: the method.
+        rate: the peak of the learning rate.
+        seed: of batches and dropout.
+        tuning: whether it is judged on the rows for tuning, and not on those of results.
+
+    Returns:
+        Figures as JSON values; times are CPU seconds. `loss` is None if the run diverged; `untrained_loss` is the one
+        before the first step.
+    """
+    data = load_data(task)
+    judged = data.tuning if tuning else data.held_out
+    loader, course = new_loader(task, data, seed), _Course()
+    optimizer = torch.optim.AdamW(driver.parameters(), lr=rate, weight_decay=0.0)
+    start = time.process_time()
+    driver.begin(optimizer, loader, task.steps)
+    setup_s = time.process_time() - start
+    first, energy = driver.ranks(), _energy()
+    sample = judged.select(range(min(CURVE_ROWS, len(judged))))
+    course.curve.append([0, 0.0, evaluate(driver.model, sample, data, task)["loss"]])
+    torch.manual_seed(seed)
+    _steps(task, driver, optimizer, loader, rate, course, sample, data)
+    used = None if energy is None else max(_energy() or 0.0, energy) - energy
+    result = evaluate(driver.model, judged, data, task)
+    facts = driver.finish()
+    diverged = not math.isfinite(result["loss"])
+    return {
+        "loss": None if diverged else result["loss"],
+        "accuracy": None if diverged else result["accuracy"],
+        "untrained_loss": course.curve[0][2],
+        "curve": [[step, round(s, 3), _finite(loss)] for step, s, loss in course.curve],
+        "ranks_first": plan_text(first),
+        "ranks": plan_text(driver.ranks()),
+        "moved": course.moved,
+        "bump": _finite(max(course.bumps, default=0.0)),
+        "parameters": sum(p.numel() for name, p in driver.model.named_parameters() if _is_adapter(name, p)),
+        "setup_s": round(setup_s, 3),
+        "train_s": round(sum(course.steps), 3),
+        "step_s": round(float(np.median(course.steps)), 5),
+        "energy_j": used,
+        **facts,
+    }
+
+
+def _steps(
+    task: MethodTask,
+    driver: Driver,
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader[Any],
+    rate: float,
+    course: _Course,
+    sample: Dataset,
+    data: TaskData,
+) -> None:
+    marks = {round(task.steps * (index + 1) / task.curve) for index in range(task.curve)}
+    small = sample.select(range(min(2 * task.rows, len(sample))))
+    for step, batch in enumerate(loader):
+        start = time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor_at(step, task.steps)
+        driver.before_step(batch)
+        loss = driver.model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP)
+        driver.gradients(loss.detach())
+        optimizer.step()
+        driver.stepped(step + 1)
+        optimizer.zero_grad()
+        changes = driver.changes(step + 1)
+        spent = time.process_time() - start
+        before = (driver.ranks(), evaluate(driver.model, small, data, task)["loss"]) if changes else None
+        start = time.process_time()
+        driver.cleared(step + 1)
+        course.steps.append(spent + time.process_time() - start)
+        if before is not None:
+            course.moved += int(np.abs(driver.ranks() - before[0]).sum())
+            course.bumps.append(evaluate(driver.model, small, data, task)["loss"] - before[1])
+        if step + 1 in marks:
+            shown = evaluate(driver.model, sample, data, task)["loss"]
+            course.curve.append([step + 1, sum(course.steps), shown])
+
+
+@torch.no_grad()
+def evaluate(model: PeftModel, rows: Dataset, data: TaskData, task: MethodTask) -> dict[str, float]:
+    """Mean loss and accuracy on some rows, without regularisers of a method; dropout and random state stay as they are.
+
+    Accuracy is the share of classes, or of tokens, that are right; for a number, the share of its variance explained.
+    """
+    base: Any = model.get_base_model()
+    base.eval()
+    losses, weights, right = [], [], []
+    for first in range(0, len(rows), 2 * task.rows):
+        batch = data.collate([rows[index] for index in range(first, min(first + 2 * task.rows, len(rows)))])
+        output = base(**batch)
+        weight, correct = _judged(output.logits, batch["labels"], task)
+        losses.append(float(output.loss) * weight)
+        weights.append(weight)
+        right.append(correct)
+    base.train()
+    total = sum(weights)
+    return {"loss": sum(losses) / total, "accuracy": sum(right) / total}
+
+
+def _judged(logits: torch.Tensor, labels: torch.Tensor, task: MethodTask) -> tuple[int, float]:
+    """What a batch counts, and how much of that is right."""
+    if task.kind == "regression":
+        # The labels have a variance of 1.
+        return len(labels), float(len(labels) - (logits.squeeze(-1) - labels).square().sum())
+    if task.kind == "classification":
+        return len(labels), float((logits.argmax(-1) == labels).sum())
+    counted = labels[:, 1:] != -100
+    hits = (logits[:, :-1].argmax(-1) == labels[:, 1:]) & counted
+    return int(counted.sum()), float(hits.sum())
+
+
+def _is_adapter(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and "modules_to_save" not in name
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _energy() -> float | None:
+    """Joules that the processor has used since some time; None where the machine does not tell."""
+    try:
+        return float(read_json(_ENERGY)) / 1e6
+    except OSError:
+        return None

@@ -1,0 +1,1 @@
+"""What the stored rows of the methods benchmark say: figures, tables, pictures, plain words."""

@@ -1,0 +1,95 @@
+"""Pictures of all methods: loss against time, loss against bytes, performance profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ....common.drawing import COLORS, FAINT, INK, clean_axes, new_figure, save_figure
+from .numbers import REFERENCE, Comparison, Costs, Results, profile
+
+GROUP_COLORS = dict(
+    zip(("ours", "static", "adaptive", "search", "peer", "bound", "check"), (*COLORS, FAINT), strict=True)
+)
+
+PROFILED = ("simple", "all-linear-8-ckpt", "adalora-peak", "top-down", "ours", "ours-first-plan")
+"""Methods whose profiles are drawn in colours; those of the others are grey."""
+
+
+def draw_all(results: Results, versus: dict[str, Comparison], costs: dict[str, Costs], folder: Path) -> dict[str, Path]:
+    """Write all pictures into a folder; returns them by name."""
+    pictures = {
+        "methods_time": ("Held-out loss against the time of a step", "time of a step, all-linear rank 8 = 1", _step),
+        "methods_bytes": ("Held-out loss against bytes", "peak bytes, all-linear rank 8 = 1", _bytes),
+    }
+    paths = {}
+    for name, (title, label, of) in pictures.items():
+        paths[name] = _scatter(results, versus, costs, title, label, of, folder / f"{name}.png")
+    paths["methods_profiles"] = _profiles(results, folder / "methods_profiles.png")
+    return paths
+
+
+def _step(costs: Costs) -> float:
+    return costs.step
+
+
+def _bytes(costs: Costs) -> float:
+    return costs.bytes
+
+
+def _scatter(
+    results: Results,
+    versus: dict[str, Comparison],
+    costs: dict[str, Costs],
+    title: str,
+    label: str,
+    of: Callable[[Costs], float],
+    path: Path,
+) -> Path:
+    note = f"means over the cells that a method fits; up: a lower loss than {REFERENCE} there; 95 % intervals"
+    figure = new_figure(5.4, title, note)
+    axes = clean_axes(figure.subplots())
+    seen: set[str] = set()
+    for method in results.methods:
+        if method.name not in versus or method.group == "check":
+            continue
+        gain, x, color = versus[method.name].mean, of(costs[method.name]), GROUP_COLORS[method.group]
+        spread = [[gain.value - gain.low], [gain.high - gain.value]]
+        axes.errorbar(
+            x, gain.value, yerr=np.maximum(spread, 0), fmt="o", ms=5, lw=0.8, color=color,
+            label=None if method.group in seen else method.group,
+        )  # fmt: skip
+        axes.annotate(method.name, (x, gain.value), (5, 3), textcoords="offset points", fontsize=7, color=INK)
+        seen.add(method.group)
+    axes.axhline(0, color=FAINT, lw=0.8, ls=":")
+    axes.set_xlabel(label)
+    axes.set_ylabel("gain in log loss")
+    axes.legend(fontsize=8, frameon=False)
+    return save_figure(figure, path)
+
+
+def _profiles(results: Results, path: Path) -> Path:
+    figure = new_figure(
+        4.4,
+        "Performance profiles",
+        "share of runs within a distance of the best method's loss, budgets that do not fit counted as never",
+    )
+    axes = clean_axes(figure.subplots())
+    points = np.linspace(0, 0.3, 61)
+    colors = dict(zip(PROFILED, COLORS, strict=True))
+    for method in sorted(results.methods, key=lambda m: m.name in PROFILED):
+        if method.group in ("check", "bound") or not any(key[0] == method.name for key in results.found):
+            continue
+        color = colors.get(method.name)
+        style: dict[str, Any] = (
+            {"color": color, "lw": 1.8, "label": method.name} if color else {"color": "#dddddd", "lw": 0.8}
+        )
+        axes.plot(100 * (np.exp(points) - 1), profile(results, method.name, points), **style)
+    axes.set_xlabel("loss above the best, %")
+    axes.set_ylabel("share of runs")
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize=8, frameon=False)
+    return save_figure(figure, path)

@@ -1,0 +1,78 @@
+"""Stored rows of the methods benchmark: JSON lines that grow as work is done, and one small file in the repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...common.files import append_json_line, atomic_path, read_json_lines
+from ...errors import ConfigError
+from .work import Work
+
+PACKED = Path(__file__).parent.parent / "results" / "methods.parquet"
+"""The rows that ship with the repository."""
+
+MOST_BYTES = 5 * 1024**2
+"""Size of a packed file at most."""
+
+
+class RowStore:
+    """Rows by the key of their work.
+
+    Args:
+        folder: `rows.jsonl` in it is read and grows; None for a store that is only read.
+        packed: a packed file to begin with, if it exists.
+    """
+
+    def __init__(self, folder: Path | None, packed: Path | None = PACKED) -> None:
+        self._path = None if folder is None else folder / "rows.jsonl"
+        self._rows: dict[str, dict[str, Any]] = {}
+        if packed is not None and packed.is_file():
+            self._rows |= _unpacked(packed)
+        for line in read_json_lines(self._path) if self._path else []:
+            self._rows[_text(line["work"])] = line["row"]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, work: Work) -> dict[str, Any] | None:
+        """The row of a piece of work; None if there is none yet."""
+        return self._rows.get(_text(work.key))
+
+    def add(self, work: Work, row: dict[str, Any]) -> None:
+        """Keep a row."""
+        self._rows[_text(work.key)] = row
+        if self._path:
+            append_json_line(self._path, {"work": work.key, "row": row})
+
+    def pack(self, path: Path, works: set[Work] | None = None) -> int:
+        """Write rows into one compressed file; returns its bytes.
+
+        Args:
+            path: of the file.
+            works: whose rows; None for all.
+
+        Raises:
+            ConfigError: the file would be larger than `MOST_BYTES`.
+        """
+        keys = sorted(self._rows if works is None else {_text(work.key) for work in works} & set(self._rows))
+        table = pa.table({"work": keys, "row": [_text(self._rows[key]) for key in keys]})
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd", compression_level=19, use_dictionary=False)
+            size = temporary.stat().st_size
+            if size > MOST_BYTES:
+                raise ConfigError(f"The rows take {size:,} bytes packed, and {MOST_BYTES:,} are allowed.")
+        return size
+
+
+def _unpacked(path: Path) -> dict[str, dict[str, Any]]:
+    table = pq.read_table(path)
+    return {key: json.loads(row) for key, row in zip(table["work"].to_pylist(), table["row"].to_pylist(), strict=True)}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
