@@ -9,9 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 from rich.console import Console
 
 from ...common.workers import Workers, count_workers, worker_pool
@@ -136,7 +134,6 @@ def benchmark(options: Options, console: Console) -> Figures:
     methods, cells = chosen_methods(suite, options.methods, options.policies), chosen_cells(suite, options.cells)
     study = Study(RowStore(options.output), suite)
     end = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
-    quiet()
     with _machines(options.cluster, console), worker_pool(count_workers(options.workers)) as workers:
         progress = Progress(Console(file=sys.stderr), cells, methods, suite)
         complete = run_missing(study, cells, methods, workers, progress, end)
@@ -157,10 +154,3 @@ def _machines(cluster: str | None, console: Console) -> AbstractContextManager[N
     from ...env.episodes.canary import canary
 
     return running_on_cluster(cluster, canary, lambda line: console.print(line, markup=False, soft_wrap=True))
-
-
-def quiet() -> None:
-    """No progress bars of libraries, and no reports on heads that are new."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -26,7 +26,7 @@ from .work import Work
 FACTORS = (-1, 0, 1)
 """Powers of 2 around a task's rate that are tried first."""
 
-MOST_FACTOR = 4
+MOST_FACTOR = 6
 """While the best rate is at an edge, the next power of 2 is tried, up to this one."""
 
 T = TypeVar("T")

@@ -110,8 +110,8 @@ class Suite:
             )
 
 
-def _minilm(data: str, kind: Kind = "classification", steps: int = 120, model: str = "minilm-l6") -> MethodTask:
-    return MethodTask(model, data, kind, steps, rows=8, length=24, rate=2e-3, held_out=256, curve=3)
+def _minilm(data: str, kind: Kind = "classification", steps: int = 100, model: str = "minilm-l3") -> MethodTask:
+    return MethodTask(model, data, kind, steps, rows=16, length=24, rate=2e-3, held_out=256, curve=3)
 
 
 def _proxy(model: str, data: str, steps: int) -> MethodTask:
@@ -129,10 +129,10 @@ def _cells(*pairs: tuple[MethodTask, tuple[str, ...]]) -> tuple[Cell, ...]:
 _STANDARD = _cells(
     (_minilm("reuters-r8"), ("35%", "60%", "100%")),
     (_minilm("newsgroups"), ("50%", "80%")),
-    (_minilm("rotten-tomatoes", steps=60), ("40%", "70%")),
-    (_minilm("news-length", "regression", model="minilm-l3"), ("50%", "90%")),
-    (_proxy("gpt2-8x64", "code", 1000), ("40%", "70%")),
-    (_proxy("gpt2-8x64", "french", 300), ("55%", "400%")),
+    (_minilm("rotten-tomatoes", steps=60, model="minilm-l6"), ("40%", "70%")),
+    (_minilm("news-length", "regression", steps=60, model="minilm-l6"), ("50%", "90%")),
+    (_proxy("gpt2-8x64", "templates", 400), ("40%", "70%")),
+    (_proxy("gpt2-8x64", "french", 200), ("55%", "400%")),
     (_smollm2("docstrings", 20), ("60%",)),
 )
 
@@ -143,10 +143,10 @@ SUITES: dict[str, Suite] = {
         (
             *_STANDARD,
             *_cells(
-                (_minilm("reuters-r8", steps=400), ("25%", "50%", "100%")),
+                (_minilm("reuters-r8", steps=400, model="minilm-l6"), ("25%", "50%", "100%")),
                 (_minilm("newsgroups", steps=1000), ("50%", "100%")),
-                (_minilm("news-length", "regression"), ("40%", "70%")),
-                (_proxy("gpt2-8x64", "tables", 1000), ("25%", "60%", "100%")),
+                (_minilm("news-length", "regression", steps=300), ("40%", "70%")),
+                (_proxy("gpt2-8x64", "russian", 1000), ("25%", "60%", "100%")),
                 (_smollm2("docstrings", 100), ("40%", "80%", "100%")),
                 (_smollm2("documentation", 60), ("40%", "70%")),
             ),
@@ -157,9 +157,9 @@ SUITES: dict[str, Suite] = {
     ),
     "validation": Suite(
         _cells(
-            (_minilm("imdb"), ("40%", "80%")),
+            (_minilm("imdb", steps=60, model="minilm-l6"), ("40%", "80%")),
             (_minilm("review-length", "regression"), ("60%",)),
-            (_minilm("computers", model="minilm-l3"), ("50%", "100%")),
+            (_minilm("computers"), ("50%", "100%")),
             (_proxy("llama-8x64", "german", 400), ("40%", "70%")),
             (_proxy("gpt2-8x64", "spanish", 1000), ("60%",)),
             (_smollm2("reviews", 30), ("50%",)),

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from peft import PeftModel
 
 from ...common.arrays import IntArray
@@ -131,12 +133,20 @@ def perform(work: Work) -> dict[str, Any]:
     """
     from . import registry
 
+    _quiet()
     start = time.process_time()
     try:
         row = {**KINDS_OF_WORK, **registry.OWN_WORK}[work.kind](work)
     except BudgetError as error:
         row = {"refused": str(error)}
     return {**row, "cpu_s": round(time.process_time() - start, 3)}
+
+
+def _quiet() -> None:
+    """No progress bars of libraries, and no reports on heads that are new; in each worker."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def by_name(ranks: IntArray, names: list[str]) -> dict[str, int]:

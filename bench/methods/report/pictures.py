@@ -67,7 +67,8 @@ def _scatter(
     axes.axhline(0, color=FAINT, lw=0.8, ls=":")
     axes.set_xlabel(label)
     axes.set_ylabel("gain in log loss")
-    axes.legend(fontsize=8, frameon=False)
+    axes.margins(x=0.12)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return save_figure(figure, path)
 
 
