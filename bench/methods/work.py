@@ -18,8 +18,9 @@ from ...errors import BudgetError, NonFiniteError
 from ...finetune.before_training import run_costs
 from ...finetune.run import TrainingRun
 from ...lora.fresh import fresh_adapters
+from ...lora.ladder import REFERENCE_RANK
 from ...lora.targets import find_target_modules
-from ...memory.budget import REFERENCE_RANK, Budget
+from ...memory.budget import Budget
 from ...memory.cost import cost_state
 from .bases import new_base
 from .loop import Driver, evaluate, new_loader, train
