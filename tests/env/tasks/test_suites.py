@@ -19,7 +19,6 @@ from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.files import append_json_line
 from rankpilot.common.statistics import mean_and_interval
-from rankpilot.env.episodes import single
 from rankpilot.env.episodes.single import Episode, reference_of
 from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.proxies.bases import BASES_FOLDER, PROXY_BASES
@@ -33,8 +32,6 @@ from rankpilot.env.tasks.proxy_task import PLACEMENTS, ProxyTask
 from rankpilot.env.tasks.suite_names import SPLITS, SUITES
 from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load_suite
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.lora.resize import reset_adapters
-from rankpilot.lora.scaling import choose_scaling
 from rankpilot.memory.cost import plan_cost
 
 MakeTask = Callable[..., ProxyTask]
@@ -345,23 +342,7 @@ def test_the_registered_environment_draws_from_the_suites(
     assert base.reset(seed=0)[1]["uniform_loss"] in {task.reference.uniform for task in base.tasks if task.reference}
 
 
-@pytest.fixture
-def _scaling_of_version_3() -> Iterator[None]:
-    """The cards of version 3 were measured at a constant scaling of 2; those of the next one will need no fixture."""
-    assert VERSION == 3
-    targets = adapted_base("llama-4x32")[1]
-    reset_adapters(targets, 8, seed=0)
-    choose_scaling(targets, "constant")
-    single._measured_reference.cache_clear()
-    yield
-    reset_adapters(targets, 8, seed=0)
-    choose_scaling(targets, "alpha")
-    single._measured_reference.cache_clear()
-    assert {target.alpha for target in targets} == {16}
-
-
 @needs_cards
-@pytest.mark.usefixtures("_scaling_of_version_3")
 def test_a_known_reference_is_what_a_new_run_measures(
     shipped: dict[tuple[str, str], tuple[ProxyTask, ...]], schedule: DecisionSchedule
 ) -> None:
