@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .allocation.decision_log import DecisionLog
     from .allocation.schedule import DecisionSchedule
     from .env.registration import ENV_ID
-    from .finetune.allocate import allocate
+    from .finetune.allocate import allocate, frontier
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.checkpoint import last_checkpoint
     from .finetune.pilot import RankPilot
@@ -38,6 +38,7 @@ _LAZY = {
     "TrainingRun": ".finetune.run",
     "allocate": ".finetune.allocate",
     "attach": ".finetune.callback",
+    "frontier": ".finetune.allocate",
     "last_checkpoint": ".finetune.checkpoint",
     "load_policy": ".agents.learned.policy_file",
     "memory_of": ".memory.outlook",
@@ -54,6 +55,7 @@ __all__ = [
     "TrainingRun",
     "allocate",
     "attach",
+    "frontier",
     "last_checkpoint",
     "load_policy",
     "memory_of",

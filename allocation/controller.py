@@ -22,6 +22,7 @@ from ..lora.ladder import RankLadder
 from ..lora.signals import signal_buffer_bytes
 from ..memory.budget import Budget, reference_cost
 from ..memory.cost import ByteCost, TimedCost, UntimedCost, cost_from_state, cost_state, unit_cost
+from .module_shapes import ModuleShapes
 from .observation import Observation, RunState, observe
 from .plan import Plan, check_budget
 from .policy import Decision, decided_plan, decision_from_plan
@@ -46,6 +47,7 @@ class RankController(Generic[AdaptersT]):
         schedule: when decisions fall.
         total_steps: optimiser steps of the run.
         probe_result: from `probe`.
+        rows: of an optimiser step, in all its batches.
         ladder: allowed ranks.
         low: the least rank of each module, int64 (modules,); 0 by default.
         high: the largest, int64 (modules,); any by default.
@@ -68,6 +70,7 @@ class RankController(Generic[AdaptersT]):
         total_steps: int,
         probe_result: ProbeResult,
         *,
+        rows: int,
         ladder: RankLadder | None = None,
         low: IntArray | None = None,
         high: IntArray | None = None,
@@ -86,7 +89,8 @@ class RankController(Generic[AdaptersT]):
         self.low, self.high = low, high
         self.seed = seed
         adapters.meter.values = probe_result.signals.copy()
-        self.first_loss = probe_result.first_loss
+        self.first_loss, self.probe_fall = probe_result.first_loss, probe_result.fall
+        self.rows = rows
         self.interval_losses: list[float] = []
         ones = np.ones(len(self.targets), dtype=np.int64)
         self.signal_ranks = ones if probe_result.ranks is None else np.maximum(probe_result.ranks, ones)
@@ -94,7 +98,7 @@ class RankController(Generic[AdaptersT]):
         self.names = tuple(target.name for target in self.targets)
         self.notes: dict[str, str] = {}
         self._warned: set[str] = set()
-        self._shapes = np.array([t.d_out / t.d_in for t in self.targets])
+        self._shapes = ModuleShapes.of(self.targets)
         problem = self.problem()
         self._reference_cost = reference_cost(cost, problem.max_ranks)
         check_budget(problem, list(self.names))
@@ -196,6 +200,9 @@ class RankController(Generic[AdaptersT]):
             reference_cost=self._reference_cost,
             first_loss=self.first_loss,
             losses=tuple(self.interval_losses),
+            total_steps=self.total_steps,
+            rows=self.rows,
+            probe_fall=self.probe_fall,
         )
         return observe(
             problem,
@@ -294,7 +301,9 @@ class RankController(Generic[AdaptersT]):
             "limit": self.limit,
             "time": self.time.state() if self.time else None,
             "total_steps": self.total_steps,
+            "rows": self.rows,
             "first_loss": self.first_loss,
+            "probe_fall": self.probe_fall,
             "interval_losses": list(self.interval_losses),
             "signal_ranks": self.signal_ranks.copy(),
             "decision": self.decision,
@@ -328,7 +337,8 @@ class RankController(Generic[AdaptersT]):
             state["limit"],
             schedule,
             state["total_steps"],
-            ProbeResult(adapters.meter.values, state["first_loss"]),
+            ProbeResult(adapters.meter.values, state["first_loss"], fall=state.get("probe_fall", 0.0)),
+            rows=state.get("rows", 1),  # unknown in checkpoints of earlier versions, whose policies do not see it
             low=low,
             high=high,
             seed=state["seed"],

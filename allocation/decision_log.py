@@ -36,7 +36,7 @@ from ..common.files import atomic_path
 from ..errors import RunFolderError
 from .decision_state import DecisionState, read_state
 from .deliberation import Deliberation
-from .features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES
+from .features import EARLIER_FEATURE_NAMES, FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
 from .problem import AllocationProblem
 from .problem_file import problem_bytes, read_problem
 
@@ -219,7 +219,7 @@ class DecisionLog:
         return self._problem(self._table(decision))
 
     def logged(self, decision: int) -> LoggedDecision:
-        """All that is known of a decision.
+        """All that is known of a decision. Features that its policy could not see yet are 0.
 
         Raises:
             RunFolderError: there is no such decision, it was logged without its problem or by a version whose policies
@@ -230,15 +230,18 @@ class DecisionLog:
         table = self._table(decision)
         problem = self._problem(table)
         seen = [name.removeprefix(FEATURE_PREFIX) for name in table.column_names if name.startswith(FEATURE_PREFIX)]
-        if sorted(seen) != sorted(MODULE_FEATURES):
+        if not set(MODULE_FEATURES[: FIRST_INPUTS.modules]) <= set(seen) <= set(MODULE_FEATURES):
             raise RunFolderError(
                 f"Decision {decision} in {self.folder} was made from other features than those of this version: "
                 f"{', '.join(sorted(set(seen) ^ set(MODULE_FEATURES)))}."
             )
-        modules = [table[FEATURE_PREFIX + name].to_numpy() for name in MODULE_FEATURES]
-        run = [table[RUN_PREFIX + name][0].as_py() for name in RUN_FEATURES]
+        modules = np.zeros((len(table), len(MODULE_FEATURES)), dtype=np.float32)
+        for name in seen:
+            modules[:, MODULE_FEATURES.index(name)] = table[FEATURE_PREFIX + name].to_numpy()
+        known = set(table.column_names)
+        run = [table[RUN_PREFIX + name][0].as_py() if RUN_PREFIX + name in known else 0.0 for name in RUN_FEATURES]
         observation = Observation(
-            np.stack(modules, axis=1),
+            modules,
             np.array(run, dtype=np.float32),
             replace(problem, pinned=None),  # as the policy saw it
             tuple(table["module"].to_pylist()),

@@ -8,14 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..common.arrays import Arrays, BoolArray, FloatArray, IntArray
+from .goal import TOLERANCE, Goal
 
 Votes = NDArray[np.float32]
+
+VoteUnit = Literal["spread", "log loss"]
+"""What networks vote in: standard deviations of the log loss between plans that cost the same, or see `goal`."""
+
+COST_TIE = 0.01
+"""Plans whose costs differ by less, as a share, are tied under a goal of cost."""
+
+_OF_PLANS = ("costs", "seconds", "allowed")
+"""Attributes with one value a plan, where they are known."""
 
 DRAWN = "drawn "
 """How names of candidates begin that were drawn; their numbers follow, from 0 on. They come last."""
@@ -31,10 +41,9 @@ class Deliberation:
         weights: of the basis in the scores of each candidate, (C, B); all 0 for "keep".
         placements: of each candidate, see `PLACEMENT`, (C, 2).
         plan_of: the plan to which each candidate leads, int64 (C,). The first candidate's is the reference: uniform
-            rank, or at later decisions the ranks in place.
+            rank, or at later decisions the ranks in place; under a goal of cost plain LoRA, even if it does not fit.
         plans: ranks, int64 (P, L), all different, in the order in which candidates lead to them.
-        votes: how much better than the reference each network expects each plan to be, in standard deviations of the
-            log loss between plans, float32 (N, P).
+        votes: how much better than the reference each network expects each plan to be, in `unit`, float32 (N, P).
         lcb_coefficient: the lower bound is the mean vote less so many standard deviations.
         tie: plans whose lower bound is less than this below the best one's are tied with it, in the unit of votes.
         directions: names of the actor's directions, (D,).
@@ -44,6 +53,14 @@ class Deliberation:
         temperature: of the softmax over lower bounds that plans are drawn from; 0 where the best is taken.
         seed: with what was seen it decided what was drawn.
         taken: the candidate that is the decision.
+        unit: of the votes.
+        goal: of the policy.
+        doubt: what a goal of cost takes off votes on plans other than the reference, beside the spread; at least 0.
+        simple: the plan that others are preferred to only for a reason; None for the reference.
+        plain: the plan that is plain LoRA; None if it is none of them.
+        costs: of each plan, in the unit of the budget, (P,); None where plans cost the same.
+        seconds: of a step under each plan, (P,); None where they are unknown.
+        allowed: which plans can be taken, bool (P,); None for all.
     """
 
     candidates: tuple[str, ...]
@@ -62,6 +79,14 @@ class Deliberation:
     temperature: float = 0.0
     seed: int = 0
     taken: int = -1
+    unit: VoteUnit = "spread"
+    goal: Goal = Goal()  # noqa: RUF009  (it is frozen)
+    doubt: float = 0.0
+    simple: int | None = None
+    plain: int | None = None
+    costs: FloatArray | None = None
+    seconds: FloatArray | None = None
+    allowed: BoolArray | None = None
 
     @property
     def reference(self) -> int:
@@ -75,8 +100,13 @@ class Deliberation:
 
     @cached_property
     def distances(self) -> FloatArray:
-        """From each plan to the reference, see `plan_distance`, (P,)."""
-        return plan_distance(self.plans, self.plans[self.reference])
+        """From each plan to the simple one, see `plan_distance`, (P,)."""
+        return plan_distance(self.plans, self.plans[self.reference if self.simple is None else self.simple])
+
+    @property
+    def may_take(self) -> BoolArray:
+        """Which plans can be taken, bool (P,)."""
+        return np.ones(len(self.plans), dtype=np.bool_) if self.allowed is None else self.allowed
 
     @cached_property
     def mean(self) -> Votes:
@@ -100,16 +130,41 @@ class Deliberation:
         The reference is the best only if no bound is above its own, which is 0; then it is alone. Else it is not among
         them, nor is any plan whose bound is not above 0: what may be worse than the reference is not taken for being
         near to it.
+
+        Under a goal of cost these are the cheapest of the plans that are surely within the tolerance; if none is, the
+        simple plan alone. At later decisions there is one plan, the ranks in place.
         """
-        best = int(np.argmax(self.bound))
+        if self.goal.saves and self.costs is not None:
+            return self._cheapest
+        bound = np.where(self.may_take, self.bound, -np.inf)
+        best = int(np.argmax(bound))
         if best == self.reference:
-            return np.asarray(np.arange(len(self.bound)) == best)
-        above = self.bound > self.bound[self.reference]
-        return np.asarray((self.bound >= self.bound[best] - self.tie) & above)
+            return np.asarray(np.arange(len(bound)) == best)
+        return np.asarray((bound >= bound[best] - self.tie) & (bound > bound[self.reference]))
+
+    @cached_property
+    def reach(self) -> FloatArray:
+        """How far the truth may lie from the mean vote on each plan under a goal of cost, (P,); 0 for the reference."""
+        others = np.arange(len(self.plans)) != self.reference
+        return np.asarray(self.lcb_coefficient * self.std + self.doubt * others)
+
+    @cached_property
+    def within_tolerance(self) -> BoolArray:
+        """The plans that can be taken and lose surely no more than the goal tolerates, bool (P,)."""
+        return np.asarray(self.may_take & (self.mean - self.reach >= self.goal.least_vote))
+
+    @property
+    def _cheapest(self) -> BoolArray:
+        if not self.within_tolerance.any():
+            return np.asarray(np.arange(len(self.plans)) == self.simple)
+        costs = self.seconds if self.goal.kind == "time" else self.costs
+        assert costs is not None
+        least = costs[self.within_tolerance].min()
+        return np.asarray(self.within_tolerance & (costs <= (1 + COST_TIE) * least))
 
     @cached_property
     def favourite(self) -> int:
-        """The plan that is taken where none is drawn: of those that are tied, the nearest to the reference."""
+        """The plan that is taken where none is drawn: of those that are tied, the nearest to the simple one."""
         distances = np.where(self.tied, self.distances, np.inf)
         nearest = np.flatnonzero(distances == distances.min())
         return int(nearest[np.argmax(self.bound[nearest])])
@@ -119,7 +174,7 @@ class Deliberation:
         """The probability that each plan is taken, (P,)."""
         if not self.temperature:
             return np.asarray(np.arange(len(self.plans)) == self.favourite, dtype=np.float64)
-        logits = self.bound.astype(np.float64) / self.temperature
+        logits = np.where(self.may_take, self.bound.astype(np.float64) / self.temperature, -np.inf)
         odds = np.exp(logits - logits.max())
         return np.asarray(odds / odds.sum())
 
@@ -150,6 +205,7 @@ class Deliberation:
             "actor_estimate": self.actor_estimate.astype(np.float32),
             "actor_scores": self.actor_scores.astype(np.float32),
             "probabilities": self.probabilities,
+            **{name: values for name in _OF_PLANS if (values := getattr(self, name)) is not None},
         }
 
     def scalars(self) -> dict[str, Any]:
@@ -163,6 +219,8 @@ class Deliberation:
             "temperature": self.temperature,
             "seed": self.seed,
             "taken": self.taken,
+            **{name: getattr(self, name) for name in ("unit", "doubt", "simple", "plain")},
+            "goal": [self.goal.kind, self.goal.tolerance],
         }
 
     @property
@@ -189,6 +247,11 @@ class Deliberation:
         values |= {name: arrays[name].astype(np.float64) for name in doubles}
         values |= {name: arrays[name].astype(np.int64) for name in ("plan_of", "plans")}
         values |= {name: float(scalars[name]) for name in ("lcb_coefficient", "tie", "temperature")}
+        values |= {name: arrays[name] for name in _OF_PLANS if name in arrays}
+        values |= {name: scalars.get(name) for name in ("simple", "plain")}
+        kind, tolerance = scalars.get("goal", ("quality", TOLERANCE))  # unknown to earlier versions, as the unit
+        values |= {"goal": Goal(kind, tolerance), "unit": scalars.get("unit", "spread")}
+        values["doubt"] = float(scalars.get("doubt", 0.0))
         found = cls(**values, votes=arrays["votes"], seed=int(scalars["seed"]), taken=int(scalars["taken"]))
         found._check_sizes()
         return found
@@ -203,6 +266,7 @@ class Deliberation:
             "actor_gains": (len(self.directions),),
             "actor_estimate": (modules,),
             "actor_scores": (modules,),
+            **{name: (plans,) for name in _OF_PLANS if getattr(self, name) is not None},
         }
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:

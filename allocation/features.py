@@ -37,8 +37,11 @@ MODULE_FEATURE_TABLE = (
     Feature("drop_saving", "the same of what dropping the module would save; -3 if it is not adapted", _BOUNDED),
     Feature("adapt_cost", "the same of what adapting it at rank 1 would add; -3 if it is adapted", _BOUNDED),
     Feature("signal_age", "decisions since its signals were fresh, over 4", _UP_TO_THREE),
+    Feature("wide", "1 if it has the wide inner side of its layer, as the modules of an MLP do", "0 or 1"),
+    Feature("position", "place among the modules of its layer, from the first (0) to the last (1)", _SHARE),
 )
-"""Columns of `Observation.modules`, the signals first."""
+"""Columns of `Observation.modules`, the signals first. New ones come last: a policy reads as many as it was trained
+with, see `Inputs`."""
 
 RUN_FEATURE_TABLE = (
     Feature("progress", "share of the run's steps that are done", _SHARE),
@@ -49,11 +52,30 @@ RUN_FEATURE_TABLE = (
     Feature("depth", "share of the layers that are adapted", _SHARE),
     Feature("loss", "log of training loss since the last decision over the loss of the probe's start", _BOUNDED),
     Feature("trend", "change of `loss` since the last decision", _BOUNDED),
+    Feature("horizon", "log10 of the run's optimizer steps, less 2: 0 for 100 steps", _BOUNDED),
+    Feature("rows", "log10 of the rows of an optimizer step", _UP_TO_THREE),
+    Feature("probe_fall", "share of the training loss that the probe took off", "-3 to 1"),
 )
-"""Columns of `Observation.run`."""
+"""Columns of `Observation.run`; new ones come last."""
 
 MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
 RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)
+
+
+class Inputs(NamedTuple):
+    """How many features a network reads, counted from the first.
+
+    Attributes:
+        modules: of `MODULE_FEATURES`.
+        run: of `RUN_FEATURES`.
+    """
+
+    modules: int = len(MODULE_FEATURES)
+    run: int = len(RUN_FEATURES)
+
+
+FIRST_INPUTS = Inputs(14, 8)
+"""What the networks of all policies read before policy cards of schema 4."""
 
 EARLIER_FEATURE_NAMES = {
     "height": "relative_depth",

@@ -15,6 +15,7 @@ from ..lora.signals import SIGNALS
 from ..memory.cost import plan_cost
 from .features import MODULE_FEATURES, RUN_FEATURES
 from .fixed_cost import FixedCost
+from .module_shapes import ModuleShapes
 from .problem import AllocationProblem
 
 Float32Array = NDArray[np.float32]
@@ -63,6 +64,9 @@ class RunState:
         reference_cost: what uniform rank 8 costs, in the unit of the budget.
         first_loss: training loss at the start of the probe, > 0.
         losses: mean training loss of each interval so far; empty at the first decision.
+        total_steps: optimiser steps of the run.
+        rows: of an optimiser step, in all its batches.
+        probe_fall: see `ProbeResult`.
     """
 
     progress: float
@@ -70,6 +74,9 @@ class RunState:
     reference_cost: float
     first_loss: float
     losses: tuple[float, ...]
+    total_steps: int
+    rows: int
+    probe_fall: float
 
 
 def _centred_log(values: FloatArray) -> FloatArray:
@@ -86,7 +93,7 @@ def observe(
     signals: FloatArray,
     signal_ranks: NDArray[np.int64],
     age: NDArray[np.int64],
-    shapes: FloatArray,
+    shapes: ModuleShapes,
     state: RunState,
 ) -> Observation:
     """The observation at one decision.
@@ -97,7 +104,7 @@ def observe(
         signals: as read by `SignalMeter`, (modules, len(SIGNALS)).
         signal_ranks: rank of each module while its signals were taken, (modules,).
         age: decisions since each module's signals were fresh, (modules,).
-        shapes: d_out / d_in of each module, (modules,).
+        shapes: of the modules.
         state: where the run stands.
     """
     ranks, ladder = problem.ranks, problem.ladder
@@ -110,10 +117,12 @@ def observe(
         rungs / ladder.top,
         (ranks > 0).astype(np.float64),
         problem.blocks / max(1, int(problem.blocks.max())),
-        np.clip(np.log(shapes), -3, 3),
+        np.clip(np.log(shapes.ratios), -3, 3),
         _centred_log(problem.cost.per_rank.max(axis=0)),
         *_shares_of_limit(problem),
         age / 4,
+        shapes.wide.astype(np.float64),
+        shapes.positions,
     ]
     modules = np.clip(np.stack(columns, axis=1), -3, 3).astype(np.float32)
     run = np.clip(_run_features(problem, spent, state), -3, 3).astype(np.float32)
@@ -174,6 +183,9 @@ def _run_features(problem: AllocationProblem, spent: float, state: RunState) -> 
             adapted / len(np.unique(problem.blocks)),
             levels[-1],
             levels[-1] - levels[0],
+            np.log10(state.total_steps) - 2,
+            np.log10(state.rows),
+            state.probe_fall,
         ]
     )
 

@@ -15,7 +15,7 @@ from ..lora.signals import SignalMeter
 from ..lora.targets import TargetModule
 
 FIRST_LOSSES = 5
-"""The first loss is the mean of this number of losses, from the probe's start."""
+"""The first loss is the mean of this number of losses, from the probe's start; the last loss that of the last ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +26,19 @@ class ProbeResult:
         signals: (modules, len(SIGNALS)).
         first_loss: mean training loss of its first steps.
         ranks: of the adapters that it trained, int64 (modules,); None where all had rank 1.
+        fall: share of the first loss by which the last one is lower; 0 where it is unknown.
     """
 
     signals: FloatArray
     first_loss: float
     ranks: IntArray | None = None
+    fall: float = 0.0
+
+    @classmethod
+    def of(cls, signals: FloatArray, losses: Sequence[float], ranks: IntArray | None = None) -> ProbeResult:
+        """The result of a probe with these training losses, one a step."""
+        first, last = (float(np.mean(part)) for part in (losses[:FIRST_LOSSES], losses[-FIRST_LOSSES:]))
+        return cls(signals, first, ranks, 1 - last / first if first > 0 else 0.0)
 
 
 def probe(
@@ -67,4 +75,4 @@ def probe(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     ranks = np.array([target.rank for target in targets], dtype=np.int64)
-    return ProbeResult(meter.read(), float(np.mean(history[:FIRST_LOSSES])), ranks)
+    return ProbeResult.of(meter.read(), history, ranks)

@@ -44,3 +44,7 @@ class DecisionSchedule:
     def reach(self, decision: int) -> int | None:
         """The most rungs that a module may move at this decision, counted from 0; None for any number."""
         return None if decision == 0 else self.max_step
+
+
+ONCE = DecisionSchedule(fractions=(0.0,))
+"""One plan, after the probe. What policies gained, they gained at their first decision (docs/experiments.md)."""

@@ -75,13 +75,13 @@ class TimeLimit:
         refused, ended, best = 1.0, np.inf, None
         factor = max(over, CLOSE)
         while ended > CLOSE * refused:
-            dearer = _dearer(problem, factor)
-            if not dearer.fits(least_ranks(dearer)):
+            changed = dearer(problem, factor)
+            if not changed.fits(least_ranks(changed)):
                 ended = factor
-            elif (over := self._over(plan(dearer))) > 1:
+            elif (over := self._over(plan(changed))) > 1:
                 refused = factor
             else:
-                ended, best = factor, dearer
+                ended, best = factor, changed
             factor = (refused * ended) ** 0.5 if np.isfinite(ended) else refused * max(over, GROWTH)
         if best is None:
             raise self._impossible(self.of(least_ranks(problem)))
@@ -117,8 +117,13 @@ class TimeLimit:
         )
 
 
-def _dearer(problem: AllocationProblem, factor: float) -> AllocationProblem:
-    """The same problem, in which time counts so many times as much."""
+def dearer(problem: AllocationProblem, factor: float) -> AllocationProblem:
+    """The same problem, in which time counts so many times as much.
+
+    Args:
+        problem: with the time of a step among its costs.
+        factor: above 0.
+    """
     cost, exact = problem.cost, exact_unit(problem.limit)
     assert isinstance(cost, TimedCost)
     changed = {name: getattr(cost, name).copy() for name in ("constant", "per_rank", "group_bytes")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,12 +13,16 @@ import tyro
 from rich.markup import escape
 
 from ..common.files import write_text
+from ..common.tables import make_table
+from ..common.units import cost_text
 from ..errors import ConfigError
 from ..finetune.config import FinetuneConfig
 from .config_file import peek, read_config_file, with_file_settings
 from .progress import console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..finetune.allocate import StaticPlan
 
 
@@ -34,6 +39,8 @@ class Allocate(FinetuneConfig):
             modules: the nearest that it can express.
         output: write the lines to this new file; by default they are printed.
         log: a new folder for the log of the decision, which `rankpilot study` explains.
+        frontier: also show the plans that are worth their cost: bytes, the time of a step (which is measured), and the
+            expected loss against rank 8 on all modules, with its interval.
         config: a JSON or YAML file of settings. Options on the command line override it.
     """
 
@@ -42,6 +49,7 @@ class Allocate(FinetuneConfig):
     form: Literal["peft", "axolotl", "llama-factory"] = "peft"
     output: Path | None = None
     log: Path | None = None
+    frontier: bool = False
     config: Path | None = None
 
 
@@ -57,7 +65,10 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{options.log} exists already. Name a folder that does not.")
     from ..finetune.experiment import plan_ahead
 
-    plan = plan_ahead(options, lambda text: console.rule(escape(text), align="left"), options.log)
+    tell = partial(console.rule, align="left")
+    plan = plan_ahead(options, lambda text: tell(escape(text)), options.log, frontier=options.frontier)
+    if plan.frontier is not None:
+        console.print(_frontier(plan))
     text = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory}[options.form](plan)
     if options.output is None:
         console.out(text, end="", highlight=False)
@@ -65,6 +76,23 @@ def main(arguments: Sequence[str]) -> None:
         write_text(options.output, text)
         console.print(f"{options.output} holds the plan.", soft_wrap=True, markup=False)
     console.print(f"Predicted: {plan.line()}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _frontier(plan: StaticPlan) -> Table:
+    """The plans that are worth their cost."""
+    assert plan.frontier is not None
+    rows = [
+        (
+            f"{each.name}{', taken' if each.taken else '' if each.fits else ', too large'}",
+            cost_text(each.cost, plan.unit).removesuffix(" parameters"),
+            "-" if each.seconds is None else f"{1e3 * each.seconds:.4g} ms",
+            *(f"{value - 1:+.1%}" for value in (each.loss, each.low, each.high)),
+            each.verdict,
+        )
+        for each in plan.frontier
+    ]
+    columns = ("plan", plan.unit, "step", "loss", "from", "to", "")
+    return make_table("Plans that are worth their cost; losses against rank 8 on all modules", columns, rows)
 
 
 def _peft(plan: StaticPlan) -> str:

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from ..agents.learned.policy_file import DEFAULT
+from ..agents.learned.goals import check_any_cost
+from ..agents.learned.policy_file import DEFAULT, load_policy
 from ..allocation.decision_line import decision_line
+from ..allocation.frontier import FrontierPlan
+from ..allocation.frontier import frontier as frontier_of
 from ..allocation.policy import Policy
 from ..errors import ConfigError
 from ..lora.export import pattern_config
@@ -50,6 +53,7 @@ class StaticPlan:
         cost: what a training step is predicted to take at its peak, or the number of parameters.
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".
+        frontier: the plans that are worth their cost, the cheapest first; None unless they were asked for.
     """
 
     config: LoraConfig
@@ -58,6 +62,7 @@ class StaticPlan:
     cost: float
     limit: float
     unit: str
+    frontier: tuple[FrontierPlan, ...] | None = None
 
     def by_name(self) -> LoraConfig:
         """The same plan, with the full names of its modules as `target_modules`."""
@@ -89,8 +94,8 @@ def allocate(
         budget: see `RankPilot`, as `policy`.
         policy: who decides.
         options: for a Trainer those of `RankPilotCallback`; for a model `loss`, `optimizer`, `learning_rate`, `seed`,
-            `bounds`, `schedule`, `time`, `explore`, `scaling`, and `total_steps`, the length of the run that is
-            planned. With `log`, a folder, the decision is logged as that of a run is.
+            `bounds`, `schedule`, `time`, `explore`, `scaling`, `goal`, `tolerance`, and `total_steps`, the length of
+            the run that is planned. With `log`, a folder, the decision is logged as that of a run is.
 
     Raises:
         BudgetError: no plan fits the budget.
@@ -106,24 +111,61 @@ def allocate(
     return plan.config
 
 
-def static_plan(
+def frontier(
     model: Any,
     data: DataLoader[Any] | None = None,
     *,
     budget: str | float | Budget = "100%",
     policy: str | Path | Policy = DEFAULT,
     **options: Any,
+) -> list[FrontierPlan]:
+    """The plans that are worth their cost, before training: bytes, the time of a step, and the expected loss.
+
+    Args:
+        model: see `allocate`, as the other arguments.
+        data: batches of the fine-tune.
+        budget: no plan above it is among them, but for plain LoRA, with which all are compared.
+        policy: its networks must tell plans of any cost apart.
+        options: see `allocate`.
+
+    Returns:
+        The cheapest first: by time under `goal="time"`, else by what the budget counts.
+
+    Raises:
+        ConfigError: the policy is a rule, or compares plans of one cost alone; and all that `allocate` raises.
+    """
+    plan = static_plan(model, data, budget=budget, policy=policy, frontier=True, **options)
+    return list(plan.frontier or ())
+
+
+def static_plan(
+    model: Any,
+    data: DataLoader[Any] | None = None,
+    *,
+    budget: str | float | Budget = "100%",
+    policy: str | Path | Policy = DEFAULT,
+    frontier: bool = False,
+    **options: Any,
 ) -> StaticPlan:
-    """As `allocate`, with the ranks and the predicted memory beside the LoraConfig."""
+    """As `allocate`, with the ranks and the predicted memory beside the LoraConfig.
+
+    With `frontier` the time of steps is measured as well, unless layers run again as a plan needs, and the plan comes
+    with `StaticPlan.frontier`; a policy that cannot tell plans of any cost apart is a ConfigError.
+    """
+    if frontier:
+        policy = load_policy(policy)
+        check_any_cost(policy, "a frontier", "leave the frontier out")
     if isinstance(model, Trainer):
-        return _plan_of_trainer(model, _FirstPlan(policy, budget, **options))
+        callback = _FirstPlan(policy, budget, **options)
+        callback.pilot.times_plans |= frontier and not callback.pilot.recompute
+        return _with_frontier(_plan_of_trainer(model, callback), callback.pilot, frontier)
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
     if isinstance(model, PeftModel):
-        return _plan_of_model(model, data, budget, policy, **options)
+        return _plan_of_model(model, data, budget, policy, frontier, **options)
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     try:
-        return _plan_of_model(adapted, data, budget, policy, **options)
+        return _plan_of_model(adapted, data, budget, policy, frontier, **options)
     finally:
         adapted.unload()
 
@@ -167,6 +209,7 @@ def _plan_of_model(
     data: DataLoader[Any],
     budget: str | float | Budget,
     policy: str | Path | Policy,
+    frontier: bool,
     *,
     loss: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -177,12 +220,13 @@ def _plan_of_model(
 ) -> StaticPlan:
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     pilot = RankPilot(policy, budget, **options)
+    pilot.times_plans |= frontier and not pilot.recompute
     with settings_put_back(model), _adapters_put_back(model, find_target_modules(model)):
         size = {"total_steps": total_steps, "accumulation": accumulation}
         run = TrainingRun.of_loader(model, optimizer, data, loss=loss, **size)
         pilot.begin(run)
         pilot.finish()
-        return _static_plan(pilot, model)
+        return _with_frontier(_static_plan(pilot, model), pilot, frontier)
 
 
 def _static_plan(pilot: RankPilot, model: Any) -> StaticPlan:
@@ -193,6 +237,15 @@ def _static_plan(pilot: RankPilot, model: Any) -> StaticPlan:
     ranks = adapter_ranks(controller.targets)
     alphas = {target.name: target.alpha for target in controller.targets}
     return StaticPlan(config, ranks, alphas, pilot.predictions[-1][1], pilot.limit, controller.cost.unit)
+
+
+def _with_frontier(plan: StaticPlan, pilot: RankPilot, wanted: bool) -> StaticPlan:
+    """A plan with the frontier of the decision that led to it."""
+    if not wanted:
+        return plan
+    assert pilot.decision is not None
+    assert pilot.decision.deliberation is not None
+    return replace(plan, frontier=tuple(frontier_of(pilot.decision.deliberation)))
 
 
 @contextmanager

@@ -146,7 +146,17 @@ def prepare(
         reset_adapters(targets, 1, seed)
     adapters = PeftAdapters(run.model, targets)
     controller = RankController(
-        adapters, costs.cost, limit, schedule, run.total_steps, result, low=low, high=high, seed=seed, time=timed
+        adapters,
+        costs.cost,
+        limit,
+        schedule,
+        run.total_steps,
+        result,
+        rows=run.rows * run.accumulation,
+        low=low,
+        high=high,
+        seed=seed,
+        time=timed,
     )
     return controller, costs.memory
 

@@ -62,6 +62,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         time: what a step may take in time, beside the budget: "75%", "0.8s"; see `RankPilot`.
         explore: draw plans at this temperature, and log their probabilities; see `RankPilot`.
         scaling: what stays when a rank changes, "alpha" or "constant"; see `RankPilot`.
+        goal: "quality", or the cheapest plan that loses nothing: "time" or "bytes"; see `RankPilot`, as `tolerance`.
+        tolerance: what counts as nothing, in log loss.
 
     Attributes:
         pilot: decides the ranks.
@@ -90,6 +92,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         time: str | TimeBudget | None = None,
         explore: float | None = None,
         scaling: Scaling = "alpha",
+        goal: str = "quality",
+        tolerance: float | None = None,
     ) -> None:
         self.pilot = RankPilot(
             policy,
@@ -107,6 +111,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             time=time,
             explore=explore,
             scaling=scaling,
+            goal=goal,
+            tolerance=tolerance,
         )
         around_training(_prepared, _broken_off)
         self._seed = seed

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..allocation.goal import GoalKind, goal_of
 from ..data.task import Task
 from ..errors import ConfigError
 from ..lora.scaling import Scaling
@@ -52,6 +53,9 @@ class FinetuneConfig(StepConfig):
         review: a file in which you see and change each plan before it is applied.
         explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what
             other policies would have been worth.
+        goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
+            the tolerance of rank 8 on all modules.
+        tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
         merge: also save the model with the adapter merged into it.
         report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
@@ -87,6 +91,8 @@ class FinetuneConfig(StepConfig):
     time: str | None = None
     review: Path | None = None
     explore: float | None = None
+    goal: GoalKind = "quality"
+    tolerance: float | None = None
     merge: bool = False
     report_to: tuple[str, ...] = ()
     trainer: tuple[str, ...] = ()
@@ -106,6 +112,7 @@ class FinetuneConfig(StepConfig):
         Budget.parse(self.budget)
         if self.time is not None:
             TimeBudget.parse(self.time)
+        goal_of(self.goal, self.tolerance, budget_unit=Budget.parse(self.budget).unit, recompute=self.recompute)
         if self.explore is not None and not self.explore > 0:
             raise ConfigError(f"explore is a temperature above 0, such as 0.05; got {self.explore}.")
         if min(self.steps, self.eval_every) < 1 or self.learning_rate <= 0 or self.alpha <= 0:

@@ -89,7 +89,11 @@ def finetune(
 
 
 def plan_ahead(
-    config: FinetuneConfig, on_phase: Callable[[str], None] | None = None, log: Path | None = None
+    config: FinetuneConfig,
+    on_phase: Callable[[str], None] | None = None,
+    log: Path | None = None,
+    *,
+    frontier: bool = False,
 ) -> StaticPlan:
     """The plan that `finetune` would begin with, without training; it raises the same errors.
 
@@ -97,6 +101,7 @@ def plan_ahead(
         config: the settings of the fine-tune.
         on_phase: called with what is done next.
         log: the folder of a decision log of the plan; None for no log.
+        frontier: also weigh plans of any cost; see `StaticPlan.frontier`.
     """
     tell = on_phase or (lambda text: None)
     workload = read_workload(config, tell)
@@ -106,6 +111,7 @@ def plan_ahead(
         bounds = rank_bounds_of(config.bounds)
         set_seed(config.seed)
         options: dict[str, Any] = {"bounds": bounds, "time": config.time, "explore": config.explore, "log": log}
+        options |= {"goal": config.goal, "tolerance": config.tolerance, "frontier": frontier}
         return static_plan(trainer, budget=config.budget, policy=config.policy, **options)
 
 
@@ -204,6 +210,8 @@ def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback
         time=config.time,
         explore=config.explore,
         scaling=config.kept,
+        goal=config.goal,
+        tolerance=config.tolerance,
     )
 
 

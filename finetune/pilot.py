@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from ..agents.learned.exploring import exploring
+from ..agents.learned.goals import with_goal
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
 from ..agents.rules.given_plan import GivenPlan
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
+from ..allocation.goal import goal_of
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy, decided_plan, decision_from_plan
@@ -66,8 +68,7 @@ class RankPilot(Readings):
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         bounds: the rank of single modules, or their least and largest rank, by the module's name or the end of it:
             `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
-        fresh: begin with new adapters. By default adapters that are trained already are kept, and the first plan
-            resizes them: growth leaves the function as it is, shrinking gives the best approximation.
+        fresh: begin with new adapters. By default trained ones are kept, and the first plan resizes them.
         tell: called with a line for each decision and each correction; by default they go to the log of this module.
         progress: shows how far the probe has come.
         review: a file. Each plan is written there, and a person changes or approves it before it is applied. Without a
@@ -77,14 +78,15 @@ class RankPilot(Readings):
             layer): less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
         time: what a step may take in time: a share of what uniform rank 8 takes with no layer run again ("75%"), or
             seconds ("0.8s"), measured on the device before training.
-        explore: draw each plan at this temperature and log the probabilities, so that other policies can be judged by
-            the log; see `exploring`. By default the best plan is taken.
-        scaling: what stays when a rank changes: "alpha", the model's `lora_alpha`, which PEFT divides by the rank (by
-            its root under `use_rslora`), so that one learning rate fits all ranks; or "constant", the factor
-            `lora_alpha / r` that the model begins with.
+        explore: draw each plan at this temperature and log the probabilities (`exploring`); by default take the best.
+        scaling: what stays when a rank changes: "alpha", the model's `lora_alpha`, so that one learning rate fits all
+            ranks; or "constant", the factor `lora_alpha / r` that the model begins with. See docs/scaling.md.
+        goal: "quality"; "time" or "bytes" for the cheapest plan that loses surely no more than `tolerance`; see `Goal`.
+        tolerance: in log loss against rank 8 on all modules; 0.01 by default.
 
     Attributes:
         controller: observes the adapters and changes their ranks; None before `begin`.
+        decision: the policy's latest one; None before `begin`.
         journal: writes down the decisions.
 
     Raises:
@@ -110,22 +112,23 @@ class RankPilot(Readings):
         time: str | TimeBudget | None = None,
         explore: float | None = None,
         scaling: Scaling = "alpha",
+        goal: str = "quality",
+        tolerance: float | None = None,
     ) -> None:
         check_options(policy, schedule, measure_every, bounds, scaling)
         loaded = load_policy(policy)
-        self.policy: Policy = loaded if explore is None else exploring(loaded, explore, seed)
         self.budget = readable_budget(budget, recompute=recompute)
+        aim = goal_of(goal, tolerance, budget_unit=self.budget.unit, recompute=recompute)
+        self.policy: Policy = with_goal(loaded if explore is None else exploring(loaded, explore, seed), aim)
+        self.decision: Decision | None = None
         self.schedule = schedule or policy_schedule(policy)
-        self.seed, self.fresh = seed, fresh
-        self.bounds = dict(bounds or {})
-        self.scaling = scaling
+        self.seed, self.fresh, self.scaling, self.bounds = seed, fresh, scaling, dict(bounds or {})
         self.controller: RankController[PeftAdapters] | None = None
-        self.recompute = recompute
+        self.recompute, self.times_plans = recompute, aim.kind == "time"
         self.time = None if time is None else TimeBudget.parse(time)
         self.journal = Journal(None if log is None else DecisionLog(Path(log)), self.policy, tell or logger.info)
-        self._progress = progress
+        self._progress, self._measure_every = progress, measure_every
         self._review = PlanReview.of(review, review_timeout)
-        self._measure_every = measure_every
         self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
         self._step = self._shown = 0
 
@@ -162,7 +165,7 @@ class RankPilot(Readings):
                 self.seed,
                 fresh=self.fresh,
                 recomputation=recomputation,
-                time=self.time,
+                time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
                 progress=self._progress,
             )
             self._watch(run, memory, recomputation)
@@ -352,7 +355,7 @@ class RankPilot(Readings):
         loss = self._losses.mean()
         self._guard.deciding()
         observation = controller.observe(step, loss)
-        decision = self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))
+        decision = self.decision = self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))
         notes: dict[str, str] = {}
         if self._review is None:
             plan = controller.apply(decision, step, self._run.optimizer)

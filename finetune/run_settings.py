@@ -38,14 +38,19 @@ def run_settings(
 
 def policy_settings(policy: Policy) -> dict[str, Any]:
     """Those that tell which policy decides."""
-    return {"policy": policy.name, "policy_sha256": getattr(policy, "sha256", None)}
+    goal = getattr(policy, "goal", None)  # of learned policies alone, as the sha256
+    return {
+        "policy": policy.name,
+        "policy_sha256": getattr(policy, "sha256", None),
+        "goal": str(goal) if goal and goal.saves else None,
+    }
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raise RunFolderError if a run is resumed with settings of another run; its budget and time may be others."""
-    differing = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
+    differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
     if differing:
-        shown = "; ".join(f"{key}: {before[key]!r} there, {now[key]!r} now" for key in differing)
+        shown = "; ".join(f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in differing)
         raise RunFolderError(
             f"The run that is resumed had other settings ({shown}). Resume with those, or start a new run; only "
             "the budget and the time may change."

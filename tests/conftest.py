@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.features import FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
@@ -205,9 +205,13 @@ def make_observation() -> Callable[..., Observation]:
             "limit": float(6 * cost.per_rank.sum()),
             "ladder": RankLadder(),
         } | problem
+        first, later = FIRST_INPUTS.modules, len(MODULE_FEATURES) - FIRST_INPUTS.modules
+        features = generator.normal(size=(modules, first))
+        run = generator.uniform(0, 1, size=len(RUN_FEATURES))
+        others = generator.normal(size=(modules, later))
         return Observation(
-            modules=np.clip(generator.normal(size=(modules, len(MODULE_FEATURES))), -3, 3).astype(np.float32),
-            run=generator.uniform(0, 1, size=len(RUN_FEATURES)).astype(np.float32),
+            modules=np.clip(np.concatenate([features, others], axis=1), -3, 3).astype(np.float32),
+            run=run.astype(np.float32),
             problem=AllocationProblem(**options),
             names=tuple(f"layers.{m // 4}.m{m % 4}" for m in range(modules)),
         )

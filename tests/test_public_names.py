@@ -28,6 +28,7 @@ def test_public_names() -> None:
         "TrainingRun",
         "allocate",
         "attach",
+        "frontier",
         "last_checkpoint",
         "load_policy",
         "memory_of",

@@ -17,8 +17,8 @@ from ..learned.policy import LearnedPolicy
 FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
     "signals": ("sensitivity", "snr", "relative_change", "gradient_norm", "importance"),
     "costs": ("rank_cost", "next_rung_cost", "drop_saving", "adapt_cost", "budget", "spent"),
-    "place": ("relative_depth", "shape"),
-    "progress": ("progress", "decisions_left", "loss", "trend"),
+    "place": ("relative_depth", "shape", "wide", "position"),
+    "progress": ("progress", "decisions_left", "loss", "trend", "horizon", "rows", "probe_fall"),
 }
 """Features that are taken together, by name."""
 

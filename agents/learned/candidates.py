@@ -7,7 +7,8 @@ because nobody knows in advance how deep adapters should go, or how far signals 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from ...allocation.deliberation import DRAWN
 from ...allocation.observation import Observation, module_feature
 from ...allocation.plan import uniform_window
 from ...allocation.policy import Decision, decision_from_scores, decision_to_keep
-from ...common.arrays import FloatArray
+from ...common.arrays import FloatArray, IntArray
 from ...memory.cost import ParameterCost
 from ..rules.by_signal import signal_mean
 
@@ -52,26 +53,50 @@ class Candidates:
         weights: of each part of `BASIS` in the scores, (C, len(BASIS)).
         scores: (C, modules).
         placements: see `PLACEMENT`, (C, 2).
+        plans: ranks, int64 (modules,), of the candidates that follow from no scores under this budget, by name.
     """
 
     names: tuple[str, ...]
     weights: NDArray[np.float64]
     scores: NDArray[np.float64]
     placements: NDArray[np.float64]
+    plans: Mapping[str, IntArray] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, *parts: Candidates) -> Candidates:
+        """Some one after another."""
+        return cls(
+            tuple(name for part in parts for name in part.names),
+            np.concatenate([part.weights for part in parts]),
+            np.concatenate([part.scores for part in parts]),
+            np.concatenate([part.placements for part in parts]),
+            {name: ranks for part in parts for name, ranks in part.plans.items()},
+        )
+
+    def rows(self, part: slice) -> Candidates:
+        """Some of them."""
+        return Candidates(self.names[part], self.weights[part], self.scores[part], self.placements[part], self.plans)
 
     def after_keep(self) -> Candidates:
         """The same after one more, which keeps the ranks in place."""
-        rows = (
-            np.concatenate([np.zeros_like(part[:1]), part]) for part in (self.weights, self.scores, self.placements)
-        )
-        return Candidates((KEEP, *self.names), *rows)
+        first = self.rows(slice(0, 1))
+        nothing = (np.zeros_like(part) for part in (first.weights, first.scores, first.placements))
+        weights, scores, placements = nothing
+        return Candidates.joined(Candidates((KEEP,), weights, scores, placements), self)
 
     def decisions(self, observation: Observation) -> list[Decision]:
         """The decision that each leads to."""
         return [
-            decision_to_keep(observation) if name == KEEP else decision_from_scores(observation, scores, placement)
-            for name, scores, placement in zip(self.names, self.scores, self.placements, strict=True)
+            self._decision(observation, name, *values)
+            for name, *values in zip(self.names, self.scores, self.placements, strict=True)
         ]
+
+    def _decision(self, observation: Observation, name: str, scores: FloatArray, placement: FloatArray) -> Decision:
+        if name == KEEP:
+            return decision_to_keep(observation)
+        if name in self.plans:
+            return Decision(self.plans[name], scores, exact=True)
+        return decision_from_scores(observation, scores, placement)
 
 
 def candidate_actions(

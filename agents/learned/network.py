@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ...allocation.actions import PLACEMENT, SCORE_BOUND
-from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
 from ...lora.signals import SIGNALS
 from ..rules.by_signal import MEAN_SIGNALS
 from .config import NetworkConfig
@@ -64,18 +64,19 @@ class RankNetwork(nn.Module):
 
     Args:
         config: size of the network, and the policy at its start.
+        inputs: the features that it reads; all by default.
     """
 
-    def __init__(self, config: NetworkConfig | None = None) -> None:
+    def __init__(self, config: NetworkConfig | None = None, inputs: Inputs | None = None) -> None:
         super().__init__()
-        self.config = config or NetworkConfig()
-        width = self.config.width
+        self.config, self.inputs = config or NetworkConfig(), inputs or Inputs()
+        width, run = self.config.width, self.inputs.run
         self.module_encoder = nn.Sequential(
-            nn.Linear(len(MODULE_FEATURES) + len(RUN_FEATURES), width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
+            nn.Linear(self.inputs.modules + run, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
         )
-        self.context_encoder = nn.Sequential(nn.Linear(2 * width + len(RUN_FEATURES), width), nn.Tanh())
+        self.context_encoder = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
         self.estimate_head = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
-        self.steering_encoder = nn.Sequential(nn.Linear(2 * width + len(RUN_FEATURES), width), nn.Tanh())
+        self.steering_encoder = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
         self.gain_head = nn.Linear(width, len(DIRECTIONS))
         self.steering_head = nn.Linear(width, len(PLACEMENT))
         self.critics = nn.ModuleList(
@@ -105,6 +106,7 @@ class RankNetwork(nn.Module):
             run: (batch, len(RUN_FEATURES)).
             mask: (batch, modules), 1 for modules that exist.
         """
+        modules, run = modules[..., : self.inputs.modules], run[:, : self.inputs.run]
         exists = mask.unsqueeze(-1).to(modules.dtype)
         spread = run.unsqueeze(1).expand(-1, modules.shape[1], -1)
         tokens = self.module_encoder(torch.cat([modules, spread], dim=-1))

@@ -1,7 +1,8 @@
 """The value of a plan: how much lower the held-out loss will be than with other plans for the same task.
 
-The unit is the standard deviation of the log loss between plans for one task, because losses differ a hundred times
-more on some tasks than on others. A network estimates the value from what the policy sees and the plan. Several of them
+Losses differ a hundred times more on some tasks than on others. So the unit is either the standard deviation of the log
+loss between plans for one task, or the difference to plain LoRA as a vote (`allocation/goal.py`), which tells plans of
+any cost apart. A network estimates the value from what the policy sees and the plan. Several of them
 make a value ensemble. They differ where they have learned from few plans, so a policy chooses by the lower confidence
 bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
 """
@@ -9,12 +10,14 @@ bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.deliberation import VoteUnit
+from ...allocation.features import MODULE_FEATURES, Inputs
 from ...errors import ConfigError
 
 PLAN_FEATURES = 4
@@ -37,6 +40,8 @@ class PlanValueConfig:
         count: number of networks.
         width: of every hidden layer.
         dropout: share of the last hidden layer that is left out in each step of a fit.
+        unit: of values: "log loss", votes on the difference to plain LoRA; "spread", standard deviations between plans.
+        doubt: what goals of cost take off votes beside the spread of the networks, at least 0; a fit finds it.
 
     Raises:
         ConfigError: a value out of range.
@@ -45,6 +50,8 @@ class PlanValueConfig:
     count: int = 4
     width: int = 48
     dropout: float = 0.1
+    unit: VoteUnit = "spread"
+    doubt: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.count, self.width) < 1 or not 0 <= self.dropout < 1:
@@ -52,6 +59,10 @@ class PlanValueConfig:
                 "count and width of the value ensemble are at least 1 and dropout is from 0 to below 1; got "
                 f"{self.count}, {self.width} and {self.dropout}."
             )
+        if not self.doubt >= 0:
+            raise ConfigError(f"doubt of the value ensemble is at least 0; got {self.doubt}.")
+        if self.unit not in get_args(VoteUnit):
+            raise ConfigError(f"unit of the value ensemble is one of {get_args(VoteUnit)}; got {self.unit!r}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +92,9 @@ class _Features:
     """What a network sees of plans.
 
     Attributes:
-        of_state: of each module whatever the plan, (states, modules, len(MODULE_FEATURES) + 1).
+        of_state: of each module whatever the plan, (states, modules, inputs.modules + 1).
         of_plan: of each module in each plan, (states, plans, modules, PLAN_FEATURES).
-        run: features of the run, (states, 1, len(RUN_FEATURES)).
+        run: features of the run, (states, 1, inputs.run).
         weights: of each module in two means, over all modules and over adapted ones, (states, plans, 2, modules).
         absent: 0 for modules that exist and -2 for others, (states, 1, modules, 1).
         summary: of each plan as a whole, (states, plans, _SUMMARY).
@@ -97,8 +108,8 @@ class _Features:
     summary: torch.Tensor
 
     @classmethod
-    def of(cls, plans: Plans) -> _Features:
-        """The features of plans."""
+    def of(cls, plans: Plans, inputs: Inputs) -> _Features:
+        """The features of plans, of which a network reads these."""
         exists = plans.mask[:, None].to(plans.modules.dtype)
         count = exists.sum(2, keepdim=True)
         ranks = plans.ranks.to(plans.modules.dtype)
@@ -111,9 +122,9 @@ class _Features:
         spread = (relative.square().sum(2, keepdim=True) / count).clamp_min(1e-12).sqrt()
         weights = torch.stack([(exists / count).expand(ranks.shape), adapted / used], dim=2)
         return cls(
-            torch.cat([plans.modules, plans.scores.clamp(-3, 3).unsqueeze(-1)], -1),
+            torch.cat([plans.modules[..., : inputs.modules], plans.scores.clamp(-3, 3).unsqueeze(-1)], -1),
             torch.stack([logs / 3, adapted, relative / 2, ranks / 32], -1),
-            plans.run[:, None],
+            plans.run[:, None, : inputs.run],
             weights,
             2 * (exists - 1).unsqueeze(-1),
             # Share of adapted modules, mean log2(1 + rank) of all and of adapted ones, lowest adapted layer, spread.
@@ -133,13 +144,15 @@ class PlanValue(nn.Module):
 
     Args:
         config: size of the network.
+        inputs: the features that it reads; all by default.
     """
 
-    def __init__(self, config: PlanValueConfig) -> None:
+    def __init__(self, config: PlanValueConfig, inputs: Inputs | None = None) -> None:
         super().__init__()
-        width, run = config.width, len(RUN_FEATURES)
+        self.inputs = inputs or Inputs()
+        width, run = config.width, self.inputs.run
         self.encoder = nn.Sequential(
-            nn.Linear(len(MODULE_FEATURES) + 1 + PLAN_FEATURES + run, width),
+            nn.Linear(self.inputs.modules + 1 + PLAN_FEATURES + run, width),
             _Tanh(),
             nn.Linear(width, width),
             _Tanh(),
@@ -155,7 +168,7 @@ class PlanValue(nn.Module):
             plans: what is valued.
             seen: the features of these plans, where they are known already.
         """
-        seen = seen or _Features.of(plans)
+        seen = seen or _Features.of(plans, self.inputs)
         weight, bias = (self.encoder.get_parameter(f"0.{name}") for name in ("weight", "bias"))
         sizes = [seen.of_state.shape[-1], PLAN_FEATURES, seen.run.shape[-1]]
         of_state, of_plan, of_run = torch.split(weight, sizes, dim=1)
@@ -174,12 +187,13 @@ class PlanValueEnsemble(nn.Module):
 
     Args:
         config: number and size of the networks.
+        inputs: the features that they read; all by default.
     """
 
-    def __init__(self, config: PlanValueConfig | None = None) -> None:
+    def __init__(self, config: PlanValueConfig | None = None, inputs: Inputs | None = None) -> None:
         super().__init__()
-        self.config = config or PlanValueConfig()
-        self.critics = nn.ModuleList(PlanValue(self.config) for _ in range(self.config.count))
+        self.config, self.inputs = config or PlanValueConfig(), inputs or Inputs()
+        self.critics = nn.ModuleList(PlanValue(self.config, self.inputs) for _ in range(self.config.count))
 
     def forward(self, plans: Plans) -> torch.Tensor:
         """The values by each network, (networks, states, plans)."""
@@ -188,6 +202,6 @@ class PlanValueEnsemble(nn.Module):
         values = []
         for ranks in distinct.split(max(1, TOKENS_AT_ONCE // (states * modules)), dim=1):
             part = replace(plans, ranks=ranks)
-            seen = _Features.of(part)
+            seen = _Features.of(part, self.inputs)
             values.append(torch.stack([critic(part, seen) for critic in self.critics]))
         return torch.cat(values, dim=2)[:, :, places]

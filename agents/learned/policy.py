@@ -5,17 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...allocation.deliberation import Deliberation, Votes
+from ...allocation.goal import Goal
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, decided_plan, decision_from_scores, is_first
 from ...common.arrays import FloatArray, IntArray
-from .candidates import BASIS, Candidates, candidate_actions
+from ...errors import ConfigError
+from ...memory.cost import TimedCost, moment_costs, unit_costs
+from .candidates import BASIS, FIXED_NAMES, Candidates, candidate_actions
 from .network import DIRECTIONS, RankNetwork
+from .options import all_options, can_take
 from .plan_value import Plans, PlanValueEnsemble
+from .structures import ALL_LINEAR
 
 DRAWS = 24
 """Candidates beside the fixed ones. Every decision draws the same numbers, so that decisions can be reproduced."""
@@ -26,6 +32,9 @@ at later ones. Later ones are more cautious, because a change during a run costs
 
 TIE = 0.05
 """Plans whose lower bounds differ by less, in standard deviations of the log loss between plans, are tied."""
+
+LOSS_TIE = 0.1
+"""The same in votes on the log loss: near plain LoRA 0.1 % of the loss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +66,10 @@ class LearnedPolicy:
     above 0, the ranks in place (or uniform rank) are the decision. Of plans that are tied, the one nearest to those
     ranks is taken.
 
+    Under a goal of cost, candidates are compared with plain LoRA, rank 8 on every target module. The cheapest one whose
+    bound is within the tolerance is taken; of those that cost the same, the one nearest to uniform rank, which is also
+    the decision if none is within the tolerance. Later decisions then keep the ranks.
+
     Attributes:
         name: the name in logs and tables.
         network: the actor, on the CPU and in evaluation mode.
@@ -64,6 +77,7 @@ class LearnedPolicy:
         sha256: of the file of weights; None for a policy that was not loaded from a file.
         temperature: draw the plan from a softmax over the bounds divided by this, in their unit; 0 to take the best.
         seed: with the observation it decides what is drawn.
+        goal: what it aims at; a goal of cost needs an ensemble that votes on the log loss, see `with_goal`.
     """
 
     name: str
@@ -72,6 +86,7 @@ class LearnedPolicy:
     sha256: str | None = None
     temperature: float = 0.0
     seed: int = 0
+    goal: Goal = Goal()  # noqa: RUF009  (it is frozen)
 
     @torch.no_grad()
     def act(self, observation: Observation) -> MeanAction:
@@ -87,12 +102,17 @@ class LearnedPolicy:
         return MeanAction(values[:count], values[count:], gains, estimate, expected, uncertainty)
 
     def decide(self, observation: Observation) -> Decision:
-        """Decide on one observation; the same observation always leads to the same decision."""
+        """Decide on one observation; the same observation always leads to the same decision.
+
+        Raises:
+            ConfigError: the costs of plans do not know what the goal asks for.
+        """
         action = self.act(observation)
         if self.value_ensemble is None:
             decision = decision_from_scores(observation, action.scores, action.placement)
             return replace(decision, expected=action.expected, uncertainty=action.uncertainty)
-        candidates = _candidates(observation, action)
+        self._check_goal(observation)
+        candidates = self._candidates(observation, action)
         decisions = candidates.decisions(observation)
         deliberation = self._deliberate(observation, action, candidates, decisions)
         return replace(
@@ -103,11 +123,20 @@ class LearnedPolicy:
             deliberation=deliberation,
         )
 
+    def _check_goal(self, observation: Observation) -> None:
+        cost = observation.problem.cost
+        if self.goal.kind == "time" and is_first(observation) and not isinstance(cost, TimedCost):
+            raise ConfigError("goal='time' needs the time of a step, and here the time of a step is not known.")
+        if self.goal.kind == "bytes" and cost.unit != "bytes":
+            raise ConfigError(f"goal='bytes' needs a budget of bytes, and this one counts {cost.unit}.")
+
     def _deliberate(
         self, observation: Observation, action: MeanAction, candidates: Candidates, decisions: Sequence[Decision]
     ) -> Deliberation:
         """Weigh the plans of some decisions against that of the first one, and choose."""
-        ranks = np.stack([decided_plan(observation.problem, decision).ranks for decision in decisions])
+        assert self.value_ensemble is not None
+        any_cost = self.value_ensemble.config.unit == "log loss" and is_first(observation)
+        ranks = np.stack([self._ranks(observation, *pair) for pair in zip(candidates.names, decisions, strict=True)])
         first, plan_of = _distinct(ranks)
         votes = self._votes(observation, action, ranks)
         open_ = Deliberation(
@@ -119,15 +148,34 @@ class LearnedPolicy:
             plans=ranks[first],
             votes=votes[:, first],
             lcb_coefficient=LCB_COEFFICIENT if is_first(observation) else LATER_LCB_COEFFICIENT,
-            tie=TIE,
+            tie=TIE if self.value_ensemble.config.unit == "spread" else LOSS_TIE,
             directions=DIRECTIONS,
             actor_gains=action.gains,
             actor_estimate=action.estimate,
             actor_scores=action.scores,
             temperature=self.temperature,
             seed=self.seed,
+            unit=self.value_ensemble.config.unit,
+            doubt=self.value_ensemble.config.doubt,
+            goal=self.goal,
+            **(_of_any_cost(observation, candidates.names, plan_of, ranks[first]) if any_cost else {}),
         )
         return replace(open_, taken=int(first[self._choose(observation, open_)]))
+
+    def _candidates(self, observation: Observation, action: MeanAction) -> Candidates:
+        """The candidates between which the value ensemble chooses; they are compared with the first one."""
+        assert self.value_ensemble is not None
+        drawn = candidate_actions(observation, action.scores, action.placement, DRAWS, np.random.default_rng(0))
+        if not is_first(observation):
+            later = drawn.after_keep()
+            return later.rows(slice(0, 1)) if self.goal.saves else later
+        if self.value_ensemble.config.unit == "spread":
+            return drawn
+        return all_options(observation, drawn, plain_first=self.goal.saves)
+
+    def _ranks(self, observation: Observation, name: str, decision: Decision) -> IntArray:
+        """The plan of a candidate; that of plain LoRA even if it does not fit."""
+        return decision.ranks if name == ALL_LINEAR else decided_plan(observation.problem, decision).ranks
 
     def _choose(self, observation: Observation, deliberation: Deliberation) -> int:
         """The plan to take."""
@@ -153,10 +201,19 @@ class LearnedPolicy:
         return votes
 
 
-def _candidates(observation: Observation, action: MeanAction) -> Candidates:
-    """The candidates between which the value ensemble chooses; they are compared with the first one."""
-    drawn = candidate_actions(observation, action.scores, action.placement, DRAWS, np.random.default_rng(0))
-    return drawn if is_first(observation) else drawn.after_keep()
+def _of_any_cost(
+    observation: Observation, names: tuple[str, ...], plan_of: IntArray, plans: IntArray
+) -> dict[str, Any]:
+    """What a deliberation holds of plans of any cost."""
+    cost = observation.problem.cost
+    seconds = moment_costs(cost, plans)[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None
+    return {
+        "simple": int(plan_of[names.index(FIXED_NAMES[0])]),
+        "plain": int(plan_of[names.index(ALL_LINEAR)]),
+        "costs": unit_costs(cost, plans).max(axis=1),
+        "seconds": seconds,
+        "allowed": np.array([can_take(observation.problem, ranks) for ranks in plans]),
+    }
 
 
 def _distinct(ranks: IntArray) -> tuple[IntArray, IntArray]:

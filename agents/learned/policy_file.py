@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...allocation.features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES
+from ...allocation.features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES, Inputs
 from ...allocation.policy import Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path, read_json, sha256, write_json
@@ -31,7 +31,7 @@ from .policy import LearnedPolicy
 logger = logging.getLogger(__name__)
 
 FORMAT = "rankpilot-policy"
-SCHEMA = 3
+SCHEMA = 4
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
 ENSEMBLE_WEIGHTS = "plan_critics."
@@ -69,8 +69,8 @@ def save_policy(
         "format": FORMAT,
         "schema": SCHEMA,
         "sha256": sha256(folder / WEIGHTS),
-        "module_features": list(MODULE_FEATURES),
-        "run_features": list(RUN_FEATURES),
+        "module_features": list(MODULE_FEATURES[: network.inputs.modules]),
+        "run_features": list(RUN_FEATURES[: network.inputs.run]),
         "ladder": list(DEFAULT_RANKS),
         "schedule": asdict(schedule),
         "network": asdict(network.config),
@@ -115,8 +115,9 @@ def load_policy(given: str | Path | Policy) -> Policy:
         logger.warning("The policy in %s has a card of schema %s, which is read.", folder, stored["schema"])
     card = read_card(folder)
     try:
-        network = RankNetwork(from_json(NetworkConfig, card.get("network"), complete=True))
-        value_ensemble = _new_ensemble(card.get("plan_value"))
+        inputs = Inputs(len(card["module_features"]), len(card["run_features"]))
+        network = RankNetwork(from_json(NetworkConfig, card.get("network"), complete=True), inputs)
+        value_ensemble = _new_ensemble(card.get("plan_value"), inputs)
     except (ConfigError, RuntimeError) as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {first_line(error)}") from error
     weights = _read_weights(folder, card)
@@ -135,9 +136,11 @@ def load_policy(given: str | Path | Policy) -> Policy:
     return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), value_ensemble, sha256=card["sha256"])
 
 
-def _new_ensemble(described: Any) -> PlanValueEnsemble | None:
+def _new_ensemble(described: Any, inputs: Inputs) -> PlanValueEnsemble | None:
     """A value ensemble of the size that a card tells, without its weights; None if the card tells none."""
-    return None if described is None else PlanValueEnsemble(from_json(PlanValueConfig, described, complete=True))
+    if described is None:
+        return None
+    return PlanValueEnsemble(from_json(PlanValueConfig, described, complete=True), inputs)
 
 
 def policy_folder(given: str | Path) -> Path:
@@ -155,13 +158,12 @@ def read_card(folder: Path) -> dict[str, Any]:
         card = upgraded(_stored_card(folder))
     except (AttributeError, KeyError, TypeError) as error:
         raise PolicyFileError(f"{folder / CARD} is not the card of a rankpilot policy: {error!r}.") from error
-    expected = {
-        "module_features": list(MODULE_FEATURES),
-        "run_features": list(RUN_FEATURES),
-        "ladder": list(DEFAULT_RANKS),
-    }
+    features: dict[str, list[Any]] = {"module_features": list(MODULE_FEATURES), "run_features": list(RUN_FEATURES)}
+    expected: dict[str, list[Any]] = {**features, "ladder": list(DEFAULT_RANKS)}
     for key, value in expected.items():
-        if card.get(key) != value:
+        given = card.get(key)
+        earlier = key in features and isinstance(given, list) and bool(given) and value[: len(given)] == given
+        if given != value and not earlier:
             raise PolicyFileError(
                 f"The policy in {folder} has {key} {card.get(key)!r}; this version of rankpilot reads {value!r}. "
                 "Train it again, or install the version that made it."
@@ -170,12 +172,20 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def upgraded(card: dict[str, Any]) -> dict[str, Any]:
-    """A card of schema 2 as one of schema 3, which calls features, rules and the plan value ensemble by other names."""
+    """A card of schema 2 or 3 as one of schema 4, which tells the unit of plan values."""
     if card["schema"] == SCHEMA:
         return card
+    new = _renamed(card) if card["schema"] == 2 else {**card}
+    new["schema"] = SCHEMA
+    if isinstance(new.get("plan_value"), dict):
+        new["plan_value"] = {"unit": "spread", "doubt": 0.0, **new["plan_value"]}
+    return new
+
+
+def _renamed(card: dict[str, Any]) -> dict[str, Any]:
+    """A card of schema 2 as one of schema 3, which calls features, rules and the plan value ensemble by other names."""
     new = {
         **card,
-        "schema": SCHEMA,
         "module_features": [EARLIER_FEATURE_NAMES.get(name, name) for name in card.get("module_features", ())],
         "plan_value": card.get("plan_critics"),
     }
@@ -199,9 +209,9 @@ def _stored_card(folder: Path) -> dict[str, Any]:
         raise PolicyFileError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
-    if card.get("schema") not in (2, SCHEMA):
+    if card.get("schema") not in (2, 3, SCHEMA):
         raise PolicyFileError(
-            f"The policy in {folder} has schema {card.get('schema')!r}; this version of rankpilot reads 2 and 3. "
+            f"The policy in {folder} has schema {card.get('schema')!r}; this version of rankpilot reads 2, 3 and 4. "
             "Train it again, or install the version that made it."
         )
     return card

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ...allocation.schedule import DecisionSchedule
+from ...allocation.schedule import ONCE, DecisionSchedule
 from ...env.tasks.suite_names import SUITES
 from ...errors import ConfigError
 from ..learned.config import NetworkConfig
@@ -36,7 +36,7 @@ class TrainConfig:
         validation_tasks: at most so many tasks of the validation split, on which the policy is measured during training
             and after it; 0 for none.
         validate_every: iterations from one of these measurements to the next; the best policy is kept.
-        schedule: when ranks are decided in an episode.
+        schedule: when ranks are decided in an episode, and by default in the runs of the policy: once, before step 0.
         network: size of the policy network, and where it starts.
         seed: seed of all random numbers.
         device: where episodes train; "auto" is CUDA where there is one.
@@ -67,7 +67,7 @@ class TrainConfig:
     task_steps: int | None = None
     validation_tasks: int = 32
     validate_every: int = 20
-    schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
+    schedule: DecisionSchedule = ONCE
     network: NetworkConfig = field(default_factory=NetworkConfig)
     seed: int = 0
     device: str = "auto"

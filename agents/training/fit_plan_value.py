@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ...allocation.deliberation import VoteUnit
+from ...allocation.goal import LOSS_UNIT
 from ...common.workers import worker_pool
 from ...errors import ConfigError
 from ..learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEnsemble
@@ -23,6 +25,7 @@ class PlanDataset:
     Attributes:
         plans: one plan for each state: ranks (states, 1, modules).
         gains: minus the log of the held-out loss at the end of the run, (states,).
+        reference_gains: the same of the run with plain LoRA of the same task, (states,).
         groups: number of each state's group, int64 (states,). The states of one task at one decision are a group; their
             plans can be compared.
         tasks: number of each state's task, int64 (states,).
@@ -30,6 +33,7 @@ class PlanDataset:
 
     plans: Plans
     gains: torch.Tensor
+    reference_gains: torch.Tensor
     groups: torch.Tensor
     tasks: torch.Tensor
 
@@ -63,6 +67,12 @@ class FitConfig:
                 f"{self.epochs}, {self.batch}, {self.rate} and {self.decay}."
             )
 
+
+ANY_COST = PlanValueConfig(unit="log loss")
+"""The value ensemble of new policies: it tells plans of any cost apart."""
+
+SURE = 0.8
+"""The share of plans for unseen tasks of which the votes may not promise too much; see `_doubt`."""
 
 LEAST_SPREAD = 0.02
 """Added to the standard deviation of a group's gains, in log loss: smaller differences are noise."""
@@ -109,7 +119,8 @@ def fit_value_ensemble(
 ) -> dict[str, float]:
     """Fit each network of an ensemble to the groups of other tasks, which are drawn with replacement.
 
-    The networks learn differences inside a group: its mean is taken off predictions and targets.
+    The networks learn differences inside a group: its mean is taken off predictions and targets. The targets are in the
+    unit of the ensemble's values.
 
     Args:
         ensemble: its networks start anew.
@@ -120,12 +131,14 @@ def fit_value_ensemble(
 
     Returns:
         "explained": the share of the variance inside groups that the ensemble explains on tasks that a network has not
-        learned from. Empty if there are no such tasks, or if all plans of a group have the same result.
+        learned from. Empty if there are no such tasks, or if all plans of a group have the same result. For votes on
+        the log loss also "doubt", which is part of the ensemble's settings from then on.
     """
     groups = groups_of(dataset.groups)
     rows = torch.cat(groups)
     sizes = [len(group) for group in groups]
-    targets = torch.cat([standardised(dataset.gains[group]) for group in groups])
+    unit = ensemble.config.unit
+    targets = torch.cat([targets_of(dataset.gains[group], dataset.reference_gains[group], unit) for group in groups])
     ordered = dataset.plans[rows]
     plans = {name: getattr(ordered, name).numpy() for name in Plans.__dataclass_fields__}
     tasks = torch.unique(dataset.tasks, return_inverse=True)[1][[int(group[0]) for group in groups]].numpy()
@@ -146,7 +159,34 @@ def fit_value_ensemble(
     truth = targets[known]
     if not truth.any():
         return {}
-    return {"explained": float(1 - (mean[known] - truth).square().sum() / truth.square().sum())}
+    facts = {"explained": float(1 - (mean[known] - truth).square().sum() / truth.square().sum())}
+    if unit == "log loss":
+        is_reference = (dataset.gains == dataset.reference_gains)[rows]
+        facts["doubt"] = _doubt(mean - targets, is_reference, sizes)
+        ensemble.config = replace(ensemble.config, doubt=facts["doubt"])
+    return facts
+
+
+def _doubt(errors: torch.Tensor, is_reference: torch.Tensor, sizes: Sequence[int]) -> float:
+    """By how much votes against plain LoRA promise too much at most, in the share `SURE` of plans; at least 0.
+
+    The spread of the networks tells less than half of it (docs/experiments.md). Plan by plan this is split conformal
+    prediction (Papadopoulos et al., 2002), with the tasks outside of each network's draw in place of a split.
+
+    Args:
+        errors: predictions for tasks that networks have not learned from less the targets, NaN for others, (rows,).
+        is_reference: which rows are plain LoRA, or ended like it, bool (rows,).
+        sizes: of the groups, in the order of the rows.
+    """
+    found = [
+        part[~reference] - part[reference].mean()
+        for part, reference in zip(
+            torch.split(errors, list(sizes)), torch.split(is_reference, list(sizes)), strict=True
+        )
+        if reference.any() and not part.isnan().any()
+    ]
+    too_much = torch.cat(found) if found else torch.zeros(0)
+    return max(0.0, float(too_much.quantile(SURE))) if len(too_much) else 0.0
 
 
 def groups_of(numbers: torch.Tensor) -> list[torch.Tensor]:
@@ -154,6 +194,20 @@ def groups_of(numbers: torch.Tensor) -> list[torch.Tensor]:
     order = torch.argsort(numbers, stable=True)
     sizes = torch.unique_consecutive(numbers[order], return_counts=True)[1].tolist()
     return [group for group in torch.split(order, sizes) if len(group) > 1]
+
+
+def targets_of(gains: torch.Tensor, reference: torch.Tensor, unit: VoteUnit) -> torch.Tensor:
+    """What a network learns of one group, in a unit: differences between its states, centred, (states,).
+
+    Args:
+        gains: of the group, (states,).
+        reference: the gain of plain LoRA, (states,).
+        unit: see `PlanValueConfig`.
+    """
+    if unit == "spread":
+        return standardised(gains)
+    votes = torch.asinh((gains - reference) / LOSS_UNIT)
+    return votes - votes.mean()
 
 
 def standardised(gains: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,17 @@
 """Plan runs: many plans for each of many fresh tasks, trained to their end, from which a value ensemble learns.
 
-All runs of a task share its seed and batches, so that they differ by their plans alone. At the first decision each
-takes another candidate; at later ones most keep what they have, and some take a candidate again. What is seen and
-decided goes to a file for each stack of runs, so that an interrupted training goes on where it was.
+All runs of a task share its seed and batches, so that they differ by their plans alone. The first run has plain LoRA,
+rank 8 on every target module, with which all others are compared. The others have plans of any cost: candidates that
+spend the task's budget, candidates under lower limits, and kinds or depths of modules. At later decisions most runs
+keep what they have, and some take a candidate again. What is seen and decided goes to a file for each stack of runs, so
+that an interrupted training goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ...allocation.observation import Observation
-from ...allocation.policy import Decision, decision_from_scores, decision_to_keep, is_first
+from ...allocation.observation import Observation, with_limit
+from ...allocation.policy import Decision, decided_plan, decision_from_scores, decision_to_keep, is_first
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path
 from ...common.settings import from_json
@@ -30,10 +32,12 @@ from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import ConfigError, RunFolderError
-from ..learned.candidates import FIXED, FIXED_NAMES, KEEP, candidate_actions
+from ..learned.candidates import FIXED_NAMES, KEEP, candidate_actions
+from ..learned.cheaper import with_less
 from ..learned.plan_value import Plans
 from ..learned.policy import LearnedPolicy, MeanAction
 from ..learned.policy_file import SCHEMA
+from ..learned.structures import ALL_LINEAR, DEPTHS, KINDS, all_linear, structure_plans
 from .fit_plan_value import PlanDataset
 
 PLAN_RUNS = "plan_runs"
@@ -42,11 +46,36 @@ PLAN_RUNS = "plan_runs"
 RUNS = 15
 """Plans of each task."""
 
+REFERENCE = 0
+"""The run of each task that has plain LoRA."""
+
+ROOM = 2.0
+"""The runs may spend so much, as a share of what plain LoRA takes, or the task's budget if that is more. What is seen
+is what would be seen under the task's budget."""
+
 MOVES = 0.25
 """Share of the runs that move at a decision after the first."""
 
-CHOICES = (*FIXED_NAMES, "drawn", KEEP)
-"""What a run takes at a decision: a fixed candidate, one that is drawn, or the ranks in place."""
+STRUCTURE = ("all", *KINDS, "depth", "mixture")
+"""Kinds of plans that follow from the structure of the model; see `structure_plans`."""
+
+CHOICES = (*FIXED_NAMES, "drawn", KEEP, ALL_LINEAR, "drawn for less", *STRUCTURE)
+"""What a run takes at a decision: a fixed candidate, one that is drawn, the ranks in place, plain LoRA, one that is
+drawn under a lower limit, or a plan that follows from the structure of the model."""
+
+PLAN_CHOICES = (
+    ALL_LINEAR,
+    *FIXED_NAMES,
+    "drawn",
+    "drawn",
+    "drawn for less",
+    "drawn for less",
+    *STRUCTURE,
+)
+"""What the runs of a task take at the first decision."""
+
+LESS = (0.1, 0.9)
+"""Lower limits are drawn between these, see `with_less`."""
 
 _DESCRIBED = ("tasks", "names")
 """Fields of `PlanRun` that stand in the metadata of its file, as JSON."""
@@ -67,7 +96,7 @@ class PlanRun:
         initial: the same before training, float64 (runs,).
         choices: which of `CHOICES` each decision was, int8 (decisions, runs); of runs that had failed before, what they
             would have taken.
-        tasks: of the stack, `RUNS` runs of each one after another.
+        tasks: of the stack, `RUNS` runs of each one after another, `REFERENCE` first.
         names: of the modules, (modules,).
     """
 
@@ -114,12 +143,20 @@ class Stack:
 def run_plans(stack: Stack) -> PlanRun:
     """Run a stack of `RUNS` plans a task to its end."""
     generator = np.random.default_rng([stack.seed, stack.draw])
-    episodes = _episodes(stack.tasks[0].base, stack.schedule, len(stack.tasks) * RUNS, stack.device)
-    run = Rollout(episodes, [task for task in stack.tasks for _ in range(RUNS)])
+    first = stack.tasks[0]
+    shape = first.batch_size, first.length
+    episodes = _episodes(first.base, shape, stack.schedule, len(stack.tasks) * RUNS, stack.device)
+    roomy = [replace(task, budget=max(task.budget, ROOM)) for task in stack.tasks]
+    shares = [task.budget / room.budget for task, room in zip(stack.tasks, roomy, strict=True)]
+    run = Rollout(episodes, [task for task in roomy for _ in range(RUNS)])
     initial = np.repeat([run.initial_loss(place * RUNS) for place in range(len(stack.tasks))], RUNS)
     noted: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": [], "choices": []}
 
-    def decide(seen: Sequence[Observation]) -> Sequence[Decision]:
+    def as_budgeted(seen: Sequence[Observation]) -> list[Observation]:
+        return [with_limit(each, shares[slot // RUNS] * each.problem.limit) for slot, each in enumerate(seen)]
+
+    def decide(roomy_seen: Sequence[Observation]) -> Sequence[Decision]:
+        seen = as_budgeted(roomy_seen)
         actions = [stack.actor.act(observation) for observation in seen]
         noted["scores"].append(np.stack([each.scores - each.scores.mean() for each in actions]).astype(np.float32))
         pairs = enumerate(zip(seen, actions, strict=True))
@@ -127,7 +164,8 @@ def run_plans(stack: Stack) -> PlanRun:
         noted["choices"].append(np.array([CHOICES.index(choice) for choice in choices], dtype=np.int8))
         return decisions
 
-    def note(seen: Sequence[Observation], _: Sequence[Decision]) -> None:
+    def note(roomy_seen: Sequence[Observation], _: Sequence[Decision]) -> None:
+        seen = as_budgeted(roomy_seen)
         noted["modules"].append(np.stack([observation.modules for observation in seen]))
         noted["run"].append(np.stack([observation.run for observation in seen]))
         ranks = np.full((len(seen), len(seen[0].modules)), -1)
@@ -148,18 +186,38 @@ def run_plans(stack: Stack) -> PlanRun:
 def _decide(
     observation: Observation, action: MeanAction, number: int, generator: np.random.Generator
 ) -> tuple[Decision, str]:
-    """A fixed candidate or one that is drawn; later on the ranks as they are, for the most part. And which of these."""
+    """Another plan for each run of a task; later mostly the ranks as they are. And which of `CHOICES` it is."""
     candidates = candidate_actions(observation, action.scores, action.placement, 1, generator)
+    less, place = generator.uniform(*LESS), generator.uniform()
     if not is_first(observation) and generator.uniform() > MOVES:
         return decision_to_keep(observation), KEEP
-    chosen = min(number, FIXED) if is_first(observation) else FIXED
+    choice = PLAN_CHOICES[number] if is_first(observation) else "drawn"
+    if choice == ALL_LINEAR:
+        return replace(decision_to_keep(observation), ranks=all_linear(observation.problem)), choice
+    if choice in STRUCTURE:
+        plans = [ranks for name, ranks in structure_plans(observation) if _kind_of(name) == choice]
+        return replace(decision_to_keep(observation), ranks=plans[int(place * len(plans))]), choice
+    chosen = CHOICES.index(choice) if choice in FIXED_NAMES else len(FIXED_NAMES)
+    if choice == "drawn for less":
+        observation = replace(observation, problem=with_less(observation.problem, less))
     decision = decision_from_scores(observation, candidates.scores[chosen], candidates.placements[chosen])
-    return decision, CHOICES[chosen]
+    ranks = decided_plan(observation.problem, decision).ranks
+    return replace(decision, ranks=ranks, exact=True), choice  # exact: the run has more room than this
+
+
+def _kind_of(name: str) -> str:
+    """Which of `STRUCTURE` a plan of `structure_plans` is, by its name."""
+    part = name.partition(" at ")[0]
+    if "," in name or " in " in name:
+        return "mixture"
+    return "depth" if part in DEPTHS else part
 
 
 @lru_cache(maxsize=1)
-def _episodes(base: str, schedule: DecisionSchedule, slots: int, device: str) -> StackedEpisodes:
-    """The stack of this process."""
+def _episodes(
+    base: str, shape: tuple[int, int], schedule: DecisionSchedule, slots: int, device: str
+) -> StackedEpisodes:
+    """The stack of this process; `shape` is that of the batches, which a stack keeps."""
     return StackedEpisodes(base, schedule, slots, device=device)
 
 
@@ -238,7 +296,7 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
     """All decisions of some plan runs, padded to one number of modules."""
     most_decisions, _, most = np.max([each.ranks.shape for each in plan_runs], axis=0).tolist()
     arrays: dict[str, list[NDArray[np.generic]]] = {name: [] for name in Plans.__dataclass_fields__}
-    gains, groups, tasks, number = [], [], [], 0
+    gains, references, groups, tasks, number = [], [], [], [], 0
     for each in plan_runs:
         decisions, runs, modules = each.ranks.shape
         rows = decisions * runs
@@ -249,6 +307,7 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
         arrays["mask"].append(np.pad(np.ones((rows, modules), dtype=np.float32), ((0, 0), padding)))
         arrays["ranks"].append(np.pad(each.ranks.reshape(rows, 1, modules), ((0, 0), (0, 0), padding)))
         gains.append(np.tile(each.gains, decisions))
+        references.append(np.tile(np.repeat(each.gains[REFERENCE::RUNS], RUNS), decisions))
         numbers_of_tasks = np.tile(number + np.arange(runs) // RUNS, decisions)
         tasks.append(numbers_of_tasks)
         groups.append(numbers_of_tasks * most_decisions + np.repeat(np.arange(decisions), runs))
@@ -257,4 +316,5 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
     under_way = whole["ranks"].min(axis=(1, 2)) >= 0
     plans = Plans(**{name: torch.from_numpy(values[under_way]) for name, values in whole.items()})
     numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks)]
-    return PlanDataset(plans, torch.from_numpy(np.concatenate(gains)[under_way]).float(), *numbers)
+    outcomes = [torch.from_numpy(np.concatenate(parts)[under_way]).float() for parts in (gains, references)]
+    return PlanDataset(plans, *outcomes, *numbers)

@@ -93,12 +93,13 @@ def warm_draws(fresh: FreshTasks, tasks: int) -> list[ProxyTask]:
 def plan_draws(fresh: FreshTasks, tasks: int) -> list[tuple[ProxyTask, ...]]:
     """The fresh tasks of each stack of plan runs, in the order in which they are run; at least so many in all.
 
-    The first half are like those of PPO; the second half are the same ones varied, see `vary`.
+    The first half are like those of PPO; the second half are the same ones varied, see `vary` and `vary_length`.
     """
     numbers = range(PLAN_ROUND, PLAN_ROUND - (-tasks // (2 * fresh.count)))
     plain = sorted((tuple(fresh.draw(number, 0)) for number in numbers), key=_base)  # bases take long to load
     suites = {(task.kind, task.base): suite for suite in fresh.templates for task in suite}
-    return plain + [tuple(vary(task, suites[task.kind, task.base]) for task in drawn) for drawn in plain]
+    varied = [[vary(task, suites[task.kind, task.base]) for task in drawn] for drawn in plain]
+    return plain + [tuple(vary_length(drawn)) for drawn in varied]
 
 
 def _base(tasks: Sequence[ProxyTask]) -> str:
@@ -141,6 +142,27 @@ def vary(task: ProxyTask, suite: Sequence[ProxyTask]) -> ProxyTask:
         learning_rate=nearest.learning_rate,
         reference=None,
     )
+
+
+def vary_length(tasks: Sequence[ProxyTask]) -> list[ProxyTask]:
+    """The same tasks of one stack with half as many steps, as many or twice as many, and rows likewise.
+
+    A step whose bytes are counted at more rows keeps those, as long as they are more.
+
+    Args:
+        tasks: of one stack, which shares its number of steps and of rows; the first one's seed decides both.
+    """
+    generator = np.random.default_rng([tasks[0].seed, 1])
+    longer, wider = (float(generator.choice([0.5, 1.0, 2.0])) for _ in range(2))
+    return [
+        replace(task, steps=max(1, round(longer * task.steps)), batch_size=rows, priced_rows=_more(task, rows))
+        for task in tasks
+        for rows in [max(1, round(wider * task.batch_size))]
+    ]
+
+
+def _more(task: ProxyTask, rows: int) -> int | None:
+    return task.priced_rows if task.priced_rows and task.priced_rows > rows else None
 
 
 def _counts(task: ProxyTask) -> tuple[object, ...]:

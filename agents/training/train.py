@@ -35,7 +35,7 @@ from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import CARD, save_policy
 from .checkpoint import CHECKPOINT, restore, write_checkpoint
 from .config import TrainConfig
-from .fit_plan_value import fit_value_ensemble
+from .fit_plan_value import ANY_COST, fit_value_ensemble
 from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, plan_dataset
 from .ppo_policy import GroupRolloutBuffer, RankPolicy
 from .progress import PROGRESS, OnStage, PPOProgress, Stage
@@ -168,7 +168,7 @@ def _value_ensemble(
     )
     dataset = plan_dataset(list(plan_runs))
     report(Stage("value ensemble", len(stacks), len(stacks)))
-    ensemble = PlanValueEnsemble()
+    ensemble = PlanValueEnsemble(ANY_COST)
     facts = fit_value_ensemble(ensemble, dataset, seed=config.seed, workers=config.worker_count)
     write_json(folder / PLAN_RUNS / SUMMARY, {"runs": len(stacks) * fresh.count * RUNS} | facts)
     return ensemble

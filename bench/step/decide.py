@@ -14,6 +14,7 @@ from rich.console import Console
 from ...agents.learned.policy import LearnedPolicy
 from ...agents.learned.policy_file import load_policy
 from ...agents.rules import find_rule
+from ...allocation.module_shapes import ModuleShapes
 from ...allocation.observation import Observation, RunState, observe
 from ...allocation.problem import AllocationProblem
 from ...common.tables import make_table
@@ -68,8 +69,8 @@ def observation_of(layers: int) -> Observation:
         np.random.default_rng(0).lognormal(size=(count, len(SIGNALS))),
         np.ones(count, dtype=np.int64),
         np.zeros(count, dtype=np.int64),
-        np.array([target.d_out / target.d_in for target in targets]),
-        RunState(progress=0.0, decisions_left=3, reference_cost=whole, first_loss=5.0, losses=()),
+        ModuleShapes.of(targets),
+        RunState(0.0, 3, whole, first_loss=5.0, losses=(), total_steps=1000, rows=size.rows, probe_fall=0.1),
     )
 
 

@@ -39,7 +39,9 @@ def new_controller(
     cost = task.cost()
     max_ranks = np.array([target.max_rank for target in adapters.targets], dtype=np.int64)
     limit = task.limit.resolve(cost, max_ranks, adapters.targets[0].weight_a.device)
-    return RankController(adapters, cost, limit.value, schedule, task.steps, result, seed=task.seed)
+    return RankController(
+        adapters, cost, limit.value, schedule, task.steps, result, rows=task.batch_size, seed=task.seed
+    )
 
 
 def rate_at(peak: float, step: int, steps: int) -> float:

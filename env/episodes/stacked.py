@@ -17,7 +17,7 @@ from ...allocation.controller import RankController
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan, uniform_ranks
 from ...allocation.policy import Decision
-from ...allocation.probe import FIRST_LOSSES, ProbeResult
+from ...allocation.probe import ProbeResult
 from ...allocation.problem import AllocationProblem
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import IntArray
@@ -207,10 +207,9 @@ class StackedEpisodes:
         self._trainer.train(lanes)
         for lane in lanes:
             assert lane.meter is not None
-            first = float(np.mean(lane.losses[:FIRST_LOSSES]))
             failed = lane.failed
             self._probes[lane.task] = (
-                unknown_signals(self.module_count) if failed else ProbeResult(lane.meter.read(), first)
+                unknown_signals(self.module_count) if failed else ProbeResult.of(lane.meter.read(), lane.losses)
             )
 
     def measure_references(self, tasks: Mapping[int, ProxyTask]) -> None:

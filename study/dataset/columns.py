@@ -62,7 +62,12 @@ _DECISION = (
     Column("behaviour", _TEXT, "", 'who decided: the policy, or "plan runs"'),
     Column("behaviour_sha256", _TEXT, "", "of the policy's weights; null for a rule"),
     Column("temperature", _DOUBLE, "SD", "of the softmax that the plan was drawn from; 0 for the best plan; or null"),
-    Column("choice", _TEXT, "", 'what was taken: name of a candidate, "drawn" or "keep"; null of most rules'),
+    Column(
+        "choice",
+        _TEXT,
+        "",
+        'what was taken: a candidate, "drawn", "keep", or a kind of plan; null of most rules',
+    ),
     Column("choice_probability", _DOUBLE, "", "of this choice in this slot of the plan runs; null for policy runs"),
     Column("probability", _DOUBLE, "", "of this plan under the behaviour, given what it saw; null if not known"),
     Column("decision", _WHOLE, "", "number of the decision in its run, from 0"),

@@ -12,6 +12,7 @@ import numpy as np
 from ...agents.learned.candidates import FIXED_NAMES, KEEP
 from ...agents.learned.policy import LearnedPolicy
 from ...agents.learned.policy_file import CARD, load_policy, read_card, save_policy
+from ...agents.learned.structures import ALL_LINEAR
 from ...agents.training.config import TrainConfig
 from ...agents.training.plan_runs import CHOICES, MOVES, RUNS, PlanRun, read_plan_run
 from ...agents.training.plan_runs import PLAN_RUNS as PLAN_RUNS_FOLDER
@@ -141,7 +142,7 @@ class TrainingRuns:
             "choice": choice,
             "choice_probability": 1.0 if first else later,
             # A draw is continuous; and a plan that is kept may also be drawn. How likely these plans are, nobody knows.
-            "probability": 1.0 if first and choice in FIXED_NAMES else None,
+            "probability": 1.0 if first and choice in (*FIXED_NAMES, ALL_LINEAR) else None,
             "actor_score": runs.scores[decision, slot],
             **seen,
         }

@@ -15,7 +15,7 @@ from ...agents.learned.plan_value import PlanValueEnsemble
 from ...agents.learned.policy import LearnedPolicy
 from ...agents.learned.policy_file import WEIGHTS, load_policy, save_policy
 from ...agents.training.config import TrainConfig
-from ...agents.training.fit_plan_value import fit_value_ensemble
+from ...agents.training.fit_plan_value import ANY_COST, fit_value_ensemble
 from ...agents.training.plan_runs import RUNS, PlanRun, plan_dataset
 from ...allocation.decision_log import FEATURE_PREFIX, RUN_PREFIX
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
@@ -80,7 +80,7 @@ def refit(dataset: TrialsDataset, config: TrainConfig) -> Refitted:
     actor = load_policy(dataset.folder / source["actor"])
     assert isinstance(actor, LearnedPolicy)
     runs = list(plan_runs_of(dataset))
-    ensemble = PlanValueEnsemble()
+    ensemble = PlanValueEnsemble(ANY_COST)
     facts = fit_value_ensemble(ensemble, plan_dataset(runs), seed=config.seed, workers=config.worker_count)
     return Refitted(
         replace(actor, value_ensemble=ensemble, sha256=None),

@@ -68,7 +68,17 @@ class Case:
 
     @cached_property
     def _best(self) -> Policy:
-        return replace(self.policy, temperature=0.0) if isinstance(self.policy, LearnedPolicy) else self.policy
+        policy = aimed_as(self.policy, self.logged)
+        return replace(policy, temperature=0.0) if isinstance(policy, LearnedPolicy) else policy
+
+
+def aimed_as(policy: Policy, logged: LoggedDecision) -> Policy:
+    """A policy with the goal that the log's had, if it can have it."""
+    found, ensemble = logged.deliberation, getattr(policy, "value_ensemble", None)
+    if found is None or ensemble is None or ensemble.config.unit != "log loss":
+        return policy
+    assert isinstance(policy, LearnedPolicy)
+    return replace(policy, goal=found.goal)
 
 
 def with_signals(observation: Observation, shifts: FloatArray) -> Observation:

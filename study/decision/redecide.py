@@ -11,6 +11,7 @@ from ...allocation.decision_log import LoggedDecision
 from ...allocation.policy import Decision, Policy, decided_plan, keeps
 from ...common.arrays import IntArray
 from ...errors import ConfigError
+from .case import aimed_as
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class Redecision:
 def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
     """Take a logged decision again.
 
-    Where the log's policy drew plans at a temperature, this one draws with the same temperature and seed.
+    Where the log's policy drew plans at a temperature, this one draws with the same temperature and seed. It has the
+    same goal, if its networks tell plans of any cost apart.
 
     Raises:
         ConfigError: no policy decided there.
@@ -43,7 +45,7 @@ def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
     deliberation = logged.deliberation
     if deliberation and deliberation.temperature and isinstance(policy, LearnedPolicy):
         policy = replace(policy, temperature=deliberation.temperature, seed=deliberation.seed)
-    decision = policy.decide(logged.observation)
+    decision = aimed_as(policy, logged).decide(logged.observation)
     ranks = decided_plan(logged.problem, decision).ranks
     return Redecision(decision, ranks, tuple(_differences(logged, decision, ranks)))
 

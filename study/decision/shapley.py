@@ -31,11 +31,21 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "signals": SIGNALS,
     "state": ("rank", "adapted", "signal_age"),
     "depth": ("relative_depth",),
-    "shape": ("shape",),
+    "shape": ("shape", "wide", "position"),
     "costs": ("rank_cost", "next_rung_cost", "drop_saving", "adapt_cost"),
     ACTOR: (),
     "budget of the run": ("budget", "spent"),
-    "rest of the run": ("progress", "decisions_left", "modules", "depth", "loss", "trend"),
+    "rest of the run": (
+        "progress",
+        "decisions_left",
+        "modules",
+        "depth",
+        "loss",
+        "trend",
+        "horizon",
+        "rows",
+        "probe_fall",
+    ),
 }
 """Features that are hidden together, by name; "actor" are the actor's scores, which networks see too."""
 
@@ -48,6 +58,9 @@ USUAL_RUN = {
     "depth": 1.0,
     "loss": 0.0,
     "trend": 0.0,
+    "horizon": 0.0,
+    "rows": 0.6,
+    "probe_fall": 0.1,
 }
 """Features of a usual run at its first decision: their means over the 48 validation tasks, rounded."""
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from ...agents.learned.candidates import KEEP
+from ...agents.learned.candidates import FIXED_NAMES, KEEP
 from ...allocation.actions import base_depth_bias, base_rank_floor
 from ...allocation.decision_log import LoggedDecision
 from ...allocation.deliberation import DRAWN, Deliberation
 from ...allocation.features import MODULE_FEATURES
+from ...allocation.goal import improvement_of
 from ...common.arrays import BoolArray, FloatArray
 from ...common.module_names import short_names
 from ...common.tables import make_table
+from ...common.units import cost_text
 from ...memory.cost import unit_cost
 from .projection import Projection, projection_of
 from .shapley import GROUPS, Attribution
 from .stability import Stability
 from .what_if import WhatIf
 
-UNIT_OF_VOTES = "standard deviations of the log loss between plans"
+UNITS_OF_VOTES = {
+    "spread": "standard deviations of the log loss between plans",
+    "log loss": "votes: asinh of the difference of log losses in per cent",
+}
+"""What votes are in, by `Deliberation.unit`."""
+
 SHOWN = 3
 """Modules and groups that a sentence names at most."""
 
@@ -63,6 +71,8 @@ class Explanation:
         if found is None:
             return f"{where} {logged.value('policy')} decided; the log holds no candidates and no votes."
         reference = _reference(logged)
+        if found.goal.saves and found.costs is not None:
+            return f"{where} {_saving(logged, found)}"
         how = f"drawn, with a probability of {found.probabilities[found.plan]:.1%}" if found.temperature else "taken"
         if found.plan == found.reference:
             why = "" if found.temperature else ": no other plan is surely better"
@@ -149,11 +159,35 @@ def actor_terms(logged: LoggedDecision, deliberation: Deliberation) -> FloatArra
 
 
 def _reference(logged: LoggedDecision) -> str:
-    return "uniform rank" if logged.problem.max_step is None else "the ranks in place"
+    found = logged.deliberation
+    if logged.problem.max_step is not None:
+        return "the ranks in place"
+    return "rank 8 on all modules" if found and found.goal.saves else "uniform rank"
+
+
+def _saving(logged: LoggedDecision, found: Deliberation) -> str:
+    """The verdict under a goal of cost, without the step."""
+    tolerated = f"whose loss is surely within {found.goal.tolerance:.2%} of rank 8 on all modules"
+    if not found.within_tolerance.any():
+        return f"uniform rank was taken: there is no plan {tolerated}, and that one does not fit the budget."
+    most = "takes the least time a step" if found.goal.kind == "time" else "takes the fewest bytes"
+    costs = [_cost_text(logged, found, plan) for plan in (found.plan, found.reference)]
+    return (
+        f"the plan of candidate {found.candidates[found.taken]!r} was taken: of the "
+        f"{int(found.within_tolerance.sum())} plans {tolerated} it {most}: {costs[0]}, against {costs[1]}."
+    )
+
+
+def _cost_text(logged: LoggedDecision, found: Deliberation, plan: int) -> str:
+    assert found.costs is not None
+    if found.goal.kind == "time" and found.seconds is not None:
+        return f"{1e3 * float(found.seconds[plan]):.4g} ms"
+    return cost_text(float(found.costs[plan]), logged.problem.cost.unit)
 
 
 def _of_deliberation(logged: LoggedDecision, found: Deliberation) -> list[str]:
-    sentences = [_recipe(logged, found), _votes(logged, found), _margin(found)]
+    sentences = [_recipe(logged, found), _votes(logged, found)]
+    sentences += [_aim(found)] if found.goal.saves else [_margin(found)]
     if int(found.tied.sum()) > 1:
         sentences.append(_tie(logged, found))
     return [*sentences, _actor(logged, found)]
@@ -165,6 +199,8 @@ def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
     name = found.candidates[found.taken]
     if name == KEEP:
         return f"The candidate {name!r} leaves the ranks as they are.{others}"
+    if not _follows_from_scores(name):
+        return f"The candidate {name!r} is a plan that follows from no scores under this budget.{others}"
     weights = zip(found.basis, found.weights[found.taken].tolist(), strict=True)
     parts = [f"{weight:+.3g} x {_WORDS.get(part, part)}" for part, weight in weights if weight]
     scores = f"scores are {' '.join(parts)}" if parts else "all scores are equal"
@@ -181,13 +217,42 @@ def _votes(logged: LoggedDecision, found: Deliberation) -> str:
         others = np.delete(found.bound, plan)
         best = f"the highest lower bound of another plan is {others.max():.3f}" if len(others) else "no other plan"
         return f"Everything is compared with {reference}; {best}."
+    if found.goal.saves:
+        return _votes_on_loss(found, reference)
     votes = ", ".join(f"{vote:.3f}" for vote in found.votes[:, plan].tolist())
     taken_off = found.lcb_coefficient * found.std[plan]
     return (
-        f"The networks expect {votes} {UNIT_OF_VOTES} over {reference}: {found.mean[plan]:.3f} on the mean, with a "
-        f"spread of {found.std[plan]:.3f}. Caution takes off {found.lcb_coefficient:g} times the spread, "
+        f"The networks expect {votes} {UNITS_OF_VOTES[found.unit]} over {reference}: {found.mean[plan]:.3f} on the "
+        f"mean, with a spread of {found.std[plan]:.3f}. Caution takes off {found.lcb_coefficient:g} times the spread, "
         f"{taken_off:.3f}, which leaves a lower bound of {found.bound[plan]:.3f}."
     )
+
+
+def _votes_on_loss(found: Deliberation, reference: str) -> str:
+    """The votes on the plan taken, as changes of the loss."""
+    votes, plan = ", ".join(_loss_text(vote) for vote in found.votes[:, found.plan].tolist()), found.plan
+    mean = _loss_text(float(found.mean[plan]))
+    reach = float(found.reach[plan])
+    low, high = (_loss_text(float(found.mean[plan]) + side) for side in (reach, -reach))
+    return (
+        f"The networks expect a loss of {votes} against {reference}: {mean} on the mean. With "
+        f"{found.lcb_coefficient:g} times their spread, and a doubt of {found.doubt:.3g} votes, to either side, that "
+        f"is from {low} to {high}."
+    )
+
+
+def _loss_text(vote: float) -> str:
+    """A vote as a change of the loss, in per cent."""
+    return f"{math.expm1(-improvement_of(vote)):+.2%}"
+
+
+def _follows_from_scores(name: str) -> bool:
+    return name in FIXED_NAMES or name.startswith(DRAWN)
+
+
+def _aim(found: Deliberation) -> str:
+    """The goal in words."""
+    return f"The goal is {found.goal}."
 
 
 def _margin(found: Deliberation) -> str:
@@ -204,11 +269,12 @@ def _tie(logged: LoggedDecision, found: Deliberation) -> str:
     same, names = same_in_tie(found), short_names(logged.observation.names)
     plans = found.plans[found.tied]
     spread = np.log2(1 + plans.max(axis=0)) - np.log2(1 + plans.min(axis=0))
+    by = f"lower bounds differ by less than {found.tie:g}" if not found.goal.saves else "costs differ by less than 1 %"
     farthest = [index for index in np.argsort(-spread, kind="stable")[:SHOWN].tolist() if not same[index]]
     examples = ", ".join(f"{names[index]} ({plans[:, index].min()} to {plans[:, index].max()})" for index in farthest)
     differ = f" They differ the most on {examples}." if examples else ""
     return (
-        f"{len(plans)} of {len(found.plans)} plans are tied: their lower bounds differ by less than {found.tie:g}. "
+        f"{len(plans)} of {len(found.plans)} plans are tied: their {by}. "
         f"They give {int(same.sum())} of {len(same)} modules the same rank.{differ}"
     )
 
@@ -244,8 +310,8 @@ def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str,
         {
             "name": None if name.startswith(DRAWN) else name,
             "gains": dict(zip(found.basis, weights, strict=True)),
-            "rank_floor": None if name == KEEP else base_rank_floor(problem) * 2.0**floor,
-            "depth_bias": None if name == KEEP else base_depth_bias(problem) + bias,
+            "rank_floor": base_rank_floor(problem) * 2.0**floor if _follows_from_scores(name) else None,
+            "depth_bias": base_depth_bias(problem) + bias if _follows_from_scores(name) else None,
             "plan": plan,
         }
         for name, weights, (floor, bias), plan in zip(
@@ -272,6 +338,7 @@ def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str,
         "reference": found.reference,
         "caution": found.lcb_coefficient,
         "margin": found.margin,
-        "unit_of_votes": UNIT_OF_VOTES,
+        "unit_of_votes": UNITS_OF_VOTES[found.unit],
+        "goal": str(found.goal),
         "actor": {"directions": list(found.directions), "gains": found.actor_gains.tolist()},
     }

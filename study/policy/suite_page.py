@@ -15,7 +15,7 @@ from ...common.module_names import kinds_in_layers
 from ...common.statistics import Estimate
 from ..decision.explain import explain
 from ..decision.shapley import BASELINE
-from ..decision.why import UNIT_OF_VOTES
+from ..decision.why import UNITS_OF_VOTES
 from ..page.explanation import shown_explanation
 from ..page.html import page_html
 from . import suite_words
@@ -62,7 +62,7 @@ def suite_data(study: SuiteStudy, on_progress: Callable[[int, int], None] | None
             "obstacle": suite_words.obstacle(study),
             "promise": suite_words.promise(promise),
             "traits": suite_words.traits(study),
-            "unit_of_votes": UNIT_OF_VOTES,
+            "unit_of_votes": UNITS_OF_VOTES["spread"],
             "baseline": BASELINE,
         },
     }

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.allocation.features import MODULE_FEATURE_TABLE, MODULE_FEATURES, RUN_FEATURE_TABLE, feature_table
+from rankpilot.allocation.module_shapes import ModuleShapes
 from rankpilot.allocation.observation import Observation, RunState, observe, with_limit
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.env.rank_allocation import RankAllocationEnv
@@ -44,8 +45,8 @@ def seen(copies: int = 1, **options: Any) -> Observation:
         np.ones((count, len(SIGNALS))),
         np.ones(count, dtype=np.int64),
         np.zeros(count, dtype=np.int64),
-        np.ones(count),
-        RunState(0.0, 3, 4000.0 * copies, 1.0, ()),
+        ModuleShapes(np.ones(count), np.zeros(count, dtype=np.bool_), np.zeros(count)),
+        RunState(0.0, 3, 4000.0 * copies, 1.0, (), total_steps=1000, rows=16, probe_fall=0.2),
     )
 
 

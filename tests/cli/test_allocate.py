@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
+from rankpilot.allocation.frontier import FrontierPlan
 from rankpilot.cli import allocate as module
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import experiment
@@ -30,9 +32,15 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
         exclude_modules=r"model\.layers\.0\.q_proj",
     )
 
-    def plan_ahead(options: FinetuneConfig, tell: object, log: Path | None) -> StaticPlan:
+    def plan_ahead(options: FinetuneConfig, tell: object, log: Path | None, *, frontier: bool) -> StaticPlan:
         asked.append(options)
-        return StaticPlan(config, RANKS, dict.fromkeys(RANKS, 16.0), 900.0, 1000.0, "parameters")
+        plans = (
+            FrontierPlan("narrow at 8", np.array([8, 0, 8]), 500.0, 0.0125, 1.02, 0.99, 1.05, fits=True, taken=True),
+            FrontierPlan("all-linear", np.array([8, 8, 8]), 1200.0, None, 1.0, 1.0, 1.0, fits=False, taken=False),
+        )
+        return StaticPlan(
+            config, RANKS, dict.fromkeys(RANKS, 16.0), 900.0, 1000.0, "parameters", plans if frontier else None
+        )
 
     monkeypatch.setattr(experiment, "plan_ahead", plan_ahead)
     return asked
@@ -49,6 +57,17 @@ def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         module.main(["m", "d", "--output", str(tmp_path / "plan.json")])
     with pytest.raises(ConfigError, match=r"exists already\. Name a folder"):
         module.main(["m", "d", "--log", str(tmp_path)])
+
+
+def test_the_frontier(capsys: pytest.CaptureFixture[str], plan: list[FinetuneConfig]) -> None:
+    module.main(["m", "d", "--frontier", "--goal", "time", "--tolerance", "0.02"])
+    (options,) = plan
+    assert (options.goal, options.tolerance) == ("time", 0.02)
+    shown = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    assert ["narrow", "at", "8,", "taken", "500", "12.5", "ms", "+2.0%", "-1.0%", "+5.0%", "tie"] in shown
+    assert ["all-linear,", "too", "large", "1,200", "-", "+0.0%", "+0.0%", "+0.0%", "tie"] in shown
+    module.main(["m", "d"])
+    assert "worth their cost" not in capsys.readouterr().out
 
 
 def test_lines_for_axolotl(tmp_path: Path) -> None:

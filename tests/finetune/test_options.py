@@ -108,6 +108,10 @@ def test_bounds() -> None:
         FinetuneConfig("a", "b", early_stopping=0)
     with pytest.raises(ConfigError, match=r"explore is a temperature above 0, such as 0\.05; got 0"):
         FinetuneConfig("m", "d", explore=0.0)
+    with pytest.raises(ConfigError, match="tolerance counts under goal"):
+        FinetuneConfig("m", "d", tolerance=0.02)
+    with pytest.raises(ConfigError, match="give a budget of bytes"):
+        FinetuneConfig("m", "d", goal="bytes", budget="3k params")
 
 
 def test_a_person_reviews_the_plan(chats: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

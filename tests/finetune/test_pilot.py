@@ -151,6 +151,13 @@ def test_gradients_that_stay_zero(llama_config: LlamaConfig, tmp_path: Path) -> 
         ({"bounds": ["q_proj"]}, "bounds are a dictionary"),
         ({"explore": 0.1}, "signal-mean has no value ensemble"),
         ({"policy": "default", "explore": 0.0}, "a temperature above 0"),
+        ({"goal": "speed"}, "goal is one of quality, time, bytes; got 'speed'"),
+        ({"goal": "time"}, "signal-mean expects nothing of plans, so goal='time' needs another policy"),
+        ({"policy": "default", "goal": "time"}, "compare plans of one cost alone.* Or use goal='quality'"),
+        ({"goal": "time", "tolerance": 2}, "tolerance is how much"),
+        ({"tolerance": 0.02}, "tolerance counts under goal='time' or goal='bytes' alone"),
+        ({"goal": "bytes", "budget": "3k params"}, "give a budget of bytes"),
+        ({"goal": "time", "recompute": True}, "leave one of them out"),
     ],
 )
 def test_arguments_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.training.fit_plan_value import FitConfig, PlanDataset, fit_value_ensemble
+from rankpilot.agents.training.fit_plan_value import (
+    FitConfig,
+    PlanDataset,
+    fit_value_ensemble,
+    standardised,
+    targets_of,
+)
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import ConfigError
 
@@ -153,7 +159,8 @@ def dataset_on(truth: Truth, groups: int, runs: int, modules: int = 6, seed: int
     rows = plans[torch.arange(groups).repeat_interleave(runs)]
     rows = replace(rows, ranks=plans.ranks.reshape(groups * runs, 1, modules))
     numbers = torch.arange(groups).repeat_interleave(runs)
-    return PlanDataset(rows, truth(rows), numbers, numbers // 2)
+    gains = truth(rows)
+    return PlanDataset(rows, gains, torch.zeros_like(gains), numbers, numbers // 2)
 
 
 def logs(plans: Plans) -> torch.Tensor:
@@ -309,6 +316,7 @@ def test_groups_of_one_state_are_ignored() -> None:
     lonely = PlanDataset(
         DATASET.plans[rows],
         torch.cat([DATASET.gains, torch.tensor([5.0, -8.0])]),
+        torch.zeros(42),
         torch.cat([DATASET.groups, torch.tensor([10, 11])]),
         torch.cat([DATASET.tasks, torch.tensor([0, 4])]),
     )
@@ -319,7 +327,7 @@ def test_the_numbers_of_groups_need_not_follow_one_another() -> None:
     """Nor do their states; only the order of groups decides."""
     order = torch.arange(40).reshape(10, 4).T.reshape(-1)
     groups, tasks = 7 * DATASET.groups[order] - 30, 5 * DATASET.tasks[order] - 11
-    scattered = PlanDataset(DATASET.plans[order], DATASET.gains[order], groups, tasks)
+    scattered = PlanDataset(DATASET.plans[order], DATASET.gains[order], DATASET.reference_gains[order], groups, tasks)
     actual, expected = fit(scattered), fit(DATASET)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value)
@@ -340,3 +348,33 @@ def test_a_fit_does_not_depend_on_what_is_in_the_padding() -> None:
     fits = [fit(replace(DATASET, plans=padded(DATASET.plans, filling))) for filling in (0.0, 2.9)]
     for name, value in fits[0].items():
         torch.testing.assert_close(fits[1][name], value)
+
+
+# Votes on the log loss ------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_votes_against_plain_lora() -> None:
+    gains, reference = torch.tensor([1.0, 1.01, 0.5]), torch.tensor([1.0, 1.0, 1.0])
+    votes = torch.asinh(torch.tensor([0.0, 1.0, -50.0]))
+    torch.testing.assert_close(targets_of(gains, reference, "log loss"), votes - votes.mean(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(targets_of(gains, reference, "spread"), standardised(gains))
+
+
+def test_a_fit_doubts_what_unseen_tasks_did_not_keep() -> None:
+    """Noise that no network can know is all doubt; what follows from the plan leaves little."""
+
+    def with_noise(scale: float) -> PlanDataset:
+        dataset = dataset_on(lambda plans: 0.01 * (plans.ranks[:, 0] > 0).float().mean(dim=1), groups=60, runs=8)
+        gains = dataset.gains - dataset.gains[::8].repeat_interleave(8)  # the first of each group is the reference
+        noise = scale * torch.randn(len(gains), generator=torch.Generator().manual_seed(0))
+        noise[::8] = 0
+        return replace(dataset, gains=gains + noise, reference_gains=torch.zeros_like(gains))
+
+    doubts = []
+    for scale in (0.0, 0.03):
+        ensemble = PlanValueEnsemble(replace(SMALL, unit="log loss"))
+        facts = fit_value_ensemble(ensemble, with_noise(scale), seed=0)
+        assert facts["doubt"] == ensemble.config.doubt >= 0
+        doubts.append(facts["doubt"])
+    assert doubts[1] > 1 > doubts[0]
+    assert fit_value_ensemble(PlanValueEnsemble(SMALL), with_noise(0.03), seed=0).keys() == {"explained"}

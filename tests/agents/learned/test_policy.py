@@ -279,7 +279,7 @@ def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
     make_observation: MakeObservation, network: RankNetwork, critics: PlanValueEnsemble
 ) -> None:
     taken = 0
-    for seed in range(6):
+    for seed in range(20):
         observation = make_observation(12, seed)
         asked: list[Plans] = []
 

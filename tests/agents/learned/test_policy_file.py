@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rankpilot.agents.learned.policy_file import (
 )
 from rankpilot.agents.rules import RULES
 from rankpilot.agents.rules.by_signal import SignalRule
-from rankpilot.allocation.features import EARLIER_FEATURE_NAMES
+from rankpilot.allocation.features import EARLIER_FEATURE_NAMES, FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.files import sha256
@@ -89,7 +89,7 @@ def test_round_trip(folder: Path, network: RankNetwork, make_observation: Callab
     assert policy_schedule(folder) == SCHEDULE
     card = json.loads((folder / CARD).read_text())
     assert card["note"] == [1, 2]
-    assert card["schema"] == 3
+    assert card["schema"] == 4
     assert card["network"]["width"] == 12
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CARD}
 
@@ -151,8 +151,8 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 1}, "has schema 1; this version of rankpilot reads 2 and 3"),
-        ({"schema": 4}, "has schema 4; this version of rankpilot reads 2 and 3"),
+        ({"schema": 1}, "has schema 1; this version of rankpilot reads 2, 3 and 4"),
+        ({"schema": 5}, "has schema 5; this version of rankpilot reads 2, 3 and 4"),
         ({"schema": 2, "module_features": 5}, "is not the card of a rankpilot policy"),
         ({"schema": 2, "validation": [1]}, "is not the card of a rankpilot policy"),
         ({"schema": None}, "has schema None"),
@@ -234,6 +234,41 @@ def test_a_card_of_schema_2_is_read_with_one_line_of_notice(
     assert "plan_critics" not in card
     assert json.loads((judged / CARD).read_text()) == stored, "the file stays as it is"
     assert upgraded(card) == card
+
+
+def test_a_policy_that_was_trained_on_fewer_features_reads_those(
+    tmp_path: Path, make_observation: Callable[..., Observation], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its card is of schema 3, which does not tell the unit of plan values either."""
+    torch.manual_seed(0)
+    network = RankNetwork(NetworkConfig(width=12), FIRST_INPUTS)
+    ensemble = PlanValueEnsemble(PlanValueConfig(**JUDGES), FIRST_INPUTS).eval()
+    folder = save_policy(tmp_path / "earlier", network, SCHEDULE, {}, ensemble)
+    card = json.loads((folder / CARD).read_text())
+    assert card["module_features"] == list(MODULE_FEATURES[: FIRST_INPUTS.modules])
+    assert card["run_features"] == list(RUN_FEATURES[: FIRST_INPUTS.run])
+    del card["plan_value"]["unit"], card["plan_value"]["doubt"]
+    edit_card(folder, **card | {"schema": 3})
+    policy = load_policy(folder)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The policy in {folder} has a card of schema 3, which is read."
+    ]
+    assert isinstance(policy, LearnedPolicy)
+    assert policy.value_ensemble is not None
+    assert policy.value_ensemble.config.unit == "spread"
+    observation = make_observation(11)
+    modules, run = observation.modules.copy(), observation.run.copy()
+    modules[:, FIRST_INPUTS.modules :], run[FIRST_INPUTS.run :] = 2.0, -1.0
+    decisions = [policy.decide(seen) for seen in (observation, replace(observation, modules=modules, run=run))]
+    np.testing.assert_array_equal(decisions[0].deliberation.votes, decisions[1].deliberation.votes)
+
+
+def test_the_policy_that_ships_reads_the_first_features_and_compares_plans_of_one_cost() -> None:
+    policy = load_policy("default")
+    assert isinstance(policy, LearnedPolicy)
+    assert policy.value_ensemble is not None
+    assert policy.network.inputs == policy.value_ensemble.inputs == FIRST_INPUTS
+    assert policy.value_ensemble.config.unit == "spread"
 
 
 def test_foreign_weights(folder: Path) -> None:

@@ -95,7 +95,9 @@ class Episode:
         signals = np.ones((MODULES, len(SIGNALS)))
         signals[:, 0] = task.worth
         result = ProbeResult(signals, 10.0)
-        self.controller: RankController[Any] = RankController(Adapters(), cost, limit, schedule, task.steps, result)
+        self.controller: RankController[Any] = RankController(
+            Adapters(), cost, limit, schedule, task.steps, result, rows=1
+        )
 
     def observe(self, loss: float | None = None) -> Observation:
         return self.controller.observe(self.step, loss)

@@ -17,11 +17,16 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.structures import ALL_LINEAR
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.training import plan_runs as module
+from rankpilot.agents.training.config import TrainConfig
 from rankpilot.agents.training.fit_plan_value import fit_value_ensemble
 from rankpilot.agents.training.plan_runs import (
     CHOICES,
+    PLAN_CHOICES,
+    REFERENCE,
+    ROOM,
     RUNS,
     PlanRun,
     Stack,
@@ -29,9 +34,10 @@ from rankpilot.agents.training.plan_runs import (
     plan_dataset,
     run_plans,
 )
+from rankpilot.agents.training.task_sampling import fresh_tasks, plan_draws
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.plan import project
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.common.workers import isolated
 from rankpilot.env.episodes.rollout import Rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
@@ -40,7 +46,7 @@ from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suites import load_suite
 from rankpilot.errors import RunFolderError
-from rankpilot.lora.signals import signal_buffer_bytes
+from rankpilot.memory.budget import reference_cost
 from rankpilot.memory.cost import plan_cost
 from safetensors.numpy import load_file, save_file
 
@@ -117,8 +123,8 @@ def test_runs_of_a_task_see_the_same_and_decide_differently_at_first(made: PlanR
     for part in (slice(0, RUNS), slice(RUNS, 2 * RUNS)):
         for seen in (made.modules, made.scores, made.run):
             assert (seen[0, part] == seen[0, part.start]).all()
-    assert len(np.unique(made.ranks[0, :RUNS], axis=0)) > FIXED + 3
-    assert len(np.unique(made.ranks[0, RUNS:], axis=0)) > FIXED
+    assert len(np.unique(made.ranks[0, :RUNS], axis=0)) > FIXED + 6
+    assert len(np.unique(made.ranks[0, RUNS:], axis=0)) > FIXED + 4
     assert (made.modules[1, :RUNS] != made.modules[1, 0]).any(), "later they see what their plans led to"
 
 
@@ -128,20 +134,41 @@ def test_most_runs_keep_their_ranks_later(made: PlanRun) -> None:
     assert 0 < moved.sum() < 10
 
 
-def test_ranks_fit_the_budget(made: PlanRun) -> None:
+def test_plans_cost_what_their_kind_may(made: PlanRun) -> None:
     targets = adapted_base(BYTES.base)[1]
     most = np.array([target.max_rank for target in targets])
+    choices = np.array(PLAN_CHOICES)
     for task, part in ((BYTES, slice(0, RUNS)), (PARAMETERS, slice(RUNS, 2 * RUNS))):
         cost = ProxyFineTune(task).cost()
         limit = ProxyFineTune(task).limit.resolve(cost, most, torch.device("cpu")).value
         prices = np.array([plan_cost(cost, ranks) for ranks in made.ranks[0, part]])
-        assert prices.max() <= limit
-        assert prices.min() > 0.8 * limit, "and it is spent"
-        if task.unit == "bytes":  # no signals are read after the last decision
-            cost = replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(targets))  # type: ignore[type-var]
-        assert max(plan_cost(cost, ranks) for ranks in made.ranks[1, part]) <= limit
+        within = prices[np.isin(choices, [*FIXED_NAMES, "drawn"])]
+        assert within.max() <= limit
+        assert within.min() > 0.8 * limit, "and it is spent"
+        assert prices[choices == "drawn for less"].max() < limit
+        plain = reference_cost(cost, most)
+        assert prices[choices == ALL_LINEAR] == [plain]
+        assert limit < plain, "it costs more than the task allows"
+        assert prices.max() <= ROOM * plain
+        assert len(np.unique(prices)) > RUNS / 2, "plans of many costs"
     assert (made.ranks <= most).all()
     assert made.ranks.min() >= 0
+
+
+def test_the_first_run_of_a_task_has_plain_lora_to_the_end(made: PlanRun) -> None:
+    plain = np.minimum(8, [target.max_rank for target in adapted_base(BYTES.base)[1]])
+    for start in (0, RUNS):
+        np.testing.assert_array_equal(made.ranks[0, start + REFERENCE], plain)
+
+
+def test_kinds_of_modules_are_among_the_plans(made: PlanRun) -> None:
+    """In a layer of this base the last three modules are the MLP."""
+    wide = np.arange(MODULES) % 7 >= 4
+    for kind, adapted in (("narrow", ~wide), ("wide", wide)):
+        for start in (0, RUNS):
+            ranks = made.ranks[0, start + PLAN_CHOICES.index(kind)]
+            np.testing.assert_array_equal(ranks > 0, adapted)
+            assert len(set(ranks[adapted])) == 1
 
 
 def test_the_first_runs_follow_the_rules_and_the_actor(made: PlanRun) -> None:
@@ -155,14 +182,15 @@ def test_the_first_runs_follow_the_rules_and_the_actor(made: PlanRun) -> None:
         ):
             decision = policy.decide(observation)
             expected = project(observation.problem, decision.ranks, decision.scores).ranks
-            np.testing.assert_array_equal(made.ranks[0, start + 1 + number], expected)
+            np.testing.assert_array_equal(made.ranks[0, start + 2 + number], expected)
 
 
 def test_stacks_share_the_fixed_plans_and_draw_others() -> None:
     here, there = (run(stack_of(BYTES, number=number)) for number in range(2))
-    np.testing.assert_array_equal(here.ranks[0, :FIXED], there.ranks[0, :FIXED])
+    same_plans = FIXED + 1
+    np.testing.assert_array_equal(here.ranks[0, :same_plans], there.ranks[0, :same_plans])
     np.testing.assert_array_equal(here.modules[0], there.modules[0])
-    assert (here.ranks[0, FIXED:] != there.ranks[0, FIXED:]).any(axis=1).sum() > 5
+    assert (here.ranks[0, same_plans:] != there.ranks[0, same_plans:]).any(axis=1).sum() > 5
 
 
 def test_a_stack_gives_the_same_again(made: PlanRun) -> None:
@@ -180,7 +208,7 @@ def test_which_task_was_run_and_what_was_chosen(made: PlanRun) -> None:
     assert made.names == tuple(target.name for target in adapted_base(BYTES.base)[1])
     assert made.choices is not None
     first, later = (np.array(CHOICES)[row] for row in made.choices)
-    assert first.tolist() == [*FIXED_NAMES, *["drawn"] * (RUNS - FIXED)] * 2
+    assert first.tolist() == [*PLAN_CHOICES] * 2
     assert set(later) == {"drawn", "keep"}
     kept = later == "keep"
     np.testing.assert_array_equal(made.ranks[1, kept], made.ranks[0, kept])
@@ -196,15 +224,13 @@ def test_what_a_run_was_comes_back_from_its_file(
     assert read.choices is not None
 
 
-def test_files_of_earlier_versions_can_be_learned_from(fake_runs: list[int], tmp_path: Path) -> None:
-    """They tell neither tasks nor choices."""
+def test_files_of_earlier_versions_are_refused(fake_runs: list[int], tmp_path: Path) -> None:
+    """They lack features, and the run with which others are compared."""
     arrays = {name: array for name, array in vars(made_up()).items() if isinstance(array, np.ndarray)}
-    assert "choices" not in arrays
     save_file(arrays, tmp_path / "00000.safetensors", metadata={"schema": "3"})
-    (read,) = collect_plan_runs(numbered(0), tmp_path, workers=1)
+    with pytest.raises(RunFolderError, match=r"another version of rankpilot\. Train in a new folder"):
+        list(collect_plan_runs(numbered(0), tmp_path, workers=1))
     assert not fake_runs
-    assert same(read, made_up())
-    assert (read.choices, read.tasks, read.names) == (None, (), ())
 
 
 def test_runs_that_fail_have_gained_nothing() -> None:
@@ -387,6 +413,8 @@ def test_rows_are_all_decisions_of_all_runs() -> None:
         np.testing.assert_array_equal(plans.run[row], each.run[decision, run])
         np.testing.assert_array_equal(plans.ranks[row, 0, :count], each.ranks[decision, run])
         assert float(dataset.gains[row]) == pytest.approx(each.gains[run])
+        reference = each.gains[run // RUNS * RUNS + REFERENCE]
+        assert float(dataset.reference_gains[row]) == pytest.approx(reference)
 
 
 def test_modules_that_a_base_does_not_have_are_padding() -> None:
@@ -422,3 +450,30 @@ def test_the_order_of_plan_runs_does_not_mix_groups(order: Sequence[int]) -> Non
         members = dataset.groups == group
         assert len(set(dataset.tasks[members].tolist())) == 1
         assert len(set(dataset.plans[members].mask.sum(dim=1).tolist())) == 1
+
+
+# By default -----------------------------------------------------------------------------------------------------------
+
+
+def test_policies_are_trained_to_decide_once() -> None:
+    """And their plan runs have one decision, after which no signal is read any more."""
+    assert TrainConfig().schedule.steps(100) == (0,)
+    each = run(replace(stack_of(PARAMETERS), schedule=ONCE))
+    assert each.ranks.shape == (1, RUNS, MODULES)
+    assert np.isfinite(each.losses).all()
+    assert plan_dataset([each]).groups.unique().tolist() == [0]
+
+
+def test_half_of_the_tasks_have_other_numbers_of_steps_and_rows() -> None:
+    """Those of one stack the same ones; a step that is priced at more rows than it has stays so."""
+    config = TrainConfig(bases=("llama-4x32",), tasks_per_stack=4)
+    draws = plan_draws(fresh_tasks(config), 64)
+    plain, varied = draws[: len(draws) // 2], draws[len(draws) // 2 :]
+    assert {(task.steps, task.batch_size) for stack in plain for task in stack} == {(100, 4)}
+    for stack in varied:
+        assert len({(task.steps, task.batch_size, task.length) for task in stack}) == 1
+    tasks = [task for stack in varied for task in stack]
+    assert {task.steps for task in tasks} == {50, 100, 200}
+    assert {task.batch_size for task in tasks} == {2, 4, 8}
+    assert {task.priced_rows for task in tasks} > {None}
+    assert draws == plan_draws(fresh_tasks(config), 64)

@@ -17,7 +17,7 @@ from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueEnsemble
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.agents.training.config import TrainConfig
-from rankpilot.agents.training.fit_plan_value import fit_value_ensemble
+from rankpilot.agents.training.fit_plan_value import ANY_COST, fit_value_ensemble
 from rankpilot.agents.training.plan_runs import CHOICES, RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -56,7 +56,7 @@ def made_up(number: int, tasks: tuple[ProxyTask, ...], modules: int) -> PlanRun:
 
 
 STACKS = (made_up(0, TASKS[:2], 3), made_up(1, TASKS[2:], 5))
-assert CHOICES[5:] == ("drawn", "keep")
+assert CHOICES[5:7] == ("drawn", "keep")
 
 
 def write_training(folder: Path, stacks: tuple[PlanRun, ...] = STACKS) -> Path:
@@ -64,7 +64,7 @@ def write_training(folder: Path, stacks: tuple[PlanRun, ...] = STACKS) -> Path:
     for number, stack in enumerate(stacks):
         write_plan_run(stack, folder / "plan_runs" / f"{number:05}.safetensors")
     torch.manual_seed(0)
-    ensemble = PlanValueEnsemble()
+    ensemble = PlanValueEnsemble(ANY_COST)
     runs = [read_plan_run(path) for path in sorted((folder / "plan_runs").iterdir())]
     fit_value_ensemble(ensemble, plan_dataset(runs), seed=CONFIG.seed)
     provenance = {"name": folder.name, "training": as_json(TrainConfig, CONFIG), "suite_version": 3}

@@ -23,7 +23,7 @@ from rich.console import Console
 
 KEYS = {
     "decision", "step", "first", "policy", "verdict", "sentences", "candidates", "plans", "taken", "reference",
-    "caution", "margin", "unit_of_votes", "actor", "shapley", "what_ifs", "projection", "stability",
+    "caution", "margin", "unit_of_votes", "actor", "shapley", "what_ifs", "projection", "stability", "goal",
 }  # fmt: skip
 
 

@@ -47,7 +47,8 @@ def dataset(seed: int = 0) -> PlanDataset:
         torch.ones(len(rows), MODULES),
         ranks.reshape(-1, 1, MODULES).repeat(2, 1, 1),
     )
-    return PlanDataset(plans, good(plans)[:, 0], 2 * rows + torch.cat([0 * task, 0 * task + 1]), rows)
+    gains = good(plans)[:, 0]
+    return PlanDataset(plans, gains, torch.zeros_like(gains), 2 * rows + torch.cat([0 * task, 0 * task + 1]), rows)
 
 
 RUNS_MADE = dataset()

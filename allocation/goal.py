@@ -1,0 +1,107 @@
+"""What a policy aims at: the lowest loss within the budget, or the cheapest plan that loses nothing.
+
+The loss of a plan is measured against plain LoRA, rank 8 on every target module, of the same task, seed and batches. As
+a number it is a *vote*, asinh(difference of log losses / 1 %): near 0 it counts per cent, and large differences, which
+are a hundred times those on other tasks, count by their logarithm.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import ConfigError
+
+GoalKind = Literal["quality", "time", "bytes"]
+GOALS: tuple[GoalKind, ...] = get_args(GoalKind)
+
+TOLERANCE = 0.01
+"""The tolerance where none is given, in log loss."""
+
+LOSS_UNIT = 0.01
+"""The difference of log losses that counts as one; see the module."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a policy aims at.
+
+    Attributes:
+        kind: "quality", the lowest loss within the budget; "time" or "bytes", the plan that takes the least time or the
+            fewest bytes at the peak of a step, among those whose loss is surely within the tolerance of plain LoRA.
+        tolerance: by how much the log loss may be above that of plain LoRA, 0 to 1: 0.01 is 1 % of the loss. It does
+            not count under "quality".
+
+    Raises:
+        ConfigError: there is no such goal, or the tolerance is out of range.
+    """
+
+    kind: GoalKind = "quality"
+    tolerance: float = TOLERANCE
+
+    def __post_init__(self) -> None:
+        if self.kind not in GOALS:
+            raise ConfigError(f"goal is one of {', '.join(GOALS)}; got {self.kind!r}.")
+        number = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
+        if not number or not 0 <= self.tolerance <= 1:
+            raise ConfigError(
+                "tolerance is how much the log loss may be above that of rank 8 on all modules, from 0 to 1, such as "
+                f"0.01 for 1 %; got {self.tolerance!r}."
+            )
+
+    @property
+    def saves(self) -> bool:
+        """Whether it asks for a cheap plan."""
+        return self.kind != "quality"
+
+    @property
+    def least_vote(self) -> float:
+        """The vote of a plan whose loss is at the end of the tolerance."""
+        return vote_of(-self.tolerance)
+
+    def __str__(self) -> str:
+        """The goal in words."""
+        if not self.saves:
+            return "the lowest loss within the budget"
+        cost = {"time": "least time a step", "bytes": "fewest bytes"}[self.kind]
+        return (
+            f"the {cost}, with a loss that is surely at most {self.tolerance:.2g} (log) above that of all-linear rank 8"
+        )
+
+
+def goal_of(goal: str, tolerance: float | None, *, budget_unit: str | None = None, recompute: bool = False) -> Goal:
+    """The goal of a run's options.
+
+    Args:
+        goal: "quality", "time" or "bytes".
+        tolerance: see `Goal`; 1 % by default.
+        budget_unit: what the budget counts; None for either unit.
+        recompute: whether the layers that run again are chosen after the plan.
+
+    Raises:
+        ConfigError: there is no such goal, the tolerance is out of range, or an option does not go with the goal.
+    """
+    found = Goal(goal, TOLERANCE if tolerance is None else tolerance)  # type: ignore[arg-type]
+    if tolerance is not None and not found.saves:
+        raise ConfigError("tolerance counts under goal='time' or goal='bytes' alone: give one, or leave tolerance out.")
+    if found.kind == "bytes" and budget_unit == "parameters":
+        raise ConfigError(
+            "goal='bytes' does not go with a budget of parameters: give a budget of bytes ('6GiB', '80%')."
+        )
+    if found.kind == "time" and recompute:
+        raise ConfigError(
+            "goal='time' does not go with recompute, whose second runs of layers depend on the plan: leave one of them "
+            "out."
+        )
+    return found
+
+
+def vote_of(improvement: float) -> float:
+    """The vote of a plan whose log loss is lower than plain LoRA's by so much."""
+    return math.asinh(improvement / LOSS_UNIT)
+
+
+def improvement_of(vote: float) -> float:
+    """By how much the log loss of a plan with this vote is lower than plain LoRA's."""
+    return LOSS_UNIT * math.sinh(vote)

@@ -1,0 +1,107 @@
+"""Goals of cost in a real run: plans are timed, the cheapest good one is taken, and the frontier is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rankpilot
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.policy_file import save_policy
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.goal import Goal
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.errors import ConfigError
+from rankpilot.finetune.allocate import static_plan
+from rankpilot.lora.peft_config import adapter_ranks
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.cost import TimedCost
+from rankpilot.study.decision.redecide import redecide
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
+ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
+SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
+
+
+class Indifferent(PlanValueEnsemble):
+    """Networks that expect the same loss of all plans."""
+
+    def forward(self, plans: Any) -> torch.Tensor:
+        return torch.zeros(2, 1, plans.ranks.shape[1])
+
+
+@pytest.fixture
+def policy() -> LearnedPolicy:
+    torch.manual_seed(0)
+    ensemble = Indifferent(PlanValueConfig(count=1, width=1, unit="log loss")).eval()
+    return LearnedPolicy("indifferent", RankNetwork(NetworkConfig(width=8)).eval(), ensemble)
+
+
+@pytest.fixture
+def trainer(llama_config: LlamaConfig, tmp_path: Path) -> Trainer:
+    set_seed(0)
+    model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=8, target_modules="all-linear"))
+    settings: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True}
+    return Trainer(model, TrainingArguments(str(tmp_path / "run"), **settings), train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("goal", ["time", "bytes"])
+def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, tmp_path: Path, goal: str) -> None:
+    callback = rankpilot.attach(trainer, policy, budget="90%", schedule=SCHEDULE, goal=goal, tolerance=0.02)
+    trainer.train()
+    log = DecisionLog(tmp_path / "run" / "decisions")
+    assert len(log) == 2
+    first, later = log.logged(0), log.logged(1)
+    found = first.deliberation
+    assert found is not None
+    assert found.goal == Goal(goal, 0.02)  # type: ignore[arg-type]
+    assert (found.seconds is None) is (goal == "bytes")
+    assert isinstance(first.problem.cost, TimedCost) is (goal == "time")
+    costs = found.costs if found.seconds is None else found.seconds
+    assert costs is not None
+    assert costs[found.plan] <= 1.01 * costs[found.may_take].min()
+    ranks = first.ranks("rank_after")
+    np.testing.assert_array_equal(later.ranks("rank_after"), ranks)
+    assert 0 < ranks.sum() < 8 * len(ranks)
+    targets = find_target_modules(trainer.model)
+    assert list(adapter_ranks(targets).values()) == ranks.tolist()
+    assert redecide(first, policy).differences == redecide(later, policy).differences == ()
+    assert max(peak for _, peak in callback.peaks) <= callback.limit
+
+
+def test_the_frontier_before_training(policy: LearnedPolicy, trainer: Trainer) -> None:
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    rows = rankpilot.frontier(trainer, budget="90%", policy=policy, schedule=SCHEDULE)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    assert [row.cost for row in rows] == sorted(row.cost for row in rows)
+    assert all(row.seconds is not None and row.seconds > 0 for row in rows)
+    assert [(row.name, row.fits, row.verdict) for row in rows][-1] == ("all-linear", False, "tie")
+    assert sum(row.taken for row in rows) == 1
+    plan = static_plan(trainer, budget="90%", policy=policy, schedule=SCHEDULE)
+    assert plan.frontier is None
+    assert [row.ranks.tolist() for row in rows if row.taken] == [[*plan.ranks.values()]]
+
+
+def test_policies_that_show_no_frontier(trainer: Trainer) -> None:
+    for name in ("signal-mean", "default"):
+        with pytest.raises(ConfigError, match=r"so a frontier needs .*leave the frontier out"):
+            rankpilot.frontier(trainer, policy=name, schedule=SCHEDULE)
+
+
+def test_a_policy_folder_that_tells_plans_of_any_cost_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ensemble = PlanValueEnsemble(PlanValueConfig(count=2, width=4, unit="log loss")).eval()
+    folder = save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), DecisionSchedule(), {}, ensemble)
+    pilot = rankpilot.RankPilot(folder, goal="time", tolerance=0.03)
+    assert isinstance(pilot.policy, LearnedPolicy)
+    assert pilot.policy.goal == Goal("time", 0.03)
