@@ -178,7 +178,8 @@ def _measure(episodes: StackedEpisodes, tasks: Sequence[ProxyTask]) -> list[Prox
     tuned = [replace(task, learning_rate=RATES[index]) for task, index in zip(tasks, best, strict=True)]
     plans = [(task, _best_plan(task, problem)) for task, problem in zip(tuned, problems, strict=True)]
     reached = episodes.run_fixed(dict(enumerate(plans)))
-    initial = [ProxyFineTune(task).held_out_loss(adapted_base(task.base)[0]) for task in tuned]
+    with adapted_base(tasks[0].base)[0].disable_adapter():
+        initial = [ProxyFineTune(task).held_out_loss(adapted_base(task.base)[0]) for task in tuned]
     return [
         replace(task, reference=Reference(*(round(float(x), 5) for x in (before, losses[row, index], after))))
         for row, (task, index, before, after) in enumerate(zip(tuned, best, initial, reached, strict=True))

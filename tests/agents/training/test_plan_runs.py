@@ -61,7 +61,7 @@ def task_in(unit: str, least_budget: float = 0.0) -> ProxyTask:
     """A training task, made small."""
     alike = [task for task in load_suite("planted", "train") if task.base == "llama-4x32" and task.unit == unit]
     chosen = next(task for task in alike if task.budget > least_budget and not task.checkpointing)
-    return replace(chosen, steps=6, length=16, eval_rows=8)
+    return replace(chosen, steps=6, length=16, eval_rows=8, learning_rate=1e-3)
 
 
 BYTES, PARAMETERS = task_in("bytes", 0.6), task_in("parameters")

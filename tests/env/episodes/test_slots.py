@@ -21,7 +21,7 @@ from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episode_record import EpisodeRecord
-from rankpilot.env.episodes import single, stacked
+from rankpilot.env.episodes import single, stack_trainer
 from rankpilot.env.episodes.single import Episode, reference_of, rule_losses
 from rankpilot.env.episodes.slots import StackedConfig, StackedRankAllocation
 from rankpilot.env.episodes.stacked import StackedEpisodes
@@ -139,7 +139,7 @@ def _fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     caches = (adapted.adapted_base, adapted.proxy_cost, adapted.proxy_memory, load_task)
     caches += (single.probe_task, single._measured_reference)
-    for module in (adapted, stacked):
+    for module in (adapted, stack_trainer):
         monkeypatch.setattr(module, "load_base_model", load)
     for cache in caches:
         cache.cache_clear()
