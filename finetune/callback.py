@@ -21,7 +21,7 @@ from ..common.processes import Processes
 from ..errors import DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import resizable_targets
-from ..lora.scaling import Scaling
+from ..lora.scaling_names import Scaling
 from ..memory.budget import Budget
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget

@@ -9,7 +9,7 @@ from typing import Literal
 from ..allocation.goal import GoalKind, goal_of
 from ..data.task import Task
 from ..errors import ConfigError
-from ..lora.scaling import Scaling
+from ..lora.scaling_names import Scaling
 from ..memory.budget import Budget
 from ..memory.step_config import StepConfig, check_seed
 from ..memory.time_budget import TimeBudget

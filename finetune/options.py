@@ -12,7 +12,7 @@ from ..allocation.schedule import DecisionSchedule
 from ..common.arrays import IntArray
 from ..errors import BudgetError, ConfigError
 from ..lora.optimizer_state import check_optimizer
-from ..lora.scaling import check_scaling
+from ..lora.scaling_names import check_scaling
 from ..memory.budget import Budget
 from .run import TrainingRun
 

@@ -27,7 +27,7 @@ from ..allocation.schedule import DecisionSchedule
 from ..errors import NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets
-from ..lora.scaling import Scaling
+from ..lora.scaling_names import Scaling
 from ..memory.budget import Budget
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch

@@ -18,7 +18,8 @@ from torch import nn
 
 from .frozen_weights import guard_base
 from .resize import resize
-from .scaling import Scaling, choose_scaling
+from .scaling import choose_scaling
+from .scaling_names import Scaling
 from .targets import TargetModule, find_target_modules, unwrap
 
 MANY_MODULES = 256

@@ -10,23 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
 
-from ..errors import ConfigError
 from .ladder import REFERENCE_RANK
+from .scaling_names import Scaling
 from .targets import CONSTANT_SCALING, TargetModule
-
-Scaling = Literal["alpha", "constant"]
-"""What stays when a rank changes: "alpha", or the scaling itself ("constant")."""
-
-
-def check_scaling(scaling: object) -> None:
-    """Raise ConfigError unless this is a `Scaling`."""
-    if scaling not in get_args(Scaling):
-        raise ConfigError(
-            f"scaling is 'alpha' (lora_alpha stays when a rank changes, and PEFT divides it by the rank) or 'constant' "
-            f"(lora_alpha / r stays); got {scaling!r}."
-        )
 
 
 def choose_scaling(targets: Sequence[TargetModule], scaling: Scaling) -> None:

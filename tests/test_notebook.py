@@ -27,7 +27,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         r"The gain of default over uniform rank is",
         r"What it changes on the way is worth",
         r"half as hot, self-normalised: [+-]\d\.\d{3} \(.* effective sample size 1[0-2]\.\d",
-        r"uniform, importance: Not enough overlap",
+        r"top-down, importance: Not enough overlap",
         r"252 decisions on 12 tasks",
     ):
         assert re.search(key_result, told), key_result

@@ -137,7 +137,7 @@ _STANDARD = _cells(
 )
 
 SUITES: dict[str, Suite] = {
-    "quick": Suite(_cells((_minilm("reuters-r8", steps=60), ("50%",))), (1, 2, 3), (101,), 4, quick=True),
+    "quick": Suite(_cells((_proxy("gpt2-8x64", "french", 100), ("50%",))), (1, 2, 3), (101,), 4, quick=True),
     "standard": Suite(_STANDARD, (1, 2, 3, 4, 5), (101,), 12),
     "full": Suite(
         (

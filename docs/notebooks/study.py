@@ -191,7 +191,7 @@ print("Page of the suite:", folder / "suite.html")
 # The explorer logged with which probability it took each plan. So its runs tell what another policy would have gained
 # with its first plan, if the explorer took such plans often enough. Where it did not, there is no number: an estimate
 # from a handful of tasks would mislead. A policy that draws at half the temperature overlaps; one that always
-# takes uniform rank does not.
+# takes the rule top-down does not.
 
 # %%
 suite = logged_suite(folder, explorer.name)
@@ -199,7 +199,7 @@ cooler = replace(explorer, temperature=0.5)
 bounds = [each.deliberation.bound.astype(np.float64) / cooler.temperature for each in suite.decisions]
 odds = [np.exp(bound - bound.max()) for bound in bounds]
 close = TargetPolicy("half as hot", np.concatenate([each / each.sum() for each in odds]))
-far = suite.target(load_policy("uniform"))
+far = suite.target(load_policy("top-down"))
 print(f"as logged: {suite.choices.outcomes.mean():+.3f} in log loss below uniform rank")
 for target in (close, far):
     for estimate in (importance, self_normalised):

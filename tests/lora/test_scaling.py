@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel
 from rankpilot.errors import ConfigError
 from rankpilot.lora.peft_config import make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.scaling import check_scaling, choose_scaling, reference_scaling
+from rankpilot.lora.scaling import choose_scaling, reference_scaling
+from rankpilot.lora.scaling_names import check_scaling
 from rankpilot.lora.targets import find_target_modules
 from transformers.optimization import Adafactor
 

@@ -170,7 +170,7 @@ def test_bad_settings() -> None:
         find_suite("standart")
     with pytest.raises(UnknownNameError, match="adalora-peak"):
         find_method("adalora-pak")
-    with pytest.raises(UnknownNameError, match="minilm"):
+    with pytest.raises(UnknownNameError, match="gpt2"):
         run.chosen_cells(SUITES["quick"], ["bert"])
 
 
