@@ -92,8 +92,6 @@ class RankController(Generic[AdaptersT]):
         self.first_loss, self.probe_fall = probe_result.first_loss, probe_result.fall
         self.rows = rows
         self.interval_losses: list[float] = []
-        ones = np.ones(len(self.targets), dtype=np.int64)
-        self.signal_ranks = ones if probe_result.ranks is None else np.maximum(probe_result.ranks, ones)
         self.decision = 0
         self.names = tuple(target.name for target in self.targets)
         self.notes: dict[str, str] = {}
@@ -181,10 +179,7 @@ class RankController(Generic[AdaptersT]):
             interval_loss: mean training loss since the last decision, if known.
         """
         if self.decision > 0:
-            live = self.ranks > 0
-            meter = self.adapters.meter
-            meter.read()
-            self.signal_ranks = np.where(live & (meter.age == 0), self.ranks, self.signal_ranks)
+            self.adapters.meter.read()
         if interval_loss is not None and np.isfinite(interval_loss):
             self.interval_losses.append(interval_loss)
         return self._observation(self.problem(), step)
@@ -208,7 +203,6 @@ class RankController(Generic[AdaptersT]):
             problem,
             self.names,
             self.adapters.meter.values,
-            self.signal_ranks,
             self.adapters.meter.age,
             self._shapes,
             state,
@@ -305,7 +299,6 @@ class RankController(Generic[AdaptersT]):
             "first_loss": self.first_loss,
             "probe_fall": self.probe_fall,
             "interval_losses": list(self.interval_losses),
-            "signal_ranks": self.signal_ranks.copy(),
             "decision": self.decision,
             "seed": self.seed,
         }
@@ -346,6 +339,5 @@ class RankController(Generic[AdaptersT]):
         )
         controller._reference_cost = state["reference_cost"]
         controller.interval_losses = list(state["interval_losses"])
-        controller.signal_ranks = np.asarray(state["signal_ranks"]).copy()
         controller.decision = state["decision"]
         return controller

@@ -21,9 +21,6 @@ from .problem import AllocationProblem
 Float32Array = NDArray[np.float32]
 
 
-_SUMS = [SIGNALS.index(name) for name in ("sensitivity", "importance")]
-"""Signals that are sums over the ranks of a module; they are divided by the rank."""
-
 _OF_LIMIT = [MODULE_FEATURES.index(name) for name in ("next_rung_cost", "drop_saving", "adapt_cost")]
 _BUDGET, _SPENT = (RUN_FEATURES.index(name) for name in ("budget", "spent"))
 
@@ -91,7 +88,6 @@ def observe(
     problem: AllocationProblem,
     names: tuple[str, ...],
     signals: FloatArray,
-    signal_ranks: NDArray[np.int64],
     age: NDArray[np.int64],
     shapes: ModuleShapes,
     state: RunState,
@@ -102,7 +98,6 @@ def observe(
         problem: the plans that are possible now.
         names: module names.
         signals: as read by `SignalMeter`, (modules, len(SIGNALS)).
-        signal_ranks: rank of each module while its signals were taken, (modules,).
         age: decisions since each module's signals were fresh, (modules,).
         shapes: of the modules.
         state: where the run stands.
@@ -110,9 +105,7 @@ def observe(
     ranks, ladder = problem.ranks, problem.ladder
     rungs = ladder.rung(ranks)
     spent = plan_cost(problem.cost, ranks)
-    scaled = signals.copy()
-    scaled[:, _SUMS] /= np.maximum(signal_ranks, 1)[:, None]
-    columns = [_centred_log(scaled[:, index]) for index in range(len(SIGNALS))]
+    columns = [_centred_log(signals[:, index]) for index in range(len(SIGNALS))]
     columns += [
         rungs / ladder.top,
         (ranks > 0).astype(np.float64),

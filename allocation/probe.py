@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..common.arrays import FloatArray, IntArray
+from ..common.arrays import FloatArray
 from ..errors import NonFiniteError
 from ..lora.signals import SignalMeter
 from ..lora.targets import TargetModule
@@ -25,20 +25,18 @@ class ProbeResult:
     Attributes:
         signals: (modules, len(SIGNALS)).
         first_loss: mean training loss of its first steps.
-        ranks: of the adapters that it trained, int64 (modules,); None where all had rank 1.
         fall: share of the first loss by which the last one is lower; 0 where it is unknown.
     """
 
     signals: FloatArray
     first_loss: float
-    ranks: IntArray | None = None
     fall: float = 0.0
 
     @classmethod
-    def of(cls, signals: FloatArray, losses: Sequence[float], ranks: IntArray | None = None) -> ProbeResult:
+    def of(cls, signals: FloatArray, losses: Sequence[float]) -> ProbeResult:
         """The result of a probe with these training losses, one a step."""
         first, last = (float(np.mean(part)) for part in (losses[:FIRST_LOSSES], losses[-FIRST_LOSSES:]))
-        return cls(signals, first, ranks, 1 - last / first if first > 0 else 0.0)
+        return cls(signals, first, 1 - last / first if first > 0 else 0.0)
 
 
 def probe(
@@ -74,5 +72,4 @@ def probe(
         meter.accumulate()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    ranks = np.array([target.rank for target in targets], dtype=np.int64)
-    return ProbeResult.of(meter.read(), history, ranks)
+    return ProbeResult.of(meter.read(), history)

@@ -3,15 +3,19 @@
 g is the gradient of B at one optimiser step; means are over the steps of an interval between two decisions. The first
 three signals find planted changes where plain gradient norms do not (docs/experiments.md):
 
-* *component sensitivity*: sum over the components j of abs(b_j . G a_j), where G is the mean gradient of delta W: how
-  strongly the loss depends on the adapter's present components;
+* *component sensitivity*: mean over the components j of abs(b_j . G a_j), where G is the mean gradient of delta W: how
+  strongly the loss depends on one of the adapter's present components;
 * *gradient signal-to-noise*: norm(mean g)^2 / mean norm(g)^2: how far the batches agree, from 0 to 1;
 * *relative change*: norm(delta W) / norm(W): how far training has changed the module.
 
 The last two serve other methods:
 
-* *gradient norm*: root mean square of norm(g), as it would be at the scaling of rank 8, so that ranks compare;
-* *importance*: sum over the entries of B of abs(b * mean g), as in AdaLoRA (Zhang et al., 2023, arXiv 2303.10512).
+* *gradient norm*: root mean square of norm(g);
+* *importance*: sum over the entries of B of abs(b * mean g), over its rank, as in AdaLoRA (Zhang et al., 2023, arXiv
+  2303.10512).
+
+Sensitivity, gradient norm and importance are as they would be at the scaling of rank 8: gradients grow with the scaling
+(`lora/scaling.py`), and a module would seem worth less the more rank it has.
 """
 
 from __future__ import annotations
@@ -62,9 +66,10 @@ def pair_signals(
         rows.append(torch.stack([products.sum(dim=0).abs().sum(), square.sqrt() * abs(scaling), products.abs().sum()]))
     sensitivity, change, importance = torch.stack(rows).unbind(dim=1)
     relative = change / base_norms.to(change)
-    norms = (squares / count).sqrt()
-    norms = norms * torch.tensor([at_8 / (now or 1.0) for now, at_8 in scalings], dtype=torch.float64).to(norms)
-    return torch.stack([sensitivity / count, snr.to(change), relative, norms.to(change), importance / count], dim=1)
+    at_8 = change.new_tensor([reference / (now or 1.0) for now, reference in scalings])
+    each = at_8 / (count * change.new_tensor([b.shape[1] for _, b in factors]))
+    norms = (squares / count).sqrt().to(change) * at_8
+    return torch.stack([sensitivity * each, snr.to(change), relative, norms, importance * each], dim=1)
 
 
 class Meter(ABC):

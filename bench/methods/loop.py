@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,51 +35,14 @@ _ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 """Where Linux tells the energy that the processor has used, if the machine lets it."""
 
 
-class Driver(Protocol):
-    """A method inside the loop: it has made the model, and is told of each step.
+class Driver:
+    """A method inside the loop: it has made the model, and is told of each step. This one does nothing: ranks stay.
 
     Attributes:
         model: a PEFT model in training mode.
-    """
-
-    model: PeftModel
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All that trains."""
-
-    def begin(self, optimizer: torch.optim.Optimizer, loader: DataLoader[Any], steps: int) -> None:
-        """Training is about to begin."""
-
-    def before_step(self, batch: Batch) -> None:
-        """Before the forward pass."""
-
-    def gradients(self, loss: torch.Tensor) -> None:
-        """Gradients are there, and clipped."""
-
-    def stepped(self, step: int) -> None:
-        """The optimiser has stepped, this many times; gradients are still there."""
-
-    def cleared(self, step: int) -> None:
-        """Gradients are gone."""
-
-    def changes(self, step: int) -> bool:
-        """Whether ranks may change after this many steps."""
-
-    def ranks(self) -> IntArray:
-        """Current rank of each module, int64 (modules,); of unadapted modules 0."""
-
-    def buffer_bytes(self) -> int:
-        """What the method holds beside weights, gradients and the optimiser's state."""
-
-    def finish(self) -> dict[str, Any]:
-        """Training is over; returns figures of the method's own, as JSON values."""
-
-
-class StaticDriver:
-    """A driver that does nothing: ranks stay as they are.
 
     Args:
-        model: see `Driver`.
+        model: see above.
         plan: the rank of each module.
     """
 
@@ -100,25 +63,25 @@ class StaticDriver:
         """Gradients are there, and clipped."""
 
     def stepped(self, step: int) -> None:
-        """The optimiser has stepped."""
+        """The optimiser has stepped, this many times; gradients are still there."""
 
     def cleared(self, step: int) -> None:
         """Gradients are gone."""
 
     def changes(self, step: int) -> bool:
-        """Ranks never change."""
+        """Whether ranks may change after this many steps."""
         return False
 
     def ranks(self) -> IntArray:
-        """The plan."""
+        """Current rank of each module, int64 (modules,); of unadapted modules 0."""
         return self._plan
 
     def buffer_bytes(self) -> int:
-        """Nothing."""
+        """What the method holds beside weights, gradients and the optimiser's state."""
         return 0
 
     def finish(self) -> dict[str, Any]:
-        """Nothing to tell."""
+        """Training is over; returns figures of the method's own, as JSON values."""
         return {}
 
 
@@ -171,8 +134,9 @@ def train(task: MethodTask, driver: Driver, rate: float, seed: int, *, tuning: b
     first, energy = driver.ranks(), _energy()
     sample = judged.select(range(min(CURVE_ROWS, len(judged))))
     course.curve.append([0, 0.0, evaluate(driver.model, sample, data, task)["loss"]])
-    torch.manual_seed(seed)
-    _steps(task, driver, optimizer, loader, rate, course, sample, data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of dropout
+        _steps(task, driver, optimizer, loader, rate, course, sample, data)
     used = None if energy is None else max(_energy() or 0.0, energy) - energy
     result = evaluate(driver.model, judged, data, task)
     facts = driver.finish()

@@ -19,7 +19,7 @@ from ...memory.budget import Budget
 from ...memory.peak_meter import PeakMeter
 from ...memory.recording import Batch
 from ..harness import interleave, paired_ratios
-from .loop import CLIP, Driver, StaticDriver, new_loader
+from .loop import CLIP, Driver, new_loader
 from .ranks import plan_ranks
 from .tasks import MethodTask
 from .texts import load_data
@@ -67,7 +67,7 @@ def _beside_reference(task: MethodTask, driver: Driver) -> dict[str, Any]:
     """Peak of a step in bytes; time of a step, and that over the time of the reference's."""
     model = adapted_model(task, 0)
     ranks = np.array([target.rank for target in find_target_modules(model)])
-    sides = {"method": _Steps(task, driver), "reference": _Steps(task, StaticDriver(model, ranks))}
+    sides = {"method": _Steps(task, driver), "reference": _Steps(task, Driver(model, ranks))}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         measured = {name: side.measured() for name, side in sides.items()}
@@ -115,6 +115,6 @@ def time_recomputed(work: Work) -> dict[str, Any]:
     with recomputing(chosen, True) as again:
         assert again is not None, "it was asked for"
         again.take(layers)
-        row = _beside_reference(task, StaticDriver(chosen, plan))
+        row = _beside_reference(task, Driver(chosen, plan))
         again.put_back()
     return {**row, "predicted": float(predicted), "limit": costs.limit.value, "layers": len(layers)}

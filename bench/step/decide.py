@@ -67,7 +67,6 @@ def observation_of(layers: int) -> Observation:
         AllocationProblem.of(targets, cost, BUDGET * whole, ranks=np.ones(count, dtype=np.int64)),
         tuple(target.name for target in targets),
         np.random.default_rng(0).lognormal(size=(count, len(SIGNALS))),
-        np.ones(count, dtype=np.int64),
         np.zeros(count, dtype=np.int64),
         ModuleShapes.of(targets),
         RunState(0.0, 3, whole, first_loss=5.0, losses=(), total_steps=1000, rows=size.rows, probe_fall=0.1),

@@ -43,7 +43,6 @@ def seen(copies: int = 1, **options: Any) -> Observation:
         AllocationProblem(**fields),
         tuple(map(str, range(count))),
         np.ones((count, len(SIGNALS))),
-        np.ones(count, dtype=np.int64),
         np.zeros(count, dtype=np.int64),
         ModuleShapes(np.ones(count), np.zeros(count, dtype=np.bool_), np.zeros(count)),
         RunState(0.0, 3, 4000.0 * copies, 1.0, (), total_steps=1000, rows=16, probe_fall=0.2),

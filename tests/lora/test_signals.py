@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.signals import SIGNALS, SignalMeter
+from rankpilot.lora.signals import SIGNALS, SignalMeter, pair_signals
 from rankpilot.lora.targets import find_target_modules
 
 
@@ -61,13 +61,13 @@ def test_signals_against_their_definitions(make_llama, llama_batch, make_tokens)
         snr = mean.norm() ** 2 / mine.flatten(1).norm(dim=1).square().mean()
         assert values["snr"][index] == pytest.approx(float(snr))
         sensitivity = (target.weight_b * mean).sum(dim=0).abs().sum()
-        assert values["sensitivity"][index] == pytest.approx(float(sensitivity.detach()))
-        root_mean_square = mine.square().sum(dim=(1, 2)).mean().sqrt()
         at_rank_8 = target.scaling_at(8) / target.scaling
         assert at_rank_8 == 0.5
+        assert values["sensitivity"][index] == pytest.approx(at_rank_8 * float(sensitivity.detach()) / target.rank)
+        root_mean_square = mine.square().sum(dim=(1, 2)).mean().sqrt()
         assert values["gradient_norm"][index] == pytest.approx(at_rank_8 * float(root_mean_square))
         importance = (target.weight_b.detach() * mean).abs().sum()
-        assert values["importance"][index] == pytest.approx(float(importance))
+        assert values["importance"][index] == pytest.approx(at_rank_8 * float(importance) / target.rank)
         delta = target.scaling * (target.weight_b @ target.weight_a).norm()
         relative = float(delta.detach() / target.layer.base_layer.weight.norm())
         assert values["relative_change"][index] == pytest.approx(relative, rel=1e-6)
@@ -198,3 +198,18 @@ def test_buffers_hold_one_b_for_each_module_and_are_freed(make_llama, llama_batc
     assert [m.shape for m in meter._sums] == [t.weight_b.shape for t in targets]
     meter.read()
     assert meter._sums == []
+
+
+def test_the_rank_alone_changes_no_signal_of_a_component():
+    """Modules whose components are alike, each with the scaling 16 / rank that its gradients grow with."""
+    factors, scalings, sums = [], [], []
+    for rank in (1, 4, 32):
+        scaling = 16 / rank
+        factors.append((torch.ones(rank, 3, dtype=torch.float64), torch.ones(5, rank, dtype=torch.float64)))
+        scalings.append((scaling, 2.0))
+        sums.append(torch.full((5, rank), 3 * scaling, dtype=torch.float64))
+    squares = torch.stack([total.square().sum() / 3 for total in sums])
+    signals = columns(pair_signals(factors, scalings, sums, squares, 3, torch.ones(3, dtype=torch.float64)).numpy())
+    for name, each in (("sensitivity", 10.0), ("importance", 10.0)):
+        assert signals[name] == pytest.approx([each] * 3)
+    assert signals["gradient_norm"] == pytest.approx(2 * np.sqrt(5 * np.array([1, 4, 32])))

@@ -16,7 +16,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from ....common.arrays import IntArray
 from ....data.task import KINDS
 from ..bases import new_base
-from ..loop import StaticDriver
+from ..loop import Driver
 from ..method import Group
 from ..ranks import plan_ranks, plan_text
 from ..study import DoesNotFitError, Outcome, Study
@@ -35,7 +35,7 @@ RANK = 8
 """The rank at the end, or at the start, of all adapted modules in the mean."""
 
 
-class AdaLoraDriver(StaticDriver):
+class AdaLoraDriver(Driver):
     """AdaLoRA inside the loop; see `Driver`.
 
     Args:

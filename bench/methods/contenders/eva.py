@@ -13,7 +13,7 @@ from peft import EvaConfig, initialize_lora_eva_weights
 from torch.utils.data import DataLoader
 
 from ....lora.targets import find_target_modules
-from ..loop import StaticDriver, new_loader
+from ..loop import Driver, new_loader
 from ..method import Group
 from ..ranks import plan_ranks, plan_text
 from ..study import DoesNotFitError, Outcome, Study
@@ -46,7 +46,7 @@ def _inputs(layer_input: Any, places: torch.Tensor, name: str) -> torch.Tensor:
     return states if states.dim() == 2 else states[places.T.unbind()]
 
 
-class EvaDriver(StaticDriver):
+class EvaDriver(Driver):
     """Plain LoRA from EVA's start; see `Driver`.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 
 from ....lora.targets import TargetModule, find_target_modules
-from ..loop import StaticDriver, new_loader
+from ..loop import Driver, new_loader
 from ..method import Group
 from ..ranks import plan_ranks, plan_text
 from ..study import DoesNotFitError, Modules, Outcome, Study
@@ -72,7 +72,7 @@ def _gradients(work: Work, model: PeftModel, targets: list[TargetModule]) -> dic
     return gradients
 
 
-class GoraDriver(StaticDriver):
+class GoraDriver(Driver):
     """Plain LoRA from a start in GoRA's style; see `Driver`.
 
     Args:

@@ -10,7 +10,7 @@ from peft import MissConfig, get_peft_model
 
 from ....data.task import KINDS
 from ..bases import new_base
-from ..loop import StaticDriver
+from ..loop import Driver
 from ..method import Group
 from ..ranks import plan_ranks, plan_text
 from ..study import DoesNotFitError, Outcome, Study
@@ -23,7 +23,7 @@ RANK = 16
 """Its matrix has rank x d_out numbers: about as many as LoRA's rank 8."""
 
 
-def miss(work: Work) -> StaticDriver:
+def miss(work: Work) -> Driver:
     """MiSS on the modules of the argument `plan`, which have one rank."""
     ranks, task, seed = plan_ranks(work.get("plan")), work.task, work.get("seed")
     kind = KINDS[task.kind]
@@ -34,7 +34,7 @@ def miss(work: Work) -> StaticDriver:
         return _MissDriver(get_peft_model(base, config).train(), ranks)
 
 
-class _MissDriver(StaticDriver):
+class _MissDriver(Driver):
     """Its bytes are not LoRA's, and no model predicts them."""
 
     def finish(self) -> dict[str, Any]:

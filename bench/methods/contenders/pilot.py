@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from ....common.arrays import IntArray
 from ....finetune.pilot import RankPilot
 from ....finetune.run import TrainingRun
+from ....lora.ladder import REFERENCE_RANK
 from ....memory.recording import Batch
+from ..loop import Driver
 from ..method import Group
 from ..study import Outcome, Study
 from ..tasks import Cell
@@ -24,7 +26,7 @@ MEASURE_EVERY = 50
 """Steps from one measured peak to the next."""
 
 
-class PilotDriver:
+class PilotDriver(Driver):
     """The plain-loop API of rankpilot inside the loop of the benchmark; see `Driver`.
 
     Args:
@@ -33,8 +35,9 @@ class PilotDriver:
 
     def __init__(self, work: Work) -> None:
         spec, least = work.get("policy"), work.get("least")
-        bounds = None if least is None else dict.fromkeys(module_names(work.task), (least, 256))
-        self.model = adapted_model(work.task, work.get("seed"))
+        names = module_names(work.task)
+        bounds = None if least is None else dict.fromkeys(names, (least, 256))
+        super().__init__(adapted_model(work.task, work.get("seed")), np.full(len(names), REFERENCE_RANK))
         self.pilot = RankPilot(
             load(spec),
             work.get("budget"),
@@ -44,10 +47,6 @@ class PilotDriver:
             measure_every=MEASURE_EVERY,
             tell=lambda line: None,
         )
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All that trains."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def begin(self, optimizer: torch.optim.Optimizer, loader: DataLoader[Any], steps: int) -> None:
         """Measure, probe, and apply the first plan."""
@@ -60,9 +59,6 @@ class PilotDriver:
     def gradients(self, loss: torch.Tensor) -> None:
         """Gradients are there, and clipped."""
         self.pilot.before_optimizer_step(loss)
-
-    def stepped(self, step: int) -> None:
-        """Nothing to do while gradients are there."""
 
     def cleared(self, step: int) -> None:
         """Decide, where it is due."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from ....common.drawing import COLORS, FAINT, INK, clean_axes, new_figure, save_figure
 from .numbers import REFERENCE, Comparison, Costs, Results, profile
@@ -17,6 +18,9 @@ GROUP_COLORS = dict(
 
 PROFILED = ("simple", "all-linear-8-ckpt", "adalora-peak", "top-down", "ours", "ours-first-plan")
 """Methods whose profiles are drawn in colours; those of the others are grey."""
+
+LABEL_WIDTH, LABEL_HEIGHT = 90, 11
+"""Room of a name in a picture, in pixels."""
 
 
 def draw_all(results: Results, versus: dict[str, Comparison], costs: dict[str, Costs], folder: Path) -> dict[str, Path]:
@@ -53,6 +57,7 @@ def _scatter(
     figure = new_figure(5.4, title, note)
     axes = clean_axes(figure.subplots())
     seen: set[str] = set()
+    places: list[tuple[float, float, str]] = []
     for method in results.methods:
         if method.name not in versus or method.group == "check":
             continue
@@ -62,14 +67,28 @@ def _scatter(
             x, gain.value, yerr=np.maximum(spread, 0), fmt="o", ms=5, lw=0.8, color=color,
             label=None if method.group in seen else method.group,
         )  # fmt: skip
-        axes.annotate(method.name, (x, gain.value), (5, 3), textcoords="offset points", fontsize=7, color=INK)
+        places.append((x, gain.value, method.name))
         seen.add(method.group)
     axes.axhline(0, color=FAINT, lw=0.8, ls=":")
     axes.set_xlabel(label)
     axes.set_ylabel("gain in log loss")
     axes.margins(x=0.12)
+    _label(axes, places)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return save_figure(figure, path)
+
+
+def _label(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
+    """Write the names of points beside them, one above the other where points are close."""
+    written: list[tuple[float, float]] = []
+    for x, y, name in sorted(places, key=lambda place: place[1]):
+        across, up = axes.transData.transform((x, y))
+        height = up
+        while any(abs(across - other) < LABEL_WIDTH and abs(height - level) < LABEL_HEIGHT for other, level in written):
+            height += 1
+        written.append((across, height))
+        shift = (height - up) * 72 / axes.figure.dpi
+        axes.annotate(name, (x, y), (6, shift - 2), textcoords="offset points", fontsize=7, color=INK)
 
 
 def _profiles(results: Results, path: Path) -> Path:
