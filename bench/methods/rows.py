@@ -25,13 +25,16 @@ class RowStore:
 
     Args:
         folder: `rows.jsonl` in it is read and grows; None for a store that is only read.
-        packed: a packed file to begin with, if it exists.
+        packed: a packed file to begin with.
+
+    Raises:
+        ConfigError: there is no such packed file.
     """
 
-    def __init__(self, folder: Path | None, packed: Path | None = PACKED) -> None:
+    def __init__(self, folder: Path | None, packed: Path | None = None) -> None:
         self._path = None if folder is None else folder / "rows.jsonl"
         self._rows: dict[str, dict[str, Any]] = {}
-        if packed is not None and packed.is_file():
+        if packed is not None:
             self._rows |= _unpacked(packed)
         for line in read_json_lines(self._path) if self._path else []:
             self._rows[_text(line["work"])] = line["row"]
@@ -70,6 +73,8 @@ class RowStore:
 
 
 def _unpacked(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        raise ConfigError(f"There is no packed file of rows {path}. `rankpilot bench methods --pack FILE` writes one.")
     table = pq.read_table(path)
     return {key: json.loads(row) for key, row in zip(table["work"].to_pylist(), table["row"].to_pylist(), strict=True)}
 

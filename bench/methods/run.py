@@ -47,6 +47,7 @@ class Options:
         workers: processes of one thread each; 0 for as many as there are cores.
         cluster: address of a Ray cluster to run on: "local", "auto" or HOST:PORT (docs/cluster.md).
         minutes: stop after so many, when the runs that have begun are over.
+        known: a packed file of rows that are not run again, such as bench/results/methods.parquet in the repository.
         pack: also write the suite's rows into this one compressed file.
         json: also write figures of the run (rows, CPU hours) to this file.
     """
@@ -59,6 +60,7 @@ class Options:
     workers: int = 0
     cluster: str | None = None
     minutes: float | None = None
+    known: Path | None = None
     pack: Path | None = None
     json: Path | None = None
 
@@ -132,13 +134,15 @@ def benchmark(options: Options, console: Console) -> Figures:
         raise ConfigError(f"--workers is at least 0 and --minutes above 0; got {options.workers}, {options.minutes}.")
     suite = find_suite(options.suite)
     methods, cells = chosen_methods(suite, options.methods, options.policies), chosen_cells(suite, options.cells)
-    study = Study(RowStore(options.output), suite)
+    study = Study(RowStore(options.output, options.known), suite)
+    before = len(study.rows)
     end = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     with _machines(options.cluster, console), worker_pool(count_workers(options.workers)) as workers:
         progress = Progress(Console(file=sys.stderr), cells, methods, suite)
         complete = run_missing(study, cells, methods, workers, progress, end)
     state = "All rows are there" if complete else "Rows are missing; the same command goes on"
-    console.print(f"{state}: {len(study.rows):,} in {options.output / 'rows.jsonl'}.", markup=False, soft_wrap=True)
+    run_now, file = len(study.rows) - before, options.output / "rows.jsonl"
+    console.print(f"{state}: {len(study.rows):,}, {run_now:,} run now, in {file}.", markup=False, soft_wrap=True)
     if options.pack:
         size = study.rows.pack(options.pack, study.used)
         console.print(f"Packed into {options.pack}: {size:,} bytes.", markup=False, soft_wrap=True)

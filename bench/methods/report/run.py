@@ -28,14 +28,14 @@ from .tables import cells_legend, cells_table, costs_table, losses_table
 class Options:
     """Write the report on a suite from stored rows alone: Markdown, HTML and pictures.
 
-    Nothing is trained. Rows come from the file that ships with the repository, and from `rows.jsonl` of a folder where
-    `rankpilot bench methods` has run. Each figure has an interval by a bootstrap over tasks; losses and ties are told,
+    Nothing is trained. Rows come from `rows.jsonl` of a folder where `rankpilot bench methods` has run, or from a
+    packed file. Each figure has an interval by a bootstrap over tasks; losses and ties are told,
     and so is what must be found if the benchmark works: a method that is worse by construction, and one that is better.
 
     Attributes:
         suite: quick, standard, full or validation.
         rows: folder with `rows.jsonl`; without it, the rows that ship with the repository.
-        packed: a packed file of rows to read in place of the shipped one.
+        packed: a packed file of rows, read without `rows`.
         output: folder of the report: results.md, results.html and pictures.
         images: folder of the pictures, if it is another one.
         policies: folders of further policies that were compared.
@@ -57,14 +57,15 @@ def read_results(options: Options) -> Results:
     Raises:
         ConfigError: there are none.
     """
-    store = RowStore(options.rows, options.packed)
+    if options.rows is not None and not (options.rows / "rows.jsonl").is_file():
+        raise ConfigError(f"{options.rows} holds no rows.jsonl. Pass the output folder of `rankpilot bench methods`.")
+    store = RowStore(options.rows, None if options.rows else options.packed)
     suite = find_suite(options.suite)
     results = Results.of(Study(store, suite), chosen_methods(suite, (), options.policies))
     if not results.found:
         raise ConfigError(
-            f"There are no rows of the suite {options.suite!r}. Run `rankpilot bench methods --suite "
-            f"{options.suite}` and "
-            "pass its folder as --rows."
+            f"There are no rows of the suite {options.suite!r}. Run `rankpilot bench methods --suite {options.suite}` "
+            "and pass its folder as --rows."
         )
     return results
 

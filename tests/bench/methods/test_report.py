@@ -143,3 +143,10 @@ def test_stored_rows_show_what_must_be_there() -> None:
     suite = (DOCS / "results.md").read_text().partition("--suite ")[2].partition("`")[0]
     found = check_results(report.read_results(report.Options(suite=suite)))
     assert found["check-worse"], "a method that is worse by construction is found worse, with its whole interval"
+
+
+def test_a_folder_without_rows_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no rows.jsonl"):
+        report.read_results(Options(rows=tmp_path))
+    with pytest.raises(ConfigError, match="no packed file of rows"):
+        report.read_results(Options(packed=tmp_path / "rows.parquet"))
