@@ -20,7 +20,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         r"default: mean gain over uniform rank [+-]\d\.\d\d of the headroom, on 12 tasks",
         r"Decisions that differ when they are taken again: 0\n",
         r"Lower bound: -?\d\.\d{3}",
-        r"  total +[+-]\d\.\d{3}, missed by \d\.\de-\d\d",
+        r"  total +[+-]\d\.\d{3}, missed by \d\.\de[+-]\d\d",
         r"With a budget .* Checked: True",
         r"Noise of 0\.3 in the log of every signal leaves the plan",
         r"step 0: \d+ of \d+ ranks as signal-mean would have them",
