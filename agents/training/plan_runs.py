@@ -160,7 +160,7 @@ def run_plans(stack: Stack) -> PlanRun:
         actions = [stack.actor.act(observation) for observation in seen]
         noted["scores"].append(np.stack([each.scores - each.scores.mean() for each in actions]).astype(np.float32))
         pairs = enumerate(zip(seen, actions, strict=True))
-        decisions, choices = zip(*(_decide(*pair, slot % RUNS, generator) for slot, pair in pairs), strict=True)
+        decisions, choices = zip(*(draw_decision(*pair, slot % RUNS, generator) for slot, pair in pairs), strict=True)
         noted["choices"].append(np.array([CHOICES.index(choice) for choice in choices], dtype=np.int8))
         return decisions
 
@@ -183,10 +183,17 @@ def run_plans(stack: Stack) -> PlanRun:
     )
 
 
-def _decide(
+def draw_decision(
     observation: Observation, action: MeanAction, number: int, generator: np.random.Generator
 ) -> tuple[Decision, str]:
-    """Another plan for each run of a task; later mostly the ranks as they are. And which of `CHOICES` it is."""
+    """Another plan for each run of a task; later mostly the ranks as they are. And which of `CHOICES` it is.
+
+    Args:
+        observation: of the decision, under the task's budget.
+        action: the actor's.
+        number: of the run in its task, 0 to `RUNS` - 1.
+        generator: draws.
+    """
     candidates = candidate_actions(observation, action.scores, action.placement, 1, generator)
     less, place = generator.uniform(*LESS), generator.uniform()
     if not is_first(observation) and generator.uniform() > MOVES:

@@ -11,11 +11,19 @@ from ...data.models import load_model, load_tokenizer
 from ...env.proxies.bases import PROXY_BASES, load_base_model
 from .tasks import MethodTask
 
-_LOADED = {"minilm-l6": "all-minilm-l6-v2", "minilm-l3": "all-minilm-l6-v2", "smollm2-135m": "smollm2-135m-instruct"}
+_LOADED = {
+    "minilm-l6": "all-minilm-l6-v2",
+    "minilm-l3": "all-minilm-l6-v2",
+    "smollm2-135m": "smollm2-135m-instruct",
+    "smollm2-8": "smollm2-135m-instruct",
+}
 """The packaged model behind each name."""
 
+_CUT = {"minilm-l3": 3, "smollm2-8": 8}
+"""How many of its lower layers are kept, where not all are."""
+
 BASES = (*_LOADED, *(name for name in PROXY_BASES if not name.startswith("bert")))
-"""Names of models: MiniLM whole and its lower three layers, SmolLM2, and the causal proxy bases, which read bytes."""
+"""Names of models: MiniLM and SmolLM2, whole and cut, and the causal proxy bases, which read bytes."""
 
 
 def reads_bytes(model: str) -> bool:
@@ -41,8 +49,14 @@ def new_base(task: MethodTask, labels: tuple[str, ...], seed: int) -> PreTrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = load_model(_LOADED[task.model], task.kind, labels, tokenizer_of(task.model))
-    if task.model == "minilm-l3":
-        encoder: Any = model.bert.encoder
-        encoder.layer = encoder.layer[:3]
-        model.config.num_hidden_layers = 3
+    if task.model in _CUT:
+        _keep_layers(model, _CUT[task.model])
     return model.float().train()
+
+
+def _keep_layers(model: PreTrainedModel, count: int) -> None:
+    """Keep so many of the lower layers."""
+    body: Any = model.base_model
+    holder, name = (body.encoder, "layer") if hasattr(body, "encoder") else (body, "layers")
+    setattr(holder, name, getattr(holder, name)[:count])
+    model.config.num_hidden_layers = count

@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from ...data import tokens
 from ...data.chats import encoded
-from ...data.corpora import documented_names, load_corpus
+from ...data.corpora import documented_names, library_source, load_corpus
 from ...data.packaged_data import DATASETS, read_official_split, read_splits
 from ...data.readers import scattered
 from ...errors import UnknownNameError
@@ -28,6 +28,12 @@ Pairs = Sequence[tuple[str, Label]]
 
 PIECE = 2000
 """Characters of a corpus that are tokenised at once."""
+
+LIBRARIES = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
+"""Packages of the standard library whose source is told apart."""
+
+MOST_PIECES = 1500
+"""Pieces of each text that is told apart from others, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +120,37 @@ def _lengths(name: str) -> tuple[tuple[str, ...], tuple[Pairs, Pairs]]:
     return ("value",), _mixed(train, held_out)
 
 
+def _libraries() -> tuple[tuple[str, ...], tuple[Pairs, Pairs]]:
+    """Pieces of Python's source, by the package that they belong to."""
+    return _pieces({name: library_source(name) for name in LIBRARIES}, 100)
+
+
+def _origins() -> tuple[tuple[str, ...], tuple[Pairs, Pairs]]:
+    """A few words each, by the text that they come from."""
+    names = ("german", "spanish", "tales", "reviews", "code", "tables")
+    texts = {name: bytes(load_corpus(name)[0]).decode("utf-8", errors="ignore") for name in names}
+    return _pieces(texts, 16)
+
+
+def _pieces(texts: Mapping[str, str], length: int) -> tuple[tuple[str, ...], tuple[Pairs, Pairs]]:
+    """Pieces of some texts, by the text's name, split 9 to 1."""
+    found: dict[str, Label] = {}
+    for number, text in enumerate(texts.values()):
+        starts = np.linspace(0, len(text) - length, MOST_PIECES).astype(np.int64)
+        found |= {text[start : start + length]: number for start in starts}
+    mixed = scattered(found)
+    cut = len(mixed) * 9 // 10
+    train, held_out = ({text: found[text] for text in part} for part in (mixed[:cut], mixed[cut:]))
+    return tuple(texts), _mixed(train, held_out)
+
+
 _LABELLED: dict[str, Callable[[], tuple[tuple[str, ...], tuple[Pairs, Pairs]]]] = {
     "newsgroups": lambda: _groups(lambda group: not group.startswith("comp."), 1),
     "computers": lambda: _groups(lambda group: group.startswith("comp."), 3),
     "news-length": lambda: _lengths("reuters-r8"),
     "review-length": lambda: _lengths("imdb"),
+    "libraries": _libraries,
+    "origins": _origins,
 }
 """Data sets made of packaged ones; "newsgroups" and "computers" share no post."""
 

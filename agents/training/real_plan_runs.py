@@ -1,0 +1,106 @@
+"""Plan runs of real fine-tunes, which ship with the package: training reads them beside those of fresh proxies.
+
+`rankpilot bench plan-runs` makes the file. A task's runs share its seed and batches, and each had one decision, before
+the first step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ...common.files import atomic_path
+from ...errors import RunFolderError
+from ..learned.policy import LearnedPolicy
+from ..learned.policy_file import SCHEMA
+from .plan_runs import RUNS, PlanRun
+
+PACKED = Path(__file__).parent / "real_plan_runs.safetensors"
+"""The file that ships with the package."""
+
+
+@dataclass(frozen=True, eq=False)
+class RealPlanRun:
+    """`RUNS` plans of one real fine-tune.
+
+    Attributes:
+        task: names model, data, size and seed.
+        family: tasks whose model and data are alike; what is held out together.
+        names: of the modules, (modules,).
+        modules: what was seen of them, float32 (modules, features).
+        run: what was seen of the run, float32 (features,).
+        ranks: int64 (RUNS, modules), plain LoRA first.
+        losses: held-out losses at the end in nats, NaN for runs that failed, float64 (RUNS,).
+        initial: the same before training.
+        choices: how each plan was chosen, see `plan_runs.CHOICES`, int8 (RUNS,).
+    """
+
+    task: str
+    family: str
+    names: tuple[str, ...]
+    modules: NDArray[np.float32]
+    run: NDArray[np.float32]
+    ranks: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    initial: float
+    choices: NDArray[np.int8]
+
+    def seen_by(self, actor: LearnedPolicy) -> PlanRun:
+        """The same as the value networks of a policy learn from it: with the scores of its actor."""
+        scores = actor.scores_of(self.modules, self.run)
+        return PlanRun(
+            modules=np.tile(self.modules, (1, RUNS, 1, 1)),
+            scores=np.tile((scores - scores.mean()).astype(np.float32), (1, RUNS, 1)),
+            run=np.tile(self.run, (1, RUNS, 1)),
+            ranks=self.ranks[None],
+            losses=self.losses,
+            initial=np.full(RUNS, self.initial),
+            choices=self.choices[None],
+            names=self.names,
+        )
+
+
+_ARRAYS = ("modules", "run", "ranks", "losses", "choices")
+_TEXTS = ("task", "family", "names", "initial")
+
+
+def write_real_plan_runs(runs: Sequence[RealPlanRun], path: Path) -> int:
+    """Write plan runs into one file; returns its bytes."""
+    arrays = {f"{number}.{name}": getattr(each, name) for number, each in enumerate(runs) for name in _ARRAYS}
+    for name, values in arrays.items():
+        if name.endswith("ranks"):
+            arrays[name] = values.astype(np.int16)
+    origin = json.dumps([{name: getattr(each, name) for name in _TEXTS} for each in runs])
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary, metadata={"schema": str(SCHEMA), "origin": origin})
+        return temporary.stat().st_size
+
+
+def read_real_plan_runs(path: Path = PACKED) -> list[RealPlanRun]:
+    """The plan runs of a file.
+
+    Raises:
+        RunFolderError: it is damaged, or of another version.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("schema") != str(SCHEMA):
+                raise RunFolderError(f"{path} was written by another version of rankpilot. Make it again.")
+            return [_read_one(file, number, each) for number, each in enumerate(json.loads(metadata["origin"]))]
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise RunFolderError(f"The plan runs in {path} cannot be read ({error}).") from error
+
+
+def _read_one(file: Any, number: int, texts: dict[str, Any]) -> RealPlanRun:
+    arrays = {name: file.get_tensor(f"{number}.{name}") for name in _ARRAYS}
+    arrays["ranks"] = arrays["ranks"].astype(np.int64)
+    return RealPlanRun(**texts | {"names": tuple(texts["names"])}, **arrays)
