@@ -80,8 +80,8 @@ class Options:
     json: Path | None = None
 
 
-def _tasks(quick: bool) -> list[MethodTask]:
-    """The fine-tunes."""
+def tasks(quick: bool) -> list[MethodTask]:
+    """The fine-tunes; with `quick` one that takes seconds."""
     if quick:
         return [MethodTask("llama-4x32", "german", "causal-lm", 10, 4, 32, 8e-3, held_out=32, curve=1)]
     encoders = [
@@ -198,7 +198,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     wanted = [
         (task, seed)
         for seed in range(1, options.seeds + 1)
-        for task in _tasks(options.quick)
+        for task in tasks(options.quick)
         if not options.cells or any(word in task.name for word in options.cells)
     ]
     if not wanted:
