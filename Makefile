@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo bench clean
+.PHONY: help setup test check docs demo bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,10 @@ test: setup ## run the tests, a process for each core
 
 check: $(VENV)/.installed-dev ## lint, format, types and import rules
 	scripts/check
+
+docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a browser opens index.html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
+	@echo "The pages are in build/docs/index.html."
 
 demo: setup ## train a small policy, then run a real fine-tune under it (goes on where it was interrupted)
 	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume

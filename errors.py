@@ -9,7 +9,7 @@
     ├── NonFiniteError     a loss or weight that is NaN or infinite                (ArithmeticError)
     ├── NoGradientError    a run whose adapters receive no gradients               (RuntimeError)
     ├── PolicyFileError    a policy file that is corrupt, foreign or too new       (ValueError)
-    ├── RunFolderError     a folder of a run or adapter: exists, missing or cut off    (OSError)
+    ├── RunFolderError     a run or adapter that exists, is missing or is cut off  (OSError)
     ├── AssetError         a packaged model or data set that is not at hand        (OSError)
     ├── ReviewError        a person who refused a plan, or gave no answer in time  (RuntimeError)
     ├── WorkerError        work at which worker processes ended again and again    (RuntimeError)

@@ -164,7 +164,7 @@ class Deliberation:
 
     @cached_property
     def favourite(self) -> int:
-        """The plan that is taken where none is drawn: of those that are tied, the nearest to the simple one."""
+        """The plan that is taken if none is drawn, of those that are tied the nearest to the simple one."""
         distances = np.where(self.tied, self.distances, np.inf)
         nearest = np.flatnonzero(distances == distances.min())
         return int(nearest[np.argmax(self.bound[nearest])])

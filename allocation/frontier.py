@@ -46,7 +46,7 @@ class FrontierPlan:
 
     @property
     def verdict(self) -> str:
-        """Against plain LoRA: "better", "worse", or "tie" where the interval does not tell them apart."""
+        """Beside plain LoRA, "better", "worse", or "tie" where the interval does not tell them apart."""
         return "worse" if self.low > 1 else "better" if self.high < 1 else "tie"
 
 

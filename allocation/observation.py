@@ -184,11 +184,21 @@ def _run_features(problem: AllocationProblem, spent: float, state: RunState) -> 
 
 
 def mean_feature(observation: Observation, names: tuple[str, ...]) -> FloatArray:
-    """The mean of these features of each module, (modules,)."""
+    """The mean of these features of each module, (modules,).
+
+    Args:
+        observation: what a policy sees.
+        names: of `MODULE_FEATURES`.
+    """
     columns = [MODULE_FEATURES.index(name) for name in names]
     return np.asarray(observation.modules[:, columns].mean(axis=1), dtype=np.float64)
 
 
 def module_feature(observation: Observation, name: str) -> FloatArray:
-    """One feature of each module, (modules,)."""
+    """One feature of each module, (modules,).
+
+    Args:
+        observation: what a policy sees.
+        name: of `MODULE_FEATURES`.
+    """
     return mean_feature(observation, (name,))

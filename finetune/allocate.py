@@ -149,8 +149,17 @@ def static_plan(
 ) -> StaticPlan:
     """As `allocate`, with the ranks and the predicted memory beside the LoraConfig.
 
-    With `frontier` the time of steps is measured as well, unless layers run again as a plan needs, and the plan comes
-    with `StaticPlan.frontier`; a policy that cannot tell plans of any cost apart is a ConfigError.
+    Args:
+        model: see `allocate`, as the other arguments.
+        data: batches of the fine-tune.
+        budget: of a training step.
+        policy: who decides.
+        frontier: also fill `StaticPlan.frontier`. The time of steps is then measured as well, unless layers run again
+            as a plan needs.
+        options: see `allocate`.
+
+    Raises:
+        ConfigError: with `frontier`, the policy cannot tell plans of any cost apart; and all that `allocate` raises.
     """
     if frontier:
         policy = load_policy(policy)

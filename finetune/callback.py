@@ -68,6 +68,10 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         pilot: decides the ranks.
 
+    Raises:
+        ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument that cannot be used. `Trainer.train`
+            then raises what `RankPilot.begin` and its other methods do.
+
     Example:
         >>> trainer = Trainer(..., callbacks=[RankPilotCallback("signal-mean", budget="80%")])  # doctest: +SKIP
 
@@ -316,6 +320,8 @@ def attach(trainer: Trainer, policy: str | Path | Policy = DEFAULT, **options: A
 
     Raises:
         UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
+        DataError: its training set is empty.
+        ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument that cannot be used.
 
     Example:
         >>> rankpilot.attach(trainer, budget="80%")  # doctest: +SKIP

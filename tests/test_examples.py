@@ -13,10 +13,11 @@ import torch
 import yaml
 from rankpilot.data import packaged_data
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
 
 from .finetune.several import in_processes
-from .finetune.trainer_kinds import llama, reviews, sizes, word_tokenizer
+from .finetune.trainer_kinds import reviews
+from .small_bases import bert as bert  # the fixtures
+from .small_bases import chat_model as chat_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [
@@ -24,25 +25,6 @@ pytestmark = [
     # The examples leave TrainingArguments as they are, for machines with a GPU.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found"),
 ]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny classifier with its tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**sizes(), pad_token_id=1)).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny chat model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("llama")
-    llama().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

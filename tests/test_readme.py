@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from .finetune.trainer_kinds import llama, word_tokenizer
+from .small_bases import chat_model as chat_model  # the fixture
+from .small_bases import smaller
 from .warm_python import WarmPython
 
 ROOT = Path(__file__).parents[1]
-CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def blocks_of(text: str) -> Iterator[tuple[str, str]]:
@@ -67,22 +67,16 @@ def run_shell(python: WarmPython, line: str, folder: Path) -> str:
 
 def run_python(python: WarmPython, code: str, folder: Path, chat_model: Path) -> str:
     """Run the Python blocks of a section in a fresh process; returns what it printed."""
-    smaller = code.replace("max_steps=100", "max_steps=6").replace("per_device_train_batch_size=16", "use_cpu=True")
-    smaller = smaller.replace("max_length=48", "max_length=16").replace(CHAT_MODEL, str(chat_model))
-    smaller = smaller.replace("total_steps=100", "total_steps=6").replace("islice(loader, 100)", "islice(loader, 6)")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = python.run([sys.executable, "-c", smaller], cwd=folder, env=environment)
+    done = python.run([sys.executable, "-c", smaller(code, chat_model)], cwd=folder, env=environment)
     assert done.returncode == 0, f"{code}\n{done.stderr[-2000:]}"
     return done.stdout
 
 
 @pytest.mark.assets
 @pytest.mark.slow
-def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path) -> None:
+def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path, chat_model: Path) -> None:
     assert len(BLOCKS) >= 6
-    chat_model = tmp_path / "chat_model"
-    llama().save_pretrained(chat_model)
-    word_tokenizer().save_pretrained(chat_model)
     printed = ""
     for kind, code in BLOCKS:
         if kind == "python":
@@ -97,10 +91,3 @@ def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path)
     assert (tmp_path / "runs/finetune/report.md").is_file()
     assert (tmp_path / "runs/mine/adapter/adapter_model.safetensors").is_file()
     assert any((tmp_path / "runs/sft/decisions").iterdir())
-
-
-def test_pictures_and_links_of_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert len(links) >= 4
-    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -35,7 +35,7 @@ class StudyOptions:
         runs: the folders of the runs.
         output: the file of the page, study.html in the run's folder by default; with --json, that of the data.
         json: give the data of the page as JSON instead, on standard output or in --output.
-        png: also make figures/*.png of ranks, losses and costs in the folder of each run, as rankpilot report does.
+        png: also make pictures of ranks, losses and costs, as rankpilot report does, in the folder of each run.
         open: open the page in a browser.
         explain: how much to say of each decision: votes, what the networks voted and which features drove them; all,
             also what would have changed the decision and how sure each rank is, some seconds a decision; none. By

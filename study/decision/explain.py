@@ -59,7 +59,13 @@ def explanations(
 
 
 def explain(logged: LoggedDecision, policy: Policy | None = None, what_ifs: bool = True) -> Explanation:
-    """Explain one decision; the arguments are those of `explanations`."""
+    """Explain one decision.
+
+    Args:
+        logged: the decision, as `DecisionLog.logged` gives it.
+        policy: who decided; by default the policy that ships with rankpilot, if its weights are those of the log.
+        what_ifs: also look for what would have changed the decision, and for how sure it is: some seconds.
+    """
     found = explain_votes(logged)
     obstacle = _without_votes(logged)
     if obstacle:

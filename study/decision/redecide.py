@@ -35,6 +35,10 @@ def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
     Where the log's policy drew plans at a temperature, this one draws with the same temperature and seed. It has the
     same goal, if its networks tell plans of any cost apart.
 
+    Args:
+        logged: the decision, as `DecisionLog.logged` gives it.
+        policy: who decides now.
+
     Raises:
         ConfigError: no policy decided there.
     """

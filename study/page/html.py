@@ -58,7 +58,12 @@ def page_html(data: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[
 
 
 def write_page(data: Mapping[str, Any], path: Path) -> None:
-    """Write the page of some runs; equal data give equal bytes."""
+    """Write the page of some runs; equal data give equal bytes.
+
+    Args:
+        data: see `page_data`.
+        path: of the page; a file that is there is replaced.
+    """
     write_text(path, study_html(data))
 
 

@@ -74,7 +74,12 @@ def suite_html(data: dict[str, Any]) -> str:
 
 
 def write_suite_page(data: dict[str, Any], path: Path) -> None:
-    """Write the page; equal data give equal bytes."""
+    """Write the page; equal data give equal bytes.
+
+    Args:
+        data: see `suite_data`.
+        path: of the page; a file that is there is replaced.
+    """
     write_text(path, suite_html(data))
 
 
