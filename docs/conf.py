@@ -27,6 +27,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 exclude_patterns = ["notebooks"]
 
+# Quotes and dashes of commands stay what they are, and only what says that it is Python is coloured as Python.
+smartquotes = False
+highlight_language = "none"
+
 html_theme = "furo"
 html_title = f"rankpilot {release}"
 html_static_path = ["_static"]

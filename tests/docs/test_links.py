@@ -68,7 +68,7 @@ def test_pages_that_the_code_names_exist() -> None:
     named = {
         (name, page)
         for name in listed.stdout.splitlines()
-        for page in re.findall(r"\bdocs/[\w/-]+\.(?:md|py)\b", (ROOT / name).read_text(encoding="utf-8"))
+        for page in re.findall(r"\bdocs/[a-z/_-]+\.(?:md|py)\b", (ROOT / name).read_text(encoding="utf-8"))
     }
     assert len(named) >= 10
     assert sorted((name, page) for name, page in named if not (ROOT / page).is_file()) == []
