@@ -19,7 +19,7 @@ check: $(VENV)/.installed-dev ## lint, format, types and import rules
 	scripts/check
 
 docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a browser opens index.html
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
 	@echo "The pages are in build/docs/index.html."
 
 demo: setup ## train a small policy, then run a real fine-tune under it (goes on where it was interrupted)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import rankpilot
@@ -13,7 +13,7 @@ from rankpilot import errors
 from rankpilot.cli.main import COMMANDS
 from rankpilot.cli.study import PARTS
 
-from .pages import PAGES, blocks_of
+from .pages import PAGES, ROOT, blocks_of
 
 API = [page for page in PAGES if page.parent.name == "api"]
 DIRECTIVE = re.compile(r"^\.\. (?:auto(?:class|function|exception)|py:data):: (\S+)", re.M)
@@ -30,23 +30,23 @@ def test_every_public_name_is_described() -> None:
     assert {f"rankpilot.{name}" for name in rankpilot.__all__} <= set(DESCRIBED)
 
 
+def text_of(name: str) -> str:
+    """A page of docs/, by its path there."""
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
 def test_every_error_is_described() -> None:
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-    page = next(page for page in API if page.name == "errors.md").read_text(encoding="utf-8")
     assert len(kinds) >= 14
-    assert [kind for kind in sorted(kinds) if not re.search(rf"\b{kind}\b", page)] == []
+    assert kinds == {name.rpartition(".")[2] for name, page in DESCRIBED.items() if page.name == "errors.md"}
 
 
 def test_every_command_is_described() -> None:
-    page = next(page for page in PAGES if page.name == "command-line.md").read_text(encoding="utf-8")
-    assert [command for command in COMMANDS if f"`rankpilot {command}`" not in page] == []
-    settings = next(page for page in API if page.name == "commands.md").read_text(encoding="utf-8")
-    parts = {f"rankpilot.cli.study.{part.replace('-', '_')}." for part in PARTS}
-    commands = {f"rankpilot.cli.{command}." for command in COMMANDS} - {
-        f"rankpilot.cli.{x}." for x in ("study", "bench")
-    }
-    known = commands - {"rankpilot.cli.finetune."} | parts  # FinetuneConfig has all of a fine-tune
-    assert [module for module in sorted(known) if module not in settings] == []
+    assert [command for command in COMMANDS if f"`rankpilot {command}`" not in text_of("command-line.md")] == []
+    commands = {*COMMANDS} - {"bench", "study", "finetune"}  # of a fine-tune, FinetuneConfig has all
+    modules = [*commands, *(f"study.{part.replace('-', '_')}" for part in PARTS)]
+    described = {name.rpartition(".")[0] for name, page in DESCRIBED.items() if page.name == "commands.md"}
+    assert {f"rankpilot.cli.{module}" for module in modules} <= described
 
 
 @pytest.mark.parametrize("name", DESCRIBED)
@@ -63,7 +63,12 @@ def test_what_is_described_describes_itself(name: str) -> None:
         assert len(arguments) == 1 or missing == []
 
 
-def test_pages_lead_to_the_reference() -> None:
-    index = next(page for page in API if page.name == "index.md").read_text(encoding="utf-8")
-    assert [page.name for page in API if page.name != "index.md" and f"({page.name})" not in index] == []
-    assert isinstance(API[0], Path)
+def test_every_extra_is_told() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    rows = re.findall(r"^\|.*\|", text_of("first-steps.md"), re.M)
+    assert [extra for extra in extras if not any(f"`{extra}`" in row for row in rows)] == []
+
+
+def test_the_index_leads_to_all_of_the_reference() -> None:
+    assert len(API) >= 9
+    assert [page.name for page in API if f"({page.name})" not in text_of("api/index.md")] == ["index.md"]
