@@ -62,13 +62,12 @@ class Docstring(Directive):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Parse it as the page is parsed."""
+        """Parse it as the page is parsed; its headings become lines in bold."""
         module, _, name = self.arguments[0].partition(":")
         owner = import_module(module)
         text = inspect.cleandoc((getattr(owner, name) if name else owner).__doc__ or "")
-        text = re.sub(r"^#", "##", text, flags=re.M)  # its headings are below that of the page's section
         parent = nodes.Element()
-        self.state.nested_parse(StringList(text.splitlines(), source=self.arguments[0]), 0, parent, match_titles=True)
+        self.state.nested_parse(StringList(text.splitlines(), source=self.arguments[0]), 0, parent)
         return parent.children
 
 
@@ -94,10 +93,18 @@ def found_by_last_part(app: Any, env: Any, node: Any, text: nodes.Node) -> nodes
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, text, names[0])
 
 
+def dashes(app: Any, page: nodes.document) -> None:
+    """Between a parameter and what it means there is a dash, though quotes and dashes elsewhere stay as they are."""
+    for text in [*page.findall(nodes.Text)]:
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
+
+
 def setup(app: Any) -> None:
     """What Sphinx calls with the application."""
     app.add_directive("docstring", Docstring)
     app.connect("autodoc-process-signature", readable_signature)
+    app.connect("doctree-read", dashes)
     app.connect("missing-reference", found_by_last_part)
     for field in PyObject.doc_field_types:
         if field.name == "variable":
