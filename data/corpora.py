@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..common.files import atomic_path
-from ..errors import UnknownNameError
+from ..errors import AssetError, UnknownNameError
 from . import readers
 from .asset_list import ASSETS, cache_folder
 from .assets import fetch_asset
@@ -124,9 +124,11 @@ def _text(name: str) -> str:
 def _read(name: str) -> bytes:
     """The whole text, which is kept in the cache folder: parsing the standard library takes a process seconds."""
     path = _cache_path(name)
-    if path.is_file():
+    if path.is_file() and path.stat().st_size:
         return path.read_bytes()
     data = _text(name).encode("utf-8")
+    if not data:
+        raise AssetError(f"The package of the corpus {name!r} holds no text. Remove {cache_folder()} to load it again.")
     # Without a writable cache the text is just read again next time.
     with contextlib.suppress(OSError), atomic_path(path) as temporary:
         temporary.write_bytes(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[RealPlanRun]]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RealPlanRun]]:
     folder = tmp_path_factory.mktemp("plan-runs")
     figures = benchmark(Options(folder, seeds=1, workers=1, pack=folder / "packed.safetensors", quick=True), Console())
     assert (figures["fine_tunes"], figures["complete"]) == (1, True)
-    yield folder, read_real_plan_runs(folder / "packed.safetensors")
+    return folder, read_real_plan_runs(folder / "packed.safetensors")
 
 
 def test_plans_of_one_fine_tune(made: tuple[Path, list[RealPlanRun]]) -> None:

@@ -147,6 +147,19 @@ def test_a_domain_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         labelled.load_labelled("topics")
 
 
+def test_an_empty_text_is_neither_kept_nor_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
+    monkeypatch.setattr(corpora, "_text", lambda _: "")
+    path = corpora._cache_path("tables")
+    with pytest.raises(AssetError, match="'tables' holds no text"):
+        corpora._read("tables")
+    assert not path.exists()
+    path.parent.mkdir(parents=True)
+    path.touch()
+    monkeypatch.setattr(corpora, "_text", lambda _: "a table")
+    assert corpora._read("tables") == b"a table", "an empty file of the cache counts for nothing"
+
+
 def test_unknown_names_suggest() -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown corpus 'germen'\. Did you mean: 'german'"):
         corpora.load_corpus("germen")
