@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftConfig, get_peft_model
 from rankpilot.data import packaged_data
+from rankpilot.lora.targets import find_target_modules
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from .finetune.several import in_processes
 from .finetune.trainer_kinds import reviews
@@ -39,7 +43,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
         runpy.run_path(str(path), run_name="__main__")
         out = tmp_path / "out"
         if os.environ.get("RANK", "0") == "0":  # of several processes the first one saves
-            assert out.is_file() or (out / "card.json").exists() or has_ranks(out / "adapter")
+            files = ("card.json", "adapter_config.json")
+            assert out.is_file() or any((out / name).exists() for name in files) or has_ranks(out / "adapter")
         return capsys.readouterr().out
 
     return start
@@ -53,7 +58,7 @@ def has_ranks(adapter: Path) -> bool:
 
 def test_examples_are_short() -> None:
     lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lines) == 11
+    assert len(lines) == 12
     assert max(lines.values()) <= 44, lines
 
 
@@ -64,6 +69,19 @@ def test_a_plan_for_axolotl(run: Callable[..., str], chat_model: Path, tmp_path:
     assert len(lines["lora_target_modules"]) == len(lines["lora_rank_pattern"])
     assert "modules moved" in printed
     assert not (tmp_path / "runs" / "plan" / "decisions").exists()
+
+
+def test_an_experiment_for_peft(run: Callable[..., str], chat_model: Path, tmp_path: Path) -> None:
+    rows = [{"query": f"What is {n} plus {n}?", "response": f" It is {2 * n}."} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = run("peft_experiment", "--model", chat_model, "--data", "rows.jsonl", "--budget", "80%", "--length", 24)
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert config.base_model_name_or_path is None
+    assert json.loads((tmp_path / "out" / "training_params.json").read_text())["optimizer_kwargs"]["lr"] == 1e-4
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_model), config)
+    ranks = {target.rank for target in find_target_modules(model)}
+    assert ranks <= {*config.rank_pattern.values(), config.r}
+    assert str(sorted({*config.rank_pattern.values(), config.r})) in printed
 
 
 def test_trainer_and_going_on_from_its_adapter(run: Callable[..., str], bert: Path, tmp_path: Path) -> None:
