@@ -7,6 +7,7 @@ The runs of a task share seed and batches and differ by their plans alone, as th
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -20,17 +21,19 @@ from rich.console import Console
 
 from ..agents.learned.policy import LearnedPolicy
 from ..agents.training.plan_runs import CHOICES, RUNS, draw_decision
-from ..agents.training.real_plan_runs import RealPlanRun, write_real_plan_runs
+from ..agents.training.real_plan_runs import RealPlanRun, read_real_plan_runs, write_real_plan_runs
 from ..allocation.observation import Observation, with_limit
 from ..allocation.policy import Decision, decision_to_keep
 from ..allocation.schedule import ONCE
 from ..common.arrays import IntArray
 from ..common.workers import count_workers, worker_pool
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..finetune.pilot import RankPilot
 from ..lora.ladder import REFERENCE_RANK
 from .harness import Figures, machine_facts
+from .methods.contenders.lora import plain_lora
 from .methods.contenders.policies import load
+from .methods.loop import Driver, train
 from .methods.ranks import plan_ranks, plan_text
 from .methods.rows import RowStore
 from .methods.study import MissingRowsError, Study, gather
@@ -57,7 +60,8 @@ class Options:
     that. Its 15 plans share seed and batches: plain LoRA, rules, kinds of modules, parts of the depth, and drawn ones.
 
     `rankpilot train` reads the packed file of the package beside the plan runs of proxies; this makes it again. Runs go
-    into `rows.jsonl` in the output folder as they end, so that an interrupted run goes on there.
+    into `rows.jsonl` in the output folder as they end, so that an interrupted run goes on there; fine-tunes that the
+    packed file holds already are not run again.
 
     Attributes:
         output: folder of the rows.
@@ -65,7 +69,7 @@ class Options:
         seeds: of each fine-tune, at least 1.
         workers: processes of one thread each; 0 for as many as there are cores.
         minutes: stop after so many, when the runs that have begun are over.
-        pack: also write the fine-tunes that are complete into this file.
+        pack: also write the fine-tunes that are complete into this file, beside those that it holds.
         quick: under a minute: one small fine-tune of 10 steps.
         json: also write figures (fine-tunes, runs, CPU hours) to this file.
     """
@@ -151,9 +155,40 @@ def observe(work: Work) -> dict[str, Any]:
     }
 
 
+class _Watched(Driver):
+    """Keeps the training loss of each step.
+
+    Args:
+        driver: plain LoRA.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver.model, driver.ranks())
+        self.losses: list[float] = []
+
+    def gradients(self, loss: torch.Tensor) -> None:
+        """See `Driver`."""
+        self.losses.append(round(float(loss), 5))
+
+    def finish(self) -> dict[str, Any]:
+        """See `Driver`."""
+        return {"train_losses": self.losses}
+
+
+def _train(work: Work) -> dict[str, Any]:
+    start = time.process_time()
+    try:
+        driver = _Watched(plain_lora(work))
+        row = train(work.task, driver, work.get("rate"), work.get("seed"), tuning=bool(work.get("tuning")))
+    except NonFiniteError:
+        return perform(work)
+    return {**row, "cpu_s": round(time.process_time() - start, 3)}
+
+
 def perform_any(work: Work) -> dict[str, Any]:
     """Do a piece of work of this benchmark or of the one of methods."""
-    return observe(work) if work.kind == "observe" else perform(work)
+    own = {"observe": observe, "train": _train}
+    return own.get(work.kind, perform)(work)
 
 
 def rate_of(rate: float, ranks: IntArray) -> float:
@@ -172,16 +207,22 @@ def plan_runs_of(study: Study, task: MethodTask, seed: int) -> RealPlanRun:
     works = [study.plan_run(task, plan, rate_of(rate, plan), seed) for plan in ranks]
     rows = gather(study.result, works)
     return RealPlanRun(
-        task=f"{task.key}/{seed}",
+        task=_name(task, seed),
         family=task.name,
         names=tuple(seen["names"]),
         modules=np.array(seen["modules"], dtype=np.float32),
         run=np.array(seen["run"], dtype=np.float32),
         ranks=np.stack(ranks),
         losses=np.array([np.nan if row["loss"] is None else row["loss"] for row in rows]),
+        train_losses=np.array([_curve(row, task.steps) for row in rows], dtype=np.float32),
         initial=float(rows[0]["untrained_loss"]),
         choices=np.array([CHOICES.index(choice) for choice in seen["choices"]], dtype=np.int8),
     )
+
+
+def _curve(row: dict[str, Any], steps: int) -> list[float]:
+    """The training loss of each step; NaN where the run failed."""
+    return list(row.get("train_losses", [math.nan] * steps))
 
 
 def benchmark(options: Options, console: Console) -> Figures:
@@ -206,29 +247,41 @@ def benchmark(options: Options, console: Console) -> Figures:
     suite = Suite((), tuple(range(1, options.seeds + 1)), (101,), 1)
     study = Study(RowStore(options.output), suite)
     end = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
-    found: list[RealPlanRun] = []
+    known = read_real_plan_runs(options.pack) if options.pack and options.pack.exists() else []
+    found = {run.task: run for run in known}
     spent, progress = 0.0, Console(file=sys.stderr)
     with worker_pool(count_workers(options.workers)) as workers:
         for number, (task, seed) in enumerate(wanted):
-            while (works := _missing(study, task, seed, found)) and time.monotonic() < end:
-                for work, row in workers.spread(perform_any, works[:8]):
+            name = _name(task, seed)
+            while name not in found and time.monotonic() < end:
+                missing = _missing(study, task, seed, found)
+                for work, row in workers.spread(perform_any, missing[:8]):
                     study.rows.add(work, row)
                     spent += row["cpu_s"]
             told = f"{number + 1} of {len(wanted)}: {task.name}, seed {seed}; {spent / 3600:.2f} CPU h"
             progress.print(told, markup=False, soft_wrap=True)
-    complete = len(found) == len(wanted)
-    state = "All plan runs are there" if complete else "Plan runs are missing; the same command goes on"
-    console.print(f"{state}: {len(found)} of {len(wanted)} fine-tunes.", markup=False)
+            if options.pack:
+                write_real_plan_runs(list(found.values()), options.pack)
+    count = sum(_name(task, seed) in found for task, seed in wanted)
+    state = "All plan runs are there" if count == len(wanted) else "Plan runs are missing; the same command goes on"
+    console.print(f"{state}: {count} of {len(wanted)} fine-tunes.", markup=False)
     if options.pack:
-        size = write_real_plan_runs(found, options.pack)
-        console.print(f"Packed into {options.pack}: {size:,} bytes.", markup=False, soft_wrap=True)
-    return {**machine_facts(torch.device("cpu")), "fine_tunes": len(found), "complete": complete, "cpu_h": spent / 3600}
+        console.print(
+            f"Packed into {options.pack}: {options.pack.stat().st_size:,} bytes.", markup=False, soft_wrap=True
+        )
+    facts = {"fine_tunes": count, "complete": count == len(wanted), "cpu_h": spent / 3600}
+    return {**machine_facts(torch.device("cpu")), **facts}
 
 
-def _missing(study: Study, task: MethodTask, seed: int, found: list[RealPlanRun]) -> Sequence[Work]:
+def _name(task: MethodTask, seed: int) -> str:
+    return f"{task.key}/{seed}"
+
+
+def _missing(study: Study, task: MethodTask, seed: int, found: dict[str, RealPlanRun]) -> Sequence[Work]:
     """What has yet to be run for a fine-tune; once it is complete, it joins those that were found."""
     try:
-        found.append(plan_runs_of(study, task, seed))
+        run = plan_runs_of(study, task, seed)
     except MissingRowsError as error:
         return error.works
+    found[run.task] = run
     return ()

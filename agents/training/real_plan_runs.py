@@ -39,7 +39,8 @@ class RealPlanRun:
         run: what was seen of the run, float32 (features,).
         ranks: int64 (RUNS, modules), plain LoRA first.
         losses: held-out losses at the end in nats, NaN for runs that failed, float64 (RUNS,).
-        initial: the same before training.
+        train_losses: the loss of each step's batch, which all plans share, float32 (RUNS, steps).
+        initial: the held-out loss before training.
         choices: how each plan was chosen, see `plan_runs.CHOICES`, int8 (RUNS,).
     """
 
@@ -50,6 +51,7 @@ class RealPlanRun:
     run: NDArray[np.float32]
     ranks: NDArray[np.int64]
     losses: NDArray[np.float64]
+    train_losses: NDArray[np.float32]
     initial: float
     choices: NDArray[np.int8]
 
@@ -68,7 +70,7 @@ class RealPlanRun:
         )
 
 
-_ARRAYS = ("modules", "run", "ranks", "losses", "choices")
+_ARRAYS = ("modules", "run", "ranks", "losses", "train_losses", "choices")
 _TEXTS = ("task", "family", "names", "initial")
 
 

@@ -42,13 +42,21 @@ def test_plans_of_one_fine_tune(made: tuple[Path, list[RealPlanRun]]) -> None:
     assert run.losses.min() < run.losses.max() < run.initial, "all have learned, and not alike"
 
 
-def test_an_interrupted_run_goes_on(made: tuple[Path, list[RealPlanRun]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(
+    made: tuple[Path, list[RealPlanRun]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def nothing_new(*_: object) -> None:
         raise AssertionError("all rows are there")
 
     monkeypatch.setattr(plan_runs, "perform_any", nothing_new)
-    figures = benchmark(Options(made[0], seeds=1, workers=1, quick=True), Console())
-    assert (figures["complete"], figures["cpu_h"]) == (True, 0.0)
+    packed = made[0] / "packed.safetensors"
+    for options in (
+        Options(made[0], seeds=1, workers=1, quick=True),
+        Options(tmp_path, seeds=1, pack=packed, quick=True),
+    ):
+        figures = benchmark(options, Console())
+        assert (figures["complete"], figures["cpu_h"]) == (True, 0.0)
+    assert len(read_real_plan_runs(packed)) == 1
 
 
 def test_a_policy_learns_from_them(made: tuple[Path, list[RealPlanRun]]) -> None:
@@ -66,7 +74,7 @@ def test_files_come_back_as_they_were(made: tuple[Path, list[RealPlanRun]], tmp_
     write_real_plan_runs(made[1], tmp_path / "again")
     (again,), (run,) = read_real_plan_runs(tmp_path / "again"), made[1]
     assert (again.task, again.names, again.initial) == (run.task, run.names, run.initial)
-    for name in ("modules", "run", "ranks", "losses", "choices"):
+    for name in ("modules", "run", "ranks", "losses", "train_losses", "choices"):
         np.testing.assert_array_equal(getattr(again, name), getattr(run, name))
 
 
