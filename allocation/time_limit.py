@@ -11,7 +11,7 @@ import numpy as np
 from ..common.arrays import IntArray
 from ..errors import BudgetError
 from ..memory.cost import TimedCost, UntimedCost
-from ..memory.step_time import StepTime, exact_unit
+from ..memory.step_time import PARTS, StepTime, exact_unit
 from .plan import least_ranks
 from .problem import AllocationProblem
 
@@ -20,6 +20,12 @@ CLOSE = 1.01
 
 GROWTH = 1.05
 """The factor by which the search goes on at least, while no time is kept."""
+
+CHECKS = 4
+"""How often a plan is timed at most, before its predicted time is believed."""
+
+SETTLED = 0.02
+"""The error of a predicted time, as a share, that is left alone."""
 
 FewestLayers = Callable[[IntArray], tuple[str, ...]]
 """The layers that must run again under a plan, so that it keeps its limit of bytes."""
@@ -86,6 +92,36 @@ class TimeLimit:
         if best is None:
             raise self._impossible(self.of(least_ranks(problem)))
         return best
+
+    def settled(
+        self, plan: Callable[[TimeLimit], IntArray], measured: Callable[[IntArray], float], reference: float
+    ) -> TimeLimit:
+        """The limit with times as they are under the very plans that it leads to.
+
+        A plan that is made for a limit takes what is predicted too low rather than what is predicted too high. So it is
+        timed, all times are scaled to agree with that, and the plan is made anew, until prediction and measurement
+        agree.
+
+        Args:
+            plan: makes the plan under a limit, int64 (modules,); BudgetError if there is none.
+            measured: times a step under a plan, as a share of the reference.
+            reference: what a step of the reference takes by this limit's times, in seconds.
+
+        Returns:
+            A limit of as many seconds. If no plan is left under the scaled times, the last one that had a plan.
+        """
+        limit = kept = self
+        for checked in range(CHECKS + 1):
+            try:
+                ranks = plan(limit)
+            except BudgetError:
+                return kept
+            kept = limit
+            error = 1.0 if checked == CHECKS else measured(ranks) * reference / limit.of(ranks)
+            if abs(error - 1) <= SETTLED:
+                break
+            limit = replace(limit, time=limit.time.scaled(np.full(len(PARTS), error)))
+        return kept
 
     def check(self, problem: AllocationProblem) -> None:
         """Raise BudgetError if the cheapest plan takes more time than the limit, second runs included."""

@@ -44,7 +44,7 @@ from .recomputation import Recomputation, recomputing
 from .review import PlanReview
 from .run import TrainingRun
 from .run_settings import changes, check_same, run_settings
-from .time_before_training import other_time_limit
+from .time_before_training import other_time_limit, settle_time
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +150,9 @@ class RankPilot(Readings):
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
         check_run(run)
-        self._start(run)
+        self._start(run, resumed=False)
         targets = resizable_targets(run.model, self.scaling)
         self.journal.open(name, [], writes=run.replicas.processes.first)
-        if self._review is not None:
-            self._review.resumed = False
         with recomputing(run.model, self.recompute) as recomputation:
             self.controller, memory = prepare(
                 run,
@@ -169,6 +167,8 @@ class RankPilot(Readings):
                 progress=self._progress,
             )
             self._watch(run, memory, recomputation)
+            if self.time:
+                settle_time(run, self.controller, self._ask, memory, recomputation)
             self._decide()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
@@ -185,7 +185,7 @@ class RankPilot(Readings):
             BudgetError: no plan fits another budget.
         """
         check_run(run)
-        self._start(run)
+        self._start(run, resumed=True)
         settings, before = self._settings(), state["settings"]
         check_same(settings, before)
         targets = resizable_targets(run.model, self.scaling)
@@ -201,8 +201,6 @@ class RankPilot(Readings):
         predictions = [(int(at), float(cost)) for at, cost in state["predictions"]]
         self.journal.open(name, predictions, writes=run.replicas.processes.first)
         self._step, self._shown = step, state["peaks_shown"]
-        if self._review is not None:
-            self._review.resumed = True
         with recomputing(run.model, self.recompute) as recomputation:
             memory = run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
@@ -334,12 +332,12 @@ class RankPilot(Readings):
 
     # What the events do -----------------------------------------------------------------------------------------------
 
-    def _start(self, run: TrainingRun) -> None:
+    def _start(self, run: TrainingRun, *, resumed: bool) -> None:
         self._step, self._shown = 0, 0
-        self._guard, self._gradients = PeakGuard(self._measure_every), GradientWatch()
-        self._losses = LossMeter(run.replicas.processes)
+        self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
+        self._gradients = GradientWatch()
         if self._review is not None:
-            self._review.processes = run.replicas.processes
+            self._review.processes, self._review.resumed = run.replicas.processes, resumed
 
     def _watch(self, run: TrainingRun, memory: MemoryModel | None, recomputation: Recomputation | None) -> None:
         self._run = run
@@ -351,20 +349,22 @@ class RankPilot(Readings):
         )
 
     def _decide(self) -> None:
-        controller, step = self._controller, self._step
-        loss = self._losses.mean()
+        controller, step, loss = self._controller, self._step, self._losses.mean()
         self._guard.deciding()
         observation = controller.observe(step, loss)
-        decision = self.decision = self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))
+        decision = self.decision = self._ask(observation)
         notes: dict[str, str] = {}
         if self._review is None:
             plan = controller.apply(decision, step, self._run.optimizer)
         else:
-            number, policy, optimizer = len(self.predictions), self.policy.name, self._run.optimizer
-            plan, notes = self._review.apply(controller, observation, decision, number, step, policy, optimizer)
+            facts = len(self.predictions), step, self.policy.name, self._run.optimizer
+            plan, notes = self._review.apply(controller, observation, decision, *facts)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan, notes)
+
+    def _ask(self, observation: Observation) -> Decision:
+        return self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))
 
     def _corrected(self, correction: Correction) -> None:
         """Record a change of ranks by the guard like a decision."""

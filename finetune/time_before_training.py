@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
+from ..allocation.controller import RankController
+from ..allocation.observation import Observation
+from ..allocation.policy import Decision
 from ..allocation.time_limit import TimeLimit
+from ..common.arrays import IntArray
 from ..errors import UnsupportedError
+from ..lora.adapters import PeftAdapters
+from ..lora.ladder import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from ..memory.batch_shape import BatchShape, reshaped
 from ..memory.for_training import highest_ranks
-from ..memory.measured_time import TimedPlan, measure_step_time, timed_plans
+from ..memory.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..memory.model import MemoryModel
 from ..memory.recomputation import fewest_recomputed
-from ..memory.step_time import StepTime
+from ..memory.recording import Batch
+from ..memory.step_time import PARTS, StepTime
 from ..memory.time_budget import TimeBudget
 from .recomputation import Recomputation
 from .run import TrainingRun
@@ -63,14 +70,66 @@ def _step_time(
     recomputation: Recomputation | None,
 ) -> StepTime:
     """The time of a step with the run's largest batch; see `time_limit`."""
+    batch, share = _timed_batch(run, targets, memory, limit, recomputation)
+    time = measure_step_time(run.step, targets, batch, recomputation.take if recomputation else None)
+    return time.scaled(np.full(len(PARTS), run.accumulation / share))
+
+
+def _timed_batch(
+    run: TrainingRun,
+    targets: Sequence[TargetModule],
+    memory: MemoryModel | None,
+    limit: float,
+    recomputation: Recomputation | None,
+) -> tuple[Batch, float]:
+    """The batch of timed steps, and its tokens as a share of those of the run's largest one; see `time_limit`."""
     batch, each = run.largest_batch(), run.step.rows_per_example
     whole = BatchShape.of(batch)
     layers = recomputation.layers if recomputation else ()
     shape = _largest_that_fits(memory, timed_plans(targets, layers), limit, each) if memory else whole
     timed = batch if shape == whole else reshaped(batch, shape, each)
-    time = measure_step_time(run.step, targets, timed, recomputation.take if recomputation else None)
-    factor = run.accumulation * whole.rows * whole.length / (shape.rows * shape.length)
-    return time.scaled(np.full(5, factor))
+    return timed, shape.rows * shape.length / (whole.rows * whole.length)
+
+
+def settle_time(
+    run: TrainingRun,
+    controller: RankController[PeftAdapters],
+    decide: Callable[[Observation], Decision],
+    memory: MemoryModel | None,
+    recomputation: Recomputation | None,
+) -> None:
+    """Let a run's limit of time agree with steps under the first plan that it leads to; see `TimeLimit.settled`.
+
+    Args:
+        run: that is about to begin.
+        controller: before its first decision, with a limit of time; it gets the new one.
+        decide: the policy.
+        memory: see `time_limit`, as `recomputation`.
+        recomputation: chooses the layers that run again; all do now, and afterwards.
+    """
+    given, targets = controller.time, controller.targets
+    assert given is not None, "time is limited"
+    plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
+    take = recomputation.take if recomputation else None
+
+    def plan(limit: TimeLimit) -> IntArray:
+        controller.time = limit
+        problem = controller.problem()
+        limit.check(problem)
+        return controller.propose(decide(controller.observe(0)))[1].ranks
+
+    def measured(ranks: IntArray) -> float:
+        planned, reference = (ranks, given.layers(ranks) if given.layers else ()), (plain, ())
+
+        def share() -> float:
+            batch, _ = _timed_batch(run, targets, memory, controller.limit, recomputation)
+            return measured_share(run.step, targets, batch, planned, reference, take)
+
+        return run.measured(share)
+
+    controller.time = given.settled(plan, measured, given.time.seconds(plain, () if take else None))
+    if recomputation:
+        recomputation.take(recomputation.layers)
 
 
 def other_time_limit(

@@ -27,6 +27,9 @@ ROUNDS, SHORT_ROUNDS = 3, 5
 """How often each plan is timed, after one round to warm up, and how often where all steps are short; the median
 counts."""
 
+SHARE_ROUNDS = 6
+"""How often a plan and the plan that it is compared with take turns; the median of their ratios counts."""
+
 SHORT_SECONDS = 0.3
 """Shorter steps run once before each timed one: the first step after a change of ranks takes longer, by little."""
 
@@ -98,6 +101,35 @@ def measure_step_time(
     often = [0] * (REFERENCE_WEIGHT - 1) + list(range(len(plans)))
     nominal = work.time(measured_rates(device))
     return fitted(nominal, [plans[number] for number in often], seconds[often], least_growth=LEAST_GROWTH)
+
+
+def measured_share(
+    step: TrainingStep,
+    targets: Sequence[TargetModule],
+    batch: Batch,
+    plan: TimedPlan,
+    reference: TimedPlan,
+    take: Take | None = None,
+) -> float:
+    """What a step under a plan takes, over what it takes under another, with which it takes turns.
+
+    Args:
+        step: see `measure_step_time`, as the next two.
+        targets: the target modules.
+        batch: on the device.
+        plan: is timed.
+        reference: what it is compared with.
+        take: sets the layers that run again, which afterwards are those of the reference; None to leave them.
+    """
+
+    def seconds(timed: TimedPlan) -> float:
+        ranks, layers = timed
+        if take:
+            take(layers)
+        return _timed_step(step, targets, ranks, batch, warm=True)
+
+    with all_training(step.model, targets), _no_collection():
+        return float(np.median([seconds(plan) / seconds(reference) for _ in range(SHARE_ROUNDS)]))
 
 
 def usual_seconds(seconds: FloatArray) -> FloatArray:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rankpilot.allocation.plan import check_budget, project, uniform_ranks
 from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.allocation.time_limit import TimeLimit
+from rankpilot.allocation.time_limit import CHECKS, SETTLED, TimeLimit
+from rankpilot.common.arrays import IntArray
 from rankpilot.errors import BudgetError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ByteCost, plan_cost, unit_cost
@@ -137,6 +138,47 @@ def test_second_runs_that_fit_no_plan() -> None:
     with pytest.raises(BudgetError, match=r"smallest adapter takes 9\.11 s"):
         limit.check(problem_of(limit))
     TimeLimit(step_time(), 9.2, everything).check(problem_of(limit))
+
+
+def with_high_ranks(limit: TimeLimit) -> IntArray:
+    """A plan that spends the time on ranks of few modules."""
+    problem = problem_of(limit)
+    limit.check(problem)
+    return project(problem, np.where(BLOCKS >= LAYERS - 2, 64, 0), np.zeros(MODULES)).ranks
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
+def test_a_plan_is_timed_until_its_prediction_holds(factor: float) -> None:
+    """Ranks take more or less than predicted: a share of what exceeds the forward pass."""
+    given, timed = TimeLimit(step_time(), 12.0), []
+
+    def real(ranks: IntArray) -> float:
+        return 6.0 + factor * (given.of(ranks) - 6.0)
+
+    def measured(ranks: IntArray) -> float:
+        timed.append(ranks)
+        return real(ranks) / 20.0
+
+    limit = given.settled(with_high_ranks, measured, 20.0)
+    ranks = with_high_ranks(limit)
+    assert limit.seconds == 12.0
+    assert real(ranks) == pytest.approx(limit.of(ranks), rel=SETTLED)
+    assert limit.of(ranks) <= 12.0 < limit.of(ranks) * 1.03 if factor == 1.0 else real(ranks) <= 12.0 * (1 + SETTLED)
+    assert len(timed) == 1 if factor == 1.0 else 1 < len(timed) <= CHECKS
+
+
+def test_a_plan_that_is_too_slow_where_no_smaller_one_is_left() -> None:
+    given = TimeLimit(step_time(), 8.2)
+    limit = given.settled(with_high_ranks, lambda ranks: 1.0, 20.0)
+    assert limit is given, "more than twice the time fits no plan, so the prediction stands"
+
+
+def test_timing_ends() -> None:
+    turns = iter([1.3, 0.7] * 9)
+    given = TimeLimit(step_time(), 12.0)
+    limit = given.settled(with_high_ranks, lambda ranks: next(turns) * given.of(ranks) / 20.0, 20.0)
+    assert next(turns) == 1.3, "an even number of times"
+    assert with_high_ranks(limit).any()
 
 
 def test_it_is_saved_and_read() -> None:

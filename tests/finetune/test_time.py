@@ -21,6 +21,8 @@ from transformers import Trainer
 from .test_recomputation import LAYERS, SCHEDULE, recomputed, trainer_of
 
 RATES = Rates(1e9, 1e9)
+SLOWER = 1.0
+"""Plans take so many times what is predicted."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,13 @@ def rows_timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(batch["input_ids"]))
         return count_work(step.model, targets, step.loss, batch).time(RATES)
 
+    def share(step: Any, targets: Any, batch: Any, plan: Any, reference: Any, take: Any) -> float:
+        time = count_work(step.model, targets, step.loss, batch).time(RATES)
+        planned, plain = (time.seconds(ranks, layers if take else None) for ranks, layers in (plan, reference))
+        return SLOWER * planned / plain
+
     monkeypatch.setattr(time_before_training, "measure_step_time", counted)
+    monkeypatch.setattr(time_before_training, "measured_share", share)
     return seen
 
 
@@ -60,6 +68,19 @@ def test_a_run_keeps_its_time(tmp_path: Path, share: int, rows_timed: list[int])
     assert callback.predictions[-1][1] <= callback.limit
     for _, predicted, peak in callback.pilot.checks:
         assert peak == pytest.approx(predicted, rel=0.02), "bytes are predicted as bytes, whatever limits the plan"
+
+
+def test_a_plan_that_takes_longer_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, callback = attached(tmp_path, "400%", "75%")
+    trainer.train()
+    monkeypatch.setitem(globals(), "SLOWER", 1.15)
+    slower, other = attached(tmp_path / "slower", "400%", "75%")
+    slower.train()
+    limit, before = other.controller.time, callback.controller.time
+    assert limit.seconds == before.seconds
+    assert limit.fits(other.controller.ranks)
+    assert 1.15 * before.of(other.controller.ranks) == pytest.approx(limit.of(other.controller.ranks), rel=0.02)
+    assert 1.15 * before.of(callback.controller.ranks) > before.seconds, "the plan of the prediction was too slow"
 
 
 def test_a_plan_says_what_time_it_takes(tmp_path: Path) -> None:
