@@ -5,15 +5,22 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check docs demo bench clean
+.PHONY: help setup test test-oldest fuzz check docs demo bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.installed-test ## make .venv and install the package with what the tests need
 
 test: setup ## run the tests, a process for each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-oldest: ## run the tests with the oldest version of each package that pyproject.toml allows (in build/oldest)
+	scripts/test-oldest $(TESTS)
+
+MINUTES ?= 10
+fuzz: setup ## read damaged files of each kind, MINUTES of them a target (10), each with a limit of time and memory
+	OMP_NUM_THREADS=1 RANKPILOT_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz -m fuzz -s
 
 check: $(VENV)/.installed-dev ## lint, format, types and import rules
 	scripts/check

@@ -21,7 +21,15 @@ Each also inherits the builtin in brackets, so that code that knows nothing of r
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+MOST_NAME = 200
+"""Characters of a name for which others like it are looked up; a longer one is no slip of a pen."""
+
+
+MOST_LINE = 500
+"""Characters of another library's error that are shown; it may have all of a file in it."""
 
 
 class RankPilotError(Exception):
@@ -35,7 +43,24 @@ class RankPilotError(Exception):
 def first_line(error: Exception) -> str:
     """What an error of another library says, as part of one line: its first line, or its kind if it says nothing."""
     lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= MOST_LINE else f"{lines[0][:MOST_LINE]} ..."
+
+
+def shown(value: object) -> str:
+    """A value as errors show it: long texts, lists and deep ones are cut, so that it is short whatever was given."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """A whole number; Python refuses to write out those of thousands of digits."""
+        return repr(x) if abs(x) < 10**self.maxlong else f"a whole number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 class ConfigError(RankPilotError, ValueError):
@@ -56,11 +81,12 @@ class UnknownNameError(RankPilotError, LookupError):
             hint: a sentence about what else is possible.
         """
         names = list(allowed)
-        near = difflib.get_close_matches(given, names, n=3, cutoff=0.4)
-        shown = near or names[:8]
+        near = difflib.get_close_matches(given, names, n=3, cutoff=0.4) if len(given) <= MOST_NAME else []
+        listed = near or names[:8]
         lead = "Did you mean" if near else "Allowed"
         more = "" if near or len(names) <= 8 else f" and {len(names) - 8} more"
-        text = f"Unknown {kind} {given!r}. {lead}: {', '.join(map(repr, shown))}{more}."
+        name = repr(given) if len(given) <= MOST_NAME else shown(given)
+        text = f"Unknown {kind} {name}. {lead}: {', '.join(map(repr, listed))}{more}."
         return cls(f"{text} {hint}".strip())
 
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..common.arrays import IntArray
-from ..errors import ConfigError, UnknownNameError
+from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.module_spec import ModuleSpec
+
+MOST_RANK = 2**31 - 1
+"""The highest rank that a bound may name; the decision log has 32 bits for a rank."""
 
 Bounds = Mapping[str, int | tuple[int, int]]
 """{name of a module or its end, as in `LoraConfig.target_modules`: its rank, or its least and its largest rank}."""
@@ -41,8 +44,10 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
 
 def _pair(name: str, bound: object) -> tuple[int, int]:
     match bound:
-        case int(rank) if rank >= 0:
+        case int(rank) if 0 <= rank <= MOST_RANK:
             return rank, rank
-        case (int(least), int(most)) if 0 <= least <= most:
+        case (int(least), int(most)) if 0 <= least <= most <= MOST_RANK:
             return least, most
-    raise ConfigError(f"The bounds of {name!r} are a rank or a pair from low to high, from 0 on; got {bound!r}.")
+    raise ConfigError(
+        f"The bounds of {name!r} are a rank or a pair from low to high, from 0 to {MOST_RANK:,}; got {shown(bound)}."
+    )

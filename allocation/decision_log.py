@@ -33,10 +33,11 @@ import pyarrow.parquet as pq
 
 from ..common.arrays import IntArray
 from ..common.files import atomic_path
-from ..errors import RunFolderError
+from ..errors import ConfigError, RunFolderError
 from .decision_state import DecisionState, read_state
 from .deliberation import Deliberation
-from .features import EARLIER_FEATURE_NAMES, FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
+from .features import FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
+from .log_part import DECISION_TYPES, FEATURE_PREFIX, MODULE_TYPES, RUN_PREFIX, SCHEMA_VERSION, read_part, schema_of
 from .problem import AllocationProblem
 from .problem_file import problem_bytes, read_problem
 
@@ -45,57 +46,6 @@ if TYPE_CHECKING:
     from .observation import Observation
 
 logger = logging.getLogger(__name__)
-
-SCHEMA_KEY, SCHEMA_VERSION = b"rankpilot.schema", 4
-FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
-
-DECISION_TYPES = {
-    "run": pa.string(),
-    "policy": pa.string(),
-    "policy_sha256": pa.string(),
-    "decision": pa.int32(),
-    "step": pa.int32(),
-    "seed": pa.int64(),
-    "loss": pa.float64(),
-    "limit": pa.float64(),
-    "predicted_cost": pa.float64(),
-    "measured_cost": pa.float64(),
-    "unit": pa.string(),
-    "max_step": pa.int32(),
-    "hysteresis": pa.float64(),
-    "rank_floor": pa.float64(),
-    "depth_bias": pa.float64(),
-    "log_prob": pa.float64(),
-    "expected": pa.float64(),
-    "uncertainty": pa.float64(),
-    "margin": pa.float64(),
-    "tie_size": pa.int32(),
-    "kept": pa.bool_(),
-    "filled": pa.int32(),
-    "correction": pa.bool_(),
-    "problem": pa.string(),
-}
-"""Columns with one value a decision."""
-
-MODULE_TYPES = {
-    "module_index": pa.int32(),
-    "module": pa.string(),
-    "block": pa.int32(),
-    "pinned": pa.bool_(),
-    "rank_before": pa.int32(),
-    "rank_wanted": pa.int32(),
-    "rank_clipped": pa.int32(),
-    "rank_after": pa.int32(),
-    "score": pa.float64(),
-    "changed_by_projection": pa.bool_(),
-    "note": pa.string(),
-}
-"""Columns with one value a module."""
-
-_SCHEMA_2 = {"rank_asked": "rank_clipped"} | {
-    FEATURE_PREFIX + earlier: FEATURE_PREFIX + name for earlier, name in EARLIER_FEATURE_NAMES.items()
-}
-"""Columns of schema 2, and what they are called now."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +133,7 @@ class DecisionLog:
         tables = []
         for part in parts:
             try:
-                tables.append(_read_part(part).sort_by("module_index"))
+                tables.append(read_part(part).sort_by("module_index"))
             except RunFolderError as error:
                 if on_error is None:
                     raise
@@ -191,7 +141,7 @@ class DecisionLog:
         if not tables:
             raise RunFolderError(f"The decision log in {self.folder} has {len(parts)} parts, and none can be read.")
         for version in (2, 3):
-            earlier = sum(_schema_of(table) == version for table in tables)
+            earlier = sum(schema_of(table) == version for table in tables)
             if earlier:
                 logger.warning(
                     "%d of %d decisions in %s are of log schema %d: columns that it lacks are empty.",
@@ -246,14 +196,16 @@ class DecisionLog:
             replace(problem, pinned=None),  # as the policy saw it
             tuple(table["module"].to_pylist()),
         )
-        state = read_state(self._state(decision)) if _schema_of(table) >= SCHEMA_VERSION else None
+        state = read_state(self._state(decision)) if schema_of(table) >= SCHEMA_VERSION else None
+        if state and state.deliberation and state.deliberation.plans.shape[1] != len(table):
+            raise RunFolderError(f"{self._state(decision)} is of another decision: its plans are for other modules.")
         return LoggedDecision(table, problem, observation, state)
 
     def _table(self, decision: int) -> pa.Table:
         path = self._part(decision)
         if not path.is_file():
             raise RunFolderError(f"No decision {decision} in {self.folder}: it holds {len(self)} decisions.")
-        return _read_part(path)
+        return read_part(path)
 
     def _problem(self, table: pa.Table) -> AllocationProblem:
         if "problem" not in table.column_names:
@@ -261,13 +213,20 @@ class DecisionLog:
             raise RunFolderError(f"{path} is of log schema 2, which does not hold the problem that was solved.")
         first = table.slice(0, 1).select(["problem", "max_step", "hysteresis"]).to_pylist()[0]
         pinned = table["pinned"].to_numpy()
-        return replace(
-            read_problem(self.folder / first["problem"]),
-            ranks=table["rank_before"].to_numpy().astype(np.int64),
-            max_step=first["max_step"],
-            hysteresis=first["hysteresis"],
-            pinned=pinned if pinned.any() else None,
-        )
+        path = self.folder / first["problem"]
+        problem = read_problem(path)
+        if len(problem.max_ranks) != len(table) or problem.cost.unit != table["unit"][0].as_py():
+            raise RunFolderError(f"{path} is the problem of other modules, or of another unit, than its decision's.")
+        try:
+            return replace(
+                problem,
+                ranks=table["rank_before"].to_numpy().astype(np.int64),
+                max_step=first["max_step"],
+                hysteresis=first["hysteresis"],
+                pinned=pinned if pinned.any() else None,
+            )
+        except ConfigError as error:
+            raise RunFolderError(f"{path} does not fit its decision: {error}") from error
 
     def truncate(self, keep: int) -> int:
         """Drop the decisions that followed a checkpoint: a run that resumes there takes them again.
@@ -283,7 +242,7 @@ class DecisionLog:
         """
         parts = self._parts()
         late = [part for part in parts if part >= self._part(keep)]
-        tables = [_read_part(part) for part in parts if part not in late]
+        tables = [read_part(part) for part in parts if part not in late]
         for part in reversed(late):
             part.unlink()
         kept = {self._state(table["decision"][0].as_py()).name for table in tables}
@@ -303,7 +262,7 @@ class DecisionLog:
         content = problem_bytes(record.problem)
         before = [part for part in self._parts() if part < self._part(record.decision)]
         if before:
-            table = _read_part(before[-1])
+            table = read_part(before[-1])
             latest = table["problem"][0].as_py() if "problem" in table.column_names else None
             if latest and (self.folder / latest).is_file() and (self.folder / latest).read_bytes() == content:
                 return str(latest)
@@ -328,28 +287,3 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write(stream)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _schema_of(table: pa.Table) -> int:
-    """The version of the schema in which a part was written; 0 if it names none."""
-    version = (table.schema.metadata or {}).get(SCHEMA_KEY, b"0")
-    return int(version) if version.isdigit() else 0
-
-
-def _read_part(path: Path) -> pa.Table:
-    """The rows of one part, whatever the names of the folders around it look like."""
-    try:
-        with pq.ParquetFile(path) as part:
-            table = part.read()
-    except (pa.ArrowException, OSError) as error:
-        raise RunFolderError(f"The decision log's part {path} is corrupt: {error}") from error
-    version = _schema_of(table)
-    if version not in (2, 3, SCHEMA_VERSION) or table.num_rows == 0:
-        raise RunFolderError(
-            f"{path} is no decision log of schema 2, 3 or {SCHEMA_VERSION}: its schema is {version or 'not named'}, "
-            f"with {table.num_rows} rows. Read it with the version of rankpilot that wrote it."
-        )
-    if version == 2:
-        renamed = table.rename_columns([_SCHEMA_2.get(name, name) for name in table.column_names])
-        table = renamed.replace_schema_metadata(table.schema.metadata)
-    return table

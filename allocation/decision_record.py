@@ -14,9 +14,9 @@ from ..common.arrays import FloatArray, IntArray
 from ..errors import DataError
 from .controller import RankController
 from .decision_line import decision_line
-from .decision_log import DECISION_TYPES, FEATURE_PREFIX, MODULE_TYPES, RUN_PREFIX, SCHEMA_KEY, SCHEMA_VERSION
 from .decision_state import DecisionState
 from .features import MODULE_FEATURES, RUN_FEATURES
+from .log_part import DECISION_TYPES, FEATURE_PREFIX, MODULE_TYPES, RUN_PREFIX, SCHEMA_KEY, SCHEMA_VERSION
 from .observation import Observation
 from .plan import Plan
 from .policy import Decision, Policy, keeps

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..common.arrays import Arrays
+from ..common.files import parse_json
+from ..common.tensor_files import read_arrays
 from ..errors import RunFolderError
 from .deliberation import Deliberation
 
@@ -73,11 +74,10 @@ def read_state(path: Path) -> DecisionState:
             return DecisionState(schedule, None)
         recipes, _ = _read(path.with_name(Path(scalars["recipes"]).name))
         return DecisionState(schedule, Deliberation.restored(arrays, recipes, given))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise RunFolderError(f"{path} is missing, or is no file of a decision's state: {error}") from error
 
 
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    with safe_open(path, framework="np") as file:
-        scalars = json.loads((file.metadata() or {})[_METADATA])
-        return {name: file.get_tensor(name) for name in file.keys()}, scalars  # noqa: SIM118  (a file is no dict)
+    arrays, metadata = read_arrays(path)
+    return arrays, parse_json(metadata[_METADATA])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,8 +236,12 @@ class Deliberation:
 
         Raises:
             KeyError: a part is missing.
-            ValueError: parts disagree on their sizes.
+            ValueError: parts disagree on their sizes, or have other types.
         """
+        for name, array in (*arrays.items(), *recipes.items()):
+            kinds = "iu" if name in ("plan_of", "plans") else "b" if name == "allowed" else "f"
+            if array.dtype.kind not in kinds or array.dtype == np.uint64:
+                raise ValueError(f"{name} is of type {array.dtype}")
         values: dict[str, Any] = {
             name: tuple(map(str, scalars[name])) for name in ("candidates", "basis", "directions")
         }
@@ -273,6 +277,10 @@ class Deliberation:
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
         if not (0 <= self.taken < candidates and self.plan_of.min() >= 0 and self.plan_of.max() < plans):
             raise ValueError(f"a candidate or plan is out of range: {self.taken} of {candidates}, {plans} plans")
+        if not all(each is None or (type(each) is int and 0 <= each < plans) for each in (self.simple, self.plain)):
+            raise ValueError(f"the simple or the plain plan is out of range: {self.simple!r}, {self.plain!r}")
+        if self.plans.min(initial=0) < 0 or modules == 0 or len(self.votes) == 0 or self.unit not in get_args(VoteUnit):
+            raise ValueError(f"{len(self.votes)} votes in {self.unit!r} on plans for {modules} modules")
 
 
 def plan_distance(ranks: IntArray, reference: IntArray) -> FloatArray:

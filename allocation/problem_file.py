@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..common.arrays import Arrays
+from ..common.files import parse_json
+from ..common.tensor_files import read_arrays
 from ..errors import RunFolderError
 from ..lora.ladder import RankLadder
-from ..memory.cost import cost_from_state, cost_state
+from ..memory.cost import check_cost, cost_from_state, cost_state
 from .problem import AllocationProblem
 
 _COST = "cost."
@@ -48,11 +49,10 @@ def read_problem(path: Path) -> AllocationProblem:
         RunFolderError: the file is missing or corrupt, or holds no problem.
     """
     try:
-        with safe_open(path, framework="np") as file:
-            scalars = json.loads((file.metadata() or {})[_METADATA])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no dict)
+        arrays, metadata = read_arrays(path)
+        scalars = parse_json(metadata[_METADATA])
         cost = {name.removeprefix(_COST): array for name, array in arrays.items() if name.startswith(_COST)}
-        return AllocationProblem(
+        problem = AllocationProblem(
             ranks=np.zeros_like(arrays["max_ranks"]),
             max_ranks=arrays["max_ranks"],
             blocks=arrays["blocks"],
@@ -62,5 +62,21 @@ def read_problem(path: Path) -> AllocationProblem:
             low=arrays.get("low"),
             high=arrays.get("high"),
         )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        _check(problem)
+        return problem
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise RunFolderError(f"{path} is missing, or is no file of an allocation problem: {error}") from error
+
+
+def _check(problem: AllocationProblem) -> None:
+    """Refuse a problem whose parts do not fit one another; ValueError."""
+    count, cost = len(problem.max_ranks), problem.cost
+    whole = {"max_ranks": problem.max_ranks, "blocks": problem.blocks, "low": problem.low, "high": problem.high}
+    for name, values in whole.items():
+        if values is not None and (values.dtype != np.int64 or values.shape != (count,) or values.min() < 0):
+            raise ValueError(f"{name} is no rank or layer for each of {count} modules")
+    if problem.ladder.array.dtype != np.int64 or not all(type(rank) is int for rank in problem.ladder.ranks):
+        raise ValueError("the ladder is not of whole numbers")
+    check_cost(cost, count)
+    if np.isnan(problem.limit):
+        raise ValueError(f"the limit is {problem.limit}")

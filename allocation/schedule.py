@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+
+MOST = 10_000
+"""The highest value of a schedule's whole numbers: a policy's card sets them, and it may be a stranger's."""
+
+MOST_DECISIONS = 1000
+"""Decisions of a run, at most."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,13 @@ class DecisionSchedule:
     max_step: int = 2
 
     def __post_init__(self) -> None:
-        if self.probe_steps < 1 or self.probe_batch < 1 or self.max_step < 1:
+        if not all(1 <= value <= MOST for value in (self.probe_steps, self.probe_batch, self.max_step)):
             raise ConfigError(
-                f"probe_steps, probe_batch and max_step are at least 1; got {self.probe_steps}, {self.probe_batch}, "
-                f"{self.max_step}."
+                f"probe_steps, probe_batch and max_step are from 1 to {MOST:,}; got {shown(self.probe_steps)}, "
+                f"{shown(self.probe_batch)} and {shown(self.max_step)}."
             )
+        if len(self.fractions) > MOST_DECISIONS:
+            raise ConfigError(f"fractions are at most {MOST_DECISIONS} in number; got {len(self.fractions)}.")
         rising = all(a < b for a, b in zip(self.fractions, self.fractions[1:], strict=False))
         if not self.fractions or self.fractions[0] != 0 or not rising or self.fractions[-1] >= 1:
             raise ConfigError(f"fractions rise from 0 and stay below 1; got {self.fractions}.")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ..common.files import read_json
+from ..common.files import read_json, read_text
 from ..common.settings import from_json
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -45,7 +45,7 @@ def read_config_file(path: str | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # text that is no UTF-8 or no JSON is a ValueError
         raise ConfigError(f"Cannot read the config file {path}: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"The config file {path} holds no settings by name: {values!r}.")
+        raise ConfigError(f"The config file {path} holds no settings by name: {shown(values)}.")
     return values
 
 
@@ -55,14 +55,17 @@ def _read(path: Path) -> Any:
         return read_json(path)
     import yaml
 
+    from ..common.plain_yaml import MOST_YAML_BYTES, parse_yaml
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(read_text(path, MOST_YAML_BYTES))
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     trainer = values.get("trainer") if isinstance(values, dict) else None
     if isinstance(trainer, dict):  # as people write it there
         values["trainer"] = [
-            f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in trainer.items()
+            f"{name}={value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)}"
+            for name, value in trainer.items()
         ]
     return values
 

@@ -11,7 +11,7 @@ import tyro
 from rich.table import Table
 
 from ..agents.training.config import PRESETS, TrainConfig
-from ..common.files import read_json, read_json_lines
+from ..common.files import read_json_lines, read_object
 from ..errors import ConfigError, UnknownNameError
 from .config_file import peek, read_config_file, with_file_settings
 from .on_cluster import on_cluster
@@ -82,7 +82,7 @@ def train_command(options: Train) -> None:
     folder = options.output
     if is_finished(folder) and options.resume:
         console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
-        _print_validation(read_json(folder / "card.json")["validation"])
+        _print_validation(read_object(folder / "card.json")["validation"])
         return
     with on_cluster(options.cluster, options.device):
         results = _refit(options, options.from_trials) if options.from_trials else _train(options)

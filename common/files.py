@@ -1,4 +1,7 @@
-"""Files that are complete or absent: each is written to a temporary name and then renamed."""
+"""Files that are complete or absent, and text and JSON that are read within bounds.
+
+Each file is written to a temporary name and then renamed. What is read may be a stranger's: see SECURITY.md.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from ..errors import DataError, first_line, shown
+
+MOST_TEXT_BYTES = 2**26
+"""Bytes of a text or JSON file, at most; more are refused before they are read."""
+
+MOST_LINES_BYTES = 2**29
+"""Bytes of a file of JSON lines, at most."""
 
 
 @contextmanager
@@ -52,9 +63,70 @@ def as_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file; of a pipe or a device no more than `most` is read either.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        DataError: it has more than `most` bytes.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise DataError(f"{path} has more than {most:,} bytes, which is the most that is read of such a file.")
+    return content
+
+
+def read_text(path: Path, most: int = MOST_TEXT_BYTES) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        DataError: it has more than `most` bytes, or is no text in UTF-8.
+    """
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {first_line(error)}.") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or is nested more deeply than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise DataError("It is nested too deeply.") from error
+
+
+def read_json(path: Path, most: int = MOST_TEXT_BYTES) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        DataError: it has more than `most` bytes, or is no JSON.
+    """
+    text = read_text(path, most)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {first_line(error)}") from error
+
+
+def read_object(path: Path, most: int = MOST_TEXT_BYTES) -> dict[str, Any]:
+    """Read a JSON file that holds values by name.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        DataError: it has more than `most` bytes, is no JSON, or holds something else.
+    """
+    value = read_json(path, most)
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no values by name: {shown(value)}.")
+    return value
 
 
 def append_json_line(path: Path, value: Any) -> None:
@@ -79,13 +151,17 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a JSON-lines file; an absent file counts as empty."""
+    """All complete lines of a JSON-lines file; an absent file counts as empty.
+
+    Raises:
+        DataError: it has more than `MOST_LINES_BYTES`, or is no text in UTF-8.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in read_text(path, MOST_LINES_BYTES).splitlines():
+        with suppress(ValueError):
+            rows.append(parse_json(line))
     return rows
 
 

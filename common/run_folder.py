@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import ConfigError, RunFolderError
-from .files import read_json, write_json
+from ..errors import RunFolderError, shown
+from .files import read_object, write_json
 from .settings import as_json, from_json
 
 if TYPE_CHECKING:
@@ -75,11 +75,13 @@ def _check(folder: Path, config: dict[str, Any], resume: bool, kind: type[Datacl
     if not path.exists():
         raise RunFolderError(f"{folder} is not empty and holds no {CONFIG}, so it is no run of rankpilot's.")
     try:
-        previous = read_json(path)
+        previous = read_object(path)
         previous = as_json(kind, from_json(kind, previous)) if kind else previous
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:
         raise RunFolderError(f"This version of rankpilot cannot go on with {path}: {error}") from error
     differing = sorted(key for key in {*previous, *config} if previous.get(key) != config.get(key))
     if differing:
-        shown = "; ".join(f"{key}: {previous.get(key)!r} there, {config.get(key)!r} now" for key in differing[:3])
-        raise RunFolderError(f"{folder} was started with other settings ({shown}). Use those, or another --output.")
+        told = "; ".join(
+            f"{key:.80}: {shown(previous.get(key))} there, {shown(config.get(key))} now" for key in differing[:3]
+        )
+        raise RunFolderError(f"{folder} was started with other settings ({told}). Use those, or another --output.")

@@ -8,19 +8,24 @@ Files of earlier versions can be read. For that, a class may tell which keys hav
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from .files import as_plain
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     Settings = TypeVar("Settings", bound=DataclassInstance)
+
+
+MOST_LISTED = 20
+"""Keys of one kind that an error lists at most."""
 
 
 def as_json(kind: type[DataclassInstance], settings: DataclassInstance) -> dict[str, Any]:
@@ -42,7 +47,7 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
         ConfigError: a key is unknown or missing, a value has the wrong type, or the class refuses it.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"settings are keys with values; got {values!r}.")
+        raise ConfigError(f"settings are keys with values; got {shown(values)}.")
     values = _with_current_keys(kind, values)
     names = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
     unknown = [key for key in values if key not in names]
@@ -50,7 +55,7 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
     missing = [name for name in needed if name not in values]
     if unknown or missing:
         both = (("unknown", unknown), ("missing", missing))
-        problems = [f"{label} {', '.join(map(repr, keys))}" for label, keys in both if keys]
+        problems = [f"{label} {', '.join(map(shown, keys[:MOST_LISTED]))}" for label, keys in both if keys]
         raise ConfigError(f"{' and '.join(problems)}; the settings are {', '.join(names)}.")
     types = get_type_hints(kind)
     read = {name: _read(types[name], value, name) for name, value in values.items()}
@@ -65,7 +70,7 @@ def _with_current_keys(kind: type[DataclassInstance], values: Mapping[str, Any])
     for key, value in values.items():
         if key in gone:
             if value != gone[key]:
-                raise ConfigError(f"the setting {key!r} is gone; only {gone[key]!r} can go on, not {value!r}.")
+                raise ConfigError(f"the setting {key!r} is gone; only {gone[key]!r} can go on, not {shown(value)}.")
             continue
         name = renamed.get(key, key)
         if name in current:
@@ -92,12 +97,12 @@ def _read(expected: Any, value: Any, name: str) -> Any:
         return value
     if expected is Path and isinstance(value, str):
         return Path(value)
-    if expected is float and type(value) is int:
+    if expected is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is expected:
         return value
     allowed = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else _words(expected)
-    raise ConfigError(f"{name} is {allowed}; got {value!r}.")
+    raise ConfigError(f"{name} is {allowed}; got {shown(value)}.")
 
 
 _WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}

@@ -12,10 +12,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..agents.learned.policy_file import policy_schedule
 from ..agents.rules.given_plan import GivenPlan
 from ..allocation.schedule import DecisionSchedule
-from ..common.files import atomic_path, read_json, write_json
+from ..common.files import atomic_path, read_object, write_json
 from ..common.run_folder import CONFIG, open_run
 from ..common.settings import as_json, from_json
-from ..errors import ConfigError, RunFolderError
+from ..errors import RunFolderError
 from .callback import RankPilotCallback
 from .checkpoint import STATE, fault_of
 from .config import FinetuneConfig
@@ -111,10 +111,10 @@ def branch(
 
 def _config(source: Path) -> FinetuneConfig:
     try:
-        values = read_json(source / CONFIG)
+        values = read_object(source / CONFIG)
         values.pop("branch", None)
         return from_json(FinetuneConfig, values)
-    except (OSError, ValueError, AttributeError, ConfigError) as error:
+    except (OSError, ValueError) as error:
         raise RunFolderError(
             f"{source} holds no run of `rankpilot finetune` that this version can go on with: {error}"
         ) from error
@@ -146,6 +146,6 @@ def _copy(source: Path, output: Path, checkpoint: Path, plan: GivenPlan) -> None
     with atomic_path(output / PILOT) as temporary:
         copied = temporary / checkpoint.name
         shutil.copytree(checkpoint, copied)
-        state = read_json(copied / STATE)
+        state = read_object(copied / STATE)
         state["settings"] |= policy_settings(plan)
         write_json(copied / STATE, state)

@@ -10,25 +10,32 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..common.files import atomic_path, read_json, write_json
-from ..errors import RunFolderError
+from ..common.files import atomic_path, read_json, read_object, write_json
+from ..common.tensor_files import check_tensor_file
+from ..errors import DataError, RunFolderError, first_line, shown
 
 logger = logging.getLogger(__name__)
 
 STATE, TENSORS = "rankpilot.json", "rankpilot.safetensors"
+
+MOST_STATE_BYTES = 2**40
+"""Bytes of the state's tensors, at most: they grow with the model. No more is allocated than the file is long."""
 
 FORMAT = 5
 """Version of the files. It rises when older checkpoints cannot be read any more."""
 
 
 TRAINER_STATE = "trainer_state.json"
+
+MOST_PROCESSES = 2**16
+"""Processes of one run, at most."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -111,8 +118,9 @@ def _files_of(checkpoint: Path, *, piloted: bool) -> Iterator[Path]:
 
 def _processes_of(checkpoint: Path) -> int:
     """How many processes have written a checkpoint, each its random numbers."""
-    with suppress(OSError, ValueError):
-        return int(read_json(checkpoint / STATE).get("processes", 1))
+    with suppress(OSError, ValueError, TypeError, OverflowError):
+        count = int(read_object(checkpoint / STATE).get("processes", 1))
+        return count if count <= MOST_PROCESSES else 1
     return 1
 
 
@@ -131,13 +139,20 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
                 with safe_open(path, "pt"):  # compares the length of the file with its header
                     whole = True
             else:
-                with ZipFile(path) as archive:
-                    whole = archive.testzip() is None
-        except (ValueError, SafetensorError, BadZipFile):
+                whole = _is_whole_archive(path)
+        except (ValueError, SafetensorError, BadZipFile, NotImplementedError, RuntimeError, EOFError):
             whole = False
         if not whole:
             return f"{name} is torn"
     return ""
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether a file that `torch.save` wrote is whole. It packs nothing, so no entry can be longer than the file."""
+    with ZipFile(path) as archive:
+        entries = archive.infolist()
+        plain = all(entry.compress_type == ZIP_STORED for entry in entries)
+        return plain and sum(entry.file_size for entry in entries) <= path.stat().st_size and not archive.testzip()
 
 
 def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
@@ -167,17 +182,29 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} holds no {missing[0]}: it was made without RankPilotCallback, or was cut off. "
             f"{way_out(checkpoint.parent)}"
         )
-    state: dict[str, Any] = read_json(checkpoint / STATE)
+    try:
+        state = read_object(checkpoint / STATE)
+    except DataError as error:
+        raise RunFolderError(f"{error} {way_out(checkpoint.parent)}") from error
     if state.pop("format", 1) != FORMAT:
         raise RunFolderError(
             f"{checkpoint} was written by another version of rankpilot and cannot be resumed by this one. Resume with "
             "the version that wrote it, or start the run again in a new folder."
         )
-    for name, tensor in load_file(checkpoint / TENSORS).items():
+    try:
+        check_tensor_file(checkpoint / TENSORS, MOST_STATE_BYTES)
+        tensors = load_file(checkpoint / TENSORS)
+    except (ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        raise RunFolderError(
+            f"{checkpoint / TENSORS} is torn or foreign: {first_line(error)}. {way_out(checkpoint.parent)}"
+        ) from error
+    for name, tensor in tensors.items():
         *parents, last = name.split("/")
         place = state
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise RunFolderError(f"{checkpoint / TENSORS} does not fit {STATE}: it has a tensor {shown(name)}.")
         place[last] = tensor
     return state
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from json import JSONDecodeError
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,11 +14,12 @@ from peft import PeftModel
 from transformers import set_seed
 
 from ..agents.learned.policy_file import load_policy
-from ..common.files import append_json_line, atomic_path, read_json, read_json_lines, write_json
+from ..common.files import append_json_line, atomic_path, read_json_lines, read_object, write_json
 from ..common.run_folder import open_run
 from ..common.settings import as_json
 from ..common.termination import Terminated, on_sigterm
 from ..data.workload import Workload
+from ..errors import DataError
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
@@ -151,9 +151,8 @@ def run_one(
         Terminated: the process was asked to end; a checkpoint is saved if steps were done.
     """
     result_path = folder / f"result-{name}.json"
-    with suppress(FileNotFoundError, JSONDecodeError):  # the run of a torn result goes on from its last checkpoint
-        stored: dict[str, Any] = read_json(result_path)
-        return stored
+    with suppress(FileNotFoundError, DataError):  # the run of a torn result goes on from its last checkpoint
+        return read_object(result_path)
     model = new_model(config, workload)
     pilot, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
     decides = ranks or _ranks(config, folder, name)
@@ -230,4 +229,4 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     budget = Budget.parse(config.budget)
     if budget.kind != "auto":
         return budget
-    return Budget("bytes", read_json(folder / f"result-{PILOT}.json")["budget_bytes"])
+    return Budget("bytes", read_object(folder / f"result-{PILOT}.json")["budget_bytes"])

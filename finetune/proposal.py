@@ -15,8 +15,10 @@ from ..allocation.plan import Plan
 from ..allocation.problem import AllocationProblem
 from ..allocation.unusual_features import unusual_features
 from ..common.arrays import FloatArray, IntArray
+from ..common.files import read_text
+from ..common.plain_yaml import MOST_YAML_BYTES, parse_yaml
 from ..common.units import cost_text, format_bytes
-from ..errors import ConfigError, UnknownNameError, first_line
+from ..errors import ConfigError, UnknownNameError, first_line, shown
 from ..lora.signals import SIGNALS
 from ..memory.cost import plan_cost, unit_cost, unit_costs
 
@@ -130,8 +132,8 @@ class Proposal:
         at = (document.get("decision"), document.get("step"))
         if at != (self.number, self.step):
             raise ConfigError(
-                f"It holds decision {at[0]} of step {at[1]}, but the run waits for decision {self.number} of step "
-                f"{self.step}. Open the file anew."
+                f"It holds decision {shown(at[0])} of step {shown(at[1])}, but the run waits for decision "
+                f"{self.number} of step {self.step}. Open the file anew."
             )
         modules = document.get("modules")
         if not _is_map(modules):
@@ -170,7 +172,9 @@ class Proposal:
             rank = entry.get("rank") if _is_map(entry) else None
             if type(rank) is not int or rank not in allowed:
                 reason = ", since it holds NaN or infinity" if self.problem.is_pinned[index] else ""
-                problems.append(f"The rank of {name!r} is {rank!r}. Allowed: {', '.join(map(str, allowed))}{reason}.")
+                problems.append(
+                    f"The rank of {name!r} is {shown(rank)}. Allowed: {', '.join(map(str, allowed))}{reason}."
+                )
         return problems
 
     def _allowed(self, index: int) -> list[int]:
@@ -188,17 +192,17 @@ def parse(text: str) -> Document:
         ConfigError: it is empty, no YAML, or no mapping.
     """
     try:
-        document = yaml.safe_load(text)
+        document = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"It is no YAML{line}: {error.problem}.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"It is no YAML: {first_line(error)}.") from error
     if not _is_map(document):
         raise ConfigError("It is empty or missing." if document is None else "It is no mapping with `modules`.")
     answer = document.get("approved")
     if answer is not None and not isinstance(answer, bool):
-        raise ConfigError(f"`approved` is true or false; got {answer!r}.")
+        raise ConfigError(f"`approved` is true or false; got {shown(answer)}.")
     return document
 
 
@@ -207,7 +211,7 @@ def is_review_file(path: Path) -> bool:
     if not path.exists():
         return True
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, MOST_YAML_BYTES)
         return not text.strip() or {"decision", "modules"} <= set(parse(text))
     except (ConfigError, ValueError, OSError):
         return False

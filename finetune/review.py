@@ -16,9 +16,10 @@ from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision
 from ..common.arrays import IntArray
-from ..common.files import write_text
+from ..common.files import read_bytes, write_text
+from ..common.plain_yaml import MOST_YAML_BYTES
 from ..common.processes import Processes
-from ..errors import ConfigError, ReviewError
+from ..errors import ConfigError, DataError, ReviewError
 from ..memory.cost import plan_cost
 from .proposal import Document, Proposal, is_review_file, parse
 
@@ -180,8 +181,8 @@ class PlanReview:
 
     def _read(self) -> str:
         try:
-            return self.path.read_text(encoding="utf-8-sig", errors="replace")
-        except OSError:
+            return read_bytes(self.path, MOST_YAML_BYTES).decode("utf-8-sig", errors="replace")
+        except (OSError, DataError):
             return ""
 
 

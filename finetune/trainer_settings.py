@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -13,11 +13,14 @@ import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ..allocation.bounds import Bounds
+from ..common.files import parse_json
 from ..data.task import Task
-from ..errors import ConfigError, UnknownNameError, UnsupportedError, first_line
+from ..errors import ConfigError, UnknownNameError, UnsupportedError, first_line, shown
 from ..memory.step_config import OptimizerName
 from ..memory.step_parts import CHECKPOINTING
 from .config import FinetuneConfig
+
+_RANK = re.compile(r"[0-9]{1,10}")
 
 OPTIMIZERS: dict[OptimizerName, str] = {
     "adamw": "adamw_torch_fused",
@@ -131,7 +134,7 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
         if name not in names:
             raise UnknownNameError.of(f"setting of {kind.__name__}", name, names)
         try:
-            values[name] = json.loads(text)
+            values[name] = parse_json(text)
         except ValueError:
             values[name] = text
     return values
@@ -147,8 +150,10 @@ def rank_bounds_of(given: tuple[str, ...]) -> Bounds:
     for entry in given:
         name, _, text = entry.partition("=")
         numbers = text.split(":")
-        if not name or not all(number.isdecimal() for number in numbers) or len(numbers) > 2:
-            raise ConfigError(f"A bound has the form MODULE=RANK or MODULE=LEAST:MOST, as q_proj=0:16; got {entry!r}.")
+        if not name or len(numbers) > 2 or not all(_RANK.fullmatch(number) for number in numbers):
+            raise ConfigError(
+                f"A bound has the form MODULE=RANK or MODULE=LEAST:MOST, as q_proj=0:16; got {shown(entry)}."
+            )
         ranks = [int(number) for number in numbers]
         bounds[name] = ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])
     return bounds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,9 +16,36 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..errors import ConfigError, RunFolderError, UnsupportedError
+from ..common.files import read_object
+from ..errors import ConfigError, RunFolderError, UnsupportedError, first_line, shown
 
 T = TypeVar("T")
+
+MOST_CONFIG_BYTES = 2**24
+"""Bytes of an adapter's configuration, at most; that with a rank for each of 50,000 modules has a quarter of it."""
+
+MOST_PATTERN, MOST_REPEATS = 1000, 2
+"""Characters of a pattern of module names, and how often it may repeat something without bound."""
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+    "lora_bias": (bool,),
+    "fan_in_fan_out": (bool,),
+    "bias": (str,),
+    "task_type": (str,),
+    "peft_type": (str,),
+    "base_model_name_or_path": (str,),
+    "target_modules": (str, list),
+    "modules_to_save": (list,),
+}
+"""Types of settings that are read or passed on; each may be missing or None."""
+
+_REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 
 PAIR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(\.weight|\.bias)?")
 """Matches the name of a factor; groups: the module, A or B, and the parameter's name (absent for an embedding)."""
@@ -94,12 +121,41 @@ def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 def _read_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_NAME
+    values = _read_file(path, lambda: read_object(path, MOST_CONFIG_BYTES))
+    _check_types(path, values)
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(path, name, values.get(name) or {})
     config = _read_file(path, lambda: LoraConfig.from_pretrained(str(folder)))
     if type(config) is not LoraConfig:
         raise UnsupportedError(f"{path} is of {type(config).__name__}. Only LoRA adapters can be exported.")
     if getattr(config, "target_parameters", None):
         raise UnsupportedError(f"{path} has target_parameters: LoRA on parameters in place of modules is not exported.")
     return config
+
+
+def _check_types(path: Path, values: Mapping[str, object]) -> None:
+    """Refuse settings of other types than PEFT writes, which would find their way into files for other programs."""
+    for name, kinds in _TYPES.items():
+        value = values.get(name)
+        known = value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
+        if not known or (isinstance(value, float) and not math.isfinite(value)):
+            raise RunFolderError(f"{path} is corrupt or foreign: {name} is {shown(value)}.")
+
+
+def _check_patterns(path: Path, name: str, patterns: object) -> None:
+    """Refuse regular expressions that may take for ever; module names and simple patterns are matched at once."""
+    if not isinstance(patterns, dict):
+        raise RunFolderError(f"{path} is corrupt or foreign: {name} is {shown(patterns)}, no values by module.")
+    for pattern in patterns:
+        repeats = len(_REPEAT.findall(pattern))
+        if len(pattern) > MOST_PATTERN or repeats > MOST_REPEATS or _REPEATED_GROUP.search(pattern):
+            raise RunFolderError(
+                f"{path} has the {name} {shown(pattern)}, which may take very long to match. Write out the names of "
+                "the modules."
+            )
+    for value in patterns.values():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise RunFolderError(f"{path} is corrupt or foreign: {name} has the value {shown(value)}.")
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -118,5 +174,5 @@ def _read_file(path: Path, read: Callable[[], T]) -> T:
         raise RunFolderError(f"There is no {path}. Name a folder that `save_pretrained` of a PEFT model wrote.")
     try:
         return read()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise RunFolderError(f"{path} is corrupt or foreign: {error}") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SafetensorError) as error:
+        raise RunFolderError(f"{path} is corrupt or foreign: {first_line(error)}") from error

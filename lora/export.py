@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""
+
+MOST_PADDED_BYTES = 2**33
+"""Bytes of a padded adapter, at most."""
 
 _OTHER_FORMS = (
     "use_dora",
@@ -85,6 +89,7 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
     width = _padded_rank(max(adapter.ranks.values()), rank)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise RunFolderError(f"{output} exists already. Name a folder that does not, or an empty one.")
+    _check_padded_bytes(adapter, width)
     tensors = {key: _padded(adapter, key, tensor, width) for key, tensor in adapter.tensors.items()}
     config = replace(adapter.config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False)
     # Trained weights need no initialisation, and 'orthogonal' fails at an odd rank.
@@ -210,6 +215,21 @@ def _padded_rank(highest: int, wanted: int | None) -> int:
         limit = f"rank {wanted}" if wanted else f"{VLLM_RANKS[-1]}, the largest that vLLM has a slot for"
         raise ConfigError(f"A module has rank {highest}, which does not fit {limit}. Padding never lowers a rank.")
     return fitting[0]
+
+
+def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
+    """Refuse an adapter that takes too much memory when it is padded: a pair of rank 0 can claim any width."""
+    taken = 0
+    for key, tensor in adapter.tensors.items():
+        match = PAIR_KEY.fullmatch(key)
+        if match and match.group(3) != ".bias":
+            axis = "AB".index(match.group(2))
+            sizes = [size for place, size in enumerate(tensor.shape) if place != axis]
+            taken += rank * math.prod(sizes) * tensor.element_size()
+    if taken > MOST_PADDED_BYTES:
+        raise ConfigError(
+            f"At rank {rank} the adapter would take {taken:,} bytes; at most {MOST_PADDED_BYTES:,} are padded."
+        )
 
 
 def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:

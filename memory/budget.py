@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..common.units import format_bytes
-from ..errors import BudgetError
+from ..errors import BudgetError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,9 @@ AUTO_SHARE = 0.9
 
 MOST_SHARE = 4
 """The highest share that is read: a number with a decimal point above it is refused."""
+
+MOST_TEXT = 60
+"""Characters of a budget's text, at most."""
 
 LEAST_BYTES = 1024
 """The lowest number of bytes that is read without a unit: a smaller whole number is refused."""
@@ -81,27 +84,28 @@ class Budget:
         """
         if isinstance(given, Budget):
             return given
-        text = str(given).strip().lower().replace(",", "").replace("_", "")
+        text = budget_text(given).replace(",", "").replace("_", "")
         if text == "auto":
             return cls("auto", AUTO_SHARE)
-        of_bytes = r"bytes|[kmgt]?i?b"
+        of_bytes = r"bytes|(?:[kmgt]i?)?b"
         match = re.fullmatch(rf"([0-9.]+(?:e[0-9]+)?)\s*(%|{of_bytes}|[kmb]?\s*param(?:eter)?s)?", text)
         total = re.fullmatch(rf"(.*[0-9.]\s*(?:{of_bytes}))\s+total", text)
         if total:
             return cls("total", cls.parse(total.group(1)).value)
+        unit = match.group(2) if match else None
         try:
             number = float(match.group(1)) if match else math.nan
         except ValueError:
             number = math.nan
-        if match is None or not math.isfinite(number) or number <= 0:
-            raise BudgetError(f"Cannot read the budget {given!r}. Allowed: {_FORMS}, all above zero.")
-        unit = match.group(2)
+        value = number / 100 if unit == "%" else number * _factor(unit)
+        if not (math.isfinite(value) and number > 0 and value > 0):
+            raise BudgetError(f"Cannot read the budget {shown(given)}. Allowed: {_FORMS}, all above zero.")
         if unit == "%":
-            return cls("share", number / 100)
+            return cls("share", value)
         if unit and unit.endswith(("params", "parameters")):
-            return cls("parameters", number * {"k": 1e3, "m": 1e6, "b": 1e9}.get(unit[0], 1))
+            return cls("parameters", value)
         if unit:
-            return cls("bytes", number * _UNITS[unit])
+            return cls("bytes", value)
         return cls._without_unit(given, number, whole=not (isinstance(given, float) or "." in text))
 
     @classmethod
@@ -179,6 +183,21 @@ class Budget:
         if self.kind == "share":
             return Limit(self.value * reference_cost(cost, max_ranks), cost.unit)
         return Limit(self.value * free_bytes(device) if self.kind == "auto" else self.value, cost.unit)
+
+
+def budget_text(given: object) -> str:
+    """What was given as a budget, as a short text in lower case; empty if it is too long for one."""
+    if isinstance(given, int) and abs(given) >= 10**MOST_TEXT:  # Python itself refuses to write some of these out
+        return ""
+    text = str(given).strip().lower()
+    return text if len(text) <= MOST_TEXT else ""
+
+
+def _factor(unit: str | None) -> float:
+    """By what a number with this unit is multiplied; bytes without one."""
+    if unit and unit.endswith(("params", "parameters")):
+        return {"k": 1e3, "m": 1e6, "b": 1e9}.get(unit[0], 1.0)
+    return _UNITS.get(unit or "b", 1)
 
 
 def free_bytes(device: torch.device) -> int:

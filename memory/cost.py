@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -165,3 +166,28 @@ def cost_from_state(state: Mapping[str, Any]) -> Cost:
     if "unit_per_second" in state:
         return TimedCost(state["unit"], moments, **arrays, unit_per_second=float(state["unit_per_second"]))
     return ByteCost(moments, **arrays)
+
+
+def check_cost(cost: Cost, modules: int) -> None:
+    """Refuse a cost whose arrays do not fit one another, or so many modules.
+
+    Raises:
+        ValueError: a shape, a type or a number is wrong.
+    """
+    moments, groups = len(cost.moments), len(cost.needs)
+    shapes = {
+        "constant": (moments,),
+        "per_rank": (moments, modules),
+        "group_bytes": (moments, groups),
+        "needs": (groups, modules),
+    }
+    for name, shape in shapes.items():
+        values = np.asarray(getattr(cost, name))
+        if values.shape != shape or values.dtype != (np.bool_ if name == "needs" else np.float64):
+            raise ValueError(f"{name} of the cost has shape {values.shape} and type {values.dtype}, not {shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} of the cost holds NaN or infinity")
+    if cost.unit not in get_args(CostUnit) or moments == 0 or not all(isinstance(name, str) for name in cost.moments):
+        raise ValueError(f"the cost is of {moments} moments, in {cost.unit!r}")
+    if isinstance(cost, TimedCost) and not (moments > 1 and 0 < cost.unit_per_second < math.inf):
+        raise ValueError(f"the cost of time is of {moments} moments, {cost.unit_per_second} for a second")

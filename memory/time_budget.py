@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import BudgetError
+from ..errors import BudgetError, shown
 from ..lora.ladder import REFERENCE_RANK
-from .budget import MOST_SHARE
+from .budget import MOST_SHARE, budget_text
 
 if TYPE_CHECKING:
     from ..common.arrays import IntArray
@@ -44,15 +44,16 @@ class TimeBudget:
         """
         if isinstance(given, TimeBudget):
             return given
-        match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(%|ms|s|min)?", str(given).strip().lower())
+        match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(%|ms|s|min)?", budget_text(given))
         number = float(match.group(1)) if match else math.nan
-        if match is None or not math.isfinite(number) or number <= 0:
-            raise BudgetError(f"Cannot read the time {given!r}. Allowed: {_FORMS}, all above zero.")
-        unit = match.group(2)
+        unit = match.group(2) if match else None
+        value = number / 100 if unit == "%" else number * _SECONDS[unit or "s"]
+        if not (math.isfinite(value) and value > 0):
+            raise BudgetError(f"Cannot read the time {shown(given)}. Allowed: {_FORMS}, all above zero.")
         if unit is None:
             share = f" or '{100 * number:g}%'" if number <= MOST_SHARE else ""
             raise BudgetError(f"The time {given!r} has no unit. Write '{number:g}s'{share}. Allowed: {_FORMS}.")
-        return cls("share", number / 100) if unit == "%" else cls("seconds", number * _SECONDS[unit])
+        return cls("share" if unit == "%" else "seconds", value)
 
     @classmethod
     def unlimited(cls) -> TimeBudget:

@@ -1,14 +1,20 @@
-"""The wheel: every package, and every file that the package reads of its own."""
+"""The wheel and the sdist: every package, every file that the package reads of its own, and that it works installed."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from .data.small_models import WORDS, save, write_rows
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -64,15 +70,128 @@ def test_every_file_of_a_package_is_named() -> None:
             assert any(folder_of(package).glob(pattern)), f"{package}: nothing matches {pattern}"
 
 
-def test_the_wheel_holds_them(tmp_path: Path) -> None:
+MOST_BYTES = 8 * 10**6
+"""Size of a wheel or an sdist, at most."""
+
+SHIPPED = (
+    "agents/learned/policies/default/card.json",
+    "agents/learned/policies/default/policy.safetensors",
+    "bench/results/methods.parquet",
+    "env/proxies/weights/llama-4x32/model.safetensors",
+    "env/tasks/suite_cards/planted-train.json",
+    "memory/devices.json",
+    "memory/published_models.json",
+    "study/dataset/sample/dataset.json",
+    "study/page/assets/page.html",
+    "study/page/assets/uplot/LICENSE",
+    "study/page/assets/uplot/uPlot.iife.min.js",
+    "py.typed",
+)
+"""Some of what the package reads of its own, of each kind."""
+
+SOURCES = {"pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an sdist of the checkout, and a wheel that was built from the sdist alone."""
     pytest.importorskip("setuptools", minversion="77")
-    names = package_files() | {"pyproject.toml", "README.md", "LICENSE", "py.typed"}
-    for name in names:
-        target = tmp_path / "source" / name
+    folder = tmp_path_factory.mktemp("built")
+    for name in package_files() | {*SOURCES, "py.typed", "Makefile", "CONTRIBUTING.md", "tests/test_packaging.py"}:
+        target = folder / "source" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(ROOT / name)
-    code = "from setuptools.build_meta import build_wheel; build_wheel('..')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "source", capture_output=True, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == {f"rankpilot/{name}" for name in names - {"pyproject.toml", "README.md", "LICENSE"}}
+    _build(folder / "source", "sdist")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder / "unpacked", filter="data")
+    (source,) = (folder / "unpacked").iterdir()
+    source.rename(folder / "unpacked" / "rankpilot")
+    _build(folder / "unpacked" / "rankpilot", "wheel", "../..")
+    return folder
+
+
+def _build(source: Path, kind: str, to: str = "..") -> None:
+    code = f"from setuptools.build_meta import build_{kind} as build; build({to!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_sdist_holds_what_a_wheel_is_made_of_and_nothing_else(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    assert archive.stat().st_size <= MOST_BYTES
+    with tarfile.open(archive) as file:
+        held = {member.name.partition("/")[2] for member in file.getmembers() if member.isfile()}
+    made = {name for name in held if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert held - made == package_files() | SOURCES | {"py.typed"}
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    assert wheel.stat().st_size <= MOST_BYTES
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        held = {name for name in names if ".dist-info/" not in name}
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+        licences = {name.partition("/licenses/")[2] for name in names if ".dist-info/licenses/" in name}
+    assert held == {f"rankpilot/{name}" for name in package_files() | {"py.typed"}}
+    assert {f"rankpilot/{name}" for name in SHIPPED} <= held
+    assert licences == {"LICENSE", "study/page/assets/uplot/LICENSE"}
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.11" in metadata
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, installed into a virtual environment that has no other rankpilot; the folder of its programs.
+
+    The packages that it needs come from the environment of the tests.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=False, symlinks=True)
+    (packages,) = (folder / "lib").glob("python3.*/site-packages")
+    (wheel,) = built.glob("*.whl")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", f"--prefix={folder}"]
+    done = subprocess.run(
+        [*command, "--ignore-installed", str(wheel)], capture_output=True, text=True, check=False, env=_environment()
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # After the environment's own packages, so that an editable rankpilot among the others does not count.
+    (packages / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    return folder / "bin"
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(installed: Path, folder: Path, *words: str) -> str:
+    """What a program of the environment prints."""
+    done = subprocess.run(
+        [str(installed / "python"), str(installed / words[0]), *words[1:]]
+        if words[0] == "rankpilot"
+        else [str(installed / words[0]), *words[1:]],
+        cwd=folder, env=_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_works_without_the_checkout(installed: Path, tmp_path: Path) -> None:
+    place = run(installed, tmp_path, "python", "-c", "import rankpilot; print(rankpilot.__file__)").strip()
+    assert Path(place).is_relative_to(installed.parent)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run(installed, tmp_path, "rankpilot", "--version").strip() == version
+    options = ["--device-memory", "24GiB", "--batch-size", "1", "--max-length", "256", "--json"]
+    told = json.loads(run(installed, tmp_path, "rankpilot", "memory", "llama-3.2-1b", *options, "--output", "card"))
+    assert told["fits"]
+    model = save("bert", tmp_path / "model")
+    rows = [{"text": f"the film was {word}", "label": index % 3} for index, word in enumerate(WORDS * 8)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    options = ["--batch-size", "4", "--max-length", "16", "--steps", "12", "--budget", "80%", "--form", "peft"]
+    run(installed, tmp_path, "rankpilot", "allocate", model, data, *options, "--output", "plan.json", "--log", "log")
+    assert json.loads((tmp_path / "plan.json").read_text())["rank_pattern"]
+    run(installed, tmp_path, "rankpilot", "study", "log", "--output", "page.html")
+    assert (tmp_path / "page.html").stat().st_size > 50_000

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from ...allocation.schedule import DecisionSchedule
-from ...common.files import as_plain, read_json, write_json
+from ...common.files import as_plain, read_object, write_json
 from ...common.run_folder import open_run
 from ...common.settings import as_json
 from ...common.workers import count_workers
@@ -185,7 +184,7 @@ def _check_weights(folder: Path, names: dict[str, str]) -> None:
     """
     weights = {name: read_card(path)["sha256"] for name, given in names.items() if (path := _folder(given))}
     path = folder / POLICIES
-    known: dict[str, Any] = read_json(path) if path.exists() else {}
+    known = read_object(path) if path.exists() else {}
     for name, digest in weights.items():
         if known.get(name, digest) != digest:
             raise RunFolderError(f"{folder} holds results of another policy named {name!r}. Use another --output.")

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_type_hints
 
 from ...common.files import append_json_line, read_json_lines, write_json_lines
 from ...env.proxies.bases import find_base
 from ...env.reward import Comparison
 from ...env.tasks.finetune import Reference
 from ...env.tasks.proxy_task import ProxyTask
-from ...errors import RunFolderError
+from ...errors import RunFolderError, first_line, shown
 from ..rules import EARLIER_NAMES
 
 Key = tuple[str, str, int]
@@ -125,6 +126,21 @@ def read_rows(path: Path) -> list[Row]:
     lines: list[Any] = read_json_lines(path)
     try:
         rows = [Row(**{_EARLIER_COLUMNS.get(name, name): value for name, value in line.items()}) for line in lines]
-    except TypeError as error:
-        raise RunFolderError(f"{path} holds no results of this version of rankpilot ({error}).") from error
+        for row in rows:
+            _check(row)
+    except (TypeError, AttributeError) as error:
+        raise RunFolderError(f"{path} holds no results of this version of rankpilot ({first_line(error)}).") from error
     return [replace(row, policy=EARLIER_NAMES.get(row.policy, row.policy)) for row in rows]
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    name: {float: (float, int), float | None: (float, int, NoneType)}.get(kind, (kind,))
+    for name, kind in get_type_hints(Row).items()
+}
+
+
+def _check(row: Row) -> None:
+    """Refuse a row whose values have other types; TypeError."""
+    for name, kinds in _TYPES.items():
+        if not isinstance(getattr(row, name), kinds):
+            raise TypeError(f"{name} is {shown(getattr(row, name))}")

@@ -194,8 +194,8 @@ def _estimated(reference: Reference, origin: Reference | None) -> Reference:
 
 def log_folder(logs: Path, key: Key) -> Path:
     """The folder of a run's decision log: POLICY/TASK-SEED, in names that every file system takes."""
-    policy, task = (re.sub(r"[^\w.=-]+", "-", name) for name in key[:2])
-    return logs / policy / f"{task}-{key[2]}"
+    policy, task = (re.sub(r"[^\w.=-]+", "-", name) for name in (key[0], f"{key[1]}-{key[2]}"))
+    return logs / (policy if policy.strip(".") else f"-{policy}") / task  # a policy may be called ".."
 
 
 def _run(schedule: DecisionSchedule, logged: bool, jobs: list[Job]) -> tuple[list[Row], LogFiles]:

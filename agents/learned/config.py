@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...errors import ConfigError
+from ...errors import ConfigError, shown
+
+MOST_WIDTH, MOST_NETWORKS = 8192, 256
+"""The widest hidden layer and the most networks of one kind: a policy's card asks for them before weights are read."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,13 @@ class NetworkConfig:
     signal_gain: float = 0.5
 
     def __post_init__(self) -> None:
-        if min(self.width, self.critics) < 1:
-            raise ConfigError(f"width and critics of the network are at least 1; got {self.width} and {self.critics}.")
+        if not (1 <= self.width <= MOST_WIDTH and 1 <= self.critics <= MOST_NETWORKS):
+            raise ConfigError(
+                f"width of the network is from 1 to {MOST_WIDTH} and critics from 1 to {MOST_NETWORKS}; got "
+                f"{shown(self.width)} and {shown(self.critics)}."
+            )
         stds = (self.score_std, self.shared_std, self.rank_floor_std, self.depth_bias_std)
-        if not min(stds) > 0:
-            raise ConfigError(f"Standard deviations of exploration are above 0; got {stds}.")
+        if not all(0 < std < math.inf for std in stds):
+            raise ConfigError(f"Standard deviations of exploration are above 0 and finite; got {stds}.")
+        if not math.isfinite(self.signal_gain):
+            raise ConfigError(f"signal_gain of the network is finite; got {self.signal_gain}.")

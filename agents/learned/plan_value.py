@@ -9,6 +9,7 @@ bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -18,7 +19,8 @@ from torch.nn.functional import linear
 
 from ...allocation.deliberation import VoteUnit
 from ...allocation.features import MODULE_FEATURES, Inputs
-from ...errors import ConfigError
+from ...errors import ConfigError, shown
+from .config import MOST_NETWORKS, MOST_WIDTH
 
 PLAN_FEATURES = 4
 """Features of a module in a plan: log2(1 + rank), whether it is adapted, log2(1 + rank) minus its mean, rank / 32."""
@@ -54,13 +56,14 @@ class PlanValueConfig:
     doubt: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.count, self.width) < 1 or not 0 <= self.dropout < 1:
+        sized = 1 <= self.count <= MOST_NETWORKS and 1 <= self.width <= MOST_WIDTH
+        if not sized or not 0 <= self.dropout < 1:
             raise ConfigError(
-                "count and width of the value ensemble are at least 1 and dropout is from 0 to below 1; got "
-                f"{self.count}, {self.width} and {self.dropout}."
+                f"count of the value ensemble is from 1 to {MOST_NETWORKS}, width from 1 to {MOST_WIDTH} and dropout "
+                f"from 0 to below 1; got {shown(self.count)}, {shown(self.width)} and {self.dropout}."
             )
-        if not self.doubt >= 0:
-            raise ConfigError(f"doubt of the value ensemble is at least 0; got {self.doubt}.")
+        if not 0 <= self.doubt < math.inf:
+            raise ConfigError(f"doubt of the value ensemble is at least 0 and finite; got {self.doubt}.")
         if self.unit not in get_args(VoteUnit):
             raise ConfigError(f"unit of the value ensemble is one of {get_args(VoteUnit)}; got {self.unit!r}.")
 

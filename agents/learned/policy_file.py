@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 from dataclasses import asdict
@@ -20,7 +19,8 @@ from ...allocation.policy import Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path, read_json, sha256, write_json
 from ...common.settings import from_json
-from ...errors import ConfigError, PolicyFileError, UnknownNameError, first_line
+from ...common.tensor_files import check_tensor_file
+from ...errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ...lora.ladder import DEFAULT_RANKS
 from ..rules import EARLIER_NAMES, RULES, find_rule
 from .config import NetworkConfig
@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 FORMAT = "rankpilot-policy"
 SCHEMA = 4
 WEIGHTS, CARD = "policy.safetensors", "card.json"
+
+MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 2**24, 2**30
+"""Bytes of a card and of a file of weights, at most."""
+
+Weights = dict[str, torch.Tensor]
 
 ENSEMBLE_WEIGHTS = "plan_critics."
 """Start of the names of the value ensemble's weights, as in files of all schemas."""
@@ -116,31 +121,63 @@ def load_policy(given: str | Path | Policy) -> Policy:
     card = read_card(folder)
     try:
         inputs = Inputs(len(card["module_features"]), len(card["run_features"]))
-        network = RankNetwork(from_json(NetworkConfig, card.get("network"), complete=True), inputs)
-        value_ensemble = _new_ensemble(card.get("plan_value"), inputs)
-    except (ConfigError, RuntimeError) as error:
+        config, described = from_json(NetworkConfig, card.get("network"), complete=True), card.get("plan_value")
+        ensemble = None if described is None else from_json(PlanValueConfig, described, complete=True)
+    except ConfigError as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {first_line(error)}") from error
     weights = _read_weights(folder, card)
+    with torch.device("meta"):
+        _check_weights(folder, _networks(config, ensemble, inputs), weights)
+    network, value_ensemble = _networks(config, ensemble, inputs)
     of_ensemble = {
         name.removeprefix(ENSEMBLE_WEIGHTS): weights.pop(name)
         for name in list(weights)
         if name.startswith(ENSEMBLE_WEIGHTS)
     }
-    try:
-        network.load_state_dict(weights)
-        (value_ensemble or nn.Module()).load_state_dict(of_ensemble)
-    except RuntimeError as error:
-        raise PolicyFileError(f"The weights in {folder} do not fit its card: {first_line(error)}") from error
+    network.load_state_dict(weights)
+    if value_ensemble:
+        value_ensemble.load_state_dict(of_ensemble)
     if value_ensemble:
         value_ensemble.eval()
-    return LearnedPolicy(str(card.get("name", folder.name)), network.eval(), value_ensemble, sha256=card["sha256"])
+    return LearnedPolicy(_name(folder, card), network.eval(), value_ensemble, sha256=card["sha256"])
 
 
-def _new_ensemble(described: Any, inputs: Inputs) -> PlanValueEnsemble | None:
-    """A value ensemble of the size that a card tells, without its weights; None if the card tells none."""
-    if described is None:
-        return None
-    return PlanValueEnsemble(from_json(PlanValueConfig, described, complete=True), inputs)
+def _name(folder: Path, card: dict[str, Any]) -> str:
+    """What a policy is called: a line of text, for people and logs; never a path.
+
+    Raises:
+        PolicyFileError: the card has another name.
+    """
+    name = card.get("name", folder.resolve().name)
+    if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable():
+        raise PolicyFileError(
+            f"The card in {folder} names the policy {shown(name)}; a name is a line of 1 to {MOST_NAME} characters."
+        )
+    return name
+
+
+def _networks(
+    config: NetworkConfig, ensemble: PlanValueConfig | None, inputs: Inputs
+) -> tuple[RankNetwork, PlanValueEnsemble | None]:
+    return RankNetwork(config, inputs), None if ensemble is None else PlanValueEnsemble(ensemble, inputs)
+
+
+def _check_weights(folder: Path, networks: tuple[nn.Module, PlanValueEnsemble | None], weights: Weights) -> None:
+    """Refuse weights that are not those of networks on the meta device, which take no memory.
+
+    Raises:
+        PolicyFileError: a name, shape or type differs, or a weight is NaN or infinite.
+    """
+    network, value_ensemble = networks
+    needed = network.state_dict() | (value_ensemble.state_dict(prefix=ENSEMBLE_WEIGHTS) if value_ensemble else {})
+    for name in sorted(needed.keys() | weights.keys()):
+        wanted, found = ((each[name].shape, each[name].dtype) if name in each else None for each in (needed, weights))
+        if wanted != found:
+            raise PolicyFileError(
+                f"The weights in {folder} do not fit its card: {shown(name)} is {found}, not {wanted}."
+            )
+        if not weights[name].isfinite().all():
+            raise PolicyFileError(f"The weights in {folder} hold NaN or infinity: {name}. Train the policy again.")
 
 
 def policy_folder(given: str | Path) -> Path:
@@ -157,7 +194,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = upgraded(_stored_card(folder))
     except (AttributeError, KeyError, TypeError) as error:
-        raise PolicyFileError(f"{folder / CARD} is not the card of a rankpilot policy: {error!r}.") from error
+        raise PolicyFileError(f"{folder / CARD} is not the card of a rankpilot policy: {shown(error)}.") from error
     features: dict[str, list[Any]] = {"module_features": list(MODULE_FEATURES), "run_features": list(RUN_FEATURES)}
     expected: dict[str, list[Any]] = {**features, "ladder": list(DEFAULT_RANKS)}
     for key, value in expected.items():
@@ -165,7 +202,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         earlier = key in features and isinstance(given, list) and bool(given) and value[: len(given)] == given
         if given != value and not earlier:
             raise PolicyFileError(
-                f"The policy in {folder} has {key} {card.get(key)!r}; this version of rankpilot reads {value!r}. "
+                f"The policy in {folder} has {key} {shown(card.get(key))}; this version of rankpilot reads {value!r}. "
                 "Train it again, or install the version that made it."
             )
     return card
@@ -202,17 +239,17 @@ def _stored_card(folder: Path) -> dict[str, Any]:
     """The card as it is stored, of any schema that can be read."""
     path = folder / CARD
     try:
-        card = read_json(path)
+        card = read_json(path, MOST_CARD_BYTES)
     except FileNotFoundError as error:
         raise PolicyFileError(f"{folder} is no policy folder: {CARD} is missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PolicyFileError(f"{path} is not valid JSON: {first_line(error)}") from error
+    except DataError as error:
+        raise PolicyFileError(str(error)) from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
     if card.get("schema") not in (2, 3, SCHEMA):
         raise PolicyFileError(
-            f"The policy in {folder} has schema {card.get('schema')!r}; this version of rankpilot reads 2, 3 and 4. "
-            "Train it again, or install the version that made it."
+            f"The policy in {folder} has schema {shown(card.get('schema'))}; this version of rankpilot reads 2, 3 and "
+            "4. Train it again, or install the version that made it."
         )
     return card
 
@@ -228,17 +265,17 @@ def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
         raise PolicyFileError(f"The card in {given} does not describe the schedule: {error}") from error
 
 
-def _read_weights(folder: Path, card: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path, card: dict[str, Any]) -> Weights:
     path = folder / WEIGHTS
     if not path.is_file():
         raise PolicyFileError(f"{folder} is incomplete: {WEIGHTS} is missing.")
-    with path.open("rb") as stream:
-        head = stream.read(4)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        raise PolicyFileError(f"{path} is a pickle or zip file in disguise and was not opened.")
+    try:
+        check_tensor_file(path, MOST_WEIGHT_BYTES)
+    except DataError as error:
+        raise PolicyFileError(str(error)) from error
     if sha256(path) != card.get("sha256"):
         raise PolicyFileError(f"{path} is corrupt: its sha256 is not the one in {CARD}. Copy or train it again.")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise PolicyFileError(f"{path} is not a safetensors file: {first_line(error)}") from error

@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ...allocation.observation import Observation, with_limit
 from ...allocation.policy import Decision, decided_plan, decision_from_scores, decision_to_keep, is_first
 from ...allocation.schedule import DecisionSchedule
-from ...common.files import atomic_path
+from ...common.files import atomic_path, parse_json
 from ...common.settings import from_json
+from ...common.tensor_files import read_arrays
 from ...common.workers import worker_pool
 from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_task import ProxyTask
-from ...errors import ConfigError, RunFolderError
+from ...errors import RunFolderError
 from ..learned.candidates import FIXED_NAMES, KEEP, candidate_actions
 from ..learned.cheaper import with_less
 from ..learned.plan_value import Plans
@@ -285,18 +285,40 @@ def read_plan_run(path: Path) -> PlanRun:
         RunFolderError: it is damaged, or of another version.
     """
     try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("schema") != str(SCHEMA):
-                raise RunFolderError(f"{path} was written by another version of rankpilot. Train in a new folder.")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no dict)
-        origin = json.loads(metadata.get("origin", "{}"))
+        arrays, metadata = read_arrays(path)
+        if metadata.get("schema") != str(SCHEMA):
+            raise RunFolderError(f"{path} was written by another version of rankpilot. Train in a new folder.")
+        origin = parse_json(metadata.get("origin", "{}"))
         tasks = tuple(from_json(ProxyTask, task) for task in origin.get("tasks", ()))
-        return PlanRun(**arrays, tasks=tasks, names=tuple(origin.get("names", ())))
-    except (SafetensorError, ConfigError, ValueError, TypeError, AttributeError) as error:
+        runs = PlanRun(**arrays, tasks=tasks, names=tuple(origin.get("names", ())))
+        _check(runs)
+        return runs
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"The plan runs in {path} cannot be read ({error}). Delete the file to make them again."
         ) from error
+
+
+def _check(runs: PlanRun) -> None:
+    """Refuse plan runs whose parts do not fit one another; ValueError."""
+    decisions, count, modules = runs.ranks.shape
+    shapes = {
+        "modules": (decisions, count, modules, runs.modules.shape[-1]),
+        "scores": (decisions, count, modules),
+        "run": (decisions, count, runs.run.shape[-1]),
+        "losses": (count,),
+        "initial": (count,),
+        **({} if runs.choices is None else {"choices": (decisions, count)}),
+    }
+    for name, shape in shapes.items():
+        if getattr(runs, name).shape != shape:
+            raise ValueError(f"{name} has shape {getattr(runs, name).shape}, not {shape}")
+    if count % RUNS or not decisions * count * modules or runs.ranks.dtype != np.int64:
+        raise ValueError(f"ranks of type {runs.ranks.dtype} are for {count} runs, not a multiple of {RUNS}")
+    if runs.choices is not None and not ((runs.choices >= 0) & (runs.choices < len(CHOICES))).all():
+        raise ValueError(f"a choice is none of {len(CHOICES)}")
+    if runs.tasks and (len(runs.tasks) != count // RUNS or len(runs.names) != modules):
+        raise ValueError(f"{len(runs.tasks)} tasks and {len(runs.names)} names are for {count} runs of {modules}")
 
 
 def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:

@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...common.files import append_json_line, atomic_path, read_json_lines
-from ...errors import ConfigError
+from ...common.files import append_json_line, atomic_path, parse_json, read_json_lines
+from ...common.parquet_files import ParquetLimits, read_parquet
+from ...errors import ConfigError, first_line
 from .work import Work
 
 PACKED = Path(__file__).parent.parent / "results" / "methods.parquet"
@@ -18,6 +19,9 @@ PACKED = Path(__file__).parent.parent / "results" / "methods.parquet"
 
 MOST_BYTES = 5 * 1024**2
 """Size of a packed file at most."""
+
+
+LIMITS = ParquetLimits(file_bytes=4 * MOST_BYTES, rows=10**6, columns=2, memory_bytes=2**30)
 
 
 class RowStore:
@@ -28,7 +32,7 @@ class RowStore:
         packed: a packed file to begin with.
 
     Raises:
-        ConfigError: there is no such packed file.
+        ConfigError: there is no such packed file, or one of the two holds no rows.
     """
 
     def __init__(self, folder: Path | None, packed: Path | None = None) -> None:
@@ -75,8 +79,15 @@ class RowStore:
 def _unpacked(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"There is no packed file of rows {path}. `rankpilot bench methods --pack FILE` writes one.")
-    table = pq.read_table(path)
-    return {key: json.loads(row) for key, row in zip(table["work"].to_pylist(), table["row"].to_pylist(), strict=True)}
+    try:
+        table = read_parquet(path, LIMITS)
+        texts = {name: table[name].to_pylist() for name in ("work", "row")}
+        rows = {key: parse_json(row) for key, row in zip(texts["work"], texts["row"], strict=True)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no packed file of rows: {first_line(error)}") from error
+    if not all(isinstance(key, str) and isinstance(row, dict) for key, row in rows.items()):
+        raise ConfigError(f"{path} is no packed file of rows: a row in it is no JSON object.")
+    return rows
 
 
 def _text(value: Any) -> str:

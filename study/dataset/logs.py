@@ -18,7 +18,7 @@ from ...agents.learned.candidates import KEEP
 from ...agents.rules import RULES
 from ...allocation.decision_log import DecisionLog, LoggedDecision
 from ...allocation.deliberation import DRAWN
-from ...common.files import read_json
+from ...common.files import read_object
 from ...common.run_folder import CONFIG
 from ...env.tasks.suites import VERSION
 from ...errors import RunFolderError
@@ -64,7 +64,7 @@ class LoggedRuns:
         if not logged:
             raise RunFolderError(f"None of the {len(results)} runs in {folder / ROWS} has a log in {folder / LOGS}.")
         logs = sum(1 for _ in (folder / LOGS).glob("*/*/part-00000.parquet"))
-        settings = read_json(folder / CONFIG)
+        settings = read_object(folder / CONFIG)
         return cls(folder, origin, logged, len(results) - len(logged), logs - len(logged), settings.get("task_steps"))
 
     @property
@@ -114,7 +114,7 @@ class LoggedRuns:
             "kind": POLICY_RUNS,
             "name": self.folder.name,
             "behaviours": dict(Counter(result.policy for result in self.results)),
-            "weights": read_json(weights) if weights.is_file() else {},
+            "weights": read_object(weights) if weights.is_file() else {},
             "runs_without_log": self.unlogged,
             "logs_without_result": self.unended,
             "suite_version": VERSION,

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...allocation.decision_log import FEATURE_PREFIX, RUN_PREFIX
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
 from ...errors import ConfigError, UnsupportedError, first_line
 from .read import TrialsDataset
 

@@ -5,7 +5,6 @@ This module loads pyarrow and no library for training.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...common.files import read_json, sha256
+from ...common.parquet_files import ParquetLimits, check_parquet, read_parquet
 from ...errors import DataError
 from .columns import FORMAT, SCHEMA, SCHEMA_OF_FILES
 
@@ -30,6 +29,9 @@ _NAMES = re.compile(r"trials-\d{5}\.parquet|actor-\d+/(policy\.safetensors|card\
 
 MOST_FACTS, MOST_FILE, MOST_UNPACKED = 2**22, 2**31, 2**33
 """Bytes, at most, of `dataset.json`, of any other file, and of one file's rows when they are unpacked."""
+
+MOST_ROWS = 10**7
+"""Rows of one file, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +91,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path.parent} is no data set of rankpilot: it has no {FACTS}. rankpilot study dataset writes one."
         )
-    if path.stat().st_size > MOST_FACTS:
-        raise DataError(f"{path} has more than {MOST_FACTS} bytes, so it is not one of rankpilot's.")
     try:
-        facts = read_json(path)
+        facts = read_json(path, MOST_FACTS)
         if facts["format"] != FORMAT or facts["schema"] != SCHEMA:
             raise ValueError(f"it has format {facts['format']!r} and schema {facts['schema']!r}")
         if (facts["module_features"], facts["run_features"]) != (list(MODULE_FEATURES), list(RUN_FEATURES)):
@@ -104,7 +104,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
         rows = [int(told["rows"]) for name, told in facts["files"].items() if name.endswith(".parquet")]
         if sum(rows) != facts["rows"] or not facts["rows"] or not isinstance(facts["sources"], list):
             raise ValueError("its files do not have the rows that it tells")
-    except (json.JSONDecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{path} is not that of a data set of schema {SCHEMA} ({error!r}). Make the data set again, or use the "
             "version of rankpilot that wrote it."
@@ -114,15 +114,12 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 def _check_rows(path: Path, rows: int) -> None:
     """Refuse a file that has other columns than ours, or rows that do not fit into memory."""
-    try:
-        found, schema = pq.read_metadata(path), pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no Parquet file that can be read: {error}") from error
-    unpacked = sum(found.row_group(group).total_byte_size for group in range(found.num_row_groups))
-    if found.num_rows != rows or not schema.equals(SCHEMA_OF_FILES) or unpacked > MOST_UNPACKED:
+    found = check_parquet(path, _limits())
+    schema = found.schema.to_arrow_schema()
+    if found.num_rows != rows or not schema.equals(SCHEMA_OF_FILES):
         raise DataError(
-            f"{path} does not hold {rows} rows of schema {SCHEMA}: it has {found.num_rows} rows of "
-            f"{len(schema)} columns and {unpacked} bytes."
+            f"{path} does not hold {rows} rows of schema {SCHEMA}: it has {found.num_rows} rows of {len(schema)} "
+            "columns."
         )
 
 
@@ -130,9 +127,8 @@ def _read_file(path: Path, columns: list[str] | None) -> pa.Table:
     unknown = sorted(set(columns or ()) - set(SCHEMA_OF_FILES.names))
     if unknown:
         raise DataError(f"There are no columns {', '.join(unknown)}; there are {', '.join(SCHEMA_OF_FILES.names)}.")
-    try:
-        with pq.ParquetFile(path) as file:
-            table: pa.Table = file.read(columns)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    return table
+    return read_parquet(path, _limits(), columns)
+
+
+def _limits() -> ParquetLimits:
+    return ParquetLimits(MOST_FILE, MOST_ROWS, 2 * len(SCHEMA_OF_FILES), MOST_UNPACKED)

@@ -17,8 +17,8 @@ from ...agents.learned.policy_file import WEIGHTS, load_policy, save_policy
 from ...agents.training.config import TrainConfig
 from ...agents.training.fit_plan_value import ANY_COST, fit_value_ensemble
 from ...agents.training.plan_runs import RUNS, PlanRun, plan_dataset
-from ...allocation.decision_log import FEATURE_PREFIX, RUN_PREFIX
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
 from ...common.files import sha256
 from ...common.settings import as_json, from_json
 from ...errors import ConfigError, DataError

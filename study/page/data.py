@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ...allocation.decision_log import FEATURE_PREFIX
+from ...allocation.log_part import FEATURE_PREFIX
 from ...common.arrays import IntArray
 from ...common.files import read_json
 from ...common.rank_grid import NO_ADAPTER, RUNGS, rank_colors

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...allocation.decision_line import decision_line
-from ...allocation.decision_log import FEATURE_PREFIX
+from ...allocation.log_part import FEATURE_PREFIX
 from ...allocation.unusual_features import unusual_features
 from ...common.arrays import IntArray
 from ...common.module_names import short_names

@@ -11,7 +11,9 @@ import yaml
 from ...agents.rules.given_plan import shuffled_plan
 from ...allocation.decision_log import DecisionLog
 from ...allocation.plan import uniform_ranks
-from ...errors import ConfigError, first_line
+from ...common.files import read_text
+from ...common.plain_yaml import MOST_YAML_BYTES, parse_yaml
+from ...errors import ConfigError, DataError, first_line, shown
 
 NAMED = {
     "final": "the ranks with which the run ended",
@@ -50,11 +52,11 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
 
 def _from_file(path: Path) -> dict[str, int]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(read_text(path, MOST_YAML_BYTES))
     except FileNotFoundError as error:
         known = ", ".join(f"{name} ({meaning})" for name, meaning in NAMED.items())
         raise ConfigError(f"{path} is no file and no plan by name. Plans by name: {known}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, DataError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML or JSON: {first_line(error)}.") from error
     modules = content.get("modules", content) if isinstance(content, Mapping) else None
     if not isinstance(modules, Mapping) or not modules:
@@ -65,5 +67,5 @@ def _from_file(path: Path) -> dict[str, int]:
     }
     for name, rank in ranks.items():
         if not isinstance(name, str) or type(rank) is not int or rank < 0:
-            raise ConfigError(f"The rank of {name!r} in {path} is {rank!r}; it is a whole number from 0 on.")
+            raise ConfigError(f"The rank of {shown(name)} in {path} is {shown(rank)}; it is a whole number from 0 on.")
     return ranks

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ...common.drawing import save_figure
-from ...common.files import read_json, write_text
+from ...common.files import read_object, read_text, write_text
 from .comparison import markdown_table, subject
 from .decisions import decision_lines, describe_decisions
 from .figures import loss_curves
@@ -93,10 +93,10 @@ def _adapter(run: RunData) -> str:
     folder = run.adapter
     if folder is None:
         return ""
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_object(folder / ADAPTER_CONFIG)
     base, outputs = config.get("base_model_name_or_path"), run.summary.get("outputs")
-    loader = LOADERS.get(config.get("task_type"), "AutoPeftModel") if base else "PeftModel"
-    options = f", num_labels={outputs}" if outputs and base else ""
+    loader = LOADERS.get(str(config.get("task_type")), "AutoPeftModel") if base else "PeftModel"
+    options = f", num_labels={outputs}" if type(outputs) is int and base else ""  # no other text gets into the code
     return f"""\
 The adapter is in `{folder}`; its base model is {f"`{base}`" if base else "the one that was fine-tuned"}. Plain PEFT \
 loads it:
@@ -176,6 +176,6 @@ def _setup(run: RunData) -> str:
     lines = [f"* {key}: {run.summary[key]}" for key in keys if run.summary.get(key) is not None]
     path = run.folder / "config.json"
     if path.is_file():
-        config = path.read_text(encoding="utf-8").strip()
+        config = read_text(path).strip()
         lines.append(f"\n<details><summary>config.json</summary>\n\n```json\n{config}\n```\n\n</details>")
     return "\n".join(lines)

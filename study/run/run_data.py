@@ -9,7 +9,6 @@ Three kinds of folder have a decision log, and each may be of a run that goes on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +180,7 @@ def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
         try:
             state = read_json(path)
             return {PILOT: [*state["log_history"], {"step": int(state["global_step"])}]}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             missing.append(f"the latest losses ({path} is unreadable: {error!r})")
     missing.append("losses (no checkpoint with a trainer_state.json)")
     return {}

@@ -126,7 +126,9 @@ def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path, kind: type[Any], s
             pass
 
 
-@pytest.mark.parametrize(("content", "words"), [('{"tseps": 3}', "unknown 'tseps'"), ("{", "Expecting"), ("3", "keys")])
+@pytest.mark.parametrize(
+    ("content", "words"), [('{"tseps": 3}', "unknown 'tseps'"), ("{", "Expecting"), ("3", "no values by name")]
+)
 def test_a_file_that_no_version_wrote(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / CONFIG).write_text(content)
     config = as_json(FinetuneConfig, FinetuneConfig("m", "d"))

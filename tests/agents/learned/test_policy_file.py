@@ -383,7 +383,7 @@ def test_a_policy_can_be_written_again_without_its_critics(judged: Path, network
         (JUDGES | {"width": 9}, "do not fit its card"),
         ({"count": 2}, "does not describe"),
         (JUDGES | {"depth": 2}, "does not describe"),
-        (JUDGES | {"count": 0}, "does not describe the network: count and width of the value ensemble"),
+        (JUDGES | {"count": 0}, "does not describe the network: count of the value ensemble is from 1"),
         (JUDGES | {"width": -1}, "does not describe"),
         (JUDGES | {"width": "a"}, "does not describe"),
         (JUDGES | {"width": 8.5}, "does not describe"),

@@ -143,7 +143,7 @@ def test_files_that_hold_something_else(folder: Path) -> None:
 
 
 def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch, dataset: TrialsDataset) -> None:
-    for name, words in (("MOST_FACTS", "not one of rankpilot's"), ("MOST_FILE", "at most"), ("MOST_UNPACKED", "bytes")):
+    for name, words in (("MOST_FACTS", "more than 100 bytes"), ("MOST_FILE", "at most"), ("MOST_UNPACKED", "bytes")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, 100)
             refused(dataset.folder, words)

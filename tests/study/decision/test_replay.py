@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import SCHEMA_KEY, DecisionLog
+from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log_part import SCHEMA_KEY
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import RunFolderError
 from rankpilot.study.decision.redecide import redecide

@@ -1,0 +1,202 @@
+"""Damage: odd values, edits of JSON values and of bytes, and edits of files of tensors and of Parquet."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+from hypothesis import strategies as st
+
+NAMES = [
+    "",
+    ".",
+    "..",
+    "../../x",
+    "/etc/passwd",
+    "C:\\x",
+    "a\x00b",
+    "\ud800",
+    "\x1b[31m",
+    "x" * 10_000,
+    "é",
+    "٣",
+    "__class__",
+]
+
+NUMBERS = [0, 1, -1, 2, 7, 2**31, 2**63, -(2**63) - 1, 10**9, 10**30, 10**400, 0.0, -0.5, 1e-320, 1e308]
+
+odd_values = st.one_of(
+    st.sampled_from([None, True, False, [], {}, [[]], [None], {"": 1}, float("nan"), float("inf"), *NUMBERS, *NAMES]),
+    st.integers(-3, 300),
+    st.floats(width=32),
+    st.text(max_size=12),
+    st.lists(st.integers(-3, 70), max_size=4),
+    st.dictionaries(st.text(max_size=4), st.integers(0, 9), max_size=2),
+)
+"""Values that a setting might have in a file, most of them wrong."""
+
+Path = tuple[str | int, ...]
+
+
+def places(value: Any, path: Path = ()) -> Iterator[Path]:
+    """The paths to all values inside a JSON value."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+@st.composite
+def edited(draw: st.DrawFn, value: Any, most: int = 3) -> Any:
+    """A JSON value with a few values replaced, removed, renamed, repeated or put elsewhere."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(0, most))):
+        paths = list(places(value))
+        if not paths:
+            break
+        # Values near the top are few among the many in long lists, and matter more.
+        depth = draw(st.integers(1, max(map(len, paths))))
+        *parents, last = draw(st.sampled_from([path for path in paths if len(path) <= depth] or paths))
+        place = value
+        for key in parents:
+            place = place[key]
+        kind = draw(st.sampled_from(["replace", "replace", "remove", "rename", "wrap", "repeat", "swap"]))
+        if kind == "replace":
+            place[last] = draw(odd_values)
+        elif kind == "remove":
+            del place[last]
+        elif kind == "rename" and isinstance(place, dict):
+            place[draw(st.sampled_from(NAMES))] = place.pop(last)
+        elif kind == "wrap":
+            place[last] = [place[last]]
+        elif kind == "repeat" and isinstance(place, list):
+            place.extend([place[last]] * draw(st.integers(1, 5)))
+        elif kind == "swap" and isinstance(place, dict):
+            other = draw(st.sampled_from(sorted(place, key=repr)))
+            place[last], place[other] = place[other], place[last]
+    return value
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Bytes with some flipped, cut out, put in, repeated or cut off."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(data)))
+        length = draw(st.sampled_from([1, 1, 2, 4, 8, 64, 1000]))
+        kind = draw(st.sampled_from(["set", "set", "set", "number", "cut out", "put in", "repeat", "cut off"]))
+        if kind == "set":
+            data[start : start + length] = draw(st.binary(min_size=length, max_size=length))[: len(data) - start]
+        elif kind == "number":
+            data[start : start + 8] = struct.pack("<Q", draw(st.sampled_from([0, 1, 2**31, 2**63, 2**64 - 1])))
+        elif kind == "cut out":
+            del data[start : start + length]
+        elif kind == "put in":
+            data[start:start] = draw(st.binary(max_size=length))
+        elif kind == "repeat":
+            data[start:start] = data[start : start + length] * draw(st.integers(1, 3))
+        else:
+            del data[start:]
+    return bytes(data)
+
+
+def as_text(value: Any) -> bytes:
+    """JSON as a file has it; lone surrogates stay escaped."""
+    return json.dumps(value).encode()
+
+
+@st.composite
+def damaged_json(draw: st.DrawFn, value: Any) -> bytes:
+    """A JSON file whose values or bytes are damaged, or that is something else."""
+    if draw(st.integers(0, 3)):
+        return as_text(draw(edited(value)))
+    if draw(st.booleans()):
+        return draw(damaged(as_text(value)))
+    return draw(
+        st.sampled_from([b"", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"1" * 9999])
+    )
+
+
+@st.composite
+def damaged_tensors(draw: st.DrawFn, content: bytes, described: Callable[[Any], Any] = lambda header: header) -> bytes:
+    """A safetensors file with another header, or with damaged bytes.
+
+    Args:
+        draw: of hypothesis.
+        content: of the whole file.
+        described: makes the header readable for edits, such as the JSON text inside it.
+    """
+    if not draw(st.integers(0, 3)):
+        return draw(damaged(content))
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    changed = draw(edited(described(header)))
+    metadata = changed.get("__metadata__") if isinstance(changed, dict) else None
+    if isinstance(metadata, dict):
+        for key, value in metadata.items():
+            metadata[key] = value if isinstance(value, str) else json.dumps(value)
+    text = as_text(changed)
+    tensors = content[8 + length :]
+    if draw(st.booleans()):  # other numbers
+        tensors = draw(damaged(tensors))
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+def opened(header: dict[str, Any]) -> dict[str, Any]:
+    """A header with the JSON texts of its metadata as values."""
+    texts = header.get("__metadata__", {})
+    values = {}
+    for key, text in texts.items():
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
+    return header | {"__metadata__": values}
+
+
+@st.composite
+def edited_table(draw: st.DrawFn, table: pa.Table) -> pa.Table:
+    """A table with a few columns dropped, renamed, repeated or with other values or types, or with other rows."""
+    metadata = table.schema.metadata
+    for _ in range(draw(st.integers(0, 3))):
+        if not table.num_columns:
+            break
+        index = draw(st.integers(0, table.num_columns - 1))
+        name, column = table.column_names[index], table.column(index)
+        kind = draw(st.sampled_from(["values", "values", "values", "null", "drop", "rename", "again", "rows", "cast"]))
+        if kind == "values":
+            values = column.to_pylist()
+            if values:
+                values[draw(st.integers(0, len(values) - 1))] = draw(odd_values)
+            try:
+                table = table.set_column(index, name, pa.array(values, draw(st.sampled_from([column.type, None]))))
+            except (pa.ArrowException, OverflowError, TypeError, ValueError):  # such a column cannot be written
+                continue
+        elif kind == "null":
+            table = table.set_column(
+                index, name, pa.nulls(table.num_rows, draw(st.sampled_from([column.type, pa.null()])))
+            )
+        elif kind == "drop":
+            table = table.remove_column(index)
+        elif kind == "rename":
+            names = [*table.column_names]
+            names[index] = draw(st.sampled_from([*names, "x", "feature.x", "run.x"]))
+            table = table.rename_columns(names)
+        elif kind == "again":
+            table = table.append_column(name, column)
+        elif kind == "rows":
+            rows = draw(st.lists(st.integers(0, table.num_rows - 1), max_size=5)) if table.num_rows else []
+            table = table.take(pa.array(rows, pa.int64()))
+        else:
+            try:
+                wanted = draw(
+                    st.sampled_from([pa.string(), pa.int8(), pa.int64(), pa.float16(), pa.binary(), pa.bool_()])
+                )
+                table = table.set_column(index, name, column.cast(wanted))
+            except pa.ArrowException:
+                continue
+    return table.replace_schema_metadata(metadata)

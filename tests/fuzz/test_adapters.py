@@ -1,0 +1,109 @@
+"""Folders of saved adapters, as far as rankpilot reads them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from peft import LoraConfig
+from rankpilot.errors import RunFolderError
+from rankpilot.lora.adapter_file import read_adapter
+from rankpilot.lora.export import export_padded, export_rank_pattern, rank_pattern_yaml
+from safetensors.torch import save_file
+
+from .damage import as_text, damaged_json, damaged_tensors
+from .running import fuzz
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The content of an adapter's folder."""
+
+    config: bytes
+    weights: bytes
+
+
+@cache
+def small_adapter() -> AdapterFiles:
+    """Two modules, at ranks 2 and 4."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        LoraConfig(
+            r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], rank_pattern={"layers.0.v_proj": 4},
+            alpha_pattern={"layers.0.v_proj": 8}, base_model_name_or_path="base", task_type="CAUSAL_LM",
+        ).save_pretrained(str(folder))  # fmt: skip
+        sizes = {"q_proj": 2, "v_proj": 4}
+        tensors = {
+            f"base_model.model.layers.0.{name}.lora_{side}.weight": torch.ones((rank, 6) if side == "A" else (6, rank))
+            for name, rank in sizes.items()
+            for side in "AB"
+        }
+        save_file(tensors, folder / WEIGHTS)
+        return AdapterFiles((folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes())
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> AdapterFiles:
+    """An adapter with a damaged configuration, damaged weights, or both."""
+    whole, which = small_adapter(), draw(st.sampled_from(["config", "weights", "both"]))
+    config = draw(damaged_json(json.loads(whole.config))) if which != "weights" else whole.config
+    weights = draw(damaged_tensors(whole.weights)) if which != "config" else whole.weights
+    return AdapterFiles(config, weights)
+
+
+def write(files: AdapterFiles, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / CONFIG).write_bytes(files.config)
+    (folder / WEIGHTS).write_bytes(files.weights)
+    return folder
+
+
+@fuzz(adapters(), examples=120)
+def test_adapters(files: AdapterFiles) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = write(files, Path(name) / "adapter")
+        adapter = read_adapter(folder)
+        for module in adapter.ranks:
+            adapter.scale(module)
+        rank_pattern_yaml(folder)
+        export_rank_pattern(folder)
+        export_padded(folder, Path(name) / "padded")
+        assert {path.name for path in Path(name).iterdir()} == {"adapter", "padded"}
+
+
+# What was found -------------------------------------------------------------------------------------------------------
+
+
+def with_config(folder: Path, **changes: Any) -> Path:
+    files = small_adapter()
+    return write(AdapterFiles(as_text(json.loads(files.config) | changes), files.weights), folder)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(.*)*x", "([a-z]+\\.?){9}", ".*.*.*x", "x" * 1001, "(a|a)*$", "(?:a{1,}){2,}"]
+)
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_may_take_for_ever(tmp_path: Path, pattern: str, name: str) -> None:
+    with pytest.raises(RunFolderError, match="may take very long to match"):
+        read_adapter(with_config(tmp_path / "adapter", **{name: {pattern: 4}}))
+
+
+@pytest.mark.parametrize("pattern", ["layers.0.v_proj", r"^layers\.\d+\.v_proj$", ".*v_proj", r"layers\.(0|1)\.v_proj"])
+def test_patterns_that_people_write(tmp_path: Path, pattern: str) -> None:
+    adapter = read_adapter(with_config(tmp_path / "adapter", rank_pattern={pattern: 4}))
+    assert adapter.ranks == {"layers.0.q_proj": 2, "layers.0.v_proj": 4}
+
+
+@pytest.mark.parametrize("changes", [{"rank_pattern": [1]}, {"rank_pattern": "x"}, {"alpha_pattern": 5}])
+def test_patterns_that_are_no_mapping(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(RunFolderError, match="no values by module"):
+        read_adapter(with_config(tmp_path / "adapter", **changes))
