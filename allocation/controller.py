@@ -20,6 +20,7 @@ from ..errors import BudgetError
 from ..lora.adapters import Adapters
 from ..lora.ladder import RankLadder
 from ..lora.signals import signal_buffer_bytes
+from ..lora.targets import TargetModule
 from ..memory.budget import Budget, reference_cost
 from ..memory.cost import ByteCost, TimedCost, UntimedCost, cost_from_state, cost_state, unit_cost
 from .module_shapes import ModuleShapes
@@ -61,6 +62,11 @@ class RankController(Generic[AdaptersT]):
         BudgetError: no plan fits the limit.
     """
 
+    high: IntArray | None
+    low: IntArray | None
+    first_loss: float
+    probe_fall: float
+
     def __init__(
         self,
         adapters: AdaptersT,
@@ -78,22 +84,22 @@ class RankController(Generic[AdaptersT]):
         time: TimeLimit | None = None,
     ) -> None:
         self.adapters = adapters
-        self.targets = list(adapters.targets)
+        self.targets: list[TargetModule] = list(adapters.targets)
         self.cost = cost
         self.limit = limit
         self.time = time
         self.schedule = schedule
         self.total_steps = total_steps
-        self.decision_steps = schedule.steps(total_steps)
-        self.ladder = ladder or RankLadder()
+        self.decision_steps: tuple[int, ...] = schedule.steps(total_steps)
+        self.ladder: RankLadder = ladder or RankLadder()
         self.low, self.high = low, high
         self.seed = seed
         adapters.meter.values = probe_result.signals.copy()
         self.first_loss, self.probe_fall = probe_result.first_loss, probe_result.fall
         self.rows = rows
         self.interval_losses: list[float] = []
-        self.decision = 0
-        self.names = tuple(target.name for target in self.targets)
+        self.decision: int = 0
+        self.names: tuple[str, ...] = tuple(target.name for target in self.targets)
         self.notes: dict[str, str] = {}
         self._warned: set[str] = set()
         self._shapes = ModuleShapes.of(self.targets)

@@ -90,7 +90,7 @@ class DecisionLog:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
 
     def __len__(self) -> int:
         """How many decisions are logged."""

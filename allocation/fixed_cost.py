@@ -30,7 +30,7 @@ class FixedCost:
         self._constant, self._group_bytes, self._needs = cost.constant, cost.group_bytes, cost.needs
         self._module_groups = cost.module_groups
         self._by_group = np.ascontiguousarray(cost.group_bytes.T)
-        self.active = active.copy()
+        self.active: BoolArray = active.copy()
         self.value: FloatArray
         self._pay()
 

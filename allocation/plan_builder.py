@@ -35,7 +35,7 @@ class PlanBuilder:
     """
 
     def __init__(self, problem: AllocationProblem, scores: FloatArray, rungs: IntArray) -> None:
-        self.rungs = rungs.copy()
+        self.rungs: IntArray = rungs.copy()
         self._limit, self._blocks, self._scores = problem.limit, problem.blocks, scores
         self._preference = problem.preference(scores)
         self._ranks = problem.ladder.array

@@ -53,9 +53,9 @@ class Learner:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # Fused, without decay: the Trainer's defaults.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        self.steps = 0
+        self.steps: int = 0
         self.own_seconds: list[float] = []
-        self.setup_seconds = 0.0
+        self.setup_seconds: float = 0.0
         self._device, self._seed, self._autocast = base.device, seed, autocast
         self._clock = clock_for(base.device)
 

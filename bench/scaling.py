@@ -138,6 +138,8 @@ def _lowest_point(left: float, middle: float, right: float) -> float:
 class Search:
     """Searches of one subject, whose runs are kept in a ledger."""
 
+    subject: Subject
+
     def __init__(self, subject: Subject, seeds: int, ledger: Ledger) -> None:
         self.subject, self._seeds, self._ledger = subject, seeds, ledger
         self._found: dict[Setting, Best] = {}

@@ -32,6 +32,9 @@ class Processes:
         count: how many there are.
     """
 
+    count: int
+    rank: int
+
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None) -> None:
         self.rank, self.count, self._group = rank, count, group
 

@@ -194,6 +194,8 @@ class ThisMachine:
 class LocalProcess:
     """A process of this machine; see `Process`."""
 
+    pipe: Any
+
     def __init__(self) -> None:
         context = _process_context()
         self.pipe, there = context.Pipe()

@@ -30,11 +30,15 @@ class EpisodeRecord:
         churn: cost of the rungs that were moved after the first decision, so far.
     """
 
+    reference: Reference
+    task: str
+    observation: Observation
+
     def __init__(
         self, task: str, reference: Reference, controller: RankController[Any], observation: Observation
     ) -> None:
         self.task, self.reference, self.observation = task, reference, observation
-        self.churn = 0.0
+        self.churn: float = 0.0
         self._controller = controller
         self._step = 0
         self._loss: float | None = None

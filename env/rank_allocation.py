@@ -156,18 +156,18 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
             self, task, suites, split, bases, schedule, max_modules, task_overrides, actions, against, fresh_seeds,
             render_mode, logs,
         )  # fmt: skip
-        self.tasks = environment_tasks(
+        self.tasks: tuple[ProxyTask | FineTune, ...] = environment_tasks(
             task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
         )
         modules = len(fine_tune_of(task).adapted()[1]) if task else most_modules(self.tasks)
-        self.max_modules = max_modules or modules
+        self.max_modules: int = max_modules or modules
         if self.max_modules < modules:
             raise ConfigError(f"max_modules is at least {modules}; got {max_modules}.")
         self._against = against if rule_to_compare_with(against) else None
         if against == GROUP:
             raise ConfigError(f"One environment has no group to compare with; give against={UNIFORM!r} or a rule.")
         self.actions = actions
-        self.schedule = schedule or DecisionSchedule()
+        self.schedule: DecisionSchedule = schedule or DecisionSchedule()
         self.render_mode = render_mode
         self.observation_space = observation_space(self.max_modules)
         self.action_space = action_space(actions, self.max_modules)

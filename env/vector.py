@@ -72,7 +72,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         )
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self.core = StackedRankAllocation(config)
+        self.core: StackedRankAllocation = StackedRankAllocation(config)
         self.single_observation_space = observation_space(self.core.max_modules)
         self.single_action_space = action_space(config.actions, self.core.max_modules)
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -99,7 +99,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         goal: str = "quality",
         tolerance: float | None = None,
     ) -> None:
-        self.pilot = RankPilot(
+        self.pilot: RankPilot = RankPilot(
             policy,
             budget,
             log=log,

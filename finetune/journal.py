@@ -29,6 +29,9 @@ class Journal:
         predictions: (step, predicted cost of the plan) of each decision and correction.
     """
 
+    log: DecisionLog | None
+    tell: Callable[[str], None]
+
     def __init__(self, log: DecisionLog | None, policy: Policy, tell: Callable[[str], None]) -> None:
         self.log, self.tell = log, tell
         self.predictions: list[tuple[int, float]] = []

@@ -23,7 +23,7 @@ class LossMeter:
 
     def __init__(self, processes: Processes | None = None) -> None:
         self.total: torch.Tensor | float = 0.0
-        self.count = 0
+        self.count: int = 0
         self._processes = processes or Processes()
 
     def add(self, loss: torch.Tensor | float) -> None:

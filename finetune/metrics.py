@@ -26,6 +26,9 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         step_s: seconds of each step, those before a resumption included.
     """
 
+    meter: PeakMeter | None
+    path: Path
+
     def __init__(self, path: Path, meter: PeakMeter | None = None) -> None:
         self.path, self.meter = path, meter
         self.step_s: list[float] = []

@@ -60,10 +60,10 @@ class PeakGuard:
     """
 
     def __init__(self, every_steps: int) -> None:
-        self.meter = PeakMeter(every_steps)
-        self.shape = BatchShape(0, 0)
+        self.meter: PeakMeter = PeakMeter(every_steps)
+        self.shape: BatchShape = BatchShape(0, 0)
         self.checks: list[tuple[int, float, int]] = []
-        self.evaluation_share = 0.0
+        self.evaluation_share: float = 0.0
         self._step_shape = BatchShape(0, 0)
         self._unchecked = True
         self._underestimate = 0.0

@@ -117,16 +117,18 @@ class RankPilot(Readings):
     ) -> None:
         check_options(policy, schedule, measure_every, bounds, scaling)
         loaded = load_policy(policy)
-        self.budget = readable_budget(budget, recompute=recompute)
+        self.budget: Budget = readable_budget(budget, recompute=recompute)
         aim = goal_of(goal, tolerance, budget_unit=self.budget.unit, recompute=recompute)
         self.policy: Policy = with_goal(loaded if explore is None else exploring(loaded, explore, seed), aim)
         self.decision: Decision | None = None
-        self.schedule = schedule or policy_schedule(policy)
+        self.schedule: DecisionSchedule = schedule or policy_schedule(policy)
         self.seed, self.fresh, self.scaling, self.bounds = seed, fresh, scaling, dict(bounds or {})
         self.controller: RankController[PeftAdapters] | None = None
-        self.recompute, self.times_plans = recompute, aim.kind == "time"
-        self.time = None if time is None else TimeBudget.parse(time)
-        self.journal = Journal(None if log is None else DecisionLog(Path(log)), self.policy, tell or logger.info)
+        self.recompute: bool = recompute
+        self.times_plans: bool = aim.kind == "time"
+        self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
+        decisions = None if log is None else DecisionLog(Path(log))
+        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
         self._progress, self._measure_every = progress, measure_every
         self._review = PlanReview.of(review, review_timeout)
         self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
@@ -193,9 +195,8 @@ class RankPilot(Readings):
         low, high = rank_bounds(targets, self.bounds)
         adapters = PeftAdapters(run.model, targets)
         adapters.meter.load_state_dict(state["signals"])
-        self.controller = RankController.from_state_dict(
-            state["controller"], adapters, self.schedule, low=low, high=high
-        )
+        stored = state["controller"]
+        self.controller = RankController.from_state_dict(stored, adapters, self.schedule, low=low, high=high)
         self._losses.load_state_dict(state["losses"])
         self._guard.load_state_dict(state["guard"])
         predictions = [(int(at), float(cost)) for at, cost in state["predictions"]]
@@ -214,8 +215,7 @@ class RankPilot(Readings):
                 controller.time = other_time_limit(*known)
             self._watch(run, memory, recomputation)
             run.replicas.changed(targets, step)
-            changed = changes(settings, before)
-            if changed:
+            if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
 

@@ -16,11 +16,17 @@ class Readings:
         controller: observes the adapters and changes their ranks; None before the run.
         journal: writes down the decisions.
         recompute: whether the layers that run again are chosen with each plan.
+        seed: of all that is drawn.
+        fresh: whether adapters begin anew.
+        bounds: on the ranks of single modules.
     """
 
     controller: RankController[PeftAdapters] | None
     journal: Journal
     recompute: bool
+    seed: int
+    fresh: bool
+    bounds: dict[str, int | tuple[int, int]]
     _guard: PeakGuard
     _shown: int
 

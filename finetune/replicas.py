@@ -42,6 +42,9 @@ class Replicas:
         processes: as above.
     """
 
+    processes: Processes
+    wrapper: DistributedDataParallel | None
+
     def __init__(self, wrapper: DistributedDataParallel | None = None, processes: Processes | None = None) -> None:
         self.wrapper, self.processes = wrapper, processes or Processes()
         self._had_rebuilt = False

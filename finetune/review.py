@@ -51,10 +51,10 @@ class PlanReview:
         if not isinstance(path, str | Path) or not is_review_file(Path(path)):
             raise ConfigError(f"review is the name of a new file, or of an earlier review file; got {str(path)!r}.")
         _check_timeout(timeout_s)
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self.timeout_s = timeout_s
         self.resumed = False
-        self.processes = Processes()
+        self.processes: Processes = Processes()
 
     @classmethod
     def of(cls, path: str | Path | None, timeout_s: float | None) -> PlanReview | None:

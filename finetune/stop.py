@@ -25,7 +25,7 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
-        self.stopped = False
+        self.stopped: bool = False
         self._processes = processes or Processes()
         self._stepping = False
 

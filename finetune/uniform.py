@@ -33,9 +33,14 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         limit: what the plan may cost, in bytes or parameters; 0 before training.
     """
 
+    budget: Budget
+    recompute: bool
+    seed: int
+    time: TimeBudget | None
+
     def __init__(self, budget: Budget, seed: int, *, recompute: bool = False, time: TimeBudget | None = None) -> None:
         self.budget, self.seed, self.recompute, self.time = budget, seed, recompute, time
-        self.limit = 0.0
+        self.limit: float = 0.0
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any

@@ -46,8 +46,8 @@ class PeftAdapters:
 
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
         self.model = model
-        self.targets = list(targets)
-        self.meter = SignalMeter(targets)
+        self.targets: list[TargetModule] = list(targets)
+        self.meter: SignalMeter = SignalMeter(targets)
 
     @property
     def ranks(self) -> IntArray:

@@ -108,7 +108,7 @@ class SignalMeter(Meter):
     """Measures the signals of a PEFT model."""
 
     def __init__(self, targets: Sequence[TargetModule]) -> None:
-        self.targets = list(targets)
+        self.targets: list[TargetModule] = list(targets)
         self._base_norms = base_norms(targets)
         super().__init__(len(targets))
 
@@ -163,8 +163,8 @@ class SignalMeter(Meter):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state_dict`; the targets must have the ranks of the time when it was made."""
         self.restart()
-        self.values = state["values"].numpy().copy()
-        self.age = state["age"].numpy().copy()
+        self.values: FloatArray = state["values"].numpy().copy()
+        self.age: IntArray = state["age"].numpy().copy()
         self._count = int(state["count"])
         if "squares" in state:
             device = self._adapted[0].weight_b.device

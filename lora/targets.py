@@ -40,8 +40,12 @@ class TargetModule(ModuleSpec):
     layer: LoraLayer = field(repr=False)
     embedding: bool = False
 
-    __eq__ = object.__eq__  # pairs of two models differ, even if names and widths are the same
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same object: pairs of two models differ, even if names and widths are the same."""
+        return self is other
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
 
     @property
     def weight_a(self) -> nn.Parameter:

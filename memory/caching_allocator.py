@@ -55,6 +55,11 @@ class CachingAllocator:
         peak_reserved: the highest value of `reserved` so far.
     """
 
+    allocated: int
+    peak_allocated: int
+    reserved: int
+    peak_reserved: int
+
     def __init__(self, *, expandable: bool = False) -> None:
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self._expandable = expandable

@@ -43,8 +43,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, created: Callable[[int, int], None], freed: Callable[[int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.count = 0
+        self.now: int = 0
+        self.count: int = 0
         self._created, self._freed = created, freed
         # By `_cdata`, a number that no other live storage has, empty ones included.
         self._seen: dict[int, tuple[int | None, weakref.ref[torch.UntypedStorage]]] = {}
@@ -122,8 +122,8 @@ class LivePeak(LiveStorages):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__(self._add, self._drop)
-        self.bytes = 0
-        self.peak = 0
+        self.bytes: int = 0
+        self.peak: int = 0
         self._sizes: dict[int, int] = {}
 
     def _add(self, serial: int, size: int) -> None:

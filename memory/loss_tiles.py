@@ -31,6 +31,9 @@ class LossTiles:
         of_own: whether a step has run `TiledCrossEntropy`.
     """
 
+    used: bool
+    of_own: bool
+
     def __init__(self, whole: BatchShape) -> None:
         self.used = self.of_own = False
         self._whole, self._module = whole, sys.modules.get(MODULE)

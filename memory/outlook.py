@@ -107,12 +107,18 @@ class Outlook:
         blocks: number of layers with target modules.
     """
 
+    card: DeviceSpec
+    dtype: str
+    rank: int
+    settings: StepConfig
+    step: ConfiguredStep
+
     def __init__(self, step: ConfiguredStep, card: DeviceSpec, rank: int, settings: StepConfig, dtype: str) -> None:
         self.step, self.card, self.rank, self.settings, self.dtype = step, card, rank, settings, dtype
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
         self._loaded = frozen_sizes(step.model)
-        self.blocks = len(np.unique(self._blocks))
+        self.blocks: int = len(np.unique(self._blocks))
 
     @cached_property
     def _time(self) -> StepTime:

@@ -35,7 +35,7 @@ class PeakMeter:
     def __init__(self, every_steps: int = 100) -> None:
         self.every_steps = every_steps
         self.history: list[tuple[int, int]] = []
-        self.requested = True
+        self.requested: bool = True
         self.highest: Callable[[int], int] = int
         self._contexts = ExitStack()
         self._bytes_before = 0

@@ -66,15 +66,17 @@ class Recorder:
 
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule], loss: LossFunction | None = None) -> None:
         self.model = model
-        self.loss = loss or model_loss(model)
+        self.loss: LossFunction = loss or model_loss(model)
         named = dict(model.named_modules())
-        self.names = tuple(named)
-        self.parameters = list(model.parameters())
-        self.checkpointing = [module for module in named.values() if CHECKPOINT in vars(module)]
-        self.name_index = {id(module): index for index, module in enumerate(named.values())}
-        self.target_index = {id(target.layer): index for index, target in enumerate(targets)}
-        self.target_of_parameter = {id(p): i for i, target in enumerate(targets) for p in target.parameters.values()}
-        self.every_plan = 1 << len(targets)  # the bit for all that trains whatever the plan
+        self.names: tuple[str, ...] = tuple(named)
+        self.parameters: list[nn.Parameter] = list(model.parameters())
+        self.checkpointing: list[nn.Module] = [module for module in named.values() if CHECKPOINT in vars(module)]
+        self.name_index: dict[int, int] = {id(module): index for index, module in enumerate(named.values())}
+        self.target_index: dict[int, int] = {id(target.layer): index for index, target in enumerate(targets)}
+        self.target_of_parameter: dict[int, int] = {
+            id(p): i for i, target in enumerate(targets) for p in target.parameters.values()
+        }
+        self.every_plan: int = 1 << len(targets)  # the bit for all that trains whatever the plan
         self.always_trains = {i: t.layer for i, t in enumerate(targets) if _requires_grad_always(t.layer)}
 
     def step(self, batch: Batch, *, sizes_alone: bool = False) -> Recording:

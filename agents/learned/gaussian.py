@@ -23,9 +23,13 @@ class CorrelatedGaussian:
         mask: (batch, modules), 1 for modules that exist.
     """
 
+    factors: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, action: Action, mask: torch.Tensor) -> None:
         placement = action.mean.shape[1] - mask.shape[1]
-        self.mask = torch.cat([mask, mask.new_ones(len(mask), placement)], dim=1)
+        self.mask: torch.Tensor = torch.cat([mask, mask.new_ones(len(mask), placement)], dim=1)
         self.mean, self.std, self.factors = action.mean, action.std, action.factors
         # Padding has a standard normal of its own, whose share is taken off again.
         self._exists, self._padding = self.mask > 0, (1 - self.mask).sum(-1)

@@ -67,28 +67,33 @@ class RankNetwork(nn.Module):
         inputs: the features that it reads; all by default.
     """
 
+    config: NetworkConfig
+    inputs: Inputs
+
     def __init__(self, config: NetworkConfig | None = None, inputs: Inputs | None = None) -> None:
         super().__init__()
         self.config, self.inputs = config or NetworkConfig(), inputs or Inputs()
         width, run = self.config.width, self.inputs.run
-        self.module_encoder = nn.Sequential(
+        self.module_encoder: nn.Sequential = nn.Sequential(
             nn.Linear(self.inputs.modules + run, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
         )
-        self.context_encoder = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
-        self.estimate_head = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
-        self.steering_encoder = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
-        self.gain_head = nn.Linear(width, len(DIRECTIONS))
-        self.steering_head = nn.Linear(width, len(PLACEMENT))
-        self.critics = nn.ModuleList(
+        self.context_encoder: nn.Sequential = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
+        self.estimate_head: nn.Sequential = nn.Sequential(
+            nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False)
+        )
+        self.steering_encoder: nn.Sequential = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
+        self.gain_head: nn.Linear = nn.Linear(width, len(DIRECTIONS))
+        self.steering_head: nn.Linear = nn.Linear(width, len(PLACEMENT))
+        self.critics: nn.ModuleList = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)) for _ in range(self.config.critics)
         )
         gains = [
             self.config.signal_gain / len(MEAN_SIGNALS) if name in MEAN_SIGNALS else 0.0 for name in DIRECTIONS[:-1]
         ]
-        self.gains = nn.Parameter(torch.tensor([*gains, 1.0]))
+        self.gains: nn.Parameter = nn.Parameter(torch.tensor([*gains, 1.0]))
         stds = [self.config.score_std, self.config.rank_floor_std, self.config.depth_bias_std]
-        self.log_std = nn.Parameter(torch.tensor(stds).log())
-        self.shared_log_std = nn.Parameter(torch.full((len(DIRECTIONS),), self.config.shared_std).log())
+        self.log_std: nn.Parameter = nn.Parameter(torch.tensor(stds).log())
+        self.shared_log_std: nn.Parameter = nn.Parameter(torch.full((len(DIRECTIONS),), self.config.shared_std).log())
         for head in (self.estimate_head[-1], self.gain_head, self.steering_head):
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)

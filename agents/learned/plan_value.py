@@ -152,15 +152,15 @@ class PlanValue(nn.Module):
 
     def __init__(self, config: PlanValueConfig, inputs: Inputs | None = None) -> None:
         super().__init__()
-        self.inputs = inputs or Inputs()
+        self.inputs: Inputs = inputs or Inputs()
         width, run = config.width, self.inputs.run
-        self.encoder = nn.Sequential(
+        self.encoder: nn.Sequential = nn.Sequential(
             nn.Linear(self.inputs.modules + 1 + PLAN_FEATURES + run, width),
             _Tanh(),
             nn.Linear(width, width),
             _Tanh(),
         )
-        self.head = nn.Sequential(
+        self.head: nn.Sequential = nn.Sequential(
             nn.Linear(3 * width + run + _SUMMARY, width), _Tanh(), nn.Dropout(config.dropout), nn.Linear(width, 1)
         )
 
@@ -193,10 +193,15 @@ class PlanValueEnsemble(nn.Module):
         inputs: the features that they read; all by default.
     """
 
+    config: PlanValueConfig
+    inputs: Inputs
+
     def __init__(self, config: PlanValueConfig | None = None, inputs: Inputs | None = None) -> None:
         super().__init__()
         self.config, self.inputs = config or PlanValueConfig(), inputs or Inputs()
-        self.critics = nn.ModuleList(PlanValue(self.config, self.inputs) for _ in range(self.config.count))
+        self.critics: nn.ModuleList = nn.ModuleList(
+            PlanValue(self.config, self.inputs) for _ in range(self.config.count)
+        )
 
     def forward(self, plans: Plans) -> torch.Tensor:
         """The values by each network, (networks, states, plans)."""

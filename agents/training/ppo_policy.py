@@ -25,6 +25,8 @@ class RankPolicy(ActorCriticPolicy):
         network: size and start of the network.
     """
 
+    network: RankNetwork
+
     def __init__(
         self,
         observation_space: spaces.Dict,
@@ -33,7 +35,7 @@ class RankPolicy(ActorCriticPolicy):
         network: NetworkConfig | None = None,
         **options: Any,
     ) -> None:
-        self.network_config = network or NetworkConfig()
+        self.network_config: NetworkConfig = network or NetworkConfig()
         super().__init__(observation_space, action_space, lr_schedule, ortho_init=False, **options)
 
     def _build(self, lr_schedule: Schedule) -> None:

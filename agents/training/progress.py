@@ -44,10 +44,12 @@ OnStage = Callable[[Stage], None]
 class PPOProgress(BaseCallback):
     """After each update: a row of progress, validation if it is due, and a checkpoint."""
 
+    report: OnStage
+
     def __init__(self, folder: Path, config: TrainConfig, validation: Validation, report: OnStage) -> None:
         super().__init__()
         self._folder, self._config, self._validation, self.report = folder, config, validation, report
-        self.iteration = 0
+        self.iteration: int = 0
         self._returns: Any = None
         self._ranks: list[IntArray] = []
 

@@ -48,10 +48,15 @@ class ProxyVecEnv(SharedVecEnv):
         WorkerError: worker processes died again and again; what they raise is raised here as it is.
     """
 
+    config: StackedConfig
+    fresh: FreshTasks
+    stacks: int
+    round: int
+
     def __init__(self, fresh: FreshTasks, config: StackedConfig, *, stacks: int, workers: int) -> None:
         assert config.max_modules is not None
         self.fresh, self.config, self.stacks = fresh, config, stacks
-        self.decisions = len(config.schedule.steps(fresh.steps))
+        self.decisions: int = len(config.schedule.steps(fresh.steps))
         space = observation_space(config.max_modules)
         super().__init__(stacks * config.num_envs, space, action_space(config.actions, config.max_modules))
         self.round = self._taken = 0

@@ -46,6 +46,8 @@ class Driver:
         plan: the rank of each module.
     """
 
+    model: PeftModel
+
     def __init__(self, model: PeftModel, plan: IntArray) -> None:
         self.model, self._plan = model, plan
 

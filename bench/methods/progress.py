@@ -34,7 +34,7 @@ class Progress:
     """
 
     def __init__(self, console: Console, cells: Sequence[Cell], methods: Sequence[Method], suite: Suite) -> None:
-        self.cpu_s = 0.0
+        self.cpu_s: float = 0.0
         self._console, self._cells, self._methods, self._suite = console, cells, methods, suite
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._start = self._told = time.monotonic()

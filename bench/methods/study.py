@@ -42,7 +42,7 @@ class MissingRowsError(Exception):
     """
 
     def __init__(self, works: Iterable[Work]) -> None:
-        self.works = tuple(dict.fromkeys(works))
+        self.works: tuple[Work, ...] = tuple(dict.fromkeys(works))
         super().__init__(f"{len(self.works)} rows are missing, such as {self.works[0]}")
 
 

@@ -82,13 +82,13 @@ class RankPilot(Learner):
         super().__init__(base, LoraConfig(**LORA[family]))
         parameters = sum(min(REFERENCE_RANK, t.max_rank) * (t.d_in + t.d_out) for t in self.targets)
         budget, schedule = Budget("parameters", parameters), every(period, total_steps)
-        self.pilot = Pilot("signal-mean", budget, schedule=schedule, log=folder / "decisions", seed=seed)
+        self.pilot: Pilot = Pilot("signal-mean", budget, schedule=schedule, log=folder / "decisions", seed=seed)
         run = TrainingRun.of_loader(
             self.model, self.optimizer, loader, total_steps=total_steps, learning_rate=LEARNING_RATE
         )
         start = time.perf_counter()
         self.pilot.begin(run)
-        self.setup_seconds = time.perf_counter() - start
+        self.setup_seconds: float = time.perf_counter() - start
 
     def on_step_begin(self) -> None:
         """Start to measure the peak, where it is due."""

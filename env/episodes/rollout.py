@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan
 from ...allocation.policy import Decision
+from ...common.arrays import IntArray
 from ..tasks.proxy_task import ProxyTask
 from .episode_log import EpisodeLog
 from .stacked import StackedEpisodes
@@ -77,9 +78,9 @@ class Rollout:
         self._losses: dict[int, float | None] = {}
         self._episodes, self._slots = episodes, range(len(tasks))
         self.seen: list[Observation] = [episodes.observe(slot) for slot in self._slots]
-        self.ranks = [observation.problem.ranks for observation in self.seen]
+        self.ranks: list[IntArray] = [observation.problem.ranks for observation in self.seen]
         self.decided: list[int] = []
-        self.decisions = 0
+        self.decisions: int = 0
 
     @property
     def active(self) -> list[int]:

@@ -93,9 +93,11 @@ class Episode:
         self._take_model()
         result = probe_task(task, schedule)
         reset_adapters(self.targets, 1, task.seed)
-        self.controller = new_controller(task, PeftAdapters(self.model, self.targets), schedule, result)
+        self.controller: RankController[PeftAdapters] = new_controller(
+            task, PeftAdapters(self.model, self.targets), schedule, result
+        )
         self.optimizer = _optimizer(task)
-        self.step = 0
+        self.step: int = 0
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _take_model(self) -> None:

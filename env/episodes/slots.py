@@ -97,7 +97,7 @@ class StackedRankAllocation:
     def __init__(self, config: StackedConfig) -> None:
         self.config = config
         self._rule = rule_to_compare_with(config.against)
-        self.episodes = StackedEpisodes(
+        self.episodes: StackedEpisodes = StackedEpisodes(
             config.base,
             config.schedule,
             config.rows,
@@ -105,7 +105,7 @@ class StackedRankAllocation:
             device=torch.device(config.device),
         )
         count = self.episodes.module_count
-        self.max_modules = config.max_modules or count
+        self.max_modules: int = config.max_modules or count
         if self.max_modules < count:
             raise ConfigError(f"max_modules is at least {count} for {config.base}; got {config.max_modules}.")
         self.records: dict[int, EpisodeRecord] = {}

@@ -98,7 +98,7 @@ class StackTrainer:
         targets = adapted_base(base)[1]
         model = load_base_model(base).to(device)
         model.config.use_cache = False  # nothing is generated
-        self.adapters = StackedAdapters(model, targets, runs, compiled=compiled)
+        self.adapters: StackedAdapters = StackedAdapters(model, targets, runs, compiled=compiled)
         self._blocks = Blocks(model, targets)
         self._device = device
 

@@ -77,6 +77,9 @@ class StackedEpisodes:
     All tasks must have the same batch size and length. A task's results do not depend on what runs beside it.
     """
 
+    base: str
+    schedule: DecisionSchedule
+
     def __init__(
         self,
         base: str,
@@ -87,7 +90,7 @@ class StackedEpisodes:
         device: torch.device | str = "cpu",
     ) -> None:
         self.base, self.schedule = base, schedule
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
         self.under_way: dict[int, StackedEpisode] = {}
         self._targets = adapted_base(base)[1]
         self._trainer = StackTrainer(base, slots, compiled=compiled, device=self.device)

@@ -64,6 +64,14 @@ class StackedAdapters:
         UnsupportedError: a target is an embedding, or trains a bias or a magnitude.
     """
 
+    device: torch.device
+    dtype: torch.dtype
+    first: torch.Tensor
+    gradients: torch.Tensor
+    second: torch.Tensor
+    sums: torch.Tensor
+    weights: torch.Tensor
+
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule], runs: int, *, compiled: bool = False) -> None:
         for target in targets:
             if target.embedding or len(target.parameters) > 2:
@@ -71,8 +79,8 @@ class StackedAdapters:
                     f"Target module {target.name!r} cannot be stacked: only plain LoRA pairs on linear layers can, "
                     "without bias, DoRA or embeddings."
                 )
-        self.model = model.requires_grad_(False)
-        self.targets = list(targets)
+        self.model: nn.Module = model.requires_grad_(False)
+        self.targets: list[TargetModule] = list(targets)
         self.ranks: IntArray = np.zeros((runs, len(targets)), dtype=np.int64)
         self.scalings: FloatArray = np.ones((runs, len(targets)))
         self.ages: IntArray = np.zeros((runs, len(targets)), dtype=np.int64)
@@ -85,7 +93,7 @@ class StackedAdapters:
         self._entries: list[int] | None = None
         self._leaves: list[Pair] = []
         dims = [np.array([getattr(t, side) for t in targets], dtype=np.int64) for side in ("d_in", "d_out")]
-        self.layout = Layout(np.zeros(len(targets), dtype=np.int64), *dims)
+        self.layout: Layout = Layout(np.zeros(len(targets), dtype=np.int64), *dims)
         self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate(dims)))
         self._slices: dict[int, list[tuple[int, int, int]]] = {}
         self._allocate()

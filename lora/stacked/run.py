@@ -73,7 +73,7 @@ class StackedRun:
 
     def __init__(self, adapters: StackedAdapters, row: int, base_norms: torch.Tensor) -> None:
         self.row = row
-        self.meter = StackedMeter(adapters, row, base_norms)
+        self.meter: StackedMeter = StackedMeter(adapters, row, base_norms)
         self.move: Move | None = None
         self.targets = adapters.targets
         self._adapters = adapters

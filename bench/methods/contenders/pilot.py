@@ -38,7 +38,7 @@ class PilotDriver(Driver):
         names = module_names(work.task)
         bounds = None if least is None else dict.fromkeys(names, (least, 256))
         super().__init__(adapted_model(work.task, work.get("seed")), np.full(len(names), REFERENCE_RANK))
-        self.pilot = RankPilot(
+        self.pilot: RankPilot = RankPilot(
             load(spec),
             work.get("budget"),
             schedule=schedule(spec),
