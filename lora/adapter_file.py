@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -122,6 +122,8 @@ def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 def _read_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_NAME
     values = _read_file(path, lambda: read_object(path, MOST_CONFIG_BYTES))
+    if values.get("peft_type") not in list(PeftType):
+        raise RunFolderError(f"{path} is corrupt or foreign: peft_type is {shown(values.get('peft_type'))}.")
     _check_types(path, values)
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(path, name, values.get(name) or {})

@@ -28,7 +28,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..common.files import atomic_path
-from ..errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
+from ..errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError, shown
 from .adapter_file import PAIR_KEY, SavedAdapter, read_adapter
 from .targets import CHANGES_THE_BASE
 
@@ -104,8 +104,8 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
     if adapter.config.bias != "none":
         settings["bias"] = adapter.config.bias
     if settings:
-        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        logger.warning("%s also holds %s: plain PEFT reads that, vLLM and llama.cpp may refuse it.", output, shown)
+        told = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
+        logger.warning("%s also holds %s: plain PEFT reads that, vLLM and llama.cpp may refuse it.", output, told)
     return output
 
 

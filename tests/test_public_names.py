@@ -103,5 +103,7 @@ def test_the_callback_loads_no_library_that_a_trainer_does_not_load() -> None:
         "import peft; from transformers import Trainer",
         "gymnasium stable_baselines3 matplotlib tyro rich",
     )
-    callback = f"from rankpilot import RankPilotCallback; assert not set(sys.modules) & set('{absent}'.split())"
+    callback = (
+        f"from rankpilot import RankPilotCallback; assert not (set(sys.modules) - first) & set('{absent}'.split())"
+    )
     assert added_modules(callback, trainer) == {"rankpilot"}

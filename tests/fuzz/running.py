@@ -61,10 +61,10 @@ def fuzz(inputs: SearchStrategy[Any], *, examples: int) -> Callable[[Check], Cal
 
         def test() -> None:
             options: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+            options["phases"] = [phase for phase in Phase if phase is not Phase.explain]
             minutes = float(os.environ.get(MINUTES, "0"))
             if not minutes:
-                phases = [phase for phase in Phase if phase is not Phase.explain]
-                few = settings(max_examples=examples, derandomize=True, phases=phases, **options)
+                few = settings(max_examples=examples, derandomize=True, **options)
                 few(given(inputs)(survived))()
                 return
             end, done = time.monotonic() + 60 * minutes, 0

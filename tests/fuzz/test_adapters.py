@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
-from rankpilot.errors import RunFolderError
+from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.lora.adapter_file import read_adapter
 from rankpilot.lora.export import export_padded, export_rank_pattern, rank_pattern_yaml
 from safetensors.torch import save_file
@@ -83,6 +83,24 @@ def test_adapters(files: AdapterFiles) -> None:
 # What was found -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["lora_dropout", "r", "lora_alpha", "use_dora", "modules_to_save", "target_modules"])
+def test_a_setting_does_not_become_lines_of_yaml(tmp_path: Path, name: str) -> None:
+    folder = with_config(tmp_path / "adapter", **{name: {"0\ntrust_remote_code: true": 1}})
+    with pytest.raises(RunFolderError, match=f"is corrupt or foreign: {name} is"):
+        rank_pattern_yaml(folder)
+
+
+def test_a_pair_of_rank_0_that_claims_a_huge_width(tmp_path: Path) -> None:
+    folder = write(small_adapter(), tmp_path / "adapter")
+    tensors = {
+        f"base_model.model.layers.0.q_proj.lora_{side}.weight": torch.ones((0, 2**40) if side == "A" else (2**40, 0))
+        for side in "AB"
+    }
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ConfigError, match="At rank 1 the adapter would take 8,796,093,022,208 bytes"):
+        export_padded(folder, tmp_path / "padded")
+
+
 def with_config(folder: Path, **changes: Any) -> Path:
     files = small_adapter()
     return write(AdapterFiles(as_text(json.loads(files.config) | changes), files.weights), folder)
@@ -101,6 +119,13 @@ def test_patterns_that_may_take_for_ever(tmp_path: Path, pattern: str, name: str
 def test_patterns_that_people_write(tmp_path: Path, pattern: str) -> None:
     adapter = read_adapter(with_config(tmp_path / "adapter", rank_pattern={pattern: 4}))
     assert adapter.ranks == {"layers.0.q_proj": 2, "layers.0.v_proj": 4}
+
+
+@pytest.mark.parametrize("kind", [None, "", "LORA ", ["LORA"], {}, "../x"])
+def test_a_kind_of_adapter_that_peft_does_not_know(tmp_path: Path, kind: object) -> None:
+    """Without a kind, PEFT's own reader calls itself for ever."""
+    with pytest.raises(RunFolderError, match="is corrupt or foreign: peft_type is"):
+        read_adapter(with_config(tmp_path / "adapter", peft_type=kind))
 
 
 @pytest.mark.parametrize("changes", [{"rank_pattern": [1]}, {"rank_pattern": "x"}, {"alpha_pattern": 5}])
