@@ -143,10 +143,19 @@ def test_states_are_taken_by_number() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"count": 0}, {"width": 0}, {"dropout": -0.1}, {"dropout": 1.0}, {"dropout": float("nan")}]
+    "options",
+    [
+        {"count": 0},
+        {"count": 257},
+        {"width": 0},
+        {"width": 8193},
+        {"dropout": -0.1},
+        {"dropout": 1.0},
+        {"dropout": float("nan")},
+    ],
 )
 def test_bad_settings(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="at least 1 and dropout is from 0 to below 1"):
+    with pytest.raises(ConfigError, match="from 1 to 8192 and dropout from 0 to below 1"):
         PlanValueConfig(**options)
 
 
