@@ -36,7 +36,7 @@ COMMANDS = {
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when a device, or the machine, has no memory left."""
 
-NOT_WRITTEN = ("I/O error", "inline_container", "PytorchStreamWriter")
+NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter")
 """What the errors of safetensors and of `torch.save` say when a disk is full; they are no OSErrors."""
 
 CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."

@@ -176,7 +176,8 @@ def static_plan(
     try:
         return _plan_of_model(adapted, data, budget, policy, frontier, **options)
     finally:
-        adapted.unload()
+        base = adapted.unload()
+        vars(base).pop("peft_config", None)  # older versions of PEFT leave it there, and warn of it later
 
 
 class _DecidedError(Exception):

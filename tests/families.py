@@ -168,7 +168,7 @@ _DISTILBERT = {
 _EMBED = {"target_modules": ["embed_tokens", "q_proj", "down_proj"]}
 _LINEAR = {"target_modules": "all-linear"}
 _T5 = {"target_modules": ["q", "v", "o", "wi", "embed_tokens"]}
-_VIT = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]}
+_VIT = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "query", "key", "value", "dense"]}
 
 FAMILIES = (
     Family("llama", _llama, _language, 14, _LINEAR),
