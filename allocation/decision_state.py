@@ -19,7 +19,7 @@ import numpy as np
 from ..common.arrays import Arrays
 from ..common.files import parse_json
 from ..common.tensor_files import read_arrays
-from ..errors import RunFolderError
+from ..errors import RunFolderError, first_line
 from .deliberation import Deliberation
 
 _METADATA = "rankpilot.state"
@@ -75,7 +75,7 @@ def read_state(path: Path) -> DecisionState:
         recipes, _ = _read(path.with_name(Path(scalars["recipes"]).name))
         return DecisionState(schedule, Deliberation.restored(arrays, recipes, given))
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise RunFolderError(f"{path} is missing, or is no file of a decision's state: {error}") from error
+        raise RunFolderError(f"{path} is missing, or is no file of a decision's state: {first_line(error)}") from error
 
 
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from ..common.arrays import Arrays
 from ..common.files import parse_json
 from ..common.tensor_files import read_arrays
-from ..errors import RunFolderError
+from ..errors import RunFolderError, first_line
 from ..lora.ladder import RankLadder
 from ..memory.cost import check_cost, cost_from_state, cost_state
 from .problem import AllocationProblem
@@ -65,7 +65,9 @@ def read_problem(path: Path) -> AllocationProblem:
         _check(problem)
         return problem
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise RunFolderError(f"{path} is missing, or is no file of an allocation problem: {error}") from error
+        raise RunFolderError(
+            f"{path} is missing, or is no file of an allocation problem: {first_line(error)}"
+        ) from error
 
 
 def _check(problem: AllocationProblem) -> None:

@@ -31,7 +31,7 @@ from ...common.workers import worker_pool
 from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_task import ProxyTask
-from ...errors import RunFolderError
+from ...errors import RunFolderError, first_line
 from ..learned.candidates import FIXED_NAMES, KEEP, candidate_actions
 from ..learned.cheaper import with_less
 from ..learned.plan_value import Plans
@@ -295,7 +295,7 @@ def read_plan_run(path: Path) -> PlanRun:
         return runs
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunFolderError(
-            f"The plan runs in {path} cannot be read ({error}). Delete the file to make them again."
+            f"The plan runs in {path} cannot be read ({first_line(error)}). Delete the file to make them again."
         ) from error
 
 

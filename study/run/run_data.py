@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 
 from ...allocation.decision_log import DecisionLog
 from ...common.drawing import Points
-from ...common.files import read_json, read_json_lines
-from ...errors import RunFolderError
+from ...common.files import read_json_lines, read_object
+from ...errors import DataError, RunFolderError, shown
+from .checks import check_summary, number_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -152,13 +153,14 @@ def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:
         missing.append("the results, as the run has not finished (no summary.json)")
         return {}
     try:
-        summary = read_json(path)
+        summary = read_object(path)
         if not isinstance(summary["runs"][PILOT], dict):
             raise TypeError(f"the run {PILOT!r} has no results")
-    except (ValueError, KeyError, TypeError) as error:
-        missing.append(f"the results ({path} is unreadable: {error!r})")
+        check_summary(summary)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        missing.append(f"the results ({path} is unreadable: {shown(error)})")
         return {}
-    return dict(summary)
+    return summary
 
 
 def _read_metrics(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> dict[str, Rows]:
@@ -166,7 +168,10 @@ def _read_metrics(folder: Path, summary: Mapping[str, Any], missing: list[str]) 
     for run in RUNS:
         path = folder / f"metrics-{run}.jsonl"
         if path.is_file():
-            metrics[run] = read_json_lines(path)
+            try:
+                metrics[run] = number_rows(read_json_lines(path))
+            except DataError as error:
+                missing.append(f"losses of {run} ({error})")
         elif run == PILOT or run in summary.get("runs", {}):
             missing.append(f"losses of {run} (no {path.name})")
     return metrics
@@ -178,10 +183,10 @@ def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
         if not path.is_file():
             continue
         try:
-            state = read_json(path)
-            return {PILOT: [*state["log_history"], {"step": int(state["global_step"])}]}
-        except (ValueError, LookupError, TypeError) as error:
-            missing.append(f"the latest losses ({path} is unreadable: {error!r})")
+            state = read_object(path)
+            return {PILOT: number_rows([*state["log_history"], {"step": int(state["global_step"])}])}
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            missing.append(f"the latest losses ({path} is unreadable: {shown(error)})")
     missing.append("losses (no checkpoint with a trainer_state.json)")
     return {}
 
@@ -189,4 +194,4 @@ def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
 def _checkpoints(folder: Path) -> Iterator[Path]:
     """The checkpoints of a Trainer, the last one first."""
     numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
-    yield from (path for _, path in sorted(((int(n), path) for n, path in numbered if n.isdigit()), reverse=True))
+    yield from (path for _, path in sorted(((int(n), path) for n, path in numbered if n.isdecimal()), reverse=True))
