@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,8 @@ from ..errors import DataError, first_line, shown
 
 MOST_TEXT_BYTES = 2**26
 """Bytes of a text or JSON file, at most; more are refused before they are read."""
+
+_SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 MOST_LINES_BYTES = 2**29
 """Bytes of a file of JSON lines, at most."""
@@ -94,12 +97,19 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or is nested more deeply than Python reads.
+        ValueError: it is no JSON, is nested more deeply than Python reads, or has half of a surrogate pair in a text,
+            which no file could be written with.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         raise DataError("It is nested too deeply.") from error
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError("It has half of a surrogate pair in a text.") from error
+    return value
 
 
 def read_json(path: Path, most: int = MOST_TEXT_BYTES) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
+from ..common.files import parse_json
 from ..errors import ConfigError, DataError
 from .columns import check_no_gaps, check_rows, kind_of, not_text, shorten
 from .tokens import IGNORED
@@ -130,7 +131,7 @@ def _variables_of(value: Any) -> Any:
 def _from_json(value: Any) -> Any:
     """A value or what its JSON text says, without gaps; None for an empty text."""
     if isinstance(value, str):
-        return json.loads(value) if value.strip() else None
+        return parse_json(value) if value.strip() else None
     return _without_gaps(value)
 
 

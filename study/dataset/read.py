@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...common.files import read_json, sha256
 from ...common.parquet_files import ParquetLimits, check_parquet, read_parquet
-from ...errors import DataError
+from ...errors import DataError, first_line
 from .columns import FORMAT, SCHEMA, SCHEMA_OF_FILES
 
 FACTS, CARD = "dataset.json", "README.md"
@@ -106,8 +106,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
             raise ValueError("its files do not have the rows that it tells")
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"{path} is not that of a data set of schema {SCHEMA} ({error!r}). Make the data set again, or use the "
-            "version of rankpilot that wrote it."
+            f"{path} is not that of a data set of schema {SCHEMA} ({type(error).__name__}: {first_line(error)}). Make the "
+            "data set again, or use the version of rankpilot that wrote it."
         ) from error
     return dict(facts)
 

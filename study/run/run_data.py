@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from ...allocation.decision_log import DecisionLog
 from ...common.drawing import Points
 from ...common.files import read_json_lines, read_object
-from ...errors import DataError, RunFolderError, shown
+from ...errors import DataError, RunFolderError, first_line
 from .checks import check_summary, number_rows
 
 Rows = Sequence[Mapping[str, Any]]
@@ -158,7 +158,7 @@ def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:
             raise TypeError(f"the run {PILOT!r} has no results")
         check_summary(summary)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        missing.append(f"the results ({path} is unreadable: {shown(error)})")
+        missing.append(f"the results ({path} is unreadable: {type(error).__name__}: {first_line(error)})")
         return {}
     return summary
 
@@ -186,7 +186,7 @@ def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
             state = read_object(path)
             return {PILOT: number_rows([*state["log_history"], {"step": int(state["global_step"])}])}
         except (ValueError, LookupError, TypeError, OverflowError) as error:
-            missing.append(f"the latest losses ({path} is unreadable: {shown(error)})")
+            missing.append(f"the latest losses ({path} is unreadable: {type(error).__name__}: {first_line(error)})")
     missing.append("losses (no checkpoint with a trainer_state.json)")
     return {}
 

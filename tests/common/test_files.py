@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 from rankpilot.common.files import (
     append_json_line,
     atomic_path,
+    read_bytes,
     read_json,
     read_json_lines,
+    read_object,
     sha256,
     write_json,
     write_text,
 )
+from rankpilot.errors import DataError
 
 
 def leftovers(folder):
@@ -112,3 +116,40 @@ def test_sha256(tmp_path):
     path = tmp_path / "data"
     path.write_bytes(b"abc" * 1000)
     assert sha256(path) == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+# Files of strangers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 200_000, "is not valid JSON: It is nested too deeply"),
+        (b'{"a": "\\ud800"}', "is not valid JSON: It has half of a surrogate pair"),
+        (b"1" * 5000, "is not valid JSON: Exceeds the limit"),
+        (b"\xff", "is no text in UTF-8"),
+        (b"{", "is not valid JSON: Expecting"),
+        (b" " * 101, "has more than 100 bytes"),
+    ],
+)
+def test_what_is_no_json_is_one_error(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_json(tmp_path / "file", 100 if "100 bytes" in words else 10**6)
+
+
+def test_pairs_of_surrogates_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}')
+    assert read_json(tmp_path / "file") == {"a": "\N{GRINNING FACE}"}
+
+
+def test_a_device_without_end_is_not_read_to_its_end() -> None:
+    with pytest.raises(DataError, match="more than 1,000 bytes"):
+        read_bytes(Path("/dev/zero"), 1000)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '"x"'])
+def test_values_without_names(tmp_path: Path, content: str) -> None:
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(DataError, match="holds no values by name"):
+        read_object(tmp_path / "file")

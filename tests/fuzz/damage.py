@@ -66,7 +66,7 @@ def edited(draw: st.DrawFn, value: Any, most: int = 3) -> Any:
             place = place[key]
         kind = draw(st.sampled_from(["replace", "replace", "remove", "rename", "wrap", "repeat", "swap"]))
         if kind == "replace":
-            place[last] = draw(odd_values)
+            place[last] = copy.deepcopy(draw(odd_values))  # a later edit may change it
         elif kind == "remove":
             del place[last]
         elif kind == "rename" and isinstance(place, dict):

@@ -152,7 +152,7 @@ def test_weights_of_another_type_or_not_finite(tmp_path: Path, kind: torch.dtype
         load_policy(folder)
 
 
-@pytest.mark.parametrize("name", ["", "two\nlines", "\ud800", "\x1b[31mred", "x" * 201, 5, ["x"]])
+@pytest.mark.parametrize("name", ["", "two\nlines", "\x1b[31mred", "x" * 201, 5, ["x"]])
 def test_a_name_that_is_no_line_of_text(tmp_path: Path, name: object) -> None:
     with pytest.raises(PolicyFileError, match=r"names the policy .*a name is a line of 1 to 200 characters"):
         load_policy(with_card(tmp_path / "policy", name=name))
