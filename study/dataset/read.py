@@ -106,8 +106,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
             raise ValueError("its files do not have the rows that it tells")
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"{path} is not that of a data set of schema {SCHEMA} ({type(error).__name__}: {first_line(error)}). Make the "
-            "data set again, or use the version of rankpilot that wrote it."
+            f"{path} is not that of a data set of schema {SCHEMA} ({type(error).__name__}: {first_line(error)}). Make "
+            "the data set again, or use the version of rankpilot that wrote it."
         ) from error
     return dict(facts)
 
