@@ -46,6 +46,8 @@ def check_summary(summary: Any) -> None:
         if not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
             raise TypeError(f"{shown(name)} has a rank that is none")
     _check_numbers(summary, _SETUP, "")
+    if not (summary.get("largest_class") or 0) <= 1:
+        raise TypeError(f"largest_class is {summary['largest_class']}, not a share")
     reload = summary.get("reload")
     if reload is not None:
         _check_numbers(reload, ("max_abs_difference",), "reload: ")
@@ -70,5 +72,5 @@ def _belongs(key: str, value: Any) -> bool:
 def _check_numbers(values: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     for name in names:
         value = values.get(name)
-        if value is not None and not is_number(value):
+        if value is not None and (not is_number(value) or value < 0):
             raise TypeError(f"{where}{name} is {shown(value)}")

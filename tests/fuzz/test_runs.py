@@ -79,6 +79,8 @@ def test_rows_keep_their_numbers() -> None:
         {"runs": {"rankpilot": RESULT | {"ranks": [1]}}},
         {"runs": {"rankpilot": RESULT | {"peak_bytes": MOST_NUMBER + 1}}},
         {"largest_class": "half"},
+        {"largest_class": 1.5},
+        {"held_out_rows": -1},
         {"outputs": "3); import os"},
         {"reload": "yes"},
         {"model": ["m"]},
