@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...common.arrays import Arrays
 from ...common.files import atomic_path
-from ...errors import RunFolderError
+from ...common.tensor_files import read_arrays
+from ...errors import DataError, RunFolderError, first_line
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import SCHEMA
 from .plan_runs import RUNS, PlanRun
@@ -93,16 +95,27 @@ def read_real_plan_runs(path: Path = PACKED) -> list[RealPlanRun]:
         RunFolderError: it is damaged, or of another version.
     """
     try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("schema") != str(SCHEMA):
-                raise RunFolderError(f"{path} was written by another version of rankpilot. Make it again.")
-            return [_read_one(file, number, each) for number, each in enumerate(json.loads(metadata["origin"]))]
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise RunFolderError(f"The plan runs in {path} cannot be read ({error}).") from error
+        arrays, metadata = read_arrays(path)
+        if metadata.get("schema") != str(SCHEMA):
+            raise RunFolderError(f"{path} was written by another version of rankpilot. Make it again.")
+        return [_one(arrays, number, texts) for number, texts in enumerate(json.loads(metadata["origin"]))]
+    except (DataError, ValueError, TypeError, KeyError) as error:
+        raise RunFolderError(f"The plan runs in {path} cannot be read: {first_line(error)}") from error
 
 
-def _read_one(file: Any, number: int, texts: dict[str, Any]) -> RealPlanRun:
-    arrays = {name: file.get_tensor(f"{number}.{name}") for name in _ARRAYS}
-    arrays["ranks"] = arrays["ranks"].astype(np.int64)
-    return RealPlanRun(**texts | {"names": tuple(texts["names"])}, **arrays)
+def _one(arrays: Arrays, number: int, texts: dict[str, Any]) -> RealPlanRun:
+    """The fine-tune of a number; ValueError if its arrays do not go together."""
+    mine: dict[str, Any] = {name: arrays[f"{number}.{name}"] for name in _ARRAYS}
+    names, count = tuple(texts["names"]), len(texts["names"])
+    shapes = {
+        "modules": (count, len(MODULE_FEATURES)),
+        "run": (len(RUN_FEATURES),),
+        "ranks": (RUNS, count),
+        "losses": (RUNS,),
+        "choices": (RUNS,),
+    }
+    wrong = [name for name, shape in shapes.items() if mine[name].shape != shape]
+    if wrong or mine["train_losses"].shape[:-1] != (RUNS,):
+        raise ValueError(f"{texts['task']} has other shapes than it should: {', '.join(wrong) or 'train_losses'}.")
+    mine["ranks"] = mine["ranks"].astype(np.int64)
+    return RealPlanRun(**texts | {"names": names}, **mine)
