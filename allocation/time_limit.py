@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,7 +101,7 @@ class TimeLimit:
 
         A plan that is made for a limit takes what is predicted too low rather than what is predicted too high. So it is
         timed, all times are scaled to agree with that, and the plan is made anew, until prediction and measurement
-        agree.
+        agree. Where they never do, since plans change by whole layers, the limit under which they were nearest is kept.
 
         Args:
             plan: makes the plan under a limit, int64 (modules,); BudgetError if there is none.
@@ -108,20 +109,21 @@ class TimeLimit:
             reference: what a step of the reference takes by this limit's times, in seconds.
 
         Returns:
-            A limit of as many seconds. If no plan is left under the scaled times, the last one that had a plan.
+            A limit of as many seconds, which has a plan.
         """
-        limit = kept = self
-        for checked in range(CHECKS + 1):
+        limit, best, least = self, self, math.inf
+        for _ in range(CHECKS):
             try:
                 ranks = plan(limit)
             except BudgetError:
-                return kept
-            kept = limit
-            error = 1.0 if checked == CHECKS else measured(ranks) * reference / limit.of(ranks)
-            if abs(error - 1) <= SETTLED:
+                break
+            error = measured(ranks) * reference / limit.of(ranks)
+            if abs(math.log(error)) < least:
+                best, least = limit, abs(math.log(error))
+            if least <= SETTLED:
                 break
             limit = replace(limit, time=limit.time.scaled(np.full(len(PARTS), error)))
-        return kept
+        return best
 
     def check(self, problem: AllocationProblem) -> None:
         """Raise BudgetError if the cheapest plan takes more time than the limit, second runs included."""

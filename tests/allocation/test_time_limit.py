@@ -173,12 +173,24 @@ def test_a_plan_that_is_too_slow_where_no_smaller_one_is_left() -> None:
     assert limit is given, "more than twice the time fits no plan, so the prediction stands"
 
 
-def test_timing_ends() -> None:
-    turns = iter([1.3, 0.7] * 9)
+def test_the_nearest_prediction_is_kept_where_none_holds() -> None:
+    shares, timed = iter([1.3, 0.7, 1.1, 0.8]), []
     given = TimeLimit(step_time(), 12.0)
-    limit = given.settled(with_high_ranks, lambda ranks: next(turns) * given.of(ranks) / 20.0, 20.0)
-    assert next(turns) == 1.3, "an even number of times"
-    assert with_high_ranks(limit).any()
+
+    def measured(ranks: IntArray) -> float:
+        timed.append(ranks.tolist())
+        return next(shares) * predicted[-1].of(ranks) / 20.0
+
+    predicted: list[TimeLimit] = []
+
+    def plan(limit: TimeLimit) -> IntArray:
+        predicted.append(limit)
+        return with_high_ranks(limit)
+
+    limit = given.settled(plan, measured, 20.0)
+    assert len(timed) == CHECKS
+    assert limit is predicted[2], "10 % off"
+    assert with_high_ranks(limit).tolist() == timed[2]
 
 
 def test_it_is_saved_and_read() -> None:
