@@ -10,11 +10,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ...allocation.plan import uniform_ranks
+from ...env.tasks.proxy_finetune import first_problem
 from ...env.tasks.proxy_task import ProxyTask
 from ...env.tasks.stream import fresh_task
 from ...env.tasks.suites import evenly, find_tasks
 from ...errors import ConfigError
 from .config import TrainConfig
+
+OFF = (-0.75, 0.75)
+"""How far the learning rate of plan runs lies from the best one of plain LoRA, in powers of 2."""
 
 WARM_ROUND, PLAN_ROUND = 1_000_000, 2_000_000
 """Tasks of the warm start and of the plan runs are drawn as those of rounds from these on."""
@@ -93,13 +98,14 @@ def warm_draws(fresh: FreshTasks, tasks: int) -> list[ProxyTask]:
 def plan_draws(fresh: FreshTasks, tasks: int) -> list[tuple[ProxyTask, ...]]:
     """The fresh tasks of each stack of plan runs, in the order in which they are run; at least so many in all.
 
-    The first half are like those of PPO; the second half are the same ones varied, see `vary` and `vary_length`.
+    The first half are like those of PPO; the second half are the same ones varied, see `vary` and `vary_length`. All
+    have a learning rate for plain LoRA, see `for_plain_lora`.
     """
     numbers = range(PLAN_ROUND, PLAN_ROUND - (-tasks // (2 * fresh.count)))
     plain = sorted((tuple(fresh.draw(number, 0)) for number in numbers), key=_base)  # bases take long to load
     suites = {(task.kind, task.base): suite for suite in fresh.templates for task in suite}
     varied = [[vary(task, suites[task.kind, task.base]) for task in drawn] for drawn in plain]
-    return plain + [tuple(vary_length(drawn)) for drawn in varied]
+    return [tuple(map(for_plain_lora, drawn)) for drawn in (*plain, *map(vary_length, varied))]
 
 
 def _base(tasks: Sequence[ProxyTask]) -> str:
@@ -159,6 +165,17 @@ def vary_length(tasks: Sequence[ProxyTask]) -> list[ProxyTask]:
         for task in tasks
         for rows in [max(1, round(wider * task.batch_size))]
     ]
+
+
+def for_plain_lora(task: ProxyTask) -> ProxyTask:
+    """The task at a learning rate near the best one of rank 8 on all modules, as people tune it; drawn by its seed.
+
+    Those of suites are tuned for uniform rank under the task's budget. The fewer modules are adapted, the higher is the
+    best rate: as the inverse root of their share (docs/scaling.md).
+    """
+    share = float((uniform_ranks(first_problem(task)) > 0).mean())
+    factor = 2.0 ** float(np.random.default_rng([task.seed, 2]).uniform(*OFF))
+    return replace(task, learning_rate=float(f"{task.learning_rate * share**0.5 * factor:.3g}"))
 
 
 def _more(task: ProxyTask, rows: int) -> int | None:

@@ -28,7 +28,7 @@ from ...lora.stacked.resize import Move, reset_runs, set_stacked_ranks
 from ...lora.stacked.run import StackedMeter, StackedRun
 from ..proxies.adapted import adapted_base
 from ..tasks.finetune import Reference
-from ..tasks.proxy_finetune import ProxyFineTune
+from ..tasks.proxy_finetune import ProxyFineTune, first_problem
 from ..tasks.proxy_task import ProxyTask
 from .single import new_controller, rate_at, unknown_signals
 from .stack_trainer import Lane, StackTrainer
@@ -151,12 +151,7 @@ class StackedEpisodes:
     def problem(self, task: ProxyTask) -> AllocationProblem:
         """The plans that a task's first decision allows."""
         self._checked(task)
-        fine_tune = ProxyFineTune(task)
-        cost = fine_tune.cost()
-        most = np.array([target.max_rank for target in self._targets], dtype=np.int64)
-        ranks = np.ones(len(most), dtype=np.int64)
-        limit = fine_tune.limit.resolve(cost, most, self._targets[0].weight_a.device)
-        return AllocationProblem.of(self._targets, cost, limit.value, ranks=ranks)
+        return first_problem(task)
 
     # Decisions --------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from ...allocation.problem import AllocationProblem
 from ...data.corpora import CORPORA, load_corpus, sample_windows
 from ...data.labelled import LABELS, load_labelled
 from ...errors import UnknownNameError
@@ -177,6 +178,15 @@ class ProxyFineTune:
 def fine_tune_of(task: ProxyTask | FineTune) -> FineTune:
     """What trains a task: `ProxyFineTune` for a description, a fine-tune itself."""
     return ProxyFineTune(task) if isinstance(task, ProxyTask) else task
+
+
+def first_problem(task: ProxyTask) -> AllocationProblem:
+    """The plans that a task's first decision allows."""
+    fine_tune = ProxyFineTune(task)
+    cost, (_, targets) = fine_tune.cost(), fine_tune.adapted()
+    most = np.array([target.max_rank for target in targets], dtype=np.int64)
+    limit = fine_tune.limit.resolve(cost, most, targets[0].weight_a.device)
+    return AllocationProblem.of(targets, cost, limit.value, ranks=np.ones(len(most), dtype=np.int64))
 
 
 @lru_cache(maxsize=CACHED_TASKS)
