@@ -34,11 +34,13 @@ from rankpilot.agents.training.task_sampling import fresh_tasks, plan_draws
 from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
 from rankpilot.agents.training.validation import Validation
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common import workers
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.env.spaces import observation_space, score_space
 from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.tasks.proxy_finetune import first_problem
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suites import find_tasks
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
@@ -600,12 +602,21 @@ def test_tasks_of_plan_runs() -> None:
     half = len(draws) // 2
     assert len(draws) == 2 * half
     assert 100 <= sum(map(len, draws)) < 100 + 2 * fresh.count
-    templates = {dataclasses.replace(task, seed=0) for suite in fresh.templates for task in suite}
+    rates = {
+        dataclasses.replace(task, seed=0, learning_rate=1): task.learning_rate
+        for suite in fresh.templates
+        for task in suite
+    }
+    factors = []
     for plain, varied in zip(draws[:half], draws[half:], strict=True):
         for task, other in zip(plain, varied, strict=True):
-            assert dataclasses.replace(task, seed=0) in templates
+            of_uniform = rates[dataclasses.replace(task, seed=0, learning_rate=1)]
+            share = (uniform_ranks(first_problem(task)) > 0).mean()
+            factors.append(np.log2(task.learning_rate / (of_uniform * share**0.5)))
             assert (task.seed, task.base, task.cost_kind) == (other.seed, other.base, other.cost_kind)
             assert other.reference is None
+    assert np.ptp(factors) > 1, "rates are drawn around plain LoRA's"
+    assert np.abs(factors).max() <= 0.76
     bases = [tasks[0].base for tasks in draws[:half]]
     assert bases == sorted(bases)
     assert len({task.seed for tasks in draws[:half] for task in tasks}) == half * fresh.count
