@@ -59,9 +59,9 @@ class Options:
     run is, its learning rate is the best one of all-linear rank 8, and plans that adapt few modules have up to twice
     that. Its 15 plans share seed and batches: plain LoRA, rules, kinds of modules, parts of the depth, and drawn ones.
 
-    `rankpilot train` reads the packed file of the package beside the plan runs of proxies; this makes it again. Runs go
-    into `rows.jsonl` in the output folder as they end, so that an interrupted run goes on there; fine-tunes that the
-    packed file holds already are not run again.
+    `rankpilot train --more-plan-runs FILE` lets value networks learn from the packed file beside the plan runs of
+    proxies. Runs go into `rows.jsonl` in the output folder as they end, so that an interrupted run goes on there;
+    fine-tunes that the packed file holds already are not run again.
 
     Attributes:
         output: folder of the rows.
@@ -249,7 +249,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     end = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     known = read_real_plan_runs(options.pack) if options.pack and options.pack.exists() else []
     found = {run.task: run for run in known}
-    spent, progress = 0.0, Console(file=sys.stderr)
+    spent, packed, progress = 0.0, len(known), Console(file=sys.stderr)
     with worker_pool(count_workers(options.workers)) as workers:
         for number, (task, seed) in enumerate(wanted):
             name = _name(task, seed)
@@ -258,10 +258,10 @@ def benchmark(options: Options, console: Console) -> Figures:
                 for work, row in workers.spread(perform_any, missing[:8]):
                     study.rows.add(work, row)
                     spent += row["cpu_s"]
+            if options.pack and len(found) > packed:
+                packed, _ = len(found), write_real_plan_runs(list(found.values()), options.pack)
             told = f"{number + 1} of {len(wanted)}: {task.name}, seed {seed}; {spent / 3600:.2f} CPU h"
             progress.print(told, markup=False, soft_wrap=True)
-            if options.pack:
-                write_real_plan_runs(list(found.values()), options.pack)
     count = sum(_name(task, seed) in found for task, seed in wanted)
     state = "All plan runs are there" if count == len(wanted) else "Plan runs are missing; the same command goes on"
     console.print(f"{state}: {count} of {len(wanted)} fine-tunes.", markup=False)

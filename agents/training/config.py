@@ -30,6 +30,8 @@ class TrainConfig:
             warm start.
         plan_tasks: fresh tasks of the plan runs after PPO, from which the value ensemble learns; half of the tasks are
             varied in text, place and budget. With 0 there is no ensemble, and the actor decides alone.
+        more_plan_runs: a file that `rankpilot bench plan-runs` has packed: plan runs of real fine-tunes, from which the
+            value ensemble learns beside those of fresh tasks.
         suites: suites that the tasks come from: "planted", "shift" or both.
         bases: use only tasks on these proxy bases; by default all bases of the training split.
         task_steps: optimiser steps of an episode; by default as many as the suite sets.
@@ -62,6 +64,7 @@ class TrainConfig:
     target_kl: float = 0.05
     warm_tasks: int = 0
     plan_tasks: int = 0
+    more_plan_runs: str | None = None
     suites: tuple[str, ...] = SUITES
     bases: tuple[str, ...] = ()
     task_steps: int | None = None
@@ -86,6 +89,11 @@ class TrainConfig:
                 "workers, validation_tasks, warm_tasks and plan_tasks are at least 0 and learning_rate above 0; got "
                 f"{self.workers}, {self.validation_tasks}, {self.warm_tasks}, {self.plan_tasks} and "
                 f"{self.learning_rate}."
+            )
+
+        if self.more_plan_runs and not self.plan_tasks:
+            raise ConfigError(
+                "more_plan_runs needs plan_tasks above 0: without them there is no value ensemble to learn."
             )
 
     @property

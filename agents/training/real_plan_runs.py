@@ -1,4 +1,4 @@
-"""Plan runs of real fine-tunes, which ship with the package: training reads them beside those of fresh proxies.
+"""Plan runs of real fine-tunes in one file, which a training reads beside those of fresh proxies.
 
 `rankpilot bench plan-runs` makes the file. A task's runs share its seed and batches, and each had one decision, before
 the first step.
@@ -18,15 +18,12 @@ from safetensors.numpy import save_file
 
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...common.arrays import Arrays
-from ...common.files import atomic_path
+from ...common.files import atomic_path, parse_json
 from ...common.tensor_files import read_arrays
 from ...errors import DataError, RunFolderError, first_line
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import SCHEMA
-from .plan_runs import RUNS, PlanRun
-
-PACKED = Path(__file__).parent / "real_plan_runs.safetensors"
-"""The file that ships with the package."""
+from .plan_runs import CHOICES, RUNS, PlanRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +85,7 @@ def write_real_plan_runs(runs: Sequence[RealPlanRun], path: Path) -> int:
         return temporary.stat().st_size
 
 
-def read_real_plan_runs(path: Path = PACKED) -> list[RealPlanRun]:
+def read_real_plan_runs(path: Path) -> list[RealPlanRun]:
     """The plan runs of a file.
 
     Raises:
@@ -98,7 +95,7 @@ def read_real_plan_runs(path: Path = PACKED) -> list[RealPlanRun]:
         arrays, metadata = read_arrays(path)
         if metadata.get("schema") != str(SCHEMA):
             raise RunFolderError(f"{path} was written by another version of rankpilot. Make it again.")
-        return [_one(arrays, number, texts) for number, texts in enumerate(json.loads(metadata["origin"]))]
+        return [_one(arrays, number, texts) for number, texts in enumerate(parse_json(metadata["origin"]))]
     except (DataError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(f"The plan runs in {path} cannot be read: {first_line(error)}") from error
 
@@ -117,5 +114,8 @@ def _one(arrays: Arrays, number: int, texts: dict[str, Any]) -> RealPlanRun:
     wrong = [name for name, shape in shapes.items() if mine[name].shape != shape]
     if wrong or mine["train_losses"].shape[:-1] != (RUNS,):
         raise ValueError(f"{texts['task']} has other shapes than it should: {', '.join(wrong) or 'train_losses'}.")
+    choices = mine["choices"]
+    if mine["ranks"].min(initial=0) < 0 or not ((choices >= 0) & (choices < len(CHOICES))).all():
+        raise ValueError(f"{texts['task']} has ranks below 0, or choices that do not exist.")
     mine["ranks"] = mine["ranks"].astype(np.int64)
     return RealPlanRun(**texts | {"names": names}, **mine)

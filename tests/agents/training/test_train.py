@@ -29,6 +29,7 @@ from rankpilot.agents.training.config import TrainConfig
 from rankpilot.agents.training.plan_runs import PLAN_RUNS, RUNS
 from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
 from rankpilot.agents.training.progress import PROGRESS
+from rankpilot.agents.training.real_plan_runs import RealPlanRun, write_real_plan_runs
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.task_sampling import fresh_tasks, plan_draws
 from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
@@ -374,6 +375,36 @@ def test_plan_runs_give_the_policy_critics(tmp_path: Path, make_observation: Cal
     assert again.stages[:2] == [("plan runs", 1, 2), ("plan runs", 2, 2)], "one of the two was there"
     finish(again.folder, again.policy, spread)
     assert (other / WEIGHTS).read_bytes() == (run.folder / WEIGHTS).read_bytes()
+
+
+def test_the_value_ensemble_learns_from_real_fine_tunes_too(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    real = RealPlanRun(
+        task="a task",
+        family="a family",
+        names=tuple(f"module{number}" for number in range(36)),
+        modules=generator.normal(size=(36, len(MODULE_FEATURES))).astype(np.float32),
+        run=generator.normal(size=len(RUN_FEATURES)).astype(np.float32),
+        ranks=generator.choice([0, 8, 16], size=(RUNS, 36)),
+        losses=generator.uniform(1, 2, size=RUNS),
+        train_losses=np.ones((RUNS, 3), dtype=np.float32),
+        initial=3.0,
+        choices=np.zeros(RUNS, dtype=np.int8),
+    )
+    packed = tmp_path / "packed"
+    write_real_plan_runs([real, real], packed)
+    config = dataclasses.replace(TRIED, more_plan_runs=str(packed))
+    run = noted(config, tmp_path / "pilot")
+    finish(run.folder, run.policy, config)
+    assert read_json(run.folder / CARD)["plan_runs"]["runs"] == (2 + 2) * RUNS
+    assert run.policy.value_ensemble is not None
+
+    packed.write_bytes(b"damaged")
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists(), "it is read before anything else"
+    with pytest.raises(ConfigError, match="more_plan_runs needs plan_tasks above 0"):
+        dataclasses.replace(config, plan_tasks=0)
 
 
 # The best network -----------------------------------------------------------------------------------------------------
