@@ -8,7 +8,7 @@ because nobody knows in advance how deep adapters should go, or how far signals 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ...allocation.actions import SCORE_BOUND, base_rank_floor
 from ...allocation.deliberation import DRAWN
 from ...allocation.observation import Observation, module_feature
-from ...allocation.plan import uniform_window
-from ...allocation.policy import Decision, decision_from_scores, decision_to_keep
+from ...allocation.plan import uniform_ranks, uniform_window
+from ...allocation.policy import Decision, decided_plan, decision_from_plan, decision_from_scores, decision_to_keep
+from ...allocation.problem import AllocationProblem
 from ...common.arrays import FloatArray, IntArray
 from ...memory.cost import ParameterCost
 from ..rules.by_signal import signal_mean
@@ -39,6 +40,9 @@ FIXED_NAMES = tuple(_FIXED)
 
 FIXED = len(_FIXED)
 """Number of fixed candidates."""
+
+UNIFORM = FIXED_NAMES[0]
+"""Name of the candidate with equal ranks."""
 
 KEEP = "keep"
 """Name of the candidate that leaves the ranks as they are."""
@@ -83,6 +87,11 @@ class Candidates:
         nothing = (np.zeros_like(part) for part in (first.weights, first.scores, first.placements))
         weights, scores, placements = nothing
         return Candidates.joined(Candidates((KEEP,), weights, scores, placements), self)
+
+    def with_uniform_plan(self, problem: AllocationProblem) -> Candidates:
+        """The same, with the very plan of the rule for the candidate `UNIFORM`, whose scores come near to it alone."""
+        ranks = decided_plan(problem, decision_from_plan(uniform_ranks(problem))).ranks
+        return replace(self, plans={**self.plans, UNIFORM: ranks})
 
     def decisions(self, observation: Observation) -> list[Decision]:
         """The decision that each leads to."""

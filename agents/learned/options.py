@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...allocation.observation import Observation
-from ...allocation.policy import decided_plan, decision_from_scores
+from ...allocation.policy import decided_plan
 from ...allocation.problem import AllocationProblem
 from ...common.arrays import IntArray
 from ...memory.cost import TimedCost
@@ -34,8 +34,9 @@ def all_options(observation: Observation, candidates: Candidates, *, plain_first
     problem = observation.problem
     plans = {name: ranks for name, ranks in structure_plans(observation) if ranks.any() and problem.fits(ranks)}
     plain, fixed = _without_scores({ALL_LINEAR: all_linear(problem)}), candidates.rows(slice(0, FIXED))
+    exact = fixed.with_uniform_plan(problem)
     return Candidates.joined(
-        *((plain, fixed) if plain_first else (fixed, plain)),
+        *((plain, exact) if plain_first else (exact, plain)),
         _without_scores(plans),
         *_for_less(observation, fixed),
         candidates.rows(slice(FIXED, None)),
@@ -60,11 +61,10 @@ def _for_less(observation: Observation, fixed: Candidates) -> list[Candidates]:
     for limited, of_what in kinds:
         for share in SHARES:
             less = replace(observation, problem=limited(problem, share))
+            decisions = fixed.with_uniform_plan(less.problem).decisions(less)
             plans = {
-                f"{name} for {share:.0%} {of_what}": decided_plan(
-                    less.problem, decision_from_scores(less, scores, placement)
-                ).ranks
-                for name, scores, placement in zip(fixed.names, fixed.scores, fixed.placements, strict=True)
+                f"{name} for {share:.0%} {of_what}": decided_plan(less.problem, decision).ranks
+                for name, decision in zip(fixed.names, decisions, strict=True)
             }
             found.append(Candidates(tuple(plans), fixed.weights, fixed.scores, fixed.placements, plans))
     return found

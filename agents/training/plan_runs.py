@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ...allocation.observation import Observation, with_limit
-from ...allocation.policy import Decision, decided_plan, decision_from_scores, decision_to_keep, is_first
+from ...allocation.policy import Decision, decided_plan, decision_to_keep, is_first
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path, parse_json
 from ...common.settings import from_json
@@ -32,7 +32,7 @@ from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError, first_line
-from ..learned.candidates import FIXED_NAMES, KEEP, candidate_actions
+from ..learned.candidates import FIXED_NAMES, KEEP, UNIFORM, candidate_actions
 from ..learned.cheaper import with_less
 from ..learned.plan_value import Plans
 from ..learned.policy import LearnedPolicy, MeanAction
@@ -207,7 +207,8 @@ def draw_decision(
     chosen = CHOICES.index(choice) if choice in FIXED_NAMES else len(FIXED_NAMES)
     if choice == "drawn for less":
         observation = replace(observation, problem=with_less(observation.problem, less))
-    decision = decision_from_scores(observation, candidates.scores[chosen], candidates.placements[chosen])
+    one = candidates.rows(slice(chosen, chosen + 1))
+    (decision,) = (one.with_uniform_plan(observation.problem) if choice == UNIFORM else one).decisions(observation)
     ranks = decided_plan(observation.problem, decision).ranks
     return replace(decision, ranks=ranks, exact=True), choice  # exact: the run has more room than this
 
