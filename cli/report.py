@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from ..errors import ConfigError
 from .progress import console
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ class ReportOptions:
     """Write the report of a run: report.md and pictures of ranks, losses and memory, in the run's own folder.
 
     FOLDER is the folder of rankpilot finetune, the output folder of a Trainer with RankPilotCallback, or the folder of
-    a decision log (decisions). The run may go on meanwhile: what is not there yet is left out.
+    a decision log (decisions). The run may go on meanwhile: what is not there yet is left out. Several runs are also
+    shown side by side.
 
     Attributes:
-        folder: the folder of the run.
+        folders: the folders of the runs.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -36,12 +38,15 @@ def main(arguments: Sequence[str]) -> None:
     from ..study.run.decisions import decision_lines
     from ..study.run.report import write_report
 
-    report = write_report(options.folder)
-    if report.run.results:
-        console.print(summary_table(report.run))
-    for line in decision_lines(report.run.decisions) if report.run.decisions else ():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    print_ending(report)
+    if not options.folders:
+        raise ConfigError("Give the folder of a run: rankpilot report runs/finetune.")
+    reports = [write_report(folder) for folder in options.folders]
+    if finished := [report.run for report in reports if report.run.results]:
+        console.print(summary_table(*finished))
+    for report in reports:
+        for line in decision_lines(report.run.decisions) if report.run.decisions else ():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_ending(report)
 
 
 def print_ending(report: Report) -> None:

@@ -27,6 +27,7 @@ class FinetuneConfig(StepConfig):
         budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what uniform rank 8 takes, "auto" (90
             % of what is free on the device), or "300k params", which counts the adapter's parameters alone.
         compare_uniform: also run LoRA with one rank on all modules in the same budget, and compare.
+        compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.
         task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
             data decide.
         steps: optimiser steps of the run.
@@ -71,6 +72,7 @@ class FinetuneConfig(StepConfig):
     policy: str = "default"
     budget: str = "100%"
     compare_uniform: bool = False
+    compare_all_linear: bool = False
     task: Task | None = None
     steps: int = 200
     learning_rate: float = 1e-3

@@ -1,4 +1,4 @@
-"""A real fine-tune under a policy, beside a uniform-rank run with the same seed, batches and budget."""
+"""A real fine-tune under a policy, beside runs of other ranks with the same seed and batches."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..common.settings import as_json
 from ..common.termination import Terminated, on_sigterm
 from ..data.workload import Workload
 from ..errors import DataError
+from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
@@ -38,7 +39,7 @@ from .uniform import UniformRanks
 
 logger = logging.getLogger(__name__)
 
-PILOT, UNIFORM = "rankpilot", "uniform"
+PILOT, UNIFORM, ALL_LINEAR = "rankpilot", "uniform", "all-linear"
 
 MEASURE_EVERY = 10
 """Steps from one measured peak to the next. The report draws them; a measured step takes about 1.15 times as long."""
@@ -51,7 +52,7 @@ def finetune(
     resume: bool = False,
     on_phase: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a fine-tune under a policy and, if asked for, the uniform run.
+    """Run a fine-tune under a policy and, if asked for, those that it is compared with.
 
     Args:
         config: what to run.
@@ -71,8 +72,8 @@ def finetune(
     rank_bounds_of(config.bounds)
     with open_run(folder, as_json(FinetuneConfig, config), resume=resume, kind=FinetuneConfig):
         runs = {}
-        for name in (PILOT, UNIFORM) if config.compare_uniform else (PILOT,):
-            tell(f"fine-tuning under {policy.name}" if name == PILOT else "fine-tuning with uniform ranks")
+        for name, under in _runs(config, policy.name).items():
+            tell(f"fine-tuning {under}")
             runs[name] = run_one(config, workload, folder, name, tell)
         summary = {
             "model": config.model,
@@ -86,6 +87,16 @@ def finetune(
         }
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def _runs(config: FinetuneConfig, policy: str) -> dict[str, str]:
+    """The runs of a fine-tune by name, and what each is under."""
+    runs = {PILOT: f"under {policy}"}
+    if config.compare_uniform:
+        runs[UNIFORM] = "with uniform ranks"
+    if config.compare_all_linear:
+        runs[ALL_LINEAR] = f"with rank {REFERENCE_RANK} on all modules, without a budget"
+    return runs
 
 
 def plan_ahead(
@@ -139,8 +150,8 @@ def run_one(
     Args:
         config: the settings of the fine-tune.
         workload: the texts to train and to evaluate on.
-        folder: of both runs.
-        name: `PILOT`, or `UNIFORM` for equal ranks.
+        folder: of all runs.
+        name: `PILOT`, `UNIFORM` for equal ranks, or `ALL_LINEAR` for plain LoRA.
         tell: called with a line for each checkpoint that cannot be read.
         ranks: decides the ranks; by default what the settings say.
 
@@ -158,7 +169,8 @@ def run_one(
     decides = ranks or _ranks(config, folder, name)
     metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY))
     stop = StopWithCheckpoint()
-    trainer = new_trainer(config, workload, model, folder / name, [decides, metrics, stop])
+    callbacks = [*([decides] if decides else []), metrics, stop]
+    trainer = new_trainer(config, workload, model, folder / name, callbacks)
     checkpoint = last_checkpoint(folder / name, piloted=pilot, tell=tell)
     set_seed(config.seed)
     with on_sigterm(stop.stop):
@@ -177,7 +189,7 @@ def run_one(
         "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
         # From the file: a run that was killed after its last step measures nothing when it goes on.
         "peak_bytes": max(row["peak_bytes"] for row in read_json_lines(metrics_path) if "peak_bytes" in row),
-        "budget_bytes": decides.limit,
+        "budget_bytes": decides.limit if decides else None,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
         "train_s": metrics.train_s,
         "steps": trainer.state.max_steps,
@@ -193,8 +205,10 @@ def run_one(
     return result
 
 
-def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback | UniformRanks:
-    """The callback that decides the ranks of a run."""
+def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback | UniformRanks | None:
+    """The callback that decides the ranks of a run; None for plain LoRA."""
+    if name == ALL_LINEAR:
+        return None
     if name == UNIFORM:
         time = None if config.time is None else TimeBudget.parse(config.time)
         return UniformRanks(_uniform_budget(config, folder), config.seed, recompute=config.recompute, time=time)

@@ -20,7 +20,7 @@ from ..run.decisions import each_decision, line_of, moves_sentence, standing_out
 from ..run.figures import loss_sentence
 from ..run.heatmap import ranks_sentence
 from ..run.memory_figure import cost_sentence
-from ..run.run_data import PILOT, RunData
+from ..run.run_data import PILOT, RunData, run_names
 from ..run.verdict import verdict
 from .curves import curve, plain
 from .explanation import shown_explanation
@@ -57,16 +57,6 @@ def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | Non
     }
 
 
-def run_names(runs: Sequence[RunData]) -> list[str]:
-    """A name for each run: that of its folder, with as much of the path as tells it from the others."""
-    paths = [run.folder.resolve() for run in runs]
-    for parts in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{path.name} ({number})" for number, path in enumerate(paths, 1)]  # one run, given several times
-
-
 def _palette() -> dict[str, Any]:
     """The colours of all pictures of ranks."""
     colors = np.rint(255 * rank_colors(np.array(RUNGS))).astype(int).tolist()
@@ -85,7 +75,9 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
         "left_out": [" ".join(part.split()) for part in run.missing],  # an error may have several lines
         "table": {
             "columns": list(run.results),
-            "rows": [{"label": label, "cells": cells, "best": sorted(best)} for label, cells, best in _rows(run)],
+            "rows": [
+                {"label": label, "cells": cells, "best": sorted(best)} for label, cells, best in comparison_rows([run])
+            ],
         },
         "settings": settings,
         "unit": run.unit,
@@ -96,10 +88,6 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
         "decisions": decisions,
     }
     return shown | _curves(run) | {"sentences": _sentences(run)}
-
-
-def _rows(run: RunData) -> list[tuple[str, list[str], set[int]]]:
-    return comparison_rows(run) if run.results else []
 
 
 def _settings(run: RunData) -> dict[str, str]:

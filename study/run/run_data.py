@@ -25,8 +25,8 @@ from .checks import check_summary, number_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
-PILOT, UNIFORM = RUNS = ("rankpilot", "uniform")
-"""The run under a policy, and the run that it may be compared with."""
+PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
+"""The run under a policy, and those that it may be compared with."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -145,6 +145,16 @@ def read_run(folder: Path) -> RunData:
         except RunFolderError as error:
             missing.append(f"all decisions ({error})")
     return RunData(folder, summary, metrics, decisions, tuple(missing))
+
+
+def run_names(runs: Sequence[RunData]) -> list[str]:
+    """A name for each run: that of its folder, with as much of the path as tells it from the others."""
+    paths = [run.folder.resolve() for run in runs]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({number})" for number, path in enumerate(paths, 1)]  # one run, given several times
 
 
 def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...common.drawing import Points, finite_points
 from .memory_figure import in_force
-from .run_data import PILOT, UNIFORM, RunData
+from .run_data import ALL_LINEAR, PILOT, UNIFORM, RunData
 
 RISE = 0.01
 """A held-out loss that ends this share above its lowest value has risen."""
@@ -34,7 +33,8 @@ class Verdict:
 def verdict(run: RunData) -> Verdict:
     """What is wrong with a run, and what came out of it."""
     warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run), _changed_by_reload(run))
-    return Verdict(tuple(filter(None, warnings)), tuple(filter(None, (_ending(run), _against_uniform(run)))))
+    others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
+    return Verdict(tuple(filter(None, warnings)), tuple(filter(None, (_ending(run), *others))))
 
 
 def _diverged(run: RunData) -> str:
@@ -123,11 +123,24 @@ def _ending(run: RunData) -> str:
     return f"The latest held-out loss is {points[-1][1]:.4f}, at step {points[-1][0]:g}."
 
 
-def _against_uniform(run: RunData) -> str:
-    losses: Sequence[float | None] = [run.results.get(name, {}).get("held_out_loss") for name in (PILOT, UNIFORM)]
-    loss, uniform = losses
-    if loss is None or not uniform:
+def _against(run: RunData, name: str, what: str) -> str:
+    """How the losses of the run and of another one in its folder compare, and what the run took beside it.
+
+    Args:
+        run: the run.
+        name: of the other one.
+        what: it is, in words.
+    """
+    mine, other = (run.results.get(each, {}) for each in (PILOT, name))
+    loss, reference = mine.get("held_out_loss"), other.get("held_out_loss")
+    if loss is None or not reference:
         return ""
-    change = loss / uniform - 1
+    change = loss / reference - 1
     word = "lower" if change < 0 else "higher"
-    return f"rankpilot's held-out loss is {abs(change):.1%} {word} than that of uniform ranks."
+    sentence = f"rankpilot's held-out loss is {abs(change):.1%} {word} than that of {what}"
+    shares = [
+        f"{mine[key] / other[key]:.0%} of its {unit}"
+        for key, unit in (("peak_bytes", "bytes"), ("median_step_s", "time a step"))
+        if name == ALL_LINEAR and mine.get(key) and other.get(key)
+    ]
+    return sentence + (f", with {' and '.join(shares)}." if shares else ".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,23 @@ def test_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rankpilot's held-out loss is 4.9% lower than that of uniform ranks.\n" in out
     assert f"Adapter (the report says how to load, merge and export it): {folder / 'rankpilot' / 'adapter'}\n" in out
     assert f"Report and pictures: {folder / 'report.md'}\n" in out
+
+
+def test_several_runs_stand_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = folder.with_name("tight")
+    shutil.copytree(folder, other)
+    summary = read_json(other / "summary.json")
+    summary["runs"] = {"rankpilot": summary["runs"]["rankpilot"] | {"held_out_loss": 0.1234}}
+    write_json(other / "summary.json", summary)
+    assert cli.run(["report", str(folder), str(other)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (losses,) = (line for line in lines if "held-out loss" in line and "│" in line)
+    assert [cell.strip() for cell in losses.split("│")[2:-1]] == ["0.3841", "0.4041", "0.1234"]
+    heads = " ".join(lines[: lines.index(losses)])
+    assert "tight:" in heads
+    assert "run [x]:" in heads
+    assert (other / "report.md").is_file()
+    assert "Give the folder of a run" in failure(["report"], capsys)
 
 
 def test_what_is_wrong_and_what_is_missing_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

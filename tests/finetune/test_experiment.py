@@ -49,6 +49,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    set_seed,
 )
 
 from ..warm_python import WarmPython
@@ -197,6 +198,26 @@ def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
     for run in summary["runs"].values():
         assert 0 < run["peak_bytes"] <= run["budget_bytes"]
         assert np.isfinite(run["held_out_loss"])
+
+
+def test_beside_plain_lora_as_people_run_it(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    """No budget holds it back, and no callback of ours changes what the Trainer and PEFT do."""
+    config = make_config(compare_all_linear=True, budget="60%", steps=4, eval_every=2)
+    phases: list[str] = []
+    summary = finetune(config, tmp_path / "run", on_phase=phases.append)
+    plain, ours = summary["runs"]["all-linear"], summary["runs"]["rankpilot"]
+    assert "fine-tuning with rank 8 on all modules, without a budget" in phases
+    assert set(plain["ranks"].values()) == {8}
+    assert plain["budget_bytes"] is None
+    assert plain["peak_bytes"] > ours["budget_bytes"] >= ours["peak_bytes"]
+    workload = trainer_module.read_workload(config, phases.append)
+    trainer = trainer_module.new_trainer(config, workload, trainer_module.new_model(config, workload), tmp_path, [])
+    set_seed(config.seed)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == plain["held_out_loss"]
+    report = write_report(tmp_path / "run").path.read_text()
+    assert "| | rankpilot | all-linear |" in report
+    assert "than that of rank 8 on all modules, with" in report
 
 
 def test_both_runs_let_layers_run_again_where_the_budget_needs_it(

@@ -59,6 +59,17 @@ def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(
     assert lines[2] == "rankpilot's held-out loss is 0.4% lower than that of uniform ranks."
 
 
+def test_what_a_run_saves_beside_plain_lora(run_folder: Path) -> None:
+    summary = read_json(run_folder / "summary.json")
+    plain = summary["runs"].pop("uniform") | {"held_out_loss": 0.38, "peak_bytes": 182 * 2**20, "median_step_s": 0.064}
+    summary["runs"]["all-linear"] = plain
+    write_json(run_folder / "summary.json", summary)
+    assert verdict(read_run(run_folder)).results == (
+        "rankpilot's held-out loss is 1.1% higher than that of rank 8 on all modules, with 50% of its bytes and 80% of "
+        "its time a step.",
+    )
+
+
 def test_a_held_out_loss_that_hardly_moves_has_not_risen(
     with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
 ) -> None:
