@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from ..agents.learned.policy_file import load_policy
+from ..common.energy import find_energy_counter
 from ..common.files import append_json_line, atomic_path, read_json_lines, read_object, write_json
 from ..common.run_folder import open_run
 from ..common.settings import as_json
@@ -30,6 +31,7 @@ from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback
 from .checkpoint import last_checkpoint
 from .config import FinetuneConfig
+from .hardware import hardware_facts
 from .metrics import RunMetrics
 from .reload_check import check_reload
 from .stop import StopWithCheckpoint
@@ -167,7 +169,9 @@ def run_one(
     model = new_model(config, workload)
     pilot, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
     decides = ranks or _ranks(config, folder, name)
-    metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY))
+    device = new_arguments(config, workload.task, folder / name).device
+    hardware, energy = hardware_facts(device), find_energy_counter(device)
+    metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY), energy)
     stop = StopWithCheckpoint()
     callbacks = [*([decides] if decides else []), metrics, stop]
     trainer = new_trainer(config, workload, model, folder / name, callbacks)
@@ -192,6 +196,9 @@ def run_one(
         "budget_bytes": decides.limit if decides else None,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
         "train_s": metrics.train_s,
+        "energy_joules": metrics.energy_joules,
+        "energy_source": energy.source if energy else None,
+        "hardware": hardware,
         "steps": trainer.state.max_steps,
         "ranks": adapter_ranks(targets),
     }

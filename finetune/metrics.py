@@ -10,17 +10,19 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..common.energy import EnergyCounter
 from ..common.files import append_json_line, read_json_lines, write_text
 from ..errors import NonFiniteError
 from ..memory.peak_meter import PeakMeter
 
 
 class RunMetrics(TrainerCallback):  # type: ignore[misc]
-    """Writes the curves of a run as JSON lines, and times the run, from when this object is made.
+    """Writes the curves of a run as JSON lines, and measures its time and energy, from when this object is made.
 
     Args:
         path: the file; a resumed run appends to it.
         meter: measures peaks in a run without RankPilotCallback, which measures them itself.
+        energy: of the device; None where the hardware does not count it.
 
     Attributes:
         step_s: seconds of each step, those before a resumption included.
@@ -28,19 +30,26 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
 
     meter: PeakMeter | None
     path: Path
+    energy: EnergyCounter | None
 
-    def __init__(self, path: Path, meter: PeakMeter | None = None) -> None:
-        self.path, self.meter = path, meter
+    def __init__(self, path: Path, meter: PeakMeter | None = None, energy: EnergyCounter | None = None) -> None:
+        self.path, self.meter, self.energy = path, meter, energy
         self.step_s: list[float] = []
         self._written = 0
         self._evaluated: set[int] = set()
         self._started = 0.0
         self._made, self._before_s = time.perf_counter(), 0.0
+        self._joules_made, self._before_joules = energy.joules() if energy else 0.0, 0.0
 
     @property
     def train_s(self) -> float:
         """Seconds that the run has taken, those before a resumption included."""
         return self._before_s + time.perf_counter() - self._made
+
+    @property
+    def energy_joules(self) -> float | None:
+        """The energy that the device has taken meanwhile, before a resumption included; None if it is not counted."""
+        return self._before_joules + self.energy.joules() - self._joules_made if self.energy else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -53,6 +62,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         self.step_s = [seconds for row in rows for seconds in row.get("step_s", ())]
         self._written = len(self.step_s)
         self._before_s = max((row.get("train_s", 0.0) for row in rows), default=0.0)
+        self._before_joules = max((row.get("energy_joules") or 0.0 for row in rows), default=0.0)
         if self.meter and state.global_step > 0:  # as in a run that nothing has interrupted
             self.meter.requested = False
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
@@ -104,6 +114,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         }
         if "loss" in kept:
             kept |= {"step_s": self.step_s[self._written :], "train_s": self.train_s}
+            kept |= {"energy_joules": self.energy_joules} if self.energy else {}
             self._written = len(self.step_s)
         elif kept and state.global_step in self._evaluated:
             return

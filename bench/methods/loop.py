@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ...common.arrays import IntArray
-from ...common.files import read_json
+from ...common.energy import find_energy_counter
 from ...memory.recording import Batch
 from .ranks import plan_text
 from .tasks import MethodTask
@@ -30,9 +29,6 @@ CLIP = 1.0
 
 CURVE_ROWS = 64
 """Held-out rows of the evaluations on the way."""
-
-_ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-"""Where Linux tells the energy that the processor has used, if the machine lets it."""
 
 
 class Driver:
@@ -133,13 +129,14 @@ def train(task: MethodTask, driver: Driver, rate: float, seed: int, *, tuning: b
     start = time.process_time()
     driver.begin(optimizer, loader, task.steps)
     setup_s = time.process_time() - start
-    first, energy = driver.ranks(), _energy()
+    first, counter = driver.ranks(), find_energy_counter(driver.model.device)
+    energy = counter.joules() if counter else 0.0
     sample = judged.select(range(min(CURVE_ROWS, len(judged))))
     course.curve.append([0, 0.0, evaluate(driver.model, sample, data, task)["loss"]])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of dropout
         _steps(task, driver, optimizer, loader, rate, course, sample, data)
-    used = None if energy is None else max(_energy() or 0.0, energy) - energy
+    used = counter.joules() - energy if counter else None
     result = evaluate(driver.model, judged, data, task)
     facts = driver.finish()
     diverged = not math.isfinite(result["loss"])
@@ -238,11 +235,3 @@ def _is_adapter(name: str, parameter: nn.Parameter) -> bool:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _energy() -> float | None:
-    """Joules that the processor has used since some time; None where the machine does not tell."""
-    try:
-        return float(read_json(_ENERGY)) / 1e6
-    except OSError:
-        return None

@@ -42,6 +42,11 @@ def check_summary(summary: Any) -> None:
     """
     for name, run in summary["runs"].items():
         _check_numbers(run, _NUMBERS, f"{shown(name)}: ")
+        hardware = run.get("hardware") or {}
+        _check_numbers(hardware, ("busy", "free_bytes", "total_bytes"), f"{shown(name)}: ")
+        for text in (hardware.get("device"), run.get("energy_source")):
+            if not isinstance(text, str | None):
+                raise TypeError(f"{shown(name)} has a name of hardware that is {shown(text)}")
         ranks = run.get("ranks") or {}
         if not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
             raise TypeError(f"{shown(name)} has a rank that is none")

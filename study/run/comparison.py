@@ -39,6 +39,7 @@ _MEASURES = (
     _Measure("adapted modules", "adapted", lambda value, _: f"{value:,.0f}"),
     _Measure("median step", "median_step_s", lambda value, _: f"{1000 * value:.1f} ms", -1),
     _Measure("training time", "train_s", lambda value, _: f"{value:.1f} s", -1),
+    _Measure("energy", "energy_joules", lambda value, _: f"{value / 1000:.3g} kJ", -1),
 )
 
 
