@@ -62,7 +62,7 @@ def suite_data(study: SuiteStudy, on_progress: Callable[[int, int], None] | None
             "obstacle": suite_words.obstacle(study),
             "promise": suite_words.promise(promise),
             "traits": suite_words.traits(study),
-            "unit_of_votes": UNITS_OF_VOTES["spread"],
+            "unit_of_votes": _unit_of_votes(study),
             "baseline": BASELINE,
         },
     }
@@ -81,6 +81,12 @@ def write_suite_page(data: dict[str, Any], path: Path) -> None:
         path: of the page; a file that is there is replaced.
     """
     write_text(path, suite_html(data))
+
+
+def _unit_of_votes(study: SuiteStudy) -> str:
+    """The unit of the policy's votes; where it has none, nothing of the page is in it."""
+    found = (run.decisions[0].deliberation for run in study.runs)
+    return UNITS_OF_VOTES[next((votes.unit for votes in found if votes), "log loss")]
 
 
 def _figure(found: Estimate) -> dict[str, Any]:

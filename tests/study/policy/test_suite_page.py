@@ -48,6 +48,7 @@ def test_the_worst_run_tells_its_plan_and_why(study: SuiteStudy, data: dict[str,
     assert votes is not None
     taken = next(plan for plan in shown["explanation"]["plans"] if plan["plan"] == votes.plan)
     assert taken["mean"] == pytest.approx(np.mean(votes.votes[:, votes.plan]))
+    assert data["sentences"]["unit_of_votes"] == shown["explanation"]["unit_of_votes"]
     groups = shown["explanation"]["shapley"]["groups"]
     np.testing.assert_allclose([group["value"] for group in groups], run.parts, atol=1e-5)
     assert [each["step"] for each in shown["later"]] == [logged.value("step") for logged in run.decisions[1:]]
