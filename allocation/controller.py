@@ -65,6 +65,7 @@ class RankController(Generic[AdaptersT]):
     high: IntArray | None
     low: IntArray | None
     first_loss: float
+    predicted: float
     probe_fall: float
 
     def __init__(
@@ -96,6 +97,7 @@ class RankController(Generic[AdaptersT]):
         self.seed = seed
         adapters.meter.values = probe_result.signals.copy()
         self.first_loss, self.probe_fall = probe_result.first_loss, probe_result.fall
+        self.predicted = probe_result.predicted
         self.rows = rows
         self.interval_losses: list[float] = []
         self.decision: int = 0
@@ -204,6 +206,7 @@ class RankController(Generic[AdaptersT]):
             total_steps=self.total_steps,
             rows=self.rows,
             probe_fall=self.probe_fall,
+            predicted=self.predicted,
         )
         return observe(
             problem,
@@ -304,6 +307,7 @@ class RankController(Generic[AdaptersT]):
             "rows": self.rows,
             "first_loss": self.first_loss,
             "probe_fall": self.probe_fall,
+            "predicted": self.predicted,
             "interval_losses": list(self.interval_losses),
             "decision": self.decision,
             "seed": self.seed,
@@ -336,8 +340,11 @@ class RankController(Generic[AdaptersT]):
             state["limit"],
             schedule,
             state["total_steps"],
-            ProbeResult(adapters.meter.values, state["first_loss"], fall=state.get("probe_fall", 0.0)),
-            rows=state.get("rows", 1),  # unknown in checkpoints of earlier versions, whose policies do not see it
+            # Some are unknown in checkpoints of earlier versions, whose policies do not see them.
+            ProbeResult(
+                adapters.meter.values, state["first_loss"], state.get("probe_fall", 0.0), state.get("predicted", 1.0)
+            ),
+            rows=state.get("rows", 1),
             low=low,
             high=high,
             seed=state["seed"],

@@ -55,6 +55,7 @@ RUN_FEATURE_TABLE = (
     Feature("horizon", "log10 of the run's optimizer steps, less 2: 0 for 100 steps", _BOUNDED),
     Feature("rows", "log10 of the rows of an optimizer step", _UP_TO_THREE),
     Feature("probe_fall", "share of the training loss that the probe took off", "-3 to 1"),
+    Feature("predicted", "log2 of the share of the tokens whose prediction the loss counts, over 4", "-3 to 0"),
 )
 """Columns of `Observation.run`; new ones come last."""
 

@@ -64,6 +64,7 @@ class RunState:
         total_steps: optimiser steps of the run.
         rows: of an optimiser step, in all its batches.
         probe_fall: see `ProbeResult`.
+        predicted: see `ProbeResult`.
     """
 
     progress: float
@@ -74,6 +75,7 @@ class RunState:
     total_steps: int
     rows: int
     probe_fall: float
+    predicted: float
 
 
 def _centred_log(values: FloatArray) -> FloatArray:
@@ -179,6 +181,7 @@ def _run_features(problem: AllocationProblem, spent: float, state: RunState) -> 
             np.log10(state.total_steps) - 2,
             np.log10(state.rows),
             state.probe_fall,
+            np.log2(max(state.predicted, 1e-6)) / 4,
         ]
     )
 

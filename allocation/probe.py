@@ -26,11 +26,14 @@ class ProbeResult:
         signals: (modules, len(SIGNALS)).
         first_loss: mean training loss of its first steps.
         fall: share of the first loss by which the last one is lower; 0 where it is unknown.
+        predicted: share of the tokens whose prediction the loss counts, above 0: 1 where all are, as in language models
+            as a rule, and little where a whole text is classified.
     """
 
     signals: FloatArray
     first_loss: float
     fall: float = 0.0
+    predicted: float = 1.0
 
     @classmethod
     def of(cls, signals: FloatArray, losses: Sequence[float]) -> ProbeResult:

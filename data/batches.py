@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import DataError
-from ..memory.batch_shape import MASK, padded
+from ..memory.batch_shape import MASK, BatchShape, padded
 from ..memory.recording import Batch
 
 Collate = Callable[[list[Any]], Any]
+
+IGNORED = -100
+"""The label of a token whose prediction no loss counts, as in torch and transformers."""
 
 
 def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
@@ -78,6 +82,35 @@ def small_batches(dataset: Any, collate: Collate, steps: int, rows: int, seed: i
     examples = list(islice(iter(dataset), steps * rows))
     for first in range(0, steps * rows, rows):
         yield collate(examples[first % len(examples) :][:rows])
+
+
+def count_predictions(batch: Batch) -> tuple[int, int]:
+    """The predictions of a batch that the loss counts, and its tokens without padding.
+
+    Labels with an axis of tokens tell which of them count; other labels are one prediction a row. Without labels, as
+    where answers are compared, each token is taken for predicted.
+
+    Args:
+        batch: as the collator makes it.
+    """
+    shape, named = BatchShape.of(batch), batch if isinstance(batch, Mapping) else {}
+    mask, labels = (named.get(name) for name in (MASK, "labels"))
+    tokens = int((mask != 0).sum()) if isinstance(mask, Tensor) and mask.dim() == 2 else shape.rows * shape.length
+    if not isinstance(labels, Tensor):
+        return tokens, tokens
+    if labels.dim() < 2 or labels.is_floating_point():
+        return min(shape.rows, tokens), tokens
+    return min(int((labels != IGNORED).sum()), tokens), tokens
+
+
+def predicted_share(counts: Sequence[tuple[int, int]]) -> float:
+    """The share of the tokens of some batches whose prediction the loss counts, above 0.
+
+    Args:
+        counts: of each batch, see `count_predictions`.
+    """
+    predictions, tokens = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return max(predictions, 1) / max(tokens, 1)
 
 
 def _rows_at(dataset: Any, indices: Sequence[int]) -> list[Any]:

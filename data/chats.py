@@ -26,8 +26,8 @@ from datasets import Dataset
 
 from ..common.files import parse_json
 from ..errors import ConfigError, DataError
+from .batches import IGNORED
 from .columns import check_no_gaps, check_rows, kind_of, not_text, shorten
-from .tokens import IGNORED
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,11 @@ from typing import Any
 from datasets import Dataset
 
 from ..errors import ConfigError, DataError
+from .batches import IGNORED
 from .columns import check_no_gaps, check_rows, is_list, kind_of, not_number, not_text, shorten, values_of
 
 Rows = Mapping[str, list[Any]]
 Encode = Callable[[Rows], dict[str, Any]]
-
-IGNORED = -100
-"""The label of a token that no loss counts."""
 
 
 def class_names(parts: list[Dataset], label: str) -> tuple[tuple[str, ...], dict[Any, int]]:

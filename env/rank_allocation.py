@@ -58,7 +58,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     | key | space | meaning |
     |---|---|---|
     | module_features | Box(-3, 3, (max_modules * 16,), float32) | `observation.MODULE_FEATURES`, module after module |
-    | run_features | Box(-3, 3, (11,), float32) | `observation.RUN_FEATURES` |
+    | run_features | Box(-3, 3, (12,), float32) | `observation.RUN_FEATURES` |
     | mask | MultiBinary(max_modules) | 1 for modules that exist, 0 for padding |
 
     Features of each module, all of them relative, none of them a name:

@@ -19,6 +19,7 @@ from ..allocation.problem import AllocationProblem
 from ..allocation.schedule import DecisionSchedule
 from ..allocation.time_limit import TimeLimit
 from ..common.arrays import IntArray
+from ..data.batches import count_predictions, predicted_share
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
 from ..lora.resize import is_trained, reset_adapters
@@ -207,8 +208,16 @@ def run_probe(
     batches: Iterable[Any] = run.small_batches(steps, schedule.probe_batch, seed)
     if progress:
         batches = progress(batches, "probing the modules", steps)
+    counts = []
+
+    def losses() -> Iterator[Callable[[], torch.Tensor]]:
+        for batch in batches:
+            counts.append(count_predictions(batch))
+            yield partial(run.loss, batch)
+
     with _restored(parameters):
-        return probe(targets, optimizer, (partial(run.loss, batch) for batch in batches))
+        result = probe(targets, optimizer, losses())
+    return replace(result, predicted=predicted_share(counts))
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..data.batches import IGNORED
 from ..data.models import adapt, check_length, load_model
-from ..data.tokens import IGNORED
 from ..data.workload import Texts, Workload, load_workload
 from ..errors import UnsupportedError
 from ..lora.ladder import REFERENCE_RANK

@@ -18,7 +18,7 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
     "signals": ("sensitivity", "snr", "relative_change", "gradient_norm", "importance"),
     "costs": ("rank_cost", "next_rung_cost", "drop_saving", "adapt_cost", "budget", "spent"),
     "place": ("relative_depth", "shape", "wide", "position"),
-    "progress": ("progress", "decisions_left", "loss", "trend", "horizon", "rows", "probe_fall"),
+    "progress": ("progress", "decisions_left", "loss", "trend", "horizon", "rows", "probe_fall", "predicted"),
 }
 """Features that are taken together, by name."""
 

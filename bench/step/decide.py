@@ -69,7 +69,9 @@ def observation_of(layers: int) -> Observation:
         np.random.default_rng(0).lognormal(size=(count, len(SIGNALS))),
         np.zeros(count, dtype=np.int64),
         ModuleShapes.of(targets),
-        RunState(0.0, 3, whole, first_loss=5.0, losses=(), total_steps=1000, rows=size.rows, probe_fall=0.1),
+        RunState(
+            0.0, 3, whole, first_loss=5.0, losses=(), total_steps=1000, rows=size.rows, probe_fall=0.1, predicted=1
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from weakref import WeakKeyDictionary, ref
 
@@ -39,6 +40,7 @@ def new_controller(
     cost = task.cost()
     max_ranks = np.array([target.max_rank for target in adapters.targets], dtype=np.int64)
     limit = task.limit.resolve(cost, max_ranks, adapters.targets[0].weight_a.device)
+    result = replace(result, predicted=task.predicted)
     return RankController(
         adapters, cost, limit.value, schedule, task.steps, result, rows=task.batch_size, seed=task.seed
     )

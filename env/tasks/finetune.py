@@ -73,6 +73,10 @@ class FineTune(Hashable, Protocol):
         """The budget."""
 
     @property
+    def predicted(self) -> float:
+        """Share of the tokens whose prediction the loss counts, above 0."""
+
+    @property
     def reference(self) -> Reference | None:
         """What fixed allocations achieve, if it is known already."""
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ...data.batches import IGNORED
 from ..proxies.bases import MASK_TOKEN, ProxyBase
-
-IGNORED = -100
-"""Label of positions without a prediction."""
 
 MASK_SHARE = 0.2
 """Share of the bytes that a masked language model has to fill in."""

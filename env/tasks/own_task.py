@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import default_data_collator
 
+from ...data.batches import count_predictions, predicted_share
 from ...errors import ConfigError, UnsupportedError
 from ...lora.targets import TargetModule, find_target_modules
 from ...memory.budget import Budget
@@ -93,6 +94,11 @@ class OwnTask:
     def limit(self) -> Budget:
         """The budget."""
         return Budget.parse(self.budget)
+
+    @cached_property
+    def predicted(self) -> float:
+        """See `FineTune`; of the first batch."""
+        return predicted_share([count_predictions(self._batch(0))])
 
     @cached_property
     def _adapted(self) -> tuple[PeftModel, list[TargetModule]]:

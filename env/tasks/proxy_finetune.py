@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from ...allocation.problem import AllocationProblem
+from ...data.batches import IGNORED
 from ...data.corpora import CORPORA, load_corpus, sample_windows
 from ...data.labelled import LABELS, load_labelled
 from ...errors import UnknownNameError
@@ -146,6 +147,11 @@ class ProxyFineTune:
     def limit(self) -> Budget:
         """The budget, as a share."""
         return Budget("share", self.task.budget)
+
+    @property
+    def predicted(self) -> float:
+        """See `FineTune`; a teacher's answers count at all tokens."""
+        return 1.0 if self.data.teacher is not None else float((self.data.labels != IGNORED).float().mean())
 
     @property
     def reference(self) -> Reference | None:

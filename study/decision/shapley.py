@@ -45,6 +45,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "horizon",
         "rows",
         "probe_fall",
+        "predicted",
     ),
 }
 """Features that are hidden together, by name; "actor" are the actor's scores, which networks see too."""
@@ -61,6 +62,7 @@ USUAL_RUN = {
     "horizon": 0.0,
     "rows": 0.6,
     "probe_fall": 0.1,
+    "predicted": -0.2,
 }
 """Features of a usual run at its first decision: their means over the 48 validation tasks, rounded."""
 

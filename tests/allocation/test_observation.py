@@ -45,7 +45,7 @@ def seen(copies: int = 1, **options: Any) -> Observation:
         np.ones((count, len(SIGNALS))),
         np.zeros(count, dtype=np.int64),
         ModuleShapes(np.ones(count), np.zeros(count, dtype=np.bool_), np.zeros(count)),
-        RunState(0.0, 3, 4000.0 * copies, 1.0, (), total_steps=1000, rows=16, probe_fall=0.2),
+        RunState(0.0, 3, 4000.0 * copies, 1.0, (), total_steps=1000, rows=16, probe_fall=0.2, predicted=0.25),
     )
 
 

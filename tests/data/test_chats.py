@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from rankpilot.data.tokens import IGNORED
+from rankpilot.data.batches import IGNORED
 from rankpilot.data.workload import Workload, load_workload
 from rankpilot.errors import ConfigError, DataError
 

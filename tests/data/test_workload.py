@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from rankpilot.data.batches import IGNORED
 from rankpilot.data.models import adapt, load_model
-from rankpilot.data.tokens import IGNORED
 from rankpilot.data.workload import Workload, load_workload
 from rankpilot.errors import AssetError, ConfigError, DataError, UnknownNameError
 from rankpilot.lora.targets import find_target_modules
