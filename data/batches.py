@@ -109,7 +109,7 @@ def predicted_share(counts: Sequence[tuple[int, int]]) -> float:
     Args:
         counts: of each batch, see `count_predictions`.
     """
-    predictions, tokens = (sum(numbers) for numbers in zip(*counts, strict=True))
+    predictions, tokens = (sum(count[place] for count in counts) for place in range(2))
     return max(predictions, 1) / max(tokens, 1)
 
 
