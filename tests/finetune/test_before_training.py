@@ -9,15 +9,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, TrainingRun
+from rankpilot.allocation.features import RUN_FEATURES
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.policy import Decision, decision_from_plan
 from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.data.batches import IGNORED
 from rankpilot.finetune.before_training import LEAST_PROBE_STEPS, PROBE_SHARE, probe_steps
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def run_of(model: nn.Module, *, rows: int, total_steps: int, accumulation: int = 1) -> TrainingRun:
-    examples = [{"input_ids": torch.arange(12), "labels": torch.arange(12)} for _ in range(2 * rows)]
+def run_of(model: nn.Module, *, rows: int, total_steps: int, accumulation: int = 1, answers: int = 12) -> TrainingRun:
+    tokens = torch.arange(12)
+    labels = tokens.masked_fill(tokens < 12 - answers, IGNORED)
+    examples = [{"input_ids": tokens, "labels": labels} for _ in range(2 * rows)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     loader: DataLoader[Any] = DataLoader(examples, batch_size=rows)  # type: ignore[arg-type]
     return TrainingRun.of_loader(model, optimizer, loader, total_steps=total_steps, accumulation=accumulation)
@@ -51,3 +57,24 @@ def test_the_run_takes_so_many_steps(llama_config: LlamaConfig) -> None:
     pilot = RankPilot("signal-mean", "3k params", schedule=DecisionSchedule(probe_batch=1), progress=progress)
     pilot.begin(run_of(model, rows=4, total_steps=150))
     assert counts == [10, *[1] * 10]
+
+
+@pytest.mark.parametrize(("answers", "seen"), [(12, 0.0), (3, -0.5)])
+def test_a_policy_sees_what_share_of_the_tokens_is_predicted(
+    llama_config: LlamaConfig, answers: int, seen: float
+) -> None:
+    model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules="all-linear"))
+    observed: list[float] = []
+
+    class Watching:
+        name = "watching"
+
+        def decide(self, observation: Observation) -> Decision:
+            observed.append(float(observation.run[RUN_FEATURES.index("predicted")]))
+            return decision_from_plan(observation.problem.ranks)
+
+    pilot = RankPilot(Watching(), "3k params")
+    pilot.begin(run_of(model, rows=4, total_steps=20, answers=answers))
+    assert observed == [seen]
+    assert pilot.controller is not None
+    assert pilot.controller.state_dict()["predicted"] == pytest.approx(2 ** (4 * seen))

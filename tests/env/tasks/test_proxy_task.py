@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rankpilot.allocation.features import RUN_FEATURES
 from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.data.corpora import load_corpus, sample_windows
@@ -19,7 +20,7 @@ from rankpilot.env.episodes.single import Episode, probe_task
 from rankpilot.env.proxies.adapted import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.proxies.bases import BASES_FOLDER, PROXY_BASES, find_base, load_base_model
 from rankpilot.env.tasks.finetune import Reference
-from rankpilot.env.tasks.objectives import FIRST_CLASS, label_loss, language_inputs
+from rankpilot.env.tasks.objectives import FIRST_CLASS, MASK_SHARE, label_loss, language_inputs
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, check_texts, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
@@ -31,6 +32,23 @@ from rankpilot.memory.cost import ByteCost, ParameterCost, plan_cost
 from torch.nn import functional
 
 MakeTask = Callable[..., ProxyTask]
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "share"),
+    [
+        ("shift", "llama-4x32", 1.0),
+        ("planted", "bert-4x32", 1.0),
+        ("shift", "bert-4x32", MASK_SHARE),
+        ("classify", "llama-4x32", 1 / 16),
+    ],
+)
+def test_the_share_of_the_bytes_that_is_predicted(make_task: MakeTask, kind: str, base: str, share: float) -> None:
+    task = make_task(kind, 5, base=base, corpus="sentiment" if kind == "classify" else "code")
+    assert ProxyFineTune(task).predicted == pytest.approx(share, rel=0.2)
+    observation = Episode(ProxyFineTune(task), DecisionSchedule()).controller.observe(0)
+    seen = float(observation.run[RUN_FEATURES.index("predicted")])
+    assert seen == pytest.approx(np.log2(ProxyFineTune(task).predicted) / 4)
 
 
 @pytest.mark.parametrize(("kind", "corpus"), [("shift", "code"), ("planted", "code"), ("classify", "sentiment")])
