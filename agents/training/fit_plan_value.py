@@ -29,6 +29,7 @@ class PlanDataset:
         groups: number of each state's group, int64 (states,). The states of one task at one decision are a group; their
             plans can be compared.
         tasks: number of each state's task, int64 (states,).
+        families: number of the family of each state's model, int64 (states,).
     """
 
     plans: Plans
@@ -36,6 +37,7 @@ class PlanDataset:
     reference_gains: torch.Tensor
     groups: torch.Tensor
     tasks: torch.Tensor
+    families: torch.Tensor
 
     def __getitem__(self, states: torch.Tensor) -> PlanDataset:
         return PlanDataset(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
@@ -72,7 +74,7 @@ ANY_COST = PlanValueConfig(unit="log loss")
 """The value ensemble of new policies: it tells plans of any cost apart."""
 
 SURE = 0.8
-"""The share of plans for unseen tasks of which the votes may not promise too much; see `_doubt`."""
+"""The share of plans for unseen tasks of which the votes may not promise too much; see `doubt_of`."""
 
 LEAST_SPREAD = 0.02
 """Added to the standard deviation of a group's gains, in log loss: smaller differences are noise."""
@@ -86,14 +88,14 @@ class _Fit:
     """The fit of one network, without tensors: those would reach another process through shared memory.
 
     Attributes:
-        number: of the network in its ensemble.
+        number: of the fit.
         size: of the network.
         fit: how it is fitted.
         plans: the arrays of `Plans` by name, with rows in the order of the groups.
         targets: what the network learns, (rows,).
         sizes: number of rows of each group, (groups,).
-        tasks: number of each group's task, from 0 on, (groups,).
-        seed: decides the draw of tasks, the order of groups, and dropout.
+        times: how often each group is learned from in a pass, (groups,).
+        seed: decides the order of groups, and dropout.
     """
 
     number: int
@@ -102,13 +104,13 @@ class _Fit:
     plans: dict[str, NDArray[Any]]
     targets: NDArray[np.float32]
     sizes: list[int]
-    tasks: NDArray[np.int64]
+    times: NDArray[np.int64]
     seed: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """Weights by name, and predictions for the tasks that are not in the draw, NaN for the others, (rows,)."""
+    """Weights by name, and predictions for the groups that it has not learned from, NaN for the others, (rows,)."""
 
     weights: dict[str, NDArray[Any]]
     unseen: NDArray[np.float32]
@@ -120,7 +122,8 @@ def fit_value_ensemble(
     """Fit each network of an ensemble to the groups of other tasks, which are drawn with replacement.
 
     The networks learn differences inside a group: its mean is taken off predictions and targets. The targets are in the
-    unit of the ensemble's values.
+    unit of the ensemble's values. Votes on the log loss are then judged: for each family of models one more network
+    learns from all others.
 
     Args:
         ensemble: its networks start anew.
@@ -132,7 +135,8 @@ def fit_value_ensemble(
     Returns:
         "explained": the share of the variance inside groups that the ensemble explains on tasks that a network has not
         learned from. Empty if there are no such tasks, or if all plans of a group have the same result. For votes on
-        the log loss also "doubt", which is part of the ensemble's settings from then on.
+        the log loss also "doubt", which is part of the ensemble's settings from then on, and with several families
+        "explained elsewhere", the same share on families that a network has not learned from.
     """
     groups = groups_of(dataset.groups)
     rows = torch.cat(groups)
@@ -141,52 +145,78 @@ def fit_value_ensemble(
     targets = torch.cat([targets_of(dataset.gains[group], dataset.reference_gains[group], unit) for group in groups])
     ordered = dataset.plans[rows]
     plans = {name: getattr(ordered, name).numpy() for name in Plans.__dataclass_fields__}
-    tasks = torch.unique(dataset.tasks, return_inverse=True)[1][[int(group[0]) for group in groups]].numpy()
+    firsts = [int(group[0]) for group in groups]
+    tasks = torch.unique(dataset.tasks, return_inverse=True)[1][firsts].numpy()
+    families = dataset.families[firsts].numpy()
     count = len(ensemble.critics)
+    draws = [_times(tasks, seed * count + number) for number in range(count)]
+    if unit == "log loss" and len(np.unique(families)) > 1:
+        draws += [np.where(families == family, 0, 1) for family in np.unique(families)]
     pieces = [
-        _Fit(number, ensemble.config, fit or FitConfig(), plans, targets.numpy(), sizes, tasks, seed * count + number)
-        for number in range(count)
+        _Fit(number, ensemble.config, fit or FitConfig(), plans, targets.numpy(), sizes, times, seed * count + number)
+        for number, times in enumerate(draws)
     ]
-    predicted = torch.full((count, len(rows)), torch.nan)
-    with worker_pool(min(workers, count)) as pool:
+    predicted = torch.full((len(pieces), len(rows)), torch.nan)
+    with worker_pool(min(workers, len(pieces))) as pool:
         for piece, fitted in pool.spread(_fit_one, pieces, lambda piece: f"the fit of value network {piece.number}"):
-            weights = {name: torch.from_numpy(values) for name, values in fitted.weights.items()}
-            ensemble.critics[piece.number].load_state_dict(weights)
             predicted[piece.number] = torch.from_numpy(fitted.unseen)
+            if piece.number < count:
+                weights = {name: torch.from_numpy(values) for name, values in fitted.weights.items()}
+                ensemble.critics[piece.number].load_state_dict(weights)
     ensemble.eval()
-    mean = predicted.nanmean(dim=0)
-    known = ~mean.isnan()
-    truth = targets[known]
-    if not truth.any():
-        return {}
-    facts = {"explained": float(1 - (mean[known] - truth).square().sum() / truth.square().sum())}
-    if unit == "log loss":
+    facts = _explained("explained", predicted[:count].nanmean(dim=0), targets)
+    if facts and unit == "log loss":
+        elsewhere = predicted[count:].nansum(dim=0)  # each row is of one family
+        facts |= _explained("explained elsewhere", elsewhere, targets) if len(pieces) > count else {}
+        judged = elsewhere if len(pieces) > count else predicted.nanmean(dim=0)
         is_reference = (dataset.gains == dataset.reference_gains)[rows]
-        facts["doubt"] = _doubt(mean - targets, is_reference, sizes)
+        facts["doubt"] = doubt_of(judged - targets, is_reference, sizes, families)
         ensemble.config = replace(ensemble.config, doubt=facts["doubt"])
     return facts
 
 
-def _doubt(errors: torch.Tensor, is_reference: torch.Tensor, sizes: Sequence[int]) -> float:
+def _times(tasks: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """How often each group is learned from if tasks are drawn with replacement, (groups,).
+
+    Args:
+        tasks: number of each group's task, from 0 on, (groups,).
+        seed: of the draw.
+    """
+    count = int(tasks.max()) + 1
+    drawn = np.random.default_rng(seed).integers(count, size=count)
+    return np.bincount(drawn, minlength=count)[tasks]
+
+
+def _explained(name: str, predicted: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """The share of the variance of targets that is explained where something was predicted; empty if nothing was."""
+    known = ~predicted.isnan()
+    truth = targets[known]
+    return {name: float(1 - (predicted[known] - truth).square().sum() / truth.square().sum())} if truth.any() else {}
+
+
+def doubt_of(
+    errors: torch.Tensor, is_reference: torch.Tensor, sizes: Sequence[int], families: NDArray[np.int64]
+) -> float:
     """By how much votes against plain LoRA promise too much at most, in the share `SURE` of plans; at least 0.
 
     The spread of the networks tells less than half of it (docs/experiments.md). Plan by plan this is split conformal
-    prediction (Papadopoulos et al., 2002), with the tasks outside of each network's draw in place of a split.
+    prediction (Papadopoulos et al., 2002), with what networks have not learned from in place of a split. All families
+    count alike, however many tasks they have.
 
     Args:
-        errors: predictions for tasks that networks have not learned from less the targets, NaN for others, (rows,).
+        errors: predictions for what networks have not learned from less the targets, NaN for others, (rows,).
         is_reference: which rows are plain LoRA, or ended like it, bool (rows,).
         sizes: of the groups, in the order of the rows.
+        families: of the groups.
     """
-    found = [
-        part[~reference] - part[reference].mean()
-        for part, reference in zip(
-            torch.split(errors, list(sizes)), torch.split(is_reference, list(sizes)), strict=True
-        )
-        if reference.any() and not part.isnan().any()
-    ]
-    too_much = torch.cat(found) if found else torch.zeros(0)
-    return max(0.0, float(too_much.quantile(SURE))) if len(too_much) else 0.0
+    found: dict[int, list[torch.Tensor]] = {}
+    for family, part, reference in zip(
+        families.tolist(), torch.split(errors, list(sizes)), torch.split(is_reference, list(sizes)), strict=True
+    ):
+        if reference.any() and not reference.all() and not part.isnan().any():
+            found.setdefault(family, []).append(part[~reference] - part[reference].mean())
+    quantiles = [float(torch.cat(parts).quantile(SURE)) for parts in found.values()]
+    return max(0.0, sum(quantiles) / len(quantiles)) if quantiles else 0.0
 
 
 def groups_of(numbers: torch.Tensor) -> list[torch.Tensor]:
@@ -229,13 +259,11 @@ def _fit_one(piece: _Fit) -> _Fitted:
     torch.manual_seed(piece.seed)
     plans = Plans(**{name: torch.from_numpy(values) for name, values in piece.plans.items()})
     groups = list(torch.split(torch.arange(len(piece.targets)), piece.sizes))
-    count = int(piece.tasks.max()) + 1
-    drawn = torch.bincount(torch.randint(count, (count,)), minlength=count)[torch.from_numpy(piece.tasks)]
-    drawn_groups = [group for group, times in zip(groups, drawn.tolist(), strict=True) for _ in range(times)]
+    learned = [group for group, times in zip(groups, piece.times.tolist(), strict=True) for _ in range(times)]
     network = PlanValue(piece.size)
-    _learn(network, plans, torch.from_numpy(piece.targets), drawn_groups, piece.fit)
+    _learn(network, plans, torch.from_numpy(piece.targets), learned, piece.fit)
     predicted = torch.full((len(piece.targets),), torch.nan)
-    unseen = [group for group, times in zip(groups, drawn.tolist(), strict=True) if not times]
+    unseen = [group for group, times in zip(groups, piece.times.tolist(), strict=True) if not times]
     with torch.no_grad():
         for start in range(0, len(unseen), piece.fit.batch):
             batch = unseen[start : start + piece.fit.batch]

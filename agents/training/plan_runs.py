@@ -30,6 +30,7 @@ from ...common.tensor_files import read_arrays
 from ...common.workers import worker_pool
 from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
+from ...env.proxies.bases import find_base
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError, first_line
 from ..learned.candidates import FIXED_NAMES, KEEP, UNIFORM, candidate_actions
@@ -77,8 +78,8 @@ PLAN_CHOICES = (
 LESS = (0.1, 0.9)
 """Lower limits are drawn between these, see `with_less`."""
 
-_DESCRIBED = ("tasks", "names")
-"""Fields of `PlanRun` that stand in the metadata of its file, as JSON."""
+_DESCRIBED = ("tasks", "names", "family")
+"""Fields of `PlanRun` that are no arrays of its file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +99,7 @@ class PlanRun:
             would have taken.
         tasks: of the stack, `RUNS` runs of each one after another, `REFERENCE` first.
         names: of the modules, (modules,).
+        family: of models, what is held out together; by default that of the tasks' base.
     """
 
     modules: NDArray[np.float32]
@@ -109,6 +111,11 @@ class PlanRun:
     choices: NDArray[np.int8] | None = None
     tasks: tuple[ProxyTask, ...] = ()
     names: tuple[str, ...] = ()
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tasks and not self.family:
+            object.__setattr__(self, "family", find_base(self.tasks[0].base).family)
 
     @property
     def gains(self) -> NDArray[np.float64]:
@@ -173,7 +180,7 @@ def run_plans(stack: Stack) -> PlanRun:
         noted["ranks"].append(ranks)
 
     rollout(run, decide, note)
-    arrays = {name: np.stack(parts) for name, parts in noted.items()}
+    arrays: dict[str, Any] = {name: np.stack(parts) for name, parts in noted.items()}
     return PlanRun(
         **arrays,
         losses=np.array(run.losses()),
@@ -291,7 +298,8 @@ def read_plan_run(path: Path) -> PlanRun:
             raise RunFolderError(f"{path} was written by another version of rankpilot. Train in a new folder.")
         origin = parse_json(metadata.get("origin", "{}"))
         tasks = tuple(from_json(ProxyTask, task) for task in origin.get("tasks", ()))
-        runs = PlanRun(**arrays, tasks=tasks, names=tuple(origin.get("names", ())))
+        given: dict[str, Any] = {**arrays}
+        runs = PlanRun(**given, tasks=tasks, names=tuple(origin.get("names", ())))
         _check(runs)
         return runs
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -326,7 +334,8 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
     """All decisions of some plan runs, padded to one number of modules."""
     most_decisions, _, most = np.max([each.ranks.shape for each in plan_runs], axis=0).tolist()
     arrays: dict[str, list[NDArray[np.generic]]] = {name: [] for name in Plans.__dataclass_fields__}
-    gains, references, groups, tasks, number = [], [], [], [], 0
+    gains, references, groups, tasks, families, number = [], [], [], [], [], 0
+    known = sorted({each.family for each in plan_runs})
     for each in plan_runs:
         decisions, runs, modules = each.ranks.shape
         rows = decisions * runs
@@ -341,10 +350,11 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
         numbers_of_tasks = np.tile(number + np.arange(runs) // RUNS, decisions)
         tasks.append(numbers_of_tasks)
         groups.append(numbers_of_tasks * most_decisions + np.repeat(np.arange(decisions), runs))
+        families.append(np.full(rows, known.index(each.family)))
         number += runs // RUNS
     whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
     under_way = whole["ranks"].min(axis=(1, 2)) >= 0
     plans = Plans(**{name: torch.from_numpy(values[under_way]) for name, values in whole.items()})
-    numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks)]
+    numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks, families)]
     outcomes = [torch.from_numpy(np.concatenate(parts)[under_way]).float() for parts in (gains, references)]
     return PlanDataset(plans, *outcomes, *numbers)

@@ -23,6 +23,7 @@ from ...common.tensor_files import read_arrays
 from ...errors import DataError, RunFolderError, first_line
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import SCHEMA
+from .config import TrainConfig
 from .plan_runs import CHOICES, RUNS, PlanRun
 
 
@@ -32,7 +33,7 @@ class RealPlanRun:
 
     Attributes:
         task: names model, data, size and seed.
-        family: tasks whose model and data are alike; what is held out together.
+        family: model and data; seeds differ. Models whose names begin alike, up to a hyphen, are held out together.
         names: of the modules, (modules,).
         modules: what was seen of them, float32 (modules, features).
         run: what was seen of the run, float32 (features,).
@@ -66,6 +67,7 @@ class RealPlanRun:
             initial=np.full(RUNS, self.initial),
             choices=self.choices[None],
             names=self.names,
+            family=self.family.partition("-")[0],
         )
 
 
@@ -83,6 +85,11 @@ def write_real_plan_runs(runs: Sequence[RealPlanRun], path: Path) -> int:
     with atomic_path(path) as temporary:
         save_file(arrays, temporary, metadata={"schema": str(SCHEMA), "origin": origin})
         return temporary.stat().st_size
+
+
+def more_plan_runs(config: TrainConfig) -> list[RealPlanRun]:
+    """The plan runs that a training's settings name, see `read_real_plan_runs`; none where they name no file."""
+    return read_real_plan_runs(Path(config.more_plan_runs)) if config.more_plan_runs else []
 
 
 def read_real_plan_runs(path: Path) -> list[RealPlanRun]:

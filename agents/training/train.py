@@ -39,7 +39,7 @@ from .fit_plan_value import ANY_COST, fit_value_ensemble
 from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, plan_dataset
 from .ppo_policy import GroupRolloutBuffer, RankPolicy
 from .progress import PROGRESS, OnStage, PPOProgress, Stage
-from .real_plan_runs import RealPlanRun, read_real_plan_runs
+from .real_plan_runs import more_plan_runs
 from .rollout_env import ProxyVecEnv
 from .task_sampling import FreshTasks, fresh_tasks, plan_draws, validation_tasks, warm_draws
 from .validation import Validation
@@ -85,7 +85,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     validation = validation_tasks(config)
     everything = [*(task for suite in fresh.templates for task in suite), *validation]
     check_texts(everything)
-    _real_plan_runs(config)  # now, and not after hours
+    more_plan_runs(config)  # now, and not after hours
     modules = max(len(adapted_base(task.base)[1]) for task in everything)
     stack = StackedConfig(
         config.tasks_per_stack * config.episodes_per_task,
@@ -168,17 +168,13 @@ def _value_ensemble(
         workers=config.worker_count,
         on_progress=lambda done, total: report(Stage("plan runs", done, total)),
     )
-    real = [run.seen_by(actor) for run in _real_plan_runs(config)]
+    real = [run.seen_by(actor) for run in more_plan_runs(config)]
     dataset = plan_dataset([*plan_runs, *real])
     report(Stage("value ensemble", len(stacks), len(stacks)))
     ensemble = PlanValueEnsemble(ANY_COST)
     facts = fit_value_ensemble(ensemble, dataset, seed=config.seed, workers=config.worker_count)
     write_json(folder / PLAN_RUNS / SUMMARY, {"runs": (len(stacks) * fresh.count + len(real)) * RUNS} | facts)
     return ensemble
-
-
-def _real_plan_runs(config: TrainConfig) -> list[RealPlanRun]:
-    return read_real_plan_runs(Path(config.more_plan_runs)) if config.more_plan_runs else []
 
 
 def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:

@@ -17,10 +17,12 @@ from ...agents.learned.policy_file import WEIGHTS, load_policy, save_policy
 from ...agents.training.config import TrainConfig
 from ...agents.training.fit_plan_value import ANY_COST, fit_value_ensemble
 from ...agents.training.plan_runs import RUNS, PlanRun, plan_dataset
+from ...agents.training.real_plan_runs import more_plan_runs
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
 from ...common.files import sha256
 from ...common.settings import as_json, from_json
+from ...env.proxies.bases import find_base
 from ...errors import ConfigError, DataError
 from .columns import PLAN_RUNS
 from .read import FACTS, TrialsDataset
@@ -64,6 +66,7 @@ def refit(dataset: TrialsDataset, config: TrainConfig) -> Refitted:
     Raises:
         DataError: the data set holds no plan runs, those of several trainings, or damaged ones.
         ConfigError: settings differ that made the data.
+        RunFolderError: the file of further plan runs cannot be read.
     """
     made, given = (as_json(TrainConfig, each) for each in (training_config(dataset), config))
     differing = sorted(name for name in made if name not in FREE and made[name] != given[name])
@@ -79,7 +82,8 @@ def refit(dataset: TrialsDataset, config: TrainConfig) -> Refitted:
         raise DataError(f"{dataset.folder} holds no actor {source['actor']!r}.")
     actor = load_policy(dataset.folder / source["actor"])
     assert isinstance(actor, LearnedPolicy)
-    runs = list(plan_runs_of(dataset))
+    real = [run.seen_by(actor) for run in more_plan_runs(config)]
+    runs = [*plan_runs_of(dataset), *real]
     ensemble = PlanValueEnsemble(ANY_COST)
     facts = fit_value_ensemble(ensemble, plan_dataset(runs), seed=config.seed, workers=config.worker_count)
     return Refitted(
@@ -167,6 +171,7 @@ def _stack(table: pa.Table) -> PlanRun:
         ranks=placed(ranks.astype(np.int64), -1),
         losses=table["loss"].to_numpy().astype(np.float64)[first],
         initial=table["initial_loss"].to_numpy()[first],
+        family=find_base(table["base"][0].as_py()).family,
     )
 
 

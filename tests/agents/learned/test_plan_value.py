@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.training.fit_plan_value import (
     FitConfig,
     PlanDataset,
+    doubt_of,
     fit_value_ensemble,
     standardised,
     targets_of,
@@ -169,7 +171,7 @@ def dataset_on(truth: Truth, groups: int, runs: int, modules: int = 6, seed: int
     rows = replace(rows, ranks=plans.ranks.reshape(groups * runs, 1, modules))
     numbers = torch.arange(groups).repeat_interleave(runs)
     gains = truth(rows)
-    return PlanDataset(rows, gains, torch.zeros_like(gains), numbers, numbers // 2)
+    return PlanDataset(rows, gains, torch.zeros_like(gains), numbers, numbers // 2, torch.zeros_like(numbers))
 
 
 def logs(plans: Plans) -> torch.Tensor:
@@ -328,6 +330,7 @@ def test_groups_of_one_state_are_ignored() -> None:
         torch.zeros(42),
         torch.cat([DATASET.groups, torch.tensor([10, 11])]),
         torch.cat([DATASET.tasks, torch.tensor([0, 4])]),
+        torch.zeros(42, dtype=torch.int64),
     )
     assert same(fit(DATASET), fit(lonely))
 
@@ -336,7 +339,7 @@ def test_the_numbers_of_groups_need_not_follow_one_another() -> None:
     """Nor do their states; only the order of groups decides."""
     order = torch.arange(40).reshape(10, 4).T.reshape(-1)
     groups, tasks = 7 * DATASET.groups[order] - 30, 5 * DATASET.tasks[order] - 11
-    scattered = PlanDataset(DATASET.plans[order], DATASET.gains[order], DATASET.reference_gains[order], groups, tasks)
+    scattered = replace(DATASET[order], groups=groups, tasks=tasks)
     actual, expected = fit(scattered), fit(DATASET)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value)
@@ -387,3 +390,38 @@ def test_a_fit_doubts_what_unseen_tasks_did_not_keep() -> None:
         doubts.append(facts["doubt"])
     assert doubts[1] > 1 > doubts[0]
     assert fit_value_ensemble(PlanValueEnsemble(SMALL), with_noise(0.03), seed=0).keys() == {"explained"}
+
+
+def two_families(other: float) -> PlanDataset:
+    """Adapting many modules helps the first half of the tasks, and the second half, of another family, by `other`."""
+    dataset = dataset_on(lambda plans: 0.01 * (plans.ranks[:, 0] > 0).float().sum(dim=1), groups=60, runs=8)
+    families = (dataset.tasks >= 15).long()
+    gains = dataset.gains * torch.where(families > 0, other, 1.0)
+    gains = gains - gains[::8].repeat_interleave(8)  # the first of each group is the reference
+    return replace(dataset, gains=gains, reference_gains=torch.zeros_like(gains), families=families)
+
+
+def test_doubt_is_that_of_families_that_were_not_seen() -> None:
+    """Tasks of the own family are foretold in both cases; a family in which the opposite is true is not."""
+    found = []
+    for other in (1.0, -1.0):
+        ensemble = PlanValueEnsemble(replace(SMALL, unit="log loss"))
+        found.append(fit_value_ensemble(ensemble, two_families(other), seed=0))
+        assert ensemble.config.doubt == found[-1]["doubt"]
+    alike, opposite = found
+    assert alike["explained elsewhere"] > 0.3
+    assert opposite["explained elsewhere"] < 0
+    assert opposite["doubt"] > 1 > alike["doubt"]
+
+
+def test_all_families_count_alike() -> None:
+    """A family of two groups is as much as one of 28."""
+    families = np.array([0] * 28 + [1] * 2)
+    errors = torch.zeros(30, 4)
+    errors[28:, 1:] = 2.0
+    is_reference = torch.tensor([True, False, False, False]).repeat(30)
+    assert doubt_of(errors.flatten(), is_reference, [4] * 30, families) == 1.0
+    assert doubt_of(errors.flatten(), is_reference, [4] * 30, 0 * families) == 0.0
+    unknown = errors.clone()
+    unknown[28:] = torch.nan
+    assert doubt_of(unknown.flatten(), is_reference, [4] * 30, families) == 0.0

@@ -48,7 +48,8 @@ def dataset(seed: int = 0) -> PlanDataset:
         ranks.reshape(-1, 1, MODULES).repeat(2, 1, 1),
     )
     gains = good(plans)[:, 0]
-    return PlanDataset(plans, gains, torch.zeros_like(gains), 2 * rows + torch.cat([0 * task, 0 * task + 1]), rows)
+    groups = 2 * rows + torch.cat([0 * task, 0 * task + 1])
+    return PlanDataset(plans, gains, torch.zeros_like(gains), groups, rows, torch.zeros_like(rows))
 
 
 RUNS_MADE = dataset()
