@@ -34,12 +34,13 @@ demo: setup ## train a small policy, then run a real fine-tune under it (goes on
 	$(BIN)/rankpilot finetune all-minilm-l6-v2 rotten-tomatoes --policy runs/demo/policy --compare-uniform \
 	    --steps 160 --max-length 48 --held-out-rows 400 --eval-every 40 --output runs/demo/finetune --resume
 
-bench: setup ## measure what steps and decisions cost, how memory is predicted, how fast the environment is, how policies transfer (an hour and a half)
+bench: setup ## measure what steps and decisions cost, how memory is predicted, how fast the environment is, how policies do (two hours)
 	$(BIN)/rankpilot bench overhead --json runs/bench/overhead.json
 	$(BIN)/rankpilot bench start --json runs/bench/start.json
 	$(BIN)/rankpilot bench decide --json runs/bench/decide.json
 	$(BIN)/rankpilot bench memory --json runs/bench/memory.json --resume
 	$(BIN)/rankpilot bench env-speed --json runs/bench/env_speed.json
+	$(BIN)/rankpilot bench policy --output runs/bench/policy --json runs/bench/policy.json
 	$(BIN)/rankpilot bench transfer --json runs/bench/transfer.json --resume
 	$(BIN)/rankpilot bench methods --suite quick --output runs/bench/methods
 

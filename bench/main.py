@@ -41,6 +41,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "study": Benchmark("study", "explanations of decisions, checked: Shapley values, what-ifs, decisions taken again"),
     "methods": Benchmark("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),
     "methods-report": Benchmark("methods.report.run", "tables, figures and answers from the stored rows of methods"),
+    "policy": Benchmark("policy.run", "the shipped policy beside rules and its parts, on proxies that it never saw"),
     "plan-runs": Benchmark("plan_runs", "many plans for real fine-tunes, from which value networks learn"),
     "transfer": Benchmark("transfer", "policies beside uniform rank, on MiniLM-L6"),
 }

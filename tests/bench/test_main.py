@@ -25,6 +25,7 @@ EXPLAINED = {
     "study": ("--policy", "--tasks", "--statements", "--quick", "--json", "bit for bit", "shapley"),
     "methods": ("--suite", "--workers", "--cluster", "--pack", "--json", "paired seeds", "tuning seeds"),
     "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap", "worse by construction"),
+    "policy": ("--seeds", "--pack", "--rows", "--page", "--json", "test split", "oracle"),
     "plan-runs": ("--cells", "--minutes", "--pack", "--quick", "plain lora", "share seed and batches"),
     "transfer": ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"),
 }

@@ -1,0 +1,1 @@
+"""What the shipped policy gains on proxy tasks that it never saw, and the page that tells it."""
