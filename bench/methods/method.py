@@ -10,7 +10,7 @@ from ...common.arrays import IntArray
 from .study import DoesNotFitError, Modules, Outcome, Study
 from .tasks import Cell
 
-Group = Literal["static", "adaptive", "search", "ours", "peer", "bound", "check"]
+Group = Literal["static", "adaptive", "search", "ours", "peer", "bound", "check", "saving"]
 
 
 class Method(Protocol):

@@ -16,6 +16,7 @@ from .contenders import (
     lora,
     miss,
     ours,
+    parts,
     query_value,
     rslora,
     rules,
@@ -64,6 +65,9 @@ _METHODS: tuple[Method, ...] = (
     *ours.BLIND,
     checks.LOWEST,
     checks.DOUBLE,
+    *parts.PARTS,
+    ours.SAVES_TIME,
+    ours.SAVES_BYTES,
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 

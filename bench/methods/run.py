@@ -34,11 +34,12 @@ class Options:
     share rows. `rankpilot bench methods-report` makes tables, figures and answers of them.
 
     Suites: quick takes some minutes on two cores; standard hours (in any number of pieces), on which docs/results.md
-    stands; full days, with longer runs and more seeds. "validation" shares no data with them: a policy may be tuned on
-    it, and never on the others.
+    stands; full days, with longer runs and more seeds. "saving" asks another question of the same tasks: what the
+    cheapest plan is that loses nothing against rank 8 on all modules. "validation" shares no data with them: a policy
+    may be tuned on it, and never on the others.
 
     Attributes:
-        suite: quick, standard, full or validation.
+        suite: quick, standard, full, saving or validation.
         output: folder of the rows.
         methods: only these, by name; by default all of the suite.
         policies: folders of further policies to compare; each is one more method, with all decisions and with the
@@ -71,8 +72,8 @@ def chosen_methods(suite: Suite, names: Sequence[str], policies: tuple[str, ...]
     Raises:
         UnknownNameError, PolicyFileError: one that does not exist.
     """
-    named = [find_method(name) for name in names]
-    usual = [method for method in METHODS.values() if method.quick or not suite.quick]
+    named = [find_method(name) for name in names or suite.methods]
+    usual = [method for method in METHODS.values() if method.group != "saving" and (method.quick or not suite.quick)]
     return [*(named or usual), *methods_of(policies)]
 
 

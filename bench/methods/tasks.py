@@ -95,6 +95,7 @@ class Suite:
         tuning_seeds: on which rates and plans are chosen, on other held-out rows; none of them is in `seeds`.
         trials: of the search (TPE).
         quick: whether only the methods that are quick to run take part.
+        methods: names of those that take part; by default all that do not belong to one suite alone.
     """
 
     cells: tuple[Cell, ...]
@@ -102,6 +103,7 @@ class Suite:
     tuning_seeds: tuple[int, ...]
     trials: int
     quick: bool = False
+    methods: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.tuning_seeds or set(self.seeds) & set(self.tuning_seeds):
@@ -139,9 +141,35 @@ _STANDARD = _cells(
 )
 """Chosen by the noise between seeds of plain LoRA, and by what a run takes, before any method was run on them."""
 
+SAVING = (
+    "all-linear-8",
+    "attention-8",
+    "mlp-8",
+    "top-three-quarters-8",
+    "top-half-8",
+    "top-quarter-8",
+    "every-other-layer-8",
+    "attention-top-half-8",
+    "mlp-top-half-8",
+    "attention-2",
+    "mlp-2",
+    "top-half-2",
+    "everything-2",
+    "ours-saves-time",
+    "ours-saves-bytes",
+)
+"""The methods of the suite "saving", plain LoRA first: fixed plans, and the shipped policy under goals of cost."""
+
 SUITES: dict[str, Suite] = {
     "quick": Suite(_cells((_proxy("gpt2-8x64", "french", 100), ("50%",))), (1, 2, 3), (101,), 4, quick=True),
     "standard": Suite(_STANDARD, (1, 2, 3, 4, 5), (101,), 12),
+    "saving": Suite(
+        tuple(Cell(task, "150%") for task in dict.fromkeys(cell.task for cell in _STANDARD)),
+        (1, 2, 3, 4, 5),
+        (101,),
+        1,
+        methods=SAVING,
+    ),
     "full": Suite(
         (
             *_STANDARD,

@@ -10,6 +10,12 @@ from .replay import Replay
 
 OURS = Piloted("ours", "default", "the shipped policy, all its decisions", quick=True)
 FIRST = FirstPlan("ours-first-plan", "default", "the shipped policy's first plan, kept", "ours", quick=True)
+SAVES_TIME = FirstPlan(
+    "ours-saves-time", "default", "the cheapest plan in time that surely loses nothing", "saving", goal="time"
+)
+SAVES_BYTES = FirstPlan(
+    "ours-saves-bytes", "default", "the cheapest plan in bytes that surely loses nothing", "saving", goal="bytes"
+)
 REPLAY = Replay("ours-replay", OURS, "the ranks with which the shipped policy ended, static from the start")
 SHUFFLED = Replay("ours-shuffled", OURS, "the same ranks, dealt anew among modules of a kind", shuffled=True)
 BLIND = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .answers import answers, check_results, checks, limits
 from .document import Block, Heading, Paragraph, Picture, to_html, to_markdown
 from .numbers import REFERENCE, Comparison, Costs, Results, compare, costs_of
 from .pictures import draw_all
+from .saving import saving_blocks, saving_figures
 from .tables import cells_legend, cells_table, costs_table, losses_table
 
 
@@ -33,10 +35,10 @@ class Options:
     and so is what must be found if the benchmark works: a method that is worse by construction, and one that is better.
 
     Attributes:
-        suite: quick, standard, full or validation.
+        suite: quick, standard, full, saving or validation.
         rows: folder with `rows.jsonl`; without it, the rows that ship with the repository.
         packed: a packed file of rows, read without `rows`.
-        output: folder of the report: results.md, results.html and pictures.
+        output: folder of the report: results.md, results.html and pictures; saving.md and saving.html of that suite.
         images: folder of the pictures, if it is another one.
         policies: folders of further policies that were compared.
         json: also write the figures to this file, as flat JSON with names like "ours.gain".
@@ -136,6 +138,13 @@ def report_blocks(
     ]
 
 
+def _write(options: Options, name: str, blocks: Sequence[Block], console: Console) -> None:
+    """Write a report as Markdown and as HTML."""
+    write_text(options.output / f"{name}.md", to_markdown(blocks))
+    write_text(options.output / f"{name}.html", to_html(blocks))
+    console.print(f"{options.output / name}.md and {name}.html", markup=False, soft_wrap=True)
+
+
 def benchmark(options: Options, console: Console) -> Figures:
     """Write the report and return the figures.
 
@@ -143,13 +152,14 @@ def benchmark(options: Options, console: Console) -> Figures:
         ConfigError, UnknownNameError: bad options, or no rows.
     """
     results = read_results(options)
+    figures: Figures = {**machine_facts(torch.device("cpu")), "suite": options.suite, "rows": len(results.study.rows)}
+    if options.suite == "saving":
+        _write(options, "saving", saving_blocks(results), console)
+        return figures | saving_figures(results)
     versus, costs = summary(results)
     draw_all(results, versus, costs, options.images or options.output)
     blocks = report_blocks(options, results, versus, costs)
-    write_text(options.output / "results.md", to_markdown(blocks))
-    write_text(options.output / "results.html", to_html(blocks))
-    console.print(f"{options.output / 'results.md'} and results.html", markup=False, soft_wrap=True)
-    figures: Figures = {**machine_facts(torch.device("cpu")), "suite": options.suite, "rows": len(results.study.rows)}
+    _write(options, "results", blocks, console)
     figures |= {f"{name}.found": found for name, found in check_results(results).items()}
     for name, one in versus.items():
         parts: dict[str, Estimate] = {"gain": one.gain, "mean_gain": one.mean, "better": one.pairs.better}

@@ -1,0 +1,148 @@
+"""The suite "saving": fixed plans by kind and depth, and what its report makes of rows with known losses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.bench.methods import run
+from rankpilot.bench.methods.contenders.parts import PARTS
+from rankpilot.bench.methods.ranks import plan_ranks, plan_text
+from rankpilot.bench.methods.registry import METHODS
+from rankpilot.bench.methods.report import run as report
+from rankpilot.bench.methods.report.numbers import Results
+from rankpilot.bench.methods.report.saving import PLANS, better_kind, saving_of, share_of_best
+from rankpilot.bench.methods.study import Modules, Study
+from rankpilot.bench.methods.tasks import SAVING, SUITES, Cell, Suite
+from rankpilot.bench.methods.work import Work
+from rankpilot.lora.module_spec import ModuleSpec
+from rankpilot.memory.cost import cost_from_state
+
+from . import made_up
+
+KINDS = (("attn", 32, 32), ("fc", 32, 64), ("proj", 64, 32))
+SPECS = [[f"h.{layer}.{name}", layer, d_in, d_out] for layer in range(4) for name, d_in, d_out in KINDS]
+STATE = {
+    "unit": "bytes",
+    "moments": ["backward"],
+    "constant": [50.0],
+    "per_rank": [[1.0] * 12],
+    "group_bytes": [[100.0] * 4],
+    "needs": [[module // 3 <= layer for module in range(12)] for layer in range(4)],
+}
+MODULES = Modules(tuple(ModuleSpec(*fields) for fields in SPECS), cost_from_state(STATE), 546.0)
+TASKS = (made_up.TASK, replace(made_up.TASK, data="german"))
+SUITE = Suite(tuple(Cell(task, "150%") for task in TASKS), (1, 2), (101,), 1, methods=SAVING)
+TOP_HALF = "0x6 8x6"
+
+
+def plan_of(name: str) -> str:
+    method = next(method for method in PARTS if method.name == name)
+    return plan_text(method.plan(MODULES, "150%"))
+
+
+def row_of(work: Work, gains: dict[str, float]) -> dict[str, Any]:
+    """A step takes .4 of plain LoRA's, and .05 more for each adapted module; the policy takes the top half."""
+    if work.kind == "costs":
+        return {"modules": SPECS, "cost": STATE, "reference": 546.0, "cpu_s": 1.0}
+    if work.kind == "plan":
+        assert work.get("budget") == "150%"
+        return {"plan": TOP_HALF, "predicted": 298.0, "limit": 819.0, "cpu_s": 2.0}
+    row = made_up.row_of(work, gains)
+    if work.kind == "step":
+        row["step_ratio"] = 0.4 + 0.05 * int((plan_ranks(work.get("plan")) > 0).sum())
+    return row
+
+
+def results_of(gains: dict[str, float]) -> Results:
+    study, methods = made_up.new_study(SUITE), run.chosen_methods(SUITE, (), ())
+    for cell in SUITE.cells:
+        while missing := run.missing_work(study, cell, methods):
+            for work in missing:
+                study.rows.add(work, row_of(work, gains))
+    return Results.of(study, methods)
+
+
+def test_plans_by_kind_and_depth() -> None:
+    plans = {method.name: method.plan(MODULES, "150%").reshape(4, 3) for method in PARTS}
+    assert len({plan.tobytes() for plan in plans.values()}) == len(plans) == 12
+    np.testing.assert_array_equal(plans["attention-8"], [[8, 0, 0]] * 4)
+    np.testing.assert_array_equal(plans["mlp-2"], [[0, 2, 2]] * 4)
+    for name, layers in (
+        ("top-quarter-8", [3]), ("top-half-8", [2, 3]), ("top-three-quarters-8", [1, 2, 3]),
+        ("every-other-layer-8", [1, 3]), ("mlp-top-half-8", [2, 3]),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(np.flatnonzero(plans[name].any(axis=1)), layers)
+    np.testing.assert_array_equal(plans["everything-2"], 2)
+
+
+def test_the_suite_has_each_task_of_the_standard_one_once() -> None:
+    suite = SUITES["saving"]
+    tasks = [cell.task for cell in suite.cells]
+    assert len(set(tasks)) == len(tasks)
+    assert set(tasks) == {cell.task for cell in SUITES["standard"].cells}
+    assert {cell.budget for cell in suite.cells} == {"150%"}, "plain LoRA fits"
+    assert [method.name for method in run.chosen_methods(suite, (), ())] == list(SAVING)
+
+
+def test_they_take_part_in_no_other_suite() -> None:
+    for name, suite in SUITES.items():
+        if name != "saving":
+            assert not {*PLANS} & {method.name for method in run.chosen_methods(suite, (), ())}
+    assert {method.name for method in METHODS.values() if method.group == "saving"} == set(PLANS)
+
+
+def test_losses_and_costs_beside_plain_lora() -> None:
+    found = saving_of(results_of({TOP_HALF: -0.02}), "ours-saves-time")
+    assert found is not None
+    assert (found.cells, found.kept, found.far) == (2, 0, 0)
+    assert found.loss.value == pytest.approx(0.02)
+    assert found.worst == pytest.approx(0.02)
+    assert found.step.value == pytest.approx(0.7)
+    assert found.bytes.value == pytest.approx(298 / 546)
+    assert saving_of(results_of({TOP_HALF: -0.05}), "ours-saves-bytes").far == 2  # type: ignore[union-attr]
+
+
+def test_the_share_of_what_could_be_saved() -> None:
+    """The top quarter saves .45 and keeps the loss; all cheaper plans lose 5 %."""
+    lost = {plan_of(name): -0.05 for name in PLANS if not name.startswith("ours") and name != "top-quarter-8"}
+    share = share_of_best(results_of(lost), "ours-saves-time")
+    assert share is not None
+    assert share.value == pytest.approx(0.3 / 0.45)
+    everything = {plan_of(method.name): -0.05 for method in PARTS}
+    assert share_of_best(results_of(everything), "ours-saves-time") is None, "there was nothing to save"
+
+
+def test_the_better_kind() -> None:
+    worse = results_of({plan_of("attention-8"): -0.1})
+    found = better_kind(worse, "ours-saves-time")
+    assert found is not None
+    assert found.value == 1
+    found = better_kind(results_of({TOP_HALF: -0.1}), "ours-saves-time")
+    assert found is not None
+    assert found.value == 0
+
+
+def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "find_suite", lambda name: SUITE)
+    packed = tmp_path / "rows.parquet"
+    results_of({plan_of("attention-8"): -0.04, TOP_HALF: 0.005}).study.rows.pack(packed)
+    options = report.Options(suite="saving", packed=packed, output=tmp_path)
+    figures = report.benchmark(options, report.Console(quiet=True))
+    assert figures["ours-saves-time.loss"] == pytest.approx(-0.005)
+    assert figures["attention-8.far"] == 2
+    text = (tmp_path / "saving.md").read_text()
+    assert "| attention-8 | 2 | +4.0 (+4.0 to +4.0) | +4.0 | 0 / 2 |" in text
+    assert "`ours-saves-time` is better than the worse of `attention-8` and `mlp-8` in 100% (" in text
+    assert "<table>" in (tmp_path / "saving.html").read_text()
+
+
+def test_missing_rows_are_no_results() -> None:
+    study: Study = made_up.new_study(SUITE)
+    found = Results.of(study, run.chosen_methods(SUITE, (), ()))
+    assert saving_of(found, "mlp-8") is None
+    assert share_of_best(found, "mlp-8") is None
+    assert better_kind(found, "mlp-8") is None
