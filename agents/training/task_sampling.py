@@ -171,9 +171,11 @@ def for_plain_lora(task: ProxyTask) -> ProxyTask:
     """The task at a learning rate near the best one of rank 8 on all modules, as people tune it; drawn by its seed.
 
     Those of suites are tuned for uniform rank under the task's budget. The fewer modules are adapted, the higher is the
-    best rate: as the inverse root of their share (docs/scaling.md).
+    best rate: as the inverse root of their share (docs/scaling.md). Where the budget leaves uniform rank no
+    module, it counts as one.
     """
-    share = float((uniform_ranks(first_problem(task)) > 0).mean())
+    adapted = uniform_ranks(first_problem(task)) > 0
+    share = max(float(adapted.mean()), 1 / len(adapted))
     factor = 2.0 ** float(np.random.default_rng([task.seed, 2]).uniform(*OFF))
     return replace(task, learning_rate=float(f"{task.learning_rate * share**0.5 * factor:.3g}"))
 

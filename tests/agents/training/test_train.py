@@ -31,7 +31,7 @@ from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
 from rankpilot.agents.training.progress import PROGRESS
 from rankpilot.agents.training.real_plan_runs import RealPlanRun, write_real_plan_runs
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
-from rankpilot.agents.training.task_sampling import fresh_tasks, plan_draws
+from rankpilot.agents.training.task_sampling import for_plain_lora, fresh_tasks, plan_draws
 from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
 from rankpilot.agents.training.validation import Validation
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
@@ -625,6 +625,15 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
     assert depth_bias < 0.25
 
 
+def test_a_budget_in_which_no_module_fits_has_a_rate_all_the_same() -> None:
+    task = next(task for suite in fresh_tasks(TrainConfig()).templates for task in suite if task.cost_kind == "bytes")
+    tiny = dataclasses.replace(task, budget=1e-3)
+    assert not uniform_ranks(first_problem(tiny)).any()
+    modules = len(first_problem(tiny).ranks)
+    off = for_plain_lora(tiny).learning_rate / (task.learning_rate * modules**-0.5)
+    assert 2**-0.76 < off < 2**0.76
+
+
 def test_tasks_of_plan_runs() -> None:
     """Each draw comes twice, as its template is and varied, base by base."""
     config = TrainConfig(plan_tasks=100)
@@ -642,7 +651,8 @@ def test_tasks_of_plan_runs() -> None:
     for plain, varied in zip(draws[:half], draws[half:], strict=True):
         for task, other in zip(plain, varied, strict=True):
             of_uniform = rates[dataclasses.replace(task, seed=0, learning_rate=1)]
-            share = (uniform_ranks(first_problem(task)) > 0).mean()
+            adapted = uniform_ranks(first_problem(task)) > 0
+            share = max(adapted.mean(), 1 / len(adapted))
             factors.append(np.log2(task.learning_rate / (of_uniform * share**0.5)))
             assert (task.seed, task.base, task.cost_kind) == (other.seed, other.base, other.cost_kind)
             assert other.reference is None
