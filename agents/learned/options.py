@@ -33,19 +33,25 @@ def all_options(observation: Observation, candidates: Candidates, *, plain_first
     """
     problem = observation.problem
     plans = {name: ranks for name, ranks in structure_plans(observation) if ranks.any() and problem.fits(ranks)}
-    plain, fixed = _without_scores({ALL_LINEAR: all_linear(problem)}), candidates.rows(slice(0, FIXED))
+    count, fixed = len(observation.modules), candidates.rows(slice(0, FIXED))
+    plain = _without_scores({ALL_LINEAR: all_linear(problem)}, count)
     exact = fixed.with_uniform_plan(problem)
     return Candidates.joined(
         *((plain, exact) if plain_first else (exact, plain)),
-        _without_scores(plans),
+        _without_scores(plans, count),
         *_for_less(observation, fixed),
         candidates.rows(slice(FIXED, None)),
     )
 
 
-def _without_scores(plans: dict[str, IntArray]) -> Candidates:
-    """Candidates that follow from no scores."""
-    count, modules = len(plans), len(next(iter(plans.values())))
+def _without_scores(plans: dict[str, IntArray], modules: int) -> Candidates:
+    """Candidates that follow from no scores; perhaps none.
+
+    Args:
+        plans: by name, ranks (modules,).
+        modules: how many there are.
+    """
+    count = len(plans)
     return Candidates(
         tuple(plans), np.zeros((count, len(BASIS))), np.zeros((count, modules)), np.zeros((count, 2)), plans
     )

@@ -292,6 +292,19 @@ def test_quality_never_takes_plain_lora_above_the_budget(seen: Callable[..., Obs
     assert found.probabilities[found.plain] == 0
 
 
+@pytest.mark.parametrize("goal", ["quality", "bytes"])
+def test_a_budget_in_which_no_plan_by_structure_fits(seen: Callable[..., Observation], goal: str) -> None:
+    """One module at rank 1 does, and nothing else that follows from the model alone."""
+    observation = seen(1.0)
+    ranks = np.zeros(MODULES, dtype=np.int64)
+    ranks[-1] = 1
+    tight = replace(observation.problem, limit=plan_cost(observation.problem.cost, ranks))
+    assert not any(tight.fits(plan) and plan.any() for _, plan in structure_plans(observation))
+    taken, _, found = decided(policy_of(loss_without(WIDE), goal), replace(observation, problem=tight))
+    assert taken.sum() == 1
+    assert not any(" at " in name for name in found.candidates)
+
+
 def test_later_decisions_keep_the_ranks_under_a_goal_of_cost(seen: Callable[..., Observation]) -> None:
     observation = seen(1.0, max_step=2)
     ranks, decision, found = decided(policy_of(loss_without(WIDE), "bytes"), observation)
