@@ -154,15 +154,16 @@ def _statements(decisions: Sequence[LoggedDecision], policy: Policy, count: int)
 
 
 def _stable(decisions: Sequence[LoggedDecision], policy: Policy, draws: int) -> Figures:
-    """What noise leaves of first decisions and of later ones, on the mean."""
+    """What noise leaves of first decisions and of later ones, if there are any, on the mean."""
     figures: Figures = {}
     firsts = np.array([logged.problem.max_step is None for logged in decisions])
     for noise in NOISES:
         found = [stability(logged, policy, noise, draws) for logged in with_progress(decisions, f"noise {noise}")]
         same, sure = np.array([[each.same, each.sure.mean()] for each in found]).T
         for name, chosen in (("first", firsts), ("later", ~firsts)):
-            figures[f"same_{name}_plan_at_{noise:g}"] = float(same[chosen].mean())
-            figures[f"sure_{name}_modules_at_{noise:g}"] = float(sure[chosen].mean())
+            if chosen.any():
+                figures[f"same_{name}_plan_at_{noise:g}"] = float(same[chosen].mean())
+                figures[f"sure_{name}_modules_at_{noise:g}"] = float(sure[chosen].mean())
     return figures
 
 

@@ -92,7 +92,8 @@ def _frontier(plan: StaticPlan) -> Table:
         for each in plan.frontier
     ]
     columns = ("plan", plan.unit, "step", "loss", "from", "to", "")
-    return make_table("Plans that are worth their cost; losses against rank 8 on all modules", columns, rows)
+    title = "Plans that are worth their cost; losses against rank 8 on all modules"
+    return make_table(title, columns, rows, first_wraps=True)
 
 
 def _peft(plan: StaticPlan) -> str:

@@ -162,8 +162,7 @@ def static_plan(
         ConfigError: with `frontier`, the policy cannot tell plans of any cost apart; and all that `allocate` raises.
     """
     if frontier:
-        policy = load_policy(policy)
-        check_any_cost(policy, "a frontier", "leave the frontier out")
+        check_any_cost(load_policy(policy), "a frontier", "leave the frontier out")
     if isinstance(model, Trainer):
         callback = _FirstPlan(policy, budget, **options)
         callback.pilot.times_plans |= frontier and not callback.pilot.recompute

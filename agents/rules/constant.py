@@ -40,22 +40,27 @@ def constant_of(policy: Policy, observations: Sequence[Observation], name: str) 
     """The mean action of a policy over several tasks.
 
     Modules of different models have only their relative depth in common. So the scores at `KNOTS` are those from which
-    interpolation comes nearest to the policy's scores, by least squares.
+    interpolation comes nearest to the policy's scores, by least squares. A plan that follows from no scores counts with
+    the logs of its ranks, half a rank where there is none, and its lowest rank as the rank floor.
 
     Args:
-        policy: one whose decisions have scores, a rank floor and a depth bias.
+        policy: decides.
         observations: of first decisions.
         name: of the constant policy.
     """
     depths, scores, placement = [], [], []
     for observation in observations:
-        decision = policy.decide(observation)
+        decision, problem = policy.decide(observation), observation.problem
+        base_floor, base_bias = base_rank_floor(problem), base_depth_bias(problem)
         depths.append(module_feature(observation, "relative_depth"))
-        scores.append(decision.scores)
-        problem = observation.problem
-        placement.append(
-            (np.log2(decision.rank_floor / base_rank_floor(problem)), decision.depth_bias - base_depth_bias(problem))
-        )
+        if decision.rank_floor > 0:
+            scores.append(decision.scores)
+            placement.append((np.log2(decision.rank_floor / base_floor), decision.depth_bias - base_bias))
+        else:
+            logs = np.log(np.maximum(decision.ranks, 0.5))
+            scores.append(logs - logs.mean())
+            lowest = decision.ranks[decision.ranks > 0].min(initial=problem.ladder.ranks[-1])
+            placement.append((np.log2(lowest / base_floor), 0.0))
     fitted = np.linalg.lstsq(_hats(np.concatenate(depths)), np.concatenate(scores), rcond=None)[0]
     return Constant(name, tuple(fitted.tolist()), tuple(np.mean(placement, axis=0).tolist()))
 

@@ -18,7 +18,7 @@ from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.goal import Goal
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks
@@ -93,9 +93,11 @@ def test_the_frontier_before_training(policy: LearnedPolicy, trainer: Trainer) -
 
 
 def test_policies_that_show_no_frontier(trainer: Trainer) -> None:
-    for name in ("signal-mean", "default"):
+    torch.manual_seed(0)
+    of_one_cost = LearnedPolicy("earlier", RankNetwork(NetworkConfig(width=8)), PlanValueEnsemble())
+    for policy in ("signal-mean", of_one_cost):
         with pytest.raises(ConfigError, match=r"so a frontier needs .*leave the frontier out"):
-            rankpilot.frontier(trainer, policy=name, schedule=SCHEDULE)
+            rankpilot.frontier(trainer, policy=policy, schedule=SCHEDULE)
 
 
 def test_a_policy_folder_that_tells_plans_of_any_cost_apart(tmp_path: Path) -> None:
@@ -105,3 +107,13 @@ def test_a_policy_folder_that_tells_plans_of_any_cost_apart(tmp_path: Path) -> N
     pilot = rankpilot.RankPilot(folder, goal="time", tolerance=0.03)
     assert isinstance(pilot.policy, LearnedPolicy)
     assert pilot.policy.goal == Goal("time", 0.03)
+
+
+def test_a_frontier_follows_the_schedule_of_its_policy(trainer: Trainer, tmp_path: Path) -> None:
+    """Who decides once needs no room for signals: plain LoRA fits in what it takes itself."""
+    torch.manual_seed(0)
+    ensemble = PlanValueEnsemble(PlanValueConfig(count=2, width=4, unit="log loss")).eval()
+    folder = save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), ONCE, {}, ensemble)
+    rows = rankpilot.frontier(trainer, policy=folder, budget="100%")
+    assert rows
+    assert all(row.fits for row in rows), "plain LoRA would be shown as too large"

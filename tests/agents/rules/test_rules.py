@@ -13,7 +13,9 @@ from rankpilot.agents.evaluation.hindsight import TASK_RULES
 from rankpilot.agents.rules import RULES, find_rule
 from rankpilot.agents.rules.constant import KNOTS, Constant, constant_of
 from rankpilot.agents.rules.fixed_plan import window_ranks
+from rankpilot.agents.rules.given_plan import GivenPlan
 from rankpilot.agents.rules.random import RandomScores
+from rankpilot.allocation.actions import base_rank_floor
 from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.plan import project
@@ -200,6 +202,19 @@ def test_a_constant_action_is_the_mean(make_observation: MakeObservation) -> Non
     blind = [constant.decide(replace(o, run=0 * o.run)).scores for o in observations[:1]]
     np.testing.assert_array_equal(blind[0], constant.decide(observations[0]).scores)
     assert isinstance(constant, Constant)
+
+
+def test_the_mean_of_plans_that_follow_from_no_scores(make_observation: MakeObservation) -> None:
+    """Rank 4 on the upper half: its logs by depth, and 4 as the floor."""
+    observation = make_observation(16)
+    columns = observation.modules.copy()
+    columns[:, MODULE_FEATURES.index("relative_depth")] = np.linspace(0, 1, 16)
+    ranks = np.repeat([0, 4], 8)
+    plan = GivenPlan("upper half", dict(zip(observation.names, ranks.tolist(), strict=True)))
+    constant = constant_of(plan, [replace(observation, modules=columns)] * 2, "constant:x")
+    assert constant.placement == pytest.approx((np.log2(4 / base_rank_floor(observation.problem)), 0))
+    assert np.isfinite(constant.scores).all()
+    assert constant.scores[0] < -0.9 < 0.9 < constant.scores[-1]
 
 
 def test_unknown_rules() -> None:
