@@ -163,11 +163,12 @@ def _table(first: str, compared: dict[str, Against | None]) -> str:
 def _training(measured: PolicyRows) -> str:
     card = measured.card
     settings, runs = card["training"], card.get("plan_runs", {})
-    known = [f"{name} {value:.3g}" for name, value in runs.items() if name != "runs"]
+    units = {"doubt": " votes"}
+    known = [f"{name} {value:.3g}{units.get(name, '')}" for name, value in runs.items() if name != "runs"]
     return (
         f"## Training\n\n{card.get('episodes', 0):,} episodes of PPO in {settings['iterations']} rounds, then "
         f"{runs.get('runs', 0):,} plan runs, from seed {settings['seed']}"
-        + (f" (value networks, in votes: {', '.join(known)})" if known else "")
+        + (f" (value networks: {', '.join(known)})" if known else "")
         + ".\n\n![Learning curve](images/learning_curve.png)"
     )
 

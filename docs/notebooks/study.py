@@ -51,11 +51,11 @@ print("Everything is written to", folder)
 # A proxy task is a short fine-tune of a small pretrained model; `planted` tasks hide a change in some layers, which the
 # adapters have to find. Twelve of them are run twice: by the policy that ships with rankpilot, and by the same policy
 # exploring, which draws its plans at a temperature and logs the probabilities. `rankpilot evaluate default
-# explore-1:default --logs` does the same on the command line.
+# explore-4:default --logs` does the same on the command line.
 
 # %%
 policy = load_policy("default")
-explorer = exploring(policy, 1.0)
+explorer = exploring(policy, 4.0)
 tasks = evenly(find_tasks(("planted",), "validation"), 12)
 schedule = policy_schedule("default")
 rows = compare([policy, explorer], tasks, schedule, workers=1, file=folder / ROWS, logs=folder / LOGS)
@@ -195,10 +195,9 @@ print("Page of the suite:", folder / "suite.html")
 
 # %%
 suite = logged_suite(folder, explorer.name)
-cooler = replace(explorer, temperature=0.5)
-bounds = [each.deliberation.bound.astype(np.float64) / cooler.temperature for each in suite.decisions]
-odds = [np.exp(bound - bound.max()) for bound in bounds]
-close = TargetPolicy("half as hot", np.concatenate([each / each.sum() for each in odds]))
+cooler = replace(explorer, temperature=2.0)
+drawn = [replace(each.deliberation, temperature=cooler.temperature).probabilities for each in suite.decisions]
+close = TargetPolicy("half as hot", np.concatenate(drawn))
 far = suite.target(load_policy("top-down"))
 print(f"as logged: {suite.choices.outcomes.mean():+.3f} in log loss below uniform rank")
 for target in (close, far):

@@ -14,11 +14,12 @@ from rankpilot.agents.evaluation.results import Row, append_rows
 from rankpilot.agents.learned.policy_file import policy_folder, read_card
 from rankpilot.bench.policy import run as module
 from rankpilot.bench.policy.page import UNIFORM, against, figures_of, groups, oracle_share, page
-from rankpilot.bench.policy.rows import PolicyRows, pack, unpack
+from rankpilot.bench.policy.rows import PACKED, PolicyRows, pack, unpack
 from rankpilot.bench.policy.run import Options, benchmark
 from rankpilot.errors import ConfigError
 from rich.console import Console
 
+ROOT = Path(__file__).parents[2]
 CARD = read_card(policy_folder("default"))
 
 
@@ -121,6 +122,33 @@ def test_rows_come_back_as_they_were(made: PolicyRows, tmp_path: Path) -> None:
     assert again.rows == made.rows
     assert again.card == made.card
     assert page(again) == page(made)
+
+
+def test_the_page_in_the_docs_is_what_the_stored_rows_say() -> None:
+    """And they are of the policy that ships."""
+    measured = unpack(PACKED)
+    assert (ROOT / "docs" / "policy.md").read_text() == page(measured)
+    assert measured.card["sha256"] == CARD["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("rival", "words"),
+    [
+        (UNIFORM, "uniform rank at its own best rate"),
+        ("top-down-mlp", "the rule `top-down-mlp`"),
+        ("signal-mean", "the rule `signal-mean`"),
+        ("constant:default", "its own constant mean action"),
+    ],
+)
+def test_the_readme_tells_these_figures(rival: str, words: str) -> None:
+    found = against(unpack(PACKED).rows["test"], "default", rival)
+    assert found is not None
+    low, high = (f"{100 * end:.0f}" for end in (found.better.low, found.better.high))
+    line = (
+        f"| {words} | better in {100 * found.better.value:.0f} % of {found.runs} runs ({low} to {high}), by "
+        f"{100 * found.gain.value:.1f} % in the mean ({100 * found.gain.low:.1f} to {100 * found.gain.high:.1f}) |"
+    )
+    assert line in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("content", [None, b"no rows"])

@@ -154,7 +154,7 @@ def test_a_logged_plan_is_made_again_bit_for_bit(
 
 def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig, tmp_path: Path) -> None:
     trainer = trainer_of(adapted(llama_config), tmp_path / "run")
-    trainer.add_callback(RankPilotCallback(budget="70%", explore=0.5))
+    trainer.add_callback(RankPilotCallback(budget="70%", explore=0.5, schedule=SCHEDULE))
     trainer.train()
     log = DecisionLog(tmp_path / "run" / "decisions")
     assert len(log) >= 4

@@ -126,6 +126,7 @@ def make_config(bert_folder: Path, reviews: Path) -> Callable[..., FinetuneConfi
             max_length=8,
             learning_rate=5e-3,
             budget="90%",
+            policy="signal-mean",  # decides four times
         )
         return replace(base, **changes)
 

@@ -169,9 +169,8 @@ def limits(results: Results) -> list[Block]:
         "same bit "
         "for bit when a run is repeated there.",
         "The shipped policy learned on small proxies that read bytes, some of them on film reviews of "
-        "`rotten-tomatoes`, and "
-        "was chosen on others that read newsgroup posts; it has seen no run of these models, and was not tuned on "
-        "these cells.",
+        "`rotten-tomatoes`, and was chosen on others that read newsgroup posts; of these models it has seen few runs, "
+        "on other data (`bench plan-runs`), and it was not tuned on these cells.",
     ]
     if results.missing:
         lines.append(f"{len(results.missing)} pairs of method and cell have not been run yet.")

@@ -31,7 +31,7 @@ def test_probabilities_are_a_softmax_over_the_bounds(make_observation: MakeObser
     decision = exploring(policy, 0.05).decide(make_observation(12))
     deliberation = decision.deliberation
     assert deliberation is not None
-    odds = np.exp(deliberation.bound.astype(float) / 0.05)
+    odds = np.where(deliberation.may_take, np.exp(deliberation.bound.astype(float) / 0.05), 0)
     np.testing.assert_allclose(deliberation.probabilities, odds / odds.sum(), rtol=1e-6)
     assert decision.log_prob == pytest.approx(np.log(deliberation.probabilities[deliberation.plan]))
     assert decision.expected == deliberation.mean[deliberation.plan]

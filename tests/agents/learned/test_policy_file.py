@@ -28,9 +28,9 @@ from rankpilot.agents.learned.policy_file import (
 )
 from rankpilot.agents.rules import RULES
 from rankpilot.agents.rules.by_signal import SignalRule
-from rankpilot.allocation.features import EARLIER_FEATURE_NAMES, FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.features import EARLIER_FEATURE_NAMES, FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES, Inputs
 from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.common.files import sha256
 from rankpilot.errors import PolicyFileError, RankPilotError, UnknownNameError
 from safetensors.torch import load_file, save_file
@@ -263,12 +263,14 @@ def test_a_policy_that_was_trained_on_fewer_features_reads_those(
     np.testing.assert_array_equal(decisions[0].deliberation.votes, decisions[1].deliberation.votes)
 
 
-def test_the_policy_that_ships_reads_the_first_features_and_compares_plans_of_one_cost() -> None:
+def test_the_policy_that_ships_reads_all_features_and_tells_plans_of_any_cost_apart() -> None:
     policy = load_policy("default")
     assert isinstance(policy, LearnedPolicy)
     assert policy.value_ensemble is not None
-    assert policy.network.inputs == policy.value_ensemble.inputs == FIRST_INPUTS
-    assert policy.value_ensemble.config.unit == "spread"
+    assert policy.network.inputs == policy.value_ensemble.inputs == Inputs()
+    assert policy.value_ensemble.config.unit == "log loss"
+    assert policy.value_ensemble.config.doubt > 0
+    assert policy_schedule("default") == ONCE
 
 
 def test_foreign_weights(folder: Path) -> None:

@@ -1,8 +1,9 @@
-"""Decisions to explain: two short runs of a proxy under the shipped policy, and decisions on random states."""
+"""Decisions to explain: two short runs of a proxy under an earlier policy, and decisions on random states."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,9 @@ TASKS = (
 )
 
 
+EARLIER = Path(__file__).parents[2] / "recorded" / "earlier_policy"
+
+
 class Formula(PlanValueEnsemble):
     """Networks that compute what a test says: a function of `Plans` to (networks, states, plans)."""
 
@@ -46,8 +50,8 @@ def _alone(one_thread: None) -> None:
 
 @pytest.fixture(scope="session")
 def policy() -> LearnedPolicy:
-    """The one that ships."""
-    loaded = load_policy("default")
+    """One that shipped before: it compares plans of one cost, which follow from scores, and decides four times."""
+    loaded = load_policy(EARLIER)
     assert isinstance(loaded, LearnedPolicy)
     return loaded
 

@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
 from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.bench.study import log_runs
 from rankpilot.errors import RunFolderError
 from rankpilot.study.decision.explain import explain, explanations
 
+from .conftest import TASKS
 from .test_replay import as_schema
 
 
@@ -30,10 +34,11 @@ def test_every_decision_of_a_run_is_explained(logs: list[DecisionLog], policy: L
         assert (each["what_ifs"], each["stability"]) == ([], None)
 
 
-def test_what_ifs_and_stability_of_one_decision(decisions: list[LoggedDecision]) -> None:
+def test_what_ifs_and_stability_of_one_decision(tmp_path: Path) -> None:
     """The policy that ships is found by itself."""
-    told = explain(decisions[0]).to_json()
-    assert len(told["what_ifs"]) > 4
+    (log,) = log_runs(tmp_path, TASKS[:1], load_policy("default"), DecisionSchedule(probe_steps=4))
+    told = explain(log.logged(0)).to_json()
+    assert len(told["what_ifs"]) > 2
     assert {text["text"] for text in told["what_ifs"]} <= set(told["sentences"])
     assert len(told["stability"]["sure"]) == len(told["projection"]["got"])
     json.dumps(told, allow_nan=False)
