@@ -279,7 +279,7 @@ def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
     make_observation: MakeObservation, network: RankNetwork, critics: PlanValueEnsemble
 ) -> None:
     taken = 0
-    for seed in range(20):
+    for seed in range(40):
         observation = make_observation(12, seed)
         asked: list[Plans] = []
 
@@ -303,7 +303,7 @@ def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
         np.testing.assert_array_equal(asked[0].ranks[0, chosen], ranks_of(observation, decided))
         assert decided.expected >= LCB_COEFFICIENT * decided.uncertainty - 1e-6
         taken += chosen > 0
-    assert taken > 1
+    assert taken > 2
 
 
 # Without critics ------------------------------------------------------------------------------------------------------

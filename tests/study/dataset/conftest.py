@@ -81,7 +81,8 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a comparison of four policies on two tasks, whose decisions were logged."""
     folder = tmp_path_factory.mktemp("sources") / "comparison"
-    policies = ("signal-mean", "random", "default", "explore-0.05:default")
+    earlier = Path(__file__).parents[2] / "recorded" / "earlier_policy"  # named default; it decides four times
+    policies = ("signal-mean", "random", str(earlier), f"explore-0.05:{earlier}")
     settings: dict[str, Any] = {"bases": ("llama-4x32",), "tasks": 2, "task_steps": 6, "workers": 1}
     evaluate(EvaluateConfig(policies, suite=("planted",), **settings), folder, logs=True)
     return folder

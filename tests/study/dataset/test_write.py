@@ -108,7 +108,7 @@ def test_probabilities_of_policies(dataset: TrialsDataset, comparison: Path) -> 
             assert row["probability"] == pytest.approx(np.exp(logged.value("log_prob")))
             assert row["temperature"] == 0.05
     drawn = by_policy.pop("default exploring at 0.05")
-    assert len(drawn) == 2, "one decision in each of two runs"
+    assert len(drawn) > 3
     assert max(drawn) < 1
     assert by_policy == {"signal-mean": {1.0}, "default": {1.0}, "random": {None}}
 
@@ -133,7 +133,7 @@ def test_runs_without_log_or_without_result_are_left_out(
 def test_a_torn_log_is_named(comparison: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     shutil.copytree(comparison, folder)
-    part = log_folder(folder / "logs", read_rows(folder / "rows.jsonl")[0].key) / "part-00000.parquet"
+    part = log_folder(folder / "logs", read_rows(folder / "rows.jsonl")[0].key) / "part-00001.parquet"
     part.write_bytes(part.read_bytes()[:500])
     with pytest.raises(RunFolderError, match=re.escape(f"{part} is corrupt")):
         write_dataset([folder], tmp_path / "trials")
