@@ -57,6 +57,8 @@ def unpack(path: Path) -> PolicyRows:
         rows: dict[str, list[Row]] = {}
         for values in table.to_pylist():
             rows.setdefault(values.pop("split"), []).append(Row(**values))
+        if "test" not in rows:
+            raise ValueError("it has no rows of the test split")
     except (OSError, DataError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no packed file of a policy's rows: {first_line(error)}") from error
     return PolicyRows(card, {split: tuple(found) for split, found in rows.items()})

@@ -160,6 +160,12 @@ def test_other_files(content: bytes | None, tmp_path: Path) -> None:
         benchmark(Options(rows=path), Console())
 
 
+def test_rows_without_the_test_split(tmp_path: Path) -> None:
+    pack(PolicyRows(CARD, {"validation": HIDDEN}), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="no rows of the test split"):
+        unpack(tmp_path / "rows.parquet")
+
+
 def test_both_splits_are_measured_packed_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[EvaluateConfig] = []
 
