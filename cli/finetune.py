@@ -17,7 +17,7 @@ from .progress import console
 
 @dataclass(frozen=True)
 class Finetune(FinetuneConfig):
-    """Fine-tune a model with LoRA while a policy moves rank between its modules, inside a hard budget.
+    """Fine-tune a model with LoRA at the ranks that a policy decides for its modules, inside a hard budget.
 
     The run uses the transformers Trainer and PEFT, and plain PEFT loads the adapter that comes out. The run's folder
     holds all settings (config.json), every decision (Parquet), the adapter, a report and pictures.

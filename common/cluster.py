@@ -3,7 +3,7 @@
 Each worker is an actor that takes one CPU of the cluster. It answers the requests that a process of this machine would
 answer, one at a time, so `common.workers` spreads pieces, keeps objects and repeats calls just the same; a cluster only
 tells where a process starts, and notices that one has died. An actor writes no files, and it is never handed more than
-it can do next.
+it can do next. To load the libraries takes an actor seconds, so one whose work is done waits for the next.
 
 Machines of different kinds may round differently. So each node first runs a *canary*, a small fixed piece of work, and
 takes part only if the result is the one that this machine finds.
@@ -104,6 +104,7 @@ class Cluster:
     def __init__(self, ray: Any, canary: Callable[[], str], tell: Callable[[str], None]) -> None:
         self._ray, self._canary, self._tell = ray, canary, tell
         self._known: set[str] = set()
+        self._idle: list[_ActorProcess] = []
         self.nodes: dict[str, _Node] = {}
         with isolated():
             self._expected = canary()
@@ -115,7 +116,7 @@ class Cluster:
         return sum(node.cpus for node in self.nodes.values())
 
     def start(self) -> _ActorProcess:
-        """Start a process on the node with the most room; where no CPU is left, it shares one.
+        """Start a process on the node with the most room, or take one that has no work there; they may share a CPU.
 
         Raises:
             WorkerError: no node is left.
@@ -129,7 +130,11 @@ class Cluster:
             )
         now = time.monotonic()
         node = min(self.nodes.values(), key=lambda each: (now < each.shunned, each.busy / each.cpus))
-        return _ActorProcess(self._ray, node)
+        for process in [each for each in self._idle if each.node is node]:
+            self._idle.remove(process)
+            if process.goes_on():
+                return process
+        return _ActorProcess(self._ray, node, self._idle)
 
     def ready(self, processes: Sequence[_ActorProcess]) -> Sequence[_ActorProcess]:
         """See `Machines`."""
@@ -150,8 +155,9 @@ class Cluster:
         return {node.id: node for node in nodes if node.cpus}
 
     def _forget(self, alive: dict[str, _Node]) -> None:
-        """Drop nodes that are gone."""
+        """Drop nodes that are gone, with their processes."""
         self.nodes = {key: node for key, node in self.nodes.items() if key in alive}
+        self._idle[:] = [process for process in self._idle if process.node.id in self.nodes]
 
     def _look(self) -> None:
         """Drop nodes that are gone, and try those that are new."""
@@ -159,7 +165,7 @@ class Cluster:
         self._forget(alive)
         new = [node for key, node in alive.items() if key not in self._known]
         self._known.update(node.id for node in new)
-        canaries = {node.id: _ActorProcess(self._ray, node) for node in new}
+        canaries = {node.id: _ActorProcess(self._ray, node, self._idle) for node in new}
         end = time.monotonic() + CANARY_SECONDS
         for process in canaries.values():
             process.send(Request(None, self._canary))
@@ -167,7 +173,7 @@ class Cluster:
             process = canaries[node.id]
             done, _ = self._ray.wait([process.reply], timeout=max(0.0, end - time.monotonic()))
             trouble = self._trouble(process) if done else f"it gave no answer within {CANARY_SECONDS:.0f} seconds"
-            process.end(idle=True)
+            process.end(idle=not trouble)
             if trouble:
                 self._tell(f"Node {node.name} is left out: {trouble}.")
             else:
@@ -192,15 +198,17 @@ class _ActorProcess:
     Args:
         ray: the module, connected.
         node: where it runs.
+        idle: where it waits for more work when its own is done.
 
     Attributes:
+        node: where it runs.
         reply: Ray's reference to the latest answer.
     """
 
-    def __init__(self, ray: Any, node: _Node) -> None:
+    def __init__(self, ray: Any, node: _Node, idle: list[_ActorProcess]) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._ray, self._node = ray, node
+        self._ray, self.node, self._idle = ray, node, idle
         # Beyond its CPUs a node takes the workers of nodes that are gone: to wait for a CPU might be to wait for ever.
         options = {"num_cpus": int(node.busy < node.cpus), "max_restarts": 0, "max_task_retries": 0}
         where = NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -217,15 +225,28 @@ class _ActorProcess:
         try:
             reply = self._ray.get(self.reply)
         except self._ray.exceptions.RayError as error:  # the actor, its node or its answer is gone
-            self._node.shunned = time.monotonic() + SHUNNED_SECONDS
+            self.node.shunned = time.monotonic() + SHUNNED_SECONDS
             raise ConnectionError(first_line(error)) from error
         succeeded, result = _unpickled(reply)
         return succeeded, result
 
     def end(self, *, idle: bool) -> None:
-        """See `Process`."""
-        self._node.busy -= 1
-        self._ray.kill(self._actor)
+        """See `Process`; one that is idle forgets what it has, and waits."""
+        self.node.busy -= 1
+        if idle:
+            self._actor.forget.remote()
+            self._idle.append(self)
+        else:
+            self._ray.kill(self._actor)
+
+    def goes_on(self) -> bool:
+        """Give a process that has waited work again; whether it still lives."""
+        try:
+            self._ray.get(self._actor.forget.remote())
+        except self._ray.exceptions.RayError:
+            return False
+        self.node.busy += 1
+        return True
 
 
 class _Actor:
@@ -245,6 +266,10 @@ class _Actor:
             return _pickled(reply)
         except Exception as error:
             return _pickled(not_sent(error))
+
+    def forget(self) -> None:
+        """Drop all objects."""
+        self._objects.clear()
 
 
 def _pickled(value: Any) -> bytes:

@@ -40,12 +40,13 @@ EVALUATION_ROOM = 0.5
 
 
 class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
-    """Moves LoRA rank between modules during a Trainer's run, inside a hard memory budget.
+    """Decides the LoRA rank of each module in a Trainer's run, inside a hard memory budget.
 
     Before the first step it measures what plans cost in the Trainer's own training step, on its data, and probes which
-    modules matter. Then the policy decides the ranks, and again at a few later steps. The adapters really change their
-    size, the optimiser keeps its state, and every checkpoint is an adapter that plain PEFT loads. Adapters that are
-    trained already are kept. Where nobody handles SIGTERM, it saves a checkpoint and ends the process with status 143.
+    modules matter. Then the policy decides the ranks, and again at later steps if its schedule has any. The adapters
+    really change their size, the optimiser keeps its state, and every checkpoint is an adapter that plain PEFT loads.
+    Adapters that are trained already are kept. Where nobody handles SIGTERM, it saves a checkpoint and ends the process
+    with status 143.
 
     Args:
         policy: see `RankPilot`, as `budget`, `schedule`, `measure_every`, `bounds` and `fresh`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,12 +36,12 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "padded": ({}, {"padded": True}),
     "dropout": ({}, {"adapter": {"lora_dropout": 0.1}}),
 }
-FAST = [
+FAST = {
     *(("llama", form) for form in FORMS),
     *((name, "plain") for name in CONFIGURATIONS if name != "llama"),
     *((name, form) for name in ("bert", "t5", "gpt2") for form in ("checkpointed", "reentrant", "autocast", "dora")),
     *((name, "bf16") for name in ("qwen3", "modernbert")),
-]
+}
 
 LAYER_NORMS = ("falcon", "bloom", "neox", "gpt2", "bert", "roberta", "distilbert", "modernbert")
 """Families whose statistics of norms in bf16 are as on CUDA, in fp32, while the CPU has them in bf16."""
@@ -50,15 +51,13 @@ def allowed(name: str, form: str) -> float:
     return 0.002 if form == "bf16" and name in LAYER_NORMS else 0.0
 
 
-@pytest.mark.parametrize(("name", "form"), FAST)
-def test_prices_from_a_configuration_are_those_of_the_real_model(name, form):
-    step, loaded = FORMS[form]
-    assert largest_error(CONFIGURATIONS[name], StepConfig(**STEP | step), **loaded) <= allowed(name, form)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=() if (name, form) in FAST else pytest.mark.slow)
+        for name, form in product(CONFIGURATIONS, FORMS)
+    ],
+)
 def test_prices_of_two_hundred_plans_are_those_of_the_real_model(name, form):
     step, loaded = FORMS[form]
     assert largest_error(CONFIGURATIONS[name], StepConfig(**STEP | step), 200, **loaded) <= allowed(name, form)
