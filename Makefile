@@ -5,15 +5,19 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-oldest fuzz check docs demo bench clean
+.PHONY: help setup test test-long test-oldest fuzz check docs demo bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.installed-test ## make .venv and install the package with what the tests need
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 test: setup ## run the tests, a process for each core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not long"
+
+test-long: setup ## run the tests that `make test` leaves out: the same checks at a size of minutes, or compiled
+	$(PYTEST) -m long
 
 test-oldest: ## run the tests with the oldest version of each package that pyproject.toml allows (in build/oldest)
 	scripts/test-oldest $(TESTS)

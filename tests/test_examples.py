@@ -128,7 +128,7 @@ def test_trl(run: Callable[..., str], chat_model: Path, name: str) -> None:
     assert "highest peak" in run(name, "--model", chat_model, "--steps", 3, "--batch-size", 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cluster(run: Callable[..., str]) -> None:
     pytest.importorskip("ray")
     printed = run("cluster", "--iterations", 1, "--task-steps", 6)

@@ -72,7 +72,7 @@ def largest_difference(a: Outcome, b: Outcome) -> float:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [*((name, 2) for name in KINDS), *(pytest.param(name, 4, marks=pytest.mark.slow) for name in FOUR_PROCESSES)],
+    [*((name, 2) for name in KINDS), *(pytest.param(name, 4, marks=pytest.mark.long) for name in FOUR_PROCESSES)],
 )
 def test_weights_and_losses_are_those_of_one_process(name: str, count: int, tmp_path: Path) -> None:
     one, several = both(Setting(tmp_path, 15, dtype=torch.float64, **KINDS[name]), count)
@@ -120,7 +120,7 @@ def test_choices_of_the_first_process_are_those_of_all(policy: str, options: dic
     assert max(peak for _, peak in several[0]["peaks"]) <= several[0]["limit"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
 def test_compiled_models(tmp_path: Path) -> None:
     arguments = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -155,7 +155,7 @@ def trained(setting: Setting, count: int) -> Outcome:
     return first
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.long)])
 def test_a_run_goes_on_with_any_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
     """With as many as before bit for bit; with others within what the order of sums makes of fp32."""
     setting = Setting(tmp_path / "run", 20, arguments=SAVING)
@@ -239,7 +239,7 @@ def from_last_checkpoint(setting: Setting) -> Outcome:
     return train(replace(setting, resume=str(checkpoint) if checkpoint else None))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_is_started_again_and_nothing_changes(tmp_path: Path) -> None:
     whole = trained(Setting(tmp_path / "whole", 15, arguments=SAVING), 2)
     killed = Setting(tmp_path / "killed", 15, arguments=SAVING, callbacks=(Dies,))

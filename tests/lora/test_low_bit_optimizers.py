@@ -326,7 +326,7 @@ class TestEveryOptimiser:
                     assert not new.any()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_torchao_compiles_its_step_for_the_new_shapes():
     run = Run(_torchao("AdamW8bit"), target_modules=["q_proj"])

@@ -54,7 +54,7 @@ def allowed(name: str, form: str) -> float:
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        pytest.param(name, form, marks=() if (name, form) in FAST else pytest.mark.slow)
+        pytest.param(name, form, marks=() if (name, form) in FAST else pytest.mark.long)
         for name, form in product(CONFIGURATIONS, FORMS)
     ],
 )

@@ -76,6 +76,7 @@ def test_two_nodes_train_the_same_policy(nodes: Nodes, alone: Made, tmp_path: Pa
     assert made == alone
 
 
+@pytest.mark.long
 def test_an_actor_and_then_a_node_are_lost(
     nodes: Nodes, alone: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -653,7 +653,7 @@ def test_what_is_no_plain_pair_on_a_linear_layer_is_refused(
 # Compiled, and on a GPU ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_runs_have_the_same_losses(llama_config: LlamaConfig) -> None:
     config = copy.deepcopy(llama_config)
