@@ -6,7 +6,7 @@ The policy's decision, the decision log and every explanation read this one obje
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -14,9 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.arrays import Arrays, BoolArray, FloatArray, IntArray
+from .features import run_feature_number, run_feature_text
 from .goal import TOLERANCE, Goal
 
 Votes = NDArray[np.float32]
+
+Outside = tuple[float, float, float]
+"""A value, and the lowest and highest one that are known."""
 
 VoteUnit = Literal["spread", "log loss"]
 """What networks vote in: standard deviations of the log loss between plans that cost the same, or see `goal`."""
@@ -56,6 +60,8 @@ class Deliberation:
         unit: of the votes.
         goal: of the policy.
         doubt: what a goal of cost takes off votes on plans other than the reference, beside the spread; at least 0.
+        outside: features of the run that lie outside of what the networks have learned from: the value, and the lowest
+            and highest one there.
         simple: the plan that others are preferred to only for a reason; None for the reference.
         plain: the plan that is plain LoRA; None if it is none of them.
         costs: of each plan, in the unit of the budget, (P,); None where plans cost the same.
@@ -82,6 +88,7 @@ class Deliberation:
     unit: VoteUnit = "spread"
     goal: Goal = Goal()  # noqa: RUF009  (it is frozen)
     doubt: float = 0.0
+    outside: Mapping[str, Outside] = field(default_factory=dict)
     simple: int | None = None
     plain: int | None = None
     costs: FloatArray | None = None
@@ -97,6 +104,15 @@ class Deliberation:
     def plan(self) -> int:
         """The plan of the candidate that is taken."""
         return int(self.plan_of[self.taken])
+
+    @property
+    def unlike(self) -> str:
+        """In what the run is unlike those that the networks have learned from, in words; empty where it is not."""
+        return ", ".join(
+            run_feature_text(name, value)
+            + f" (not {run_feature_number(name, low)} to {run_feature_number(name, high)})"
+            for name, (value, low, high) in self.outside.items()
+        )
 
     @cached_property
     def distances(self) -> FloatArray:
@@ -220,6 +236,7 @@ class Deliberation:
             "seed": self.seed,
             "taken": self.taken,
             **{name: getattr(self, name) for name in ("unit", "doubt", "simple", "plain")},
+            "outside": {name: list(values) for name, values in self.outside.items()},
             "goal": [self.goal.kind, self.goal.tolerance],
         }
 
@@ -256,6 +273,9 @@ class Deliberation:
         kind, tolerance = scalars.get("goal", ("quality", TOLERANCE))  # unknown to earlier versions, as the unit
         values |= {"goal": Goal(kind, tolerance), "unit": scalars.get("unit", "spread")}
         values["doubt"] = float(scalars.get("doubt", 0.0))
+        values["outside"] = {
+            name: tuple(map(float, found)) for name, found in scalars.get("outside", {}).items() if len(found) == 3
+        }
         found = cls(**values, votes=arrays["votes"], seed=int(scalars["seed"]), taken=int(scalars["taken"]))
         found._check_sizes()
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -58,6 +58,26 @@ RUN_FEATURE_TABLE = (
     Feature("predicted", "log2 of the share of the tokens whose prediction the loss counts, over 4", "-3 to 0"),
 )
 """Columns of `Observation.run`; new ones come last."""
+
+_IN_WORDS: dict[str, tuple[str, Callable[[float], float]]] = {
+    "modules": ("{} modules", lambda value: 2 ** (10 * value)),
+    "horizon": ("{} steps", lambda value: 10 ** (2 + value)),
+    "rows": ("{} rows a step", lambda value: 10**value),
+}
+"""How people count what some features of the run say."""
+
+
+def run_feature_number(name: str, value: float) -> str:
+    """A feature of the run as people count it."""
+    number = _IN_WORDS[name][1](value) if name in _IN_WORDS else value
+    return f"{number:,.0f}" if name in _IN_WORDS else f"{number:.2g}"
+
+
+def run_feature_text(name: str, value: float) -> str:
+    """The same with what is counted, such as "200 steps"."""
+    words = _IN_WORDS[name][0] if name in _IN_WORDS else f"{name} {{}}"
+    return words.format(run_feature_number(name, value))
+
 
 MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
 RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)

@@ -105,6 +105,9 @@ class Journal:
         if self.log is not None and self._writes:
             self.log.append(record)
         self.note(record.line() + (f", {remark}" if remark else ""))
+        found = decision.deliberation
+        if record.decision == 0 and found is not None and found.unlike:
+            self.note(f"{self._policy.name} has learned from no run like this one, so trust it less: {found.unlike}.")
         if not plan.ranks.any():
             raise BudgetError(
                 f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "

@@ -10,6 +10,7 @@ bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -17,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ...allocation.deliberation import VoteUnit
-from ...allocation.features import MODULE_FEATURES, Inputs
+from ...allocation.deliberation import Outside, VoteUnit
+from ...allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
 from ...errors import ConfigError, shown
 from .config import MOST_NETWORKS, MOST_WIDTH
 
@@ -27,6 +28,9 @@ PLAN_FEATURES = 4
 
 _SUMMARY = 5
 """Number of features of a plan as a whole."""
+
+LEAST_DISTANCE = 0.05
+"""A feature of the run that lies outside of its range by less is taken for inside."""
 
 TOKENS_AT_ONCE = 2048
 """Modules, counted in each plan, that go through a value network together: so many fit into a processor's cache."""
@@ -44,6 +48,8 @@ class PlanValueConfig:
         dropout: share of the last hidden layer that is left out in each step of a fit.
         unit: of values: "log loss", votes on the difference to plain LoRA; "spread", standard deviations between plans.
         doubt: what goals of cost take off votes beside the spread of the networks, at least 0; a fit finds it.
+        lowest, highest: of each feature of the run in what the networks have learned from, in the order of
+            `RUN_FEATURES`, by the fit; empty where that is not known.
 
     Raises:
         ConfigError: a value out of range.
@@ -54,6 +60,8 @@ class PlanValueConfig:
     dropout: float = 0.1
     unit: VoteUnit = "spread"
     doubt: float = 0.0
+    lowest: tuple[float, ...] = ()
+    highest: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         sized = 1 <= self.count <= MOST_NETWORKS and 1 <= self.width <= MOST_WIDTH
@@ -66,6 +74,29 @@ class PlanValueConfig:
             raise ConfigError(f"doubt of the value ensemble is at least 0 and finite; got {self.doubt}.")
         if self.unit not in get_args(VoteUnit):
             raise ConfigError(f"unit of the value ensemble is one of {get_args(VoteUnit)}; got {self.unit!r}.")
+        paired = len(self.lowest) == len(self.highest) <= len(RUN_FEATURES)
+        if not paired or not all(-math.inf < low <= high < math.inf for low, high in self.ranges):
+            raise ConfigError(
+                f"lowest and highest of the value ensemble are a finite number for each of at most {len(RUN_FEATURES)} "
+                f"features, the lowest first; got {shown(self.lowest)} and {shown(self.highest)}."
+            )
+
+    @property
+    def ranges(self) -> tuple[tuple[float, float], ...]:
+        """The lowest and the highest value of each feature of the run."""
+        return tuple(zip(self.lowest, self.highest, strict=False))
+
+    def outside(self, run: Sequence[float]) -> dict[str, Outside]:
+        """The features of a run that lie outside of what the networks have learned from; see `Deliberation.outside`.
+
+        Args:
+            run: features of the run, (len(RUN_FEATURES),).
+        """
+        return {
+            name: (value, low, high)
+            for name, (low, high), value in zip(RUN_FEATURES, self.ranges, run, strict=False)
+            if max(low - value, value - high) > LEAST_DISTANCE
+        }
 
 
 @dataclass(frozen=True, eq=False)

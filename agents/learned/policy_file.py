@@ -209,13 +209,12 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def upgraded(card: dict[str, Any]) -> dict[str, Any]:
-    """A card of schema 2 or 3 as one of schema 4, which tells the unit of plan values."""
-    if card["schema"] == SCHEMA:
-        return card
+    """A card of an earlier version as one of today, which tells the unit of values and what they were fitted to."""
     new = _renamed(card) if card["schema"] == 2 else {**card}
     new["schema"] = SCHEMA
     if isinstance(new.get("plan_value"), dict):
-        new["plan_value"] = {"unit": "spread", "doubt": 0.0, **new["plan_value"]}
+        unit = {} if card["schema"] == SCHEMA else {"unit": "spread", "doubt": 0.0}
+        new["plan_value"] = {**unit, "lowest": [], "highest": [], **new["plan_value"]}
     return new
 
 

@@ -124,7 +124,8 @@ def fit_value_ensemble(
     """Fit each network of an ensemble to the groups of other tasks, which are drawn with replacement.
 
     The networks learn differences inside a group: its mean is taken off predictions and targets. The targets are in the
-    unit of the ensemble's values. Votes on the log loss are then judged: for each family of models one more network
+    unit of the ensemble's values. The range of each feature of the run becomes part of its settings. Votes on the log
+    loss are then judged: for each family of models one more network
     learns from all others. Planted tasks do not count there, if there are others: to miss what is planted costs a
     hundred times what plans cost on text.
 
@@ -167,6 +168,8 @@ def fit_value_ensemble(
                 weights = {name: torch.from_numpy(values) for name, values in fitted.weights.items()}
                 ensemble.critics[piece.number].load_state_dict(weights)
     ensemble.eval()
+    lowest, highest = (bound.tolist() for bound in torch.aminmax(dataset.plans.run, dim=0))
+    ensemble.config = replace(ensemble.config, lowest=tuple(lowest), highest=tuple(highest))
     facts = _explained("explained", predicted[:count].nanmean(dim=0), targets)
     if facts and unit == "log loss":
         elsewhere = predicted[count:].nansum(dim=0)  # each row is of one family

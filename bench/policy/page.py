@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...agents.evaluation.results import Row
+from ...allocation.features import RUN_FEATURES, run_feature_number
 from ...common.statistics import Estimate, compare_pairs, estimate, ratio_estimate
 from ..harness import Figures
 from .rows import PolicyRows
@@ -143,7 +144,7 @@ def page(measured: PolicyRows) -> str:
             "(validation split).",
             _table("against the policy", {rival.partition(" ")[2]: against(hidden, name, rival) for rival in without}),
         ]
-    return "\n\n".join([*parts, _LIMITS, _training(measured)]) + "\n"
+    return "\n\n".join([*parts, _limits(measured), _training(measured)]) + "\n"
 
 
 def _table(first: str, compared: dict[str, Against | None]) -> str:
@@ -158,6 +159,13 @@ def _table(first: str, compared: dict[str, Against | None]) -> str:
                 f"| {name} | {found.runs} | {found.gain:+.3f} | {found.better:.0%} | {counts} | {found.worse} |"
             )
     return "\n".join(lines)
+
+
+def _limits(measured: PolicyRows) -> str:
+    seen = measured.card["plan_value"]
+    bounds = zip(RUN_FEATURES, seen["lowest"], seen["highest"], strict=True)
+    known = {name: " to ".join(run_feature_number(name, value) for value in both) for name, *both in bounds}
+    return _LIMITS.format(**known)
 
 
 def _training(measured: PolicyRows) -> str:
@@ -209,6 +217,7 @@ _LIMITS = """## What it cannot do
 
 * It has learned from models of a few layers, 32 and 64 wide, that read bytes, and from few real ones. It sees shares
   and ratios alone, so it decides for larger models, but nobody has trained it on one.
-* It expects runs of some 60 to 600 steps. Where a run is longer, which plan is best may change.
+* It has learned from runs of {horizon} steps with {rows} rows each, on {modules} modules. Where a run lies outside, it says so
+  before the first step, and decides all the same: which plan is best may be another one there.
 * Where its networks do not agree, it takes uniform rank, or plain LoRA under a goal of time or bytes. Then it gains
   nothing."""

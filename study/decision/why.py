@@ -188,6 +188,8 @@ def _cost_text(logged: LoggedDecision, found: Deliberation, plan: int) -> str:
 def _of_deliberation(logged: LoggedDecision, found: Deliberation) -> list[str]:
     sentences = [_recipe(logged, found), _votes(logged, found)]
     sentences += [_aim(found)] if found.goal.saves else [_margin(found)]
+    if found.unlike:
+        sentences.append(f"The networks have learned from no run like this one: {found.unlike}.")
     if int(found.tied.sum()) > 1:
         sentences.append(_tie(logged, found))
     return [*sentences, _actor(logged, found)]

@@ -99,3 +99,18 @@ def test_a_state_that_contradicts_itself_is_refused(tmp_path: Path, changes: dic
         arrays[name] = np.asarray(getattr(broken, name))
     with pytest.raises(ValueError, match=r"has shape|out of range"):
         Deliberation.restored(arrays, recipes, broken.scalars())
+
+
+# Runs unlike those that were learned from ------------------------------------------------------------------------------
+
+
+def test_what_a_run_is_unlike_is_told_as_people_count_it() -> None:
+    outside = {"horizon": (1.0, -0.30103, 0.30103), "modules": (0.78, 0.4248, 0.5209), "depth": (0.5, 1.0, 1.0)}
+    found = four_plans(outside=outside)
+    assert found.unlike == "1,000 steps (not 50 to 200), 223 modules (not 19 to 37), depth 0.5 (not 1 to 1)"
+    assert four_plans().unlike == ""
+    restored = Deliberation.restored(found.arrays(), found.recipes(), found.scalars())
+    assert restored.outside == outside
+    assert restored.unlike == found.unlike
+    earlier = {name: value for name, value in found.scalars().items() if name != "outside"}
+    assert Deliberation.restored(found.arrays(), found.recipes(), earlier).unlike == ""

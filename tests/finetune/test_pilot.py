@@ -24,7 +24,14 @@ from rankpilot.lora.targets import find_target_modules
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 STEPS, LENGTH = 8, 16
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
@@ -144,6 +151,19 @@ def test_gradients_that_stay_zero(llama_config: LlamaConfig, tmp_path: Path) -> 
             loop.pilot.after_step()
     with pytest.raises(NoGradientError, match="gradients of all adapters are zero"):
         loop.pilot.before_optimizer_step(0.0)
+
+
+def test_a_run_unlike_those_that_a_policy_learned_from_is_told_once(llama_config: LlamaConfig) -> None:
+    told: list[str] = []
+    loader = DataLoader(ROWS, batch_size=4, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    for steps in (100, 5_000):
+        model = adapted(llama_config)
+        pilot = RankPilot("default", "80%", tell=told.append)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=steps))
+    unlike = [line for line in told if "has learned from no run like this one" in line]
+    line = "default has learned from no run like this one, so trust it less: 5,000 steps (not 50 to 200)."
+    assert unlike == [line]
 
 
 OF_ONE_COST = LearnedPolicy("earlier", RankNetwork(NetworkConfig(width=8)), PlanValueEnsemble())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -442,3 +443,29 @@ def test_all_families_count_alike() -> None:
     unknown = errors.clone()
     unknown[28:] = torch.nan
     assert doubt_of(unknown.flatten(), is_reference, [4] * 30, families) == 0.0
+
+
+# What was learned from -------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_keeps_the_range_of_each_feature_of_the_run() -> None:
+    dataset = dataset_on(lambda plans: (plans.ranks[:, 0] > 0).float().mean(dim=1), groups=8, runs=8)
+    ensemble = PlanValueEnsemble(TINY)
+    fit_value_ensemble(ensemble, dataset, seed=0, fit=SHORT)
+    run = dataset.plans.run
+    assert ensemble.config.lowest == pytest.approx(run.amin(dim=0).tolist())
+    assert ensemble.config.highest == pytest.approx(run.amax(dim=0).tolist())
+    assert all(not ensemble.config.outside(row.tolist()) for row in run)
+
+
+def test_what_lies_outside_is_named() -> None:
+    lowest, highest = [0.0] * len(RUN_FEATURES), [0.5] * len(RUN_FEATURES)
+    config = PlanValueConfig(lowest=tuple(lowest), highest=tuple(highest))
+    run = [0.25] * len(RUN_FEATURES)
+    run[RUN_FEATURES.index("horizon")], run[RUN_FEATURES.index("rows")] = 1.5, -0.25
+    assert config.outside(run) == {"horizon": (1.5, 0.0, 0.5), "rows": (-0.25, 0.0, 0.5)}
+    assert config.outside([0.54] * len(RUN_FEATURES)) == {}
+    assert PlanValueConfig().outside(run) == {}, "nothing is known"
+    for wrong in ({"lowest": (0.0,)}, {"lowest": (1.0,), "highest": (0.0,)}, {"lowest": (-inf,), "highest": (0.0,)}):
+        with pytest.raises(ConfigError, match="lowest and highest of the value ensemble"):
+            PlanValueConfig(**wrong)
