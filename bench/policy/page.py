@@ -217,7 +217,7 @@ _LIMITS = """## What it cannot do
 
 * It has learned from models of a few layers, 32 and 64 wide, that read bytes, and from few real ones. It sees shares
   and ratios alone, so it decides for larger models, but nobody has trained it on one.
-* It has learned from runs of {horizon} steps with {rows} rows each, on {modules} modules. Where a run lies outside, it says so
-  before the first step, and decides all the same: which plan is best may be another one there.
+* It has learned from runs of {horizon} steps with {rows} rows each, on {modules} modules. Where a run lies outside, it
+  says so before the first step, and decides all the same: which plan is best may be another one there.
 * Where its networks do not agree, it takes uniform rank, or plain LoRA under a goal of time or bytes. Then it gains
   nothing."""
