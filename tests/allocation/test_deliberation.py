@@ -101,7 +101,7 @@ def test_a_state_that_contradicts_itself_is_refused(tmp_path: Path, changes: dic
         Deliberation.restored(arrays, recipes, broken.scalars())
 
 
-# Runs unlike those that were learned from ------------------------------------------------------------------------------
+# Runs unlike those that were learned from -----------------------------------------------------------------------------
 
 
 def test_what_a_run_is_unlike_is_told_as_people_count_it() -> None:

@@ -445,7 +445,7 @@ def test_all_families_count_alike() -> None:
     assert doubt_of(unknown.flatten(), is_reference, [4] * 30, families) == 0.0
 
 
-# What was learned from -------------------------------------------------------------------------------------------------
+# What was learned from ----------------------------------------------------------------------------------------------
 
 
 def test_a_fit_keeps_the_range_of_each_feature_of_the_run() -> None:
