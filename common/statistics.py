@@ -125,7 +125,7 @@ def ratio_estimate(numerators: FloatArray, denominators: FloatArray, tasks: Sequ
     sums = np.stack([rest, below, rest**2, rest * below, below**2], axis=1)
     _, error = _ratios(sums.sum(axis=0, keepdims=True), count)
     distances, errors = _ratios(_task_draws(count) @ sums, count)
-    known = errors > 0
+    known = errors > 1e-9 * error[0]  # where all tasks of a draw are one, rounding alone is left
     studentised = np.where(known, np.abs(distances) / np.where(known, errors, 1), 0)
     half = float(np.quantile(studentised, 0.95) * error[0])
     return Estimate(ratio, ratio - half, ratio + half)

@@ -30,7 +30,6 @@ class PlanDataset:
             plans can be compared.
         tasks: number of each state's task, int64 (states,).
         families: number of the family of each state's model, int64 (states,).
-        planted: whether each state is of a task in which a change was planted, bool (states,).
     """
 
     plans: Plans
@@ -39,7 +38,6 @@ class PlanDataset:
     groups: torch.Tensor
     tasks: torch.Tensor
     families: torch.Tensor
-    planted: torch.Tensor
 
     def __getitem__(self, states: torch.Tensor) -> PlanDataset:
         return PlanDataset(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
@@ -125,9 +123,7 @@ def fit_value_ensemble(
 
     The networks learn differences inside a group: its mean is taken off predictions and targets. The targets are in the
     unit of the ensemble's values. The range of each feature of the run becomes part of its settings. Votes on the log
-    loss are then judged: for each family of models one more network
-    learns from all others. Planted tasks do not count there, if there are others: to miss what is planted costs a
-    hundred times what plans cost on text.
+    loss are then judged: for each family of models one more network learns from all others.
 
     Args:
         ensemble: its networks start anew.
@@ -176,9 +172,7 @@ def fit_value_ensemble(
         facts |= _explained("explained elsewhere", elsewhere, targets) if len(pieces) > count else {}
         judged = elsewhere if len(pieces) > count else predicted.nanmean(dim=0)
         is_reference = (dataset.gains == dataset.reference_gains)[rows]
-        planted = dataset.planted & ~dataset.planted.all()  # or nothing would be left
-        errors = torch.where(planted[rows], torch.nan, judged - targets)
-        facts["doubt"] = doubt_of(errors, is_reference, sizes, families)
+        facts["doubt"] = doubt_of(judged - targets, is_reference, sizes, families)
         ensemble.config = replace(ensemble.config, doubt=facts["doubt"])
     return facts
 
@@ -212,8 +206,7 @@ def doubt_of(
     count alike, however many tasks they have.
 
     Args:
-        errors: predictions for what networks have not learned from less the targets, NaN for what does not count,
-            (rows,).
+        errors: predictions for what networks have not learned from less the targets, NaN for others, (rows,).
         is_reference: which rows are plain LoRA, or ended like it, bool (rows,).
         sizes: of the groups, in the order of the rows.
         families: of the groups.

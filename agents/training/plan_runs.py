@@ -334,7 +334,7 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
     """All decisions of some plan runs, padded to one number of modules."""
     most_decisions, _, most = np.max([each.ranks.shape for each in plan_runs], axis=0).tolist()
     arrays: dict[str, list[NDArray[np.generic]]] = {name: [] for name in Plans.__dataclass_fields__}
-    gains, references, groups, tasks, families, planted, number = [], [], [], [], [], [], 0
+    gains, references, groups, tasks, families, number = [], [], [], [], [], 0
     known = sorted({each.family for each in plan_runs})
     for each in plan_runs:
         decisions, runs, modules = each.ranks.shape
@@ -351,12 +351,10 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
         tasks.append(numbers_of_tasks)
         groups.append(numbers_of_tasks * most_decisions + np.repeat(np.arange(decisions), runs))
         families.append(np.full(rows, known.index(each.family)))
-        of_tasks = [task.kind == "planted" for task in each.tasks] or [False] * (runs // RUNS)
-        planted.append(np.tile(np.repeat(of_tasks, RUNS), decisions))
         number += runs // RUNS
     whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
     under_way = whole["ranks"].min(axis=(1, 2)) >= 0
     plans = Plans(**{name: torch.from_numpy(values[under_way]) for name, values in whole.items()})
-    numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks, families, planted)]
+    numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks, families)]
     outcomes = [torch.from_numpy(np.concatenate(parts)[under_way]).float() for parts in (gains, references)]
     return PlanDataset(plans, *outcomes, *numbers)

@@ -68,7 +68,7 @@ class FirstPlan:
         """What makes the plan for a rate and a seed."""
         budget = f"{float(cell.budget.rstrip('%')) * self.budget_factor:g}%"
         goal = None if self.goal == "quality" else self.goal
-        given = {"budget": ROOM if goal else budget, "goal": goal, **identity(self.policy)}
+        given = {"budget": ROOM if goal else budget, "goal": goal, **identity(self.policy, saves=bool(goal))}
         return Work.of("plan", cell.task, rate=rate, seed=seed, **given)
 
     def run(self, study: Study, cell: Cell, rate: float, seed: int) -> Work:

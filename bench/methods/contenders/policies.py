@@ -28,9 +28,16 @@ def schedule(spec: str) -> DecisionSchedule:
 
 
 @lru_cache(maxsize=16)
-def identity(spec: str) -> dict[str, Any]:
-    """Arguments of work that tell a policy, a learned one by its weights."""
+def identity(spec: str, *, saves: bool = False) -> dict[str, Any]:
+    """Arguments of work that tell a policy, a learned one by its weights.
+
+    Args:
+        spec: see `load`.
+        saves: whether it has a goal of cost, for which its doubt counts as well.
+    """
     name = spec.partition(WITHOUT)[0]
-    if isinstance(load_policy(name), LearnedPolicy):
-        return {"policy": spec, "sha": str(read_card(policy_folder(name))["sha256"])[:16]}
-    return {"policy": spec}
+    if not isinstance(load_policy(name), LearnedPolicy):
+        return {"policy": spec}
+    card = read_card(policy_folder(name))
+    doubt = {"doubt": f"{card['plan_value']['doubt']:.3g}"} if saves else {}
+    return {"policy": spec, "sha": str(card["sha256"])[:16], **doubt}

@@ -27,6 +27,9 @@ KINDS = ("attention-8", "mlp-8")
 TOLERANCE = 0.01
 """A plan keeps the loss if its mean log loss is higher by no more."""
 
+LEAST_TASKS = 4
+"""Of fewer tasks no interval of a share can be told."""
+
 FAR = 0.03
 """Cells in which the mean log loss is higher by more are told."""
 
@@ -83,9 +86,8 @@ def share_of_best(results: Results, name: str) -> Estimate | None:
     cells = [cell for cell in results.shared(name, PLAIN) if all((each, cell.name) in results.found for each in FIXED)]
     mine = np.array([_saved(results, cell, name) for cell in cells])
     best = np.array([_best_saved(results, cell) for cell in cells])
-    if len(cells) < 2 or not best.any():
-        return None
-    return ratio_estimate(mine, best, [cell.task.name for cell in cells])
+    tasks = [cell.task.name for cell in cells]
+    return ratio_estimate(mine, best, tasks) if len(set(tasks)) >= LEAST_TASKS and best.any() else None
 
 
 def better_kind(results: Results, name: str) -> Estimate | None:

@@ -257,12 +257,6 @@ def test_a_stack_of_which_nothing_is_left_has_one_decision() -> None:
     assert np.ptp(each.gains) == 0
 
 
-def test_tasks_in_which_a_change_was_planted_are_told(made: PlanRun) -> None:
-    one = replace(made, tasks=tuple(replace(task, kind="planted") for task in made.tasks))
-    assert plan_dataset([one]).planted.all()
-    assert not plan_dataset([replace(made, tasks=(), family="real")]).planted.any()
-
-
 def test_critics_can_be_fitted_to_them(made: PlanRun) -> None:
     dataset = plan_dataset([made])
     critics = PlanValueEnsemble(PlanValueConfig(width=4))

@@ -49,8 +49,7 @@ def dataset(seed: int = 0) -> PlanDataset:
     )
     gains = good(plans)[:, 0]
     groups = 2 * rows + torch.cat([0 * task, 0 * task + 1])
-    none = torch.zeros_like(rows)
-    return PlanDataset(plans, gains, torch.zeros_like(gains), groups, rows, none, none.bool())
+    return PlanDataset(plans, gains, torch.zeros_like(gains), groups, rows, torch.zeros_like(rows))
 
 
 RUNS_MADE = dataset()
