@@ -54,8 +54,9 @@ MOST_FACTOR = 2.0
 class Options:
     """Train many plans for each of many real fine-tunes, and pack what came out into one file.
 
-    MiniLM-L6, its lower three layers and SmolLM2-135M, whole and cut, learn film reviews, posts on computers, Python's
-    source, tales and other texts; no data of the test cells of `rankpilot bench methods`. Each fine-tune is probed as a
+    MiniLM-L6, its lower three layers, SmolLM2-135M, whole and cut, and small Llamas that read bytes learn film reviews,
+    posts on computers, Python's source, tales and other texts, some in languages that they do not know; no data of the
+    test cells of `rankpilot bench methods`. Each fine-tune is probed as a
     run is, its learning rate is the best one of all-linear rank 8, and plans that adapt few modules have up to twice
     that. Its 15 plans share seed and batches: plain LoRA, rules, kinds of modules, parts of the depth, and drawn ones.
 
@@ -112,7 +113,18 @@ def tasks(quick: bool) -> list[MethodTask]:
         MethodTask("smollm2-8", data, "causal-lm", steps, 4, 32, 3e-3, held_out=48, curve=1)
         for data, steps in (("tales", 40), ("code", 40), ("tables", 40), ("spanish", 80))
     ]
-    return [*encoders, *small, *decoders]
+    own = [
+        MethodTask(model, data, "causal-lm", steps, 8, 48, 4e-3, held_out=192, curve=1)
+        for model, data, steps in (
+            ("llama-8x64", "german", 120),
+            ("llama-8x64", "code", 120),
+            ("llama-4x64", "spanish", 200),
+            ("llama-4x64", "tales", 60),
+            ("llama-8x32", "tables", 120),
+            ("llama-8x64", "reviews", 80),
+        )
+    ]
+    return [*own, *encoders, *small, *decoders]
 
 
 class _Seeing:
