@@ -109,7 +109,9 @@ def test_pieces_of_texts(name: str) -> None:
     assert set(data.train["labels"]) == set(data.held_out["labels"]) == set(range(len(data.labels)))
 
 
-@pytest.mark.parametrize("options", [Options(seeds=0), Options(minutes=0), Options(workers=-1), Options(cells=("none",))])
+@pytest.mark.parametrize(
+    "options", [Options(seeds=0), Options(minutes=0), Options(workers=-1), Options(cells=("none",))]
+)
 def test_bad_options(options: Options) -> None:
     with pytest.raises(ConfigError, match=r"--seeds is at least 1|No fine-tune has"):
         benchmark(options, Console())
