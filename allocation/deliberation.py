@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.arrays import Arrays, BoolArray, FloatArray, IntArray
-from .features import run_feature_number, run_feature_text
+from .features import MOST_FEATURE, RUN_FEATURES, run_feature_number, run_feature_text
 from .goal import TOLERANCE, Goal
 
 Votes = NDArray[np.float32]
@@ -273,9 +273,7 @@ class Deliberation:
         kind, tolerance = scalars.get("goal", ("quality", TOLERANCE))  # unknown to earlier versions, as the unit
         values |= {"goal": Goal(kind, tolerance), "unit": scalars.get("unit", "spread")}
         values["doubt"] = float(scalars.get("doubt", 0.0))
-        values["outside"] = {
-            name: tuple(map(float, found)) for name, found in scalars.get("outside", {}).items() if len(found) == 3
-        }
+        values["outside"] = {name: tuple(map(float, found)) for name, found in scalars.get("outside", {}).items()}
         found = cls(**values, votes=arrays["votes"], seed=int(scalars["seed"]), taken=int(scalars["taken"]))
         found._check_sizes()
         return found
@@ -299,6 +297,9 @@ class Deliberation:
             raise ValueError(f"a candidate or plan is out of range: {self.taken} of {candidates}, {plans} plans")
         if not all(each is None or (type(each) is int and 0 <= each < plans) for each in (self.simple, self.plain)):
             raise ValueError(f"the simple or the plain plan is out of range: {self.simple!r}, {self.plain!r}")
+        for name, found in self.outside.items():
+            if name not in RUN_FEATURES or len(found) != 3 or not all(abs(value) <= MOST_FEATURE for value in found):
+                raise ValueError(f"{name!r} is outside of its range with {found}")
         if self.plans.min(initial=0) < 0 or modules == 0 or len(self.votes) == 0 or self.unit not in get_args(VoteUnit):
             raise ValueError(f"{len(self.votes)} votes in {self.unit!r} on plans for {modules} modules")
 

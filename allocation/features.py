@@ -20,6 +20,9 @@ class Feature(NamedTuple):
     values: str
 
 
+MOST_FEATURE = 3.0
+"""No feature lies further from 0."""
+
 _BOUNDED, _SHARE, _UP_TO_THREE = "-3 to 3", "0 to 1", "0 to 3"
 
 MODULE_FEATURE_TABLE = (

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ...allocation.deliberation import Outside, VoteUnit
-from ...allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
+from ...allocation.features import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES, Inputs
 from ...errors import ConfigError, shown
 from .config import MOST_NETWORKS, MOST_WIDTH
 
@@ -75,9 +75,9 @@ class PlanValueConfig:
         if self.unit not in get_args(VoteUnit):
             raise ConfigError(f"unit of the value ensemble is one of {get_args(VoteUnit)}; got {self.unit!r}.")
         paired = len(self.lowest) == len(self.highest) <= len(RUN_FEATURES)
-        if not paired or not all(-math.inf < low <= high < math.inf for low, high in self.ranges):
+        if not paired or not all(-MOST_FEATURE <= low <= high <= MOST_FEATURE for low, high in self.ranges):
             raise ConfigError(
-                f"lowest and highest of the value ensemble are a finite number for each of at most {len(RUN_FEATURES)} "
+                f"lowest and highest of the value ensemble are a number from -3 to 3 for each of at most {len(RUN_FEATURES)} "
                 f"features, the lowest first; got {shown(self.lowest)} and {shown(self.highest)}."
             )
 

@@ -112,5 +112,8 @@ def test_what_a_run_is_unlike_is_told_as_people_count_it() -> None:
     restored = Deliberation.restored(found.arrays(), found.recipes(), found.scalars())
     assert restored.outside == outside
     assert restored.unlike == found.unlike
+    for wrong in ({"horizon": [1e9, 0.0, 0.1]}, {"horizon": [1.0, 0.0]}, {"path": [1.0, 0.0, 0.1]}):
+        with pytest.raises(ValueError, match="outside of its range"):
+            Deliberation.restored(found.arrays(), found.recipes(), found.scalars() | {"outside": wrong})
     earlier = {name: value for name, value in found.scalars().items() if name != "outside"}
     assert Deliberation.restored(found.arrays(), found.recipes(), earlier).unlike == ""
