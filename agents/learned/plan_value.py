@@ -77,8 +77,8 @@ class PlanValueConfig:
         paired = len(self.lowest) == len(self.highest) <= len(RUN_FEATURES)
         if not paired or not all(-MOST_FEATURE <= low <= high <= MOST_FEATURE for low, high in self.ranges):
             raise ConfigError(
-                f"lowest and highest of the value ensemble are a number from -3 to 3 for each of at most {len(RUN_FEATURES)} "
-                f"features, the lowest first; got {shown(self.lowest)} and {shown(self.highest)}."
+                f"lowest and highest of the value ensemble are a number from -3 to 3 for each of at most "
+                f"{len(RUN_FEATURES)} features, the lowest first; got {shown(self.lowest)} and {shown(self.highest)}."
             )
 
     @property
