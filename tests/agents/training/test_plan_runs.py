@@ -278,9 +278,9 @@ def made_up(number: int = 0, decisions: int = 2, tasks: int = 1, modules: int = 
     losses = generator.uniform(0.2, 0.9, runs)
     losses[number % runs] = math.nan
     return PlanRun(
-        generator.normal(size=(decisions, runs, modules, len(MODULE_FEATURES))).astype(np.float32),
+        generator.normal(size=(decisions, runs, modules, len(MODULE_FEATURES))).clip(-3, 3).astype(np.float32),
         generator.normal(size=(decisions, runs, modules)).astype(np.float32),
-        generator.normal(size=(decisions, runs, len(RUN_FEATURES))).astype(np.float32),
+        generator.normal(size=(decisions, runs, len(RUN_FEATURES))).clip(-3, 3).astype(np.float32),
         generator.choice([0, 1, 2, 4], size=(decisions, runs, modules)),
         losses,
         np.repeat(generator.uniform(0.8, 1.0, tasks), RUNS),

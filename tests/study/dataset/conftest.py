@@ -39,13 +39,13 @@ def made_up(number: int, tasks: tuple[ProxyTask, ...], modules: int) -> PlanRun:
     losses[7], losses[8] = np.nan, np.inf
     ranks = generator.choice([0, 1, 2, 4, 64], size=(2, runs, modules))
     ranks[1, 7] = -1
-    features = generator.normal(size=(2, runs, modules, len(MODULE_FEATURES))).astype(np.float32)
+    features = generator.normal(size=(2, runs, modules, len(MODULE_FEATURES))).clip(-3, 3).astype(np.float32)
     features[0, 0, 0, :2] = -0.0, np.float32(0.1)
     kinds = [min(slot % RUNS, 5) for slot in range(runs)]
     return PlanRun(
         features,
         generator.normal(size=(2, runs, modules)).astype(np.float32),
-        generator.normal(size=(2, runs, len(RUN_FEATURES))).astype(np.float32),
+        generator.normal(size=(2, runs, len(RUN_FEATURES))).clip(-3, 3).astype(np.float32),
         ranks,
         losses,
         np.repeat(generator.uniform(0.8, 1.0, len(tasks)), RUNS),
