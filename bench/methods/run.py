@@ -19,7 +19,7 @@ from .method import Method
 from .progress import Progress
 from .registry import METHODS, find_method, methods_of
 from .rows import RowStore
-from .study import DoesNotFitError, MissingRowsError, Study, step_of
+from .study import DoesNotFitError, MissingRowsError, Study
 from .tasks import Cell, Suite, find_suite
 from .work import Work, perform
 
@@ -90,7 +90,7 @@ def missing_work(study: Study, cell: Cell, methods: Sequence[Method]) -> list[Wo
     works: dict[Work, None] = {}
     for method in methods:
         try:
-            study.result(step_of(method.outcome(study, cell)))
+            study.steps(method.outcome(study, cell))
         except DoesNotFitError:
             continue
         except MissingRowsError as error:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...allocation.problem import AllocationProblem
 from ...common.arrays import IntArray
+from ...lora.ladder import REFERENCE_RANK
 from ...lora.module_spec import ModuleSpec
 from ...memory.budget import Budget
 from ...memory.cost import Cost, cost_from_state, plan_cost
@@ -89,7 +90,7 @@ class Outcome:
         tuning: what was run to choose rate and plan.
         bytes: predicted peak of each run; None where no model predicts it.
         setup_s: CPU seconds before the first step of each run.
-        step: the timed and measured step that stands for the runs, where it is no step of theirs; see `step_of`.
+        step: the timed and measured step that stands for the runs, where it is no step of theirs; see `Study.steps`.
     """
 
     rate: float
@@ -201,16 +202,23 @@ class Study:
         costs = tuple(_bytes(row, work, modules) for row, work in zip(rows, works, strict=True))
         return Outcome(rate, rows, works, tuning, costs, setup)
 
+    def steps(self, outcome: Outcome) -> tuple[dict[str, Any], ...]:
+        """The row of the timed and measured step that stands for each run: at its final ranks, once for equal ones.
 
-def step_of(outcome: Outcome) -> Work:
-    """The timed and measured step that stands for the runs of an outcome: of the first one, at its final ranks."""
-    if outcome.step is not None:
-        return outcome.step
-    work, row = outcome.works[0], outcome.rows[0]
-    if work.get("trainer") == "pilot":
-        return Work.of("step", work.task, trainer="lora", plan=row.get("ranks", "8x1"), seed=0)
-    kept = {name: work.get(name) for name in ("trainer", "plan", "target")}
-    return Work.of("step", work.task, seed=0, **kept)
+        A run of rankpilot that diverged tells no ranks; it stands with all-linear rank 8.
+        """
+        if outcome.step is not None:
+            works = [outcome.step] * len(outcome.works)
+        else:
+            works = [self._step(work, row) for work, row in zip(outcome.works, outcome.rows, strict=True)]
+        return tuple(gather(self.result, works))
+
+    def _step(self, work: Work, row: dict[str, Any]) -> Work:
+        if work.get("trainer") == "pilot":
+            ranks = row.get("ranks") or f"{REFERENCE_RANK}x{len(self.modules(work.task).specs)}"
+            return Work.of("step", work.task, trainer="lora", plan=ranks, seed=0)
+        kept = {name: work.get(name) for name in ("trainer", "plan", "target")}
+        return Work.of("step", work.task, seed=0, **kept)
 
 
 def _bytes(row: dict[str, Any], work: Work, modules: Modules) -> float | None:

@@ -165,7 +165,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([]) == 2
     assert capsys.readouterr().out.count("rankpilot finetune") == 2
     assert cli.run(["--version"]) == 0
-    assert capsys.readouterr().out.strip() == "0.1.0"
+    assert capsys.readouterr().out.strip() == "0.2.0"
 
 
 def test_unknown_preset(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:

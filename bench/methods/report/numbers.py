@@ -18,7 +18,7 @@ from ....common.arrays import FloatArray
 from ....common.statistics import Estimate, PairedComparison, compare_pairs, estimate, interquartile_means
 from ....memory.budget import Budget
 from ..method import Method
-from ..study import DoesNotFitError, MissingRowsError, Outcome, Study, step_of
+from ..study import DoesNotFitError, MissingRowsError, Outcome, Study
 from ..tasks import Cell
 
 REFERENCE = "simple"
@@ -26,6 +26,9 @@ REFERENCE = "simple"
 
 FEWEST_TASKS = 4
 """Tasks from which on a bootstrap draws tasks."""
+
+STEP_FIGURES = ("measured", "measured_reference", "step_ratio", "reference_s")
+"""What a timed step tells; see `bench.methods.step`."""
 
 TIE = 1e-9
 """Differences of logs below it are ties: the same plan at the same rate."""
@@ -37,12 +40,12 @@ class CellResult:
 
     Attributes:
         outcome: its runs.
-        step: the row of the step that stands for them.
+        steps: the row of the step that stands for each of them.
         limit: bytes that the cell allows.
     """
 
     outcome: Outcome
-    step: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]
     limit: float
 
     @property
@@ -52,16 +55,21 @@ class CellResult:
         return np.log([row["untrained_loss"] if row["loss"] is None else row["loss"] for row in rows])
 
     @property
+    def step(self) -> dict[str, float]:
+        """The means of the steps' figures."""
+        return {name: float(np.mean([step[name] for step in self.steps])) for name in STEP_FIGURES}
+
+    @property
     def bytes(self) -> float:
         """The peak: predicted where a model predicts it, else measured; the mean of the seeds."""
         known = [float(value) for value in self.outcome.bytes if value is not None]
-        return float(np.mean(known)) if known else float(self.step["measured"])
+        return float(np.mean(known)) if known else self.step["measured"]
 
     @property
     def breaches(self) -> int:
         """Runs with a measured peak above the limit."""
-        step = self.step["measured"] > self.limit
-        return sum(row.get("breaches", int(step)) > 0 for row in self.outcome.rows)
+        above = [int(step["measured"] > self.limit) for step in self.steps]
+        return sum(row.get("breaches", step) > 0 for row, step in zip(self.outcome.rows, above, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +101,9 @@ class Results:
                 key = (method.name, cell.name)
                 try:
                     outcome = method.outcome(study, cell)
-                    step = study.result(step_of(outcome))
+                    steps = study.steps(outcome)
                     limit = Budget.parse(cell.budget).value * study.modules(cell.task).reference
-                    found[key] = CellResult(outcome, step, limit)
+                    found[key] = CellResult(outcome, steps, limit)
                 except DoesNotFitError:
                     unfit.add(key)
                 except MissingRowsError:
@@ -223,14 +231,14 @@ def time_to_loss(results: Results, name: str, target: str = REFERENCE) -> tuple[
     for cell in results.shared(name, target):
         mine, other = results.found[name, cell.name], results.found[target, cell.name]
         whole = cell.task.steps * other.step["step_ratio"]
-        setups = np.array(mine.outcome.setup_s) / mine.step["reference_s"]
-        for row, goal, setup in zip(mine.outcome.rows, other.outcome.rows, setups, strict=True):
+        runs_of_both = zip(mine.outcome.rows, other.outcome.rows, mine.outcome.setup_s, mine.steps, strict=True)
+        for row, goal, setup, own in runs_of_both:
             runs += 1
             if goal["loss"] is None or row["loss"] is None:
                 continue
             step = _reached([(s, loss) for s, _, loss in row["curve"]], goal["curve"][-1][2])
             if step is not None:
-                times.append((setup + step * mine.step["step_ratio"]) / whole)
+                times.append((setup / own["reference_s"] + step * own["step_ratio"]) / whole)
     return (float(np.median(times)) if times else float("nan"), len(times), runs) if runs else None
 
 

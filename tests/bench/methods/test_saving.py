@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,12 @@ def row_of(work: Work, gains: dict[str, float]) -> dict[str, Any]:
     return row
 
 
-def results_of(gains: dict[str, float]) -> Results:
+def results_of(gains: dict[str, float], make: Callable[[Work, dict[str, float]], dict[str, Any]] = row_of) -> Results:
     study, methods = made_up.new_study(SUITE), run.chosen_methods(SUITE, (), ())
     for cell in SUITE.cells:
         while missing := run.missing_work(study, cell, methods):
             for work in missing:
-                study.rows.add(work, row_of(work, gains))
+                study.rows.add(work, make(work, gains))
     return Results.of(study, methods)
 
 
@@ -105,6 +106,18 @@ def test_losses_and_costs_beside_plain_lora() -> None:
     assert found.step.value == pytest.approx(0.7)
     assert found.bytes.value == pytest.approx(298 / 546)
     assert saving_of(results_of({TOP_HALF: -0.05}), "ours-saves-bytes").far == 4  # type: ignore[union-attr]
+
+
+def test_each_plan_that_a_goal_chooses_is_timed() -> None:
+    """One seed takes the top half, the other one plain LoRA."""
+
+    def make(work: Work, gains: dict[str, float]) -> dict[str, Any]:
+        row = row_of(work, gains)
+        return {**row, "plan": "8x12"} if work.kind == "plan" and work.get("seed") == 2 else row
+
+    found = saving_of(results_of({}, make), "ours-saves-time")
+    assert found is not None
+    assert found.step.value == pytest.approx((0.7 + 1.0) / 2)
 
 
 def test_the_share_of_what_could_be_saved() -> None:
