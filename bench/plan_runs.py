@@ -122,6 +122,16 @@ def tasks(quick: bool) -> list[MethodTask]:
             ("llama-4x64", "tales", 60),
             ("llama-8x32", "tables", 120),
             ("llama-8x64", "reviews", 80),
+            ("llama-8x64", "spanish", 150),
+            ("llama-8x64", "tables", 60),
+            ("llama-8x32", "german", 80),
+            ("llama-8x32", "spanish", 200),
+            ("llama-8x32", "tales", 120),
+            ("llama-4x64", "german", 80),
+            ("llama-4x64", "tables", 150),
+            ("llama-4x32", "german", 200),
+            ("llama-4x32", "spanish", 100),
+            ("llama-4x32", "tales", 300),
         )
     ]
     return [*own, *encoders, *small, *decoders]

@@ -292,6 +292,7 @@ def _ray() -> Any:
     """Ray, quiet about itself, and without reports of its use to its makers unless the user wants them."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what it warns that it will do later
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster that is started here: at 15 other work starves it
     try:
         import ray
     except ImportError as error:
