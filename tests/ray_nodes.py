@@ -40,7 +40,7 @@ class Nodes:
 
     def add(self, **variables: str) -> Any:
         """A node whose workers have these environment variables too."""
-        node = self._cluster.add_node(**SIZE, env_vars=variables)
+        node = self._cluster.add_node(**SIZE, env_vars={"RAY_worker_niceness": "0", **variables})
         self._restore_signals()
         return node
 
