@@ -35,7 +35,20 @@ LEAST_DISTANCE = 0.05
 TOKENS_AT_ONCE = 2048
 """Modules, counted in each plan, that go through a value network together: so many fit into a processor's cache."""
 
+FEW = 0.1
+"""A loss that counts a smaller share of the tokens is about labels, one for each row."""
+
 _RELATIVE_DEPTH = MODULE_FEATURES.index("relative_depth")
+_PREDICTED = RUN_FEATURES.index("predicted")
+
+
+def learns_labels(run: Sequence[float]) -> bool:
+    """Whether a run learns classes or numbers, not texts: its loss counts less than `FEW` of the tokens.
+
+    Args:
+        run: features of the run, (len(RUN_FEATURES),).
+    """
+    return run[_PREDICTED] < math.log2(FEW) / 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,7 @@ class PlanValueConfig:
         dropout: share of the last hidden layer that is left out in each step of a fit.
         unit: of values: "log loss", votes on the difference to plain LoRA; "spread", standard deviations between plans.
         doubt: what goals of cost take off votes beside the spread of the networks, at least 0; a fit finds it.
+        doubt_on_labels: the same in runs that learn labels, see `learns_labels`; None for `doubt`.
         lowest, highest: of each feature of the run in what the networks have learned from, in the order of
             `RUN_FEATURES`, by the fit; empty where that is not known.
 
@@ -60,6 +74,7 @@ class PlanValueConfig:
     dropout: float = 0.1
     unit: VoteUnit = "spread"
     doubt: float = 0.0
+    doubt_on_labels: float | None = None
     lowest: tuple[float, ...] = ()
     highest: tuple[float, ...] = ()
 
@@ -70,8 +85,9 @@ class PlanValueConfig:
                 f"count of the value ensemble is from 1 to {MOST_NETWORKS}, width from 1 to {MOST_WIDTH} and dropout "
                 f"from 0 to below 1; got {shown(self.count)}, {shown(self.width)} and {self.dropout}."
             )
-        if not 0 <= self.doubt < math.inf:
-            raise ConfigError(f"doubt of the value ensemble is at least 0 and finite; got {self.doubt}.")
+        doubts = [self.doubt] if self.doubt_on_labels is None else [self.doubt, self.doubt_on_labels]
+        if not all(0 <= doubt < math.inf for doubt in doubts):
+            raise ConfigError(f"doubts of the value ensemble are at least 0 and finite; got {doubts}.")
         if self.unit not in get_args(VoteUnit):
             raise ConfigError(f"unit of the value ensemble is one of {get_args(VoteUnit)}; got {self.unit!r}.")
         paired = len(self.lowest) == len(self.highest) <= len(RUN_FEATURES)
@@ -85,6 +101,14 @@ class PlanValueConfig:
     def ranges(self) -> tuple[tuple[float, float], ...]:
         """The lowest and the highest value of each feature of the run."""
         return tuple(zip(self.lowest, self.highest, strict=False))
+
+    def doubt_of(self, run: Sequence[float]) -> float:
+        """The doubt in a run.
+
+        Args:
+            run: features of the run, (len(RUN_FEATURES),).
+        """
+        return self.doubt if self.doubt_on_labels is None or not learns_labels(run) else self.doubt_on_labels
 
     def outside(self, run: Sequence[float]) -> dict[str, Outside]:
         """The features of a run that lie outside of what the networks have learned from; see `Deliberation.outside`.

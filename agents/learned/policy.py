@@ -162,7 +162,7 @@ class LearnedPolicy:
             temperature=self.temperature,
             seed=self.seed,
             unit=self.value_ensemble.config.unit,
-            doubt=self.value_ensemble.config.doubt,
+            doubt=self.value_ensemble.config.doubt_of(observation.run.tolist()),
             outside=self.value_ensemble.config.outside(observation.run.tolist()),
             goal=self.goal,
             **(_of_any_cost(observation, candidates.names, plan_of, ranks[first]) if any_cost else {}),

@@ -214,7 +214,7 @@ def upgraded(card: dict[str, Any]) -> dict[str, Any]:
     new["schema"] = SCHEMA
     if isinstance(new.get("plan_value"), dict):
         unit = {} if card["schema"] == SCHEMA else {"unit": "spread", "doubt": 0.0}
-        new["plan_value"] = {**unit, "lowest": [], "highest": [], **new["plan_value"]}
+        new["plan_value"] = {**unit, "doubt_on_labels": None, "lowest": [], "highest": [], **new["plan_value"]}
     return new
 
 

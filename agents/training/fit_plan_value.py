@@ -15,7 +15,7 @@ from ...allocation.deliberation import VoteUnit
 from ...allocation.goal import LOSS_UNIT
 from ...common.workers import worker_pool
 from ...errors import ConfigError
-from ..learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEnsemble
+from ..learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEnsemble, learns_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,7 @@ class PlanDataset:
             plans can be compared.
         tasks: number of each state's task, int64 (states,).
         families: number of the family of each state's model, int64 (states,).
+        real: which states are of real fine-tunes, bool (states,).
     """
 
     plans: Plans
@@ -38,6 +39,7 @@ class PlanDataset:
     groups: torch.Tensor
     tasks: torch.Tensor
     families: torch.Tensor
+    real: torch.Tensor
 
     def __getitem__(self, states: torch.Tensor) -> PlanDataset:
         return PlanDataset(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
@@ -75,6 +77,9 @@ ANY_COST = PlanValueConfig(unit="log loss")
 
 SURE = 0.8
 """The share of plans for unseen tasks of which the votes may not promise too much; see `doubt_of`."""
+
+LEAST_REAL = 5
+"""From so many real fine-tunes on, of labels or of texts, they alone tell how far votes on such runs can be trusted."""
 
 LEAST_SPREAD = 0.02
 """Added to the standard deviation of a group's gains, in log loss: smaller differences are noise."""
@@ -135,8 +140,8 @@ def fit_value_ensemble(
     Returns:
         "explained": the share of the variance inside groups that the ensemble explains on tasks that a network has not
         learned from. Empty if there are no such tasks, or if all plans of a group have the same result. For votes on
-        the log loss also "doubt", which is part of the ensemble's settings from then on, and with several families
-        "explained elsewhere", the same share on families that a network has not learned from.
+        the log loss also "doubt" and "doubt on labels", which are part of the ensemble's settings from then on, and
+        with several families "explained elsewhere", the same share on families that a network has not learned from.
     """
     groups = groups_of(dataset.groups)
     rows = torch.cat(groups)
@@ -171,10 +176,31 @@ def fit_value_ensemble(
         elsewhere = predicted[count:].nansum(dim=0)  # each row is of one family
         facts |= _explained("explained elsewhere", elsewhere, targets) if len(pieces) > count else {}
         judged = elsewhere if len(pieces) > count else predicted.nanmean(dim=0)
-        is_reference = (dataset.gains == dataset.reference_gains)[rows]
-        facts["doubt"] = doubt_of(judged - targets, is_reference, sizes, families)
-        ensemble.config = replace(ensemble.config, doubt=facts["doubt"])
+        on_texts, on_labels = doubts_of(judged - targets, dataset[rows], sizes)
+        ensemble.config = replace(ensemble.config, doubt=on_texts, doubt_on_labels=on_labels)
+        facts |= {"doubt": on_texts, "doubt on labels": on_labels}
     return facts
+
+
+def doubts_of(errors: torch.Tensor, ordered: PlanDataset, sizes: list[int]) -> tuple[float, float]:
+    """The doubt in runs that learn texts and in those that learn labels; one is the other's where no task tells it.
+
+    Args:
+        errors: see `doubt_of`.
+        ordered: the rows in the order of the groups.
+        sizes: of the groups.
+    """
+    starts = np.cumsum([0, *sizes[:-1]])
+    is_reference = ordered.gains == ordered.reference_gains
+    families, real = ordered.families.numpy()[starts], ordered.real.numpy()[starts]
+    on_labels = np.array([learns_labels(run) for run in ordered.plans.run[starts].tolist()])
+
+    def doubt_in(kind: NDArray[np.bool_]) -> float:
+        kind = kind if kind.any() else ~kind
+        counted = kind & real if (kind & real).sum() >= LEAST_REAL else kind
+        return doubt_of(errors, is_reference, sizes, np.where(counted, families, -1))
+
+    return doubt_in(~on_labels), doubt_in(on_labels)
 
 
 def _times(tasks: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
@@ -209,13 +235,13 @@ def doubt_of(
         errors: predictions for what networks have not learned from less the targets, NaN for others, (rows,).
         is_reference: which rows are plain LoRA, or ended like it, bool (rows,).
         sizes: of the groups, in the order of the rows.
-        families: of the groups.
+        families: of the groups; below 0 for those that do not count.
     """
     found: dict[int, list[torch.Tensor]] = {}
     for family, part, reference in zip(
         families.tolist(), torch.split(errors, list(sizes)), torch.split(is_reference, list(sizes)), strict=True
     ):
-        if reference.any() and not reference.all() and not part.isnan().any():
+        if family >= 0 and reference.any() and not reference.all() and not part.isnan().any():
             found.setdefault(family, []).append(part[~reference] - part[reference].mean())
     quantiles = [float(torch.cat(parts).quantile(SURE)) for parts in found.values()]
     return max(0.0, sum(quantiles) / len(quantiles)) if quantiles else 0.0

@@ -68,6 +68,7 @@ class RealPlanRun:
             choices=self.choices[None],
             names=self.names,
             family=self.family.partition("-")[0],
+            real=True,
         )
 
 

@@ -171,7 +171,7 @@ def _limits(measured: PolicyRows) -> str:
 def _training(measured: PolicyRows) -> str:
     card = measured.card
     settings, runs = card["training"], card.get("plan_runs", {})
-    units = {"doubt": " votes"}
+    units = {"doubt": " votes", "doubt on labels": " votes"}
     known = [f"{name} {value:.3g}{units.get(name, '')}" for name, value in runs.items() if name != "runs"]
     return (
         f"## Training\n\n{card.get('episodes', 0):,} episodes of PPO in {settings['iterations']} rounds, then "

@@ -39,5 +39,7 @@ def identity(spec: str, *, saves: bool = False) -> dict[str, Any]:
     if not isinstance(load_policy(name), LearnedPolicy):
         return {"policy": spec}
     card = read_card(policy_folder(name))
-    doubt = {"doubt": f"{card['plan_value']['doubt']:.3g}"} if saves else {}
+    settings = card["plan_value"]
+    doubts = [settings[key] for key in ("doubt", "doubt_on_labels") if settings.get(key) is not None]
+    doubt = {"doubt": " ".join(f"{value:.3g}" for value in doubts)} if saves else {}
     return {"policy": spec, "sha": str(card["sha256"])[:16], **doubt}

@@ -12,9 +12,11 @@ import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.training.fit_plan_value import (
+    LEAST_REAL,
     FitConfig,
     PlanDataset,
     doubt_of,
+    doubts_of,
     fit_value_ensemble,
     standardised,
     targets_of,
@@ -172,7 +174,8 @@ def dataset_on(truth: Truth, groups: int, runs: int, modules: int = 6, seed: int
     rows = replace(rows, ranks=plans.ranks.reshape(groups * runs, 1, modules))
     numbers = torch.arange(groups).repeat_interleave(runs)
     gains = truth(rows)
-    return PlanDataset(rows, gains, torch.zeros_like(gains), numbers, numbers // 2, torch.zeros_like(numbers))
+    zero = torch.zeros_like(numbers)
+    return PlanDataset(rows, gains, torch.zeros_like(gains), numbers, numbers // 2, zero, zero.bool())
 
 
 def logs(plans: Plans) -> torch.Tensor:
@@ -332,6 +335,7 @@ def test_groups_of_one_state_are_ignored() -> None:
         torch.cat([DATASET.groups, torch.tensor([10, 11])]),
         torch.cat([DATASET.tasks, torch.tensor([0, 4])]),
         torch.zeros(42, dtype=torch.int64),
+        torch.zeros(42, dtype=torch.bool),
     )
     assert same(fit(DATASET), fit(lonely))
 
@@ -413,6 +417,41 @@ def test_doubt_is_that_of_families_that_were_not_seen() -> None:
     assert alike["explained elsewhere"] > 0.3
     assert opposite["explained elsewhere"] < 0
     assert opposite["doubt"] > 1 > alike["doubt"]
+
+
+def about_labels(dataset: PlanDataset, groups: torch.Tensor) -> PlanDataset:
+    """The same; the loss of some groups counts one token in 64, and that of the others all."""
+    run = dataset.plans.run.clone()
+    run[:, RUN_FEATURES.index("predicted")] = torch.where(groups, -6 / 4, 0.0)
+    return replace(dataset, plans=replace(dataset.plans, run=run))
+
+
+def test_texts_and_labels_are_doubted_apart() -> None:
+    """The family in which the opposite is true learns labels, and in the end texts like all others."""
+    dataset = two_families(-1.0)
+    ensemble = PlanValueEnsemble(replace(SMALL, unit="log loss"))
+    facts = fit_value_ensemble(ensemble, about_labels(dataset, dataset.families > 0), seed=0)
+    config = ensemble.config
+    assert (config.doubt, config.doubt_on_labels) == (facts["doubt"], facts["doubt on labels"])
+    texts, labels = [0.0] * len(RUN_FEATURES), [-6 / 4] * len(RUN_FEATURES)
+    assert (config.doubt_of(texts), config.doubt_of(labels)) == (config.doubt, config.doubt_on_labels)
+    assert replace(config, doubt_on_labels=None).doubt_of(labels) == config.doubt
+    alone = PlanValueEnsemble(ensemble.config)
+    texts_alone = fit_value_ensemble(alone, about_labels(dataset, dataset.groups < 0), seed=0)
+    assert texts_alone["doubt on labels"] == texts_alone["doubt"], "nothing tells another one"
+
+
+def test_real_fine_tunes_alone_tell_the_doubt() -> None:
+    """Where there are enough of them; votes promised 2 too much on these, and nothing on proxies."""
+    dataset = two_families(1.0)
+    first = torch.arange(len(dataset.gains)) % 8 == 0
+    gains = torch.where(first, 0.0, 0.01)
+    found = []
+    for count in (LEAST_REAL - 1, LEAST_REAL):
+        real = dataset.groups < count
+        errors = torch.where(real & ~first, 2.0, 0.0)
+        found.append(doubts_of(errors, replace(dataset, gains=gains, real=real), [8] * 60)[0])
+    assert found == [0.0, 2.0]
 
 
 def test_all_families_count_alike() -> None:

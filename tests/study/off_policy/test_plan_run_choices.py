@@ -49,7 +49,8 @@ def dataset(seed: int = 0) -> PlanDataset:
     )
     gains = good(plans)[:, 0]
     groups = 2 * rows + torch.cat([0 * task, 0 * task + 1])
-    return PlanDataset(plans, gains, torch.zeros_like(gains), groups, rows, torch.zeros_like(rows))
+    zero = torch.zeros_like(rows)
+    return PlanDataset(plans, gains, torch.zeros_like(gains), groups, rows, zero, zero.bool())
 
 
 RUNS_MADE = dataset()
