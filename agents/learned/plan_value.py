@@ -35,7 +35,7 @@ LEAST_DISTANCE = 0.05
 TOKENS_AT_ONCE = 2048
 """Modules, counted in each plan, that go through a value network together: so many fit into a processor's cache."""
 
-FEW = 0.1
+FEW = 0.2
 """A loss that counts a smaller share of the tokens is about labels, one for each row."""
 
 _RELATIVE_DEPTH = MODULE_FEATURES.index("relative_depth")

@@ -24,7 +24,11 @@ from ...errors import DataError, RunFolderError, first_line
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import SCHEMA
 from .config import TrainConfig
-from .plan_runs import CHOICES, RUNS, PlanRun
+from .plan_runs import CHOICES, REFERENCE, RUNS, PlanRun
+
+
+LEAST_FALL = 0.01
+"""A fine-tune in which some plan takes a smaller share off the loss is not learned from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,15 @@ class RealPlanRun:
     train_losses: NDArray[np.float32]
     initial: float
     choices: NDArray[np.int8]
+
+    @property
+    def learned(self) -> bool:
+        """Whether plain LoRA, and each plan that came to an end, took at least `LEAST_FALL` off the held-out loss.
+
+        On other fine-tunes luck decides more than plans do: which of them leaves a plateau of the loss in time.
+        """
+        most = (1 - LEAST_FALL) * self.initial
+        return bool(self.losses[REFERENCE] <= most and not (self.losses > most).any())
 
     def seen_by(self, actor: LearnedPolicy) -> PlanRun:
         """The same as the value networks of a policy learn from it: with the scores of its actor."""
@@ -89,8 +102,9 @@ def write_real_plan_runs(runs: Sequence[RealPlanRun], path: Path) -> int:
 
 
 def more_plan_runs(config: TrainConfig) -> list[RealPlanRun]:
-    """The plan runs that a training's settings name, see `read_real_plan_runs`; none where they name no file."""
-    return read_real_plan_runs(Path(config.more_plan_runs)) if config.more_plan_runs else []
+    """The plan runs of the file that a training's settings name, where all plans `learned`; none without a file."""
+    runs = read_real_plan_runs(Path(config.more_plan_runs)) if config.more_plan_runs else []
+    return [run for run in runs if run.learned]
 
 
 def read_real_plan_runs(path: Path) -> list[RealPlanRun]:

@@ -392,11 +392,12 @@ def test_the_value_ensemble_learns_from_real_fine_tunes_too(tmp_path: Path) -> N
         choices=np.zeros(RUNS, dtype=np.int8),
     )
     packed = tmp_path / "packed"
-    write_real_plan_runs([real, real], packed)
+    stuck = dataclasses.replace(real, losses=np.array([*real.losses[:-1], 2.98]))
+    write_real_plan_runs([real, stuck, real], packed)
     config = dataclasses.replace(TRIED, more_plan_runs=str(packed))
     run = noted(config, tmp_path / "pilot")
     finish(run.folder, run.policy, config)
-    assert read_json(run.folder / CARD)["plan_runs"]["runs"] == (2 + 2) * RUNS
+    assert read_json(run.folder / CARD)["plan_runs"]["runs"] == (2 + 2) * RUNS, "the one that is stuck tells nothing"
     assert run.policy.value_ensemble is not None
 
     packed.write_bytes(b"damaged")
