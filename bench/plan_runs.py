@@ -93,17 +93,11 @@ def tasks(quick: bool) -> list[MethodTask]:
         MethodTask(model, data, "classification", steps, 16, 24, 2e-3, held_out=256, curve=1)
         for model, data, steps in (
             ("minilm-l6", "imdb", 60),
-            ("minilm-l3", "imdb", 200),
             ("minilm-l6", "computers", 120),
-            ("minilm-l3", "computers", 300),
-            ("minilm-l6", "libraries", 100),
-            ("minilm-l3", "libraries", 150),
+            ("minilm-l6", "libraries", 200),
             ("minilm-l6", "origins", 60),
-            ("minilm-l3", "origins", 100),
+            ("minilm-l3", "origins", 200),
         )
-    ] + [
-        MethodTask(model, "review-length", "regression", steps, 16, 24, 2e-3, held_out=256, curve=1)
-        for model, steps in (("minilm-l6", 60), ("minilm-l3", 120))
     ]
     decoders = [
         MethodTask("smollm2-135m", data, "causal-lm", 20, 4, 32, 3e-3, held_out=48, curve=1)

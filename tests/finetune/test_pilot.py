@@ -156,13 +156,14 @@ def test_gradients_that_stay_zero(llama_config: LlamaConfig, tmp_path: Path) -> 
 def test_a_run_unlike_those_that_a_policy_learned_from_is_told_once(llama_config: LlamaConfig) -> None:
     told: list[str] = []
     loader = DataLoader(ROWS, batch_size=4, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    config = LlamaConfig(**{**llama_config.to_dict(), "num_hidden_layers": 4})
     for steps in (100, 5_000):
-        model = adapted(llama_config)
+        model = adapted(config)
         pilot = RankPilot("default", "80%", tell=told.append)
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
         pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=steps))
     unlike = [line for line in told if "has learned from no run like this one" in line]
-    line = "default has learned from no run like this one, so trust it less: 5,000 steps (not 50 to 200)."
+    line = "default has learned from no run like this one, so trust it less: 5,000 steps (not 50 to 300)."
     assert unlike == [line]
 
 
