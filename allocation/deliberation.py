@@ -196,8 +196,8 @@ class Deliberation:
 
     @property
     def margin(self) -> float:
-        """How much higher the plan's lower bound is than that of the best other plan; 0 where there is no other."""
-        others = np.delete(self.bound, self.plan)
+        """How much higher the plan's lower bound is than that of the best other one that fits; 0 where none does."""
+        others = self.bound[self.may_take & (np.arange(len(self.plans)) != self.plan)]
         return float(self.bound[self.plan] - others.max()) if len(others) else 0.0
 
     @property

@@ -26,7 +26,6 @@ from ..learned.policy_file import SCHEMA
 from .config import TrainConfig
 from .plan_runs import CHOICES, REFERENCE, RUNS, PlanRun
 
-
 LEAST_FALL = 0.01
 """A fine-tune in which some plan takes a smaller share off the loss is not learned from."""
 

@@ -216,7 +216,7 @@ def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
 def _votes(logged: LoggedDecision, found: Deliberation) -> str:
     plan, reference = found.plan, _reference(logged)
     if plan == found.reference:
-        others = np.delete(found.bound, plan)
+        others = found.bound[found.may_take & (np.arange(len(found.plans)) != plan)]
         best = f"the highest lower bound of another plan is {others.max():.3f}" if len(others) else "no other plan"
         return f"Everything is compared with {reference}; {best}."
     if found.goal.saves:
@@ -260,11 +260,12 @@ def _aim(found: Deliberation) -> str:
 def _margin(found: Deliberation) -> str:
     if len(found.plans) == 1:
         return "All candidates lead to this one plan."
-    size, count = abs(found.margin), len(found.plans)
+    size, unfit = abs(found.margin), int((~found.may_take).sum())
+    others = f"the other {len(found.plans) - 1 - unfit} plans" + (" that fit" if unfit else "")
     if found.margin >= 0:
-        return f"That is {size:.3f} above the best of the other {count - 1} plans."
+        return f"That is {size:.3f} above the best of {others}."
     nearest = " It was taken because it is nearest to the reference of the plans that are tied."
-    return f"The best of the other {count - 1} plans is {size:.3f} higher.{'' if found.temperature else nearest}"
+    return f"The best of {others} is {size:.3f} higher.{'' if found.temperature else nearest}"
 
 
 def _tie(logged: LoggedDecision, found: Deliberation) -> str:
@@ -329,6 +330,7 @@ def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str,
             "bound": float(found.bound[plan]),
             "probability": float(found.probabilities[plan]) if drawn else None,
             "tied": bool(found.tied[plan]),
+            "fits": bool(found.may_take[plan]),
             "cost": unit_cost(problem.cost, found.plans[plan]),
         }
         for plan in range(len(found.plans))

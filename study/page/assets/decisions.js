@@ -134,6 +134,7 @@ function votesTable(explanation) {
     ...Array.from({ length: networks }, (_, index) => ({ name: `network ${index + 1}`, value: (plan) => (plan.votes || [])[index], text: fixed })),
     { name: "mean", value: (plan) => plan.mean, text: fixed }, { name: "sd", value: (plan) => plan.sd, text: fixed },
     { name: "bound", value: (plan) => plan.bound, text: fixed }, { name: "tied", value: (plan) => (plan.tied ? "yes" : "no") },
+    { name: "fits", value: (plan) => (known(plan.fits) ? (plan.fits ? "yes" : "no") : undefined) },
     { name: "probability", value: (plan) => plan.probability, text: fixed }, { name: "adapted", value: (plan) => plan.adapted, text: number },
     { name: "mean rank", value: (plan) => plan.mean_rank, text: number }, { name: "differs from taken", value: (plan) => plan.differs, text: number },
   ].filter((column) => explanation.plans.some((plan) => known(column.value(plan))));

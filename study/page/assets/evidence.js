@@ -73,7 +73,7 @@ function votes(explanation) {
 function voteRow(explanation, plan, y, { width, named, place, tall, narrow }) {
   const taken = plan.plan === explanation.taken, style = taken ? "name strong" : "name";
   const middle = narrow ? y + 31 : y + tall / 2, line = narrow ? y + 16 : middle + 4;
-  const name = (taken ? "▸ " : "") + planNames(explanation, plan.plan) + (plan.plan === explanation.reference ? " (reference)" : "");
+  const name = (taken ? "▸ " : "") + planNames(explanation, plan.plan) + (plan.plan === explanation.reference ? " (reference)" : "") + (plan.fits === false ? " (does not fit)" : "");
   const bound = known(plan.bound) ? place(plan.bound) : null;
   const spread = plan.votes && plan.votes.length ? [Math.min(...plan.votes), Math.max(...plan.votes)] : null;
   return svg("g", { class: taken ? "plan taken" : "plan" },

@@ -14,8 +14,9 @@ from rankpilot.bench.methods.contenders.parts import PARTS
 from rankpilot.bench.methods.ranks import plan_ranks, plan_text
 from rankpilot.bench.methods.registry import METHODS
 from rankpilot.bench.methods.report import run as report
+from rankpilot.bench.methods.report.document import to_markdown
 from rankpilot.bench.methods.report.numbers import Results
-from rankpilot.bench.methods.report.saving import PLANS, better_kind, saving_of, share_of_best
+from rankpilot.bench.methods.report.saving import PLANS, better_kind, saving_blocks, saving_of, share_of_best
 from rankpilot.bench.methods.study import Modules, Study
 from rankpilot.bench.methods.tasks import SAVING, SUITES, Cell, Suite
 from rankpilot.bench.methods.work import Work
@@ -155,6 +156,12 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| attention-8 | 4 | +4.0 (+4.0 to +4.0) | +4.0 | 0 / 4 |" in text
     assert "`ours-saves-time` is better than the worse of `attention-8` and `mlp-8` in 100% (" in text
     assert "<table>" in (tmp_path / "saving.html").read_text()
+
+
+def test_docs_saving_is_what_the_stored_rows_say() -> None:
+    """Every number in docs/saving.md comes from the rows in the repository."""
+    page = Path(__file__).parents[3] / "docs" / "saving.md"
+    assert page.read_text() == to_markdown(saving_blocks(report.read_results(report.Options(suite="saving"))))
 
 
 def test_missing_rows_are_no_results() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -109,6 +110,12 @@ def test_a_tie_tells_what_its_plans_have_in_common(
     assert f"{same.sum()} of {len(same)} modules the same rank" in sentence
     assert found.margin < 0
     assert f"is {-found.margin:.3f} higher. It was taken because it is nearest to the reference" in " ".join(told)
+    fits = np.arange(len(found.plans)) != np.argmax(found.bound)
+    assert logged.state is not None
+    state = replace(logged.state, deliberation=replace(found, allowed=fits))
+    without = explain_votes(replace(logged, state=state))
+    assert f"the best of the other {len(found.plans) - 2} plans that fit" in " ".join(without.sentences()).lower()
+    assert [plan["fits"] for plan in without.to_json()["plans"]] == fits.tolist()
 
 
 def test_plans_that_are_drawn_have_probabilities(
