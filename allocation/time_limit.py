@@ -40,11 +40,14 @@ class TimeLimit:
         time: of a step under any plan.
         seconds: what a step may take, > 0.
         layers: chooses the layers that run again under each plan; None where those that the step was measured with do.
+        beside: where the user set no limit, the seconds of plain LoRA, beside which plans are told; no plan reaches
+            `seconds` then.
     """
 
     time: StepTime
     seconds: float
     layers: FewestLayers | None = None
+    beside: float | None = None
 
     def added_to(self, cost: UntimedCost, limit: float) -> TimedCost:
         """A cost with the time of a step as one more moment; without second runs where `layers` chooses them."""
@@ -132,17 +135,20 @@ class TimeLimit:
             raise self._impossible(seconds)
 
     def text(self, ranks: IntArray) -> str:
-        """The time of a plan beside its limit, for people."""
-        return f"a step takes {self.of(ranks):.3g} of {self.seconds:.3g} s"
+        """The time of a plan beside its limit, or beside plain LoRA where there is none, for people."""
+        seconds = self.of(ranks)
+        if self.beside is None:
+            return f"a step takes {seconds:.3g} of {self.seconds:.3g} s"
+        return f"a step takes {seconds:.3g} s, {seconds / self.beside:.0%} of that with rank 8 on all modules"
 
     def state(self) -> dict[str, Any]:
         """All that `from_state` needs, as arrays and JSON values."""
-        return {"seconds": self.seconds, "time": self.time.state()}
+        return {"seconds": self.seconds, "beside": self.beside, "time": self.time.state()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TimeLimit:
         """The limit that `state` described; who chooses `layers` says so again."""
-        return cls(StepTime.from_state(state["time"]), float(state["seconds"]))
+        return cls(StepTime.from_state(state["time"]), float(state["seconds"]), beside=state.get("beside"))
 
     def _over(self, ranks: IntArray) -> float:
         return self.of(ranks) / self.seconds

@@ -33,7 +33,9 @@ def rank_figures(
     if recomputed is not None:
         figures["recomputed_layers"] = float(len(recomputed))
     if controller.time:
-        figures |= {"plan_seconds": controller.time.of(ranks), "budget_seconds": controller.time.seconds}
+        figures["plan_seconds"] = controller.time.of(ranks)
+        if controller.time.beside is None:
+            figures["budget_seconds"] = controller.time.seconds
     if fresh_peaks:
         figures["peak_bytes"] = float(max(peak for _, peak in fresh_peaks))
     return figures

@@ -11,7 +11,7 @@ import numpy as np
 from ..allocation.controller import RankController
 from ..allocation.observation import Observation
 from ..allocation.policy import Decision
-from ..allocation.time_limit import TimeLimit
+from ..allocation.time_limit import FewestLayers, TimeLimit
 from ..common.arrays import IntArray
 from ..errors import UnsupportedError
 from ..lora.adapters import PeftAdapters
@@ -24,7 +24,7 @@ from ..memory.model import MemoryModel
 from ..memory.recomputation import fewest_recomputed
 from ..memory.recording import Batch
 from ..memory.step_time import PARTS, StepTime
-from ..memory.time_budget import TimeBudget
+from ..memory.time_budget import TimeBudget, reference_seconds
 from .recomputation import Recomputation
 from .run import TrainingRun
 
@@ -59,7 +59,7 @@ def time_limit(
     """
     time = run.measured(lambda: _step_time(run, targets, memory, limit, recomputation))
     fewest = partial(fewest_recomputed, memory, limit=limit) if recomputation and memory else None
-    return TimeLimit(time, _seconds(budget, time, targets), fewest)
+    return _limit(budget, time, targets, fewest)
 
 
 def _step_time(
@@ -156,11 +156,15 @@ def other_time_limit(
         return None
     if before is None:
         return time_limit(run, targets, budget, memory, limit, recomputation)
-    return TimeLimit(before.time, _seconds(budget, before.time, targets), before.layers)
+    return _limit(budget, before.time, targets, before.layers)
 
 
-def _seconds(budget: TimeBudget, time: StepTime, targets: Sequence[TargetModule]) -> float:
-    return budget.resolve(time, highest_ranks(targets))
+def _limit(
+    budget: TimeBudget, time: StepTime, targets: Sequence[TargetModule], layers: FewestLayers | None
+) -> TimeLimit:
+    most = highest_ranks(targets)
+    beside = reference_seconds(time, most) if budget == TimeBudget.unlimited() else None
+    return TimeLimit(time, budget.resolve(time, most), layers, beside)
 
 
 def _largest_that_fits(

@@ -199,3 +199,9 @@ def test_it_is_saved_and_read() -> None:
     ranks = np.full(MODULES, 8)
     assert (again.seconds, again.of(ranks)) == (15.0, limit.of(ranks))
     assert again.text(ranks) == f"a step takes {limit.of(ranks):.3g} of 15 s"
+
+
+def test_without_a_limit_plans_are_told_beside_plain_lora() -> None:
+    seconds = TimeLimit(step_time(), 1.0).of(np.full(MODULES, 8))
+    again = TimeLimit.from_state(TimeLimit(step_time(), 64 * seconds, beside=2 * seconds).state())
+    assert again.text(np.full(MODULES, 8)) == f"a step takes {seconds:.3g} s, 50% of that with rank 8 on all modules"

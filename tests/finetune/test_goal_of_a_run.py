@@ -73,6 +73,9 @@ def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, t
     ranks = first.ranks("rank_after")
     np.testing.assert_array_equal(later.ranks("rank_after"), ranks)
     assert 0 < ranks.sum() < 8 * len(ranks)
+    figures = callback.pilot.figures()
+    assert ("plan_seconds" in figures) is (goal == "time")
+    assert "budget_seconds" not in figures, "nobody has set one"
     targets = find_target_modules(trainer.model)
     assert list(adapter_ranks(targets).values()) == ranks.tolist()
     assert redecide(first, policy).differences == redecide(later, policy).differences == ()
