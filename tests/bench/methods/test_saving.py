@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,26 @@ def test_docs_saving_is_what_the_stored_rows_say() -> None:
     """Every number in docs/saving.md comes from the rows in the repository."""
     page = Path(__file__).parents[3] / "docs" / "saving.md"
     assert page.read_text() == to_markdown(saving_blocks(report.read_results(report.Options(suite="saving"))))
+
+
+def test_the_readme_claims_what_the_stored_rows_say() -> None:
+    results = report.read_results(report.Options(suite="saving"))
+    readme = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
+    for name, start in (("ours-saves-time", "loses "), ("top-three-quarters-8", "loss ")):
+        found = saving_of(results, name)
+        assert found is not None
+        low, mean, high, worst = (
+            short(100 * value, 1) for value in (found.loss.low, found.loss.value, found.loss.high, found.worst)
+        )
+        step, size = short(found.step.value, 2), short(found.bytes.value, 2)
+        of_mean = " in the mean" if start == "loses " else ""
+        assert f"{start}{mean} %{of_mean} ({low} to {high}), {worst} % in the worst, at {step} of the time" in readme
+        assert f"and {size} of the bytes" in readme
+
+
+def short(value: float, digits: int) -> str:
+    """A number as the README writes it: without the 0 before the point."""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
 
 
 def test_missing_rows_are_no_results() -> None:
