@@ -39,7 +39,8 @@ def identity(spec: str, *, saves: bool = False) -> dict[str, Any]:
     if not isinstance(load_policy(name), LearnedPolicy):
         return {"policy": spec}
     card = read_card(policy_folder(name))
-    settings = card["plan_value"]
-    doubts = [settings[key] for key in ("doubt", "doubt_on_labels") if settings.get(key) is not None]
-    doubt = {"doubt": " ".join(f"{value:.3g}" for value in doubts)} if saves else {}
-    return {"policy": spec, "sha": str(card["sha256"])[:16], **doubt}
+    found = {"policy": spec, "sha": str(card["sha256"])[:16]}
+    if saves and card.get("plan_value"):
+        doubts = [card["plan_value"].get(key) for key in ("doubt", "doubt_on_labels")]
+        found["doubt"] = " ".join(f"{doubt:.3g}" for doubt in doubts if doubt is not None)
+    return found

@@ -140,8 +140,7 @@ def saving_blocks(results: Results) -> list[Block]:
             f"bench methods --suite saving`. Each plan beside `{PLAIN}`, rank 8 on all linear modules: by how much the "
             "log of the held-out loss is higher, in per cent, both at a learning rate of their own, with paired seeds; "
             f"the cells in which it keeps within {TOLERANCE:.0%} and those in which it is off by more than {FAR:.0%}; "
-            "the time of a step and the bytes as shares. "
-            "Intervals are 95 %, by a bootstrap over tasks."
+            "the time of a step and the bytes as shares. Intervals are 95 %, by a bootstrap over tasks."
         ),
         Table(columns, rows),
         *([Bullets(tuple(lines))] if lines else []),

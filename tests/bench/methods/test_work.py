@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.policy_file import save_policy
+from rankpilot.allocation.schedule import ONCE
 from rankpilot.bench.methods.contenders.gora import shared_out
 from rankpilot.bench.methods.contenders.policies import identity
 from rankpilot.bench.methods.contenders.tpe import search
@@ -126,3 +131,13 @@ def test_the_rate_rises_and_falls() -> None:
 def test_ranks_are_shared_out_by_importance() -> None:
     ranks = shared_out({"a": 3.0, "b": 1.0, "c": 0.0}, {"a": 64, "b": 64, "c": 64})
     assert ranks == {"a": 18, "b": 6, "c": 4}
+
+
+def test_what_identifies_a_policy(tmp_path: Path) -> None:
+    """Its weights; under a goal of cost its doubts too, if it has any."""
+    folder = str(save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), ONCE, {}))
+    alone = identity(folder)
+    assert identity(folder, saves=True) == alone
+    assert len(alone["sha"]) == 16
+    assert "doubt" not in identity("default")
+    assert len(identity("default", saves=True)["doubt"].split()) == 2
