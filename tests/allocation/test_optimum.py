@@ -86,7 +86,7 @@ def test_the_utility_is_that_of_a_full_search():
     assert np.mean(np.array(shares) > 1 - 1e-9) >= 0.9
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(11), pytest.param(11, marks=pytest.mark.long)])
 def test_larger_models_get_at_least_what_scores_would_get(seed):
     """Utility exp(score) log(1 + rank / c) is what `pack` serves too, if the floor is the best of many."""
     generator = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tqdm.auto import tqdm as auto
 
 
+@pytest.mark.long
 def test_killed_runs_end_as_if_nobody_had_killed_them() -> None:
     console = Console(file=io.StringIO(), width=120)
     figures = benchmark(Options(quick=True), console)

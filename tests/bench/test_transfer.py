@@ -198,6 +198,7 @@ def test_budgets_and_data_of_the_full_run() -> None:
 
 @pytest.mark.assets
 @pytest.mark.usefixtures("_tokenised_once")
+@pytest.mark.long
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "figures.json"
     assert bench(["transfer", "--quick", "--policies", "signal-mean", "--workers", "1", "--json", str(path)]) == 0

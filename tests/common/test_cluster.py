@@ -107,6 +107,7 @@ def test_one_worker_is_an_actor_too(nodes: Nodes) -> None:
         assert [pid != os.getpid() for _, pid in workers.spread(call, [os.getpid])] == [True]
 
 
+@pytest.mark.long
 def test_work_that_kills_each_actor_is_given_up(nodes: Nodes) -> None:
     with on(nodes), worker_pool(2) as workers:
         workers.keep(0, partial(Tally, 1.0))
@@ -115,6 +116,7 @@ def test_work_that_kills_each_actor_is_given_up(nodes: Nodes) -> None:
         assert workers.call({0: Call(Tally.add, (1.0,))})[0][0] == 2.0, "other work goes on"
 
 
+@pytest.mark.long
 def test_the_work_of_a_node_that_is_lost_is_done_again(nodes: Nodes, tmp_path: Path) -> None:
     third = nodes.add()
     with on(nodes) as lines, worker_pool(3) as workers:
@@ -147,6 +149,7 @@ def _wait_for(path: Path, piece: int) -> int:
     return piece
 
 
+@pytest.mark.long
 def test_a_node_with_other_bits_is_left_out(nodes: Nodes) -> None:
     odd = nodes.add(ODD_BITS="odd")
     try:

@@ -152,8 +152,10 @@ def failing(fails: Callable[[int], bool]) -> type[Trainer]:
     return OutOfMemory
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("times", "accumulation"),
+    [(1, 1), (2, 3), *(pytest.param(*both, marks=pytest.mark.long) for both in ((1, 3), (2, 1)))],
+)
 def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
     make: Launch, accumulation: int, times: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -314,7 +316,7 @@ class Asks(TrainerCallback):
     ("event", "step", "saved"),
     [("on_step_begin", 5, 5), ("on_pre_optimizer_step", 5, 5), ("on_step_end", 5, 5), ("on_step_end", 6, 6)],
 )
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_the_just_in_time_checkpoint_of_the_trainer_resumes(
     make: Launch, event: str, step: int, saved: int, accumulation: int
 ) -> None:

@@ -341,6 +341,7 @@ def profiled() -> list[int]:
     return [event.input_shapes[0][0] for event in recorded.events() if event.name == "gloo:all_reduce"]
 
 
+@pytest.mark.long
 def test_on_the_wire_are_the_gradients_of_the_adapters() -> None:
     """In each step, the parameters of the plan and two numbers, which tell the shape of the largest batch."""
     sizes = in_processes(2, profiled)[0]

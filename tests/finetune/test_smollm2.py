@@ -36,6 +36,7 @@ def test_the_packaged_model_answers() -> None:
 
 @pytest.mark.assets
 @pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_learns_from_chats_inside_its_budget(tmp_path: Path) -> None:
     data = chats(tmp_path / "chats.jsonl", 80)
     config = FinetuneConfig(

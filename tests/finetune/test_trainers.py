@@ -89,7 +89,17 @@ def run_under(trainer: Trainer, budget: str) -> Run:
     return Run(budget, pilot.limit, "", trainer.state.global_step, changed, pilot.peaks, pilot.pilot.checks, at)
 
 
-@pytest.fixture(scope="module", params=[*TRL_KINDS, *TRAINER_KINDS], ids=lambda kind: kind.name)
+VARIANTS = {"sft-assistant-only", "sft-completions", "sft-no-checkpointing", "class-weights", "label-smoothing"}
+"""Kinds whose steps cost what those of another kind do."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=pytest.mark.long if kind.name in VARIANTS else (), id=kind.name)
+        for kind in (*TRL_KINDS, *TRAINER_KINDS)
+    ],
+)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """One kind of Trainer under each budget; where one is refused, also under the smallest that the error names."""
     kind: TrainerKind = request.param

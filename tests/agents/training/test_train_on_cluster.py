@@ -68,6 +68,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return trained(TINY, tmp_path_factory.mktemp("one") / "policy")
 
 
+@pytest.mark.long
 def test_two_nodes_train_the_same_policy(nodes: Nodes, alone: Made, tmp_path: Path) -> None:
     lines: list[str] = []
     with running_on_cluster(nodes.address, canary, lines.append):

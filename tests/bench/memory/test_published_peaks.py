@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from rankpilot.bench.memory.published_peaks import Compared, compare_t4, quick_rows, summary, t4_rows
 
 
+@pytest.mark.long
 def test_published_steps_are_predicted_within_the_bars():
     rows = quick_rows(t4_rows())
     assert {(row.attention, row.quantization) for row in rows} == {
