@@ -43,7 +43,7 @@ from .methods.work import Work, adapted_model, perform, training_run
 ROOM = 2.0
 """The probe's budget, in what all-linear rank 8 takes; plans are drawn for less."""
 
-BUDGETS = (0.3, 1.0)
+BUDGETS = (0.5, 1.2)
 """The budget of each task and seed is drawn between these, evenly in its logarithm."""
 
 MOST_FACTOR = 2.0

@@ -15,34 +15,9 @@ from ...allocation.deliberation import VoteUnit
 from ...allocation.goal import LOSS_UNIT
 from ...common.workers import worker_pool
 from ...errors import ConfigError
-from ..learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEnsemble, learns_labels
-
-
-@dataclass(frozen=True, eq=False)
-class PlanDataset:
-    """Plans and their results.
-
-    Attributes:
-        plans: one plan for each state: ranks (states, 1, modules).
-        gains: minus the log of the held-out loss at the end of the run, (states,).
-        reference_gains: the same of the run with plain LoRA of the same task, (states,).
-        groups: number of each state's group, int64 (states,). The states of one task at one decision are a group; their
-            plans can be compared.
-        tasks: number of each state's task, int64 (states,).
-        families: number of the family of each state's model, int64 (states,).
-        real: which states are of real fine-tunes, bool (states,).
-    """
-
-    plans: Plans
-    gains: torch.Tensor
-    reference_gains: torch.Tensor
-    groups: torch.Tensor
-    tasks: torch.Tensor
-    families: torch.Tensor
-    real: torch.Tensor
-
-    def __getitem__(self, states: torch.Tensor) -> PlanDataset:
-        return PlanDataset(*(getattr(self, name)[states] for name in self.__dataclass_fields__))
+from ..learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEnsemble
+from .doubt import doubts_of
+from .plan_dataset import PlanDataset
 
 
 @dataclass(frozen=True)
@@ -74,12 +49,6 @@ class FitConfig:
 
 ANY_COST = PlanValueConfig(unit="log loss")
 """The value ensemble of new policies: it tells plans of any cost apart."""
-
-SURE = 0.8
-"""The share of plans for unseen tasks of which the votes may not promise too much; see `doubt_of`."""
-
-LEAST_REAL = 5
-"""From so many real fine-tunes on, of labels or of texts, they alone tell how far votes on such runs can be trusted."""
 
 LEAST_SPREAD = 0.02
 """Added to the standard deviation of a group's gains, in log loss: smaller differences are noise."""
@@ -128,7 +97,7 @@ def fit_value_ensemble(
 
     The networks learn differences inside a group: its mean is taken off predictions and targets. The targets are in the
     unit of the ensemble's values. The range of each feature of the run becomes part of its settings. Votes on the log
-    loss are then judged: for each family of models one more network learns from all others.
+    loss are then judged: for each family of models as many more networks learn from the same draws without it.
 
     Args:
         ensemble: its networks start anew.
@@ -156,7 +125,7 @@ def fit_value_ensemble(
     count = len(ensemble.critics)
     draws = [_times(tasks, seed * count + number) for number in range(count)]
     if unit == "log loss" and len(np.unique(families)) > 1:
-        draws += [np.where(families == family, 0, 1) for family in np.unique(families)]
+        draws += [_without(families == family, times) for family in np.unique(families) for times in draws[:count]]
     pieces = [
         _Fit(number, ensemble.config, fit or FitConfig(), plans, targets.numpy(), sizes, times, seed * count + number)
         for number, times in enumerate(draws)
@@ -173,34 +142,33 @@ def fit_value_ensemble(
     ensemble.config = replace(ensemble.config, lowest=tuple(lowest), highest=tuple(highest))
     facts = _explained("explained", predicted[:count].nanmean(dim=0), targets)
     if facts and unit == "log loss":
-        elsewhere = predicted[count:].nansum(dim=0)  # each row is of one family
-        facts |= _explained("explained elsewhere", elsewhere, targets) if len(pieces) > count else {}
-        judged = elsewhere if len(pieces) > count else predicted.nanmean(dim=0)
-        on_texts, on_labels = doubts_of(judged - targets, dataset[rows], sizes)
+        judged = _elsewhere(predicted, count, np.repeat(families, sizes)) if len(pieces) > count else predicted
+        facts |= _explained("explained elsewhere", judged.mean(dim=0), targets) if len(pieces) > count else {}
+        on_texts, on_labels = doubts_of(judged, targets, dataset[rows], sizes)
         ensemble.config = replace(ensemble.config, doubt=on_texts, doubt_on_labels=on_labels)
         facts |= {"doubt": on_texts, "doubt on labels": on_labels}
     return facts
 
 
-def doubts_of(errors: torch.Tensor, ordered: PlanDataset, sizes: list[int]) -> tuple[float, float]:
-    """The doubt in runs that learn texts and in those that learn labels; one is the other's where no task tells it.
+def _elsewhere(predicted: torch.Tensor, count: int, families: NDArray[np.int64]) -> torch.Tensor:
+    """What networks expect of plans for the family that they have not learned from, (count, rows).
 
     Args:
-        errors: see `doubt_of`.
-        ordered: the rows in the order of the groups.
-        sizes: of the groups.
+        predicted: by the networks of the ensemble, then by as many for each family, in the order of their numbers.
+        count: of networks of the ensemble.
+        families: of the rows, (rows,).
     """
-    starts = np.cumsum([0, *sizes[:-1]])
-    is_reference = ordered.gains == ordered.reference_gains
-    families, real = ordered.families.numpy()[starts], ordered.real.numpy()[starts]
-    on_labels = np.array([learns_labels(run) for run in ordered.plans.run[starts].tolist()])
+    found = torch.full_like(predicted[:count], torch.nan)
+    for place, family in enumerate(np.unique(families), start=1):
+        rows = torch.from_numpy(families == family)
+        found[:, rows] = predicted[place * count : (place + 1) * count, rows]
+    return found
 
-    def doubt_in(kind: NDArray[np.bool_]) -> float:
-        kind = kind if kind.any() else ~kind
-        counted = kind & real if (kind & real).sum() >= LEAST_REAL else kind
-        return doubt_of(errors, is_reference, sizes, np.where(counted, families, -1))
 
-    return doubt_in(~on_labels), doubt_in(on_labels)
+def _without(left_out: NDArray[np.bool_], times: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each group is learned from if some are left out, (groups,): the others once if none was drawn."""
+    others = np.where(left_out, 0, times)
+    return others if others.any() else (~left_out).astype(np.int64)
 
 
 def _times(tasks: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
@@ -220,31 +188,6 @@ def _explained(name: str, predicted: torch.Tensor, targets: torch.Tensor) -> dic
     known = ~predicted.isnan()
     truth = targets[known]
     return {name: float(1 - (predicted[known] - truth).square().sum() / truth.square().sum())} if truth.any() else {}
-
-
-def doubt_of(
-    errors: torch.Tensor, is_reference: torch.Tensor, sizes: Sequence[int], families: NDArray[np.int64]
-) -> float:
-    """By how much votes against plain LoRA promise too much at most, in the share `SURE` of plans; at least 0.
-
-    The spread of the networks tells less than half of it (docs/experiments.md). Plan by plan this is split conformal
-    prediction (Papadopoulos et al., 2002), with what networks have not learned from in place of a split. All families
-    count alike, however many tasks they have.
-
-    Args:
-        errors: predictions for what networks have not learned from less the targets, NaN for others, (rows,).
-        is_reference: which rows are plain LoRA, or ended like it, bool (rows,).
-        sizes: of the groups, in the order of the rows.
-        families: of the groups; below 0 for those that do not count.
-    """
-    found: dict[int, list[torch.Tensor]] = {}
-    for family, part, reference in zip(
-        families.tolist(), torch.split(errors, list(sizes)), torch.split(is_reference, list(sizes)), strict=True
-    ):
-        if family >= 0 and reference.any() and not reference.all() and not part.isnan().any():
-            found.setdefault(family, []).append(part[~reference] - part[reference].mean())
-    quantiles = [float(torch.cat(parts).quantile(SURE)) for parts in found.values()]
-    return max(0.0, sum(quantiles) / len(quantiles)) if quantiles else 0.0
 
 
 def groups_of(numbers: torch.Tensor) -> list[torch.Tensor]:

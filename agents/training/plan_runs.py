@@ -39,7 +39,7 @@ from ..learned.plan_value import Plans
 from ..learned.policy import LearnedPolicy, MeanAction
 from ..learned.policy_file import SCHEMA
 from ..learned.structures import ALL_LINEAR, DEPTHS, KINDS, all_linear, structure_plans
-from .fit_plan_value import PlanDataset
+from .plan_dataset import PlanDataset
 
 PLAN_RUNS = "plan_runs"
 """Folder, inside a training run's, of what its value ensemble learns from."""

@@ -11,16 +11,9 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.training.fit_plan_value import (
-    LEAST_REAL,
-    FitConfig,
-    PlanDataset,
-    doubt_of,
-    doubts_of,
-    fit_value_ensemble,
-    standardised,
-    targets_of,
-)
+from rankpilot.agents.training.doubt import LEAST_REAL, doubt_of, doubts_of
+from rankpilot.agents.training.fit_plan_value import FitConfig, fit_value_ensemble, standardised, targets_of
+from rankpilot.agents.training.plan_dataset import PlanDataset
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import ConfigError
 
@@ -441,6 +434,12 @@ def test_texts_and_labels_are_doubted_apart() -> None:
     assert texts_alone["doubt on labels"] == texts_alone["doubt"], "nothing tells another one"
 
 
+def expecting(too_much: torch.Tensor, targets: torch.Tensor, spread: float = 0.0) -> torch.Tensor:
+    """Two networks whose votes are too high by so much in the mean, and lie `spread` to either side, (2, rows)."""
+    apart = spread * torch.tensor([[-1.0], [1.0]]) * (too_much != 0)
+    return (targets + too_much).unsqueeze(0) + apart
+
+
 def test_real_fine_tunes_alone_tell_the_doubt() -> None:
     """Where there are enough of them; votes promised 2 too much on these, and nothing on proxies."""
     dataset = two_families(1.0)
@@ -449,22 +448,33 @@ def test_real_fine_tunes_alone_tell_the_doubt() -> None:
     found = []
     for count in (LEAST_REAL - 1, LEAST_REAL):
         real = dataset.groups < count
-        errors = torch.where(real & ~first, 2.0, 0.0)
-        found.append(doubts_of(errors, replace(dataset, gains=gains, real=real), [8] * 60)[0])
-    assert found == [0.0, 2.0]
+        predicted = expecting(torch.where(real & ~first, 2.0, 0.0), gains)
+        found.append(doubts_of(predicted, gains, replace(dataset, gains=gains, real=real), [8] * 60)[0])
+    assert found == pytest.approx([0.0, 2.0])
+
+
+def test_what_the_spread_tells_is_not_doubted_again() -> None:
+    """Votes that promise 2 too much, by networks that lie 1.5 to either side: .5 is left. Beyond that nothing."""
+    dataset = two_families(1.0)
+    first = torch.arange(len(dataset.gains)) % 8 == 0
+    gains = torch.where(first, 0.0, 0.01)
+    too_much = torch.where(first, 0.0, 2.0)
+    known = replace(dataset, gains=gains)
+    for spread, left in ((0.0, 2.0), (1.5, 0.5), (2.5, 0.0)):
+        assert doubts_of(expecting(too_much, gains, spread), gains, known, [8] * 60)[0] == pytest.approx(left)
+    by_one = expecting(too_much, gains, 1.5)
+    by_one[1] = torch.nan  # the other network has learned from these plans, and cannot be asked
+    assert doubts_of(by_one, gains, known, [8] * 60)[0] == pytest.approx(0.5), "2 less 1.5, of the one that is left"
 
 
 def test_all_families_count_alike() -> None:
     """A family of two groups is as much as one of 28."""
     families = np.array([0] * 28 + [1] * 2)
-    errors = torch.zeros(30, 4)
-    errors[28:, 1:] = 2.0
-    is_reference = torch.tensor([True, False, False, False]).repeat(30)
-    assert doubt_of(errors.flatten(), is_reference, [4] * 30, families) == 1.0
-    assert doubt_of(errors.flatten(), is_reference, [4] * 30, 0 * families) == 0.0
-    unknown = errors.clone()
-    unknown[28:] = torch.nan
-    assert doubt_of(unknown.flatten(), is_reference, [4] * 30, families) == 0.0
+    excess = [torch.zeros(3)] * 28 + [torch.full((3,), 2.0)] * 2
+    assert doubt_of(excess, families) == 1.0
+    assert doubt_of(excess, 0 * families) == 0.0
+    unknown = [*excess[:28], torch.zeros(0), torch.zeros(0)]
+    assert doubt_of(unknown, families) == 0.0
 
 
 # What was learned from ----------------------------------------------------------------------------------------------

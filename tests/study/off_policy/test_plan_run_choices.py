@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig
-from rankpilot.agents.training.fit_plan_value import FitConfig, PlanDataset
+from rankpilot.agents.training.fit_plan_value import FitConfig
+from rankpilot.agents.training.plan_dataset import PlanDataset
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import DataError
 from rankpilot.study.off_policy.compare import compare_targets
