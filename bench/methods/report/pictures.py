@@ -73,12 +73,12 @@ def _scatter(
     axes.set_xlabel(label)
     axes.set_ylabel("gain in log loss")
     axes.margins(x=0.12)
-    _label(axes, places)
+    label_points(axes, places)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return save_figure(figure, path)
 
 
-def _label(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
+def label_points(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
     """Write the names of points beside them, one above the other where points are close."""
     written: list[tuple[float, float]] = []
     for x, y, name in sorted(places, key=lambda place: place[1]):

@@ -22,7 +22,8 @@ from .answers import answers, check_results, checks, limits
 from .document import Block, Heading, Paragraph, Picture, to_html, to_markdown
 from .numbers import REFERENCE, Comparison, Costs, Results, compare, costs_of
 from .pictures import draw_all
-from .saving import saving_blocks, saving_figures
+from .saving import saving_blocks, saving_figures, savings_of
+from .saving_picture import draw_savings
 from .tables import cells_legend, cells_table, costs_table, losses_table
 
 
@@ -85,6 +86,11 @@ def summary(results: Results) -> tuple[dict[str, Comparison], dict[str, Costs]]:
     return versus, costs
 
 
+def _images(options: Options) -> str:
+    """The folder of the pictures, as the report names it."""
+    return os.path.relpath(options.images or options.output, options.output)
+
+
 def report_blocks(
     options: Options, results: Results, versus: dict[str, Comparison], costs: dict[str, Costs]
 ) -> list[Block]:
@@ -96,7 +102,7 @@ def report_blocks(
         versus: each method against the reference.
         costs: of each method.
     """
-    images = os.path.relpath(options.images or options.output, options.output)
+    images = _images(options)
     described = "; ".join(f"`{method.name}`: {method.description}" for method in results.methods)
     return [
         Heading("Results: adaptive and static ranks side by side", 1),
@@ -154,7 +160,8 @@ def benchmark(options: Options, console: Console) -> Figures:
     results = read_results(options)
     figures: Figures = {**machine_facts(torch.device("cpu")), "suite": options.suite, "rows": len(results.study.rows)}
     if options.suite == "saving":
-        _write(options, "saving", saving_blocks(results), console)
+        draw_savings(savings_of(results), (options.images or options.output) / "saving.png")
+        _write(options, "saving", saving_blocks(results, f"{_images(options)}/saving.png"), console)
         return figures | saving_figures(results)
     versus, costs = summary(results)
     draw_all(results, versus, costs, options.images or options.output)

@@ -9,7 +9,7 @@ import numpy as np
 from ....common.statistics import Estimate, estimate, ratio_estimate
 from ...harness import Figures, estimate_figures
 from ..tasks import SAVING, Cell
-from .document import Block, Bullets, Heading, Paragraph, Table
+from .document import Block, Bullets, Heading, Paragraph, Picture, Table
 from .numbers import Results
 from .tables import percent
 
@@ -115,9 +115,19 @@ def _best_saved(results: Results, cell: Cell) -> float:
     return max([0.0, *(_saved(results, cell, name) for name in kept)])
 
 
-def saving_blocks(results: Results) -> list[Block]:
-    """The report."""
-    found = {name: one for name in PLANS if (one := saving_of(results, name)) is not None}
+def savings_of(results: Results) -> dict[str, Saving]:
+    """What each method saves, by name, as far as rows tell."""
+    return {name: one for name in PLANS if (one := saving_of(results, name)) is not None}
+
+
+def saving_blocks(results: Results, picture: str) -> list[Block]:
+    """The report.
+
+    Args:
+        results: of the rows.
+        picture: its place, as the report names it.
+    """
+    found = savings_of(results)
     rows = tuple(
         (
             name,
@@ -143,6 +153,7 @@ def saving_blocks(results: Results) -> list[Block]:
             "the time of a step and the bytes as shares. Intervals are 95 %, by a bootstrap over tasks."
         ),
         Table(columns, rows),
+        Picture(picture, "Loss of plans against the time of a step and against bytes"),
         *([Bullets(tuple(lines))] if lines else []),
         Heading("Plans"),
         Paragraph(f"{described}."),
@@ -166,12 +177,10 @@ def _sentences(results: Results, name: str) -> list[str]:
 def saving_figures(results: Results) -> Figures:
     """The figures by flat name."""
     figures: Figures = {}
-    for name in PLANS:
-        one = saving_of(results, name)
-        if one is not None:
-            for part, value in (("loss", one.loss), ("step", one.step), ("bytes", one.bytes)):
-                figures |= estimate_figures(f"{name}.{part}", value)
-            figures |= {f"{name}.worst": one.worst, f"{name}.kept": one.kept, f"{name}.far": one.far}
+    for name, one in savings_of(results).items():
+        for part, value in (("loss", one.loss), ("step", one.step), ("bytes", one.bytes)):
+            figures |= estimate_figures(f"{name}.{part}", value)
+        figures |= {f"{name}.worst": one.worst, f"{name}.kept": one.kept, f"{name}.far": one.far}
     for name in OURS:
         for part, found in (("share", share_of_best(results, name)), ("better_kind", better_kind(results, name))):
             figures |= estimate_figures(f"{name}.{part}", found) if found else {}

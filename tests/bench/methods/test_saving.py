@@ -157,12 +157,15 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| attention-8 | 4 | +4.0 (+4.0 to +4.0) | +4.0 | 0 / 4 |" in text
     assert "`ours-saves-time` is better than the worse of `attention-8` and `mlp-8` in 100% (" in text
     assert "<table>" in (tmp_path / "saving.html").read_text()
+    assert text.count("](./saving.png)") == 1
+    assert (tmp_path / "saving.png").stat().st_size > 10_000
 
 
 def test_docs_saving_is_what_the_stored_rows_say() -> None:
     """Every number in docs/saving.md comes from the rows in the repository."""
     page = Path(__file__).parents[3] / "docs" / "saving.md"
-    assert page.read_text() == to_markdown(saving_blocks(report.read_results(report.Options(suite="saving"))))
+    results = report.read_results(report.Options(suite="saving"))
+    assert page.read_text() == to_markdown(saving_blocks(results, "images/saving.png"))
 
 
 def test_the_readme_claims_what_the_stored_rows_say() -> None:
