@@ -54,11 +54,11 @@ MOST_FACTOR = 2.0
 class Options:
     """Train many plans for each of many real fine-tunes, and pack what came out into one file.
 
-    MiniLM-L6, its lower three layers, SmolLM2-135M, whole and cut, and small Llamas that read bytes learn film reviews,
-    posts on computers, Python's source, tales and other texts, some in languages that they do not know; no data of the
-    test cells of `rankpilot bench methods`. Each fine-tune is probed as a
-    run is, its learning rate is the best one of all-linear rank 8, and plans that adapt few modules have up to twice
-    that. Its 15 plans share seed and batches: plain LoRA, rules, kinds of modules, parts of the depth, and drawn ones.
+    MiniLM-L6, its lower three layers, SmolLM2-135M, whole and cut, and small models that read bytes (Llama, GPT-2)
+    learn film reviews, posts on computers, Python's source, tales and other texts, some in languages that they do not
+    know; no data of the test cells of `rankpilot bench methods`. Each fine-tune is probed as a run is, its learning
+    rate is the best one of all-linear rank 8, and plans that adapt few modules have up to twice that. Its 15 plans
+    share seed and batches: plain LoRA, rules, kinds of modules, parts of the depth, and drawn ones.
 
     `rankpilot train --more-plan-runs FILE` lets value networks learn from the packed file beside the plan runs of
     proxies. Runs go into `rows.jsonl` in the output folder as they end, so that an interrupted run goes on there;
@@ -126,6 +126,18 @@ def tasks(quick: bool) -> list[MethodTask]:
             ("llama-4x32", "german", 200),
             ("llama-4x32", "spanish", 100),
             ("llama-4x32", "tales", 300),
+            ("gpt2-8x32", "german", 120),
+            ("gpt2-4x64", "spanish", 100),
+            ("gpt2-8x32", "code", 100),
+            ("gpt2-4x32", "tales", 150),
+            ("gpt2-4x64", "tables", 80),
+            ("gpt2-8x32", "reviews", 80),
+            ("gpt2-4x64", "german", 200),
+            ("gpt2-8x32", "spanish", 150),
+            ("gpt2-4x32", "tables", 200),
+            ("gpt2-8x32", "tales", 60),
+            ("gpt2-4x64", "code", 150),
+            ("gpt2-8x32", "tables", 120),
         )
     ]
     return [*own, *encoders, *small, *decoders]

@@ -118,9 +118,9 @@ _ASSETS = (
         sha256="de96a5d0dc1fe5ab540fa6f993805c09da80a9518aa7a309e8cd1f433e3ae6aa",
         member="plone/app/locales/locales/",
         license="GPL-2.0",
-        description="Interface and help texts of a web system in German, French, Russian and Spanish",
+        description="Interface and help texts of a web system in German, French, Russian, Spanish, Italian and Dutch",
         wheel_bytes=12_492_437,
-        patterns=("de/*.po", "fr/*.po", "ru/*.po", "es/*.po"),
+        patterns=("de/*.po", "fr/*.po", "ru/*.po", "es/*.po", "it/*.po", "nl/*.po"),
     ),
     Asset(
         name="trac-templates",

@@ -100,6 +100,8 @@ _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "french": ("plone-locales", functools.partial(readers.translations, "fr")),
     "russian": ("plone-locales", functools.partial(readers.translations, "ru")),
     "spanish": ("plone-locales", functools.partial(readers.translations, "es")),
+    "italian": ("plone-locales", functools.partial(readers.translations, "it")),
+    "dutch": ("plone-locales", functools.partial(readers.translations, "nl")),
     "templates": ("trac-templates", readers.templates),
     "tables": ("vega-datasets", readers.tables),
 }

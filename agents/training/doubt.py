@@ -1,8 +1,9 @@
 """How far votes on plans for unseen models can be trusted, beside what the spread of the networks tells of it.
 
-The spread alone tells less than half of it (docs/experiments.md). Plan by plan this is split conformal prediction
-(Papadopoulos et al., 2002), with what networks have not learned from in place of a split, of the lower confidence bound
-by which a policy chooses: what it is short of need not be told twice.
+A goal of cost takes the cheapest plan of which it is sure: the lower confidence bound of its vote, less the doubt, is
+within the tolerance. The doubt is the least at which such plans keep to it on models that networks have not learned
+from: calibration on held-out data, as in conformal risk control (Angelopoulos et al., 2022, arXiv 2208.02814). It is
+that of the plans that are taken, since the cheapest of many is the one of which most is promised too much.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...allocation.goal import vote_of
+from ...common.arrays import FloatArray
 from ..learned.plan_value import learns_labels
 from ..learned.policy import LCB_COEFFICIENT
 from .plan_dataset import PlanDataset
 
 SURE = 0.8
-"""The share of plans for unseen tasks of which the bounds may not promise too much; see `doubt_of`."""
+"""The share of fine-tunes of unseen models whose plan, if it is not plain LoRA, loses no more than is tolerated."""
 
-LEAST_REAL = 5
-"""From so many real fine-tunes on, of labels or of texts, they alone tell how far votes on such runs can be trusted."""
+TOLERANCES = (0.005, 0.01, 0.02, 0.05)
+"""The doubt is right on the mean of these."""
+
+DOUBTS = np.arange(0.0, 4.01, 0.05).round(2)
+"""What a doubt may be, in votes."""
 
 
 def doubts_of(
@@ -36,54 +42,72 @@ def doubts_of(
         sizes: of the groups.
     """
     starts = np.cumsum([0, *sizes[:-1]])
-    families, real = ordered.families.numpy()[starts], ordered.real.numpy()[starts]
+    families = ordered.families.numpy()[starts]
     on_labels = np.array([learns_labels(run) for run in ordered.plans.run[starts].tolist()])
-    excess = [
-        _excess(*parts)
+    adapted = (ordered.plans.ranks[:, 0] > 0).sum(dim=1)
+    judged = [
+        _judged(*parts)
         for parts in zip(
             torch.split(predicted, list(sizes), dim=1),
             torch.split(targets, list(sizes)),
+            torch.split(adapted, list(sizes)),
             torch.split(ordered.gains == ordered.reference_gains, list(sizes)),
             strict=True,
         )
     ]
 
     def doubt_in(kind: NDArray[np.bool_]) -> float:
-        kind = kind if kind.any() else ~kind
-        counted = kind & real if (kind & real).sum() >= LEAST_REAL else kind
-        return doubt_of([part for part, counts in zip(excess, counted, strict=True) if counts], families[counted])
+        counted = kind if kind.any() else ~kind
+        return doubt_of([each for each, counts in zip(judged, counted, strict=True) if counts], families[counted])
 
     return doubt_in(~on_labels), doubt_in(on_labels)
 
 
-def _excess(predicted: torch.Tensor, targets: torch.Tensor, is_reference: torch.Tensor) -> torch.Tensor:
-    """By how much the bounds of a group's plans, against plain LoRA, are above the truth, (rows,); (0,) if unknown.
+def _judged(
+    predicted: torch.Tensor, targets: torch.Tensor, adapted: torch.Tensor, is_reference: torch.Tensor
+) -> FloatArray:
+    """A group's plans, the cheapest first: lower confidence bounds and the truth, against plain LoRA, (2, plans).
+
+    Plans that adapt fewer modules stand for cheaper ones. (2, 0) where nothing is known.
 
     Args:
         predicted: by each network, (networks, rows).
         targets: (rows,).
+        adapted: modules, (rows,).
         is_reference: which rows are plain LoRA, or ended like it, bool (rows,).
     """
     unseen = predicted[~predicted.isnan().any(dim=1)]
-    if not len(unseen) or not is_reference.any() or is_reference.all():
-        return targets[:0]
+    if not len(unseen) or not is_reference.any():
+        return np.zeros((2, 0))
     votes = unseen - unseen[:, is_reference].mean(dim=1, keepdim=True)
-    bound = votes.mean(dim=0) - LCB_COEFFICIENT * votes.std(dim=0, unbiased=False)
-    return (bound - (targets - targets[is_reference].mean()))[~is_reference]
+    bounds = votes.mean(dim=0) - LCB_COEFFICIENT * votes.std(dim=0, unbiased=False)
+    truth = targets - targets[is_reference].mean()
+    order = adapted[~is_reference].argsort(stable=True)
+    return torch.stack([bounds, truth])[:, ~is_reference][:, order].double().numpy()
 
 
-def doubt_of(excess: Sequence[torch.Tensor], families: NDArray[np.int64]) -> float:
-    """By how much bounds promise too much at most, in the share `SURE` of plans; at least 0.
+def doubt_of(judged: Sequence[FloatArray], families: NDArray[np.int64]) -> float:
+    """The least doubt at which the share `SURE` of the plans that are taken lose no more than is tolerated.
 
-    All families count alike, however many tasks they have.
+    All families count alike, however many tasks they have. 0 where nothing is known.
 
     Args:
-        excess: of the plans of each group, (plans,); (0,) for a group that tells nothing.
+        judged: of each group, bounds on its plans and the truth, as votes against plain LoRA, (2, plans), the cheapest
+            plan first.
         families: of the groups.
     """
-    found: dict[int, list[torch.Tensor]] = {}
-    for family, part in zip(families.tolist(), excess, strict=True):
-        if len(part):
-            found.setdefault(family, []).append(part)
-    quantiles = [float(torch.cat(parts).quantile(SURE)) for parts in found.values()]
-    return max(0.0, sum(quantiles) / len(quantiles)) if quantiles else 0.0
+    known = [[judged[group] for group in np.flatnonzero(families == family).tolist()] for family in np.unique(families)]
+    for doubt in DOUBTS if known else ():
+        if np.mean([_kept(groups, doubt) for groups in known]) >= SURE:
+            return float(doubt)
+    return float(DOUBTS[-1]) if known else 0.0
+
+
+def _kept(groups: Sequence[FloatArray], doubt: float) -> float:
+    """The share of plans taken in a family's groups that lose no more than is tolerated, on the mean of tolerances."""
+    shares = []
+    for least in map(vote_of, (-tolerance for tolerance in TOLERANCES)):
+        sure = [(bounds - doubt >= least, truth) for bounds, truth in groups]
+        taken = [truth[fits.argmax()] for fits, truth in sure if fits.any()]
+        shares.append(float((np.array(taken) >= least).mean()) if taken else 1.0)
+    return float(np.mean(shares))

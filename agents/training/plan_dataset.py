@@ -21,7 +21,6 @@ class PlanDataset:
             plans can be compared.
         tasks: number of each state's task, int64 (states,).
         families: number of the family of each state's model, int64 (states,).
-        real: which states are of real fine-tunes, bool (states,).
     """
 
     plans: Plans
@@ -30,7 +29,6 @@ class PlanDataset:
     groups: torch.Tensor
     tasks: torch.Tensor
     families: torch.Tensor
-    real: torch.Tensor
 
     def __getitem__(self, states: torch.Tensor) -> PlanDataset:
         return PlanDataset(*(getattr(self, name)[states] for name in self.__dataclass_fields__))

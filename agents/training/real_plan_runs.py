@@ -80,7 +80,6 @@ class RealPlanRun:
             choices=self.choices[None],
             names=self.names,
             family=self.family.partition("-")[0],
-            real=True,
         )
 
 

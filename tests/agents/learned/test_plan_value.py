@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.training.doubt import LEAST_REAL, doubt_of, doubts_of
+from rankpilot.agents.training.doubt import doubt_of, doubts_of
 from rankpilot.agents.training.fit_plan_value import FitConfig, fit_value_ensemble, standardised, targets_of
 from rankpilot.agents.training.plan_dataset import PlanDataset
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.goal import vote_of
+from rankpilot.common.arrays import FloatArray
 from rankpilot.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,7 +170,7 @@ def dataset_on(truth: Truth, groups: int, runs: int, modules: int = 6, seed: int
     numbers = torch.arange(groups).repeat_interleave(runs)
     gains = truth(rows)
     zero = torch.zeros_like(numbers)
-    return PlanDataset(rows, gains, torch.zeros_like(gains), numbers, numbers // 2, zero, zero.bool())
+    return PlanDataset(rows, gains, torch.zeros_like(gains), numbers, numbers // 2, zero)
 
 
 def logs(plans: Plans) -> torch.Tensor:
@@ -328,7 +330,6 @@ def test_groups_of_one_state_are_ignored() -> None:
         torch.cat([DATASET.groups, torch.tensor([10, 11])]),
         torch.cat([DATASET.tasks, torch.tensor([0, 4])]),
         torch.zeros(42, dtype=torch.int64),
-        torch.zeros(42, dtype=torch.bool),
     )
     assert same(fit(DATASET), fit(lonely))
 
@@ -440,41 +441,60 @@ def expecting(too_much: torch.Tensor, targets: torch.Tensor, spread: float = 0.0
     return (targets + too_much).unsqueeze(0) + apart
 
 
-def test_real_fine_tunes_alone_tell_the_doubt() -> None:
-    """Where there are enough of them; votes promised 2 too much on these, and nothing on proxies."""
-    dataset = two_families(1.0)
-    first = torch.arange(len(dataset.gains)) % 8 == 0
-    gains = torch.where(first, 0.0, 0.01)
-    found = []
-    for count in (LEAST_REAL - 1, LEAST_REAL):
-        real = dataset.groups < count
-        predicted = expecting(torch.where(real & ~first, 2.0, 0.0), gains)
-        found.append(doubts_of(predicted, gains, replace(dataset, gains=gains, real=real), [8] * 60)[0])
-    assert found == pytest.approx([0.0, 2.0])
+def gains_of(first: torch.Tensor) -> torch.Tensor:
+    """Gains by which plain LoRA, the first of each group, is told from the others, (rows,)."""
+    return torch.where(first, 0.0, 0.01)
 
 
 def test_what_the_spread_tells_is_not_doubted_again() -> None:
-    """Votes that promise 2 too much, by networks that lie 1.5 to either side: .5 is left. Beyond that nothing."""
+    """Plans that lose 6 % are taken for equals by networks that lie 1.5 to either side: the rest is left."""
     dataset = two_families(1.0)
     first = torch.arange(len(dataset.gains)) % 8 == 0
-    gains = torch.where(first, 0.0, 0.01)
-    too_much = torch.where(first, 0.0, 2.0)
-    known = replace(dataset, gains=gains)
-    for spread, left in ((0.0, 2.0), (1.5, 0.5), (2.5, 0.0)):
-        assert doubts_of(expecting(too_much, gains, spread), gains, known, [8] * 60)[0] == pytest.approx(left)
-    by_one = expecting(too_much, gains, 1.5)
-    by_one[1] = torch.nan  # the other network has learned from these plans, and cannot be asked
-    assert doubts_of(by_one, gains, known, [8] * 60)[0] == pytest.approx(0.5), "2 less 1.5, of the one that is left"
+    known = replace(dataset, gains=gains_of(first))
+    lost = torch.where(first, 0.0, vote_of(-0.06))
+    whole = -vote_of(-0.05)
+    for spread, left in ((0.0, whole), (1.5, whole - 1.5), (2.5, 0.0)):
+        found = doubts_of(expecting(-lost, lost, spread), lost, known, [8] * 60)[0]
+        assert found == pytest.approx(left, abs=0.051)
+    by_one = expecting(-lost, lost, 1.5)
+    by_one[0] = torch.nan  # this network has learned from these plans, and cannot be asked
+    found = doubts_of(by_one, lost, known, [8] * 60)[0]
+    assert found == pytest.approx(whole + 1.5, abs=0.051), "the other one alone lies 1.5 above, and tells no spread"
+
+
+def judged(*lost: float) -> list[FloatArray]:
+    """A group each with one plan that is taken for plain LoRA's equal, and loses so much."""
+    return [np.array([[0.0], [vote_of(-each)]]) for each in lost]
+
+
+def test_one_plan_in_five_may_lose_more() -> None:
+    """And not two: then the doubt is so large that none is called sure at the tolerances that they break."""
+    families = np.zeros(5, int)
+    assert doubt_of(judged(0.0, 0.0, 0.0, 0.0, 0.3), families) == 0.0
+    few = doubt_of(judged(0.0, 0.0, 0.0, 0.3, 0.3), families)
+    assert few == pytest.approx(-vote_of(-0.01), abs=0.051), "half of the tolerances are then kept by taking none"
+    assert doubt_of(judged(0.0, 0.002, 0.004, 0.003, 0.001), families) == 0.0
+
+
+def test_the_cheapest_of_a_group_is_what_counts() -> None:
+    """It loses 30 %, and all others nothing; where it is not called sure, the next one is taken."""
+    good, bad = np.zeros((2, 3)), np.array([[0.0], [vote_of(-0.3)]])
+    families = np.zeros(1, int)
+    assert doubt_of([np.concatenate([good, bad], axis=1)], families) == 0.0
+    assert doubt_of([np.concatenate([bad, good], axis=1)], families) > 1.3
+    unsure = np.array([[-1.4], [vote_of(-0.3)]])  # within the tolerance of 2 % at most
+    found = doubt_of([np.concatenate([unsure, good], axis=1)], families)
+    assert found == pytest.approx(-vote_of(-0.05) - 1.4, abs=0.051)
 
 
 def test_all_families_count_alike() -> None:
-    """A family of two groups is as much as one of 28."""
-    families = np.array([0] * 28 + [1] * 2)
-    excess = [torch.zeros(3)] * 28 + [torch.full((3,), 2.0)] * 2
-    assert doubt_of(excess, families) == 1.0
-    assert doubt_of(excess, 0 * families) == 0.0
-    unknown = [*excess[:28], torch.zeros(0), torch.zeros(0)]
-    assert doubt_of(unknown, families) == 0.0
+    """A family of one group is as much as one of 28."""
+    families = np.array([0] * 28 + [1])
+    groups = [*judged(*[0.0] * 28), *judged(0.3)]
+    assert doubt_of(groups, 0 * families) == 0.0
+    assert doubt_of(groups, families) > 0.8, "half of what is called sure, on the mean of families"
+    assert doubt_of([*groups[:28], np.zeros((2, 0))], families) == 0.0
+    assert doubt_of([], families[:0]) == 0.0
 
 
 # What was learned from ----------------------------------------------------------------------------------------------
