@@ -14,7 +14,7 @@ import numpy as np
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import ConfigError
 from .deliberation import Deliberation
-from .goal import improvement_of
+from .goal import CAUTION, improvement_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,8 @@ def frontier(found: Deliberation) -> list[FrontierPlan]:
     costs = found.seconds if found.goal.kind == "time" and found.seconds is not None else found.costs
     votes = found.votes - found.votes[:, [found.plain]]
     mean, others = votes.mean(axis=0), np.arange(len(found.plans)) != found.plain
-    reach = found.lcb_coefficient * votes.std(axis=0) + found.doubt * others
+    caution = found.lcb_coefficient if found.goal.saves else CAUTION
+    reach = caution * votes.std(axis=0) + found.doubt * others
     shown = {*_undominated(costs, mean, found.may_take), found.plain, found.plan}
     return [
         _plan(found, plan, *(float(value) for value in (mean[plan], reach[plan])))

@@ -19,6 +19,11 @@ GOALS: tuple[GoalKind, ...] = get_args(GoalKind)
 TOLERANCE = 0.01
 """The tolerance where none is given, in log loss."""
 
+CAUTION = 2.0
+"""Under a goal of cost, the lower bound of a plan is its mean vote less so many standard deviations of the votes, less
+the doubt. The cheapest of a hundred plans is one on which networks disagree: with 1, more doubt is needed for the same
+share of plans that keep to the tolerance, and less is saved (docs/experiments.md)."""
+
 LOSS_UNIT = 0.01
 """The difference of log losses that counts as one; see the module."""
 

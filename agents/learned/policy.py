@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...allocation.deliberation import Deliberation, Votes
-from ...allocation.goal import Goal
+from ...allocation.goal import CAUTION, Goal
 from ...allocation.observation import Float32Array, Observation
 from ...allocation.policy import Decision, decided_plan, decision_from_scores, is_first
 from ...common.arrays import FloatArray, IntArray
@@ -153,7 +153,7 @@ class LearnedPolicy:
             plan_of=plan_of,
             plans=ranks[first],
             votes=votes[:, first],
-            lcb_coefficient=LCB_COEFFICIENT if is_first(observation) else LATER_LCB_COEFFICIENT,
+            lcb_coefficient=self._caution(observation),
             tie=TIE if self.value_ensemble.config.unit == "spread" else LOSS_TIE,
             directions=DIRECTIONS,
             actor_gains=action.gains,
@@ -168,6 +168,11 @@ class LearnedPolicy:
             **(_of_any_cost(observation, candidates.names, plan_of, ranks[first]) if any_cost else {}),
         )
         return replace(open_, taken=int(first[self._choose(observation, open_)]))
+
+    def _caution(self, observation: Observation) -> float:
+        if not is_first(observation):
+            return LATER_LCB_COEFFICIENT
+        return CAUTION if self.goal.saves else LCB_COEFFICIENT
 
     def _candidates(self, observation: Observation, action: MeanAction) -> Candidates:
         """The candidates between which the value ensemble chooses; they are compared with the first one."""

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...allocation.goal import vote_of
+from ...allocation.goal import CAUTION, vote_of
 from ...common.arrays import FloatArray
 from ..learned.plan_value import learns_labels
-from ..learned.policy import LCB_COEFFICIENT
 from .plan_dataset import PlanDataset
 
 SURE = 0.8
@@ -80,7 +79,7 @@ def _judged(
     if not len(unseen) or not is_reference.any():
         return np.zeros((2, 0))
     votes = unseen - unseen[:, is_reference].mean(dim=1, keepdim=True)
-    bounds = votes.mean(dim=0) - LCB_COEFFICIENT * votes.std(dim=0, unbiased=False)
+    bounds = votes.mean(dim=0) - CAUTION * votes.std(dim=0, unbiased=False)
     truth = targets - targets[is_reference].mean()
     order = adapted[~is_reference].argsort(stable=True)
     return torch.stack([bounds, truth])[:, ~is_reference][:, order].double().numpy()

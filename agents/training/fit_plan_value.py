@@ -123,7 +123,8 @@ def fit_value_ensemble(
     tasks = torch.unique(dataset.tasks, return_inverse=True)[1][firsts].numpy()
     families = dataset.families[firsts].numpy()
     count = len(ensemble.critics)
-    draws = [_times(tasks, seed * count + number) for number in range(count)]
+    repeats = dataset.weights[firsts].numpy()
+    draws = [repeats * _times(tasks, seed * count + number) for number in range(count)]
     if unit == "log loss" and len(np.unique(families)) > 1:
         draws += [_without(families == family, times) for family in np.unique(families) for times in draws[:count]]
     pieces = [

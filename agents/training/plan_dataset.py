@@ -21,6 +21,7 @@ class PlanDataset:
             plans can be compared.
         tasks: number of each state's task, int64 (states,).
         families: number of the family of each state's model, int64 (states,).
+        weights: how often each state's task is learned from whenever it is drawn, int64 (states,).
     """
 
     plans: Plans
@@ -29,6 +30,7 @@ class PlanDataset:
     groups: torch.Tensor
     tasks: torch.Tensor
     families: torch.Tensor
+    weights: torch.Tensor
 
     def __getitem__(self, states: torch.Tensor) -> PlanDataset:
         return PlanDataset(*(getattr(self, name)[states] for name in self.__dataclass_fields__))

@@ -78,7 +78,7 @@ PLAN_CHOICES = (
 LESS = (0.1, 0.9)
 """Lower limits are drawn between these, see `with_less`."""
 
-_DESCRIBED = ("tasks", "names", "family")
+_DESCRIBED = ("tasks", "names", "family", "weight")
 """Fields of `PlanRun` that are no arrays of its file."""
 
 
@@ -100,6 +100,7 @@ class PlanRun:
         tasks: of the stack, `RUNS` runs of each one after another, `REFERENCE` first.
         names: of the modules, (modules,).
         family: of models, what is held out together; by default that of the tasks' base.
+        weight: how often they are learned from whenever others are learned from once.
     """
 
     modules: NDArray[np.float32]
@@ -112,6 +113,7 @@ class PlanRun:
     tasks: tuple[ProxyTask, ...] = ()
     names: tuple[str, ...] = ()
     family: str = ""
+    weight: int = 1
 
     def __post_init__(self) -> None:
         if self.tasks and not self.family:
@@ -334,7 +336,7 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
     """All decisions of some plan runs, padded to one number of modules."""
     most_decisions, _, most = np.max([each.ranks.shape for each in plan_runs], axis=0).tolist()
     arrays: dict[str, list[NDArray[np.generic]]] = {name: [] for name in Plans.__dataclass_fields__}
-    gains, references, groups, tasks, families, number = [], [], [], [], [], 0
+    gains, references, groups, tasks, families, weights, number = [], [], [], [], [], [], 0
     known = sorted({each.family for each in plan_runs})
     for each in plan_runs:
         decisions, runs, modules = each.ranks.shape
@@ -351,10 +353,11 @@ def plan_dataset(plan_runs: Sequence[PlanRun]) -> PlanDataset:
         tasks.append(numbers_of_tasks)
         groups.append(numbers_of_tasks * most_decisions + np.repeat(np.arange(decisions), runs))
         families.append(np.full(rows, known.index(each.family)))
+        weights.append(np.full(rows, each.weight))
         number += runs // RUNS
     whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
     under_way = whole["ranks"].min(axis=(1, 2)) >= 0
     plans = Plans(**{name: torch.from_numpy(values[under_way]) for name, values in whole.items()})
-    numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks, families)]
+    numbers = [torch.from_numpy(np.concatenate(parts)[under_way]) for parts in (groups, tasks, families, weights)]
     outcomes = [torch.from_numpy(np.concatenate(parts)[under_way]).float() for parts in (gains, references)]
     return PlanDataset(plans, *outcomes, *numbers)

@@ -9,7 +9,7 @@ import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.training.plan_runs import RUNS, plan_dataset
-from rankpilot.agents.training.real_plan_runs import RealPlanRun, read_real_plan_runs, write_real_plan_runs
+from rankpilot.agents.training.real_plan_runs import WEIGHT, RealPlanRun, read_real_plan_runs, write_real_plan_runs
 from rankpilot.bench import plan_runs
 from rankpilot.bench.methods.tasks import SUITES
 from rankpilot.bench.methods.texts import load_data
@@ -66,6 +66,7 @@ def test_a_policy_learns_from_them(made: tuple[Path, list[RealPlanRun]]) -> None
     dataset = plan_dataset([run.seen_by(actor)])
     assert dataset.gains.shape == dataset.reference_gains.shape == (RUNS,)
     assert dataset.reference_gains.unique().item() == pytest.approx(-np.log(run.losses[0]), rel=1e-6)
+    assert (dataset.weights == WEIGHT).all()
     assert dataset.plans.scores.std() > 0
     assert dataset.plans.scores.mean() == pytest.approx(0, abs=1e-6)
 

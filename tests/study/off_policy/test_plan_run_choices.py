@@ -51,7 +51,7 @@ def dataset(seed: int = 0) -> PlanDataset:
     gains = good(plans)[:, 0]
     groups = 2 * rows + torch.cat([0 * task, 0 * task + 1])
     zero = torch.zeros_like(rows)
-    return PlanDataset(plans, gains, torch.zeros_like(gains), groups, rows, zero)
+    return PlanDataset(plans, gains, torch.zeros_like(gains), groups, rows, zero, zero + 1)
 
 
 RUNS_MADE = dataset()
