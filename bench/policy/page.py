@@ -112,7 +112,7 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     others: dict[str, Callable[[Row], bool]] = {
         "planted, mean rank 1 and 2": _few_ranks,
         "models twice as deep": lambda row: row.depth > 4,
-        "GPT-2, a family that it was not trained on": lambda row: row.family == "gpt2",
+        "GPT-2, of which it knows real fine-tunes alone": lambda row: row.family == "gpt2",
     }
     return found | {name: [row for row in rows if belongs(row)] for name, belongs in others.items()}
 

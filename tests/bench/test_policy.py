@@ -97,7 +97,7 @@ def test_groups_by_question() -> None:
         "planted, parameters": 4,
         "planted, mean rank 1 and 2": 4,
         "models twice as deep": 2,
-        "GPT-2, a family that it was not trained on": 2,
+        "GPT-2, of which it knows real fine-tunes alone": 2,
     }
 
 

@@ -1,5 +1,7 @@
 """The shipped policy's ranks on the validation suite, beside those on record: `python tests/recorded/decisions.py`.
 
+With a new policy they are recorded anew: `python tests/recorded/decisions.py --record`.
+
 A change that is not meant to change decisions leaves them equal: rank of every module at every decision of 48 tasks,
 recorded on a 2-core Xeon. Another kind of processor rounds differently, and a near tie may then go the other way.
 """
@@ -39,21 +41,24 @@ def ranks_of(tasks: list[ProxyTask]) -> list[list[list[int]]]:
     return ranks
 
 
-def main() -> int:
-    """Compare; returns the exit status."""
-    recorded = json.loads(gzip.decompress(RECORD.read_bytes()))
+def main(*, record: bool) -> int:
+    """Compare, or record; returns the exit status."""
     tasks = sorted(find_tasks(SUITES, "validation"), key=lambda task: (task.base, task.batch_size, task.length))
     chunks = []
     for _, alike in groupby(tasks, key=lambda task: (task.base, task.batch_size, task.length)):
         group = list(alike)
         chunks += [group[start : start + SLOTS] for start in range(0, len(group), SLOTS)]
-    different = []
+    found = {}
     with worker_pool(os.cpu_count() or 1) as workers:
         for chunk, ranks in workers.spread(ranks_of, chunks):
-            different += [task.id for task, rows in zip(chunk, ranks, strict=True) if rows != recorded[task.id]]
-    print(f"{len(tasks) - len(different)} of {len(tasks)} tasks have the recorded ranks.", *sorted(different), sep="\n")
+            found |= {task.id: rows for task, rows in zip(chunk, ranks, strict=True)}
+    if record:
+        RECORD.write_bytes(gzip.compress(json.dumps(found, sort_keys=True).encode(), mtime=0))
+    recorded = json.loads(gzip.decompress(RECORD.read_bytes()))
+    different = sorted(task for task, rows in found.items() if rows != recorded[task])
+    print(f"{len(tasks) - len(different)} of {len(tasks)} tasks have the recorded ranks.", *different, sep="\n")
     return 1 if different else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(record="--record" in sys.argv[1:]))

@@ -16,8 +16,8 @@ from rankpilot.bench.methods.ranks import plan_ranks, plan_text
 from rankpilot.bench.methods.registry import METHODS
 from rankpilot.bench.methods.report import run as report
 from rankpilot.bench.methods.report.document import to_markdown
-from rankpilot.bench.methods.report.numbers import Results
-from rankpilot.bench.methods.report.saving import PLANS, better_kind, saving_blocks, saving_of, share_of_best
+from rankpilot.bench.methods.report.numbers import Results, compare, costs_of
+from rankpilot.bench.methods.report.saving import PLAIN, PLANS, better_kind, saving_blocks, saving_of, share_of_best
 from rankpilot.bench.methods.study import Modules, Study
 from rankpilot.bench.methods.tasks import SAVING, SUITES, Cell, Suite
 from rankpilot.bench.methods.work import Work
@@ -171,16 +171,35 @@ def test_docs_saving_is_what_the_stored_rows_say() -> None:
 def test_the_readme_claims_what_the_stored_rows_say() -> None:
     results = report.read_results(report.Options(suite="saving"))
     readme = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
-    for name, start in (("ours-saves-time", "loses "), ("top-three-quarters-8", "loss ")):
+    for name in ("ours-saves-time", "top-three-quarters-8"):
         found = saving_of(results, name)
         assert found is not None
         low, mean, high, worst = (
             short(100 * value, 1) for value in (found.loss.low, found.loss.value, found.loss.high, found.worst)
         )
         step, size = short(found.step.value, 2), short(found.bytes.value, 2)
-        of_mean = " in the mean" if start == "loses " else ""
-        assert f"{start}{mean} %{of_mean} ({low} to {high}), {worst} % in the worst, at {step} of the time" in readme
+        assert f"loss {mean} % ({low} to {high}), {worst} % in the worst, at {step} of the time" in readme
         assert f"and {size} of the bytes" in readme
+
+
+def test_what_the_readme_claims_of_single_cells() -> None:
+    readme = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
+    saving = report.read_results(report.Options(suite="saving"))
+    texts = [cell for cell in saving.shared("ours-saves-time", PLAIN) if cell.task.kind == "causal-lm"]
+    lost = [
+        float((saving.found["ours-saves-time", cell.name].logs - saving.found[PLAIN, cell.name].logs).mean())
+        for cell in texts
+    ]
+    assert f"between {short(-100 * min(lost), 1)} % better and {short(100 * max(lost), 1)} % worse" in readme
+    quick = report.read_results(report.Options(suite="quick"))
+    beside = {rival: compare(quick, "ours", rival) for rival in ("simple", "top-down", "all-linear-8-ckpt")}
+    simple, rule, checkpointed = (one.mean for one in beside.values() if one is not None)
+    value, low, high = (short(100 * each, 1) for each in (simple.value, simple.low, simple.high))
+    assert f"is {value} % better than the best simple window of layers ({low} to {high})" in readme
+    assert rule.low <= 0 <= rule.high, "level"
+    assert f"{short(-100 * checkpointed.value, 1)} % worse than all layers at rank 8 with checkpointing" in readme
+    steps = [costs_of(quick, name) for name in ("all-linear-8-ckpt", "ours")]
+    assert f"{steps[0].step / steps[1].step:.1f} times the time" in readme  # type: ignore[union-attr]
 
 
 def short(value: float, digits: int) -> str:
