@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,10 @@ def test_what_ifs_and_stability_of_one_decision(tmp_path: Path) -> None:
     """The policy that ships is found by itself."""
     (log,) = log_runs(tmp_path, TASKS[:1], load_policy("default"), DecisionSchedule(probe_steps=4))
     told = explain(log.logged(0)).to_json()
-    assert len(told["what_ifs"]) > 4
+    smaller, larger, *others = (each["text"] for each in told["what_ifs"])
+    assert re.match(r"With a budget [\d.]+ % smaller \(.*\), \d+ modules? would have another rank", smaller)
+    assert re.match(r"With a budget [\d.]+ % larger \(.*\), \d+ modules? would have another rank", larger)
+    assert any("leaves its rank as it is" in text for text in others), "and of a module whose rank is bounded"
     assert {text["text"] for text in told["what_ifs"]} <= set(told["sentences"])
     assert len(told["stability"]["sure"]) == len(told["projection"]["got"])
     json.dumps(told, allow_nan=False)
