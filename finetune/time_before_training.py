@@ -24,7 +24,7 @@ from ..memory.model import MemoryModel
 from ..memory.recomputation import fewest_recomputed
 from ..memory.recording import Batch
 from ..memory.step_time import PARTS, StepTime
-from ..memory.time_budget import TimeBudget, reference_seconds
+from ..memory.time_budget import TimeBudget
 from .recomputation import Recomputation
 from .run import TrainingRun
 
@@ -163,7 +163,8 @@ def _limit(
     budget: TimeBudget, time: StepTime, targets: Sequence[TargetModule], layers: FewestLayers | None
 ) -> TimeLimit:
     most = highest_ranks(targets)
-    beside = reference_seconds(time, most) if budget == TimeBudget.unlimited() else None
+    plain = np.minimum(REFERENCE_RANK, most)  # beside it with the layers that the user's step runs again
+    beside = time.seconds(plain) if budget == TimeBudget.unlimited() else None
     return TimeLimit(time, budget.resolve(time, most), layers, beside)
 
 

@@ -218,3 +218,13 @@ def test_a_setting_that_cannot_be_read_is_told_at_once() -> None:
         FinetuneConfig("model", "data", time="3")
     with pytest.raises(BudgetError, match="Cannot read the time 'soon'"):
         rankpilot.RankPilot(time="soon")
+
+
+def test_without_a_limit_plain_lora_runs_the_same_layers_again(tmp_path: Path) -> None:
+    """Under a goal of time, plans of a checkpointed model are told beside plain LoRA that is checkpointed as well."""
+    trainer = trainer_of(tmp_path, gradient_checkpointing=True)
+    callback = rankpilot.attach(trainer, "default", budget="400%", schedule=SCHEDULE, goal="time")
+    trainer.train()
+    time, most = callback.controller.time, np.array([target.max_rank for target in callback.controller.targets])
+    assert time.beside == pytest.approx(time.of(np.minimum(8, most)))
+    assert time.beside > 1.1 * reference_seconds(time.time, most)
