@@ -228,12 +228,13 @@ def _near(gains: torch.Tensor) -> torch.Tensor:
 
 
 def _fit_one(piece: _Fit) -> _Fitted:
-    torch.manual_seed(piece.seed)
     plans = Plans(**{name: torch.from_numpy(values) for name, values in piece.plans.items()})
     groups = list(torch.split(torch.arange(len(piece.targets)), piece.sizes))
     learned = [group for group, times in zip(groups, piece.times.tolist(), strict=True) for _ in range(times)]
-    network = PlanValue(piece.size)
-    _learn(network, plans, torch.from_numpy(piece.targets), learned, piece.fit)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(piece.seed)
+        network = PlanValue(piece.size)
+        _learn(network, plans, torch.from_numpy(piece.targets), learned, piece.fit)
     predicted = torch.full((len(piece.targets),), torch.nan)
     unseen = [group for group, times in zip(groups, piece.times.tolist(), strict=True) if not times]
     with torch.no_grad():

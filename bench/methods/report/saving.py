@@ -165,8 +165,9 @@ def _sentences(results: Results, name: str) -> list[str]:
     share, usual = share_of_best(results, name), share_of_best(results, USUAL)
     if share and usual:
         lines.append(
-            f"`{name}` gets {share:.0%} of the time that the best of {len(FIXED)} fixed plans saves in hindsight; "
-            f"always `{USUAL}` gets {usual:.0%}."
+            f"`{name}` gets {share:.0%} of the time that the best of {len(FIXED)} fixed plans saves in hindsight, the "
+            f"best one that keeps the loss; always `{USUAL}` gets {usual:.0%}. "
+            "Both count also where they do not keep it."
         )
     better = better_kind(results, name)
     if better:

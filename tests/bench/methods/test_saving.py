@@ -180,6 +180,12 @@ def test_the_readme_claims_what_the_stored_rows_say() -> None:
         step, size = short(found.step.value, 2), short(found.bytes.value, 2)
         assert f"loss {mean} % ({low} to {high}), {worst} % in the worst, at {step} of the time" in readme
         assert f"and {size} of the bytes" in readme
+    rival = {cell.name for cell in results.shared("top-three-quarters-8", PLAIN)}
+    there = replace(results, found={key: each for key, each in results.found.items() if key[1] in rival})
+    same = saving_of(there, "ours-saves-time")
+    assert same is not None
+    step, size = short(same.step.value, 2), short(same.bytes.value, 2)
+    assert f"there the policy has {short(100 * same.loss.value, 1)} % at {step} and {size}" in readme
 
 
 def test_what_the_readme_claims_of_single_cells() -> None:
