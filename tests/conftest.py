@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.features import FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.problem import AllocationProblem
+from rankpilot.finetune import reload_check
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ParameterCost
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -80,6 +81,14 @@ def warm_python() -> Iterator[WarmPython]:
     python = WarmPython()
     yield python
     python.close()
+
+
+@pytest.fixture(scope="module")
+def warm_reload(warm_python: WarmPython) -> Iterator[None]:
+    """After a fine-tune the adapter is loaded again in a process that has the libraries already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload_check, "subprocess", warm_python)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -138,6 +138,8 @@ def train(task: MethodTask, driver: Driver, rate: float, seed: int, *, tuning: b
         _steps(task, driver, optimizer, loader, rate, course, sample, data)
     used = counter.joules() - energy if counter else None
     result = evaluate(driver.model, judged, data, task)
+    shown = result if len(sample) == len(judged) else evaluate(driver.model, sample, data, task)
+    course.curve.append([task.steps, sum(course.steps), shown["loss"]])
     facts = driver.finish()
     diverged = not math.isfinite(result["loss"])
     return {
@@ -168,7 +170,7 @@ def _steps(
     sample: Dataset,
     data: TaskData,
 ) -> None:
-    marks = {round(task.steps * (index + 1) / task.curve) for index in range(task.curve)}
+    marks = {round(task.steps * (index + 1) / task.curve) for index in range(task.curve - 1)}
     small = sample.select(range(min(2 * task.rows, len(sample))))
     for step, batch in enumerate(loader):
         start = time.process_time()

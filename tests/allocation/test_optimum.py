@@ -14,6 +14,7 @@ from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ParameterCost, plan_cost
 
+from ..cases import first_cases
 from .synthetic_costs import reordered, transformer_cost
 
 
@@ -71,10 +72,11 @@ def full_search(problem, utility):
 
 
 @pytest.mark.slow
-def test_the_utility_is_that_of_a_full_search():
+@pytest.mark.parametrize("cases", first_cases(1, [60, 160]))
+def test_the_utility_is_that_of_a_full_search(cases):
     generator = np.random.default_rng(0)
     shares = []
-    for case in range(160):
+    for case in range(cases):
         ladder, count = ((RankLadder((0, 4, 16)), 12), (RankLadder((0, 2, 8, 32)), 10))[case % 2]
         problem = utility_problem(generator, ladder, count)
         utility = random_utility(generator, problem)
@@ -86,7 +88,7 @@ def test_the_utility_is_that_of_a_full_search():
     assert np.mean(np.array(shares) > 1 - 1e-9) >= 0.9
 
 
-@pytest.mark.parametrize("seed", [*range(11), pytest.param(11, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seed", first_cases(4, range(12)))
 def test_larger_models_get_at_least_what_scores_would_get(seed):
     """Utility exp(score) log(1 + rank / c) is what `pack` serves too, if the floor is the best of many."""
     generator = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ByteCost, ParameterCost, moment_costs, plan_cost
 
+from ..cases import first_cases
 from . import slow_plan
 from .synthetic_costs import LAYER, fixed_cost, random_cost, reordered, transformer_cost
 
@@ -138,7 +139,23 @@ def check_way_there(problem, plan):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_cost", "largest", "plans"),
-    [(random_cost, 12, 2500), (ParameterCost, 12, 1500), (transformer_cost, 28, 500), (transformer_cost, 350, 10)],
+    first_cases(
+        4,
+        [
+            *(
+                (random_cost, 12, 1000),
+                (ParameterCost, 12, 1000),
+                (transformer_cost, 28, 250),
+                (transformer_cost, 350, 5),
+            ),
+            *(
+                (random_cost, 12, 2500),
+                (ParameterCost, 12, 1500),
+                (transformer_cost, 28, 500),
+                (transformer_cost, 350, 10),
+            ),
+        ],
+    ),
 )
 def test_thousands_of_plans_keep_to_the_budget_and_spend_it(make_cost, largest, plans):
     generator = np.random.default_rng(1)
@@ -156,7 +173,18 @@ def test_thousands_of_plans_keep_to_the_budget_and_spend_it(make_cost, largest, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_cost", "largest", "problems"),
-    [(random_cost, 14, 1000), (ParameterCost, 14, 500), (transformer_cost, 21, 250), (transformer_cost, 140, 5)],
+    first_cases(
+        4,
+        [
+            *((random_cost, 14, 300), (ParameterCost, 14, 300), (transformer_cost, 21, 80), (transformer_cost, 140, 2)),
+            *(
+                (random_cost, 14, 1000),
+                (ParameterCost, 14, 500),
+                (transformer_cost, 21, 250),
+                (transformer_cost, 140, 5),
+            ),
+        ],
+    ),
 )
 def test_plans_are_those_of_the_slow_planner(make_cost, largest, problems):
     generator = np.random.default_rng(3)

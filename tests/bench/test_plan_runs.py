@@ -17,6 +17,8 @@ from rankpilot.bench.plan_runs import Options, benchmark, rate_of
 from rankpilot.errors import ConfigError, RunFolderError
 from rich.console import Console
 
+from ..cases import first_cases
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
@@ -102,7 +104,7 @@ def test_no_data_of_the_test_cells() -> None:
     assert not learned & judged
 
 
-@pytest.mark.parametrize("name", ["libraries", "origins"])
+@pytest.mark.parametrize("name", first_cases(1, ["origins", "libraries"]))
 def test_pieces_of_texts(name: str) -> None:
     task = next(task for task in plan_runs.tasks(quick=False) if task.data == name)
     data = load_data(task)

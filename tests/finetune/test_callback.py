@@ -28,6 +28,8 @@ from rankpilot.lora.targets import find_target_modules
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from ..cases import first_cases
+
 STEPS, LENGTH = 24, 20
 SCHEDULE = DecisionSchedule(probe_steps=4)
 DECISIONS = (0, 4, 8, 12)
@@ -242,7 +244,7 @@ def test_the_adapter_loads_in_plain_peft(whole: Run, tmp_path: Path, llama_confi
     assert_reloads(whole, whole.folder / f"checkpoint-{STEPS}", llama_config)
 
 
-@pytest.mark.parametrize("stop_at", [7, 13])
+@pytest.mark.parametrize("stop_at", first_cases(1, [13, 7]))
 def test_resumed_is_as_if_nothing_had_happened(whole: Run, launch: Callable[..., Run], stop_at: int) -> None:
     cut = launch(stop_at=stop_at)
     saved = stop_at // 6 * 6
@@ -334,7 +336,7 @@ def test_gradient_accumulation(launch: Callable[..., Run], whole: Run) -> None:
     assert run.controller.limit < whole.controller.limit, "two rows are saved at a time, not four"
 
 
-@pytest.mark.parametrize("share", [0.02, 0.2])
+@pytest.mark.parametrize("share", first_cases(1, [0.2, 0.02]))
 def test_the_guard_corrects_a_prediction_that_was_too_low(
     launch: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
@@ -453,7 +455,7 @@ def test_a_loss_that_is_not_finite(launch: Callable[..., Run]) -> None:
         launch(learning_rate=1e30)
 
 
-@pytest.mark.parametrize("missing", ["rankpilot.json", "rankpilot.safetensors"])
+@pytest.mark.parametrize("missing", first_cases(1, ["rankpilot.json", "rankpilot.safetensors"]))
 def test_a_checkpoint_that_is_not_whole(launch: Callable[..., Run], missing: str) -> None:
     run = launch(max_steps=6)
     folder = run.folder / "checkpoint-6"

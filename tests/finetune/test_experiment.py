@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ from transformers import (
     set_seed,
 )
 
-from ..warm_python import WarmPython
+from ..cases import first_cases
+
+pytestmark = pytest.mark.usefixtures("warm_reload")  # but one test starts a process of its own
 
 EARLIER = Path(__file__).parent / "earlier_version" / STATE
 """From a checkpoint of the version that did not number its formats."""
@@ -106,14 +108,6 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _warm_reload(warm_python: WarmPython) -> Iterator[None]:
-    """Adapters are loaded again in a process that has the libraries already; one test has it start one of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reload_check, "subprocess", warm_python)
-        yield
-
-
 @pytest.fixture(scope="module")
 def make_config(bert_folder: Path, reviews: Path) -> Callable[..., FinetuneConfig]:
     def make(**changes: Any) -> FinetuneConfig:
@@ -165,16 +159,19 @@ def test_a_run_writes_what_it_promises(compared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "reached"),
-    [
-        ({}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.AdamW),
-        ({"bf16": True}, lambda trainer: trainer.accelerator.mixed_precision == "bf16"),
-        ({"checkpointing": True}, lambda trainer: trainer.model.is_gradient_checkpointing),
-        ({"accumulation": 2}, lambda trainer: trainer.state.epoch == pytest.approx(8 / 45)),
-        ({"optimizer": "sgd"}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.SGD),
-        ({"optimizer": "adafactor"}, lambda trainer: type(trainer.optimizer.optimizer).__name__ == "Adafactor"),
-        ({"optimizer": "adamw8bit"}, lambda trainer: trainer.optimizer.optimizer.args.optim_bits == 8),
-    ],
-    ids=["default", "bf16", "checkpointing", "accumulation", "sgd", "adafactor", "adamw8bit"],
+    first_cases(
+        3,
+        [
+            ({}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.AdamW),
+            ({"accumulation": 2}, lambda trainer: trainer.state.epoch == pytest.approx(8 / 45)),
+            ({"optimizer": "adamw8bit"}, lambda trainer: trainer.optimizer.optimizer.args.optim_bits == 8),
+            ({"bf16": True}, lambda trainer: trainer.accelerator.mixed_precision == "bf16"),
+            ({"checkpointing": True}, lambda trainer: trainer.model.is_gradient_checkpointing),
+            ({"optimizer": "sgd"}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.SGD),
+            ({"optimizer": "adafactor"}, lambda trainer: type(trainer.optimizer.optimizer).__name__ == "Adafactor"),
+        ],
+    ),
+    ids=["default", "accumulation", "adamw8bit", "bf16", "checkpointing", "sgd", "adafactor"],
 )
 def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
     make_config: Callable[..., FinetuneConfig],
@@ -376,7 +373,10 @@ def cut_in_half(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["adapter_model.safetensors", "optimizer.pt", "rankpilot.json", "rankpilot.safetensors", "trainer_state.json"],
+    first_cases(
+        2,
+        ["rankpilot.safetensors", "optimizer.pt", "rankpilot.json", "adapter_model.safetensors", "trainer_state.json"],
+    ),
 )
 def test_a_torn_checkpoint_is_passed_over(
     make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path, file: str
@@ -404,7 +404,7 @@ def test_a_torn_part_of_the_decision_log_does_not_stop_a_run_that_is_over(
     write_report(folder)
 
 
-@pytest.mark.parametrize("name", ["rankpilot", "uniform"])
+@pytest.mark.parametrize("name", first_cases(1, ["rankpilot", "uniform"]))
 def test_sigterm_saves_a_checkpoint(
     make_config: Callable[..., FinetuneConfig],
     compared: Path,
@@ -540,7 +540,7 @@ def test_a_branch_with_the_same_plan_is_the_same_run(many_checkpoints: Path, tmp
     assert table["step"].to_pylist()[-1] == 8
 
 
-@pytest.mark.parametrize("at", [0, 4, 8])
+@pytest.mark.parametrize("at", first_cases(2, [0, 4, 8]))
 def test_a_branch_takes_its_plan_and_keeps_it(many_checkpoints: Path, tmp_path: Path, at: int) -> None:
     ranks = final_ranks(many_checkpoints)
     lowest = {name: min(rank, 1) for name, rank in ranks.items()}

@@ -24,6 +24,8 @@ from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from ..cases import first_cases
+
 STEPS, LENGTH = 12, 12
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
 ROWS = Dataset.from_list(
@@ -120,6 +122,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig) -
     return Run(tmp_path_factory.mktemp("whole") / "run", llama_config).train()
 
 
+@pytest.fixture
+def ended(make: Launch, whole: Run, tmp_path: Path) -> Launch:
+    """Makes Trainers in a copy of the folder of the uninterrupted run."""
+    shutil.copytree(whole.folder, tmp_path / "run")
+    return make
+
+
 def assert_same_adapter(run: Run, other: Run) -> None:
     there = other.adapter()
     for name, value in run.adapter().items():
@@ -154,7 +163,7 @@ def failing(fails: Callable[[int], bool]) -> type[Trainer]:
 
 @pytest.mark.parametrize(
     ("times", "accumulation"),
-    [(1, 1), (2, 3), *(pytest.param(*both, marks=pytest.mark.long) for both in ((1, 3), (2, 1)))],
+    first_cases(1, [(2, 3), (1, 1), (1, 3), (2, 1)]),
 )
 def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
     make: Launch, accumulation: int, times: int, caplog: pytest.LogCaptureFixture
@@ -196,8 +205,10 @@ def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
     assert_same_adapter(run, other)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("budget", ["80%", "6k params"])
+@pytest.mark.parametrize(
+    ("accumulation", "budget"),
+    first_cases(1, [(3, "80%"), (1, "80%"), (1, "6k params"), (3, "6k params")]),
+)
 def test_a_step_that_never_fits_ends_the_run(make: Launch, accumulation: int, budget: str) -> None:
     trainer = failing(lambda call: call > accumulation)
     run = make(trainer=trainer, gradient_accumulation_steps=accumulation, budget=budget)
@@ -314,9 +325,11 @@ class Asks(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("event", "step", "saved"),
-    [("on_step_begin", 5, 5), ("on_pre_optimizer_step", 5, 5), ("on_step_end", 5, 5), ("on_step_end", 6, 6)],
+    first_cases(
+        2, [("on_step_begin", 5, 5), ("on_step_end", 6, 6), ("on_pre_optimizer_step", 5, 5), ("on_step_end", 5, 5)]
+    ),
 )
-@pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("accumulation", first_cases(1, [2, 1]))
 def test_the_just_in_time_checkpoint_of_the_trainer_resumes(
     make: Launch, event: str, step: int, saved: int, accumulation: int
 ) -> None:
@@ -398,19 +411,21 @@ def test_a_trainer_without_the_callback_resumes_as_ever(make: Launch) -> None:
 
 @pytest.mark.parametrize(
     ("file", "late"),
-    [
-        ("adapter_model.safetensors", False),
-        ("rankpilot.safetensors", False),
-        ("trainer_state.json", False),
-        ("adapter_model.safetensors", True),
-        ("trainer_state.json", True),
-    ],
+    first_cases(
+        2,
+        [
+            ("rankpilot.safetensors", False),
+            ("adapter_model.safetensors", True),
+            ("adapter_model.safetensors", False),
+            ("trainer_state.json", False),
+            ("trainer_state.json", True),
+        ],
+    ),
 )
 def test_the_last_whole_checkpoint_is_resumed(
-    make: Launch, whole: Run, tmp_path: Path, file: str, late: bool, caplog: pytest.LogCaptureFixture
+    ended: Launch, whole: Run, tmp_path: Path, file: str, late: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(whole.folder, tmp_path / "run")
-    cut = make(late=late)
+    cut = ended(late=late)
     (cut.checkpoint(12) / file).write_bytes((cut.checkpoint(12) / file).read_bytes()[:-9])
     assert rankpilot.last_checkpoint(cut.folder) == cut.checkpoint(8)
     with pytest.raises(RunFolderError, match=rf"{file} is torn\. The last whole checkpoint is .*checkpoint-8: pass"):
@@ -434,7 +449,7 @@ def test_a_model_saved_alone_is_no_torn_checkpoint(make: Launch) -> None:
     assert rankpilot.last_checkpoint(str(run.folder)) == run.checkpoint(4)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
+@pytest.mark.parametrize("schedule", first_cases(1, ["linear", "constant"]))
 def test_a_run_that_is_over_trains_no_step_when_it_resumes(make: Launch, schedule: str) -> None:
     run = make(lr_scheduler_type=schedule).train()
     again = make(lr_scheduler_type=schedule).train(resume=STEPS)
@@ -449,13 +464,12 @@ def test_a_run_that_is_over_trains_no_step_when_it_resumes(make: Launch, schedul
     assert again.trainer.state.global_step == STEPS + 2, "the Trainer takes batches again"
 
 
-def test_another_budget_counts_at_once(make: Launch, whole: Run, caplog: pytest.LogCaptureFixture) -> None:
-    make().train()
+def test_another_budget_counts_at_once(ended: Launch, whole: Run, caplog: pytest.LogCaptureFixture) -> None:
     before = whole.pilot.limit
     for budget, limit in ((int(0.9 * before), int(0.9 * before)), ("65%", before * 65 / 80)):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="rankpilot"):
-            resumed = make(budget=budget).train(resume=8)
+            resumed = ended(budget=budget).train(resume=8)
         assert resumed.pilot.limit == pytest.approx(limit, rel=1e-6)
         assert resumed.pilot.pilot.figures()["budget_bytes"] == resumed.pilot.limit
         assert sum(resumed.recorder.ranks[0].values()) < sum(whole.recorder.ranks[8].values())
@@ -469,9 +483,8 @@ def test_another_budget_counts_at_once(make: Launch, whole: Run, caplog: pytest.
     assert len(DecisionLog(resumed.folder / "decisions")) == 3
 
 
-def test_a_larger_budget_is_spent_at_the_next_decision(make: Launch, whole: Run) -> None:
-    make().train()
-    resumed = make(budget="95%").train(resume=4)
+def test_a_larger_budget_is_spent_at_the_next_decision(ended: Launch, whole: Run) -> None:
+    resumed = ended(budget="95%").train(resume=4)
     assert resumed.pilot.limit == pytest.approx(whole.pilot.limit * 95 / 80, rel=1e-6)
     assert sum(resumed.recorder.ranks[-1].values()) > sum(whole.recorder.ranks[-1].values())
 
@@ -484,11 +497,8 @@ def test_a_larger_budget_is_spent_at_the_next_decision(make: Launch, whole: Run)
         ({"bounds": {"q_proj": 4}}, "bounds: {} there, {'q_proj': 4} now"),
     ],
 )
-def test_other_settings_than_the_budget_are_refused(
-    make: Launch, whole: Run, changes: dict[str, Any], words: str
-) -> None:
-    make(max_steps=4).train()
-    resumed = make(pilot=changes)
+def test_other_settings_than_the_budget_are_refused(ended: Launch, changes: dict[str, Any], words: str) -> None:
+    resumed = ended(pilot=changes)
     with pytest.raises(RunFolderError) as caught:
         resumed.train(resume=4)
     assert words in str(caught.value)
@@ -496,22 +506,23 @@ def test_other_settings_than_the_budget_are_refused(
     assert resumed.recorder.losses == []
 
 
-@pytest.mark.parametrize(("budget", "other"), [("80%", "3k params"), ("3k params", "350KB"), ("3k params", "auto")])
+@pytest.mark.parametrize(
+    ("budget", "other"),
+    first_cases(1, [("80%", "3k params"), ("3k params", "350KB"), ("3k params", "auto")]),
+)
 def test_a_budget_of_another_unit_is_refused(make: Launch, budget: str, other: str) -> None:
     make(max_steps=4, budget=budget).train()
     with pytest.raises(BudgetError, match=r"the cost of a plan counts|The budget was changed"):
         make(budget=other).train(resume=4)
 
 
-def test_the_budget_may_become_auto(make: Launch) -> None:
-    make(max_steps=4).train()
-    assert make(budget="auto").train(resume=4).pilot.limit > 1e8
+def test_the_budget_may_become_auto(ended: Launch) -> None:
+    assert ended(budget="auto").train(resume=4).pilot.limit > 1e8
 
 
-def test_a_budget_that_fits_nothing_is_refused(make: Launch) -> None:
-    make(max_steps=4).train()
+def test_a_budget_that_fits_nothing_is_refused(ended: Launch) -> None:
     with pytest.raises(BudgetError, match=r"The budget was changed\. .*The smallest that works is"):
-        make(budget="10KiB").train(resume=4)
+        ended(budget="10KiB").train(resume=4)
 
 
 # Arguments ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from ..data.small_models import WORDS, save, write_rows
 
+pytestmark = pytest.mark.usefixtures("warm_reload")
+
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:

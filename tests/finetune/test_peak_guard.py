@@ -26,6 +26,8 @@ from rankpilot.memory.cost import plan_cost
 from rankpilot.memory.for_training import LOOP_BYTES
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from ..cases import first_cases
+
 STEPS, ROWS = 20, 4
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.3))
 SHORT, LONG, LONG_AT = 12, 24, 9
@@ -107,7 +109,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name.startswith("rankpilot")]
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("checkpointing", first_cases(2, [None, False, True]))
 def test_every_step_costs_what_was_predicted(launch: Callable[..., Run], checkpointing: bool | None) -> None:
     options: dict[str, Any] = {}
     if checkpointing is not None:
@@ -191,7 +193,7 @@ def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Calla
     assert plan_cost(cost, ranks) == plan_cost(expected, ranks)
 
 
-@pytest.mark.parametrize("excess", [6_000, 40_000])
+@pytest.mark.parametrize("excess", first_cases(1, [40_000, 6_000]))
 def test_a_breach_rolls_the_plan_back(
     launch: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, excess: int
 ) -> None:
@@ -222,7 +224,7 @@ def test_a_breach_rolls_the_plan_back(
     assert {note for note in table["note"].to_pylist() if note} == {"rolled back: peak above the budget"}
 
 
-@pytest.mark.parametrize("every", [1, 7, 100])
+@pytest.mark.parametrize("every", first_cases(1, [7, 1, 100]))
 def test_steps_are_measured_after_changes_and_now_and_then(launch: Callable[..., Run], every: int) -> None:
     run = launch(measure_every=every)
     second = SCHEDULE.steps(STEPS)[1]
@@ -248,14 +250,17 @@ def test_bounds_hold_at_every_step(launch: Callable[..., Run]) -> None:
 
 @pytest.mark.parametrize(
     ("bounds", "error", "message"),
-    [
-        ({"q_prj": 4}, UnknownNameError, "q_prj"),
-        ({"q_proj": (4, 2)}, ConfigError, "from low to high"),
-        ({"q_proj": -1}, ConfigError, "from low to high"),
-        ({"q_proj": (3, 3)}, ConfigError, "no rank of"),
-        ({"q_proj": "8"}, ConfigError, "got '8'"),
-        ({"q_proj": (1, 2, 3)}, ConfigError, "from low to high"),
-    ],
+    first_cases(
+        2,
+        [
+            ({"q_prj": 4}, UnknownNameError, "q_prj"),
+            ({"q_proj": (4, 2)}, ConfigError, "from low to high"),
+            ({"q_proj": -1}, ConfigError, "from low to high"),
+            ({"q_proj": (3, 3)}, ConfigError, "no rank of"),
+            ({"q_proj": "8"}, ConfigError, "got '8'"),
+            ({"q_proj": (1, 2, 3)}, ConfigError, "from low to high"),
+        ],
+    ),
 )
 def test_bounds_that_make_no_sense(
     launch: Callable[..., Run], bounds: Any, error: type[Exception], message: str
@@ -290,7 +295,7 @@ def test_auto_takes_most_of_what_is_free(launch: Callable[..., Run]) -> None:
     }
 
 
-@pytest.mark.parametrize("lengths", [(LONG, LONG, LONG, LONG, 5, 7), (LONG,) * 6])
+@pytest.mark.parametrize("lengths", [(LONG, LONG, LONG, LONG, 5, 7), pytest.param((LONG,) * 6, marks=pytest.mark.long)])
 def test_padding_in_later_batches_is_planned_for(launch: Callable[..., Run], lengths: tuple[int, ...]) -> None:
     """The longest rows need no mask, and models skip masks that mask nothing; any other batch may need one."""
     rows = [

@@ -20,6 +20,7 @@ from rankpilot.finetune.checkpoint import last_checkpoint
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import TrainerCallback
 
+from ..cases import first_cases
 from .ddp_run import DECISIONS, SCHEDULE, Setting, Watch, train
 from .several import ProcessFailed, in_processes
 from .trainer_kinds import dpo, sft
@@ -28,10 +29,10 @@ Outcome = dict[str, Any]
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "accumulation": {"arguments": {"gradient_accumulation_steps": 2}, "rows": 16},
     "static graph": {"arguments": {"ddp_static_graph": True, "ddp_find_unused_parameters": False}},
     "no unused parameters": {"arguments": {"ddp_find_unused_parameters": False}},
     "bucket views": {"handler": {"gradient_as_bucket_view": True}},
-    "accumulation": {"arguments": {"gradient_accumulation_steps": 2}, "rows": 16},
     "checkpointing": {
         "arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     },
@@ -72,7 +73,7 @@ def largest_difference(a: Outcome, b: Outcome) -> float:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [*((name, 2) for name in KINDS), *(pytest.param(name, 4, marks=pytest.mark.long) for name in FOUR_PROCESSES)],
+    first_cases(2, [*((name, 2) for name in KINDS), *((name, 4) for name in FOUR_PROCESSES)]),
 )
 def test_weights_and_losses_are_those_of_one_process(name: str, count: int, tmp_path: Path) -> None:
     one, several = both(Setting(tmp_path, 15, dtype=torch.float64, **KINDS[name]), count)
@@ -84,7 +85,7 @@ def test_weights_and_losses_are_those_of_one_process(name: str, count: int, tmp_
     assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", first_cases(2, list(KINDS)))
 def test_peaks_are_predicted_with_buckets(name: str, tmp_path: Path) -> None:
     """Each step is measured; those of several processes keep the budget, as those of one do."""
     settings = {"policy": "signal-mean", "budget": "80%", "steps": 12, "callback": {"measure_every": 1}}
@@ -110,8 +111,8 @@ def test_texts_of_different_lengths_under_a_budget_of_bytes(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [("signal-mean", {"recompute": True, "time": "110%"}), ("default", {"explore": 0.5})],
-    ids=["layers that run again, and time", "exploration"],
+    first_cases(1, [("default", {"explore": 0.5}), ("signal-mean", {"recompute": True, "time": "110%"})]),
+    ids=["exploration", "layers that run again, and time"],
 )
 def test_choices_of_the_first_process_are_those_of_all(policy: str, options: dict[str, Any], tmp_path: Path) -> None:
     options |= {"measure_every": 1}
@@ -155,7 +156,7 @@ def trained(setting: Setting, count: int) -> Outcome:
     return first
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("before", "after"), first_cases(1, [(2, 1), (1, 2), (2, 2), (2, 4)]))
 def test_a_run_goes_on_with_any_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
     """With as many as before bit for bit; with others within what the order of sums makes of fp32."""
     setting = Setting(tmp_path / "run", 20, arguments=SAVING)
@@ -275,7 +276,7 @@ def other_trainer(kind: str, folder: Path, steps: int) -> Outcome:
     return {"losses": watch.losses, "digests": watch.digests, "weights": weights, **facts}
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", first_cases(1, ["sft", "dpo"]))
 def test_trainers_of_trl(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     (one,) = in_processes(1, other_trainer, kind, tmp_path, 12)

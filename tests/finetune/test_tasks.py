@@ -10,7 +10,10 @@ import pytest
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
 
+from ..cases import first_cases
 from ..data.small_models import WORDS, save, write_rows
+
+pytestmark = pytest.mark.usefixtures("warm_reload")
 
 TEXTS = [" ".join(WORDS[(row + shift) % len(WORDS)] for shift in range(2 + row % 4)) for row in range(60)]
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -25,7 +28,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("task", "model"),
-    [("regression", "bert"), ("token-classification", "distilbert"), ("seq2seq", "t5"), ("causal-lm", "llama")],
+    first_cases(
+        2, [("token-classification", "distilbert"), ("seq2seq", "t5"), ("regression", "bert"), ("causal-lm", "llama")]
+    ),
 )
 def test_a_run(task: Any, model: str, tmp_path: Path) -> None:
     folder = save(model, tmp_path / "model", chat=True)

@@ -18,6 +18,7 @@ from rankpilot.memory.time_budget import reference_seconds
 from rankpilot.memory.work_counter import count_work
 from transformers import Trainer
 
+from ..cases import first_cases
 from .test_recomputation import LAYERS, SCHEDULE, recomputed, trainer_of
 
 RATES = Rates(1e9, 1e9)
@@ -53,7 +54,7 @@ def attached(folder: Path, budget: str | int, time: str | None, **options: Any) 
     return trainer, callback
 
 
-@pytest.mark.parametrize("share", [60, 75, 90])
+@pytest.mark.parametrize("share", first_cases(2, [60, 90, 75]))
 def test_a_run_keeps_its_time(tmp_path: Path, share: int, rows_timed: list[int]) -> None:
     trainer, callback = attached(tmp_path, "400%", f"{share}%")
     trainer.train()
@@ -118,7 +119,7 @@ def test_a_step_has_all_its_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("budget", "time"),
-    [("60%", "80%"), *(pytest.param(*both, marks=pytest.mark.long) for both in (("45%", "115%"), ("50%", "65%")))],
+    first_cases(1, [("60%", "80%"), ("45%", "115%"), ("50%", "65%")]),
 )
 def test_recomputation_keeps_bytes_and_time(tmp_path: Path, budget: str, time: str) -> None:
     trainer, callback = attached(tmp_path, budget, time, recompute=True)

@@ -89,14 +89,14 @@ def run_under(trainer: Trainer, budget: str) -> Run:
     return Run(budget, pilot.limit, "", trainer.state.global_step, changed, pilot.peaks, pilot.pilot.checks, at)
 
 
-VARIANTS = {"sft-assistant-only", "sft-completions", "sft-no-checkpointing", "class-weights", "label-smoothing"}
-"""Kinds whose steps cost what those of another kind do."""
+SHORT = {"sft-messages", "sft-packing", "dpo", "token-classification"}
+"""Kinds that stand for the others, which are left to `make test-long`."""
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(kind, marks=pytest.mark.long if kind.name in VARIANTS else (), id=kind.name)
+        pytest.param(kind, marks=() if kind.name in SHORT else pytest.mark.long, id=kind.name)
         for kind in (*TRL_KINDS, *TRAINER_KINDS)
     ],
 )

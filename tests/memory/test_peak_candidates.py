@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ..cases import first_cases
 from ..families import FAMILIES
 from .measured import adamw_run, family_batch, family_model, random_plans
 
@@ -42,7 +43,7 @@ def deep(name: str) -> PreTrainedModel:
     return built
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
+@pytest.mark.parametrize("reentrant", first_cases(1, [False, True]), ids=["checkpointed", "reentrant"])
 @pytest.mark.parametrize(("name", "precision"), [*((name, "bf16") for name in CLASSES), ("llama", "bf16-all")])
 def test_inputs_of_segments_that_are_yet_to_run_again_are_there_at_the_loss(name, precision, reentrant):
     """In half precision each layer's first norm saves its input as a copy in fp32, and nothing saves the input."""

@@ -12,6 +12,7 @@ from rankpilot.memory.recomputation import fewest_recomputed, recomputed_cost
 from rankpilot.memory.step_parts import release_inputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..cases import first_cases
 from .measured import Run, adamw_run, family_batch, family_model, random_plans
 
 
@@ -37,7 +38,7 @@ def recompute(run: Run, names: Collection[str]) -> None:
             module.gradient_checkpointing = name in names
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("precision", first_cases(1, ["bf16", "fp32", "autocast"]))
 def test_any_set_of_recomputed_layers_is_predicted(family, precision):
     run, memory = checkpointed_run(family, precision)
     names = names_of(run, memory)

@@ -17,6 +17,8 @@ from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import ConfigError
 
+from ...cases import first_cases
+
 MakeObservation = Callable[..., Observation]
 
 
@@ -40,11 +42,12 @@ def test_probabilities_are_a_softmax_over_the_bounds(make_observation: MakeObser
     np.testing.assert_array_equal(plans[deliberation.plan], decided_plan(make_observation(12).problem, decision).ranks)
 
 
+@pytest.mark.parametrize("draws", first_cases(1, [150, 400]))
 def test_plans_are_drawn_as_often_as_the_probabilities_say(
-    make_observation: MakeObservation, policy: LearnedPolicy
+    make_observation: MakeObservation, policy: LearnedPolicy, draws: int
 ) -> None:
-    """Chi-squared over 400 seeds: its upper 1e-4 quantile is passed by chance once in ten thousand tries."""
-    observation, draws = make_observation(6), 400
+    """Chi-squared over so many seeds: its upper 1e-4 quantile is passed by chance once in ten thousand tries."""
+    observation = make_observation(6)
     deliberations = [exploring(policy, 0.2, seed).decide(observation).deliberation for seed in range(draws)]
     counts = Counter(each.plan for each in deliberations if each)
     expected = draws * deliberations[0].probabilities  # type: ignore[union-attr]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from rankpilot.bench.memory.published_peaks import quick_rows, t4_rows
 from rankpilot.bench.memory.published_reserve import CARD_MIB, reserve_on_t4, right_verdicts
 
+from ...cases import first_cases
 
-def test_published_reserves_and_verdicts_are_predicted():
-    runs = [reserve_on_t4(row) for row in quick_rows(t4_rows())]
+
+@pytest.mark.parametrize("model", first_cases(1, ["TinyLlama", "SmolLM2"]))
+def test_published_reserves_and_verdicts_are_predicted(model):
+    runs = [reserve_on_t4(row) for row in quick_rows(t4_rows()) if model in row.model]
     bars = {"sdpa none": 0.01, "sdpa nf4": 0.08, "eager none": 0.08, "eager nf4": 0.15}
     assert {run.kind for run in runs} == set(bars)
     for run in runs:

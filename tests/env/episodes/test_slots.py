@@ -37,6 +37,8 @@ from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.lora.ladder import RankLadder
 
+from ...cases import first_cases
+
 MakeTask = Callable[..., ProxyTask]
 Rollout = Callable[..., list[tuple[Any, ...]]]
 BASE = "llama-4x32"
@@ -149,9 +151,7 @@ def _fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fp64")
-@pytest.mark.parametrize(
-    "base", ["gpt2-4x32", *(pytest.param(base, marks=pytest.mark.long) for base in ("llama-4x32", "bert-4x64"))]
-)
+@pytest.mark.parametrize("base", first_cases(1, ["gpt2-4x32", "llama-4x32", "bert-4x64"]))
 def test_stacked_episodes_are_those_of_peft_models(base: str) -> None:
     tasks = mixed_tasks(base)
     stories = run_stacked(tasks, LONG)
@@ -185,7 +185,7 @@ def assert_equal_stories(one: Story, two: Story) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("base", ["llama-4x32", pytest.param("bert-4x64", marks=pytest.mark.long)])
+@pytest.mark.parametrize("base", first_cases(1, ["llama-4x32", "bert-4x64"]))
 def test_an_episode_does_not_notice_its_neighbours(make_task: MakeTask, schedule: DecisionSchedule, base: str) -> None:
     tasks = [
         make_task("shift", 1, base=base),

@@ -24,6 +24,8 @@ from rankpilot.lora.stacked.layout import Pair
 from rankpilot.lora.stacked.resize import Move, reset_runs, set_stacked_ranks
 from rankpilot.lora.stacked.segments import Segment
 
+from ...cases import first_cases
+
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.3, 0.6), max_step=10)
 RUNS = 4
 BASES = ("llama-4x32", "bert-4x32", "gpt2-4x32")
@@ -98,7 +100,7 @@ def run(tasks: Sequence[ProxyTask]) -> Story:
     return story
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", first_cases(1, BASES))
 def test_losses_are_those_of_the_whole_batch_bit_for_bit(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, Any] = {"base": base, "steps": 20, "length": 16, "eval_rows": 24}
     tasks = [
