@@ -141,6 +141,9 @@ _STANDARD = _cells(
 )
 """Chosen by the noise between seeds of plain LoRA, and by what a run takes, before any method was run on them."""
 
+NEW_FAMILY = (_proxy("neox-8x64", "french", 100), _proxy("neox-8x64", "templates", 150))
+"""Tasks of GPT-NeoX: no policy has learned from a model of its family."""
+
 SAVING = (
     "all-linear-8",
     "attention-8",
@@ -164,7 +167,7 @@ SUITES: dict[str, Suite] = {
     "quick": Suite(_cells((_proxy("gpt2-8x64", "french", 100), ("50%",))), (1, 2, 3), (101,), 4, quick=True),
     "standard": Suite(_STANDARD, (1, 2, 3, 4, 5), (101,), 12),
     "saving": Suite(
-        tuple(Cell(task, "150%") for task in dict.fromkeys(cell.task for cell in _STANDARD)),
+        tuple(Cell(task, "150%") for task in dict.fromkeys([*(cell.task for cell in _STANDARD), *NEW_FAMILY])),
         (1, 2, 3, 4, 5),
         (101,),
         1,

@@ -28,7 +28,7 @@ class ProxyBase:
 
     Attributes:
         name: folder below `env/bases`.
-        family: "llama", "bert" or "gpt2".
+        family: "llama", "bert", "gpt2" or "gpt_neox", as transformers calls it.
         depth: layers.
         target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
         config: keyword arguments of the transformers configuration.
@@ -102,13 +102,30 @@ def _gpt2(depth: int, width: int) -> ProxyBase:
     return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
 
 
+def _neox(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": 256,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.06,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    targets = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
+    return ProxyBase(f"neox-{depth}x{width}", "gpt_neox", depth, targets, config)
+
+
 PROXY_BASES = {
     base.name: base
-    for make in (_llama, _bert, _gpt2)
-    for depth in (4, 8)
-    for width in (32, 64)
-    for base in (make(depth, width),)
+    for base in (
+        *(make(depth, width) for make in (_llama, _bert, _gpt2) for depth in (4, 8) for width in (32, 64)),
+        _neox(8, 64),
+    )
 }
+"""Bases by name. Policies learn from the first three families; GPT-NeoX is left for what is asked of new families."""
 
 
 def find_base(name: str) -> ProxyBase:

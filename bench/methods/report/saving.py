@@ -8,7 +8,7 @@ import numpy as np
 
 from ....common.statistics import Estimate, estimate, ratio_estimate
 from ...harness import Figures, estimate_figures
-from ..tasks import SAVING, Cell
+from ..tasks import NEW_FAMILY, SAVING, Cell
 from .document import Block, Bullets, Heading, Paragraph, Picture, Table
 from .numbers import Results
 from .tables import percent
@@ -84,8 +84,8 @@ def share_of_best(results: Results, name: str) -> Estimate | None:
     The best one of a cell is the cheapest that keeps the loss there; plain LoRA, which saves nothing, always does.
     """
     cells = [cell for cell in results.shared(name, PLAIN) if all((each, cell.name) in results.found for each in FIXED)]
-    mine = np.array([_saved(results, cell, name) for cell in cells])
-    best = np.array([_best_saved(results, cell) for cell in cells])
+    mine = np.array([1 - _time(results, cell, name) for cell in cells])
+    best = np.array([1 - _best_in_hindsight(results, cell)[1] for cell in cells])
     tasks = [cell.task.name for cell in cells]
     return ratio_estimate(mine, best, tasks) if len(set(tasks)) >= LEAST_TASKS and best.any() else None
 
@@ -106,18 +106,51 @@ def _loss(results: Results, cell: Cell, name: str) -> np.ndarray[tuple[int], np.
     return np.asarray(results.found[name, cell.name].logs - results.found[PLAIN, cell.name].logs)
 
 
-def _saved(results: Results, cell: Cell, name: str) -> float:
-    return 1 - float(results.found[name, cell.name].step["step_ratio"])
+def _time(results: Results, cell: Cell, name: str) -> float:
+    return float(results.found[name, cell.name].step["step_ratio"])
 
 
-def _best_saved(results: Results, cell: Cell) -> float:
-    kept = [name for name in FIXED if float(_loss(results, cell, name).mean()) <= TOLERANCE]
-    return max([0.0, *(_saved(results, cell, name) for name in kept)])
+def _best_in_hindsight(results: Results, cell: Cell) -> tuple[str, float]:
+    """The fastest fixed plan that was run in a cell and kept the loss, and its time; plain LoRA where none did."""
+    there = [name for name in FIXED if (name, cell.name) in results.found]
+    kept = [name for name in there if float(_loss(results, cell, name).mean()) <= TOLERANCE]
+    times = [(_time(results, cell, name), name) for name in kept]
+    time, name = min([(1.0, PLAIN), *times])
+    return name, time
 
 
 def savings_of(results: Results) -> dict[str, Saving]:
     """What each method saves, by name, as far as rows tell."""
     return {name: one for name in PLANS if (one := saving_of(results, name)) is not None}
+
+
+def _cell_by_cell(results: Results) -> list[Block]:
+    """What the policy does in each cell under a goal of time, beside the best fixed plan there."""
+    ours, rows = OURS[0], []
+    for cell in results.shared(ours, PLAIN):
+        found, new = results.found[ours, cell.name], " (new family)" if cell.task in NEW_FAMILY else ""
+        seeds = [str(number) for number in range(len(found.logs))]
+        best, time = _best_in_hindsight(results, cell)
+        rows.append(
+            (
+                f"{cell.task.name}{new}",
+                percent(estimate(_loss(results, cell, ours), seeds)),
+                f"{found.step['step_ratio']:.2f}",
+                f"{found.bytes / results.found[PLAIN, cell.name].bytes:.2f}",
+                f"{best}, {time:.2f}",
+            )
+        )
+    if not rows:
+        return []
+    columns = ("fine-tune", "log loss, %", "time of a step", "bytes", "fastest fixed plan that keeps the loss, time")
+    return [
+        Heading(f"Cell by cell: {ours}"),
+        Paragraph(
+            "Intervals are over seeds. The last column is known in hindsight alone, and counts the fixed plans that "
+            "were run in that cell. No policy has learned from a model of a new family."
+        ),
+        Table(columns, tuple(rows)),
+    ]
 
 
 def saving_blocks(results: Results, picture: str) -> list[Block]:
@@ -155,6 +188,7 @@ def saving_blocks(results: Results, picture: str) -> list[Block]:
         Table(columns, rows),
         Picture(picture, "Loss of plans against the time of a step and against bytes"),
         *([Bullets(tuple(lines))] if lines else []),
+        *_cell_by_cell(results),
         Heading("Plans"),
         Paragraph(f"{described}."),
     ]

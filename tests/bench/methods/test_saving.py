@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.agents.training.real_plan_runs import read_real_plan_runs
 from rankpilot.bench.methods import run
 from rankpilot.bench.methods.contenders.parts import PARTS
 from rankpilot.bench.methods.ranks import plan_ranks, plan_text
@@ -18,9 +19,11 @@ from rankpilot.bench.methods.report import run as report
 from rankpilot.bench.methods.report.document import to_markdown
 from rankpilot.bench.methods.report.numbers import Results, compare, costs_of
 from rankpilot.bench.methods.report.saving import PLAIN, PLANS, better_kind, saving_blocks, saving_of, share_of_best
+from rankpilot.bench.methods.rows import PACKED
 from rankpilot.bench.methods.study import Modules, Study
-from rankpilot.bench.methods.tasks import SAVING, SUITES, Cell, Suite
+from rankpilot.bench.methods.tasks import NEW_FAMILY, SAVING, SUITES, Cell, Suite
 from rankpilot.bench.methods.work import Work
+from rankpilot.env.tasks import make_suites
 from rankpilot.lora.module_spec import ModuleSpec
 from rankpilot.memory.cost import cost_from_state
 
@@ -87,9 +90,19 @@ def test_the_suite_has_each_task_of_the_standard_one_once() -> None:
     suite = SUITES["saving"]
     tasks = [cell.task for cell in suite.cells]
     assert len(set(tasks)) == len(tasks)
-    assert set(tasks) == {cell.task for cell in SUITES["standard"].cells}
+    assert set(tasks) == {*(cell.task for cell in SUITES["standard"].cells), *NEW_FAMILY}
     assert {cell.budget for cell in suite.cells} == {"150%"}, "plain LoRA fits"
     assert [method.name for method in run.chosen_methods(suite, (), ())] == list(SAVING)
+
+
+def test_no_policy_has_learned_from_a_model_of_the_new_family() -> None:
+    models = {task.model.partition("-")[0] for task in NEW_FAMILY}
+    proxies = {base.partition("-")[0] for base in set().union(*make_suites.BASES.values())}
+    real = {each.family.partition("-")[0] for each in read_real_plan_runs(PACKED.parent / "plan_runs.safetensors")}
+    assert models == {"neox"}
+    assert {"llama", "bert"} <= proxies
+    assert {"llama", "gpt2"} <= real
+    assert not models & (proxies | real)
 
 
 def test_they_take_part_in_no_other_suite() -> None:
@@ -155,6 +168,9 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["attention-8.far"] == 4
     text = (tmp_path / "saving.md").read_text()
     assert "| attention-8 | 4 | +4.0 (+4.0 to +4.0) | +4.0 | 0 / 4 |" in text
+    # Two modules of twelve are the fewest of all plans.
+    assert "| gpt2-4x32 / tales | -0.5 (-0.5 to -0.5) | 0.70 | 0.55 | attention-top-half-8, 0.50 |" in text
+    assert "new family)" not in text
     assert "`ours-saves-time` is better than the worse of `attention-8` and `mlp-8` in 100% (" in text
     assert "<table>" in (tmp_path / "saving.html").read_text()
     assert text.count("](./saving.png)") == 1
