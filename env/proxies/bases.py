@@ -111,6 +111,7 @@ def _neox(depth: int, width: int) -> ProxyBase:
         "num_attention_heads": 4,
         "max_position_embeddings": POSITIONS,
         "initializer_range": 0.06,
+        "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": None,
     }

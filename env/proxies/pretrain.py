@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ...common.files import atomic_path, write_json
 from ...data.corpora import load_corpus, sample_windows
+from ...errors import ConfigError
 from ..tasks.objectives import label_loss, language_inputs
 from .bases import BASES_FOLDER, ProxyBase, find_base, load_base_model, new_base_model
 
@@ -57,8 +58,16 @@ class PretrainConfig:
 
 
 def pretrain(name: str, config: PretrainConfig) -> Path:
-    """Pretrain a base and write it with its card; returns its folder."""
+    """Pretrain a base and write it with its card; returns its folder.
+
+    Raises:
+        ConfigError: its output weights are not tied to those of its input, which the file alone would hold.
+    """
     base = find_base(name)
+    if not new_base_model(base).config.tie_word_embeddings:
+        raise ConfigError(
+            f"Set tie_word_embeddings for {name}: output weights of its own are not kept in a base's file."
+        )
     train, held_out = load_corpus(config.corpus)
     generator = np.random.default_rng(config.seed)
     started = time.monotonic()

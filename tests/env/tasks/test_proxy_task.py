@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from rankpilot.data.labelled import load_labelled
 from rankpilot.env.episodes.single import Episode, probe_task
 from rankpilot.env.proxies.adapted import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.proxies.bases import BASES_FOLDER, PROXY_BASES, find_base, load_base_model
+from rankpilot.env.proxies.pretrain import PretrainConfig, pretrain
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.objectives import FIRST_CLASS, MASK_SHARE, label_loss, language_inputs
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, check_texts, load_task
@@ -359,6 +361,14 @@ def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: py
         AssetError, match=r"weights of proxy base 'llama-4x32' are missing .*env.proxies.pretrain llama-4x32"
     ):
         load_base_model("llama-4x32")
+
+
+def test_a_base_with_output_weights_of_its_own_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = find_base("neox-8x64")
+    untied = replace(base, config=base.config | {"tie_word_embeddings": False})
+    monkeypatch.setitem(PROXY_BASES, base.name, untied)
+    with pytest.raises(ConfigError, match="Set tie_word_embeddings in the configuration of neox-8x64"):
+        pretrain(base.name, PretrainConfig((base.name,)))
 
 
 def test_weights_of_another_architecture_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
