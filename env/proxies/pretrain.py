@@ -65,9 +65,7 @@ def pretrain(name: str, config: PretrainConfig) -> Path:
     """
     base = find_base(name)
     if not new_base_model(base).config.tie_word_embeddings:
-        raise ConfigError(
-            f"Set tie_word_embeddings for {name}: output weights of its own are not kept in a base's file."
-        )
+        raise ConfigError(f"Set tie_word_embeddings in the configuration of {name}: the file has no output weights.")
     train, held_out = load_corpus(config.corpus)
     generator = np.random.default_rng(config.seed)
     started = time.monotonic()
