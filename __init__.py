@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .finetune.allocate import allocate, frontier
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.checkpoint import last_checkpoint
+    from .finetune.loop_checkpoint import load_checkpoint, save_checkpoint
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
     from .memory.budget import Budget
@@ -40,8 +41,10 @@ _LAZY = {
     "attach": ".finetune.callback",
     "frontier": ".finetune.allocate",
     "last_checkpoint": ".finetune.checkpoint",
+    "load_checkpoint": ".finetune.loop_checkpoint",
     "load_policy": ".agents.learned.policy_file",
     "memory_of": ".memory.outlook",
+    "save_checkpoint": ".finetune.loop_checkpoint",
 }
 
 __all__ = [
@@ -57,8 +60,10 @@ __all__ = [
     "attach",
     "frontier",
     "last_checkpoint",
+    "load_checkpoint",
     "load_policy",
     "memory_of",
+    "save_checkpoint",
 ]
 
 

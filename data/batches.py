@@ -14,7 +14,12 @@ from ..errors import DataError
 from ..memory.batch_shape import MASK, BatchShape, padded
 from ..memory.recording import Batch
 
+_EMPTY = "The training set is empty. Check its path, split and filters."
+
 Collate = Callable[[list[Any]], Any]
+
+MOST_EXAMPLES = 10_000
+"""Examples that are looked at in a data set without columns, at most."""
 
 IGNORED = -100
 """The label of a token whose prediction no loss counts, as in torch and transformers."""
@@ -24,44 +29,61 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
     """The largest batch that training can meet: the longest examples, with padding if any batch may have some.
 
     Args:
-        dataset: map-style or iterable. The lengths of its columns of token ids tell which examples are the longest; the
-            first ones are taken where there are no such columns.
+        dataset: map-style or iterable. The lengths of token ids tell which examples are the longest: of the columns of
+            a `datasets.Dataset`; of up to `MOST_EXAMPLES` examples, evenly spread, of any other map-style data set
+            whose examples are mappings. Where there are none, the first examples are taken.
         collate: the data loader's function that makes a batch of examples.
         rows: batch size, in examples.
 
     Raises:
         DataError: the data set is empty.
     """
-    names = getattr(dataset, "column_names", None) or ()
-    lengths = None
+    lengths, names = None, list[str]()
     if not hasattr(dataset, "__len__"):
-        chosen = list(islice(iter(dataset), rows))
+        examples = list(islice(iter(dataset), rows))
     else:
-        lengths = _lengths(dataset, names)
-        order = np.arange(len(dataset)) if lengths is None else np.argsort(-lengths, kind="stable")
-        chosen = _rows_at(dataset, order[:rows].tolist())
-    if not chosen:
-        raise DataError("The training set is empty. Check its path, split and filters.")
-    batch = collate([chosen[index % len(chosen)] for index in range(rows)])
+        places, lengths, names = _lengths(dataset)
+        order = np.arange(len(places)) if lengths is None else np.argsort(-lengths, kind="stable")
+        examples = _rows_at(dataset, places[order[:rows]].tolist())
+    if not examples:
+        raise DataError(_EMPTY)
+    batch = collate([examples[index % len(examples)] for index in range(rows)])
     # The longest rows may need no padding while others do. Rows of one length without a mask never need any.
-    never = lengths is not None and len(np.unique(lengths)) == 1 and MASK not in names
+    alike = lengths is not None and len(lengths) == len(dataset) and len(np.unique(lengths)) == 1
+    never = alike and MASK not in names
     return batch if never else padded(batch)
 
 
-def _lengths(dataset: Any, names: Sequence[str]) -> NDArray[np.int64] | None:
-    """Tokens of each example; None if no column holds token ids.
+def first_example(dataset: Any) -> Any:
+    """The first example of a data set; DataError if it is empty."""
+    for example in dataset if not hasattr(dataset, "__len__") else _rows_at(dataset, range(min(1, len(dataset)))):
+        return example
+    raise DataError(_EMPTY)
 
-    Of several columns the longest counts, after the prompt's if there is one, as in pairs of answers.
+
+def _lengths(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, list[str]]:
+    """Places of examples, the tokens of each, and the names of what they hold; no lengths if nothing holds token ids.
+
+    Of several columns of token ids the longest counts, after the prompt's if there is one, as in pairs of answers.
     """
+    places = np.arange(len(dataset))
+    if getattr(dataset, "column_names", None):
+        table, names = dataset, list(dataset.column_names)
+    else:
+        places = places[:: -(-len(dataset) // MOST_EXAMPLES) or 1]
+        examples = _rows_at(dataset, places.tolist())
+        mappings = bool(examples) and all(isinstance(example, Mapping) for example in examples)
+        names = sorted(set.intersection(*(set(example) for example in examples))) if mappings else []
+        table = {name: [example[name] for example in examples] for name in names}
     columns = [name for name in names if name.endswith(("input_ids", "prompt_ids", "chosen_ids", "rejected_ids"))]
     if not columns:
-        return None
-    lengths = {name: np.array([len(ids) for ids in dataset[name]], dtype=np.int64) for name in columns}
-    zeros = np.zeros(len(dataset), dtype=np.int64)
+        return places, None, names
+    lengths = {name: np.array([len(ids) for ids in table[name]], dtype=np.int64) for name in columns}
+    zeros = np.zeros(len(places), dtype=np.int64)
     prompts = [size for name, size in lengths.items() if "prompt" in name]
     answers = [size for name, size in lengths.items() if "prompt" not in name]
     total: NDArray[np.int64] = np.sum([zeros, *prompts], axis=0) + np.max([zeros, *answers], axis=0)
-    return total
+    return places, total, names
 
 
 def small_batches(dataset: Any, collate: Collate, steps: int, rows: int, seed: int) -> Iterator[Batch]:

@@ -169,14 +169,15 @@ def static_plan(
         return _with_frontier(_plan_of_trainer(model, callback), callback.pilot, frontier)
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
-    if isinstance(model, PeftModel):
-        return _plan_of_model(model, data, budget, policy, frontier, **options)
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    try:
-        return _plan_of_model(adapted, data, budget, policy, frontier, **options)
-    finally:
-        base = adapted.unload()
-        vars(base).pop("peft_config", None)  # older versions of PEFT leave it there, and warn of it later
+    with _switches_put_back(model):
+        if isinstance(model, PeftModel):
+            return _plan_of_model(model, data, budget, policy, frontier, **options)
+        adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        try:
+            return _plan_of_model(adapted, data, budget, policy, frontier, **options)
+        finally:
+            base = adapted.unload()
+            vars(base).pop("peft_config", None)  # older versions of PEFT leave it there, and warn of it later
 
 
 class _DecidedError(Exception):
@@ -230,7 +231,7 @@ def _plan_of_model(
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     pilot = RankPilot(policy, budget, **options)
     pilot.times_plans |= frontier and not pilot.recompute
-    with settings_put_back(model), _adapters_put_back(model, find_target_modules(model)):
+    with _adapters_put_back(model, find_target_modules(model)):
         size = {"total_steps": total_steps, "accumulation": accumulation}
         run = TrainingRun.of_loader(model, optimizer, data, loss=loss, **size)
         pilot.begin(run)
@@ -255,6 +256,22 @@ def _with_frontier(plan: StaticPlan, pilot: RankPilot, wanted: bool) -> StaticPl
     assert pilot.decision is not None
     assert pilot.decision.deliberation is not None
     return replace(plan, frontier=tuple(frontier_of(pilot.decision.deliberation)))
+
+
+@contextmanager
+def _switches_put_back(model: torch.nn.Module) -> Iterator[None]:
+    """Let parameters train, modules be in training mode and torch draw numbers afterwards as they did before."""
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with settings_put_back(model), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for parameter, before in trains:
+            parameter.requires_grad_(before)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ..common.arrays import IntArray
 from ..errors import BudgetError, ConfigError
 from ..lora.optimizer_state import check_optimizer
 from ..lora.scaling_names import check_scaling
+from ..lora.targets import check_unmerged, find_target_modules
 from ..memory.budget import Budget
 from .run import TrainingRun
 
@@ -32,7 +33,9 @@ def readable_budget(given: str | float | Budget, *, recompute: bool) -> Budget:
     return budget
 
 
-def check_options(policy: object, schedule: object, measure_every: object, bounds: object, scaling: object) -> None:
+def check_options(
+    policy: object, schedule: object, measure_every: object, bounds: object, scaling: object, seed: object
+) -> None:
     """Refuse options of `RankPilot` of a wrong type now, and not after minutes of work.
 
     Raises:
@@ -47,6 +50,8 @@ def check_options(policy: object, schedule: object, measure_every: object, bound
         raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
     if not isinstance(measure_every, int) or measure_every < 1:
         raise ConfigError(f"measure_every is a number of steps, at least 1; got {measure_every!r}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed is a whole number from 0 on; got {seed!r}.")
     check_scaling(scaling)
     if bounds is not None and not isinstance(bounds, Mapping):
         raise ConfigError(f"bounds are a dictionary from module names to ranks; got {bounds!r}.")
@@ -56,13 +61,34 @@ def check_run(run: TrainingRun) -> None:
     """Refuse a run that cannot be trained.
 
     Raises:
-        UnsupportedError: the optimiser cannot be handled, or several processes run that share no gradients.
-        ConfigError: it has no steps.
+        UnsupportedError: the optimiser cannot be handled, or several processes run that share no gradients; see
+            `check_optimized` as well.
+        ConfigError: it has no steps, or some adapters are not in the optimiser.
     """
     run.replicas.check()
     check_optimizer(run.optimizer)
     if run.total_steps < 1:
         raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
+    check_optimized(run)
+
+
+def check_optimized(run: TrainingRun) -> None:
+    """Refuse a run whose optimiser does not hold all adapters that require gradients: they would get rank for nothing.
+
+    Raises:
+        ConfigError: an adapter is in no group of the optimiser.
+        UnsupportedError: an adapter is merged into its layer.
+    """
+    targets = find_target_modules(run.model)
+    check_unmerged(targets)
+    held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    left = [t.name for t in targets if any(p.requires_grad and id(p) not in held for p in t.parameters.values())]
+    if left:
+        raise ConfigError(
+            f"{len(left)} of {len(targets)} adapters are not in the optimiser and would train nothing, such as that of "
+            f"{left[0]}. Make the optimiser after the adapters, of all parameters that require gradients; leave "
+            "modules that are to have no adapter out of `target_modules`."
+        )
 
 
 def check_allowed(observation: Observation, ranks: IntArray) -> None:

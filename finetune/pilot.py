@@ -26,7 +26,7 @@ from ..allocation.policy import Decision, Policy, decided_plan, decision_from_pl
 from ..allocation.schedule import DecisionSchedule
 from ..errors import NoGradientError
 from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import finish_load, resizable_targets
+from ..lora.peft_config import adapter_ranks, finish_load, resizable_targets
 from ..lora.scaling_names import Scaling
 from ..memory.budget import Budget
 from ..memory.model import MemoryModel
@@ -115,7 +115,7 @@ class RankPilot(Readings):
         goal: str = "quality",
         tolerance: float | None = None,
     ) -> None:
-        check_options(policy, schedule, measure_every, bounds, scaling)
+        check_options(policy, schedule, measure_every, bounds, scaling, seed)
         loaded = load_policy(policy)
         self.budget: Budget = readable_budget(budget, recompute=recompute)
         aim = goal_of(goal, tolerance, budget_unit=self.budget.unit, recompute=recompute)
@@ -151,7 +151,6 @@ class RankPilot(Readings):
             ReviewError: a person refused the plan, or gave no answer in time.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
-        check_run(run)
         self._start(run, resumed=False)
         targets = resizable_targets(run.model, self.scaling)
         self.journal.open(name, [], writes=run.replicas.processes.first)
@@ -183,14 +182,12 @@ class RankPilot(Readings):
             name: of the run, for the decision log.
 
         Raises:
-            RunFolderError: the policy, the schedule or the bounds are others than those of that time.
+            RunFolderError: policy, schedule, bounds or the model's ranks are others than those of that time.
             BudgetError: no plan fits another budget.
         """
-        check_run(run)
         self._start(run, resumed=True)
-        settings, before = self._settings(), state["settings"]
-        check_same(settings, before)
         targets = resizable_targets(run.model, self.scaling)
+        before = check_same(settings := self._settings(), state, adapter_ranks(targets))
         finish_load(run.model, targets)
         low, high = rank_bounds(targets, self.bounds)
         adapters = PeftAdapters(run.model, targets)
@@ -199,8 +196,8 @@ class RankPilot(Readings):
         self.controller = RankController.from_state_dict(stored, adapters, self.schedule, low=low, high=high)
         self._losses.load_state_dict(state["losses"])
         self._guard.load_state_dict(state["guard"])
-        predictions = [(int(at), float(cost)) for at, cost in state["predictions"]]
-        self.journal.open(name, predictions, writes=run.replicas.processes.first)
+        known = [(int(at), float(cost)) for at, cost in state["predictions"]]
+        self.journal.open(name, known, writes=run.replicas.processes.first)
         self._step, self._shown = step, state["peaks_shown"]
         with recomputing(run.model, self.recompute) as recomputation:
             memory = run_memory(run, targets, signals=True) if recomputation else None
@@ -211,8 +208,8 @@ class RankPilot(Readings):
                 budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
                 limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device))
             if before.get("time") != settings["time"]:
-                known = (controller.time, run, targets, self.time, memory, limit, recomputation)
-                controller.time = other_time_limit(*known)
+                facts = (controller.time, run, targets, self.time, memory, limit, recomputation)
+                controller.time = other_time_limit(*facts)
             self._watch(run, memory, recomputation)
             run.replicas.changed(targets, step)
             if changed := changes(settings, before):
@@ -227,6 +224,7 @@ class RankPilot(Readings):
         Raises:
             BudgetError: no plan fits it.
         """
+        assert self._controller.targets, "begun"
         self._guard.before_step(self._step, batches)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
@@ -256,9 +254,9 @@ class RankPilot(Readings):
             BudgetError: the step was above the budget, and no plan fits.
             ReviewError: a person refused the plan, or gave no answer in time.
         """
+        controller = self._controller
         self._step += 1
         self._guard.after_step(self._step)
-        controller = self._controller
         if controller.due(self._step) and self._step < controller.total_steps:
             self._decide()
 
@@ -317,11 +315,14 @@ class RankPilot(Readings):
         Raises:
             ProcessError: the processes do not hold the same adapters.
         """
-        self._run.replicas.compare(self._controller.targets, self._step)
+        controller = self._controller
+        self._run.replicas.compare(controller.targets, self._step)
         return {
             "processes": self._run.replicas.processes.count,
-            "controller": self._controller.state_dict(),
-            "signals": self._controller.adapters.meter.state_dict(),
+            "step": self._step,
+            "ranks": adapter_ranks(controller.targets),
+            "controller": controller.state_dict(),
+            "signals": controller.adapters.meter.state_dict(),
             "losses": self._losses.state_dict(),
             "guard": self._guard.state_dict(),
             "predictions": self.predictions,
@@ -333,9 +334,9 @@ class RankPilot(Readings):
     # What the events do -----------------------------------------------------------------------------------------------
 
     def _start(self, run: TrainingRun, *, resumed: bool) -> None:
-        self._step, self._shown = 0, 0
+        check_run(run)
+        self._step, self._shown, self._gradients = 0, 0, GradientWatch()
         self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
-        self._gradients = GradientWatch()
         if self._review is not None:
             self._review.processes, self._review.resumed = run.replicas.processes, resumed
 
@@ -344,9 +345,8 @@ class RankPilot(Readings):
         self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
 
     def _settings(self) -> dict[str, Any]:
-        return run_settings(
-            self.budget, self.time, self.policy, self.schedule, self.bounds, self.recompute, self.scaling
-        )
+        given = self.budget, self.time, self.policy, self.schedule, self.bounds, self.recompute, self.scaling
+        return run_settings(*given)
 
     def _decide(self) -> None:
         controller, step, loss = self._controller, self._step, self._losses.mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..allocation.controller import RankController
+from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
 from .journal import Journal
 from .peak_guard import PeakGuard
@@ -66,5 +67,6 @@ class Readings:
 
     @property
     def _controller(self) -> RankController[PeftAdapters]:
-        assert self.controller is not None, "the run has not begun: call `begin` first"
+        if self.controller is None:
+            raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
         return self.controller

@@ -12,15 +12,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data.batches import Collate, largest_batch, small_batches
+from ..data.batches import Collate, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError
 from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
 from ..memory.recording import Batch
 from ..memory.step_parts import release_inputs
-from ..memory.training_step import LossFunction, TrainingStep, model_loss
+from ..memory.training_step import LossFunction, TrainingStep, checked_loss, model_loss
 from .replicas import Replicas
 
 T = TypeVar("T")
+
+PROBE_RATE = 1e-3
+"""The learning rate of the probe where the optimiser finds its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,7 @@ class TrainingRun:
     def __post_init__(self) -> None:
         object.__setattr__(self, "replicas", Replicas.of(self.model if self.wrapped is None else self.wrapped))
         object.__setattr__(self, "model", self.replicas.inside(self.model))
+        object.__setattr__(self, "loss", checked_loss(self.loss))
         release_inputs(self.model)
 
     @classmethod
@@ -85,15 +89,21 @@ class TrainingRun:
             total_steps: the optimiser steps of the run.
             loss: the loss of a batch, computed as the loop does; by default the one that the model returns.
             accumulation: the batches whose gradients make one optimiser step.
-            learning_rate: of the probe; by default the optimiser's.
+            learning_rate: of the probe; by default the optimiser's, or `PROBE_RATE` where that has none (Adafactor).
 
         Raises:
-            ConfigError: the batches of the loader have no fixed number of examples.
+            ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
         """
+        if not all(hasattr(loader, name) for name in ("dataset", "collate_fn", "batch_sampler")):
+            raise ConfigError(
+                "The data of a run are a torch.utils.data.DataLoader, which tells data set, batch size and collator; "
+                f"got {type(loader).__name__}."
+            )
         rows = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         if not isinstance(rows, int):
             raise ConfigError("The batch size of the DataLoader is not known: give it `batch_size`.")
         rate = optimizer.param_groups[0]["lr"] if learning_rate is None else learning_rate
+        rate = PROBE_RATE if rate is None else rate
         loss = loss or model_loss(model)
         collate = loader.collate_fn
         return cls(model, optimizer, loss, loader.dataset, collate, rows, total_steps, accumulation, float(rate))
@@ -119,7 +129,7 @@ class TrainingRun:
     @cached_property
     def step(self) -> TrainingStep:
         """One step of the run, as it is measured."""
-        rows = BatchShape.of(self._collate([next(iter(self.dataset))] * self.rows)).rows
+        rows = BatchShape.of(self._collate([first_example(self.dataset)] * self.rows)).rows
         each = rows // self.rows if rows % self.rows == 0 else 1
         replicas = self.replicas
         return TrainingStep(

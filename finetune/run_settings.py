@@ -46,8 +46,23 @@ def policy_settings(policy: Policy) -> dict[str, Any]:
     }
 
 
-def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Raise RunFolderError if a run is resumed with settings of another run; its budget and time may be others."""
+def check_same(now: Mapping[str, Any], state: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Refuse to resume a run with settings or adapters of another run; its budget and time may be others.
+
+    Args:
+        now: the settings.
+        state: what `RankPilot.state_dict` returned; those of earlier versions tell no ranks.
+        ranks: of the model's adapters, by module name.
+
+    Returns:
+        The settings then.
+
+    Raises:
+        RunFolderError: they are others than those of the state.
+    """
+    if "settings" not in state:
+        raise RunFolderError(f"This is no state of a run: it has {sorted(state)}. Pass what `state_dict` returned.")
+    before, there = state["settings"], state.get("ranks", ranks)
     differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
     if differing:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in differing)
@@ -55,6 +70,14 @@ def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             f"The run that is resumed had other settings ({shown}). Resume with those, or start a new run; only "
             "the budget and the time may change."
         )
+    other = [name for name in {**there, **ranks} if there.get(name) != ranks.get(name)]
+    if other:
+        raise RunFolderError(
+            f"{len(other)} adapters of the model have other ranks than those of the run that is resumed, such as "
+            f"{other[0]}: {there.get(other[0], 'none')} there, {ranks.get(other[0], 'none')} now. In a loop of your "
+            "own, `rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
+        )
+    return dict(before)
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:

@@ -257,6 +257,11 @@ def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> No
             raise UnknownNameError.of("target module", name, names)
         if rank < 0:
             raise ConfigError(f"Rank {rank} of {name!r} is negative. Ranks start at 0, which drops the adapter.")
+    check_unmerged(targets)
+
+
+def check_unmerged(targets: Iterable[TargetModule]) -> None:
+    """Raise UnsupportedError if an adapter is merged into the frozen weights."""
     merged = next((target.name for target in targets if target.layer.merged), None)
     if merged:
         raise UnsupportedError(

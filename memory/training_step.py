@@ -36,6 +36,22 @@ class TrainingStep:
     bucket_copies: float = 0.0
 
 
+def checked_loss(loss: LossFunction) -> LossFunction:
+    """A loss that raises UnsupportedError where the function returns something else than a tensor of one number."""
+
+    def checked(batch: Any) -> torch.Tensor:
+        value = loss(batch)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UnsupportedError(
+                f"The loss function returned {got}. It has to return the loss of the batch as a tensor of one number, "
+                "with its graph, such as `model(**batch).loss`."
+            )
+        return value
+
+    return checked
+
+
 def model_loss(model: nn.Module) -> LossFunction:
     """The loss that a transformers model returns for a batch that holds labels.
 

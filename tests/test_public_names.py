@@ -30,8 +30,10 @@ def test_public_names() -> None:
         "attach",
         "frontier",
         "last_checkpoint",
+        "load_checkpoint",
         "load_policy",
         "memory_of",
+        "save_checkpoint",
     }
     for name in rankpilot.__all__:
         assert getattr(rankpilot, name) is not None

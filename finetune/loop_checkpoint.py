@@ -1,0 +1,98 @@
+"""Checkpoints of a loop of one's own: the adapters, the optimiser and the state of rankpilot in one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..common.files import atomic_path
+from ..common.tensor_files import check_tensor_file
+from ..errors import RunFolderError, first_line
+from ..lora.peft_config import resizable_targets
+from .checkpoint import MOST_STATE_BYTES, load_state, save_state
+from .pilot import RankPilot
+from .run import TrainingRun
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
+
+
+def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> None:
+    """Write all that a loop needs to go on: what trains of the model, the optimiser, and the ranks and their history.
+
+    The schedule of the learning rate, the order of the batches and random numbers are the loop's own to keep. All
+    processes of a run call this, and the first one writes.
+
+    Args:
+        pilot: has begun, or was resumed.
+        run: that it was given.
+        folder: of this checkpoint; one that is there already is replaced.
+
+    Raises:
+        ConfigError: the run has not begun.
+
+    Example:
+        >>> rankpilot.save_checkpoint(pilot, run, "runs/loop/checkpoint")  # doctest: +SKIP
+    """
+    state = pilot.state_dict()
+    if not run.replicas.processes.first:
+        return
+    with atomic_path(Path(folder)) as temporary:
+        temporary.mkdir()
+        save_state(temporary, state)
+        save_file(_trained(run, pilot), temporary / WEIGHTS)
+        torch.save(run.optimizer.state_dict(), temporary / OPTIMIZER)
+
+
+def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, name: str = "") -> int:
+    """Go on from `save_checkpoint`, in place of `RankPilot.begin`; the model is made as for a new run.
+
+    Args:
+        pilot: has not begun.
+        run: model, optimiser and data as they were made at first.
+        folder: of the checkpoint.
+        name: of the run, for the decision log.
+
+    Returns:
+        The optimiser steps done.
+
+    Raises:
+        RunFolderError: the checkpoint is missing, torn or of another run.
+        BudgetError: no plan fits another budget.
+    """
+    folder = Path(folder)
+    state = load_state(folder)
+    resizable_targets(run.model, pilot.scaling)
+    try:
+        check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
+        weights = load_file(folder / WEIGHTS)
+        moments = torch.load(folder / OPTIMIZER, map_location=run.device, weights_only=True)
+    except Exception as error:  # whatever a torn or foreign file makes the readers raise
+        raise RunFolderError(
+            f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."
+        ) from error
+    other = sorted(weights.keys() ^ _trained(run, pilot).keys())
+    if other:
+        raise RunFolderError(
+            f"The checkpoint {folder} is of another model: {len(other)} of the parameters that train are in one of the "
+            f"two alone, such as {other[0]}. Make model, adapters and optimiser as for the run that wrote it."
+        )
+    try:
+        run.model.load_state_dict(weights, strict=False)
+        run.optimizer.load_state_dict(moments)
+    except (RuntimeError, ValueError) as error:
+        raise RunFolderError(
+            f"The checkpoint {folder} does not fit the model or the optimiser: {first_line(error)}. Make them as for "
+            "the run that wrote it."
+        ) from error
+    step = int(state["step"])
+    pilot.resume(run, state, step=step, name=name)
+    return step
+
+
+def _trained(run: TrainingRun, pilot: RankPilot) -> dict[str, torch.Tensor]:
+    """What trains of the model, by name, and all adapters, those at rank 0 included."""
+    adapters = {id(p) for t in resizable_targets(run.model, pilot.scaling) for p in t.parameters.values()}
+    parameters = run.model.named_parameters()
+    return {name: p.detach().contiguous() for name, p in parameters if p.requires_grad or id(p) in adapters}

@@ -1,0 +1,116 @@
+"""Checkpoints of a loop of one's own: bit for bit as if never interrupted, and a clear error otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import rankpilot
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot import TrainingRun
+from rankpilot.errors import BudgetError, ConfigError, RunFolderError
+from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
+from rankpilot.lora.targets import find_target_modules
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .test_pilot import STEPS, Loop
+
+CUT = 5
+"""After the second decision, which drops some modules."""
+
+
+def ranks(loop: Loop) -> dict[str, int]:
+    return {target.name: target.rank for target in find_target_modules(loop.model)}
+
+
+@pytest.fixture
+def whole(llama_config: LlamaConfig, tmp_path: Path) -> Loop:
+    """A run to its end, with a checkpoint on the way."""
+    loop = Loop(llama_config, tmp_path / "log", budget="40%")
+    loop.pilot.begin(loop.run)
+    loop.train(range(CUT))
+    rankpilot.save_checkpoint(loop.pilot, loop.run, tmp_path / "checkpoint")
+    assert 0 in ranks(loop).values()
+    loop.train(range(CUT, STEPS))
+    return loop
+
+
+def test_a_run_goes_on_as_if_nothing_had_happened(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
+    again = Loop(llama_config, tmp_path / "log", budget="40%")
+    assert rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint") == CUT
+    again.train(range(CUT, STEPS))
+    assert again.losses == whole.losses[CUT:]
+    assert ranks(again) == ranks(whole)
+    there = dict(whole.model.named_parameters())
+    assert all(torch.equal(value, there[name]) for name, value in again.model.named_parameters())
+    again.pilot.finish()
+    again.model.save_pretrained(tmp_path / "adapter")
+    assert again.pilot.predictions == whole.pilot.predictions
+
+
+def test_a_later_checkpoint_replaces_an_earlier_one(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
+    rankpilot.save_checkpoint(whole.pilot, whole.run, tmp_path / "checkpoint")
+    again = Loop(llama_config, tmp_path / "log", budget="40%")
+    assert rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint") == STEPS
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_another_budget_counts_at_once(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
+    again = Loop(llama_config, tmp_path / "log", budget="30%")
+    rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+    assert sum(ranks(again).values()) < sum(ranks(whole).values())
+    again = Loop(llama_config, tmp_path / "log", budget="1KiB")
+    with pytest.raises(BudgetError, match="The budget was changed"):
+        rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"torn"), "cannot be read: .*Take an earlier one"),
+        (lambda folder: (folder / OPTIMIZER).write_bytes(b"torn"), "cannot be read: .*Take an earlier one"),
+        (lambda folder: (folder / OPTIMIZER).unlink(), "cannot be read: .*Take an earlier one"),
+        (lambda folder: (folder / "rankpilot.json").unlink(), "holds no rankpilot.json"),
+    ],
+    ids=["weights", "optimiser", "no optimiser", "no state"],
+)
+def test_a_torn_checkpoint(
+    whole: Loop, llama_config: LlamaConfig, tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    damage(tmp_path / "checkpoint")
+    again = Loop(llama_config, tmp_path / "log", budget="40%")
+    with pytest.raises(RunFolderError, match=words):
+        rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+
+
+def test_another_model(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
+    again = Loop(llama_config, tmp_path / "log", budget="40%")
+    few = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules=["q_proj"]))
+    optimizer = torch.optim.AdamW([p for p in few.parameters() if p.requires_grad], lr=1e-2)
+    run = TrainingRun.of_loader(few, optimizer, again.loader, loss=again.loss, total_steps=STEPS)
+    with pytest.raises(RunFolderError, match=r"is of another model: \d+ of the parameters that train are in one of"):
+        rankpilot.load_checkpoint(again.pilot, run, tmp_path / "checkpoint")
+
+
+def test_adapters_that_were_not_loaded(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
+    """A state alone does not make a run go on: the adapters would be blank."""
+    again = Loop(llama_config, tmp_path / "log", budget="40%")
+    with pytest.raises(RunFolderError, match=r"\d+ adapters of the model have other ranks .*load_checkpoint"):
+        again.pilot.resume(again.run, whole.pilot.state_dict(), step=CUT)
+    with pytest.raises(RunFolderError, match=r"no state of a run: it has \[\]"):
+        again.pilot.resume(again.run, {}, step=CUT)
+
+
+def test_before_a_run_has_begun(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    for call in (
+        lambda: rankpilot.save_checkpoint(loop.pilot, loop.run, tmp_path / "checkpoint"),
+        lambda: loop.pilot.before_step(next(iter(loop.loader))),
+        loop.pilot.after_step,
+        lambda: loop.pilot.limit,
+    ):
+        with pytest.raises(ConfigError, match="The run has not begun: call `begin` first"):
+            call()
+    assert not (tmp_path / "checkpoint").exists()
