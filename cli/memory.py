@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from rich.markup import escape
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownNameError
 from ..memory.step_config import Quantization, StepConfig
 from ..study.memory.config import MemoryConfig
 from .progress import console
@@ -74,6 +74,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _configured(model: str) -> str:
+    """A model whose configuration is known by name, or the folder of a packaged one."""
+    from ..data.asset_list import ASSETS
+    from ..data.models import resolve_model
+    from ..memory.find_configuration import find_configuration
+
+    if model in ASSETS:
+        try:
+            find_configuration(model)
+        except UnknownNameError:
+            return resolve_model(model)
+    return model
+
+
 def _card(options: Memory, card: str) -> int:
     """Show what fits a card; returns the exit status."""
     from ..common.run_folder import refuse_file
@@ -85,7 +99,7 @@ def _card(options: Memory, card: str) -> int:
     if not options.bf16:
         del settings["bf16"]  # the card decides
     with console.status(f"reading the step of {options.model} from its configuration ..."):
-        outlook = memory_of(options.model, card, rank=options.rank, dtype=options.dtype, **settings)
+        outlook = memory_of(_configured(options.model), card, rank=options.rank, dtype=options.dtype, **settings)
         card_report.write_card_report(outlook, options.output)
     if options.json:
         console.out(json.dumps(card_report.card_figures(outlook), indent=2), highlight=False)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
 from ..lora.fresh import fresh_adapters, head_names
+from ..memory.find_configuration import unusable
 from ..memory.step_config import Quantization
 from ..memory.step_parts import check_installed
 from .asset_list import ASSETS
@@ -56,6 +58,8 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
         return load(resolve_model(name))
     except AssetError:
         raise
+    except StrictDataclassError as error:
+        raise unusable(name, error) from error
     except (OSError, ValueError) as error:
         models = {key: asset for key, asset in ASSETS.items() if asset.kind == "model"}
         raise not_found("model", name, models, error) from error

@@ -5,10 +5,9 @@ from itertools import chain, islice, repeat
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot import RankPilot
+from rankpilot import RankPilot, TrainingRun, load_checkpoint, save_checkpoint
 from rankpilot.data.assets import fetch_asset
 from rankpilot.data.packaged_data import load_packaged_dataset
-from rankpilot.finetune.run import TrainingRun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -16,6 +15,7 @@ parser.add_argument("--model", help="a Hugging Face id or a folder; all-MiniLM-L
 parser.add_argument("--budget", default="80%")
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--output", default="runs/plain")
+parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 options = parser.parse_args()
 
 base = options.model or fetch_asset("all-minilm-l6-v2")
@@ -27,9 +27,12 @@ model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
 
-pilot = RankPilot("default", options.budget, tell=print)
-pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=options.steps))
-for batch in islice(chain.from_iterable(repeat(loader)), options.steps):
+run = TrainingRun.of_loader(model, optimizer, loader, total_steps=options.steps)
+pilot, checkpoint = RankPilot("default", options.budget, tell=print), f"{options.output}/checkpoint"
+done = load_checkpoint(pilot, run, checkpoint) if options.resume else 0
+if not options.resume:
+    pilot.begin(run)
+for step, batch in enumerate(islice(chain.from_iterable(repeat(loader)), options.steps - done), done + 1):
     pilot.before_step(batch)
     loss = model(**batch).loss
     loss.backward()
@@ -37,5 +40,7 @@ for batch in islice(chain.from_iterable(repeat(loader)), options.steps):
     optimizer.step()
     optimizer.zero_grad()
     pilot.after_step()
+    if step % 50 == 0 or step == options.steps:
+        save_checkpoint(pilot, run, checkpoint)
 pilot.finish()
 model.save_pretrained(f"{options.output}/adapter")

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
@@ -78,7 +79,15 @@ def _read(name: str, place: str | Path) -> PreTrainedConfig:
             f"The configuration of {name!r} could not be read: {first_line(error)} Check the id or path and the "
             f"network; without one, a local config.json works, or one of {', '.join(list(published_models())[:5])}, ..."
         ) from error
+    except StrictDataclassError as error:
+        raise unusable(name, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"The configuration of {name!r} names no model that transformers knows: {first_line(error)}"
         ) from error
+
+
+def unusable(name: str, error: StrictDataclassError) -> ConfigError:
+    """The error for a configuration whose fields do not fit one another."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return ConfigError(f"The configuration of {name!r} cannot be used: {first_line(cause)}")

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import RankPilotError, UnsupportedError, first_line
+from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
 from ..lora.fresh import fresh_adapters, head_names
 from ..lora.targets import TargetModule, find_target_modules
 from .batch_shape import BatchShape
@@ -139,6 +139,8 @@ def from_config(
             work = count_work(model, targets, training.loss, batch) if counted else None
         except RankPilotError:
             raise
+        except AttributeError as error:
+            raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             raise _unpredictable(config, error) from error
         return ConfiguredStep(

@@ -59,7 +59,7 @@ def has_ranks(adapter: Path) -> bool:
 def test_examples_are_short() -> None:
     lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
     assert len(lines) == 12
-    assert max(lines.values()) <= 44, lines
+    assert max(lines.values()) <= 46, lines
 
 
 def test_a_plan_for_axolotl(run: Callable[..., str], chat_model: Path, tmp_path: Path) -> None:
@@ -94,6 +94,7 @@ def test_trainer_and_going_on_from_its_adapter(run: Callable[..., str], bert: Pa
 
 def test_a_plain_loop(run: Callable[..., str], bert: Path) -> None:
     assert "step 0" in run("plain_loop", "--model", bert, "--steps", 4)
+    assert "step 0" not in run("plain_loop", "--model", bert, "--steps", 4, "--resume")
 
 
 def test_resuming(run: Callable[..., str], bert: Path, tmp_path: Path) -> None:

@@ -152,6 +152,11 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def _random_columns(config: MemoryConfig, architecture: Any, task: Task) -> dict[str, torch.Tensor]:
     """Rows of ordinary token ids, without ids that the model reads as padding or as an end, and their labels."""
     text = architecture.get_text_config()
+    if not hasattr(text, "vocab_size"):
+        raise ConfigError(
+            f"The model {config.model!r} ({type(architecture).__name__}) reads no tokens: rankpilot plans and trains "
+            "models of text."
+        )
     special: set[int] = set()
     for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
         special.update(np.atleast_1d(getattr(text, f"{name}_token_id", None) or 0).tolist())

@@ -21,6 +21,7 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
     XLNetConfig,
     XLNetModel,
 )
@@ -191,6 +192,9 @@ def test_a_model_without_checkpointing(models: Path, tmp_path: Path, capsys: pyt
 
 def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "There is no model folder" in failure(["memory", "./nowhere"], capsys)
+    vision = models / "vit"
+    ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64).save_pretrained(vision)
+    assert "(ViTConfig) reads no tokens" in failure(["memory", str(vision), "--budget", "70%"], capsys)
     assert "has 32 positions, and max_length is 33" in failure(
         ["memory", str(models / "bert"), "--max-length", "33"], capsys
     )

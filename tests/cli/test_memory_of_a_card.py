@@ -99,6 +99,14 @@ def test_a_card_that_is_not_known_is_one_line(
     assert words in failure(["memory", str(configuration), *options], capsys)
 
 
+@pytest.mark.assets
+def test_a_packaged_model_on_a_card(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It is in no table of configurations, but in its own folder."""
+    arguments = ["memory", "all-minilm-l6-v2", "--device-memory", "24GiB", "--output", str(tmp_path / "card")]
+    assert cli(arguments) == 0
+    assert "fits" in capsys.readouterr().out
+
+
 def test_a_model_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(["memory", "qwen9-8b", "--device", "T4"], capsys)
     assert "qwen3-8b" in line

@@ -1,4 +1,4 @@
-"""What share of the tokens of a batch the loss asks about."""
+"""What share of the tokens of a batch the loss asks about, and which rows of a data set are the longest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.data.batches import IGNORED, count_predictions, predicted_share
+from datasets import Dataset
+from rankpilot.data import batches
+from rankpilot.data.batches import IGNORED, count_predictions, first_example, largest_batch, predicted_share
+from rankpilot.errors import DataError
 
 TOKENS = torch.ones(4, 10, dtype=torch.int64)
 MASK = TOKENS.clone()
@@ -40,3 +43,57 @@ def test_the_share_of_several_batches() -> None:
     assert predicted_share([(4, 40), (4, 10)]) == pytest.approx(8 / 50)
     assert predicted_share([(0, 40)]) > 0, "its logarithm is taken"
     assert predicted_share([(0, 0)]) == 1
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """An ordinary data set of torch, without columns; notes which rows were read."""
+
+    def __init__(self, lengths: list[int], make: Any = lambda ids: {"input_ids": ids, "labels": ids}) -> None:
+        self.lengths, self.make, self.read = lengths, make, set[int]()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Any:
+        self.read.add(index)
+        return self.make(list(range(self.lengths[index])))
+
+
+def padding(rows: list[Any]) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    return {"input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)}
+
+
+@pytest.mark.parametrize("kind", ["data set of torch", "list", "datasets"])
+def test_the_longest_rows_are_found_in_any_data_set(kind: str) -> None:
+    lengths = [3, 9, 4, 11, 5, 2]
+    rows = Rows(lengths)
+    dataset: Any = rows
+    if kind != "data set of torch":
+        dataset = [rows[index] for index in range(len(rows))]
+    if kind == "datasets":
+        dataset = Dataset.from_list(dataset)
+    assert largest_batch(dataset, padding, 2)["input_ids"].shape == (2, 11)
+
+
+def test_of_a_large_data_set_some_rows_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MOST_EXAMPLES", 10)
+    rows = Rows([1 + index % 7 for index in range(95)])
+    batch = largest_batch(rows, padding, 3)
+    assert batch["input_ids"].shape[0] == 3
+    assert len(rows.read) == 10
+    assert {0, 90} <= rows.read, "evenly spread"
+
+
+def test_rows_without_names_come_in_their_order() -> None:
+    rows = Rows([3, 9, 4], make=lambda ids: (torch.tensor(ids),))
+    batch = largest_batch(rows, lambda examples: {"input_ids": examples[0][0][None]}, 1)
+    assert batch["input_ids"].shape == (1, 3)
+
+
+def test_an_empty_data_set() -> None:
+    for call in (lambda: largest_batch(Rows([]), padding, 2), lambda: first_example(Rows([]))):
+        with pytest.raises(DataError, match="The training set is empty"):
+            call()
+    assert first_example(Rows([2]))["input_ids"] == [0, 1]
+    assert first_example(iter([5, 6])) == 5

@@ -15,7 +15,7 @@ from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.errors import BudgetError, ConfigError, DataError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -85,9 +85,17 @@ def test_a_model_and_a_loader(llama_config: LlamaConfig) -> None:
     set_seed(0)
     base = LlamaForCausalLM(llama_config)
     names = list(base.state_dict())
+    base.eval()
+    base.lm_head.weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    random_state = torch.get_rng_state()
     config = allocate(base, loader, budget="80%", policy="signal-mean", schedule=SCHEDULE, learning_rate=1e-2)
     assert list(base.state_dict()) == names, "the base model has no adapter afterwards"
     assert not hasattr(base, "peft_config")
+    assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == before
+    assert {True, False} == set(before.values())
+    assert not any(module.training for module in base.modules())
+    assert torch.equal(torch.get_rng_state(), random_state)
     model = adapted(llama_config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     pilot = RankPilot("signal-mean", "80%", schedule=SCHEDULE)
@@ -95,6 +103,10 @@ def test_a_model_and_a_loader(llama_config: LlamaConfig) -> None:
     assert config.rank_pattern == model.peft_config["default"].rank_pattern
     with pytest.raises(ConfigError, match="pass a DataLoader, or a Trainer"):
         allocate(base)
+    with pytest.raises(ConfigError, match=r"are a torch\.utils\.data\.DataLoader, .*; got list"):
+        allocate(base, [ROWS[0]], policy="signal-mean")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="The training set is empty"):
+        allocate(base, DataLoader([], batch_size=4), policy="signal-mean")  # type: ignore[arg-type]
 
 
 def test_a_budget_that_nothing_fits_changes_nothing(llama_config: LlamaConfig, tmp_path: Path) -> None:

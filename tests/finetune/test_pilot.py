@@ -20,11 +20,13 @@ from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, NoGradientError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.gradient_watch import PATIENCE
+from rankpilot.finetune.run import PROBE_RATE
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
+    Adafactor,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -238,3 +240,53 @@ def test_a_step_without_a_loss_is_refused_before_training(llama_config: LlamaCon
     attach(trainer, "signal-mean", budget="300k params", schedule=SCHEDULE)
     with pytest.raises(UnsupportedError, match=r"step of Constant has a constant loss"):
         trainer.train()
+
+
+# What would train nothing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", ["none", "some"])
+def test_adapters_that_the_optimiser_does_not_hold(llama_config: LlamaConfig, tmp_path: Path, share: str) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    last = [p for name, p in loop.model.named_parameters() if p.requires_grad and ".layers.1." in name]
+    held = last if share == "some" else [torch.nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.AdamW(held, lr=1e-2)
+    run = TrainingRun.of_loader(loop.model, optimizer, loop.loader, loss=loop.loss, total_steps=STEPS)
+    with pytest.raises(ConfigError, match=r"\d+ of 14 adapters are not in the optimiser and would train nothing"):
+        loop.pilot.begin(run)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"), [(lambda value: {"loss": value}, "dict"), (lambda value: float(value.detach()), "float")]
+)
+def test_a_loss_of_another_kind(llama_config: LlamaConfig, tmp_path: Path, make: Any, words: str) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    wrong = TrainingRun.of_loader(
+        loop.model, loop.optimizer, loop.loader, loss=lambda batch: make(loop.loss(batch)), total_steps=STEPS
+    )
+    with pytest.raises(UnsupportedError, match=f"The loss function returned {words}. It has to return"):
+        loop.pilot.begin(wrong)
+
+
+def test_an_optimiser_that_finds_its_own_rate(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    optimizer = Adafactor([p for p in loop.model.parameters() if p.requires_grad])
+    assert optimizer.param_groups[0]["lr"] is None
+    loop.run = TrainingRun.of_loader(loop.model, optimizer, loop.loader, loss=loop.loss, total_steps=STEPS)
+    assert loop.run.learning_rate == PROBE_RATE
+    loop.optimizer = optimizer
+    loop.pilot.begin(loop.run)
+    loop.train(range(2))
+
+
+def test_a_merged_adapter(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.model.merge_adapter()
+    with pytest.raises(UnsupportedError, match=r"is merged into the frozen weight.*unmerge_adapter"):
+        loop.pilot.begin(loop.run)
+
+
+@pytest.mark.parametrize("seed", [-1, "a", None])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed is a whole number from 0 on; got"):
+        RankPilot("signal-mean", seed=seed)

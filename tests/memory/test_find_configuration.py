@@ -73,6 +73,11 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
     with pytest.raises(ConfigError, match="names no model that transformers knows"):
         find_configuration(str(tmp_path))
+    odd = {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(odd))
+    with pytest.raises(ConfigError, match=r"cannot be used: The hidden size \(30\) is not a multiple") as error:
+        find_configuration(str(tmp_path))
+    assert "\n" not in str(error.value)
     monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", unreachable)
     with pytest.raises(AssetError, match=r"'someone/Qwen3-8B' could not be read: .*couldn't connect.*network") as error:
         find_configuration("someone/Qwen3-8B")
