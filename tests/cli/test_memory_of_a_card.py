@@ -103,7 +103,7 @@ def test_a_card_that_is_not_known_is_one_line(
 def test_a_packaged_model_on_a_card(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """It is in no table of configurations, but in its own folder."""
     arguments = ["memory", "all-minilm-l6-v2", "--device-memory", "24GiB", "--output", str(tmp_path / "card")]
-    assert cli(arguments) == 0
+    assert cli.run(arguments) == 0
     assert "fits" in capsys.readouterr().out
 
 
