@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..common.arrays import Arrays, BoolArray, FloatArray, IntArray
 from .features import MOST_FEATURE, RUN_FEATURES, run_feature_number, run_feature_text
-from .goal import TOLERANCE, Goal
+from .goal import TOLERANCE, Goal, improvement_of
 
 Votes = NDArray[np.float32]
 
@@ -168,6 +168,24 @@ class Deliberation:
     def within_tolerance(self) -> BoolArray:
         """The plans that can be taken and lose surely no more than the goal tolerates, bool (P,)."""
         return np.asarray(self.may_take & (self.mean - self.reach >= self.goal.least_vote))
+
+    @property
+    def promise(self) -> str:
+        """What is expected of the plan that is taken under a goal of cost, in words; empty under another goal."""
+        if not self.goal.saves or self.costs is None:
+            return ""
+        rival, allowed = "rank 8 on all modules", f"{self.goal.tolerance:.2g} (log)"
+        if not self.within_tolerance.any():
+            return (
+                f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays within "
+                f"{allowed} of its loss. A larger budget or tolerance helps."
+            )
+        if self.plan == self.reference:
+            return f"No cheaper plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
+        mean, worst = (
+            0.0 - improvement_of(vote) for vote in (self.mean[self.plan], (self.mean - self.reach)[self.plan])
+        )
+        return f"Expected beside {rival}: log loss {mean:+.3f}, surely at most {worst:+.3f}."
 
     @property
     def _cheapest(self) -> BoolArray:

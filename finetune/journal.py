@@ -106,6 +106,8 @@ class Journal:
             self.log.append(record)
         self.note(record.line() + (f", {remark}" if remark else ""))
         found = decision.deliberation
+        if record.decision == 0 and found is not None and found.promise:
+            self.note(found.promise)
         if record.decision == 0 and found is not None and found.unlike:
             self.note(f"{self._policy.name} has learned from no run like this one, so trust it less: {found.unlike}.")
         if not plan.ranks.any():

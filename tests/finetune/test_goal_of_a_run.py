@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,25 @@ def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, t
     assert list(adapter_ranks(targets).values()) == ranks.tolist()
     assert redecide(first, policy).differences == redecide(later, policy).differences == ()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
+
+
+def test_what_is_expected_is_told_before_the_first_step(
+    policy: LearnedPolicy, trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rankpilot.attach(trainer, policy, budget="90%", schedule=ONCE, goal="bytes", tolerance=0.02)
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        trainer.train()
+    assert "Expected beside rank 8 on all modules: log loss +0.000, surely at most +0.000." in caplog.text
+    found = DecisionLog(tmp_path / "run" / "decisions").logged(0).deliberation
+    assert found is not None
+    bad = np.where(np.arange(len(found.plans)) == found.reference, 0, np.float32(-5))
+    worse = replace(found, votes=np.repeat(bad[None], len(found.votes), axis=0))
+    assert worse.promise.startswith("The goal cannot be kept: rank 8 on all modules does not fit the budget")
+    plain = replace(worse, allowed=None, taken=int(np.flatnonzero(found.plan_of == found.reference)[0]))
+    assert plain.promise.endswith(
+        "within 0.02 (log) of the loss of rank 8 on all modules, so it is rank 8 on all modules."
+    )
+    assert replace(found, goal=Goal()).promise == ""
 
 
 def test_the_frontier_before_training(policy: LearnedPolicy, trainer: Trainer) -> None:
