@@ -8,6 +8,7 @@ import numpy as np
 
 from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError, shown
+from ..lora.ladder import DEFAULT_RANKS
 from ..lora.module_spec import ModuleSpec
 
 MOST_RANK = 2**31 - 1
@@ -26,7 +27,7 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
 
     Raises:
         UnknownNameError: an entry names no module.
-        ConfigError: a bound is negative, or the least is above the largest.
+        ConfigError: a bound is negative, the least is above the largest, or no rank lies between them.
 
     Example:
         >>> rank_bounds(modules, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
@@ -38,6 +39,10 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
         if not chosen:
             raise UnknownNameError.of("target module", name, [module.name for module in modules])
         least, most = _pair(name, bound)
+        if not any(least <= rank <= most for rank in DEFAULT_RANKS):
+            raise ConfigError(
+                f"The bounds of {name!r} leave it no rank: no rank of {DEFAULT_RANKS} is from {least} to {most}."
+            )
         low[chosen], high[chosen] = np.minimum(least, high[chosen]), most
     return low, high
 

@@ -256,7 +256,7 @@ def test_bounds_hold_at_every_step(launch: Callable[..., Run]) -> None:
             ({"q_prj": 4}, UnknownNameError, "q_prj"),
             ({"q_proj": (4, 2)}, ConfigError, "from low to high"),
             ({"q_proj": -1}, ConfigError, "from low to high"),
-            ({"q_proj": (3, 3)}, ConfigError, "no rank of"),
+            ({"q_proj": (3, 3)}, ConfigError, "bounds of 'q_proj' leave it no rank: no rank of"),
             ({"q_proj": "8"}, ConfigError, "got '8'"),
             ({"q_proj": (1, 2, 3)}, ConfigError, "from low to high"),
         ],
