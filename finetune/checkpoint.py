@@ -139,7 +139,7 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
                 with safe_open(path, "pt"):  # compares the length of the file with its header
                     whole = True
             else:
-                whole = _is_whole_archive(path)
+                whole = is_whole_archive(path)
         except (ValueError, SafetensorError, BadZipFile, NotImplementedError, RuntimeError, EOFError):
             whole = False
         if not whole:
@@ -147,7 +147,7 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
     return ""
 
 
-def _is_whole_archive(path: Path) -> bool:
+def is_whole_archive(path: Path) -> bool:
     """Whether a file that `torch.save` wrote is whole. It packs nothing, so no entry can be longer than the file."""
     with ZipFile(path) as archive:
         entries = archive.infolist()

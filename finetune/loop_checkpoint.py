@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from ..common.files import atomic_path
 from ..common.tensor_files import check_tensor_file
-from ..errors import RunFolderError, first_line
+from ..errors import DataError, RunFolderError, first_line
 from ..lora.peft_config import resizable_targets
-from .checkpoint import MOST_STATE_BYTES, load_state, save_state
+from .checkpoint import MOST_STATE_BYTES, is_whole_archive, load_state, save_state
 from .pilot import RankPilot
 from .run import TrainingRun
 
@@ -67,6 +67,8 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     try:
         check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
         weights = load_file(folder / WEIGHTS)
+        if not is_whole_archive(folder / OPTIMIZER):
+            raise DataError(f"{OPTIMIZER} is torn")
         moments = torch.load(folder / OPTIMIZER, map_location=run.device, weights_only=True)
     except Exception as error:  # whatever a torn or foreign file makes the readers raise
         raise RunFolderError(

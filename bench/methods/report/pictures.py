@@ -53,7 +53,8 @@ def _scatter(
     of: Callable[[Costs], float],
     path: Path,
 ) -> Path:
-    note = f"means over the cells that a method fits; up: a lower loss than {REFERENCE} there; 95 % intervals"
+    most = max((one.cells for one in versus.values()), default=0)
+    note = f"means of {most} cells, hollow: of fewer; up: a lower loss than {REFERENCE} there; 95 % intervals"
     figure = new_figure(5.4, title, note)
     axes = clean_axes(figure.subplots())
     seen: set[str] = set()
@@ -65,6 +66,7 @@ def _scatter(
         spread = [[gain.value - gain.low], [gain.high - gain.value]]
         axes.errorbar(
             x, gain.value, yerr=np.maximum(spread, 0), fmt="o", ms=5, lw=0.8, color=color,
+            mfc=color if versus[method.name].cells == most else "white",
             label=None if method.group in seen else method.group,
         )  # fmt: skip
         places.append((x, gain.value, method.name))
