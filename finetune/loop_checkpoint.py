@@ -83,12 +83,12 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     try:
         run.model.load_state_dict(weights, strict=False)
         run.optimizer.load_state_dict(moments)
-    except (RuntimeError, ValueError) as error:
+        step = int(state["step"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise RunFolderError(
             f"The checkpoint {folder} does not fit the model or the optimiser: {first_line(error)}. Make them as for "
             "the run that wrote it."
         ) from error
-    step = int(state["step"])
     pilot.resume(run, state, step=step, name=name)
     return step
 

@@ -85,6 +85,14 @@ def test_a_torn_checkpoint(
         rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
 
 
+def test_an_optimiser_of_another_kind(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
+    for state in ([1, 2], {"state": {}}, {"state": {}, "param_groups": []}):
+        torch.save(state, tmp_path / "checkpoint" / OPTIMIZER)
+        again = Loop(llama_config, tmp_path / "log", budget="40%")
+        with pytest.raises(RunFolderError, match="does not fit the model or the optimiser"):
+            rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+
+
 def test_another_model(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
     again = Loop(llama_config, tmp_path / "log", budget="40%")
     few = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules=["q_proj"]))
