@@ -57,7 +57,7 @@ def _solve(problem: AllocationProblem, utility: FloatArray, limit: float) -> Int
     cost, steps = problem.cost, np.arange(1, len(problem.ladder.ranks))
     modules, groups = len(utility), cost.group_bytes.shape[1]
     allowed = (steps >= problem.bottoms[:, None]) & (steps <= problem.tops[:, None])
-    one_rung = kron(np.eye(modules), np.ones((1, len(steps))), format="csr")
+    one_rung = kron(csr_array(np.eye(modules)), np.ones((1, len(steps))), format="csr")
     group, member = np.nonzero(cost.needs)
     paid = csr_array((np.ones(len(group)), (np.arange(len(group)), group)), shape=(len(group), groups))
     held = np.kron(cost.per_rank, problem.ladder.array[1:]) / limit
