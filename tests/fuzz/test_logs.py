@@ -179,6 +179,14 @@ def test_a_column_of_another_type(log: DecisionLog) -> None:
         log.read()
 
 
+@pytest.mark.parametrize("name", ["max_step", "hysteresis", "pinned"])
+def test_a_problem_without_its_columns(log: DecisionLog, name: str) -> None:
+    """Found after a hundred thousand inputs: a column may be missing whose lack another version would explain."""
+    put(log, table_of(log).drop_columns([name]))
+    with pytest.raises(RunFolderError, match=f"is damaged: {name} is missing"):
+        log.logged(1)
+
+
 def test_a_decision_of_millions_of_modules_is_not_read(log: DecisionLog) -> None:
     """A file of some kilobytes: columns of one value take no room."""
     table, count = table_of(log).select(["decision", "step", "module", "rank_after"]), 1_000_000
