@@ -211,9 +211,8 @@ class DecisionLog:
         if "problem" not in table.column_names:
             path = self._part(table["decision"][0].as_py())
             raise RunFolderError(f"{path} is of log schema 2, which does not hold the problem that was solved.")
-        missing = {"max_step", "hysteresis", "pinned"} - set(table.column_names)
-        if missing:
-            raise RunFolderError(f"A part in {self.folder} is damaged: {', '.join(sorted(missing))} is missing.")
+        if "max_step" not in table.column_names:  # it may hold no value, so that its lack was not seen before
+            raise RunFolderError(f"A part of {self.folder} is corrupt: max_step is missing.")
         first = table.slice(0, 1).select(["problem", "max_step", "hysteresis"]).to_pylist()[0]
         pinned = table["pinned"].to_numpy()
         path = self.folder / first["problem"]

@@ -183,7 +183,7 @@ def test_a_column_of_another_type(log: DecisionLog) -> None:
 def test_a_problem_without_its_columns(log: DecisionLog, name: str) -> None:
     """Found after a hundred thousand inputs: a column may be missing whose lack another version would explain."""
     put(log, table_of(log).drop_columns([name]))
-    with pytest.raises(RunFolderError, match=f"is damaged: {name} is missing"):
+    with pytest.raises(RunFolderError, match=f"is corrupt: {name} is missing"):
         log.logged(1)
 
 
