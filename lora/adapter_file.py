@@ -176,5 +176,7 @@ def _read_file(path: Path, read: Callable[[], T]) -> T:
         raise RunFolderError(f"There is no {path}. Name a folder that `save_pretrained` of a PEFT model wrote.")
     try:
         return read()
+    except RecursionError as error:  # PEFT tries again without the setting that it does not know, for ever
+        raise RunFolderError(f"{path} is corrupt or foreign: it holds settings inside a setting.") from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SafetensorError) as error:
         raise RunFolderError(f"{path} is corrupt or foreign: {first_line(error)}") from error
