@@ -135,6 +135,7 @@ def test_patterns_that_are_no_mapping(tmp_path: Path, changes: dict[str, Any]) -
 
 
 @pytest.mark.skipif("monteclora_config" not in LoraConfig.__dataclass_fields__, reason="this PEFT does not know it")
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 def test_settings_inside_a_setting(tmp_path: Path) -> None:
     """PEFT's own reader leaves out a setting that it does not know, by name, and tries again: here for ever."""
     with pytest.raises(RunFolderError, match="is corrupt or foreign: it holds settings inside a setting"):
