@@ -17,7 +17,6 @@ parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--output", default="runs/plain")
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 options = parser.parse_args()
-
 base = options.model or fetch_asset("all-minilm-l6-v2")
 tokenizer = AutoTokenizer.from_pretrained(base)
 data = load_packaged_dataset("rotten-tomatoes")["train"].rename_column("label", "labels")
@@ -26,7 +25,6 @@ loader = torch.utils.data.DataLoader(data, 16, shuffle=True, collate_fn=DataColl
 model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-
 run = TrainingRun.of_loader(model, optimizer, loader, total_steps=options.steps)
 pilot, checkpoint = RankPilot("default", options.budget, tell=print), f"{options.output}/checkpoint"
 done = load_checkpoint(pilot, run, checkpoint) if options.resume else 0

@@ -224,7 +224,7 @@ class RankPilot(Readings):
         Raises:
             BudgetError: no plan fits it.
         """
-        assert self._controller.targets, "begun"
+        self._check_begun()
         self._guard.before_step(self._step, batches)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:

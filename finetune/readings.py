@@ -67,6 +67,10 @@ class Readings:
 
     @property
     def _controller(self) -> RankController[PeftAdapters]:
+        self._check_begun()
+        assert self.controller is not None
+        return self.controller
+
+    def _check_begun(self) -> None:
         if self.controller is None:
             raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
-        return self.controller

@@ -34,6 +34,8 @@ from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.memory.cost import plan_cost
 
+from ...cases import first_cases
+
 MakeTask = Callable[..., ProxyTask]
 PARTS = [(suite, split) for suite in SUITES for split in SPLITS]
 MEASURED = ("learning_rate", "reference")
@@ -85,8 +87,9 @@ def check_separate(parts: dict[tuple[str, str], Any]) -> None:
 
 
 @needs_bases
-def test_definitions_are_always_the_same(defined: dict[tuple[str, str], list[ProxyTask]]) -> None:
-    assert all(definitions(suite, "validation") == defined[suite, "validation"] for suite in SUITES)
+@pytest.mark.parametrize("split", first_cases(1, ["validation", "train", "test"]))
+def test_definitions_are_always_the_same(defined: dict[tuple[str, str], list[ProxyTask]], split: str) -> None:
+    assert all(definitions(suite, split) == defined[suite, split] for suite in SUITES)
     for part in PARTS:
         more = sum(MORE[part[0]].values()) if part[1] == "test" else 0
         assert len(defined[part]) == sum(BUDGETS[part].values()) + more + LARGE_BATCH[part[1]]
