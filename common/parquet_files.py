@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import DataError, first_line
+from .parquet_footer import column_chunks
 
 _FAULTS = (pa.ArrowException, OSError, ValueError, TypeError, LookupError)
 
@@ -91,10 +92,7 @@ def _check_footer(path: Path, file: pq.ParquetFile, limits: ParquetLimits) -> No
             f"{path} has {told.num_rows:,} rows and {told.num_columns:,} columns; at most {limits.rows:,} rows and "
             f"{limits.columns:,} columns are read, each under a name of its own."
         )
-    taken = 0
-    for group in (told.row_group(number) for number in range(told.num_row_groups)):
-        chunks = [group.column(number) for number in range(told.num_columns)]
-        taken += sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks)
+    taken = sum(max(size, 8 * values, 0) for values, size in column_chunks(path))
     if taken > limits.memory_bytes:
         raise DataError(f"{path} would take {taken:,} bytes in memory; at most {limits.memory_bytes:,} are read.")
 

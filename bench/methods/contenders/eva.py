@@ -93,9 +93,10 @@ class Eva:
         """See `Method`."""
         modules = study.modules(cell.task)
         layers = deepest(modules, cell.budget, int(RANK * RHO)) or deepest(modules, cell.budget, RANK)
-        if not layers:
+        ranks = np.where(ending(modules, POOLER), 0, window(modules, layers, RANK))
+        if not ranks.any():
             raise DoesNotFitError
-        plan = plan_text(np.where(ending(modules, POOLER), 0, window(modules, layers, RANK)))
+        plan = plan_text(ranks)
         return study.outcome(cell, lambda rate, seed: study.training(cell.task, "eva", rate, seed, plan=plan))
 
 

@@ -16,7 +16,7 @@ from rankpilot.bench.methods.tasks import SUITES, Cell, MethodTask, Suite, find_
 from rankpilot.bench.methods.work import Work
 from rankpilot.errors import ConfigError, UnknownNameError
 
-from .made_up import MODULES, SUITE, TASK, new_study, row_of
+from .made_up import MODULES, SUITE, TASK, costs, new_study, row_of
 
 
 def fill(study: Study, name: str, cell: Cell, gains: dict[str, float]) -> list[Work]:
@@ -107,6 +107,19 @@ def test_what_does_not_fit_is_not_run() -> None:
     assert [work.kind for work in fill(study, "all-linear-8", SUITE.cells[0], {})] == ["costs"]
     with pytest.raises(DoesNotFitError):
         METHODS["all-linear-8"].outcome(study, SUITE.cells[0])
+
+
+def test_eva_does_not_fit_where_the_pooler_alone_does() -> None:
+    cell, layers = SUITE.cells[0], costs()["modules"]
+    for top in ("h.3.mlp.c_fc", "pooler.dense"):
+        study, named = new_study(), [*layers[:-2], ["pooler.dense", *layers[-2][1:]], [top, *layers[-1][1:]]]
+        study.rows.add(Work.of("costs", cell.task), {**costs(), "modules": named})
+        if top == "pooler.dense":
+            with pytest.raises(DoesNotFitError):
+                METHODS["eva"].outcome(study, cell)
+        else:
+            fill(study, "eva", cell, {})
+            assert {work.get("plan") for work in METHODS["eva"].outcome(study, cell).works} == {"0x7 8x1"}
 
 
 def test_simple_takes_the_best_window_and_counts_what_it_tried() -> None:
