@@ -34,9 +34,15 @@ def readable_budget(given: str | float | Budget, *, recompute: bool) -> Budget:
 
 
 def check_options(
-    policy: object, schedule: object, measure_every: object, bounds: object, scaling: object, seed: object
+    policy: object,
+    schedule: object,
+    measure_every: object,
+    bounds: object,
+    scaling: object,
+    seed: object,
+    **switches: object,
 ) -> None:
-    """Refuse options of `RankPilot` of a wrong type now, and not after minutes of work.
+    """Refuse options of `RankPilot` of a wrong type now, and not after minutes of work; switches are True or False.
 
     Raises:
         ConfigError: one is of a wrong type.
@@ -53,6 +59,9 @@ def check_options(
     if not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed is a whole number from 0 on; got {seed!r}.")
     check_scaling(scaling)
+    for name, switch in switches.items():
+        if not isinstance(switch, bool):
+            raise ConfigError(f"{name} is True or False; got {switch!r}.")
     if bounds is not None and not isinstance(bounds, Mapping):
         raise ConfigError(f"bounds are a dictionary from module names to ranks; got {bounds!r}.")
 

@@ -115,7 +115,7 @@ class RankPilot(Readings):
         goal: str = "quality",
         tolerance: float | None = None,
     ) -> None:
-        check_options(policy, schedule, measure_every, bounds, scaling, seed)
+        check_options(policy, schedule, measure_every, bounds, scaling, seed, fresh=fresh, recompute=recompute)
         loaded = load_policy(policy)
         self.budget: Budget = readable_budget(budget, recompute=recompute)
         aim = goal_of(goal, tolerance, budget_unit=self.budget.unit, recompute=recompute)

@@ -179,6 +179,8 @@ OF_ONE_COST = LearnedPolicy("earlier", RankNetwork(NetworkConfig(width=8)), Plan
         ({"policy": None}, "policy is 'default', the folder"),
         ({"schedule": "early"}, "schedule is a rankpilot.DecisionSchedule"),
         ({"measure_every": 0}, "measure_every is a number of steps"),
+        ({"fresh": "no"}, "fresh is True or False; got 'no'"),
+        ({"recompute": 1}, "recompute is True or False; got 1"),
         ({"bounds": ["q_proj"]}, "bounds are a dictionary"),
         ({"explore": 0.1}, "signal-mean has no value ensemble"),
         ({"policy": "default", "explore": 0.0}, "a temperature above 0"),
