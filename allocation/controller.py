@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..common.arrays import IntArray
+from ..common.stored_numbers import counted, finite
 from ..common.units import part_of
 from ..errors import BudgetError
 from ..lora.adapters import Adapters
@@ -22,7 +23,7 @@ from ..lora.ladder import RankLadder
 from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
 from ..memory.budget import Budget, reference_cost
-from ..memory.cost import ByteCost, TimedCost, UntimedCost, cost_from_state, cost_state, unit_cost
+from ..memory.cost import ByteCost, TimedCost, UntimedCost, check_cost, cost_from_state, cost_state, unit_cost
 from .module_shapes import ModuleShapes
 from .observation import Observation, RunState, observe
 from .plan import Plan, check_budget
@@ -331,26 +332,30 @@ class RankController(Generic[AdaptersT]):
             schedule: see the class, as `low` and `high`.
             low: the least rank of each module.
             high: the largest rank of each module.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is no such state, or of another model.
         """
         cost = cost_from_state(state["cost"])
-        assert not isinstance(cost, TimedCost), "time is beside the cost"
+        check_cost(cost, len(adapters.targets))
+        if isinstance(cost, TimedCost):
+            raise TypeError("time is beside the cost")
+        # Some are unknown in checkpoints of earlier versions, whose policies do not see them.
+        seen = (state["first_loss"], state.get("probe_fall", 0.0), state.get("predicted", 1.0))
         controller = cls(
             adapters,
             cost,
-            state["limit"],
+            finite(state["limit"]),
             schedule,
-            state["total_steps"],
-            # Some are unknown in checkpoints of earlier versions, whose policies do not see them.
-            ProbeResult(
-                adapters.meter.values, state["first_loss"], state.get("probe_fall", 0.0), state.get("predicted", 1.0)
-            ),
-            rows=state.get("rows", 1),
+            counted(state["total_steps"], 1),
+            ProbeResult(adapters.meter.values, *map(finite, seen)),
+            rows=counted(state.get("rows", 1), 1),
             low=low,
             high=high,
-            seed=state["seed"],
+            seed=counted(state["seed"]),
             time=TimeLimit.from_state(state["time"]) if state.get("time") else None,
         )
-        controller._reference_cost = state["reference_cost"]
-        controller.interval_losses = list(state["interval_losses"])
-        controller.decision = state["decision"]
+        controller._reference_cost = finite(state["reference_cost"])
+        controller.interval_losses = [finite(loss) for loss in state["interval_losses"]]
+        controller.decision = counted(state["decision"])
         return controller

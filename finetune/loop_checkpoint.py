@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..common.files import atomic_path
+from ..common.stored_numbers import counted
 from ..common.tensor_files import check_tensor_file
 from ..errors import DataError, RunFolderError, first_line
 from ..lora.peft_config import resizable_targets
@@ -83,7 +84,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     try:
         run.model.load_state_dict(weights, strict=False)
         run.optimizer.load_state_dict(moments)
-        step = int(state["step"])
+        step = counted(state["step"])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise RunFolderError(
             f"The checkpoint {folder} does not fit the model or the optimiser: {first_line(error)}. Make them as for "

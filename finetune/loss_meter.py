@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..common.processes import Processes
+from ..common.stored_numbers import counted
 
 
 class LossMeter:
@@ -53,4 +54,5 @@ class LossMeter:
         sums = state.get("of_each", whole)
         if len(sums) != self._processes.count:
             sums = whole + [(0.0, 0)] * (self._processes.count - 1)
-        self.total, self.count = float(sums[self._processes.rank][0]), int(sums[self._processes.rank][1])
+        total, count = sums[self._processes.rank]
+        self.total, self.count = float(total), counted(count)

@@ -14,6 +14,7 @@ import torch
 from ..allocation.controller import RankController
 from ..allocation.plan import check_budget, least_ranks
 from ..common.arrays import IntArray
+from ..common.stored_numbers import counted, finite
 from ..common.units import format_bytes
 from ..errors import BudgetError, UnsupportedError
 from ..lora.signals import signal_buffer_bytes
@@ -263,11 +264,11 @@ class PeakGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; call this before `attach`."""
-        self.shape = BatchShape(state["rows"], state["length"])
-        self._underestimate = state["underestimate"]
-        self.meter.history = [(int(step), int(peak)) for step, peak in state["peaks"]]
-        self.meter.requested = self._unchecked = state.get("measure_next", True)
-        self.checks = [(int(step), float(cost), int(peak)) for step, cost, peak in state["checks"]]
+        self.shape = BatchShape(counted(state["rows"]), counted(state["length"]))
+        self._underestimate = finite(state["underestimate"])
+        self.meter.history = [(counted(step), counted(peak)) for step, peak in state["peaks"]]
+        self.meter.requested = self._unchecked = bool(state.get("measure_next", True))
+        self.checks = [(counted(step), finite(cost), counted(peak)) for step, cost, peak in state["checks"]]
         self._before = state["before"].numpy().copy() if "before" in state else None
 
     def _warn(self, text: str, *values: object) -> None:

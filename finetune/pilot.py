@@ -43,7 +43,7 @@ from .readings import Readings
 from .recomputation import Recomputation, recomputing
 from .review import PlanReview
 from .run import TrainingRun
-from .run_settings import changes, check_same, run_settings
+from .run_settings import changes, check_same, predictions_of, readable_state, run_settings
 from .time_before_training import other_time_limit, settle_time
 
 logger = logging.getLogger(__name__)
@@ -187,29 +187,29 @@ class RankPilot(Readings):
         """
         self._start(run, resumed=True)
         targets = resizable_targets(run.model, self.scaling)
-        before = check_same(settings := self._settings(), state, adapter_ranks(targets))
-        finish_load(run.model, targets)
         low, high = rank_bounds(targets, self.bounds)
-        adapters = PeftAdapters(run.model, targets)
-        adapters.meter.load_state_dict(state["signals"])
-        stored = state["controller"]
-        self.controller = RankController.from_state_dict(stored, adapters, self.schedule, low=low, high=high)
-        self._losses.load_state_dict(state["losses"])
-        self._guard.load_state_dict(state["guard"])
-        known = [(int(at), float(cost)) for at, cost in state["predictions"]]
+        adapters, schedule = PeftAdapters(run.model, targets), self.schedule
+        with readable_state():
+            before = check_same(settings := self._settings(), state, adapter_ranks(targets))
+            adapters.meter.load_state_dict(state["signals"])
+            controller = RankController.from_state_dict(state["controller"], adapters, schedule, low=low, high=high)
+            self._losses.load_state_dict(state["losses"])
+            self._guard.load_state_dict(state["guard"])
+            known, layers = predictions_of(state), frozenset(state["recomputed"])
+            self._step, self._shown = step, int(state["peaks_shown"])
+        self.controller, limit = controller, controller.limit
+        finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
-        self._step, self._shown = step, state["peaks_shown"]
         with recomputing(run.model, self.recompute) as recomputation:
             memory = run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
-                recomputation.take(state["recomputed"])
-            limit, controller = self.controller.limit, self.controller
+                recomputation.take(layers)
             if before["budget"] != settings["budget"]:
                 budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
                 limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device))
             if before.get("time") != settings["time"]:
-                facts = (controller.time, run, targets, self.time, memory, limit, recomputation)
-                controller.time = other_time_limit(*facts)
+                facts = (run, targets, self.time, memory, limit, recomputation)
+                controller.time = other_time_limit(controller.time, *facts)
             self._watch(run, memory, recomputation)
             run.replicas.changed(targets, step)
             if changed := changes(settings, before):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..allocation.bounds import Bounds
 from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
-from ..errors import RunFolderError
+from ..common.stored_numbers import counted, finite
+from ..errors import RankPilotError, RunFolderError, first_line
 from ..memory.budget import Budget
 from ..memory.time_budget import TimeBudget
 
@@ -78,6 +80,25 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], ranks: Mapping[
             "own, `rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
         )
     return dict(before)
+
+
+def predictions_of(state: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """The steps of a state at which a plan's cost was predicted, and the costs."""
+    return [(counted(step), finite(cost)) for step, cost in state["predictions"]]
+
+
+@contextmanager
+def readable_state() -> Iterator[None]:
+    """What a damaged or foreign state makes the block raise becomes a RunFolderError."""
+    try:
+        yield
+    except RankPilotError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise RunFolderError(
+            f"The state of the run that is resumed is damaged, or of another model: {first_line(error)}. Take an "
+            "earlier checkpoint."
+        ) from error
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.stored_numbers import counted
 from .frozen_weights import base_norm
 from .ladder import REFERENCE_RANK
 from .targets import TargetModule
@@ -161,15 +162,27 @@ class SignalMeter(Meter):
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state_dict`; the targets must have the ranks of the time when it was made."""
+        """Continue from `state_dict`; the targets must have the ranks of the time when it was made.
+
+        Raises:
+            LookupError, TypeError, ValueError: the state is of other modules or ranks, or damaged.
+        """
         self.restart()
-        self.values: FloatArray = state["values"].numpy().copy()
-        self.age: IntArray = state["age"].numpy().copy()
-        self._count = int(state["count"])
+        self.values = _stored(state["values"], self.values.shape, torch.float64).numpy().copy()
+        self.age = _stored(state["age"], self.age.shape, torch.int64).numpy().copy()
+        self._count = counted(int(state["count"]))
         if "squares" in state:
-            device = self._adapted[0].weight_b.device
-            self._squares = [state["squares"].to(device, copy=True)]
-            self._sums = [state[f"mean.{target.name}"].to(device, copy=True) for target in self._adapted]
+            device, weights = self._adapted[0].weight_b.device, [target.weight_b for target in self._adapted]
+            sums = [_stored(state[f"mean.{t.name}"], t.weight_b.shape, t.weight_b.dtype) for t in self._adapted]
+            squares = _stored(state["squares"], (len(weights),), weights[0].dtype)
+            self._squares, self._sums = [squares.to(device, copy=True)], [s.to(device, copy=True) for s in sums]
+
+
+def _stored(tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a state, if it has this shape and type; ValueError otherwise."""
+    if tensor.shape != torch.Size(shape) or tensor.dtype != dtype:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}, not {tuple(shape)} and {dtype}")
+    return tensor
 
 
 def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
