@@ -10,7 +10,7 @@ from ..allocation.bounds import Bounds
 from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.stored_numbers import counted, finite
-from ..errors import RankPilotError, RunFolderError, first_line
+from ..errors import RankPilotError, RunFolderError, first_line, shown
 from ..memory.budget import Budget
 from ..memory.time_budget import TimeBudget
 
@@ -63,21 +63,21 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], ranks: Mapping[
         RunFolderError: they are others than those of the state.
     """
     if "settings" not in state:
-        raise RunFolderError(f"This is no state of a run: it has {sorted(state)}. Pass what `state_dict` returned.")
+        raise RunFolderError(f"This is no state of a run: it has {shown([*state])}. Pass what `state_dict` returned.")
     before, there = state["settings"], state.get("ranks", ranks)
     differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
     if differing:
-        shown = "; ".join(f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in differing)
+        each = "; ".join(f"{key}: {shown(before.get(key))} there, {now[key]!r} now" for key in differing)
         raise RunFolderError(
-            f"The run that is resumed had other settings ({shown}). Resume with those, or start a new run; only "
+            f"The run that is resumed had other settings ({each}). Resume with those, or start a new run; only "
             "the budget and the time may change."
         )
     other = [name for name in {**there, **ranks} if there.get(name) != ranks.get(name)]
     if other:
         raise RunFolderError(
             f"{len(other)} adapters of the model have other ranks than those of the run that is resumed, such as "
-            f"{other[0]}: {there.get(other[0], 'none')} there, {ranks.get(other[0], 'none')} now. In a loop of your "
-            "own, `rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
+            f"{shown(other[0])}: {shown(there.get(other[0]))} there, {ranks.get(other[0])} now. In a loop of your own, "
+            "`rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
         )
     return dict(before)
 
