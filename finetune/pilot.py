@@ -204,7 +204,7 @@ class RankPilot(Readings):
             memory = run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
-            if before["budget"] != settings["budget"]:
+            if before.get("budget") != settings["budget"]:
                 budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
                 limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device))
             if before.get("time") != settings["time"]:
