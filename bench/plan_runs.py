@@ -57,9 +57,6 @@ OWN = {
     "gpt2-8x32": {"german": 120, "code": 100, "reviews": 80, "spanish": 150, "tales": 60, "tables": 120},
     "gpt2-4x64": {"spanish": 100, "tables": 80, "german": 200, "code": 150},
     "gpt2-4x32": {"tales": 150, "tables": 200},
-    "bloom-4x64": {"german": 120, "spanish": 80, "tales": 100, "tables": 150, "code": 80, "reviews": 120},
-    "opt-8x32": {"german": 100, "spanish": 150, "tales": 120, "tables": 80, "code": 120, "reviews": 60},
-    "phi-8x32": {"german": 150, "spanish": 120, "tales": 80, "tables": 120, "code": 60, "reviews": 100},
 }
 """Steps that models of our own pretraining take on texts. No task is on GPT-NeoX, see `env/proxies/bases.py`."""
 
@@ -68,11 +65,11 @@ OWN = {
 class Options:
     """Train many plans for each of many real fine-tunes, and pack what came out into one file.
 
-    MiniLM-L6, its lower three layers, SmolLM2-135M, whole and cut, and small models that read bytes (Llama, GPT-2,
-    BLOOM, OPT, Phi) learn film reviews, posts on computers, Python's source, tales and other texts, some in languages
-    that they do not know; no data of the test cells of `rankpilot bench methods`. Each fine-tune is probed as a run is,
-    its learning rate is the best one of all-linear rank 8, and plans that adapt few modules have up to twice that. Its
-    15 plans share seed and batches: plain LoRA, rules, kinds of modules, parts of the depth, and drawn ones.
+    MiniLM-L6, its lower three layers, SmolLM2-135M, whole and cut, and small models that read bytes (Llama, GPT-2)
+    learn film reviews, posts on computers, Python's source, tales and other texts, some in languages that they do not
+    know; no data of the test cells of `rankpilot bench methods`. Each fine-tune is probed as a run is, its learning
+    rate is the best one of all-linear rank 8, and plans that adapt few modules have up to twice that. Its 15 plans
+    share seed and batches: plain LoRA, rules, kinds of modules, parts of the depth, and drawn ones.
 
     `rankpilot train --more-plan-runs FILE` lets value networks learn from the packed file beside the plan runs of
     proxies. Runs go into `rows.jsonl` in the output folder as they end, so that an interrupted run goes on there;

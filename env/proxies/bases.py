@@ -28,7 +28,7 @@ class ProxyBase:
 
     Attributes:
         name: folder below `env/bases`.
-        family: such as "llama", "bert" or "gpt2", as transformers calls it.
+        family: "llama", "bert", "gpt2" or "gpt_neox", as transformers calls it.
         depth: layers.
         target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
         config: keyword arguments of the transformers configuration.
@@ -102,11 +102,8 @@ def _gpt2(depth: int, width: int) -> ProxyBase:
     return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
 
 
-def _decoder(
-    name: str, family: str, depth: int, width: int, targets: tuple[str, ...], **config: int | float | None
-) -> ProxyBase:
-    """A decoder whose configuration has the usual names, except those that are given."""
-    usual = {
+def _neox(depth: int, width: int) -> ProxyBase:
+    config = {
         "vocab_size": 256,
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -118,39 +115,18 @@ def _decoder(
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return ProxyBase(f"{name}-{depth}x{width}", family, depth, targets, usual | config)
-
-
-_FUSED = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
-
-_OTHERS = (
-    _decoder("bloom", "bloom", 4, 64, _FUSED, hidden_dropout=0.0, pad_token_id=None),
-    _decoder(
-        "opt",
-        "opt",
-        8,
-        32,
-        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        word_embed_proj_dim=32,
-        ffn_dim=128,
-        init_std=0.06,
-        dropout=0.0,
-        pad_token_id=None,
-    ),
-    _decoder("phi", "phi", 8, 32, ("q_proj", "k_proj", "v_proj", "self_attn.dense", "fc1", "fc2")),
-    _decoder("neox", "gpt_neox", 8, 64, _FUSED),
-)
+    targets = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
+    return ProxyBase(f"neox-{depth}x{width}", "gpt_neox", depth, targets, config)
 
 
 PROXY_BASES = {
     base.name: base
     for base in (
         *(make(depth, width) for make in (_llama, _bert, _gpt2) for depth in (4, 8) for width in (32, 64)),
-        *_OTHERS,
+        _neox(8, 64),
     )
 }
-"""Bases by name. Proxy tasks have the first three families; real fine-tunes, from which policies learn as well, all but
-GPT-NeoX, which is left for what is asked of new families."""
+"""Bases by name. Policies learn from the first three families; GPT-NeoX is left for what is asked of new families."""
 
 
 def find_base(name: str) -> ProxyBase:

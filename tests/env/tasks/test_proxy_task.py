@@ -354,7 +354,7 @@ def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: py
     from rankpilot.env.proxies import bases
 
     assert {"llama-4x32", "llama-4x64", "bert-4x64", "gpt2-4x32"} <= set(ON_DISK)
-    assert sum(path.stat().st_size for path in BASES_FOLDER.rglob("*") if path.is_file()) <= 7_000_000
+    assert sum(path.stat().st_size for path in BASES_FOLDER.rglob("*") if path.is_file()) <= 6_000_000
     monkeypatch.setattr(bases, "BASES_FOLDER", tmp_path)
     bases._weights.cache_clear()
     with pytest.raises(
