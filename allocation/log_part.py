@@ -76,7 +76,10 @@ _KNOWN = ("decision", "step", "limit", "unit", "module_index", "module", "rank_b
 _KNOWN_LATER = ("problem", "pinned", "hysteresis")
 """The same from schema 3 on."""
 
-_RANKS = ("rank_before", "rank_clipped", "rank_after")
+_KNOWN_NOW = tuple(name for name in MODULE_TYPES if name != "note")
+"""The same from schema 4 on, of the columns with one value a module."""
+
+_RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after")
 
 PROBLEM_NAME = re.compile(r"problem-[0-9]{5,20}\.safetensors")
 """What the file of a problem is called, beside its part."""
@@ -117,7 +120,7 @@ def _fault_in_columns(table: pa.Table, version: int) -> str:
     """What is wrong with the columns of a part, in a few words; empty if they are as they were written."""
     if len(set(table.column_names)) < len(table.column_names):
         return "two columns have one name"
-    needed = (*_KNOWN, *(_KNOWN_LATER if version > 2 else ()))
+    needed = (*_KNOWN, *(_KNOWN_LATER if version > 2 else ()), *(_KNOWN_NOW if version > 3 else ()))
     for name in needed:
         if name not in table.column_names or table[name].null_count:
             return f"{name} is missing, in some row or in all"
@@ -146,7 +149,11 @@ def _fault_in_values(table: pa.Table) -> str:
     if len(table["module"].unique()) < table.num_rows:
         return "two modules have one name"
     for name in _RANKS:
-        if name in table.column_names and np.min(table[name].to_numpy()) < 0:
+        if name not in table.column_names:
+            continue
+        if table[name].null_count:
+            return f"{name} is missing in some row"
+        if np.min(table[name].to_numpy()) < 0:
             return f"{name} is below 0"
     if "problem" in table.column_names and not PROBLEM_NAME.fullmatch(first["problem"]):
         return f"its problem is in a file called {shown(first['problem'])}"

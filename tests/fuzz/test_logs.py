@@ -158,11 +158,13 @@ def test_a_problem_outside_the_log_is_not_read(log: DecisionLog, name: str) -> N
         ("module", ["a", "a", "b"], "two modules have one name"),
         ("module", ["a", None, "b"], "module is missing"),
         ("rank_after", [1, -4, 1], "rank_after is below 0"),
+        ("rank_wanted", [1, None, 1], "rank_wanted is missing"),
+        ("score", [None] * 3, "score is missing"),
         ("unit", ["bits"] * 3, "unit 'bits'"),
         ("feature.snr", [0.0, None, 0.0], "'feature.snr' is missing in some row"),
     ],
 )
-def test_values_that_are_not_of_one_decision(log: DecisionLog, name: str, values: list[object], words: str) -> None:
+def test_values_that_are_missing_or_not_of_one_decision(log: DecisionLog, name: str, values: list[object], words: str) -> None:
     put(log, with_column(table_of(log), name, values))
     with pytest.raises(RunFolderError, match=words):
         log.read()
