@@ -164,7 +164,9 @@ def test_a_problem_outside_the_log_is_not_read(log: DecisionLog, name: str) -> N
         ("feature.snr", [0.0, None, 0.0], "'feature.snr' is missing in some row"),
     ],
 )
-def test_values_that_are_missing_or_not_of_one_decision(log: DecisionLog, name: str, values: list[object], words: str) -> None:
+def test_values_that_are_missing_or_of_two_decisions(
+    log: DecisionLog, name: str, values: list[object], words: str
+) -> None:
     put(log, with_column(table_of(log), name, values))
     with pytest.raises(RunFolderError, match=words):
         log.read()
