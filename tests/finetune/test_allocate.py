@@ -160,7 +160,7 @@ def test_a_logged_plan_is_made_again_bit_for_bit(
     assert again.differences == ()
     assert again.ranks.tolist() == [*plan.ranks.values()]
     assert (logged.value("log_prob") is None) is (explore is None)
-    other = redecide(logged, find_rule("signal-mean"))
+    other = redecide(logged, find_rule("uniform"))
     assert {"score", "deliberation"} <= set(other.differences)
 
 

@@ -232,6 +232,7 @@ def test_what_the_readme_claims_of_a_budget_spent_well() -> None:
         name: tuple(short(100 * each, 1) for each in (one.mean.value, one.mean.low, one.mean.high))
         for name, one in found.items()
     }
+    assert all(found[name].pairs.better.low > 0.5 for name in ("adalora-final", "eva", "gora-style"))
     for name, words in (("adalora-final", "lower than AdaLoRA's"), ("gora-style", "lower than that of a method in")):
         mean, low, high = told[name]
         assert f"{mean} % {words}" in readme
