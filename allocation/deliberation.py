@@ -25,6 +25,9 @@ Outside = tuple[float, float, float]
 VoteUnit = Literal["spread", "log loss"]
 """What networks vote in: standard deviations of the log loss between plans that cost the same, or see `goal`."""
 
+PLAIN = "rank 8 on all modules"
+"""Plain LoRA, with which plans are compared, in words."""
+
 COST_TIE = 0.01
 """Plans whose costs differ by less, as a share, are tied under a goal of cost."""
 
@@ -171,10 +174,12 @@ class Deliberation:
 
     @property
     def promise(self) -> str:
-        """What is expected of the plan that is taken under a goal of cost, in words; empty under another goal."""
-        if not self.goal.saves or self.costs is None:
+        """What is expected of the plan that is taken beside plain LoRA, in words; empty where nothing is."""
+        if self.costs is None or self.plain is None:
             return ""
-        rival, allowed = "rank 8 on all modules", f"{self.goal.tolerance:.2g} (log)"
+        rival, allowed = PLAIN, f"{self.goal.tolerance:.2g} (log)"
+        if not self.goal.saves:
+            return "" if self.plan == self.plain else self._expectation(self.plain)
         if not self.within_tolerance.any():
             return (
                 f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays within "
@@ -186,6 +191,18 @@ class Deliberation:
             0.0 - improvement_of(vote) for vote in (self.mean[self.plan], (self.mean - self.reach)[self.plan])
         )
         return f"Expected beside {rival}: log loss {mean:+.3f}, surely at most {worst:+.3f}."
+
+    def _expectation(self, plain: int) -> str:
+        """What is expected under a goal of quality, and what helps where plain LoRA does not fit and much is lost."""
+        fits = bool(self.may_take[plain])
+        loss = 0.0 - improvement_of(float(self.mean[self.plan] - self.mean[plain]))
+        told = f"Expected beside {PLAIN}{'' if fits else ', which does not fit'}: log loss {loss:+.3f}."
+        if fits or loss <= TOLERANCE:
+            return told
+        return (
+            f"{told} A larger budget makes room. So does recompute=True in a budget of bytes, where it is not on yet: "
+            "layers run again in the backward pass, which takes time."
+        )
 
     @property
     def _cheapest(self) -> BoolArray:

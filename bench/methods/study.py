@@ -216,6 +216,8 @@ class Study:
     def _step(self, work: Work, row: dict[str, Any]) -> Work:
         if work.get("trainer") == "pilot":
             ranks = row.get("ranks") or f"{REFERENCE_RANK}x{len(self.modules(work.task).specs)}"
+            if work.get("recompute"):
+                return Work.of("recompute", work.task, plan=ranks, budget=work.get("budget"))
             return Work.of("step", work.task, trainer="lora", plan=ranks, seed=0)
         kept = {name: work.get(name) for name in ("trainer", "plan", "target")}
         return Work.of("step", work.task, seed=0, **kept)

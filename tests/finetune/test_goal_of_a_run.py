@@ -19,7 +19,7 @@ from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemb
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.goal import Goal
+from rankpilot.allocation.goal import Goal, vote_of
 from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
@@ -100,7 +100,27 @@ def test_what_is_expected_is_told_before_the_first_step(
     assert plain.promise.endswith(
         "within 0.02 (log) of the loss of rank 8 on all modules, so it is rank 8 on all modules."
     )
-    assert replace(found, goal=Goal()).promise == ""
+    assert replace(plain, goal=Goal()).promise == "", "nothing is expected of plain LoRA beside itself"
+
+
+def test_what_a_tight_budget_is_expected_to_cost_is_told(
+    policy: LearnedPolicy, trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rankpilot.attach(trainer, policy, budget="60%", schedule=ONCE)
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        trainer.train()
+    assert "Expected beside rank 8 on all modules, which does not fit: log loss +0.000." in caplog.text
+    assert "recompute" not in caplog.text, "nothing is lost"
+    found = DecisionLog(tmp_path / "run" / "decisions").logged(0).deliberation
+    assert found is not None
+    votes = np.where(np.arange(len(found.plans)) == found.plain, np.float32(vote_of(0.05)), np.float32(0))
+    short = replace(found, votes=np.repeat(votes[None], len(found.votes), axis=0))
+    assert short.promise.startswith(
+        "Expected beside rank 8 on all modules, which does not fit: log loss +0.050. A larger budget makes room. "
+        "So does recompute=True"
+    )
+    assert replace(short, allowed=None).promise == "Expected beside rank 8 on all modules: log loss +0.050."
+    assert replace(short, plain=None).promise == ""
 
 
 def test_the_frontier_before_training(policy: LearnedPolicy, trainer: Trainer) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from ....common.arrays import IntArray
 from ..method import Group
 from ..ranks import plan_text
-from ..study import Modules, Outcome, Study
+from ..study import DoesNotFitError, Modules, Outcome, Study, gather
 from ..tasks import Cell
 from ..work import Work
 from .modules import depth, window
+from .simple import RANKS, best_plan
 
 
 def _all_linear(modules: Modules) -> IntArray:
@@ -20,6 +21,17 @@ def _all_linear(modules: Modules) -> IntArray:
 
 def _top_half(modules: Modules) -> IntArray:
     return window(modules, (depth(modules) + 1) // 2, 16)
+
+
+def _step(cell: Cell, plan: IntArray) -> Work:
+    """The timed step of a plan with as few layers checkpointed as the budget of a cell needs."""
+    return Work.of("recompute", cell.task, plan=plan_text(plan), budget=cell.budget)
+
+
+def _with_step(study: Study, cell: Cell, plan: IntArray, outcome: Outcome) -> Outcome:
+    """What a plan did, at the bytes and the time of its step with layers checkpointed."""
+    step = _step(cell, plan)
+    return replace(outcome, bytes=(study.result(step)["predicted"],) * len(outcome.rows), step=step)
 
 
 @dataclass(frozen=True)
@@ -40,20 +52,42 @@ class Checkpointed:
     group: Group = "static"
     quick: bool = False
 
-    def step(self, study: Study, cell: Cell) -> Work:
-        """The timed step."""
-        plan = plan_text(self.plan(study.modules(cell.task)))
-        return Work.of("recompute", cell.task, plan=plan, budget=cell.budget)
+    def outcome(self, study: Study, cell: Cell) -> Outcome:
+        """See `Method`."""
+        ranks = self.plan(study.modules(cell.task))
+        study.result(_step(cell, ranks))  # fits, or there is nothing to train
+        outcome = study.outcome(cell, lambda rate, seed: study.plan_run(cell.task, ranks, rate, seed))
+        return _with_step(study, cell, ranks, outcome)
+
+
+@dataclass(frozen=True)
+class SimpleCheckpointed:
+    """The best of all layers and the top half at rank 8, 16 and 32, chosen on tuning seeds, checkpointed to fit."""
+
+    name: str = "simple-ckpt"
+    description: str = "the best of all layers and the top half at rank 8, 16, 32, as few layers checkpointed as fit"
+    group: Group = "static"
+    quick: bool = False
 
     def outcome(self, study: Study, cell: Cell) -> Outcome:
         """See `Method`."""
-        timed = study.result(self.step(study, cell))
-        ranks = self.plan(study.modules(cell.task))
-        outcome = study.outcome(cell, lambda rate, seed: study.plan_run(cell.task, ranks, rate, seed))
-        return replace(outcome, bytes=(timed["predicted"],) * len(outcome.rows), step=self.step(study, cell))
+        modules = study.modules(cell.task)
+        layers = depth(modules)
+        plans = [window(modules, count, rank) for rank in RANKS for count in (layers, (layers + 1) // 2)]
+
+        def fits(plan: IntArray) -> bool:
+            try:
+                study.result(_step(cell, plan))
+            except DoesNotFitError:
+                return False
+            return True
+
+        fitting = [plan for plan, fit in zip(plans, gather(fits, plans), strict=True) if fit]
+        return _with_step(study, cell, *best_plan(study, cell, fitting))
 
 
 ALL_LINEAR = Checkpointed(
     "all-linear-8-ckpt", "rank 8 on all linear modules, as few layers checkpointed as fit", _all_linear, quick=True
 )
 TOP_HALF = Checkpointed("top-half-16-ckpt", "rank 16 on the top half, as few layers checkpointed as fit", _top_half)
+SIMPLE = SimpleCheckpointed()

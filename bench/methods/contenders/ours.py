@@ -9,6 +9,9 @@ from .policies import WITHOUT
 from .replay import Replay
 
 OURS = Piloted("ours", "default", "the shipped policy, all its decisions", quick=True)
+RECOMPUTED = Piloted(
+    "ours-recompute", "default", "the shipped policy, as few layers run again as its plans need", recompute=True
+)
 FIRST = FirstPlan("ours-first-plan", "default", "the shipped policy's first plan, kept", "ours", quick=True)
 SAVES_TIME = FirstPlan(
     "ours-saves-time", "default", "the cheapest plan in time that surely loses nothing", "saving", goal="time"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ class PilotDriver(Driver):
     """The plain-loop API of rankpilot inside the loop of the benchmark; see `Driver`.
 
     Args:
-        work: with the arguments policy, budget, seed, and perhaps `least`, a lower bound on all ranks.
+        work: with the arguments policy, budget, seed, and perhaps `least`, a lower bound on all ranks, and
+            `recompute`, whether layers may run again.
     """
 
     def __init__(self, work: Work) -> None:
@@ -45,6 +46,7 @@ class PilotDriver(Driver):
             seed=work.get("seed"),
             bounds=bounds,
             measure_every=MEASURE_EVERY,
+            recompute=bool(work.get("recompute")),
             tell=lambda line: None,
         )
 
@@ -103,6 +105,7 @@ class Piloted:
         group: see `Method`.
         quick: see `Method`.
         least: lower bound on all ranks; None for none.
+        recompute: whether layers may run again in the backward pass; None if not.
     """
 
     name: str
@@ -111,11 +114,12 @@ class Piloted:
     group: Group = "ours"
     quick: bool = False
     least: int | None = None
+    recompute: Literal[True] | None = None
 
     def run(self, study: Study, cell: Cell, rate: float, seed: int) -> Work:
         """The training under the policy."""
-        known = identity(self.policy)
-        return study.training(cell.task, "pilot", rate, seed, budget=cell.budget, least=self.least, **known)
+        given = {"budget": cell.budget, "least": self.least, "recompute": self.recompute}
+        return study.training(cell.task, "pilot", rate, seed, **given, **identity(self.policy))
 
     def outcome(self, study: Study, cell: Cell) -> Outcome:
         """See `Method`."""

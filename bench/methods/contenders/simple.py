@@ -25,6 +25,23 @@ def candidates(modules: Modules, budget: str) -> list[IntArray]:
     return list(plans.values())
 
 
+def best_plan(study: Study, cell: Cell, plans: list[IntArray]) -> tuple[IntArray, Outcome]:
+    """The plan with the lowest loss on tuning seeds, each at its own rate, and what it did.
+
+    Raises:
+        DoesNotFitError: there are no plans.
+    """
+    if not plans:
+        raise DoesNotFitError
+    tried = gather(
+        lambda plan: study.tuned(cell.task, lambda rate, seed: study.plan_run(cell.task, plan, rate, seed)), plans
+    )
+    best = min(range(len(plans)), key=lambda index: tried[index][1])
+    works = frozenset(work for _, _, each in tried for work in each)
+    plan, rate = plans[best], tried[best][0]
+    return plan, study.runs(cell, lambda r, seed: study.plan_run(cell.task, plan, r, seed), rate, works)
+
+
 @dataclass(frozen=True)
 class Simple:
     """The best of windows of top layers at rank 8, 16 and 32, each at its own rate."""
@@ -36,16 +53,7 @@ class Simple:
 
     def outcome(self, study: Study, cell: Cell) -> Outcome:
         """See `Method`."""
-        plans = candidates(study.modules(cell.task), cell.budget)
-        if not plans:
-            raise DoesNotFitError
-        tried = gather(
-            lambda plan: study.tuned(cell.task, lambda rate, seed: study.plan_run(cell.task, plan, rate, seed)), plans
-        )
-        best = min(range(len(plans)), key=lambda index: tried[index][1])
-        works = frozenset(work for _, _, each in tried for work in each)
-        plan, rate = plans[best], tried[best][0]
-        return study.runs(cell, lambda r, seed: study.plan_run(cell.task, plan, r, seed), rate, works)
+        return best_plan(study, cell, candidates(study.modules(cell.task), cell.budget))[1]
 
 
 SIMPLE = Simple()
