@@ -15,9 +15,12 @@ import numpy as np
 from ..common.arrays import IntArray
 from .autograd_flow import adapted_modules
 from .batch_shape import BatchShape
-from .budget import reference_cost
-from .cost import ByteCost
+from .cost import ByteCost, plan_cost
 from .model import MemoryModel
+
+FREE_RANK = 32
+"""On all modules, it may take the bytes that recomputation saves. On small models more gains .1 % of the loss, and rank 8
+loses 1.3 to 1.8 % (docs/experiments.md); beside what layers hold in large ones, either takes few bytes."""
 
 
 def fewest_recomputed(
@@ -52,7 +55,7 @@ def recomputed_cost(
 ) -> ByteCost:
     """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
 
-    A plan must fit with all layers running again. And without any, it may take what plain LoRA of uniform rank 8 takes,
+    A plan must fit with all layers running again. And without any, it may take what `FREE_RANK` on all modules takes,
     or the limit if that is more: else every plan would spend all that recomputation saves on ranks, and every layer
     would run again.
 
@@ -63,7 +66,7 @@ def recomputed_cost(
         shape: of the batch; by default that of calibration.
     """
     every, none = memory.cost(shape), memory.recomputing(()).cost(shape)
-    factor = limit / max(limit, reference_cost(none, max_ranks))
+    factor = limit / max(limit, plan_cost(none, np.minimum(FREE_RANK, max_ranks)))
     groups = [np.pad(every.group_bytes, ((0, 0), (0, len(none.needs))))]
     groups.append(np.pad(np.ceil(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
     return ByteCost(
