@@ -19,8 +19,8 @@ from .cost import ByteCost, plan_cost
 from .model import MemoryModel
 
 FREE_RANK = 32
-"""On all modules it may take the bytes that recomputation saves. On small models a higher one gains .1 % of the loss, and
-rank 8 loses 1.2 to 1.9 % (docs/experiments.md); beside what layers hold in large ones, either takes few bytes."""
+"""On all modules it may take the bytes that recomputation saves. On small models a higher one gains .1 % of the loss,
+and rank 8 loses 1.2 to 1.9 % (docs/experiments.md); beside what layers hold in large ones, either takes few bytes."""
 
 
 def fewest_recomputed(
