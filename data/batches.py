@@ -36,10 +36,11 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
         rows: batch size, in examples.
 
     Raises:
-        DataError: the data set is empty.
+        DataError: the data set is empty, or gives its examples only once.
     """
     lengths, names = None, list[str]()
     if not hasattr(dataset, "__len__"):
+        _check_repeats(dataset)
         examples = list(islice(iter(dataset), rows))
     else:
         places, lengths, names = _lengths(dataset)
@@ -54,8 +55,20 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
     return batch if never else padded(batch)
 
 
+def _check_repeats(dataset: Any) -> None:
+    """Raise DataError if a data set gives its examples only once: those that are looked at would be lost."""
+    first = iter(dataset)
+    if first is iter(dataset):
+        raise DataError(
+            f"The data set ({type(dataset).__name__}) gives its rows only once, and rankpilot looks at some before the "
+            "run, which would be lost. Let `__iter__` begin anew each time, as that of a datasets.IterableDataset does."
+        )
+
+
 def first_example(dataset: Any) -> Any:
-    """The first example of a data set; DataError if it is empty."""
+    """The first example of a data set; DataError if it is empty, or gives its examples only once."""
+    if not hasattr(dataset, "__len__"):
+        _check_repeats(dataset)
     for example in dataset if not hasattr(dataset, "__len__") else _rows_at(dataset, range(min(1, len(dataset)))):
         return example
     raise DataError(_EMPTY)

@@ -160,7 +160,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
             task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
         )
         modules = len(fine_tune_of(task).adapted()[1]) if task else most_modules(self.tasks)
-        self.max_modules: int = max_modules or modules
+        self.max_modules: int = modules if max_modules is None else max_modules
         if self.max_modules < modules:
             raise ConfigError(f"max_modules is at least {modules}; got {max_modules}.")
         self._against = against if rule_to_compare_with(against) else None
@@ -194,6 +194,12 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         if self._stream is None or seed is not None:
             self._stream = TaskStream(self.tasks, self.np_random, fresh_seeds=self._fresh_seeds)
         fine_tune = fine_tune_of(self._stream.take(options))
+        modules = len(fine_tune.adapted()[1])
+        if modules > self.max_modules:
+            raise ConfigError(
+                f"The task {fine_tune.id} has {modules} modules, and this environment {self.max_modules}: make it with "
+                f"max_modules={modules}."
+            )
         self._episode = None  # so that nothing of it is kept aside
         # What the episode is compared with comes before it: both train the same adapters.
         reference = reference_of(fine_tune, self.schedule)
@@ -270,6 +276,9 @@ def environment_tasks(
         UnknownNameError: no such suite, split or base.
         ConfigError: there are none, or one that cannot have a fresh seed.
     """
+    for name, given in (("suites", suites), ("bases", bases)):
+        if isinstance(given, str):
+            raise ConfigError(f"{name} is a tuple of names, such as ({given!r},); got {given!r}.")
     tasks: tuple[ProxyTask | FineTune, ...] = (task,) if task else find_tasks(suites, split, bases, overrides)
     if not fresh_seeds:
         return tasks

@@ -65,6 +65,8 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         **settings: Any,
     ) -> None:
         config = StackedConfig(num_envs, **settings)
+        if task and not isinstance(task, ProxyTask):
+            raise ConfigError(f"Stacked episodes train proxies; make an environment of {type(task).__name__} alone.")
         if task and task.base != config.base:
             raise ConfigError(f"The task is on base {task.base}, not {config.base}. Give base={task.base!r}.")
         self.tasks = environment_tasks(
@@ -85,7 +87,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         """Begin the tasks anew: a group draws what an environment with the seed of its first slot would."""
         if seed is None:
             seed = int(np.random.default_rng().integers(2**31))
-        seeds = [seed + slot for slot in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + slot for slot in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ConfigError(f"One seed for each of {self.num_envs} environments is needed; got {len(seeds)}.")
         self._streams = [
@@ -106,6 +108,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         if seed is not None:
             self._seed_tasks(seed)  # type: ignore[arg-type]
         slots = range(self.num_envs)
+        self.core.records.clear()  # so that no episode is under way if the start of one fails
         infos = self._start(slots, options)
         return self.core.padded(slots), self._gathered(infos)
 

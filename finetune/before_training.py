@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,11 +21,12 @@ from ..allocation.schedule import DecisionSchedule
 from ..allocation.time_limit import TimeLimit
 from ..common.arrays import IntArray
 from ..data.batches import count_predictions, predicted_share
+from ..errors import DataError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
-from ..lora.resize import is_trained, reset_adapters
+from ..lora.resize import is_trained, reset_adapters, resize
 from ..lora.scaling import reference_scaling
-from ..lora.targets import TargetModule, check_trains, other_trainable
+from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
 from ..memory.budget import Budget, free_bytes
 from ..memory.for_training import PlanCosts, measure_memory, plan_costs
 from ..memory.model import MemoryModel
@@ -41,6 +43,9 @@ plans cost (1 to 2 % of 100 steps of 16 rows) about 5 % of such a run come befor
 
 LEAST_PROBE_STEPS = 8
 """However short the run is, the probe has so many steps, or as many as the schedule has."""
+
+LEARNED_ROWS = 16
+"""Rows on which is measured what a first plan takes away from adapters that are trained already."""
 
 Item = TypeVar("Item")
 Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
@@ -162,6 +167,66 @@ def prepare(
     return controller, costs.memory
 
 
+@contextmanager
+def put_back_on_error(model: nn.Module, targets: Sequence[TargetModule]) -> Iterator[None]:
+    """After an error inside, such as Ctrl-C in the probe, adapters and configuration are as they were before."""
+    config = unwrap(model).peft_config[targets[0].adapter]
+    settings = dict(vars(config))
+    before = [(t, t.rank, {name: p.detach().clone() for name, p in t.parameters.items()}) for t in targets]
+    try:
+        yield
+    except BaseException:
+        for target, rank, values in before:
+            resize(target, rank)
+            with torch.no_grad():
+                for name, value in values.items():
+                    target.parameters[name].copy_(value)
+        vars(config).clear()
+        vars(config).update(settings)
+        raise
+
+
+@contextmanager
+def learned_kept(
+    run: TrainingRun, controller: RankController[PeftAdapters], note: Callable[[str], None]
+) -> Iterator[None]:
+    """Let the first decision, which is made inside, take away nothing that adapters have learned already.
+
+    No adapter shrinks there if all fit as they are. If they do not, some must: then the loss on a few rows before and
+    after is told.
+
+    Args:
+        run: the run.
+        controller: takes the decision.
+        note: tells a line.
+    """
+    if not any(map(is_trained, controller.targets)):
+        yield
+        return
+    low, before = controller.low, controller.ranks.copy()
+    if controller.fits():
+        controller.low = before if low is None else np.maximum(low, before)
+        try:
+            yield
+        finally:
+            controller.low = low
+        return
+    losses = [run.measured(partial(_mean_loss, run, controller.seed))]
+    yield
+    losses.append(run.measured(partial(_mean_loss, run, controller.seed)))
+    note(
+        f"The adapters are trained already, and this budget does not hold their ranks ({before.sum()} together): the "
+        f"loss on {LEARNED_ROWS} rows was {losses[0]:.4g} before the plan and is {losses[1]:.4g} under it. A larger "
+        "budget keeps what they have learned."
+    )
+
+
+def _mean_loss(run: TrainingRun, seed: int) -> float:
+    """The mean loss of some rows, in batches of two."""
+    batches = run.small_batches(LEARNED_ROWS // 2, 2, seed)
+    return float(np.nanmean([float(run.loss(batch).detach()) for batch in batches]))
+
+
 def _check_possible(
     targets: Sequence[TargetModule], costs: PlanCosts, timed: TimeLimit | None, low: IntArray, high: IntArray
 ) -> None:
@@ -200,6 +265,7 @@ def run_probe(
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
+        DataError: the labels of all rows that it reads are masked.
     """
     pairs = [w for target in targets if target.rank > 0 for w in (target.weight_a, target.weight_b)]
     parameters = [*other_trainable(run.model, targets), *pairs]
@@ -212,8 +278,15 @@ def run_probe(
 
     def losses() -> Iterator[Callable[[], torch.Tensor]]:
         for batch in batches:
-            counts.append(count_predictions(batch))
-            yield partial(run.loss, batch)
+            counted = count_predictions(batch)
+            if counted[0] > 0:  # the loss of rows whose labels are all masked is 0 / 0
+                counts.append(counted)
+                yield partial(run.loss, batch)
+        if not counts:
+            raise DataError(
+                f"All labels of {steps * schedule.probe_batch} rows that were tried are masked (-100), so there is no "
+                "loss to learn from. Check what masks them: a response template that is not found, or texts cut short."
+            )
 
     with _restored(parameters):
         result = probe(targets, optimizer, losses())

@@ -24,6 +24,7 @@ from ..lora.peft_config import resizable_targets
 from ..lora.scaling_names import Scaling
 from ..memory.budget import Budget
 from ..memory.recording import Batch
+from ..memory.step_config import check_seed
 from ..memory.time_budget import TimeBudget
 from .checkpoint import chosen_checkpoint, load_state, save_state
 from .parallel_kinds import check_arguments
@@ -119,6 +120,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             goal=goal,
             tolerance=tolerance,
         )
+        if seed is not None:
+            check_seed(seed)
         around_training(_prepared, _broken_off)
         self._seed = seed
         self._bar = False
@@ -162,7 +165,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
         if self._step is None or self._step.trainer is not trainer:
             self._step = TrainerStep(trainer)
-        resizable_targets(trainer.model, self.pilot.scaling)
+        if trainer.model is not None:  # of a search the next trial's model is yet to be made
+            resizable_targets(trainer.model, self.pilot.scaling)
+        self._step.prepare_new_models(lambda model: resizable_targets(model, self.pilot.scaling))
 
     # Trainer events, in the order of a run ----------------------------------------------------------------------------
 
@@ -252,8 +257,11 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         return DecisionLog(Path(args.output_dir) / "decisions")
 
     def _break_off(self) -> None:
-        """Stop measuring and handling SIGTERM, since the run ends with an error."""
+        """Stop measuring, following the Trainer and handling SIGTERM, since the run ends with an error."""
         self.pilot.break_off()
+        self._between_steps, self._save_later = True, False
+        if self._step:
+            self._step.release()
         if self._stop:
             self._stop.release()
 

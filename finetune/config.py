@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -117,13 +118,14 @@ class FinetuneConfig(StepConfig):
         goal_of(self.goal, self.tolerance, budget_unit=Budget.parse(self.budget).unit, recompute=self.recompute)
         if self.explore is not None and not self.explore > 0:
             raise ConfigError(f"explore is a temperature above 0, such as 0.05; got {self.explore}.")
-        if min(self.steps, self.eval_every) < 1 or self.learning_rate <= 0 or self.alpha <= 0:
+        rates = (self.learning_rate, self.alpha)
+        if min(self.steps, self.eval_every) < 1 or not all(0 < rate < math.inf for rate in rates):
             raise ConfigError(
                 "steps and eval_every are at least 1, learning_rate and alpha above 0; got "
                 f"{self.steps}, {self.eval_every}, {self.learning_rate} and {self.alpha}."
             )
         counts = {name: getattr(self, name) for name in ("epochs", "eval_batch_size", "early_stopping")}
-        wrong = {name: value for name, value in counts.items() if value is not None and value <= 0}
+        wrong = {name: value for name, value in counts.items() if value is not None and not 0 < value < math.inf}
         if wrong:
             raise ConfigError(f"{', '.join(wrong)}: a number above 0, or left out; got {list(wrong.values())}.")
         check_seed(self.seed)

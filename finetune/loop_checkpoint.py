@@ -12,7 +12,7 @@ from ..common.stored_numbers import counted
 from ..common.tensor_files import check_tensor_file
 from ..errors import DataError, RunFolderError, first_line
 from ..lora.peft_config import resizable_targets
-from .checkpoint import MOST_STATE_BYTES, is_whole_archive, load_state, save_state
+from .checkpoint import MOST_STATE_BYTES, STATE, TENSORS, is_whole_archive, load_state, save_state
 from .pilot import RankPilot
 from .run import TrainingRun
 
@@ -28,18 +28,20 @@ def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> N
     Args:
         pilot: has begun, or was resumed.
         run: that it was given.
-        folder: of this checkpoint; one that is there already is replaced.
+        folder: of this checkpoint alone; one that is there already is replaced.
 
     Raises:
         ConfigError: the run has not begun.
+        RunFolderError: the folder holds something else than a checkpoint, which would be lost.
 
     Example:
         >>> rankpilot.save_checkpoint(pilot, run, "runs/loop/checkpoint")  # doctest: +SKIP
     """
-    state = pilot.state_dict()
+    state, path = pilot.state_dict(), Path(folder).absolute()
     if not run.replicas.processes.first:
         return
-    with atomic_path(Path(folder)) as temporary:
+    _check_replaceable(path)
+    with atomic_path(path) as temporary:
         temporary.mkdir()
         save_state(temporary, state)
         save_file(_trained(run, pilot), temporary / WEIGHTS)
@@ -92,6 +94,18 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
         ) from error
     pilot.resume(run, state, step=step, name=name)
     return step
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise RunFolderError if there is something at this path that is no checkpoint of a loop."""
+    if not path.exists():
+        return
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    if foreign := sorted(names - {WEIGHTS, OPTIMIZER, STATE, TENSORS}):
+        raise RunFolderError(
+            f"{path} holds something else than a checkpoint of a loop, such as {foreign[0]}, which would be lost. Give "
+            "the checkpoint a folder of its own, such as 'checkpoint' inside this one."
+        )
 
 
 def _trained(run: TrainingRun, pilot: RankPilot) -> dict[str, torch.Tensor]:

@@ -10,12 +10,16 @@ import numpy as np
 from ..allocation.observation import Observation
 from ..allocation.schedule import DecisionSchedule
 from ..common.arrays import IntArray
-from ..errors import BudgetError, ConfigError
+from ..errors import BudgetError, ConfigError, UnsupportedError
 from ..lora.optimizer_state import check_optimizer
 from ..lora.scaling_names import check_scaling
-from ..lora.targets import check_unmerged, find_target_modules
+from ..lora.targets import check_unmerged, find_target_modules, unwrap
 from ..memory.budget import Budget
+from ..memory.step_config import check_seed
 from .run import TrainingRun
+
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+"""Settings of transformers models that leave layers out at random in training."""
 
 
 def readable_budget(given: str | float | Budget, *, recompute: bool) -> Budget:
@@ -56,8 +60,7 @@ def check_options(
         raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
     if not isinstance(measure_every, int) or measure_every < 1:
         raise ConfigError(f"measure_every is a number of steps, at least 1; got {measure_every!r}.")
-    if not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed is a whole number from 0 on; got {seed!r}.")
+    check_seed(seed)
     check_scaling(scaling)
     for name, switch in switches.items():
         if not isinstance(switch, bool):
@@ -70,15 +73,28 @@ def check_run(run: TrainingRun) -> None:
     """Refuse a run that cannot be trained.
 
     Raises:
-        UnsupportedError: the optimiser cannot be handled, or several processes run that share no gradients; see
-            `check_optimized` as well.
+        UnsupportedError: the optimiser cannot be handled, the model leaves layers out at random, or several processes
+            run that share no gradients; see `check_optimized` as well.
         ConfigError: it has no steps, or some adapters are not in the optimiser.
     """
     run.replicas.check()
     check_optimizer(run.optimizer)
+    _check_all_layers_run(run)
     if run.total_steps < 1:
         raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
     check_optimized(run)
+
+
+def _check_all_layers_run(run: TrainingRun) -> None:
+    """Raise UnsupportedError if the model leaves layers out at random: no step tells then what another one takes."""
+    config = getattr(unwrap(run.model), "config", None)
+    for name in LAYER_DROPS:
+        share = getattr(config, name, 0)
+        if isinstance(share, float) and share > 0:
+            raise UnsupportedError(
+                f"The model leaves layers out at random (config.{name} is {share:g}), so what a step takes is "
+                f"not known before, and one may meet no adapter at all. Set model.config.{name} = 0."
+            )
 
 
 def check_optimized(run: TrainingRun) -> None:

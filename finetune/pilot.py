@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..memory.budget import Budget
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
-from .before_training import Progress, prepare, run_memory, within_all
+from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, within_all
 from .correction import Correction
 from .gradient_watch import GradientWatch
 from .journal import Journal
@@ -124,11 +124,11 @@ class RankPilot(Readings):
         self.schedule: DecisionSchedule = schedule or policy_schedule(policy)
         self.seed, self.fresh, self.scaling, self.bounds = seed, fresh, scaling, dict(bounds or {})
         self.controller: RankController[PeftAdapters] | None = None
-        self.recompute: bool = recompute
-        self.times_plans: bool = aim.kind == "time"
+        self.recompute, self.times_plans = recompute, aim.kind == "time"
         self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
-        decisions = None if log is None else DecisionLog(Path(log))
-        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
+        self.journal: Journal = Journal(
+            None if log is None else DecisionLog(Path(log)), self.policy, tell or logger.info
+        )
         self._progress, self._measure_every = progress, measure_every
         self._review = PlanReview.of(review, review_timeout)
         self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
@@ -154,7 +154,7 @@ class RankPilot(Readings):
         self._start(run, resumed=False)
         targets = resizable_targets(run.model, self.scaling)
         self.journal.open(name, [], writes=run.replicas.processes.first)
-        with recomputing(run.model, self.recompute) as recomputation:
+        with put_back_on_error(run.model, targets), recomputing(run.model, self.recompute) as recomputation:
             self.controller, memory = prepare(
                 run,
                 targets,
@@ -276,11 +276,11 @@ class RankPilot(Readings):
         controller.set_plan(decision.ranks, step, self._run.optimizer)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
-        plan = decided_plan(first.problem, decision)
-        self._record(step, loss, observation, decision, plan, correction=True)
+        self._record(step, loss, observation, decision, decided_plan(first.problem, decision), correction=True)
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
+        self._check_begun()
         return self._guard.evaluation()
 
     def out_of_memory(self) -> None:
@@ -289,6 +289,7 @@ class RankPilot(Readings):
         Raises:
             BudgetError: no smaller plan is possible.
         """
+        self._check_begun()
         self._guard.out_of_memory()
 
     def finish(self) -> None:
@@ -351,14 +352,15 @@ class RankPilot(Readings):
     def _decide(self) -> None:
         controller, step, loss = self._controller, self._step, self._losses.mean()
         self._guard.deciding()
-        observation = controller.observe(step, loss)
-        decision = self.decision = self._ask(observation)
         notes: dict[str, str] = {}
-        if self._review is None:
-            plan = controller.apply(decision, step, self._run.optimizer)
-        else:
-            facts = len(self.predictions), step, self.policy.name, self._run.optimizer
-            plan, notes = self._review.apply(controller, observation, decision, *facts)
+        with nullcontext() if controller.decision else learned_kept(self._run, controller, self.journal.note):
+            observation = controller.observe(step, loss)
+            decision = self.decision = self._ask(observation)
+            if self._review is None:
+                plan = controller.apply(decision, step, self._run.optimizer)
+            else:
+                facts = len(self.predictions), step, self.policy.name, self._run.optimizer
+                plan, notes = self._review.apply(controller, observation, decision, *facts)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan, notes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -170,25 +172,34 @@ class TrainingRun:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Restore torch's random state afterwards, so that the run draws the numbers that it would draw without us.
+    """Restore random states afterwards, so that the run draws the numbers that it would draw without us.
 
     A compiled model runs uncompiled meanwhile: each plan that is tried would take one of the few graphs that torch
     keeps.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        yield
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager
 def _training_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode for a while."""
+    """Put a model into training mode for a while; running statistics (BatchNorm) are restored afterwards."""
     before = model.training
+    modules = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
+    statistics = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
     model.train()
     try:
         yield
     finally:
         model.train(before)
+        for buffer, value in statistics:
+            buffer.copy_(value)
 
 
 Tell = Callable[[str], None]

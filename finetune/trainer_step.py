@@ -105,6 +105,7 @@ class TrainerStep:
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
         with put_back(trainer):
             trainer.current_gradient_accumulation_steps = 1
+            trainer.log = lambda *_, **__: None  # what the step logs is no step of the run
             trainer.accelerator.backward = lambda loss, **_: losses.append(loss)
             try:
                 _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
@@ -173,6 +174,17 @@ class TrainerStep:
 
         trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
         trainer.log, trainer._save_checkpoint = log, save_checkpoint
+
+    def prepare_new_models(self, prepare: Callable[[Any], Any]) -> None:
+        """Let a function see each model that `model_init` makes, before a checkpoint is loaded into it."""
+        make = type(self.trainer).call_model_init.__get__(self.trainer)
+
+        def made(trial: Any = None) -> Any:
+            model = make(trial)
+            prepare(model)
+            return model
+
+        self.trainer.call_model_init = made
 
     def take_no_more(self) -> None:
         """Give the Trainer no more batches: when it resumes a run that has all its steps, it would train one more."""

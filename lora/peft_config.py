@@ -38,7 +38,9 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     adapter = targets[0].adapter
     config = peft_model.peft_config[adapter]
     settings = peft_model.__dict__.setdefault("_rankpilot_user_settings", {})
-    user_excluded, user_targets = settings.setdefault(adapter, (config.exclude_modules, config.target_modules))
+    if settings.get(adapter, (None,))[0] is not config:  # a later adapter of this name has settings of its own
+        settings[adapter] = config, config.exclude_modules, config.target_modules
+    _, user_excluded, user_targets = settings[adapter]
     adapted = [target for target in targets if target.rank > 0]
     config.rank_pattern = _patterns({t.name: t.rank for t in adapted})
     alphas = {t.name: t.layer.lora_alpha[adapter] for t in adapted}
@@ -83,13 +85,15 @@ def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """
     guard_base(model)
     peft_model = unwrap(model)
-    done = peft_model.__dict__.setdefault("_rankpilot_resizable", set())
-    if targets[0].adapter in done:
+    done, adapter = peft_model.__dict__.setdefault("_rankpilot_resizable", {}), targets[0].adapter
+    config, hooks = done.get(adapter, (None, ()))
+    if config is peft_model.peft_config[adapter]:
         return
-    done.add(targets[0].adapter)
-    peft_model.register_load_state_dict_pre_hook(_LoadHook(peft_model, targets))
-    for target in targets:
-        target.layer.register_state_dict_post_hook(partial(_omit_rank_0, target))
+    for hook in hooks:  # of an earlier adapter of this name
+        hook.remove()
+    hooks = [target.layer.register_state_dict_post_hook(partial(_omit_rank_0, target)) for target in targets]
+    hooks.append(peft_model.register_load_state_dict_pre_hook(_LoadHook(peft_model, targets)))
+    done[adapter] = peft_model.peft_config[adapter], hooks
 
 
 def resizable_targets(model: nn.Module, scaling: Scaling) -> list[TargetModule]:
@@ -114,6 +118,8 @@ class _LoadHook:
     def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
         loads = []
         for target, path in self.prefixes:
+            if not target.exists:
+                return  # the adapter was deleted
             keys = {f"{prefix}{path}{name}": value for name, value in target.parameters.items()}
             for key, name in zip(keys, target.parameters, strict=True):
                 # PEFT adds the adapter's name only to keys that the model saves, and modules at rank 0 are left out.
@@ -139,7 +145,7 @@ def _omit_rank_0(
     target: TargetModule, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
     """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it."""
-    if target.rank == 0:
+    if target.exists and target.rank == 0:
         for name in target.parameters:
             state.pop(f"{prefix}{name}", None)
 

@@ -194,7 +194,7 @@ class _KeepFrozen:
         return isinstance(other, _KeepFrozen) and other.target.adapter == self.target.adapter
 
     def __call__(self, *_: object) -> None:
-        if self.target.weight_a.requires_grad and self.target.rank == 0:
+        if self.target.exists and self.target.rank == 0 and self.target.weight_a.requires_grad:
             for parameter in self.target.parameters.values():
                 parameter.requires_grad_(False)
 

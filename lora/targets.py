@@ -48,6 +48,11 @@ class TargetModule(ModuleSpec):
         return object.__hash__(self)
 
     @property
+    def exists(self) -> bool:
+        """Whether the adapter is still there: PEFT can delete it."""
+        return self.adapter in (self.layer.lora_embedding_A if self.embedding else self.layer.lora_A)
+
+    @property
     def weight_a(self) -> nn.Parameter:
         """A, shape (rank, d_in)."""
         return self._weight(self.layer.lora_embedding_A if self.embedding else self.layer.lora_A)
@@ -276,7 +281,8 @@ def check_trains(targets: Iterable[TargetModule]) -> None:
         if target.rank > 0 and not (target.weight_a.requires_grad and target.weight_b.requires_grad):
             raise UnsupportedError(
                 f"The adapter of {target.name!r} is frozen (requires_grad is False), so its rank cannot be decided. "
-                "Leave it out of `target_modules`, or let it train; `bounds` of RankPilotCallback keep a rank as it is."
+                "An adapter that is loaded to be trained further needs `is_trainable=True`. Leave modules that are not "
+                "to train out of `target_modules`; `bounds` keep the rank of one that is."
             )
 
 

@@ -58,7 +58,7 @@ class StepConfig:
             )
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: object) -> None:
     """Raise ConfigError for a seed that NumPy's generators do not take."""
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"The seed is at least 0 and below 2**32; got {seed}.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is a whole number from 0 to 2**32 - 1; got {seed!r}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,8 @@ def model_loss(model: nn.Module) -> LossFunction:
     """
 
     def loss(batch: Any) -> torch.Tensor:
-        value = getattr(model(**batch), "loss", None)
+        output = model(**batch)
+        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if value is None:
             raise UnsupportedError(
                 f"{type(model).__name__} returned no loss, so no step can be measured. Give its batches labels, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 from ...allocation.schedule import ONCE, DecisionSchedule
 from ...env.tasks.suite_names import SUITES
 from ...errors import ConfigError
+from ...memory.step_config import check_seed
 from ..learned.config import NetworkConfig
 
 
@@ -84,13 +86,15 @@ class TrainConfig:
                 "episodes_per_task at least 2 (their returns are compared with one another); got "
                 f"{', '.join(map(str, counts))} and {self.episodes_per_task}."
             )
-        if min(self.workers, self.validation_tasks, self.warm_tasks, self.plan_tasks) < 0 or self.learning_rate <= 0:
+        if min(self.workers, self.validation_tasks, self.warm_tasks, self.plan_tasks) < 0:
             raise ConfigError(
-                "workers, validation_tasks, warm_tasks and plan_tasks are at least 0 and learning_rate above 0; got "
-                f"{self.workers}, {self.validation_tasks}, {self.warm_tasks}, {self.plan_tasks} and "
-                f"{self.learning_rate}."
+                "workers, validation_tasks, warm_tasks and plan_tasks are at least 0; got "
+                f"{self.workers}, {self.validation_tasks}, {self.warm_tasks} and {self.plan_tasks}."
             )
-
+        rates = (self.learning_rate, self.clip_range, self.target_kl)
+        if not all(0 < rate < math.inf for rate in rates):
+            raise ConfigError(f"learning_rate, clip_range and target_kl are above 0; got {', '.join(map(str, rates))}.")
+        check_seed(self.seed)
         if self.more_plan_runs and not self.plan_tasks:
             raise ConfigError(
                 "more_plan_runs needs plan_tasks above 0: without them there is no value ensemble to learn."

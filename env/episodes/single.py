@@ -30,7 +30,7 @@ MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm, the Trainer's default."""
 
 _holders: WeakKeyDictionary[nn.Module, ref[Episode]] = WeakKeyDictionary()
-"""The episode whose factors each model holds."""
+"""The episode whose factors each base model holds."""
 
 
 def new_controller(
@@ -104,13 +104,14 @@ class Episode:
 
     def _take_model(self) -> None:
         """Put this episode's factors into the model, if another episode has taken it since."""
-        last = _holders.get(self.model)
+        base = self.model.get_base_model()
+        last = _holders.get(base)
         holder = last and last()
         if holder is self:
             return
         if holder:
             holder._kept = [(t.weight_a.detach().clone(), t.weight_b.detach().clone()) for t in holder.targets]
-        _holders[self.model] = ref(self)
+        _holders[base] = ref(self)
         for target, (weight_a, weight_b) in zip(self.targets, self._kept, strict=bool(self._kept)):
             resize(target, len(weight_a))
             write_in_place(target.weight_a, weight_a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import default_data_collator
 
@@ -19,10 +21,14 @@ from ...lora.targets import TargetModule, find_target_modules
 from ...memory.budget import Budget
 from ...memory.calibration import calibrate
 from ...memory.cost import ParameterCost, UntimedCost
+from ...memory.step_config import check_seed
 from ..proxies.adapted import ALPHA
 from .finetune import Reference
 
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
+_ADAPTED = "_rankpilot_own_task"
+"""Where a plain model keeps the modules that have adapters, and the PeftModel around it: its tasks share both."""
+
 START_RANK = 8
 """Rank of adapters that are put into a plain model, before ranks are decided."""
 
@@ -72,11 +78,13 @@ class OwnTask:
     reference: Reference | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1 or not self.learning_rate > 0:
+        counts = (self.steps, self.batch_size)
+        if not all(isinstance(count, int) and count > 0 for count in counts) or not 0 < self.learning_rate < math.inf:
             raise ConfigError(
-                f"steps and batch_size are at least 1 and learning_rate is above 0; got {self.steps}, "
-                f"{self.batch_size} and {self.learning_rate}."
+                "steps and batch_size are whole numbers of at least 1 and learning_rate is above 0; got "
+                f"{self.steps!r}, {self.batch_size!r} and {self.learning_rate!r}."
             )
+        check_seed(self.seed)
         if len(self.train) < self.batch_size or len(self.held_out) < 1:
             raise ConfigError(
                 f"The training data holds at least one batch of {self.batch_size} rows, and the held-out data at "
@@ -104,19 +112,35 @@ class OwnTask:
     def _adapted(self) -> tuple[PeftModel, list[TargetModule]]:
         model = self.model
         if not isinstance(model, PeftModel):
-            names = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-            config = LoraConfig(r=START_RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=names)
-            try:
-                model = get_peft_model(model, config)
-            except ValueError as error:
-                raise ConfigError(
-                    f"No adapter can be put on {self.target_modules!r} of {type(self.model).__name__}: {error}"
-                ) from error
+            model = self._with_adapters(model)
         targets = find_target_modules(model)
         factors = {id(weight) for target in targets for weight in (target.weight_a, target.weight_b)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in factors)
         return model.eval(), targets
+
+    def _with_adapters(self, base: nn.Module) -> PeftModel:
+        """A plain model with adapters; those that an earlier task has put on the same modules of it."""
+        modules = self.target_modules
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            made: tuple[Any, PeftModel] = vars(base).get(_ADAPTED, (None, None))
+            if made[0] == modules:
+                return made[1]
+            raise ConfigError(
+                f"This {type(base).__name__} has adapters already, on other modules than {modules!r}: pass another "
+                "copy of the model, or the PeftModel that holds them."
+            )
+        names = modules if isinstance(modules, str) else list(modules)
+        config = LoraConfig(r=START_RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=names)
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as error:
+            raise ConfigError(
+                f"No adapter can be put on {modules!r} of {type(base).__name__}: {error} Names of modules are a tuple; "
+                "a text alone is 'all-linear' or a regular expression of the whole name."
+            ) from error
+        vars(base)[_ADAPTED] = modules, model
+        return model
 
     def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
         """See `FineTune`."""

@@ -52,8 +52,14 @@ class TaskStream:
         if unknown:
             raise ConfigError(f"Options of reset are 'task' and 'budget'; got {unknown}.")
         task: ProxyTask | FineTune = options.get("task") or self._draw()
+        if not isinstance(task, ProxyTask) and not callable(getattr(task, "adapted", None)):
+            raise ConfigError(f"The option task is a ProxyTask or an OwnTask; got {task!r}.")
         if "budget" not in options:
             return task
+        if not isinstance(options["budget"], int | float):
+            raise ConfigError(
+                f"The option budget is a share of what uniform rank 8 takes, such as 0.5; got {options['budget']!r}."
+            )
         if not isinstance(task, ProxyTask):
             raise ConfigError(f"The option budget is for proxy tasks; give task {task.id} its budget when you make it.")
         return replace(task, budget=options["budget"], reference=None)

@@ -217,7 +217,7 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "trainer: not with a card" in line
     huge = ["memory", "m", "--batch-size", "100000000000"]
     assert "at most 16,777,216 tokens; got 100000000000 x 64" in usage_error(huge, capsys)
-    assert "The seed is at least 0 and below 2**32" in usage_error(["memory", "m", "--seed", "-1"], capsys)
+    assert "seed is a whole number from 0 to 2**32 - 1; got -1" in usage_error(["memory", "m", "--seed", "-1"], capsys)
     assert "Cannot read the budget" in usage_error(["memory", "m", "--budget", "lots"], capsys)
     assert "at least 1" in usage_error(["memory", "m", "--batch-size", "0"], capsys)
     assert "at least 2; got" in usage_error(["memory", "m", "--max-length", "-4"], capsys)

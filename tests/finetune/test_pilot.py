@@ -290,5 +290,5 @@ def test_a_merged_adapter(llama_config: LlamaConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", [-1, "a", None])
 def test_a_seed_is_a_whole_number(seed: Any) -> None:
-    with pytest.raises(ConfigError, match="seed is a whole number from 0 on; got"):
+    with pytest.raises(ConfigError, match="seed is a whole number from 0 to"):
         RankPilot("signal-mean", seed=seed)

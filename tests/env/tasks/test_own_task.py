@@ -234,8 +234,8 @@ def test_pickling(make_own: Callable[..., OwnTask], quick: DecisionSchedule, rol
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"steps": 0}, ConfigError, "steps and batch_size are at least 1 and learning_rate is above 0; got 0, 4"),
-        ({"batch_size": 0}, ConfigError, "steps and batch_size are at least 1"),
+        ({"steps": 0}, ConfigError, "steps and batch_size are whole numbers of at least 1 and learning_rate is above 0; got 0, 4"),
+        ({"batch_size": 0}, ConfigError, "steps and batch_size are whole numbers of at least 1"),
         ({"learning_rate": 0.0}, ConfigError, "learning_rate is above 0"),
         ({"learning_rate": float("nan")}, ConfigError, "learning_rate is above 0"),
         ({"batch_size": 33}, ConfigError, "at least one batch of 33 rows.*got 32 and 8. Lower batch_size or add data"),
@@ -272,3 +272,49 @@ def test_a_model_without_a_loss_is_refused(bert_config: BertConfig, quick: Decis
     task = OwnTask(BertForSequenceClassification(bert_config), rows, rows, batch_size=2)
     with pytest.raises(UnsupportedError, match=r"returns no loss for a batch with \['input_ids'\]"):
         RankAllocationEnv(task=task, schedule=quick).reset()
+
+
+def test_tasks_of_one_model_take_turns(
+    make_own: Callable[..., OwnTask], quick: DecisionSchedule, llama_config: LlamaConfig
+) -> None:
+    """An episode does not notice one of another task on the same model."""
+
+    def end(env: RankAllocationEnv) -> float:
+        while True:
+            _, reward, terminated, _, _ = env.step(np.zeros(env.action_space.shape, dtype=np.float32))
+            if terminated:
+                return reward
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config)
+    alone = RankAllocationEnv(make_own(model=model), schedule=quick)
+    alone.reset(seed=0)
+    expected = end(alone)
+    first, second = (RankAllocationEnv(make_own(model=model, seed=seed), schedule=quick) for seed in (0, 1))
+    first.reset(seed=0)
+    second.reset(seed=0)
+    end(second)
+    assert end(first) == expected
+
+
+def test_a_model_with_adapters_on_other_modules_is_refused(
+    make_own: Callable[..., OwnTask], llama_config: LlamaConfig
+) -> None:
+    model = LlamaForCausalLM(llama_config)
+    assert len(make_own(model=model).adapted()[1]) == MODULES
+    assert len(make_own(model=model, seed=1).adapted()[1]) == MODULES
+    with pytest.raises(ConfigError, match="has adapters already, on other modules than .*pass another copy"):
+        make_own(model=model, target_modules=("q_proj",))
+    adapted = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="or the PeftModel that holds them"):
+        make_own(model=adapted.get_base_model())
+    with pytest.raises(ConfigError, match="Names of modules are a tuple"):
+        make_own(target_modules="q_proj")
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 8.5}, {"steps": "8"}, {"learning_rate": float("inf")}, {"seed": -1}, {"seed": None}]
+)
+def test_values_that_no_task_can_have(make_own: Callable[..., OwnTask], options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"steps and batch_size are whole numbers|seed is a whole number"):
+        make_own(**options)

@@ -1,0 +1,257 @@
+"""What a run leaves as it found it: models, data, Trainers and random numbers, also after an error."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rankpilot
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.errors import ConfigError, DataError, UnsupportedError
+from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.run import TrainingRun
+from rankpilot.lora.peft_config import adapter_ranks
+from rankpilot.lora.targets import find_target_modules
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+ROWS = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(12)] for j in range(40))]
+SCHEDULE = DecisionSchedule(probe_steps=3)
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True}
+    return TrainingArguments(str(folder), **settings | options)
+
+
+@pytest.fixture
+def new_model(llama_config: LlamaConfig) -> Callable[..., PeftModel]:
+    def make(targets: Any = "all-linear") -> PeftModel:
+        torch.manual_seed(0)
+        return get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+
+    return make
+
+
+def pilot(budget: str = "60%") -> RankPilotCallback:
+    return RankPilotCallback("signal-mean", budget, schedule=SCHEDULE)
+
+
+class InterruptedProbe(Trainer):
+    """Ctrl-C in the second step of the probe: measuring the step takes three."""
+
+    steps = 0
+
+    def compute_loss(self, *inputs: Any, **options: Any) -> Any:
+        InterruptedProbe.steps += 1  # an attribute of the Trainer itself would be put back
+        if self.steps == 5:
+            raise KeyboardInterrupt
+        return super().compute_loss(*inputs, **options)
+
+
+def test_ctrl_c_in_the_probe_leaves_the_adapter_as_it_was(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    model, plain = new_model(), new_model()
+    InterruptedProbe.steps = 0
+    trainer = InterruptedProbe(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.steps == 5
+    assert set(adapter_ranks(find_target_modules(model)).values()) == {8}
+    assert {target.scaling for target in find_target_modules(model)} == {2.0}
+    there = dict(plain.named_parameters())
+    assert all(torch.equal(value, there[name]) for name, value in model.named_parameters())
+    assert all(value.requires_grad == there[name].requires_grad for name, value in model.named_parameters())
+    model.save_pretrained(tmp_path / "adapter")
+    PeftModel.from_pretrained(new_model().unload(), tmp_path / "adapter")
+
+
+class Interrupting(TrainerCallback):
+    """Ctrl-C in the middle of the second step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_trainer_is_a_plain_one_again(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    callback, interrupting = pilot(), Interrupting()
+    trainer = Trainer(
+        new_model(),
+        arguments(tmp_path / "run", save_strategy="steps", save_steps=2),
+        train_dataset=ROWS,
+        callbacks=[callback, interrupting],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    followed = {"get_batch_samples", "training_step", "log", "_save_checkpoint", "evaluate"}
+    assert not followed & set(vars(trainer))
+    for one in (callback, interrupting):
+        trainer.remove_callback(one)
+    trainer.train()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+class Normed(nn.Module):
+    """A layer with running statistics in front of a language model."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.inner = LlamaForCausalLM(config)
+        self.norm = nn.BatchNorm1d(config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        embedded = self.inner.get_input_embeddings()(input_ids)
+        normed = self.norm(embedded.transpose(1, 2)).transpose(1, 2)
+        return {"loss": self.inner(inputs_embeds=normed, labels=labels).loss}  # as a dictionary, like some models
+
+
+def batches(rows: list[dict[str, Any]]) -> torch.utils.data.DataLoader[Any]:
+    def collate(each: list[Any]) -> dict[str, torch.Tensor]:
+        random.random()
+        np.random.random()  # noqa: NPY002  (as collators of users do)
+        return {name: torch.tensor([row[name] for row in each]) for name in each[0]}
+
+    return torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def test_running_statistics_and_random_numbers_stay(llama_config: LlamaConfig) -> None:
+    model = get_peft_model(Normed(llama_config), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    states = random.getstate(), np.random.get_state()[1].tobytes()  # type: ignore[index]  # noqa: NPY002
+    rankpilot.allocate(model, batches(ROWS), budget="80%", policy="signal-mean", schedule=SCHEDULE)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert (random.getstate(), np.random.get_state()[1].tobytes()) == states  # type: ignore[index]  # noqa: NPY002
+
+
+class Logging(Trainer):
+    """Writes a metric of its own at each loss."""
+
+    def compute_loss(self, *inputs: Any, **options: Any) -> Any:
+        self.log({"mine": 1.0})
+        return super().compute_loss(*inputs, **options)
+
+
+def test_the_probe_writes_nothing_into_the_history(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    trainer = Logging(new_model(), arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot()])
+    trainer.train()
+    assert sum("mine" in entry for entry in trainer.state.log_history) == 4
+
+
+def test_models_that_are_made_for_each_run(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    """`model_init`: a run that resumes, and a search, whose model is gone between its trials."""
+
+    def new(**options: Any) -> Trainer:
+        return Trainer(
+            model_init=new_model, args=arguments(tmp_path / "run", **options), train_dataset=ROWS, callbacks=[pilot()]
+        )
+
+    first = new(save_strategy="steps", save_steps=2)
+    first.train()
+    again = new()
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert adapter_ranks(find_target_modules(again.model)) == adapter_ranks(find_target_modules(first.model))
+    there = dict(first.model.named_parameters())
+    assert all(torch.equal(value, there[name]) for name, value in again.model.named_parameters())
+    again.model = None  # as `hyperparameter_search` does before each trial
+    again.model_wrapped = None
+    again.train()
+    assert len(set(adapter_ranks(find_target_modules(again.model)).values())) > 1
+
+
+def test_a_second_adapter_of_the_same_name(
+    new_model: Callable[..., PeftModel], llama_config: LlamaConfig, tmp_path: Path
+) -> None:
+    model = new_model(["q_proj"])
+    Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot("100%")]).train()
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=8, target_modules=["q_proj", "up_proj"]))
+    model.set_adapter("default")
+    more = arguments(tmp_path / "more", learning_rate=0.1)
+    Trainer(model, more, train_dataset=ROWS, callbacks=[pilot("100%")]).train()
+    model.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+def test_a_deleted_adapter_is_gone(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    model = new_model()
+    Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot("40%")]).train()
+    assert 0 in adapter_ranks(find_target_modules(model)).values()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path / "adapters")
+    assert model.load_adapter(tmp_path / "adapters" / "other", "third") is not None
+    assert model(TOKENS).logits.isfinite().all()
+
+
+def test_rows_without_labels_do_not_end_the_probe(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    masked = [row | {"labels": [-100] * 12} for row in ROWS]
+    mixed = Dataset.from_list([row for pair in zip(ROWS, masked, strict=True) for row in pair])
+    Trainer(new_model(), arguments(tmp_path / "mixed"), train_dataset=mixed, callbacks=[pilot()]).train()
+    trainer = Trainer(new_model(), arguments(tmp_path / "none"), train_dataset=masked, callbacks=[pilot()])
+    with pytest.raises(DataError, match=r"All labels of \d+ rows that were tried are masked"):
+        trainer.train()
+
+
+class Once(torch.utils.data.IterableDataset[Any]):
+    """Gives its rows once."""
+
+    def __init__(self) -> None:
+        self.rows = iter(ROWS)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.rows
+
+
+def test_rows_that_come_once_are_not_lost(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    data = Once()
+    trainer = Trainer(new_model(), arguments(tmp_path / "run"), train_dataset=data, callbacks=[pilot()])
+    with pytest.raises(DataError, match=r"\(Once\) gives its rows only once"):
+        trainer.train()
+    assert len(list(data)) == len(ROWS)
+
+
+def test_layers_that_are_left_out_at_random_are_refused(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    config.layerdrop = 0.1
+    model = get_peft_model(OPTForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    trainer = Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot()])
+    with pytest.raises(UnsupportedError, match=r"config.layerdrop is 0.1.*Set model.config.layerdrop = 0"):
+        trainer.train()
+
+
+def test_calls_before_the_run_and_bad_seeds(new_model: Callable[..., PeftModel]) -> None:
+    for call in (rankpilot.RankPilot.evaluation, rankpilot.RankPilot.out_of_memory):
+        with pytest.raises(ConfigError, match="has not begun"):
+            call(rankpilot.RankPilot("signal-mean"))
+    for seed in (-1, "1", True):
+        with pytest.raises(ConfigError, match="seed is a whole number"):
+            RankPilotCallback(seed=seed)  # type: ignore[arg-type]
+    model = new_model()
+    model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = TrainingRun.of_loader(model, optimizer, batches(ROWS), total_steps=4)
+    with pytest.raises(UnsupportedError, match="is_trainable=True"):
+        rankpilot.RankPilot("signal-mean").begin(run)
