@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from ..common.arrays import IntArray
 from ..common.files import atomic_path
-from ..errors import ConfigError, RunFolderError
+from ..errors import ConfigError, RunFolderError, first_line
 from .decision_state import DecisionState, read_state
 from .deliberation import Deliberation
 from .features import FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
@@ -86,7 +86,7 @@ class DecisionLog:
     """Writer and reader of one decision log.
 
     Args:
-        folder: where the files are; made by the first `append`.
+        folder: where the files are; made by `make_folder` or the first `append`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,6 +95,20 @@ class DecisionLog:
     def __len__(self) -> int:
         """How many decisions are logged."""
         return len(self._parts())
+
+    def make_folder(self) -> None:
+        """Make the folder now, and not after minutes of work.
+
+        Raises:
+            RunFolderError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"The decision log cannot be written to {self.folder}: {first_line(error)}. Pass another folder as "
+                "`log`, or make that one writable."
+            ) from error
 
     def append(self, record: DecisionRecord) -> Path:
         """Write one decision, whole or not at all.

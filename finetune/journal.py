@@ -48,6 +48,7 @@ class Journal:
         """
         self._name, self.predictions, self._writes = name, predictions, writes
         if self.log is not None and writes:
+            self.log.make_folder()
             self.log.truncate(len(predictions))
 
     def note(self, line: str) -> None:

@@ -31,7 +31,7 @@ class _Measure:
 
 
 _MEASURES = (
-    _Measure("held-out loss", "held_out_loss", lambda value, _: f"{value:.4f}", -1),
+    _Measure("held-out loss", "held_out_loss", lambda value, _: f"{value:.4f}" if value < 1e4 else f"{value:.4g}", -1),
     _Measure("held-out accuracy", "held_out_accuracy", lambda value, _: f"{value:.2%}", +1),
     _Measure("peak memory", "peak_bytes", lambda value, _: format_bytes(value), -1),
     _Measure("budget", "budget_bytes", cost_text),

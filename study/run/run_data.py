@@ -41,6 +41,7 @@ class RunData:
         metrics: losses and measured peaks by step, for each run of which the folder has them.
         decisions: the decision log, see `DecisionLog.read`; None without one that can be read.
         missing: what a report has to leave out, and why, a few words each.
+        unlike: in what the run is unlike those that its policy has learned from, in words; empty where it is not.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class RunData:
     metrics: Mapping[str, Rows]
     decisions: pa.Table | None
     missing: tuple[str, ...]
+    unlike: str = ""
 
     @property
     def results(self) -> dict[str, Mapping[str, Any]]:
@@ -144,7 +146,16 @@ def read_run(folder: Path) -> RunData:
             decisions = log.read(lambda error: missing.append(f"a decision ({error})"))
         except RunFolderError as error:
             missing.append(f"all decisions ({error})")
-    return RunData(folder, summary, metrics, decisions, tuple(missing))
+    return RunData(folder, summary, metrics, decisions, tuple(missing), _unlike(log))
+
+
+def _unlike(log: DecisionLog | None) -> str:
+    """See `RunData`; empty where the first decision cannot be read."""
+    try:
+        found = log.logged(0).deliberation if log else None
+    except RunFolderError:
+        return ""
+    return found.unlike if found else ""
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:

@@ -17,6 +17,10 @@ DIVERGED = 0.05
 """A training that ends this share above its start has diverged; below it, the loss only did not fall."""
 
 
+BLOWN_UP = 10
+"""A held-out loss that is so many times the first training loss is that of a run that diverged."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Sentences for the top of a report.
@@ -32,7 +36,7 @@ class Verdict:
 
 def verdict(run: RunData) -> Verdict:
     """What is wrong with a run, and what came out of it."""
-    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run), _changed_by_reload(run))
+    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run), _changed_by_reload(run), _unlike(run))
     others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
     return Verdict(tuple(filter(None, warnings)), tuple(filter(None, (_ending(run), *others))))
 
@@ -48,7 +52,13 @@ def _diverged(run: RunData) -> str:
     for name, step, value in sorted(values, key=lambda row: row[1]):
         if not math.isfinite(value):
             return f"The run diverged: the {name} is {value} at step {step:g}. Lower the learning rate."
-    start, end = rise_of(run.points(PILOT, "loss"))
+    losses = run.points(PILOT, "loss")
+    if held_out is not None and losses and held_out > BLOWN_UP * losses[0][1] > 0:
+        return (
+            f"The run diverged: the held-out loss is {held_out:.4g} at its end, and the first training loss "
+            f"{losses[0][1]:.4g}. Lower the learning rate."
+        )
+    start, end = rise_of(losses)
     if end > (1 + DIVERGED) * start:
         return f"The run diverged: the training loss rose from {start:.4g} to {end:.4g}. Lower the learning rate."
     return f"The training loss did not fall: it began at {start:.4g} and ends at {end:.4g}." if end > start else ""
@@ -113,6 +123,10 @@ def _exceeded(run: RunData) -> str:
 def _changed_by_reload(run: RunData) -> str:
     check = run.summary.get("reload") or {}
     return "" if check.get("identical", True) else "The saved adapter, loaded by plain PEFT, gives other outputs."
+
+
+def _unlike(run: RunData) -> str:
+    return f"Its policy has learned from no run like this one, so trust it less: {run.unlike}." if run.unlike else ""
 
 
 def _ending(run: RunData) -> str:

@@ -465,6 +465,12 @@ def test_the_budget_of_one_episode(make_env: MakeEnv, make_task: MakeTask) -> No
         env.reset(options={"budget": -1.0})
     with pytest.raises(ConfigError, match=r"Options of reset are 'task' and 'budget'; got \['bugdet'\]"):
         env.reset(options={"bugdet": 0.5})
+    with pytest.raises(ConfigError, match=r"a share of what uniform rank 8 takes, such as 0\.5; got '50%'"):
+        env.reset(options={"budget": "50%"})
+    with pytest.raises(ConfigError, match="The option task is a ProxyTask or an OwnTask; got 'x'"):
+        env.reset(options={"task": "x"})
+    with pytest.raises(ConfigError, match="has 56 modules, and this environment 28"):
+        env.reset(options={"task": replace(other, base="llama-8x32")})
 
 
 def test_overrides_of_drawn_tasks(make_pool: MakeEnv) -> None:
@@ -500,6 +506,10 @@ def test_a_budget_that_fits_nothing_is_refused(make_env: MakeEnv, make_task: Mak
 def test_arguments_are_checked(make_env: MakeEnv) -> None:
     with pytest.raises(ConfigError, match="max_modules is at least 28"):
         make_env(max_modules=27)
+    with pytest.raises(ConfigError, match="max_modules is at least 28"):
+        make_env(max_modules=0)
+    with pytest.raises(ConfigError, match=r"suites is a tuple of names, such as \('planted',\); got 'planted'"):
+        RankAllocationEnv(suites="planted")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="One environment has no group to compare with"):
         make_env(against="group")
     with pytest.raises(UnknownNameError, match="form of actions 'moves'"):

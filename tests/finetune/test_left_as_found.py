@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.errors import ConfigError, DataError, UnsupportedError
+from rankpilot.errors import ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.peft_config import adapter_ranks
@@ -240,6 +240,18 @@ def test_layers_that_are_left_out_at_random_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot()])
     with pytest.raises(UnsupportedError, match=r"config.layerdrop is 0.1.*Set model.config.layerdrop = 0"):
         trainer.train()
+
+
+def test_a_log_that_cannot_be_written_is_told_before_the_work(
+    new_model: Callable[..., PeftModel], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    callback = RankPilotCallback("signal-mean", "60%", schedule=SCHEDULE, log=tmp_path / "file" / "decisions")
+    InterruptedProbe.steps = 0
+    trainer = InterruptedProbe(new_model(), arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[callback])
+    with pytest.raises(RunFolderError, match="The decision log cannot be written to "):
+        trainer.train()
+    assert InterruptedProbe.steps == 0
 
 
 def test_calls_before_the_run_and_bad_seeds(new_model: Callable[..., PeftModel]) -> None:

@@ -57,6 +57,15 @@ def test_a_later_checkpoint_replaces_an_earlier_one(whole: Loop, llama_config: L
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(whole: Loop, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for folder, foreign in ((tmp_path / "checkpoint", "notes.txt"), (tmp_path, "checkpoint")):
+        with pytest.raises(RunFolderError, match=f"such as {foreign}, which would be lost"):
+            rankpilot.save_checkpoint(whole.pilot, whole.run, folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_another_budget_counts_at_once(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
     again = Loop(llama_config, tmp_path / "log", budget="30%")
     rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,28 @@ def test_growing_leaves_the_function_as_it_is(
     assert (callback.controller.ranks > 4).any()
     assert (first - logits(base_model(llama_config))).abs().max() > 0.1, "the first stage changed the model"
     assert (logits(model) - first).abs().max() <= 1e-5
+
+
+def test_nothing_is_lost_where_the_ranks_fit(
+    continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig
+) -> None:
+    """Rank 4 on all modules fits 60 % of what rank 8 takes; the rule alone would drop modules there."""
+    first = logits(PeftModel.from_pretrained(base_model(llama_config), str(stage_1)))
+    model, callback, _ = continued("100%", fractions=(0.0,))
+    assert (callback.controller.ranks >= 4).all()
+    assert (logits(model) - first).abs().max() <= 1e-5
+
+
+def test_what_a_smaller_budget_takes_away_is_told(
+    continued: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        _, callback, _ = continued("300 params", fractions=(0.0,))
+    assert (callback.controller.ranks < 4).any()
+    (line,) = [record.message for record in caplog.records if "trained already" in record.message]
+    assert "this budget does not hold their ranks (56 together)" in line
+    before, after = (float(part.split()[0]) for part in (line.split("rows was ")[1], line.split("plan and is ")[1]))
+    assert before < after
 
 
 def test_shrinking_keeps_most_of_it(continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig) -> None:

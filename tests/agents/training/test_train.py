@@ -556,8 +556,12 @@ def test_bad_settings(tmp_path: Path) -> None:
     for name in ("workers", "validation_tasks", "warm_tasks"):
         with pytest.raises(ConfigError, match="at least 0"):
             TrainConfig(**{name: -1})
-    with pytest.raises(ConfigError, match="learning_rate above 0"):
-        TrainConfig(learning_rate=0.0)
+    for name in ("learning_rate", "clip_range", "target_kl"):
+        for value in (0.0, -1.0, math.nan, math.inf):
+            with pytest.raises(ConfigError, match="learning_rate, clip_range and target_kl are above 0"):
+                TrainConfig(**{name: value})
+    with pytest.raises(ConfigError, match="seed is a whole number"):
+        TrainConfig(seed=-1)
     with pytest.raises(UnknownNameError):
         train(dataclasses.replace(CONFIG, suites=("shfit",)), tmp_path / "run")
     with pytest.raises(UnknownNameError):

@@ -34,7 +34,7 @@ from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.stream import FRESH_SEEDS
 from rankpilot.env.vector import StackedVectorEnv
-from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.ladder import RankLadder
 
 from ...cases import first_cases
@@ -216,6 +216,18 @@ def make_vector(num_envs: int, **settings: Any) -> StackedVectorEnv:
     )
     assert isinstance(envs, StackedVectorEnv)
     return envs
+
+
+def test_vectors_refuse_what_they_cannot_do(make_task: MakeTask, schedule: DecisionSchedule) -> None:
+    envs = make_vector(2, task=make_task(), schedule=schedule)
+    first, again = (envs.reset(seed=seed)[0] for seed in (3, np.int64(3)))
+    np.testing.assert_array_equal(first["module_features"], again["module_features"])
+    with pytest.raises(BudgetError, match="The smallest that works is"):
+        envs.reset(options={"budget": 1e-9})
+    with pytest.raises(ConfigError, match="call reset"):
+        envs.step(np.zeros(envs.action_space.shape, dtype=np.int64))
+    with pytest.raises(ConfigError, match="make an environment of dict alone"):
+        make_vector(2, task={"base": BASE})
 
 
 @pytest.fixture

@@ -234,7 +234,11 @@ def test_pickling(make_own: Callable[..., OwnTask], quick: DecisionSchedule, rol
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"steps": 0}, ConfigError, "steps and batch_size are whole numbers of at least 1 and learning_rate is above 0; got 0, 4"),
+        (
+            {"steps": 0},
+            ConfigError,
+            "steps and batch_size are whole numbers of at least 1 and learning_rate is above 0; got 0, 4",
+        ),
         ({"batch_size": 0}, ConfigError, "steps and batch_size are whole numbers of at least 1"),
         ({"learning_rate": 0.0}, ConfigError, "learning_rate is above 0"),
         ({"learning_rate": float("nan")}, ConfigError, "learning_rate is above 0"),
@@ -303,7 +307,7 @@ def test_a_model_with_adapters_on_other_modules_is_refused(
     model = LlamaForCausalLM(llama_config)
     assert len(make_own(model=model).adapted()[1]) == MODULES
     assert len(make_own(model=model, seed=1).adapted()[1]) == MODULES
-    with pytest.raises(ConfigError, match="has adapters already, on other modules than .*pass another copy"):
+    with pytest.raises(ConfigError, match=r"has adapters already, on other modules than .*pass another copy"):
         make_own(model=model, target_modules=("q_proj",))
     adapted = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="or the PeftModel that holds them"):

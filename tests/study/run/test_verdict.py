@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,25 @@ def test_a_run_that_diverged(
 ) -> None:
     folder = with_metrics({10: {"loss": 0.7}, 20: row, 30: row})
     assert verdict(read_run(folder)).warnings[0].startswith(f"The run diverged: {words}")
+
+
+def test_a_held_out_loss_that_has_blown_up(
+    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
+) -> None:
+    folder = with_metrics({10: {"loss": 0.7}})
+    edit_results(folder, held_out_loss=1.2e31)
+    assert verdict(read_run(folder)).warnings[0] == (
+        "The run diverged: the held-out loss is 1.2e+31 at its end, and the first training loss 0.7. Lower the "
+        "learning rate."
+    )
+    assert "| 1.2e+31 |" in write_report(folder).path.read_text()
+
+
+def test_a_run_unlike_all_that_its_policy_knows(run_folder: Path) -> None:
+    run = replace(read_run(run_folder), unlike="6 modules (not 16 to 56)")
+    assert verdict(run).warnings == (
+        "Its policy has learned from no run like this one, so trust it less: 6 modules (not 16 to 56).",
+    )
 
 
 def test_a_training_loss_that_did_not_fall(
