@@ -11,7 +11,7 @@ import tyro
 from rich.table import Table
 
 from ..agents.training.config import PRESETS, TrainConfig
-from ..common.files import read_json_lines, read_object
+from ..common.files import read_json_lines
 from ..errors import ConfigError, UnknownNameError
 from .config_file import peek, read_config_file, with_file_settings
 from .on_cluster import on_cluster
@@ -77,12 +77,13 @@ def _settings_of(trials: str, arguments: Sequence[str]) -> TrainConfig:
 
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
+    from ..agents.learned.policy_file import read_card
     from ..agents.training.train import is_finished
 
     folder = options.output
     if is_finished(folder) and options.resume:
         console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
-        _print_validation(read_object(folder / "card.json")["validation"])
+        _print_validation(read_card(folder).get("validation", {}))
         return
     with on_cluster(options.cluster, options.device):
         results = _refit(options, options.from_trials) if options.from_trials else _train(options)
@@ -147,7 +148,7 @@ def _print_validation(results: dict[str, dict[str, float]]) -> None:
     for column in ("policy", "tasks", "mean", "95 % interval", "wins", "losses"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, row in results.items():
-        interval = f"{row['low']:+.1%} to {row['high']:+.1%}"
+        interval = f"{row['low']:+.1%} to {row['high']:+.1%}" if row["tasks"] > 1 else "one task tells none"
         cells = (f"{row['tasks']:.0f}", f"{row['improvement']:+.1%}", interval)
         table.add_row(name, *cells, f"{row['wins']:.0f}", f"{row['losses']:.0f}")
     console.print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -38,7 +37,6 @@ def readable_budget(given: str | float | Budget, *, recompute: bool) -> Budget:
 
 
 def check_options(
-    policy: object,
     schedule: object,
     measure_every: object,
     bounds: object,
@@ -51,11 +49,6 @@ def check_options(
     Raises:
         ConfigError: one is of a wrong type.
     """
-    if not isinstance(policy, str | Path) and not callable(getattr(policy, "decide", None)):
-        raise ConfigError(
-            f"policy is 'default', the folder of a policy, the name of a rule, or an object with `decide`; got "
-            f"{policy!r}."
-        )
     if schedule is not None and not isinstance(schedule, DecisionSchedule):
         raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
     if not isinstance(measure_every, int) or measure_every < 1:

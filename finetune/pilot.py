@@ -115,7 +115,7 @@ class RankPilot(Readings):
         goal: str = "quality",
         tolerance: float | None = None,
     ) -> None:
-        check_options(policy, schedule, measure_every, bounds, scaling, seed, fresh=fresh, recompute=recompute)
+        check_options(schedule, measure_every, bounds, scaling, seed, fresh=fresh, recompute=recompute)
         loaded = load_policy(policy)
         self.budget: Budget = readable_budget(budget, recompute=recompute)
         aim = goal_of(goal, tolerance, budget_unit=self.budget.unit, recompute=recompute)
@@ -126,11 +126,9 @@ class RankPilot(Readings):
         self.controller: RankController[PeftAdapters] | None = None
         self.recompute, self.times_plans = recompute, aim.kind == "time"
         self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
-        self.journal: Journal = Journal(
-            None if log is None else DecisionLog(Path(log)), self.policy, tell or logger.info
-        )
-        self._progress, self._measure_every = progress, measure_every
-        self._review = PlanReview.of(review, review_timeout)
+        decisions = None if log is None else DecisionLog(Path(log))
+        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
+        self._progress, self._measure_every, self._review = progress, measure_every, PlanReview.of(review, review_timeout)
         self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
         self._step = self._shown = 0
 

@@ -100,8 +100,14 @@ def load_policy(given: str | Path | Policy) -> Policy:
     Raises:
         PolicyFileError: the folder is incomplete, corrupt, or of another format, schema, feature set or ladder.
         UnknownNameError: neither a rule nor a folder.
+        ConfigError: something else than a name, a path or a policy.
     """
     if not isinstance(given, str | Path):
+        if not callable(getattr(given, "decide", None)):
+            raise ConfigError(
+                "policy is 'default', the folder of a policy, the name of a rule, or an object with `decide`; got "
+                f"{given!r}."
+            )
         return given
     folder = policy_folder(given)
     if not folder.exists():

@@ -42,7 +42,7 @@ function lossSeries(name, color, dash, curve, held) {
 
 function uplotSeries(series) {
   const stroke = series.color(), dash = DASHES[series.dash || 0];
-  const common = { stroke, dash, spanGaps: true, scale: "y", points: { show: false } };
+  const common = { stroke, dash, spanGaps: true, scale: "y", points: { show: series.curve.x.length === 1, size: 5, fill: stroke } };
   if (series.kind === "points") return { ...common, paths: () => null, points: { show: true, size: 5, fill: series.dash ? cssColor("--paper") : stroke } };
   if (series.kind === "dotted") return { ...common, width: 2, points: { show: true, size: 6, fill: stroke } };
   if (series.kind === "stairs") return { ...common, width: series.width || 2, paths: uPlot.paths.stepped({ align: 1 }) };
