@@ -128,9 +128,9 @@ class RankPilot(Readings):
         self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
         decisions = None if log is None else DecisionLog(Path(log))
         self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
-        self._progress, self._measure_every, self._review = progress, measure_every, PlanReview.of(review, review_timeout)
-        self._guard, self._losses, self._gradients = PeakGuard(measure_every), LossMeter(), GradientWatch()
-        self._step = self._shown = 0
+        self._progress, self._measure_every = progress, measure_every
+        self._review = PlanReview.of(review, review_timeout)
+        self._guard, self._losses = PeakGuard(measure_every), LossMeter()
 
     # The events of a run, in their order ------------------------------------------------------------------------------
 
