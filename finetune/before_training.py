@@ -204,7 +204,7 @@ def learned_kept(
         yield
         return
     low, before = controller.low, controller.ranks.copy()
-    if controller.fits():
+    if controller.problem().fits(before) and (controller.time is None or controller.time.fits(before)):
         controller.low = before if low is None else np.maximum(low, before)
         try:
             yield
