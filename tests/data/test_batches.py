@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -96,4 +97,18 @@ def test_an_empty_data_set() -> None:
         with pytest.raises(DataError, match="The training set is empty"):
             call()
     assert first_example(Rows([2]))["input_ids"] == [0, 1]
-    assert first_example(iter([5, 6])) == 5
+
+
+class Stream:
+    """Rows that come anew at each iteration, without a length."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([5, 6])
+
+
+def test_a_stream_has_to_begin_anew() -> None:
+    assert first_example(Stream()) == 5
+    once = iter([5, 6])
+    with pytest.raises(DataError, match="gives its rows only once"):
+        first_example(once)
+    assert list(once) == [5, 6], "none of them is lost"
