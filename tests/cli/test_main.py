@@ -89,7 +89,9 @@ def test_bad_numbers(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> Non
     assert "at least 1" in usage_error(["finetune", "m", "d", "--steps", "0"], capsys)
     assert "at least 1, or None for all rows; got 0" in usage_error(["finetune", "m", "d", "--train-rows", "0"], capsys)
     assert "None for all rows; got None and -3" in usage_error(["finetune", "m", "d", "--held-out-rows", "-3"], capsys)
-    assert "seed is a whole number from 0 to 2**32 - 1" in usage_error(["finetune", "m", "d", "--seed", "100000000000"], capsys)
+    assert "seed is a whole number from 0 to 2**32 - 1" in usage_error(
+        ["finetune", "m", "d", "--seed", "100000000000"], capsys
+    )
     assert "episodes_per_task at least 2" in usage_error(["train", "--episodes-per-task", "1"], capsys)
     assert "fractions rise" in usage_error(["train", "--schedule.fractions", "0.5"], capsys)
     assert not seen
