@@ -167,7 +167,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             self._step = TrainerStep(trainer)
         if trainer.model is not None:  # of a search the next trial's model is yet to be made
             resizable_targets(trainer.model, self.pilot.scaling)
-        self._step.prepare_new_models(lambda model: resizable_targets(model, self.pilot.scaling))
+        if trainer.model_init is not None:
+            self._step.prepare_new_models(lambda model: resizable_targets(model, self.pilot.scaling))
 
     # Trainer events, in the order of a run ----------------------------------------------------------------------------
 
