@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -44,8 +45,13 @@ plans cost (1 to 2 % of 100 steps of 16 rows) about 5 % of such a run come befor
 LEAST_PROBE_STEPS = 8
 """However short the run is, the probe has so many steps, or as many as the schedule has."""
 
+MUCH_LOST = 1.01
+"""A loss that rises by this factor under a first plan is worth a warning."""
+
 LEARNED_ROWS = 16
 """Rows on which is measured what a first plan takes away from adapters that are trained already."""
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
@@ -214,11 +220,14 @@ def learned_kept(
     losses = [run.measured(partial(_mean_loss, run, controller.seed))]
     yield
     losses.append(run.measured(partial(_mean_loss, run, controller.seed)))
-    note(
+    told = (
         f"The adapters are trained already, and this budget does not hold their ranks ({before.sum()} together): the "
         f"loss on {LEARNED_ROWS} rows was {losses[0]:.4g} before the plan and is {losses[1]:.4g} under it. A larger "
         "budget keeps what they have learned."
     )
+    note(told)
+    if losses[1] > MUCH_LOST * losses[0] and run.replicas.processes.first:
+        logger.warning(told)
 
 
 def _mean_loss(run: TrainingRun, seed: int) -> float:
