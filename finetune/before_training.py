@@ -225,8 +225,9 @@ def learned_kept(
         f"loss on {LEARNED_ROWS} rows was {losses[0]:.4g} before the plan and is {losses[1]:.4g} under it. A larger "
         "budget keeps what they have learned."
     )
-    note(told)
-    if losses[1] > MUCH_LOST * losses[0] and run.replicas.processes.first:
+    if losses[1] <= MUCH_LOST * losses[0]:
+        note(told)
+    elif run.replicas.processes.first:
         logger.warning(told)
 
 
