@@ -25,7 +25,7 @@ from .spaces import Actions, action_space, observation_space, read_action
 from .tasks.finetune import FineTune, Reference
 from .tasks.proxy_finetune import fine_tune_of
 from .tasks.proxy_task import ProxyTask
-from .tasks.stream import TaskStream
+from .tasks.stream import TaskStream, check_task
 from .tasks.suite_names import SUITES
 from .tasks.suites import find_tasks
 
@@ -159,6 +159,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         self.tasks: tuple[ProxyTask | FineTune, ...] = environment_tasks(
             task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
         )
+        if schedule is not None and not isinstance(schedule, DecisionSchedule):
+            raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
         modules = len(fine_tune_of(task).adapted()[1]) if task else most_modules(self.tasks)
         self.max_modules: int = modules if max_modules is None else max_modules
         if self.max_modules < modules:
@@ -279,6 +281,7 @@ def environment_tasks(
     for name, given in (("suites", suites), ("bases", bases)):
         if isinstance(given, str):
             raise ConfigError(f"{name} is a tuple of names, such as ({given!r},); got {given!r}.")
+    check_task(task)
     tasks: tuple[ProxyTask | FineTune, ...] = (task,) if task else find_tasks(suites, split, bases, overrides)
     if not fresh_seeds:
         return tasks

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..allocation.bounds import Bounds
 from ..common.files import parse_json
@@ -109,6 +110,9 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
         "report_to": list(config.report_to),
         **_checkpointing(config.checkpointing),
     }
+    for tracker in config.report_to:
+        if tracker not in (allowed := (*INTEGRATION_TO_CALLBACK, "all", "none")):
+            raise UnknownNameError.of("tracker", tracker, allowed)
     if task == "causal-lm":
         values["max_length"] = config.max_length
     try:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ...errors import ConfigError
 from ..progress import console
+from .output import check_output
 
 if TYPE_CHECKING:
     from ...study.page.data import Explanations
@@ -85,10 +86,7 @@ def _check(options: StudyOptions) -> None:
         raise ConfigError("No run was given. Pass the folder of a run, or those of several: rankpilot study RUN...")
     if options.output is None and len(options.runs) > 1 and not options.json:
         raise ConfigError(f"{len(options.runs)} runs have no common folder for their page. Pass --output FILE.")
-    if options.output is not None and options.output.is_dir():
-        raise ConfigError(
-            f"--output {options.output} is a folder. Pass the name of a file, such as {options.output / PAGE}."
-        )
+    check_output(options.output, PAGE, json=options.json)
     if options.json and options.open:
         raise ConfigError("--open opens the page, and --json writes none. Pass one of them.")
 

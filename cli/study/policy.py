@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ...errors import ConfigError
 from ..progress import console, progress_bar
+from .output import check_output
 
 if TYPE_CHECKING:
     from ...allocation.policy import Policy
@@ -45,10 +45,7 @@ class PolicyOptions:
 def main(arguments: Sequence[str]) -> None:
     """Write the page, or its data."""
     options = tyro.cli(PolicyOptions, args=arguments, prog="rankpilot study policy")
-    if options.output is not None and options.output.is_dir():
-        raise ConfigError(
-            f"--output {options.output} is a folder. Pass the name of a file, such as {options.output / PAGE}."
-        )
+    check_output(options.output, PAGE, json=options.json)
     from ...common.files import write_json
     from ...study.policy.suite_page import suite_data, write_suite_page
     from ...study.policy.suite_study import study_suite

@@ -16,6 +16,12 @@ FRESH_SEEDS = 10_000_000
 """Seeds of fresh tasks lie above this, those of suites below."""
 
 
+def check_task(task: object) -> None:
+    """Raise ConfigError if it is neither None nor a task of any kind."""
+    if task is not None and not isinstance(task, ProxyTask) and not callable(getattr(task, "adapted", None)):
+        raise ConfigError(f"task is a ProxyTask or an OwnTask; got {task!r}.")
+
+
 def fresh_task(template: ProxyTask, generator: np.random.Generator) -> ProxyTask:
     """The template with a seed that no suite has: another teacher, data and adapters.
 
@@ -52,8 +58,7 @@ class TaskStream:
         if unknown:
             raise ConfigError(f"Options of reset are 'task' and 'budget'; got {unknown}.")
         task: ProxyTask | FineTune = options.get("task") or self._draw()
-        if not isinstance(task, ProxyTask) and not callable(getattr(task, "adapted", None)):
-            raise ConfigError(f"The option task is a ProxyTask or an OwnTask; got {task!r}.")
+        check_task(task)
         if "budget" not in options:
             return task
         if not isinstance(options["budget"], int | float):

@@ -226,8 +226,9 @@ def study_suite(
     rows = read_rows(folder / ROWS)
     mine = tuple(row for row in rows if row.policy == name)
     if not mine:
-        names = ", ".join(dict.fromkeys(row.policy for row in rows)) or "none"
-        raise RunFolderError(f"{folder / ROWS} holds no runs of {name!r}; it holds those of: {names}.")
+        names = ", ".join(dict.fromkeys(row.policy for row in rows))
+        elsewhere = f"it holds those of: {names}" if rows else "pass the output folder of `rankpilot evaluate --logs`"
+        raise RunFolderError(f"{folder / ROWS} holds no runs of {name!r}; {elsewhere}.")
     logs = [(row, log) for row in mine if len(log := DecisionLog(log_folder(folder / LOGS, row.key)))]
     tasks = len({row.task for row, _ in logs})
     if tasks < 2:

@@ -55,4 +55,10 @@ def test_mistakes(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "is a folder. Pass the name of a file" in failure(
         ["study", str(run_folder), "--output", str(tmp_path)], capsys
     )
+    script = tmp_path / "t.sh"
+    script.write_text("echo mine")
+    for options, kind in (([], "page"), (["--json"], "JSON")):
+        told = failure(["study", str(run_folder), *options, "--output", str(script)], capsys)
+        assert f"exists and is no {kind}. Pass a name that is free." in told
+    assert script.read_text() == "echo mine"
     assert "Pass one of them" in failure(["study", str(run_folder), "--json", "--open"], capsys)

@@ -467,7 +467,7 @@ def test_the_budget_of_one_episode(make_env: MakeEnv, make_task: MakeTask) -> No
         env.reset(options={"bugdet": 0.5})
     with pytest.raises(ConfigError, match=r"a share of what uniform rank 8 takes, such as 0\.5; got '50%'"):
         env.reset(options={"budget": "50%"})
-    with pytest.raises(ConfigError, match="The option task is a ProxyTask or an OwnTask; got 'x'"):
+    with pytest.raises(ConfigError, match="task is a ProxyTask or an OwnTask; got 'x'"):
         env.reset(options={"task": "x"})
     with pytest.raises(ConfigError, match="has 56 modules, and this environment 28"):
         env.reset(options={"task": replace(other, base="llama-8x32")})
@@ -508,6 +508,10 @@ def test_arguments_are_checked(make_env: MakeEnv) -> None:
         make_env(max_modules=27)
     with pytest.raises(ConfigError, match="max_modules is at least 28"):
         make_env(max_modules=0)
+    with pytest.raises(ConfigError, match="task is a ProxyTask or an OwnTask; got 'x'"):
+        make_env(task="x")
+    with pytest.raises(ConfigError, match=r"schedule is a rankpilot\.DecisionSchedule or None; got 'x'"):
+        RankAllocationEnv(schedule="x")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"suites is a tuple of names, such as \('planted',\); got 'planted'"):
         RankAllocationEnv(suites="planted")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="One environment has no group to compare with"):

@@ -40,6 +40,13 @@ function lossSeries(name, color, dash, curve, held) {
   ];
 }
 
+// Where the values of an axis are so close that their short labels are the same, plain numbers get more digits.
+function axisLabels(splits, format) {
+  const labels = splits.map(format);
+  if (new Set(labels).size === labels.length || labels.some((label) => /[a-z]/i.test(label))) return labels;
+  return splits.map((value) => String(Number(value.toPrecision(6))));
+}
+
 function uplotSeries(series) {
   const stroke = series.color(), dash = DASHES[series.dash || 0];
   const common = { stroke, dash, spanGaps: true, scale: "y", points: { show: series.curve.x.length === 1, size: 5, fill: stroke } };
@@ -123,7 +130,7 @@ function chart(spec) {
       series: [{}, ...spec.series.map(uplotSeries)],
       axes: [
         axis({ incrs: [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000], size: 26, label: "training step", labelSize: 18, labelFont: "12px system-ui, sans-serif" }),
-        axis({ size: 62, values: (_, splits) => splits.map(spec.axis) }),
+        axis({ size: 62, values: (_, splits) => axisLabels(splits, spec.axis) }),
       ],
       cursor: { y: false, drag: { x: false, y: false }, sync: { key: "steps", scales: ["x", null] } },
       hooks: { draw: [(self) => drawMarks(self, spec.marks)], setCursor: [(self) => tell(self.cursor.idx ?? null)] },
