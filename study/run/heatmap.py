@@ -142,5 +142,9 @@ def ranks_sentence(final: IntArray) -> str:
     reached = np.cumsum(np.sort(final)[::-1]) / final.sum()
     few = int(np.searchsorted(reached, 0.8 - 1e-9)) + 1
     without = int((final == 0).sum())
-    ending = f"; {without} end without an adapter" if without else ""
-    return f"{few} of {len(final)} modules end with {reached[few - 1]:.0%} of all rank{ending}"
+    ending = f"; {without} {_end(without)} without an adapter" if without else ""
+    return f"{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of all rank{ending}"
+
+
+def _end(count: int) -> str:
+    return "ends" if count == 1 else "end"

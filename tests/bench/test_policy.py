@@ -135,9 +135,7 @@ def test_the_page_in_the_docs_is_what_the_stored_rows_say() -> None:
     ("rival", "words"),
     [
         (UNIFORM, "uniform rank at its own best rate"),
-        ("top-down-mlp", "the rule `top-down-mlp`"),
         ("signal-mean", "the rule `signal-mean`"),
-        ("constant:default", "its own constant mean action"),
     ],
 )
 def test_the_readme_tells_these_figures(rival: str, words: str) -> None:

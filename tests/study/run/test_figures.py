@@ -83,7 +83,7 @@ def test_heatmap_numbers_only_new_ranks_and_marks_decisions() -> None:
 
 def test_heatmap_title_tells_how_concentrated_the_ranks_are() -> None:
     assert texts(small_heatmap([[1, 1, 1, 1], [8, 0, 1, 1]]))[0] == (
-        "1 of 4 modules end with 80% of all rank; 1 end without an adapter"
+        "1 of 4 modules ends with 80% of all rank; 1 ends without an adapter"
     )
     assert texts(small_heatmap([[1] * 4, [4] * 4]))[0] == "All 4 modules end at rank 4"
     assert texts(small_heatmap([[1] * 4, [0] * 4]))[0] == "No module ends with an adapter"
