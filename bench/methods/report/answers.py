@@ -99,7 +99,11 @@ def _memory(results: Results, costs: dict[str, Costs]) -> list[Block | None]:
         f"peak, and a step {mine.step:.2f} of its time ({beside}). Steps measured above the limit: in "
         f"{mine.breaches} runs."
     )
-    return [Paragraph(text), _all_against(results, OURS, ("all-linear-8-ckpt", "adalora-peak", "random"))]
+    return [
+        Paragraph(text),
+        _all_against(results, OURS, ("all-linear-8-ckpt", "adalora-peak", "random")),
+        _all_against(results, "ours-recompute", (REFERENCE, "all-linear-8-ckpt", "simple-ckpt")),
+    ]
 
 
 def _accuracy(results: Results, costs: dict[str, Costs]) -> list[Block | None]:
