@@ -175,11 +175,12 @@ class Deliberation:
     @property
     def promise(self) -> str:
         """What is expected of the plan that is taken beside plain LoRA, in words; empty where nothing is."""
-        if self.costs is None or self.plain is None:
+        loss = self.loss_beside_plain
+        if loss is None or self.plain is None:
             return ""
         rival, allowed = PLAIN, f"{self.goal.tolerance:.2g} (log)"
         if not self.goal.saves:
-            return "" if self.plan == self.plain else self._expectation(self.plain)
+            return "" if self.plan == self.plain else self._expectation(self.plain, loss)
         if not self.within_tolerance.any():
             return (
                 f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays within "
@@ -192,10 +193,16 @@ class Deliberation:
         )
         return f"Expected beside {rival}: log loss {mean:+.3f}, surely at most {worst:+.3f}."
 
-    def _expectation(self, plain: int) -> str:
+    @property
+    def loss_beside_plain(self) -> float | None:
+        """The log loss that is expected of the plan, less that of plain LoRA; None where it is unknown."""
+        if self.costs is None or self.plain is None:
+            return None
+        return 0.0 - improvement_of(float(self.mean[self.plan] - self.mean[self.plain]))
+
+    def _expectation(self, plain: int, loss: float) -> str:
         """What is expected under a goal of quality, and what helps where plain LoRA does not fit and much is lost."""
         fits = bool(self.may_take[plain])
-        loss = 0.0 - improvement_of(float(self.mean[self.plan] - self.mean[plain]))
         told = f"Expected beside {PLAIN}{'' if fits else ', which does not fit'}: log loss {loss:+.3f}."
         if fits or loss <= TOLERANCE:
             return told

@@ -24,7 +24,6 @@ from ..memory.cost import ByteCost, plan_cost
 from ..memory.for_training import highest_ranks, measure_memory
 from ..memory.model import MemoryModel
 from ..memory.peak_meter import PeakMeter
-from ..memory.recomputation import recomputed_cost
 from ..memory.recording import Batch
 from .correction import Correction
 from .recomputation import Recomputation
@@ -115,11 +114,16 @@ class PeakGuard:
         parts = [str(self._recomputation or ""), time.text(ranks) if time else ""]
         return ", ".join(filter(None, parts))
 
-    def deciding(self) -> None:
-        """Price plans for a decision, where layers may run again; see `recomputed_cost`."""
+    def deciding(self, *, recomputing: bool = True) -> None:
+        """Price plans for a decision, where layers may run again; see `recomputed_cost`.
+
+        Args:
+            recomputing: whether they may in this decision.
+        """
         if self._recomputation and self._recomputation.memory:
-            controller, memory = self._controller, self._recomputation.memory
-            cost = recomputed_cost(memory, highest_ranks(controller.targets), controller.limit, self.shape)
+            controller = self._controller
+            highest = highest_ranks(controller.targets)
+            cost = self._recomputation.cost(highest, controller.limit, self.shape, recomputing=recomputing)
             controller.reprice(replace(cost, constant=cost.constant + self._underestimate))
 
     @property

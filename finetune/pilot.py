@@ -29,7 +29,6 @@ from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import adapter_ranks, finish_load, resizable_targets
 from ..lora.scaling_names import Scaling
 from ..memory.budget import Budget
-from ..memory.model import MemoryModel
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
 from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, within_all
@@ -40,11 +39,12 @@ from .loss_meter import LossMeter
 from .options import check_allowed, check_options, check_run, readable_budget
 from .peak_guard import PeakGuard
 from .readings import Readings
-from .recomputation import Recomputation, recomputing
+from .recomputation import recomputing
 from .review import PlanReview
 from .run import TrainingRun
 from .run_settings import changes, check_same, predictions_of, readable_state, run_settings
 from .time_before_training import other_time_limit, settle_time
+from .worth_recomputing import decide
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class RankPilot(Readings):
                 time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
                 progress=self._progress,
             )
-            self._watch(run, memory, recomputation)
+            self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
             if self.time:
                 settle_time(run, self.controller, self._ask, memory, recomputation)
             self._decide()
@@ -208,7 +208,7 @@ class RankPilot(Readings):
             if before.get("time") != settings["time"]:
                 facts = (run, targets, self.time, memory, limit, recomputation)
                 controller.time = other_time_limit(controller.time, *facts)
-            self._watch(run, memory, recomputation)
+            self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
             run.replicas.changed(targets, step)
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
@@ -334,14 +334,11 @@ class RankPilot(Readings):
 
     def _start(self, run: TrainingRun, *, resumed: bool) -> None:
         check_run(run)
+        self._run = run
         self._step, self._shown, self._gradients = 0, 0, GradientWatch()
         self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
         if self._review is not None:
             self._review.processes, self._review.resumed = run.replicas.processes, resumed
-
-    def _watch(self, run: TrainingRun, memory: MemoryModel | None, recomputation: Recomputation | None) -> None:
-        self._run = run
-        self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
 
     def _settings(self) -> dict[str, Any]:
         given = self.budget, self.time, self.policy, self.schedule, self.bounds, self.recompute, self.scaling
@@ -352,8 +349,8 @@ class RankPilot(Readings):
         self._guard.deciding()
         notes: dict[str, str] = {}
         with nullcontext() if controller.decision else learned_kept(self._run, controller, self.journal.note):
-            observation = controller.observe(step, loss)
-            decision = self.decision = self._ask(observation)
+            observation, decision = decide(self._guard, controller, self._ask, self.journal.note, step, loss)
+            self.decision = decision
             if self._review is None:
                 plan = controller.apply(decision, step, self._run.optimizer)
             else:

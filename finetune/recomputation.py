@@ -12,8 +12,9 @@ from ..common.arrays import IntArray
 from ..errors import UnsupportedError
 from ..lora.targets import unwrap
 from ..memory.batch_shape import BatchShape
+from ..memory.cost import ByteCost
 from ..memory.model import MemoryModel
-from ..memory.recomputation import fewest_recomputed
+from ..memory.recomputation import fewest_recomputed, recomputed_cost
 from ..memory.step_parts import check_checkpointing, switch_checkpointing
 from ..memory.tiled_loss import use_tiled_loss
 from .model_settings import ModelSettings
@@ -77,6 +78,20 @@ class Recomputation:
         """
         assert self.memory is not None, "the step has not been measured"
         return fewest_recomputed(self.memory, ranks, limit, shape)
+
+    def cost(self, max_ranks: IntArray, limit: float, shape: BatchShape, *, recomputing: bool) -> ByteCost:
+        """What plans cost, where layers may run again or may not; see `recomputed_cost`.
+
+        Args:
+            max_ranks: the highest rank of each module, int64 (modules,).
+            limit: bytes that the step may take.
+            shape: of the batch.
+            recomputing: whether layers may run again.
+        """
+        assert self.memory is not None, "the step has not been measured"
+        if recomputing:
+            return recomputed_cost(self.memory, max_ranks, limit, shape)
+        return self.memory.recomputing(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:
         """The byte model of the step in which the layers run again that do now."""
