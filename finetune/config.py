@@ -50,6 +50,7 @@ class FinetuneConfig(StepConfig):
         bounds: ranks of single modules, or their least and largest rank: q_proj=8 down_proj=0:4.
         recompute: run as few layers again in the backward pass as the plan needs (gradient checkpointing, layer by
             layer): less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
+            A policy with networks uses it only where it expects a loss that is lower by more than 1 %.
         time: what a step may take in time, beside the budget: "75%" of what uniform rank 8 takes where no layer runs
             again, or "0.8s". Measured before training.
         review: a file in which you see and change each plan before it is applied.

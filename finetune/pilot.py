@@ -76,6 +76,7 @@ class RankPilot(Readings):
         review_timeout: how many seconds to wait for that; None for as long as it takes.
         recompute: let as few layers as each plan needs run again in the backward pass (gradient checkpointing, layer by
             layer): less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
+            A policy with networks uses it only where they expect that to pay; see `worth_recomputing`.
         time: what a step may take in time: a share of what uniform rank 8 takes with no layer run again ("75%"), or
             seconds ("0.8s"), measured on the device before training.
         explore: draw each plan at this temperature and log the probabilities (`exploring`); by default take the best.
