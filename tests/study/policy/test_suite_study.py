@@ -179,7 +179,7 @@ def test_policies_that_cannot_be_studied(folder: Path, name: str, message: str) 
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="it holds those of: none"):
+    with pytest.raises(RunFolderError, match="pass the output folder of `rankpilot evaluate --logs`"):
         study_suite(tmp_path, "default")
 
 
