@@ -22,7 +22,7 @@ from ..allocation.schedule import DecisionSchedule
 from ..allocation.time_limit import TimeLimit
 from ..common.arrays import IntArray
 from ..data.batches import count_predictions, predicted_share
-from ..errors import DataError
+from ..errors import BudgetError, DataError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import reset_state
 from ..lora.resize import is_trained, reset_adapters, resize
@@ -210,13 +210,15 @@ def learned_kept(
         yield
         return
     low, before = controller.low, controller.ranks.copy()
-    if controller.problem().fits(before) and (controller.time is None or controller.time.fits(before)):
-        controller.low = before if low is None else np.maximum(low, before)
-        try:
+    controller.low = before if low is None else np.maximum(low, before)
+    if controller.high is not None:
+        controller.low = np.minimum(controller.low, controller.high)
+    try:
+        if _some_plan_fits(controller):
             yield
-        finally:
-            controller.low = low
-        return
+            return
+    finally:
+        controller.low = low
     losses = [run.measured(partial(_mean_loss, run, controller.seed))]
     yield
     losses.append(run.measured(partial(_mean_loss, run, controller.seed)))
@@ -229,6 +231,18 @@ def learned_kept(
         note(told)
     elif run.replicas.processes.first:
         logger.warning(told)
+
+
+def _some_plan_fits(controller: RankController[PeftAdapters]) -> bool:
+    """Whether a plan fits the budget, and the time, within the bounds that a controller has now."""
+    problem = controller.problem()
+    try:
+        check_budget(problem, list(controller.names))
+        if controller.time:
+            controller.time.check(problem)
+    except BudgetError:
+        return False
+    return True
 
 
 def _mean_loss(run: TrainingRun, seed: int) -> float:

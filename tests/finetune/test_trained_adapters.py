@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.finetune.callback import RankPilotCallback
-from rankpilot.lora.resize import is_trained
+from rankpilot.lora.resize import is_trained, set_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -95,6 +95,19 @@ def test_nothing_is_lost_where_the_ranks_fit(
     model, callback, _ = continued("100%", fractions=(0.0,))
     assert (callback.controller.ranks >= 4).all()
     assert (logits(model) - first).abs().max() <= 1e-5
+
+
+def test_bounds_of_the_user_count_more(stage_1: Path, llama_config: LlamaConfig, tmp_path: Path) -> None:
+    """A module that is to have less than it has shrinks; one whose rank is on no rung of the ladder grows."""
+    model = PeftModel.from_pretrained(base_model(llama_config), str(stage_1), is_trainable=True)
+    targets = find_target_modules(model)
+    set_ranks(targets, {target.name: 5 for target in targets})
+    bounds = {"q_proj": 2, "k_proj": (0, 1)}
+    callback = RankPilotCallback("signal-mean", "150%", schedule=DecisionSchedule(probe_steps=3), bounds=bounds)
+    trainer_of(model, tmp_path / "run", callback).train()
+    for target in targets:
+        bound = {"q_proj": (2, 2), "k_proj": (1, 1)}.get(target.name.rsplit(".", 1)[1], (8, 256))
+        assert bound[0] <= target.rank <= bound[1], target.name
 
 
 def test_what_a_smaller_budget_takes_away_is_told(
