@@ -350,7 +350,8 @@ class RankPilot(Readings):
         self._guard.deciding()
         notes: dict[str, str] = {}
         with nullcontext() if controller.decision else learned_kept(self._run, controller, self.journal.note):
-            observation, decision = decide(self._guard, controller, self._ask, self.journal.note, step, loss)
+            asked = self._guard, controller, self._ask, self.journal.note, step, loss
+            observation, decision = decide(*asked, recomputes=self.recompute)
             self.decision = decision
             if self._review is None:
                 plan = controller.apply(decision, step, self._run.optimizer)

@@ -23,6 +23,8 @@ def decide(
     note: Callable[[str], None],
     step: int,
     loss: float | None,
+    *,
+    recomputes: bool,
 ) -> tuple[Observation, Decision]:
     """Ask a policy for a decision; at the first one, where layers may run again, for two, and take the better one.
 
@@ -37,6 +39,7 @@ def decide(
         note: tells a line.
         step: optimiser steps done.
         loss: mean training loss since the last decision, if known.
+        recomputes: whether layers may run again in this run.
 
     Returns:
         What was seen, and the decision; plans are priced as they were for it.
@@ -47,7 +50,7 @@ def decide(
     observation = controller.observe(step, loss)
     decision = ask(observation)
     gained = _expected(decision)
-    if controller.decision or not guard.recomputed or gained is None:
+    if controller.decision or not recomputes or gained is None:
         return observation, decision
     guard.deciding(recomputing=False)
     try:
