@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ GROUP_COLORS = dict(
     zip(("ours", "static", "adaptive", "search", "peer", "bound", "check"), (*COLORS, FAINT), strict=True)
 )
 
-PROFILED = ("simple", "all-linear-8-ckpt", "adalora-peak", "top-down", "ours", "ours-first-plan")
+PROFILED = ("simple", "all-linear-8-ckpt", "adalora-final", "top-down", "ours", "ours-recompute")
 """Methods whose profiles are drawn in colours; those of the others are grey."""
 
 LABEL_WIDTH, LABEL_HEIGHT = 90, 11
@@ -97,13 +98,16 @@ def _profiles(results: Results, path: Path) -> Path:
     figure = new_figure(
         4.4,
         "Performance profiles",
-        "share of runs within a distance of the best method's loss, budgets that do not fit counted as never",
+        "share of runs within a distance of the best method's loss, budgets that do not fit counted as never; "
+        "methods of fewer cells left out",
     )
+    left_out = Counter(name for name, _ in results.missing)
     axes = clean_axes(figure.subplots())
     points = np.linspace(0, 0.3, 61)
     colors = dict(zip(PROFILED, COLORS, strict=True))
     for method in sorted(results.methods, key=lambda m: m.name in PROFILED):
-        if method.group in ("check", "bound") or not any(key[0] == method.name for key in results.found):
+        ran = left_out[method.name] <= left_out[REFERENCE] and any(key[0] == method.name for key in results.found)
+        if method.group in ("check", "bound") or not ran:
             continue
         color = colors.get(method.name)
         style: dict[str, Any] = (
