@@ -53,6 +53,8 @@ class Learner:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # Fused, without decay: the Trainer's defaults.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        # A hook, so that the meter of a step counts it.
+        self.optimizer.register_step_post_hook(lambda *_: self._own(self.on_optimizer_step))
         self.steps: int = 0
         self.own_seconds: list[float] = []
         self.setup_seconds: float = 0.0
@@ -79,13 +81,8 @@ class Learner:
         with self.precision():
             return calibrate(self.model, self.targets, batch, self.optimizer, signal_bytes=False)
 
-    def step(self, batch: Batch, meter: PeakMeter | None = None) -> None:
-        """One whole training step.
-
-        Args:
-            batch: on the model's device.
-            meter: told when the passes are over.
-        """
+    def step(self, batch: Batch) -> None:
+        """One whole training step, on a batch on the model's device."""
         self.own_seconds.append(0.0)
         self._own(self.on_step_begin)
         with self.precision():
@@ -94,10 +91,7 @@ class Learner:
         del loss
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self._own(self.on_pre_optimizer_step)
-        if meter:
-            meter.stepping()
         self.optimizer.step()
-        self._own(self.on_optimizer_step)
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         self._own(self.on_step_end)
@@ -106,7 +100,7 @@ class Learner:
         """The same, with its peak measured; returns bytes."""
         meter = PeakMeter()
         meter.begin(self.model, self.optimizer, self.buffer_bytes())
-        self.step(batch, meter)
+        self.step(batch)
         return meter.end(self.steps, self.model) or 0
 
     def _own(self, event: Callable[[], None]) -> None:

@@ -75,13 +75,6 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
             self.meter.begin(objects["model"], objects["optimizer"])
         self._started = time.perf_counter()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Note the peak of the forward and backward passes."""
-        if self.meter:
-            self.meter.stepping()
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:

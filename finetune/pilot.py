@@ -26,7 +26,7 @@ from ..allocation.policy import Decision, Policy, decided_plan, decision_from_pl
 from ..allocation.schedule import DecisionSchedule
 from ..errors import NoGradientError
 from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import adapter_ranks, finish_load, resizable_targets
+from ..lora.peft_config import finish_load, resizable_targets
 from ..lora.scaling_names import Scaling
 from ..memory.budget import Budget
 from ..memory.recording import Batch
@@ -42,7 +42,7 @@ from .readings import Readings
 from .recomputation import recomputing
 from .review import PlanReview
 from .run import TrainingRun
-from .run_settings import changes, check_same, predictions_of, readable_state, run_settings
+from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .time_before_training import other_time_limit, settle_time
 from .worth_recomputing import decide
 
@@ -189,7 +189,7 @@ class RankPilot(Readings):
         low, high = rank_bounds(targets, self.bounds)
         adapters, schedule = PeftAdapters(run.model, targets), self.schedule
         with readable_state():
-            before = check_same(settings := self._settings(), state, adapter_ranks(targets))
+            before = check_same(settings := self._settings(), state, targets)
             adapters.meter.load_state_dict(state["signals"])
             controller = RankController.from_state_dict(state["controller"], adapters, schedule, low=low, high=high)
             self._losses.load_state_dict(state["losses"])
@@ -236,7 +236,6 @@ class RankPilot(Readings):
             NoGradientError: the adapters receive none.
         """
         controller = self._controller
-        self._guard.meter.stepping()
         try:
             self._gradients.look(controller.targets, self._step + 1, closely=self._guard.meter.measuring)
         except NoGradientError:
@@ -320,7 +319,7 @@ class RankPilot(Readings):
         return {
             "processes": self._run.replicas.processes.count,
             "step": self._step,
-            "ranks": adapter_ranks(controller.targets),
+            **adapter_settings(controller.targets),
             "controller": controller.state_dict(),
             "signals": controller.adapters.meter.state_dict(),
             "losses": self._losses.state_dict(),

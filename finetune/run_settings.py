@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,9 @@ from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.stored_numbers import counted, finite
 from ..errors import RankPilotError, RunFolderError, first_line, shown
+from ..lora.ladder import REFERENCE_RANK
+from ..lora.peft_config import adapter_ranks
+from ..lora.targets import TargetModule
 from ..memory.budget import Budget
 from ..memory.time_budget import TimeBudget
 
@@ -48,13 +52,19 @@ def policy_settings(policy: Policy) -> dict[str, Any]:
     }
 
 
-def check_same(now: Mapping[str, Any], state: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+def adapter_settings(targets: Sequence[TargetModule]) -> dict[str, dict[str, Any]]:
+    """The ranks of adapters, and their scaling where it can be compared between ranks, by module name."""
+    scalings = {target.name: target.scaling_at(REFERENCE_RANK) for target in targets}
+    return {"ranks": adapter_ranks(targets), "scalings": scalings}
+
+
+def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequence[TargetModule]) -> dict[str, Any]:
     """Refuse to resume a run with settings or adapters of another run; its budget and time may be others.
 
     Args:
         now: the settings.
-        state: what `RankPilot.state_dict` returned; those of earlier versions tell no ranks.
-        ranks: of the model's adapters, by module name.
+        state: what `RankPilot.state_dict` returned; those of earlier versions tell no ranks and no scalings.
+        targets: the model's adapters.
 
     Returns:
         The settings then.
@@ -64,7 +74,9 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], ranks: Mapping[
     """
     if "settings" not in state:
         raise RunFolderError(f"This is no state of a run: it has {shown([*state])}. Pass what `state_dict` returned.")
-    before, there = state["settings"], state.get("ranks", ranks)
+    before, adapters = state["settings"], adapter_settings(targets)
+    ranks, scalings = adapters["ranks"], adapters["scalings"]
+    there, scaled = state.get("ranks", ranks), state.get("scalings", scalings)
     differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
     if differing:
         each = "; ".join(f"{key}: {shown(before.get(key))} there, {now[key]!r} now" for key in differing)
@@ -78,6 +90,13 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], ranks: Mapping[
             f"{len(other)} adapters of the model have other ranks than those of the run that is resumed, such as "
             f"{shown(other[0])}: {shown(there.get(other[0]))} there, {ranks.get(other[0])} now. In a loop of your own, "
             "`rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
+        )
+    other = [name for name in scalings if not math.isclose(finite(scaled[name]), scalings[name], rel_tol=1e-6)]
+    if other:
+        raise RunFolderError(
+            f"The run that is resumed had another scaling: at rank {REFERENCE_RANK}, {shown(other[0])} is multiplied "
+            f"by {finite(scaled[other[0]]):g} there and by {scalings[other[0]]:g} now. Make the LoraConfig with the "
+            "lora_alpha and use_rslora of then."
         )
     return dict(before)
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from ..lora.optimizer_layouts import unwrap_optimizer
 from .live_storages import LivePeak
 from .model_states import state_bytes
 
@@ -18,9 +19,9 @@ class PeakMeter:
     On CUDA the allocator's record is read. On other devices every tensor that the step creates is followed, which slows
     that one step by a few percent; a model under torch.compile then runs uncompiled.
 
-    Call `begin` before a step's first forward pass, `stepping` before the optimiser's step and `end` after it. State
-    that the optimiser creates in this step (all of it in the first one) counts as present from the start, as it will
-    be in the next step.
+    Call `begin` before a step's first forward pass, and `end` after the optimiser's step. What runs between the two
+    last, such as a callback of the user's, does not count. State that the optimiser creates in this step (all of it in
+    the first one) counts as present from the start, as it will be in the next step.
 
     Args:
         every_steps: number of steps from one measurement to the next. The first step, and each one after `request`, is
@@ -75,10 +76,22 @@ class PeakMeter:
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
             live = self._contexts.enter_context(LivePeak())
             self._rise = lambda: live.peak
+        if optimizer is not None:
+            inner = unwrap_optimizer(optimizer)
+            for hook in (
+                inner.register_step_pre_hook(lambda *_: self._stepping()),
+                inner.register_step_post_hook(lambda *_: self._stepped()),
+            ):
+                self._contexts.callback(hook.remove)
 
-    def stepping(self) -> None:
-        """Note the end of the forward and backward passes; call before the optimiser steps."""
+    def _stepping(self) -> None:
+        """Note the end of the forward and backward passes."""
         self._rise_of_passes = self._rise() if self._rise else 0
+
+    def _stepped(self) -> None:
+        """Note the end of the optimiser's step: later rises do not count."""
+        rise = self._rise() if self._rise else 0
+        self._rise = lambda: rise
 
     def end(self, step: int, model: nn.Module) -> int | None:
         """End the measured step, of this number, and return bytes at its peak; None if no step is being measured."""

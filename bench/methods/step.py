@@ -35,6 +35,8 @@ class _Steps:
     def __init__(self, task: MethodTask, driver: Driver) -> None:
         self.driver, self.count = driver, 0
         self.optimizer = torch.optim.AdamW(driver.parameters(), lr=task.rate / 100, weight_decay=0.0)
+        # A hook, so that the meter of a step counts it.
+        self.optimizer.register_step_post_hook(lambda *_: driver.stepped(self.count))
         loader = new_loader(task, load_data(task), 0)
         batches = list(islice(loader, ROUNDS))
         self.largest = max(batches, key=lambda batch: batch["input_ids"].numel())
@@ -42,16 +44,13 @@ class _Steps:
 
     def step(self, _: int = 0) -> None:
         """One step on the next batch."""
-        self._on(next(self._batches), None)
+        self._on(next(self._batches))
 
-    def _on(self, batch: Batch, meter: PeakMeter | None) -> None:
+    def _on(self, batch: Batch) -> None:
         self.count += 1
         self.driver.model(**batch).loss.backward()
         nn.utils.clip_grad_norm_(self.driver.parameters(), CLIP)
-        if meter:
-            meter.stepping()
         self.optimizer.step()
-        self.driver.stepped(self.count)
         self.optimizer.zero_grad()
 
     def measured(self) -> int:
@@ -59,7 +58,7 @@ class _Steps:
         self.step()
         meter = PeakMeter()
         meter.begin(self.driver.model, self.optimizer, self.driver.buffer_bytes())
-        self._on(self.largest, meter)
+        self._on(self.largest)
         return meter.end(self.count, self.driver.model) or 0
 
 

@@ -267,3 +267,23 @@ def test_calls_before_the_run_and_bad_seeds(new_model: Callable[..., PeftModel])
     run = TrainingRun.of_loader(model, optimizer, batches(ROWS), total_steps=4)
     with pytest.raises(UnsupportedError, match="is_trainable=True"):
         rankpilot.RankPilot("signal-mean").begin(run)
+
+
+class Samples(TrainerCallback):
+    """Has the model read far more than a batch after each step, as callbacks that print samples do."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        with torch.no_grad():
+            model(input_ids=torch.arange(64).repeat(64, 1))
+
+
+def test_what_another_callback_computes_after_a_step_is_not_the_steps(
+    new_model: Callable[..., PeftModel], tmp_path: Path
+) -> None:
+    peaks = []
+    for others in ([], [Samples()]):
+        callback = pilot()
+        settings = arguments(tmp_path / f"{len(others)}")
+        Trainer(new_model(), settings, train_dataset=ROWS, callbacks=[*others, callback]).train()
+        peaks.append(callback.pilot.peaks)
+    assert peaks[0] == peaks[1] != []

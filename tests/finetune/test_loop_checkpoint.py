@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rankpilot
@@ -108,6 +109,18 @@ def test_another_model(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -
     optimizer = torch.optim.AdamW([p for p in few.parameters() if p.requires_grad], lr=1e-2)
     run = TrainingRun.of_loader(few, optimizer, again.loader, loss=again.loss, total_steps=STEPS)
     with pytest.raises(RunFolderError, match=r"is of another model: \d+ of the parameters that train are in one of"):
+        rankpilot.load_checkpoint(again.pilot, run, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("other", [{"lora_alpha": 32}, {"use_rslora": True}])
+def test_another_scaling(whole: Loop, llama_config: LlamaConfig, tmp_path: Path, other: dict[str, Any]) -> None:
+    """PEFT keeps no scaling beside the weights, so the function of the model would change unseen."""
+    again = Loop(llama_config, tmp_path / "log", budget="40%")
+    config = LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear"} | other)
+    model = get_peft_model(LlamaForCausalLM(llama_config), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    run = TrainingRun.of_loader(model, optimizer, again.loader, loss=again.loss, total_steps=STEPS)
+    with pytest.raises(RunFolderError, match=r"another scaling: at rank 8, .* by 2 there and by (4|5\.65685) now"):
         rankpilot.load_checkpoint(again.pilot, run, tmp_path / "checkpoint")
 
 

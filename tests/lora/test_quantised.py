@@ -443,7 +443,6 @@ def test_the_peak_of_a_step_is_predicted(base, folder, checkpointing):
         for step in range(2):
             meter.begin(model, optimizer)
             model(**batch).loss.backward()
-            meter.stepping()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             meter.end(step, model)

@@ -21,17 +21,15 @@ def run(named_family) -> Run:
     return adamw_run(model, family_batch(family, model, 4, 12))
 
 
-def train(run: Run, meter: PeakMeter | None = None) -> None:
+def train(run: Run) -> None:
     run.loss().backward()
-    if meter is not None:
-        meter.stepping()
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
 
 
 def measured(run: Run, meter: PeakMeter, step: int = 0, extra: int = 0) -> int | None:
     meter.begin(run.model, run.optimizer, extra)
-    train(run, meter)
+    train(run)
     return meter.end(step, run.model)
 
 
@@ -71,6 +69,21 @@ def test_gradients_from_before_count(run):
     gradients = sum(4 * p.numel() for p in run.model.parameters() if p.grad is not None)
     kept = measured(run, PeakMeter())
     assert clean < kept <= clean + gradients
+
+
+def test_what_runs_after_the_optimisers_step_does_not_count(run):
+    """Such as a callback that generates a sample with the model, or with a larger batch."""
+    expected, meter = measured(run, PeakMeter()), PeakMeter()
+    meter.begin(run.model, run.optimizer)
+    train(run)
+    kept = torch.zeros(10_000_000)
+    assert meter.end(0, run.model) == expected
+    meter.begin(run.model, run.optimizer)
+    also = torch.zeros(10_000_000)
+    train(run)
+    assert meter.end(1, run.model) > expected + also.nbytes / 2
+    assert kept.nbytes == also.nbytes
+    assert not run.optimizer._optimizer_step_post_hooks
 
 
 def test_a_step_that_was_not_begun_has_no_peak(run):
