@@ -184,7 +184,7 @@ class Deliberation:
         if not self.within_tolerance.any():
             return (
                 f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays within "
-                f"{allowed} of its loss. A larger budget or tolerance helps."
+                f"{allowed} of its loss. A larger budget, time or tolerance helps."
             )
         if self.plan == self.reference:
             return f"No cheaper plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
@@ -207,8 +207,8 @@ class Deliberation:
         if fits or loss <= TOLERANCE:
             return told
         return (
-            f"{told} A larger budget makes room. So does recompute=True in a budget of bytes, where it is not on yet: "
-            "layers run again in the backward pass, which takes time."
+            f"{told} A larger budget or time makes room. So does recompute=True in a budget of bytes, where it is not "
+            "on yet: layers run again in the backward pass, which takes time."
         )
 
     @property

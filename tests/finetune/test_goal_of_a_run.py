@@ -116,8 +116,8 @@ def test_what_a_tight_budget_is_expected_to_cost_is_told(
     votes = np.where(np.arange(len(found.plans)) == found.plain, np.float32(vote_of(0.05)), np.float32(0))
     short = replace(found, votes=np.repeat(votes[None], len(found.votes), axis=0))
     assert short.promise.startswith(
-        "Expected beside rank 8 on all modules, which does not fit: log loss +0.050. A larger budget makes room. "
-        "So does recompute=True"
+        "Expected beside rank 8 on all modules, which does not fit: log loss +0.050. A larger budget or "
+        "time makes room. So does recompute=True"
     )
     assert replace(short, allowed=None).promise == "Expected beside rank 8 on all modules: log loss +0.050."
     assert replace(short, plain=None).promise == ""
