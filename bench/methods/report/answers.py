@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ....common.statistics import Estimate
 from .document import Block, Bullets, Heading, Paragraph
-from .numbers import REFERENCE, Costs, Results, compare, time_to_loss
+from .numbers import KINDS, REFERENCE, Costs, Results, compare, time_to_loss
 from .tables import percent
 
 OURS, FIRST = "ours", "ours-first-plan"
@@ -34,8 +34,7 @@ def against(results: Results, first: str, second: str) -> str | None:
         return None
     pairs = one.pairs
     return (
-        f"`{first}` against `{second}`, {counted(one.cells, 'cell')}: {verdict(one.mean)}; "
-        f"mean gain "
+        f"`{first}` against `{second}`, {counted(one.cells, 'cell')}: {verdict(one.mean)}; mean gain "
         f"{percent(one.mean)} % of the loss, {pairs.wins} wins, {pairs.ties} ties, {pairs.losses} losses, worst run "
         f"{100 * one.worst:+.1f} %."
     )
@@ -58,14 +57,14 @@ def check_results(results: Results) -> dict[str, bool]:
 
 def checks(results: Results) -> list[Block]:
     """What the methods show that are worse or better by construction."""
-    found = check_results(results)
     lines = []
-    for name, ok in found.items():
-        one = compare(results, name, "top-down")
-        assert one is not None, "it was compared"
+    for name, ok in check_results(results).items():
         wanted = "better" if CHECKS[name] > 0 else "worse"
         state = "found" if ok else "NOT FOUND: differences of this size cannot be told apart here"
-        lines.append(f"`{name}` must be {wanted} than `top-down`: {state}, mean gain {percent(one.mean)} %.")
+        parts = {"mean gain": results, **{f"on {kind} alone": results.of_kind(kind) for kind in KINDS}}
+        compared = {words: one for words, part in parts.items() if (one := compare(part, name, "top-down")) is not None}
+        told = ", ".join(f"{words} {percent(one.mean)} %" for words, one in compared.items())
+        lines.append(f"`{name}` must be {wanted} than `top-down`: {state}; {told}.")
     return [Heading("Does the benchmark see what must be there?"), Bullets(tuple(lines))] if lines else []
 
 
@@ -94,9 +93,8 @@ def _memory(results: Results, costs: dict[str, Costs]) -> list[Block | None]:
         f"`{name}` {100 * costs[name].bytes:.0f} % and a step of {costs[name].step:.2f}" for name in names
     )
     text = (
-        f"Under the budgets of these cells `{OURS}` takes {100 * mine.bytes:.0f} % of the bytes of all-linear rank "
-        f"8 at the "
-        f"peak, and a step {mine.step:.2f} of its time ({beside}). Steps measured above the limit: in "
+        f"Under the budgets of these cells `{OURS}` takes {100 * mine.bytes:.0f} % of the bytes of all-linear rank 8 "
+        f"at the peak, and a step {mine.step:.2f} of its time ({beside}). Steps measured above the limit: in "
         f"{mine.breaches} runs."
     )
     return [
@@ -161,17 +159,14 @@ def limits(results: Results) -> list[Block]:
     seeds, tasks = len(results.study.suite.seeds), {cell.task.name for cell in results.cells}
     lines = [
         f"{counted(len(results.cells), 'cell')} of {counted(len(tasks), 'task')}, {seeds} seeds each: short runs of "
-        f"small models, "
-        f"since they "
-        "run on CPUs. Differences that grow with the size of a model or the length of a run are not seen.",
+        "small models, since they run on CPUs. Differences that grow with the size of a model or the length of a run "
+        "are not seen.",
         "Methods that do not fit a budget have no figures there, so rows of one table may stand on different cells; "
         "comparisons in sentences are on shared cells.",
         "All methods have their learning rate from the same grid, and `simple` and `tpe` more trainings for their "
-        "plans; the "
-        "column of tuning tells how much.",
-        "Times are CPU times of one thread on a busy machine, as ratios of steps that took turns; losses are the "
-        "same bit "
-        "for bit when a run is repeated there.",
+        "plans; the column of tuning tells how much.",
+        "Times are CPU times of one thread on a busy machine, as ratios of steps that took turns; losses are the same "
+        "bit for bit when a run is repeated there.",
         "The shipped policy learned on small proxies that read bytes, some of them on film reviews of "
         "`rotten-tomatoes`, and was chosen on others that read newsgroup posts; of these models it has seen few runs, "
         "on other data (`bench plan-runs`), and it was not tuned on these cells.",

@@ -8,7 +8,7 @@ since cells and seeds of one task are alike; where there are too few tasks for t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,9 @@ from ..tasks import Cell
 
 REFERENCE = "simple"
 """The method that all are compared with: what a careful user does without any tool."""
+
+KINDS: dict[str, tuple[str, ...]] = {"texts": ("causal-lm",), "labels": ("classification", "regression")}
+"""Kinds of tasks that are told apart: the luck of a seed is small where texts are learned, and large on labels."""
 
 FEWEST_TASKS = 4
 """Tasks from which on a bootstrap draws tasks."""
@@ -109,6 +112,10 @@ class Results:
                 except MissingRowsError:
                     missing.add(key)
         return cls(tuple(methods), study.suite.cells, found, frozenset(unfit), frozenset(missing), study)
+
+    def of_kind(self, kind: str) -> Results:
+        """The same on the cells of one of `KINDS` alone."""
+        return replace(self, cells=tuple(cell for cell in self.cells if cell.task.kind in KINDS[kind]))
 
     def shared(self, first: str, second: str) -> list[Cell]:
         """Cells in which both methods have results."""

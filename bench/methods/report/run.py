@@ -24,7 +24,7 @@ from .numbers import REFERENCE, Comparison, Costs, Results, compare, costs_of
 from .pictures import draw_all
 from .saving import saving_blocks, saving_figures, savings_of
 from .saving_picture import draw_savings
-from .tables import cells_legend, cells_table, costs_table, losses_table
+from .tables import cells_legend, cells_table, costs_table, kinds_table, losses_table
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,13 @@ def report_blocks(
         Heading("Results: adaptive and static ranks side by side", 1),
         Paragraph(
             f"Written by `rankpilot bench methods-report --suite {options.suite}` from stored rows; run again with "
-            f"`rankpilot "
-            f"bench methods --suite {options.suite}`. A gain is how much lower the log of the held-out loss is than "
-            f"that of "
-            f"`{REFERENCE}`, in per cent, over pairs of runs with the same seed and batches: interquartile mean and "
-            f"plain mean, "
-            "with 95 % intervals by a bootstrap over tasks (over runs where tasks are few). Positive is better."
+            f"`rankpilot bench methods --suite {options.suite}`. A gain is how much lower the log of the held-out loss "
+            f"is than that of `{REFERENCE}`, in per cent, over pairs of runs with the same seed and batches: "
+            "interquartile mean and plain mean, with 95 % intervals by a bootstrap over tasks (over runs where tasks "
+            "are few). Positive is better."
         ),
         losses_table(results, versus),
+        *_kinds(results),
         Picture(f"{images}/methods_time.png", "Loss of all methods against the time of a step"),
         Picture(f"{images}/methods_bytes.png", "Loss of all methods against bytes"),
         Picture(f"{images}/methods_profiles.png", "Performance profiles"),
@@ -124,12 +123,10 @@ def report_blocks(
         *limits(results),
         Heading("What each method costs"),
         Paragraph(
-            "Bytes at the peak of a step, predicted (measured where no model predicts them) and measured, and the "
-            "time of a "
-            "step, all beside all-linear rank 8; set-up in such steps; the time to the loss at which "
-            f"`{REFERENCE}` ends, set-up included, as a share of its time; ranks moved on the way as a share of "
-            f"all; the "
-            "largest rise of a loss when ranks changed; runs measured above the limit."
+            "Bytes at the peak of a step, predicted (measured where no model predicts them) and measured, and the time "
+            "of a step, all beside all-linear rank 8; set-up in such steps; the time to the loss at which "
+            f"`{REFERENCE}` ends, set-up included, as a share of its time; ranks moved on the way as a share of all; "
+            "the largest rise of a loss when ranks changed; runs measured above the limit."
         ),
         costs_table(results, costs),
         Heading("Cells"),
@@ -142,6 +139,16 @@ def report_blocks(
         Heading("Methods"),
         Paragraph(f"{described}."),
     ]
+
+
+def _kinds(results: Results) -> list[Block]:
+    """The kinds of tasks apart, where there are several."""
+    table = kinds_table(results)
+    text = (
+        "Where a model learns labels, seeds differ by far more than methods: a plan may leave a plateau with one seed, "
+        "and stay on it with the next. So here are texts and labels apart (few tasks: intervals over runs)."
+    )
+    return [Paragraph(text), table] if table.rows else []
 
 
 def _write(options: Options, name: str, blocks: Sequence[Block], console: Console) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ....common.statistics import Estimate
 from .document import Table
-from .numbers import Comparison, Costs, Results, time_to_loss
+from .numbers import KINDS, REFERENCE, Comparison, Costs, Results, compare, time_to_loss
 
 
 def percent(estimate: Estimate) -> str:
@@ -17,7 +17,7 @@ def percent(estimate: Estimate) -> str:
 
 
 def losses_table(results: Results, versus: dict[str, Comparison]) -> Table:
-    """Each method against the reference: gains, probability of improvement, wins, ties, losses, worst case."""
+    """Each method against the reference: gains, chance of being better, wins, ties, losses, worst case."""
     rows = []
     for method in results.methods:
         fitted = sum((method.name, cell.name) in results.found for cell in results.cells)
@@ -25,20 +25,38 @@ def losses_table(results: Results, versus: dict[str, Comparison]) -> Table:
             rows.append((method.name, f"{fitted}", *("-",) * 5))
             continue
         one = versus[method.name]
-        better = one.pairs.better
         rows.append(
             (
                 method.name,
                 f"{fitted}",
                 percent(one.gain),
                 percent(one.mean),
-                f"{100 * better.value:.0f} % ({100 * better.low:.0f} to {100 * better.high:.0f})",
+                chance(one),
                 f"{one.pairs.wins} / {one.pairs.ties} / {one.pairs.losses}",
                 f"{100 * one.worst:+.1f}",
             )
         )
     columns = ("method", "cells that fit", "gain, %", "mean gain, %", "better", "wins / ties / losses", "worst run, %")
     return Table(columns, tuple(rows))
+
+
+def kinds_table(results: Results) -> Table:
+    """Each method against the reference, on each kind of task alone; Table without rows where there is one kind."""
+    parts = [results.of_kind(kind) for kind in KINDS]
+    rows = []
+    for method in results.methods if all(part.cells for part in parts) else ():
+        found = [compare(part, method.name, REFERENCE) for part in parts]
+        if method.name != REFERENCE and any(found):
+            told = [(f"{one.cells}", percent(one.mean), chance(one)) if one else ("0", "-", "-") for one in found]
+            rows.append((method.name, *(cell for part in told for cell in part)))
+    columns = [(f"{kind}: cells", "mean gain, %", "better") for kind in KINDS]
+    return Table(("method", *(column for part in columns for column in part)), tuple(rows))
+
+
+def chance(one: Comparison) -> str:
+    """In how many of the runs the first is better, ties by half, with an interval."""
+    better = one.pairs.better
+    return f"{100 * better.value:.0f} % ({100 * better.low:.0f} to {100 * better.high:.0f})"
 
 
 def costs_table(results: Results, costs: dict[str, Costs]) -> Table:

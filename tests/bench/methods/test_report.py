@@ -12,7 +12,8 @@ from rankpilot.bench.methods.registry import METHODS
 from rankpilot.bench.methods.report import run as report
 from rankpilot.bench.methods.report.answers import check_results
 from rankpilot.bench.methods.report.document import Bullets, Heading, Table, to_html, to_markdown
-from rankpilot.bench.methods.report.numbers import Results, compare, costs_of, profile, time_to_loss
+from rankpilot.bench.methods.report.numbers import KINDS, Results, compare, costs_of, profile, time_to_loss
+from rankpilot.bench.methods.report.tables import kinds_table
 from rankpilot.bench.methods.rows import PACKED
 from rankpilot.bench.methods.study import Study
 from rankpilot.bench.methods.tasks import Cell, Suite
@@ -94,6 +95,21 @@ def test_profiles_rise_to_the_share_of_what_fits() -> None:
 def test_checks_are_found_or_not() -> None:
     assert check_results(results({LOWEST: -0.5, "0x4 4x4": 0.0})) == {"check-worse": True, "check-better": False}
     assert check_results(results({LOWEST: 0.5}))["check-worse"] is False
+
+
+def test_kinds_of_tasks_stand_apart() -> None:
+    assert kinds_table(results({})).rows == (), "all cells are of one kind"
+    found = report.read_results(report.Options(suite="standard"))
+    parts = [found.of_kind(kind) for kind in KINDS]
+    assert sum(len(part.cells) for part in parts) == len(found.cells)
+    table = kinds_table(found)
+    (row,) = (row for row in table.rows if row[0] == "ours")
+    assert len(row) == len(table.columns) == 1 + 3 * len(parts)
+    for part, count in zip(parts, row[1::3], strict=True):
+        one = compare(part, "ours", "simple")
+        assert one is not None
+        assert count == f"{one.cells}"
+    assert "simple" not in {row[0] for row in table.rows}, "nothing is told of it beside itself"
 
 
 def test_documents() -> None:
