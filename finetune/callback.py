@@ -20,7 +20,7 @@ from ..allocation.schedule import DecisionSchedule
 from ..common.processes import Processes
 from ..errors import DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import resizable_targets
+from ..lora.peft_config import let_train, resizable_targets
 from ..lora.scaling_names import Scaling
 from ..memory.budget import Budget
 from ..memory.recording import Batch
@@ -123,7 +123,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if seed is not None:
             check_seed(seed)
         around_training(_prepared, _broken_off)
-        self._seed = seed
+        self._seed, self._log_is_given = seed, log is not None
         self._bar = False
         self._step: TrainerStep | None = None
         self._stop: StopOnSigterm | None = None
@@ -166,7 +166,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if self._step is None or self._step.trainer is not trainer:
             self._step = TrainerStep(trainer)
         if trainer.model is not None:  # of a search the next trial's model is yet to be made
-            resizable_targets(trainer.model, self.pilot.scaling)
+            let_train(resizable_targets(trainer.model, self.pilot.scaling))
         if trainer.model_init is not None:
             self._step.prepare_new_models(lambda model: resizable_targets(model, self.pilot.scaling))
 
@@ -190,7 +190,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
         pilot.seed = args.seed if self._seed is None else self._seed
-        if pilot.journal.log is None:
+        if not self._log_is_given:
             pilot.journal.log = self._default_log(args)
         self._bar = not args.disable_tqdm
         run, name = run_of(step, args, state, objects), Path(args.output_dir).name

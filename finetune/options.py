@@ -91,7 +91,7 @@ def _check_all_layers_run(run: TrainingRun) -> None:
 
 
 def check_optimized(run: TrainingRun) -> None:
-    """Refuse a run whose optimiser does not hold all adapters that require gradients: they would get rank for nothing.
+    """Refuse a run whose optimiser does not hold all adapters that may train: they would get rank for nothing.
 
     Raises:
         ConfigError: an adapter is in no group of the optimiser.
@@ -100,13 +100,23 @@ def check_optimized(run: TrainingRun) -> None:
     targets = find_target_modules(run.model)
     check_unmerged(targets)
     held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
-    left = [t.name for t in targets if any(p.requires_grad and id(p) not in held for p in t.parameters.values())]
+    left = [
+        target
+        for target in targets
+        if any((p.requires_grad or not target.rank) and id(p) not in held for p in target.parameters.values())
+    ]
     if left:
-        raise ConfigError(
+        text = (
             f"{len(left)} of {len(targets)} adapters are not in the optimiser and would train nothing, such as that of "
-            f"{left[0]}. Make the optimiser after the adapters, of all parameters that require gradients; leave "
+            f"{left[0].name}. Make the optimiser after the adapters, of all parameters that require gradients; leave "
             "modules that are to have no adapter out of `target_modules`."
         )
+        if any(not target.rank for target in left):
+            text += (
+                " An earlier run left some at rank 0, where they require none: make the optimiser of "
+                "`[p for name, p in model.named_parameters() if p.requires_grad or 'lora_' in name]`."
+            )
+        raise ConfigError(text)
 
 
 def check_allowed(observation: Observation, ranks: IntArray) -> None:

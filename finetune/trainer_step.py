@@ -25,6 +25,8 @@ from ..memory.recording import Batch
 RESUME = "resume_from_checkpoint"
 """The argument of `Trainer.train`, and the variable that holds it while a run begins."""
 
+_ABSENT: Any = object()
+
 LONG = 10_000
 """Lists that are longer hold data, not a Trainer's records."""
 
@@ -87,11 +89,14 @@ class TrainerStep:
     """The training step of one Trainer.
 
     Args:
-        trainer: the Trainer.
+        trainer: the Trainer. Functions that its user has set on it, such as another `training_step`, are run as well,
+            and are there again afterwards.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self._ours: dict[str, Callable[..., Any]] = {}
+        self._before: dict[str, Any] = {}
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Run the Trainer's step on a batch up to its loss, which is not divided by the accumulated batches.
@@ -102,16 +107,18 @@ class TrainerStep:
             UnsupportedError: the step makes no loss of the batch.
         """
         trainer, losses = self.trainer, []
+        accelerator: dict[str, Any] = vars(trainer.accelerator)
+        before = accelerator.get("backward", _ABSENT)
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
         with put_back(trainer):
             trainer.current_gradient_accumulation_steps = 1
             trainer.log = lambda *_, **__: None  # what the step logs is no step of the run
-            trainer.accelerator.backward = lambda loss, **_: losses.append(loss)
+            accelerator["backward"] = lambda loss, **_: losses.append(loss)
             try:
                 _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
                 trainer.training_step(trainer.model_wrapped, batch, count)
             finally:
-                del trainer.accelerator.backward
+                _put_back(accelerator, "backward", before)
         if len(losses) != 1 or not losses[0].requires_grad:
             problem = (
                 f"called `accelerator.backward` {len(losses)} times" if len(losses) != 1 else "has a constant loss"
@@ -172,8 +179,9 @@ class TrainerStep:
             if saves(Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"):
                 save(model, trial)
 
-        trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
-        trainer.log, trainer._save_checkpoint = log, save_checkpoint
+        for function in (get_batch_samples, training_step, log):
+            self._replace(function.__name__, function)
+        self._replace("_save_checkpoint", save_checkpoint)
 
     def prepare_new_models(self, prepare: Callable[[Any], Any]) -> None:
         """Let a function see each model that `model_init` makes, before a checkpoint is loaded into it."""
@@ -188,17 +196,39 @@ class TrainerStep:
 
     def take_no_more(self) -> None:
         """Give the Trainer no more batches: when it resumes a run that has all its steps, it would train one more."""
-        self.trainer.get_batch_samples = lambda *_, **__: ([], None)
+        self._replace("get_batch_samples", lambda *_, **__: ([], None))
 
     def follow_evaluations(self, evaluate: Callable[[Callable[[], Any]], Any]) -> None:
         """Let a function run the Trainer's evaluations, which it gets as a function without arguments."""
         run = self.trainer.evaluate
-        self.trainer.evaluate = lambda *arguments, **options: evaluate(lambda: run(*arguments, **options))
+        self._replace("evaluate", lambda *arguments, **options: evaluate(lambda: run(*arguments, **options)))
 
     def release(self) -> None:
         """Stop following."""
-        for name in ("get_batch_samples", "training_step", "log", "_save_checkpoint", "evaluate"):
-            vars(self.trainer).pop(name, None)
+        attributes = vars(self.trainer)
+        for name, before in self._before.items():
+            if attributes.get(name) is self._ours[name]:  # else someone has replaced it since, and may call ours still
+                _put_back(attributes, name, before)
+        self._ours.clear()
+        self._before.clear()
+
+    def _replace(self, name: str, function: Callable[..., Any]) -> None:
+        """Let a function stand for one of the Trainer's until `release`; from then on it only calls that one."""
+        attributes, run = vars(self.trainer), getattr(self.trainer, name)
+        self._before.setdefault(name, attributes.get(name, _ABSENT))
+
+        def ours(*arguments: Any, **options: Any) -> Any:
+            return (function if self._ours.get(name) is ours else run)(*arguments, **options)
+
+        self._ours[name] = attributes[name] = ours
+
+
+def _put_back(attributes: dict[str, Any], name: str, before: Any) -> None:
+    """Set an attribute of an object as it was, or remove it if it was not there."""
+    if before is _ABSENT:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = before
 
 
 def _copied(step: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ resuming and `load_best_model_at_end` need.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -36,8 +37,8 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """
     peft_model = unwrap(model)
     adapter = targets[0].adapter
-    config = peft_model.peft_config[adapter]
     settings = peft_model.__dict__.setdefault("_rankpilot_user_settings", {})
+    config = _own_config(peft_model.peft_config, adapter, settings)
     if settings.get(adapter, (None,))[0] is not config:  # a later adapter of this name has settings of its own
         settings[adapter] = config, config.exclude_modules, config.target_modules
     _, user_excluded, user_targets = settings[adapter]
@@ -50,6 +51,16 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     config.target_modules = user_targets if adapted else DUMMY_TARGET_MODULES
     if config.init_lora_weights == "orthogonal":  # fails at odd ranks, and loading overwrites the weights anyway
         config.init_lora_weights = True
+
+
+def _own_config(configs: dict[str, Any], adapter: str, settings: dict[str, tuple[Any, ...]]) -> Any:
+    """The configuration of an adapter: a copy from now on if another one has the same, as TRL's reference adapters."""
+    config = configs[adapter]
+    if any(other is config for name, other in configs.items() if name != adapter):
+        configs[adapter] = copy.deepcopy(config)
+        if settings.get(adapter, (None,))[0] is config:
+            settings[adapter] = configs[adapter], *settings[adapter][1:]
+    return configs[adapter]
 
 
 def _patterns(values: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +123,7 @@ class _LoadHook:
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
-        paths = {module: path for path, module in model.named_modules()}
+        self.targets, paths = targets, {module: path for path, module in model.named_modules()}
         self.prefixes = [(target, f"{paths[target.layer]}.") for target in targets]
 
     def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
@@ -135,10 +146,9 @@ class _LoadHook:
                 resize(target, rank)
             if weight_a is None:  # a strict load needs all keys; torch passes a copy of the dictionary, so it may grow
                 state |= {key: value.detach() for key, value in keys.items()}
-            # A Trainer that resumes builds its optimiser from the parameters that require gradients now, and expects
-            # all those of the run that it resumes.
-            for value in target.parameters.values():
-                value.requires_grad_(True)
+        # A Trainer that resumes builds its optimiser now, and expects all parameters of the run that it resumes.
+        let_train([target for target, _, _ in loads])
+        sync_config(module, self.targets)
 
 
 def _omit_rank_0(
@@ -148,6 +158,13 @@ def _omit_rank_0(
     if target.exists and target.rank == 0:
         for name in target.parameters:
             state.pop(f"{prefix}{name}", None)
+
+
+def let_train(targets: Sequence[TargetModule]) -> None:
+    """Let all adapters require gradients, those at rank 0 too, which may get rank: for the optimiser made next."""
+    for target in targets:
+        for parameter in target.parameters.values():
+            parameter.requires_grad_(True)
 
 
 def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:

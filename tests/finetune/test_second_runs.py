@@ -1,0 +1,194 @@
+"""Runs after runs, and beside what users and other libraries do to the same model and Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rankpilot
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.run import TrainingRun
+from rankpilot.lora.targets import find_target_modules
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+ROWS = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(12)] for j in range(40))]
+ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
+TWICE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
+TOKENS = torch.arange(24).view(2, 12)
+
+NewModel = Callable[..., PeftModel]
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2, "logging_steps": 2}
+    return TrainingArguments(str(folder), **settings | options)
+
+
+@pytest.fixture
+def new_base(llama_config: LlamaConfig) -> Callable[[], LlamaForCausalLM]:
+    def make() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(llama_config)
+
+    return make
+
+
+@pytest.fixture
+def new_model(new_base: Callable[[], LlamaForCausalLM]) -> NewModel:
+    def make(**options: Any) -> PeftModel:
+        base = new_base()
+        return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **options))
+
+    return make
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def test_a_second_trainer_trains_modules_that_the_first_run_dropped(new_model: NewModel, tmp_path: Path) -> None:
+    model = new_model()
+    for budget in ("40%", "100%"):
+        trainer = Trainer(model, arguments(tmp_path / budget), train_dataset=ROWS, eval_dataset=ROWS[:8])
+        rankpilot.attach(trainer, "signal-mean", budget=budget, schedule=ONCE)
+        trainer.train()
+        trainer.evaluate()
+        if budget == "40%":
+            dropped = {target.name for target in find_target_modules(model) if target.rank == 0}
+    adapted = [target for target in find_target_modules(model) if target.rank]
+    assert dropped & {target.name for target in adapted}, "some came back"
+    there = held(trainer.optimizer)
+    assert all(id(weight) in there and weight.any() for t in adapted for weight in (t.weight_a, t.weight_b))
+
+
+def test_a_loop_whose_optimiser_lacks_dropped_modules_is_refused(new_model: NewModel) -> None:
+    model = new_model()
+    loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type, var-annotated]
+
+    def begin(parameters: list[torch.nn.Parameter], budget: str) -> None:
+        optimizer = torch.optim.AdamW(parameters, 1e-2)
+        pilot = rankpilot.RankPilot("signal-mean", budget, schedule=ONCE)
+        pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
+        pilot.finish()
+
+    begin([p for p in model.parameters() if p.requires_grad], "40%")
+    with pytest.raises(ConfigError, match=r"left some at rank 0, where they require none: make the optimiser of `\[p"):
+        begin([p for p in model.parameters() if p.requires_grad], "100%")
+    begin([p for name, p in model.named_parameters() if p.requires_grad or "lora_" in name], "100%")
+
+
+@pytest.mark.parametrize("budget", ["60%", "1KiB"])
+def test_functions_set_on_a_trainer_run_and_stay(new_model: NewModel, tmp_path: Path, budget: str) -> None:
+    trainer = Trainer(new_model(), arguments(tmp_path), train_dataset=ROWS, eval_dataset=ROWS[:8])
+    calls: dict[str, int] = {}
+
+    def count(owner: Any, name: str) -> Any:
+        run = getattr(owner, name)
+
+        def counted(*values: Any, **options: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return run(*values, **options)
+
+        setattr(owner, name, counted)
+        return counted
+
+    ours = {name: count(trainer, name) for name in ("training_step", "log", "evaluate")}
+    backward = count(trainer.accelerator, "backward")
+    callback = rankpilot.attach(trainer, "signal-mean", budget=budget, schedule=ONCE)
+    if budget == "1KiB":
+        with pytest.raises(BudgetError):
+            trainer.train()
+    else:
+        trainer.train()
+        trainer.evaluate()
+        probed = calls.pop("training_step") - 4
+        assert probed > 0, "the step that is measured is the user's own"
+        assert calls == {"backward": 4, "log": 4, "evaluate": 1}  # two losses, the end, and the evaluation
+        assert len(callback.peaks) > 0
+    assert all(getattr(trainer, name) is function for name, function in ours.items())
+    assert trainer.accelerator.backward is backward
+
+
+def test_a_function_set_while_training_outlives_the_run(new_model: NewModel, tmp_path: Path) -> None:
+    """It may call ours, which no longer adds figures to what is logged."""
+    logged: list[dict[str, float]] = []
+
+    class Listens(RankPilotCallback):
+        def on_train_begin(self, *values: Any, **objects: Any) -> None:
+            super().on_train_begin(*values, **objects)
+            write = trainer.log
+            trainer.log = lambda logs, *rest, **options: (logged.append(logs), write(logs, *rest, **options))
+
+    trainer = Trainer(
+        new_model(), arguments(tmp_path), train_dataset=ROWS, callbacks=[Listens("signal-mean", "60%", schedule=ONCE)]
+    )
+    trainer.train()
+    count = len(logged)
+    assert count == 3
+    trainer.log({"loss": 1.0})
+    assert len(logged) == count + 1
+    entry = trainer.state.log_history[-1]
+    assert entry["loss"] == 1.0
+    assert "plan_bytes" not in entry
+
+
+def test_an_adapter_that_shares_its_configuration_keeps_it(
+    new_model: NewModel, new_base: Callable[[], LlamaForCausalLM], tmp_path: Path
+) -> None:
+    """As the reference adapters that TRL adds for DPO."""
+    model = new_model(init_lora_weights=False)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    before = logits(model)
+    model.set_adapter("default")
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS)
+    rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE, fresh=True)
+    trainer.train()
+    assert {target.rank for target in find_target_modules(model)} != {8}
+    model.save_pretrained(tmp_path / "saved")
+    for name, folder in (("default", "saved"), ("ref", "saved/ref")):
+        model.set_adapter(name)
+        again = PeftModel.from_pretrained(new_base(), tmp_path / folder)
+        assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again), before)
+
+
+def test_weights_of_other_ranks_that_are_put_back_can_be_saved(
+    new_model: NewModel, new_base: Callable[[], LlamaForCausalLM], tmp_path: Path
+) -> None:
+    model, best = new_model(), {}
+
+    class Keeps(RankPilotCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+            if state.global_step == 1:
+                best.update({name: value.clone() for name, value in model.state_dict().items()})
+            super().on_step_end(args, state, control, **objects)
+
+    callback = Keeps("signal-mean", "40%", schedule=TWICE)
+    Trainer(model, arguments(tmp_path, learning_rate=0.1), train_dataset=ROWS, callbacks=[callback]).train()
+    ranks = {target.name: target.rank for target in find_target_modules(model)}
+    model.load_state_dict(best, strict=False)
+    assert {target.name: target.rank for target in find_target_modules(model)} != ranks, "they changed after it"
+    model.save_pretrained(tmp_path / "best")
+    again = PeftModel.from_pretrained(new_base(), tmp_path / "best")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_callback_used_twice_writes_each_log_into_its_run(new_model: NewModel, tmp_path: Path) -> None:
+    callback = RankPilotCallback("signal-mean", "60%", schedule=ONCE)
+    for name in ("one", "two"):
+        Trainer(new_model(), arguments(tmp_path / name), train_dataset=ROWS, callbacks=[callback]).train()
+        assert len(list((tmp_path / name / "decisions").glob("*.parquet"))) == 1
