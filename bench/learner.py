@@ -101,7 +101,7 @@ class Learner:
         meter = PeakMeter()
         meter.begin(self.model, self.optimizer, self.buffer_bytes())
         self.step(batch)
-        return meter.end(self.steps, self.model) or 0
+        return meter.end(self.steps) or 0
 
     def _own(self, event: Callable[[], None]) -> None:
         start = self._clock()

@@ -166,7 +166,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if self._step is None or self._step.trainer is not trainer:
             self._step = TrainerStep(trainer)
         if trainer.model is not None:  # of a search the next trial's model is yet to be made
-            let_train(resizable_targets(trainer.model, self.pilot.scaling))
+            targets = resizable_targets(trainer.model, self.pilot.scaling)
+            let_train([target for target in targets if not target.rank])  # which an earlier run left
         if trainer.model_init is not None:
             self._step.prepare_new_models(lambda model: resizable_targets(model, self.pilot.scaling))
 

@@ -80,7 +80,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Stop the clock, and write the peak if it was measured."""
         self.step_s.append(time.perf_counter() - self._started)
-        peak = self.meter.end(state.global_step, objects["model"]) if self.meter else None
+        peak = self.meter.end(state.global_step) if self.meter else None
         if peak is not None:
             append_json_line(self.path, {"step": state.global_step, "peak_bytes": peak})
 

@@ -141,10 +141,9 @@ class PeakGuard:
                 self._larger_batch(batches, larger)
         controller = self._controller
         if self.meter.due(step):
+            held, signals = self._run.replicas.begin_measuring(), controller.adapters.meter
             # Signal buffers are made in the first step of an interval, and stay.
-            buffers = 0 if controller.finished else int(signal_buffer_bytes(controller.targets) @ controller.ranks)
-            held = buffers + self._run.replicas.begin_measuring()
-            self.meter.begin(self._run.model, self._run.optimizer, held)
+            self.meter.begin(self._run.model, self._run.optimizer, held, lambda: signals.buffer_bytes)
 
     def after_step(self, step: int) -> None:
         """Compare the peak of the step with its prediction and with the budget, if it was measured.
@@ -153,7 +152,7 @@ class PeakGuard:
             BudgetError: the peak is above the budget, and no plan with an adapter fits the corrected prediction.
         """
         self._step = step
-        peak = self.meter.end(step, self._run.model)
+        peak = self.meter.end(step)
         if peak is None or not self._limits_bytes:
             return
         controller = self._controller
@@ -190,7 +189,7 @@ class PeakGuard:
         except BaseException:
             self.meter.close()
             raise
-        peak = self.meter.end_other(self._run.model)
+        peak = self.meter.end_other()
         if peak is not None:
             self.evaluation_share = peak / self._controller.limit
 

@@ -236,6 +236,7 @@ class RankPilot(Readings):
             NoGradientError: the adapters receive none.
         """
         controller = self._controller
+        self._guard.meter.passed()
         try:
             self._gradients.look(controller.targets, self._step + 1, closely=self._guard.meter.measuring)
         except NoGradientError:

@@ -85,14 +85,19 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(old._cdata == key for old in storages(tensors_in(inputs))):
             self._seen[key] = None, weakref.ref(storage, lambda reference: self._seen.pop(key, None))
             return
-        serial, self.count = self.count, self.count + 1
+        self._created(self._follow(storage), storage.nbytes())
+
+    def _follow(self, storage: torch.UntypedStorage) -> int:
+        """Report the end of a storage, under the serial number that this returns."""
+        key, serial = storage._cdata, self.count
+        self.count += 1
 
         def forget(reference: object) -> None:
             self._seen.pop(key, None)
             self._freed(serial)
 
         self._seen[key] = serial, weakref.ref(storage, forget)
-        self._created(serial, storage.nbytes())
+        return serial
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
@@ -125,6 +130,13 @@ class LivePeak(LiveStorages):  # type: ignore[no-untyped-call]
         self.bytes: int = 0
         self.peak: int = 0
         self._sizes: dict[int, int] = {}
+
+    def hold(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take tensors that are there already off `bytes` when they are freed; views of larger storages stay out."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() == tensor.nbytes and storage._cdata not in self._seen:
+                self._sizes[self._follow(storage)] = tensor.nbytes
 
     def _add(self, serial: int, size: int) -> None:
         self._sizes[serial] = size

@@ -117,6 +117,11 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
     return bool(device_kind(next(model.parameters())) == "cuda" if foreach is None else foreach)
 
 
+def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+    """The gradients that are allocated, of the parameters that train."""
+    return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+
+
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
     """Bytes that training holds between steps beside the frozen model: weights, optimiser state and gradients.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from ..lora.optimizer_layouts import unwrap_optimizer
 from .live_storages import LivePeak
-from .model_states import state_bytes
+from .model_states import gradients_of, state_bytes
 
 
 class PeakMeter:
@@ -20,8 +22,9 @@ class PeakMeter:
     that one step by a few percent; a model under torch.compile then runs uncompiled.
 
     Call `begin` before a step's first forward pass, and `end` after the optimiser's step. What runs between the two
-    last, such as a callback of the user's, does not count. State that the optimiser creates in this step (all of it in
-    the first one) counts as present from the start, as it will be in the next step.
+    last, such as a callback of the user's, does not count. What stays and was created in this step, as the optimiser's
+    state in the first one, counts as present from the start, as it will be in the next step. Gradients of the step
+    before count until they are cleared, wherever in the step that is.
 
     Args:
         every_steps: number of steps from one measurement to the next. The first step, and each one after `request`, is
@@ -33,6 +36,8 @@ class PeakMeter:
         highest: makes the peak of all processes of that of this one; all measure the same steps.
     """
 
+    _latest: ClassVar[Callable[[], PeakMeter | None]] = lambda: None
+
     def __init__(self, every_steps: int = 100) -> None:
         self.every_steps = every_steps
         self.history: list[tuple[int, int]] = []
@@ -40,11 +45,12 @@ class PeakMeter:
         self.highest: Callable[[int], int] = int
         self._contexts = ExitStack()
         self._bytes_before = 0
-        self._state_before = 0
-        self._optimizer: torch.optim.Optimizer | None = None
-        # The highest rise of live bytes since `begin`, and that of the passes; None if no step is being measured.
+        self._lasting_before = 0
+        self._lasting: Callable[[], int] = int
+        # The highest rise of live bytes since `begin`, and that of the passes; None if no step is being measured, or
+        # before the passes have ended.
         self._rise: Callable[[], int] | None = None
-        self._rise_of_passes = 0
+        self._rise_of_passes: int | None = None
 
     @property
     def measuring(self) -> bool:
@@ -59,12 +65,31 @@ class PeakMeter:
         """Whether `step` is to be measured."""
         return self.requested or step % self.every_steps == 0
 
-    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: int = 0) -> None:
-        """Begin to measure a step; `extra` is bytes of other tensors that exist already, such as signal buffers."""
-        self.close()
-        self._state_before = state_bytes(model, optimizer, gradients=False)
-        self._bytes_before = self._state_before + extra
-        self._optimizer, self._rise_of_passes = optimizer, 0
+    def begin(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        extra: int = 0,
+        buffers: Callable[[], int] = int,
+    ) -> None:
+        """Begin to measure a step.
+
+        A measurement that another meter has begun and never ended, since its loop met an error, ends without a result.
+
+        Args:
+            model: the PEFT model.
+            optimizer: whose state counts.
+            extra: bytes of other tensors that exist already.
+            buffers: tells the bytes of others that stay once they are there, such as those of signals.
+        """
+        for meter in {self, PeakMeter._latest() or self}:
+            meter.close()
+        PeakMeter._latest = weakref.ref(self)
+        gradients = gradients_of(model)
+        self._lasting = lambda: state_bytes(model, optimizer, gradients=False) - _bytes(gradients_of(model)) + buffers()
+        self._lasting_before = self._lasting()
+        self._bytes_before = self._lasting_before + _bytes(gradients) + extra
+        self._rise_of_passes = None
         device = next(model.parameters()).device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -75,43 +100,48 @@ class PeakMeter:
             # Under a dispatch mode, torch.compile would stop compiling the code for good.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
             live = self._contexts.enter_context(LivePeak())
+            live.hold(gradients)
             self._rise = lambda: live.peak
         if optimizer is not None:
             inner = unwrap_optimizer(optimizer)
             for hook in (
-                inner.register_step_pre_hook(lambda *_: self._stepping()),
+                inner.register_step_pre_hook(lambda *_: self.passed()),
                 inner.register_step_post_hook(lambda *_: self._stepped()),
             ):
                 self._contexts.callback(hook.remove)
 
-    def _stepping(self) -> None:
-        """Note the end of the forward and backward passes."""
-        self._rise_of_passes = self._rise() if self._rise else 0
+    def passed(self) -> None:
+        """Note the end of the forward and backward passes, if work on gradients comes before the optimiser's step."""
+        if self._rise and self._rise_of_passes is None:
+            self._rise_of_passes = self._rise()
 
     def _stepped(self) -> None:
         """Note the end of the optimiser's step: later rises do not count."""
         rise = self._rise() if self._rise else 0
         self._rise = lambda: rise
 
-    def end(self, step: int, model: nn.Module) -> int | None:
+    def end(self, step: int) -> int | None:
         """End the measured step, of this number, and return bytes at its peak; None if no step is being measured."""
-        peak = self.end_other(model)
+        peak = self.end_other()
         if peak is not None:
             self.requested = False
             self.history.append((step, peak))
         return peak
 
-    def end_other(self, model: nn.Module) -> int | None:
+    def end_other(self) -> int | None:
         """As `end`, for what is no training step, such as an evaluation: it stands in no history."""
         if self._rise is None:
             return None
-        rise = self._rise()
-        new_state = state_bytes(model, self._optimizer, gradients=False) - self._state_before
-        peak = self._bytes_before + max(rise, self._rise_of_passes + max(new_state, 0))
+        rise, new = self._rise(), self._lasting() - self._lasting_before
+        peak = self._bytes_before + max(rise, (self._rise_of_passes or 0) + max(new, 0))
         self.close()
         return self.highest(peak)
 
     def close(self) -> None:
         """Stop measuring, without a result."""
         self._contexts.close()
-        self._rise = None
+        self._rise, self._lasting = None, int
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

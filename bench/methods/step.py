@@ -59,7 +59,7 @@ class _Steps:
         meter = PeakMeter()
         meter.begin(self.driver.model, self.optimizer, self.driver.buffer_bytes())
         self._on(self.largest)
-        return meter.end(self.count, self.driver.model) or 0
+        return meter.end(self.count) or 0
 
 
 def _beside_reference(task: MethodTask, driver: Driver) -> dict[str, Any]:

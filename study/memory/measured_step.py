@@ -39,7 +39,7 @@ def measure_step(setup: StepSetup) -> MeasuredStep:
     meter.begin(setup.model, setup.run.optimizer)
     _step(setup)
     reserved = torch.cuda.max_memory_reserved(setup.run.device) if setup.run.device.type == "cuda" else None
-    peak = meter.end(1, setup.model)
+    peak = meter.end(1)
     assert peak is not None, "the step was measured"
     if reserved is not None:
         return MeasuredStep(peak, reserved_bytes=reserved)

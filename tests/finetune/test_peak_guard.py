@@ -201,8 +201,8 @@ def test_a_breach_rolls_the_plan_back(
     decision = SCHEDULE.steps(STEPS)[1]
     right = guard_module.PeakMeter.end
 
-    def end(meter: Any, step: int, model: torch.nn.Module) -> int | None:
-        peak = right(meter, step, model)
+    def end(meter: Any, step: int) -> int | None:
+        peak = right(meter, step)
         return peak if peak is None or step <= decision else peak + excess
 
     monkeypatch.setattr(guard_module.PeakMeter, "end", end)

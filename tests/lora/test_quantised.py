@@ -445,7 +445,7 @@ def test_the_peak_of_a_step_is_predicted(base, folder, checkpointing):
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            meter.end(step, model)
+            meter.end(step)
         print(base.name, checkpointing, density, plan_cost(cost, ranks) / meter.history[-1][1] - 1)
         over.append(plan_cost(cost, ranks) / meter.history[-1][1] - 1)
     margin = {None: 0.0, False: 0.005, True: 0.02}[checkpointing]

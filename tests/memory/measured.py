@@ -167,7 +167,7 @@ class Run:
         meter = PeakMeter()
         meter.begin(self.model, self.optimizer)
         self._step(batch)
-        peak = meter.end(0, self.model)
+        peak = meter.end(0)
         assert peak is not None
         return peak
 

@@ -329,7 +329,7 @@ def accumulating_peak(run: Run) -> int:
     meter.begin(run.model, run.optimizer)
     run.loss().backward()
     run.optimizer.step()
-    peak = meter.end(0, run.model)
+    peak = meter.end(0)
     run.optimizer.zero_grad(set_to_none=True)
     assert peak is not None
     return peak

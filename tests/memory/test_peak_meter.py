@@ -30,7 +30,7 @@ def train(run: Run) -> None:
 def measured(run: Run, meter: PeakMeter, step: int = 0, extra: int = 0) -> int | None:
     meter.begin(run.model, run.optimizer, extra)
     train(run)
-    return meter.end(step, run.model)
+    return meter.end(step)
 
 
 def test_the_first_step_is_due_then_every_so_many_and_each_one_asked_for(run):
@@ -77,18 +77,67 @@ def test_what_runs_after_the_optimisers_step_does_not_count(run):
     meter.begin(run.model, run.optimizer)
     train(run)
     kept = torch.zeros(10_000_000)
-    assert meter.end(0, run.model) == expected
+    assert meter.end(0) == expected
     meter.begin(run.model, run.optimizer)
     also = torch.zeros(10_000_000)
     train(run)
-    assert meter.end(1, run.model) > expected + also.nbytes / 2
+    assert meter.end(1) > expected + also.nbytes / 2
     assert kept.nbytes == also.nbytes
     assert not run.optimizer._optimizer_step_post_hooks
 
 
+def test_gradients_may_be_cleared_at_the_head_of_a_step(run):
+    """As in PyTorch's tutorials: those of the step before are still there when it begins, and after it."""
+    train(run)
+    expected = measured(run, PeakMeter())
+    run.loss().backward()
+    meter = PeakMeter()
+    meter.begin(run.model, run.optimizer)
+    run.optimizer.zero_grad()
+    run.loss().backward()
+    run.optimizer.step()
+    assert meter.end(0) == expected
+    closure = PeakMeter()
+    run.optimizer.zero_grad()
+    closure.begin(run.model, run.optimizer)
+    run.optimizer.step(lambda: run.loss().backward())
+    assert closure.end(1) == pytest.approx(expected, rel=0.01)
+
+
+def test_buffers_that_a_step_makes_count_once(run):
+    """As from the start if they stay: so a first step is like all others, also where its passes take little."""
+    train(run)
+    run.optimizer.zero_grad()
+    kept = []
+
+    def peak() -> int | None:
+        meter = PeakMeter()
+        meter.begin(run.model, run.optimizer, buffers=lambda: sum(tensor.nbytes for tensor in kept))
+        run.loss().backward()
+        meter.passed()
+        if not kept:
+            kept.append(torch.zeros(1_000_000))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        return meter.end(0)
+
+    alone = measured(run, PeakMeter())
+    assert peak() == peak() == alone + 4_000_000
+
+
+def test_a_measurement_that_an_error_left_open_ends_with_the_next(run):
+    lost, meter = PeakMeter(), PeakMeter()
+    lost.begin(run.model, run.optimizer)
+    expected = measured(run, meter)
+    assert not lost.measuring
+    assert lost.end(0) is None
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert measured(run, PeakMeter()) == expected
+
+
 def test_a_step_that_was_not_begun_has_no_peak(run):
     meter = PeakMeter()
-    assert meter.end(0, run.model) is None
+    assert meter.end(0) is None
     assert meter.history == []
     assert meter.due(1)
 
@@ -100,7 +149,7 @@ def test_closing_stops_without_a_result_and_stays_due(run):
     meter.close()
     meter.close()
     assert torch._C._len_torch_dispatch_stack() == 0
-    assert meter.end(0, run.model) is None
+    assert meter.end(0) is None
     assert meter.due(3)
 
 
