@@ -24,6 +24,7 @@ from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy, decided_plan, decision_from_plan
 from ..allocation.schedule import DecisionSchedule
+from ..common.devices import without_autocast
 from ..errors import NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets
@@ -126,9 +127,8 @@ class RankPilot(Readings):
         self.seed, self.fresh, self.scaling, self.bounds = seed, fresh, scaling, dict(bounds or {})
         self.controller: RankController[PeftAdapters] | None = None
         self.recompute, self.times_plans = recompute, aim.kind == "time"
-        self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
-        decisions = None if log is None else DecisionLog(Path(log))
-        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
+        self.time: TimeBudget | None = TimeBudget.parse(time) if time is not None else None
+        self.journal: Journal = Journal(DecisionLog(Path(log)) if log else None, self.policy, tell or logger.info)
         self._progress, self._measure_every = progress, measure_every
         self._review = PlanReview.of(review, review_timeout)
         self._guard, self._losses = PeakGuard(measure_every), LossMeter()
@@ -342,9 +342,10 @@ class RankPilot(Readings):
             self._review.processes, self._review.resumed = run.replicas.processes, resumed
 
     def _settings(self) -> dict[str, Any]:
-        given = self.budget, self.time, self.policy, self.schedule, self.bounds, self.recompute, self.scaling
-        return run_settings(*given)
+        limits = self.budget, self.time
+        return run_settings(*limits, self.policy, self.schedule, self.bounds, self.recompute, self.scaling)
 
+    @without_autocast()
     def _decide(self) -> None:
         controller, step, loss = self._controller, self._step, self._losses.mean()
         self._guard.deciding()

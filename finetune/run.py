@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from ..data.batches import Collate, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError
 from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
+from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
 from ..memory.step_parts import release_inputs
 from ..memory.training_step import LossFunction, TrainingStep, checked_loss, model_loss
@@ -150,7 +151,8 @@ class TrainingRun:
         """
 
         def alone() -> T:
-            with _undisturbed(), _training_mode(self.model), self.replicas.apart():
+            outside = trained_outside(self.model, self.optimizer)
+            with _undisturbed(), _training_mode(self.model), _gradients_put_back(outside), self.replicas.apart():
                 return work()
 
         return self.replicas.processes.on_first(alone)
@@ -185,6 +187,19 @@ def _undisturbed() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _gradients_put_back(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Give parameters no gradients for a while, and then those that they had."""
+    before = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 @contextmanager

@@ -94,5 +94,6 @@ def norms_of(tensors: list[torch.Tensor]) -> torch.Tensor:
 def write_in_place(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Replace a parameter's tensor and clear its gradient; object, hooks and optimiser group stay."""
     parameter.grad = None
+    torch.clear_autocast_cache()  # it may hold a cast of the tensor that goes
     with torch.no_grad():
         parameter.set_(value.contiguous())  # type: ignore[call-overload]

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.devices import without_autocast
 from ..common.stored_numbers import counted
 from .frozen_weights import base_norm
 from .ladder import REFERENCE_RANK
@@ -136,6 +137,7 @@ class SignalMeter(Meter):
         self._squares[0] += norms.square()
         self._count += 1
 
+    @without_autocast()
     def _update(self) -> IntArray:
         factors = [(target.weight_a.detach(), target.weight_b.detach()) for target in self._adapted]
         scalings = [(target.scaling, target.scaling_at(REFERENCE_RANK)) for target in self._adapted]

@@ -19,7 +19,7 @@ from .device_kind import device_kind
 from .growth import Growth
 from .loss_tiles import LossTiles
 from .model import RANK, MemoryModel
-from .model_states import model_states
+from .model_states import model_states, trained_outside
 from .recorder import Recorder
 from .recording import Batch, Recording
 from .training_step import LossFunction
@@ -62,8 +62,9 @@ def calibrate(
     """
     shape = BatchShape.of(batch)
     tiles = LossTiles(shape)
-    with all_training(model, targets):
-        recorder = _ScaledRecorder(Recorder(model, targets, loss), targets, tiles)
+    outside = trained_outside(model, optimizer)
+    with all_training(model, targets, outside):
+        recorder = _ScaledRecorder(Recorder(model, targets, loss, outside), targets, tiles)
         batches = [reshaped(batch, other, rows_per_example) for other in _small_shapes(shape, rows_per_example)]
         small, series = batches[0], _same_series(recorder, batches)
         growth = series and Growth.of(shape, [BatchShape.of(each) for each in batches], series, tiles)
@@ -155,11 +156,19 @@ def prepare(targets: Sequence[TargetModule], rank: int) -> None:
 
 
 @contextmanager
-def all_training(model: nn.Module, targets: Sequence[TargetModule]) -> Iterator[None]:
-    """Let every adapter train inside the context; restore values, gradients and random state afterwards."""
+def all_training(
+    model: nn.Module, targets: Sequence[TargetModule], outside: Sequence[nn.Parameter] = ()
+) -> Iterator[None]:
+    """Let every adapter train inside the context; restore values, gradients and random state afterwards.
+
+    Args:
+        model: the PEFT model.
+        targets: its target modules.
+        outside: parameters that train beside the model's; their gradients are restored as well.
+    """
     parameters = [parameter for target in targets for parameter in target.parameters.values()]
     before = [(p, p.detach(), p.requires_grad) for p in parameters]
-    gradients = [(p, p.grad) for p in model.parameters()]
+    gradients = [(p, p.grad) for p in (*model.parameters(), *outside)]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:

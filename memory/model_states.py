@@ -74,7 +74,8 @@ def model_states(
     )
     states = [_state_line(target, optimizer) for target in targets]
     adapter = {id(p) for target in targets for p in target.parameters.values()}
-    others = [p.detach() for p in model.parameters() if p.requires_grad and id(p) not in adapter]
+    trained = [*model.parameters(), *trained_outside(model, optimizer)]
+    others = [p.detach() for p in trained if p.requires_grad and id(p) not in adapter]
     unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
     sizes = [p.nbytes for p in others]
     copies = _steps_with_copies(optimizer, model)
@@ -117,9 +118,17 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
     return bool(device_kind(next(model.parameters())) == "cuda" if foreach is None else foreach)
 
 
-def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+def trained_outside(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    """The parameters that an optimiser trains beside those of a model, such as of a head that the loss applies."""
+    inside = {id(parameter) for parameter in model.parameters()}
+    groups = unwrap_optimizer(optimizer).param_groups if optimizer else []
+    return [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in inside]
+
+
+def gradients_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
     """The gradients that are allocated, of the parameters that train."""
-    return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    trained = [*model.parameters(), *trained_outside(model, optimizer)]
+    return [p.grad for p in trained if p.requires_grad and p.grad is not None]
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
@@ -133,7 +142,7 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gr
     """
     total = 0
     state = unwrap_optimizer(optimizer).state if optimizer else {}
-    for parameter in model.parameters():
+    for parameter in [*model.parameters(), *trained_outside(model, optimizer)]:
         if parameter.requires_grad:
             size = parameter.untyped_storage().nbytes()
             tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]

@@ -85,8 +85,10 @@ class PeakMeter:
         for meter in {self, PeakMeter._latest() or self}:
             meter.close()
         PeakMeter._latest = weakref.ref(self)
-        gradients = gradients_of(model)
-        self._lasting = lambda: state_bytes(model, optimizer, gradients=False) - _bytes(gradients_of(model)) + buffers()
+        gradients = gradients_of(model, optimizer)
+        self._lasting = lambda: (
+            state_bytes(model, optimizer, gradients=False) - _bytes(gradients_of(model, optimizer)) + buffers()
+        )
         self._lasting_before = self._lasting()
         self._bytes_before = self._lasting_before + _bytes(gradients) + extra
         self._rise_of_passes = None

@@ -62,14 +62,21 @@ class Recorder:
         model: the model.
         targets: its target modules.
         loss: the loss of a batch; by default the one that the model returns.
+        outside: parameters that train beside the model's.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[TargetModule], loss: LossFunction | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[TargetModule],
+        loss: LossFunction | None = None,
+        outside: Sequence[nn.Parameter] = (),
+    ) -> None:
         self.model = model
         self.loss: LossFunction = loss or model_loss(model)
         named = dict(model.named_modules())
         self.names: tuple[str, ...] = tuple(named)
-        self.parameters: list[nn.Parameter] = list(model.parameters())
+        self.parameters: list[nn.Parameter] = [*model.parameters(), *outside]
         self.checkpointing: list[nn.Module] = [module for module in named.values() if CHECKPOINT in vars(module)]
         self.name_index: dict[int, int] = {id(module): index for index, module in enumerate(named.values())}
         self.target_index: dict[int, int] = {id(target.layer): index for index, target in enumerate(targets)}

@@ -15,6 +15,7 @@ from ...allocation.goal import CAUTION, Goal
 from ...allocation.observation import Float32Array, Observation
 from ...allocation.policy import Decision, decided_plan, decision_from_scores, is_first
 from ...common.arrays import FloatArray, IntArray
+from ...common.devices import without_autocast
 from ...errors import ConfigError
 from ...memory.cost import TimedCost, moment_costs, unit_costs
 from .candidates import BASIS, FIXED_NAMES, Candidates, candidate_actions
@@ -107,6 +108,7 @@ class LearnedPolicy:
         parts = (torch.from_numpy(part).unsqueeze(0) for part in (modules, run))
         return self.network(*parts, torch.ones(1, len(modules)))
 
+    @without_autocast()
     def decide(self, observation: Observation) -> Decision:
         """Decide on one observation; the same observation always leads to the same decision.
 

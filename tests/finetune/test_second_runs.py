@@ -192,3 +192,49 @@ def test_a_callback_used_twice_writes_each_log_into_its_run(new_model: NewModel,
     for name in ("one", "two"):
         Trainer(new_model(), arguments(tmp_path / name), train_dataset=ROWS, callbacks=[callback]).train()
         assert len(list((tmp_path / name / "decisions").glob("*.parquet"))) == 1
+
+
+@pytest.mark.parametrize("policy", ["default", "signal-mean"])
+def test_a_loop_wholly_under_autocast_stays_in_full_precision(new_model: NewModel, policy: str) -> None:
+    plans = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = new_model()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type, var-annotated]
+        pilot = rankpilot.RankPilot(policy, "300 params" if policy == "default" else "900 params", schedule=ONCE)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
+            model(**next(iter(loader))).loss.backward()
+        pilot.finish()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        plans.append({target.name: target.rank for target in find_target_modules(model)})
+    assert len(plans[0]) == len(plans[1])
+    assert sum(plans[1].values()) > 0
+
+
+def test_parameters_beside_the_model_are_left_alone_and_count(new_model: NewModel) -> None:
+    """Such as those of a head that the loss applies, which the same optimiser trains."""
+    model, head = new_model(), torch.nn.Linear(64, 512)
+    optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *head.parameters()], 1e-2)
+    loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type, var-annotated]
+
+    def loss(batch: Any) -> torch.Tensor:
+        output = model(**batch)
+        return output.loss + head(output.logits).square().mean()
+
+    pilot = rankpilot.RankPilot("signal-mean", "100%", schedule=ONCE, measure_every=1)
+    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=3, loss=loss))
+    assert head.weight.grad is None
+    for batch in list(loader)[:3]:
+        pilot.before_step(batch)
+        value = loss(batch)
+        value.backward()
+        pilot.before_optimizer_step(value)
+        optimizer.step()
+        optimizer.zero_grad()
+        pilot.after_step()
+    for _, predicted, measured in pilot.checks:
+        assert measured == pytest.approx(predicted, rel=0.01)
+    assert pilot.checks
+    assert max(peak for _, peak in pilot.peaks) <= pilot.limit
