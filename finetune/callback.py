@@ -18,7 +18,7 @@ from ..allocation.decision_log import DecisionLog
 from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.processes import Processes
-from ..errors import DataError, UnsupportedError
+from ..errors import ConfigError, DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import let_train, resizable_targets
 from ..lora.scaling_names import Scaling
@@ -30,7 +30,7 @@ from .checkpoint import chosen_checkpoint, load_state, save_state
 from .parallel_kinds import check_arguments
 from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
-from .run import TrainingRun
+from .run import TrainingRun, data_of
 from .stop import StopOnSigterm
 from .trainer_step import TrainerStep, around_training, find_trainer, resumed_from
 
@@ -337,6 +337,12 @@ def attach(trainer: Trainer, policy: str | Path | Policy = DEFAULT, **options: A
     Example:
         >>> rankpilot.attach(trainer, budget="80%")  # doctest: +SKIP
     """
+    if not isinstance(trainer, Trainer):
+        kind = trainer.__name__ if isinstance(trainer, type) else f"a {type(trainer).__name__}"
+        raise ConfigError(
+            f"attach takes a Trainer that has been made, of transformers or TRL; got {kind}. For a loop of your own "
+            "there is `rankpilot.RankPilot`, for a LoraConfig alone `rankpilot.allocate`."
+        )
     callback = RankPilotCallback(policy, **options)
     callback.connect(trainer)
     trainer.add_callback(callback)
@@ -361,14 +367,14 @@ def _broken_off(trainer: Trainer) -> None:
 
 def run_of(step: TrainerStep, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:
     """The run that begins, from the arguments of a callback's event."""
-    loader = objects["train_dataloader"]
+    dataset, collate, rows = data_of(objects["train_dataloader"], state.train_batch_size)
     return TrainingRun(
         model=objects["model"],
         optimizer=objects["optimizer"],
         loss=step.loss,
-        dataset=loader.dataset,
-        collate=loader.collate_fn,
-        rows=state.train_batch_size,
+        dataset=dataset,
+        collate=collate,
+        rows=rows,
         total_steps=state.max_steps,
         accumulation=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,

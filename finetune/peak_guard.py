@@ -31,8 +31,12 @@ from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.03
-"""The share of the prediction by which a measured peak may differ without a word."""
+ABOVE, BELOW = 0.03, 0.1
+"""The shares of the prediction by which a measured peak may be above and below it without a word."""
+
+FIRST_ROWS = (
+    " Of a data set without a length only the first rows are known before: put the longest first, or give bytes."
+)
 
 OUT_OF_MEMORY_SHARE = 0.9
 """After an out-of-memory error the plan may cost this share of what it cost, or half of what its adapters cost if that
@@ -298,7 +302,7 @@ class PeakGuard:
                 return ""
         predicted = plan_cost(controller.cost_now(cost), ranks)
         self.checks.append((step, predicted, peak))
-        if abs(peak - predicted) <= MARGIN * predicted:
+        if -BELOW * predicted <= peak - predicted <= ABOVE * predicted:
             return ""
         return (
             f"where {format_bytes(predicted)} were predicted. Likely cause: the step computes "
@@ -329,8 +333,8 @@ class PeakGuard:
         if controller.fits():
             self._warn("%s The plan still fits.", text)
         elif not self._relieved(text):
+            self._check_possible(text + ("" if hasattr(self._run.dataset, "__len__") else FIRST_ROWS))
             self._warn("%s The plan is shrunk.", text)
-            check_budget(controller.problem_now(), list(controller.names))
             self._correct(f"shrunk: batch of {shape}", controller.ranks)
 
     def _measure_again(self, batch: Batch | None, shape: BatchShape) -> None:

@@ -97,19 +97,14 @@ class TrainingRun:
         Raises:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
         """
-        if not all(hasattr(loader, name) for name in ("dataset", "collate_fn", "batch_sampler")):
-            raise ConfigError(
-                "The data of a run are a torch.utils.data.DataLoader, which tells data set, batch size and collator; "
-                f"got {type(loader).__name__}."
-            )
-        rows = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-        if not isinstance(rows, int):
-            raise ConfigError("The batch size of the DataLoader is not known: give it `batch_size`.")
+        for name, count in (("total_steps", total_steps), ("accumulation", accumulation)):
+            if type(count) is not int or count < 1:
+                raise ConfigError(f"{name} is a whole number, at least 1; got {count!r}.")
+        dataset, collate, rows = data_of(loader)
         rate = optimizer.param_groups[0]["lr"] if learning_rate is None else learning_rate
         rate = PROBE_RATE if rate is None else rate
         loss = loss or model_loss(model)
-        collate = loader.collate_fn
-        return cls(model, optimizer, loss, loader.dataset, collate, rows, total_steps, accumulation, float(rate))
+        return cls(model, optimizer, loss, dataset, collate, rows, total_steps, accumulation, float(rate))
 
     @property
     def device(self) -> torch.device:
@@ -170,6 +165,32 @@ class TrainingRun:
                 "data of the same kind with `rankpilot.allocate`, and train with the LoraConfig that it returns."
             )
         return batch
+
+
+def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
+    """The data set of a DataLoader, what makes a batch of its examples, and how many a batch has.
+
+    Args:
+        loader: makes the batches.
+        rows: the examples of a batch, if they are known.
+
+    Raises:
+        ConfigError: it is no DataLoader, or its batches have no fixed number of examples.
+    """
+    if not all(hasattr(loader, name) for name in ("dataset", "collate_fn", "batch_sampler")):
+        raise ConfigError(
+            "The data of a run are a torch.utils.data.DataLoader, which tells data set, batch size and collator; "
+            f"got {type(loader).__name__}."
+        )
+    sampler = loader.batch_sampler
+    if sampler is None and loader.batch_size is None:  # the examples of the data set are batches
+        return loader.dataset, lambda batches: loader.collate_fn(batches[0]), 1
+    inner = getattr(sampler, "batch_sampler", None)  # as accelerate's skip_first_batches has it
+    sizes = loader.batch_size, getattr(sampler, "batch_size", None), getattr(inner, "batch_size", None)
+    rows = rows or next((size for size in sizes if isinstance(size, int)), None)
+    if rows is None:
+        raise ConfigError("The batch size of the DataLoader is not known: give it `batch_size`.")
+    return loader.dataset, loader.collate_fn, rows
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import rankpilot
 import torch
+from accelerate import skip_first_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
@@ -238,3 +239,55 @@ def test_parameters_beside_the_model_are_left_alone_and_count(new_model: NewMode
         assert measured == pytest.approx(predicted, rel=0.01)
     assert pilot.checks
     assert max(peak for _, peak in pilot.peaks) <= pilot.limit
+
+
+class Loads(Trainer):
+    """Makes its batches in its own way."""
+
+    loader: Any = None
+
+    def get_train_dataloader(self) -> Any:
+        return self.loader
+
+
+def test_data_sets_of_ready_batches(new_model: NewModel, tmp_path: Path) -> None:
+    batches = [default_data_collator(ROWS[first : first + 4]) for first in range(0, len(ROWS), 4)]
+    trainer = Loads(new_model(), arguments(tmp_path), train_dataset=ROWS)
+    trainer.loader = DataLoader(batches, batch_size=None)
+    callback = rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE)
+    trainer.train()
+    assert callback.peaks
+    for _, predicted, measured in callback.pilot.checks:
+        assert measured == pytest.approx(predicted, rel=0.01)
+    run = TrainingRun.of_loader(trainer.model, trainer.optimizer, trainer.loader, total_steps=1)
+    assert run.largest_batch()["input_ids"].shape == (4, 12)
+
+
+def test_loaders_that_tell_too_little_are_refused(new_model: NewModel, tmp_path: Path) -> None:
+    trainer = Loads(new_model(), arguments(tmp_path), train_dataset=ROWS)
+    trainer.loader = [default_data_collator(ROWS[:4])] * 4
+    rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE)
+    with pytest.raises(ConfigError, match="which tells data set, batch size and collator; got list"):
+        trainer.train()
+
+
+def test_the_rest_of_a_loader_has_its_batch_size(new_model: NewModel) -> None:
+    loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type, var-annotated]
+    model = new_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    run = TrainingRun.of_loader(model, optimizer, skip_first_batches(loader, 2), total_steps=1)
+    assert run.rows == 4
+
+
+@pytest.mark.parametrize("size", [{"total_steps": "3"}, {"total_steps": 1.5}, {"accumulation": 0}])
+def test_sizes_of_a_run_are_whole_numbers(new_model: NewModel, size: dict[str, Any]) -> None:
+    model = new_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    with pytest.raises(ConfigError, match=f"{next(iter(size))} is a whole number, at least 1; got"):
+        TrainingRun.of_loader(model, optimizer, DataLoader(ROWS, 4), **{"total_steps": 4} | size)
+
+
+@pytest.mark.parametrize("other", [None, Trainer, "model"])
+def test_only_trainers_are_attached(new_model: NewModel, other: Any) -> None:
+    with pytest.raises(ConfigError, match="attach takes a Trainer that has been made"):
+        rankpilot.attach(new_model() if other == "model" else other)
