@@ -51,6 +51,16 @@ class Allocate(FinetuneConfig):
     log: Path | None = None
     frontier: bool = False
     config: Path | None = None
+    # What only a training has; a file of settings may hold it.
+    compare_uniform: tyro.conf.Suppress[bool] = False
+    compare_all_linear: tyro.conf.Suppress[bool] = False
+    eval_every: tyro.conf.Suppress[int] = 50
+    eval_batch_size: tyro.conf.Suppress[int | None] = None
+    best: tyro.conf.Suppress[bool] = False
+    early_stopping: tyro.conf.Suppress[int | None] = None
+    review: tyro.conf.Suppress[Path | None] = None
+    merge: tyro.conf.Suppress[bool] = False
+    report_to: tyro.conf.Suppress[tuple[str, ...]] = ()
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -77,11 +77,17 @@ def _settings_of(trials: str, arguments: Sequence[str]) -> TrainConfig:
 
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
-    from ..agents.learned.policy_file import read_card
+    from ..agents.learned.policy_file import load_policy, read_card
     from ..agents.training.train import is_finished
+    from ..common.run_folder import open_run
+    from ..common.settings import as_json
 
     folder = options.output
     if is_finished(folder) and options.resume:
+        load_policy(folder)  # whole
+        if not options.from_trials:
+            with open_run(folder, as_json(TrainConfig, options), resume=True, kind=TrainConfig):
+                pass  # with these settings
         console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
         _print_validation(read_card(folder).get("validation", {}))
         return

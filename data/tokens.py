@@ -93,6 +93,8 @@ def check_numbers(parts: list[Dataset], name: str) -> None:
     for part in parts:
         check_no_gaps(part, name, blanks=False)
         check_rows(part, name, not_number, "Regression needs a finite number in each row.")
+    if len({float(value) for part in parts for value in part[name]}) == 1:
+        raise DataError(f"The column {name!r} holds the same number in each row: nothing to learn.")
 
 
 def labelled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ class EpisodeRecord:
             "held_out_loss": self._held_out,
             "uniform_loss": self.reference.uniform,
             "other_loss": self._comparison.loss if self._comparison else None,
-            "cost": plan_cost(problem.cost, problem.ranks),
+            "cost": plan_cost(problem.cost, problem.ranks) if self._decision_steps else math.nan,
             "limit": problem.limit,
             "ranks": tuple(problem.ranks.tolist()),
             "non_finite": self._failed,
@@ -122,7 +123,7 @@ class EpisodeRecord:
             total_steps=controller.total_steps,
             steps=(0,) if first else tuple(self._decision_steps),
             ranks=np.stack([problem.ranks] if first else self._ranks),
-            costs=(plan_cost(problem.cost, problem.ranks),) if first else tuple(self._costs),
+            costs=() if first else tuple(self._costs),
             limit=problem.limit,
             unit=controller.cost.unit,
             losses=tuple(self._losses),

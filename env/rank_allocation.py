@@ -94,7 +94,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     | held_out_loss | at the end, in nats; None before it |
     | uniform_loss | held-out loss of the uniform run, in nats |
     | other_loss | held-out loss of the run that the episode is compared with, in nats; None before the end |
-    | cost, limit | cost of the plan, and the most that it may cost: bytes, or parameters |
+    | cost, limit | cost of the plan (NaN before the first), and the most that it may cost: bytes, or parameters |
     | ranks | rank of each module, a tuple |
     | non_finite | whether the episode ended at a loss that is not finite |
     | improvement, churn | the parts of the reward: 0 before the end; what moves have cost so far |

@@ -46,7 +46,7 @@ def rule_to_compare_with(against: str) -> Policy | None:
     try:
         return find_rule(against)
     except UnknownNameError:
-        raise UnknownNameError.of("comparison", against, [UNIFORM, GROUP, *RULES]) from None
+        raise UnknownNameError.of("comparison", against, [*dict.fromkeys([UNIFORM, GROUP, *RULES])]) from None
 
 
 @dataclass(frozen=True)

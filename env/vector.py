@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownNameError
 from .episodes.slots import StackedConfig, StackedRankAllocation
 from .rank_allocation import environment_tasks
 from .rendering import describe, draw
@@ -64,6 +65,14 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         fresh_seeds: bool = False,
         **settings: Any,
     ) -> None:
+        known = [field.name for field in fields(StackedConfig)]
+        for name in settings:
+            if name not in known:
+                raise UnknownNameError.of("argument of stacked environments", name, known[1:])
+        if settings.get("schedule", ...) is None:  # as one environment has it by default
+            del settings["schedule"]
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UnknownNameError.of("render mode", str(render_mode), self.metadata["render_modes"])
         config = StackedConfig(num_envs, **settings)
         if task and not isinstance(task, ProxyTask):
             raise ConfigError(f"Stacked episodes train proxies; make an environment of {type(task).__name__} alone.")
@@ -83,10 +92,14 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         self._streams: list[TaskStream] = []
         self._seed_tasks(None)
 
-    def _seed_tasks(self, seed: int | Sequence[int] | None) -> None:
+    def _seed_tasks(self, seed: Any) -> None:
         """Begin the tasks anew: a group draws what an environment with the seed of its first slot would."""
         if seed is None:
             seed = int(np.random.default_rng().integers(2**31))
+        if isinstance(seed, np.ndarray):
+            seed = seed.tolist()
+        if not isinstance(seed, (int, np.integer, Sequence)):
+            raise ConfigError(f"A seed is a whole number, or one for each environment; got {seed!r}.")
         seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + slot for slot in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ConfigError(f"One seed for each of {self.num_envs} environments is needed; got {len(seeds)}.")
@@ -119,8 +132,9 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         core = self.core
         if len(core.records) < self.num_envs:
             raise ConfigError("No episode is under way: call reset() first.")
-        if len(actions) != self.num_envs:
-            raise ConfigError(f"One action for each of {self.num_envs} environments is needed; got {len(actions)}.")
+        count = len(actions) if isinstance(actions, Sized) else 0
+        if count != self.num_envs:
+            raise ConfigError(f"One action for each of {self.num_envs} environments is needed; got {count}.")
         steps = core.step(dict(enumerate(actions)))
         rewards = np.array([step.reward for step in steps.values()])
         terminated = np.array([step.terminated for step in steps.values()])

@@ -25,8 +25,8 @@ class FinetuneConfig(StepConfig):
         data: a packaged data set, a Hugging Face id, a local file (csv, json, jsonl, parquet, txt) or a folder.
         policy: who decides the ranks: "default", the policy that ships with rankpilot; the folder of a trained policy;
             or a rule such as signal-mean (rankpilot evaluate --help lists the rules).
-        budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what uniform rank 8 takes, "auto" (90
-            % of what is free on the device), or "300k params", which counts the adapter's parameters alone.
+        budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what uniform rank 8 takes, "auto" for
+            nine tenths of what is free on the device, or "300k params", which counts the adapter's parameters alone.
         compare_uniform: also run LoRA with one rank on all modules in the same budget, and compare.
         compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.
         task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the

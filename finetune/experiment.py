@@ -33,6 +33,7 @@ from .checkpoint import last_checkpoint
 from .config import FinetuneConfig
 from .hardware import hardware_facts
 from .metrics import RunMetrics
+from .parallel_kinds import check_arguments
 from .reload_check import check_reload
 from .stop import StopWithCheckpoint
 from .trainer import new_model, new_trainer, read_workload
@@ -70,7 +71,7 @@ def finetune(
     tell = on_phase or (lambda text: None)
     policy = load_policy(config.policy)
     workload = read_workload(config, tell)
-    new_arguments(config, workload.task, folder)  # so that a setting that does not fit is told now
+    check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
     rank_bounds_of(config.bounds)
     with open_run(folder, as_json(FinetuneConfig, config), resume=resume, kind=FinetuneConfig):
         runs = {}
@@ -125,6 +126,7 @@ def plan_ahead(
         set_seed(config.seed)
         options: dict[str, Any] = {"bounds": bounds, "time": config.time, "explore": config.explore, "log": log}
         options |= {"goal": config.goal, "tolerance": config.tolerance, "frontier": frontier}
+        options |= {"recompute": config.recompute, "scaling": config.kept}
         return static_plan(trainer, budget=config.budget, policy=config.policy, **options)
 
 

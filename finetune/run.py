@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,7 +148,12 @@ class TrainingRun:
 
         def alone() -> T:
             outside = trained_outside(self.model, self.optimizer)
-            with _undisturbed(), _training_mode(self.model), _gradients_put_back(outside), self.replicas.apart():
+            with (
+                _undisturbed(self.collate),
+                _training_mode(self.model),
+                _gradients_put_back(outside),
+                self.replicas.apart(),
+            ):
                 return work()
 
         return self.replicas.processes.on_first(alone)
@@ -194,20 +200,44 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed(collate: Collate) -> Iterator[None]:
     """Restore random states afterwards, so that the run draws the numbers that it would draw without us.
 
-    A compiled model runs uncompiled meanwhile: each plan that is tried would take one of the few graphs that torch
-    keeps.
+    Those of a collator's own generators too. A compiled model runs uncompiled meanwhile: each plan that is tried would
+    take one of the few graphs that torch keeps.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
+    owner = getattr(collate, "__self__", collate)
+    own = [value for value in getattr(owner, "__dict__", {}).values() if isinstance(value, GENERATORS)]
+    states = [copy.deepcopy(_state_of(generator)) for generator in own]
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        for generator, state in zip(own, states, strict=True):
+            _set_state(generator, state)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+"""Of random numbers, which objects of a user's may have."""
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.getstate()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    else:
+        generator.setstate(state)
 
 
 @contextmanager
@@ -225,17 +255,22 @@ def _gradients_put_back(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _training_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode for a while; running statistics (BatchNorm) are restored afterwards."""
+    """Put a model into training mode for a while; buffers, such as running statistics, are restored afterwards."""
     before = model.training
-    modules = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
-    statistics = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     model.train()
     try:
         yield
     finally:
         model.train(before)
-        for buffer, value in statistics:
-            buffer.copy_(value)
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                buffer.copy_(value)
+                setattr(module, name, buffer)
 
 
 Tell = Callable[[str], None]

@@ -113,6 +113,10 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
     for tracker in config.report_to:
         if tracker not in (allowed := (*INTEGRATION_TO_CALLBACK, "all", "none")):
             raise UnknownNameError.of("tracker", tracker, allowed)
+        try:
+            INTEGRATION_TO_CALLBACK.get(tracker, object)()
+        except (RuntimeError, ImportError) as error:
+            raise ConfigError(f"The tracker {tracker!r} cannot be used: {first_line(error)}") from error
     if task == "causal-lm":
         values["max_length"] = config.max_length
     try:

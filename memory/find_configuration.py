@@ -81,6 +81,10 @@ def _read(name: str, place: str | Path) -> PreTrainedConfig:
         ) from error
     except StrictDataclassError as error:
         raise unusable(name, error) from error
+    except ArithmeticError as error:
+        raise ConfigError(
+            f"The configuration of {name!r} holds a number that makes no model: {first_line(error)}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"The configuration of {name!r} names no model that transformers knows: {first_line(error)}"

@@ -141,7 +141,7 @@ def from_config(
             raise
         except AttributeError as error:
             raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
             raise _unpredictable(config, error) from error
         return ConfiguredStep(
             memory=replace(memory, shape=shape),

@@ -72,9 +72,10 @@ def _compare(run: Path, output: Path, label: str) -> None:
     before, after = (read_run(folder).results.get(PILOT) for folder in (run, output))
     if before and after:
         ratio = after["held_out_loss"] / before["held_out_loss"] - 1
+        differs = f"{abs(ratio):.1%} {'higher' if ratio > 0 else 'lower'}" if abs(ratio) >= 0.0005 else "the same"
         console.print(
             f"Held-out loss {after['held_out_loss']:.4f} with the plan {label}, {before['held_out_loss']:.4f} in the "
-            f"run: {abs(ratio):.1%} {'higher' if ratio > 0 else 'lower'}.",
+            f"run: {differs}.",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -14,13 +14,13 @@ uniform run of each task, and its result and the oracle's (planted) or full rank
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ...common.files import read_json
-from ...errors import ConfigError, UnknownNameError
+from ...errors import ConfigError, UnknownNameError, first_line
 from ..proxies.bases import PROXY_BASES, find_base
 from .finetune import Reference
 from .proxy_task import ProxyTask
@@ -74,8 +74,22 @@ def find_tasks(
             f"are {tuple(PROXY_BASES)}, of which each split has some."
         )
     if overrides:
-        tasks = [replace(task, **{"reference": None, **overrides}) for task in tasks]
+        tasks = _overridden(tasks, overrides)
     return tuple(tasks)
+
+
+def _overridden(tasks: Sequence[ProxyTask], overrides: dict[str, Any]) -> list[ProxyTask]:
+    """The tasks with other fields."""
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"task_overrides are a dictionary of fields of ProxyTask; got {overrides!r}.")
+    names = [field.name for field in fields(ProxyTask)]
+    for name in overrides:
+        if name not in names:
+            raise UnknownNameError.of("field of ProxyTask", str(name), names)
+    try:
+        return [replace(task, **{"reference": None, **overrides}) for task in tasks]
+    except TypeError as error:
+        raise ConfigError(f"task_overrides hold a value of a wrong type, {overrides!r}: {first_line(error)}") from error
 
 
 def evenly(tasks: Sequence[ProxyTask], count: int) -> tuple[ProxyTask, ...]:

@@ -16,6 +16,8 @@ from rankpilot.finetune import experiment
 from rankpilot.finetune.allocate import StaticPlan
 from rankpilot.finetune.config import FinetuneConfig
 
+from .mistakes import usage_error
+
 RANKS = {"model.layers.0.q_proj": 0, "model.layers.0.v_proj": 4, "model.layers.1.q_proj": 8}
 
 
@@ -44,6 +46,13 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
 
     monkeypatch.setattr(experiment, "plan_ahead", plan_ahead)
     return asked
+
+
+def test_options_of_a_training_are_not_taken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "Unrecognized options: --merge" in usage_error(["allocate", "m", "d", "--merge"], capsys)
+    (tmp_path / "config.json").write_text('{"merge": true, "budget": "50%"}')
+    module.main(["m", "d", "--config", str(tmp_path / "config.json")])
+    assert "900 of 1,000 parameters" in capsys.readouterr().out
 
 
 def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -413,3 +413,8 @@ def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureF
     assert "exists already" in failure([*command, "--output", str(folder)], capsys)
     assert cli.run([*command, "--output", str(folder), "--resume"]) == 0
     assert "holds a finished policy already" in capsys.readouterr().out.replace("\n", "")
+    resumed = [*command, "--output", str(folder), "--resume"]
+    assert "other settings (seed: 0 there, 7 now)" in failure([*resumed, "--seed", "7"], capsys)
+    weights = folder / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "policy.safetensors" in failure(resumed, capsys)

@@ -77,6 +77,12 @@ def test_regression(model: str, values: tuple[Any, Any], model_folder: ModelFold
     assert (base.config.num_labels, base.config.problem_type) == (1, "regression")
 
 
+def test_one_number_throughout_is_nothing_to_learn(model_folder: ModelFolder, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": text, "label": 2.5} for text in TEXTS])
+    with pytest.raises(DataError, match="holds the same number in each row: nothing to learn"):
+        load_workload(model_folder("bert"), data, task="regression", max_length=8)
+
+
 @pytest.mark.parametrize("columns", [("tokens", "tags"), ("tokens", "ner_tags"), ("words", "kinds"), ("text", "label")])
 def test_token_classification(columns: tuple[str, str], model_folder: ModelFolder, tmp_path: Path) -> None:
     text, label = columns

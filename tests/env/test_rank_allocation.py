@@ -520,6 +520,31 @@ def test_arguments_are_checked(make_env: MakeEnv) -> None:
         make_env(actions="moves")
 
 
+def test_arguments_of_wrong_types_are_refused() -> None:
+    for overrides, error, message in (
+        ({"foo": 1}, UnknownNameError, "field of ProxyTask 'foo'"),
+        ({"steps": "a"}, ConfigError, "task_overrides hold a value of a wrong type"),
+        ([1], ConfigError, "task_overrides are a dictionary"),
+    ):
+        with pytest.raises(error, match=message):
+            RankAllocationEnv(task_overrides=overrides)  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match="Allowed: 'uniform', 'group', "):
+        RankAllocationEnv(against="?")
+
+    def stacked(**options: Any) -> Any:
+        return gym.make_vec(rankpilot.ENV_ID, 1, vectorization_mode="vector_entry_point", **options)
+
+    with pytest.raises(UnknownNameError, match=r"argument of stacked environments 'bases'\. Did you mean: 'base'"):
+        stacked(bases=("llama-4x32",))
+    with pytest.raises(UnknownNameError, match="render mode 'human'"):
+        stacked(render_mode="human")
+    envs = stacked(base="llama-4x32", schedule=None)
+    with pytest.raises(ConfigError, match=r"a whole number, or one for each environment; got 1\.5"):
+        envs.reset(seed=1.5)
+    with pytest.raises(ConfigError, match="No episode is under way"):
+        envs.step(None)
+
+
 def test_the_id_of_an_earlier_version_names_the_present_one() -> None:
     for make in (gym.make, gym.make_vec):
         with pytest.raises(gym.error.DeprecatedEnv, match=rf"v3 .* is deprecated\. Please use `{rankpilot.ENV_ID}`"):
@@ -549,7 +574,7 @@ def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
     env = make_env(render_mode="ansi")
     assert env.render() is None, "nothing to show before the first reset"
     env.reset(seed=0)
-    assert "step 0 of 12" in env.render()
+    assert "step 0 of 12, no plan yet for" in env.render()
     info = env.step(np.full(28, 11))[4]
     text = env.render()
     assert text is not None

@@ -107,6 +107,12 @@ def test_an_unknown_tracker_is_refused(chats: tuple[str, str], tmp_path: Path) -
     assert not (tmp_path / "run").exists(), "before anything is written"
 
 
+def test_a_tracker_that_is_not_installed_is_refused(chats: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tracker 'comet_ml' cannot be used: .*comet"):
+        finetune(settings(chats, report_to=("comet_ml",)), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "before anything is written"
+
+
 def test_bounds() -> None:
     assert rank_bounds_of(("q_proj=8", "down_proj=0:4")) == {"q_proj": 8, "down_proj": (0, 4)}
     for wrong in ("q_proj", "q_proj=-1", "=4", "q_proj=1:2:3", "q_proj=x"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rankpilot
 import torch
@@ -291,3 +293,45 @@ def test_sizes_of_a_run_are_whole_numbers(new_model: NewModel, size: dict[str, A
 def test_only_trainers_are_attached(new_model: NewModel, other: Any) -> None:
     with pytest.raises(ConfigError, match="attach takes a Trainer that has been made"):
         rankpilot.attach(new_model() if other == "model" else other)
+
+
+class Counts(torch.nn.Module):
+    """A layer that writes into its buffers, and puts new ones in their place."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, *values: Any, **options: Any) -> Any:
+        self.seen += 1
+        self.last = self.last + 1
+        return self.inner(*values, **options)
+
+
+class Masks:
+    """A collator with random numbers of its own, of each kind."""
+
+    def __init__(self) -> None:
+        self.torch, self.numpy, self.python = torch.Generator(), np.random.default_rng(0), random.Random(0)
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.drawn = (torch.rand((), generator=self.torch).item(), self.numpy.random(), self.python.random())
+        return default_data_collator(rows)
+
+
+def test_buffers_and_random_numbers_of_users_are_as_before(new_model: NewModel) -> None:
+    model, masks = new_model(), Masks()
+    block = model.get_base_model().model
+    block.norm = Counts(block.norm)
+    expected = Masks()
+    expected(ROWS[:4])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    loader = DataLoader(ROWS, 4, collate_fn=masks)  # type: ignore[arg-type, var-annotated]
+    rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE).begin(
+        TrainingRun.of_loader(model, optimizer, loader, total_steps=4)
+    )
+    assert (float(block.norm.seen), float(block.norm.last)) == (0, 0)
+    masks(ROWS[:4])
+    assert masks.drawn == expected.drawn
