@@ -119,7 +119,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start an episode in every slot; for the options see `RankAllocationEnv`."""
         if seed is not None:
-            self._seed_tasks(seed)  # type: ignore[arg-type]
+            self._seed_tasks(seed)
         slots = range(self.num_envs)
         self.core.records.clear()  # so that no episode is under way if the start of one fails
         infos = self._start(slots, options)
