@@ -179,9 +179,14 @@ def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:
             raise TypeError(f"the run {PILOT!r} has no results")
         check_summary(summary)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        missing.append(f"the results ({path} is unreadable: {type(error).__name__}: {first_line(error)})")
+        missing.append(f"the results ({path} is unreadable: {_said(error)})")
         return {}
     return summary
+
+
+def _said(error: Exception) -> str:
+    """What an error says of a file, for people."""
+    return f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
 
 
 def _read_metrics(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> dict[str, Rows]:
@@ -207,7 +212,7 @@ def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
             state = read_object(path)
             return {PILOT: number_rows([*state["log_history"], {"step": int(state["global_step"])}])}
         except (ValueError, LookupError, TypeError, OverflowError) as error:
-            missing.append(f"the latest losses ({path} is unreadable: {type(error).__name__}: {first_line(error)})")
+            missing.append(f"the latest losses ({path} is unreadable: {_said(error)})")
     missing.append("losses (no checkpoint with a trainer_state.json)")
     return {}
 
