@@ -134,10 +134,17 @@ def _improves(results: Results) -> list[Block | None]:
         against(results, OURS, "ours-no-rank-0"),
         against(results, OURS, "tpe"),
         against(results, OURS, "best-static"),
+        *_by_kind(results, "rslora-32", REFERENCE),
         _worst_cells(results),
     ]
     kept = tuple(line for line in lines if line is not None)
     return [Bullets(kept) if kept else None]
+
+
+def _by_kind(results: Results, first: str, second: str) -> list[str | None]:
+    """Two methods on each kind of task alone, where there are several."""
+    parts = {kind: against(results.of_kind(kind), first, second) for kind in KINDS}
+    return [f"On {kind} alone, {line}" for kind, line in parts.items() if line] if all(parts.values()) else []
 
 
 def _worst_cells(results: Results) -> str | None:
