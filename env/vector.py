@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -98,7 +98,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
             seed = int(np.random.default_rng().integers(2**31))
         if isinstance(seed, np.ndarray):
             seed = seed.tolist()
-        if not isinstance(seed, (int, np.integer, Sequence)):
+        if isinstance(seed, str) or not isinstance(seed, (int, np.integer, Sequence)):
             raise ConfigError(f"A seed is a whole number, or one for each environment; got {seed!r}.")
         seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + slot for slot in range(self.num_envs)]
         if len(seeds) != self.num_envs:
@@ -132,7 +132,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         core = self.core
         if len(core.records) < self.num_envs:
             raise ConfigError("No episode is under way: call reset() first.")
-        count = len(actions) if isinstance(actions, Sized) else 0
+        count = next(iter(np.shape(actions)), 0) if isinstance(actions, np.ndarray | Sequence) else 0
         if count != self.num_envs:
             raise ConfigError(f"One action for each of {self.num_envs} environments is needed; got {count}.")
         steps = core.step(dict(enumerate(actions)))

@@ -24,6 +24,7 @@ from ..allocation.policy import Policy
 from ..errors import ConfigError
 from ..lora.export import pattern_config
 from ..lora.factors import write_in_place
+from ..lora.optimizer_state import kept_state
 from ..lora.peft_config import adapter_ranks
 from ..lora.resize import update_peft_records
 from ..lora.targets import TargetModule, find_target_modules, unwrap
@@ -201,7 +202,8 @@ def _plan_of_trainer(trainer: Trainer, callback: _FirstPlan) -> StaticPlan:
     handler = trainer.callback_handler
     callbacks = handler.callbacks
     targets = find_target_modules(trainer.model)
-    with put_back(trainer), settings_put_back(trainer.model), _adapters_put_back(trainer.model, targets):
+    put_back_adapters = _adapters_put_back(trainer.model, targets, trainer.optimizer)
+    with put_back(trainer), settings_put_back(trainer.model), put_back_adapters:
         handler.callbacks = [callback]  # alone, so that no tracker opens a run
         try:
             trainer.train()
@@ -231,7 +233,8 @@ def _plan_of_model(
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     pilot = RankPilot(policy, budget, **options)
     pilot.times_plans |= frontier and not pilot.recompute
-    with _adapters_put_back(model, find_target_modules(model)):
+    targets = find_target_modules(model)
+    with _adapters_put_back(model, targets, optimizer):
         size = {"total_steps": total_steps, "accumulation": accumulation}
         run = TrainingRun.of_loader(model, optimizer, data, loss=loss, **size)
         pilot.begin(run)
@@ -275,14 +278,18 @@ def _switches_put_back(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _adapters_put_back(model: Any, targets: Sequence[TargetModule]) -> Iterator[None]:
-    """Give the adapters their values, their ranks and PEFT's configuration back afterwards."""
+def _adapters_put_back(
+    model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
+) -> Iterator[None]:
+    """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards."""
+    put_back_state = kept_state(optimizer, [p for target in targets for p in target.parameters.values()])
     configs = unwrap(model).peft_config
     before = {name: copy.deepcopy(vars(config)) for name, config in configs.items()}
     values = [(p, p.detach().clone(), p.requires_grad) for target in targets for p in target.parameters.values()]
     try:
         yield
     finally:
+        put_back_state()
         for parameter, value, trains in values:
             write_in_place(parameter, value)
             parameter.requires_grad_(trains)

@@ -24,7 +24,7 @@ from ..common.arrays import IntArray
 from ..data.batches import count_predictions, predicted_share
 from ..errors import BudgetError, DataError
 from ..lora.adapters import PeftAdapters
-from ..lora.optimizer_state import reset_state
+from ..lora.optimizer_state import drop_foreign_state, kept_state, reset_state
 from ..lora.resize import is_trained, reset_adapters, resize
 from ..lora.scaling import reference_scaling
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
@@ -144,8 +144,11 @@ def prepare(
     check_trains(targets)
     low, high = rank_bounds(targets, bounds)
     keeps = not fresh and any(map(is_trained, targets))
-    if not keeps:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
-        reset_state(run.optimizer, (w for target in targets for w in (target.weight_a, target.weight_b)))
+    parameters = [parameter for target in targets for parameter in target.parameters.values()]
+    if keeps:
+        drop_foreign_state(run.optimizer, parameters)
+    else:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
+        reset_state(run.optimizer, parameters)
     costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None)
     limit = costs.limit.value
     timed = time_limit(run, targets, time, costs.memory, limit, recomputation) if time else None
@@ -174,14 +177,17 @@ def prepare(
 
 
 @contextmanager
-def put_back_on_error(model: nn.Module, targets: Sequence[TargetModule]) -> Iterator[None]:
-    """After an error inside, such as Ctrl-C in the probe, adapters and configuration are as they were before."""
+def put_back_on_error(run: TrainingRun, targets: Sequence[TargetModule]) -> Iterator[None]:
+    """After an error inside, such as Ctrl-C in the probe, adapters, configuration and optimiser are as before."""
+    model = run.model
     config = unwrap(model).peft_config[targets[0].adapter]
     settings = dict(vars(config))
     before = [(t, t.rank, {name: p.detach().clone() for name, p in t.parameters.items()}) for t in targets]
+    put_back_state = kept_state(run.optimizer, [p for t in targets for p in t.parameters.values()])
     try:
         yield
     except BaseException:
+        put_back_state()
         for target, rank, values in before:
             resize(target, rank)
             with torch.no_grad():

@@ -30,7 +30,7 @@ from .checkpoint import chosen_checkpoint, load_state, save_state
 from .parallel_kinds import check_arguments
 from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
-from .run import TrainingRun, data_of
+from .run import TrainingRun, data_of, probe_rate
 from .stop import StopOnSigterm
 from .trainer_step import TrainerStep, around_training, find_trainer, resumed_from
 
@@ -209,6 +209,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step >= state.max_steps:
             step.take_no_more()
             control.should_training_stop = True
+        if self._stop:  # of a run that began before and found another batch size
+            self._stop.release()
         self._stop = StopOnSigterm.unless_handled(step.trainer, run.replicas.processes)
 
     def on_step_begin(
@@ -377,6 +379,6 @@ def run_of(step: TrainerStep, args: TrainingArguments, state: TrainerState, obje
         rows=rows,
         total_steps=state.max_steps,
         accumulation=args.gradient_accumulation_steps,
-        learning_rate=args.learning_rate,
+        learning_rate=probe_rate(objects["model"], objects["optimizer"]),
         wrapped=step.trainer.model_wrapped,
     )

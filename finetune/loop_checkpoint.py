@@ -12,11 +12,15 @@ from ..common.stored_numbers import counted
 from ..common.tensor_files import check_tensor_file
 from ..errors import DataError, RunFolderError, first_line
 from ..lora.peft_config import resizable_targets
+from ..memory.model_states import trained_outside
 from .checkpoint import MOST_STATE_BYTES, STATE, TENSORS, is_whole_archive, load_state, save_state
 from .pilot import RankPilot
 from .run import TrainingRun
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
+
+_OUTSIDE = "beside the model."
+"""How the names of parameters begin that train and are none of the model's; their place in the optimiser follows."""
 
 
 def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> None:
@@ -65,6 +69,8 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
         BudgetError: no plan fits another budget.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise RunFolderError(f"There is no checkpoint {folder}. Pass a folder that `save_checkpoint` wrote.")
     state = load_state(folder)
     resizable_targets(run.model, pilot.scaling)
     try:
@@ -84,6 +90,9 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
             f"two alone, such as {other[0]}. Make model, adapters and optimiser as for the run that wrote it."
         )
     try:
+        with torch.no_grad():
+            for number, parameter in enumerate(trained_outside(run.model, run.optimizer)):
+                parameter.copy_(weights.pop(f"{_OUTSIDE}{number}"))
         run.model.load_state_dict(weights, strict=False)
         run.optimizer.load_state_dict(moments)
         step = counted(state["step"])
@@ -109,7 +118,8 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _trained(run: TrainingRun, pilot: RankPilot) -> dict[str, torch.Tensor]:
-    """What trains of the model, by name, and all adapters, those at rank 0 included."""
+    """What trains, by name, and all adapters, those at rank 0 included."""
     adapters = {id(p) for t in resizable_targets(run.model, pilot.scaling) for p in t.parameters.values()}
-    parameters = run.model.named_parameters()
-    return {name: p.detach().contiguous() for name, p in parameters if p.requires_grad or id(p) in adapters}
+    parameters = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad or id(p) in adapters]
+    outside = enumerate(trained_outside(run.model, run.optimizer))
+    return {name: p.detach().contiguous() for name, p in [*parameters, *((f"{_OUTSIDE}{i}", p) for i, p in outside)]}

@@ -153,7 +153,7 @@ class RankPilot(Readings):
         self._start(run, resumed=False)
         targets = resizable_targets(run.model, self.scaling)
         self.journal.open(name, [], writes=run.replicas.processes.first)
-        with put_back_on_error(run.model, targets), recomputing(run.model, self.recompute) as recomputation:
+        with put_back_on_error(run, targets), recomputing(run.model, self.recompute) as recomputation:
             self.controller, memory = prepare(
                 run,
                 targets,
@@ -205,7 +205,9 @@ class RankPilot(Readings):
                 recomputation.take(layers)
             if before.get("budget") != settings["budget"]:
                 budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
-                limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device))
+                limit = on_first(
+                    lambda: controller.limit_of(budget.beside(run.model), run.device, before.get("budget"))
+                )
             if before.get("time") != settings["time"]:
                 facts = (run, targets, self.time, memory, limit, recomputation)
                 controller.time = other_time_limit(controller.time, *facts)

@@ -93,7 +93,7 @@ class TrainingRun:
             total_steps: the optimiser steps of the run.
             loss: the loss of a batch, computed as the loop does; by default the one that the model returns.
             accumulation: the batches whose gradients make one optimiser step.
-            learning_rate: of the probe; by default the optimiser's, or `PROBE_RATE` where that has none (Adafactor).
+            learning_rate: of the probe; by default see `probe_rate`.
 
         Raises:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
@@ -102,8 +102,7 @@ class TrainingRun:
             if type(count) is not int or count < 1:
                 raise ConfigError(f"{name} is a whole number, at least 1; got {count!r}.")
         dataset, collate, rows = data_of(loader)
-        rate = optimizer.param_groups[0]["lr"] if learning_rate is None else learning_rate
-        rate = PROBE_RATE if rate is None else rate
+        rate = probe_rate(model, optimizer) if learning_rate is None else learning_rate
         loss = loss or model_loss(model)
         return cls(model, optimizer, loss, dataset, collate, rows, total_steps, accumulation, float(rate))
 
@@ -173,12 +172,23 @@ class TrainingRun:
         return batch
 
 
+def probe_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the adapters, which a schedule begins with or warms up to.
+
+    It is `PROBE_RATE` where the optimiser finds its own (Adafactor), or a schedule that tells none begins at 0.
+    """
+    adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
+    groups = [group for group in optimizer.param_groups if any(id(p) in adapters for p in group["params"])]
+    group = (groups or optimizer.param_groups)[0]
+    return float(group.get("initial_lr") or group["lr"] or PROBE_RATE)
+
+
 def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
     """The data set of a DataLoader, what makes a batch of its examples, and how many a batch has.
 
     Args:
         loader: makes the batches.
-        rows: the examples of a batch, if they are known.
+        rows: the examples of a batch, where the loader does not tell.
 
     Raises:
         ConfigError: it is no DataLoader, or its batches have no fixed number of examples.
@@ -192,11 +202,13 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
     if sampler is None and loader.batch_size is None:  # the examples of the data set are batches
         return loader.dataset, lambda batches: loader.collate_fn(batches[0]), 1
     inner = getattr(sampler, "batch_sampler", None)  # as accelerate's skip_first_batches has it
-    sizes = loader.batch_size, getattr(sampler, "batch_size", None), getattr(inner, "batch_size", None)
-    rows = rows or next((size for size in sizes if isinstance(size, int)), None)
-    if rows is None:
+    sizes = loader.batch_size, getattr(sampler, "batch_size", None), getattr(inner, "batch_size", None), rows
+    size = next((size for size in sizes if isinstance(size, int)), None)
+    if size is None:
         raise ConfigError("The batch size of the DataLoader is not known: give it `batch_size`.")
-    return loader.dataset, loader.collate_fn, rows
+    if getattr(sampler, "split_batches", False):  # accelerate gives each process its part of a batch
+        size = -(-size // sampler.num_processes)
+    return loader.dataset, loader.collate_fn, size
 
 
 @contextmanager
@@ -255,18 +267,23 @@ def _gradients_put_back(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _training_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode for a while; buffers, such as running statistics, are restored afterwards."""
-    before = model.training
+    """Put a model into training mode for a while; modes and buffers (running statistics) are restored afterwards.
+
+    Parts of a model in training mode that its user has put into evaluation mode stay so.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    model.train()
+    if not model.training:
+        model.train()
     try:
         yield
     finally:
-        model.train(before)
+        for module, training in modes:
+            module.training = training
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..errors import UnsupportedError
+from ..errors import BudgetError, UnsupportedError
+from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
 
 RESUME = "resume_from_checkpoint"
@@ -110,7 +111,7 @@ class TrainerStep:
         accelerator: dict[str, Any] = vars(trainer.accelerator)
         before = accelerator.get("backward", _ABSENT)
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
-        with put_back(trainer):
+        with put_back(trainer), self._unfollowed():
             trainer.current_gradient_accumulation_steps = 1
             trainer.log = lambda *_, **__: None  # what the step logs is no step of the run
             accelerator["backward"] = lambda loss, **_: losses.append(loss)
@@ -212,6 +213,15 @@ class TrainerStep:
         self._ours.clear()
         self._before.clear()
 
+    @contextmanager
+    def _unfollowed(self) -> Iterator[None]:
+        """Let our functions only call those of the Trainer: a step that is measured is none of the run."""
+        ours, self._ours = self._ours, {}
+        try:
+            yield
+        finally:
+            self._ours = ours
+
     def _replace(self, name: str, function: Callable[..., Any]) -> None:
         """Let a function stand for one of the Trainer's until `release`; from then on it only calls that one."""
         attributes, run = vars(self.trainer), getattr(self.trainer, name)
@@ -243,16 +253,25 @@ def _retried(
     again: Callable[[], None],
     trainer: Trainer,
 ) -> torch.Tensor:
-    """The loss of the last of these steps; after an out-of-memory error all of them run once more."""
+    """The loss of the last of these steps; after an out-of-memory error all of them run once more.
+
+    Where nothing smaller is possible and the Trainer looks for the batch size itself, it gets that error.
+    """
     try:
         return run(steps[-1])
-    except torch.OutOfMemoryError:
-        pass  # outside of this clause, the traceback no longer holds the tensors of the step
+    except torch.OutOfMemoryError as error:
+        missing = error.with_traceback(None)  # the traceback would hold the tensors of the step
     while True:
-        trainer.model.zero_grad(set_to_none=True)
+        for parameter in [*trainer.model.parameters(), *trained_outside(trainer.model, trainer.optimizer)]:
+            parameter.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        again()
+        try:
+            again()
+        except BudgetError as error:
+            if trainer.args.auto_find_batch_size:
+                raise missing from error
+            raise
         try:
             return [run(step) for step in steps][-1]
         except torch.OutOfMemoryError:

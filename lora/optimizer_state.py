@@ -8,7 +8,7 @@ by it, gradients grow by it too (`scale_state`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -129,6 +129,41 @@ def _map_factored(layout: StateLayout, state: dict[str, torch.Tensor], change: S
             other = next(name for name in layout.factored if name != key)
             ratio = state[key].mean() / before.mean()
             state[other] = torch.where(before.mean() > 0, state[other] * ratio, state[other])
+
+
+def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Delete the state of parameters that have other shapes than when it was made, as after a load of other ranks.
+
+    torch's fused AdamW would read beyond its end without an error.
+    """
+    inner = unwrap_optimizer(optimizer)
+    layout = layout_of(inner)
+    for parameter in parameters:
+        state, shape = inner.state.get(parameter, {}), parameter.shape
+        moments = [state[key] for key in layout.moments if isinstance(state.get(key), torch.Tensor)]
+        averages = [(state[key], axes) for key, axes in layout.factored.items() if key in state]
+        fits = all(moment.shape == shape for moment in moments) and all(
+            average.shape[axis] == shape[of] for average, (of, axis) in averages
+        )
+        if not fits:
+            del inner.state[parameter]
+
+
+def kept_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """A function that gives parameters back the state that they have now, after any changes of rank.
+
+    Those replace its tensors and write into none; steps of the optimiser do write.
+    """
+    state = unwrap_optimizer(optimizer).state if optimizer is not None else {}
+    before = {parameter: dict(state[parameter]) if parameter in state else None for parameter in parameters}
+
+    def put_back() -> None:
+        for parameter, values in before.items():
+            state.pop(parameter, None)
+            if values is not None:
+                state[parameter] = values
+
+    return put_back
 
 
 def reset_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:

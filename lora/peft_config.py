@@ -23,6 +23,9 @@ from .scaling import choose_scaling
 from .scaling_names import Scaling
 from .targets import TargetModule, find_target_modules, unwrap
 
+_SETTINGS, _RESIZABLE = "_rankpilot_user_settings", "_rankpilot_resizable"
+"""Attributes of a PEFT model: by adapter its configuration, and what its user had set or the hooks of its modules."""
+
 MANY_MODULES = 256
 """From this number on, modules of one rank share a pattern. PEFT tries every pattern on every module, and Python's `re`
 caches 512 of them: with more, loading an adapter takes minutes."""
@@ -37,8 +40,8 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """
     peft_model = unwrap(model)
     adapter = targets[0].adapter
-    settings = peft_model.__dict__.setdefault("_rankpilot_user_settings", {})
-    config = _own_config(peft_model.peft_config, adapter, settings)
+    config = _own_config(peft_model, adapter)
+    settings = peft_model.__dict__.setdefault(_SETTINGS, {})
     if settings.get(adapter, (None,))[0] is not config:  # a later adapter of this name has settings of its own
         settings[adapter] = config, config.exclude_modules, config.target_modules
     _, user_excluded, user_targets = settings[adapter]
@@ -53,13 +56,20 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
         config.init_lora_weights = True
 
 
-def _own_config(configs: dict[str, Any], adapter: str, settings: dict[str, tuple[Any, ...]]) -> Any:
-    """The configuration of an adapter: a copy from now on if another one has the same, as TRL's reference adapters."""
-    config = configs[adapter]
-    if any(other is config for name, other in configs.items() if name != adapter):
-        configs[adapter] = copy.deepcopy(config)
-        if settings.get(adapter, (None,))[0] is config:
-            settings[adapter] = configs[adapter], *settings[adapter][1:]
+def _own_config(model: Any, adapter: str) -> Any:
+    """The configuration of an adapter, which belongs to it alone from now on.
+
+    PEFT copies none: a user may make further models of the same, and TRL's reference adapters have that of the adapter
+    beside them.
+    """
+    configs, own = model.peft_config, model.__dict__.setdefault("_rankpilot_configs", {})
+    before = configs[adapter]
+    shared = any(other is before for name, other in configs.items() if name != adapter)
+    if shared or own.get(adapter) is not before:
+        configs[adapter] = own[adapter] = copy.deepcopy(before)
+        for kept in (model.__dict__.get(name, {}) for name in (_SETTINGS, _RESIZABLE)):
+            if kept.get(adapter, (None,))[0] is before:
+                kept[adapter] = configs[adapter], *kept[adapter][1:]
     return configs[adapter]
 
 
@@ -96,15 +106,16 @@ def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """
     guard_base(model)
     peft_model = unwrap(model)
-    done, adapter = peft_model.__dict__.setdefault("_rankpilot_resizable", {}), targets[0].adapter
+    done, adapter = peft_model.__dict__.setdefault(_RESIZABLE, {}), targets[0].adapter
+    own = _own_config(peft_model, adapter)
     config, hooks = done.get(adapter, (None, ()))
-    if config is peft_model.peft_config[adapter]:
+    if config is own:
         return
     for hook in hooks:  # of an earlier adapter of this name
         hook.remove()
     hooks = [target.layer.register_state_dict_post_hook(partial(_omit_rank_0, target)) for target in targets]
     hooks.append(peft_model.register_load_state_dict_pre_hook(_LoadHook(peft_model, targets)))
-    done[adapter] = peft_model.peft_config[adapter], hooks
+    done[adapter] = own, hooks
 
 
 def resizable_targets(model: nn.Module, scaling: Scaling) -> list[TargetModule]:
@@ -140,6 +151,7 @@ class _LoadHook:
             loads.append((target, keys, state.get(next(iter(keys)))))
         if all(weight_a is None for _, _, weight_a in loads):
             return  # the state dict holds other weights, not this adapter
+        trains = any(value.requires_grad for target, _, _ in loads for value in target.parameters.values())
         for target, keys, weight_a in loads:
             rank = 0 if weight_a is None else int(weight_a.shape[0])
             if rank != target.rank:
@@ -147,7 +159,7 @@ class _LoadHook:
             if weight_a is None:  # a strict load needs all keys; torch passes a copy of the dictionary, so it may grow
                 state |= {key: value.detach() for key, value in keys.items()}
         # A Trainer that resumes builds its optimiser now, and expects all parameters of the run that it resumes.
-        let_train([target for target, _, _ in loads])
+        let_train([target for target, _, _ in loads], trains)
         sync_config(module, self.targets)
 
 
@@ -160,11 +172,16 @@ def _omit_rank_0(
             state.pop(f"{prefix}{name}", None)
 
 
-def let_train(targets: Sequence[TargetModule]) -> None:
-    """Let all adapters require gradients, those at rank 0 too, which may get rank: for the optimiser made next."""
+def let_train(targets: Sequence[TargetModule], trains: bool = True) -> None:
+    """Let all adapters require gradients, those at rank 0 too, which may get rank: for the optimiser made next.
+
+    Args:
+        targets: whose adapters.
+        trains: whether they do; if not, none does.
+    """
     for target in targets:
         for parameter in target.parameters.values():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(trains)
 
 
 def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:

@@ -140,13 +140,15 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gr
         gradients: count a gradient for each parameter that trains, even if it is not allocated at this moment;
             otherwise only allocated gradients count.
     """
-    total = 0
+    total, held = 0, dict[int, int]()
     state = unwrap_optimizer(optimizer).state if optimizer else {}
     for parameter in [*model.parameters(), *trained_outside(model, optimizer)]:
         if parameter.requires_grad:
             size = parameter.untyped_storage().nbytes()
             tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
-            total += size + sum(storage.nbytes() for storage in storages(tensors))
+            # Tables of bitsandbytes' codes are shared.
+            held |= {storage._cdata: storage.nbytes() for storage in storages(tensors)}
+            total += size
             if gradients or parameter.grad is not None:
                 total += size
-    return total
+    return total + sum(held.values())
