@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.arrays import FloatArray
+from ..errors import UnknownNameError
 from ..lora.signals import SIGNALS
 from ..memory.cost import plan_cost
 from .features import MODULE_FEATURES, RUN_FEATURES
@@ -192,7 +193,13 @@ def mean_feature(observation: Observation, names: tuple[str, ...]) -> FloatArray
     Args:
         observation: what a policy sees.
         names: of `MODULE_FEATURES`.
+
+    Raises:
+        UnknownNameError: a name is none of them.
     """
+    for name in names:
+        if name not in MODULE_FEATURES:
+            raise UnknownNameError.of("feature of modules", name, MODULE_FEATURES)
     columns = [MODULE_FEATURES.index(name) for name in names]
     return np.asarray(observation.modules[:, columns].mean(axis=1), dtype=np.float64)
 

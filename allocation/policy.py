@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
+from ..errors import ConfigError, shown
 from .actions import base_depth_bias, base_rank_floor
 from .deliberation import Deliberation
 from .observation import Observation
@@ -58,8 +59,15 @@ class Policy(Protocol):
 
 
 def decision_from_plan(ranks: IntArray) -> Decision:
-    """The decision that wants these ranks, int64 (modules,), and prefers no module to another."""
-    return Decision(ranks, np.zeros(len(ranks)))
+    """The decision that wants these ranks, whole numbers from 0 on, (modules,), and prefers no module to another.
+
+    Raises:
+        ConfigError: they are something else.
+    """
+    values = np.asarray(ranks)
+    if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.all((values >= 0) & (values == np.floor(values))):
+        raise ConfigError(f"Ranks are whole numbers from 0 on, one for each module; got {shown(ranks)}.")
+    return Decision(values.astype(np.int64), np.zeros(len(values)))
 
 
 def decision_to_keep(observation: Observation) -> Decision:
@@ -94,8 +102,17 @@ def decision_from_scores(
         observation: of the decision.
         scores: the log of each module's rank relative to the others, (modules,).
         placement: log2 of a factor on the rank floor, and what is added to the depth bias; see `PLACEMENT`.
+
+    Raises:
+        ConfigError: the scores are no finite numbers, one for each module.
     """
     problem = observation.problem
+    given, scores = scores, np.asarray(scores)
+    if scores.shape != (len(observation.names),) or scores.dtype.kind not in "iuf" or not np.isfinite(scores).all():
+        raise ConfigError(
+            f"Scores are finite numbers, one for each of {len(observation.names)} modules; got {shown(given)}."
+        )
+    scores = scores.astype(np.float64)
     rank_floor = float(base_rank_floor(problem) * 2.0 ** placement[0])
     depth_bias = float(base_depth_bias(problem) + placement[1])
     return Decision(pack(problem, scores, rank_floor, depth_bias), scores, rank_floor, depth_bias)

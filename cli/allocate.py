@@ -39,8 +39,9 @@ class Allocate(FinetuneConfig):
             modules: the nearest that it can express.
         output: write the lines to this new file; by default they are printed.
         log: a new folder for the log of the decision, which `rankpilot study` explains.
-        frontier: also show the plans that are worth their cost: bytes, the time of a step (which is measured), and the
-            expected loss against rank 8 on all modules, with its interval.
+        frontier: also show the plans that are worth their cost: bytes, the time of a step, and the expected loss
+            against rank 8 on all modules, with its interval. The time is measured, so that a policy sees what plans
+            save there too: the plan may be another one.
         config: a JSON or YAML file of settings. Options on the command line override it.
     """
 
@@ -109,7 +110,8 @@ def _frontier(plan: StaticPlan) -> Table:
 def _peft(plan: StaticPlan) -> str:
     """Arguments of `peft.LoraConfig`, as JSON, which Python reads as well."""
     config = plan.config
-    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "target_modules")
+    names = ["r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern"]
+    names += ["exclude_modules", "target_modules", "modules_to_save", "task_type"]
     values = {name: getattr(config, name) for name in names if getattr(config, name)}
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
     return json.dumps(values, indent=2) + "\n"

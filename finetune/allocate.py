@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -37,6 +37,15 @@ from .run import TrainingRun
 from .trainer_step import put_back
 
 logger = logging.getLogger(__name__)
+
+_TASK_TYPES = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForCausalLM": TaskType.CAUSAL_LM,
+    "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
+}
+"""By a part of the name of a transformers class."""
 
 TOTAL_STEPS = 1000
 """Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, no more."""
@@ -173,12 +182,19 @@ def static_plan(
     with _switches_put_back(model):
         if isinstance(model, PeftModel):
             return _plan_of_model(model, data, budget, policy, frontier, **options)
-        adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        kind = _task_type(model)
+        adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=kind))
         try:
             return _plan_of_model(adapted, data, budget, policy, frontier, **options)
         finally:
             base = adapted.unload()
             vars(base).pop("peft_config", None)  # older versions of PEFT leave it there, and warn of it later
+
+
+def _task_type(model: Any) -> TaskType | None:
+    """PEFT's task type of a model, which lets a new head train; None where its class tells none."""
+    name = type(model).__name__
+    return next((kind for part, kind in _TASK_TYPES.items() if part in name), None)
 
 
 class _DecidedError(Exception):

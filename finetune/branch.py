@@ -15,7 +15,7 @@ from ..allocation.schedule import DecisionSchedule
 from ..common.files import atomic_path, read_object, write_json
 from ..common.run_folder import CONFIG, open_run
 from ..common.settings import as_json, from_json
-from ..errors import RunFolderError
+from ..errors import BudgetError, RunFolderError
 from .callback import RankPilotCallback
 from .checkpoint import STATE, fault_of
 from .config import FinetuneConfig
@@ -51,6 +51,15 @@ class _Branch(RankPilotCallback):
         super().on_train_begin(args, state, control, **objects)
         if state.global_step == self._at > 0:
             self.pilot.take(self._plan.ranks)
+        controller = self.pilot.controller
+        assert controller is not None, "the run has begun"
+        wanted = [min(self._plan.ranks[target.name], target.max_rank) for target in controller.targets]
+        short = [t.name for t, rank in zip(controller.targets, wanted, strict=True) if t.rank != rank]
+        if state.global_step == self._at and short:
+            raise BudgetError(
+                f"The plan does not fit the run's budget of {self.pilot.budget}: {len(short)} modules would have other "
+                f"ranks, such as {short[0]}. Branch with a plan that costs less, or from a run with a larger budget."
+            )
 
 
 def branch(

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
+from ..lora.ladder import REFERENCE_RANK
 from .batch_shape import BatchShape
 from .breakdown import frozen_sizes
 from .device_table import DeviceRates, DeviceSpec, Precision, device_table, find_device_spec
@@ -247,7 +248,7 @@ def memory_of(
     model: str | PreTrainedConfig,
     card: str,
     *,
-    rank: int = 16,
+    rank: int = REFERENCE_RANK,
     dtype: str | None = None,
     padded: bool = False,
     **settings: Any,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import as_plain, read_object, write_json
-from ...common.run_folder import open_run
-from ...common.settings import as_json
+from ...common.run_folder import CONFIG, open_run
+from ...common.settings import as_json, from_json
 from ...common.workers import count_workers
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_finetune import check_texts
@@ -73,7 +73,7 @@ def evaluate(
     policies, against = tuple(map(_current_name, config.policies)), _current_name(config.against)
     config = replace(config, policies=policies, against=against)
     tasks = evaluation_tasks(config)
-    schedule = _common_schedule(config.names)
+    schedule = _common_schedule(config.names, folder if resume else None)
     competitors = {name: find_competitor(name, schedule) for name in config.names}
     check_texts(tasks)
     settings = {name: getattr(config, name) for name in _FIXED} | {"schedule": asdict(schedule)}
@@ -163,8 +163,8 @@ def _folder(name: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _common_schedule(names: Sequence[str]) -> DecisionSchedule:
-    """When ranks are decided: as the trained policies learned it.
+def _common_schedule(names: Sequence[str], folder: Path | None) -> DecisionSchedule:
+    """When ranks are decided: as the trained policies learned it, or as in the folder of the comparison gone on with.
 
     Raises:
         ConfigError: they learned different ones.
@@ -172,7 +172,11 @@ def _common_schedule(names: Sequence[str]) -> DecisionSchedule:
     schedules = {policy_schedule(folder) for name in names if (folder := _folder(name))}
     if len(schedules) > 1:
         raise ConfigError("These policies were trained with different schedules, so no run is fair to all of them.")
-    return schedules.pop() if schedules else DecisionSchedule()
+    if schedules:
+        return schedules.pop()
+    if folder is not None and (folder / CONFIG).is_file():
+        return from_json(DecisionSchedule, read_object(folder / CONFIG).get("schedule"))
+    return DecisionSchedule()
 
 
 def _check_weights(folder: Path, names: dict[str, str]) -> None:

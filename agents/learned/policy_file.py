@@ -103,10 +103,11 @@ def load_policy(given: str | Path | Policy) -> Policy:
         ConfigError: something else than a name, a path or a policy.
     """
     if not isinstance(given, str | Path):
-        if not callable(getattr(given, "decide", None)):
+        named = isinstance(getattr(given, "name", None), str)
+        if isinstance(given, type) or not named or not callable(getattr(given, "decide", None)):
             raise ConfigError(
-                "policy is 'default', the folder of a policy, the name of a rule, or an object with `decide`; got "
-                f"{given!r}."
+                "policy is 'default', the folder of a policy, the name of a rule, or an object with `name` and "
+                f"`decide`; got {given!r}."
             )
         return given
     folder = policy_folder(given)

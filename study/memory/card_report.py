@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def configuration_text(outlook: Outlook) -> str:
     if 0 < len(best.recomputed) < len(outlook.recomputable):
         lines.append(
             f"# {len(best.recomputed)} layers run again: RankPilotCallback(recompute=True) chooses them inside "
-            f"budget='{outlook.room / 2**30:.1f}GiB'"
+            f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB'"
         )
     return "\n".join(lines)
 
