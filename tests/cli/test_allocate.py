@@ -30,6 +30,8 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
         r=8,
         lora_alpha=16,
         target_modules="all-linear",
+        task_type="SEQ_CLS",
+        modules_to_save=["classifier"],
         rank_pattern=pattern,
         exclude_modules=r"model\.layers\.0\.q_proj",
     )
@@ -61,6 +63,7 @@ def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     config = LoraConfig(**values)
     assert config.rank_pattern == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
     assert config.exclude_modules == r"model\.layers\.0\.q_proj"
+    assert (config.task_type, config.modules_to_save) == ("SEQ_CLS", ["classifier"])
     assert "900 of 1,000 parameters, mean rank 4.0" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"plan\.json exists already"):
         module.main(["m", "d", "--output", str(tmp_path / "plan.json")])

@@ -21,7 +21,16 @@ from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.decision.redecide import redecide
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
@@ -178,3 +187,14 @@ def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig
             chance = logged.deliberation.probabilities[logged.deliberation.plan]
             assert logged.value("log_prob") == pytest.approx(float(np.log(chance)))
     assert set(log.read()["policy"].to_pylist()) == {"default exploring at 0.5"}
+
+
+def test_a_new_head_trains_under_the_configuration(bert_config: BertConfig) -> None:
+    """PEFT freezes it where the configuration tells no task."""
+    model = BertForSequenceClassification(bert_config)
+    rows = [{"input_ids": ids, "labels": number % 3} for number, ids in enumerate(TEXTS)]
+    loader: DataLoader[Any] = DataLoader(rows, 4, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    config = allocate(model, loader, budget="80%", policy="signal-mean", schedule=SCHEDULE, total_steps=12)
+    assert config.task_type == "SEQ_CLS"
+    again = get_peft_model(BertForSequenceClassification(bert_config), config)
+    assert any("classifier" in name for name, p in again.named_parameters() if p.requires_grad)

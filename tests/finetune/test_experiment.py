@@ -573,3 +573,5 @@ def test_branches_that_cannot_be(many_checkpoints: Path, compared: Path, tmp_pat
         branch(many_checkpoints, tmp_path / "e", ranks | {next(iter(ranks)): 3}, at=8)
     with pytest.raises(BudgetError, match="does not fit the budget"):
         branch(many_checkpoints, tmp_path / "d", dict.fromkeys(ranks, 16), at=8)
+    with pytest.raises(BudgetError, match=r"does not fit the run's budget of .* modules would have other ranks"):
+        branch(many_checkpoints, tmp_path / "f", dict.fromkeys(ranks, 16))
