@@ -20,7 +20,7 @@ GROUP_COLORS = dict(
 PROFILED = ("simple", "all-linear-8-ckpt", "adalora-final", "top-down", "ours", "ours-recompute")
 """Methods whose profiles are drawn in colours; those of the others are grey."""
 
-LABEL_WIDTH, LABEL_HEIGHT = 90, 11
+LABEL_WIDTH, LABEL_HEIGHT = 110, 13
 """Room of a name in a picture, in pixels."""
 
 
@@ -55,13 +55,14 @@ def _scatter(
     path: Path,
 ) -> Path:
     most = max((one.cells for one in versus.values()), default=0)
-    note = f"means of {most} cells, hollow: of fewer; up: a lower loss than {REFERENCE} there; 95 % intervals"
+    note = f"means of {most} cells, hollow: of fewer; up: a lower loss than {REFERENCE} there; 95 % intervals; ablations left out"
     figure = new_figure(5.4, title, note)
     axes = clean_axes(figure.subplots())
     seen: set[str] = set()
     places: list[tuple[float, float, str]] = []
     for method in results.methods:
-        if method.name not in versus or method.group == "check":
+        ablation = method.group == "ours" and method.name not in PROFILED
+        if method.name not in versus or method.group in ("check", "bound") or ablation:
             continue
         gain, x, color = versus[method.name].mean, of(costs[method.name]), GROUP_COLORS[method.group]
         spread = [[gain.value - gain.low], [gain.high - gain.value]]
@@ -82,16 +83,25 @@ def _scatter(
 
 
 def label_points(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
-    """Write the names of points beside them, one above the other where points are close."""
+    """Write the names of points beside them; where points are close, above or below, with a line to the point."""
     written: list[tuple[float, float]] = []
+    bottom, top = axes.transAxes.transform([(0, 0), (0, 1)])[:, 1]
     for x, y, name in sorted(places, key=lambda place: place[1]):
         across, up = axes.transData.transform((x, y))
-        height = up
-        while any(abs(across - other) < LABEL_WIDTH and abs(height - level) < LABEL_HEIGHT for other, level in written):
-            height += 1
+
+        def free(height: float, across: float = across) -> bool:
+            beside = (level for other, level in written if abs(across - other) < LABEL_WIDTH)
+            return bottom < height < top and all(abs(height - level) >= LABEL_HEIGHT for level in beside)
+
+        heights = (up + sign * step for step in range(int(top - bottom)) for sign in (1, -1))
+        height = next(filter(free, heights), up)
         written.append((across, height))
         shift = (height - up) * 72 / axes.figure.dpi
-        axes.annotate(name, (x, y), (6, shift - 2), textcoords="offset points", fontsize=7, color=INK)
+        line = {"arrowstyle": "-", "lw": 0.5, "color": FAINT} if abs(height - up) > LABEL_HEIGHT else None
+        axes.annotate(
+            name, (x, y), (6 if line is None else 12, shift - 2), textcoords="offset points", fontsize=7, color=INK,
+            arrowprops=line,
+        )  # fmt: skip
 
 
 def _profiles(results: Results, path: Path) -> Path:
