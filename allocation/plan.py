@@ -108,8 +108,8 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, s
     if cost.unit == "parameters":
         return f"{needed:.0f} parameters", f"budget of {problem.limit:.0f}", ""
     parts = (
-        (held, "to what this moment holds under every plan (logits, loss, what trains outside the adapter)"),
-        (costs[peak] - adapter[peak] - held, "to what is saved or computed for backward"),
+        (held, "to what this moment holds even without an adapter (such as what trains outside it)"),
+        (costs[peak] - adapter[peak] - held, "to what is saved or computed for backward (activations, logits)"),
         (adapter[peak], "to the adapter itself"),
     )
     shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]

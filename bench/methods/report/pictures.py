@@ -55,7 +55,7 @@ def _scatter(
     path: Path,
 ) -> Path:
     most = max((one.cells for one in versus.values()), default=0)
-    note = f"means of {most} cells, hollow: of fewer; up: a lower loss than {REFERENCE} there; 95 % intervals; ablations left out"
+    note = f"means of {most} cells, hollow: of fewer; up: a lower loss than {REFERENCE}; 95 % intervals; no ablations"
     figure = new_figure(5.4, title, note)
     axes = clean_axes(figure.subplots())
     seen: set[str] = set()
