@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import CellType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -220,13 +221,16 @@ def _undisturbed(collate: Collate) -> Iterator[None]:
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
-    owner = getattr(collate, "__self__", collate)
-    own = [value for value in getattr(owner, "__dict__", {}).values() if isinstance(value, GENERATORS)]
+    owned = [attributes for owner in _owners(collate) if (attributes := getattr(owner, "__dict__", None)) is not None]
+    own = [value for attributes in owned for value in attributes.values() if isinstance(value, GENERATORS)]
+    unset = [(attributes, name) for attributes in owned for name, value in attributes.items() if value is None]
     states = [copy.deepcopy(_state_of(generator)) for generator in own]
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        for attributes, name in unset:  # transformers' collators make their generator with the first batch
+            attributes[name] = None
         for generator, state in zip(own, states, strict=True):
             _set_state(generator, state)
         random.setstate(python)
@@ -235,6 +239,20 @@ def _undisturbed(collate: Collate) -> Iterator[None]:
 
 GENERATORS = (torch.Generator, np.random.Generator, random.Random)
 """Of random numbers, which objects of a user's may have."""
+
+
+def _owners(collate: Any, depth: int = 3) -> Iterator[Any]:
+    """A collator and the callables that it calls: its own object, what it wraps, holds or closes over."""
+    yield collate
+    if depth:
+        cells = getattr(collate, "__closure__", None) or ()
+        closed = [cell.cell_contents for cell in cells if cell != CellType()]  # those that are filled
+        inside = (getattr(collate, "__self__", None), getattr(collate, "func", None), *closed)
+        for value in (*inside, *getattr(collate, "__dict__", {}).values()):
+            if callable(value) and not isinstance(value, type | nn.Module):
+                yield from _owners(value, depth - 1)
+            elif isinstance(value, DataLoader):
+                yield from _owners(value.collate_fn, depth - 1)
 
 
 def _state_of(generator: Any) -> Any:

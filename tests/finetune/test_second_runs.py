@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,50 @@ def test_buffers_and_random_numbers_of_users_are_as_before(new_model: NewModel) 
     assert (float(block.norm.seen), float(block.norm.last)) == (0, 0)
     masks(ROWS[:4])
     assert masks.drawn == expected.drawn
+
+
+class Late(Masks):
+    """Makes its generator with the first batch, as transformers' collators do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: torch.Generator | None = None
+
+    def __call__(self, rows: list[Any]) -> Any:
+        if self.late is None:
+            self.late = torch.Generator().manual_seed(7)
+        batch = super().__call__(rows)
+        self.drawn = (*self.drawn, torch.rand((), generator=self.late).item())
+        return batch
+
+
+class Wraps:
+    """As the Trainer wraps a collator to leave columns out."""
+
+    def __init__(self, data_collator: Any) -> None:
+        self.data_collator = data_collator
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return self.data_collator(rows)
+
+
+@pytest.mark.parametrize("form", ["wrapped", "method", "partial", "closure", "batches"])
+def test_generators_inside_of_collators_are_as_before(new_model: NewModel, form: str) -> None:
+    late, expected = Late(), Late()
+    expected(ROWS[:4])
+    forms = {
+        "wrapped": Wraps(late),
+        "method": Wraps(late).__call__,
+        "partial": partial(late),
+        "closure": lambda rows: late(rows),
+        "batches": lambda rows: late(rows),
+    }
+    model = new_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    rows: Any = [ROWS[first : first + 4] for first in range(0, 40, 4)] if form == "batches" else ROWS
+    loader: DataLoader[Any] = DataLoader(rows, None if form == "batches" else 4, collate_fn=forms[form])
+    run = TrainingRun.of_loader(model, optimizer, loader, total_steps=4)
+    rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE).begin(run)
+    assert late.late is None
+    late(ROWS[:4])
+    assert late.drawn == expected.drawn
