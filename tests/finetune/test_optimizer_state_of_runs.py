@@ -210,3 +210,27 @@ def test_parameters_beside_the_model_are_part_of_a_checkpoint(llama_config: Llam
     rankpilot.load_checkpoint(rankpilot.RankPilot("signal-mean", "80%", schedule=ONCE), again, tmp_path / "checkpoint")
     assert torch.equal(other.weight, head.weight)
     assert first.model is not None
+
+
+class FewFit(Trainer):
+    """Real steps of more than two rows run out of memory, whatever the plan."""
+
+    def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
+        loss = super().training_step(model, inputs, *rest)
+        if (
+            self.accelerator.backward.__name__ == "backward" and len(inputs["input_ids"]) > 2
+        ):  # not while it is measured
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+
+def test_a_trainer_that_looks_for_its_batch_size_finds_it(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    model = get_peft_model(LlamaForCausalLM(llama_config), lora)
+    trainer = FewFit(model, arguments(tmp_path, auto_find_batch_size=True), train_dataset=ROWS)
+    callback = rankpilot.attach(trainer, "signal-mean", budget="100%", schedule=ONCE)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.train_batch_size <= 2
+    assert max(peak for _, peak in callback.peaks) <= callback.limit
