@@ -31,8 +31,8 @@ from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
-ABOVE, BELOW = 0.03, 0.1
-"""The shares of the prediction by which a measured peak may be above and below it without a word."""
+MARGIN = 0.03
+"""The share of the prediction by which a measured peak may differ without a word."""
 
 FIRST_ROWS = (
     " Of a data set without a length only the first rows are known before: put the longest first, or give bytes."
@@ -302,7 +302,7 @@ class PeakGuard:
                 return ""
         predicted = plan_cost(controller.cost_now(cost), ranks)
         self.checks.append((step, predicted, peak))
-        if -BELOW * predicted <= peak - predicted <= ABOVE * predicted:
+        if abs(peak - predicted) <= MARGIN * predicted:
             return ""
         return (
             f"where {format_bytes(predicted)} were predicted. Likely cause: the step computes "

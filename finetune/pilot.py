@@ -127,7 +127,7 @@ class RankPilot(Readings):
         self.seed, self.fresh, self.scaling, self.bounds = seed, fresh, scaling, dict(bounds or {})
         self.controller: RankController[PeftAdapters] | None = None
         self.recompute, self.times_plans = recompute, aim.kind == "time"
-        self.time: TimeBudget | None = TimeBudget.parse(time) if time is not None else None
+        self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
         self.journal: Journal = Journal(DecisionLog(Path(log)) if log else None, self.policy, tell or logger.info)
         self._progress, self._measure_every = progress, measure_every
         self._review = PlanReview.of(review, review_timeout)
@@ -203,11 +203,9 @@ class RankPilot(Readings):
             memory = run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
-            if before.get("budget") != settings["budget"]:
+            if (was := before.get("budget")) != settings["budget"]:
                 budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
-                limit = on_first(
-                    lambda: controller.limit_of(budget.beside(run.model), run.device, before.get("budget"))
-                )
+                limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device, was))
             if before.get("time") != settings["time"]:
                 facts = (run, targets, self.time, memory, limit, recomputation)
                 controller.time = other_time_limit(controller.time, *facts)
