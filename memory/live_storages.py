@@ -61,9 +61,10 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = options or {}
         result = operator(*arguments, **options)
         self.now += 1
-        for storage in storages((result,) if type(result) is torch.Tensor else tensors_in(result)):
-            if storage._cdata not in self._seen:
-                self._see(storage, (arguments, options))
+        results = (result,) if type(result) is torch.Tensor else tensors_in(result)
+        unseen = {each._cdata: each for each in storages(results) if each._cdata not in self._seen}
+        if unseen:
+            self._see(unseen, tensors_in([*arguments, *options.values()]))
         scratch = scratch_bytes(operator, arguments, options)
         if scratch:
             serial, self.count = self.count, self.count + 1
@@ -79,13 +80,14 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         return False
 
-    def _see(self, storage: torch.UntypedStorage, inputs: Any) -> None:
-        """Note a storage seen for the first time; it is new unless it is among the operator's inputs."""
-        key = storage._cdata
-        if any(old._cdata == key for old in storages(tensors_in(inputs))):
-            self._seen[key] = None, weakref.ref(storage, lambda reference: self._seen.pop(key, None))
-            return
-        self._created(self._follow(storage), storage.nbytes())
+    def _see(self, unseen: dict[int, torch.UntypedStorage], inputs: Iterable[torch.Tensor]) -> None:
+        """Note storages seen for the first time; those are new that are not among the operator's inputs."""
+        old = {storage._cdata for storage in storages(inputs)}
+        for key, storage in unseen.items():
+            if key in old:
+                self._seen[key] = None, weakref.ref(storage, lambda reference, key=key: self._seen.pop(key, None))
+            else:
+                self._created(self._follow(storage), storage.nbytes())
 
     def _follow(self, storage: torch.UntypedStorage) -> int:
         """Report the end of a storage, under the serial number that this returns."""
