@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..common.archives import is_whole_archive
 from ..common.files import atomic_path, read_json, read_object, write_json
 from ..common.tensor_files import check_tensor_file
 from ..errors import DataError, RunFolderError, first_line, shown
@@ -145,14 +146,6 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
         if not whole:
             return f"{name} is torn"
     return ""
-
-
-def is_whole_archive(path: Path) -> bool:
-    """Whether a file that `torch.save` wrote is whole. It packs nothing, so no entry can be longer than the file."""
-    with ZipFile(path) as archive:
-        entries = archive.infolist()
-        plain = all(entry.compress_type == ZIP_STORED for entry in entries)
-        return plain and sum(entry.file_size for entry in entries) <= path.stat().st_size and not archive.testzip()
 
 
 def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:

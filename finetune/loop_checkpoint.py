@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..common.archives import load_archive
 from ..common.files import atomic_path
 from ..common.stored_numbers import counted
 from ..common.tensor_files import check_tensor_file
-from ..errors import DataError, RunFolderError, first_line
+from ..errors import RunFolderError, first_line
 from ..lora.peft_config import resizable_targets
 from ..memory.model_states import trained_outside
-from .checkpoint import MOST_STATE_BYTES, STATE, TENSORS, is_whole_archive, load_state, save_state
+from .checkpoint import MOST_STATE_BYTES, STATE, TENSORS, load_state, save_state
 from .pilot import RankPilot
 from .run import TrainingRun
 
@@ -76,9 +77,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     try:
         check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
         weights = load_file(folder / WEIGHTS)
-        if not is_whole_archive(folder / OPTIMIZER):
-            raise DataError(f"{OPTIMIZER} is torn")
-        moments = torch.load(folder / OPTIMIZER, map_location=run.device, weights_only=True)
+        moments = load_archive(folder / OPTIMIZER, run.device)
     except Exception as error:  # whatever a torn or foreign file makes the readers raise
         raise RunFolderError(
             f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 
+from ...common.archives import load_archive
 from ...common.files import atomic_path
 from ...errors import RunFolderError
 from ..learned.policy_file import SCHEMA
@@ -45,7 +46,7 @@ def write_checkpoint(path: Path, model: PPO, iteration: int, validation: Validat
 def restore(path: Path, model: PPO, validation: Validation) -> int:
     """Go on from a checkpoint; returns the iterations done."""
     try:
-        state = torch.load(path, weights_only=True)
+        state = load_archive(path)
         if state.get("schema") != SCHEMA:
             raise ValueError("it was written by another version of rankpilot")
         model.policy.load_state_dict(state["policy"])
