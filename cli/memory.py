@@ -100,16 +100,19 @@ def _card(options: Memory, card: str) -> int:
         del settings["bf16"]  # the card decides
     with console.status(f"reading the step of {options.model} from its configuration ..."):
         outlook = memory_of(_configured(options.model), card, rank=options.rank, dtype=options.dtype, **settings)
+    told = not (options.json or options.config)
+    if told:  # what is asked for first, and then what takes seconds more
+        console.print(f"[bold]{escape(card_report.card_subject(outlook))}[/]", highlight=False)
+        console.print(card_report.verdict_text(outlook), markup=False, highlight=False)
+        console.print(card_report.choice_table(outlook))
+    elif options.config:
+        console.out(card_report.configuration_text(outlook), highlight=False)
+    with console.status("looking at other batches ..."):
         card_report.write_card_report(outlook, options.output)
     if options.json:
         console.out(json.dumps(card_report.card_figures(outlook), indent=2), highlight=False)
-    elif options.config:
-        console.out(card_report.configuration_text(outlook), highlight=False)
-    else:
-        console.print(f"[bold]{escape(card_report.card_subject(outlook))}[/]", highlight=False)
-        console.print(card_report.verdict_text(outlook), markup=False, highlight=False)
-        for table in (card_report.grid_table(outlook), card_report.choice_table(outlook)):
-            console.print(table)
+    if told:
+        console.print(card_report.grid_table(outlook))
         for note in card_report.card_notes(outlook):
             console.print(note, markup=False, highlight=False)
         console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
