@@ -51,7 +51,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         policy: see `RankPilot`, as `budget`, `schedule`, `measure_every`, `bounds` and `fresh`.
-        budget: bytes ("350MB"), a share of what uniform rank 8 takes ("80%"), "auto", or parameters ("300k params").
+        budget: bytes ("350MB"), a share of what plain LoRA takes ("80%"), "auto", or parameters ("300k params").
         log: the folder of the decision log; by default `decisions` in the Trainer's output folder.
         schedule: when to decide; by default as the policy was trained to.
         seed: of the probe and of fresh rows; by default `TrainingArguments.seed`.

@@ -25,8 +25,9 @@ class FinetuneConfig(StepConfig):
         data: a packaged data set, a Hugging Face id, a local file (csv, json, jsonl, parquet, txt) or a folder.
         policy: who decides the ranks: "default", the policy that ships with rankpilot; the folder of a trained policy;
             or a rule such as signal-mean (rankpilot evaluate --help lists the rules).
-        budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what uniform rank 8 takes, "auto" for
-            nine tenths of what is free on the device, or "300k params", which counts the adapter's parameters alone.
+        budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what plain LoRA takes (rank 8 on all
+            modules), "auto" for nine tenths of what is free on the device, or "300k params", which counts the adapter's
+            parameters alone.
         compare_uniform: also run LoRA with one rank on all modules in the same budget, and compare.
         compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.
         task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
@@ -49,9 +50,9 @@ class FinetuneConfig(StepConfig):
         early_stopping: stop after so many evaluations without a lower held-out loss, and end with the best checkpoint.
         bounds: ranks of single modules, or their least and largest rank: q_proj=8 down_proj=0:4.
         recompute: run as few layers again in the backward pass as the plan needs (gradient checkpointing, layer by
-            layer): less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
+            layer): less memory, more time, the same losses. A share is then one of what plain LoRA takes without.
             A policy with networks uses it only where it expects a loss that is lower by more than 1 %.
-        time: what a step may take in time, beside the budget: "75%" of what uniform rank 8 takes where no layer runs
+        time: what a step may take in time, beside the budget: "75%" of what plain LoRA takes where no layer runs
             again, or "0.8s". Measured before training.
         review: a file in which you see and change each plan before it is applied.
         explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what

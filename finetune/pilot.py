@@ -60,9 +60,9 @@ class RankPilot(Readings):
     Args:
         policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
             ("signal-mean", "top-down"), or a policy object.
-        budget: bytes at the peak of a step ("350MB", "6GiB", an int from 1024 on), a share of what uniform rank 8 takes
-            there ("80%", 0.8), most of the memory that is free on the device ("auto"), or a number of adapter
-            parameters ("300k params").
+        budget: bytes at the peak of a step ("350MB", "6GiB", an int from 1024 on), a share of what plain LoRA takes,
+            rank 8 on all modules ("80%", 0.8), most of the memory that is free on the device ("auto"), or a number of
+            adapter parameters ("300k params").
         log: the folder of the decision log; None for no log.
         schedule: when to decide; by default as the policy was trained to.
         seed: of the probe and of fresh rows.
@@ -76,9 +76,9 @@ class RankPilot(Readings):
             terminal the run waits until the file says `approved: true`.
         review_timeout: how many seconds to wait for that; None for as long as it takes.
         recompute: let as few layers as each plan needs run again in the backward pass (gradient checkpointing, layer by
-            layer): less memory, more time, the same losses. A share is then one of what uniform rank 8 takes without.
+            layer): less memory, more time, the same losses. A share is then one of what plain LoRA takes without.
             A policy with networks uses it only where they expect that to pay; see `worth_recomputing`.
-        time: what a step may take in time: a share of what uniform rank 8 takes with no layer run again ("75%"), or
+        time: what a step may take in time: a share of what plain LoRA takes with no layer run again ("75%"), or
             seconds ("0.8s"), measured on the device before training.
         explore: draw each plan at this temperature and log the probabilities (`exploring`); by default take the best.
         scaling: what stays when a rank changes: "alpha", the model's `lora_alpha`, so that one learning rate fits all

@@ -62,7 +62,7 @@ class Budget:
 
     Attributes:
         kind: "bytes" at the peak of a training step; "total" bytes of the device, the frozen model included; "share"
-            of what uniform rank 8 on all target modules costs; "parameters" in the adapter, for comparisons with the
+            of what plain LoRA costs (rank 8 on all modules); "parameters" in the adapter, for comparisons with the
             literature; "auto": a share of the memory that is free on the model's device before training.
         value: above 0, in the unit of `kind`.
     """
@@ -76,7 +76,7 @@ class Budget:
 
         Args:
             given: "6GiB", "350MB" or a whole number from 1024 on (bytes); "24GiB total"; "80%" or a number with a
-                decimal point up to 4 (share): 1.0 and "1.0" are all that uniform rank 8 takes, and so is "100%"; "300k
+                decimal point up to 4 (share): 1.0 and "1.0" are all that plain LoRA takes, and so is "100%"; "300k
                 params"; "auto". A smaller whole number, such as 1 or "80", is refused: nobody means so few bytes.
 
         Raises:
@@ -221,7 +221,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
-    """What uniform rank 8 on every module costs, or a module's highest in `max_ranks`, int64 (modules,), if lower."""
+    """What rank 8 on every module costs, or a module's highest in `max_ranks`, int64 (modules,), if lower."""
     import numpy as np
 
     from ..lora.ladder import REFERENCE_RANK
