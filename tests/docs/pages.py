@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = tuple(sorted((ROOT / "docs").rglob("*.md")))
-TEXTS = (*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")))
+TEXTS = (*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")))
 """The pages, and the texts beside the code."""
 
 _FENCE = re.compile(r"^( *)```(\S*)(.*)$")

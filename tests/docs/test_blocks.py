@@ -160,13 +160,13 @@ def read_by_rankpilot(words: Sequence[str]) -> None:
 
 
 def read_by_make(words: Sequence[str]) -> None:
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert set(words) <= set(targets), words
 
 
 def read_by_pip(words: Sequence[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    named = re.fullmatch(r"install (?:-e \.|rankpilot)(?:\[([a-z,]+)\])?", " ".join(words))
+    named = re.fullmatch(r"install -e \.(?:\[([a-z,]+)\])?", " ".join(words))
     assert named, words
     assert {*(named[1] or "test").split(",")} <= set(extras), words
 

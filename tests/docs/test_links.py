@@ -60,6 +60,18 @@ def test_there_are_links() -> None:
     assert len(_LINK.findall(prose_of(ROOT / "README.md"))) >= 4
 
 
+HISTORY = ("CHANGELOG.md", "docs/changelog.md", "docs/experiments.md")
+"""Texts that name files as they were at the time."""
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if name_of(text) not in HISTORY], ids=name_of)
+def test_sources_that_a_text_names_exist(text: Path) -> None:
+    """Such as `lora/resize.py`; a name in capitals is one that the reader chooses."""
+    prose = re.sub(r"^( *)```.*?^\1```", "", text.read_text(encoding="utf-8"), flags=re.M | re.S)
+    named = set(re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|md|json))\b", prose))
+    assert sorted(name for name in named if not (ROOT / name).is_file()) == []
+
+
 def test_pages_that_the_code_names_exist() -> None:
     """Errors, help texts and comments name pages, such as docs/cluster.md."""
     listed = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.toml"], cwd=ROOT, capture_output=True, text=True)

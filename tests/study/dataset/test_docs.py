@@ -1,4 +1,4 @@
-"""The Python of docs/dataset.md runs."""
+"""The Python and SQL of docs/dataset.md run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from rankpilot.study.dataset.read import SAMPLE
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "dataset.md").read_text(), re.S)
+PAGE = (Path(__file__).parents[3] / "docs" / "dataset.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=["rows", "minari"])
@@ -25,3 +27,14 @@ def test_a_block(
         assert len(plans) >= 5
     else:
         assert (tmp_path / "rankpilot" / "trials-v0").is_dir()
+
+
+def test_the_query(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/trials").symlink_to(SAMPLE)
+    monkeypatch.chdir(tmp_path)
+    (query,) = re.findall(r"```sql\n(.*?)```", PAGE, re.S)
+    rows = duckdb.sql(query).fetchall()
+    assert len(rows) >= 20
+    assert rows == sorted(rows, key=lambda row: (row[0], row[2]))

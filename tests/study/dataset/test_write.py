@@ -186,7 +186,7 @@ def test_other_tools_read_it(dataset: TrialsDataset, tmp_path: Path) -> None:
 def test_duckdb_reads_it(dataset: TrialsDataset) -> None:
     duckdb = pytest.importorskip("duckdb")
     query = f"select count(*), max(len(ranks)) from '{dataset.folder}/trials-*.parquet'"
-    assert duckdb.sql(query).fetchone() == (dataset.facts["rows"], 28)
+    assert duckdb.sql(query).fetchall() == [(dataset.facts["rows"], 28)]
 
 
 class Killed(Exception):
