@@ -109,9 +109,26 @@ def _train(options: Train) -> dict[str, dict[str, float]]:
     with stage_bar("training on proxy fine-tunes (rounds)", "starting") as report:
         policy = train(options, folder, resume=options.resume, on_stage=lambda s: report(s.done, s.total, s.name))
     results = _validate(options, policy) if options.validation_tasks else {}
-    save_figure(learning_curve(read_json_lines(folder / PROGRESS)), folder / "learning_curve.png")
+    rows = read_json_lines(folder / PROGRESS)
+    save_figure(learning_curve(rows), folder / "learning_curve.png")
     finish(folder, policy, options, results)
+    _print_returns(rows)
     return results
+
+
+def _print_returns(rows: Sequence[dict[str, Any]]) -> None:
+    """What PPO's first and last rounds of episodes gained; all rounds are in the learning curve."""
+    means = [float(row["return_mean"]) for row in rows if "return_mean" in row]
+    if len(means) > 1:
+        count = -(-len(means) // 4)
+        first, last = (sum(part) / count for part in (means[:count], means[-count:]))
+        rounds = "round" if count == 1 else f"{count} rounds"
+        console.print(
+            f"Return of an episode, its gain over the rule that training starts from as a share of the headroom: "
+            f"{first:+.1%} in the first {rounds}, {last:+.1%} in the last, of {len(means)}. Each has new tasks, so "
+            "rounds differ by luck too; the tasks below stay the same.",
+            highlight=False,
+        )
 
 
 def _refit(options: Train, trials: Path) -> dict[str, dict[str, float]]:

@@ -18,6 +18,7 @@ from ...memory.time_budget import TimeBudget
 from ..run.comparison import comparison_rows
 from ..run.decisions import each_decision, line_of, moves_sentence, standing_out
 from ..run.figures import loss_sentence
+from ..run.hardware import hardware_of
 from ..run.heatmap import ranks_sentence
 from ..run.memory_figure import cost_sentence
 from ..run.run_data import PILOT, RunData, run_names
@@ -103,6 +104,7 @@ def _settings(run: RunData) -> dict[str, str]:
     if run.decisions is not None:
         first = run.decisions.slice(0, 1).select(["policy", "seed"]).to_pylist()[0]
         known = {key: value for key, value in first.items() if value is not None} | known
+    known |= hardware_of(run.results.get(PILOT, {}))
     return {str(key): str(value) for key, value in (config | known).items() if value not in (None, [], {})}
 
 

@@ -8,19 +8,17 @@ whose input is missing are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...common.drawing import save_figure
 from ...common.files import read_object, read_text, write_text
-from ...common.units import format_bytes
 from .comparison import markdown_table, subject
 from .decisions import decision_lines, describe_decisions
 from .figures import loss_curves
+from .hardware import hardware_of
 from .heatmap import rank_heatmap
 from .memory_figure import cost_timeline
 from .run_data import ADAPTER_CONFIG, PILOT, RunData, read_run
@@ -177,20 +175,9 @@ def _reload(run: RunData) -> str:
 def _setup(run: RunData) -> str:
     keys = ("model", "data", "policy", "seed")
     lines = [f"* {key}: {run.summary[key]}" for key in keys if run.summary.get(key) is not None]
-    lines += _hardware(run.results.get(PILOT, {}))
+    lines += [f"* {name}: {words}" for name, words in hardware_of(run.results.get(PILOT, {})).items()]
     path = run.folder / "config.json"
     if path.is_file():
         config = read_text(path).strip()
         lines.append(f"\n<details><summary>config.json</summary>\n\n```json\n{config}\n```\n\n</details>")
     return "\n".join(lines)
-
-
-def _hardware(result: Mapping[str, Any]) -> list[str]:
-    """The device of a run, how free it was at the start, and who counted its energy; empty for runs before 0.2."""
-    facts = result.get("hardware")
-    if not facts:
-        return []
-    busy = "" if facts.get("busy") is None else f", {facts['busy']:.0%} busy"
-    free, total = (format_bytes(facts.get(name) or 0) for name in ("free_bytes", "total_bytes"))
-    device = f"* device: {facts.get('device')}; at the start {free} of {total} free{busy}"
-    return [device, f"* energy: {result.get('energy_source') or 'not measured: no counter can be read'}"]

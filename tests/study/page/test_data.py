@@ -47,6 +47,7 @@ def test_a_run_as_it_is_shown(run_folder: Path) -> None:
     assert len(run["losses"]["uniform"]["held_out"]["x"]) == 10
     assert set(run["peaks"]) == {"rankpilot", "uniform"}
     assert run["energy_joules"] is None
+    assert "energy" not in run["settings"], "nobody knows what the run was measured on"
     assert run["step_seconds"] == {}
     assert not data["by_type"]
 
@@ -69,13 +70,19 @@ def test_what_single_modules_say(run_folder: Path) -> None:
 
 def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     summary = read_json(run_folder / "summary.json")
-    summary["runs"]["rankpilot"]["energy_joules"] = 1234.5
+    summary["runs"]["rankpilot"] |= {
+        "energy_joules": 1234.5,
+        "energy_source": "1 GPU, counted by NVML",
+        "hardware": {"device": "a GPU", "free_bytes": 3 * 2**30, "total_bytes": 4 * 2**30, "busy": 0.25},
+    }
     write_json(run_folder / "summary.json", summary)
     write_json(run_folder / "config.json", {"time": "800ms"})
     path = run_folder / "metrics-rankpilot.jsonl"
     path.write_text('{"step": 5, "loss": 1.0, "step_s": [0.3, 0.1, 0.2]}\n{"step": 6, "step_s": []}\n')
     (run,) = page_data([read_run(run_folder)], [None])["runs"]
     assert run["energy_joules"] == 1234.5
+    assert run["settings"]["device"] == "a GPU; at the start 3 GiB of 4 GiB free, 25% busy"
+    assert run["settings"]["energy"] == "1 GPU, counted by NVML"
     assert run["step_seconds"] == {"rankpilot": {"x": [5], "y": [0.2], "each": 1}}
     assert run["time_limit_s"] == 0.8
     write_json(run_folder / "config.json", {"time": "75%"})
