@@ -70,7 +70,7 @@ _SCHEMA_2 = {"rank_asked": "rank_clipped"} | {
 LIMITS = ParquetLimits(file_bytes=2**28, rows=2**18, columns=1000, memory_bytes=2**30)
 """Of one part. The largest models with a linear module for each of their experts have 50,000 modules."""
 
-_KNOWN = ("decision", "step", "limit", "unit", "module_index", "module", "rank_before", "rank_after")
+_KNOWN = ("decision", "step", "limit", "predicted_cost", "unit", "module_index", "module", "rank_before", "rank_after")
 """Columns that a part of any schema has, with a value in each row."""
 
 _KNOWN_LATER = ("problem", "pinned", "hysteresis")

@@ -160,6 +160,7 @@ def test_a_problem_outside_the_log_is_not_read(log: DecisionLog, name: str) -> N
         ("rank_after", [1, -4, 1], "rank_after is below 0"),
         ("rank_wanted", [1, None, 1], "rank_wanted is missing"),
         ("score", [None] * 3, "score is missing"),
+        ("predicted_cost", [None] * 3, "predicted_cost is missing"),
         ("unit", ["bits"] * 3, "unit 'bits'"),
         ("feature.snr", [0.0, None, 0.0], "'feature.snr' is missing in some row"),
     ],
