@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ UNIFORM = "uniform"
 
 WORSE = 0.01
 """A run whose log loss is higher by more is told."""
+
+_AGAINST = "the policy against"
 
 FEW_RANKS = 0.25
 """Budgets of parameters up to this share of rank 8 are mean ranks of 1 and 2, where a choice matters most."""
@@ -111,7 +113,7 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
     others: dict[str, Callable[[Row], bool]] = {
         "planted, mean rank 1 and 2": _few_ranks,
-        "models twice as deep": lambda row: row.depth > 4,
+        "8 layers, of which it knows real fine-tunes alone": lambda row: row.depth > 4,
         "GPT-2, of which it knows real fine-tunes alone": lambda row: row.family == "gpt2",
     }
     return found | {name: [row for row in rows if belongs(row)] for name, belongs in others.items()}
@@ -128,10 +130,17 @@ def page(measured: PolicyRows) -> str:
     parts = [
         _HEAD.format(sha=measured.card["sha256"][:12], runs=len(rows), tasks=len({row.task for row in rows})),
         "## Beside other ways to decide\n\nAll tasks of the test split.",
-        _table("the policy against", {rival: against(rows, name, rival) for rival in _others(rows, name)}),
+        _table(_AGAINST, {rival: against(rows, name, rival) for rival in _others(rows, name)}),
         "## Beside uniform rank, by kind of task",
         _table("tasks", {group: against(part, name, UNIFORM) for group, part in groups(rows).items()}),
     ]
+    shifts = [row for row in rows if row.kind == "shift"]
+    beside = {rival: found for rival in _others(shifts, name) if (found := against(shifts, name, rival))}
+    if beside:
+        parts += [
+            "## On shifts of text\n\nThe kind of proxy task that is most like a fine-tune.",
+            _table(_AGAINST, beside),
+        ]
     if share:
         parts.append(
             "## Beside the oracle\n\nWhere something was planted and the mean rank is 1 or 2, the oracle knows where "
@@ -147,7 +156,7 @@ def page(measured: PolicyRows) -> str:
     return "\n\n".join([*parts, _limits(measured), _training(measured)]) + "\n"
 
 
-def _table(first: str, compared: dict[str, Against | None]) -> str:
+def _table(first: str, compared: Mapping[str, Against | None]) -> str:
     lines = [
         f"| {first} | runs | log loss gained, mean | chance of being better | better / equal / worse | 1 % worse |",
         "|---|---:|---:|---:|---:|---:|",
@@ -220,4 +229,5 @@ _LIMITS = """## What it cannot do
 * It has learned from runs of {horizon} steps with {rows} rows each, on {modules} modules. Where a run lies outside, it
   says so before the first step, and decides all the same: which plan is best may be another one there.
 * Where its networks do not agree, it takes uniform rank, or plain LoRA under a goal of time or bytes. Then it gains
-  nothing."""
+  nothing. On a family of models that none of them has learned from they may agree and be wrong together, as on
+  GPT-NeoX ([what can be saved](saving.md)); no measure was found that tells such a family beforehand."""

@@ -96,7 +96,7 @@ def test_groups_by_question() -> None:
         "planted, bytes": 2,
         "planted, parameters": 4,
         "planted, mean rank 1 and 2": 4,
-        "models twice as deep": 2,
+        "8 layers, of which it knows real fine-tunes alone": 2,
         "GPT-2, of which it knows real fine-tunes alone": 2,
     }
 
@@ -106,7 +106,10 @@ def test_the_page_says_what_the_rows_say(made: PolicyRows) -> None:
     assert f"weights {CARD['sha256'][:12]}" in text
     assert "| uniform | 6 | +0.060 (" in text
     assert "| signal-mean | 4 | +0.060 (+0.060 to +0.060) | 100% (100% to 100%) | 4 / 0 / 0 | 0 |" in text
-    assert "| models twice as deep | 2 | -0.020 (-0.020 to -0.020) | 0% (0% to 0%) | 0 / 0 / 2 | 2 |" in text
+    assert (
+        "| 8 layers, of which it knows real fine-tunes alone | 2 | -0.020 (-0.020 to -0.020) | 0% (0% to 0%) | 0 / 0 / 2 | 2 |"
+        in text
+    )
     assert "the policy gains 50% (" in text
     assert "| without signals | 3 | +0.080 (" in text
     assert "oracle |" not in text
