@@ -36,6 +36,20 @@ def check_tensor_file(path: Path, most: int = MOST_TENSOR_BYTES) -> None:
         raise DataError(f"{path} is a pickle or zip file in disguise and was not opened.")
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a file, by name; only its header is read.
+
+    Raises:
+        DataError: the file is missing or no safetensors file.
+    """
+    try:
+        check_tensor_file(path, most=2**63)
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as tensors: {first_line(error)}") from error
+
+
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     """All arrays of a file by name, and the texts that describe them.
 

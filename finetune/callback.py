@@ -309,8 +309,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         return self._between_steps
 
     def _tell(self, text: str) -> None:
-        """Show a line above the progress bar, or log it where there is none."""
-        if self._bar:
+        """Show a line above the progress bar; without one, log it if logs of this level are kept, and else print it."""
+        if self._bar or not logger.isEnabledFor(logging.INFO):
             tqdm.write(f"rankpilot: {text}")
         else:
             logger.info(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import tyro
@@ -80,4 +81,5 @@ def _compare(run: Path, output: Path, label: str) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"Both side by side: rankpilot study {run} {output} --output both.html", markup=False, soft_wrap=True)
+    both = " ".join(quote(str(folder)) for folder in (run, output))
+    console.print(f"Both side by side: rankpilot study {both} --output both.html", markup=False, soft_wrap=True)

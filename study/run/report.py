@@ -8,20 +8,26 @@ whose input is missing are left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
+from typing import Any
 
 import numpy as np
 
 from ...common.drawing import save_figure
 from ...common.files import read_object, read_text, write_text
+from ...common.tensor_files import read_shapes
+from ...errors import DataError
 from .comparison import markdown_table, subject
 from .decisions import decision_lines, describe_decisions
 from .figures import loss_curves
 from .hardware import hardware_of
 from .heatmap import rank_heatmap
 from .memory_figure import cost_timeline
-from .run_data import ADAPTER_CONFIG, PILOT, RunData, read_run
+from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PILOT, RunData, read_run
 from .verdict import Verdict, verdict
 
 LOADERS = {
@@ -95,7 +101,7 @@ def _adapter(run: RunData) -> str:
     if folder is None:
         return ""
     config = read_object(folder / ADAPTER_CONFIG)
-    base, outputs = config.get("base_model_name_or_path"), run.summary.get("outputs")
+    base, outputs = config.get("base_model_name_or_path"), run.summary.get("outputs", _outputs(folder, config))
     loader = LOADERS.get(str(config.get("task_type")), "AutoPeftModel") if base else "PeftModel"
     options = f", num_labels={outputs}" if type(outputs) is int and base else ""  # no other text gets into the code
     return f"""\
@@ -112,9 +118,21 @@ merged = model.merge_and_unload()  # the base model with the adapter in its weig
 For vLLM and llama.cpp, which read one rank for all modules, and for a new fine-tune at the learned ranks:
 
 ```bash
-rankpilot export '{folder}' --output padded
-rankpilot export '{folder}' --format rank-pattern
+rankpilot export {quote(str(folder))} --output padded
+rankpilot export {quote(str(folder))} --format rank-pattern
 ```"""
+
+
+def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
+    """How many outputs the head has that was saved with an adapter, if any: its last layer has the fewest."""
+    names = config.get("modules_to_save")
+    if not str(config.get("task_type")).endswith("_CLS") or not isinstance(names, list):
+        return None
+    with suppress(DataError):
+        shapes = read_shapes(adapter / ADAPTER_WEIGHTS).items()
+        heads = [shape[0] for key, shape in shapes if len(shape) == 2 and set(key.split(".")) & set(map(str, names))]
+        return min(heads, default=None)
+    return None
 
 
 def _ranks(run: RunData) -> str:

@@ -28,7 +28,7 @@ Rows = Sequence[Mapping[str, Any]]
 PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
 """The run under a policy, and those that it may be compared with."""
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, eq=False)

@@ -151,7 +151,8 @@ def _against(run: RunData, name: str, what: str) -> str:
         return ""
     change = loss / reference - 1
     word = "lower" if change < 0 else "higher"
-    sentence = f"rankpilot's held-out loss is {abs(change):.1%} {word} than that of {what}"
+    differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
+    sentence = f"rankpilot's held-out loss is {differs} that of {what}"
     shares = [
         f"{mine[key] / other[key]:.0%} of its {unit}"
         for key, unit in (("peak_bytes", "bytes"), ("median_step_s", "time a step"))

@@ -469,3 +469,13 @@ def test_the_state_of_a_checkpoint_is_plain_data(whole: Run) -> None:
     assert state["controller"]["decision"] == 2
     assert state["controller"]["limit"] == whole.controller.limit
     assert load_file(whole.folder / "checkpoint-6" / "rankpilot.safetensors")
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_lines_without_a_progress_bar_are_logged_or_printed(
+    launch: Callable[..., Run], level: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(level, "rankpilot.finetune.callback")
+    launch(max_steps=1)
+    printed, logged = "rankpilot: step 0: " in capsys.readouterr().out, "step 0: " in caplog.text
+    assert (printed, logged) == (level > logging.INFO, level == logging.INFO)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from rankpilot.study.run.decisions import standing_out
 from rankpilot.study.run.report import write_report
 from rankpilot.study.run.run_data import read_run
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from ..conftest import MIB, plans, problem_of, write_decisions
 
@@ -264,7 +266,7 @@ def test_a_trainer_output_folder(trainer_folder: Path) -> None:
     checkpoint = trainer_folder / "checkpoint-200"
     assert f"The adapter is in `{checkpoint}`; its base model is `some/model`." in text
     assert f"AutoPeftModelForCausalLM.from_pretrained('{checkpoint}')" in text
-    assert f"rankpilot export '{checkpoint}' --output padded" in text
+    assert f"rankpilot export {quote(str(checkpoint))} --output padded" in text
 
 
 def test_a_torn_trainer_state_gives_way_to_the_one_before(trainer_folder: Path) -> None:
@@ -283,7 +285,18 @@ def test_the_report_names_the_adapter_of_a_fine_tune(run_folder: Path) -> None:
     text = write_report(run_folder).path.read_text()
     assert f"AutoPeftModelForSequenceClassification.from_pretrained('{adapter}', num_labels=5)" in text
     assert "model.merge_and_unload()" in text
-    assert f"rankpilot export '{adapter}' --format rank-pattern" in text
+    assert f"rankpilot export {quote(str(adapter))} --format rank-pattern" in text
+
+
+def test_the_outputs_of_a_head_that_was_saved_with_the_adapter(trainer_folder: Path) -> None:
+    checkpoint = trainer_folder / "checkpoint-200"
+    adapter = {"task_type": "SEQ_CLS", "base_model_name_or_path": "some/model", "modules_to_save": ["classifier"]}
+    write_json(checkpoint / "adapter_config.json", adapter)
+    assert f"from_pretrained('{checkpoint}')" in write_report(trainer_folder).path.read_text()
+    shapes = {"lora_A.weight": (2, 8), "classifier.dense.weight": (8, 8), "classifier.out_proj.weight": (3, 8)}
+    tensors = {f"base_model.model.{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, checkpoint / "adapter_model.safetensors")
+    assert f"from_pretrained('{checkpoint}', num_labels=3)" in write_report(trainer_folder).path.read_text()
 
 
 def test_the_adapter_of_a_fine_tune_that_goes_on_is_that_of_its_last_checkpoint(run_folder: Path) -> None:
