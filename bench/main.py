@@ -42,6 +42,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "methods": Benchmark("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),
     "methods-report": Benchmark("methods.report.run", "tables, figures and answers from the stored rows of methods"),
     "policy": Benchmark("policy.run", "the shipped policy beside rules and its parts, on proxies that it never saw"),
+    "aims": Benchmark("aims", "what the shipped policy is to reach, and what it reaches, from stored rows"),
     "plan-runs": Benchmark("plan_runs", "many plans for real fine-tunes, from which value networks learn"),
     "transfer": Benchmark("transfer", "policies beside uniform rank, on MiniLM-L6"),
 }

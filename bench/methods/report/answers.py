@@ -176,7 +176,10 @@ def limits(results: Results) -> list[Block]:
         "bit for bit when a run is repeated there.",
         "The shipped policy learned on small proxies that read bytes, some of them on film reviews of "
         "`rotten-tomatoes`, and was chosen on others that read newsgroup posts; of these models it has seen few runs, "
-        "on other data (`bench plan-runs`), and it was not tuned on these cells.",
+        "on other data (`bench plan-runs`). It was not tuned on these cells, but some of its versions were dropped "
+        "after they had been looked at (docs/experiments.md). Nobody had seen the untouched cells of docs/saving.md.",
+        "It decides once, before the first step. So `ours`, `ours-first-plan` and `ours-replay` differ by the luck of "
+        "a probe and of fresh adapter rows alone, and what lies between them is as much as luck makes.",
     ]
     if results.missing:
         lines.append(f"{len(results.missing)} pairs of method and cell have not been run yet.")

@@ -65,7 +65,7 @@ def saving_of(results: Results, name: str) -> Saving | None:
     cells = results.shared(name, PLAIN)
     if len(cells) < 2:
         return None
-    losses = [_loss(results, cell, name) for cell in cells]
+    losses = [loss_of(results, cell, name) for cell in cells]
     tasks = [cell.task.name for cell in cells]
     means = np.array([float(loss.mean()) for loss in losses])
     found = [results.found[name, cell.name] for cell in cells]
@@ -124,7 +124,7 @@ def kept_by_kind(results: Results, name: str) -> dict[str, Kept]:
     kinds: dict[str, list[np.ndarray[tuple[int], np.dtype[np.float64]]]] = {}
     for cell in results.shared(name, PLAIN):
         texts = NEW_TEXTS if cell.task in NEW_FAMILY else TEXTS
-        kinds.setdefault(texts if cell.task.kind == "causal-lm" else LABELS, []).append(_loss(results, cell, name))
+        kinds.setdefault(texts if cell.task.kind == "causal-lm" else LABELS, []).append(loss_of(results, cell, name))
     return {
         kind: Kept(
             mean=float(np.mean([loss.mean() for loss in kinds[kind]])),
@@ -136,7 +136,7 @@ def kept_by_kind(results: Results, name: str) -> dict[str, Kept]:
     }
 
 
-def _loss(results: Results, cell: Cell, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def loss_of(results: Results, cell: Cell, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """By how much the log loss is higher than plain LoRA's, one a seed."""
     return np.asarray(results.found[name, cell.name].logs - results.found[PLAIN, cell.name].logs)
 
@@ -148,7 +148,7 @@ def _time(results: Results, cell: Cell, name: str) -> float:
 def _best_in_hindsight(results: Results, cell: Cell) -> tuple[str, float]:
     """The fastest fixed plan that was run in a cell and kept the loss, and its time; plain LoRA where none did."""
     there = [name for name in FIXED if (name, cell.name) in results.found]
-    kept = [name for name in there if float(_loss(results, cell, name).mean()) <= TOLERANCE]
+    kept = [name for name in there if float(loss_of(results, cell, name).mean()) <= TOLERANCE]
     times = [(_time(results, cell, name), name) for name in kept]
     time, name = min([(1.0, PLAIN), *times])
     return name, time
@@ -170,7 +170,7 @@ def _cell_by_cell(results: Results) -> list[Block]:
         rows.append(
             (
                 f"{cell.task.name}{note}",
-                percent(estimate(_loss(results, cell, ours), seeds)),
+                percent(estimate(loss_of(results, cell, ours), seeds)),
                 f"{found.step['step_ratio']:.2f}",
                 f"{found.bytes / results.found[PLAIN, cell.name].bytes:.2f}",
                 f"{best}, {time:.2f}",
