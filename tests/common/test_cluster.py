@@ -13,6 +13,7 @@ from functools import partial
 from operator import call
 from pathlib import Path
 from threading import Timer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,8 +73,14 @@ def place(_: int) -> tuple[int, str]:
     return torch.get_num_threads(), ray.get_runtime_context().get_node_id()
 
 
+def signals() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 def test_pieces_and_objects_on_two_nodes(nodes: Nodes) -> None:
+    before = signals()
     with on(nodes) as lines:
+        assert signals() == before, "they are as they were"
         assert lines == ["On the cluster: 2 nodes with 2 CPUs."]
         assert count_workers(0) == 2
         with worker_pool(2) as workers:
@@ -87,6 +94,9 @@ def test_pieces_and_objects_on_two_nodes(nodes: Nodes) -> None:
             with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
                 list(workers.spread(math.sqrt, [-1.0]))
             check_objects(workers)
+        with worker_pool(1) as workers:
+            assert [pid != os.getpid() for _, pid in workers.spread(call, [os.getpid])] == [True], "an actor too"
+    assert signals() == before
 
 
 def check_objects(workers: Workers) -> None:
@@ -100,11 +110,6 @@ def check_objects(workers: Workers) -> None:
     assert {key: total for key, (total, _) in second.items()} == {key: key + 0.1 + 0.2 for key in range(3)}
     assert second[0][1] != first[0][1]
     assert second[1][1] == first[1][1], "the other actor goes on"
-
-
-def test_one_worker_is_an_actor_too(nodes: Nodes) -> None:
-    with on(nodes), worker_pool(1) as workers:
-        assert [pid != os.getpid() for _, pid in workers.spread(call, [os.getpid])] == [True]
 
 
 @pytest.mark.long
@@ -170,13 +175,6 @@ def test_no_node_can_take_part(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) ->
         pass
     with worker_pool(1) as workers:
         assert list(workers.spread(call, [os.getpid])) == [(os.getpid, os.getpid())], "later work is done here again"
-
-
-def test_signals_are_as_they_were(nodes: Nodes) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with on(nodes):
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize("address", ["", "ray://head:10001", "head", "head:x"])

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +31,6 @@ from rankpilot.errors import (
     UnsupportedError,
 )
 from rankpilot.finetune import experiment as module
-from rankpilot.finetune import reload_check
 from rankpilot.finetune import trainer as trainer_module
 from rankpilot.finetune.branch import branch
 from rankpilot.finetune.checkpoint import STATE
@@ -54,7 +52,7 @@ from transformers import (
 
 from ..cases import first_cases
 
-pytestmark = pytest.mark.usefixtures("warm_reload")  # but one test starts a process of its own
+pytestmark = pytest.mark.usefixtures("warm_reload")  # the README's run starts a process of its own
 
 EARLIER = Path(__file__).parent / "earlier_version" / STATE
 """From a checkpoint of the version that did not number its formats."""
@@ -131,9 +129,7 @@ def make_config(bert_folder: Path, reviews: Path) -> Callable[..., FinetuneConfi
 def compared(make_config: Callable[..., FinetuneConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run beside a uniform one, both of which have ended; tests that change it take a copy."""
     folder = tmp_path_factory.mktemp("runs") / "compared"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reload_check, "subprocess", subprocess)
-        finetune(make_config(compare_uniform=True), folder)
+    finetune(make_config(compare_uniform=True), folder)
     return folder
 
 
@@ -160,18 +156,24 @@ def test_a_run_writes_what_it_promises(compared: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reached"),
     first_cases(
-        3,
+        2,
         [
-            ({}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.AdamW),
-            ({"accumulation": 2}, lambda trainer: trainer.state.epoch == pytest.approx(8 / 45)),
+            (
+                {"accumulation": 2},
+                lambda trainer: (
+                    type(trainer.optimizer.optimizer) is torch.optim.AdamW
+                    and trainer.state.epoch == pytest.approx(8 / 45)
+                ),
+            ),
             ({"optimizer": "adamw8bit"}, lambda trainer: trainer.optimizer.optimizer.args.optim_bits == 8),
+            ({}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.AdamW),
             ({"bf16": True}, lambda trainer: trainer.accelerator.mixed_precision == "bf16"),
             ({"checkpointing": True}, lambda trainer: trainer.model.is_gradient_checkpointing),
             ({"optimizer": "sgd"}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.SGD),
             ({"optimizer": "adafactor"}, lambda trainer: type(trainer.optimizer.optimizer).__name__ == "Adafactor"),
         ],
     ),
-    ids=["default", "accumulation", "adamw8bit", "bf16", "checkpointing", "sgd", "adafactor"],
+    ids=["accumulation", "adamw8bit", "default", "bf16", "checkpointing", "sgd", "adafactor"],
 )
 def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
     make_config: Callable[..., FinetuneConfig],
@@ -319,20 +321,6 @@ def test_a_finished_run_is_not_repeated(make_config: Callable[..., FinetuneConfi
         finetune(replace(config, steps=5), compared, resume=True)
 
 
-def test_a_run_killed_after_its_last_step_still_gives_its_figures(
-    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
-) -> None:
-    config, first = make_config(compare_uniform=True), read_json(compared / "summary.json")
-    shutil.copytree(compared, tmp_path / "run")
-    for name in ("rankpilot", "uniform"):
-        (tmp_path / "run" / f"result-{name}.json").unlink()
-    again = finetune(config, tmp_path / "run", resume=True)
-    for name in ("rankpilot", "uniform"):
-        for key in ("held_out_loss", "peak_bytes", "ranks"):
-            assert again["runs"][name][key] == first["runs"][name][key], (name, key)
-    write_report(tmp_path / "run")
-
-
 def rows_of(folder: Path, name: str) -> Counter[tuple[int, str]]:
     """How often there is a value for each step and kind of value in a run's metrics."""
     rows = read_json_lines(folder / f"metrics-{name}.jsonl")
@@ -351,6 +339,8 @@ def test_a_run_that_is_over_trains_no_step_and_doubles_no_row(
     decisions = [DecisionLog(path / "decisions").read() for path in (compared, folder)]
     assert decisions[0].equals(decisions[1])
     for name in ("rankpilot", "uniform"):
+        for key in ("held_out_loss", "peak_bytes", "ranks"):
+            assert again["runs"][name][key] == first["runs"][name][key], (name, key)
         assert set(rows_of(folder, name).values()) == {1}
         assert rows_of(folder, name) == rows_of(compared, name)
         assert not (folder / name / "checkpoint-13").exists()
@@ -359,6 +349,7 @@ def test_a_run_that_is_over_trains_no_step_and_doubles_no_row(
         before, after = first["runs"][name], again["runs"][name]
         assert after["train_s"] > 0.8 * sum(row.get("train_s", 0) for row in metrics_of(folder, name)[-1:])
         assert after["median_step_s"] == pytest.approx(before["median_step_s"], rel=0.5)
+    write_report(folder)
 
 
 def metrics_of(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -8,14 +8,21 @@ from rankpilot.bench.memory.published_reserve import CARD_MIB, reserve_on_t4, ri
 
 from ...cases import first_cases
 
+BARS = {"sdpa none": 0.01, "sdpa nf4": 0.08, "eager none": 0.08, "eager nf4": 0.15}
+"""The largest error of each setting."""
 
-@pytest.mark.parametrize("model", first_cases(1, ["TinyLlama", "SmolLM2"]))
-def test_published_reserves_and_verdicts_are_predicted(model):
-    runs = [reserve_on_t4(row) for row in quick_rows(t4_rows()) if model in row.model]
-    bars = {"sdpa none": 0.01, "sdpa nf4": 0.08, "eager none": 0.08, "eager nf4": 0.15}
-    assert {run.kind for run in runs} == set(bars)
-    for run in runs:
-        assert abs(run.compared.error) <= bars[run.kind], run.row.name
-        assert run.verdict_is_right(CARD_MIB)
-    right, of = right_verdicts(runs)
+SETTINGS = ["sdpa none", "eager nf4", "sdpa nf4", "eager none"]
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"), first_cases(2, [(model, kind) for model in ("TinyLlama", "SmolLM2") for kind in SETTINGS])
+)
+def test_published_reserves_and_verdicts_are_predicted(model, setting):
+    rows = [row for row in quick_rows(t4_rows()) if model in row.model]
+    assert {f"{row.attention} {row.quantization}" for row in rows} == set(BARS) == set(SETTINGS)
+    (run,) = (reserve_on_t4(row) for row in rows if f"{row.attention} {row.quantization}" == setting)
+    assert run.kind == setting
+    assert abs(run.compared.error) <= BARS[setting], run.row.name
+    assert run.verdict_is_right(CARD_MIB)
+    right, of = right_verdicts([run])
     assert right / of >= 0.9
