@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ SLOWER = 1.0
 """Plans take so many times what is predicted."""
 
 
-@pytest.fixture(autouse=True)
-def rows_timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each batch that would have been timed."""
-    seen = []
+def counted_times(patch: pytest.MonkeyPatch) -> list[int]:
+    """Count times from rates; returns where the rows of each batch that would have been timed will stand."""
+    seen: list[int] = []
 
     def counted(step: Any, targets: Any, batch: Any, take: Any = None) -> Any:
         seen.append(len(batch["input_ids"]))
@@ -40,9 +40,15 @@ def rows_timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         planned, plain = (time.seconds(ranks, layers if take else None) for ranks, layers in (plan, reference))
         return SLOWER * planned / plain
 
-    monkeypatch.setattr(time_before_training, "measure_step_time", counted)
-    monkeypatch.setattr(time_before_training, "measured_share", share)
+    patch.setattr(time_before_training, "measure_step_time", counted)
+    patch.setattr(time_before_training, "measured_share", share)
     return seen
+
+
+@pytest.fixture(autouse=True)
+def rows_timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each batch that would have been timed."""
+    return counted_times(monkeypatch)
 
 
 def attached(folder: Path, budget: str | int, time: str | None, **options: Any) -> tuple[Trainer, Any]:
@@ -52,6 +58,17 @@ def attached(folder: Path, budget: str | int, time: str | None, **options: Any) 
         trainer, "signal-mean", budget=budget, time=time, measure_every=1, schedule=SCHEDULE, **options
     )
     return trainer, callback
+
+
+@pytest.fixture(scope="module")
+def three_quarters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder and the callback of a run in 75 % of the time that has ended; tests that go on from it take a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "75"
+    with pytest.MonkeyPatch.context() as patch:
+        counted_times(patch)
+        trainer, callback = attached(folder, "400%", "75%")
+        trainer.train()
+    return folder, callback
 
 
 @pytest.mark.parametrize("share", first_cases(2, [60, 90, 75]))
@@ -71,9 +88,10 @@ def test_a_run_keeps_its_time(tmp_path: Path, share: int, rows_timed: list[int])
         assert peak == pytest.approx(predicted, rel=0.02), "bytes are predicted as bytes, whatever limits the plan"
 
 
-def test_a_plan_that_takes_longer_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, callback = attached(tmp_path, "400%", "75%")
-    trainer.train()
+def test_a_plan_that_takes_longer_is_made_anew(
+    tmp_path: Path, three_quarters: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, callback = three_quarters
     monkeypatch.setitem(globals(), "SLOWER", 1.15)
     slower, other = attached(tmp_path / "slower", "400%", "75%")
     slower.train()
@@ -140,12 +158,12 @@ def test_a_time_that_fits_nothing(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_a_resumed_run_keeps_its_time(tmp_path: Path, rows_timed: list[int]) -> None:
-    trainer, callback = attached(tmp_path, "400%", "75%")
-    trainer.train()
-    resumed, again = attached(tmp_path, "400%", "75%")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert len(rows_timed) == 1, "nothing is measured again"
+def test_a_resumed_run_keeps_its_time(tmp_path: Path, three_quarters: tuple[Path, Any], rows_timed: list[int]) -> None:
+    folder, callback = three_quarters
+    shutil.copytree(folder, tmp_path / "run")
+    resumed, again = attached(tmp_path / "run", "400%", "75%")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert rows_timed == [], "nothing is measured again"
     assert again.controller.ranks.tolist() == callback.controller.ranks.tolist()
     assert again.controller.time.seconds == callback.controller.time.seconds
 
@@ -168,13 +186,13 @@ def test_a_resumed_run_may_have_another_time(tmp_path: Path, rows_timed: list[in
     assert without.controller.time is None
 
 
-def test_another_policy_is_still_refused(tmp_path: Path) -> None:
-    trainer, _ = attached(tmp_path, "400%", "75%")
-    trainer.train()
-    other = trainer_of(tmp_path)
+def test_another_policy_is_still_refused(tmp_path: Path, three_quarters: tuple[Path, Any]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(three_quarters[0], folder)
+    other = trainer_of(folder)
     rankpilot.attach(other, "top-down", budget="400%", time="75%", schedule=SCHEDULE)
     with pytest.raises(RunFolderError, match="only the budget and the time may change"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        other.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
 
 
 def test_a_budget_of_parameters_and_a_time(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def run_under(trainer: Trainer, budget: str) -> Run:
     return Run(budget, pilot.limit, "", trainer.state.global_step, changed, pilot.peaks, pilot.pilot.checks, at)
 
 
-SHORT = {"sft-messages", "sft-packing", "dpo", "token-classification"}
+SHORT = {"sft-messages", "dpo", "token-classification"}
 """Kinds that stand for the others, which are left to `make test-long`."""
 
 

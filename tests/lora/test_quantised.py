@@ -423,7 +423,21 @@ def _inference_kernel(inputs: torch.Tensor, packed: torch.Tensor, out: Any = Non
         return torch.nn.functional.linear(inputs, weight.to(inputs.dtype))
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True])
+CHECKPOINTED = ("bnb-int8", "bnb-nf4-double", "torchao-int8")
+"""Bases of which `make test` has checkpointed steps too."""
+
+
+@pytest.mark.parametrize(
+    ("base", "checkpointing"),
+    [
+        pytest.param(
+            base, kind, marks=() if kind is None or base.name in CHECKPOINTED else pytest.mark.long,
+            id=f"{base.name}-{kind}",
+        )
+        for base in BASES
+        for kind in (None, False, True)
+    ],
+)  # fmt: skip
 def test_the_peak_of_a_step_is_predicted(base, folder, checkpointing):
     model, targets = adapt(base.load(folder))
     if checkpointing is not None:

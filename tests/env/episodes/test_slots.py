@@ -123,7 +123,7 @@ def run_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Sto
 
 
 def mixed_tasks(base: str) -> list[ProxyTask]:
-    sizes: dict[str, Any] = {"base": base, "steps": 45, "length": 16}
+    sizes: dict[str, Any] = {"base": base, "steps": 30, "length": 16}
     return [
         ProxyTask("planted", 1, corpus="documentation", budget=0.9, eval_rows=32, **sizes),
         ProxyTask("shift", 2, corpus="code", budget=0.7, eval_rows=48, learning_rate=8e-3, **sizes),

@@ -13,7 +13,7 @@ from rankpilot.study.off_policy.weighted import doubly_robust, importance, self_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LOGS, TARGETS, TASKS, RUNS = 16, 80, 60, 3
+LOGS, TARGETS, TASKS, RUNS = 8, 80, 60, 3
 WEIGHTED = (importance, self_normalised, doubly_robust)
 
 
