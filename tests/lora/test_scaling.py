@@ -13,6 +13,8 @@ from rankpilot.lora.scaling_names import check_scaling
 from rankpilot.lora.targets import find_target_modules
 from transformers.optimization import Adafactor
 
+from ..cases import first_cases
+
 TINY = {"eps": 1e-30}
 PLANS = ((12, 3, 8, 1), (5, 9, 0, 16), (16, 2, 4, 8))
 """Ranks by module, from 8 on: grown, shrunk, dropped and revived."""
@@ -59,8 +61,16 @@ class Run:
             return self.model(input_ids=self.make_tokens(seed=99)).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}], ids=["plain", "rslora", "bias"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    first_cases(
+        len(OPTIMIZERS) + 2,
+        [
+            *((name, {}) for name in OPTIMIZERS),
+            *((name, options) for name in OPTIMIZERS for options in ({"use_rslora": True}, {"lora_bias": True})),
+        ],
+    ),
+)
 def test_constant_alpha_is_a_constant_scaling_with_a_rate_of_its_own_for_b(make_llama, make_tokens, name, options):
     make, power = OPTIMIZERS[name]
     modules = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 8, "lora_alpha": 16}

@@ -11,12 +11,14 @@ from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import SIGNALS, SignalMeter, pair_signals
 from rankpilot.lora.targets import find_target_modules
 
+from ..cases import first_cases
+
 
 def columns(values):
     return dict(zip(SIGNALS, values.T, strict=True))
 
 
-@pytest.mark.parametrize("planted", range(14))
+@pytest.mark.parametrize("planted", first_cases(7, range(14)))
 def test_sensitivity_picks_the_module_that_has_to_change(make_llama, make_tokens, planted):
     """A teacher differs from the student in one weight; the student learns its outputs."""
     model = make_llama(filled=False, r=2, lora_alpha=4)

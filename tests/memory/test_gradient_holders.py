@@ -15,6 +15,7 @@ from rankpilot.memory.recorder import Recorder
 from rankpilot.memory.recording import NEVER
 from rankpilot.memory.step_parts import release_inputs
 
+from ..cases import first_cases
 from .measured import adamw_run, family_batch, family_model
 
 
@@ -36,7 +37,7 @@ def lone_plans(run):
     return 2 * np.eye(len(run.targets), dtype=np.int64)
 
 
-@pytest.mark.parametrize("name", ["llama", "vit", "gpt2"])
+@pytest.mark.parametrize("name", first_cases(2, ["llama", "gpt2", "vit"]))
 def test_a_lone_module_costs_what_it_takes_and_the_margin(checkpointed_run, name):
     run = checkpointed_run(name, "autocast")
     memory = run.calibrated()

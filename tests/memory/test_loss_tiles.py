@@ -15,6 +15,7 @@ from rankpilot.study.memory.config import MemoryConfig
 from rankpilot.study.memory.measured_step import measure_step
 from rankpilot.study.memory.setup import StepSetup, set_up
 
+from ..cases import first_cases
 from ..data.small_models import save
 
 SIZE = 64
@@ -45,7 +46,7 @@ def step_of(model: str, rows: int, length: int) -> StepSetup:
     return set_up(MemoryConfig(model, batch_size=rows, max_length=length, optimizer="sgd"), lambda text: None)
 
 
-@pytest.mark.parametrize(("rows", "length"), [(4, 17), (8, 17), (9, 17), (16, 17), (2, 64)])
+@pytest.mark.parametrize(("rows", "length"), first_cases(3, [(8, 17), (9, 17), (2, 64), (4, 17), (16, 17)]))
 def test_the_peak_of_a_step(tmp_path: Path, fused: SimpleNamespace, rows: int, length: int) -> None:
     setup = step_of(save("llama", tmp_path / "llama"), rows, length)
     memory = setup.measure_memory()

@@ -44,7 +44,9 @@ def deep(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("reentrant", first_cases(1, [False, True]), ids=["checkpointed", "reentrant"])
-@pytest.mark.parametrize(("name", "precision"), [*((name, "bf16") for name in CLASSES), ("llama", "bf16-all")])
+@pytest.mark.parametrize(
+    ("name", "precision"), first_cases(2, [("llama", "bf16-all"), *((name, "bf16") for name in CLASSES)])
+)
 def test_inputs_of_segments_that_are_yet_to_run_again_are_there_at_the_loss(name, precision, reentrant):
     """In half precision each layer's first norm saves its input as a copy in fp32, and nothing saves the input."""
     family = replace(ROWS["llama"], build=lambda: deep(name))

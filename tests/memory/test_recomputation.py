@@ -13,6 +13,7 @@ from rankpilot.memory.step_parts import release_inputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cases import first_cases
+from ..families import FAMILIES
 from .measured import Run, adamw_run, family_batch, family_model, random_plans
 
 
@@ -38,7 +39,15 @@ def recompute(run: Run, names: Collection[str]) -> None:
             module.gradient_checkpointing = name in names
 
 
+QUICK = ("llama", "bert", "gpt2", "t5", "vit", "mixtral", "llama-dora")
+"""Families that stand for those with other adapters, which are left to `make test-long`."""
+
+
 @pytest.mark.parametrize("precision", first_cases(1, ["bf16", "fp32", "autocast"]))
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(row, marks=() if row.name in QUICK else pytest.mark.long, id=row.name) for row in FAMILIES],
+)
 def test_any_set_of_recomputed_layers_is_predicted(family, precision):
     run, memory = checkpointed_run(family, precision)
     names = names_of(run, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from rankpilot.memory.step_events import StepEvents, evaluation_events, step_events
 from rankpilot.memory.step_parts import release_inputs
 
+from ..cases import first_cases
 from .measured import adamw_run, family_batch, family_model, random_plans
 
 
@@ -24,9 +26,16 @@ def states_under(memory: Any, ranks: np.ndarray) -> float:
     return float(((states.weights + states.optimizer) * ranks + states.fixed * (ranks > 0)).sum() + states.others)
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
-def test_the_most_that_is_allocated_is_the_peak_of_a_real_step(named_family, name, checkpointing):
+KINDS = {"plain": None, "checkpointed": False, "reentrant": True}
+QUICK = [("llama", "plain"), ("llama", "checkpointed"), ("gpt2", "plain"), ("bert", "reentrant"), ("t5", "plain")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    first_cases(len(QUICK), [*QUICK, *sorted({*product(("llama", "gpt2", "bert", "t5"), KINDS)} - {*QUICK})]),
+)
+def test_the_most_that_is_allocated_is_the_peak_of_a_real_step(named_family, name, kind):
+    checkpointing = KINDS[kind]
     family = named_family(name)
     model = family_model(family, checkpointing=checkpointing)
     if checkpointing is not None:

@@ -21,6 +21,8 @@ from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.cost import plan_cost
 from rich.console import Console
 
+from ...cases import first_cases
+
 CPU = torch.device("cpu")
 
 
@@ -42,7 +44,7 @@ def test_random_plans_adapt_something_and_differ_in_kind() -> None:
     assert tops, "top layers only"
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "not reentrant", "reentrant"])
+@pytest.mark.parametrize("checkpointing", first_cases(2, ["none", "not reentrant", "reentrant"]))
 def test_one_setting_is_predicted_as_measured(checkpointing: str) -> None:
     setting = Setting("llama", checkpointing, "fp32")  # type: ignore[arg-type]
     result = compare_plans(setting, (CALIBRATED, BatchShape(3, 20)), 2, CPU, seed=0)
@@ -66,7 +68,7 @@ def test_saved_bytes_fall_with_the_adapted_layers() -> None:
     assert 0 < saved_bytes(learner, batch) < whole / 3
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", first_cases(2, list(ARCHITECTURES)))
 def test_watched_plans_are_what_their_names_say(family: Family) -> None:
     setting = Setting(family, "none", "fp32")
     learner = setting.learner(CPU, 0)

@@ -33,6 +33,8 @@ from rankpilot.memory.calibration import calibrate
 from rankpilot.memory.cost import ByteCost, ParameterCost, plan_cost
 from torch.nn import functional
 
+from ...cases import first_cases
+
 MakeTask = Callable[..., ProxyTask]
 
 
@@ -387,7 +389,7 @@ def forget_costs() -> None:
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("base", ["llama-4x32", "bert-4x64", "gpt2-4x32"])
+@pytest.mark.parametrize("base", first_cases(2, ["llama-4x32", "bert-4x64", "gpt2-4x32"]))
 def test_checkpointing_lowers_the_price_to_that_of_a_model_that_checkpoints(make_task: MakeTask, base: str) -> None:
     forget_costs()  # a cost from before may be of a model that is gone
     plain, checkpointed = (

