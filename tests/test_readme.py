@@ -36,7 +36,7 @@ def blocks_of(text: str) -> Iterator[tuple[str, str]]:
 BLOCKS = [*blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))]
 
 SMALLER = {
-    "train": "--iterations 1 --stacks 1 --episodes-per-task 2 --workers 1 --task-steps 12 --validation-tasks 2 "
+    "train": "--iterations 1 --stacks 1 --episodes-per-task 2 --workers 1 --task-steps 12 --validation-tasks 1 "
     "--suites planted",
     "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 16 --batch-size 4 --max-length 16",
     "export": "",

@@ -72,7 +72,7 @@ def full_search(problem, utility):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", first_cases(1, [60, 160]))
+@pytest.mark.parametrize("cases", first_cases(1, [30, 160]))
 def test_the_utility_is_that_of_a_full_search(cases):
     generator = np.random.default_rng(0)
     shares = []

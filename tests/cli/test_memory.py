@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +64,30 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str], output: Path) 
     return " ".join(capsys.readouterr().out.split()), read_json(output / "memory.json")
 
 
+@pytest.fixture(scope="module")
+def measured(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Any, Path]]:
+    """What the measured step of a model prints, its figures, and the folder; of each model it is taken once."""
+
+    @cache
+    def take(name: str) -> tuple[str, Any, Path]:
+        output = tmp_path_factory.mktemp(name) / "memory"
+        with redirect_stdout(io.StringIO()) as shown:
+            assert cli.run(["memory", str(models / name), *SMALL, "--measure", "--output", str(output)]) == 0
+        return " ".join(shown.getvalue().split()), read_json(output / "memory.json"), output
+
+    return take
+
+
 @pytest.mark.parametrize(("name", "task"), first_cases(1, [("bert", "classification"), ("gpt2", "causal-lm")]))
 def test_a_step_is_predicted_and_measured(
-    models: Path, name: str, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: Callable[[str], tuple[str, Any, Path]], name: str, task: str
 ) -> None:
-    printed, figures = run([str(models / name), *SMALL, "--measure"], capsys, tmp_path / "memory")
+    printed, figures, folder = measured(name)
     assert figures["task"] == task
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
     if sys.platform == "linux":
         assert figures["measured"]["process_bytes"] > figures["measured"]["peak_bytes"]
-    assert (tmp_path / "memory" / "memory.png").is_file()
+    assert (folder / "memory.png").is_file()
     for words in ("calibrating", "tensors saved for backward", "By layer", "half the batch (2 x 16)", "A real step"):
         assert words in printed
     assert ("layers 0 to 1, each" in printed) == (name == "bert"), "layers with equal bytes share a row"
@@ -98,9 +116,14 @@ def test_settings_are_followed(models: Path, tmp_path: Path, capsys: pytest.Capt
     assert "uniform inside 90%" in printed
 
 
-def test_settings_of_the_trainer_are_followed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_the_trainer_are_followed(
+    models: Path,
+    measured: Callable[[str], tuple[str, Any, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, plain, _ = measured("bert")
     options = [str(models / "bert"), *SMALL, "--measure"]
-    _, plain = run(options, capsys, tmp_path / "plain")
     printed, figures = run([*options, "--trainer", "optim=sgd", "label_smoothing_factor=0.1"], capsys, tmp_path / "sgd")
     assert "modules, optim=sgd, label_smoothing_factor=0.1, cpu" in printed
     assert figures["kinds"]["optimizer"] == 0 < plain["kinds"]["optimizer"]

@@ -199,7 +199,7 @@ class Fitted:
 def fitted(request: pytest.FixtureRequest) -> Fitted:
     """Critics that were taught one of two truths."""
     critics = PlanValueEnsemble(SMALL)
-    facts = fit_value_ensemble(critics, dataset_on(request.param, groups=400, runs=10), seed=0)
+    facts = fit_value_ensemble(critics, dataset_on(request.param, groups=250, runs=10), seed=0)
     return Fitted(request.param, critics, facts)
 
 

@@ -89,7 +89,7 @@ def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
     envs: ProxyVecEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BATCH", 3)  # more steps, for fewer tasks
-    monkeypatch.setattr(module, "PASSES", 300)
+    monkeypatch.setattr(module, "PASSES", 220)
     seen, dataset = seen_on(envs, PLANTED + SHIFT)
     known = torch.tensor(dataset.known)
     assert (len(known), int(known.sum())) == (2 * 9, 2 * 6)

@@ -204,9 +204,9 @@ def test_measuring_tunes_the_rate_and_keeps_what_was_reached(
     monkeypatch.setattr(make_suites, "DecisionSchedule", lambda: DecisionSchedule(probe_steps=3))
     monkeypatch.setattr(make_suites, "RATES", (1e-3, 2e-2))
     tasks = [
-        make_task("planted", 90, steps=30, budget=0.25, unit="parameters"),
-        make_task("shift", 91, steps=30),
-        make_task("shift", 92, steps=30),
+        make_task("planted", 90, steps=16, budget=0.25, unit="parameters"),
+        make_task("shift", 91, steps=16),
+        make_task("shift", 92, steps=16),
     ]
     batches = list(make_suites.measure(tasks, 4))
     assert [len(batch) for batch in batches] == [2, 1]
