@@ -94,6 +94,10 @@ BASES = (
 )
 
 
+CHECKPOINTED = ("bnb-int8", "bnb-nf4-double", "torchao-int8")
+"""Bases of which `make test` has prepared models and checkpointed steps too."""
+
+
 @pytest.fixture(params=BASES, ids=lambda base: base.name)
 def base(request: pytest.FixtureRequest) -> Base:
     """Every way to quantise in turn."""
@@ -169,7 +173,17 @@ def save(model: PeftModel, targets: list[TargetModule], path: Path) -> None:
     model.save_pretrained(path)
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+@pytest.mark.parametrize(
+    ("base", "prepared"),
+    [
+        pytest.param(
+            base, prepared, marks=pytest.mark.long if prepared and base.name not in CHECKPOINTED else (),
+            id=f"{base.name}-{'prepared' if prepared else 'plain'}",
+        )
+        for base in BASES
+        for prepared in (False, True)
+    ],
+)  # fmt: skip
 def test_train_resize_save_and_reload_in_plain_peft(base, folder, tmp_path, prepared):
     def fresh() -> PreTrainedModel:
         return prepare_model_for_kbit_training(base.load(folder)) if prepared else base.load(folder)
@@ -421,10 +435,6 @@ def _inference_kernel(inputs: torch.Tensor, packed: torch.Tensor, out: Any = Non
     with torch.no_grad():
         weight = dequantize_4bit(codes, state)
         return torch.nn.functional.linear(inputs, weight.to(inputs.dtype))
-
-
-CHECKPOINTED = ("bnb-int8", "bnb-nf4-double", "torchao-int8")
-"""Bases of which `make test` has checkpointed steps too."""
 
 
 @pytest.mark.parametrize(

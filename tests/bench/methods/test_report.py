@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ def filled(gains: dict[str, float], names: tuple[str, ...] = NAMES) -> Study:
 
 def results(gains: dict[str, float], names: tuple[str, ...] = NAMES) -> Results:
     return Results.of(filled(gains, names), [METHODS[name] for name in names])
+
+
+@cache
+def stored(suite: str) -> Results:
+    """What the rows in the repository tell."""
+    return report.read_results(report.Options(suite=suite))
 
 
 def test_gains_are_paired_differences_of_logs() -> None:
@@ -99,7 +106,7 @@ def test_checks_are_found_or_not() -> None:
 
 def test_kinds_of_tasks_stand_apart() -> None:
     assert kinds_table(results({})).rows == (), "all cells are of one kind"
-    found = report.read_results(report.Options(suite="standard"))
+    found = stored("standard")
     parts = [found.of_kind(kind) for kind in KINDS]
     assert sum(len(part.cells) for part in parts) == len(found.cells)
     table = kinds_table(found)
@@ -152,12 +159,12 @@ def test_docs_results_is_what_the_stored_rows_say() -> None:
     suite = written.partition("--suite ")[2].partition("`")[0]
     options = report.Options(suite=suite, output=DOCS, images=DOCS / "images")
     assert PACKED.is_file()
-    assert written == report.report_text(options, report.read_results(options))
+    assert written == report.report_text(options, stored(suite))
 
 
 def test_stored_rows_show_what_must_be_there() -> None:
     suite = (DOCS / "results.md").read_text().partition("--suite ")[2].partition("`")[0]
-    found = check_results(report.read_results(report.Options(suite=suite)))
+    found = check_results(stored(suite))
     assert found["check-worse"], "a method that is worse by construction is found worse, with its whole interval"
 
 
