@@ -228,7 +228,16 @@ def make_observation() -> Callable[..., Observation]:
     return make
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+OTHERS_STAND_FOR = ("gpt2-rslora", "gpt2-lora-bias")
+"""Families whose adapters are those of another one, on a base that other rows have."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(row, marks=pytest.mark.long if row.name in OTHERS_STAND_FOR else (), id=row.name)
+        for row in FAMILIES
+    ]
+)
 def family(request: pytest.FixtureRequest) -> Family:
     """Every row of the matrix in turn."""
     row: Family = request.param

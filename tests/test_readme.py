@@ -37,7 +37,7 @@ BLOCKS = [*blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))]
 
 SMALLER = {
     "train": "--iterations 1 --stacks 1 --episodes-per-task 2 --workers 1 --task-steps 12 --validation-tasks 1 "
-    "--suites planted",
+    "--schedule.probe-steps 2 --suites planted",
     "finetune": "--steps 8 --eval-every 4 --train-rows 64 --held-out-rows 16 --batch-size 4 --max-length 16",
     "export": "",
     "study": "",

@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing import active_children
 from operator import call
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 
 import psutil
 import pytest
@@ -132,8 +132,14 @@ class Tally:
             raise Broken(f"no tally starts at {start}")
         self.total = start
 
-    def add(self, number: float, seconds: float = 0.0) -> tuple[float, int]:
-        time.sleep(seconds)
+    def hang_once(self, number: float, path: Path) -> tuple[float, int]:
+        """Add; the first process to do so goes on for longer than anybody waits."""
+        if not path.exists():
+            path.touch()
+            time.sleep(60)
+        return self.add(number)
+
+    def add(self, number: float) -> tuple[float, int]:
         if number < 0:
             raise Broken("a tally never falls")
         self.total += number
@@ -212,12 +218,18 @@ def test_another_process_takes_the_place_of_one_that_died_idle(two: Workers) -> 
     assert {pid for _, pid in results.values()} != {home}
 
 
-def test_a_call_that_is_interrupted_is_made_again(two: Workers) -> None:
+def test_a_call_that_is_interrupted_is_made_again(two: Workers, tmp_path: Path) -> None:
     two.keep(0, partial(Tally, 0.0))
     home = two.call({0: Call(Tally.add, (0.1,))})[0][1]
-    Timer(0.5, os.kill, (home, signal.SIGKILL)).start()
-    total, pid = two.call({0: Call(Tally.add, (0.2, 1.5))})[0]
+    Thread(target=_kill_when, args=(home, tmp_path / "began")).start()
+    total, pid = two.call({0: Call(Tally.hang_once, (0.2, tmp_path / "began"))})[0]
     assert (total, pid != home) == (0.1 + 0.2, True)
+
+
+def _kill_when(process: int, path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
 
 
 def test_calls_before_a_new_beginning_are_not_repeated(two: Workers, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.common.files import read_json, read_json_lines, write_text
 from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.finetune import review as review_module
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune, plan_ahead
 from rankpilot.finetune.trainer_settings import arguments_class, further_settings, new_arguments, rank_bounds_of
@@ -142,6 +143,7 @@ def test_a_person_reviews_the_plan(chats: tuple[str, str], tmp_path: Path, monke
         write_text(review, yaml.safe_dump(values))
 
     monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(review_module, "POLL_S", 0.01)
     person = threading.Thread(target=answer, daemon=True)
     person.start()
     finetune(config, tmp_path / "run")
