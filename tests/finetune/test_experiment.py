@@ -531,7 +531,7 @@ def test_a_branch_with_the_same_plan_is_the_same_run(many_checkpoints: Path, tmp
     assert table["step"].to_pylist()[-1] == 8
 
 
-@pytest.mark.parametrize("at", first_cases(2, [0, 4, 8]))
+@pytest.mark.parametrize("at", first_cases(1, [0, 4, 8]))
 def test_a_branch_takes_its_plan_and_keeps_it(many_checkpoints: Path, tmp_path: Path, at: int) -> None:
     ranks = final_ranks(many_checkpoints)
     lowest = {name: min(rank, 1) for name, rank in ranks.items()}

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor as TransformersAdafactor
 
+from ..cases import first_cases
 from .training import train
 
 BLOCK = 256
@@ -221,7 +222,7 @@ def _check_torchao(stored: Any, key: str, count: int, large: bool, bits: int) ->
 
 @pytest.mark.usefixtures("_eager")
 class TestEveryOptimiser:
-    @pytest.mark.parametrize("rank", [24, 17])
+    @pytest.mark.parametrize("rank", first_cases(1, [17, 24]))
     def test_growing_and_dropping_the_new_columns_is_as_if_nothing_happened(self, row, rank):
         """At rank 17 some sizes are not multiples of a block, for which some libraries have no low-bit form."""
         plain, resized = Run(row.make), Run(row.make)

@@ -36,8 +36,8 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "padded": ({}, {"padded": True}),
     "dropout": ({}, {"adapter": {"lora_dropout": 0.1}}),
 }
-OTHERS_STAND_FOR = ("roberta", "t5")
-"""Families whose plain step is left to `make test-long`: the code of BERT and of Flan-T5 is theirs."""
+OTHERS_STAND_FOR = ("roberta", "t5", "qwen2", "mistral-window", "phi3", "bloom", "falcon")
+"""Families whose plain step is left to `make test-long`: they are built as others are."""
 
 FAST = {
     *(("llama", form) for form in FORMS if form != "reentrant"),

@@ -15,6 +15,7 @@ from rankpilot.memory.tiled_loss import TILES, tiled_causal_lm_loss, use_tiled_l
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..cases import first_cases
 from .measured import Run, adamw_run
 
 
@@ -81,7 +82,7 @@ def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize(("rows", "length"), [(6, 13), (8, 32), (5, 9), (4, 25)])
+@pytest.mark.parametrize(("rows", "length"), first_cases(2, [(8, 32), (5, 9), (6, 13), (4, 25)]))
 def test_bytes_are_predicted(rows: int, length: int) -> None:
     model = large_head()
     plain = adamw_run(model, batch_of(rows, length))

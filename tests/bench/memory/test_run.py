@@ -44,7 +44,7 @@ def test_random_plans_adapt_something_and_differ_in_kind() -> None:
     assert tops, "top layers only"
 
 
-@pytest.mark.parametrize("checkpointing", first_cases(2, ["none", "not reentrant", "reentrant"]))
+@pytest.mark.parametrize("checkpointing", first_cases(1, ["not reentrant", "none", "reentrant"]))
 def test_one_setting_is_predicted_as_measured(checkpointing: str) -> None:
     setting = Setting("llama", checkpointing, "fp32")  # type: ignore[arg-type]
     result = compare_plans(setting, (CALIBRATED, BatchShape(3, 20)), 2, CPU, seed=0)

@@ -395,7 +395,7 @@ def test_without_gradients_the_logits_are_those_of_the_peft_model(make_tiny: Mak
 # Signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("name", first_cases(2, ["llama", "bert", "gpt2"]))
 def test_signals_are_those_of_a_signal_meter(make_tiny: MakeTiny, name: str) -> None:
     """Each run reads and moves at its own times, so that others move in the middle of its intervals."""
     tiny = make_tiny(name)

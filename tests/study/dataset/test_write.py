@@ -24,6 +24,7 @@ from rankpilot.study.dataset import write as module
 from rankpilot.study.dataset.columns import COLUMNS
 from rankpilot.study.dataset.write import write_dataset
 
+from ...cases import first_cases
 from .conftest import CONFIG, STACKS, write_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -244,12 +245,15 @@ def test_folders_that_are_no_sources(training: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [
-        ("card", "not finished"),
-        ("tasks", "an earlier version"),
-        ("cut", "cannot be read"),
-        ("settings", "cannot be read"),
-    ],
+    first_cases(
+        3,
+        [
+            ("card", "not finished"),
+            ("tasks", "an earlier version"),
+            ("cut", "cannot be read"),
+            ("settings", "cannot be read"),
+        ],
+    ),
 )
 def test_trainings_that_cannot_be_read(tmp_path: Path, damage: str, words: str) -> None:
     stacks = tuple(replace(stack, tasks=()) for stack in STACKS) if damage == "tasks" else STACKS
