@@ -53,7 +53,7 @@ def run_shell(python: WarmPython, line: str, folder: Path) -> str:
         command, where = ["make", "-n", *words[1:]], ROOT
     elif words[0] == "pip":
         command, where = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "-e", str(ROOT)], folder
-        assert words[1:] == ["install", "-e", ".[test]"]
+        assert words[1:] == ["install", "-e", ".[trl]"]
     else:
         assert words[0] == "rankpilot"
         command = [sys.executable, "-m", "rankpilot", *words[1:], *SMALLER[words[1]].split()]
