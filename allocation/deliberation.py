@@ -31,7 +31,7 @@ PLAIN = "rank 8 on all modules"
 COST_TIE = 0.01
 """Plans whose costs differ by less, as a share, are tied under a goal of cost."""
 
-_OF_PLANS = ("costs", "seconds", "allowed")
+_OF_PLANS = ("costs", "seconds", "allowed", "broad")
 """Attributes with one value a plan, where they are known."""
 
 DRAWN = "drawn "
@@ -70,6 +70,7 @@ class Deliberation:
         costs: of each plan, in the unit of the budget, (P,); None where plans cost the same.
         seconds: of a step under each plan, (P,); None where they are unknown.
         allowed: which plans can be taken, bool (P,); None for all.
+        broad: which plans a goal of cost may take, see `broad_plans`, bool (P,); None for all.
     """
 
     candidates: tuple[str, ...]
@@ -97,6 +98,7 @@ class Deliberation:
     costs: FloatArray | None = None
     seconds: FloatArray | None = None
     allowed: BoolArray | None = None
+    broad: BoolArray | None = None
 
     @property
     def reference(self) -> int:
@@ -169,8 +171,9 @@ class Deliberation:
 
     @cached_property
     def within_tolerance(self) -> BoolArray:
-        """The plans that can be taken and lose surely no more than the goal tolerates, bool (P,)."""
-        return np.asarray(self.may_take & (self.mean - self.reach >= self.goal.least_vote))
+        """The plans that can be taken, are broad, and lose surely no more than the goal tolerates, bool (P,)."""
+        broad = self.may_take if self.broad is None else self.may_take & self.broad
+        return np.asarray(broad & (self.mean - self.reach >= self.goal.least_vote))
 
     @property
     def promise(self) -> str:
@@ -298,7 +301,7 @@ class Deliberation:
             ValueError: parts disagree on their sizes, or have other types.
         """
         for name, array in (*arrays.items(), *recipes.items()):
-            kinds = "iu" if name in ("plan_of", "plans") else "b" if name == "allowed" else "f"
+            kinds = "iu" if name in ("plan_of", "plans") else "b" if name in ("allowed", "broad") else "f"
             if array.dtype.kind not in kinds or array.dtype == np.uint64:
                 raise ValueError(f"{name} is of type {array.dtype}")
         values: dict[str, Any] = {

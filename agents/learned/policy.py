@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...allocation.broad_plans import broad_plans
 from ...allocation.deliberation import Deliberation, Votes
 from ...allocation.goal import CAUTION, Goal
 from ...allocation.observation import Float32Array, Observation
@@ -227,6 +228,7 @@ def _of_any_cost(
         "costs": unit_costs(cost, plans).max(axis=1),
         "seconds": seconds,
         "allowed": np.array([can_take(observation.problem, ranks) for ranks in plans]),
+        "broad": broad_plans(observation.problem, plans),
     }
 
 

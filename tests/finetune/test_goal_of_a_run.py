@@ -29,6 +29,8 @@ from rankpilot.memory.cost import TimedCost
 from rankpilot.study.decision.redecide import redecide
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+pytestmark = pytest.mark.usefixtures("narrow_plans_too")
+
 TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
 ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))

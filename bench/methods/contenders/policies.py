@@ -8,6 +8,7 @@ from typing import Any
 from ....agents.evaluation.ablation import Without
 from ....agents.learned.policy import LearnedPolicy
 from ....agents.learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
+from ....allocation.broad_plans import LEAST_LAYERS, LEAST_MODULES, LEAST_THICK
 from ....allocation.policy import Policy
 from ....allocation.schedule import DecisionSchedule
 
@@ -33,7 +34,7 @@ def identity(spec: str, *, saves: bool = False) -> dict[str, Any]:
 
     Args:
         spec: see `load`.
-        saves: whether it has a goal of cost, for which its doubt counts as well.
+        saves: whether it has a goal of cost, for which its doubt and the floor of broad plans count as well.
     """
     name = spec.partition(WITHOUT)[0]
     if not isinstance(load_policy(name), LearnedPolicy):
@@ -43,4 +44,5 @@ def identity(spec: str, *, saves: bool = False) -> dict[str, Any]:
     if saves and card.get("plan_value"):
         doubts = [card["plan_value"].get(key) for key in ("doubt", "doubt_on_labels")]
         found["doubt"] = " ".join(f"{doubt:.3g}" for doubt in doubts if doubt is not None)
+        found["broad"] = " ".join(f"{share:.3g}" for share in (LEAST_MODULES, LEAST_LAYERS, LEAST_THICK))
     return found

@@ -31,6 +31,8 @@ from rankpilot.memory.step_time import SecondsRow
 
 from ...cases import first_cases
 
+pytestmark = pytest.mark.usefixtures("narrow_plans_too")
+
 LAYERS, A_LAYER = 4, 4
 MODULES = LAYERS * A_LAYER
 BLOCKS = np.arange(MODULES) // A_LAYER

@@ -222,7 +222,10 @@ def test_what_the_readme_claims_of_some_cells() -> None:
     ours, usual = (saving_of(there, name) for name in ("ours-saves-time", "top-three-quarters-8"))
     assert ours is not None
     assert usual is not None
-    for one, words in ((ours, "the policy takes {} of the time, with a loss {} % higher"), (usual, "those {} and {} %")):
+    for one, words in (
+        (ours, "the policy takes {} of the time, with a loss {} % higher"),
+        (usual, "those {} and {} %"),
+    ):
         assert words.format(short(one.step.value, 2), short(100 * one.loss.value, 1)) in readme
     kept = kept_by_kind(saving, "ours-saves-time")
     for kind, words in ((TEXTS, "{} of {} runs on texts"), (NEW_TEXTS, "{} of {} on"), (LABELS, "{} of {} on labels")):

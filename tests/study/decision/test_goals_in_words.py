@@ -25,6 +25,8 @@ from rankpilot.study.decision.explain import explain
 from rankpilot.study.decision.redecide import redecide
 from rankpilot.study.decision.why import explain_votes
 
+pytestmark = pytest.mark.usefixtures("narrow_plans_too")
+
 MODULES = 12
 BLOCKS = np.arange(MODULES) // 4
 WIDE = np.arange(MODULES) % 4 >= 2
