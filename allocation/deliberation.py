@@ -186,11 +186,11 @@ class Deliberation:
             return "" if self.plan == self.plain else self._expectation(self.plain, loss)
         if not self.within_tolerance.any():
             return (
-                f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays within "
-                f"{allowed} of its loss. A larger budget, time or tolerance helps."
+                f"The goal cannot be kept: {rival} does not fit the budget, and no broad plan that fits surely stays "
+                f"within {allowed} of its loss. A larger budget, time or tolerance helps."
             )
         if self.plan == self.reference:
-            return f"No cheaper plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
+            return f"No cheaper broad plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
         mean, worst = (
             0.0 - improvement_of(vote) for vote in (self.mean[self.plan], (self.mean - self.reach)[self.plan])
         )

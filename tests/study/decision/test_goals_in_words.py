@@ -110,7 +110,7 @@ def test_what_was_saved(
     assert found.costs is not None
     within = int(found.within_tolerance.sum())
     assert told.verdict == (
-        f"At step 0 the plan of candidate 'wide at 2' was taken: of the {within} plans whose loss is surely "
+        f"At step 0 the plan of candidate 'wide at 2' was taken: of the {within} broad plans whose loss is surely "
         f"within 1.00% of rank 8 on all modules it takes the fewest bytes: {found.costs[found.plan] / 1024:.4g} KiB, "
         f"against {found.costs[found.reference] / 1024:.4g} KiB."
     )
@@ -134,8 +134,8 @@ def test_nothing_was_sure(
     tight = replace(observation, problem=replace(observation.problem, limit=3500.0))
     logged = log_decision(tight, policy)
     assert explain_votes(logged).verdict == (
-        "At step 0 uniform rank was taken: there is no plan whose loss is surely within 1.00% of rank 8 on all "
+        "At step 0 uniform rank was taken: there is no broad plan whose loss is surely within 1.00% of rank 8 on all "
         "modules, and that one does not fit the budget."
     )
     roomy = explain_votes(log_decision(observation, policy)).verdict
-    assert "the plan of candidate 'all-linear' was taken: of the 1 plans" in roomy
+    assert "the plan of candidate 'all-linear' was taken: of the 1 broad plans" in roomy
