@@ -23,7 +23,7 @@ from .methods.report.saving import (
     saving_of,
     share_of_best,
 )
-from .methods.tasks import NEW_FAMILY, UNTOUCHED, Cell
+from .methods.tasks import NEW_FAMILY, SEEN_LAST, Cell
 from .policy.page import against, oracle_share
 from .policy.rows import PACKED as POLICY_ROWS
 from .policy.rows import PolicyRows, unpack
@@ -120,7 +120,7 @@ def _of_time(saving: Results) -> Iterator[Aim]:
     )
     for words, tasks in (
         ("a family never learned from", NEW_FAMILY),
-        ("fine-tunes that nobody had looked at", UNTOUCHED),
+        ("fine-tunes that were seen last", SEEN_LAST),
     ):
         part = saving_of(_only(saving, [cell for cell in saving.cells if cell.task in tasks]), TIME)
         if part:

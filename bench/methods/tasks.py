@@ -144,14 +144,14 @@ _STANDARD = _cells(
 NEW_FAMILY = (_proxy("neox-8x64", "french", 100), _proxy("neox-8x64", "templates", 150))
 """Tasks of GPT-NeoX: no policy has learned from a model of its family."""
 
-UNTOUCHED = (
+SEEN_LAST = (
     _proxy("gpt2-8x64", "russian", 150),
     _proxy("llama-8x64", "russian", 100),
     _proxy("gpt2-8x64", "news", 100),
     _proxy("llama-8x64", "news", 200),
     _minilm("newsgroups", steps=100, model="minilm-l6"),
 )
-"""Tasks that were written down when the shipped policy and all that is said of it were done, and run once."""
+"""Tasks that were written down when the shipped policy was done; the floor of broad plans was added after them."""
 
 SAVING = (
     "all-linear-8",
@@ -177,7 +177,7 @@ SUITES: dict[str, Suite] = {
     "standard": Suite(_STANDARD, (1, 2, 3, 4, 5), (101,), 12),
     "saving": Suite(
         tuple(
-            Cell(task, "150%") for task in dict.fromkeys([*(cell.task for cell in _STANDARD), *NEW_FAMILY, *UNTOUCHED])
+            Cell(task, "150%") for task in dict.fromkeys([*(cell.task for cell in _STANDARD), *NEW_FAMILY, *SEEN_LAST])
         ),
         (1, 2, 3, 4, 5),
         (101,),

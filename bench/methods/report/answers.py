@@ -177,7 +177,7 @@ def limits(results: Results) -> list[Block]:
         "The shipped policy learned on small proxies that read bytes, some of them on film reviews of "
         "`rotten-tomatoes`, and was chosen on others that read newsgroup posts; of these models it has seen few runs, "
         "on other data (`bench plan-runs`). It was not tuned on these cells, but some of its versions were dropped "
-        "after they had been looked at (docs/experiments.md). Nobody had seen the untouched cells of docs/saving.md.",
+        "after they had been looked at (docs/experiments.md).",
         "It decides once, before the first step. So `ours`, `ours-first-plan` and `ours-replay` differ by the luck of "
         "a probe and of fresh adapter rows alone, and what lies between them is as much as luck makes.",
     ]

@@ -32,7 +32,7 @@ from rankpilot.bench.methods.report.saving import (
 )
 from rankpilot.bench.methods.rows import PACKED
 from rankpilot.bench.methods.study import Modules, Study
-from rankpilot.bench.methods.tasks import NEW_FAMILY, SAVING, SUITES, UNTOUCHED, Cell, Suite
+from rankpilot.bench.methods.tasks import NEW_FAMILY, SAVING, SEEN_LAST, SUITES, Cell, Suite
 from rankpilot.bench.methods.work import Work
 from rankpilot.env.tasks import make_suites
 from rankpilot.lora.module_spec import ModuleSpec
@@ -101,7 +101,7 @@ def test_the_suite_has_each_task_of_the_standard_one_once() -> None:
     suite = SUITES["saving"]
     tasks = [cell.task for cell in suite.cells]
     assert len(set(tasks)) == len(tasks)
-    assert set(tasks) == {*(cell.task for cell in SUITES["standard"].cells), *NEW_FAMILY, *UNTOUCHED}
+    assert set(tasks) == {*(cell.task for cell in SUITES["standard"].cells), *NEW_FAMILY, *SEEN_LAST}
     assert {cell.budget for cell in suite.cells} == {"150%"}, "plain LoRA fits"
     assert [method.name for method in run.chosen_methods(suite, (), ())] == list(SAVING)
 
@@ -215,9 +215,9 @@ def test_the_readme_claims_what_the_stored_rows_say() -> None:
 def test_what_the_readme_claims_of_some_cells() -> None:
     readme = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
     saving = report.read_results(report.Options(suite="saving"))
-    untouched = [cell for cell in saving.shared("ours-saves-time", PLAIN) if cell.task in UNTOUCHED]
-    assert len(untouched) == len(UNTOUCHED) == 5
-    names = {cell.name for cell in untouched}
+    last = [cell for cell in saving.shared("ours-saves-time", PLAIN) if cell.task in SEEN_LAST]
+    assert len(last) == len(SEEN_LAST) == 5
+    names = {cell.name for cell in last}
     there = replace(saving, found={key: each for key, each in saving.found.items() if key[1] in names})
     ours, usual = (saving_of(there, name) for name in ("ours-saves-time", "top-three-quarters-8"))
     assert ours is not None
