@@ -1,0 +1,61 @@
+"""What the pages say of predicted memory is what stored figures say, which the benchmarks wrote:
+
+rankpilot bench published --json bench/results/published.json
+rankpilot bench memory --json bench/results/memory.json
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.common.files import read_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def stored(name: str) -> dict[str, Any]:
+    """The figures of a benchmark by their flat names."""
+    found = read_json(ROOT / "bench" / "results" / f"{name}.json")
+    assert isinstance(found, dict)
+    return found
+
+
+def page(name: str) -> str:
+    """A page in one line."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def short(value: float) -> str:
+    """A number of two digits after the point, without the 0 before it."""
+    return re.sub(r"^0\.", ".", f"{value:.2f}")
+
+
+def test_published_peaks() -> None:
+    found = stored("published")
+    mean, worst = (short(found[f"t4.{name}_percent"]) for name in ("mean", "worst"))
+    told = (
+        f"43 fine-tunes that others measured on a T4, the prediction is {mean} % off in the mean and {worst} % at worst"
+    )
+    assert told in page("docs/memory.md")
+
+
+def test_random_plans() -> None:
+    found = stored("memory")
+    plain = [value for key, value in found.items() if re.match(r"accuracy\.no_checkpointing\.\w+_error_", key)]
+    assert plain
+    assert set(plain) == {0.0}, "exact to the byte"
+    low, high = (short(100 * found[f"accuracy.checkpointing.peak_error_{name}"]) for name in ("under", "over"))
+    told = f"Over {found['accuracy.plans']} random plans of four families the predicted peak is exact to the byte"
+    assert f"{told} without gradient checkpointing, and {low} to {high} % too high" in page("docs/memory.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("resident", "{} % of them for a step"), ("resident_given_back", "and {} % with `MALLOC_MMAP")]
+)
+def test_what_a_process_holds_beside_tensors(name: str, words: str) -> None:
+    found = stored("memory")
+    share = found[f"outside.bert.all-linear, rank 8.{name}"] / found["outside.bert.all-linear, rank 8.predicted"]
+    assert words.format(f"{100 * share:.0f}") in page("docs/memory.md")
