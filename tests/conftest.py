@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rankpilot"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's blocks are the longest test: first, so that they do not run on when all else is done."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest tests first, those of the whole, so that none of them runs on when all else is done."""
+    items.sort(key=lambda item: (item.path.parent != Path(__file__).parent, item.path.name != "test_readme.py"))
 
 
 def pytest_collection_finish() -> None:
