@@ -220,8 +220,8 @@ def page(found: list[Aim]) -> str:
 
 def benchmark(options: Options, console: Console) -> Figures:
     """Read the stored rows, and tell."""
-    read = (report.read_results(report.Options(suite=suite)) for suite in ("saving", "standard"))
-    found = [*aims(*read, unpack(POLICY_ROWS))]
+    saving, standard = (report.read_results(report.Options(suite=suite)) for suite in ("saving", "standard"))
+    found = [*aims(saving, standard, unpack(POLICY_ROWS))]
     text = page(found)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if options.page:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         old = {storage._cdata for storage in storages(inputs)}
         for key, storage in unseen.items():
             if key in old:
-                self._seen[key] = None, weakref.ref(storage, lambda reference, key=key: self._seen.pop(key, None))
+                self._seen[key] = None, weakref.ref(storage, partial(self._forget, key))
             else:
                 self._created(self._follow(storage), storage.nbytes())
 
@@ -94,12 +95,15 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, serial = storage._cdata, self.count
         self.count += 1
 
-        def forget(reference: object) -> None:
-            self._seen.pop(key, None)
+        def freed(reference: object) -> None:
+            self._forget(key, reference)
             self._freed(serial)
 
-        self._seen[key] = serial, weakref.ref(storage, forget)
+        self._seen[key] = serial, weakref.ref(storage, freed)
         return serial
+
+    def _forget(self, key: int, reference: object) -> None:
+        self._seen.pop(key, None)
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
