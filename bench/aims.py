@@ -235,7 +235,7 @@ _COLUMNS = ("| what | bar | measured | reached |", "|---|---|---|---|")
 _HEAD = """# What the policy is to reach, and what it reaches
 
 `rankpilot bench aims` made this page from stored rows. The bars were written down before anything was measured; {met}
-of {count} are reached. Every side has a learning rate of its own (on the proxies of the last three lines the one that is
+of {count} are reached. Every side has a learning rate of its own (on proxies, the last three lines, the one that is
 best for uniform rank), seeds are paired, and intervals are 95 %. *In part*: some of the bars of a line are reached, not
 all. Where a bar is missed, what was tried is in the [experiments](experiments.md). Two more hold by tests: a training
 gives the same file, byte for byte, for any number of workers, and plans keep their budget.
