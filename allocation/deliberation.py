@@ -172,8 +172,13 @@ class Deliberation:
     @cached_property
     def within_tolerance(self) -> BoolArray:
         """The plans that can be taken, are broad, and lose surely no more than the goal tolerates, bool (P,)."""
-        broad = self.may_take if self.broad is None else self.may_take & self.broad
-        return np.asarray(broad & (self.mean - self.reach >= self.goal.least_vote))
+        sure = self.may_take & (self.mean - self.reach >= self.goal.least_vote)
+        return np.asarray(sure & self.broad if self.has_floor and self.broad is not None else sure)
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether a goal of cost takes broad plans alone: where plain LoRA can be taken in their place."""
+        return self.broad is not None and self.plain is not None and bool(self.may_take[self.plain])
 
     @property
     def promise(self) -> str:
@@ -186,11 +191,12 @@ class Deliberation:
             return "" if self.plan == self.plain else self._expectation(self.plain, loss)
         if not self.within_tolerance.any():
             return (
-                f"The goal cannot be kept: {rival} does not fit the budget, and no broad plan that fits surely stays "
+                f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays "
                 f"within {allowed} of its loss. A larger budget, time or tolerance helps."
             )
         if self.plan == self.reference:
-            return f"No cheaper broad plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
+            broad = "broad " if self.has_floor else ""
+            return f"No cheaper {broad}plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
         mean, worst = (
             0.0 - improvement_of(vote) for vote in (self.mean[self.plan], (self.mean - self.reach)[self.plan])
         )

@@ -32,6 +32,7 @@ class FrontierPlan:
         high: upper end.
         fits: whether it is within the budget; of plain LoRA alone it may be false.
         taken: whether the decision is this plan.
+        narrow: whether a goal of cost may not take it, see `broad_plans`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class FrontierPlan:
     high: float
     fits: bool
     taken: bool
+    narrow: bool = False
 
     @property
     def verdict(self) -> str:
@@ -87,6 +89,7 @@ def _plan(found: Deliberation, plan: int, mean: float, reach: float) -> Frontier
         low=low,
         high=high,
         fits=bool(found.may_take[plan]),
+        narrow=found.goal.saves and found.has_floor and found.broad is not None and not found.broad[plan],
         taken=plan == found.plan,
     )
 

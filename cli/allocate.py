@@ -23,6 +23,7 @@ from .progress import console
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..allocation.frontier import FrontierPlan
     from ..finetune.allocate import StaticPlan
 
 
@@ -94,7 +95,7 @@ def _frontier(plan: StaticPlan) -> Table:
     assert plan.frontier is not None
     rows = [
         (
-            f"{each.name}{', taken' if each.taken else '' if each.fits else ', too large'}",
+            f"{each.name}{_note(each)}",
             cost_text(each.cost, plan.unit).removesuffix(" parameters"),
             "-" if each.seconds is None else f"{1e3 * each.seconds:.4g} ms",
             *(f"{value - 1:+.1%}" for value in (each.loss, each.low, each.high)),
@@ -105,6 +106,13 @@ def _frontier(plan: StaticPlan) -> Table:
     columns = ("plan", plan.unit, "step", "loss", "from", "to", "")
     title = "Plans that are worth their cost; losses against rank 8 on all modules"
     return make_table(title, columns, rows, first_wraps=True)
+
+
+def _note(plan: FrontierPlan) -> str:
+    """What is to be known of a plan of the frontier beside its figures."""
+    if plan.taken:
+        return ", taken"
+    return ", too large" if not plan.fits else ", too narrow for the goal" if plan.narrow else ""
 
 
 def _peft(plan: StaticPlan) -> str:

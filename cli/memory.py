@@ -46,6 +46,11 @@ class Memory(MemoryConfig):
     json: bool = False
     config: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.json and self.config:
+            raise ConfigError("--json and --config each print one thing and nothing else: give one of them.")
+
 
 def main(arguments: Sequence[str]) -> int:
     """Show where the bytes go, and write the picture; returns the exit status."""

@@ -164,7 +164,7 @@ def timed_plans(
     most = highest_ranks(targets)
     modules = np.arange(len(targets))
     usual = np.minimum(REFERENCE_RANK, most)
-    upper = blocks >= (blocks.max() + 1) / 2
+    upper = blocks >= min((blocks.max() + 1) / 2, blocks.max())  # of one layer, that one
     among = (modules == modules[blocks == blocks.max()][-1], blocks == 0, upper)
     plans: list[TimedPlan] = [(usual, always), (np.minimum(HIGH_RANK, most), always)]
     plans += [(np.where(chosen, usual, 0), always) for chosen in among]

@@ -228,6 +228,6 @@ _LIMITS = """## What it cannot do
   and ratios alone, so it decides for larger models, but nobody has trained it on one.
 * It has learned from runs of {horizon} steps with {rows} rows each, on {modules} modules. Where a run lies outside, it
   says so before the first step, and decides all the same: which plan is best may be another one there.
-* Where its networks do not agree, it takes uniform rank, or plain LoRA under a goal of time or bytes. Then it gains
-  nothing. On a family of models that none of them has learned from they may agree and be wrong together, as on
-  GPT-NeoX ([what can be saved](saving.md)); no measure was found that tells such a family beforehand."""
+* Where its networks do not agree, it takes uniform rank, or plain LoRA, if that fits, under a goal of time or bytes.
+  Then it gains nothing. On a family of models that none of them has learned from they may agree and be wrong together,
+  as on GPT-NeoX ([what can be saved](saving.md)); no measure was found that tells such a family beforehand."""

@@ -169,12 +169,13 @@ def _saving(logged: LoggedDecision, found: Deliberation) -> str:
     """The verdict under a goal of cost, without the step."""
     tolerated = f"whose loss is surely within {found.goal.tolerance:.2%} of rank 8 on all modules"
     if not found.within_tolerance.any():
-        return f"uniform rank was taken: there is no broad plan {tolerated}, and that one does not fit the budget."
+        return f"uniform rank was taken: there is no plan {tolerated}, and that one does not fit the budget."
     most = "takes the least time a step" if found.goal.kind == "time" else "takes the fewest bytes"
     costs = [_cost_text(logged, found, plan) for plan in (found.plan, found.reference)]
+    broad = "broad " if found.has_floor else ""
     return (
         f"the plan of candidate {found.candidates[found.taken]!r} was taken: of the "
-        f"{int(found.within_tolerance.sum())} broad plans {tolerated} it {most}: {costs[0]}, against {costs[1]}."
+        f"{int(found.within_tolerance.sum())} {broad}plans {tolerated} it {most}: {costs[0]}, against {costs[1]}."
     )
 
 

@@ -124,14 +124,17 @@ rankpilot export {quote(str(folder))} --format rank-pattern
 
 
 def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
-    """How many outputs the head has that was saved with an adapter, if any: its last layer has the fewest."""
+    """How many outputs the head has that was saved with an adapter, if any: those of `out_proj`, or the fewest."""
     names = config.get("modules_to_save")
     if not str(config.get("task_type")).endswith("_CLS") or not isinstance(names, list):
         return None
     with suppress(DataError):
         shapes = read_shapes(adapter / ADAPTER_WEIGHTS).items()
-        heads = [shape[0] for key, shape in shapes if len(shape) == 2 and set(key.split(".")) & set(map(str, names))]
-        return min(heads, default=None)
+        heads = {
+            key: shape[0] for key, shape in shapes if len(shape) == 2 and set(key.split(".")) & set(map(str, names))
+        }
+        last = [count for key, count in heads.items() if ".out_proj." in key]
+        return min(last or heads.values(), default=None)
     return None
 
 

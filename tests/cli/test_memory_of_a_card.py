@@ -77,6 +77,7 @@ def test_the_best_choice_as_a_configuration(
         (["--device", "T4", "--checkpointing"], "checkpointing is among the choices that are shown"),
         (["--device", "T4", "--measure"], "measure: not with a card"),
         (["--device", "T4", "--rank", "0"], "rank is at least 1"),
+        (["--device", "T4", "--json", "--config"], "--json and --config each print one thing"),
     ],
 )
 def test_contradictions_are_refused_as_options(

@@ -38,6 +38,8 @@ def test_the_plans_tell_the_parts_apart(make_llama: Any) -> None:
     assert plans[5][0].sum() > plans[4][0].sum()
     assert [layers for _, layers in plans] == [(), (), (), (), (), (), ("a", "b")]
     assert [layers for _, layers in timed_plans(targets, (), ("a",))] == [("a",)] * 6
+    one = [target for target in targets if target.block == 0]
+    assert all(ranks.any() for ranks, _ in timed_plans(one, ())), "something trains under each plan for one layer"
     assert all((ranks <= [target.max_rank for target in targets]).all() for ranks, _ in plans)
 
 

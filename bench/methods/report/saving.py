@@ -215,7 +215,7 @@ def saving_blocks(results: Results, picture: str) -> list[Block]:
     lines = [line for name in OURS if name in found for line in _sentences(results, name)]
     described = "; ".join(f"`{method.name}`: {method.description}" for method in results.methods)
     return [
-        Heading("What can be saved without losing anything", 1),
+        Heading("What can be saved at about the same loss", 1),
         Paragraph(
             "Written by `rankpilot bench methods-report --suite saving` from stored rows; run again with `rankpilot "
             f"bench methods --suite saving`. Each plan beside `{PLAIN}`, rank 8 on all linear modules: by how much the "

@@ -389,3 +389,18 @@ def test_there_is_no_frontier_of_plans_of_one_cost(seen: Callable[..., Observati
     assert ALL_LINEAR not in found.candidates
     with pytest.raises(ConfigError, match="no frontier"):
         frontier(found)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_narrow_plans_count_where_plain_lora_cannot_be_taken(
+    seen: Callable[..., Observation], monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The floor stands for what could be kept in place of a cheap plan; without that it would leave nothing."""
+    for name, least in (("LEAST_MODULES", 0.5), ("LEAST_LAYERS", 2 / 3), ("LEAST_THICK", 0.5)):
+        monkeypatch.setattr(f"rankpilot.allocation.broad_plans.{name}", least)
+    top = BLOCKS == 3
+    ranks, _, found = decided(policy_of(loss_without(top), "bytes"), seen(share))
+    assert found.has_floor == (share == 1.0)
+    assert bool(ranks[~top].any()) == found.has_floor, "the top layer alone would do"
+    assert found.broad is not None
+    assert bool(found.broad[found.plan]) == found.has_floor

@@ -134,7 +134,7 @@ def test_nothing_was_sure(
     tight = replace(observation, problem=replace(observation.problem, limit=3500.0))
     logged = log_decision(tight, policy)
     assert explain_votes(logged).verdict == (
-        "At step 0 uniform rank was taken: there is no broad plan whose loss is surely within 1.00% of rank 8 on all "
+        "At step 0 uniform rank was taken: there is no plan whose loss is surely within 1.00% of rank 8 on all "
         "modules, and that one does not fit the budget."
     )
     roomy = explain_votes(log_decision(observation, policy)).verdict

@@ -293,7 +293,7 @@ def test_the_outputs_of_a_head_that_was_saved_with_the_adapter(trainer_folder: P
     adapter = {"task_type": "SEQ_CLS", "base_model_name_or_path": "some/model", "modules_to_save": ["classifier"]}
     write_json(checkpoint / "adapter_config.json", adapter)
     assert f"from_pretrained('{checkpoint}')" in write_report(trainer_folder).path.read_text()
-    shapes = {"lora_A.weight": (2, 8), "classifier.dense.weight": (8, 8), "classifier.out_proj.weight": (3, 8)}
+    shapes = {"lora_A.weight": (2, 8), "classifier.dense.weight": (2, 8), "classifier.out_proj.weight": (3, 2)}
     tensors = {f"base_model.model.{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
     save_file(tensors, checkpoint / "adapter_model.safetensors")
     assert f"from_pretrained('{checkpoint}', num_labels=3)" in write_report(trainer_folder).path.read_text()
