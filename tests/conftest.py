@@ -40,8 +40,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rankpilot"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, those of the whole, so that none of them runs on when all else is done."""
-    items.sort(key=lambda item: (item.path.parent != Path(__file__).parent, item.path.name != "test_readme.py"))
+    """The README's blocks are the longest test: first, so that they do not run on when all else is done.
+
+    Others stay where they are: what they load comes after `pytest_collection_finish`, and would slow all that follow.
+    """
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 def pytest_collection_finish() -> None:
