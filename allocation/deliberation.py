@@ -172,13 +172,14 @@ class Deliberation:
     @cached_property
     def within_tolerance(self) -> BoolArray:
         """The plans that can be taken, are broad, and lose surely no more than the goal tolerates, bool (P,)."""
-        sure = self.may_take & (self.mean - self.reach >= self.goal.least_vote)
-        return np.asarray(sure & self.broad if self.has_floor and self.broad is not None else sure)
+        return np.asarray(self.may_take & ~self.narrow & (self.mean - self.reach >= self.goal.least_vote))
 
     @property
-    def has_floor(self) -> bool:
-        """Whether a goal of cost takes broad plans alone: where plain LoRA can be taken in their place."""
-        return self.broad is not None and self.plain is not None and bool(self.may_take[self.plain])
+    def narrow(self) -> BoolArray:
+        """The plans below the floor, where plain LoRA can be taken in their place, bool (P,); else none."""
+        if self.broad is None or self.plain is None or not self.may_take[self.plain]:
+            return np.zeros(len(self.plans), dtype=np.bool_)
+        return ~self.broad
 
     @property
     def promise(self) -> str:
@@ -195,7 +196,7 @@ class Deliberation:
                 f"within {allowed} of its loss. A larger budget, time or tolerance helps."
             )
         if self.plan == self.reference:
-            broad = "broad " if self.has_floor else ""
+            broad = "broad " if self.narrow.any() else ""
             return f"No cheaper {broad}plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
         mean, worst = (
             0.0 - improvement_of(vote) for vote in (self.mean[self.plan], (self.mean - self.reach)[self.plan])

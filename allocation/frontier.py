@@ -89,7 +89,7 @@ def _plan(found: Deliberation, plan: int, mean: float, reach: float) -> Frontier
         low=low,
         high=high,
         fits=bool(found.may_take[plan]),
-        narrow=found.goal.saves and found.has_floor and found.broad is not None and not found.broad[plan],
+        narrow=found.goal.saves and bool(found.narrow[plan]),
         taken=plan == found.plan,
     )
 

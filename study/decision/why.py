@@ -172,7 +172,7 @@ def _saving(logged: LoggedDecision, found: Deliberation) -> str:
         return f"uniform rank was taken: there is no plan {tolerated}, and that one does not fit the budget."
     most = "takes the least time a step" if found.goal.kind == "time" else "takes the fewest bytes"
     costs = [_cost_text(logged, found, plan) for plan in (found.plan, found.reference)]
-    broad = "broad " if found.has_floor else ""
+    broad = "broad " if found.narrow.any() else ""
     return (
         f"the plan of candidate {found.candidates[found.taken]!r} was taken: of the "
         f"{int(found.within_tolerance.sum())} {broad}plans {tolerated} it {most}: {costs[0]}, against {costs[1]}."

@@ -13,15 +13,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.training.checkpoint import restore, write_checkpoint
-from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
 from rankpilot.agents.training.validation import Validation
 from rankpilot.errors import RunFolderError
-from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ..agents.training.test_train import GROUP, Toy
+from ..agents.training.test_train import learner
 from .damage import damaged
 from .running import fuzz
 
@@ -32,20 +28,7 @@ ENVS: Any = None
 """Those of a validation of no tasks."""
 
 
-@cache
-def model() -> PPO:
-    """A learner as a training makes it, of a small network."""
-    return PPO(
-        RankPolicy,
-        DummyVecEnv([Toy] * GROUP),
-        n_steps=8,
-        batch_size=64,
-        rollout_buffer_class=GroupRolloutBuffer,
-        rollout_buffer_kwargs={"group": GROUP},
-        policy_kwargs={"network": NetworkConfig(width=8)},
-        seed=0,
-        device="cpu",
-    )
+model = cache(lambda: learner(8))
 
 
 @cache

@@ -400,7 +400,8 @@ def test_narrow_plans_count_where_plain_lora_cannot_be_taken(
         monkeypatch.setattr(f"rankpilot.allocation.broad_plans.{name}", least)
     top = BLOCKS == 3
     ranks, _, found = decided(policy_of(loss_without(top), "bytes"), seen(share))
-    assert found.has_floor == (share == 1.0)
-    assert bool(ranks[~top].any()) == found.has_floor, "the top layer alone would do"
+    floor = share == 1.0
+    assert found.narrow.any() == floor
+    assert ranks[~top].any() == floor, "the top layer alone would do"
     assert found.broad is not None
-    assert bool(found.broad[found.plan]) == found.has_floor
+    assert found.broad[found.plan] == floor

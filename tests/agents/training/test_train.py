@@ -602,9 +602,9 @@ class Toy(gym.Env[dict[str, Any], Any]):
         return self.observed, 100.0 - miss, True, False, {}
 
 
-def test_the_plumbing_learns_a_known_optimum() -> None:
-    torch.manual_seed(0)
-    model = PPO(
+def learner(width: int) -> PPO:
+    """PPO as a training makes it, on `Toy`, with a network of this width."""
+    return PPO(
         RankPolicy,
         DummyVecEnv([Toy] * GROUP),
         n_steps=8,
@@ -616,10 +616,15 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
         vf_coef=0.1,
         rollout_buffer_class=GroupRolloutBuffer,
         rollout_buffer_kwargs={"group": GROUP},
-        policy_kwargs={"network": NetworkConfig(width=16)},
+        policy_kwargs={"network": NetworkConfig(width=width)},
         seed=0,
         device="cpu",
     )
+
+
+def test_the_plumbing_learns_a_known_optimum() -> None:
+    torch.manual_seed(0)
+    model = learner(16)
     observation, _ = Toy().reset()
 
     def miss() -> tuple[float, float, float]:

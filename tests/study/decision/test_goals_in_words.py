@@ -110,7 +110,7 @@ def test_what_was_saved(
     assert found.costs is not None
     within = int(found.within_tolerance.sum())
     assert told.verdict == (
-        f"At step 0 the plan of candidate 'wide at 2' was taken: of the {within} broad plans whose loss is surely "
+        f"At step 0 the plan of candidate 'wide at 2' was taken: of the {within} plans whose loss is surely "
         f"within 1.00% of rank 8 on all modules it takes the fewest bytes: {found.costs[found.plan] / 1024:.4g} KiB, "
         f"against {found.costs[found.reference] / 1024:.4g} KiB."
     )
@@ -138,4 +138,4 @@ def test_nothing_was_sure(
         "modules, and that one does not fit the budget."
     )
     roomy = explain_votes(log_decision(observation, policy)).verdict
-    assert "the plan of candidate 'all-linear' was taken: of the 1 broad plans" in roomy
+    assert "the plan of candidate 'all-linear' was taken: of the 1 plans" in roomy
