@@ -39,10 +39,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rankpilot"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's blocks are the longest test: first, so that they do not run on when all else is done.
-
-    Others stay where they are: what they load comes after `pytest_collection_finish`, and would slow all that follow.
-    """
+    """The README's blocks are the longest test: first, so that they do not run on when all else is done."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
