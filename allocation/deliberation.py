@@ -182,6 +182,11 @@ class Deliberation:
         return ~self.broad
 
     @property
+    def misses_goal(self) -> bool:
+        """Whether a goal of cost cannot be kept: no plan that can be taken is surely within the tolerance."""
+        return self.goal.saves and self.costs is not None and not self.within_tolerance.any()
+
+    @property
     def promise(self) -> str:
         """What is expected of the plan that is taken beside plain LoRA, in words; empty where nothing is."""
         loss = self.loss_beside_plain
@@ -190,7 +195,7 @@ class Deliberation:
         rival, allowed = PLAIN, f"{self.goal.tolerance:.2g} (log)"
         if not self.goal.saves:
             return "" if self.plan == self.plain else self._expectation(self.plain, loss)
-        if not self.within_tolerance.any():
+        if self.misses_goal:
             return (
                 f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays "
                 f"within {allowed} of its loss. A larger budget, time or tolerance helps."
@@ -223,7 +228,7 @@ class Deliberation:
 
     @property
     def _cheapest(self) -> BoolArray:
-        if not self.within_tolerance.any():
+        if self.misses_goal:
             return np.asarray(np.arange(len(self.plans)) == self.simple)
         costs = self.seconds if self.goal.kind == "time" else self.costs
         assert costs is not None

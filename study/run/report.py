@@ -180,7 +180,8 @@ def _decisions(run: RunData) -> str:
         "(sd: standard deviations from their mean). They show what was unusual, not what the policy weighed."
     )
     lines = "\n".join(decision_lines(run.decisions))
-    return "\n\n".join([f"```\n{lines}\n```", note, *describe_decisions(run.decisions)])
+    expected = [run.first.promise] if run.first and run.first.promise and not run.first.misses_goal else []
+    return "\n\n".join([f"```\n{lines}\n```", *expected, note, *describe_decisions(run.decisions)])
 
 
 def _reload(run: RunData) -> str:

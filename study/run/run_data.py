@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...allocation.decision_log import DecisionLog
+from ...allocation.deliberation import Deliberation
 from ...common.drawing import Points
 from ...common.files import read_json_lines, read_object
 from ...errors import DataError, RunFolderError, first_line
@@ -41,7 +42,7 @@ class RunData:
         metrics: losses and measured peaks by step, for each run of which the folder has them.
         decisions: the decision log, see `DecisionLog.read`; None without one that can be read.
         missing: what a report has to leave out, and why, a few words each.
-        unlike: in what the run is unlike those that its policy has learned from, in words; empty where it is not.
+        first: what its policy computed at the first decision; None where that is unknown.
     """
 
     folder: Path
@@ -49,7 +50,7 @@ class RunData:
     metrics: Mapping[str, Rows]
     decisions: pa.Table | None
     missing: tuple[str, ...]
-    unlike: str = ""
+    first: Deliberation | None = None
 
     @property
     def results(self) -> dict[str, Mapping[str, Any]]:
@@ -146,16 +147,15 @@ def read_run(folder: Path) -> RunData:
             decisions = log.read(lambda error: missing.append(f"a decision ({error})"))
         except RunFolderError as error:
             missing.append(f"all decisions ({error})")
-    return RunData(folder, summary, metrics, decisions, tuple(missing), _unlike(log))
+    return RunData(folder, summary, metrics, decisions, tuple(missing), _first(log))
 
 
-def _unlike(log: DecisionLog | None) -> str:
-    """See `RunData`; empty where the first decision cannot be read."""
+def _first(log: DecisionLog | None) -> Deliberation | None:
+    """See `RunData`; None where the first decision cannot be read."""
     try:
-        found = log.logged(0).deliberation if log else None
+        return log.logged(0).deliberation if log else None
     except RunFolderError:
-        return ""
-    return found.unlike if found else ""
+        return None
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:

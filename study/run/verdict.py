@@ -36,9 +36,10 @@ class Verdict:
 
 def verdict(run: RunData) -> Verdict:
     """What is wrong with a run, and what came out of it."""
-    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run), _changed_by_reload(run), _unlike(run))
+    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run), _changed_by_reload(run))
+    of_policy = (_misses_goal(run), _unlike(run))
     others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
-    return Verdict(tuple(filter(None, warnings)), tuple(filter(None, (_ending(run), *others))))
+    return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, (_ending(run), *others))))
 
 
 def _diverged(run: RunData) -> str:
@@ -126,7 +127,12 @@ def _changed_by_reload(run: RunData) -> str:
 
 
 def _unlike(run: RunData) -> str:
-    return f"Its policy has learned from no run like this one, so trust it less: {run.unlike}." if run.unlike else ""
+    unlike = run.first.unlike if run.first else ""
+    return f"Its policy has learned from no run like this one, so trust it less: {unlike}." if unlike else ""
+
+
+def _misses_goal(run: RunData) -> str:
+    return run.first.promise if run.first and run.first.misses_goal else ""
 
 
 def _ending(run: RunData) -> str:

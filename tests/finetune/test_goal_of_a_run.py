@@ -27,6 +27,7 @@ from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.cost import TimedCost
 from rankpilot.study.decision.redecide import redecide
+from rankpilot.study.run.report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 pytestmark = pytest.mark.usefixtures("narrow_plans_too")
@@ -92,7 +93,9 @@ def test_what_is_expected_is_told_before_the_first_step(
     rankpilot.attach(trainer, policy, budget="90%", schedule=ONCE, goal="bytes", tolerance=0.02)
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         trainer.train()
-    assert "Expected beside rank 8 on all modules: log loss +0.000, surely at most +0.000." in caplog.text
+    expected = "Expected beside rank 8 on all modules: log loss +0.000, surely at most +0.000."
+    assert expected in caplog.text
+    assert expected in write_report(tmp_path / "run").path.read_text()
     found = DecisionLog(tmp_path / "run" / "decisions").logged(0).deliberation
     assert found is not None
     bad = np.where(np.arange(len(found.plans)) == found.reference, 0, np.float32(-5))

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.allocation.goal import Goal
 from rankpilot.common.files import append_json_line, read_json, write_json
 from rankpilot.study.run.report import write_report
 from rankpilot.study.run.run_data import read_run
 from rankpilot.study.run.verdict import rise_of, verdict
 
+from ...allocation.test_deliberation import four_plans
 from ..conftest import MIB
 
 
@@ -107,10 +109,18 @@ def test_a_held_out_loss_that_has_blown_up(
 
 
 def test_a_run_unlike_all_that_its_policy_knows(run_folder: Path) -> None:
-    run = replace(read_run(run_folder), unlike="6 modules (not 16 to 56)")
-    assert verdict(run).warnings == (
-        "Its policy has learned from no run like this one, so trust it less: 6 modules (not 16 to 56).",
+    first = four_plans(outside={"depth": (0.5, 1.0, 1.0)})
+    assert verdict(replace(read_run(run_folder), first=first)).warnings == (
+        "Its policy has learned from no run like this one, so trust it less: depth 0.5 (not 1 to 1).",
     )
+
+
+def test_a_goal_that_cannot_be_kept(run_folder: Path) -> None:
+    known = {"costs": np.array([4.0, 3.0, 2.0, 1.0]), "simple": 1, "plain": 0, "goal": Goal("bytes", 0.01)}
+    first = four_plans(**known, allowed=np.array([False, True, True, True]), doubt=9.0)
+    (warning,) = verdict(replace(read_run(run_folder), first=first)).warnings
+    assert warning.startswith("The goal cannot be kept: rank 8 on all modules does not fit the budget")
+    assert not verdict(replace(read_run(run_folder), first=replace(first, doubt=0.0))).warnings
 
 
 def test_a_training_loss_that_did_not_fall(
