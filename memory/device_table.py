@@ -104,6 +104,8 @@ def find_device_spec(name: str) -> DeviceSpec:
     """
     if re.match(r"\s*[0-9.,_]+\s*[kmgt]i?b\s*$", name, re.IGNORECASE):
         return _of_memory(name)
+    if number := re.fullmatch(r"([0-9.]+)\s*g?", name.strip(), re.IGNORECASE):
+        raise UnknownNameError(f"The memory of a device needs a unit; got {name!r}. Did you mean '{number[1]}GiB'?")
     words = set(re.findall(r"[a-z0-9]+", re.sub(r"(\d)\s+(gi?b)\b", r"\1\2", name.lower()).replace("gib", "gb")))
     words -= _BRANDS
     distances: dict[str, int] = {}

@@ -90,6 +90,8 @@ def test_contradictions_are_refused_as_options(
     ("options", "words"),
     [
         (["--device", "RTX 9999"], "RTX 4090"),
+        (["--device-memory", "24"], "needs a unit; got '24'. Did you mean '24GiB'?"),
+        (["--device", "24G"], "Did you mean '24GiB'?"),
         (["--device-memory", "400MiB"], "would not hold the CUDA context"),
         (["--json"], "give --device or --device-memory with them"),
     ],
