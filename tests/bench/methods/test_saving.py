@@ -40,6 +40,7 @@ from rankpilot.memory.cost import cost_from_state
 
 from . import made_up
 
+ROOT = Path(__file__).parents[3]
 KINDS = (("attn", 32, 32), ("fc", 32, 64), ("proj", 64, 32))
 SPECS = [[f"h.{layer}.{name}", layer, d_in, d_out] for layer in range(4) for name, d_in, d_out in KINDS]
 STATE = {
@@ -197,7 +198,7 @@ def test_docs_saving_is_what_the_stored_rows_say() -> None:
 
 def test_the_readme_claims_what_the_stored_rows_say() -> None:
     results = report.read_results(report.Options(suite="saving"))
-    readme = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
     for name in ("ours-saves-time", "top-three-quarters-8"):
         found = saving_of(results, name)
         assert found is not None
@@ -212,8 +213,27 @@ def test_the_readme_claims_what_the_stored_rows_say() -> None:
     assert results.shared("top-three-quarters-8", PLAIN) == cells, "both are told on the same"
 
 
+def test_what_pages_claim_of_rank_and_depth() -> None:
+    plans, memory = (" ".join((ROOT / "docs" / name).read_text().split()) for name in ("plan-cost.md", "memory.md"))
+    results = report.read_results(report.Options(suite="saving"))
+    for name, words in (
+        ("everything-2", "rank 2 on all modules"),
+        ("top-three-quarters-8", "rank 8 on the top three quarters of the layers"),
+        ("top-half-8", "rank 8 on the top half"),
+        ("top-quarter-8", "rank 8 on the top quarter"),
+    ):
+        found = saving_of(results, name)
+        assert found is not None
+        size, step = short(found.bytes.value, 2), short(found.step.value, 2)
+        assert f"| {words} | {size} | {step} | {100 * found.loss.value:+.1f} % | {found.cells} |" in plans
+        if name == "everything-2":
+            assert f"rank 2 on all modules takes {found.bytes.value:.0%} of the bytes".replace("%", " %") in memory
+        if name == "top-half-8":
+            assert f"rank 8 on the top half of the layers {found.bytes.value:.0%}".replace("%", " %") in memory
+
+
 def test_what_the_readme_claims_of_single_runs() -> None:
-    readme = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
     kept = kept_by_kind(report.read_results(report.Options(suite="saving")), "ours-saves-time")
     for kind, words in (
         (TEXTS, "{} of {} runs on texts"),
@@ -242,7 +262,7 @@ BESIDE = (
 
 def test_what_the_readme_claims_of_a_budget_spent_well() -> None:
     """Each row on the cells in which both have been run; some do not fit in all of them."""
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     results = report.read_results(report.Options(suite="standard"))
     for first, second, kind, words in BESIDE:
         assert budget_row(results, first, second, kind, words) in readme
