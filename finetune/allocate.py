@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -27,25 +27,17 @@ from ..lora.factors import write_in_place
 from ..lora.optimizer_state import kept_state
 from ..lora.peft_config import adapter_ranks
 from ..lora.resize import update_peft_records
-from ..lora.targets import TargetModule, find_target_modules, unwrap
+from ..lora.targets import TargetModule, find_target_modules, unwrap, wrappers_of
 from ..memory.budget import Budget
 from ..memory.training_step import LossFunction
 from .callback import RankPilotCallback
+from .lent_adapters import lent_adapters
 from .model_settings import settings_put_back
 from .pilot import RankPilot
 from .run import TrainingRun
 from .trainer_step import put_back
 
 logger = logging.getLogger(__name__)
-
-_TASK_TYPES = {
-    "ForSequenceClassification": TaskType.SEQ_CLS,
-    "ForTokenClassification": TaskType.TOKEN_CLS,
-    "ForQuestionAnswering": TaskType.QUESTION_ANS,
-    "ForCausalLM": TaskType.CAUSAL_LM,
-    "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
-}
-"""By a part of the name of a transformers class."""
 
 TOTAL_STEPS = 1000
 """Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, no more."""
@@ -99,7 +91,7 @@ def allocate(
 
     Args:
         model: a Trainer that is ready to train, a PEFT model, or a transformers model, which then gets adapters on all
-            its linear layers.
+            its linear layers, and a head that trains whole if its class has a new one, such as a classifier.
         data: batches of the fine-tune; left out for a Trainer, which has its own.
         budget: see `RankPilot`, as `policy`.
         policy: who decides.
@@ -109,8 +101,8 @@ def allocate(
 
     Raises:
         BudgetError: no plan fits the budget.
-        ConfigError: there is no data.
-        UnsupportedError: the model or its training step cannot be handled.
+        ConfigError: there is no data, or PEFT cannot adapt the model.
+        UnsupportedError: the model or its training step cannot be handled, or it holds adapters outside of a PeftModel.
 
     Example:
         >>> config = rankpilot.allocate(model, loader, budget="60%")  # doctest: +SKIP
@@ -180,21 +172,9 @@ def static_plan(
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
     with _switches_put_back(model):
-        if isinstance(model, PeftModel):
-            return _plan_of_model(model, data, budget, policy, frontier, **options)
-        kind = _task_type(model)
-        adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=kind))
-        try:
+        has_adapters = isinstance(wrappers_of(model)[-1], PeftModel)
+        with nullcontext(model) if has_adapters else lent_adapters(model) as adapted:
             return _plan_of_model(adapted, data, budget, policy, frontier, **options)
-        finally:
-            base = adapted.unload()
-            vars(base).pop("peft_config", None)  # older versions of PEFT leave it there, and warn of it later
-
-
-def _task_type(model: Any) -> TaskType | None:
-    """PEFT's task type of a model, which lets a new head train; None where its class tells none."""
-    name = type(model).__name__
-    return next((kind for part, kind in _TASK_TYPES.items() if part in name), None)
 
 
 class _DecidedError(Exception):

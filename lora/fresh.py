@@ -14,14 +14,14 @@ from ..errors import ConfigError, UnknownNameError
 
 
 def fresh_adapters(
-    base: PreTrainedModel, name: str, peft_type: str, *, new_head: bool, target_modules: str, **options: Any
+    base: PreTrainedModel, name: str, peft_type: str | None, *, new_head: bool, target_modules: str, **options: Any
 ) -> PeftModel:
     """The model with fresh LoRA adapters.
 
     Args:
         base: the model.
         name: the model's name, for errors.
-        peft_type: PEFT's `task_type`.
+        peft_type: PEFT's `task_type`; None for none.
         new_head: whether the model's head is new, and trains whole.
         target_modules: "all-linear" or names separated by commas.
         options: further arguments of LoraConfig, such as r and lora_alpha.
@@ -45,7 +45,7 @@ def head_names(model: PreTrainedModel) -> list[str]:
     return [name for name in with_weights if name != model.base_model_prefix]
 
 
-def _trained_heads(base: PreTrainedModel, peft_type: str) -> dict[str, Any]:
+def _trained_heads(base: PreTrainedModel, peft_type: str | None) -> dict[str, Any]:
     """The arguments of LoraConfig that let new heads train whole, without adapters in them."""
     heads = head_names(base)
     # PEFT does this by itself for the usual names.
