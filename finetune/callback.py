@@ -130,6 +130,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._batches: list[Batch] = []
         self._loss: torch.Tensor | float = 0.0
         self._between_steps, self._save_later = True, False
+        self._own_rows = 0
 
     @property
     def controller(self) -> RankController[PeftAdapters] | None:
@@ -216,7 +217,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Look at the step's batches, and measure the step if it is due."""
+        """Decide if a decision is due, look at the step's batches, and measure the step if it is due."""
         self._loss = 0.0
         self.pilot.before_step(*self._batches)
 
@@ -230,8 +231,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Compare the peak with the budget, and decide if a decision is due."""
-        self.pilot.after_step()
+        """Compare the peak with the budget. A decision that is due is made when the next step begins, if one does."""
+        self.pilot.after_step(decide=False)
         self._between_steps = True
         if self._save_later:
             control.should_save, self._save_later = True, False
@@ -241,6 +242,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
         self._connected().release()
+        self._put_back_evaluations()
         self.pilot.finish()
 
     # What the events do -----------------------------------------------------------------------------------------------
@@ -258,7 +260,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         return self._step
 
     def _default_log(self, args: TrainingArguments) -> DecisionLog | None:
-        return DecisionLog(Path(args.output_dir) / "decisions")
+        trainer = self._connected().trainer  # the trials of a search have a folder each
+        return DecisionLog(Path(trainer._get_output_dir(getattr(trainer, "_trial", None))) / "decisions")
 
     def _break_off(self) -> None:
         """Stop measuring, following the Trainer and handling SIGTERM, since the run ends with an error."""
@@ -266,6 +269,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._between_steps, self._save_later = True, False
         if self._step:
             self._step.release()
+            self._put_back_evaluations()
         if self._stop:
             self._stop.release()
 
@@ -286,6 +290,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             result = evaluate()
         share = self.pilot.evaluation_share
         if share > 1 and rows > 1:
+            self._own_rows = self._own_rows or rows
             args.per_device_eval_batch_size = max(1, int(EVALUATION_ROOM * rows / share))
             logger.warning(
                 "An evaluation with batches of %d took %.0f %% of the budget: the next one has batches of %d.",
@@ -294,6 +299,12 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 args.per_device_eval_batch_size,
             )
         return result
+
+    def _put_back_evaluations(self) -> None:
+        """Let evaluations after the run have the batches that their user chose."""
+        if self._own_rows:
+            self._connected().trainer.args.per_device_eval_batch_size = self._own_rows
+        self._own_rows = 0
 
     def _save_state(self, checkpoint: Path) -> bool:
         """Write the state of this callback into a checkpoint, before the Trainer writes its files.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
+from ..allocation.policy import Decision, decision_from_plan
 from ..common.arrays import IntArray
 
 
@@ -26,3 +29,14 @@ class Correction:
     wanted: IntArray
     observation: Observation
     plan: Plan
+
+    @property
+    def decision(self) -> Decision:
+        """What is logged as the decision: the ranks that were wanted."""
+        return decision_from_plan(self.wanted)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """The reason, for each module that has another rank now."""
+        moved = np.flatnonzero(self.plan.ranks != self.observation.problem.ranks)
+        return {self.observation.names[module]: self.reason for module in moved.tolist()}

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
-from ..allocation.observation import Observation
 from ..allocation.schedule import DecisionSchedule
-from ..common.arrays import IntArray
 from ..errors import BudgetError, ConfigError, UnsupportedError
 from ..lora.optimizer_state import check_optimizer
 from ..lora.scaling_names import check_scaling
@@ -117,21 +113,3 @@ def check_optimized(run: TrainingRun) -> None:
                 "`[p for name, p in model.named_parameters() if p.requires_grad or 'lora_' in name]`."
             )
         raise ConfigError(text)
-
-
-def check_allowed(observation: Observation, ranks: IntArray) -> None:
-    """Raise ConfigError if a module cannot have its rank: it is not on the ladder, or above what the module can have.
-
-    Args:
-        observation: of the run.
-        ranks: int64 (modules,).
-    """
-    problem = observation.problem
-    most = np.minimum(ranks, problem.max_ranks)
-    wrong = np.flatnonzero(problem.ladder.array[problem.ladder.rung(most)] != ranks)
-    if len(wrong):
-        module = int(wrong[0])
-        allowed = [rank for rank in problem.ladder.ranks if rank <= problem.max_ranks[module]]
-        raise ConfigError(
-            f"{observation.names[module]!r} cannot have rank {ranks[module]}. Allowed: {', '.join(map(str, allowed))}."
-        )

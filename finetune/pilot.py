@@ -5,39 +5,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..agents.learned.exploring import exploring
 from ..agents.learned.goals import with_goal
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
-from ..agents.rules.given_plan import GivenPlan
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
 from ..allocation.goal import goal_of
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
-from ..allocation.policy import Decision, Policy, decided_plan, decision_from_plan
+from ..allocation.policy import Decision, Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.devices import without_autocast
 from ..errors import NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets
 from ..lora.scaling_names import Scaling
+from ..lora.starts import start_kept
 from ..memory.budget import Budget
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
 from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, within_all
 from .correction import Correction
+from .given_ranks import given_ranks
 from .gradient_watch import GradientWatch
 from .journal import Journal
 from .loss_meter import LossMeter
-from .options import check_allowed, check_options, check_run, readable_budget
+from .options import check_options, check_run, readable_budget
 from .peak_guard import PeakGuard
 from .readings import Readings
 from .recomputation import recomputing
@@ -129,9 +128,8 @@ class RankPilot(Readings):
         self.recompute, self.times_plans = recompute, aim.kind == "time"
         self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
         self.journal: Journal = Journal(DecisionLog(Path(log)) if log else None, self.policy, tell or logger.info)
-        self._progress, self._measure_every = progress, measure_every
-        self._review = PlanReview.of(review, review_timeout)
-        self._guard, self._losses = PeakGuard(measure_every), LossMeter()
+        self._review, self._measure_every = PlanReview.of(review, review_timeout), measure_every
+        self._guard, self._losses, self._progress = PeakGuard(measure_every), LossMeter(), progress
 
     # The events of a run, in their order ------------------------------------------------------------------------------
 
@@ -145,15 +143,15 @@ class RankPilot(Readings):
         Raises:
             BudgetError: no plan fits the budget.
             UnsupportedError: the model, the optimiser or the loss cannot be handled.
-            DataError: the training set is empty.
-            NonFiniteError: the loss is NaN or infinite.
+            DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
             ReviewError: a person refused the plan, or gave no answer in time.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
         self._start(run, resumed=False)
         targets = resizable_targets(run.model, self.scaling)
         self.journal.open(name, [], writes=run.replicas.processes.first)
-        with put_back_on_error(run, targets), recomputing(run.model, self.recompute) as recomputation:
+        kept = start_kept(run.model, targets, self.fresh, self.journal.note)
+        with put_back_on_error(run, targets), kept, recomputing(run.model, self.recompute) as recomputation:
             self.controller, memory = prepare(
                 run,
                 targets,
@@ -218,12 +216,12 @@ class RankPilot(Readings):
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
 
-        A batch that is larger than all before may shrink the plan.
+        A batch that is larger than all before may shrink the plan. A decision that was put off is made here.
 
         Raises:
-            BudgetError: no plan fits it.
+            BudgetError, ReviewError: no plan fits; see `after_step`.
         """
-        self._check_begun()
+        self._decide_if_due()
         self._guard.before_step(self._step, batches)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
@@ -246,36 +244,37 @@ class RankPilot(Readings):
         if not controller.finished:
             controller.adapters.meter.accumulate()
 
-    def after_step(self) -> None:
+    def after_step(self, *, decide: bool = True) -> None:
         """Compare the peak with the budget, and decide if a decision is due; call after the optimiser's step.
+
+        Args:
+            decide: False puts a decision that is due off to the next step, so that none follows the last one.
 
         Raises:
             BudgetError: the step was above the budget, and no plan fits.
             ReviewError: a person refused the plan, or gave no answer in time.
         """
-        controller = self._controller
+        self._check_begun()
         self._step += 1
         self._guard.after_step(self._step)
-        if controller.due(self._step) and self._step < controller.total_steps:
-            self._decide()
+        if decide:
+            self._decide_if_due()
 
     def take(self, ranks: Mapping[str, int]) -> None:
         """Give the modules these ranks now, by full name, whatever the schedule and the policy say; it is logged.
 
         Raises:
-            BudgetError: they are above the budget.
-            UnknownNameError, ConfigError: a module is unknown, or missing.
+            BudgetError, UnknownNameError, ConfigError: see `given_ranks`.
         """
+        self._decide_if_due()  # it is logged, and gives way at once
         controller, step, loss = self._controller, self._step, self._losses.mean()
         self._guard.deciding()
         observation = controller.observation_now(step)
-        first = replace(observation, problem=observation.problem.fresh())
-        decision = GivenPlan("given", ranks).decide(first)
-        check_allowed(first, decision.ranks)
+        decision, plan = given_ranks(observation, ranks)
         controller.set_plan(decision.ranks, step, self._run.optimizer)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
-        self._record(step, loss, observation, decision, decided_plan(first.problem, decision), correction=True)
+        self._record(step, loss, observation, decision, plan, correction=True)
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
@@ -345,6 +344,10 @@ class RankPilot(Readings):
         limits = self.budget, self.time
         return run_settings(*limits, self.policy, self.schedule, self.bounds, self.recompute, self.scaling)
 
+    def _decide_if_due(self) -> None:
+        if self._controller.due(self._step) and self._step < self._controller.total_steps:
+            self._decide()
+
     @without_autocast()
     def _decide(self) -> None:
         controller, step, loss = self._controller, self._step, self._losses.mean()
@@ -368,11 +371,8 @@ class RankPilot(Readings):
 
     def _corrected(self, correction: Correction) -> None:
         """Record a change of ranks by the guard like a decision."""
-        decision = decision_from_plan(correction.wanted)
-        moved = correction.plan.ranks != correction.observation.problem.ranks
-        notes = dict.fromkeys(np.array(self._controller.names)[moved].tolist(), correction.reason)
-        seen, plan = correction.observation, correction.plan
-        self._record(correction.step, self._losses.mean(), seen, decision, plan, notes, correction=True)
+        made = correction.observation, correction.decision, correction.plan, correction.notes
+        self._record(correction.step, self._losses.mean(), *made, correction=True)
 
     def _record(
         self,

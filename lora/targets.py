@@ -152,7 +152,7 @@ def _refuse_config(config: LoraConfig) -> None:
         raise UnsupportedError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT "
             "computes from the rank each time it loads the adapter, so an adapter of new ranks would load wrong. "
-            "Use the default, 'gaussian', 'orthogonal' or 'eva'."
+            "Use the default, or 'eva'."
         )
     if config.bias != "none":
         raise UnsupportedError(

@@ -161,10 +161,10 @@ def test_decisions_fall_at_the_steps_of_the_schedule(whole: Run) -> None:
     assert tuple(step for step, _ in whole.pilot.predictions) == DECISIONS  # type: ignore[union-attr]
     changes = [
         step
-        for step, (before, after) in enumerate(zip(whole.recorder.ranks, whole.recorder.ranks[1:], strict=False), 2)
+        for step, (before, after) in enumerate(zip(whole.recorder.ranks, whole.recorder.ranks[1:], strict=False), 1)
         if before != after
     ]
-    # The recorder comes after the pilot, so it sees a new plan at the end of the step before it takes effect.
+    # The recorder sees a new plan at the end of the first step under it.
     assert set(changes) <= set(DECISIONS)
     assert changes, "ranks move in the middle of the run"
     assert np.mean(whole.recorder.losses[-8:]) < np.mean(whole.recorder.losses[:4]) - 0.1
@@ -205,8 +205,8 @@ def test_the_decision_log(whole: Run) -> None:
     assert table["step"].to_pylist() == np.repeat(DECISIONS, len(names)).tolist()
     for index, step in enumerate(DECISIONS[1:], start=1):
         here = table.slice(index * len(names), len(names))
-        before = [whole.recorder.ranks[step - 2][name] for name in names]
-        after = [whole.recorder.ranks[step - 1][name] for name in names]
+        before = [whole.recorder.ranks[step - 1][name] for name in names]
+        after = [whole.recorder.ranks[step][name] for name in names]
         assert here["rank_before"].to_pylist() == before
         assert here["rank_after"].to_pylist() == after
         losses = whole.recorder.losses[DECISIONS[index - 1] : step]
@@ -257,6 +257,16 @@ def test_resumed_is_as_if_nothing_had_happened(whole: Run, launch: Callable[...,
     assert resumed.log().equals(whole.log())
     assert resumed.pilot.predictions == whole.pilot.predictions  # type: ignore[union-attr]
     assert resumed.pilot.peaks == whole.pilot.peaks  # type: ignore[union-attr]
+
+
+def test_no_decision_follows_the_last_step(launch: Callable[..., Run]) -> None:
+    """What it changed would never train: where a callback stops the run, and where a run goes on with fewer steps."""
+    stopped = launch("stopped", stop_at=DECISIONS[2], save_steps=DECISIONS[1])
+    assert tuple(step for step, _ in stopped.pilot.predictions) == DECISIONS[:2]  # type: ignore[union-attr]
+    assert adapter_ranks(find_target_modules(stopped.model)) == stopped.recorder.ranks[-1]
+    fewer = launch("fewer", resume=stopped.folder / f"checkpoint-{DECISIONS[1]}", max_steps=DECISIONS[2])
+    assert tuple(step for step, _ in fewer.pilot.predictions) == DECISIONS[:2]  # type: ignore[union-attr]
+    assert adapter_ranks(find_target_modules(fewer.model)) == fewer.recorder.ranks[-1]
 
 
 def test_the_same_seed_gives_the_same_run(whole: Run, launch: Callable[..., Run]) -> None:

@@ -13,6 +13,7 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback
@@ -173,6 +174,19 @@ def test_models_that_are_made_for_each_run(new_model: Callable[..., PeftModel], 
     again.model_wrapped = None
     again.train()
     assert len(set(adapter_ranks(find_target_modules(again.model)).values())) > 1
+
+
+def test_the_trials_of_a_search_keep_a_log_each(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    trainer = Trainer(
+        model_init=lambda trial: new_model(), args=arguments(tmp_path / "run"), train_dataset=ROWS, eval_dataset=ROWS,
+        callbacks=[pilot("100%")],
+    )  # fmt: skip
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2, backend="optuna"
+    )
+    assert [len(DecisionLog(tmp_path / "run" / f"run-{trial}" / "decisions")) for trial in range(2)] == [3, 3]
+    assert not (tmp_path / "run" / "decisions").exists()
 
 
 def test_a_second_adapter_of_the_same_name(
