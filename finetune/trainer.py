@@ -23,7 +23,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..data.batches import IGNORED
 from ..data.models import adapt, check_length, load_model
 from ..data.workload import Texts, Workload, load_workload
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.scaling import choose_scaling
 from ..lora.targets import find_target_modules
@@ -132,12 +132,19 @@ def new_trainer(
 
 
 def _sft_trainer(texts: Texts, common: dict[str, Any]) -> Trainer:
-    """TRL's SFTTrainer. It applies the chat template itself; plain texts come as blocks of full length."""
+    """TRL's SFTTrainer. It applies the chat template itself; plain texts come as blocks of full length.
+
+    Raises:
+        ConfigError: TRL refuses model, texts or settings.
+    """
     from trl import SFTTrainer
 
     if texts.is_chat:
         common |= {"train_dataset": texts.train, "eval_dataset": texts.held_out, "data_collator": None}
-    trainer: Trainer = SFTTrainer(**common)
+    try:
+        trainer: Trainer = SFTTrainer(**common)
+    except ValueError as error:
+        raise ConfigError(f"TRL's SFTTrainer cannot train this: {error}") from error
     return trainer
 
 

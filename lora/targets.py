@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.lora.tp_layer import LoraParallelLinear
@@ -218,7 +218,8 @@ def find_target_modules(model: nn.Module, adapter: str | None = None) -> list[Ta
         targets.append(TargetModule(path, block, d_in, d_out, name, layer, isinstance(layer, Embedding)))
     _refuse_shards_and_ties(targets)
     if not targets:
-        raise UnsupportedError(f"Adapter {name!r} of {type(base).__name__} has no LoRA target module.")
+        kind = "" if isinstance(config, LoraConfig) else f": it is {config.peft_type.value}. Adapt it with LoraConfig"
+        raise UnsupportedError(f"Adapter {name!r} of {type(base).__name__} has no LoRA target module{kind}.")
     return targets
 
 
@@ -229,6 +230,8 @@ def unwrap(model: nn.Module) -> PeftModel:
         UnsupportedError: the model holds no PeftModel.
     """
     inner = wrappers_of(model)[-1]
+    if isinstance(inner, PeftMixedModel):
+        raise UnsupportedError("A PeftMixedModel mixes kinds of adapters: call `get_peft_model` without mixed=True.")
     if not isinstance(inner, PeftModel):
         raise UnsupportedError(
             f"{type(model).__name__} is not a PEFT model. Wrap it first: "
@@ -276,8 +279,13 @@ def check_unmerged(targets: Iterable[TargetModule]) -> None:
 
 
 def check_trains(targets: Iterable[TargetModule]) -> None:
-    """Raise UnsupportedError if a pair of rank 1 or more is frozen (requires_grad is False)."""
+    """Raise UnsupportedError if a pair of rank 1 or more is frozen (requires_grad is False) or switched off."""
     for target in targets:
+        if target.layer.disable_adapters:
+            raise UnsupportedError(
+                f"The adapter of {target.name!r} is disabled, so it would not train. Call "
+                "`model.base_model.enable_adapter_layers()` first, or leave the `disable_adapter()` block."
+            )
         if target.rank > 0 and not (target.weight_a.requires_grad and target.weight_b.requires_grad):
             raise UnsupportedError(
                 f"The adapter of {target.name!r} is frozen (requires_grad is False), so its rank cannot be decided. "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.errors import ConfigError
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
 
@@ -43,3 +44,11 @@ def test_a_run(task: Any, model: str, tmp_path: Path) -> None:
     assert np.isfinite(run["held_out_loss"])
     assert 0 < run["peak_bytes"] <= run["budget_bytes"]
     assert (run["held_out_accuracy"] is not None) == (task == "token-classification")
+
+
+def test_modules_that_trl_refuses_are_one_error(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model", chat=True)
+    data = write_rows(tmp_path / "rows.jsonl", ROWS["causal-lm"])
+    config = FinetuneConfig(folder, data, target_modules="q_proj,lm_head", batch_size=4, max_length=16)
+    with pytest.raises(ConfigError, match=r"TRL's SFTTrainer cannot train this: .*lm_head"):
+        finetune(config, tmp_path / "run")

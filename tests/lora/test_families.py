@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, TaskType,
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.targets import find_target_modules
+from rankpilot.lora.targets import check_trains, find_target_modules
 from torch import nn
 
 from ..cases import first_cases
@@ -400,6 +400,24 @@ def test_every_other_start_survives_a_change_of_ranks(named_family, start, tmp_p
 def test_other_peft_methods_are_refused(named_family, config):
     config.task_type = TaskType.CAUSAL_LM
     refused(get_peft_model(named_family("llama").base(), config), "LoRA")
+
+
+def test_kinds_of_adapters_are_named(named_family):
+    config = IA3Config(task_type=TaskType.CAUSAL_LM)
+    assert "it is IA3. Adapt it with LoraConfig" in refused(
+        get_peft_model(named_family("llama").base(), config), "LoRA"
+    )
+    mixed = get_peft_model(named_family("llama").base(), LoraConfig(target_modules=["q_proj"]), mixed=True)
+    refused(mixed, "PeftMixedModel mixes kinds.*without mixed=True")
+
+
+def test_disabled_adapters_would_not_train(named_family):
+    model = named_family("llama").model()
+    model.base_model.disable_adapter_layers()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    with pytest.raises(UnsupportedError, match=r"is disabled, so it would not train.*enable_adapter_layers"):
+        check_trains(find_target_modules(model))
 
 
 def test_a_model_without_adapters_is_refused(named_family):
