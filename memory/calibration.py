@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from .training_step import LossFunction
 
 CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 """What a loss function may raise for a batch that was cut."""
+
+MOST_BRANCHES = 3
+"""Branches of a model without part in its forward pass that an error names, at most."""
 
 CUDA_BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this many bytes."""
@@ -193,5 +197,34 @@ def _check_all_ran(recording: Recording, targets: Sequence[TargetModule]) -> Non
     ran = np.unique(recording.target_index[recording.created <= recording.forward_end])
     absent = np.setdiff1d(np.arange(len(targets)), ran)
     if len(absent):
-        name = targets[int(absent[0])].name
-        raise UnsupportedError(f"{name!r} took no part in the forward pass. Leave it out of `target_modules`.")
+        raise UnsupportedError(
+            _without_part([targets[i].name for i in absent], [targets[i].name for i in ran if i >= 0])
+        )
+
+
+def _without_part(absent: Sequence[str], ran: Sequence[str]) -> str:
+    """The error for target modules that took no part in the forward pass: what they are, and how to leave them out."""
+    # Each is in a branch of the model in which no target module ran; its own name at the least.
+    branches = dict.fromkeys(
+        next(branch for branch in _ancestors(name) if not any(other.startswith(f"{branch}.") for other in ran))
+        for name in absent
+    )
+    named, rest = list(branches)[:MOST_BRANCHES], len(branches) - MOST_BRANCHES
+    if len(absent) == 1:
+        text = f"{absent[0]!r} took no part in the forward pass. Leave it out of `target_modules`"
+    else:
+        where = ", ".join(map(repr, named)) + (f" and {rest} more" if rest > 0 else "")
+        text = (
+            f"{len(absent)} of {len(absent) + len(ran)} target modules took no part in the forward pass, all those of "
+            f"{where}. Leave them out of `target_modules`"
+        )
+    if rest > 0:
+        return f"{text}."
+    pattern = "|".join(map(re.escape, named))
+    return rf"""{text}, or give LoraConfig exclude_modules=r"({pattern})(\..*)?"."""
+
+
+def _ancestors(name: str) -> list[str]:
+    """The modules that hold a module, outermost first, and itself."""
+    parts = name.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
