@@ -47,12 +47,13 @@ class Plan:
     cost: float
 
 
-def check_budget(problem: AllocationProblem, names: list[str]) -> None:
+def check_budget(problem: AllocationProblem, names: list[str], share: float | None = None) -> None:
     """Check that any plan fits: the lower bounds, or without bounds one module at the lowest rank above 0.
 
     Args:
         problem: the plans that are possible.
         names: of the modules, for the error.
+        share: the share of plain LoRA's cost that the limit is, if that is how it was given.
 
     Raises:
         BudgetError: none fits; the error tells the smallest budget that works, and what takes it.
@@ -68,7 +69,7 @@ def check_budget(problem: AllocationProblem, names: list[str]) -> None:
     else:
         cause, where = "no adapter at all", f"(rank {least.max()} on {names[int(np.argmax(least))]!r} alone)"
     if not problem.fits(least):
-        needed, given, reason = _shortfall(problem, least)
+        needed, given, reason = _shortfall(problem, least, share)
         raise BudgetError(f"The {given} fits {cause}. The smallest that works is {needed} {where}.{reason}")
 
 
@@ -92,8 +93,11 @@ def least_ranks(problem: AllocationProblem) -> IntArray:
     return np.where(modules == cheapest, ladder[1], 0)
 
 
-def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, str]:
-    """For an error: what a plan takes, the limit, and what takes most of it and would lower it."""
+def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None) -> tuple[str, str, str]:
+    """For an error: what a plan takes, the limit, and what takes most of it and would lower it.
+
+    What lowers a plan's bytes lowers those of plain LoRA as well, so it does not help under a share of them.
+    """
     cost, needed = problem.cost, plan_cost(problem.cost, ranks)
     costs, adapter = moment_costs(cost, ranks), cost.per_rank @ ranks
     peak = int(np.argmax(costs))
@@ -105,19 +109,22 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray) -> tuple[str, str, s
             "or shorter sequences lower it."
         )
         return f"{_rounded_up(least)} s", f"time of {most:.3g} s a step", reason
+    as_share = "" if share is None else f", a share of {math.ceil(100 * share * needed / problem.limit)}%"
     if cost.unit == "parameters":
-        return f"{needed:.0f} parameters", f"budget of {problem.limit:.0f}", ""
+        return f"{needed:.0f} parameters{as_share}", f"budget of {problem.limit:.0f}", ""
     parts = (
         (held, "to what this moment holds even without an adapter (such as what trains outside it)"),
         (costs[peak] - adapter[peak] - held, "to what is saved or computed for backward (activations, logits)"),
         (adapter[peak], "to the adapter itself"),
     )
     shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]
-    reason = (
-        f" The peak is at {cost.moments[peak]}: {', '.join(shares)}. A smaller per-device batch or shorter sequences "
-        "lower it, and so does gradient checkpointing where it is off."
-    )
-    return format_bytes(needed, up=True), f"budget of {format_bytes(problem.limit)}", reason
+    reason = f" The peak is at {cost.moments[peak]}: {', '.join(shares)}."
+    if share is None:
+        reason += (
+            " A smaller per-device batch or shorter sequences lower it, and so does gradient checkpointing where it is "
+            "off."
+        )
+    return f"{format_bytes(needed, up=True)}{as_share}", f"budget of {format_bytes(problem.limit)}", reason
 
 
 def _rounded_up(seconds: float) -> str:

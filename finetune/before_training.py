@@ -152,7 +152,7 @@ def prepare(
     costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None)
     limit = costs.limit.value
     timed = time_limit(run, targets, time, costs.memory, limit, recomputation) if time else None
-    _check_possible(targets, costs, timed, low, high)  # now, and not after the probe
+    _check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
     if not keeps:
         reset_adapters(targets, 1, seed)
     with nullcontext() if keeps else reference_scaling(targets):
@@ -258,13 +258,18 @@ def _mean_loss(run: TrainingRun, seed: int) -> float:
 
 
 def _check_possible(
-    targets: Sequence[TargetModule], costs: PlanCosts, timed: TimeLimit | None, low: IntArray, high: IntArray
+    targets: Sequence[TargetModule],
+    costs: PlanCosts,
+    timed: TimeLimit | None,
+    low: IntArray,
+    high: IntArray,
+    share: float | None,
 ) -> None:
     """Raise BudgetError if no plan within the bounds fits the budget and the time."""
     limit = costs.limit.value
     cost = timed.added_to(costs.cost, limit) if timed else costs.cost
     problem = AllocationProblem.of(targets, cost, limit, low=low, high=high)
-    check_budget(problem, [target.name for target in targets])
+    check_budget(problem, [target.name for target in targets], share)
     if timed:
         timed.check(problem)
 

@@ -82,7 +82,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         problem = AllocationProblem.of(
             targets, timed.added_to(costs.cost, self.limit) if timed else costs.cost, self.limit
         )
-        check_budget(problem, [target.name for target in targets])
+        check_budget(problem, [target.name for target in targets], self.budget.share)
         ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
         adapters.set_ranks(ranks, optimizer, seed=self.seed, step=0)
         if recomputation:

@@ -141,6 +141,11 @@ class Budget:
             return None
         return "parameters" if self.kind == "parameters" else "bytes"
 
+    @property
+    def share(self) -> float | None:
+        """The share of what plain LoRA costs; None of another kind."""
+        return self.value if self.kind == "share" else None
+
     def beside(self, model: nn.Module) -> Budget:
         """The same budget without what lies on the device whatever the plan, for "total"; any other as it is.
 

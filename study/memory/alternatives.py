@@ -145,11 +145,10 @@ class _Plans:
         self._asked = np.minimum(setup.config.rank, self._max_ranks)
         cost: Cost = memory.cost()
         self.reference_bytes = reference_cost(cost, self._max_ranks)
+        self._budget = Budget.parse(setup.config.budget) if setup.config.budget else None
         self._limit: Limit | None = None
-        if setup.config.budget:
-            cost, self._limit = limited_cost(
-                Budget.parse(setup.config.budget).beside(setup.model), setup.targets, memory
-            )
+        if self._budget:
+            cost, self._limit = limited_cost(self._budget.beside(setup.model), setup.targets, memory)
         self._problem = AllocationProblem.of(setup.targets, cost, self._limit.value if self._limit else math.inf)
 
     @property
@@ -196,9 +195,9 @@ class _Plans:
 
     def rules(self) -> Iterator[Alternative]:
         """The plans of the placement rules inside the budget; BudgetError if no plan fits."""
-        if self._limit is None:
+        if self._budget is None:
             return
-        check_budget(self._problem, [target.name for target in self._targets])
+        check_budget(self._problem, [target.name for target in self._targets], self._budget.share)
         for name, rule in (("uniform", uniform_ranks), ("top-down", top_down)):
             yield self._alternative("budget", f"{name} inside {self._config.budget}", rule(self._problem))
 

@@ -346,6 +346,25 @@ def test_the_message_for_bytes_says_what_takes_them():
     )
 
 
+def test_a_share_that_fits_nothing_names_the_smallest_that_works():
+    """What lowers the bytes of a plan lowers what the share is of as well."""
+    cost = ByteCost(
+        moments=("the loss",),
+        constant=np.array([9e6]),
+        per_rank=np.array([[1e5, 2e5]]),
+        group_bytes=np.array([[]]),
+        needs=np.zeros((0, 2), dtype=bool),
+    )
+    whole = plan_cost(cost, np.array([8, 8]))
+    problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 0.5 * whole, RankLadder())
+    with pytest.raises(BudgetError, match=r"smallest that works is 8\.679 MiB, a share of 80% \(rank 1 on ") as caught:
+        check_budget(problem, ["bottom", "top"], 0.5)
+    assert "batch" not in str(caught.value)
+    check_budget(replace(problem, limit=0.8 * whole), ["bottom", "top"])
+    with pytest.raises(BudgetError, match=r"is 2 parameters, a share of 34% \("):
+        check_budget(replace(alike(3, 1.5), cost=ParameterCost(np.full((1, 3), 2.0))), list("abc"), 0.25)
+
+
 @pytest.mark.parametrize(("limit", "ranks"), [(400, [8, 4, 24, 4]), (90, [8, 0, 0, 1]), (70, [0, 2, 2, 2])])
 def test_pinned_modules_keep_their_rank_or_are_dropped(limit, ranks):
     """The first module is pinned: others give way for it, and it goes only if it cannot fit at all."""

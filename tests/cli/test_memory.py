@@ -227,6 +227,7 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "config.json is a file. Pass the name of a folder" in line
     line = failure(["memory", str(models / "bert"), *SMALL, "--budget", "1KiB"], capsys)
     assert "fits no adapter at all. The smallest that works is" in line
+    assert "a share of" in failure(["memory", str(models / "bert"), *SMALL, "--budget", "1%"], capsys)
     line = failure(["memory", str(models / "llama"), *SMALL, "--target-modules", "q_proj, k_porj"], capsys)
     assert "Unknown target module 'k_porj'. Did you mean: 'k_proj'" in line
     assert "No module has a rank above 32" in failure(

@@ -455,6 +455,15 @@ def test_the_smallest_budget_is_named_and_works(launch: Callable[..., Run]) -> N
         launch("none", budget="5 params")
 
 
+def test_the_smallest_share_is_named_and_works(launch: Callable[..., Run]) -> None:
+    with pytest.raises(BudgetError, match=r"a share of \d+%") as caught:
+        launch("small", budget="5%")
+    assert "gradient checkpointing" not in str(caught.value), "it would lower what the share is of, too"
+    smallest = str(caught.value).split("a share of ")[1].split(" (")[0]
+    run = launch("enough", budget=smallest, max_steps=6)
+    assert any(run.recorder.ranks[-1].values())
+
+
 def test_an_empty_data_set(launch: Callable[..., Run]) -> None:
     with pytest.raises(ValueError, match=r"(?i)empty|num_samples=0"):
         launch(data=Dataset.from_list(rows(1)).select([]))
