@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -30,8 +30,9 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
 
     Args:
         dataset: map-style or iterable. The lengths of token ids tell which examples are the longest: of the columns of
-            a `datasets.Dataset`; of up to `MOST_EXAMPLES` examples, evenly spread, of any other map-style data set
-            whose examples are mappings. Where there are none, the first examples are taken.
+            a `datasets.Dataset`; of up to `MOST_EXAMPLES` examples, evenly spread, where a transform makes them, and of
+            any other map-style data set whose examples are mappings. Where there are none, the first examples are
+            taken.
         collate: the data loader's function that makes a batch of examples.
         rows: batch size, in examples.
 
@@ -74,21 +75,46 @@ def first_example(dataset: Any) -> Any:
     raise DataError(_EMPTY)
 
 
+def unknown_lengths(dataset: Any) -> str:
+    """For an error: a sentence, after a space, if a data set does not tell which of its rows are the longest."""
+    if hasattr(dataset, "__len__") and _holds_token_ids(dataset):
+        return ""
+    return (
+        " Of a data set without a length, or whose rows hold no token ids, only the first rows are known before: put "
+        "the longest first, or give bytes."
+    )
+
+
+def _holds_token_ids(dataset: Any) -> bool:
+    """Whether a map-style data set has columns of token ids, or a first row that holds some."""
+    if _of_token_ids(getattr(dataset, "column_names", None) or ()):
+        return True
+    first = _rows_at(dataset, range(min(1, len(dataset))))
+    return any(isinstance(example, Mapping) and bool(_of_token_ids(example)) for example in first)
+
+
+def _of_token_ids(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(("input_ids", "prompt_ids", "chosen_ids", "rejected_ids"))]
+
+
 def _lengths(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, list[str]]:
     """Places of examples, the tokens of each, and the names of what they hold; no lengths if nothing holds token ids.
 
     Of several columns of token ids the longest counts, after the prompt's if there is one, as in pairs of answers.
     """
     places = np.arange(len(dataset))
-    if getattr(dataset, "column_names", None):
-        table, names = dataset, list(dataset.column_names)
+    names = list(getattr(dataset, "column_names", None) or ())
+    if not _holds_token_ids(dataset):
+        return places, None, names
+    if _of_token_ids(names):
+        table = dataset
     else:
         places = places[:: -(-len(dataset) // MOST_EXAMPLES) or 1]
         examples = _rows_at(dataset, places.tolist())
         mappings = bool(examples) and all(isinstance(example, Mapping) for example in examples)
         names = sorted(set.intersection(*(set(example) for example in examples))) if mappings else []
         table = {name: [example[name] for example in examples] for name in names}
-    columns = [name for name in names if name.endswith(("input_ids", "prompt_ids", "chosen_ids", "rejected_ids"))]
+    columns = _of_token_ids(names)
     if not columns:
         return places, None, names
     lengths = {name: np.array([len(ids) for ids in table[name]], dtype=np.int64) for name in columns}

@@ -16,6 +16,7 @@ from ..allocation.plan import check_budget, least_ranks
 from ..common.arrays import IntArray
 from ..common.stored_numbers import counted, finite
 from ..common.units import format_bytes
+from ..data.batches import unknown_lengths
 from ..errors import BudgetError, UnsupportedError
 from ..lora.signals import signal_buffer_bytes
 from ..memory.batch_shape import BatchShape, reshaped
@@ -33,10 +34,6 @@ logger = logging.getLogger(__name__)
 
 MARGIN = 0.03
 """The share of the prediction by which a measured peak may differ without a word."""
-
-FIRST_ROWS = (
-    " Of a data set without a length only the first rows are known before: put the longest first, or give bytes."
-)
 
 OUT_OF_MEMORY_SHARE = 0.9
 """After an out-of-memory error the plan may cost this share of what it cost, or half of what its adapters cost if that
@@ -333,7 +330,7 @@ class PeakGuard:
         if controller.fits():
             self._warn("%s The plan still fits.", text)
         elif not self._relieved(text):
-            self._check_possible(text + ("" if hasattr(self._run.dataset, "__len__") else FIRST_ROWS))
+            self._check_possible(text + unknown_lengths(self._run.dataset))
             self._warn("%s The plan is shrunk.", text)
             self._correct(f"shrunk: batch of {shape}", controller.ranks)
 

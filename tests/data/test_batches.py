@@ -9,7 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from rankpilot.data import batches
-from rankpilot.data.batches import IGNORED, count_predictions, first_example, largest_batch, predicted_share
+from rankpilot.data.batches import (
+    IGNORED,
+    count_predictions,
+    first_example,
+    largest_batch,
+    predicted_share,
+    unknown_lengths,
+)
 from rankpilot.errors import DataError
 
 TOKENS = torch.ones(4, 10, dtype=torch.int64)
@@ -65,7 +72,7 @@ def padding(rows: list[Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)}
 
 
-@pytest.mark.parametrize("kind", ["data set of torch", "list", "datasets"])
+@pytest.mark.parametrize("kind", ["data set of torch", "list", "datasets", "transform"])
 def test_the_longest_rows_are_found_in_any_data_set(kind: str) -> None:
     lengths = [3, 9, 4, 11, 5, 2]
     rows = Rows(lengths)
@@ -74,6 +81,9 @@ def test_the_longest_rows_are_found_in_any_data_set(kind: str) -> None:
         dataset = [rows[index] for index in range(len(rows))]
     if kind == "datasets":
         dataset = Dataset.from_list(dataset)
+    if kind == "transform":  # which makes the token ids when a row is read
+        counts = Dataset.from_dict({"count": lengths})
+        dataset = counts.with_transform(lambda some: {"input_ids": [list(range(count)) for count in some["count"]]})
     assert largest_batch(dataset, padding, 2)["input_ids"].shape == (2, 11)
 
 
@@ -84,6 +94,29 @@ def test_of_a_large_data_set_some_rows_are_looked_at(monkeypatch: pytest.MonkeyP
     assert batch["input_ids"].shape[0] == 3
     assert len(rows.read) == 10
     assert {0, 90} <= rows.read, "evenly spread"
+
+
+class Texts(Rows):
+    """Rows that a collator is to tokenise, in a data set that has columns."""
+
+    column_names = ("text",)
+
+
+def test_rows_that_tell_no_length_are_not_all_read() -> None:
+    rows = Texts([3, 9, 4], make=lambda ids: {"text": "a " * len(ids)})
+    batch = largest_batch(rows, lambda examples: {"input_ids": torch.ones(2, 5)}, 2)
+    assert batch["input_ids"].shape[0] == 2
+    assert rows.read == {0, 1}, "the first ones stand for all"
+
+
+def test_whether_a_data_set_tells_its_longest_rows() -> None:
+    assert unknown_lengths(Rows([3, 9])) == ""
+    assert unknown_lengths(Dataset.from_dict({"input_ids": [[1], [2]]})) == ""
+    told = "put the longest first"
+    assert told in unknown_lengths(Dataset.from_dict({"text": ["a", "b"]}))
+    assert told in unknown_lengths(Dataset.from_dict({"input_ids": [[1], [2]]}).to_iterable_dataset())
+    assert told in unknown_lengths(Rows([3], make=lambda ids: (torch.tensor(ids),)))
+    assert told in unknown_lengths([])
 
 
 def test_rows_without_names_come_in_their_order() -> None:

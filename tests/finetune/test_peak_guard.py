@@ -80,8 +80,10 @@ class Run:
             "use_cpu": True,
         } | options
         self.folder = folder
+        collate = settings.pop("data_collator", None)
         arguments = TrainingArguments(str(folder), **settings)
-        trainer = Trainer(model=self.model, args=arguments, train_dataset=data, callbacks=[self.pilot, self.steps])
+        callbacks = [self.pilot, self.steps]
+        trainer = Trainer(self.model, arguments, collate, data, callbacks=callbacks)
         trainer.train(resume_from_checkpoint=resume)
 
     @property
@@ -153,6 +155,27 @@ def test_a_larger_batch_that_fits_changes_nothing(launch: Callable[..., Run], ca
 def test_a_larger_batch_that_fits_no_plan_is_an_error(launch: Callable[..., Run]) -> None:
     with pytest.raises(BudgetError, match="fits no adapter at all"):
         launch("100KiB", data=Growing())
+
+
+class Texts(torch.utils.data.Dataset[Any]):
+    """Rows that the collator tokenises; a long one comes last."""
+
+    def __len__(self) -> int:
+        return STEPS * ROWS
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"size": LONG if index == len(self) - 1 else SHORT}
+
+
+def tokenised(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+    ids = torch.ones(len(rows), max(row["size"] for row in rows), dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_who_has_rows_of_unknown_lengths_is_told_to_put_the_longest_first(launch: Callable[..., Run]) -> None:
+    options = {"data_collator": tokenised, "remove_unused_columns": False}
+    with pytest.raises(BudgetError, match=r"4 x 24 came.* or whose rows hold no token ids.* put the longest first"):
+        launch("25%", data=Texts(), **options)
 
 
 def test_a_resumed_run_knows_the_largest_batch(launch: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
