@@ -24,6 +24,7 @@ from ..memory.budget import Budget
 from ..memory.cost import ByteCost, plan_cost
 from ..memory.for_training import highest_ranks, measure_memory
 from ..memory.model import MemoryModel
+from ..memory.model_states import excess_of_state
 from ..memory.peak_meter import PeakMeter
 from ..memory.recording import Batch
 from .correction import Correction
@@ -298,6 +299,7 @@ class PeakGuard:
             except UnsupportedError:
                 return ""
         predicted = plan_cost(controller.cost_now(cost), ranks)
+        predicted -= excess_of_state(controller.targets, self._run.optimizer)
         self.checks.append((step, predicted, peak))
         if abs(peak - predicted) <= MARGIN * predicted:
             return ""

@@ -56,11 +56,11 @@ class TorchaoForm(StateForm):
         state[key].copy_(value)
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of codes and scales."""
+        """Bytes of codes and scales, and of the table of codes, of which each moment has one."""
         moment = optimizer._new_buffer(like, True)
         if type(moment) is torch.Tensor:
             return like.nbytes
-        return sum(getattr(moment, name).nbytes for name in moment.__tensor_flatten__()[0] if name != "qmap")
+        return sum(getattr(moment, name).nbytes for name in moment.__tensor_flatten__()[0])
 
 
 class BitsandbytesForm(StateForm):

@@ -109,6 +109,21 @@ def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -
     return float(slope), float(max(start, 0))
 
 
+def excess_of_state(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None) -> float:
+    """Bytes of optimiser state that `model_states` counts at the present ranks and that are not there.
+
+    States are counted along a straight line that is nowhere too low. Low-bit ones do not grow along a line: those of
+    fewer than 4096 values are fp32.
+    """
+    excess = 0.0
+    for target in targets:
+        if target.rank:
+            slope, start = _state_line(target, optimizer)
+            pair = target.weight_a.detach(), target.weight_b.detach()
+            excess += slope * target.rank + start - sum(state_bytes_of(optimizer, factor) for factor in pair)
+    return excess
+
+
 def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> bool:
     """Whether the optimiser works on all parameters at once, with a temporary copy of each."""
     settings = unwrap_optimizer(optimizer).defaults if optimizer else {}

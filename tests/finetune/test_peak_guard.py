@@ -127,6 +127,19 @@ def test_every_step_costs_what_was_predicted(launch: Callable[..., Run], checkpo
         assert 0 <= predicted - peak * (1 + margin) <= 1.5 * LOOP_BYTES
 
 
+def test_low_bit_state_that_is_smaller_than_its_straight_line_is_no_other_step(
+    tmp_path: Path, llama_config: LlamaConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """State of few values is fp32, so plans are priced for more bytes than it takes at most ranks."""
+    pytest.importorskip("bitsandbytes")
+    config = LlamaConfig(**llama_config.to_dict() | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16})
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        run = Run(tmp_path / "run", config, Growing(long_at=STEPS), "80%", optim="adamw_bnb_8bit")
+    assert warnings_of(caplog) == []
+    for _, predicted, measured in run.pilot.pilot.checks:
+        assert measured == pytest.approx(predicted, rel=0.01)
+
+
 def test_the_cost_of_a_larger_batch_is_known_before_the_model_sees_it(
     launch: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:

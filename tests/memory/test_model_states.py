@@ -13,7 +13,8 @@ from rankpilot.lora.ladder import RankLadder
 from rankpilot.lora.optimizer_layouts import layout_of
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.model_states import model_states, state_bytes
+from rankpilot.memory.live_storages import storages
+from rankpilot.memory.model_states import excess_of_state, model_states, state_bytes
 from transformers import LlamaForCausalLM
 from transformers.optimization import Adafactor
 
@@ -52,7 +53,7 @@ def real_state(optimizer: torch.optim.Optimizer, parameters: Any) -> int:
     for parameter in parameters:
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor) and value.dim() and not key.startswith("qmap"):
-                total += value.numel() * value.element_size()
+                total += sum(storage.nbytes() for storage in storages([value]))
     return total
 
 
@@ -91,6 +92,27 @@ def test_state_is_never_below_the_real_one_at_any_rank_of_the_ladder(wide_llama,
                 assert counted == real, (target.name, rank)
             elif rank >= 48 and name not in BENT:
                 assert counted <= 1.02 * real, (target.name, rank)
+
+
+TORCHAO = {
+    f"torchao-{bits}bit": lambda p, bits=bits: getattr(pytest.importorskip("torchao.optim"), f"AdamW{bits}bit")(p)
+    for bits in (4, 8)
+}
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *TORCHAO])
+def test_counted_state_without_its_excess_is_the_real_one(wide_llama, name):
+    targets = find_target_modules(wide_llama)
+    for rank in (1, 8, 32, 48, 64):
+        ranks = np.array([0, *[rank] * (len(targets) - 1)])
+        set_ranks(targets, {t.name: int(r) for t, r in zip(targets, ranks, strict=True)})
+        optimizer = (OPTIMIZERS | TORCHAO)[name](trained(wide_llama))
+        with torch.compiler.set_stance("force_eager"):
+            step(optimizer, wide_llama)
+        states = model_states(wide_llama, targets, optimizer, signal_bytes=False)
+        counted = (states.optimizer * ranks + states.fixed * (ranks > 0)).sum()
+        real = real_state(optimizer, trained(wide_llama))
+        assert counted - excess_of_state(targets, optimizer) == real, rank
 
 
 def test_factored_state_starts_above_zero_and_grows_by_two_numbers_a_rank(wide_llama):
