@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..memory.recorder import CHECKPOINT
+from ..memory.marked_segments import CHECKPOINT
 from ..memory.step_parts import requires_grad_hook
 
 _SWITCHES = ("gradient_checkpointing", CHECKPOINT, "_loss_function")

@@ -65,10 +65,7 @@ def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], ModuleSet]) -
 
 
 def saved_by(node: Any, flow: dict[Any, ModuleSet]) -> Iterator[tuple[Any, ModuleSet]]:
-    """Yield each value that a node saved, as the saved-tensor hooks packed it, and the modules for which it is saved.
-
-    A tensor that a Python function keeps on its context is yielded itself.
-    """
+    """Yield each value that a node saved, as the saved-tensor hooks packed it, and the modules that it is saved for."""
     saved_for = _SAVED_FOR.get(node.name(), {})
     sources = node.next_functions
     for attribute in _saving_attributes(node.__class__):
@@ -80,10 +77,12 @@ def saved_by(node: Any, flow: dict[Any, ModuleSet]) -> Iterator[tuple[Any, Modul
         for entry in saved if isinstance(saved, tuple) else (saved,):
             if entry.data is not None:
                 yield entry.data, modules
+
+
+def kept_on_context(node: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a Python function keeps on its context, where hooks do not see them."""
     if isinstance(node, torch.autograd.function.BackwardCFunction):
-        for value in tree_iter(vars(node)):
-            if isinstance(value, torch.Tensor):
-                yield value, flow[node]
+        yield from (value for value in tree_iter(vars(node)) if isinstance(value, torch.Tensor))
 
 
 @cache

@@ -17,15 +17,19 @@ from torch.utils._pytree import tree_iter
 
 from ..errors import UnsupportedError
 from ..lora.targets import TargetModule
-from .autograd_flow import ModuleSet, flow_from, saved_by
+from .autograd_flow import ModuleSet, flow_from, kept_on_context, saved_by
 from .gradient_holders import GradientHolders
 from .live_storages import LiveStorages
+from .marked_segments import CHECKPOINT, segments_marked
 from .recording import NEVER, Batch, Phases, Recording, Segment
-from .step_parts import is_reentrant, requires_grad_hook
+from .step_parts import requires_grad_hook
 from .training_step import LossFunction, model_loss
 
-CHECKPOINT = "_gradient_checkpointing_func"
-"""Where transformers keeps a module's checkpointing function."""
+_FOREIGN_HOOKS = (
+    "The training step saves tensors through hooks of its own, such as those of torch.utils.checkpoint in its loss or "
+    "in a model's own code, or of torch.autograd.graph.save_on_cpu. So what it holds cannot be measured. Leave them "
+    "out (gradient_checkpointing=True is measured), or give a budget of parameters ('300k params')."
+)
 
 
 @dataclass(frozen=True)
@@ -309,20 +313,25 @@ class _Run:
         for node in flow:
             sequence = node._sequence_nr()
             segment = self._segment_of(sequence)
-            for value, modules in saved_by(node, flow):
-                on_context = not isinstance(value, _Packed)
-                if not on_context:
-                    self._saving.add(sequence)
-                serial = self._mode.serial(value) if on_context else value.serial
+            for packed, modules in saved_by(node, flow):
+                if isinstance(packed, torch.Tensor) and packed.dim() == 0 and self._mode.serial(packed) is None:
+                    continue  # a Python number, which is saved without hooks
+                if not isinstance(packed, _Packed):
+                    raise UnsupportedError(_FOREIGN_HOOKS)
+                self._saving.add(sequence)
+                if packed.serial is not None:
+                    saved = self._needed if segment < 0 else self._segments[segment].saved
+                    saved[packed.serial] = saved.get(packed.serial, 0) | modules
+            for tensor in kept_on_context(node):
+                serial = self._mode.serial(tensor)
                 if serial is None:
                     continue
-                if on_context:
-                    until = max(self._on_context_until.get(serial, 0), self._parent_left_at(sequence))
-                    self._on_context_until[serial] = until
+                until = max(self._on_context_until.get(serial, 0), self._parent_left_at(sequence))
+                self._on_context_until[serial] = until
                 # A checkpoint that is not reentrant frees only the tensors that the hooks see.
-                held = segment < 0 or (on_context and not self._segments[segment].reentrant)
+                held = segment < 0 or not self._segments[segment].reentrant
                 saved = self._needed if held else self._segments[segment].saved
-                saved[serial] = saved.get(serial, 0) | modules
+                saved[serial] = saved.get(serial, 0) | flow[node]
 
     def _follow_backward(self, flow: dict[int, ModuleSet]) -> None:
         """Set stretch, segment and modules to the running node's; a node that sums gradients changes nothing."""
@@ -375,16 +384,3 @@ def _unpack(saved: _Packed) -> torch.Tensor:
 
 def _sequence() -> int:
     return int(torch._C._autograd._get_sequence_nr())
-
-
-@contextmanager
-def segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
-    """Replace transformers' checkpointing function by `run` on these modules, which have one."""
-    functions = [vars(module)[CHECKPOINT] for module in modules]
-    try:
-        for module, function in zip(modules, functions, strict=True):
-            setattr(module, CHECKPOINT, partial(run, is_reentrant(function)))
-        yield
-    finally:
-        for module, function in zip(modules, functions, strict=True):
-            setattr(module, CHECKPOINT, function)

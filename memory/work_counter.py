@@ -21,8 +21,8 @@ from ..lora.targets import TargetModule
 from .autograd_flow import ModuleSet, flow_from
 from .calibration import all_training, prepare
 from .live_storages import tensors_in
+from .marked_segments import CHECKPOINT, segments_marked
 from .model import RANK
-from .recorder import CHECKPOINT, segments_marked
 from .recording import Batch
 from .step_work import StepWork
 from .training_step import LossFunction

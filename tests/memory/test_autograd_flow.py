@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.memory.autograd_flow import _SAVED_FOR, adapted_modules, flow_from, saved_by
+from rankpilot.memory.autograd_flow import _SAVED_FOR, adapted_modules, flow_from, kept_on_context, saved_by
 from torch.nn.functional import conv1d, linear
 
 ALWAYS = 8
@@ -33,7 +33,8 @@ class Graph:
         flow = self.flow(loss)
         result: dict[int, int] = {}
         for node in flow:
-            for tensor, modules in saved_by(node, flow):
+            on_context = ((tensor, flow[node]) for tensor in kept_on_context(node))
+            for tensor, modules in (*saved_by(node, flow), *on_context):
                 address = tensor.data_ptr()
                 result[address] = result.get(address, 0) | modules
         return result

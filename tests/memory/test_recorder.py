@@ -12,6 +12,8 @@ from rankpilot.errors import UnsupportedError
 from rankpilot.memory.recorder import Recorder
 from rankpilot.memory.recording import NEVER
 from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from .measured import adamw_run, family_batch, family_model
 
@@ -146,6 +148,52 @@ def test_checkpointed_layers_are_segments_that_run_once(recorded, reentrant):
     assert {int(recording.segment_index[serial]) for serial in recording.saved_in_segment} == {0, 1}
     layers = run.model.base_model.model.model.layers
     assert all("_run_segment" not in str(layer._gradient_checkpointing_func) for layer in layers)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_that_a_step_switches_off_and_on_again_is_recorded_all_the_same(recorded, reentrant):
+    """As TRL does around texts that it generates."""
+    recorder, run, whole = recorded(checkpointing=reentrant)
+    layers = run.model.base_model.model.model.layers
+    before, plain = [layer._gradient_checkpointing_func for layer in layers], recorder.loss
+
+    def loss(batch):
+        run.model.gradient_checkpointing_disable()
+        run.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        return plain(batch)
+
+    recorder.loss = loss
+    recording = recorder.step(run.batch)
+    assert [segment.saved for segment in recording.segments] == [segment.saved for segment in whole.segments]
+    assert recording.needed == whole.needed
+    for column in ("sizes", "created", "freed", "segment_index"):
+        assert np.array_equal(getattr(recording, column), getattr(whole, column)), column
+    assert [layer._gradient_checkpointing_func for layer in layers] == before
+    assert not hasattr(type(layers[0]), "_gradient_checkpointing_func")
+
+
+def under_checkpoint(loss, batch):
+    factor = torch.ones(4, 4, requires_grad=True)
+    return loss(batch) + checkpoint(lambda given: given.exp().sum(), factor, use_reentrant=False)
+
+
+def under_save_on_cpu(loss, batch):
+    with save_on_cpu():
+        return loss(batch)
+
+
+def under_hooks_that_pack_tensors(loss, batch):
+    with saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+        return loss(batch)
+
+
+@pytest.mark.parametrize("wrapped", [under_checkpoint, under_save_on_cpu, under_hooks_that_pack_tensors])
+def test_a_step_with_hooks_of_its_own_is_refused(recorded, wrapped):
+    recorder, run, _ = recorded()
+    plain = recorder.loss
+    recorder.loss = lambda batch: wrapped(plain, batch)
+    with pytest.raises(UnsupportedError, match=r"hooks of its own.*give a budget of parameters \('300k params'\)"):
+        recorder.step(run.batch)
 
 
 def test_what_a_step_saved_is_freed_with_it(recorded):
