@@ -133,17 +133,26 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
     return bool(device_kind(next(model.parameters())) == "cuda" if foreach is None else foreach)
 
 
+def trained_by(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    """The parameters that train: those of a model, and what an optimiser trains beside them."""
+    inside = list(model.parameters())
+    return [p for p in inside if p.requires_grad] + _outside(inside, optimizer)
+
+
 def trained_outside(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
     """The parameters that an optimiser trains beside those of a model, such as of a head that the loss applies."""
-    inside = {id(parameter) for parameter in model.parameters()}
+    return _outside(list(model.parameters()), optimizer)
+
+
+def _outside(inside: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    known = set(map(id, inside))
     groups = unwrap_optimizer(optimizer).param_groups if optimizer else []
-    return [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in inside]
+    return [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in known]
 
 
 def gradients_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
     """The gradients that are allocated, of the parameters that train."""
-    trained = [*model.parameters(), *trained_outside(model, optimizer)]
-    return [p.grad for p in trained if p.requires_grad and p.grad is not None]
+    return [parameter.grad for parameter in trained_by(model, optimizer) if parameter.grad is not None]
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
@@ -157,13 +166,12 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gr
     """
     total, held = 0, dict[int, int]()
     state = unwrap_optimizer(optimizer).state if optimizer else {}
-    for parameter in [*model.parameters(), *trained_outside(model, optimizer)]:
-        if parameter.requires_grad:
-            size = parameter.untyped_storage().nbytes()
-            tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
-            # Tables of bitsandbytes' codes are shared.
-            held |= {storage._cdata: storage.nbytes() for storage in storages(tensors)}
+    for parameter in trained_by(model, optimizer):
+        size = parameter.untyped_storage().nbytes()
+        tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
+        # Tables of bitsandbytes' codes are shared.
+        held |= {storage._cdata: storage.nbytes() for storage in storages(tensors)}
+        total += size
+        if gradients or parameter.grad is not None:
             total += size
-            if gradients or parameter.grad is not None:
-                total += size
     return total + sum(held.values())
