@@ -198,14 +198,20 @@ def put_back_on_error(run: TrainingRun, targets: Sequence[TargetModule]) -> Iter
         raise
 
 
+KEPT = (
+    "The adapters are trained already, so the first plan takes rank from them only where bounds ask for it. fresh=True "
+    "begins with new ones."
+)
+
+
 @contextmanager
 def learned_kept(
     run: TrainingRun, controller: RankController[PeftAdapters], note: Callable[[str], None]
 ) -> Iterator[None]:
     """Let the first decision, which is made inside, take away nothing that adapters have learned already.
 
-    No adapter shrinks there if all fit as they are. If they do not, some must: then the loss on a few rows before and
-    after is told.
+    No adapter shrinks there if all fit as they are, which is told. If they do not, some must: then the loss on a few
+    rows before and after is told.
 
     Args:
         run: the run.
@@ -221,6 +227,7 @@ def learned_kept(
         controller.low = np.minimum(controller.low, controller.high)
     try:
         if _some_plan_fits(controller):
+            note(KEPT)
             yield
             return
     finally:

@@ -88,11 +88,14 @@ def test_growing_leaves_the_function_as_it_is(
 
 
 def test_nothing_is_lost_where_the_ranks_fit(
-    continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig
+    continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rank 4 on all modules fits 60 % of what rank 8 takes; the rule alone would drop modules there."""
     first = logits(PeftModel.from_pretrained(base_model(llama_config), str(stage_1)))
-    model, callback, _ = continued("100%", fractions=(0.0,))
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        model, callback, _ = continued("100%", fractions=(0.0,))
+    (line,) = [record.message for record in caplog.records if "trained already" in record.message]
+    assert "takes rank from them only where bounds ask for it. fresh=True begins" in line
     assert (callback.controller.ranks >= 4).all()
     assert (logits(model) - first).abs().max() <= 1e-5
 
