@@ -243,29 +243,34 @@ class RankController(Generic[AdaptersT]):
         """What `apply` would do, without doing it: the possible plans with pinned modules, and the plan."""
         return self._project(self.problem(), decision, optimizer)
 
-    def set_plan(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Take exactly these ranks as the decision: none is lowered or raised, even if a part of the budget is left.
+    def set_plan(
+        self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None, *, decides: bool = True
+    ) -> None:
+        """Take exactly these ranks: none is lowered or raised, even if a part of the budget is left.
 
         Args:
             ranks: on the ladder, int64 (modules,). Modules that `propose` pinned keep their ranks of the proposal.
             step: see `apply`, as `optimizer`.
             optimizer: its state follows.
+            decides: whether they are the next decision; else they come beside the schedule, which stays as it is.
 
         Raises:
             BudgetError: they are above the limit.
         """
-        problem = self.problem()
+        problem = self.problem() if decides else self.problem_now()
         if unit_cost(problem.cost, ranks) > self.limit:
             cost = part_of(unit_cost(problem.cost, ranks), self.limit, self.cost.unit)
             raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
         if self.time and not (self.time.fits(ranks) and problem.fits(ranks)):
             raise BudgetError(f"This plan does not fit the time: {self.time.text(ranks)}. Lower some ranks.")
-        self._take(ranks, step, optimizer)
+        self._take(ranks, step, optimizer, decides=decides)
 
-    def _take(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Give the adapters the ranks of a decision."""
+    def _take(
+        self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None, *, decides: bool = True
+    ) -> None:
+        """Give the adapters these ranks, of a decision or beside the schedule."""
         self.adapters.set_ranks(ranks, optimizer, seed=self.seed, step=step)
-        self.decision += 1
+        self.decision += decides
 
     def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
         """Bring the ranks back under a limit that has become tighter; not counted as a decision. See `apply`."""

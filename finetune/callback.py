@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..agents.learned.exploring import drawing_from
 from ..agents.learned.policy_file import DEFAULT
 from ..allocation.bounds import Bounds
 from ..allocation.controller import RankController
@@ -27,6 +28,7 @@ from ..memory.recording import Batch
 from ..memory.step_config import check_seed
 from ..memory.time_budget import TimeBudget
 from .checkpoint import chosen_checkpoint, load_state, save_state
+from .evaluations import Evaluations
 from .parallel_kinds import check_arguments
 from .pilot import RankPilot
 from .recompiles import warn_of_recompiles
@@ -35,9 +37,6 @@ from .stop import StopOnSigterm
 from .trainer_step import TrainerStep, around_training, find_trainer, resumed_from
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_ROOM = 0.5
-"""The share of the budget for which the batch of an evaluation is made anew, since not all of it shrinks with it."""
 
 
 class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
@@ -123,14 +122,14 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if seed is not None:
             check_seed(seed)
         around_training(_prepared, _broken_off)
-        self._seed, self._log_is_given = seed, log is not None
+        self._seed, self._log_is_given, self._explores = seed, log is not None, explore is not None
         self._bar = False
         self._step: TrainerStep | None = None
         self._stop: StopOnSigterm | None = None
         self._batches: list[Batch] = []
         self._loss: torch.Tensor | float = 0.0
         self._between_steps, self._save_later = True, False
-        self._own_rows = 0
+        self._evaluations: Evaluations | None = None
 
     @property
     def controller(self) -> RankController[PeftAdapters] | None:
@@ -192,6 +191,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
         pilot.seed = args.seed if self._seed is None else self._seed
+        if self._explores:
+            pilot.policy = drawing_from(pilot.policy, pilot.seed)
         if not self._log_is_given:
             pilot.journal.log = self._default_log(args)
         self._bar = not args.disable_tqdm
@@ -201,11 +202,11 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             pilot.resume(run, load_state(folder), step=state.global_step, name=name)
         else:
             pilot.begin(run, name=name)
-        self._rows_evaluated = 0
+        self._evaluations = Evaluations(step.trainer, pilot)
         step.follow(
             self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures, self._save_state, self._break_off
         )
-        step.follow_evaluations(self._evaluate)
+        step.follow_evaluations(self._evaluations.run)
         self._between_steps, self._save_later = True, False
         if state.global_step >= state.max_steps:
             step.take_no_more()
@@ -242,7 +243,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
         self._connected().release()
-        self._put_back_evaluations()
+        if self._evaluations:
+            self._evaluations.put_back()
         self.pilot.finish()
 
     # What the events do -----------------------------------------------------------------------------------------------
@@ -265,46 +267,22 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     def _break_off(self) -> None:
         """Stop measuring, following the Trainer and handling SIGTERM, since the run ends with an error."""
-        self.pilot.break_off()
         self._between_steps, self._save_later = True, False
-        if self._step:
-            self._step.release()
-            self._put_back_evaluations()
-        if self._stop:
-            self._stop.release()
+        try:
+            self.pilot.break_off()
+        finally:
+            if self._step:
+                self._step.release()
+            if self._evaluations:
+                self._evaluations.put_back()
+            if self._stop:
+                self._stop.release()
 
     def _take_batches(self, batches: list[Batch]) -> None:
         self._batches = batches
 
     def _take_loss(self, loss: torch.Tensor) -> None:
         self._loss = self._loss + loss
-
-    def _evaluate(self, evaluate: Callable[[], Any]) -> Any:
-        """Run an evaluation, and measure the first one with its batch size: the next ones keep within the budget."""
-        args = self._connected().trainer.args
-        rows = args.per_device_eval_batch_size
-        if rows == self._rows_evaluated:
-            return evaluate()
-        self._rows_evaluated = rows
-        with self.pilot.evaluation():
-            result = evaluate()
-        share = self.pilot.evaluation_share
-        if share > 1 and rows > 1:
-            self._own_rows = self._own_rows or rows
-            args.per_device_eval_batch_size = max(1, int(EVALUATION_ROOM * rows / share))
-            logger.warning(
-                "An evaluation with batches of %d took %.0f %% of the budget: the next one has batches of %d.",
-                rows,
-                100 * share,
-                args.per_device_eval_batch_size,
-            )
-        return result
-
-    def _put_back_evaluations(self) -> None:
-        """Let evaluations after the run have the batches that their user chose."""
-        if self._own_rows:
-            self._connected().trainer.args.per_device_eval_batch_size = self._own_rows
-        self._own_rows = 0
 
     def _save_state(self, checkpoint: Path) -> bool:
         """Write the state of this callback into a checkpoint, before the Trainer writes its files.

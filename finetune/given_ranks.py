@@ -22,8 +22,10 @@ def given_ranks(observation: Observation, ranks: Mapping[str, int]) -> tuple[Dec
         observation: of the run.
         ranks: of all target modules, by full name.
 
+    Returns:
+        The decision, whose ranks are those given, and the plan, which may be lower where they are above the budget.
+
     Raises:
-        BudgetError: they are above the budget.
         UnknownNameError, ConfigError: a module is unknown or missing, or cannot have its rank.
     """
     first = replace(observation, problem=observation.problem.fresh())

@@ -299,7 +299,8 @@ class PeakGuard:
             except UnsupportedError:
                 return ""
         predicted = plan_cost(controller.cost_now(cost), ranks)
-        predicted -= excess_of_state(controller.targets, self._run.optimizer)
+        if not self._underestimate:  # which is beside the cost with the excess
+            predicted -= excess_of_state(controller.targets, self._run.optimizer)
         self.checks.append((step, predicted, peak))
         if abs(peak - predicted) <= MARGIN * predicted:
             return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ class RankPilot(Readings):
         A batch that is larger than all before may shrink the plan. A decision that was put off is made here.
 
         Raises:
-            BudgetError, ReviewError: no plan fits; see `after_step`.
+            BudgetError, ReviewError: see `after_step`; no plan fits the larger batch.
         """
         self._decide_if_due()
         self._guard.before_step(self._step, batches)
@@ -261,25 +261,22 @@ class RankPilot(Readings):
             self._decide_if_due()
 
     def take(self, ranks: Mapping[str, int]) -> None:
-        """Give the modules these ranks now, by full name, whatever the schedule and the policy say; it is logged.
+        """Give the modules these ranks now, by full name, whatever the policy says; it is logged.
+
+        They stand for a decision that is due, and leave the schedule as it is where none is.
 
         Raises:
-            BudgetError, UnknownNameError, ConfigError: see `given_ranks`.
+            BudgetError: they are above the budget.
+            UnknownNameError, ConfigError: see `given_ranks`.
         """
-        self._decide_if_due()  # it is logged, and gives way at once
         controller, step, loss = self._controller, self._step, self._losses.mean()
         self._guard.deciding()
         observation = controller.observation_now(step)
         decision, plan = given_ranks(observation, ranks)
-        controller.set_plan(decision.ranks, step, self._run.optimizer)
+        controller.set_plan(decision.ranks, step, self._run.optimizer, decides=self._is_due())
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan, correction=True)
-
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Measure the evaluation that runs inside the block; see `evaluation_share`."""
-        self._check_begun()
-        return self._guard.evaluation()
 
     def out_of_memory(self) -> None:
         """Shrink the plan after a step that ran out of memory; afterwards take the step again, without gradients.
@@ -344,8 +341,11 @@ class RankPilot(Readings):
         limits = self.budget, self.time
         return run_settings(*limits, self.policy, self.schedule, self.bounds, self.recompute, self.scaling)
 
+    def _is_due(self) -> bool:
+        return self._controller.due(self._step) and self._step < self._controller.total_steps
+
     def _decide_if_due(self) -> None:
-        if self._controller.due(self._step) and self._step < self._controller.total_steps:
+        if self._is_due():
             self._decide()
 
     @without_autocast()

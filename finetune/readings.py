@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from ..allocation.controller import RankController
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
@@ -50,6 +52,11 @@ class Readings:
     def limit(self) -> float:
         """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
         return float(self._controller.limit)
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Measure the evaluation that runs inside the block; see `evaluation_share`."""
+        self._check_begun()
+        return self._guard.evaluation()
 
     @property
     def evaluation_share(self) -> float:

@@ -39,10 +39,16 @@ def fresh_adapters(
         raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
 
 
+_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "projector")
+"""Names of heads in models whose base model is no module of the name that their class tells."""
+
+
 def head_names(model: PreTrainedModel) -> list[str]:
     """The names of the modules beside the base model that hold weights, such as "classifier"."""
     with_weights = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
-    return [name for name in with_weights if name != model.base_model_prefix]
+    if model.base_model_prefix in with_weights:
+        return [name for name in with_weights if name != model.base_model_prefix]
+    return [name for name in with_weights if name in _HEADS]
 
 
 def _trained_heads(base: PreTrainedModel, peft_type: str | None) -> dict[str, Any]:

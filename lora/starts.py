@@ -22,8 +22,8 @@ def start_kept(
 ) -> Iterator[None]:
     """Let adapters that have not trained keep what EVA chose for them, whatever ranks they get inside.
 
-    A module has as many of its rows of A as its new rank allows, and random ones beyond; B stays 0. Other starts than
-    PEFT's default give way to it, which is told.
+    A module has as many of its rows of A as its new rank allows, and random ones beyond; the function stays. Other
+    starts than PEFT's default give way to it, which is told.
 
     Args:
         model: holds the adapters.
@@ -32,12 +32,12 @@ def start_kept(
         note: tells a line.
     """
     start = unwrap(model).peft_config[targets[0].adapter].init_lora_weights
-    if fresh or start in _DEFAULT or any(map(is_trained, targets)):
+    if start in _DEFAULT or (not fresh and any(map(is_trained, targets))):
         yield
         return
-    if start != _BY_IMPORTANCE:
+    if fresh or start != _BY_IMPORTANCE:
         yield
-        note(f"Adapters begin with PEFT's default directions, in place of those of init_lora_weights={start!r}.")
+        note(f"This run begins with PEFT's default directions, in place of those of init_lora_weights={start!r}.")
         return
     rows = [target.weight_a.detach().clone() for target in targets]
     yield

@@ -29,7 +29,7 @@ def segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> It
         yield
     finally:
         for kind in kinds:
-            delattr(kind, CHECKPOINT)
+            delattr(kind, CHECKPOINT)  # no class of transformers has one of its own
         for module, function in zip(modules, functions, strict=True):
             setattr(module, CHECKPOINT, function)
 
@@ -40,9 +40,14 @@ class _Marked:
     def __init__(self, modules: Sequence[nn.Module], run: Callable[..., Any]) -> None:
         self._modules, self._run = {id(module) for module in modules}, run
 
-    def __get__(self, module: nn.Module, kind: type) -> Any:
+    def __get__(self, module: nn.Module | None, kind: type) -> Any:
+        if module is None or CHECKPOINT not in vars(module):
+            raise AttributeError(f"{kind.__name__} has no attribute {CHECKPOINT!r}")
         function = vars(module)[CHECKPOINT]
         return partial(self._run, is_reentrant(function)) if id(module) in self._modules else function
 
     def __set__(self, module: nn.Module, function: Any) -> None:
         vars(module)[CHECKPOINT] = function
+
+    def __delete__(self, module: nn.Module) -> None:
+        del vars(module)[CHECKPOINT]

@@ -74,8 +74,7 @@ def model_states(
     )
     states = [_state_line(target, optimizer) for target in targets]
     adapter = {id(p) for target in targets for p in target.parameters.values()}
-    trained = [*model.parameters(), *trained_outside(model, optimizer)]
-    others = [p.detach() for p in trained if p.requires_grad and id(p) not in adapter]
+    others = [p.detach() for p in trained_by(model, optimizer) if id(p) not in adapter]
     unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
     sizes = [p.nbytes for p in others]
     copies = _steps_with_copies(optimizer, model)

@@ -36,3 +36,13 @@ def exploring(policy: Policy, temperature: float | str, seed: int = 0) -> Learne
     if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
         raise ConfigError(f"{policy.name} has no value ensemble, so there is nothing to draw plans by.")
     return replace(policy, name=f"{policy.name} exploring at {value:g}", temperature=value, seed=seed)
+
+
+def drawing_from(policy: Policy, seed: int) -> Policy:
+    """A policy that explores with another seed of what it draws; any other policy as it is.
+
+    Args:
+        policy: any.
+        seed: see `exploring`.
+    """
+    return replace(policy, seed=seed) if isinstance(policy, LearnedPolicy) and policy.temperature else policy

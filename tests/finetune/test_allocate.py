@@ -184,6 +184,7 @@ def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig
         if not logged.value("correction"):
             assert redecide(logged, load_policy("default")).differences == ()
             assert logged.deliberation is not None
+            assert logged.deliberation.seed == trainer.args.seed != 0
             chance = logged.deliberation.probabilities[logged.deliberation.plan]
             assert logged.value("log_prob") == pytest.approx(float(np.log(chance)))
     assert set(log.read()["policy"].to_pylist()) == {"default exploring at 0.5"}

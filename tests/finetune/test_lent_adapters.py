@@ -16,7 +16,9 @@ from rankpilot.finetune.lent_adapters import lent_adapters, task_type
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
+    BertConfig,
     BertForMultipleChoice,
+    BertForSequenceClassification,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,6 +29,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     WhisperConfig,
+    WhisperForAudioClassification,
     WhisperForConditionalGeneration,
     default_data_collator,
 )
@@ -39,6 +42,10 @@ OPTIONS: dict[str, Any] = {
     "total_steps": 12,
 }
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+
+WHISPER = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+WHISPER |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
 
 
 def batches(rows: list[dict[str, Any]]) -> DataLoader[Any]:
@@ -106,15 +113,38 @@ def test_new_heads_train_whole() -> None:
     assert not any("lora" in name for name in trained)
 
 
+def test_heads_beside_encoders_of_other_names() -> None:
+    """The base model is no module of the name that these classes tell."""
+    audio = WhisperConfig(**WHISPER, num_labels=3, max_source_positions=8, num_mel_bins=4)
+    with lent_adapters(WhisperForAudioClassification(audio)) as adapted:
+        assert adapted.peft_config["default"].modules_to_save == ["projector", "classifier"]
+        assert any("encoder" in name and "lora_A" in name for name, _ in adapted.named_parameters())
+
+
+def test_a_users_own_class_of_such_a_name(llama_config: LlamaConfig) -> None:
+    class TextClassification(Wrapped):
+        """It is no model of transformers."""
+
+    assert allocate(TextClassification(LlamaForCausalLM(llama_config)), texts(), **OPTIONS).rank_pattern
+
+
+def test_the_model_has_the_very_modules_that_it_had(bert_config: BertConfig) -> None:
+    model = BertForSequenceClassification(bert_config)
+    model.classifier.bias.requires_grad_(False)
+    modules, trains = list(model.modules()), {name: p.requires_grad for name, p in model.named_parameters()}
+    rows = [{"input_ids": ids, "labels": number % 3} for number, ids in enumerate(TEXTS)]
+    assert allocate(model, batches(rows), **OPTIONS).rank_pattern
+    assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
+
+
 def test_a_head_of_several_choices(bert_config: Any) -> None:
     with lent_adapters(BertForMultipleChoice(bert_config)) as adapted:
         assert adapted.peft_config["default"].modules_to_save == ["classifier"]
 
 
 def test_the_task_of_a_model_that_generates() -> None:
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    assert task_type(WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads))) is None
+    assert task_type(WhisperForConditionalGeneration(WhisperConfig(**WHISPER))) is None
     assert task_type(T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2))) == (
         TaskType.SEQ_2_SEQ_LM
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,36 @@ def test_a_loop_goes_on_from_its_state(llama_config: LlamaConfig, tmp_path: Path
     again.train(range(3, STEPS))
     assert again.losses == whole.losses[3:]
     assert {target.name: target.rank for target in find_target_modules(again.model)} == ranks
+
+
+def test_given_ranks_leave_the_schedule_as_it_is(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    loop.train(range(2))
+    given = {target.name: 4 if target.rank else 0 for target in find_target_modules(loop.model)}
+    loop.pilot.take(given)
+    assert {target.name: target.rank for target in find_target_modules(loop.model)} == given
+    loop.train(range(2, STEPS))
+    assert [step for step, _ in loop.pilot.predictions] == [0, 2, 4]
+
+
+def test_given_ranks_stand_for_a_decision_that_was_put_off(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    loop.train(range(3))
+    (batch,) = islice(loop.batches(), 1)
+    loop.pilot.before_step(batch)
+    loop.loss(batch).backward()  # type: ignore[no-untyped-call]
+    loop.pilot.before_optimizer_step(0.0)
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    loop.pilot.after_step(decide=False)
+    assert [step for step, _ in loop.pilot.predictions] == [0], "it is due, and put off"
+    given = {target.name: 4 if target.rank else 0 for target in find_target_modules(loop.model)}
+    loop.pilot.take(given)
+    loop.train(range(4, STEPS))
+    assert [step for step, _ in loop.pilot.predictions] == [0, 4]
+    assert {target.name: target.rank for target in find_target_modules(loop.model)} == given
 
 
 def test_a_loss_that_does_not_reach_the_adapters(llama_config: LlamaConfig, tmp_path: Path) -> None:
