@@ -167,10 +167,13 @@ SAVING = (
     "mlp-2",
     "top-half-2",
     "everything-2",
+    "adalora-final",
+    "eva",
     "ours-saves-time",
     "ours-saves-bytes",
 )
-"""The methods of the suite "saving", plain LoRA first: fixed plans, and the shipped policy under goals of cost."""
+"""The methods of the suite "saving", plain LoRA first: fixed plans, PEFT's adaptive ranks with the mean rank of plain
+LoRA, and the shipped policy under goals of cost."""
 
 SUITES: dict[str, Suite] = {
     "quick": Suite(_cells((_proxy("gpt2-8x64", "french", 100), ("50%",))), (1, 2, 3), (101,), 4, quick=True),

@@ -17,7 +17,10 @@ PLAIN, *PLANS = SAVING
 """Plain LoRA, and the methods that are compared with it."""
 
 OURS = tuple(name for name in PLANS if name.startswith("ours-"))
-FIXED = tuple(name for name in PLANS if name not in OURS)
+PEERS = {"adalora-final": "AdaLoRA", "eva": "EVA"}
+"""Adaptive ranks that come with PEFT, and what they are called."""
+
+FIXED = tuple(name for name in PLANS if name not in (*OURS, *PEERS))
 
 USUAL = "top-three-quarters-8"
 """The fixed plan that a careful user might always take."""

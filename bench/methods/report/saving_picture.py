@@ -9,7 +9,7 @@ import numpy as np
 
 from ....common.drawing import COLORS, FAINT, INK, clean_axes, new_figure, save_figure
 from .pictures import label_points
-from .saving import OURS, PLAIN, TOLERANCE, Saving
+from .saving import OURS, PEERS, PLAIN, TOLERANCE, Saving
 
 AXES = (("time of a step", "step", "ours-saves-bytes"), ("bytes at the peak", "bytes", "ours-saves-time"))
 """What is over the horizontal axis: its label, where `Saving` has it, and the method that aims at the other one."""
@@ -28,6 +28,7 @@ WORDS = {
     "mlp-2": "MLPs, rank 2",
     "top-half-2": "top ½, rank 2",
     "everything-2": "rank 2",
+    **PEERS,
     "ours-saves-time": "rankpilot",
     "ours-saves-bytes": "rankpilot",
 }
@@ -57,7 +58,7 @@ def draw_savings(found: Mapping[str, Saving], path: Path) -> Path:
                 continue
             x, y = getattr(one, part).value, 100 * one.loss.value
             spread = [[y - 100 * one.loss.low], [100 * one.loss.high - y]]
-            color = COLORS[0] if name in OURS else COLORS[1]
+            color = COLORS[0 if name in OURS else 2 if name in PEERS else 1]
             axes.errorbar(x, y, yerr=np.maximum(spread, 0), fmt="none", lw=0.7, color=color, alpha=0.5)
             axes.plot(x, y, "o", ms=5, color=color, mfc=color if one.cells == most else "white")
             place.append((x, y, WORDS[name]))

@@ -19,10 +19,12 @@ from rankpilot.bench.methods.report import run as report
 from rankpilot.bench.methods.report.document import to_markdown
 from rankpilot.bench.methods.report.numbers import Results, compare, costs_of
 from rankpilot.bench.methods.report.saving import (
+    FIXED,
     LABELS,
     NEW_TEXTS,
+    OURS,
+    PEERS,
     PLAIN,
-    PLANS,
     TEXTS,
     better_kind,
     kept_by_kind,
@@ -120,8 +122,8 @@ def test_no_policy_has_learned_from_a_model_of_the_new_family() -> None:
 def test_they_take_part_in_no_other_suite() -> None:
     for name, suite in SUITES.items():
         if name != "saving":
-            assert not {*PLANS} & {method.name for method in run.chosen_methods(suite, (), ())}
-    assert {method.name for method in METHODS.values() if method.group == "saving"} == set(PLANS)
+            assert not {*FIXED, *OURS} & {method.name for method in run.chosen_methods(suite, (), ())}
+    assert {method.name for method in METHODS.values() if method.group == "saving"} == {*FIXED, *OURS}
 
 
 def test_losses_and_costs_beside_plain_lora() -> None:
@@ -149,7 +151,7 @@ def test_each_plan_that_a_goal_chooses_is_timed() -> None:
 
 def test_the_share_of_what_could_be_saved() -> None:
     """The top quarter saves .45 and keeps the loss; all cheaper plans lose 5 %."""
-    lost = {plan_of(name): -0.05 for name in PLANS if not name.startswith("ours") and name != "top-quarter-8"}
+    lost = {plan_of(name): -0.05 for name in FIXED if name != "top-quarter-8"}
     share = share_of_best(results_of(lost), "ours-saves-time")
     assert share is not None
     assert share.value == pytest.approx(0.3 / 0.45)
@@ -208,6 +210,14 @@ def test_the_readme_claims_what_the_stored_rows_say() -> None:
         step, size = short(found.step.value, 2), short(found.bytes.value, 2)
         assert f"loss {mean} % ({low} to {high}), {worst} % in the worst, at {step} of the time" in readme
         assert f"and {size} of the bytes" in readme
+    for name, called in PEERS.items():
+        found = saving_of(results, name)
+        assert found is not None
+        low, mean, high = (short(100 * value, 1) for value in (found.loss.low, found.loss.value, found.loss.high))
+        step = short(found.step.value, 2)
+        assert re.search(
+            rf"{called} (has a loss )?{re.escape(f'{mean} % ({low} to {high}) at {step}')}( of the time)?[, ]", readme
+        )
     cells = results.shared("ours-saves-time", PLAIN)
     assert f"over {len(cells)} fine-tunes" in readme
     assert results.shared("top-three-quarters-8", PLAIN) == cells, "both are told on the same"
