@@ -1,7 +1,9 @@
-"""What the pages say of predicted memory is what stored figures say, which the benchmarks wrote:
+"""What the pages say of predicted memory and of the cost of a step is what stored figures say, which benchmarks wrote:
 
 rankpilot bench published --json bench/results/published.json
 rankpilot bench memory --json bench/results/memory.json
+rankpilot bench overhead --json bench/results/overhead.json
+rankpilot bench decide --json bench/results/decide.json
 """
 
 from __future__ import annotations
@@ -59,3 +61,33 @@ def test_what_a_process_holds_beside_tensors(name: str, words: str) -> None:
     found = stored("memory")
     share = found[f"outside.bert.all-linear, rank 8.{name}"] / found["outside.bert.all-linear, rank 8.predicted"]
     assert words.format(f"{100 * share:.0f}") in page("docs/memory.md")
+
+
+def test_what_a_step_costs() -> None:
+    found, text = stored("overhead"), page("docs/step-cost.md")
+    for method, words in (
+        ("plain_again", "plain LoRA once more"),
+        ("adalora", "AdaLoRA, 12 to 8"),
+        ("rankpilot", "rankpilot, signal-mean"),
+    ):
+        cells = []
+        for family in ("bert", "llama"):
+            ratio = f"{family}.{method}.cycle_ratio"
+            mean, low, high = (f"{found[ratio + end]:.3f}".removeprefix("0") for end in ("", "_low", "_high"))
+            cells.append(f"{mean} ({low} to {high})")
+        assert f"| {words} | {' | '.join(cells)} |" in text
+    own, usual = (
+        100 * max(found[f"{family}.rankpilot.{share}"] for family in ("bert", "llama"))
+        for share in ("own_share", "own_share_of_a_step")
+    )
+    assert f"take {own:.1f} % of ten steps" in text
+    assert f"and {usual:.1f} % of a step between two decisions" in text
+
+
+def test_what_a_decision_takes() -> None:
+    found = stored("decide")
+    network, actor, whole = (f"{found[f'modules_1001.{part}_ms']:.0f} ms" for part in ("network", "actor", "policy"))
+    assert (
+        f"the network takes {network} for 1,001 modules, the actor's decision {actor} and the whole decision with the value "
+        f"ensemble {whole}, for 210 modules {found['modules_210.policy_ms']:.0f} ms" in page("docs/design.md")
+    )
