@@ -88,6 +88,6 @@ def test_what_a_decision_takes() -> None:
     found = stored("decide")
     network, actor, whole = (f"{found[f'modules_1001.{part}_ms']:.0f} ms" for part in ("network", "actor", "policy"))
     assert (
-        f"the network takes {network} for 1,001 modules, the actor's decision {actor} and the whole decision with the value "
-        f"ensemble {whole}, for 210 modules {found['modules_210.policy_ms']:.0f} ms" in page("docs/design.md")
+        f"the network takes {network} for 1,001 modules, the actor's decision {actor} and the whole decision with the "
+        f"value ensemble {whole}, for 210 modules {found['modules_210.policy_ms']:.0f} ms" in page("docs/design.md")
     )
