@@ -104,8 +104,6 @@ def find_device_spec(name: str) -> DeviceSpec:
     """
     if re.match(r"\s*[0-9.,_]+\s*[kmgt]i?b\s*$", name, re.IGNORECASE):
         return _of_memory(name)
-    if number := re.fullmatch(r"([0-9.]+)\s*g?", name.strip(), re.IGNORECASE):
-        raise UnknownNameError(f"The memory of a device needs a unit; got {name!r}. Did you mean '{number[1]}GiB'?")
     words = set(re.findall(r"[a-z0-9]+", re.sub(r"(\d)\s+(gi?b)\b", r"\1\2", name.lower()).replace("gib", "gb")))
     words -= _BRANDS
     distances: dict[str, int] = {}
@@ -116,6 +114,9 @@ def find_device_spec(name: str) -> DeviceSpec:
     nearest = [card for card, distance in distances.items() if distance == min(distances.values())]
     if len(nearest) == 1:
         return device_table()[nearest[0]]
+    number = re.fullmatch(r"([0-9.]+)\s*g?", name.strip(), re.IGNORECASE)
+    if number and not nearest:
+        raise UnknownNameError(f"The memory of a device needs a unit; got {name!r}. Did you mean '{number[1]}GiB'?")
     hint = "The card's memory alone, as in '24GiB', works too."
     if nearest:
         raise UnknownNameError(f"{name!r} stands for several cards: {', '.join(map(repr, nearest))}. Give one of them.")
