@@ -76,7 +76,11 @@ def first_example(dataset: Any) -> Any:
 
 
 def unknown_lengths(dataset: Any) -> str:
-    """For an error: a sentence, after a space, if a data set does not tell which of its rows are the longest."""
+    """For an error: a sentence, after a space, if a data set does not tell which of its rows are the longest, else "".
+
+    Args:
+        dataset: map-style or iterable.
+    """
     if hasattr(dataset, "__len__") and _holds_token_ids(dataset):
         return ""
     return (

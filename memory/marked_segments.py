@@ -17,9 +17,13 @@ CHECKPOINT = "_gradient_checkpointing_func"
 
 @contextmanager
 def segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
-    """Replace transformers' checkpointing function by `run` on these modules, which have one.
+    """Replace transformers' checkpointing function by another one inside.
 
     It stays replaced where a step switches checkpointing off and on again, which gives every module another function.
+
+    Args:
+        modules: those that have such a function.
+        run: called with whether the function is reentrant, and then with what the function is called with.
     """
     functions = [vars(module)[CHECKPOINT] for module in modules]
     kinds, marked = {type(module) for module in modules}, _Marked(modules, run)

@@ -113,6 +113,10 @@ def excess_of_state(targets: Sequence[TargetModule], optimizer: torch.optim.Opti
 
     States are counted along a straight line that is nowhere too low. Low-bit ones do not grow along a line: those of
     fewer than 4096 values are fp32.
+
+    Args:
+        targets: the target modules; those at rank 0 have no state.
+        optimizer: whose state counts; None for AdamW's two tensors.
     """
     excess = 0.0
     for target in targets:
@@ -133,7 +137,12 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
 
 
 def trained_by(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    """The parameters that train: those of a model, and what an optimiser trains beside them."""
+    """The parameters that train.
+
+    Args:
+        model: those of its parameters count that require gradients.
+        optimizer: what it trains beside them counts as well, such as a head that the loss applies; None for nothing.
+    """
     inside = list(model.parameters())
     return [p for p in inside if p.requires_grad] + _outside(inside, optimizer)
 
