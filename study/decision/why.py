@@ -168,7 +168,7 @@ def _reference(logged: LoggedDecision) -> str:
 def _saving(logged: LoggedDecision, found: Deliberation) -> str:
     """The verdict under a goal of cost, without the step."""
     tolerated = f"whose loss is surely within {found.goal.tolerance:.2%} of rank 8 on all modules"
-    if not found.within_tolerance.any():
+    if found.misses_goal:
         return f"uniform rank was taken: there is no plan {tolerated}, and that one does not fit the budget."
     most = "takes the least time a step" if found.goal.kind == "time" else "takes the fewest bytes"
     costs = [_cost_text(logged, found, plan) for plan in (found.plan, found.reference)]
