@@ -120,6 +120,11 @@ class RankController(Generic[AdaptersT]):
         """Whether every decision has been taken."""
         return self.decision >= len(self.decision_steps)
 
+    @property
+    def until(self) -> int:
+        """The optimiser step before which the next decision falls, or the end of the run."""
+        return self.total_steps if self.finished else self.decision_steps[self.decision]
+
     def due(self, step: int) -> bool:
         """Whether the next decision falls before optimiser step `step` (counted from 0)."""
         return not self.finished and step >= self.decision_steps[self.decision]

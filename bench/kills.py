@@ -31,11 +31,11 @@ from ..common.tables import make_table
 from ..finetune import experiment
 from ..finetune.callback import RankPilotCallback
 from ..finetune.checkpoint import last_checkpoint
-from ..finetune.config import FinetuneConfig
+from ..finetune.config import PILOT, UNIFORM, FinetuneConfig
 from .harness import Figures, machine_facts, with_progress
 
 STEPS, SAVE_EVERY, LENGTH, WORDS = 30, 5, 16, 60
-BUDGET, RUNS = "80%", (experiment.PILOT, experiment.UNIFORM)
+BUDGET, RUNS = "80%", (PILOT, UNIFORM)
 POLL_S, PATIENCE_S = 0.002, 120.0
 ADAPTER = "adapter/adapter_model.safetensors"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -109,13 +110,10 @@ def benchmark(options: Options, console: Console) -> Figures:
 
 
 def _logs(folder: Path, count: int, given: str, policy: Policy) -> Iterator[DecisionLog]:
-    tasks = sorted(evenly(find_tasks(SUITES, "validation"), count), key=_place)
-    for number, (_, group) in enumerate(groupby(tasks, key=_place)):
+    stack = attrgetter("stack")
+    tasks = sorted(evenly(find_tasks(SUITES, "validation"), count), key=stack)
+    for number, (_, group) in enumerate(groupby(tasks, key=stack)):
         yield from log_runs(folder / str(number), list(group), policy, policy_schedule(given))
-
-
-def _place(task: ProxyTask) -> tuple[str, int, int]:
-    return task.base, task.batch_size, task.length
 
 
 def _redecided(decisions: Sequence[LoggedDecision], policy: Policy) -> Figures:

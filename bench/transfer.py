@@ -25,8 +25,8 @@ from ..common.tables import make_table
 from ..common.workers import worker_pool
 from ..data.workload import load_workload
 from ..errors import ConfigError, NonFiniteError
-from ..finetune.config import FinetuneConfig
-from ..finetune.experiment import PILOT, UNIFORM, run_one
+from ..finetune.config import PILOT, UNIFORM, FinetuneConfig
+from ..finetune.experiment import run_one
 from .harness import Figures, estimate_figures, machine_facts
 from .ledger import Ledger
 

@@ -116,7 +116,7 @@ def _note(plan: FrontierPlan) -> str:
 
 
 def _peft(plan: StaticPlan) -> str:
-    """Arguments of `peft.LoraConfig`, as JSON, which Python reads as well."""
+    """Arguments of `peft.LoraConfig`, as JSON."""
     config = plan.config
     names = ["r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern"]
     names += ["exclude_modules", "target_modules", "modules_to_save", "task_type"]

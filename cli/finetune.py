@@ -24,8 +24,8 @@ class Finetune(FinetuneConfig):
 
     Attributes:
         output: folder of the run.
-        config: a JSON file of settings, such as the config.json of an earlier run. Options on the command line override
-            it.
+        config: a JSON or YAML file of settings, such as the config.json of an earlier run. Options on the command line
+            override it.
         resume: continue an interrupted run in the same folder; a finished run is left as it is.
     """
 

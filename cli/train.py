@@ -34,8 +34,8 @@ class Train(TrainConfig):
     Attributes:
         output: folder of the run; the policy is written there.
         preset: sets all options that are not given. On two cores, quick takes 5 minutes, default 90, full 140.
-        config: a JSON file of settings, such as the config.json of an earlier run. It overrides the preset, and options
-            on the command line override both.
+        config: a JSON or YAML file of settings, such as the config.json of an earlier run. It overrides the preset, and
+            options on the command line override both.
         from_trials: folder of a data set (rankpilot study dataset). Its actor is taken, and the value ensemble is
             fitted to its plan runs, so nothing is run but the validation. It has the settings of its training; only
             seed, workers, device and validation_tasks can be chosen.

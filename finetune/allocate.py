@@ -95,9 +95,9 @@ def allocate(
         data: batches of the fine-tune; left out for a Trainer, which has its own.
         budget: see `RankPilot`, as `policy`.
         policy: who decides.
-        options: for a Trainer those of `RankPilotCallback`; for a model `loss`, `optimizer`, `learning_rate`, `seed`,
-            `bounds`, `schedule`, `time`, `explore`, `scaling`, `goal`, `tolerance`, and `total_steps`, the length of
-            the run that is planned. With `log`, a folder, the decision is logged as that of a run is.
+        options: for a Trainer those of `RankPilotCallback`; for a model those of `RankPilot`, and `loss`, `optimizer`,
+            `learning_rate`, `accumulation` and `total_steps`, the length of the run that is planned. With `log`, a
+            folder, the decision is logged as that of a run is.
 
     Raises:
         BudgetError: no plan fits the budget.
@@ -286,11 +286,12 @@ def _adapters_put_back(
         yield
     finally:
         put_back_state()
-        for parameter, value, trains in values:
+        for parameter, value, _ in values:
             write_in_place(parameter, value)
-            parameter.requires_grad_(trains)
         for target in targets:
             update_peft_records(target, target.rank)
+        for parameter, _, trains in values:
+            parameter.requires_grad_(trains)
         for name, settings in before.items():
             vars(configs[name]).clear()
             vars(configs[name]).update(settings)

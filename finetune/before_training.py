@@ -182,7 +182,7 @@ def put_back_on_error(run: TrainingRun, targets: Sequence[TargetModule]) -> Iter
     model = run.model
     config = unwrap(model).peft_config[targets[0].adapter]
     settings = dict(vars(config))
-    before = [(t, t.rank, {name: p.detach().clone() for name, p in t.parameters.items()}) for t in targets]
+    before = [(t, t.rank, [(p, p.detach().clone(), p.requires_grad) for p in t.parameters.values()]) for t in targets]
     put_back_state = kept_state(run.optimizer, [p for t in targets for p in t.parameters.values()])
     try:
         yield
@@ -191,8 +191,9 @@ def put_back_on_error(run: TrainingRun, targets: Sequence[TargetModule]) -> Iter
         for target, rank, values in before:
             resize(target, rank)
             with torch.no_grad():
-                for name, value in values.items():
-                    target.parameters[name].copy_(value)
+                for parameter, value, trains in values:
+                    parameter.copy_(value)
+                    parameter.requires_grad_(trains)
         vars(config).clear()
         vars(config).update(settings)
         raise

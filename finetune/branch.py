@@ -18,8 +18,8 @@ from ..common.settings import as_json, from_json
 from ..errors import BudgetError, RunFolderError
 from .callback import RankPilotCallback
 from .checkpoint import STATE, fault_of
-from .config import FinetuneConfig
-from .experiment import MEASURE_EVERY, PILOT, run_one
+from .config import PILOT, FinetuneConfig
+from .experiment import MEASURE_EVERY, run_one
 from .run_settings import policy_settings
 from .trainer import read_workload
 from .trainer_settings import rank_bounds_of
@@ -136,7 +136,8 @@ def _checkpoint(source: Path, at: int) -> Path | None:
     path = source / PILOT / f"checkpoint-{at}"
     fault = fault_of(path, piloted=True)
     if fault:
-        there = sorted(int(found.name.rpartition("-")[2]) for found in path.parent.glob("checkpoint-*"))
+        numbers = [found.name.rpartition("-")[2] for found in path.parent.glob("checkpoint-*")]
+        there = sorted(int(number) for number in numbers if number.isdecimal())
         raise RunFolderError(
             f"{source} cannot be branched at step {at}: {fault}. It has checkpoints of the steps "
             f"{', '.join(map(str, there)) or 'none'}; step 0 is possible always. A run keeps more of them with "
@@ -149,7 +150,7 @@ def _copy(source: Path, output: Path, checkpoint: Path, plan: GivenPlan) -> None
     """Begin a branch with what its run was at a checkpoint, under the policy that keeps the plan."""
     for path in [source / "decisions", *source.glob(f"metrics-{PILOT}.jsonl")]:
         if path.is_dir():
-            shutil.copytree(path, output / path.name)
+            shutil.copytree(path, output / path.name, dirs_exist_ok=True)  # a copy may have been interrupted
         else:
             shutil.copy(path, output / path.name)
     with atomic_path(output / PILOT) as temporary:

@@ -15,6 +15,9 @@ from ..memory.budget import Budget
 from ..memory.step_config import StepConfig, check_seed
 from ..memory.time_budget import TimeBudget
 
+PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
+"""The run under a policy, and those that it may be compared with: names of folders, and in what is written."""
+
 
 @dataclass(frozen=True)
 class FinetuneConfig(StepConfig):

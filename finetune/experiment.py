@@ -30,7 +30,7 @@ from ..memory.time_budget import TimeBudget
 from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback
 from .checkpoint import last_checkpoint
-from .config import FinetuneConfig
+from .config import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig
 from .hardware import hardware_facts
 from .metrics import RunMetrics
 from .parallel_kinds import check_arguments
@@ -41,8 +41,6 @@ from .trainer_settings import new_arguments, rank_bounds_of
 from .uniform import UniformRanks
 
 logger = logging.getLogger(__name__)
-
-PILOT, UNIFORM, ALL_LINEAR = "rankpilot", "uniform", "all-linear"
 
 MEASURE_EVERY = 10
 """Steps from one measured peak to the next. The report draws them; a measured step takes about 1.15 times as long."""

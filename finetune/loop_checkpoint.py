@@ -77,7 +77,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     try:
         check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
         weights = load_file(folder / WEIGHTS)
-        moments = load_archive(folder / OPTIMIZER, run.device)
+        moments = load_archive(folder / OPTIMIZER, "cpu")  # the optimiser moves what belongs on the device
     except Exception as error:  # whatever a torn or foreign file makes the readers raise
         raise RunFolderError(
             f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."

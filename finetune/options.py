@@ -11,6 +11,7 @@ from ..lora.scaling_names import check_scaling
 from ..lora.targets import check_unmerged, find_target_modules, unwrap
 from ..memory.budget import Budget
 from ..memory.step_config import check_seed
+from .parallel_kinds import check_one_device
 from .run import TrainingRun
 
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -62,11 +63,12 @@ def check_run(run: TrainingRun) -> None:
     """Refuse a run that cannot be trained.
 
     Raises:
-        UnsupportedError: the optimiser cannot be handled, the model leaves layers out at random, or several processes
-            run that share no gradients; see `check_optimized` as well.
+        UnsupportedError: the adapters are on several devices, the optimiser cannot be handled, the model leaves layers
+            out at random, or several processes run that share no gradients; see `check_optimized` as well.
         ConfigError: it has no steps, or some adapters are not in the optimiser.
     """
     run.replicas.check()
+    check_one_device(run.model)
     check_optimizer(run.optimizer)
     _check_all_layers_run(run)
     if run.total_steps < 1:

@@ -77,6 +77,20 @@ def check_wrappers(wrappers: Sequence[nn.Module]) -> None:
             _check_ddp(module)
 
 
+def check_one_device(model: nn.Module) -> None:
+    """Refuse a model whose trainable parameters are on several devices, of which one alone would be watched.
+
+    Raises:
+        UnsupportedError: they are, as `device_map="auto"` spreads them where there are several GPUs.
+    """
+    devices = sorted({str(parameter.device) for parameter in model.parameters() if parameter.requires_grad})
+    if len(devices) > 1:
+        raise UnsupportedError(
+            f"What trains is on several devices ({', '.join(devices)}), and the budget would be that of one. Load the "
+            f"model on one device, such as device_map={{'': 0}}. {WAY_OUT}"
+        )
+
+
 def _check_ddp(wrapper: DistributedDataParallel) -> None:
     name = "DistributedDataParallel"
     if wrapper.process_group is not dist.group.WORLD:

@@ -236,11 +236,11 @@ class PeakGuard:
         """
         controller = self._controller
         controller.limit, self._step = limit, step
-        if self._relieved("The budget was changed."):
+        if self._relieved("The budget or the time was changed."):
             return
         if not controller.fits():
-            self._check_possible("The budget was changed.")
-            self._correct("shrunk: another budget", controller.ranks)
+            self._check_possible("The budget or the time was changed.")
+            self._correct("shrunk: another budget or time", controller.ranks)
 
     def decided(self, before: IntArray, step: int) -> None:
         """Note that a decision has changed the ranks.

@@ -33,6 +33,10 @@ from .frozen_weights import base_norm
 from .ladder import REFERENCE_RANK
 from .targets import TargetModule
 
+LEAST_PRECISION = torch.float32
+"""In which gradients are summed at least: sums in bfloat16 no longer grow after some 256 terms, and squares of small
+gradients are 0 in float16."""
+
 SIGNALS = ("sensitivity", "snr", "relative_change", "gradient_norm", "importance")
 
 
@@ -62,6 +66,7 @@ def pair_signals(
     snr = torch.stack(torch._foreach_norm(list(sums))).square() / (count * squares).clamp_min(1e-30)
     rows = []
     for (a, b), (scaling, _), total in zip(factors, scalings, sums, strict=True):
+        a, b = a.to(total.dtype), b.to(total.dtype)
         products = b * total
         # norm(B A)^2 = trace((B^T B)(A A^T)), without forming the dense product.
         square = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
@@ -127,11 +132,12 @@ class SignalMeter(Meter):
         gradients = [g for target in self._adapted if (g := target.weight_b.grad) is not None]
         if not gradients or len(gradients) < len(self._adapted):
             return
-        norms = torch.stack(torch._foreach_norm(gradients))
+        sums_in = torch.promote_types(gradients[0].dtype, LEAST_PRECISION)
+        norms = torch.stack(torch._foreach_norm(gradients, dtype=sums_in))
         if not bool(torch.isfinite(norms).all()):
             return
         if not self._sums:
-            self._sums = [torch.zeros_like(gradient) for gradient in gradients]
+            self._sums = [torch.zeros_like(gradient, dtype=sums_in) for gradient in gradients]
             self._squares = [torch.zeros_like(norms)]
         torch._foreach_add_(self._sums, gradients)
         self._squares[0] += norms.square()
@@ -175,8 +181,9 @@ class SignalMeter(Meter):
         self._count = counted(int(state["count"]))
         if "squares" in state:
             device, weights = self._adapted[0].weight_b.device, [target.weight_b for target in self._adapted]
-            sums = [_stored(state[f"mean.{t.name}"], t.weight_b.shape, t.weight_b.dtype) for t in self._adapted]
-            squares = _stored(state["squares"], (len(weights),), weights[0].dtype)
+            sums_in = torch.promote_types(weights[0].dtype, LEAST_PRECISION)
+            sums = [_stored(state[f"mean.{t.name}"], t.weight_b.shape, sums_in) for t in self._adapted]
+            squares = _stored(state["squares"], (len(weights),), sums_in)
             self._squares, self._sums = [squares.to(device, copy=True)], [s.to(device, copy=True) for s in sums]
 
 
@@ -189,4 +196,5 @@ def _stored(tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> t
 
 def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
     """Bytes of `SignalMeter`'s buffers for one rank on each module: the summed gradient of B, float64 (modules,)."""
-    return np.array([t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64)
+    sizes = [torch.promote_types(target.weight_b.dtype, LEAST_PRECISION).itemsize for target in targets]
+    return np.array([target.d_out * size for target, size in zip(targets, sizes, strict=True)], dtype=np.float64)

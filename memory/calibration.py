@@ -173,7 +173,7 @@ def all_training(
     parameters = [parameter for target in targets for parameter in target.parameters.values()]
     before = [(p, p.detach(), p.requires_grad) for p in parameters]
     gradients = [(p, p.grad) for p in (*model.parameters(), *outside)]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:
             for parameter, _ in gradients:

@@ -157,30 +157,25 @@ def _chunks(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     """Jobs that can share a stack, each task's side by side; `SLOTS` runs at most, unless one job alone has more."""
     size = min(SLOTS, -(-sum(job.runs for job in jobs) // workers))
     chunks: list[list[Job]] = []
-    place, runs = None, 0
-    for job in sorted(jobs, key=lambda job: (*_place(job.task), job.task.seed)):
-        if _place(job.task) != place or runs + job.runs > size:
+    stack, runs = None, 0
+    for job in sorted(jobs, key=lambda job: (*job.task.stack, job.task.seed)):
+        if job.task.stack != stack or runs + job.runs > size:
             chunks.append([])
-            place, runs = _place(job.task), 0
+            stack, runs = job.task.stack, 0
         chunks[-1].append(job)
         runs += job.runs
     return chunks
 
 
-def _place(task: ProxyTask) -> tuple[str, int, int]:
-    """What runs in one stack have in common."""
-    return task.base, task.batch_size, task.length
-
-
 @lru_cache(maxsize=1)
-def _episodes(place: tuple[str, int, int], schedule: DecisionSchedule) -> StackedEpisodes:
+def _episodes(stack: tuple[str, int, int], schedule: DecisionSchedule) -> StackedEpisodes:
     """The stack of this process."""
-    return StackedEpisodes(place[0], schedule, SLOTS)
+    return StackedEpisodes(stack[0], schedule, SLOTS)
 
 
 def _measure(schedule: DecisionSchedule, jobs: list[Job]) -> list[Reference]:
     """The references of some tasks; the best loss of a repetition is estimated from that of its origin."""
-    episodes = _episodes(_place(jobs[0].task), schedule)
+    episodes = _episodes(jobs[0].task.stack, schedule)
     references = measure_references(episodes, [job.task for job in jobs], SLOTS)
     return [_estimated(reference, job.origin.reference) for job, reference in zip(jobs, references, strict=True)]
 
@@ -222,7 +217,7 @@ def _write_logs(logs: Path, files: LogFiles) -> None:
 
 def _rows(schedule: DecisionSchedule, logs: Path | None, jobs: list[Job]) -> list[Row]:
     """The rows of some jobs; of several attempts the best counts."""
-    episodes = _episodes(_place(jobs[0].task), schedule)
+    episodes = _episodes(jobs[0].task.stack, schedule)
     attempts: list[Sequence[Attempt]] = []
     episode_logs: list[EpisodeLog | None] = []
     for job in jobs:

@@ -145,7 +145,7 @@ def _train(
         envs.close()
     if measured.best:
         network.load_state_dict(measured.best[1])
-    actor = LearnedPolicy(folder.name, network.eval())
+    actor = LearnedPolicy(folder.resolve().name, network.eval())
     return (
         replace(actor, value_ensemble=_value_ensemble(actor, fresh, stack, config, folder, report))
         if config.plan_tasks
@@ -234,7 +234,7 @@ def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: di
     """Write the trained policy and its card into the run's folder; the run then counts as finished."""
     rows = read_json_lines(folder / PROGRESS)
     provenance = {
-        "name": folder.name,
+        "name": folder.resolve().name,
         "training": as_json(TrainConfig, config),
         "suite_version": VERSION,
         "episodes": sum(row.get("episodes", 0) for row in rows),

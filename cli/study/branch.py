@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
 
     plan = other_plan(find_log(options.run), options.plan, options.seed)
     label = Path(options.plan).stem
-    output = options.output or options.run.with_name(f"{options.run.name}-{label}-at-{options.at}")
+    output = options.output or (run := options.run.resolve()).with_name(f"{run.name}-{label}-at-{options.at}")
     branch(
         options.run,
         output,
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _compare(run: Path, output: Path, label: str) -> None:
     """Show both held-out losses, and where to look further."""
-    from ...study.run.run_data import PILOT, read_run
+    from ...finetune.config import PILOT
+    from ...study.run.run_data import read_run
 
     before, after = (read_run(folder).results.get(PILOT) for folder in (run, output))
     if before and after:

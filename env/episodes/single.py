@@ -130,8 +130,7 @@ class Episode:
     @property
     def until(self) -> int:
         """The step before which the next decision falls, or the end."""
-        controller = self.controller
-        return self.task.steps if controller.finished else controller.decision_steps[controller.decision]
+        return self.controller.until
 
     def advance(self) -> float:
         """Train until the next decision or the end; returns the mean training loss.

@@ -55,8 +55,7 @@ class StackedEpisode:
     @property
     def until(self) -> int:
         """The step before which the next decision falls, or the end."""
-        controller = self.controller
-        return self.task.steps if controller.finished else controller.decision_steps[controller.decision]
+        return self.controller.until
 
     @property
     def ended(self) -> bool:

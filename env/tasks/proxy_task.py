@@ -101,6 +101,11 @@ class ProxyTask:
         return f"{self.base}/{self.kind}-{where}/{self.budget:.3g} {counted}/{self.seed}"
 
     @property
+    def stack(self) -> tuple[str, int, int]:
+        """What tasks have in common whose episodes can share a stack: base, rows of a step, and tokens of a row."""
+        return self.base, self.batch_size, self.length
+
+    @property
     def cost_kind(self) -> CostKind:
         """What is counted: "bytes", "checkpointed" bytes, those of a "large batch", or "parameters"."""
         if self.unit == "parameters" or not (self.checkpointing or self.priced_rows):

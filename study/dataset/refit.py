@@ -98,7 +98,7 @@ def save_refitted(
     """Write the policy and its card, which names the data set; see `finish`."""
     policy, source = refitted.policy, _training(dataset)
     provenance = {
-        "name": folder.name,
+        "name": folder.resolve().name,
         "training": as_json(TrainConfig, config),
         "suite_version": source["suite_version"],
         "from_trials": {

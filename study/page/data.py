@@ -14,6 +14,7 @@ from ...common.arrays import IntArray
 from ...common.files import read_json
 from ...common.rank_grid import NO_ADAPTER, RUNGS, rank_colors
 from ...errors import BudgetError
+from ...finetune.config import PILOT
 from ...memory.time_budget import TimeBudget
 from ..run.comparison import comparison_rows
 from ..run.decisions import each_decision, line_of, moves_sentence, standing_out
@@ -21,7 +22,7 @@ from ..run.figures import loss_sentence
 from ..run.hardware import hardware_of
 from ..run.heatmap import ranks_sentence
 from ..run.memory_figure import cost_sentence
-from ..run.run_data import PILOT, RunData, run_names
+from ..run.run_data import RunData, run_names
 from ..run.verdict import verdict
 from .curves import curve, plain
 from .explanation import shown_explanation

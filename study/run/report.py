@@ -21,13 +21,14 @@ from ...common.drawing import save_figure
 from ...common.files import read_object, read_text, write_text
 from ...common.tensor_files import read_shapes
 from ...errors import DataError
+from ...finetune.config import PILOT
 from .comparison import markdown_table, subject
 from .decisions import decision_lines, describe_decisions
 from .figures import loss_curves
 from .hardware import hardware_of
 from .heatmap import rank_heatmap
 from .memory_figure import cost_timeline
-from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PILOT, RunData, read_run
+from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, read_run
 from .verdict import Verdict, verdict
 
 LOADERS = {

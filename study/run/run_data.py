@@ -22,12 +22,10 @@ from ...allocation.deliberation import Deliberation
 from ...common.drawing import Points
 from ...common.files import read_json_lines, read_object
 from ...errors import DataError, RunFolderError, first_line
+from ...finetune.config import PILOT, RUNS
 from .checks import check_summary, number_rows
 
 Rows = Sequence[Mapping[str, Any]]
-
-PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
-"""The run under a policy, and those that it may be compared with."""
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

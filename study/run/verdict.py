@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...common.drawing import Points, finite_points
+from ...finetune.config import ALL_LINEAR, PILOT, UNIFORM
 from .memory_figure import in_force
-from .run_data import ALL_LINEAR, PILOT, UNIFORM, RunData
+from .run_data import RunData
 
 RISE = 0.01
 """A held-out loss that ends this share above its lowest value has risen."""

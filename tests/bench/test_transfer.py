@@ -33,8 +33,7 @@ from rankpilot.common.files import sha256
 from rankpilot.common.workers import isolated
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.finetune import experiment
-from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.finetune.experiment import UNIFORM
+from rankpilot.finetune.config import UNIFORM, FinetuneConfig
 from rich.console import Console
 
 COURSE = Course(

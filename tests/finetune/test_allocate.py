@@ -147,6 +147,16 @@ def test_a_trainers_layers_and_inputs_are_as_they_were(llama_config: LlamaConfig
     assert model.config.use_cache
 
 
+def test_what_was_frozen_stays_frozen(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"], use_dora=True)
+    model = get_peft_model(LlamaForCausalLM(llama_config), lora)
+    for target in find_target_modules(model):
+        target.layer.lora_magnitude_vector.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    allocate(trainer_of(model, tmp_path / "run"), budget="80%", policy="signal-mean", schedule=SCHEDULE)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_a_models_inputs_are_as_they_were(llama_config: LlamaConfig) -> None:
     model = adapted(llama_config)
     model.enable_input_require_grads()

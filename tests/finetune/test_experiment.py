@@ -552,10 +552,32 @@ def test_a_branch_takes_its_plan_and_keeps_it(many_checkpoints: Path, tmp_path: 
         branch(many_checkpoints, output, lowest, at=at)
 
 
+def test_a_branch_whose_copy_was_interrupted_resumes(
+    many_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, copied = final_ranks(many_checkpoints), []
+    copytree = shutil.copytree
+
+    def second_fails(source: Path, *arguments: Any, **options: Any) -> Any:
+        copied.append(source.name)
+        if len(copied) == 2:
+            raise KeyboardInterrupt
+        return copytree(source, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "copytree", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        branch(many_checkpoints, tmp_path / "branch", ranks, at=8)
+    summary = branch(many_checkpoints, tmp_path / "branch", ranks, at=8, resume=True)
+    assert copied == ["decisions", "checkpoint-8"] * 2
+    assert summary["runs"]["rankpilot"]["ranks"] == ranks
+
+
 def test_branches_that_cannot_be(many_checkpoints: Path, compared: Path, tmp_path: Path) -> None:
     ranks = final_ranks(many_checkpoints)
+    (mine := many_checkpoints / "rankpilot" / "checkpoint-best").mkdir()
     with pytest.raises(RunFolderError, match=r"there is no such folder\. It has checkpoints of the steps 4, 8"):
         branch(many_checkpoints, tmp_path / "a", ranks, at=5)
+    mine.rmdir()
     with pytest.raises(RunFolderError, match="holds no run of `rankpilot finetune`"):
         branch(tmp_path, tmp_path / "b", ranks)
     with pytest.raises(UnknownNameError, match="target module"):

@@ -478,7 +478,7 @@ def test_another_budget_counts_at_once(ended: Launch, whole: Run, caplog: pytest
         last = resumed.log().slice(2 * len(resumed.recorder.ranks[0]))
         assert set(last["step"].to_pylist()) == {8}
         assert set(last["limit"].to_pylist()) == {resumed.pilot.limit}
-        assert {note for note in last["note"].to_pylist() if note} == {"shrunk: another budget"}
+        assert {note for note in last["note"].to_pylist() if note} == {"shrunk: another budget or time"}
     # A second kill before the next checkpoint: the change is logged once, not twice.
     assert len(DecisionLog(resumed.folder / "decisions")) == 3
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rankpilot.common.energy import EnergyCounter
 from rankpilot.common.files import read_json, read_json_lines, write_json
+from rankpilot.errors import NonFiniteError
 from rankpilot.finetune import hardware
 from rankpilot.finetune.hardware import hardware_facts
 from rankpilot.finetune.metrics import RunMetrics
@@ -73,6 +74,18 @@ def test_energy_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
     second.on_train_begin(*given)
     assert second.energy_joules == 37.0
     assert RunMetrics(path).energy_joules is None
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_but_in_float16(tmp_path: Path) -> None:
+    """There the scaler leaves such steps out, and its factor falls."""
+    arguments, metrics = TrainingArguments(str(tmp_path)), RunMetrics(tmp_path / "metrics.jsonl")
+    given: Any = (arguments, TrainerState(), None)
+    logs = {"loss": 1.0, "grad_norm": float("inf")}
+    with pytest.raises(NonFiniteError, match="The gradient norm is inf at step 0"):
+        metrics.on_log(*given, logs=logs)
+    arguments.fp16 = True
+    metrics.on_log(*given, logs=logs)
+    assert read_json_lines(metrics.path)[-1]["loss"] == 1.0
 
 
 @pytest.mark.parametrize("counted", [True, False])

@@ -319,6 +319,22 @@ def test_a_merged_adapter(llama_config: LlamaConfig, tmp_path: Path) -> None:
         loop.pilot.begin(loop.run)
 
 
+def test_frozen_adapters_are_refused_and_stay_frozen(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    for parameter in loop.model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UnsupportedError, match=r"is frozen \(requires_grad is False\)"):
+        loop.pilot.begin(loop.run)
+    assert not any(parameter.requires_grad for parameter in loop.model.parameters())
+
+
+def test_adapters_on_several_devices(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    find_target_modules(loop.model)[0].layer.lora_A.to("meta")
+    with pytest.raises(UnsupportedError, match=r"on several devices \(cpu, meta\).*Load the model on one device"):
+        loop.pilot.begin(loop.run)
+
+
 @pytest.mark.parametrize("seed", [-1, "a", None])
 def test_a_seed_is_a_whole_number(seed: Any) -> None:
     with pytest.raises(ConfigError, match="seed is a whole number from 0 to"):

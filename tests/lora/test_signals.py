@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.signals import SIGNALS, SignalMeter, pair_signals
+from rankpilot.lora.signals import SIGNALS, SignalMeter, pair_signals, signal_buffer_bytes
 from rankpilot.lora.targets import find_target_modules
 
 from ..cases import first_cases
@@ -83,6 +83,28 @@ def test_agreeing_batches_have_a_ratio_of_one(make_llama, llama_batch):
     for _ in range(3):
         meter.accumulate()
     assert columns(meter.read())["snr"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-6)])
+def test_long_intervals_of_half_precision_count_in_full(make_llama, dtype, size):
+    """In bfloat16 a sum stalls after some 256 equal terms, and in float16 the square of 1e-6 is 0."""
+    model = make_llama(dtype=dtype)
+    targets = find_target_modules(model)
+    meter = SignalMeter(targets)
+    for target in targets:
+        target.weight_b.grad = torch.full_like(target.weight_b, size)
+    for _ in range(1000):
+        meter.accumulate()
+    restored = SignalMeter(targets)
+    restored.load_state_dict(meter.state_dict())
+    ranks = np.array([target.rank for target in targets])
+    assert meter.buffer_bytes == restored.buffer_bytes == signal_buffer_bytes(targets) @ ranks
+    values = columns(meter.read())
+    np.testing.assert_array_equal(values["snr"], columns(restored.read())["snr"])
+    np.testing.assert_allclose(values["snr"], 1, rtol=1e-3)
+    for index, target in enumerate(targets):
+        given = float(target.weight_b.grad[0, 0]) * target.weight_b.numel() ** 0.5
+        assert values["gradient_norm"][index] == pytest.approx(given * target.scaling_at(8) / target.scaling, rel=1e-3)
 
 
 def test_before_the_first_read_nothing_is_known(make_llama):

@@ -25,9 +25,6 @@ from ..texts import load_data
 from ..work import ALPHA, Work, by_name
 from .modules import deepest, deepest_measured, module_names, window
 
-START_FACTOR = 1.5
-"""Components at the start over those at the end, as in the paper."""
-
 ALLOCATIONS = 20
 """Allocations between the phases before and after."""
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ....common.arrays import IntArray
-from ..method import Group
+from ..method import Group, StaticMethod
 from ..ranks import plan_text
-from ..study import DoesNotFitError, Modules, Outcome, Study, gather
+from ..study import DoesNotFitError, Outcome, Study, gather
 from ..tasks import Cell
 from ..work import Work
+from .all_linear import ALL_LINEAR as EVERY
 from .modules import depth, window
 from .simple import RANKS, best_plan
-
-
-def _all_linear(modules: Modules) -> IntArray:
-    return window(modules, depth(modules), 8)
-
-
-def _top_half(modules: Modules) -> IntArray:
-    return window(modules, (depth(modules) + 1) // 2, 16)
+from .top_half import TOP_HALF as UPPER
 
 
 def _step(cell: Cell, plan: IntArray) -> Work:
@@ -41,20 +34,20 @@ class Checkpointed:
     Attributes:
         name: see `Method`.
         description: see `Method`.
-        plan: the ranks.
+        plain: the plan without checkpointing.
         group: see `Method`.
         quick: see `Method`.
     """
 
     name: str
     description: str
-    plan: Callable[[Modules], IntArray]
+    plain: StaticMethod
     group: Group = "static"
     quick: bool = False
 
     def outcome(self, study: Study, cell: Cell) -> Outcome:
         """See `Method`."""
-        ranks = self.plan(study.modules(cell.task))
+        ranks = self.plain.plan(study.modules(cell.task), cell.budget)
         study.result(_step(cell, ranks))  # fits, or there is nothing to train
         outcome = study.outcome(cell, lambda rate, seed: study.plan_run(cell.task, ranks, rate, seed))
         return _with_step(study, cell, ranks, outcome)
@@ -87,7 +80,7 @@ class SimpleCheckpointed:
 
 
 ALL_LINEAR = Checkpointed(
-    "all-linear-8-ckpt", "rank 8 on all linear modules, as few layers checkpointed as fit", _all_linear, quick=True
+    "all-linear-8-ckpt", "rank 8 on all linear modules, as few layers checkpointed as fit", EVERY, quick=True
 )
-TOP_HALF = Checkpointed("top-half-16-ckpt", "rank 16 on the top half, as few layers checkpointed as fit", _top_half)
+TOP_HALF = Checkpointed("top-half-16-ckpt", "rank 16 on the top half, as few layers checkpointed as fit", UPPER)
 SIMPLE = SimpleCheckpointed()

@@ -82,7 +82,7 @@ class EvaDriver(Driver):
 
 @dataclass(frozen=True)
 class Eva:
-    """EVA at a mean rank of 8 on as many top layers as fit even if all of them had twice that."""
+    """EVA at a mean rank of 8, on as many top layers as fit even if all had twice that, or else at that."""
 
     name: str = "eva"
     group: Group = "adaptive"

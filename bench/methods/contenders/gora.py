@@ -118,7 +118,7 @@ def _start(target: TargetModule, gradient: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Gora:
-    """GoRA's style at a mean rank of 8, on as many top layers as fit at the highest ranks that it may give."""
+    """GoRA's style at a mean rank of 8, on as many top layers as fit at twice that, or else at that."""
 
     name: str = "gora-style"
     group: Group = "adaptive"

@@ -73,11 +73,6 @@ def read_results(options: Options) -> Results:
     return results
 
 
-def report_text(options: Options, results: Results) -> str:
-    """The report as Markdown."""
-    return to_markdown(report_blocks(options, results, *summary(results)))
-
-
 def summary(results: Results) -> tuple[dict[str, Comparison], dict[str, Costs]]:
     """Each method against the reference, and what each costs, by name."""
     names = [method.name for method in results.methods]

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -301,6 +302,16 @@ def test_a_finished_training_resumes_to_itself(bare: Run, make_observation: Call
     np.testing.assert_array_equal(
         loaded.decide(observation).scores, LearnedPolicy("x", bare.network).decide(observation).scores
     )
+
+
+def test_a_policy_in_the_present_folder_has_its_name(
+    bare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(bare.folder, folder)
+    monkeypatch.chdir(folder)
+    finish(Path(), bare.policy, BARE)
+    assert load_policy(".").name == "mine"
 
 
 def test_run_folders_are_never_overwritten(whole: Run, tmp_path: Path) -> None:

@@ -159,7 +159,8 @@ def test_docs_results_is_what_the_stored_rows_say() -> None:
     suite = written.partition("--suite ")[2].partition("`")[0]
     options = report.Options(suite=suite, output=DOCS, images=DOCS / "images")
     assert PACKED.is_file()
-    assert written == report.report_text(options, stored(suite))
+    results = stored(suite)
+    assert written == to_markdown(report.report_blocks(options, results, *report.summary(results)))
 
 
 def test_stored_rows_show_what_must_be_there() -> None:
