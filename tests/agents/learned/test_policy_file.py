@@ -32,7 +32,7 @@ from rankpilot.allocation.features import EARLIER_FEATURE_NAMES, FIRST_INPUTS, M
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.common.files import sha256
-from rankpilot.errors import PolicyFileError, RankPilotError, UnknownNameError
+from rankpilot.errors import PolicyFileError, UnknownNameError
 from safetensors.torch import load_file, save_file
 
 NETWORK = asdict(NetworkConfig(width=12))
@@ -306,7 +306,7 @@ def test_unknown_names(tmp_path: Path) -> None:
         load_policy("top-downs")
     with pytest.raises(UnknownNameError, match="There is no policy folder"):
         load_policy(tmp_path / "none")
-    with pytest.raises(RankPilotError):
+    with pytest.raises(PolicyFileError, match=r"is no policy folder: card\.json is missing"):
         load_policy("")
 
 

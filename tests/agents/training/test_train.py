@@ -573,9 +573,9 @@ def test_bad_settings(tmp_path: Path) -> None:
                 TrainConfig(**{name: value})
     with pytest.raises(ConfigError, match="seed is a whole number"):
         TrainConfig(seed=-1)
-    with pytest.raises(UnknownNameError):
+    with pytest.raises(UnknownNameError, match="Unknown suite 'shfit'"):
         train(dataclasses.replace(CONFIG, suites=("shfit",)), tmp_path / "run")
-    with pytest.raises(UnknownNameError):
+    with pytest.raises(UnknownNameError, match="Unknown proxy base 'llama-4x3'"):
         train(dataclasses.replace(CONFIG, bases=("llama-4x3",)), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "refused before anything is written"
 

@@ -145,7 +145,8 @@ def test_bad_tasks_are_refused(options: dict[str, Any]) -> None:
     ],
 )
 def test_bad_schedules_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+    words = "fractions rise from 0" if "fractions" in options else "are from 1 to 10,000; got"
+    with pytest.raises(ConfigError, match=words):
         DecisionSchedule(**options)
 
 
