@@ -42,6 +42,7 @@ class Evaluate(EvaluateConfig):
         resume: continue an interrupted comparison in the same folder; runs that it holds are not repeated, and policies
             or seeds can be added.
         logs: write down every decision: a decision log for each run, in logs/POLICY/TASK-SEED in the output folder.
+            Runs that have none are run again.
         cluster: run on a Ray cluster: "local" starts one on this machine, "auto" joins the one that runs here, and
             HOST:PORT the one with that address. The results are the same (docs/cluster.md).
     """
@@ -65,6 +66,6 @@ def main(arguments: Sequence[str]) -> None:
     with on_cluster(options.cluster), bar as report:
         groups = evaluate(options, options.output, resume=options.resume, logs=options.logs, on_progress=report)
     for group in groups:
-        console.print(comparison_table(group, Path(options.against).name))
+        console.print(comparison_table(group))
     console.print("Below a figure: its 95 % interval; below a chance also the runs won/tied/lost.", style="dim")
     console.print(f"A line for each run: {options.output / ROWS}", soft_wrap=True, markup=False)

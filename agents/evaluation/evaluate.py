@@ -59,7 +59,7 @@ def evaluate(
         config: who and on what.
         folder: of the comparison.
         resume: go on with what is there; further policies and seeds may join, the tasks stay the same.
-        logs: write down the decisions of each run that is still to be run, in `LOGS` in the folder.
+        logs: write down the decisions of each run, in `LOGS` in the folder; runs without a log are run again.
         on_progress: called with (runs done, runs in all).
 
     Returns:
@@ -121,7 +121,7 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
 
     Raises:
         UnknownNameError: no such rule or folder.
-        PolicyFileError: a folder that cannot be used.
+        PolicyFileError, RunFolderError: a folder that cannot be used.
     """
     before, colon, folder = name.rpartition(":")
     if name.startswith(CONSTANT):
@@ -135,6 +135,10 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
     if colon and before.startswith(EXPLORE):
         return exploring(load_policy(folder), before.removeprefix(EXPLORE))
     if colon and before in (STATIC, SHUFFLED):
+        if not Path(folder).is_dir():
+            raise RunFolderError(
+                f"There is no folder {folder} of decision logs. Pass OUTPUT/logs/POLICY of an evaluation."
+            )
         return Replayed(Path(folder), before)
     if name in TASK_RULES:
         return TASK_RULES[name]
@@ -180,16 +184,24 @@ def _common_schedule(names: Sequence[str], folder: Path | None) -> DecisionSched
 
 
 def _check_weights(folder: Path, names: dict[str, str]) -> None:
-    """Note which weights the policies have, and refuse others of the same name: rows would mix.
+    """Note which weights the policies have, and where logs are, and refuse others of the same name: rows would mix.
 
     Args:
         folder: of the comparison.
         names: what each competitor is called in rows, and how it was given.
     """
-    weights = {name: read_card(path)["sha256"] for name, given in names.items() if (path := _folder(given))}
-    path = folder / POLICIES
-    known = read_object(path) if path.exists() else {}
+    weights = {}
+    for name, given in names.items():
+        how, _, logs = given.partition(":")
+        if how in (STATIC, SHUFFLED):
+            weights[name] = str(Path(logs).resolve())
+        elif path := _folder(given):
+            weights[name] = read_card(path)["sha256"]
+    notes = folder / POLICIES
+    known = read_object(notes) if notes.exists() else {}
     for name, digest in weights.items():
         if known.get(name, digest) != digest:
-            raise RunFolderError(f"{folder} holds results of another policy named {name!r}. Use another --output.")
-    write_json(path, known | weights)
+            raise RunFolderError(
+                f"{folder} holds results of another policy named {name!r} ({known[name]}). Use another --output."
+            )
+    write_json(notes, known | weights)

@@ -118,7 +118,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none if it is absent. A torn last line is left out, and names are those of today.
+    """The rows of a file, the last of each key; none if it is absent.
+
+    A torn last line is left out, and names are those of today.
 
     Raises:
         RunFolderError: it holds something else.
@@ -130,7 +132,8 @@ def read_rows(path: Path) -> list[Row]:
             _check(row)
     except (TypeError, AttributeError) as error:
         raise RunFolderError(f"{path} holds no results of this version of rankpilot ({first_line(error)}).") from error
-    return [replace(row, policy=EARLIER_NAMES.get(row.policy, row.policy)) for row in rows]
+    current = [replace(row, policy=EARLIER_NAMES.get(row.policy, row.policy)) for row in rows]
+    return list({row.key: row for row in current}.values())
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -140,7 +143,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _check(row: Row) -> None:
-    """Refuse a row whose values have other types; TypeError."""
+    """Refuse a row whose values have other types, or are not finite; TypeError."""
     for name, kinds in _TYPES.items():
-        if not isinstance(getattr(row, name), kinds):
-            raise TypeError(f"{name} is {shown(getattr(row, name))}")
+        value = getattr(row, name)
+        if not isinstance(value, kinds) or (isinstance(value, float) and not math.isfinite(value)):
+            raise TypeError(f"{name} is {shown(value)}")

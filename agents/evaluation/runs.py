@@ -29,6 +29,7 @@ from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.finetune import Reference
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import ConfigError
+from ..rules import RULES
 from .hindsight import Attempt, TaskRule
 from .results import Key, Row, append_rows, read_rows, row_of
 
@@ -93,7 +94,8 @@ def compare(
         schedule: when ranks are decided.
         workers: processes; with one, all happens in this process.
         seeds: repetitions of each task, at least 1.
-        file: rows go there as soon as they are found; those that it holds already are not run again.
+        file: rows go there as soon as they are found; those that it holds already are not run again, unless a log is
+            wanted that is not there.
         logs: the decisions of each run go to a log in this folder, see `log_folder`; those of task rules do not.
         on_progress: called with (runs done, runs in all).
 
@@ -112,10 +114,10 @@ def compare(
     known = {row.key: row for row in read_rows(file)} if file else {}
     pairs = [(task, repetition(task, number)) for task in tasks for number in range(seeds)]
     jobs = [Job(competitor, *pair) for competitor in competitors for pair in pairs]
-    missing = [job for job in jobs if job.key not in known]
+    missing = [job for job in jobs if job.key not in known or (logs is not None and _lacks_log(job, logs))]
     references = {key[1:]: row.reference for key, row in known.items()}
     unmeasured = [Job(None, *pair) for pair in dict.fromkeys((job.origin, job.task) for job in missing)]
-    unmeasured = [job for job in unmeasured if job.task.reference is None and job.key[1:] not in references]
+    unmeasured = [job for job in unmeasured if job.key[1:] not in references]
     total, done = sum(job.runs for job in (*unmeasured, *missing)), 0
     with worker_pool(workers) as pool:
         for chunk, results in pool.spread(partial(_measure, schedule), _chunks(unmeasured, workers), _name):
@@ -149,8 +151,7 @@ def _report(chunk: Iterable[Job], done: int, total: int, on_progress: Callable[[
 
 def _with_reference(job: Job, references: Mapping[tuple[str, int], Reference]) -> Job:
     """The job on a task that knows its reference."""
-    reference = job.task.reference or references[job.key[1:]]
-    return replace(job, task=replace(job.task, reference=reference))
+    return replace(job, task=replace(job.task, reference=references[job.key[1:]]))
 
 
 def _chunks(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
@@ -174,23 +175,38 @@ def _episodes(stack: tuple[str, int, int], schedule: DecisionSchedule) -> Stacke
 
 
 def _measure(schedule: DecisionSchedule, jobs: list[Job]) -> list[Reference]:
-    """The references of some tasks; the best loss of a repetition is estimated from that of its origin."""
-    episodes = _episodes(jobs[0].task.stack, schedule)
-    references = measure_references(episodes, [job.task for job in jobs], SLOTS)
-    return [_estimated(reference, job.origin.reference) for job, reference in zip(jobs, references, strict=True)]
+    """The references of some tasks, `SLOTS` at most, with the loss of the rule `uniform` here and now.
+
+    What a suite's card tells of uniform rank was rounded, and measured on another machine: beside it competitors would
+    differ by more than they do from one another. The best known loss is the card's; that of a repetition is estimated.
+    """
+    run = Rollout(_episodes(jobs[0].task.stack, schedule), [job.task for job in jobs])
+    before = run.losses()
+    rollout(run, partial(_decide, [RULES["uniform"]] * len(jobs)))
+    found = [
+        Reference(initial, loss if np.isfinite(loss) else initial)
+        for initial, loss in zip(before, run.losses(), strict=True)
+    ]
+    return [_with_best(reference, job) for reference, job in zip(found, jobs, strict=True)]
 
 
-def _estimated(reference: Reference, origin: Reference | None) -> Reference:
-    """A reference with the headroom that its origin has, in proportion to what uniform gained."""
+def _with_best(reference: Reference, job: Job) -> Reference:
+    """A reference with the best loss that is known, or one in proportion to what uniform gained."""
+    origin = job.origin.reference
     if origin is None or origin.best is None:
         return reference
-    return replace(reference, best=reference.uniform - reference.gain * origin.headroom / origin.gain)
+    estimate = reference.uniform - reference.gain * origin.headroom / origin.gain
+    return replace(reference, best=origin.best if job.task.seed == job.origin.seed else estimate)
 
 
 def log_folder(logs: Path, key: Key) -> Path:
     """The folder of a run's decision log: POLICY/TASK-SEED, in names that every file system takes."""
     policy, task = (re.sub(r"[^\w.=-]+", "-", name) for name in (key[0], f"{key[1]}-{key[2]}"))
     return logs / (policy if policy.strip(".") else f"-{policy}") / task  # a policy may be called ".."
+
+
+def _lacks_log(job: Job, logs: Path) -> bool:
+    return not isinstance(job.competitor, TaskRule) and not len(DecisionLog(log_folder(logs, job.key)))
 
 
 def _run(schedule: DecisionSchedule, logged: bool, jobs: list[Job]) -> tuple[list[Row], LogFiles]:
@@ -295,19 +311,6 @@ def run_attempts(
 
 def _decide(policies: Sequence[Policy], seen: Sequence[Observation]) -> list[Decision]:
     return [policy.decide(observation) for policy, observation in zip(policies, seen, strict=True)]
-
-
-def measure_references(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Reference]:
-    """Run the uniform plan of tasks that do not know its result.
-
-    Args:
-        episodes: of the base of all tasks.
-        tasks: of one batch shape.
-        slots: how many run at once.
-    """
-    for batch in _batches(tasks, slots):
-        episodes.measure_references(batch)
-    return [episodes.reference(task) for task in tasks]
 
 
 def first_observations(episodes: StackedEpisodes, tasks: Sequence[ProxyTask], slots: int) -> list[Observation]:

@@ -47,11 +47,13 @@ class Group:
     Attributes:
         name: which tasks, such as "planted, bytes".
         tasks: how many different ones.
+        against: the policy that all are compared with, as rows call it.
         results: best mean improvement first.
     """
 
     name: str
     tasks: int
+    against: str
     results: tuple[PolicyResult, ...]
 
 
@@ -80,7 +82,7 @@ def _group(name: str, rows: Sequence[Row], against: str) -> Group:
         _result(policy, of_policy, {} if policy == against else others) for policy, of_policy in by_policy.items()
     ]
     results.sort(key=lambda result: -result.improvement.value)
-    return Group(name, len({row.task for row in rows}), tuple(results))
+    return Group(name, len({row.task for row in rows}), against, tuple(results))
 
 
 def _result(policy: str, rows: Sequence[Row], others: dict[tuple[str, int], Row]) -> PolicyResult:

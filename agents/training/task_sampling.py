@@ -75,7 +75,7 @@ def fresh_tasks(config: TrainConfig) -> FreshTasks:
         UnknownNameError: no such suite or base.
         ConfigError: no such tasks.
     """
-    templates = tuple(_tasks((suite,), "train", config) for suite in config.suites)
+    templates = tuple(_tasks((suite,), "train", config) for suite in dict.fromkeys(config.suites))
     return FreshTasks(templates, config.tasks_per_stack, config.seed)
 
 

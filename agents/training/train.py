@@ -29,6 +29,7 @@ from ...env.proxies.adapted import adapted_base
 from ...env.tasks.proxy_finetune import check_texts
 from ...env.tasks.proxy_task import ProxyTask
 from ...env.tasks.suites import VERSION
+from ...errors import DataError, RunFolderError, first_line
 from ..learned.network import RankNetwork
 from ..learned.plan_value import PlanValueEnsemble
 from ..learned.policy import LearnedPolicy
@@ -126,8 +127,7 @@ def _train(
         begun = (folder / CHECKPOINT).exists()
         if begun:
             progress.iteration = restore(folder / CHECKPOINT, model, measured)
-        # Progress is written before the checkpoint: a run that was killed in between repeats an iteration.
-        rows = [row for row in read_json_lines(folder / PROGRESS) if begun and row["iteration"] <= progress.iteration]
+        rows = _progress_until(progress.iteration, folder / PROGRESS) if begun else []
         write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
         if not begun:
             _begin(model, envs, config, progress, folder)
@@ -228,6 +228,23 @@ def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
     formats: list[KVWriter] = [TensorBoardOutputFormat(str(folder / TENSORBOARD))] if find_spec("tensorboard") else []
     model.set_logger(Logger(folder=None, output_formats=formats))
     return model
+
+
+def _progress_until(iteration: int, path: Path) -> list[dict[str, Any]]:
+    """The rows of an interrupted run; those after its checkpoint are repeated, as progress is written first.
+
+    Raises:
+        RunFolderError: there are none, or they are damaged.
+    """
+    try:
+        rows = [row for row in read_json_lines(path) if row["iteration"] <= iteration]
+        if [row["iteration"] for row in rows[:1]] != [0]:
+            raise ValueError("its first line is missing")
+    except (DataError, ValueError, TypeError, LookupError) as error:
+        raise RunFolderError(
+            f"{path} cannot be read: {first_line(error)}. Delete {CHECKPOINT} beside it to start over."
+        ) from error
+    return rows
 
 
 def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:

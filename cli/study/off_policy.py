@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from ...errors import ConfigError
 from ..progress import console
 
 
@@ -18,8 +19,9 @@ class OffPolicyOptions:
 
     FOLDER is that of rankpilot evaluate explore-T:POLICY --logs. Estimates are how much lower the log loss would be
     than under uniform rank, with 95 % intervals over tasks. Each is about the first plan alone: later decisions are
-    those of the policy that was logged. Where the logged policy seldom took what another would take, there is no number
-    but the words "not enough overlap"; a higher temperature T helps.
+    those of the policy that was logged. Where the logged policy seldom took what another would take, estimates that
+    weigh the logged runs are no number but the words "not enough overlap"; a higher temperature T helps. The direct
+    method trusts the votes of the value networks, and always gives one.
 
     Attributes:
         folder: of the evaluation.
@@ -35,6 +37,8 @@ class OffPolicyOptions:
 def main(arguments: Sequence[str]) -> None:
     """Estimate, and show a table."""
     options = tyro.cli(OffPolicyOptions, args=arguments, prog="rankpilot study off-policy")
+    if not options.policies:
+        raise ConfigError("There is no policy to estimate. Pass --policies NAME..., folders or rules, or leave it out.")
     from ...agents.learned.policy_file import load_policy
     from ...study.off_policy.compare import compare_targets, comparison_table
     from ...study.off_policy.from_logs import logged_suite
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     found = {name: suite.target(load_policy(name)) for name in options.policies}
     targets = [target for target in found.values() if target is not None]
     if targets:
-        console.print(comparison_table(compare_targets(suite.choices, targets)))
+        console.print(comparison_table(compare_targets(suite.choices, targets, one_observation=False)))
     for name, target in found.items():
         if target is None:
             console.print(

@@ -56,7 +56,7 @@ def find_tasks(
     """The tasks of some suites, in a fixed order.
 
     Args:
-        suites: names of `SUITES`.
+        suites: names of `SUITES`; each counts once.
         split: one of `SPLITS`.
         bases: only those on these proxy bases.
         overrides: fields of `ProxyTask` that each gets; their references are dropped then, and measured when needed.
@@ -67,7 +67,9 @@ def find_tasks(
     """
     for base in bases or ():
         find_base(base)
-    tasks = [task for suite in suites for task in load_suite(suite, split) if not bases or task.base in bases]
+    tasks = [
+        task for suite in dict.fromkeys(suites) for task in load_suite(suite, split) if not bases or task.base in bases
+    ]
     if not tasks:
         raise ConfigError(
             f"No task of the {split} split of {tuple(suites)} is on {tuple(bases or ())}. Suites are {SUITES}; bases "

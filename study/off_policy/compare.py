@@ -50,8 +50,16 @@ class Accuracy:
     rank_correlation: float
 
 
-def compare_targets(choices: LoggedChoices, targets: Sequence[TargetPolicy]) -> list[TargetResult]:
+def compare_targets(
+    choices: LoggedChoices, targets: Sequence[TargetPolicy], *, one_observation: bool = True
+) -> list[TargetResult]:
     """Estimate what each target would have gained, by every method that applies.
+
+    Args:
+        choices: the log.
+        targets: policies, over the plans of the log.
+        one_observation: whether all decisions of a task were made from what was seen once, as plan runs are. Where each
+            run saw its own data, a target takes other plans in each, and restricted choice says nothing of it.
 
     Raises:
         DataError: a target does not fit the decisions.
@@ -65,6 +73,8 @@ def compare_targets(choices: LoggedChoices, targets: Sequence[TargetPolicy]) -> 
     }
     if choices.predictions is None:
         del methods["direct"], methods["doubly robust"]
+    if not one_observation:
+        del methods["restricted choice"]
     return [
         TargetResult(target.name, {name: estimate(choices, target) for name, estimate in methods.items()})
         for target in targets

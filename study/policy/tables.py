@@ -12,8 +12,8 @@ from ...agents.evaluation.tables import Group, PolicyResult
 from ...common.statistics import Estimate, PairedComparison
 
 
-def comparison_table(group: Group, against: str) -> Table:
-    """Who is better on one group of tasks, best first; `against` is the policy that all are compared with.
+def comparison_table(group: Group) -> Table:
+    """Who is better on one group of tasks, best first.
 
     Below each figure is its 95 % interval, below a chance also how many runs were won, tied and lost.
     """
@@ -21,7 +21,7 @@ def comparison_table(group: Group, against: str) -> Table:
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
     table = Table(title=f"{group.name} ({group.tasks} tasks)", title_justify="left", **look)
     table.add_column("policy", overflow="fold", min_width=16)
-    chances = ("better than\nuniform", f"better than\n{escape(against)}")
+    chances = ("better than\nuniform", f"better than\n{escape(group.against)}")
     for column in ("runs", "held-\nout\nloss", "gain, of\nheadroom", "inter-\nquartile\nmean"):
         table.add_column(column, justify="right")
     for column in chances:

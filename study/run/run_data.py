@@ -136,6 +136,11 @@ def read_run(folder: Path) -> RunData:
             "RankPilotCallback, or the folder of a decision log."
         )
     summary = _read_summary(folder, missing) if of_finetune else {}
+    if log is None and not summary:
+        raise RunFolderError(
+            f"{folder} holds no run: there is no decision log, and {missing[0]}. The page of an evaluation is made by "
+            "`rankpilot study policy`."
+        )
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
     decisions = None
     if log is None:

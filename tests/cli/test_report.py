@@ -101,7 +101,7 @@ def comparison(policy: str, against: str, width: int) -> str:
     result = PolicyResult(policy, 424, 3, 0.5, gain, gain, pairs, gain, pairs)
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(comparison_table(Group("all tasks", 6, (result,)), against))
+        console.print(comparison_table(Group("all tasks", 6, against, (result,))))
     return capture.get()
 
 

@@ -20,7 +20,7 @@ from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, Policy
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.episodes.single import Episode, reference_of
+from rankpilot.env.episodes.single import Episode
 from rankpilot.env.reward import Comparison
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
@@ -67,7 +67,7 @@ def test_rows_are_those_of_peft_episodes() -> None:
     assert [(row.policy, row.task) for row in rows] == [(p, t.id) for p in ("signal-mean", "top-down") for t in TASKS]
     for row, task in zip(rows, (*TASKS, *TASKS), strict=True):
         assert row.loss == pytest.approx(loss_with_peft(RULES[row.policy], task), abs=1e-4)
-        assert row.uniform_loss == pytest.approx(reference_of(ProxyFineTune(task), SCHEDULE).uniform, abs=1e-4)
+        assert row.uniform_loss == pytest.approx(loss_with_peft(RULES["uniform"], task), abs=1e-4)
         assert row.improvement == Comparison.with_uniform(row.reference).improvement(row.loss)
         assert (row.seed, row.kind, row.family, row.depth, row.failed) == (task.seed, "planted", "llama", 4, False)
     assert rows[0].loss != rows[2].loss
@@ -98,11 +98,25 @@ def test_repetitions_and_progress() -> None:
     assert len({row.task for row in rows}) == 2, "repetitions share their task"
     assert len({row.loss for row in rows}) == 4
     assert rows[3].uniform_loss != 0.2, "a repetition's uniform run is its own"
-    origin, repeated = rows[2].reference, rows[3].reference
-    assert repeated.headroom / repeated.gain == pytest.approx(origin.headroom / origin.gain)
-    assert progress[-1] == (7, 7), "four runs, and three uniform ones"
+    card, repeated = TASKS[1].reference, rows[3].reference
+    assert card is not None
+    assert repeated.headroom / repeated.gain == pytest.approx(card.headroom / card.gain)
+    assert progress[-1] == (8, 8), "four runs, and four uniform ones"
     alone = compare([RULES["top-down"]], TASKS[:1], SCHEDULE, workers=1)
     assert alone == rows[:1], "whatever runs beside it"
+
+
+def test_uniform_rank_is_run_beside_the_others() -> None:
+    """What a card says of it is not what competitors are held against: it was rounded, and measured elsewhere."""
+    rows = compare([RULES["uniform"], RULES["top-down"]], TASKS, SCHEDULE, workers=1, seeds=2)
+    for row, other in zip(rows[:4], rows[4:], strict=True):
+        assert row.uniform_loss == other.uniform_loss == row.loss
+        assert row.improvement == 0.0
+    assert [row.loss for row in rows[:4]] != [row.loss for row in rows[4:]]
+    assert [row.best_loss for row in rows[:3]] == [None, None, 0.15]
+    (table,) = groups_of(rows, "top-down")
+    uniform = next(result.uniform for result in table.results if result.policy == "uniform")
+    assert (uniform.wins, uniform.ties, uniform.losses) == (0, 4, 0)
 
 
 def test_seeds_of_repetitions_are_nobody_elses() -> None:
