@@ -78,7 +78,7 @@ def evaluate(
     check_texts(tasks)
     settings = {name: getattr(config, name) for name in _FIXED} | {"schedule": asdict(schedule)}
     with open_run(folder, as_plain(settings), resume=resume):
-        _check_weights(folder, {competitors[name].name: name for name in config.names})
+        check_weights(folder, {competitors[name].name: name for name in config.names})
         rows = compare(
             list(competitors.values()),
             tasks,
@@ -183,7 +183,7 @@ def _common_schedule(names: Sequence[str], folder: Path | None) -> DecisionSched
     return DecisionSchedule()
 
 
-def _check_weights(folder: Path, names: dict[str, str]) -> None:
+def check_weights(folder: Path, names: dict[str, str]) -> None:
     """Note which weights the policies have, and where logs are, and refuse others of the same name: rows would mix.
 
     Args:

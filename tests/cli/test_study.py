@@ -26,6 +26,15 @@ def test_the_page_of_a_run_lies_in_its_folder(run_folder: Path, capsys: pytest.C
     assert not (folder / "figures").exists()
 
 
+def test_an_evaluation_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"groups": []}))
+    (tmp_path / "study.html").write_text("the page of the policy")
+    line = failure(["study", str(tmp_path)], capsys)
+    assert "holds no run: there is no decision log, and the results (" in line
+    assert "The page of an evaluation is made by `rankpilot study policy`" in line
+    assert (tmp_path / "study.html").read_text() == "the page of the policy"
+
+
 def test_several_runs_need_a_place(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.evaluation.evaluate import find_competitor
+from rankpilot.agents.evaluation.evaluate import check_weights, find_competitor
 from rankpilot.agents.evaluation.hindsight import TaskRule
 from rankpilot.agents.evaluation.replayed import SHUFFLED, STATIC, Replayed
 from rankpilot.agents.evaluation.runs import compare, log_folder
@@ -64,6 +64,15 @@ def test_by_name_on_the_command_line(logs: Path) -> None:
         found = find_competitor(f"{how}:{logs / 'top-half'}", SCHEDULE)
         assert isinstance(found, TaskRule)
         assert found.name == f"top-half {how}"
+
+
+def test_other_logs_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"There is no folder .*none of decision logs"):
+        find_competitor(f"static:{tmp_path / 'none'}", SCHEDULE)
+    check_weights(tmp_path, {"top-half static": "static:a/top-half"})
+    check_weights(tmp_path, {"top-half static": f"static:{Path('a').resolve()}/top-half"})
+    with pytest.raises(RunFolderError, match=r"results of another policy named 'top-half static' \(.*/a/top-half\)"):
+        check_weights(tmp_path, {"top-half static": "static:b/top-half"})
 
 
 def test_a_task_without_a_log(logs: Path, tmp_path: Path) -> None:

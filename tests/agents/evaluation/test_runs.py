@@ -89,6 +89,18 @@ def test_decisions_of_every_run_are_written_down(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*/*"))) == 4
 
 
+def test_runs_without_a_log_are_run_again_where_one_is_wanted(tmp_path: Path, counted: list[int]) -> None:
+    file, logs = tmp_path / "rows.jsonl", tmp_path / "logs"
+    competitors = [RULES["signal-mean"], TASK_RULES["best-of-8"]]
+    rows = compare(competitors, TASKS, SCHEDULE, workers=1, file=file)
+    counted.clear()
+    assert compare(competitors, TASKS, SCHEDULE, workers=1, file=file, logs=logs) == rows
+    assert sum(counted) == 2, "those of task rules have none"
+    assert all(len(DecisionLog(log_folder(logs, row.key))) for row in rows if row.policy == "signal-mean")
+    assert compare(competitors, TASKS, SCHEDULE, workers=1, file=file, logs=logs) == rows
+    assert sum(counted) == 2
+
+
 def test_repetitions_and_progress() -> None:
     progress: list[tuple[int, int]] = []
     rows = compare(
@@ -115,6 +127,7 @@ def test_uniform_rank_is_run_beside_the_others() -> None:
     assert [row.loss for row in rows[:4]] != [row.loss for row in rows[4:]]
     assert [row.best_loss for row in rows[:3]] == [None, None, 0.15]
     (table,) = groups_of(rows, "top-down")
+    assert table.against == "top-down"
     uniform = next(result.uniform for result in table.results if result.policy == "uniform")
     assert (uniform.wins, uniform.ties, uniform.losses) == (0, 4, 0)
 
@@ -246,3 +259,9 @@ def test_rows_as_lines(tmp_path: Path) -> None:
     assert read_rows(file)[-1] == made_up("top-down", {3: 0.2})[0], "under the name that the rule has now"
     file.write_text(file.read_text().replace('"cost_kind"', '"price"'))
     assert read_rows(file)[:2] == rows, "a column of an earlier name"
+    append_rows(file, [dataclasses.replace(rows[0], loss=0.5)])
+    assert [row.loss for row in read_rows(file)] == [0.5, *(row.loss for row in read_rows(file)[1:])]
+    assert len(read_rows(file)) == 3, "a row that is there twice counts once"
+    file.write_text(file.read_text().replace('"loss": 0.5', '"loss": NaN'))
+    with pytest.raises(RunFolderError, match=r"no results of this version of rankpilot \(loss is nan\)"):
+        read_rows(file)

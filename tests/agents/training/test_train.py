@@ -356,6 +356,16 @@ def test_a_corrupt_checkpoint_is_named(interrupted: Path, tmp_path: Path, damage
     path.write_bytes(before)
 
 
+@pytest.mark.parametrize("damage", ["", '{"iteration": "x"}', '{"iteration": 1}', "[]", '{"episodes": 4}'])
+def test_damaged_progress_is_named_before_the_training_goes_on(interrupted: Path, damage: str) -> None:
+    path = interrupted / PROGRESS
+    before = path.read_text()
+    path.write_text(f"{damage}\n")
+    with pytest.raises(RunFolderError, match=r"progress\.jsonl cannot be read: .*Delete checkpoint\.pt beside it"):
+        train(BARE, interrupted, resume=True)
+    path.write_text(before)
+
+
 class _Payload:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -376,6 +376,7 @@ def test_finding(make_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(suites, "load_suite", lambda name, split: made[name])
     assert [task.seed for task in find_tasks(("shift", "planted"), "train")] == [1, 2, 3]
+    assert [task.seed for task in find_tasks(("shift", "planted", "shift"), "train")] == [1, 2, 3]
     assert [task.seed for task in find_tasks(("shift", "planted"), "train", ("llama-4x32",))] == [1, 3]
     assert [task.reference for task in find_tasks(("shift",), "train")] == [reference] * 2
     changed = find_tasks(("shift",), "train", None, {"steps": 5})

@@ -89,6 +89,10 @@ def test_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "random takes plans that default exploring at 2 could not draw: no estimate." in out
     assert "12 first decisions of default exploring at 2" in out
     assert "uniform" in out
+    assert "self-normalised" in out
+    assert "restricted choice" not in out, "each run saw data of its own"
+    assert cli.run(["study", "off-policy", str(folder), "--behaviour", BEHAVIOUR, "--policies"]) == 1
+    assert "There is no policy to estimate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
