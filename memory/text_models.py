@@ -34,7 +34,8 @@ def _main_input(config: PreTrainedConfig) -> str:
     """The name of the main input of the model's own class, or of its base where the configuration names no class."""
     kinds = [getattr(transformers, architecture, None) for architecture in config.architectures or ()]
     kinds.append(AutoModel._model_mapping.get(type(config), None))
-    return next((kind.main_input_name for kind in kinds if hasattr(kind, "main_input_name")), _TOKENS[0])
+    names: list[Any] = [getattr(kind, "main_input_name", None) for kind in kinds]
+    return str(next(filter(None, names), _TOKENS[0]))
 
 
 def most_positions(model: PreTrainedModel) -> int | None:
