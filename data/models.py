@@ -166,18 +166,6 @@ def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None
         logger.warning("The head of %r has no %d outputs: a new one is trained.", name, model.config.num_labels)
 
 
-def check_length(length: int, model: PreTrainedModel) -> None:
-    """Raise ConfigError for rows that are longer than the model has positions."""
-    config: Any = model.config
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from behind the padding token's number.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            most = min(most, module.num_embeddings - module.padding_idx - 1)
-    if 0 < most < length:
-        raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")
-
-
 def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, **options: Any) -> PeftModel:
     """The model with fresh LoRA adapters.
 

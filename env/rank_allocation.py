@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from ..allocation.features import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, feature_table
 from ..allocation.observation import Observation
 from ..allocation.schedule import DecisionSchedule
-from ..errors import ConfigError, NonFiniteError
+from ..common.given_numbers import is_count
+from ..errors import ConfigError, NonFiniteError, shown
 from .episode_record import EpisodeRecord
 from .episodes.episode_log import AGENT, EpisodeLog, next_log
 from .episodes.single import Episode, reference_of, rule_losses
@@ -26,7 +27,7 @@ from .tasks.finetune import FineTune, Reference
 from .tasks.proxy_finetune import fine_tune_of
 from .tasks.proxy_task import ProxyTask
 from .tasks.stream import TaskStream, check_task
-from .tasks.suite_names import SUITES
+from .tasks.suite_names import SPLITS, SUITES
 from .tasks.suites import find_tasks
 
 
@@ -74,7 +75,10 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     compared with (`against`), as a share of the task's headroom, -3 to 3; less 0.002 for each rung that the modules
     have moved on average after the first decision. The other run has the same seed, batches and budget. The headroom
     is the gap between uniform and the best known allocation, at least 5 % of what uniform gained over the untrained
-    base; where a rule is compared with, the same share of what the rule gained.
+    base; where no best one is known, a tenth of what uniform gained. Where a rule is compared with, it is the same
+    share of what the rule gained. No best one is known of an `OwnTask` without a `reference`, of tasks with
+    `task_overrides`, with fresh seeds against uniform and with the option `budget`. There, and above all in short
+    episodes, where uniform gains little, small differences easily reach the bounds of -3 and 3.
 
     ## Starting State
     A task drawn from the suites, or the one given; adapters fresh, probe done.
@@ -104,7 +108,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
 
     ## Arguments
     * `task`: a fixed task; None draws one at each reset.
-    * `suites`: names of the suites to draw from ("planted", "shift").
+    * `suites`: names of the suites to draw from ("planted", "shift"). This and the next two, and `task_overrides`, are
+      of drawn tasks: not with `task`.
     * `split`: "train", "validation" or "test".
     * `bases`: draw only tasks on these proxy bases.
     * `schedule`: a `DecisionSchedule`.
@@ -132,7 +137,10 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     * v0: first version.
 
     Raises:
-        ConfigError: an argument out of range, an action of the wrong shape or range, or a step after the end.
+        ConfigError: an argument out of range or of another type, or one that contradicts `task`; an action of the wrong
+            shape or range, or a step after the end; a held-out loss that is not finite before training.
+        UnknownNameError: a name that is not among the allowed ones.
+        RunFolderError: no folder can be made in `logs`.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}  # noqa: RUF012  (declared so by Gymnasium)
@@ -161,10 +169,12 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         )
         if schedule is not None and not isinstance(schedule, DecisionSchedule):
             raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
-        modules = len(fine_tune_of(task).adapted()[1]) if task else most_modules(self.tasks)
+        if logs is not None and not isinstance(logs, str | Path):
+            raise ConfigError(f"logs is a folder or None; got {shown(logs)}.")
+        modules = most_modules(self.tasks) if task is None else len(fine_tune_of(task).adapted()[1])
+        if max_modules is not None and not (is_count(max_modules) and max_modules >= modules):
+            raise ConfigError(f"max_modules is at least {modules}, a whole number; got {shown(max_modules)}.")
         self.max_modules: int = modules if max_modules is None else max_modules
-        if self.max_modules < modules:
-            raise ConfigError(f"max_modules is at least {modules}; got {max_modules}.")
         self._against = against if rule_to_compare_with(against) else None
         if against == GROUP:
             raise ConfigError(f"One environment has no group to compare with; give against={UNIFORM!r} or a rule.")
@@ -276,19 +286,47 @@ def environment_tasks(
 
     Raises:
         UnknownNameError: no such suite, split or base.
-        ConfigError: there are none, or one that cannot have a fresh seed.
+        ConfigError: there are none, or one that cannot have a fresh seed; an argument of another type, or one that is
+            of drawn tasks beside a fixed one.
     """
-    for name, given in (("suites", suites), ("bases", bases)):
-        if isinstance(given, str):
-            raise ConfigError(f"{name} is a tuple of names, such as ({given!r},); got {given!r}.")
+    _check_names(suites, split, bases)
     check_task(task)
-    tasks: tuple[ProxyTask | FineTune, ...] = (task,) if task else find_tasks(suites, split, bases, overrides)
+    if task is not None:
+        _check_alone(suites, split, bases, overrides)
+    tasks: tuple[ProxyTask | FineTune, ...] = find_tasks(suites, split, bases, overrides) if task is None else (task,)
     if not fresh_seeds:
         return tasks
     if not all(isinstance(each, ProxyTask) for each in tasks):
         raise ConfigError("Only proxy tasks can have fresh seeds; make an OwnTask with the seed that you want.")
     proxies = tuple(each for each in tasks if isinstance(each, ProxyTask))
     return tuple(replace(each, reference=None) for each in proxies) if against == UNIFORM else proxies
+
+
+def _check_names(suites: object, split: object, bases: object) -> None:
+    """Raise ConfigError for names of another type."""
+    for name, given, example in (
+        ("suites", suites, SUITES[0]),
+        ("bases", () if bases is None else bases, ProxyTask.base),
+    ):
+        if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(n, str) for n in given):
+            example = given if isinstance(given, str) else example
+            raise ConfigError(f"{name} is a tuple of names, such as ({example!r},); got {shown(given)}.")
+    if not isinstance(split, str):
+        raise ConfigError(f"split is one of {SPLITS}; got {shown(split)}.")
+
+
+def _check_alone(
+    suites: Sequence[str], split: str, bases: Sequence[str] | None, overrides: dict[str, Any] | None
+) -> None:
+    """Raise ConfigError for arguments about drawn tasks, which would have no effect beside a fixed task."""
+    given = {"suites": tuple(suites), "split": split, "bases": bases, "task_overrides": overrides}
+    usual = {"suites": SUITES, "split": SPLITS[0], "bases": None, "task_overrides": None}
+    without = [f"{name}={shown(value)}" for name, value in given.items() if value is not None and value != usual[name]]
+    if without:
+        raise ConfigError(
+            f"With a fixed task no task is drawn, so {', '.join(without)} would have no effect. Leave out either these "
+            "or the task; a ProxyTask gets other fields by `dataclasses.replace`."
+        )
 
 
 def most_modules(tasks: Sequence[ProxyTask | FineTune]) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 from ..agents.rules import RULES, find_rule
 from ..allocation.policy import Policy
 from ..common.arrays import IntArray
-from ..errors import UnknownNameError
+from ..errors import ConfigError, UnknownNameError, shown
 from .tasks.finetune import Reference
 
 REWARD_BOUND = 3.0
@@ -39,8 +39,11 @@ def rule_to_compare_with(against: str) -> Policy | None:
     """The rule whose runs episodes are compared with; None for the uniform run and for the mean of a group.
 
     Raises:
+        ConfigError: it is no name.
         UnknownNameError: neither a rule nor one of those.
     """
+    if not isinstance(against, str):
+        raise ConfigError(f"against is {UNIFORM!r}, {GROUP!r} or the name of a rule; got {shown(against)}.")
     if against in (UNIFORM, GROUP):
         return None
     try:

@@ -44,7 +44,7 @@ def action_space(actions: str, max_modules: int) -> spaces.MultiDiscrete | space
         UnknownNameError: there is no such form.
     """
     if actions not in ACTIONS:
-        raise UnknownNameError.of("form of actions", actions, ACTIONS)
+        raise UnknownNameError.of("form of actions", str(actions), ACTIONS)
     return delta_space(max_modules) if actions == "deltas" else score_space(max_modules)
 
 

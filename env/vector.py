@@ -36,7 +36,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         num_envs: episodes at a time.
         render_mode: "rgb_array" or "ansi"; `render` then returns one picture or text for each episode.
         task: a fixed task; None draws one for each group.
-        suites: names of the suites to draw from.
+        suites: names of the suites to draw from; this, `split` and `task_overrides` not with `task`.
         split: of the suites.
         task_overrides: fields of `ProxyTask` that each drawn task gets.
         fresh_seeds: see `RankAllocationEnv`.
@@ -78,8 +78,9 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
             raise ConfigError(f"Stacked episodes train proxies; make an environment of {type(task).__name__} alone.")
         if task and task.base != config.base:
             raise ConfigError(f"The task is on base {task.base}, not {config.base}. Give base={task.base!r}.")
+        bases = None if task else (config.base,)
         self.tasks = environment_tasks(
-            task, suites, split, (config.base,), task_overrides, fresh_seeds=fresh_seeds, against=config.against
+            task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=config.against
         )
         self.num_envs = num_envs
         self.render_mode = render_mode

@@ -35,6 +35,7 @@ from .correction import Correction
 from .given_ranks import given_ranks
 from .gradient_watch import GradientWatch
 from .journal import Journal
+from .loop_calls import LoopCalls
 from .loss_meter import LossMeter
 from .options import check_options, check_run, readable_budget
 from .peak_guard import PeakGuard
@@ -42,7 +43,7 @@ from .readings import Readings
 from .recomputation import recomputing
 from .review import PlanReview
 from .run import TrainingRun
-from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
+from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state
 from .time_before_training import other_time_limit, settle_time
 from .worth_recomputing import decide
 
@@ -222,6 +223,7 @@ class RankPilot(Readings):
             BudgetError, ReviewError: see `after_step`; no plan fits the larger batch.
         """
         self._decide_if_due()
+        self._calls.made("before_step")
         self._guard.before_step(self._step, batches)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
@@ -234,6 +236,7 @@ class RankPilot(Readings):
             NoGradientError: the adapters receive none.
         """
         controller = self._controller
+        self._calls.made("before_optimizer_step")
         self._guard.meter.passed()
         try:
             self._gradients.look(controller.targets, self._step + 1, closely=self._guard.meter.measuring)
@@ -251,10 +254,12 @@ class RankPilot(Readings):
             decide: False puts a decision that is due off to the next step, so that none follows the last one.
 
         Raises:
+            ConfigError: the step had no `before_step`, or no `before_optimizer_step`.
             BudgetError: the step was above the budget, and no plan fits.
             ReviewError: a person refused the plan, or gave no answer in time.
         """
         self._check_begun()
+        self._calls.end_step(self._step + 1)
         self._step += 1
         self._guard.after_step(self._step)
         if decide:
@@ -332,17 +337,10 @@ class RankPilot(Readings):
     def _start(self, run: TrainingRun, *, resumed: bool) -> None:
         check_run(run)
         self._run = run
-        self._step, self._shown, self._gradients = 0, 0, GradientWatch()
+        self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
         if self._review is not None:
             self._review.processes, self._review.resumed = run.replicas.processes, resumed
-
-    def _settings(self) -> dict[str, Any]:
-        limits = self.budget, self.time
-        return run_settings(*limits, self.policy, self.schedule, self.bounds, self.recompute, self.scaling)
-
-    def _is_due(self) -> bool:
-        return self._controller.due(self._step) and self._step < self._controller.total_steps
 
     def _decide_if_due(self) -> None:
         if self._is_due():

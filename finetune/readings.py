@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from ..allocation.controller import RankController
+from ..allocation.policy import Policy
+from ..allocation.schedule import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
+from ..lora.scaling_names import Scaling
+from ..memory.budget import Budget
+from ..memory.time_budget import TimeBudget
 from .journal import Journal
 from .peak_guard import PeakGuard
 from .run_figures import rank_figures
+from .run_settings import run_settings
 
 
 class Readings:
@@ -22,6 +29,11 @@ class Readings:
         seed: of all that is drawn.
         fresh: whether adapters begin anew.
         bounds: on the ranks of single modules.
+        budget: what a plan may cost.
+        time: what a step may take in time; None without a limit.
+        policy: decides.
+        schedule: when it does.
+        scaling: what stays when a rank changes.
     """
 
     controller: RankController[PeftAdapters] | None
@@ -30,7 +42,13 @@ class Readings:
     seed: int
     fresh: bool
     bounds: dict[str, int | tuple[int, int]]
+    budget: Budget
+    time: TimeBudget | None
+    policy: Policy
+    schedule: DecisionSchedule
+    scaling: Scaling
     _guard: PeakGuard
+    _step: int
     _shown: int
 
     @property
@@ -77,6 +95,13 @@ class Readings:
         self._check_begun()
         assert self.controller is not None
         return self.controller
+
+    def _settings(self) -> dict[str, Any]:
+        limits = self.budget, self.time
+        return run_settings(*limits, self.policy, self.schedule, self.bounds, self.recompute, self.scaling)
+
+    def _is_due(self) -> bool:
+        return self._controller.due(self._step) and self._step < self._controller.total_steps
 
     def _check_begun(self) -> None:
         if self.controller is None:

@@ -206,7 +206,10 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
     sizes = loader.batch_size, getattr(sampler, "batch_size", None), getattr(inner, "batch_size", None), rows
     size = next((size for size in sizes if isinstance(size, int)), None)
     if size is None:
-        raise ConfigError("The batch size of the DataLoader is not known: give it `batch_size`.")
+        raise ConfigError(
+            f"How many rows a batch of the DataLoader has is not known: its batch_sampler ({type(sampler).__name__}) "
+            "does not tell. Give the batch_sampler an attribute `batch_size`, the most rows of a batch."
+        )
     if getattr(sampler, "split_batches", False):  # accelerate gives each process its part of a batch
         size = -(-size // sampler.num_processes)
     return loader.dataset, loader.collate_fn, size

@@ -21,13 +21,14 @@ from transformers import (
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..data.batches import IGNORED
-from ..data.models import adapt, check_length, load_model
+from ..data.models import adapt, load_model
 from ..data.workload import Texts, Workload, load_workload
 from ..errors import ConfigError, UnsupportedError
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.scaling import choose_scaling
 from ..lora.targets import find_target_modules
 from ..memory.step_parts import check_checkpointing, check_installed
+from ..memory.text_models import check_length
 from .config import FinetuneConfig
 from .metrics import LossInProgressBar
 from .trainer_settings import new_arguments

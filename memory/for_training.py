@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..common.arrays import IntArray
+from ..errors import ConfigError
 from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
 from .budget import Budget, Limit
@@ -96,3 +97,10 @@ def limited_cost(
 def highest_ranks(targets: Sequence[TargetModule]) -> IntArray:
     """The highest rank that each module can have, int64 (modules,)."""
     return np.array([target.max_rank for target in targets], dtype=np.int64)
+
+
+def check_rank(rank: int, targets: Sequence[TargetModule]) -> None:
+    """Raise ConfigError for a rank that none of the modules can have."""
+    widest = max(target.max_rank for target in targets)
+    if rank > widest:
+        raise ConfigError(f"No module has a rank above {widest}, the smaller width of the widest; got {rank}.")

@@ -32,8 +32,9 @@ from .hollow.device import HollowDevice, hollow_autocast, hollow_device
 from .hollow.quantised import quantise, quiet
 from .model import MemoryModel
 from .step_config import StepConfig
-from .step_parts import new_optimizer, release_inputs, switch_checkpointing
+from .step_parts import has_checkpointing, new_optimizer, release_inputs, switch_checkpointing
 from .step_work import StepWork
+from .text_models import check_length, check_reads_tokens, most_positions
 from .training_step import LossFunction, TrainingStep, model_loss
 from .work_counter import count_work
 
@@ -80,11 +81,13 @@ class ConfiguredStep:
 
     Attributes:
         memory: predicts the bytes of any plan and batch shape beside the frozen model; `memory.cost()` is their cost.
+            It has no segments if the step runs without gradient checkpointing.
         model: the PEFT model, without contents.
         targets: its target modules.
         parameters: number of parameters of the frozen model, a tied one once.
         frozen_bytes: bytes of the frozen model as loaded, scales of quantised weights included.
         workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
+        positions: the most tokens of a row; None if the model sets no limit.
         work: what the step computes; None if it was not counted.
     """
 
@@ -94,11 +97,17 @@ class ConfiguredStep:
     parameters: int
     frozen_bytes: int
     workspace_bytes: int
+    positions: int | None
     work: StepWork | None = field(repr=False)
 
 
 def from_config(
-    config: PreTrainedConfig | str, step: StepConfig, loaded: LoadedAs | None = None, *, counted: bool = False
+    config: PreTrainedConfig | str,
+    step: StepConfig,
+    loaded: LoadedAs | None = None,
+    *,
+    counted: bool = False,
+    checkpointing_optional: bool = False,
 ) -> ConfiguredStep:
     """What a training step takes, from a model's configuration.
 
@@ -108,50 +117,71 @@ def from_config(
         step: batch, length, target modules, optimiser, quantisation, autocast, checkpointing.
         loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
         counted: also count what the step computes, operator by operator, on a small batch of the same length.
+        checkpointing_optional: take the step without gradient checkpointing where the model's class has none.
 
     Returns:
         The byte model, and the bytes of the frozen base.
 
     Raises:
-        ConfigError: no model can be made from the configuration, or no adapter on it.
+        ConfigError: the model reads no tokens, or has fewer positions than a row has tokens; no model can be made from
+            the configuration, or no adapter on it.
         UnknownNameError, AssetError: there is no such target module, or no such model.
-        UnsupportedError: what the model computes depends on contents, so it cannot be predicted; or bitsandbytes is
-            missing.
+        UnsupportedError: what the model computes depends on contents, so it cannot be predicted; or bitsandbytes or
+            gradient checkpointing is missing.
     """
     config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
+    check_reads_tokens(config)
     loaded = loaded or LoadedAs()
     auto_class = loaded.auto_class or usual_class(config)
     device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
     with hollow_device(device), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about contents that are not there
         base = hollow_base(config, auto_class, loaded.dtype)
+        check_length(step.max_length, base)
         parameters = sum(parameter.numel() for parameter in base.parameters())
-        kind = PEFT_TYPES[auto_class]
+        if checkpointing_optional and not has_checkpointing(base):
+            step = replace(step, checkpointing=False)
+        positions, kind = most_positions(base), PEFT_TYPES[auto_class]
         model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
-        with torch.device("cpu"):  # an 8-bit optimiser makes the table of its codes
-            optimizer = new_optimizer(step.optimizer, model)
-        training = TrainingStep(model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1)
         targets = find_target_modules(model)
-        shape = BatchShape(step.batch_size, step.max_length)
-        batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
-        try:
-            memory = measure_memory(training, targets, batch, signals=False)
-            work = count_work(model, targets, training.loss, batch) if counted else None
-        except RankPilotError:
-            raise
-        except AttributeError as error:
-            raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
-            raise _unpredictable(config, error) from error
+        memory, work = _recorded(model, base, targets, step, loaded, counted=counted)
         return ConfiguredStep(
-            memory=replace(memory, shape=shape),
+            memory=memory,
             model=model,
             targets=targets,
             parameters=parameters,
             frozen_bytes=frozen_bytes(model),
             workspace_bytes=2 * WORKSPACE_BYTES if loaded.device == "cuda" else 0,
+            positions=positions,
             work=work,
         )
+
+
+def _recorded(
+    model: PeftModel,
+    base: PreTrainedModel,
+    targets: list[TargetModule],
+    step: StepConfig,
+    loaded: LoadedAs,
+    *,
+    counted: bool,
+) -> tuple[MemoryModel, StepWork | None]:
+    """The byte model of a step of the model, and what it computes if that is counted."""
+    config, shape = base.config, BatchShape(step.batch_size, step.max_length)
+    with torch.device("cpu"):  # an 8-bit optimiser makes the table of its codes
+        optimizer = new_optimizer(step.optimizer, model)
+    training = TrainingStep(model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1)
+    batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
+    try:
+        memory = measure_memory(training, targets, batch, signals=False)
+        work = count_work(model, targets, training.loss, batch) if counted else None
+    except RankPilotError:
+        raise
+    except AttributeError as error:
+        raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
+        raise _unpredictable(config, error) from error
+    return replace(memory, shape=shape), work
 
 
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from .batch_shape import BatchShape
 from .breakdown import frozen_sizes
 from .device_table import DeviceRates, DeviceSpec, Precision, device_table, find_device_spec
 from .find_configuration import find_configuration
-from .for_training import highest_ranks
+from .for_training import check_rank, highest_ranks
 from .from_config import ConfiguredStep, LoadedAs, from_config
 from .hollow.attention import Attention
 from .model import MemoryModel
@@ -98,7 +98,8 @@ class Outlook:
     """What fits a card.
 
     Args:
-        step: from the configuration, with all layers checkpointed.
+        step: from the configuration, with all layers checkpointed, or with none where the model's class has no
+            gradient checkpointing.
         card: the card.
         rank: on all modules, or the most that one can have.
         settings: rows, tokens and further settings of the step.
@@ -135,7 +136,7 @@ class Outlook:
 
     @property
     def memory(self) -> MemoryModel:
-        """The byte model of a step in which all layers run again."""
+        """The byte model of a step in which all layers that can run again do."""
         return self.step.memory
 
     @property
@@ -146,7 +147,7 @@ class Outlook:
 
     @cached_property
     def recomputable(self) -> tuple[str, ...]:
-        """Names of the layers that can run again."""
+        """Names of the layers that can run again; none where the model's class has no gradient checkpointing."""
         return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
 
     def plan(self, layers: int, rank: int) -> IntArray:
@@ -184,6 +185,8 @@ class Outlook:
         for layers in self.depths:
             none = self.choice(layers, self.rank, ())
             yield none
+            if not self.recomputable:
+                continue
             every = self.choice(layers, self.rank, holding_layers(self.memory, none.ranks))
             if none.use.verdict != "fits" and every.use.verdict != "does not fit":
                 fitting = self.fitting(layers, self.rank)
@@ -191,7 +194,7 @@ class Outlook:
                     yield fitting
             yield every
         for rank in RANKS:
-            if rank != self.rank:
+            if rank != self.rank and rank <= self._highest.max():
                 yield self.fitting(self.blocks, rank)
 
     @property
@@ -203,7 +206,7 @@ class Outlook:
     @cached_property
     def grid(self) -> tuple[GridCell, ...]:
         """Batches by rows and tokens, for all layers at the rank that was asked for."""
-        limit = getattr(self.step.model.config.get_text_config(), "max_position_embeddings", None) or max(LENGTHS)
+        limit = self.step.positions or max(LENGTHS)
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
         return tuple(self._cell(BatchShape(count, length)) for length in lengths for count in rows)
@@ -258,7 +261,7 @@ def memory_of(
     Args:
         model: a short name ("qwen3-8b"), a Hugging Face id, a folder or a config.json, or a configuration.
         card: a card of the table ("RTX 4090") or its memory ("24GiB").
-        rank: on all modules.
+        rank: on all modules; a module that is narrower has its own width.
         dtype: of the frozen model: "bf16", "fp16" or "fp32"; by default bf16 where the card has it, else fp16. Steps
             compute under bf16 autocast with bf16.
         padded: whether rows of a batch are padded, which takes other attention kernels.
@@ -269,7 +272,8 @@ def memory_of(
 
     Raises:
         UnknownNameError, AssetError: there is no such model, card or setting.
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, a row is longer than the model has positions, no module is as wide as
+            the rank, or the model reads no tokens.
         UnsupportedError: the model's step cannot be predicted.
 
     Example:
@@ -290,4 +294,6 @@ def memory_of(
         raise ConfigError(f"rank is at least 1; got {rank}.")
     attention: Attention = "auto" if spec.has_flash_attention else "efficient"
     loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
-    return Outlook(from_config(config, step, loaded, counted=True), spec, rank, step, dtype)
+    configured = from_config(config, step, loaded, counted=True, checkpointing_optional=True)
+    check_rank(rank, configured.targets)
+    return Outlook(configured, spec, rank, step, dtype)

@@ -49,9 +49,14 @@ def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimize
     return torch.optim.AdamW(trains, lr=1e-4, fused=True)
 
 
+def has_checkpointing(base: Any) -> bool:
+    """Whether the class of a transformers model has gradient checkpointing."""
+    return bool(getattr(base, "supports_gradient_checkpointing", False))
+
+
 def check_checkpointing(base: Any) -> None:
     """Raise UnsupportedError if a transformers model has no gradient checkpointing."""
-    if not getattr(base, "supports_gradient_checkpointing", False):
+    if not has_checkpointing(base):
         raise UnsupportedError(f"{type(base).__name__} does not support gradient checkpointing.")
 
 

@@ -21,7 +21,8 @@ class EvaluateConfig:
         tasks: use at most so many tasks, spread evenly over the suites; all of them by default.
         seeds: how often each task is run, each time with another teacher, other data and other adapters.
         task_steps: optimiser steps of a run; by default as many as the suite sets. With another number, the uniform run
-            is repeated with it, and the best known allocation counts as unknown.
+            is repeated with it, and the best known allocation counts as unknown: the reward's headroom is then a tenth
+            of what the uniform run gained, so that in short runs rewards easily reach their bounds of -3 and 3.
         against: the rule or folder that each policy is compared with, run by run.
         workers: worker processes; 0 for one on each core.
 

@@ -12,6 +12,7 @@ from ...allocation.decision_record import DecisionRecord
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan
 from ...allocation.policy import Decision, Policy
+from ...errors import RunFolderError
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,9 @@ def next_log(folder: Path, policy: Policy, run: str) -> EpisodeLog:
         folder: of the logs; made if it is not there.
         policy: decides.
         run: name of the run.
+
+    Raises:
+        RunFolderError: no folder can be made there.
     """
     numbers = [path.name.removeprefix("episode-") for path in folder.glob("episode-*")]
     number = 1 + max((int(each) for each in numbers if each.isdecimal()), default=-1)
@@ -85,7 +89,18 @@ def next_log(folder: Path, policy: Policy, run: str) -> EpisodeLog:
         place = folder / f"episode-{number:05d}"
         try:
             place.mkdir(parents=True)
-        except FileExistsError:
+        except FileExistsError as error:
+            if not folder.is_dir():
+                raise _unusable(folder, error) from error
             number += 1
+        except OSError as error:
+            raise _unusable(folder, error) from error
         else:
             return EpisodeLog(DecisionLog(place), policy, run)
+
+
+def _unusable(folder: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"No log of an episode can be made in {folder} ({error.strerror or error}). Pass as logs a folder that can be "
+        "written to, or the name of one that does not exist yet."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -18,13 +18,14 @@ from ...allocation.policy import Decision
 from ...allocation.probe import ProbeResult, probe
 from ...allocation.schedule import DecisionSchedule
 from ...common.arrays import IntArray
-from ...errors import NonFiniteError
+from ...errors import ConfigError, NonFiniteError
 from ...lora.adapters import PeftAdapters
 from ...lora.factors import write_in_place
 from ...lora.resize import reset_adapters, resize, set_ranks
 from ...lora.scaling import reference_scaling
 from ...lora.signals import SIGNALS
 from ..tasks.finetune import FineTune, Reference
+from .remembered import remembered
 
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm, the Trainer's default."""
@@ -51,7 +52,7 @@ def rate_at(peak: float, step: int, steps: int) -> float:
     return peak * (1 - step / steps)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def probe_task(task: FineTune, schedule: DecisionSchedule) -> ProbeResult:
     """The probe of a task; every episode of the task starts from the same one."""
     model, targets = task.adapted()
@@ -174,14 +175,18 @@ class Episode:
 
 
 def reference_of(task: FineTune, schedule: DecisionSchedule) -> Reference:
-    """What fixed allocations of a task achieve; runs the uniform one, once, if the task does not know."""
+    """What fixed allocations of a task achieve; runs the uniform one, once, if the task does not know.
+
+    Raises:
+        ConfigError: the held-out loss is not finite before training.
+    """
     return task.reference or _measured_reference(task, schedule)
 
 
-@lru_cache(maxsize=512)
+@remembered(512)
 def _measured_reference(task: FineTune, schedule: DecisionSchedule) -> Reference:
     episode = Episode(task, schedule)
-    initial = episode.held_out_loss()
+    initial = _initial_loss(episode)
     try:
         uniform = episode.run_fixed(uniform_ranks(episode.controller.problem()))
     except NonFiniteError:
@@ -189,11 +194,23 @@ def _measured_reference(task: FineTune, schedule: DecisionSchedule) -> Reference
     return Reference(initial, uniform if np.isfinite(uniform) else initial)  # a run that failed gained nothing
 
 
-@lru_cache(maxsize=512)
+def _initial_loss(episode: Episode) -> float:
+    """The held-out loss before training; ConfigError if it is not finite, since no loss can be compared with it."""
+    initial = episode.held_out_loss()
+    if not np.isfinite(initial):
+        raise ConfigError(
+            f"The held-out loss of task {episode.task.id} is {initial} before training, so nothing can be compared "
+            "with it. It has to be finite: check that the held-out rows hold labels that count (not all of them -100), "
+            "and that the model's weights are finite."
+        )
+    return initial
+
+
+@remembered(512)
 def rule_losses(task: FineTune, schedule: DecisionSchedule, rule: str) -> tuple[float, float]:
-    """Held-out losses of a rule's run of a task, NaN if it failed, and before training."""
+    """Held-out losses of a rule's run of a task, NaN if it failed, and before training; see `reference_of`."""
     episode = Episode(task, schedule)
-    initial, loss = episode.held_out_loss(), None
+    initial, loss = _initial_loss(episode), None
     try:
         while episode.step < task.steps:
             episode.apply(find_rule(rule).decide(episode.observe(loss)))

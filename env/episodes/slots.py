@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ...allocation.observation import Observation
 from ...allocation.schedule import DecisionSchedule
-from ...errors import ConfigError
+from ...common.given_numbers import is_count
+from ...errors import ConfigError, shown
 from ..episode_record import EpisodeRecord
 from ..reward import GROUP, UNIFORM, Comparison, rule_to_compare_with
 from ..spaces import Actions, action_space, read_action
@@ -54,11 +55,14 @@ class StackedConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.num_envs < 1 or self.episodes_per_task < 1 or self.num_envs % self.episodes_per_task:
+        counts = (self.num_envs, self.episodes_per_task)
+        if not all(map(is_count, counts)) or self.num_envs % self.episodes_per_task:
             raise ConfigError(
-                f"num_envs is at least 1 and a multiple of episodes_per_task; got {self.num_envs} and "
-                f"{self.episodes_per_task}."
+                f"num_envs is at least 1 and a multiple of episodes_per_task; got {self.num_envs!r} and "
+                f"{self.episodes_per_task!r}."
             )
+        if self.max_modules is not None and not is_count(self.max_modules):
+            raise ConfigError(f"max_modules is a whole number of at least 1, or None; got {shown(self.max_modules)}.")
         action_space(self.actions, 1)
         rule_to_compare_with(self.against)
 

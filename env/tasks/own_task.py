@@ -15,8 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import default_data_collator
 
-from ...data.batches import count_predictions, predicted_share
-from ...errors import ConfigError, UnsupportedError
+from ...common.given_numbers import is_count, is_positive
+from ...data.batches import IGNORED, count_predictions, predicted_share
+from ...errors import ConfigError, UnsupportedError, first_line, shown
 from ...lora.targets import TargetModule, find_target_modules
 from ...memory.budget import Budget
 from ...memory.calibration import calibrate
@@ -37,9 +38,15 @@ START_RANK = 8
 class OwnTask:
     """A fine-tune of any model, for `RankAllocationEnv(task=OwnTask(...))`.
 
-    The model computes its own loss, as under transformers' Trainer. All episodes train the same adapters, one after
+    The model computes its own loss, as under transformers' Trainer, but in evaluation mode: without dropout, since
+    episodes compare plans, and its noise would hide small differences. All episodes train the same adapters, one after
     another; the model's own weights stay as they are. Modules that train beside the adapter (`modules_to_save`) are
     left frozen.
+
+    From now on the model stays in evaluation mode, and all of it but the adapters is frozen: other tasks may share it,
+    so no task can tell when it is free again. Before you train it yourself, call `model.train()`, and set
+    `requires_grad` of what trains beside the adapters; or pass a copy. Once a task and its environments are deleted,
+    nothing here keeps the model alive.
 
     Attributes:
         model: a PEFT model with a LoRA adapter, or a plain model, which gets adapters on its linear layers.
@@ -49,14 +56,16 @@ class OwnTask:
         batch_size: rows a step.
         learning_rate: peak of a linear decay.
         budget: of a training step: "6GiB", "350MB", "80%" of what uniform rank 8 takes, or "300k params".
-        collate: makes a batch of rows, "labels" included; transformers' default.
+        collate: makes a batch of rows, a dictionary of tensors, "labels" included; transformers' default, which needs
+            rows of one length.
         target_modules: of a plain model, as in `peft.LoraConfig`.
         seed: of batches and adapters.
         name: what logs call it.
-        reference: what uniform achieves; measured when it is needed if it is None.
+        reference: what uniform achieves, finite losses; measured when it is needed if it is None.
 
     Raises:
-        ConfigError: a value out of range, or data shorter than a batch.
+        ConfigError: a value out of range or of another type, or data shorter than a batch; later, if the collator makes
+            no batch of tensors, or the held-out loss is not finite before training.
         BudgetError: the budget is unreadable.
         UnsupportedError: the model has no target module whose rank can change; later, if it returns no loss.
 
@@ -79,12 +88,13 @@ class OwnTask:
 
     def __post_init__(self) -> None:
         counts = (self.steps, self.batch_size)
-        if not all(isinstance(count, int) and count > 0 for count in counts) or not 0 < self.learning_rate < math.inf:
+        if not all(map(is_count, counts)) or not is_positive(self.learning_rate):
             raise ConfigError(
                 "steps and batch_size are whole numbers of at least 1 and learning_rate is above 0; got "
                 f"{self.steps!r}, {self.batch_size!r} and {self.learning_rate!r}."
             )
         check_seed(self.seed)
+        self._check_parts()
         if len(self.train) < self.batch_size or len(self.held_out) < 1:
             raise ConfigError(
                 f"The training data holds at least one batch of {self.batch_size} rows, and the held-out data at "
@@ -92,6 +102,24 @@ class OwnTask:
             )
         Budget.parse(self.budget)
         self.adapted()
+
+    def _check_parts(self) -> None:
+        """Raise ConfigError for a model, data, a collator or a reference of another kind."""
+        if not isinstance(self.model, nn.Module):
+            raise ConfigError(f"model is a torch model, plain or with adapters of PEFT; got {shown(self.model)}.")
+        for name, data in (("train", self.train), ("held_out", self.held_out)):
+            if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+                raise ConfigError(
+                    f"{name} has a length, and rows that are taken by their number, as a list or a datasets.Dataset "
+                    f"has; got {shown(data)}. Make a list of it."
+                )
+        if not callable(self.collate):
+            raise ConfigError(f"collate is a function that makes a batch of a list of rows; got {shown(self.collate)}.")
+        known = self.reference
+        if known is not None and not (
+            isinstance(known, Reference) and math.isfinite(known.initial) and math.isfinite(known.uniform)
+        ):
+            raise ConfigError(f"reference is a Reference with finite losses, or None to measure it; got {known!r}.")
 
     @property
     def id(self) -> str:
@@ -170,7 +198,7 @@ class OwnTask:
 
     def _collated(self, data: Sequence[Any], rows: Sequence[int]) -> dict[str, Any]:
         device = next(self.model.parameters()).device
-        batch = self.collate([data[row] for row in rows])
+        batch = _made(self.collate, [data[row] for row in rows])
         return {key: value.to(device) for key, value in batch.items()}
 
     def train_loss(self, model: nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
@@ -179,12 +207,47 @@ class OwnTask:
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
-        """See `FineTune`; the mean over batches, weighted by their rows."""
-        total = 0.0
+        """See `FineTune`; the mean over batches, weighted by their rows.
+
+        Batches in which no label counts have no loss, and are left out; NaN if there are no others.
+        """
+        total, counted = 0.0, 0
         for start in range(0, len(self.held_out), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(self.held_out)))
-            total += float(_loss(model, self._collated(self.held_out, rows))) * len(rows)
-        return total / len(self.held_out)
+            batch = self._collated(self.held_out, rows)
+            if _asks_nothing(batch):
+                continue
+            total += float(_loss(model, batch)) * len(rows)
+            counted += len(rows)
+        return total / counted if counted else math.nan
+
+
+def _made(collate: Collator, rows: list[Any]) -> Mapping[str, torch.Tensor]:
+    """The batch that a collator makes of rows; ConfigError if that is no dictionary of tensors."""
+    try:
+        batch = collate(rows)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if collate is not default_data_collator:  # the user's own, whose error says more
+            raise
+        raise ConfigError(
+            f"transformers' default_data_collator cannot make a batch of these rows ({first_line(error)}): it takes "
+            "dictionaries of numbers and of lists, all of one length. Pass another `collate`, such as "
+            "transformers.DataCollatorWithPadding(tokenizer)."
+        ) from error
+    named = batch.items() if isinstance(batch, Mapping) else [("batch", batch)]
+    for name, value in named:
+        if not isinstance(batch, Mapping) or not isinstance(value, torch.Tensor):
+            raise ConfigError(
+                "collate makes a dictionary of tensors, with which the model is called; got "
+                f"{shown(value)} for {name!r}. Make a tensor of it, or leave it out."
+            )
+    return batch
+
+
+def _asks_nothing(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch has labels of which none counts."""
+    labels = batch.get("labels")
+    return isinstance(labels, torch.Tensor) and bool((labels == IGNORED).all())
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

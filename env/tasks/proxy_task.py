@@ -14,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ...common.given_numbers import is_count, is_positive
 from ...errors import ConfigError
+from ...memory.step_config import check_seed
 from ..proxies.bases import POSITIONS, Unit, find_base
 from .finetune import Reference
 
@@ -78,19 +80,22 @@ class ProxyTask:
             if value not in allowed:
                 raise ConfigError(f"The {name} of a task is one of {allowed}; got {value!r}.")
         find_base(self.base)
-        if min(self.steps, self.batch_size, self.eval_rows) < 1 or not 2 <= self.length <= POSITIONS:
+        check_seed(self.seed)
+        counts = (self.steps, self.batch_size, self.eval_rows, self.length)
+        if not all(map(is_count, counts)) or not 2 <= self.length <= POSITIONS:
             raise ConfigError(
-                f"Steps, batch_size and eval_rows of a task are at least 1, and length is 2 to {POSITIONS}; got "
-                f"{self.steps}, {self.batch_size}, {self.eval_rows} and {self.length}."
+                f"Steps, batch_size and eval_rows of a task are whole numbers of at least 1, and length is one from 2 "
+                f"to {POSITIONS}; got {', '.join(map(repr, counts[:-1]))} and {self.length!r}."
             )
-        if self.priced_rows is not None and self.priced_rows <= self.batch_size:
+        if self.priced_rows is not None and not (is_count(self.priced_rows) and self.priced_rows > self.batch_size):
             raise ConfigError(
-                f"The priced_rows of a task are None or more than its batch_size of {self.batch_size}; got "
-                f"{self.priced_rows}."
+                f"The priced_rows of a task are None or a whole number above its batch_size of {self.batch_size}; got "
+                f"{self.priced_rows!r}."
             )
-        if not self.budget > 0 or not self.learning_rate > 0:
+        if not is_positive(self.budget) or not is_positive(self.learning_rate):
             raise ConfigError(
-                f"Budget and learning rate of a task are above 0; got {self.budget} and {self.learning_rate}."
+                "Budget and learning rate of a task are above 0, and finite numbers; got "
+                f"{self.budget!r} and {self.learning_rate!r}."
             )
 
     @property

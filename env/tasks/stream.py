@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ConfigError
+from ...common.given_numbers import is_real
+from ...errors import ConfigError, shown
 from .finetune import FineTune
 from .proxy_task import ProxyTask
 
@@ -57,17 +58,19 @@ class TaskStream:
         unknown = sorted(set(options) - {"task", "budget"})
         if unknown:
             raise ConfigError(f"Options of reset are 'task' and 'budget'; got {unknown}.")
-        task: ProxyTask | FineTune = options.get("task") or self._draw()
-        check_task(task)
+        given = options.get("task")
+        check_task(given)
+        task: ProxyTask | FineTune = self._draw() if given is None else given
         if "budget" not in options:
             return task
-        if not isinstance(options["budget"], int | float):
+        budget = options["budget"]
+        if not is_real(budget):
             raise ConfigError(
-                f"The option budget is a share of what uniform rank 8 takes, such as 0.5; got {options['budget']!r}."
+                f"The option budget is a share of what uniform rank 8 takes, such as 0.5; got {shown(budget)}."
             )
         if not isinstance(task, ProxyTask):
             raise ConfigError(f"The option budget is for proxy tasks; give task {task.id} its budget when you make it.")
-        return replace(task, budget=options["budget"], reference=None)
+        return replace(task, budget=float(budget), reference=None)
 
     def _draw(self) -> ProxyTask | FineTune:
         task = self._tasks[int(self._generator.integers(len(self._tasks)))]

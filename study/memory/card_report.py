@@ -144,6 +144,8 @@ def configuration_text(outlook: Outlook) -> str:
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
+    checkpointed = 0 < len(best.recomputed) == len(outlook.recomputable)
+    narrow = narrow_ranks(outlook, best)
     lines = [
         "from peft import LoraConfig",
         "",
@@ -151,12 +153,13 @@ def configuration_text(outlook: Outlook) -> str:
         f"    r={best.rank},",
         f"    lora_alpha={2 * REFERENCE_RANK},",
         f"    target_modules={modules},",
+        *([f"    rank_pattern={narrow},  # modules that are narrower than {best.rank}"] if narrow else []),
         ")",
         "arguments = dict(",
         f"    per_device_train_batch_size={settings.batch_size},",
         f"    gradient_accumulation_steps={settings.accumulation},",
         f"    bf16={settings.bf16},",
-        f"    gradient_checkpointing={len(best.recomputed) == len(outlook.recomputable)},",
+        f"    gradient_checkpointing={checkpointed},",
         "    gradient_checkpointing_kwargs={'use_reentrant': False},",
         ")",
     ]
@@ -168,6 +171,21 @@ def configuration_text(outlook: Outlook) -> str:
     return "\n".join(lines)
 
 
+def narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
+    """The ranks of modules that are narrower than the rank of a choice, as `LoraConfig.rank_pattern` has them.
+
+    By the end of their names ("k_proj") where all adapted modules of that end have one rank, else by the whole name.
+    """
+    ranks = {target.name: int(rank) for target, rank in zip(outlook.step.targets, choice.ranks, strict=True) if rank}
+    ends: dict[str, set[int]] = {}
+    for name, rank in ranks.items():
+        ends.setdefault(name.rpartition(".")[2], set()).add(rank)
+    named = {name: name.rpartition(".")[2] for name in ranks}
+    return {
+        end if len(ends[end]) == 1 else name: ranks[name] for name, end in named.items() if ranks[name] < choice.rank
+    }
+
+
 def card_notes(outlook: Outlook) -> Iterator[str]:
     """How to read the figures."""
     taken = outlook.card.context_bytes + outlook.card.workspace_bytes
@@ -175,6 +193,9 @@ def card_notes(outlook: Outlook) -> Iterator[str]:
         f"On the card: the frozen model ({format_bytes(outlook.step.frozen_bytes)}), CUDA's context and workspaces "
         f"({format_bytes(taken)}), the step, and what the allocator reserves beside it. Tight: it fits without that."
     )
+    if not outlook.recomputable:
+        name = type(outlook.step.model.get_base_model()).__name__
+        yield f"{name} does not support gradient checkpointing: no layer can run again."
     whose = "" if outlook.card.rates else f" and the rates of an {USUAL_CARD}"
     yield f"Time: a step's share of plain LoRA's (rank 8 on all modules, no layer runs again), by counted work{whose}."
 

@@ -24,7 +24,6 @@ from transformers.models.auto.modeling_auto import (
 from ...data.models import load_config
 from ...data.task import Task
 from ...data.workload import Texts, Workload
-from ...errors import ConfigError
 from ...finetune.before_training import run_memory
 from ...finetune.config import FinetuneConfig
 from ...finetune.run import TrainingRun
@@ -32,10 +31,12 @@ from ...finetune.run_of_trainer import run_of_trainer
 from ...finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
+from ...memory.for_training import check_rank
 from ...memory.model import MemoryModel
 from ...memory.recording import Batch
 from ...memory.step_config import StepConfig
 from ...memory.step_parts import switch_checkpointing
+from ...memory.text_models import check_reads_tokens
 from .config import MemoryConfig
 
 Tell = Callable[[str], None]
@@ -93,11 +94,7 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     with TemporaryDirectory() as folder:
         trainer = new_trainer(tune, workload, model, Path(folder), [])
         targets = find_target_modules(model)
-        widest = max(target.max_rank for target in targets)
-        if config.rank > widest:
-            raise ConfigError(
-                f"No module has a rank above {widest}, the smaller width of the widest; got {config.rank}."
-            )
+        check_rank(config.rank, targets)
         set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
         set_seed(config.seed)
         run = run_of_trainer(trainer)
@@ -151,12 +148,8 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def _random_columns(config: MemoryConfig, architecture: Any, task: Task) -> dict[str, torch.Tensor]:
     """Rows of ordinary token ids, without ids that the model reads as padding or as an end, and their labels."""
+    check_reads_tokens(architecture, config.model)
     text = architecture.get_text_config()
-    if not hasattr(text, "vocab_size"):
-        raise ConfigError(
-            f"The model {config.model!r} ({type(architecture).__name__}) reads no tokens: rankpilot plans and trains "
-            "models of text."
-        )
     special: set[int] = set()
     for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
         special.update(np.atleast_1d(getattr(text, f"{name}_token_id", None) or 0).tolist())

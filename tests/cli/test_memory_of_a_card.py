@@ -9,7 +9,10 @@ import peft
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
-from transformers import LlamaConfig
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.outlook import memory_of
+from rankpilot.study.memory.card_report import configuration_text
+from transformers import AlbertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, WhisperConfig
 
 from .mistakes import failure, usage_error
 
@@ -67,6 +70,48 @@ def test_the_best_choice_as_a_configuration(
     assert isinstance(arguments, dict)
     assert arguments["per_device_train_batch_size"] == 8
     assert not arguments["gradient_checkpointing"]
+
+
+@pytest.mark.parametrize("fits_whole", [True, False], ids=["all layers", "top layers"])
+def test_the_configuration_builds_the_ranks_that_were_priced(fits_whole: bool) -> None:
+    """Keys and values of grouped queries are narrower than the rank, and PEFT would build the rank for all."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=4, architectures=["LlamaForCausalLM"], **sizes)
+    outlook = memory_of(config, "24GiB", rank=32, batch_size=2, max_length=32)
+    if not fits_whole:
+        outlook.choices = tuple(choice for choice in outlook.choices if choice.layers < outlook.blocks)
+    best = outlook.best
+    assert best is not None
+    names: dict[str, object] = {}
+    exec(configuration_text(outlook), names)
+    lora = names["lora"]
+    assert isinstance(lora, peft.LoraConfig)
+    built = {each.name: each.rank for each in find_target_modules(peft.get_peft_model(LlamaForCausalLM(config), lora))}
+    priced = {each.name: rank for each, rank in zip(outlook.step.targets, best.ranks.tolist(), strict=True) if rank}
+    assert built == priced
+    assert set(built.values()) == {16, 32}
+
+
+def test_a_model_without_checkpointing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "embedding_size": 16}
+    AlbertConfig(vocab_size=64, num_hidden_layers=2, **sizes).save_pretrained(tmp_path / "albert")
+    options = ["--device", "T4", "--max-length", "32", "--output", str(tmp_path / "card")]
+    assert cli.run(["memory", str(tmp_path / "albert"), *options]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "AlbertForSequenceClassification does not support gradient checkpointing: no layer can run again" in printed
+    assert "with no checkpointing" in printed
+    assert cli.run(["memory", str(tmp_path / "albert"), *options, "--config"]) == 0
+    assert "gradient_checkpointing=False" in capsys.readouterr().out
+
+
+def test_models_that_take_no_such_rows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2, n_positions=64).save_pretrained(tmp_path / "gpt2")
+    line = failure(["memory", str(tmp_path / "gpt2"), "--device", "T4", "--max-length", "100"], capsys)
+    assert "The model has 64 positions, and max_length is 100. Lower --max-length." in line
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path / "whisper")
+    for options in (["--device", "T4"], []):
+        line = failure(["memory", str(tmp_path / "whisper"), *options], capsys)
+        assert f"{str(tmp_path / 'whisper')!r} (WhisperConfig) reads no tokens but input_features" in line
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.stream import FRESH_SEEDS
-from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
+from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
 from rankpilot.lora.ladder import DEFAULT_RANKS
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
@@ -522,10 +522,52 @@ def test_arguments_are_checked(make_env: MakeEnv) -> None:
         make_env(actions="moves")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"suites": None}, r"suites is a tuple of names, such as \('planted',\); got None"),
+        ({"suites": (1,)}, r"suites is a tuple of names, .* got \(1,\)"),
+        ({"bases": 3}, r"bases is a tuple of names, such as \('llama-4x64',\); got 3"),
+        ({"split": []}, r"split is one of \('train', 'validation', 'test'\); got \[\]"),
+        ({"against": None}, "against is 'uniform', 'group' or the name of a rule; got None"),
+        ({"max_modules": 100.5}, r"max_modules is at least \d+, a whole number; got 100.5"),
+        ({"max_modules": True}, "a whole number; got True"),
+        ({"logs": 5}, "logs is a folder or None; got 5"),
+    ],
+)
+def test_arguments_of_another_type(schedule: DecisionSchedule, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RankAllocationEnv(schedule=schedule, **options)
+
+
+def test_what_is_of_drawn_tasks_is_refused_beside_a_fixed_one(make_env: MakeEnv, make_task: MakeTask) -> None:
+    words = r"suites=\('nope',\), split='nonsense', bases=\('llama-4x32',\), task_overrides=\{'steps': 7\} would"
+    with pytest.raises(ConfigError, match=words):
+        make_env(split="nonsense", suites=("nope",), bases=("llama-4x32",), task_overrides={"steps": 7})
+    make_env(split="train", suites=["planted", "shift"])  # as they are by default
+    options: dict[str, Any] = {
+        "task": make_task(),
+        "base": make_task().base,
+        "vectorization_mode": "vector_entry_point",
+    }
+    with pytest.raises(ConfigError, match="so split='test' would have no effect"):
+        gym.make_vec(rankpilot.ENV_ID, 1, split="test", **options)
+
+
+def test_a_folder_in_which_no_log_can_be_made(make_env: MakeEnv, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "at all")
+    for name in ("file", "gone", "file/inside"):
+        env = make_env(logs=str(tmp_path / name))
+        with pytest.raises(RunFolderError, match="No log of an episode can be made in"):
+            env.reset(seed=0)
+
+
 def test_arguments_of_wrong_types_are_refused() -> None:
     for overrides, error, message in (
         ({"foo": 1}, UnknownNameError, "field of ProxyTask 'foo'"),
-        ({"steps": "a"}, ConfigError, "task_overrides hold a value of a wrong type"),
+        ({"base": []}, ConfigError, "task_overrides hold a value of a wrong type"),
+        ({"steps": "a"}, ConfigError, "are whole numbers of at least 1, .* got 'a'"),
         ([1], ConfigError, "task_overrides are a dictionary"),
     ):
         with pytest.raises(error, match=message):
@@ -540,6 +582,13 @@ def test_arguments_of_wrong_types_are_refused() -> None:
         stacked(bases=("llama-4x32",))
     with pytest.raises(UnknownNameError, match="render mode 'human'"):
         stacked(render_mode="human")
+    for options, message in (
+        ({"max_modules": 100.5}, "max_modules is a whole number of at least 1, or None; got 100.5"),
+        ({"episodes_per_task": "1"}, "a multiple of episodes_per_task; got 1 and '1'"),
+        ({"against": None}, "or the name of a rule; got None"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            stacked(**options)
     envs = stacked(base="llama-4x32", schedule=None)
     with pytest.raises(ConfigError, match=r"a whole number, or one for each environment; got 1\.5"):
         envs.reset(seed=1.5)

@@ -513,7 +513,7 @@ def test_other_settings_than_the_budget_are_refused(ended: Launch, changes: dict
 )
 def test_a_budget_of_another_unit_is_refused(make: Launch, budget: str, other: str) -> None:
     make(max_steps=4, budget=budget).train()
-    with pytest.raises(BudgetError, match=r"the cost of a plan counts|The budget was changed"):
+    with pytest.raises(BudgetError, match=r"the cost of a plan counts|The budget or the time was changed"):
         make(budget=other).train(resume=4)
 
 
@@ -522,7 +522,7 @@ def test_the_budget_may_become_auto(ended: Launch) -> None:
 
 
 def test_a_budget_that_fits_nothing_is_refused(ended: Launch) -> None:
-    with pytest.raises(BudgetError, match=r"The budget was changed\. .*The smallest that works is"):
+    with pytest.raises(BudgetError, match=r"The budget or the time was changed\. .*The smallest that works is"):
         ended(budget="10KiB").train(resume=4)
 
 

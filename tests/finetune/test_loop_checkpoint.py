@@ -72,7 +72,7 @@ def test_another_budget_counts_at_once(whole: Loop, llama_config: LlamaConfig, t
     rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
     assert sum(ranks(again).values()) < sum(ranks(whole).values())
     again = Loop(llama_config, tmp_path / "log", budget="1KiB")
-    with pytest.raises(BudgetError, match="The budget was changed"):
+    with pytest.raises(BudgetError, match="The budget or the time was changed"):
         rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
 
 

@@ -171,6 +171,38 @@ def test_a_loss_that_does_not_reach_the_adapters(llama_config: LlamaConfig, tmp_
         loop.pilot.before_optimizer_step(1.0)
 
 
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [
+        ("before_step", r"Step 3 had no `pilot\.before_step\(batch\)`.*before the model sees the batches"),
+        ("before_optimizer_step", r"Step 3 had no `pilot\.before_optimizer_step\(loss\)`.*before `optimizer\.step"),
+    ],
+)
+def test_a_loop_that_leaves_out_a_call(
+    llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: str, words: str
+) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    loop.train(range(2))
+    monkeypatch.setattr(loop.pilot, left_out, lambda *given: None)
+    with pytest.raises(ConfigError, match=words):
+        loop.train(range(2, 3))
+    assert [step for step, _ in loop.pilot.peaks] == [1, 2]
+
+
+def test_calls_may_be_made_again_in_a_step(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    """As where a step that ran out of memory is taken again, or a scaler of losses leaves a step out."""
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    (batch,) = islice(loop.batches(), 1)
+    for _ in range(2):  # the first without an optimiser step and without `after_step`
+        loop.pilot.before_step(batch)
+        loop.loss(batch).backward()  # type: ignore[no-untyped-call]
+        loop.pilot.before_optimizer_step(1.0)
+    loop.pilot.after_step()
+    loop.train(range(1, 3))
+
+
 def test_gradients_that_stay_zero(llama_config: LlamaConfig, tmp_path: Path) -> None:
     loop = Loop(llama_config, tmp_path / "log")
     loop.pilot.begin(loop.run)
@@ -339,3 +371,26 @@ def test_adapters_on_several_devices(llama_config: LlamaConfig, tmp_path: Path) 
 def test_a_seed_is_a_whole_number(seed: Any) -> None:
     with pytest.raises(ConfigError, match="seed is a whole number from 0 to"):
         RankPilot("signal-mean", seed=seed)
+
+
+class _Buckets:
+    """Batches of four rows, which tells no size."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from (list(range(start, start + 4)) for start in range(0, len(STRIDES), 4))
+
+
+def test_a_batch_sampler_that_tells_no_size(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop, sampler = Loop(llama_config, tmp_path / "log"), _Buckets()
+    loader: DataLoader[Any] = DataLoader(TensorDataset(STRIDES), batch_sampler=sampler)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"loss": loop.loss, "total_steps": STEPS}
+    with pytest.raises(
+        ConfigError, match=r"\(_Buckets\) does not tell\. Give the batch_sampler an attribute `batch_size`"
+    ):
+        TrainingRun.of_loader(loop.model, loop.optimizer, loader, **options)
+    sampler.batch_size = 4  # type: ignore[attr-defined]
+    loop.run, loop.loader = TrainingRun.of_loader(loop.model, loop.optimizer, loader, **options), loader
+    assert loop.run.rows == 4
+    loop.pilot.begin(loop.run)
+    loop.train(range(2))
+    assert [step for step, _ in loop.pilot.peaks] == [1, 2]

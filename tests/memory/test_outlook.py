@@ -11,7 +11,18 @@ import rankpilot
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.memory.device_table import find_device_spec
 from rankpilot.memory.outlook import Outlook, memory_of, product_rate
-from transformers import BertConfig, LlamaConfig
+from transformers import (
+    AlbertConfig,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+    WhisperConfig,
+)
 
 LAYERS = 6
 LLAMA = {
@@ -23,6 +34,16 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+
+
+ENCODER = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
 
 
 @cache
@@ -87,11 +108,66 @@ def test_cells_of_the_grid_agree_with_the_byte_model() -> None:
 
 
 def test_an_encoder_has_an_outlook() -> None:
-    config = BertConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    outlook = memory_of(config, "T4", batch_size=4, max_length=128, dtype="fp32")
+    outlook = memory_of(BertConfig(**ENCODER), "T4", batch_size=4, max_length=128, dtype="fp32")
     assert outlook.card is find_device_spec("T4")
     assert not outlook.settings.bf16
     assert outlook.best is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (BertConfig(**ENCODER, max_position_embeddings=64), 200),
+        (RobertaConfig(**ENCODER, max_position_embeddings=66, pad_token_id=1), 65),  # two are of padding
+        (GPT2Config(**GPT2, n_positions=64), 100),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_rows_are_no_longer_than_the_positions(config: PreTrainedConfig, length: int) -> None:
+    with pytest.raises(ConfigError, match=rf"has 64 positions, and max_length is {length}\. Lower --max-length"):
+        memory_of(config, "T4", max_length=length)
+    outlook = memory_of(config, "T4", max_length=64)
+    assert {cell.shape.length for cell in outlook.grid} == {64}
+
+
+def test_models_without_positions_take_rows_of_any_length() -> None:
+    t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    outlook = memory_of(t5, "24GiB", batch_size=1, max_length=700)
+    assert outlook.step.positions is None
+    assert max(cell.shape.length for cell in outlook.grid) == 8192
+    mamba = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8)
+    assert memory_of(mamba, "24GiB", max_length=16, target_modules="in_proj").step.positions is None
+
+
+def test_a_rank_is_no_higher_than_the_widest_module() -> None:
+    with pytest.raises(ConfigError, match=r"No module has a rank above 64, .*; got 65\."):
+        memory_of(BertConfig(**ENCODER), "24GiB", rank=65, max_length=32)
+    narrow = memory_of(BertConfig(**ENCODER | {"hidden_size": 32}), "24GiB", rank=32, max_length=32)
+    assert {choice.rank for choice in narrow.choices} == {8, 16, 32}, "64 is what no module can have"
+
+
+def test_a_model_without_checkpointing_has_an_outlook_without_it() -> None:
+    outlook = memory_of(AlbertConfig(**ENCODER, embedding_size=16), "24GiB", batch_size=2, max_length=32)
+    assert outlook.recomputable == ()
+    assert outlook.best is not None
+    assert [choice.recomputed for choice in outlook.choices] == [()] * len(outlook.choices)
+    assert len({(choice.layers, choice.rank) for choice in outlook.choices}) == len(outlook.choices), "each is once"
+    assert {cell.recomputed for cell in outlook.grid} == {0}
+    assert [count for count, *_ in outlook.trade(outlook.blocks)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (ViTConfig(), r"\(ViTConfig\) reads no tokens but pixel_values"),
+        (WhisperConfig(), r"\(WhisperConfig\) reads no tokens but input_features"),
+        (WhisperConfig(architectures=["WhisperForConditionalGeneration"]), "reads no tokens but input_features"),
+    ],
+    ids=["vit", "whisper", "whisper, as saved"],
+)
+def test_models_of_pictures_and_sound_are_refused(config: PreTrainedConfig, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        memory_of(config, "24GiB")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.episodes.single import Episode, reference_of
+from rankpilot.env.episodes.single import Episode, probe_task, reference_of, rule_losses
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.own_task import START_RANK, OwnTask
@@ -314,6 +316,104 @@ def test_a_model_with_adapters_on_other_modules_is_refused(
         make_own(model=adapted.get_base_model())
     with pytest.raises(ConfigError, match="Names of modules are a tuple"):
         make_own(target_modules="q_proj")
+
+
+def test_a_held_out_loss_that_is_not_finite_is_refused(
+    make_own: Callable[..., OwnTask], quick: DecisionSchedule, rows: Rows
+) -> None:
+    """Else every reward would be 0, since nothing is better or worse than NaN."""
+    unlabelled = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[32:]]
+    env = RankAllocationEnv(task=make_own(held_out=unlabelled), schedule=quick)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"held-out loss of task own/0 is nan before training.*not all of them"):
+            env.reset()
+    known = make_own(held_out=unlabelled, reference=Reference(4.0, 3.0))
+    with pytest.raises(ConfigError, match="is nan before training"):
+        RankAllocationEnv(task=known, schedule=quick, against="signal-mean").reset()
+    with pytest.raises(ConfigError, match="reference is a Reference with finite losses"):
+        make_own(reference=Reference(float("nan"), 3.0))
+
+
+def test_held_out_batches_without_a_label_that_counts_are_left_out(
+    make_own: Callable[..., OwnTask], rows: Rows
+) -> None:
+    last = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[:3]]
+    labelled, both = make_own(held_out=rows[32:]), make_own(held_out=[*rows[32:], *last])
+    assert both.held_out_loss(both.adapted()[0]) == labelled.held_out_loss(labelled.adapted()[0])
+
+
+def test_results_are_remembered_and_a_deleted_task_frees_its_model(
+    make_own: Callable[..., OwnTask], quick: DecisionSchedule, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_own(steps=4)
+    env = RankAllocationEnv(task=task, schedule=quick, against="signal-mean")
+    rollout(env, seed=0)
+    counted: list[int] = []
+    monkeypatch.setattr(OwnTask, "held_out_loss", lambda *given: counted.append(1))
+    probe, reference = probe_task(task, quick), reference_of(task, quick)
+    gc.collect()
+    assert probe_task(task, quick) is probe
+    assert reference_of(task, quick) is reference
+    assert rule_losses(task, quick, "signal-mean")[1] == reference.initial
+    assert not counted, "all is remembered for as long as the task lives"
+    model, adapted = ref(task.model), ref(task.adapted()[0])
+    del task, env
+    gc.collect()
+    assert model() is adapted() is None
+
+
+def test_the_model_is_left_without_dropout_and_frozen(make_own: Callable[..., OwnTask], make_bert: MakeModel) -> None:
+    """As the docstring says: no task can tell when another one no longer needs the model so."""
+    model = make_bert().train()
+    make_own(model=model, train=[{"input_ids": [1, 2], "label": 0}] * 4, held_out=[{"input_ids": [1, 2], "label": 0}])
+    assert not model.training
+    assert {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name} == set()
+    assert "without dropout" in " ".join((OwnTask.__doc__ or "").split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learning_rate": "1e-3"}, "learning_rate is above 0; got 10, 4 and '1e-3'"),
+        ({"steps": True}, "got True, 4"),
+        ({"train": (row for row in range(8))}, "train has a length, .* got <generator .*Make a list of it"),
+        ({"held_out": None}, "held_out has a length, .* got None"),
+        ({"model": "llama"}, "model is a torch model, plain or with adapters of PEFT; got 'llama'"),
+        ({"collate": None}, "collate is a function that makes a batch of a list of rows; got None"),
+        ({"reference": 3.0}, "reference is a Reference with finite losses, or None to measure it; got 3.0"),
+    ],
+)
+def test_parts_of_another_kind(make_own: Callable[..., OwnTask], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_own(**options)
+
+
+def test_no_model(rows: Rows) -> None:
+    with pytest.raises(ConfigError, match="model is a torch model, plain or with adapters of PEFT; got None"):
+        OwnTask(None, rows, rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("collate", "words"),
+    [
+        (
+            lambda rows: {"input_ids": torch.zeros(1, 2), "texts": ["a"]},
+            r"got \['a'\] for 'texts'\. Make a tensor of it",
+        ),
+        (lambda rows: torch.zeros(1, 2), "collate makes a dictionary of tensors, .* got tensor.* for 'batch'"),
+    ],
+)
+def test_collators_that_make_no_tensors(make_own: Callable[..., OwnTask], collate: Any, words: str) -> None:
+    task = make_own(collate=collate)
+    with pytest.raises(ConfigError, match=words):
+        task.train_loss(task.adapted()[0], 0)
+
+
+def test_rows_of_unequal_length_need_a_collator(make_own: Callable[..., OwnTask], rows: Rows) -> None:
+    cut = [{key: value[: 4 + index % 3] for key, value in row.items()} for index, row in enumerate(rows)]
+    task = make_own(train=cut[:32], held_out=cut[32:])
+    with pytest.raises(ConfigError, match=r"default_data_collator cannot make a batch .*Pass another `collate`"):
+        task.cost()
 
 
 @pytest.mark.parametrize(

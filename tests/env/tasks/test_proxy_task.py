@@ -124,11 +124,27 @@ def test_held_out_texts_of_a_classification_are_never_trained_on(make_task: Make
         {"learning_rate": 0.0},
         {"learning_rate": -1e-3},
         {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"learning_rate": "1e-3"},
+        {"budget": float("inf")},
+        {"budget": True},
+        {"steps": 2.5},
+        {"steps": True},
+        {"eval_rows": 2.5},
+        {"batch_size": 2.0},
+        {"length": 31.5},
+        {"priced_rows": 8.5},
     ],
 )
 def test_bad_tasks_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"of a task (is|are)"):
         ProxyTask(**{"kind": "shift", "seed": 0, **options})
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "1", None, True, 2**32])
+def test_seeds_that_no_task_can_have(seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed is a whole number from 0"):
+        ProxyTask("shift", seed)
 
 
 @pytest.mark.parametrize(

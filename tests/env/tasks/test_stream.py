@@ -49,3 +49,9 @@ def test_options_of_reset(make_task: MakeTask) -> None:
     assert tight == replace(drawn, budget=0.5, reference=None), "a given task draws none"
     with pytest.raises(ConfigError, match=r"Options of reset are 'task' and 'budget'; got \['bugdet'\]"):
         one.take({"bugdet": 0.5})
+    assert one.take({"task": tasks[0], "budget": np.float32(0.5)}) == replace(tasks[0], budget=0.5, reference=None)
+    for given in (0, "", False):
+        with pytest.raises(ConfigError, match=f"task is a ProxyTask or an OwnTask; got {given!r}"):
+            one.take({"task": given})
+    with pytest.raises(ConfigError, match=r"a share of what uniform rank 8 takes, such as 0\.5; got True"):
+        one.take({"budget": True})
