@@ -6,6 +6,10 @@ scale. Runs are compared in pairs: same task, seed and batches. Repetitions of a
 tasks, each with all its repetitions. Benchmarks of time use the same bootstrap: neighbours in time are alike, so it
 draws whole cycles of steps.
 
+Plain quantiles of the draws are too narrow where tasks are few: of six tasks they hold the truth in 85 % of the cases.
+`estimate` goes further out, as far as Student's t does beyond the normal distribution (the expanded percentile
+interval of Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician 69).
+
 Where few tasks carry most of the weight, as in off-policy estimates, plain quantiles of the draws are too narrow:
 `ratio_estimate` gives a studentised interval for those.
 """
@@ -14,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 from .arrays import FloatArray, IntArray
 
@@ -91,7 +96,10 @@ def interquartile_means(values: FloatArray, counts: IntArray) -> FloatArray:
 def estimate(
     values: Sequence[float] | FloatArray, tasks: Sequence[str | int], statistic: Statistic = means
 ) -> Estimate:
-    """A statistic of several runs, with the interval of a bootstrap over tasks: 2.5 % of the draws lie on either side.
+    """A statistic of several runs, with the interval of a bootstrap over tasks.
+
+    With many tasks 2.5 % of the draws lie on either side, with few ones less: see the module. Below four tasks hardly
+    any do, and the interval is about as wide as the tasks are apart.
 
     Args:
         values: one a run, (runs,), or (runs, ...) where the statistic takes that; at least one run.
@@ -100,8 +108,18 @@ def estimate(
     """
     array = np.asarray(values, dtype=np.float64)
     whole = np.ones((1, len(array)), dtype=np.int64)
-    low, high = np.quantile(statistic(array, _draws(tasks)), [0.025, 0.975])
+    tail = _tail(len(set(tasks)))
+    low, high = np.quantile(statistic(array, _draws(tasks)), [tail, 1 - tail])
     return Estimate(float(statistic(array, whole)[0]), float(low), float(high))
+
+
+@cache
+def _tail(tasks: int) -> float:
+    """The share of the draws that an interval leaves out on either side; half of them for a single task."""
+    if tasks < 2:
+        return 0.5
+    quantile = stdtrit(tasks - 1, 0.975) * np.sqrt(tasks / (tasks - 1))
+    return float(ndtr(-quantile))
 
 
 def ratio_estimate(numerators: FloatArray, denominators: FloatArray, tasks: Sequence[str | int]) -> Estimate:

@@ -149,12 +149,15 @@ class Study:
         tuning = True if seed in self.suite.tuning_seeds else None
         return Work.of("train", task, trainer=trainer, rate=rate, seed=seed, tuning=tuning, **arguments)
 
-    def tuned(self, task: MethodTask, make: Callable[[float, int], Work]) -> tuple[float, float, frozenset[Work]]:
+    def tuned(
+        self, task: MethodTask, make: Callable[[float, int], Work], factors: Sequence[int] = FACTORS
+    ) -> tuple[float, float, frozenset[Work]]:
         """The best rate for what `make` gives, its mean loss on tuning seeds, and all work that was done for it.
 
         Args:
             task: gives the rate around which is searched.
             make: the work at a rate and a seed.
+            factors: powers of two, times that rate, with which the search begins.
         """
         losses: dict[int, float] = {}
         works: set[Work] = set()
@@ -164,7 +167,7 @@ class Study:
             works.update(made)
             return float(np.mean([loss_or_inf(row) for row in gather(self.result, made)]))
 
-        wanted = list(FACTORS)
+        wanted = list(factors)
         while wanted:
             losses |= dict(zip(wanted, gather(loss_of, wanted), strict=True))
             best = min(losses, key=lambda factor: losses[factor])
@@ -173,15 +176,22 @@ class Study:
             wanted = [best + step] if step and abs(best + step) <= MOST_FACTOR else []
         return task.rate * 2.0**best, losses[best], frozenset(works)
 
-    def outcome(self, cell: Cell, make: Callable[[float, int], Work], before: Before | None = None) -> Outcome:
+    def outcome(
+        self,
+        cell: Cell,
+        make: Callable[[float, int], Work],
+        before: Before | None = None,
+        factors: Sequence[int] = FACTORS,
+    ) -> Outcome:
         """What came of training at the best rate.
 
         Args:
             cell: of a suite.
             make: the work at a rate and a seed.
             before: what was done before that training, at the same rate and seed.
+            factors: see `tuned`.
         """
-        rate, _, tuning = self.tuned(cell.task, make)
+        rate, _, tuning = self.tuned(cell.task, make, factors)
         return self.runs(cell, make, rate, tuning, before)
 
     def runs(

@@ -19,6 +19,7 @@ from ..bases import new_base
 from ..loop import Driver
 from ..method import Group
 from ..ranks import plan_ranks, plan_text
+from ..study import FACTORS as FIRST_FACTORS
 from ..study import DoesNotFitError, Outcome, Study
 from ..tasks import Cell
 from ..texts import load_data
@@ -27,6 +28,9 @@ from .modules import deepest, deepest_measured, module_names, window
 
 ALLOCATIONS = 20
 """Allocations between the phases before and after."""
+
+FACTORS = (*FIRST_FACTORS, 2, 3, 4)
+"""The search for its rate begins this high: it learns slowly, and on a plateau of the loss a low rate may look best."""
 
 RANK = 8
 """The rank at the end, or at the start, of all adapted modules in the mean."""
@@ -137,6 +141,7 @@ class AdaLora:
         return study.outcome(
             cell,
             lambda rate, seed: study.training(cell.task, "adalora", rate, seed, plan=plan, target=self.target),
+            factors=FACTORS,
         )
 
 

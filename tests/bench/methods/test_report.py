@@ -137,7 +137,10 @@ def test_a_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     figures = report.benchmark(options, report.Console(quiet=True))
     assert figures["ours.mean_gain"] == pytest.approx(0.1)
     text = (options.output / "results.md").read_text()
-    assert "`ours` against `simple`, 2 cells: better; mean gain +10.0 (+10.0 to +10.0) %" in text
+    assert (
+        "`ours` against `simple`, 2 cells: 1 task, too few to tell; mean gain in log loss +10.0 (+10.0 to +10.0) %"
+        in text
+    )
     assert "## Limits" in text
     for name in ("methods_time", "methods_bytes", "methods_profiles"):
         assert (options.output / f"{name}.png").stat().st_size > 10_000

@@ -150,11 +150,14 @@ def test_each_plan_that_a_goal_chooses_is_timed() -> None:
 
 
 def test_the_share_of_what_could_be_saved() -> None:
-    """The top quarter saves .45 and keeps the loss; all cheaper plans lose 5 %."""
-    lost = {plan_of(name): -0.05 for name in FIXED if name != "top-quarter-8"}
+    """The top quarter saves .45 and keeps the loss, as the policy's top half does; all other plans lose 5 %."""
+    lost = {plan_of(name): -0.05 for name in FIXED if name not in ("top-quarter-8", "top-half-8")}
     share = share_of_best(results_of(lost), "ours-saves-time")
     assert share is not None
     assert share.value == pytest.approx(0.3 / 0.45)
+    nothing = share_of_best(results_of(lost | {TOP_HALF: -0.05}), "ours-saves-time")
+    assert nothing is not None
+    assert nothing.value == 0, "what is saved at a loss counts for nothing"
     everything = {plan_of(method.name): -0.05 for method in PARTS}
     assert share_of_best(results_of(everything), "ours-saves-time") is None, "there was nothing to save"
     whole = results_of(lost)
