@@ -231,7 +231,7 @@ def saving_blocks(results: Results, picture: str) -> list[Block]:
         for name, one in found.items()
     )
     columns = ("plan", "cells", "log loss, %", "worst cell, %", "kept / far off", "time of a step", "bytes")
-    lines = [line for name in OURS if name in found for line in _sentences(results, name)]
+    lines = dict.fromkeys(line for name in OURS if name in found for line in _sentences(results, name))
     described = "; ".join(f"`{method.name}`: {method.description}" for method in results.methods)
     return [
         Heading("What can be saved at about the same loss", 1),

@@ -265,10 +265,14 @@ BESIDE = (
     ("ours", "gradient-norm", ALL, "one-shot gradient norms"),
     ("ours", "simple", ALL, "the best simple window of top layers"),
     ("ours", "top-down", ALL, "the rule `top-down`"),
-    ("ours", "all-linear-8-ckpt", ALL, "rank 8 on all modules, checkpointed to fit"),
+    ("ours", "rslora-32", TEXTS, "texts: rank 32 by rsLoRA on the layers that fit"),
+    ("ours", "rslora-32", LABELS, "labels: the same"),
+    ("ours", "all-linear-8-ckpt", TEXTS, "texts: rank 8 on all modules, checkpointed to fit"),
+    ("ours", "all-linear-8-ckpt", LABELS, "labels: the same"),
+    ("ours", "simple-ckpt", TEXTS, "texts: the best simple plan, checkpointed to fit"),
+    ("ours-recompute", "simple-ckpt", TEXTS, "texts, `recompute=True`: the same"),
     ("ours-recompute", "simple", TEXTS, "texts, `recompute=True`: the best simple window"),
-    ("ours-recompute", "simple-ckpt", TEXTS, "texts, `recompute=True`: the best simple plan, checkpointed"),
-    ("ours-recompute", "simple", LABELS, "labels, `recompute=True`: the best simple window"),
+    ("ours-recompute", "simple", LABELS, "labels, `recompute=True`: the same"),
 )
 """The README's table of a budget spent well: a method, another one, on which cells, and the words for that."""
 
@@ -284,7 +288,7 @@ def test_what_the_readme_claims_of_a_budget_spent_well() -> None:
 
 
 def budget_row(results: Results, first: str, second: str, kind: str, words: str) -> str:
-    """The row of a comparison: cells, gain and runs won with intervals, and the time of a step beside the other's."""
+    """The row of a comparison: cells, gain and runs won with intervals; time of a step and bytes beside the other's."""
     shared = results.shared(first, second)
     cells = {c.name for c in shared if kind == ALL or (c.task.kind == "causal-lm") == (kind == TEXTS)}
     there = replace(results, found={key: each for key, each in results.found.items() if key[1] in cells})
@@ -296,7 +300,8 @@ def budget_row(results: Results, first: str, second: str, kind: str, words: str)
     won = one.pairs.better
     return (
         f"| {words} | {one.cells} | {mean} % ({low} to {high}) "
-        f"| {won.value:.0%} ({won.low:.0%} to {won.high:.0%}) | {short(mine.step / its.step, 2)} |"
+        f"| {won.value:.0%} ({won.low:.0%} to {won.high:.0%}) "
+        f"| {short(mine.step / its.step, 2)} | {short(mine.bytes / its.bytes, 2)} |"
     )
 
 
