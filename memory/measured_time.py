@@ -214,11 +214,12 @@ def _timed_step(
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device(device):  # events are recorded on the stream of the current device
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()
     work()
