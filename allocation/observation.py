@@ -18,6 +18,7 @@ from .features import MODULE_FEATURES, RUN_FEATURES
 from .fixed_cost import FixedCost
 from .module_shapes import ModuleShapes
 from .problem import AllocationProblem
+from .time_limit import under_limit
 
 Float32Array = NDArray[np.float32]
 
@@ -126,7 +127,7 @@ def observe(
 
 
 def with_limit(observation: Observation, limit: float) -> Observation:
-    """What would have been seen with another limit, all else equal.
+    """What would have been seen with another limit, all else equal, the limit of time among it.
 
     A `budget` that is cut off at 3 is scaled as if it were 3: what lies beyond is not in the observation.
 
@@ -134,7 +135,7 @@ def with_limit(observation: Observation, limit: float) -> Observation:
         observation: at a decision.
         limit: in the unit of its problem, > 0.
     """
-    problem = replace(observation.problem, limit=limit)
+    problem = under_limit(observation.problem, limit)
     modules, run = observation.modules.astype(np.float64), observation.run.astype(np.float64)
     modules[:, _OF_LIMIT] = np.stack(_shares_of_limit(problem), axis=1)
     run[_BUDGET] *= limit / observation.problem.limit
