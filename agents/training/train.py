@@ -86,7 +86,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     validation = validation_tasks(config)
     everything = [*(task for suite in fresh.templates for task in suite), *validation]
     check_texts(everything)
-    more_plan_runs(config)  # now, and not after hours
+    more_plan_runs(config.more_plan_runs)  # now, and not after hours
     modules = max(len(adapted_base(task.base)[1]) for task in everything)
     stack = StackedConfig(
         config.tasks_per_stack * config.episodes_per_task,
@@ -168,7 +168,7 @@ def _value_ensemble(
         workers=config.worker_count,
         on_progress=lambda done, total: report(Stage("plan runs", done, total)),
     )
-    real = [run.seen_by(actor) for run in more_plan_runs(config)]
+    real = [run.seen_by(actor) for run in more_plan_runs(config.more_plan_runs)]
     dataset = plan_dataset([*plan_runs, *real])
     report(Stage("value ensemble", len(stacks), len(stacks)))
     ensemble = PlanValueEnsemble(ANY_COST)
