@@ -189,10 +189,9 @@ def _origins(facts: Mapping[str, Any]) -> str:
 
 def _more_plan_runs(source: Mapping[str, Any]) -> str:
     """What a training learned from beside the rows; empty where that is nothing."""
-    path = source["training"].get("more_plan_runs")
-    return (
-        f" It also learned from plan runs of real fine-tunes, which are no rows; they are in `{path}`." if path else ""
-    )
+    name = source["training"].get("more_plan_runs")
+    told = f" It also learned from plan runs of real fine-tunes, which are no rows; they are in `{name}`."
+    return told if name else ""
 
 
 def _versions(versions: Mapping[str, str]) -> str:
