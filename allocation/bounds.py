@@ -33,7 +33,8 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
         >>> rank_bounds(modules, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
     """
     low = np.zeros(len(modules), dtype=np.int64)
-    high = np.array([module.max_rank for module in modules], dtype=np.int64)
+    useful = np.array([module.max_rank for module in modules], dtype=np.int64)
+    high = useful.copy()
     for name, bound in bounds.items():
         chosen = [i for i, module in enumerate(modules) if module.name == name or module.name.endswith(f".{name}")]
         if not chosen:
@@ -43,7 +44,7 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
             raise ConfigError(
                 f"The bounds of {name!r} leave it no rank: no rank of {DEFAULT_RANKS} is from {least} to {most}."
             )
-        low[chosen], high[chosen] = np.minimum(least, high[chosen]), most
+        low[chosen], high[chosen] = np.minimum(least, useful[chosen]), most
     return low, high
 
 

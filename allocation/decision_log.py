@@ -37,7 +37,16 @@ from ..errors import ConfigError, RunFolderError, first_line
 from .decision_state import DecisionState, read_state
 from .deliberation import Deliberation
 from .features import FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
-from .log_part import DECISION_TYPES, FEATURE_PREFIX, MODULE_TYPES, RUN_PREFIX, SCHEMA_VERSION, read_part, schema_of
+from .log_part import (
+    DECISION_TYPES,
+    FEATURE_PREFIX,
+    MODULE_TYPES,
+    RUN_PREFIX,
+    SCHEMA_VERSION,
+    part_name,
+    read_part,
+    schema_of,
+)
 from .problem import AllocationProblem
 from .problem_file import problem_bytes, read_problem
 
@@ -287,7 +296,7 @@ class DecisionLog:
         return name
 
     def _part(self, decision: int) -> Path:
-        return self.folder / f"part-{decision:05d}.parquet"
+        return self.folder / part_name(decision)
 
     def _state(self, decision: int) -> Path:
         return self.folder / f"state-{decision:05d}.safetensors"

@@ -84,6 +84,14 @@ _RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after")
 PROBLEM_NAME = re.compile(r"problem-[0-9]{5,20}\.safetensors")
 """What the file of a problem is called, beside its part."""
 
+MOST_DECISION = 999_999
+"""The highest number of a decision. Pages have a place for each number up to that of the last one."""
+
+
+def part_name(decision: int) -> str:
+    """What the part of a decision is called."""
+    return f"part-{decision:05d}.parquet"
+
 
 def schema_of(table: pa.Table) -> int:
     """The version of the schema in which a part was written; 0 if it names none."""
@@ -95,7 +103,7 @@ def read_part(path: Path) -> pa.Table:
     """The rows of one part, by the numbers of their modules.
 
     Raises:
-        RunFolderError: it is missing, damaged, too large, of another schema, or does not hold one decision.
+        RunFolderError: it is missing, damaged, too large, of another schema, or does not hold the decision of its name.
     """
     try:
         table = read_parquet(path, LIMITS)
@@ -110,7 +118,7 @@ def read_part(path: Path) -> pa.Table:
     if version == 2:
         renamed = table.rename_columns([_SCHEMA_2.get(name, name) for name in table.column_names])
         table = renamed.replace_schema_metadata(table.schema.metadata)
-    fault = _fault_in_columns(table, version) or _fault_in_values(table)
+    fault = _fault_in_columns(table, version) or _fault_in_values(table, path.name)
     if fault:
         raise RunFolderError(f"The decision log's part {path} is corrupt: {fault}.")
     return table.sort_by("module_index")
@@ -135,8 +143,8 @@ def _fault_in_columns(table: pa.Table, version: int) -> str:
     return ""
 
 
-def _fault_in_values(table: pa.Table) -> str:
-    """What is wrong with the values of a part; empty if they are those of one decision."""
+def _fault_in_values(table: pa.Table, name_of_part: str) -> str:
+    """What is wrong with the values of a part; empty if they are those of the one decision that its name says."""
     constant = [name for name in DECISION_TYPES if name in table.column_names and name in (*_KNOWN, *_KNOWN_LATER)]
     for name in constant:
         if len(table[name].unique()) > 1:
@@ -144,6 +152,8 @@ def _fault_in_values(table: pa.Table) -> str:
     first = table.slice(0, 1).to_pylist()[0]
     if first["decision"] < 0 or first["step"] < 0 or first["unit"] not in ("bytes", "parameters"):
         return f"it is of decision {first['decision']}, step {first['step']} and unit {shown(first['unit'])}"
+    if first["decision"] > MOST_DECISION or name_of_part != part_name(first["decision"]):
+        return f"it is of decision {first['decision']}; its name says another, or one above {MOST_DECISION:,}"
     if sorted(table["module_index"].to_pylist()) != list(range(table.num_rows)):
         return "its modules are not numbered from 0 on"
     if len(table["module"].unique()) < table.num_rows:

@@ -14,10 +14,11 @@ from ..common.arrays import FloatArray
 from ..errors import UnknownNameError
 from ..lora.signals import SIGNALS
 from ..memory.cost import plan_cost
-from .features import MODULE_FEATURES, RUN_FEATURES
+from .features import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES
 from .fixed_cost import FixedCost
 from .module_shapes import ModuleShapes
 from .problem import AllocationProblem
+from .time_limit import under_limit
 
 Float32Array = NDArray[np.float32]
 
@@ -84,7 +85,7 @@ def _centred_log(values: FloatArray) -> FloatArray:
     known = np.isfinite(values) & (values > 0)
     logs = np.log(np.where(known, values, 1.0))
     centre = logs[known].mean() if known.any() else 0.0
-    return np.where(known, np.clip(logs - centre, -3, 3), 0.0)
+    return np.where(known, np.clip(logs - centre, -MOST_FEATURE, MOST_FEATURE), 0.0)
 
 
 def observe(
@@ -113,20 +114,20 @@ def observe(
         rungs / ladder.top,
         (ranks > 0).astype(np.float64),
         problem.blocks / max(1, int(problem.blocks.max())),
-        np.clip(np.log(shapes.ratios), -3, 3),
+        np.clip(np.log(shapes.ratios), -MOST_FEATURE, MOST_FEATURE),
         _centred_log(problem.cost.per_rank.max(axis=0)),
         *_shares_of_limit(problem),
         age / 4,
         shapes.wide.astype(np.float64),
         shapes.positions,
     ]
-    modules = np.clip(np.stack(columns, axis=1), -3, 3).astype(np.float32)
-    run = np.clip(_run_features(problem, spent, state), -3, 3).astype(np.float32)
+    modules = np.clip(np.stack(columns, axis=1), -MOST_FEATURE, MOST_FEATURE).astype(np.float32)
+    run = np.clip(_run_features(problem, spent, state), -MOST_FEATURE, MOST_FEATURE).astype(np.float32)
     return Observation(modules, run, problem, names)
 
 
 def with_limit(observation: Observation, limit: float) -> Observation:
-    """What would have been seen with another limit, all else equal.
+    """What would have been seen with another limit, all else equal, the limit of time among it.
 
     A `budget` that is cut off at 3 is scaled as if it were 3: what lies beyond is not in the observation.
 
@@ -134,12 +135,12 @@ def with_limit(observation: Observation, limit: float) -> Observation:
         observation: at a decision.
         limit: in the unit of its problem, > 0.
     """
-    problem = replace(observation.problem, limit=limit)
+    problem = under_limit(observation.problem, limit)
     modules, run = observation.modules.astype(np.float64), observation.run.astype(np.float64)
     modules[:, _OF_LIMIT] = np.stack(_shares_of_limit(problem), axis=1)
     run[_BUDGET] *= limit / observation.problem.limit
     run[_SPENT] = plan_cost(problem.cost, problem.ranks) / limit
-    modules, run = np.clip(modules, -3, 3), np.clip(run, -3, 3)
+    modules, run = np.clip(modules, -MOST_FEATURE, MOST_FEATURE), np.clip(run, -MOST_FEATURE, MOST_FEATURE)
     return replace(observation, modules=modules.astype(np.float32), run=run.astype(np.float32), problem=problem)
 
 

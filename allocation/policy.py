@@ -29,8 +29,8 @@ class Decision:
         depth_bias: the depth bias from which they follow; 0 if they do not follow from scores.
         log_prob: log-probability of the plan; None for a policy that takes the same plan each time.
         expected: the improvement that the policy expects. With a value ensemble: over uniform rank, and at later
-            decisions over no change, in standard deviations of the log loss between plans. Without one: over the rule
-            that the policy started from, in shares of the headroom. 0 for a rule.
+            decisions over no change, in the unit of the votes. Without one: over the rule that the policy started from,
+            in shares of the headroom. 0 for a rule.
         uncertainty: standard deviation of `expected` over the members of the ensemble; 0 for a rule.
         exact: no more than the wanted ranks; what is left of the budget is left.
         deliberation: what the decision was chosen from; None for a policy without a value ensemble.

@@ -176,3 +176,14 @@ def dearer(problem: AllocationProblem, factor: float) -> AllocationProblem:
     for array in changed.values():
         array[-1] = np.ceil(array[-1] * factor / exact) * exact
     return replace(problem, cost=replace(cost, **changed, unit_per_second=cost.unit_per_second * factor))
+
+
+def under_limit(problem: AllocationProblem, limit: float) -> AllocationProblem:
+    """The same problem under another limit of bytes or parameters; the time of a step keeps its own limit.
+
+    Args:
+        problem: with the time of a step among its costs or without.
+        limit: in the unit of its cost, > 0.
+    """
+    changed = replace(problem, limit=limit)
+    return dearer(changed, limit / problem.limit) if isinstance(problem.cost, TimedCost) else changed

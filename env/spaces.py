@@ -9,7 +9,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ..allocation.actions import PLACEMENT, SCORE_BOUND
-from ..allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ..allocation.features import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES
 from ..allocation.observation import Observation
 from ..allocation.policy import Decision, decision_from_scores
 from ..allocation.problem import AllocationProblem
@@ -28,10 +28,10 @@ TOP = len(DEFAULT_RANKS) - 1
 
 def observation_space(max_modules: int) -> spaces.Dict:
     """Features of modules (flat, module after module) and of the run, and which modules exist."""
+    sizes = {"module_features": max_modules * len(MODULE_FEATURES), "run_features": len(RUN_FEATURES)}
     return spaces.Dict(
         {
-            "module_features": spaces.Box(-3, 3, (max_modules * len(MODULE_FEATURES),), np.float32),
-            "run_features": spaces.Box(-3, 3, (len(RUN_FEATURES),), np.float32),
+            **{name: spaces.Box(-MOST_FEATURE, MOST_FEATURE, (size,), np.float32) for name, size in sizes.items()},
             "mask": spaces.MultiBinary(max_modules),
         }
     )

@@ -143,6 +143,8 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         ended = np.flatnonzero(terminated).tolist()
         if ended:
             last = {slot: steps[slot].observation.padded(core.max_modules) for slot in ended}
+            for slot in ended:  # so that none of them seems under way if the start of the next one fails
+                del core.records[slot]
             for slot, info in self._start(ended).items():
                 infos[slot] = {**info, "final_obs": last[slot], "final_info": infos[slot]}
         observations = core.padded(range(self.num_envs))
@@ -156,7 +158,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
 
     def render(self) -> tuple[Any, ...] | None:
         """One picture or text for each episode so far."""
-        if self.render_mode is None or not self.core.records:
+        if self.render_mode is None or len(self.core.records) < self.num_envs:
             return None
         paint = draw if self.render_mode == "rgb_array" else describe
         return tuple(paint(self.core.records[slot].trace) for slot in range(self.num_envs))

@@ -19,7 +19,7 @@ from .calibration import all_training
 from .for_training import highest_ranks
 from .recording import Batch
 from .step_time import StepTime, fitted
-from .step_work import Rates
+from .step_work import OPERATOR_SECONDS, Rates
 from .training_step import TrainingStep
 from .work_counter import count_work
 
@@ -42,9 +42,6 @@ REFERENCE_WEIGHT = 3
 LEAST_GROWTH = 0.75
 """The least factor of what grows with ranks: at rank 64 thin products take no less time than that for each rank, by the
 rate of a large product (three models; docs/experiments.md)."""
-
-OPERATOR_SECONDS = 5e-6
-"""What an operator takes beside its work, to begin with; measured times correct it."""
 
 TimedPlan = tuple[IntArray, tuple[str, ...]]
 """Ranks (modules,), and the names of the layers that run again."""
@@ -214,11 +211,12 @@ def _timed_step(
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device(device):  # events are recorded on the stream of the current device
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()
     work()

@@ -29,7 +29,7 @@ from .model import MemoryModel
 from .recomputation import fewest_recomputed, holding_layers
 from .step_config import StepConfig
 from .step_time import StepTime
-from .step_work import Rates
+from .step_work import OPERATOR_SECONDS, Rates
 from .time_budget import reference_seconds
 from .verdict import CardUse, card_use
 
@@ -44,9 +44,6 @@ PLACES = 9
 
 USUAL_CARD = "RTX 4090"
 """Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
-
-OPERATOR_SECONDS = 5e-6
-"""What an operator takes on a GPU beside its work."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""

@@ -8,7 +8,7 @@ from torch import nn
 from .breakdown import frozen_bytes
 from .device_table import HOPPER_WORKSPACE_BYTES
 
-WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES
+MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES
 """What cuBLAS takes through torch's allocator at most: a workspace for each of two threads (on Hopper; less before)."""
 
 
@@ -22,4 +22,4 @@ def resident_bytes(model: nn.Module) -> int:
     if device.type != "cuda":
         return frozen
     free, total = torch.cuda.mem_get_info(device)
-    return frozen + total - free - torch.cuda.memory_reserved(device) + WORKSPACE_BYTES
+    return frozen + total - free - torch.cuda.memory_reserved(device) + MOST_WORKSPACE_BYTES

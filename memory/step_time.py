@@ -111,18 +111,16 @@ class StepTime:
     def row(self, layers: Collection[str] | None = None) -> SecondsRow:
         """What plans take if these layers run again; by default those that do in the step as it was set."""
         runs = self._runs(layers)
-        inside = np.append(runs, False)[self.layer_of]  # the last is for modules of no layer, whose index is -1
         modules = np.eye(len(self.per_rank), dtype=np.bool_)
-        return SecondsRow(
-            self.constant,
-            self.per_rank + np.where(inside, self.again_per_rank, 0.0),
-            np.concatenate([self.groups, self.adapters + np.where(inside, self.again, 0.0), self.layer_seconds[runs]]),
-            np.concatenate([self.needs, modules, self.layer_needs[runs]]),
-        )
+        needs = np.concatenate([self.needs, modules, self.layer_needs[runs]])
+        return SecondsRow(self.constant, *self._amounts(runs), needs)
 
     def seconds(self, ranks: IntArray, layers: Collection[str] | None = None) -> float:
-        """The seconds of a step under a plan, int64 (modules,); see `row`."""
-        return self.row(layers).seconds(ranks)
+        """The seconds of a step under a plan, int64 (modules,); those of `row`, without its groups for each module."""
+        runs, adapted = self._runs(layers), ranks > 0
+        per_rank, groups = self._amounts(runs)
+        below, again = (needs[:, adapted].any(axis=1) for needs in (self.needs, self.layer_needs[runs]))
+        return float(self.constant + groups @ np.concatenate([below, adapted, again]) + per_rank @ ranks)
 
     def parts(self, ranks: IntArray, layers: Collection[str] | None = None) -> FloatArray:
         """The seconds of each of `PARTS` under a plan, (5,); see `row`."""
@@ -157,6 +155,15 @@ class StepTime:
         values: dict[str, Any] = {field.name: np.asarray(state[field.name]) for field in fields(cls)}
         values |= {name: tuple(state[name]) for name in ("layers", "running_again")}
         return cls(**values | {"constant": float(state["constant"])})
+
+    def _amounts(self, runs: BoolArray) -> tuple[FloatArray, FloatArray]:
+        """Seconds of one rank of each module, (modules,), and of each group of `row`, if these layers run again."""
+        inside = np.append(runs, False)[self.layer_of]  # the last is for modules of no layer, whose index is -1
+        adapters = self.adapters + np.where(inside, self.again, 0.0)
+        return (
+            self.per_rank + np.where(inside, self.again_per_rank, 0.0),
+            np.concatenate([self.groups, adapters, self.layer_seconds[runs]]),
+        )
 
     def _runs(self, layers: Collection[str] | None) -> BoolArray:
         layers = self.running_again if layers is None else layers

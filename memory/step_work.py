@@ -15,6 +15,9 @@ PARAMETER_BYTES = 44
 """Bytes that clipping and AdamW move for each parameter in fp32: the gradient is read three times and written once,
 weight and both moments are read and written once each, and gradients are made and freed."""
 
+OPERATOR_SECONDS = 5e-6
+"""What an operator takes on a GPU beside its work, where nothing was measured; measured times correct it."""
+
 
 @dataclass(frozen=True)
 class Rates:

@@ -30,8 +30,7 @@ def exploring(policy: Policy, temperature: float | str, seed: int = 0) -> Learne
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(
-            f"Exploration takes a temperature above 0, in standard deviations of the log loss between plans, such as "
-            f"0.05; got {temperature!r}."
+            f"Exploration takes a temperature above 0, in the unit of the votes, such as 0.05; got {temperature!r}."
         )
     if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
         raise ConfigError(f"{policy.name} has no value ensemble, so there is nothing to draw plans by.")

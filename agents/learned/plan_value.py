@@ -93,8 +93,9 @@ class PlanValueConfig:
         paired = len(self.lowest) == len(self.highest) <= len(RUN_FEATURES)
         if not paired or not all(-MOST_FEATURE <= low <= high <= MOST_FEATURE for low, high in self.ranges):
             raise ConfigError(
-                f"lowest and highest of the value ensemble are a number from -3 to 3 for each of at most "
-                f"{len(RUN_FEATURES)} features, the lowest first; got {shown(self.lowest)} and {shown(self.highest)}."
+                f"lowest and highest of the value ensemble are a number from {-MOST_FEATURE:g} to {MOST_FEATURE:g} for "
+                f"each of at most {len(RUN_FEATURES)} features, the lowest first; got {shown(self.lowest)} and "
+                f"{shown(self.highest)}."
             )
 
     @property
@@ -179,8 +180,9 @@ class _Features:
         lowest = torch.where(adapted > 0, depth, 1.0).amin(2, keepdim=True)
         spread = (relative.square().sum(2, keepdim=True) / count).clamp_min(1e-12).sqrt()
         weights = torch.stack([(exists / count).expand(ranks.shape), adapted / used], dim=2)
+        scores = plans.scores.clamp(-MOST_FEATURE, MOST_FEATURE)
         return cls(
-            torch.cat([plans.modules[..., : inputs.modules], plans.scores.clamp(-3, 3).unsqueeze(-1)], -1),
+            torch.cat([plans.modules[..., : inputs.modules], scores.unsqueeze(-1)], -1),
             torch.stack([logs / 3, adapted, relative / 2, ranks / 32], -1),
             plans.run[:, None, : inputs.run],
             weights,

@@ -31,8 +31,9 @@ class TrainConfig:
         warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for no
             warm start.
         plan_tasks: fresh tasks of the plan runs after PPO, from which the value ensemble learns, rounded up to a
-            multiple of twice tasks_per_stack; half of the tasks are varied in text, place and budget. With 0 there is
-            no ensemble, and the actor decides alone.
+            multiple of twice tasks_per_stack; half of the tasks are varied in text, place, budget, steps and rows, and
+            every one gets another learning rate than its suite's. With 0 there is no ensemble, and the actor decides
+            alone.
         more_plan_runs: a file that `rankpilot bench plan-runs` has packed: plan runs of real fine-tunes, from which the
             value ensemble learns beside those of fresh tasks.
         suites: suites that the tasks come from: "planted", "shift" or both.

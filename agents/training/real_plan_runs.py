@@ -23,7 +23,6 @@ from ...common.tensor_files import read_arrays
 from ...errors import DataError, RunFolderError, first_line
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import SCHEMA
-from .config import TrainConfig
 from .plan_runs import CHOICES, REFERENCE, RUNS, PlanRun
 
 LEAST_FALL = 0.01
@@ -104,9 +103,9 @@ def write_real_plan_runs(runs: Sequence[RealPlanRun], path: Path) -> int:
         return temporary.stat().st_size
 
 
-def more_plan_runs(config: TrainConfig) -> list[RealPlanRun]:
-    """The plan runs of the file that a training's settings name, where all plans `learned`; none without a file."""
-    runs = read_real_plan_runs(Path(config.more_plan_runs)) if config.more_plan_runs else []
+def more_plan_runs(path: str | Path | None) -> list[RealPlanRun]:
+    """The plan runs of the file that a training also learns from, where all plans `learned`; none without a file."""
+    runs = read_real_plan_runs(Path(path)) if path else []
     return [run for run in runs if run.learned]
 
 

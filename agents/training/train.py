@@ -10,6 +10,7 @@ on the validation tasks is kept.
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,7 +87,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     validation = validation_tasks(config)
     everything = [*(task for suite in fresh.templates for task in suite), *validation]
     check_texts(everything)
-    more_plan_runs(config)  # now, and not after hours
+    more_plan_runs(config.more_plan_runs)  # now, and not after hours
     modules = max(len(adapted_base(task.base)[1]) for task in everything)
     stack = StackedConfig(
         config.tasks_per_stack * config.episodes_per_task,
@@ -120,8 +121,10 @@ def _train(
         report: called as training goes on.
     """
     envs = ProxyVecEnv(fresh, stack, stacks=config.stacks, workers=config.worker_count)
-    try:
+    with ExitStack() as ending:
+        ending.callback(envs.close)
         model = _new_model(config, envs, folder)
+        ending.callback(model.logger.close)  # TensorBoard's file and its thread
         measured = Validation(validation, envs)
         progress = PPOProgress(folder, config, measured, report)
         begun = (folder / CHECKPOINT).exists()
@@ -141,8 +144,6 @@ def _train(
             # A checkpoint holds the random state of the moment after its update, so nothing may be drawn before.
             rest = (config.iterations - progress.iteration) * envs.decisions * envs.num_envs
             model.learn(rest, callback=progress, reset_num_timesteps=False)
-    finally:
-        envs.close()
     if measured.best:
         network.load_state_dict(measured.best[1])
     actor = LearnedPolicy(folder.resolve().name, network.eval())
@@ -168,7 +169,7 @@ def _value_ensemble(
         workers=config.worker_count,
         on_progress=lambda done, total: report(Stage("plan runs", done, total)),
     )
-    real = [run.seen_by(actor) for run in more_plan_runs(config)]
+    real = [run.seen_by(actor) for run in more_plan_runs(config.more_plan_runs)]
     dataset = plan_dataset([*plan_runs, *real])
     report(Stage("value ensemble", len(stacks), len(stacks)))
     ensemble = PlanValueEnsemble(ANY_COST)

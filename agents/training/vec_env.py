@@ -62,6 +62,10 @@ class GymnasiumVecEnv(SharedVecEnv):
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
         self.envs = envs
 
+    def close(self) -> None:
+        """Close the vector."""
+        self.envs.close()
+
     def reset(self) -> VecEnvObs:
         """Start an episode everywhere; a seed given before draws the tasks anew."""
         seeds: Any = None if self._seeds[0] is None else [int(seed or 0) for seed in self._seeds]

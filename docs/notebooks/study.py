@@ -93,8 +93,9 @@ print("Decisions that differ when they are taken again:", sum(map(bool, differen
 # ### Why this plan
 #
 # The policy makes candidates, and each of its value networks votes on the plans that they lead to: how much better than
-# uniform rank is it, in standard deviations of the log loss between plans? The plan with the highest lower bound (mean
-# less the spread) is taken; of plans that cannot be told from it, the one nearest to uniform rank.
+# uniform rank is it, in the unit of the votes (asinh of the difference of log losses in per cent)? The plan with the
+# highest lower bound (mean less the spread) is taken; of plans that cannot be told from it, the one nearest to uniform
+# rank.
 
 # %%
 why = explain(first, policy, what_ifs=False)

@@ -7,8 +7,9 @@ them); only the arithmetic runs for all episodes together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from ..tasks.proxy_finetune import ProxyFineTune, first_problem
 from ..tasks.proxy_task import ProxyTask
 from .single import new_controller, rate_at, unknown_signals
 from .stack_trainer import Lane, StackTrainer
+
+REMEMBERED = 1024
+"""Tasks whose probes, and whose references, are remembered beside those under way; the suites repeat fewer."""
 
 
 @dataclass(eq=False)
@@ -118,6 +122,20 @@ class StackedEpisodes:
         reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})
         for slot, task in tasks.items():
             self.under_way[slot] = StackedEpisode(task, slot, self._controller(task, slot))
+        self._forget(self._probes, tasks.values())
+
+    def _forget(self, known: dict[ProxyTask, Any], used: Iterable[ProxyTask]) -> None:
+        """Drop what was used longest ago of what is known of tasks, so that fresh tasks do not fill the memory.
+
+        Args:
+            known: by task, the one that was used last at the end.
+            used: tasks that are used now; they are kept, and so are those under way.
+        """
+        under_way = (episode.task for episode in self.under_way.values())
+        kept = [task for task in dict.fromkeys((*under_way, *used)) if task in known]
+        known |= {task: known.pop(task) for task in kept}
+        for task in list(known)[: max(0, len(known) - max(REMEMBERED, len(kept)))]:
+            del known[task]
 
     def _rows_for(self, tasks: Mapping[int, ProxyTask]) -> dict[ProxyTask, int]:
         """One row for each different task, free from now on."""
@@ -227,6 +245,7 @@ class StackedEpisodes:
         final = self.run_fixed({row: (task, uniform_ranks(self.problem(task))) for row, task in unknown.items()})
         for task, before, after in zip(unknown.values(), initial, final, strict=True):
             self._references[task] = Reference(before, after if np.isfinite(after) else before)
+        self._forget(self._references, tasks.values())
 
     def run_fixed(self, runs: Mapping[int, tuple[ProxyTask, IntArray]]) -> list[float]:
         """Train whole tasks at fixed ranks in free slots; returns their held-out losses, NaN where training failed.

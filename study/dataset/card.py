@@ -35,10 +35,10 @@ _USE = """\
 ## How results compare
 
 Losses differ a hundred times more between tasks than between plans: compare rows of one task only. All runs of a task
-share data, batches and the start of the adapters, so they differ by their plans alone. What the value networks learn is
-the gain, `-ln(min(loss, initial_loss))`, or `-ln(initial_loss)` for a run that failed, less its mean over the rows of a
-task and decision, over their standard deviation. A task of plan runs is the 15 runs of one `origin`, `stack` and
-`slot // 15`.
+share data, batches and the start of the adapters, so they differ by their plans alone. The gain of a run
+is `-ln(min(loss, initial_loss))`, or `-ln(initial_loss)` if it failed. What the value networks learn is a vote,
+`asinh((gain - gain of plain LoRA) / 0.01)`, less its mean over the rows of a task and decision. A task of plan runs is
+the 15 runs of one `origin`, `stack` and `slot // 15`; plain LoRA is the first of them.
 """
 
 _FLAWS = """\
@@ -46,15 +46,17 @@ _FLAWS = """\
 
 * The fine-tunes are of 4 to 8 layers of width 32 or 64, on bytes, for about a hundred steps. Whether what is best there
   is best for a large model, the rows cannot tell.
-* Plan runs do not draw their first plans with one probability: slots 0 to 4 of a task take the five fixed candidates,
-  the others draw from continuous distributions. `probability` is 1 for a fixed candidate (given its slot) and null for
-  a draw; it is null, too, for a plan that is kept at a later decision, since a draw may lead to the same plan. The
-  probability of keeping or drawing itself is in `choice_probability`.
+* Plan runs do not draw their first plans with one probability. Of the 15 runs of a task, the first has plain LoRA, the
+  next five take the five fixed candidates, four draw from continuous distributions (two of them under a lower limit),
+  and the last five draw one of the plans of a kind that follows from the model's structure. `probability` is 1 for
+  plain LoRA and for a fixed candidate (given its slot) and null for the others; it is null, too, for a plan that is
+  kept at a later decision, since a draw may lead to the same plan. The probability of keeping or drawing itself is in
+  `choice_probability`.
 * A rule and a policy without exploration take one plan with probability 1: their rows cover no other plan.
 * `random` draws by what it sees; its probability is null.
-* Half of the tasks of plan runs are the other half varied (text, place, budget) and share their seeds. Split by `fold`
-  or `seed`, never by row, and not by `task` alone.
-* A variation may come out as its original: 13 % do with `rankpilot train --preset default`. Both stacks draw the same
+* Half of the tasks of plan runs are the other half varied (text, place, budget, steps, rows) and share their seeds.
+  Split by `fold` or `seed`, never by row, and not by `task` alone.
+* A variation may come out as its original: 1.3 % do with `rankpilot train --preset default`. Both stacks draw the same
   candidates then, so the runs are the same twice. Drop rows of equal task, slot and decision where it matters.
 * Tasks of the test split are for final reports. Whoever chooses by them has none left.
 * Losses are of one run. Another processor, or another version of torch, may round otherwise.
@@ -173,7 +175,7 @@ def _origins(facts: Mapping[str, Any]) -> str:
                 f"* {number}: the plan runs of the training {source['name']!r}: {source['stacks']} stacks, "
                 f"{source['runs_per_task']} runs a task, seed {seed}, suites of version {source['suite_version']}; "
                 f"made with {_versions(source['made_with'])}. Its actor is in `{source['actor']}`, its settings are in "
-                "`dataset.json`."
+                "`dataset.json`." + _more_plan_runs(source)
             )
             continue
         behaviours = ", ".join(f"{name} ({runs} runs)" for name, runs in source["behaviours"].items())
@@ -183,6 +185,13 @@ def _origins(facts: Mapping[str, Any]) -> str:
             f"{source['logs_without_result']} logs no result; they are left out."
         )
     return "\n".join(lines) + "\n"
+
+
+def _more_plan_runs(source: Mapping[str, Any]) -> str:
+    """What a training learned from beside the rows; empty where that is nothing."""
+    name = source["training"].get("more_plan_runs")
+    told = f" It also learned from plan runs of real fine-tunes, which are no rows; they are in `{name}`."
+    return told if name else ""
 
 
 def _versions(versions: Mapping[str, str]) -> str:

@@ -61,7 +61,12 @@ _TASK = (
 _DECISION = (
     Column("behaviour", _TEXT, "", 'who decided: the policy, or "plan runs"'),
     Column("behaviour_sha256", _TEXT, "", "of the policy's weights; null for a rule"),
-    Column("temperature", _DOUBLE, "SD", "of the softmax that the plan was drawn from; 0 for the best plan; or null"),
+    Column(
+        "temperature",
+        _DOUBLE,
+        "votes",
+        "of the softmax that the plan was drawn from, in the unit of the votes; 0 for the best plan; or null",
+    ),
     Column(
         "choice",
         _TEXT,

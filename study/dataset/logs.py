@@ -124,6 +124,9 @@ class LoggedRuns:
         """There is none: several policies ran."""
         return False
 
+    def save_more_plan_runs(self, folder: Path) -> None:
+        """There are none."""
+
 
 def _decision(policy: str, logged: LoggedDecision) -> Row:
     found, observation = logged.deliberation, logged.observation

@@ -10,16 +10,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.features import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES
 from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
 from ...errors import ConfigError, UnsupportedError, first_line
 from .read import TrialsDataset
 
 if TYPE_CHECKING:
     from minari import MinariDataset
-
-BOUND = 3.0
-"""Features lie from minus to plus this."""
 
 LEAST_LOSS = 1e-6
 """In nats; what lies below counts as this, as in `PlanRun.gains`."""
@@ -59,8 +56,8 @@ def to_minari(dataset: TrialsDataset, name: str, *, source: str | None = None) -
     most = int(np.max(table["ranks"].combine_chunks().value_lengths().to_numpy()))
     highest = int(np.max(table["ranks"].combine_chunks().flatten().to_numpy()))
     observed = {
-        "modules": spaces.Box(-BOUND, BOUND, (most, len(MODULE_FEATURES)), np.float32),
-        "run": spaces.Box(-BOUND, BOUND, (len(RUN_FEATURES),), np.float32),
+        "modules": spaces.Box(-MOST_FEATURE, MOST_FEATURE, (most, len(MODULE_FEATURES)), np.float32),
+        "run": spaces.Box(-MOST_FEATURE, MOST_FEATURE, (len(RUN_FEATURES),), np.float32),
         "mask": spaces.MultiBinary(most),
     }
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from ...agents.learned.structures import ALL_LINEAR
 from ...agents.training.config import TrainConfig
 from ...agents.training.plan_runs import CHOICES, MOVES, RUNS, PlanRun, read_plan_run
 from ...agents.training.plan_runs import PLAN_RUNS as PLAN_RUNS_FOLDER
+from ...agents.training.real_plan_runs import read_real_plan_runs
+from ...common.files import atomic_path
 from ...common.settings import as_json, from_json
 from ...env.tasks.suites import VERSION
 from ...errors import ConfigError, PolicyFileError, RunFolderError
@@ -54,7 +57,8 @@ class TrainingRuns:
         """Read what a folder holds.
 
         Raises:
-            RunFolderError: the training is not finished, or of a version that did not note its tasks.
+            RunFolderError: the training is not finished, or of a version that did not note its tasks, or the file of
+                further plan runs that it learned from is not there.
         """
         stacks = tuple(sorted((folder / PLAN_RUNS_FOLDER).glob("*.safetensors")))
         if not (folder / CARD).is_file() or not stacks:
@@ -67,6 +71,11 @@ class TrainingRuns:
         except (PolicyFileError, ConfigError) as error:
             raise RunFolderError(f"The training in {folder} cannot be read: {error}") from error
         assert isinstance(policy, LearnedPolicy)
+        if config.more_plan_runs and not Path(config.more_plan_runs).is_file():
+            raise RunFolderError(
+                f"The training in {folder} also learned from the plan runs in {config.more_plan_runs}, and there is no "
+                "such file. Put it back, or call this from the folder in which the training was started."
+            )
         return cls(folder, origin, stacks, card, config, policy)
 
     @property
@@ -77,6 +86,8 @@ class TrainingRuns:
     def files(self) -> Iterator[Path]:
         """All that is read."""
         yield from (self.folder / CARD, *self.stacks)
+        if self.config.more_plan_runs:
+            yield Path(self.config.more_plan_runs)
 
     def rows(self, part: int) -> list[Row]:
         """The rows of some stacks, by stack, decision and slot.
@@ -154,13 +165,35 @@ class TrainingRuns:
             "name": self.folder.name,
             "stacks": len(self.stacks),
             "runs_per_task": RUNS,
-            "training": as_json(TrainConfig, self.config),
+            "training": self._settings(),
             "suite_version": self.card.get("suite_version", VERSION),
             "made_with": self.card.get("versions", {}),
         }
 
     def save_actor(self, folder: Path) -> bool:
         """Write the actor, as a policy without value ensemble."""
-        given = {"name": self.policy.name, "training": self.card["training"]}
+        given = {"name": self.policy.name, "training": self._settings()}
         save_policy(folder, self.policy.network, self.config.schedule, given)
         return True
+
+    def save_more_plan_runs(self, folder: Path) -> None:
+        """Copy the file of further plan runs, if there is one, into the data set.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        if self.config.more_plan_runs:
+            source = Path(self.config.more_plan_runs)
+            read_real_plan_runs(source)
+            with atomic_path(folder / self._more_plan_runs) as temporary:
+                shutil.copyfile(source, temporary)
+
+    @property
+    def _more_plan_runs(self) -> str:
+        """What the file of further plan runs is called in the data set."""
+        return f"more-plan-runs-{self.origin}.safetensors"
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of the training, which name the data set's own copy of further plan runs."""
+        settings: dict[str, Any] = as_json(TrainConfig, self.config)
+        return settings | ({"more_plan_runs": self._more_plan_runs} if self.config.more_plan_runs else {})

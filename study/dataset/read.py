@@ -25,7 +25,7 @@ FACTS, CARD = "dataset.json", "README.md"
 SAMPLE = Path(__file__).parent / "sample"
 """Folder of the data set that ships with the package."""
 
-_NAMES = re.compile(r"trials-\d{5}\.parquet|actor-\d+/(policy\.safetensors|card\.json)")
+_NAMES = re.compile(r"trials-\d{5}\.parquet|actor-\d+/(policy\.safetensors|card\.json)|more-plan-runs-\d+\.safetensors")
 
 MOST_FACTS, MOST_FILE, MOST_UNPACKED = 2**22, 2**31, 2**33
 """Bytes, at most, of `dataset.json`, of any other file, and of one file's rows when they are unpacked."""

@@ -23,7 +23,7 @@ from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
 from ...common.files import sha256
 from ...common.settings import as_json, from_json
 from ...env.proxies.bases import find_base
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, shown
 from .columns import PLAN_RUNS
 from .read import FACTS, TrialsDataset
 
@@ -48,12 +48,19 @@ def training_config(dataset: TrialsDataset) -> TrainConfig:
     """The settings of the training that a data set holds.
 
     Raises:
-        DataError: it holds none, or several, or that of another version.
+        DataError: it holds none, or several, or that of another version, or lacks plan runs that it learned from.
     """
     try:
-        return from_json(TrainConfig, _training(dataset)["training"])
+        config = from_json(TrainConfig, _training(dataset)["training"])
     except (ConfigError, KeyError) as error:
         raise DataError(f"The training in {dataset.folder / FACTS} is of another version: {error}") from error
+    if config.more_plan_runs and config.more_plan_runs not in dataset.facts["files"]:
+        raise DataError(
+            f"The training in {dataset.folder / FACTS} also learned from the plan runs in "
+            f"{shown(config.more_plan_runs)}, which is no file of the data set; so the same value networks cannot be "
+            "fitted. Make the data set again with this version, which copies that file."
+        )
+    return config
 
 
 def refit(dataset: TrialsDataset, config: TrainConfig) -> Refitted:
@@ -66,7 +73,7 @@ def refit(dataset: TrialsDataset, config: TrainConfig) -> Refitted:
     Raises:
         DataError: the data set holds no plan runs, those of several trainings, or damaged ones.
         ConfigError: settings differ that made the data.
-        RunFolderError: the file of further plan runs cannot be read.
+        RunFolderError: the data set's file of further plan runs cannot be read.
     """
     made, given = (as_json(TrainConfig, each) for each in (training_config(dataset), config))
     differing = sorted(name for name in made if name not in FREE and made[name] != given[name])
@@ -82,7 +89,8 @@ def refit(dataset: TrialsDataset, config: TrainConfig) -> Refitted:
         raise DataError(f"{dataset.folder} holds no actor {source['actor']!r}.")
     actor = load_policy(dataset.folder / source["actor"])
     assert isinstance(actor, LearnedPolicy)
-    real = [run.seen_by(actor) for run in more_plan_runs(config)]
+    further = dataset.folder / config.more_plan_runs if config.more_plan_runs else None
+    real = [run.seen_by(actor) for run in more_plan_runs(further)]
     runs = [*plan_runs_of(dataset), *real]
     ensemble = PlanValueEnsemble(ANY_COST)
     facts = fit_value_ensemble(ensemble, plan_dataset(runs), seed=config.seed, workers=config.worker_count)

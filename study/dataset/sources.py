@@ -37,6 +37,9 @@ class Source(Protocol):
     def save_actor(self, folder: Path) -> bool:
         """Write the actor that the rows' scores are of into a folder; False if there is none."""
 
+    def save_more_plan_runs(self, folder: Path) -> None:
+        """Write the plan runs that a training learned from beside those of the rows, if any, into the data set."""
+
 
 def open_source(folder: Path, origin: int) -> Source:
     """The source in a folder.

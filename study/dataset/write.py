@@ -2,6 +2,8 @@
 
     trials-00000.parquet ...   the rows, see `COLUMNS`
     actor-0/                   of each training: the actor that its plan runs were made with
+    more-plan-runs-0.safetensors
+                               of a training that also learned from plan runs of real fine-tunes: these
     dataset.json               sizes, sha256 of all files, and where the rows come from
     README.md                  the data card
 
@@ -73,6 +75,9 @@ def write_dataset(
     return open_dataset(folder)
 
 
+_FILES = ("trials-*.parquet", "actor-*/*", "more-plan-runs-*.safetensors")
+"""Files whose sizes and sha256 `dataset.json` tells."""
+
 _OF_CARD = [column.name for column in COLUMNS if not pa.types.is_list(column.kind)]
 """Columns from which the card counts."""
 
@@ -109,9 +114,10 @@ def _facts(sources: Sequence[Source], folder: Path, tables: Sequence[pa.Table]) 
     told = []
     for origin, source in enumerate(sources):
         actor = f"actor-{origin}"
+        source.save_more_plan_runs(folder)
         told.append(source.facts() | {"actor": actor if source.save_actor(folder / actor) else None})
     files = {}
-    for path in sorted(path for pattern in ("trials-*.parquet", "actor-*/*") for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in _FILES for path in folder.glob(pattern)):
         rows = {"rows": pq.read_metadata(path).num_rows} if path.suffix == ".parquet" else {}
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path), **rows}

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...allocation.observation import with_limit
 from ...allocation.plan import pack
+from ...allocation.time_limit import under_limit
 from ...common.arrays import IntArray
 from ...common.module_names import short_names
 from ...common.units import cost_text
@@ -183,7 +184,7 @@ def _with_caution(case: Case, caution: float) -> IntArray:
 
 def _same_recipe(case: Case, limit: float) -> IntArray:
     """The ranks that the same scores, rank floor and depth bias lead to under another limit."""
-    decision, problem = case.decision, replace(case.observation.problem, limit=limit)
+    decision, problem = case.decision, under_limit(case.observation.problem, limit)
     if not decision.rank_floor:
         raise ConfigError("The decision did not follow from scores and a rank floor: there is no recipe to keep.")
     ranks = pack(problem, decision.scores, decision.rank_floor, decision.depth_bias)

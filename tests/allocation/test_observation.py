@@ -13,7 +13,8 @@ from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.lora.signals import SIGNALS
-from rankpilot.memory.cost import ByteCost
+from rankpilot.memory.cost import ByteCost, moment_costs
+from rankpilot.memory.step_time import SecondsRow
 
 LAYERS, A_LAYER = 3, 2
 RANKS = (0, 1, 0, 64, 4, 8)
@@ -98,6 +99,23 @@ def test_another_limit_is_seen_as_if_it_had_been_there_from_the_start(limit: flo
     np.testing.assert_array_equal(changed.run, expected.run)
     assert changed.problem.limit == limit
     assert seen().problem.limit == 4000, "the observation itself stays as it is"
+
+
+@pytest.mark.parametrize("limit", [2000.0, 4000.0, 11000.0])
+def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
+    count = LAYERS * A_LAYER
+    row = SecondsRow(0.5, np.full(count, 0.01), np.full(count, 0.2), np.eye(count, dtype=np.bool_))
+
+    def timed(limit: float) -> Observation:
+        return seen(cost=row.added_to(seen().problem.cost, limit, 2.3), limit=limit)  # type: ignore[arg-type]
+
+    changed, expected = with_limit(timed(4000.0), limit), timed(limit)
+    np.testing.assert_allclose(changed.modules, expected.modules, atol=1e-6)
+    np.testing.assert_allclose(changed.run, expected.run, atol=1e-6)
+    for ranks in np.random.default_rng(0).choice([0, 1, 8, 32], size=(50, count)):
+        assert changed.problem.fits(ranks) == expected.problem.fits(ranks)
+        costs = [moment_costs(each.problem.cost, ranks) for each in (changed, expected)]
+        np.testing.assert_allclose(costs[0], costs[1], rtol=1e-6)
 
 
 def test_the_signals_are_the_first_features() -> None:

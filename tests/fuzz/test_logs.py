@@ -19,6 +19,7 @@ from rankpilot.allocation.log_part import read_part
 from rankpilot.allocation.plan import check_budget, project
 from rankpilot.allocation.problem_file import problem_bytes, read_problem
 from rankpilot.errors import RunFolderError
+from rankpilot.study.decision.explain import explanations
 from rankpilot.study.decision.replay import replay
 from rankpilot.study.page.data import page_data
 from rankpilot.study.page.html import study_html
@@ -170,6 +171,23 @@ def test_values_that_are_missing_or_of_two_decisions(
 ) -> None:
     put(log, with_column(table_of(log), name, values))
     with pytest.raises(RunFolderError, match=words):
+        log.read()
+
+
+@pytest.mark.parametrize("number", [2, 2**31 - 1])
+def test_a_decision_that_is_not_the_one_of_its_name(log: DecisionLog, number: int) -> None:
+    """Pages have a place for each decision up to the last one, so its number is no stranger's to choose."""
+    put(log, with_column(table_of(log), "decision", [number] * 3))
+    with pytest.raises(RunFolderError, match=f"it is of decision {number}; its name says another"):
+        log.read()
+    assert log.read(lambda error: None)["decision"].unique().to_pylist() == [0, 2]
+    assert len(explanations(log, find_rule("signal-mean"), what_ifs=False)) == 3
+
+
+def test_a_decision_of_a_number_that_no_run_reaches(log: DecisionLog) -> None:
+    put(log, with_column(table_of(log), "decision", [2**31 - 1] * 3))
+    (log.folder / PART).rename(log.folder / f"part-{2**31 - 1}.parquet")
+    with pytest.raises(RunFolderError, match="or one above 999,999"):
         log.read()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -94,3 +96,32 @@ def test_a_slow_round_and_a_spike_change_nothing() -> None:
     seconds[2, 3] *= 9
     found = usual_seconds(seconds)
     assert found / found[0] == pytest.approx(usual)
+
+
+def test_a_step_on_another_device_than_the_current_one_is_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are recorded on the current device; these are stand-ins that note which one it is."""
+    current, noted = [0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            noted.append(current[-1])
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 250.0
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    assert measured_time._seconds(torch.device("cuda", 1), lambda: noted.append(current[-1])) == 0.25
+    assert noted == [1, 1, 1]

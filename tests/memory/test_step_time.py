@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from rankpilot.errors import ConfigError
@@ -49,6 +52,27 @@ def test_a_plan_takes_the_sum_of_its_parts(time, ranks, layers, seconds):
     assert time.seconds(plan, layers) == pytest.approx(seconds)
     assert time.parts(plan, layers).sum() == pytest.approx(seconds)
     assert time.seconds(plan) == time.seconds(plan, ()), "no layer runs again by default"
+
+
+@pytest.mark.parametrize("layers", [(), ("upper",), ("lower", "upper")])
+def test_the_seconds_are_those_of_the_row(time, layers):
+    row, generator = time.row(layers), np.random.default_rng(0)
+    for ranks in generator.choice([0, 1, 8], size=(20, 5)):
+        assert time.seconds(ranks, layers) == row.seconds(ranks)
+
+
+def test_seconds_take_no_memory_for_pairs_of_modules(time):
+    count = 4000
+    needs, ones = np.ones((2, count), dtype=bool), np.ones(count)
+    lists = ("per_rank", "adapters", "again", "again_per_rank")
+    large = replace(time, needs=needs, layer_needs=needs, layer_of=0 * ones.astype(int), **dict.fromkeys(lists, ones))
+    ranks = np.full(count, 8)
+    tracemalloc.start()
+    large.seconds(ranks, ("lower",))
+    large.parts(ranks)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * count, "as an identity matrix it would be 4,000 bytes for each module"
 
 
 def test_factors_scale_the_parts(time):

@@ -79,7 +79,7 @@ def test_little_temperature_takes_the_best_that_fits(make_observation: MakeObser
 
 @pytest.mark.parametrize("temperature", [0, -1, "warm", float("nan"), float("inf")])
 def test_a_temperature_that_cannot_be(policy: LearnedPolicy, temperature: Any) -> None:
-    with pytest.raises(ConfigError, match="a temperature above 0"):
+    with pytest.raises(ConfigError, match="a temperature above 0, in the unit of the votes"):
         exploring(policy, temperature)
 
 

@@ -47,6 +47,7 @@ from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suites import find_tasks
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
 from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ...cases import first_cases
@@ -431,6 +432,20 @@ def test_the_value_ensemble_learns_from_real_fine_tunes_too(tmp_path: Path) -> N
     assert not (tmp_path / "other").exists(), "it is read before anything else"
     with pytest.raises(ConfigError, match="more_plan_runs needs plan_tasks above 0"):
         dataclasses.replace(config, plan_tasks=0)
+
+
+def test_what_a_training_opened_is_closed_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    for kind in (Logger, ProxyVecEnv):
+        monkeypatch.setattr(kind, "close", lambda self: closed.append(type(self)))
+
+    def fails(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(training, "_begin", fails)
+    with pytest.raises(Killed):
+        train(BARE, tmp_path / "pilot")
+    assert closed == [Logger, ProxyVecEnv]
 
 
 # The best network -----------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def test_refusals() -> None:
     assert envs.get_attr("num_envs", [0]) == [2]
     assert envs.step(np.zeros((2, 30), dtype=np.float32))[3][0]["step"] == 2
     envs.close()
+    assert envs.envs.closed
 
 
 def test_vectors_that_reset_late_are_refused() -> None:

@@ -21,7 +21,7 @@ from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episode_record import EpisodeRecord
-from rankpilot.env.episodes import single, stack_trainer
+from rankpilot.env.episodes import single, stack_trainer, stacked
 from rankpilot.env.episodes.single import Episode, reference_of, rule_losses
 from rankpilot.env.episodes.slots import StackedConfig, StackedRankAllocation
 from rankpilot.env.episodes.stacked import StackedEpisodes
@@ -479,6 +479,46 @@ def test_fresh_seeds(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) ->
     assert one.reset()[1]["task"].tolist() != infos["task"].tolist()
     ruled = make_vector(1, schedule=schedule, fresh_seeds=True, against="signal-mean")
     assert ruled.reset(seed=3)[1]["uniform_loss"].tolist() == [2.5], "a measure of headroom, as the task has it"
+
+
+def test_probes_and_references_of_tasks_long_ago_are_forgotten(
+    make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacked, "REMEMBERED", 3)
+    core = StackedRankAllocation(StackedConfig(2, BASE, schedule=schedule))
+    stays, *others = (make_task(seed=seed) for seed in range(7))
+    core.start({0: stays})
+    seen, reference = core.records[0].observation, core.episodes.reference(stays)
+    for task in others:
+        core.start({1: task})
+        for known in (core.episodes._probes, core.episodes._references):
+            assert len(known) <= 3
+            assert {stays, task} <= set(known), "those under way stay"
+    core.start({0: others[0]})
+    core.start({1: others[1]})
+    assert stays not in core.episodes._probes
+    core.start({0: stays})
+    assert core.episodes.reference(stays) == reference
+    np.testing.assert_array_equal(core.records[0].observation.modules, seen.modules)
+
+
+def test_a_start_that_fails_leaves_no_episode_under_way(
+    make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    envs = make_vector(2, task=make_task(reference=Reference(3.0, 2.5)), schedule=schedule, render_mode="ansi")
+    envs.reset(seed=0)
+    actions = np.full((2, 28), 10)
+    for _ in schedule.fractions[1:]:
+        envs.step(actions)
+    with monkeypatch.context() as patch:
+        patch.setattr(envs.core, "start", lambda tasks: next(iter(())))
+        with pytest.raises(StopIteration):
+            envs.step(actions)
+    with pytest.raises(ConfigError, match="No episode is under way"):
+        envs.step(actions)
+    assert envs.render() is None
+    envs.reset(seed=0)
+    envs.step(actions)
 
 
 @pytest.mark.parametrize("kind", ["shift", "planted"])

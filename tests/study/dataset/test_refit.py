@@ -19,13 +19,15 @@ from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
 from rankpilot.agents.training import task_sampling
 from rankpilot.agents.training.config import TrainConfig
-from rankpilot.agents.training.plan_runs import plan_dataset, read_plan_run
+from rankpilot.agents.training.plan_runs import RUNS, plan_dataset, read_plan_run
+from rankpilot.agents.training.real_plan_runs import RealPlanRun, write_real_plan_runs
 from rankpilot.agents.training.train import finish, train
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.files import read_json, sha256
 from rankpilot.env.tasks.suites import find_tasks
-from rankpilot.errors import ConfigError, DataError, PolicyFileError
-from rankpilot.study.dataset import TrialsDataset
+from rankpilot.errors import ConfigError, DataError, PolicyFileError, RunFolderError
+from rankpilot.study.dataset import TrialsDataset, open_dataset
 from rankpilot.study.dataset.refit import plan_runs_of, refit, save_refitted, training_config
 
 from .conftest import CONFIG, STACKS, write_training
@@ -153,6 +155,71 @@ def test_a_training_that_does_not_fit(dataset: TrialsDataset, tmp_path: Path, da
         (folder / "actor-0" / WEIGHTS).write_bytes(b"half")
     with pytest.raises(expected):
         refit(TrialsDataset(folder, facts), CONFIG)
+
+
+# Further plan runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def further(training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a training that also learned from `packed`, a file in the working directory."""
+    generator = np.random.default_rng(0)
+    real = RealPlanRun(
+        task="a task",
+        family="a family",
+        names=("a", "b", "c"),
+        modules=generator.normal(size=(3, len(MODULE_FEATURES))).clip(-3, 3).astype(np.float32),
+        run=generator.normal(size=len(RUN_FEATURES)).clip(-3, 3).astype(np.float32),
+        ranks=generator.choice([0, 8, 16], size=(RUNS, 3)),
+        losses=generator.uniform(1, 2, size=RUNS),
+        train_losses=np.ones((RUNS, 3), dtype=np.float32),
+        initial=3.0,
+        choices=np.zeros(RUNS, dtype=np.int8),
+    )
+    monkeypatch.chdir(tmp_path)
+    write_real_plan_runs([real], Path("packed"))
+    shutil.copytree(training, tmp_path / "pilot")
+    card = tmp_path / "pilot" / CARD
+    card.write_text(card.read_text().replace('"more_plan_runs": null', '"more_plan_runs": "packed"'))
+    return tmp_path / "pilot"
+
+
+def test_further_plan_runs_are_in_the_data_set_and_learned_from(
+    further: Path, dataset_of: Callable[..., TrialsDataset]
+) -> None:
+    found, name = dataset_of(further), "more-plan-runs-0.safetensors"
+    assert found.facts["files"][name]["sha256"] == sha256(Path("packed"))
+    assert training_config(found).more_plan_runs == name
+    assert read_json(found.folder / "actor-0" / CARD)["training"]["more_plan_runs"] == name
+    assert f"which are no rows; they are in `{name}`." in (found.folder / "README.md").read_text()
+    Path("packed").unlink()
+    Path(name).write_bytes(b"another file of this name, in the working directory")
+    assert refit(found, training_config(found)).facts["runs"] == (3 + 1) * RUNS
+    (found.folder / name).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="missing or damaged"):
+        open_dataset(found.folder)
+
+
+@pytest.mark.parametrize("name", ["packed", "/etc/passwd", "more-plan-runs-0.safetensors"])
+def test_further_plan_runs_that_are_no_file_of_the_data_set(
+    dataset: TrialsDataset, further: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The file is there; but a data set names it that does not hold it."""
+    facts = json.loads(json.dumps(dataset.facts))
+    facts["sources"][0]["training"]["more_plan_runs"] = name
+    stranger = TrialsDataset(dataset.folder, facts)
+    for read in (training_config, lambda found: refit(found, dataclasses.replace(CONFIG, more_plan_runs=name))):
+        with pytest.raises(DataError, match=f"'{name}', which is no file of the data set"):
+            read(stranger)
+
+
+def test_further_plan_runs_that_are_gone(further: Path, dataset_of: Callable[..., TrialsDataset]) -> None:
+    Path("packed").write_bytes(b"damaged")
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        dataset_of(further)
+    Path("packed").unlink()
+    with pytest.raises(RunFolderError, match=re.escape("plan runs in packed, and there is no such file")):
+        dataset_of(further)
 
 
 def test_the_stacks_are_those_of_the_files(dataset: TrialsDataset) -> None:

@@ -15,13 +15,17 @@ import pytest
 import yaml
 from rankpilot.agents.evaluation.results import read_rows
 from rankpilot.agents.evaluation.runs import log_folder
-from rankpilot.agents.training.plan_runs import CHOICES, RUNS
+from rankpilot.agents.learned.candidates import FIXED_NAMES
+from rankpilot.agents.learned.structures import ALL_LINEAR
+from rankpilot.agents.training.plan_runs import CHOICES, PLAN_CHOICES, RUNS, STRUCTURE
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.goal import LOSS_UNIT
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.study.dataset import TrialsDataset, open_dataset
 from rankpilot.study.dataset import write as module
 from rankpilot.study.dataset.columns import COLUMNS
+from rankpilot.study.dataset.read import SAMPLE
 from rankpilot.study.dataset.write import write_dataset
 
 from ...cases import first_cases
@@ -172,6 +176,17 @@ def test_the_card_tells_behaviours_splits_columns_and_flaws(dataset: TrialsDatas
     for title in ("Behaviours", "Splits and seeds", "Columns", "Known flaws", "Licence", "How it was made"):
         assert f"\n## {title}\n" in body
     assert "seed 4" in body
+
+
+def test_the_card_tells_what_plan_runs_take_and_what_is_learned_from_them(dataset: TrialsDataset) -> None:
+    for card in ((dataset.folder / "README.md").read_text(), (SAMPLE / "README.md").read_text()):
+        assert f"asinh((gain - gain of plain LoRA) / {LOSS_UNIT})" in card
+        words = " ".join(card.split())
+        assert "the first has plain LoRA, the next five take the five fixed candidates, four draw" in words
+        assert "and the last five draw one of the plans of a kind" in words
+    drawn, less = (PLAN_CHOICES.count(name) for name in ("drawn", "drawn for less"))
+    assert (ALL_LINEAR, *FIXED_NAMES, *["drawn"] * drawn, *["drawn for less"] * less, *STRUCTURE) == PLAN_CHOICES
+    assert (len(FIXED_NAMES), drawn, less, len(STRUCTURE)) == (5, 2, 2, 5)
 
 
 def test_other_tools_read_it(dataset: TrialsDataset, tmp_path: Path) -> None:

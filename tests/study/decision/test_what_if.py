@@ -17,8 +17,10 @@ from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import ConfigError
 from rankpilot.lora.signals import SIGNALS
+from rankpilot.memory.cost import ParameterCost
+from rankpilot.memory.step_time import SecondsRow
 from rankpilot.study.decision.case import SIGNAL_COLUMNS, Case, with_least, with_most, with_signals
-from rankpilot.study.decision.what_if import Question, drawn_question, usual_questions, what_if
+from rankpilot.study.decision.what_if import Kind, Question, drawn_question, usual_questions, what_if
 
 
 def test_drawn_statements_are_true(logs: list[DecisionLog], policy: LearnedPolicy) -> None:
@@ -112,6 +114,24 @@ def test_the_same_recipe_under_another_budget_keeps_scores(
     assert means == sorted(means)
     assert means[0] < means[-1]
     np.testing.assert_array_equal(question.plan(case, 0), decisions[0].ranks("rank_after"))
+
+
+@pytest.mark.parametrize("kind", ["budget", "recipe budget"])
+def test_another_budget_leaves_the_limit_of_time(
+    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision], kind: Kind
+) -> None:
+    """Time is what stops the plan, so more budget does not change it, and less does once it is the tighter limit."""
+    modules, limit, seconds = 8, 6400.0, 2.0
+    row = SecondsRow(1.0, np.full(modules, 0.03), np.zeros(0), np.zeros((0, modules), dtype=np.bool_))
+    cost = row.added_to(ParameterCost(np.full((1, modules), 100.0)), limit, seconds)
+    rule = find_rule("signal-mean")
+    case = Case(log_decision(make_observation(modules, cost=cost, limit=limit), rule), rule)
+    assert 1.9 < row.seconds(case.plan) <= seconds
+    assert what_if(case, Question(kind, 1)) is None
+    for steps in (100, 400):
+        assert row.seconds(Question(kind, 1).plan(case, steps)) <= seconds
+    smaller = Question(kind, -1).plan(case, 800)
+    assert smaller.sum() * 100 <= 0.2 * limit + 1
 
 
 def test_rules_can_be_asked_too(
