@@ -191,5 +191,8 @@ def limits(results: Results) -> list[Block]:
         "a probe and of fresh adapter rows alone, and what lies between them is as much as luck makes.",
     ]
     if results.missing:
-        lines.append(f"{len(results.missing)} pairs of method and cell have not been run yet.")
+        cells = "; ".join(
+            dict.fromkeys(cell.name for cell in results.cells if cell.name in {c for _, c in results.missing})
+        )
+        lines.append(f"{len(results.missing)} pairs of method and cell have not been run yet, in: {cells}.")
     return [Heading("Limits"), Bullets(tuple(lines))]
