@@ -26,7 +26,7 @@ EXPLAINED = {
     "methods": ("--suite", "--workers", "--cluster", "--pack", "--json", "paired seeds", "tuning seeds"),
     "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap", "worse by construction"),
     "policy": ("--seeds", "--pack", "--rows", "--page", "--json", "test split", "oracle"),
-    "aims": ("--page", "--json", "stored rows", "written down before"),
+    "aims": ("--page", "--json", "stored rows", "set before the policy was trained"),
     "plan-runs": ("--cells", "--minutes", "--pack", "--quick", "plain lora", "share seed and batches"),
     "transfer": ("--policies", "--quick", "--json", "--resume", "reuters", "same bytes"),
 }
