@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a model that continues a text")
-parser.add_argument("--budget", default="70%", help="bytes, or a share of what uniform rank 8 takes")
+parser.add_argument("--budget", default="70%", help="bytes, or a share of what plain LoRA takes")
 parser.add_argument("--batch-size", type=int, default=8, help="micro_batch_size of the axolotl run")
 parser.add_argument("--output", default="runs/axolotl-lora.yaml")
 options = parser.parse_args()

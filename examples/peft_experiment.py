@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="meta-llama/Llama-3.2-3B")
 parser.add_argument("--data", help="a .jsonl file of query and response, in place of meta-math/MetaMathQA")
-parser.add_argument("--budget", default="60%", help="bytes, or a share of what all-linear rank 8 takes")
+parser.add_argument("--budget", default="60%", help="bytes, or a share of what plain LoRA takes")
 parser.add_argument("--length", type=int, default=768, help="tokens of a row at most")
 parser.add_argument("--output", type=Path, default=Path("experiments/lora/llama-3.2-3B-rankpilot-60"))
 options = parser.parse_args()

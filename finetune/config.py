@@ -31,7 +31,8 @@ class FinetuneConfig(StepConfig):
         budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what plain LoRA takes (rank 8 on all
             modules), "auto" for nine tenths of what is free on the device, or "300k params", which counts the adapter's
             parameters alone.
-        compare_uniform: also run LoRA with one rank on all modules in the same budget, and compare.
+        compare_uniform: also run uniform rank in the same budget, which is one rank on as many top layers as can have
+            rank 8, and compare.
         compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.
         task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
             data decide.

@@ -21,7 +21,7 @@ from .trainer_step import TrainerStep, find_trainer
 
 
 class UniformRanks(TrainerCallback):  # type: ignore[misc]
-    """Gives all modules the largest equal rank that fits a budget, before the first step.
+    """Gives as many top layers as can have rank 8 the largest equal rank that fits a budget, before the first step.
 
     Args:
         budget: the limit, as for `RankPilotCallback`.

@@ -26,8 +26,8 @@ for _index, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {f"{_prefix}b": 1000**_index, f"{_prefix}ib": 1024**_index}
 
 _FORMS = (
-    "'6GiB', '350MB', a whole number of bytes from 1024 on, '24GiB total' (the frozen model included), '80%' (of the "
-    "uniform run's bytes), '300k params' or 'auto'"
+    "'6GiB', '350MB', a whole number of bytes from 1024 on, '24GiB total' (the frozen model included), '80%' (of what "
+    "plain LoRA takes, rank 8 on all modules), '300k params' or 'auto'"
 )
 
 AUTO_SHARE = 0.9

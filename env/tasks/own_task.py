@@ -55,7 +55,7 @@ class OwnTask:
         steps: optimiser steps of an episode.
         batch_size: rows a step.
         learning_rate: peak of a linear decay.
-        budget: of a training step: "6GiB", "350MB", "80%" of what uniform rank 8 takes, or "300k params".
+        budget: of a training step: "6GiB", "350MB", "80%" of what rank 8 on all modules takes, or "300k params".
         collate: makes a batch of rows, a dictionary of tensors, "labels" included; transformers' default, which needs
             rows of one length.
         target_modules: of a plain model, as in `peft.LoraConfig`.

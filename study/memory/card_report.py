@@ -57,7 +57,7 @@ def _largest_text(outlook: Outlook) -> str:
     """What to do where the batch that was asked for does not fit."""
     fitting = [cell for cell in outlook.grid if cell.recomputed is not None]
     if not fitting:
-        smaller = "--quantize nf4, " if outlook.settings.quantization != "nf4" else ""
+        smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" else ""
         return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
     largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
     how = recomputed_text(outlook, largest.recomputed or 0)

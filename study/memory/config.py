@@ -24,7 +24,7 @@ class MemoryConfig(StepConfig):
             data decide, or else the model's architecture.
         labels: number of classes or tags, for a classification without data.
         budget: also show which plans the rules make inside this budget, and what fits it: "6GiB", "350MB", "80%" of
-            what uniform rank 8 takes, "300k params" or "auto" (90 % of what is free on the device).
+            what plain LoRA takes (rank 8 on all modules), "300k params" or "auto" (90 % of what is free on the device).
         measure: also run real steps, and show measured beside predicted bytes.
         text_column: name of the column with the text, or with the tokens.
         label_column: name of the column with the class, the number, the tags or the target text.
