@@ -49,7 +49,7 @@ with, see `Inputs`."""
 RUN_FEATURE_TABLE = (
     Feature("progress", "share of the run's steps that are done", _SHARE),
     Feature("decisions_left", "decisions after this one, over 4", _UP_TO_THREE),
-    Feature("budget", "the budget over what uniform rank 8 takes", _UP_TO_THREE),
+    Feature("budget", "the budget over what rank 8 on all modules takes", _UP_TO_THREE),
     Feature("spent", "cost of the current ranks over the budget", _UP_TO_THREE),
     Feature("modules", "log2 of the number of modules, over 10", _UP_TO_THREE),
     Feature("depth", "share of the layers that are adapted", _SHARE),

@@ -71,7 +71,8 @@ class Goal:
             return "the lowest loss within the budget"
         cost = {"time": "least time a step", "bytes": "fewest bytes"}[self.kind]
         return (
-            f"the {cost}, with a loss that is surely at most {self.tolerance:.2g} (log) above that of all-linear rank 8"
+            f"the {cost}, with a loss that is surely at most {self.tolerance:.2g} (log) above "
+            "that of rank 8 on all modules"
         )
 
 

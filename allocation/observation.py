@@ -60,7 +60,7 @@ class RunState:
     Attributes:
         progress: share of its steps that are done, 0 to 1.
         decisions_left: decisions after this one.
-        reference_cost: what uniform rank 8 costs, in the unit of the budget.
+        reference_cost: what rank 8 on all modules costs, in the unit of the budget.
         first_loss: training loss at the start of the probe, > 0.
         losses: mean training loss of each interval so far; empty at the first decision.
         total_steps: optimiser steps of the run.

@@ -47,7 +47,7 @@ class Course:
     """Which fine-tunes are run.
 
     Attributes:
-        rates: learning rate by data set and share of the bytes that uniform rank 8 takes.
+        rates: learning rate by data set and share of the bytes that rank 8 on all modules takes.
         seeds: how many, from 0.
         steps: of a run.
         length: tokens of a row at most.

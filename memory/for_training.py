@@ -63,10 +63,10 @@ def plan_costs(
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
-    A share is a share of what *plain* LoRA of uniform rank 8 takes, without signal buffers. With `recompute`, layers
-    may run again in the backward pass, as all do in the step as it is set: plans cost what `recomputed_cost` says, and
-    a share is one of what plain LoRA takes where none does. Under a budget of parameters nothing is measured. See
-    `measure_memory` for the other arguments.
+    A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers. With `recompute`,
+    layers may run again in the backward pass, as all do in the step as it is set: plans cost what `recomputed_cost`
+    says, and a share is one of what plain LoRA takes where none does. Under a budget of parameters nothing is measured.
+    See `measure_memory` for the other arguments.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None), None)

@@ -162,10 +162,10 @@ class Outlook:
     def fitting(self, layers: int, rank: int) -> Choice:
         """The same with as few recomputed layers as fit, the allocator's reserve included where that is possible."""
         ranks = self.plan(layers, rank)
-        chosen = fewest_recomputed(self.memory, ranks, self.room)
+        chosen = fewest_recomputed(self.memory, ranks, self._room_for_tensors)
         choice, holding = self.choice(layers, rank, chosen), holding_layers(self.memory, ranks)
         while choice.use.verdict != "fits" and len(choice.recomputed) < len(holding):
-            choice = self.choice(layers, rank, holding[: len(choice.recomputed) + max(1, len(holding) // 8)])
+            choice = self.choice(layers, rank, holding[: len(choice.recomputed) + 1])
         return choice
 
     @cached_property
@@ -209,9 +209,8 @@ class Outlook:
         return tuple(self._cell(BatchShape(count, length)) for length in lengths for count in rows)
 
     def _cell(self, shape: BatchShape) -> GridCell:
-        ranks = self.plan(self.blocks, self.rank)
+        ranks, room = self.plan(self.blocks, self.rank), self._room_for_tensors
         taken = self.card.memory_bytes - self.room
-        room = self.card.memory_bytes / (1 + self._reserve_share) - taken
         chosen = fewest_recomputed(self.memory, ranks, room, shape)
         peak = self.memory.recomputing(chosen).peak(ranks, shape)
         return GridCell(shape, len(chosen) if peak <= room else None, (peak + taken) * (1 + self._reserve_share))
@@ -230,6 +229,11 @@ class Outlook:
             seconds = self._time.seconds(ranks, holding[:count])
             points.append((count, (peak + taken) * (1 + self._reserve_share), seconds / self._plain_seconds))
         return points
+
+    @property
+    def _room_for_tensors(self) -> float:
+        """What is left of `room` where the allocator's reserve is the share that it is for the batch asked for."""
+        return self.room - self.card.memory_bytes * (1 - 1 / (1 + self._reserve_share))
 
     @cached_property
     def _reserve_share(self) -> float:

@@ -35,7 +35,7 @@ class Row:
         base: proxy base.
         family: "llama", "bert" or "gpt2".
         depth: layers of the base.
-        budget: share of what uniform rank 8 takes.
+        budget: share of what rank 8 on all modules takes.
         cost_kind: what is counted; see `ProxyTask.cost_kind`.
         place: where a change was planted, or the text that was shifted to.
         initial_loss: before training.

@@ -32,7 +32,7 @@ QUICK, FULL = (4, 30), (4, 30, 36, 143)
 """Layers of seven modules each."""
 
 BUDGET = 0.6
-"""Share of what uniform rank 8 takes."""
+"""Share of what rank 8 on all modules takes."""
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ BUDGETS: dict[tuple[str, str], Counts] = {
     ("shift", "test"): {"parameters": 8, "low": 12, "middle": 24, "high": 2, "checkpointed": 14},
 }
 """How many tasks of each split have each kind of budget: a number of parameters; bytes from one module at rank 1 to
-30 % of what uniform rank 8 takes, from there to all of it, from there to rank 32 everywhere; the whole range of bytes
-under gradient checkpointing."""
+30 % of what rank 8 on all modules takes, from there to all of it, from there to rank 32 everywhere; the whole range of
+bytes under gradient checkpointing."""
 
 MORE: dict[str, Counts] = {
     "planted": {"low": 5, "middle": 7},
@@ -73,11 +73,12 @@ MORE: dict[str, Counts] = {
 alone."""
 
 BANDS = {"30 to 50 %": (0.3, 0.5), "50 to 75 %": (0.5, 0.75), "75 to 100 %": (0.75, 1.0)}
-"""Kinds of budget that are bytes, as shares of what uniform rank 8 takes."""
+"""Kinds of budget that are bytes, as shares of what rank 8 on all modules takes."""
 
 LARGE_BATCH = {"train": 24, "validation": 8, "test": 32}
-"""Tasks of each suite whose budget is bytes of a step with many rows, up to what uniform rank 8 takes: there a rank on
-a whole layer takes 0.3 to 1.9 % of what one more layer takes, nearly as in large fine-tunes, in place of 2 to 4 %."""
+"""Tasks of each suite whose budget is bytes of a step with many rows, up to what rank 8 on all modules takes: there a
+rank on a whole layer takes 0.3 to 1.9 % of what one more layer takes, nearly as in large fine-tunes, in place of 2 to
+4 %."""
 
 MANY_ROWS = (16, 32, 64)
 """Rows of these steps."""
@@ -150,7 +151,7 @@ def _budget(base: str, suite: str, kind: str, turn: int, generator: np.random.Ge
 
 
 def budget_range(task: ProxyTask) -> tuple[float, float]:
-    """From one module at rank 1 to rank 32 everywhere, as shares of what uniform rank 8 takes."""
+    """From one module at rank 1 to rank 32 everywhere, as shares of what rank 8 on all modules takes."""
     cost, (_, targets) = ProxyFineTune(task).cost(), adapted_base(task.base)
     most = np.array([target.max_rank for target in targets], dtype=np.int64)
     single = [plan_cost(cost, np.eye(len(targets), dtype=np.int64)[index]) for index in range(len(targets))]

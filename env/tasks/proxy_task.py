@@ -35,7 +35,7 @@ class ProxyTask:
         kind: "planted", "shift" or "classify".
         seed: of data, teacher and adapters.
         base: name of a proxy base.
-        budget: share of what uniform rank 8 takes, > 0.
+        budget: share of what rank 8 on all modules takes, > 0.
         unit: what is counted: "bytes" at the peak of a step, or "parameters" of the adapter.
         checkpointing: whether bytes are those of a step with gradient checkpointing. Losses do not depend on it.
         priced_rows: rows of the step whose bytes are counted, more than batch_size; batch_size if None. A proxy can

@@ -49,7 +49,8 @@ class TaskStream:
         """The task of the next episode.
 
         Args:
-            options: of `reset`: "task" in place of a drawn one; "budget", as a share of what uniform rank 8 takes.
+            options: of `reset`: "task" in place of a drawn one; "budget", as a share of what rank 8 on all modules
+                takes.
 
         Raises:
             ConfigError: an unknown option, or a budget that the task cannot have.
@@ -66,7 +67,7 @@ class TaskStream:
         budget = options["budget"]
         if not is_real(budget):
             raise ConfigError(
-                f"The option budget is a share of what uniform rank 8 takes, such as 0.5; got {shown(budget)}."
+                f"The option budget is a share of what rank 8 on all modules takes, such as 0.5; got {shown(budget)}."
             )
         if not isinstance(task, ProxyTask):
             raise ConfigError(f"The option budget is for proxy tasks; give task {task.id} its budget when you make it.")

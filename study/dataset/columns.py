@@ -52,7 +52,7 @@ _TASK = (
     Column("kind", _TEXT, "", '"planted", "shift" or "classify"'),
     Column("base", _TEXT, "", "proxy base"),
     Column("place", _TEXT, "", "where a change was planted, or the text that was shifted to"),
-    Column("budget", _DOUBLE, "share", "limit, as a share of what uniform rank 8 takes"),
+    Column("budget", _DOUBLE, "share", "limit, as a share of what rank 8 on all modules takes"),
     Column("total_steps", _WHOLE, "steps", "optimiser steps of the run; null for a task of no suite"),
     Column("learning_rate", _DOUBLE, "", "peak of a linear decay (AdamW); null for a task of no suite"),
     Column("cost_kind", _TEXT, "", 'the budget counts "bytes", "checkpointed", "large batch" or "parameters"'),

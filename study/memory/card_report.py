@@ -109,7 +109,7 @@ def choice_table(outlook: Outlook) -> Table:
                 f"{count / 2**30:.2f}".replace("-", "−")
                 for count in (choice.step_bytes, use.total_bytes, use.spare_bytes)
             ),
-            "no" if use.verdict == "does not fit" else use.verdict,
+            use.verdict,
             f"{choice.time:.2f}",
         )
     return table

@@ -24,7 +24,7 @@ def traits_of(row: Row, decisions: Sequence[LoggedDecision]) -> dict[str, float]
     found = {
         "planted task": float(row.kind == "planted"),
         "budget counts bytes": float(row.cost_kind != "parameters"),
-        "budget, share of uniform rank 8": row.budget,
+        "budget, share of plain LoRA": row.budget,
         "layers of the base": float(row.depth),
         "share of modules adapted": float(adapted.mean()),
         "share of layers adapted": len(np.unique(blocks[adapted])) / len(np.unique(blocks)),

@@ -467,7 +467,7 @@ def test_the_budget_of_one_episode(make_env: MakeEnv, make_task: MakeTask) -> No
         env.reset(options={"budget": -1.0})
     with pytest.raises(ConfigError, match=r"Options of reset are 'task' and 'budget'; got \['bugdet'\]"):
         env.reset(options={"bugdet": 0.5})
-    with pytest.raises(ConfigError, match=r"a share of what uniform rank 8 takes, such as 0\.5; got '50%'"):
+    with pytest.raises(ConfigError, match=r"a share of what rank 8 on all modules takes, such as 0\.5; got '50%'"):
         env.reset(options={"budget": "50%"})
     with pytest.raises(ConfigError, match="task is a ProxyTask or an OwnTask; got 'x'"):
         env.reset(options={"task": "x"})

@@ -104,7 +104,7 @@ def test_peaks_are_predicted_with_buckets(name: str, tmp_path: Path) -> None:
         assert outcome["checks"]
         for _, predicted, measured in outcome["checks"]:
             assert 0.985 * predicted < measured <= predicted
-    # Buckets are one more copy of the gradients, which a share of uniform rank 8 pays for as well.
+    # Buckets are one more copy of the gradients, which a share of what plain LoRA takes pays for as well.
     assert several[0]["limit"] != one["limit"]
 
 

@@ -53,5 +53,5 @@ def test_options_of_reset(make_task: MakeTask) -> None:
     for given in (0, "", False):
         with pytest.raises(ConfigError, match=f"task is a ProxyTask or an OwnTask; got {given!r}"):
             one.take({"task": given})
-    with pytest.raises(ConfigError, match=r"a share of what uniform rank 8 takes, such as 0\.5; got True"):
+    with pytest.raises(ConfigError, match=r"a share of what rank 8 on all modules takes, such as 0\.5; got True"):
         one.take({"budget": True})

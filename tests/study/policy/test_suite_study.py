@@ -119,7 +119,7 @@ def test_traits_of_one_run(study: SuiteStudy) -> None:
     assert found["share of modules adapted"] == len(adapted) / len(ranks)
     layers = {name.split("layers.")[1].split(".")[0] for name in adapted}
     assert found["share of layers adapted"] == len(layers) / 4
-    assert found["budget, share of uniform rank 8"] == 0.4
+    assert found["budget, share of plain LoRA"] == 0.4
     votes = first.deliberation
     assert votes is not None
     assert found["expected gain"] == pytest.approx(np.mean(votes.votes[:, votes.plan]))
