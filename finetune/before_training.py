@@ -24,12 +24,13 @@ from ..common.arrays import IntArray
 from ..data.batches import count_predictions, predicted_share
 from ..errors import BudgetError, DataError
 from ..lora.adapters import PeftAdapters
+from ..lora.ladder import RankLadder
 from ..lora.optimizer_state import drop_foreign_state, kept_state, reset_state
 from ..lora.resize import is_trained, reset_adapters, resize
 from ..lora.scaling import reference_scaling
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
 from ..memory.budget import Budget, free_bytes
-from ..memory.for_training import PlanCosts, measure_memory, plan_costs
+from ..memory.for_training import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
@@ -59,7 +60,13 @@ Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
 
 
 def run_costs(
-    run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, *, signals: bool, recompute: bool = False
+    run: TrainingRun,
+    targets: Sequence[TargetModule],
+    budget: Budget,
+    *,
+    signals: bool,
+    recompute: bool = False,
+    kept: IntArray | None = None,
 ) -> PlanCosts:
     """What plans cost on a run's largest batch, and the limit that a budget sets them.
 
@@ -69,11 +76,11 @@ def run_costs(
         budget: the limit as its user gave it.
         signals: whether plans pay for signal buffers.
         recompute: whether layers may run again in the backward pass; see `plan_costs`.
+        kept: ranks of adapters that are trained already; see `Budget.resolve`.
     """
     budget = within_all(run, budget)
-    return run.measured(
-        lambda: plan_costs(budget, run.step, targets, run.largest_batch(), signals=signals, recompute=recompute)
-    )
+    told = partial(plan_costs, budget, run.step, targets, signals=signals, recompute=recompute, kept=kept)
+    return run.measured(lambda: told(run.largest_batch()))
 
 
 def within_all(run: TrainingRun, budget: Budget) -> Budget:
@@ -149,7 +156,8 @@ def prepare(
         drop_foreign_state(run.optimizer, parameters)
     else:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, parameters)
-    costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None)
+    kept = _ranks_that_hold(targets) if keeps else None
+    costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None, kept=kept)
     limit = costs.limit.value
     timed = time_limit(run, targets, time, costs.memory, limit, recomputation) if time else None
     _check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
@@ -245,6 +253,13 @@ def learned_kept(
         note(told)
     elif run.replicas.processes.first:
         logger.warning(told)
+
+
+def _ranks_that_hold(targets: Sequence[TargetModule]) -> IntArray:
+    """The least ranks of the ladder that take nothing from the adapters, int64 (modules,)."""
+    ranks, ladder = np.array([target.rank for target in targets], dtype=np.int64), RankLadder()
+    above = ladder.array[np.minimum(np.searchsorted(ladder.array, ranks), ladder.top)]
+    return np.maximum(ranks, np.minimum(above, highest_ranks(targets)))
 
 
 def _some_plan_fits(controller: RankController[PeftAdapters]) -> bool:

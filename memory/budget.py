@@ -167,13 +167,15 @@ class Budget:
             )
         return Budget("bytes", self.value - resident)
 
-    def resolve(self, cost: Cost, max_ranks: IntArray, device: torch.device) -> Limit:
+    def resolve(self, cost: Cost, max_ranks: IntArray, device: torch.device, kept: IntArray | None = None) -> Limit:
         """The limit of plans, in the unit of their cost.
 
         Args:
             cost: of a plan.
             max_ranks: the highest rank that each module can have, int64 (modules,).
             device: of the model; "auto" takes a share of its free memory.
+            kept: ranks of adapters that are trained already, int64 (modules,). A share is one of what they take if
+                that is more than plain LoRA takes: so "100%" takes nothing away that was learned.
 
         Raises:
             BudgetError: the budget is of bytes and the cost counts parameters, or the other way round.
@@ -186,7 +188,10 @@ class Budget:
                 f"({form}) or a share ('80%'), or let the cost count {self.unit}."
             )
         if self.kind == "share":
-            return Limit(self.value * reference_cost(cost, max_ranks), cost.unit)
+            from .cost import plan_cost
+
+            whole = reference_cost(cost, max_ranks)
+            return Limit(self.value * (whole if kept is None else max(whole, plan_cost(cost, kept))), cost.unit)
         return Limit(self.value * free_bytes(device) if self.kind == "auto" else self.value, cost.unit)
 
 

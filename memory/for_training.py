@@ -60,18 +60,20 @@ def plan_costs(
     *,
     signals: bool,
     recompute: bool = False,
+    kept: IntArray | None = None,
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
     A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers. With `recompute`,
     layers may run again in the backward pass, as all do in the step as it is set: plans cost what `recomputed_cost`
     says, and a share is one of what plain LoRA takes where none does. Under a budget of parameters nothing is measured.
-    See `measure_memory` for the other arguments.
+    See `Budget.resolve` for `kept`, and `measure_memory` for the other arguments.
     """
     if budget.kind == "parameters":
-        return PlanCosts(*limited_cost(budget, targets, None), None)
+        return PlanCosts(*limited_cost(budget, targets, None, kept), None)
     memory = measure_memory(step, targets, batch, signals=False)
-    cost, limit = limited_cost(budget.beside(step.model), targets, memory.recomputing(()) if recompute else memory)
+    plainly = memory.recomputing(()) if recompute else memory
+    cost, limit = limited_cost(budget.beside(step.model), targets, plainly, kept)
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
     if recompute:
@@ -82,16 +84,16 @@ def plan_costs(
 
 
 def limited_cost(
-    budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None
+    budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None, kept: IntArray | None = None
 ) -> tuple[UntimedCost, Limit]:
     """The cost that a budget limits, and its limit.
 
     A budget of "total" bytes comes as what is left of it (`Budget.beside`). `memory` is the byte model without signal
-    buffers; None only under a budget of parameters.
+    buffers; None only under a budget of parameters. See `Budget.resolve` for `kept`.
     """
     cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
     # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
-    return cost, budget.resolve(cost, highest_ranks(targets), targets[0].weight_a.device)
+    return cost, budget.resolve(cost, highest_ranks(targets), targets[0].weight_a.device, kept)
 
 
 def highest_ranks(targets: Sequence[TargetModule]) -> IntArray:

@@ -100,6 +100,22 @@ def test_nothing_is_lost_where_the_ranks_fit(
     assert (logits(model) - first).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(("rank", "kept"), [(24, 24), (20, 24)])
+def test_all_of_an_adapter_above_rank_8_fits_the_whole_of_it(
+    rank: int, kept: int, llama_config: LlamaConfig, tmp_path: Path
+) -> None:
+    """What a share is of is no less than what the trained adapter takes, on the rung that holds its ranks."""
+    lora = LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(base_model(llama_config), lora)
+    trainer_of(model, tmp_path / "first", learning_rate=1e-2).train()
+    before = logits(model)
+    callback = RankPilotCallback("signal-mean", "100%", schedule=DecisionSchedule(probe_steps=3, fractions=(0.0,)))
+    trainer_of(model, tmp_path / "second", callback).train()
+    assert callback.controller is not None
+    assert callback.controller.ranks.tolist() == [kept] * 4
+    assert (logits(model) - before).abs().max() <= 1e-5
+
+
 def test_bounds_of_the_user_count_more(stage_1: Path, llama_config: LlamaConfig, tmp_path: Path) -> None:
     """A module that is to have less than it has shrinks; one whose rank is on no rung of the ladder grows."""
     model = PeftModel.from_pretrained(base_model(llama_config), str(stage_1), is_trainable=True)

@@ -124,6 +124,15 @@ def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
     assert Budget.parse(given).resolve(cost, MAX_RANKS, CPU) == limit
 
 
+def test_a_share_is_one_of_what_trained_adapters_take_if_that_is_more():
+    budget = Budget.parse("50%")
+    plain = budget.resolve(PARAMETERS, MAX_RANKS, CPU)
+    assert budget.resolve(PARAMETERS, MAX_RANKS, CPU, np.array([1, 1])) == plain
+    kept = np.array([32, 4])
+    assert budget.resolve(PARAMETERS, MAX_RANKS, CPU, kept).value == pytest.approx(0.5 * PARAMETERS.per_rank[0] @ kept)
+    assert Budget.parse("300 params").resolve(PARAMETERS, MAX_RANKS, CPU, kept).value == 300
+
+
 def test_auto_is_a_share_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(budget_module, "free_bytes", lambda device: {CPU: 5000}[device])
     assert Budget.parse("auto").resolve(BYTES, MAX_RANKS, CPU) == Limit(4500.0, "bytes")
