@@ -28,6 +28,9 @@ from .arrays import FloatArray, IntArray
 DRAWS = 4000
 """Bootstrap draws."""
 
+ROUNDING = 1e-12
+"""Of squares that cancel each other, a smaller share is rounding."""
+
 Statistic = Callable[[FloatArray, IntArray], FloatArray]
 """A figure of each draw, (draws,), from values, (runs,), and how often each run is in each draw, (draws, runs)."""
 
@@ -143,14 +146,14 @@ def ratio_estimate(numerators: FloatArray, denominators: FloatArray, tasks: Sequ
     sums = np.stack([rest, below, rest**2, rest * below, below**2], axis=1)
     _, error = _ratios(sums.sum(axis=0, keepdims=True), count)
     distances, errors = _ratios(_task_draws(count) @ sums, count)
-    known = errors > 1e-9 * error[0]  # where all tasks of a draw are one, rounding alone is left
+    known = errors > 0  # not where all tasks of a draw have one ratio
     studentised = np.where(known, np.abs(distances) / np.where(known, errors, 1), 0)
     half = float(np.quantile(studentised, 0.95) * error[0])
     return Estimate(ratio, ratio - half, ratio + half)
 
 
 def _ratios(sums: FloatArray, count: int) -> tuple[FloatArray, FloatArray]:
-    """Ratio and standard error of each draw; both 0 in a draw of tasks without weight.
+    """Ratio and standard error of each draw; both 0 in a draw of tasks without weight, the error where all are alike.
 
     Args:
         sums: of a, b, a a, a b and b b over the tasks of each draw, (draws, 5).
@@ -159,7 +162,9 @@ def _ratios(sums: FloatArray, count: int) -> tuple[FloatArray, FloatArray]:
     above, below, above_above, above_below, below_below = sums.T
     divisor = np.where(below > 0, below, np.inf)
     ratios = above / divisor
-    squares = np.maximum(above_above - 2 * ratios * above_below + ratios**2 * below_below, 0)
+    whole = above_above + ratios**2 * below_below
+    squares = whole - 2 * ratios * above_below
+    squares = np.where(squares > ROUNDING * whole, squares, 0)
     return ratios, np.sqrt(squares * count / max(count - 1, 1)) / divisor
 
 

@@ -148,6 +148,17 @@ def test_values_without_spread_have_an_interval_without_width() -> None:
     assert ratio_estimate(np.array([2.0]), np.array([4.0]), ["a"]) == Estimate(0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_draws_of_tasks_with_one_ratio_do_not_widen_the_interval_by_their_rounding(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    gains, weights = np.zeros(12), generator.uniform(0.1, 2, size=12)
+    gains[0] = 1.0  # a third of the draws are without this task
+    result = ratio_estimate(weights * (gains + 0.3), weights, alone(12))
+    assert 0 < result.high - result.low < 1
+    twice = ratio_estimate(2 * weights * (gains + 0.3), 2 * weights, alone(12))
+    assert (twice.low, twice.high) == pytest.approx((result.low, result.high)), "rounding decides nothing"
+
+
 def test_studentised_intervals_hold_the_truth_more_often_where_few_weights_count() -> None:
     """Thirty values times weights that are mostly 0, as of importance sampling; the truth is 1."""
     held = {"plain": 0, "studentised": 0}

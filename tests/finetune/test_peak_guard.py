@@ -229,19 +229,24 @@ def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Calla
     assert plan_cost(cost, ranks) == plan_cost(expected, ranks)
 
 
+def let_steps_take_more(monkeypatch: pytest.MonkeyPatch, excess: int, *, after: int) -> None:
+    """Have something else take some bytes in all steps after this one."""
+    right = guard_module.PeakMeter.end
+
+    def end(meter: Any, step: int) -> int | None:
+        peak = right(meter, step)
+        return peak if peak is None or step <= after else peak + excess
+
+    monkeypatch.setattr(guard_module.PeakMeter, "end", end)
+
+
 @pytest.mark.parametrize("excess", first_cases(1, [40_000, 6_000]))
 def test_a_breach_rolls_the_plan_back(
     launch: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, excess: int
 ) -> None:
     """From the second decision on something else takes some bytes."""
     decision = SCHEDULE.steps(STEPS)[1]
-    right = guard_module.PeakMeter.end
-
-    def end(meter: Any, step: int) -> int | None:
-        peak = right(meter, step)
-        return peak if peak is None or step <= decision else peak + excess
-
-    monkeypatch.setattr(guard_module.PeakMeter, "end", end)
+    let_steps_take_more(monkeypatch, excess, after=decision)
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
         run = launch()
     before, back = (run.steps.ranks[step] for step in (decision - 1, decision))
@@ -259,6 +264,22 @@ def test_a_breach_rolls_the_plan_back(
     assert all(peak + excess <= run.limit for step, peak in run.pilot.peaks if step > decision + 1)
     table = run.log()
     assert {note for note in table["note"].to_pylist() if note} == {"rolled back: peak above the budget"}
+
+
+def test_a_breach_of_the_first_plan_shrinks_it(
+    launch: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no plan before it to go back to."""
+    excess = 40_000
+    let_steps_take_more(monkeypatch, excess, after=0)
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        run = launch()
+    (message,) = warnings_of(caplog)
+    assert "The peak of step 1 was" in message
+    assert "The plan is shrunk by the difference." in message
+    assert sum(run.steps.ranks[0].values()) < sum(DecisionLog(run.folder / "decisions").logged(0).plan().values())
+    assert all(peak + excess <= run.limit for step, peak in run.pilot.peaks if step > 1)
+    assert {note for note in run.log()["note"].to_pylist() if note} == {"shrunk: peak above the budget"}
 
 
 @pytest.mark.parametrize("every", first_cases(1, [7, 1, 100]))

@@ -142,6 +142,10 @@ def test_given_ranks_leave_the_schedule_as_it_is(llama_config: LlamaConfig, tmp_
     assert {target.name: target.rank for target in find_target_modules(loop.model)} == given
     loop.train(range(2, STEPS))
     assert [step for step, _ in loop.pilot.predictions] == [0, 2, 4]
+    table = DecisionLog(tmp_path / "log").read()
+    losses = dict(zip(table["step"].to_pylist(), table["loss"].to_pylist(), strict=True))
+    assert losses[2] == pytest.approx(sum(loop.losses[:2]) / 2)
+    assert losses[4] == pytest.approx(sum(loop.losses[2:4]) / 2), "an interval begins with the given ranks"
 
 
 def test_given_ranks_stand_for_a_decision_that_was_put_off(llama_config: LlamaConfig, tmp_path: Path) -> None:
@@ -216,6 +220,19 @@ def test_gradients_that_stay_zero(llama_config: LlamaConfig, tmp_path: Path) -> 
             loop.pilot.after_step()
     with pytest.raises(NoGradientError, match="gradients of all adapters are zero"):
         loop.pilot.before_optimizer_step(0.0)
+
+
+def test_zero_gradients_count_in_a_row_alone(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    batch = next(iter(loop.loader))
+    for step in range(2 * PATIENCE):
+        loop.pilot.before_step(batch)
+        (loop.loss(batch) * (step % PATIENCE == PATIENCE - 1)).backward()  # type: ignore[no-untyped-call]
+        loop.pilot.before_optimizer_step(0.0)
+        loop.optimizer.zero_grad()
+        loop.pilot.after_step()
+    assert len(loop.pilot.peaks) == 2 * PATIENCE
 
 
 def test_a_run_unlike_those_that_a_policy_learned_from_is_told_once(llama_config: LlamaConfig) -> None:

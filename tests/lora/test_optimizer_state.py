@@ -11,6 +11,7 @@ from rankpilot.lora.optimizer_state import StateMap, check_optimizer, reset_stat
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.scaling import choose_scaling
 from rankpilot.lora.targets import find_target_modules
+from transformers.optimization import Adafactor
 
 from .training import train
 
@@ -150,6 +151,35 @@ def test_directions_seeded_anew_by_a_shrink_start_like_those_of_a_growth(make_ll
     state = run.optimizer.state[chosen.weight_b]
     assert not state["exp_avg"].any()
     torch.testing.assert_close(state["exp_avg_sq"], mean.expand(-1, 2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "average"),
+    [
+        (lambda p: torch.optim.Adafactor(p, lr=1e-2), "col_var"),
+        (lambda p: Adafactor(p, lr=2e-3, scale_parameter=False, relative_step=False), "exp_avg_sq_col"),
+    ],
+)
+def test_factored_state_of_directions_seeded_anew_is_the_mean_of_the_old_ones(make_llama, make_tokens, make, average):
+    model = make_llama(filled=False)
+    targets = find_target_modules(model)
+    choose_scaling(targets, "constant")
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    train(model, optimizer, [make_tokens()])  # A has no gradient yet, and torch's averages of it are 0
+    chosen = targets[0]
+    with torch.no_grad():
+        chosen.weight_b.zero_()
+    mean = optimizer.state[chosen.weight_b][average].mean()
+    assert mean > 0
+    set_ranks(targets, {chosen.name: 2}, optimizer)
+    after = optimizer.state[chosen.weight_b][average]
+    assert after.numel() == 2
+    torch.testing.assert_close(after, mean.expand(after.shape), rtol=1e-5, atol=0)
+    for weight in (chosen.weight_a, chosen.weight_b):
+        assert all(torch.isfinite(value).all() for value in optimizer.state[weight].values() if torch.is_tensor(value))
+    train(model, optimizer, [make_tokens(seed=1)])
+    assert chosen.weight_a.isfinite().all()
+    assert chosen.weight_b.isfinite().all()
 
 
 def test_state_map_keeps_the_dtype_and_squares_for_second_moments():

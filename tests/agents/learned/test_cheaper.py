@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from rankpilot.agents.learned.cheaper import with_less, with_less_time
@@ -46,3 +48,10 @@ def test_less_time_leaves_the_budget() -> None:
     ranks = np.where(BLOCKS >= 2, 8, 0)
     time = moment_costs(limited.cost, ranks)[-1] / LIMIT * (least + most) / 2
     assert time == pytest.approx(SECONDS.seconds(ranks), rel=1e-6)
+
+
+def test_all_of_a_limit_that_plain_lora_leaves_unspent_is_what_plain_lora_takes() -> None:
+    plain = np.full(MODULES, 8)
+    assert with_less(replace(problem_of(BYTES), limit=3 * LIMIT), 1.0).limit == LIMIT
+    limited = with_less_time(problem_of(SECONDS.added_to(BYTES, LIMIT, 64.0)), 1.0)
+    assert moment_costs(limited.cost, plain)[-1] == pytest.approx(LIMIT, rel=1e-6)

@@ -54,6 +54,7 @@ def test_which_probabilities_are_unknown() -> None:
 def test_probabilities_of_single_precision_are_taken() -> None:
     thirds = np.full(3, 1 / 3, dtype=np.float32).astype(np.float64) * (1 + 2e-5)
     LoggedChoices(["a"], np.array([3]), np.array([0]), np.zeros(1), thirds)
+    LoggedChoices(["a"], np.array([2]), np.array([0]), np.zeros(1), np.array([1 + 2e-5, 0]))
 
 
 def with_one(values: Any, place: int, value: float) -> Any:

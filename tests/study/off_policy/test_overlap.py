@@ -100,10 +100,11 @@ def test_without_overlap_there_is_no_figure(name: str, estimator: Estimator) -> 
 
 
 def test_at_the_limits_there_is_a_figure() -> None:
-    choices = rare(0.05)
-    policy = TargetPolicy("t", np.tile([0.0, 1, 0, 1, 0], 20))
-    assert overlap(choices, policy).largest_weight == pytest.approx(20)
-    estimate = self_normalised(pairs(), target())
+    heavy = overlap(replace(rare(0.05), chosen=pairs(20).chosen), TargetPolicy("t", np.tile([0.0, 1, 0, 1, 0], 20)))
+    assert (heavy.largest_weight, heavy.refused) == (20, None)
+    few, half = pairs(10), TargetPolicy("t", np.tile([0.0, 1, 0, 1, 0], 10))
+    assert overlap(few, half).effective_size == 10, "every second plan that was taken is the target's"
+    estimate = self_normalised(few, half)
     assert estimate.refused is None
     assert estimate.gain is not None
 
