@@ -144,20 +144,21 @@ def ratio_estimate(numerators: FloatArray, denominators: FloatArray, tasks: Sequ
     ratio = float(above.sum() / below.sum())
     rest = above - ratio * below
     sums = np.stack([rest, below, rest**2, rest * below, below**2], axis=1)
-    _, error = _ratios(sums.sum(axis=0, keepdims=True), count)
-    distances, errors = _ratios(_task_draws(count) @ sums, count)
+    _, error = _ratios(sums.sum(axis=0, keepdims=True))
+    distances, errors = _ratios(_task_draws(count) @ sums)
     known = errors > 0  # not where all tasks of a draw have one ratio
     studentised = np.where(known, np.abs(distances) / np.where(known, errors, 1), 0)
     half = float(np.quantile(studentised, 0.95) * error[0])
     return Estimate(ratio, ratio - half, ratio + half)
 
 
-def _ratios(sums: FloatArray, count: int) -> tuple[FloatArray, FloatArray]:
-    """Ratio and standard error of each draw; both 0 in a draw of tasks without weight, the error where all are alike.
+def _ratios(sums: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Ratio of each draw, and its standard error but for a factor that all draws share; both (draws,).
+
+    Both are 0 in a draw of tasks without weight, the error where all are alike.
 
     Args:
         sums: of a, b, a a, a b and b b over the tasks of each draw, (draws, 5).
-        count: tasks in a draw.
     """
     above, below, above_above, above_below, below_below = sums.T
     divisor = np.where(below > 0, below, np.inf)
@@ -165,7 +166,7 @@ def _ratios(sums: FloatArray, count: int) -> tuple[FloatArray, FloatArray]:
     whole = above_above + ratios**2 * below_below
     squares = whole - 2 * ratios * above_below
     squares = np.where(squares > ROUNDING * whole, squares, 0)
-    return ratios, np.sqrt(squares * count / max(count - 1, 1)) / divisor
+    return ratios, np.sqrt(squares) / divisor
 
 
 def _draws(tasks: Sequence[str | int]) -> IntArray:

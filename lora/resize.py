@@ -80,7 +80,7 @@ def set_ranks(
     wanted = [(target, min(ranks[target.name], target.max_rank)) for target in targets if target.name in ranks]
     moving = [(target, rank) for target, rank in wanted if rank != target.rank]
     broken = set(non_finite([target for target, rank in moving if rank > 0], optimizer))
-    moving = [(target, rank) for target, rank in moving if target.name not in broken or rank == 0]
+    moving = [(target, rank) for target, rank in moving if target.name not in broken]
     before = {target.name: target.rank for target in targets}
     for target in [target for target, rank in moving if rank == 0]:
         resize(target, 0)
