@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import getclosurevars, isfunction
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,11 @@ Collate = Callable[[list[Any]], Any]
 
 MOST_EXAMPLES = 10_000
 """Examples that are looked at in a data set without columns, at most."""
+
+MOST_TO_THE_END = 100
+"""Rows of a stream that are read to see whether it begins anew at its end, at most."""
+
+_END: Any = object()
 
 IGNORED = -100
 """The label of a token whose prediction no loss counts, as in torch and transformers."""
@@ -58,12 +64,52 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
 
 def _check_repeats(dataset: Any) -> None:
     """Raise DataError if a data set gives its examples only once: those that are looked at would be lost."""
-    first = iter(dataset)
-    if first is iter(dataset):
+    if iter(dataset) is iter(dataset) or _is_used_up(dataset):
         raise DataError(
             f"The data set ({type(dataset).__name__}) gives its rows only once, and rankpilot looks at some before the "
             "run, which would be lost. Let `__iter__` begin anew each time, as that of a datasets.IterableDataset does."
         )
+
+
+def _is_used_up(dataset: Any) -> bool:
+    """Whether the iterations of a stream share its rows, which some of them are read for.
+
+    Two iterations that begin alike do not. Others may be shuffled: they share their rows if those come from an iterator
+    that the data set holds, or if a new iteration has none once another has reached the end.
+    """
+    held = _held_iterators(dataset)
+    first, again = list(islice(iter(dataset), 2)), iter(dataset)
+    if _alike(first, list(islice(again, 2))):
+        return False
+    if held & _held_iterators(dataset):
+        return True
+    more = sum(1 for _ in islice(again, MOST_TO_THE_END))
+    return more < MOST_TO_THE_END and next(iter(dataset), _END) is _END
+
+
+def _held_iterators(dataset: Any) -> set[int]:
+    """The iterators that a data set holds, or that its `__iter__` reads from outside of it, by their `id`."""
+    held = list(getattr(dataset, "__dict__", {}).values())
+    if isfunction(function := getattr(type(dataset), "__iter__", None)):
+        outside = getclosurevars(function)
+        held += [*outside.nonlocals.values(), *outside.globals.values()]
+    return {id(value) for value in held if isinstance(value, Iterator)}
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two examples hold the same; False for what cannot be compared."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor | np.ndarray):
+        return one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError, RuntimeError):  # it has several values, as a record of tensors does
+        return False
 
 
 def first_example(dataset: Any) -> Any:

@@ -15,7 +15,7 @@ from ..allocation.features import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, featu
 from ..allocation.observation import Observation
 from ..allocation.schedule import DecisionSchedule
 from ..common.given_numbers import is_count
-from ..errors import ConfigError, NonFiniteError, shown
+from ..errors import ConfigError, NonFiniteError, UnknownNameError, shown
 from .episode_record import EpisodeRecord
 from .episodes.episode_log import AGENT, EpisodeLog, next_log
 from .episodes.single import Episode, reference_of, rule_losses
@@ -104,14 +104,15 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     | improvement, churn | the parts of the reward: 0 before the end; what moves have cost so far |
 
     ## Rendering
-    "rgb_array": ranks, losses and budget as a picture, uint8 (600, 900, 3). "ansi": as text.
+    "rgb_array": ranks, losses and budget as a picture, uint8 (600, 900, 3). "ansi": as text. "human", of `gym.make`
+    alone: the picture in a window, by Gymnasium's wrapper, which needs pygame.
 
     ## Arguments
     * `task`: a fixed task; None draws one at each reset.
     * `suites`: names of the suites to draw from ("planted", "shift"). This and the next two, and `task_overrides`, are
       of drawn tasks: not with `task`.
     * `split`: "train", "validation" or "test".
-    * `bases`: draw only tasks on these proxy bases.
+    * `bases`: draw only tasks on these proxy bases. Stacked episodes share one, their `base`.
     * `schedule`: a `DecisionSchedule`.
     * `max_modules`: padding; None for the most that any of the tasks has.
     * `task_overrides`: fields of `ProxyTask` that every drawn task gets, such as `{"steps": 60}`.
@@ -167,6 +168,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         self.tasks: tuple[ProxyTask | FineTune, ...] = environment_tasks(
             task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
         )
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UnknownNameError.of("render mode", str(render_mode), self.metadata["render_modes"])
         if schedule is not None and not isinstance(schedule, DecisionSchedule):
             raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
         if logs is not None and not isinstance(logs, str | Path):

@@ -30,12 +30,12 @@ from ..lora.resize import update_peft_records
 from ..lora.targets import TargetModule, find_target_modules, unwrap, wrappers_of
 from ..memory.budget import Budget
 from ..memory.training_step import LossFunction
+from .attributes import put_back
 from .callback import RankPilotCallback
 from .lent_adapters import lent_adapters
 from .model_settings import settings_put_back
 from .pilot import RankPilot
 from .run import TrainingRun
-from .trainer_step import put_back
 
 logger = logging.getLogger(__name__)
 

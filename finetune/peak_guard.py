@@ -28,13 +28,11 @@ from ..memory.model_states import excess_of_state
 from ..memory.peak_meter import PeakMeter
 from ..memory.recording import Batch
 from .correction import Correction
+from .peak_cause import StepBatches, likely_cause
 from .recomputation import Recomputation
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
-
-MARGIN = 0.03
-"""The share of the prediction by which a measured peak may differ without a word."""
 
 OUT_OF_MEMORY_SHARE = 0.9
 """After an out-of-memory error the plan may cost this share of what it cost, or half of what its adapters cost if that
@@ -66,7 +64,7 @@ class PeakGuard:
         self.shape: BatchShape = BatchShape(0, 0)
         self.checks: list[tuple[int, float, int]] = []
         self.evaluation_share: float = 0.0
-        self._step_shape = BatchShape(0, 0)
+        self._step_shape, self._batches = BatchShape(0, 0), StepBatches(0)
         self._unchecked = True
         self._underestimate = 0.0
         self._before: IntArray | None = None
@@ -136,6 +134,8 @@ class PeakGuard:
         """Look at the batches of the step that begins, and measure it if it is due."""
         self._step = step
         self._step_shape = self._run.replicas.largest_shape(batches)
+        if self._unchecked:
+            self._batches = StepBatches.of(batches)
         larger = self.shape.joined(self._step_shape)
         if larger != self.shape:
             self.shape = larger
@@ -302,13 +302,7 @@ class PeakGuard:
         if not self._underestimate:  # which is beside the cost with the excess
             predicted -= excess_of_state(controller.targets, self._run.optimizer)
         self.checks.append((step, predicted, peak))
-        if abs(peak - predicted) <= MARGIN * predicted:
-            return ""
-        return (
-            f"where {format_bytes(predicted)} were predicted. Likely cause: the step computes "
-            f"{'more' if peak > predicted else 'less'} than the one that was measured before training, because the "
-            "model, the loss or the kind of batch has changed since, or another library keeps tensors."
-        )
+        return likely_cause(peak, predicted, self._batches, self._run.accumulation)
 
     def _cost_of_shape(self, shape: BatchShape, memory: MemoryModel | None = None) -> ByteCost:
         memory = memory or self._memory

@@ -23,6 +23,7 @@ from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
 from ..memory.step_parts import release_inputs
 from ..memory.training_step import LossFunction, TrainingStep, checked_loss, model_loss
+from .attributes import put_back
 from .replicas import Replicas
 
 T = TypeVar("T")
@@ -219,21 +220,24 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
 def _undisturbed(collate: Collate) -> Iterator[None]:
     """Restore random states afterwards, so that the run draws the numbers that it would draw without us.
 
-    Those of a collator's own generators too. A compiled model runs uncompiled meanwhile: each plan that is tried would
-    take one of the few graphs that torch keeps.
+    Those of a collator's own generators too, and its attributes. A compiled model runs uncompiled meanwhile: each plan
+    that is tried would take one of the few graphs that torch keeps.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
-    owned = [attributes for owner in _owners(collate) if (attributes := getattr(owner, "__dict__", None)) is not None]
-    own = [value for attributes in owned for value in attributes.values() if isinstance(value, GENERATORS)]
-    unset = [(attributes, name) for attributes in owned for name, value in attributes.items() if value is None]
+    owners = list(_owners(collate))
+    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    own = [value for value in values if isinstance(value, GENERATORS)]
     states = [copy.deepcopy(_state_of(generator)) for generator in own]
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            put_back(*owners),  # transformers' collators make their generator with the first batch
+            torch.random.fork_rng(devices=devices),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
-        for attributes, name in unset:  # transformers' collators make their generator with the first batch
-            attributes[name] = None
         for generator, state in zip(own, states, strict=True):
             _set_state(generator, state)
         random.setstate(python)

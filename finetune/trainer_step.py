@@ -8,7 +8,6 @@ the model twice (DPO), weigh classes or smooth labels. So the Trainer's `trainin
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -22,14 +21,12 @@ from transformers import Trainer, TrainerCallback
 from ..errors import BudgetError, UnsupportedError
 from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
+from .attributes import put_back
 
 RESUME = "resume_from_checkpoint"
 """The argument of `Trainer.train`, and the variable that holds it while a run begins."""
 
 _ABSENT: Any = object()
-
-LONG = 10_000
-"""Lists that are longer hold data, not a Trainer's records."""
 
 
 def find_trainer(callback: TrainerCallback) -> Trainer | None:
@@ -276,29 +273,3 @@ def _retried(
             return [run(step) for step in steps][-1]
         except torch.OutOfMemoryError:
             pass
-
-
-@contextmanager
-def put_back(trainer: Trainer) -> Iterator[None]:
-    """Put back what is written into a Trainer's attributes, and into the lists and dictionaries that they hold."""
-    attributes = dict(vars(trainer))
-    containers: dict[int, tuple[Any, Any]] = {}
-    for value in attributes.values():
-        _note(value, containers)
-    try:
-        yield
-    finally:
-        vars(trainer).clear()
-        vars(trainer).update(attributes)
-        for container, content in containers.values():
-            container.clear()
-            container.extend(content) if isinstance(container, list | deque) else container.update(content)
-
-
-def _note(value: Any, containers: dict[int, tuple[Any, Any]]) -> None:
-    """Note the content of a container and of those inside it."""
-    if not isinstance(value, dict | list | deque | set) or len(value) > LONG or id(value) in containers:
-        return
-    containers[id(value)] = value, value.copy()
-    for item in value.values() if isinstance(value, dict) else value:
-        _note(item, containers)

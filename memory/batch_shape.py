@@ -79,6 +79,12 @@ def padded(batch: Batch) -> Batch:
     return {**batch, MASK: mask}
 
 
+def has_no_padding(batch: Batch) -> bool:
+    """Whether a batch has a mask that masks nothing; models may skip work then."""
+    mask = _mask(batch)
+    return mask is not None and bool(mask.all())
+
+
 def _mask(batch: Batch) -> torch.Tensor | None:
     mask = batch.get(MASK) if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, torch.Tensor) else None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -133,15 +136,78 @@ def test_an_empty_data_set() -> None:
 
 
 class Stream:
-    """Rows that come anew at each iteration, without a length."""
+    """Rows without a length, from a function that is called at each iteration."""
 
-    def __iter__(self) -> Iterator[int]:
-        return iter([5, 6])
+    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
+        self.begin = begin
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.begin()
 
 
-def test_a_stream_has_to_begin_anew() -> None:
-    assert first_example(Stream()) == 5
+class Once(torch.utils.data.IterableDataset[Any]):
+    """Rows of one iterator, which each iteration reads on with."""
+
+    def __init__(self, rows: Iterator[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.rows
+
+
+class Shuffled(torch.utils.data.IterableDataset[Any]):
+    """Other rows first at each iteration."""
+
+    def __init__(self, rows: int) -> None:
+        self.order, self.rows = random.Random(0), rows
+
+    def __iter__(self) -> Iterator[Any]:
+        self.now = iter(self.order.sample(range(self.rows), self.rows))  # begun anew, so nothing is lost
+        yield from self.now
+
+
+@dataclass
+class Record:
+    """Cannot be compared."""
+
+    ids: torch.Tensor
+
+
+def test_a_stream_that_is_an_iterator_is_refused_before_a_row_is_lost() -> None:
     once = iter([5, 6])
     with pytest.raises(DataError, match="gives its rows only once"):
         first_example(once)
-    assert list(once) == [5, 6], "none of them is lost"
+    assert list(once) == [5, 6]
+
+
+def test_a_stream_has_to_begin_anew() -> None:
+    rest = iter(range(30))
+
+    def rows() -> Iterator[int]:
+        yield from rest
+
+    once = [
+        Once(iter([{"input_ids": torch.tensor([i])} for i in range(48)])),
+        Once(number for number in range(10**9)),
+        Once(iter([5])),
+        Stream(rows),
+    ]
+    for dataset in once:
+        with pytest.raises(DataError, match=r"\((Once|Stream)\) gives its rows only once"):
+            first_example(dataset)
+
+
+@pytest.mark.parametrize("rows", [1, 30, 1000])
+def test_streams_that_begin_anew_are_taken(rows: int) -> None:
+    numbers = Dataset.from_dict({"n": list(range(rows))}).to_iterable_dataset()
+    texts = [{"input_ids": torch.arange(3), "pixels": np.zeros((2, 2)), "text": ("a", 1.0)}] * rows
+    assert first_example(numbers) == {"n": 0}
+    assert first_example(numbers.shuffle(seed=0, buffer_size=10))["n"] < 10
+    assert first_example(Stream(lambda: iter(texts))) is texts[0]
+    assert first_example(Shuffled(rows)) < rows
+    assert isinstance(first_example(Stream(lambda: map(Record, [torch.arange(2)] * rows))), Record)
+
+
+def test_an_empty_stream() -> None:
+    with pytest.raises(DataError, match="The training set is empty"):
+        first_example(Stream(lambda: iter([])))

@@ -574,6 +574,8 @@ def test_arguments_of_wrong_types_are_refused() -> None:
             RankAllocationEnv(task_overrides=overrides)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="Allowed: 'uniform', 'group', "):
         RankAllocationEnv(against="?")
+    with pytest.raises(UnknownNameError, match="render mode 'human'"):
+        RankAllocationEnv(render_mode="human")
 
     def stacked(**options: Any) -> Any:
         return gym.make_vec(rankpilot.ENV_ID, 1, vectorization_mode="vector_entry_point", **options)

@@ -316,8 +316,11 @@ class Masks:
 
     def __init__(self) -> None:
         self.torch, self.numpy, self.python = torch.Generator(), np.random.default_rng(0), random.Random(0)
+        self.calls, self.sizes = 0, {"rows": list[int]()}
 
     def __call__(self, rows: list[Any]) -> Any:
+        self.calls += 1
+        self.sizes["rows"].append(len(rows))
         self.drawn = (torch.rand((), generator=self.torch).item(), self.numpy.random(), self.python.random())
         return default_data_collator(rows)
 
@@ -381,5 +384,6 @@ def test_generators_inside_of_collators_are_as_before(new_model: NewModel, form:
     run = TrainingRun.of_loader(model, optimizer, loader, total_steps=4)
     rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE).begin(run)
     assert late.late is None
+    assert (late.calls, late.sizes) == (0, {"rows": []}), "what it counts too"
     late(ROWS[:4])
     assert late.drawn == expected.drawn

@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from rankpilot.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
 from rankpilot.lora.export import VLLM_RANKS, export_padded, export_rank_pattern, rank_pattern_yaml
 from rankpilot.lora.peft_config import make_resizable, sync_config
@@ -169,6 +170,23 @@ def test_patterns_are_read_as_peft_reads_them(case: str, tmp_path: Path, named_f
     assert worst(read_by_vllm(padded), products) < 1e-6
     if "alpha_pattern" in PATTERNS[case]:
         assert worst(read_by_vllm(plain), products) > 0.1, "what the export is for"
+
+
+def test_padded_adapters_swap_exactly_in_peft(tmp_path: Path, named_family: Any) -> None:
+    family, plain, padded = named_family("llama"), [], []
+    for number, pattern in enumerate(({"q_proj": 2, "v_proj": 12}, {"q_proj": 6, "v_proj": 3})):
+        plain.append(save_plain(family, tmp_path / f"plain-{number}", rank_pattern=pattern))
+        padded.append(export_padded(plain[-1], tmp_path / f"padded-{number}"))
+
+    def swapped(folders: list[Path]) -> torch.Tensor:
+        model = PeftModel.from_pretrained(family.base(), str(folders[0])).double()
+        hotswap_adapter(model, str(folders[1]), "default")
+        logits: torch.Tensor = family.logits(model)
+        return logits
+
+    expected = reloaded(family, plain[1])
+    assert relative(swapped(padded), expected) < 1e-6
+    assert relative(swapped(plain), expected) > 1e-3, "what the page warns of"
 
 
 def test_rank_of_the_padding(tmp_path: Path, named_family: Any) -> None:
