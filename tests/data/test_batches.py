@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -159,10 +160,11 @@ class Shuffled(torch.utils.data.IterableDataset[Any]):
     """Other rows first at each iteration."""
 
     def __init__(self, rows: int) -> None:
-        self.order, self.rows = random.Random(0), rows
+        self.epochs, self.rows = itertools.count(), rows
 
     def __iter__(self) -> Iterator[Any]:
-        self.now = iter(self.order.sample(range(self.rows), self.rows))  # begun anew, so nothing is lost
+        order = random.Random(next(self.epochs))
+        self.now = iter(order.sample(range(self.rows), self.rows))  # begun anew, so nothing is lost
         yield from self.now
 
 
