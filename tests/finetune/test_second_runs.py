@@ -20,7 +20,14 @@ from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(12)] for j in range(40))]
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
@@ -288,6 +295,43 @@ def test_sizes_of_a_run_are_whole_numbers(new_model: NewModel, size: dict[str, A
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     with pytest.raises(ConfigError, match=f"{next(iter(size))} is a whole number, at least 1; got"):
         TrainingRun.of_loader(model, optimizer, DataLoader(ROWS, 4), **{"total_steps": 4} | size)
+
+
+class MovingAverage(TrainerCallback):
+    """Averages the weights, from copies that it makes when training begins; counts the events that it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.heard.append("init")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        self.heard.append("begin")
+        self.average = [p.detach().clone() for p in objects["model"].parameters()]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        for mean, parameter in zip(self.average, objects["model"].parameters(), strict=True):
+            mean.lerp_(parameter.detach(), 0.1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.heard.append("end")
+
+
+@pytest.mark.parametrize("form", ["after it", "added", "attached"])
+def test_callbacks_that_copy_weights_find_the_ranks_of_the_first_plan(
+    new_model: NewModel, tmp_path: Path, form: str
+) -> None:
+    average, pilot = MovingAverage(), RankPilotCallback("signal-mean", "60%", schedule=ONCE)
+    given = [average, pilot] if form == "after it" else [average]
+    trainer = Trainer(new_model(), arguments(tmp_path), train_dataset=ROWS, callbacks=given)
+    if form == "added":
+        trainer.add_callback(pilot)
+    elif form == "attached":
+        rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE)
+    trainer.train()
+    assert any(target.rank != 8 for target in find_target_modules(trainer.model))
+    assert average.heard == ["init", "begin", "end"]
 
 
 @pytest.mark.parametrize("other", [None, Trainer, "model"])
