@@ -43,12 +43,14 @@ class Journal:
 
         Args:
             name: of the run.
-            predictions: of those decisions.
+            predictions: of those decisions. Without any, a run begins, and the log of an earlier one is put aside.
             writes: whether this process writes and tells; of several processes one does.
         """
         self._name, self.predictions, self._writes = name, predictions, writes
         if self.log is not None and writes:
             self.log.make_folder()
+            if not predictions and (aside := self.log.put_aside()):
+                self.tell(f"{self.log.folder} held the decision log of an earlier run, which is in {aside} now.")
             self.log.truncate(len(predictions))
 
     def note(self, line: str) -> None:
