@@ -135,7 +135,7 @@ class RankPilot(Readings):
     # The events of a run, in their order ------------------------------------------------------------------------------
 
     def begin(self, run: TrainingRun, *, name: str = "") -> None:
-        """Measure, probe, and apply the first plan.
+        """Measure, probe, and apply the first plan. An earlier run that has no `finish` ends here.
 
         Args:
             run: what is about to begin.
@@ -337,6 +337,7 @@ class RankPilot(Readings):
     def _start(self, run: TrainingRun, *, resumed: bool) -> None:
         check_run(run)
         self._run = run
+        self._guard.finish()  # of an earlier run that did not end
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
         if self._review is not None:
