@@ -128,7 +128,8 @@ class RankPilot(Readings):
         self.controller: RankController[PeftAdapters] | None = None
         self.recompute, self.times_plans = recompute, aim.kind == "time"
         self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
-        self.journal: Journal = Journal(DecisionLog(Path(log)) if log else None, self.policy, tell or logger.info)
+        decisions = DecisionLog(Path(log)) if log else None
+        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info, recompute)
         self._review, self._measure_every = PlanReview.of(review, review_timeout), measure_every
         self._guard, self._losses, self._progress = PeakGuard(measure_every), LossMeter(), progress
 

@@ -104,6 +104,12 @@ class Recomputation:
         return f"{len(self.layers)} of {len(self._layers)} layers run again"
 
 
+def could_recompute(model: nn.Module) -> bool:
+    """Whether a model has layers that can run again one by one and do not yet."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return any(not layer.gradient_checkpointing for layer in layers)
+
+
 @contextmanager
 def recomputing(model: nn.Module, wanted: bool) -> Iterator[Recomputation | None]:
     """What chooses the layers of a run that begins, None unless it is wanted; put back if an error ends the run."""
