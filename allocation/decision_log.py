@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
     from .observation import Observation
 
 logger = logging.getLogger(__name__)
+
+_FILES = ("part-*.parquet", "state-*.safetensors", "problem-*.safetensors", "recipes-*.safetensors")
+"""Names of the files of a log, which may lie in a folder with others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +123,24 @@ class DecisionLog:
                 f"The decision log cannot be written to {self.folder}: {first_line(error)}. Pass another folder as "
                 "`log`, or make that one writable."
             ) from error
+
+    def put_aside(self) -> Path | None:
+        """Move what an earlier run has logged into a folder beside this one, since another run begins.
+
+        Returns:
+            That folder, `decisions-1` or the next number that is free; None if nothing is logged.
+
+        Raises:
+            RunFolderError: it cannot be made.
+        """
+        if not self._parts():
+            return None
+        numbered = (self.folder.with_name(f"{self.folder.name}-{number}") for number in count(1))
+        aside = DecisionLog(next(folder for folder in numbered if not folder.exists()))
+        aside.make_folder()
+        for path in [path for pattern in _FILES for path in self.folder.glob(pattern)]:
+            shutil.move(path, aside.folder / path.name)
+        return aside.folder
 
     def append(self, record: DecisionRecord) -> Path:
         """Write one decision, whole or not at all.

@@ -65,6 +65,8 @@ class Deliberation:
         doubt: what a goal of cost takes off votes on plans other than the reference, beside the spread; at least 0.
         outside: features of the run that lie outside of what the networks have learned from: the value, and the lowest
             and highest one there.
+        trained: whether adapters keep what they have learned in an earlier run. The networks have learned from runs
+            with new adapters alone.
         simple: the plan that others are preferred to only for a reason; None for the reference.
         plain: the plan that is plain LoRA; None if it is none of them.
         costs: of each plan, in the unit of the budget, (P,); None where plans cost the same.
@@ -93,6 +95,7 @@ class Deliberation:
     goal: Goal = Goal()  # noqa: RUF009  (it is frozen)
     doubt: float = 0.0
     outside: Mapping[str, Outside] = field(default_factory=dict)
+    trained: bool = False
     simple: int | None = None
     plain: int | None = None
     costs: FloatArray | None = None
@@ -113,11 +116,12 @@ class Deliberation:
     @property
     def unlike(self) -> str:
         """In what the run is unlike those that the networks have learned from, in words; empty where it is not."""
-        return ", ".join(
+        features = (
             run_feature_text(name, value)
             + f" (not {run_feature_number(name, low)} to {run_feature_number(name, high)})"
             for name, (value, low, high) in self.outside.items()
         )
+        return ", ".join([*(["adapters that are trained already"] if self.trained else []), *features])
 
     @cached_property
     def distances(self) -> FloatArray:
@@ -188,13 +192,15 @@ class Deliberation:
 
     @property
     def promise(self) -> str:
-        """What is expected of the plan that is taken beside plain LoRA, in words; empty where nothing is."""
+        """What is expected of the plan that is taken beside plain LoRA, in words; empty where nothing is known."""
         loss = self.loss_beside_plain
         if loss is None or self.plain is None:
             return ""
         rival, allowed = PLAIN, f"{self.goal.tolerance:.2g} (log)"
         if not self.goal.saves:
-            return "" if self.plan == self.plain else self._expectation(self.plain, loss)
+            fits = "" if self.may_take[self.plain] else ", which does not fit"
+            known = self.plan != self.plain and not self.trained
+            return f"Expected beside {rival}{fits}: log loss {loss:+.3f}." if known else ""
         if self.misses_goal:
             return (
                 f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays "
@@ -203,6 +209,8 @@ class Deliberation:
         if self.plan == self.reference:
             broad = "broad " if self.narrow.any() else ""
             return f"No cheaper {broad}plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
+        if self.trained:
+            return ""
         mean, worst = (
             0.0 - improvement_of(vote) for vote in (self.mean[self.plan], (self.mean - self.reach)[self.plan])
         )
@@ -215,16 +223,16 @@ class Deliberation:
             return None
         return 0.0 - improvement_of(float(self.mean[self.plan] - self.mean[self.plain]))
 
-    def _expectation(self, plain: int, loss: float) -> str:
-        """What is expected under a goal of quality, and what helps where plain LoRA does not fit and much is lost."""
-        fits = bool(self.may_take[plain])
-        told = f"Expected beside {PLAIN}{'' if fits else ', which does not fit'}: log loss {loss:+.3f}."
-        if fits or loss <= TOLERANCE:
-            return told
-        return (
-            f"{told} A larger budget or time makes room. So does recompute=True in a budget of bytes, where it is not "
-            "on yet: layers run again in the backward pass, which takes time."
-        )
+    @property
+    def lacks_room(self) -> bool:
+        """Whether much is lost under a goal of quality since plain LoRA does not fit, as networks expect that know it.
+
+        In a run unlike those that they have learned from, they do not.
+        """
+        loss = self.loss_beside_plain
+        if loss is None or self.plain is None or self.goal.saves or self.unlike:
+            return False
+        return not self.may_take[self.plain] and loss > TOLERANCE
 
     @property
     def _cheapest(self) -> BoolArray:
@@ -294,6 +302,7 @@ class Deliberation:
             "taken": self.taken,
             **{name: getattr(self, name) for name in ("unit", "doubt", "simple", "plain")},
             "outside": {name: list(values) for name, values in self.outside.items()},
+            "trained": self.trained,
             "goal": [self.goal.kind, self.goal.tolerance],
         }
 
@@ -331,6 +340,7 @@ class Deliberation:
         values |= {"goal": Goal(kind, tolerance), "unit": scalars.get("unit", "spread")}
         values["doubt"] = float(scalars.get("doubt", 0.0))
         values["outside"] = {name: tuple(map(float, found)) for name, found in scalars.get("outside", {}).items()}
+        values["trained"] = bool(scalars.get("trained", False))
         found = cls(**values, votes=arrays["votes"], seed=int(scalars["seed"]), taken=int(scalars["taken"]))
         found._check_sizes()
         return found

@@ -170,6 +170,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             let_train([target for target in targets if not target.rank])  # which an earlier run left
         if trainer.model_init is not None:
             self._step.prepare_new_models(lambda model: resizable_targets(model, self.pilot.scaling))
+        self._go_ahead(trainer.callback_handler.callbacks)
 
     # Trainer events, in the order of a run ----------------------------------------------------------------------------
 
@@ -260,6 +261,17 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 "place of `callbacks=[RankPilotCallback(...)]`, or drive `rankpilot.RankPilot` from your own loop."
             )
         return self._step
+
+    def _go_ahead(self, callbacks: list[TrainerCallback]) -> None:
+        """Come before callbacks of users, which may copy parameters when training begins: by then ranks have changed.
+
+        Those of transformers keep their places. Each callback still hears the event in which this happens once.
+        """
+        users = (at for at, one in enumerate(callbacks) if not type(one).__module__.startswith("transformers."))
+        first = next(users, 0)
+        if self in callbacks[first + 1 :]:
+            callbacks.remove(self)
+            callbacks.insert(first, self)
 
     def _default_log(self, args: TrainingArguments) -> DecisionLog | None:
         trainer = self._connected().trainer  # the trials of a search have a folder each

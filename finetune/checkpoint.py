@@ -97,10 +97,17 @@ def way_out(folder: Path) -> str:
     whole = last_checkpoint(folder, tell=lambda _: None)
     if whole:
         return f"The last whole checkpoint is {whole}: pass it as resume_from_checkpoint."
-    return (
+    told = (
         f"There is no whole checkpoint with the state of rankpilot in {folder}: those without it were cut off, or made "
         "without RankPilotCallback. Start the run again."
     )
+    plain = last_checkpoint(folder, piloted=False, tell=lambda _: None)
+    if plain:
+        told += (
+            f" A run keeps what an adapter has learned: give its Trainer the model `PeftModel.from_pretrained(base, "
+            f"{str(plain)!r}, is_trainable=True)`, and call `train()` without a checkpoint."
+        )
+    return told
 
 
 def _files_of(checkpoint: Path, *, piloted: bool) -> Iterator[Path]:

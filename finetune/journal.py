@@ -6,14 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
 from ..allocation.decision_record import DecisionRecord
+from ..allocation.deliberation import Deliberation
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy
+from ..allocation.problem import AllocationProblem
 from ..errors import BudgetError
-from ..memory.cost import plan_cost
+from ..memory.cost import TimedCost, plan_cost
+from .recomputation import could_recompute
+
+RECOMPUTE = ", and so does recompute=True: layers run again in the backward pass, which takes time"
+"""What may help beside a larger budget."""
 
 
 class Journal:
@@ -23,6 +31,7 @@ class Journal:
         log: the decision log; None for none.
         policy: decides.
         tell: called with a line for each decision and correction.
+        recompute: whether layers may run again in the backward pass.
 
     Attributes:
         log: as above; it may be given later.
@@ -32,10 +41,10 @@ class Journal:
     log: DecisionLog | None
     tell: Callable[[str], None]
 
-    def __init__(self, log: DecisionLog | None, policy: Policy, tell: Callable[[str], None]) -> None:
+    def __init__(self, log: DecisionLog | None, policy: Policy, tell: Callable[[str], None], recompute: bool) -> None:
         self.log, self.tell = log, tell
         self.predictions: list[tuple[int, float]] = []
-        self._policy = policy
+        self._policy, self._recompute = policy, recompute
         self._name, self._writes = "", True
 
     def open(self, name: str, predictions: list[tuple[int, float]], *, writes: bool = True) -> None:
@@ -43,12 +52,14 @@ class Journal:
 
         Args:
             name: of the run.
-            predictions: of those decisions.
+            predictions: of those decisions. Without any, a run begins, and the log of an earlier one is put aside.
             writes: whether this process writes and tells; of several processes one does.
         """
         self._name, self.predictions, self._writes = name, predictions, writes
         if self.log is not None and writes:
             self.log.make_folder()
+            if not predictions and (aside := self.log.put_aside()):
+                self.tell(f"{self.log.folder} held the decision log of an earlier run, which is in {aside} now.")
             self.log.truncate(len(predictions))
 
     def note(self, line: str) -> None:
@@ -106,13 +117,21 @@ class Journal:
         if self.log is not None and self._writes:
             self.log.append(record)
         self.note(record.line() + (f", {remark}" if remark else ""))
-        found = decision.deliberation
-        if record.decision == 0 and found is not None and found.promise:
-            self.note(found.promise)
-        if record.decision == 0 and found is not None and found.unlike:
-            self.note(f"{self._policy.name} has learned from no run like this one, so trust it less: {found.unlike}.")
+        if record.decision == 0 and decision.deliberation is not None:
+            self._note_expected(decision.deliberation, observation.problem, controller.adapters.model)
         if not plan.ranks.any():
             raise BudgetError(
                 f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "
                 "or infinity. Lower the learning rate, or give a larger budget."
             )
+
+    def _note_expected(self, found: Deliberation, problem: AllocationProblem, model: nn.Module) -> None:
+        """Tell what is expected of the first plan, and what helps where much is lost."""
+        helps = "A larger budget or time makes room."
+        if not isinstance(problem.cost, TimedCost):
+            more = problem.cost.unit == "bytes" and not self._recompute and could_recompute(model)
+            helps = f"A larger budget makes room{RECOMPUTE if more else ''}."
+        if found.promise:
+            self.note(f"{found.promise} {helps}" if found.lacks_room else found.promise)
+        if found.unlike:
+            self.note(f"{self._policy.name} has learned from no run like this one, so trust it less: {found.unlike}.")

@@ -128,14 +128,15 @@ class RankPilot(Readings):
         self.controller: RankController[PeftAdapters] | None = None
         self.recompute, self.times_plans = recompute, aim.kind == "time"
         self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
-        self.journal: Journal = Journal(DecisionLog(Path(log)) if log else None, self.policy, tell or logger.info)
+        decisions = DecisionLog(Path(log)) if log else None
+        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info, recompute)
         self._review, self._measure_every = PlanReview.of(review, review_timeout), measure_every
         self._guard, self._losses, self._progress = PeakGuard(measure_every), LossMeter(), progress
 
     # The events of a run, in their order ------------------------------------------------------------------------------
 
     def begin(self, run: TrainingRun, *, name: str = "") -> None:
-        """Measure, probe, and apply the first plan.
+        """Measure, probe, and apply the first plan. An earlier run that has no `finish` ends here.
 
         Args:
             run: what is about to begin.
@@ -337,6 +338,7 @@ class RankPilot(Readings):
     def _start(self, run: TrainingRun, *, resumed: bool) -> None:
         check_run(run)
         self._run = run
+        self._guard.finish()  # of an earlier run that did not end
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
         if self._review is not None:

@@ -47,7 +47,7 @@ class Recomputation:
                 f"{type(base).__name__} checkpoints all its layers together or none, so a plan cannot choose them one "
                 "by one. Leave `recompute` out, or switch gradient checkpointing on for the whole model."
             )
-        self._before = ModelSettings(model)
+        self._before: ModelSettings | None = ModelSettings(model)
         use_tiled_loss(model)
         switch_checkpointing(base, True)
         base.config.use_cache = False  # a layer that runs again would fill the cache twice
@@ -55,8 +55,10 @@ class Recomputation:
         self.memory: MemoryModel | None = None
 
     def put_back(self) -> None:
-        """Let the layers run again that did so before, and set the model's cache as it was."""
-        self._before.put_back()
+        """Let the layers run again that did so before, and set the model's cache as it was; the first call does so."""
+        if self._before:
+            self._before.put_back()
+        self._before = None
 
     def all(self) -> None:
         """Let all layers run again."""
@@ -100,6 +102,12 @@ class Recomputation:
 
     def __str__(self) -> str:
         return f"{len(self.layers)} of {len(self._layers)} layers run again"
+
+
+def could_recompute(model: nn.Module) -> bool:
+    """Whether a model has layers that can run again one by one and do not yet."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return any(not layer.gradient_checkpointing for layer in layers)
 
 
 @contextmanager

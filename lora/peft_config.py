@@ -56,6 +56,13 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
         config.init_lora_weights = True
 
 
+def pattern_of_user(model: nn.Module, targets: Sequence[TargetModule]) -> bool:
+    """Whether the LoraConfig has a `rank_pattern` that `sync_config` has not written into it."""
+    peft_model, adapter = unwrap(model), targets[0].adapter
+    config, synced = peft_model.peft_config[adapter], peft_model.__dict__.get(_SETTINGS, {})
+    return bool(config.rank_pattern) and synced.get(adapter, (None,))[0] is not config
+
+
 def _own_config(model: Any, adapter: str) -> Any:
     """The configuration of an adapter, which belongs to it alone from now on.
 

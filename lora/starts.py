@@ -1,4 +1,4 @@
-"""Directions that adapters begin with by their user's choice, kept where the first plan gives modules another rank."""
+"""What adapters begin with by their user's choice: EVA's directions are kept, and what is not is told."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .peft_config import pattern_of_user
 from .resize import is_trained
 from .targets import TargetModule, unwrap
 
@@ -14,6 +15,11 @@ _BY_IMPORTANCE = "eva"
 """PEFT's name of starts whose rows of A are sorted, the most important one first (EVA, arXiv 2410.07170)."""
 
 _DEFAULT = (True, False)
+
+PATTERN = (
+    "The rank_pattern of the LoraConfig is where nothing starts, since the policy decides all ranks. "
+    "`bounds` pins the rank of a module."
+)
 
 
 @contextmanager
@@ -23,7 +29,7 @@ def start_kept(
     """Let adapters that have not trained keep what EVA chose for them, whatever ranks they get inside.
 
     A module has as many of its rows of A as its new rank allows, and random ones beyond; the function stays. Other
-    starts than PEFT's default give way to it, which is told.
+    starts than PEFT's default give way to it, and a `rank_pattern` to the first plan, which is told.
 
     Args:
         model: holds the adapters.
@@ -32,7 +38,10 @@ def start_kept(
         note: tells a line.
     """
     start = unwrap(model).peft_config[targets[0].adapter].init_lora_weights
-    if start in _DEFAULT or (not fresh and any(map(is_trained, targets))):
+    begins = fresh or not any(map(is_trained, targets))
+    if begins and pattern_of_user(model, targets):
+        note(PATTERN)
+    if start in _DEFAULT or not begins:
         yield
         return
     if fresh or start != _BY_IMPORTANCE:

@@ -35,6 +35,9 @@ at later ones. Later ones are more cautious, because a change during a run costs
 TIE = 0.05
 """Plans whose lower bounds differ by less, in standard deviations of the log loss between plans, are tied."""
 
+NEW_RANK = 1
+"""The rank of new adapters at the first decision; trained ones have those of an earlier run."""
+
 LOSS_TIE = 0.1
 """The same in votes on the log loss: near plain LoRA 0.1 % of the loss."""
 
@@ -167,6 +170,7 @@ class LearnedPolicy:
             unit=self.value_ensemble.config.unit,
             doubt=self.value_ensemble.config.doubt_of(observation.run.tolist()),
             outside=self.value_ensemble.config.outside(observation.run.tolist()),
+            trained=is_first(observation) and bool((observation.problem.ranks > NEW_RANK).any()),
             goal=self.goal,
             **(_of_any_cost(observation, candidates.names, plan_of, ranks[first]) if any_cost else {}),
         )

@@ -66,7 +66,7 @@ def test_distances_by_hand() -> None:
     assert plan_distance(PLANS, PLANS[0])[0] == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.25, "seed": 7, "taken": 3}])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.25, "seed": 7, "taken": 3, "trained": True}])
 def test_a_deliberation_comes_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     before = make_deliberation(**changes)
     for name, content in DecisionState({"max_step": 2}, before).files("state-00000.safetensors").items():
@@ -111,6 +111,7 @@ def test_what_a_run_is_unlike_is_told_as_people_count_it() -> None:
     found = four_plans(outside=outside)
     assert found.unlike == "1,000 steps (not 50 to 200), 223 modules (not 19 to 37), depth 0.5 (not 1 to 1)"
     assert four_plans().unlike == ""
+    assert replace(found, trained=True).unlike == f"adapters that are trained already, {found.unlike}"
     restored = Deliberation.restored(found.arrays(), found.recipes(), found.scalars())
     assert restored.outside == outside
     assert restored.unlike == found.unlike

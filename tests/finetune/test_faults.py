@@ -13,9 +13,9 @@ import pytest
 import rankpilot
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.finetune.checkpoint import STATE
@@ -408,6 +408,32 @@ def test_a_trainer_without_the_callback_resumes_as_ever(make: Launch) -> None:
                 run.trainer.train(resume_from_checkpoint=True)
         else:
             run.train()
+
+
+@pytest.mark.parametrize("resume", [True, 4])
+def test_a_checkpoint_without_the_callback_can_be_kept(make: Launch, llama_config: LlamaConfig, resume: Any) -> None:
+    plain = make(max_steps=4)
+    plain.trainer.remove_callback(plain.pilot)
+    plain.train()
+    told = rf"from_pretrained\(base, '{plain.checkpoint(4)}', is_trainable=True\)`, and call `train\(\)` without"
+    refused = make(max_steps=6)
+    with pytest.raises(RunFolderError, match=told):
+        refused.trainer.train(resume_from_checkpoint=True if resume is True else refused.checkpoint(resume))
+    set_seed(0)
+    model = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), plain.checkpoint(4), is_trainable=True)
+    settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.0, "use_cpu": True, "report_to": []}
+    trainer = Trainer(model, TrainingArguments(str(plain.folder / "next"), **settings), train_dataset=ROWS)
+    rankpilot.attach(trainer, "signal-mean", budget="150%", schedule=ONCE)
+    trainer.train()
+    assert any(target.rank != 8 for target in find_target_modules(model))
+
+    def logits(of: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return of.eval()(input_ids=torch.arange(16).view(2, 8)).logits  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(logits(model), logits(plain.model))
+    with model.disable_adapter():
+        assert not torch.allclose(logits(model), logits(plain.model))
 
 
 @pytest.mark.parametrize(

@@ -120,12 +120,49 @@ def test_what_a_tight_budget_is_expected_to_cost_is_told(
     assert found is not None
     votes = np.where(np.arange(len(found.plans)) == found.plain, np.float32(vote_of(0.05)), np.float32(0))
     short = replace(found, votes=np.repeat(votes[None], len(found.votes), axis=0))
-    assert short.promise.startswith(
-        "Expected beside rank 8 on all modules, which does not fit: log loss +0.050. A larger budget or "
-        "time makes room. So does recompute=True"
-    )
+    assert short.promise == "Expected beside rank 8 on all modules, which does not fit: log loss +0.050."
+    assert short.lacks_room
     assert replace(short, allowed=None).promise == "Expected beside rank 8 on all modules: log loss +0.050."
     assert replace(short, plain=None).promise == ""
+    others = {"allowed": None}, {"plain": None}, {"goal": Goal("bytes")}, {"trained": True}
+    assert not any(replace(short, **other).lacks_room for other in (*others, {"outside": {"depth": (0.5, 1.0, 1.0)}}))
+
+
+class Spendthrift(PlanValueEnsemble):
+    """Networks that expect less loss of more rank, by 5 % (log) for each rank that modules have in the mean."""
+
+    def forward(self, plans: Any) -> torch.Tensor:
+        return vote_of(0.05) * plans.ranks.double().mean(dim=-1).expand(2, 1, -1)
+
+
+ROOM = "A larger budget makes room"
+"""How the advice begins."""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, f"{ROOM}, and so does recompute=True: layers run again in the backward pass, which takes time."),
+        ({"recompute": True}, f"{ROOM}."),
+        ({"budget": "3k params"}, f"{ROOM}."),
+        ({"time": "99%"}, "A larger budget or time makes room."),
+    ],
+)
+def test_what_makes_room_is_told_where_it_helps(
+    policy: LearnedPolicy, trainer: Trainer, caplog: pytest.LogCaptureFixture, options: dict[str, Any], words: str
+) -> None:
+    assert policy.value_ensemble is not None
+    spends = replace(policy, value_ensemble=Spendthrift(policy.value_ensemble.config).eval())
+    rankpilot.attach(trainer, spends, schedule=ONCE, **{"budget": "40%"} | options)
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        trainer.train()
+        lines = [line for line in caplog.messages if "which does not fit" in line]
+        assert len(lines) == 1
+        assert lines[0].endswith(words)
+        trainer.train()
+    assert [line for line in caplog.messages if "which does not fit" in line] == lines, "nothing is known of the second"
+    unlike = "has learned from no run like this one, so trust it less: adapters that are trained already."
+    assert sum(line.endswith(unlike) for line in caplog.messages) == 1
 
 
 def test_the_frontier_before_training(policy: LearnedPolicy, trainer: Trainer) -> None:

@@ -176,6 +176,35 @@ def test_a_model_that_never_checkpointed_has_no_function_for_it_afterwards(tmp_p
     assert not any(hasattr(module, "_gradient_checkpointing_func") for module in trainer.model.modules())
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_pilot_begins_another_run(tmp_path: Path, ended: bool) -> None:
+    """Also where the first run was left in the middle of a step that is measured."""
+    trainer = trainer_of(tmp_path)
+    model, rows = trainer.model, trainer.get_train_dataloader()
+    optimizer = trainer.create_optimizer()
+    pilot = rankpilot.RankPilot("signal-mean", "55%", bounds=BOUNDS, recompute=True, schedule=SCHEDULE)
+    before, batch = flags(model), next(iter(rows))
+    pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, rows, total_steps=STEPS))
+    pilot.before_step(batch)
+    limit, layers = pilot.limit, flags(model)
+    if ended:
+        pilot.finish()
+        model.gradient_checkpointing_enable()
+        before = flags(model)
+    pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, rows, total_steps=STEPS))
+    assert (pilot.limit, flags(model)) == (limit, layers)
+    pilot.before_step(batch)
+    loss = model(**batch).loss
+    loss.backward()
+    pilot.before_optimizer_step(loss.detach())
+    optimizer.step()
+    pilot.after_step()
+    assert len(pilot.peaks) == 1
+    pilot.finish()
+    assert flags(model) == before == [ended] * LAYERS
+    assert not any("_loss_function" in vars(module) for module in model.modules())
+
+
 class OutOfMemoryOnce(Trainer):  # type: ignore[misc]
     """Runs out of memory in its third step, once."""
 

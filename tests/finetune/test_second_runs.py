@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,21 @@ import rankpilot
 import torch
 from accelerate import skip_first_batches
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(12)] for j in range(40))]
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
@@ -288,6 +297,72 @@ def test_sizes_of_a_run_are_whole_numbers(new_model: NewModel, size: dict[str, A
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     with pytest.raises(ConfigError, match=f"{next(iter(size))} is a whole number, at least 1; got"):
         TrainingRun.of_loader(model, optimizer, DataLoader(ROWS, 4), **{"total_steps": 4} | size)
+
+
+def test_the_log_of_an_earlier_run_in_the_same_folder_stays(
+    new_model: NewModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(budget: str, *, resume: bool = False) -> None:
+        settings = arguments(tmp_path, save_strategy="steps", save_steps=3)
+        callback = RankPilotCallback("signal-mean", budget, schedule=TWICE)
+        trainer = Trainer(new_model(), settings, train_dataset=ROWS, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+
+    def read(name: str) -> Any:
+        return DecisionLog(tmp_path / name).read()
+
+    run("60%")
+    first = read("decisions")
+    (tmp_path / "decisions" / "notes.txt").touch()
+    run("80%")
+    assert f"{tmp_path / 'decisions'} held the decision log of an earlier run" in capsys.readouterr().out
+    run("100%")
+    assert read("decisions-1").equals(first)
+    assert DecisionLog(tmp_path / "decisions-1").logged(1).state is not None, "it is whole"
+    assert read("decisions-2")["limit"][0].as_py() > first["limit"][0].as_py()
+    last = read("decisions")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    run("100%", resume=True)
+    assert read("decisions").equals(last)
+    assert sorted(path.name for path in tmp_path.glob("decisions*")) == ["decisions", "decisions-1", "decisions-2"]
+    assert [path.name for path in (tmp_path / "decisions").glob("*.txt")] == ["notes.txt"]
+
+
+class MovingAverage(TrainerCallback):
+    """Averages the weights, from copies that it makes when training begins; counts the events that it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.heard.append("init")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        self.heard.append("begin")
+        self.average = [p.detach().clone() for p in objects["model"].parameters()]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        for mean, parameter in zip(self.average, objects["model"].parameters(), strict=True):
+            mean.lerp_(parameter.detach(), 0.1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.heard.append("end")
+
+
+@pytest.mark.parametrize("form", ["after it", "added", "attached"])
+def test_callbacks_that_copy_weights_find_the_ranks_of_the_first_plan(
+    new_model: NewModel, tmp_path: Path, form: str
+) -> None:
+    average, pilot = MovingAverage(), RankPilotCallback("signal-mean", "60%", schedule=ONCE)
+    given = [average, pilot] if form == "after it" else [average]
+    trainer = Trainer(new_model(), arguments(tmp_path), train_dataset=ROWS, callbacks=given)
+    if form == "added":
+        trainer.add_callback(pilot)
+    elif form == "attached":
+        rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE)
+    trainer.train()
+    assert any(target.rank != 8 for target in find_target_modules(trainer.model))
+    assert average.heard == ["init", "begin", "end"]
 
 
 @pytest.mark.parametrize("other", [None, Trainer, "model"])
