@@ -79,8 +79,8 @@ def run_costs(
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
     """
     budget = within_all(run, budget)
-    told = partial(plan_costs, budget, run.step, targets, signals=signals, recompute=recompute, kept=kept)
-    return run.measured(lambda: told(run.largest_batch()))
+    costs = partial(plan_costs, budget, signals=signals, recompute=recompute, kept=kept)
+    return run.measured(lambda: costs(run.step, targets, run.largest_batch()))
 
 
 def within_all(run: TrainingRun, budget: Budget) -> Budget:

@@ -139,6 +139,7 @@ def reads_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tyro, "cli", read_and_stop)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(SAMPLE, tmp_path / "runs/trials")  # `rankpilot train --from-trials` reads its settings there
+    (tmp_path / "trials").symlink_to(ROOT / "trials")
 
 
 @pytest.mark.usefixtures("reads_only")

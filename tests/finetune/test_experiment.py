@@ -67,6 +67,7 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=0
     )
+    torch.manual_seed(0)
     BertForSequenceClassification(config).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
@@ -78,6 +79,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=0
     )
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder

@@ -17,7 +17,7 @@ from rankpilot.study.dataset import TrialsDataset, open_dataset
 from rankpilot.study.dataset.refit import training_config
 
 ROOT = Path(rankpilot.__file__).parent
-TRIALS = ROOT / "study" / "dataset" / "trials"
+TRIALS = ROOT / "trials"
 
 
 @pytest.fixture(scope="module")
