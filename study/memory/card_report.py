@@ -93,7 +93,7 @@ def recomputed_text(outlook: Outlook, count: int) -> str:
 
 def choice_table(outlook: Outlook) -> Table:
     """All choices for the batch that was asked for."""
-    columns = ("adapters", "rank", "run again", "step", "on card", "spare", "verdict", "time")
+    columns = ("adapters", "rank", "run again", "step", "on card", "spare", "fits", "time")
     table = make_table("What each choice takes, in GiB", columns)
     previous: tuple[int, int] | None = None
     for choice in outlook.choices:
@@ -109,7 +109,7 @@ def choice_table(outlook: Outlook) -> Table:
                 f"{count / 2**30:.2f}".replace("-", "−")
                 for count in (choice.step_bytes, use.total_bytes, use.spare_bytes)
             ),
-            use.verdict,
+            {"fits": "yes", "does not fit": "no"}.get(use.verdict, use.verdict),
             f"{choice.time:.2f}",
         )
     return table
