@@ -85,6 +85,7 @@ def test_few_tasks_are_refused() -> None:
     estimate = restricted_choice(log(9), ranks(4, 3, 2, 1, tasks=9))
     assert estimate.gain is None
     assert estimate.refused == "Not enough tasks: effective sample size 9.0 (at least 10)."
+    assert restricted_choice(log(10), ranks(4, 3, 2, 1, tasks=10)).gain is not None
 
 
 def test_a_target_of_another_log() -> None:
