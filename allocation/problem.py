@@ -140,8 +140,7 @@ class AllocationProblem:
         """The lowest rung that the bounds allow each module, (modules,)."""
         if self.low is None:
             return np.zeros_like(self.ranks)
-        most = self.ladder.rung(self.max_ranks)
-        return np.minimum(np.searchsorted(self.ladder.array, self.low), most)
+        return np.minimum(self.ladder.rung_above(self.low), self.ladder.rung(self.max_ranks))
 
     @cached_property
     def rungs(self) -> IntArray:

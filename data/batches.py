@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import getclosurevars, isfunction
+from io import IOBase
 from itertools import count, cycle, islice
 from typing import Any
 
@@ -90,13 +91,15 @@ def _is_used_up(dataset: Any) -> bool:
 def _held_iterators(dataset: Any) -> set[int]:
     """The iterators that a data set holds, or that its `__iter__` reads from outside of it, by their `id`.
 
-    Not those that never end: a counter of epochs is no source of rows.
+    Not those that never end, since a counter of epochs is no source of rows, and no files, which may be read anew.
     """
     held = list(getattr(dataset, "__dict__", {}).values())
     if isfunction(function := getattr(type(dataset), "__iter__", None)):
         outside = getclosurevars(function)
         held += [*outside.nonlocals.values(), *outside.globals.values()]
-    return {id(value) for value in held if isinstance(value, Iterator) and not isinstance(value, count | cycle)}
+    return {
+        id(value) for value in held if isinstance(value, Iterator) and not isinstance(value, count | cycle | IOBase)
+    }
 
 
 def _alike(one: Any, other: Any) -> bool:

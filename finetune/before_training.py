@@ -258,8 +258,7 @@ def learned_kept(
 def _ranks_that_hold(targets: Sequence[TargetModule]) -> IntArray:
     """The least ranks of the ladder that take nothing from the adapters, int64 (modules,)."""
     ranks, ladder = np.array([target.rank for target in targets], dtype=np.int64), RankLadder()
-    above = ladder.array[np.minimum(np.searchsorted(ladder.array, ranks), ladder.top)]
-    return np.maximum(ranks, np.minimum(above, highest_ranks(targets)))
+    return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
 
 
 def _some_plan_fits(controller: RankController[PeftAdapters]) -> bool:

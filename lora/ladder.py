@@ -54,6 +54,10 @@ class RankLadder:
         """The highest rung whose rank is not above each given rank, int64 of the shape of `ranks`."""
         return np.asarray(np.searchsorted(self.array, ranks, side="right") - 1, dtype=np.int64)
 
+    def rung_above(self, ranks: IntArray) -> IntArray:
+        """The lowest rung whose rank is not below each given rank, or the top one, int64 of the shape of `ranks`."""
+        return np.asarray(np.minimum(np.searchsorted(self.array, ranks), self.top), dtype=np.int64)
+
     def step(self, ranks: IntArray | int, deltas: IntArray | int) -> IntArray:
         """The ranks `deltas` rungs above the rungs of `ranks` (below if negative), clipped to the ladder's ends."""
         return np.asarray(self.array[np.clip(self.rung(ranks) + deltas, 0, self.top)])
