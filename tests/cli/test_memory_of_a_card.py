@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import peft
@@ -10,7 +12,8 @@ import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.outlook import memory_of
+from rankpilot.memory import outlook
+from rankpilot.memory.outlook import Outlook, memory_of
 from rankpilot.study.memory.card_report import configuration_text
 from transformers import AlbertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, WhisperConfig
 
@@ -24,7 +27,7 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a configuration, and no weights."""
     folder = tmp_path_factory.mktemp("models") / "llama"
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=512, num_hidden_layers=6, **sizes, architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(vocab_size=512, num_hidden_layers=3, **sizes, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     return folder
 
@@ -35,7 +38,7 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     arguments = ["memory", str(configuration), "--device", "rtx 4090", *BATCH, "--output", str(tmp_path / "card")]
     assert cli.run(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 42 modules of 6 layers" in printed
+    assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 21 modules of 3 layers" in printed
     assert printed.index("Fits with") < printed.index("Layers that must run again")
     assert "all layers at rank 8 with no checkpointing" in printed
     figures = read_json(tmp_path / "card/memory.json")
@@ -72,27 +75,46 @@ def test_the_best_choice_as_a_configuration(
     assert not arguments["gradient_checkpointing"]
 
 
+NARROW_KEYS = LlamaConfig(
+    vocab_size=64,
+    num_hidden_layers=3,
+    architectures=["LlamaForCausalLM"],
+    hidden_size=64,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+)
+
+
+@pytest.fixture(scope="module")
+def narrow_keys() -> Outlook:
+    return memory_of(NARROW_KEYS, "24GiB", rank=32, batch_size=2, max_length=32)
+
+
 @pytest.mark.parametrize("fits_whole", [True, False], ids=["all layers", "top layers"])
-def test_the_configuration_builds_the_ranks_that_were_priced(fits_whole: bool) -> None:
+def test_the_configuration_builds_the_ranks_that_were_priced(narrow_keys: Outlook, fits_whole: bool) -> None:
     """Keys and values of grouped queries are narrower than the rank, and PEFT would build the rank for all."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=64, num_hidden_layers=4, architectures=["LlamaForCausalLM"], **sizes)
-    outlook = memory_of(config, "24GiB", rank=32, batch_size=2, max_length=32)
+    shown = copy.copy(narrow_keys)
     if not fits_whole:
-        outlook.choices = tuple(choice for choice in outlook.choices if choice.layers < outlook.blocks)
-    best = outlook.best
+        shown.choices = tuple(choice for choice in shown.choices if choice.layers < shown.blocks)
+    best = shown.best
     assert best is not None
     names: dict[str, object] = {}
-    exec(configuration_text(outlook), names)
+    exec(configuration_text(shown), names)
     lora = names["lora"]
     assert isinstance(lora, peft.LoraConfig)
-    built = {each.name: each.rank for each in find_target_modules(peft.get_peft_model(LlamaForCausalLM(config), lora))}
-    priced = {each.name: rank for each, rank in zip(outlook.step.targets, best.ranks.tolist(), strict=True) if rank}
+    built = {
+        each.name: each.rank for each in find_target_modules(peft.get_peft_model(LlamaForCausalLM(NARROW_KEYS), lora))
+    }
+    priced = {each.name: rank for each, rank in zip(shown.step.targets, best.ranks.tolist(), strict=True) if rank}
     assert built == priced
     assert set(built.values()) == {16, 32}
 
 
-def test_a_model_without_checkpointing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_checkpointing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlook, "memory_of", cache(memory_of))  # both commands show the same
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "embedding_size": 16}
     AlbertConfig(vocab_size=64, num_hidden_layers=2, **sizes).save_pretrained(tmp_path / "albert")
     options = ["--device", "T4", "--max-length", "32", "--output", str(tmp_path / "card")]
