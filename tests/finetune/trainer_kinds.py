@@ -143,6 +143,19 @@ def dpo(folder: Path, **options: Any) -> Trainer:
     )
 
 
+def kto(folder: Path, **options: Any) -> Trainer:
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [{"prompt": "after ", "completion": text, "label": row % 2 == 0} for row, text in enumerate(TEXTS)]
+    return KTOTrainer(
+        llama(),
+        args=KTOConfig(str(folder), **_settings(max_length=LENGTH) | options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(**LORA),
+    )
+
+
 def reward(folder: Path, **options: Any) -> Trainer:
     from trl import RewardConfig, RewardTrainer
 
@@ -271,6 +284,7 @@ TRL_KINDS = (
     TrainerKind("sft-packing", lambda folder, **options: sft(folder, packing=True, **options), 0.02),
     TrainerKind("sft-no-checkpointing", lambda folder, **options: sft(folder, gradient_checkpointing=False, **options)),
     TrainerKind("dpo", dpo),
+    TrainerKind("kto", kto),
     # The margin is rounded up to a byte for each rank, which counts where a step takes so little.
     TrainerKind("reward", reward, 0.0055),
 )
