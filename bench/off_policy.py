@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from ..common.statistics import rank_correlation
 from ..common.tables import make_table
 from ..errors import ConfigError
-from ..study.off_policy.compare import Accuracy, TargetResult, accuracy_of, compare_targets
+from ..study.off_policy.compare import TargetResult, compare_targets
 from ..study.off_policy.estimates import Method
 from ..study.off_policy.restricted import restricted_choice
 from .harness import Figures, machine_facts, with_progress
@@ -70,6 +71,25 @@ class Options:
     json: Path | None = None
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """How estimates of one method agree with the truth.
+
+    Attributes:
+        estimated: targets with an estimate.
+        refused: targets without.
+        covered: share of the intervals that hold the truth, 0 to 1; NaN without an estimate.
+        width: median width of the intervals, in the unit of the outcomes; NaN without an estimate.
+        rank_correlation: Spearman's, between estimates and truth; NaN for fewer than two targets.
+    """
+
+    estimated: int
+    refused: int
+    covered: float
+    width: float
+    rank_correlation: float
+
+
 def measure(pool: KnownOutcomes, setting: Setting, logs: int, targets: int) -> dict[Method, Accuracy]:
     """How estimates of each method agree with the truth, over many logs and targets.
 
@@ -97,6 +117,25 @@ def measure(pool: KnownOutcomes, setting: Setting, logs: int, targets: int) -> d
         restricted.append(_restricted_truth(log))
     own = {name: float(np.mean([each[name] for each in restricted])) for name in truth}
     return {method: _overall(results, truth, own, method) for method in results[0][0].estimates}
+
+
+def accuracy_of(results: Sequence[TargetResult], truth: Mapping[str, float], method: Method) -> Accuracy:
+    """Hold the estimates of one method against the truth.
+
+    Args:
+        results: of several targets.
+        truth: the expected outcome of each target, by name.
+        method: which estimates.
+    """
+    gains = {result.target: result.estimates[method].gain for result in results}
+    known = [(gain, truth[name]) for name, gain in gains.items() if gain is not None]
+    refused = len(gains) - len(known)
+    if not known:
+        return Accuracy(0, refused, float("nan"), float("nan"), float("nan"))
+    values, truths = np.array([gain.value for gain, _ in known]), np.array([true for _, true in known])
+    covered = np.mean([gain.low <= true <= gain.high for gain, true in known])
+    width = np.median([gain.high - gain.low for gain, _ in known])
+    return Accuracy(len(known), refused, float(covered), float(width), rank_correlation(values, truths))
 
 
 def _restricted_truth(log: KnownLog) -> dict[str, float]:

@@ -28,7 +28,6 @@ class PolicyEstimate:
         method: how it was estimated.
         gain: mean outcome with its 95 % interval; None if the estimate is refused.
         refused: why there is no figure; None if there is one.
-        holds_for: of what policy the figure is.
         effective_size: number of equally weighted tasks that would tell as much (`effective_size`); None if unknown.
         largest_weight: the largest importance weight that the target could get; None if unknown, or without weights.
     """
@@ -36,7 +35,6 @@ class PolicyEstimate:
     method: Method
     gain: Estimate | None
     refused: str | None
-    holds_for: str
     effective_size: float | None
     largest_weight: float | None = None
 
@@ -64,7 +62,7 @@ def effective_size(choices: LoggedChoices, weights: FloatArray) -> float:
 
 
 def unweighted(
-    method: Method, choices: LoggedChoices, values: FloatArray, holds_for: str, weights: FloatArray | None = None
+    method: Method, choices: LoggedChoices, values: FloatArray, weights: FloatArray | None = None
 ) -> PolicyEstimate:
     """The mean of values of decisions or, with weights of 0 and 1, of some of them; refused if there are few tasks.
 
@@ -72,12 +70,11 @@ def unweighted(
         method: how the values came about.
         choices: the decisions.
         values: of each, (decisions,).
-        holds_for: see `PolicyEstimate`.
         weights: of each, (decisions,); all 1 by default.
     """
     weights = np.ones(len(values)) if weights is None else weights
     size = effective_size(choices, weights)
     if size < LEAST_EFFECTIVE_SIZE:
         refused = f"Not enough tasks: effective sample size {size:.1f} (at least {LEAST_EFFECTIVE_SIZE:g})."
-        return PolicyEstimate(method, None, refused, holds_for, size)
-    return PolicyEstimate(method, ratio_estimate(weights * values, weights, choices.tasks), None, holds_for, size)
+        return PolicyEstimate(method, None, refused, size)
+    return PolicyEstimate(method, ratio_estimate(weights * values, weights, choices.tasks), None, size)

@@ -31,12 +31,10 @@ class LoggedSuite:
     """First decisions of one policy's runs.
 
     Attributes:
-        policy: its name.
         decisions: one a run.
         choices: the same as a log of choices. The outcome is how much lower the log loss is than that of uniform rank.
     """
 
-    policy: str
     decisions: tuple[LoggedDecision, ...]
     choices: LoggedChoices
 
@@ -80,7 +78,7 @@ def logged_suite(folder: Path, name: str) -> LoggedSuite:
     )
     if len(set(choices.tasks)) >= FOLDS:
         choices = cross_fit(choices, _Scaled(choices, deliberations).fit)
-    return LoggedSuite(name, tuple(logged for _, logged in pairs), choices)
+    return LoggedSuite(tuple(logged for _, logged in pairs), choices)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,9 +35,7 @@ def restricted_choice(choices: LoggedChoices, target: TargetPolicy) -> PolicyEst
     np.minimum.at(worst, number, scores)
     kept = (scores == best[number]).astype(np.float64)
     ties = np.bincount(number, kept)
-    logged = np.bincount(number)
-    holds_for = f"the target among the plans logged for a task alone: {logged.min()} to {logged.max()}"
     if not (best > worst).any():
         refused = "No choice: of no task does the target tell logged plans apart."
-        return PolicyEstimate("restricted choice", None, refused, holds_for, None)
-    return unweighted("restricted choice", choices, choices.outcomes, holds_for, kept / ties[number])
+        return PolicyEstimate("restricted choice", None, refused, None)
+    return unweighted("restricted choice", choices, choices.outcomes, kept / ties[number])

@@ -14,9 +14,6 @@ from .logged import LoggedChoices
 from .overlap import overlap
 from .targets import TargetPolicy
 
-_WHOLE = "the target among all possible plans"
-_BY_MODEL = f"{_WHOLE}, as far as the predictions are right; the interval leaves their error out"
-
 
 def direct(choices: LoggedChoices, target: TargetPolicy) -> PolicyEstimate:
     """The direct method: what a model expects of the plans that the target would take.
@@ -33,7 +30,7 @@ def direct(choices: LoggedChoices, target: TargetPolicy) -> PolicyEstimate:
         DataError: there are no predictions, or the target does not fit the decisions.
     """
     target.check(choices)
-    return unweighted("direct", choices, _expected(choices, target, _predictions(choices)), _BY_MODEL)
+    return unweighted("direct", choices, _expected(choices, target, _predictions(choices)))
 
 
 def importance(choices: LoggedChoices, target: TargetPolicy) -> PolicyEstimate:
@@ -115,4 +112,4 @@ def _weighted(
     if not seen.refused:
         below = seen.weights if normalised else np.ones(len(seen.weights))
         gain = ratio_estimate(values(seen.weights), below, choices.tasks)
-    return PolicyEstimate(method, gain, seen.refused, _WHOLE, seen.effective_size, seen.largest_weight)
+    return PolicyEstimate(method, gain, seen.refused, seen.effective_size, seen.largest_weight)

@@ -1,4 +1,4 @@
-"""Off-policy estimates against known outcomes: the pools, their logs, and one small measurement."""
+"""Off-policy estimates against known outcomes: the pools, their logs, how accuracy is told, one small measurement."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from rankpilot.bench import off_policy
 from rankpilot.bench.known_outcomes import NOISE, KnownOutcomes, closed_form, planted
-from rankpilot.bench.off_policy import Options, Setting, benchmark
+from rankpilot.bench.off_policy import Options, Setting, accuracy_of, benchmark
+from rankpilot.common.statistics import Estimate
 from rankpilot.errors import ConfigError
+from rankpilot.study.off_policy.compare import TargetResult
+from rankpilot.study.off_policy.estimates import PolicyEstimate
 from rich.console import Console
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +69,31 @@ def test_logs_follow_the_probabilities(pool: KnownOutcomes) -> None:
         gained = choices.sums(here.probabilities)
         assert gained == pytest.approx(1)
         assert policy.name == here.name
+
+
+def made(name: str, gain: Estimate | None) -> TargetResult:
+    refused = None if gain else "Not enough overlap: made up."
+    return TargetResult(name, {"doubly robust": PolicyEstimate("doubly robust", gain, refused, None)})
+
+
+def test_agreement_with_the_truth_by_hand() -> None:
+    results = [
+        made("a", Estimate(1.0, 0.5, 1.5)),
+        made("b", Estimate(3.0, 2.0, 4.0)),
+        made("c", Estimate(2.0, 1.9, 2.1)),
+        made("d", None),
+    ]
+    found = accuracy_of(results, {"a": 1.5, "b": 2.0, "c": 5.0, "d": 0.0}, "doubly robust")
+    assert (found.estimated, found.refused) == (3, 1)
+    assert found.covered == pytest.approx(2 / 3), "ends count as inside"
+    assert found.width == pytest.approx(1.0)
+    assert found.rank_correlation == pytest.approx(0.5)
+
+
+def test_agreement_of_refusals_alone() -> None:
+    found = accuracy_of([made("a", None)], {"a": 1.0}, "doubly robust")
+    assert (found.estimated, found.refused) == (0, 1)
+    assert np.isnan([found.covered, found.width, found.rank_correlation]).all()
 
 
 def test_a_small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

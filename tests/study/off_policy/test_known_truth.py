@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankpilot.bench.known_outcomes import KnownOutcomes, closed_form, planted
-from rankpilot.study.off_policy.compare import accuracy_of, compare_targets
+from rankpilot.bench.off_policy import accuracy_of
+from rankpilot.study.off_policy.compare import compare_targets
 from rankpilot.study.off_policy.overlap import overlap
 from rankpilot.study.off_policy.weighted import doubly_robust, importance, self_normalised
 
