@@ -27,9 +27,6 @@ LARGE_SEGMENT_BYTES = 20 * _MIB
 LARGE_BLOCK_BYTES = 10 * _MIB
 """A block of this size or above gets a segment that it fills."""
 
-_FAR = 2**60
-"""The first address of the expandable segment of small blocks; that of large ones begins at 0."""
-
 
 @dataclass(slots=True)
 class _Block:
@@ -45,9 +42,6 @@ class _Block:
 class CachingAllocator:
     """The allocator's bookkeeping, without memory.
 
-    Args:
-        expandable: as with `expandable_segments:True`, one segment of each pool grows at its end.
-
     Attributes:
         allocated: bytes of the blocks in use.
         reserved: bytes of all segments.
@@ -60,12 +54,10 @@ class CachingAllocator:
     reserved: int
     peak_reserved: int
 
-    def __init__(self, *, expandable: bool = False) -> None:
+    def __init__(self) -> None:
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self._expandable = expandable
         self._blocks: dict[int, _Block] = {}  # by address
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # sizes and addresses, by pool
-        self._ends: dict[bool, int] = {}  # the last block of each pool's segment, if it is expandable
         self._next_address = 0
 
     def allocate(self, size: int) -> int:
@@ -78,7 +70,7 @@ class CachingAllocator:
         block = self._blocks[address]
         block.free = False
         rest = block.size - size
-        if rest >= BLOCK_BYTES and (small or self._expandable or rest > SMALL_BYTES):
+        if rest >= BLOCK_BYTES and (small or rest > SMALL_BYTES):
             self._split(address, block, size)
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
@@ -107,59 +99,26 @@ class CachingAllocator:
         return peak
 
     def empty_cache(self) -> None:
-        """Give segments back in which nothing is allocated; of an expandable segment, its free end."""
-        for small, free in self._free.items():
-            unit = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
+        """Give segments back in which nothing is allocated."""
+        for free in self._free.values():
             for size, address in list(free):
                 block = self._blocks[address]
                 if block.before is None and block.after is None:
-                    returned = size
-                elif self._expandable and block.after is None:
-                    returned = size // unit * unit
-                else:
-                    continue
-                free.remove((size, address))
-                self.reserved -= returned
-                block.size -= returned
-                if block.size:
-                    insort(free, (block.size, address))
-                else:
-                    self._remove_end(address, block)
+                    free.remove((size, address))
+                    self.reserved -= size
+                    del self._blocks[address]
 
     def _new_block(self, size: int, small: bool) -> int:
         """A block that is large enough, from the driver."""
         unit = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
-        if self._expandable:
-            return self._grow(size, small, unit)
         if not small and size >= LARGE_BLOCK_BYTES:
             unit = -(-size // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
-        return self._add_block(self._next_address, unit, small, None)
-
-    def _grow(self, size: int, small: bool, unit: int) -> int:
-        """Let a pool's segment grow, and return its last block, which is large enough then."""
-        end = self._ends.get(small)
-        if end is not None and self._blocks[end].free:
-            block, free = self._blocks[end], self._free[small]
-            del free[bisect_left(free, (block.size, end))]
-            more = -(-(size - block.size) // unit) * unit
-            block.size += more
-            self._count_reserved(more)
-            return end
-        address = _FAR * small if end is None else end + self._blocks[end].size
-        self._ends[small] = self._add_block(address, -(-size // unit) * unit, small, end)
-        return address
-
-    def _add_block(self, address: int, size: int, small: bool, before: int | None) -> int:
-        self._blocks[address] = _Block(size, small, before=before)
-        if before is not None:
-            self._blocks[before].after = address
-        self._next_address = address + size
-        self._count_reserved(size)
-        return address
-
-    def _count_reserved(self, size: int) -> None:
-        self.reserved += size
+        address = self._next_address
+        self._blocks[address] = _Block(unit, small)
+        self._next_address += unit
+        self.reserved += unit
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return address
 
     def _split(self, address: int, block: _Block, size: int) -> None:
         """Cut a block to a size; the rest becomes a free block."""
@@ -167,8 +126,6 @@ class CachingAllocator:
         self._blocks[rest] = _Block(block.size - size, block.small, True, address, block.after)
         if block.after is not None:
             self._blocks[block.after].before = rest
-        if self._ends.get(block.small) == address:
-            self._ends[block.small] = rest
         insort(self._free[block.small], (block.size - size, rest))
         block.size, block.after = size, rest
 
@@ -179,14 +136,3 @@ class CachingAllocator:
         block.after = other.after
         if other.after is not None:
             self._blocks[other.after].before = address
-        if self._ends.get(block.small) == after:
-            self._ends[block.small] = address
-
-    def _remove_end(self, address: int, block: _Block) -> None:
-        """Forget an empty block at the end of its segment."""
-        del self._blocks[address]
-        if block.before is not None:
-            self._blocks[block.before].after = None
-            self._ends[block.small] = block.before
-        else:
-            self._ends.pop(block.small, None)

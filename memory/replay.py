@@ -44,7 +44,6 @@ def replay(
     evaluation: BatchShape | None = None,
     cache: Sequence[int] = (),
     workspace_bytes: int = 0,
-    expandable: bool = False,
 ) -> Replayed:
     """Replay two steps of a plan.
 
@@ -57,13 +56,12 @@ def replay(
             none.
         cache: bytes of the tensors that generation keeps after the steps, such as `generation_cache` tells.
         workspace_bytes: what cuBLAS takes through the allocator, half of it in each thread.
-        expandable: replay with `expandable_segments:True`.
 
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.
     """
     sizes = memory.sizes_under(ranks, shape)
-    run = _Run(CachingAllocator(expandable=expandable))
+    run = _Run(CachingAllocator())
     run.keep(loaded)
     parameters = sizes[list(memory.recording.gradients)]
     run.keep(parameters)

@@ -67,20 +67,6 @@ def test_only_whole_segments_are_given_back():
     assert allocator.reserved == 0
 
 
-def test_an_expandable_segment_grows_by_what_is_missing():
-    plain, expandable = CachingAllocator(), CachingAllocator(expandable=True)
-    for allocator in (plain, expandable):
-        for size in (100, 200, 300):  # each needs more than the one before has left
-            allocator.free(allocator.allocate(size * MIB))
-    assert (plain.reserved, expandable.reserved) == (600 * MIB, 300 * MIB)
-    kept = expandable.allocate(30 * MIB)
-    expandable.empty_cache()
-    assert expandable.reserved == 40 * MIB, "pages of 20 MiB"
-    expandable.free(kept)
-    expandable.empty_cache()
-    assert expandable.reserved == 0
-
-
 def test_the_peak_begins_anew():
     allocator = CachingAllocator()
     allocator.free(allocator.allocate(4 * MIB))
@@ -90,10 +76,9 @@ def test_the_peak_begins_anew():
     allocator.free(kept)
 
 
-@pytest.mark.parametrize("expandable", [False, True])
-def test_blocks_never_overlap_and_all_is_given_back(expandable):
+def test_blocks_never_overlap_and_all_is_given_back():
     generator = np.random.default_rng(0)
-    allocator = CachingAllocator(expandable=expandable)
+    allocator = CachingAllocator()
     live: dict[int, int] = {}
     most = 0
     for _ in range(3000):

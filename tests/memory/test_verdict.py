@@ -84,12 +84,6 @@ def test_the_cache_of_generation_is_keys_and_values_of_each_layer():
     assert sum(generation_cache(find_configuration("llama-3.1-8b"), BatchShape(1, 8192))) == 2**30
 
 
-def test_expandable_segments_reserve_less(step):
-    ranks, loaded = np.full(len(step.targets), 8), frozen_sizes(step.model)
-    plain, expandable = (replay(step.memory, ranks, loaded, expandable=flag) for flag in (False, True))
-    assert plain.allocated <= expandable.reserved <= plain.reserved
-
-
 def test_accumulated_gradients_and_rank_count(step):
     loaded = frozen_sizes(step.model)
     sums = replace(step.memory, accumulates=True)
