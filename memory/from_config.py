@@ -51,9 +51,6 @@ class LoadedAs:
             PEFT makes them.
         attention: which attention kernels CUDA has, if the configuration does not ask for eager attention.
         padded: whether some rows of a batch are padded, which takes other kernels and a mask.
-        auto_class: the class of transformers that makes the model with its head; by default the usual one of the
-            architecture, a language model or a classifier.
-        compute_dtype: the precision of products with nf4 weights; by default the one in which the weights were saved.
         double_quantization: whether the scales of nf4 weights are quantised too.
         reentrant: whether gradient checkpointing is torch's reentrant one.
         input_gradients: whether the embedding's output is made to require gradients (`enable_input_require_grads`).
@@ -66,8 +63,6 @@ class LoadedAs:
     dtype: torch.dtype | None = None
     attention: Attention = "auto"
     padded: bool = False
-    auto_class: str | None = None
-    compute_dtype: torch.dtype | None = None
     double_quantization: bool = True
     reentrant: bool = False
     input_gradients: bool = False
@@ -132,7 +127,7 @@ def from_config(
     config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
     check_reads_tokens(config)
     loaded = loaded or LoadedAs()
-    auto_class = loaded.auto_class or usual_class(config)
+    auto_class = usual_class(config)
     device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
     with hollow_device(device), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about contents that are not there
@@ -190,7 +185,6 @@ def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: 
     return quantise(
         base,
         step.quantization,
-        compute_dtype=loaded.compute_dtype or base.dtype,
         double_quantization=loaded.double_quantization,
         kept=head_names(base) if kind in _NEW_HEADS else None,
     )

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
-from ...errors import ConfigError, UnknownNameError, first_line
+from ...errors import ConfigError, first_line
 
 PEFT_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -53,11 +53,8 @@ def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | 
         dtype: the precision of weights; by default that of the configuration.
 
     Raises:
-        UnknownNameError: another class.
         ConfigError: the class has no model of this kind.
     """
-    if auto_class not in PEFT_TYPES:
-        raise UnknownNameError.of("auto_class", auto_class, PEFT_TYPES)
     config.use_cache = False
     text = config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:

@@ -43,16 +43,14 @@ def quantise(
     model: PreTrainedModel,
     quantization: Quantization,
     *,
-    compute_dtype: torch.dtype,
     double_quantization: bool = True,
     kept: list[str] | None = None,
 ) -> PreTrainedModel:
     """A hollow model as transformers loads it in fewer bits and PEFT prepares it for training.
 
     Args:
-        model: on the meta device; it is changed.
+        model: on the meta device; it is changed. Products with nf4 weights are in its precision.
         quantization: nf4 or int8.
-        compute_dtype: the precision of products with nf4 weights.
         double_quantization: whether nf4's scales are stored in eight bits.
         kept: names of modules that are not quantised; by default those that transformers chooses, such as the output
             layer.
@@ -64,6 +62,7 @@ def quantise(
     loaded = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}[quantization]
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**{loaded: True}), pre_quantized=False)
     skipped = quantizer.get_modules_to_not_convert(model, kept, model._keep_in_fp32_modules)
+    compute_dtype = model.dtype
     for name, module in list(model.named_modules()):
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped):
             d_in, d_out = module.weight.shape[:: 1 if isinstance(module, Conv1D) else -1]

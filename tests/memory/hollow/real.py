@@ -30,7 +30,7 @@ def real_memory(
 ) -> tuple[MemoryModel, PeftModel, dict[str, torch.Tensor]]:
     """The byte model of the step on a real model on the CPU, that model, and its batch; `base` may be quantised."""
     config = copy.deepcopy(config)
-    auto_class = loaded.auto_class or usual_class(config)
+    auto_class = usual_class(config)
     base = base or hollow_base(config, auto_class, loaded.dtype)  # here on the CPU
     if step.checkpointing:
         switch_checkpointing(base, True, reentrant=loaded.reentrant)
