@@ -19,7 +19,6 @@ from ..common.stored_numbers import counted, finite
 from ..common.units import part_of
 from ..errors import BudgetError
 from ..lora.adapters import Adapters
-from ..lora.ladder import RankLadder
 from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
 from ..memory.budget import Budget, reference_cost
@@ -50,7 +49,6 @@ class RankController(Generic[AdaptersT]):
         total_steps: optimiser steps of the run.
         probe_result: from `probe`.
         rows: of an optimiser step, in all its batches.
-        ladder: allowed ranks.
         low: the least rank of each module, int64 (modules,); 0 by default.
         high: the largest, int64 (modules,); any by default.
         seed: decides fresh rows on growth.
@@ -79,7 +77,6 @@ class RankController(Generic[AdaptersT]):
         probe_result: ProbeResult,
         *,
         rows: int,
-        ladder: RankLadder | None = None,
         low: IntArray | None = None,
         high: IntArray | None = None,
         seed: int = 0,
@@ -93,7 +90,6 @@ class RankController(Generic[AdaptersT]):
         self.schedule = schedule
         self.total_steps = total_steps
         self.decision_steps: tuple[int, ...] = schedule.steps(total_steps)
-        self.ladder: RankLadder = ladder or RankLadder()
         self.low, self.high = low, high
         self.seed = seed
         adapters.meter.values = probe_result.signals.copy()
@@ -160,7 +156,6 @@ class RankController(Generic[AdaptersT]):
             self.targets,
             self.time.added_to(cost, self.limit) if self.time else cost,
             self.limit,
-            ladder=self.ladder,
             max_step=self.schedule.reach(self.decision),
             low=self.low,
             high=self.high,

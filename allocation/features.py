@@ -112,12 +112,11 @@ EARLIER_FEATURE_NAMES = {
 """Names of features in files of earlier versions, and what they are called now."""
 
 
-def feature_table(features: Sequence[Feature], indent: str = "") -> str:
-    """Features as a Markdown table, for documentation.
+def feature_table(features: Sequence[Feature]) -> str:
+    """Features as a Markdown table, for a docstring: four spaces before every line but the first.
 
     Args:
         features: such as `MODULE_FEATURE_TABLE`.
-        indent: stands before every line but the first.
     """
     rows = [("feature", "meaning", "range"), ("---", "---", "---"), *features]
-    return f"\n{indent}".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n    ".join(f"| {' | '.join(row)} |" for row in rows)

@@ -14,7 +14,8 @@ from .plan import pack, project
 from .problem import AllocationProblem
 
 RANK_FLOOR = 16.0
-"""The rank floor. On the models on which it was measured, it is about a quarter of their width."""
+"""The rank that every adapted module should be able to have: about a quarter of the width of the models on which it was
+measured."""
 
 
 def top_layers(problem: AllocationProblem, layers: int, rank: int) -> IntArray:
@@ -35,18 +36,17 @@ def top_layers(problem: AllocationProblem, layers: int, rank: int) -> IntArray:
     return problem.uniform(rank, int(lowest))
 
 
-def top_down(problem: AllocationProblem, rank_floor: float = RANK_FLOOR) -> IntArray:
-    """Equal ranks on as many top layers as can have the rank floor, and on some modules of the next layer down.
+def top_down(problem: AllocationProblem) -> IntArray:
+    """Equal ranks on as many top layers as can have `RANK_FLOOR`, and on some modules of the next layer down.
 
     Where the top layer cannot have the rank floor, a lower one is taken. Nothing is left unspent.
 
     Args:
         problem: the plans that are possible; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
-        rank_floor: the rank that every adapted module should be able to have, > 0.
 
     Returns:
         Ranks on the ladder, int64 (modules,), of which none can rise further.
     """
     fresh = problem.fresh()
     scores = np.zeros(len(problem.ranks))
-    return project(fresh, pack(fresh, scores, rank_floor), scores).ranks
+    return project(fresh, pack(fresh, scores, RANK_FLOOR), scores).ranks

@@ -271,7 +271,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
 for _placeholder, _features in (("module_features", MODULE_FEATURE_TABLE), ("run_features", RUN_FEATURE_TABLE)):
     # Without a docstring (python -OO) there is nothing to fill in.
     RankAllocationEnv.__doc__ = (RankAllocationEnv.__doc__ or "").replace(
-        f"{{{_placeholder}}}", feature_table(_features, indent="    ")
+        f"{{{_placeholder}}}", feature_table(_features)
     )
 
 

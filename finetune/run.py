@@ -313,7 +313,3 @@ def _training_mode(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)
                 setattr(module, name, buffer)
-
-
-Tell = Callable[[str], None]
-"""Tells a line to who runs the fine-tune."""

@@ -185,19 +185,18 @@ def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
                 )
 
 
-def find_target_modules(model: nn.Module, adapter: str | None = None) -> list[TargetModule]:
-    """All target modules of one adapter, in the order in which the model lists them.
+def find_target_modules(model: nn.Module) -> list[TargetModule]:
+    """All target modules of the active adapter, in the order in which the model lists them.
 
     Args:
         model: a PeftModel, possibly wrapped.
-        adapter: name of the adapter; the active one by default.
 
     Raises:
         UnsupportedError: the model has no LoRA pair, or one whose rank cannot change.
-        UnknownNameError: there is no adapter of that name.
+        UnknownNameError: the active adapter was deleted.
     """
     peft_model = unwrap(model)
-    name = adapter or peft_model.active_adapter
+    name = peft_model.active_adapter
     if name not in peft_model.peft_config:
         raise UnknownNameError.of("adapter", str(name), peft_model.peft_config)
     config = peft_model.peft_config[name]

@@ -205,12 +205,12 @@ class _Finder:
         return f"{phase}: {recording.names[index] if index >= 0 and recording.names[index] else 'model'}"
 
 
-def needed_candidates(cost: ByteCost, generator: np.random.Generator, plans: int = 300) -> list[int]:
+def needed_candidates(cost: ByteCost, generator: np.random.Generator) -> list[int]:
     """Rising indices of enough candidates that the peak of every sampled plan falls by at most `UNDERESTIMATE`.
 
-    Sampled are a few fixed plans, and `plans` random ones: any density, or top layers only, with ranks 1 to 64.
+    Sampled are a few fixed plans, and 300 random ones: any density, or top layers only, with ranks 1 to 64.
     """
-    costs = moment_costs(cost, np.stack([*_sampled(cost, generator, plans)]))
+    costs = moment_costs(cost, np.stack([*_sampled(cost, generator)]))
     peaks = costs.max(axis=1)
     kept: list[int] = []
     while True:
@@ -234,13 +234,13 @@ def keep_candidates(cost: ByteCost, kept: list[int]) -> ByteCost:
     )
 
 
-def _sampled(cost: ByteCost, generator: np.random.Generator, plans: int) -> Iterator[IntArray]:
+def _sampled(cost: ByteCost, generator: np.random.Generator) -> Iterator[IntArray]:
     count = cost.per_rank.shape[1]
     yield np.zeros(count, dtype=np.int64)
     for rank in (1, 8, 64):
         yield np.full(count, rank)
         yield from rank * np.eye(count, dtype=np.int64)[generator.permutation(count)[:100]]
-    for _ in range(plans):
+    for _ in range(300):
         ranks = generator.choice([1, 2, 4, 8, 16, 32, 64], size=count)
         if generator.random() < 0.5:
             ranks = np.full(count, generator.choice([1, 4, 8, 16, 64]))

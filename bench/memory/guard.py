@@ -45,9 +45,9 @@ def measured_steps(family: Family, size: Size, device: torch.device, seed: int, 
     return {"step_ratio": [ratio.value, ratio.low, ratio.high], "look_share": share}
 
 
-def _look_seconds(batch: Batch, calls: int = 1000) -> float:
+def _look_seconds(batch: Batch) -> float:
     """What the callback's look at a batch takes, which every step carries."""
-    shape = BatchShape.of(batch)
+    shape, calls = BatchShape.of(batch), 1000
     start = time.perf_counter()
     for _ in range(calls):
         shape.joined(BatchShape.of(batch))

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...data.models import load_model, load_tokenizer
-from ...env.proxies.bases import PROXY_BASES, load_base_model
+from ...env.proxies.bases import load_base_model
 from .tasks import MethodTask
 
 _LOADED = {
@@ -21,9 +21,6 @@ _LOADED = {
 
 _CUT = {"minilm-l3": 3, "smollm2-8": 8}
 """How many of its lower layers are kept, where not all are."""
-
-BASES = (*_LOADED, *(name for name in PROXY_BASES if not name.startswith("bert")))
-"""Names of models: MiniLM and SmolLM2, whole and cut, and the causal proxy bases, which read bytes."""
 
 
 def reads_bytes(model: str) -> bool:

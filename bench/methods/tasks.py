@@ -22,7 +22,7 @@ class MethodTask:
     """One fine-tune, whatever its budget.
 
     Attributes:
-        model: a name of `bases.BASES`.
+        model: MiniLM or SmolLM2, whole or cut (`bases.py`), or a causal proxy base, which reads bytes.
         data: a name of `texts.TEXTS`.
         kind: what is learned.
         steps: optimiser steps.

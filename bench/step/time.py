@@ -145,13 +145,13 @@ def accuracy(predicted: FloatArray, measured: FloatArray) -> Figures:
     }
 
 
-def predicted_and_measured(case: _Timed, plans: int, rounds: int, seed: int = 0) -> Figures:
+def predicted_and_measured(case: _Timed, plans: int, rounds: int) -> Figures:
     """How well random plans of one model are predicted, in seconds and as shares of a step of plain LoRA.
 
     Shares do not depend on the machine's pace, which changes between the timed steps that predict and those that judge.
     """
     blocks = np.array([target.block for target in case.targets])
-    drawn = random_plans(blocks, case.most, case.layers, plans, np.random.default_rng(seed))
+    drawn = random_plans(blocks, case.most, case.layers, plans, np.random.default_rng(0))
     plain: TimedPlan = (np.minimum(REFERENCE_RANK, case.most), ())
     seconds = case.seconds([*drawn, plain], rounds)
     measured = usual_seconds(np.stack([*seconds.values()], axis=1))

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from ...errors import ConfigError
 
+PAGE = "study.html"
+"""The usual name of a page."""
 
-def check_output(output: Path | None, usual: str, *, json: bool) -> None:
+
+def check_page_output(output: Path | None, *, json: bool) -> None:
     """Refuse a file that something else would be lost from.
 
     Args:
         output: as given; None for the usual place.
-        usual: the usual name.
         json: whether data are written, and no page.
 
     Raises:
@@ -21,7 +23,7 @@ def check_output(output: Path | None, usual: str, *, json: bool) -> None:
     if output is None or not output.exists():
         return
     if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder. Pass the name of a file, such as {output / usual}.")
+        raise ConfigError(f"--output {output} is a folder. Pass the name of a file, such as {output / PAGE}.")
     start = b"{" if json else b"<!DOCTYPE html>"
     with output.open("rb") as stream:
         if stream.read(len(start)) != start:

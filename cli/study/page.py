@@ -14,13 +14,11 @@ from tqdm import tqdm
 
 from ...errors import ConfigError
 from ..progress import console
-from .output import check_output
+from .output import PAGE, check_page_output
 
 if TYPE_CHECKING:
     from ...study.page.data import Explanations
     from ...study.run.run_data import RunData
-
-PAGE = "study.html"
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def _check(options: StudyOptions) -> None:
         raise ConfigError("No run was given. Pass the folder of a run, or those of several: rankpilot study RUN...")
     if options.output is None and len(options.runs) > 1 and not options.json:
         raise ConfigError(f"{len(options.runs)} runs have no common folder for their page. Pass --output FILE.")
-    check_output(options.output, PAGE, json=options.json)
+    check_page_output(options.output, json=options.json)
     if options.json and options.open:
         raise ConfigError("--open opens the page, and --json writes none. Pass one of them.")
 

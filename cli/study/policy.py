@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ..progress import console, progress_bar
-from .output import check_output
+from .output import PAGE, check_page_output
 
 if TYPE_CHECKING:
     from ...allocation.policy import Policy
-
-PAGE = "study.html"
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class PolicyOptions:
 def main(arguments: Sequence[str]) -> None:
     """Write the page, or its data."""
     options = tyro.cli(PolicyOptions, args=arguments, prog="rankpilot study policy")
-    check_output(options.output, PAGE, json=options.json)
+    check_page_output(options.output, json=options.json)
     from ...common.files import write_json
     from ...study.policy.suite_page import suite_data, write_suite_page
     from ...study.policy.suite_study import study_suite

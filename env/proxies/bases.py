@@ -102,12 +102,12 @@ def _gpt2(depth: int, width: int) -> ProxyBase:
     return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
 
 
-def _neox(depth: int, width: int) -> ProxyBase:
+def _neox() -> ProxyBase:
     config = {
         "vocab_size": 256,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": depth,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 8,
         "num_attention_heads": 4,
         "max_position_embeddings": POSITIONS,
         "initializer_range": 0.06,
@@ -116,14 +116,14 @@ def _neox(depth: int, width: int) -> ProxyBase:
         "eos_token_id": None,
     }
     targets = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
-    return ProxyBase(f"neox-{depth}x{width}", "gpt_neox", depth, targets, config)
+    return ProxyBase("neox-8x64", "gpt_neox", 8, targets, config)
 
 
 PROXY_BASES = {
     base.name: base
     for base in (
         *(make(depth, width) for make in (_llama, _bert, _gpt2) for depth in (4, 8) for width in (32, 64)),
-        _neox(8, 64),
+        _neox(),
     )
 }
 """Bases by name. Policies learn from the first three families; GPT-NeoX is left for what is asked of new families."""

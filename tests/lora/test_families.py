@@ -15,6 +15,7 @@ from rankpilot.lora.targets import check_trains, find_target_modules
 from torch import nn
 
 from ..cases import first_cases
+from .training import product
 
 PLAN = (8, 2, 0, 4, 6, 1)
 """Ranks by module that grow, shrink, drop, keep, grow and shrink from rank 4."""
@@ -31,10 +32,6 @@ def adamw(model):
 def zero_side(target):
     """The factor that PEFT initialises to zero."""
     return target.weight_a if target.adapter in target.layer.lora_embedding_A else target.weight_b
-
-
-def product(target):
-    return target.scaling * target.weight_b.detach().double() @ target.weight_a.detach().double()
 
 
 def check_sizes(targets, optimizer):
@@ -299,15 +296,15 @@ def test_only_the_named_adapter_changes(named_family, name):
     family = named_family(name)
     model = family.model()
     model.add_adapter("other", LoraConfig(**family.options | {"r": 3, "lora_alpha": 5}))
+    targets = find_target_modules(model)
     model.set_adapter("other")
-    others = find_target_modules(model, "other")
+    others = find_target_modules(model)
     with torch.no_grad():
         for t in others:
             zero_side(t).normal_()
     tensors = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters() if "default" not in n}
     logits, ranks = family.logits(model), adapter_ranks(others)
 
-    targets = find_target_modules(model, "default")
     assert len(targets) == len(others) == family.modules
     for plan in (mixed(targets), {t.name: 0 for t in targets}, {t.name: 5 for t in targets}):
         set_ranks(targets, plan)
@@ -323,9 +320,9 @@ def test_only_the_named_adapter_changes(named_family, name):
     assert adapter_ranks(find_target_modules(model)) == {t.name: 5 for t in targets}
 
 
-def refused(model, reason, **where):
+def refused(model, reason):
     with pytest.raises(UnsupportedError, match=reason) as caught:
-        find_target_modules(model, **where)
+        find_target_modules(model)
     return str(caught.value)
 
 

@@ -18,17 +18,14 @@ from rankpilot.lora.scaling import choose_scaling
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 
+from .training import product
+
 
 def lone_pair(d_in: int, d_out: int, rank: int, dtype: torch.dtype = torch.float32, **options: object) -> TargetModule:
     """A LoRA pair on one linear layer, in a tiny model."""
     base = nn.Sequential(OrderedDict(layer=nn.Linear(d_in, d_out)))
     settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["layer"]} | options
     return find_target_modules(get_peft_model(base, LoraConfig(**settings)).to(dtype))[0]
-
-
-def product(target: TargetModule) -> torch.Tensor:
-    """Scaling times B A, in fp64."""
-    return target.scaling * target.weight_b.detach().double() @ target.weight_a.detach().double()
 
 
 def fill(target: TargetModule, used: int, generator: torch.Generator, spread: float = 1.0) -> None:

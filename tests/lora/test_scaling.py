@@ -133,7 +133,9 @@ def test_a_probe_has_one_scaling_at_any_rank(make_llama):
 def test_a_layer_has_adapters_of_both_kinds(make_llama):
     model = make_llama()
     model.add_adapter("other", LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    first, other = (find_target_modules(model, adapter) for adapter in ("default", "other"))
+    first = find_target_modules(model)
+    model.set_adapter("other")
+    other = find_target_modules(model)
     choose_scaling(other, "constant")
     for targets in (first, other):
         set_ranks(targets, {t.name: 8 for t in targets})

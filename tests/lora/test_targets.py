@@ -47,15 +47,21 @@ def test_wrapped_models_are_unwrapped(make_llama):
     assert unwrap(outer) is model
 
 
-def test_only_the_asked_adapter_is_found(make_llama):
+def test_only_the_active_adapter_is_found(make_llama):
     model = make_llama()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     assert len(find_target_modules(model)) == 14
-    second = find_target_modules(model, "second")
+    model.set_adapter("second")
+    second = find_target_modules(model)
     assert [t.name for t in second] == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     assert {t.rank for t in second} == {2}
-    with pytest.raises(UnknownNameError, match="Did you mean: 'second'"):
-        find_target_modules(model, "secnd")
+
+
+def test_an_adapter_that_was_deleted_is_told(make_llama):
+    model = make_llama()
+    model.delete_adapter("default")
+    with pytest.raises(UnknownNameError, match="Unknown adapter 'default'"):
+        find_target_modules(model)
 
 
 def test_a_model_without_peft_is_refused_with_the_way_out(llama_config):

@@ -1,10 +1,11 @@
-"""A training loop on causal language models, for tests of rank changes."""
+"""A training loop on causal language models and the product of a pair, for tests of rank changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
+from rankpilot.lora.targets import TargetModule
 from torch import nn
 
 
@@ -18,3 +19,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def product(target: TargetModule) -> torch.Tensor:
+    """Scaling times B A, in fp64."""
+    return target.scaling * target.weight_b.detach().double() @ target.weight_a.detach().double()

@@ -228,18 +228,18 @@ def _sum(plan: str) -> int:
     return int(plan_ranks(plan).sum())
 
 
-def time_to_loss(results: Results, name: str, target: str = REFERENCE) -> tuple[float, int, int] | None:
-    """How long a method takes to the loss at which another one ends.
+def time_to_loss(results: Results, name: str) -> tuple[float, int, int] | None:
+    """How long a method takes to the loss at which the reference ends.
 
     Time counts what came before the first step, and steps at their measured time beside all-linear rank 8; it is a
-    multiple of the other's whole training. Between evaluations the loss is interpolated.
+    multiple of the reference's whole training. Between evaluations the loss is interpolated.
 
     Returns:
         The median of the runs that get there, how many do, and of how many; None where they share no cell.
     """
     times, runs = [], 0
-    for cell in results.shared(name, target):
-        mine, other = results.found[name, cell.name], results.found[target, cell.name]
+    for cell in results.shared(name, REFERENCE):
+        mine, other = results.found[name, cell.name], results.found[REFERENCE, cell.name]
         whole = cell.task.steps * other.step["step_ratio"]
         runs_of_both = zip(mine.outcome.rows, other.outcome.rows, mine.outcome.setup_s, mine.steps, strict=True)
         for row, goal, setup, own in runs_of_both:
