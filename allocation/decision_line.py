@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..common.arrays import IntArray
-from ..common.units import part_of
+from ..common.units import part_of, plural
 
 
 def decision_line(step: int, before: IntArray, after: IntArray, cost: float, limit: float, unit: str) -> str:
@@ -20,5 +20,5 @@ def decision_line(step: int, before: IntArray, after: IntArray, cost: float, lim
         unit: of both: "bytes" or "parameters".
     """
     count = int(np.count_nonzero(np.asarray(before) != np.asarray(after)))
-    moved = f"{count} module{'s' * (count != 1)} moved" if count else "no module moved"
+    moved = f"{plural(count, 'module')} moved" if count else "no module moved"
     return f"step {step}: {moved}, {part_of(cost, limit, unit)}, mean rank {np.mean(after):.1f}"

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, UnsupportedError, WorkerError, first_line
+from .units import plural
 from .worker_process import Request, answered, isolated, not_sent
 from .workers import running_on
 
@@ -84,7 +85,7 @@ def running_on_cluster(
             raise ConfigError(
                 f"No node of the cluster at {address!r} can take part. Start one that can, or leave out --cluster."
             )
-        tell(f"On the cluster: {nodes} {'node' if nodes == 1 else 'nodes'} with {workers} CPUs.")
+        tell(f"On the cluster: {plural(nodes, 'node')} with {workers} CPUs.")
         with running_on(cluster):
             yield
 

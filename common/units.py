@@ -28,6 +28,11 @@ def cost_text(cost: float, unit: str) -> str:
     return format_bytes(cost) if unit == "bytes" else f"{cost:,.0f} parameters"
 
 
+def plural(count: int, word: str) -> str:
+    """A count with its word: "1 run", "2 runs"."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
 def three_digits(value: float) -> str:
     """A number with three digits, or with all of those before the point: 0.123, 12.3, 1,234."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...allocation.decision_log import LoggedDecision
 from ...common.arrays import IntArray
+from ...common.units import plural
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +44,13 @@ class Projection:
         if np.array_equal(self.asked, self.got):
             return ["Every module got the rank that the policy asked for."]
         counts = Counter(filter(None, self.reasons))
-        found = [f"{_modules(count)} did not get the rank asked for: {why}." for why, count in counts.items()]
+        found = [f"{plural(count, 'module')} did not get the rank asked for: {why}." for why, count in counts.items()]
         if self.lowered:
-            found.append(f"{_modules(self.lowered)} had to give way, since the ranks asked for exceed the budget.")
+            found.append(
+                f"{plural(self.lowered, 'module')} had to give way, since the ranks asked for exceed the budget."
+            )
         if self.raised:
-            found.append(f"What was left of the budget raised {_modules(self.raised)}.")
+            found.append(f"What was left of the budget raised {plural(self.raised, 'module')}.")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +75,3 @@ def projection_of(logged: LoggedDecision) -> Projection:
     )
     reasons[clipped != allowed] = "a person changed it in review"
     return Projection(asked, clipped, got, tuple(reasons.tolist()))
-
-
-def _modules(count: int) -> str:
-    return f"{count} module{'s' * (count != 1)}"

@@ -20,7 +20,7 @@ from ...allocation.plan import pack
 from ...allocation.time_limit import under_limit
 from ...common.arrays import IntArray
 from ...common.module_names import short_names
-from ...common.units import cost_text
+from ...common.units import cost_text, plural
 from ...errors import ConfigError
 from ...lora.signals import SIGNALS
 from .case import Case, with_least, with_most, with_signals
@@ -194,12 +194,12 @@ def _same_recipe(case: Case, limit: float) -> IntArray:
 def _text(case: Case, question: Question, steps: int, before: IntArray, after: IntArray) -> str:
     moved, target = before != after, question.target
     if target is None:
-        effect = f"{_modules(int(moved.sum()))} would have another rank"
+        effect = f"{plural(int(moved.sum()), 'module')} would have another rank"
     else:
         others = int(moved.sum()) - 1
         name = short_names(case.observation.names)[target]
         effect = f"{name} would have rank {after[target]} instead of {before[target]}"
-        effect += f", and {_modules(others, 'other ')} another rank" if others else ""
+        effect += f", and {plural(others, 'other module')} another rank" if others else ""
     return f"{_condition(case, question, steps)}, {effect}."
 
 
@@ -227,10 +227,6 @@ def _condition(case: Case, question: Question, steps: int) -> str:
     words = "might have rank {} at most" if question.kind == "most" else "had to have rank {} at least"
     detail = f" ({but(f'{question.amount(case, steps - 1):.0f}')})" if steps > 1 else ""
     return f"If {question.label} {words.format(f'{amount:.0f}')}{detail}"
-
-
-def _modules(count: int, other: str = "") -> str:
-    return f"{count} {other}module{'s' * (count != 1)}"
 
 
 # Questions ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ...allocation.goal import improvement_of
 from ...common.arrays import BoolArray, FloatArray
 from ...common.module_names import short_names
 from ...common.tables import make_table
-from ...common.units import cost_text
+from ...common.units import cost_text, plural
 from ...memory.cost import unit_cost
 from .projection import Projection, projection_of
 from .shapley import GROUPS, Attribution
@@ -198,7 +198,7 @@ def _of_deliberation(logged: LoggedDecision, found: Deliberation) -> list[str]:
 
 def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
     alike = int((found.plan_of == found.plan).sum()) - 1
-    others = f" {alike} other candidate{'s' * (alike != 1)} lead{'s' * (alike == 1)} to the same plan." if alike else ""
+    others = f" {plural(alike, 'other candidate')} lead{'s' * (alike == 1)} to the same plan." if alike else ""
     name = found.candidates[found.taken]
     if name == KEEP:
         return f"The candidate {name!r} leaves the ranks as they are.{others}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...agents.evaluation.replayed import SHUFFLED, STATIC
 from ...common.statistics import Estimate
+from ...common.units import plural
 from ..decision.shapley import ACTOR
 from .suite_figures import Promise, decides_nothing
 from .suite_study import SuiteStudy
@@ -142,11 +143,6 @@ def signed(value: float) -> str:
 def percent(value: float) -> str:
     """A share."""
     return f"{100 * value:.0f} %"
-
-
-def plural(count: int, word: str) -> str:
-    """A number with a word."""
-    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _interval(found: Estimate) -> str:

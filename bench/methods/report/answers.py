@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ....common.units import plural
 from .document import Block, Bullets, Heading, Paragraph
 from .numbers import FEWEST_TASKS, KINDS, REFERENCE, Comparison, Costs, Results, compare, time_to_loss
 from .tables import percent
@@ -17,15 +18,10 @@ CHECKS = {"check-worse": -1, "check-better": 1}
 """The sign of the gain that each check must show against `top-down`."""
 
 
-def counted(number: int, word: str) -> str:
-    """A number with its word, such as "2 cells"."""
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
 def verdict(one: Comparison) -> str:
     """Which side the interval of a mean gain is on, where there are tasks enough to tell."""
     if one.tasks < FEWEST_TASKS:
-        return f"{counted(one.tasks, 'task')}, too few to tell"
+        return f"{plural(one.tasks, 'task')}, too few to tell"
     if one.mean.low > 0:
         return "better"
     return "worse" if one.mean.high < 0 else "not told apart"
@@ -38,7 +34,7 @@ def against(results: Results, first: str, second: str) -> str | None:
         return None
     pairs = one.pairs
     return (
-        f"`{first}` against `{second}`, {counted(one.cells, 'cell')}: {verdict(one)}; mean gain in log "
+        f"`{first}` against `{second}`, {plural(one.cells, 'cell')}: {verdict(one)}; mean gain in log "
         f"loss {percent(one.mean)} %, {pairs.wins} wins, {pairs.ties} ties, {pairs.losses} losses, worst run "
         f"{100 * one.worst:+.1f} %."
     )
@@ -170,7 +166,7 @@ def limits(results: Results) -> list[Block]:
     """What these figures cannot tell."""
     seeds, tasks = len(results.study.suite.seeds), {cell.task.name for cell in results.cells}
     lines = [
-        f"{counted(len(results.cells), 'cell')} of {counted(len(tasks), 'task')}, {seeds} seeds each: short runs of "
+        f"{plural(len(results.cells), 'cell')} of {plural(len(tasks), 'task')}, {seeds} seeds each: short runs of "
         "small models, since they run on CPUs. Differences that grow with the size of a model or the length of a run "
         "are not seen.",
         "Methods that do not fit a budget have no figures there, so rows of one table may stand on different cells; "
