@@ -40,6 +40,12 @@ def short_names(modules: Sequence[str]) -> list[ShortName]:
     ]
 
 
+def branches_to(name: str) -> list[str]:
+    """Names of the modules that hold a module, outermost first, and its own: "a", "a.b" and "a.b.c" for "a.b.c"."""
+    parts = name.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+
+
 def shortest_ends(names: Sequence[str], groups: Sequence[int]) -> list[str]:
     """The shortest dotted ends that tell the names of one group apart, in order; a leading number gets its word.
 

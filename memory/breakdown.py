@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.module_names import branches_to
 from ..lora.frozen_weights import scale_tensors
 from ..lora.targets import TargetModule
 from .batch_shape import BatchShape
@@ -83,7 +84,7 @@ def break_down(
     peak = memory.at_peak(ranks, shape)
     # Names inside the base model; empty for modules around it.
     names = [f"{name}.".partition("base_model.model.")[2].rstrip(".") for name in peak.recording.names]
-    containers = {parent for name in names if (match := _LAYER.match(name)) for parent in _parents(match[1])}
+    containers = {parent for name in names if (match := _LAYER.match(name)) for parent in branches_to(match[1])[:-1]}
     rows = {row: None for name in names if (row := _row(name, containers)) != LOSS}
     layers = (*rows, LOSS)
     index = {row: number for number, row in enumerate(layers)}
@@ -114,18 +115,12 @@ def frozen_sizes(model: nn.Module) -> list[int]:
     return list({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())
 
 
-def _parents(name: str) -> list[str]:
-    """Names of all modules around a module, the model itself (empty) first."""
-    parts = name.split(".")
-    return [".".join(parts[:size]) for size in range(len(parts))]
-
-
 def _row(name: str, containers: set[str]) -> str:
     """The layer of a module, or the largest module around it that contains no layer."""
     match = _LAYER.match(name)
     if match:
         return match[1]
-    outside = [module for module in (*_parents(name), name) if module and module not in containers]
+    outside = [module for module in branches_to(name) if module and module not in containers]
     return outside[0] if outside else LOSS
 
 

@@ -12,6 +12,7 @@ import torch
 from peft.utils.integrations import get_bnb_param_type
 from torch import nn
 
+from ..common.module_names import branches_to
 from ..errors import RankPilotError, UnsupportedError
 from ..lora.factors import write_in_place
 from ..lora.targets import TargetModule
@@ -206,7 +207,7 @@ def _without_part(absent: Sequence[str], ran: Sequence[str]) -> str:
     """The error for target modules that took no part in the forward pass: what they are, and how to leave them out."""
     # Each is in a branch of the model in which no target module ran; its own name at the least.
     branches = dict.fromkeys(
-        next(branch for branch in _ancestors(name) if not any(other.startswith(f"{branch}.") for other in ran))
+        next(branch for branch in branches_to(name) if not any(other.startswith(f"{branch}.") for other in ran))
         for name in absent
     )
     named, rest = list(branches)[:MOST_BRANCHES], len(branches) - MOST_BRANCHES
@@ -222,9 +223,3 @@ def _without_part(absent: Sequence[str], ran: Sequence[str]) -> str:
         return f"{text}."
     pattern = "|".join(map(re.escape, named))
     return rf"""{text}, or give LoraConfig exclude_modules=r"({pattern})(\..*)?"."""
-
-
-def _ancestors(name: str) -> list[str]:
-    """The modules that hold a module, outermost first, and itself."""
-    parts = name.split(".")
-    return [".".join(parts[: count + 1]) for count in range(len(parts))]
