@@ -15,7 +15,6 @@ from ..memory.budget import Budget
 from ..memory.time_budget import TimeBudget
 from .journal import Journal
 from .peak_guard import PeakGuard
-from .run_figures import rank_figures
 from .run_settings import run_settings
 
 
@@ -87,8 +86,24 @@ class Readings:
         The highest peak is among them if a step was measured since the last call.
         """
         fresh, self._shown = self.peaks[self._shown :], len(self.peaks)
-        recomputed = self._guard.recomputed if self.recompute else None
-        return rank_figures(self._controller, self.predictions, recomputed, fresh)
+        controller, predictions = self._controller, self.predictions
+        ranks, unit = controller.ranks, controller.cost.unit
+        figures = {
+            "rank_mean": float(ranks.mean()),
+            "rank_modules": float((ranks > 0).sum()),
+            f"plan_{unit}": predictions[-1][1],
+            f"budget_{unit}": float(controller.limit),
+            "rank_decisions": float(len(predictions)),
+        }
+        if self.recompute:
+            figures["recomputed_layers"] = float(len(self._guard.recomputed))
+        if controller.time:
+            figures["plan_seconds"] = controller.time.of(ranks)
+            if controller.time.beside is None:
+                figures["budget_seconds"] = controller.time.seconds
+        if fresh:
+            figures["peak_bytes"] = float(max(peak for _, peak in fresh))
+        return figures
 
     @property
     def _controller(self) -> RankController[PeftAdapters]:
