@@ -17,6 +17,7 @@ from ..allocation.plan import Plan
 from ..allocation.policy import Decision
 from ..common.arrays import IntArray
 from ..common.files import read_bytes, write_text
+from ..common.given_numbers import is_real
 from ..common.plain_yaml import MOST_YAML_BYTES
 from ..common.processes import Processes
 from ..errors import ConfigError, DataError, ReviewError
@@ -196,8 +197,6 @@ def _at_terminal() -> bool:
     return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
 
 
-def _check_timeout(timeout_s: object) -> None:
-    if timeout_s is not None and (
-        isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0
-    ):
+def _check_timeout(timeout_s: Any) -> None:
+    if timeout_s is not None and not (is_real(timeout_s) and timeout_s > 0):
         raise ConfigError(f"review_timeout is a number of seconds above 0, or None; got {timeout_s!r}.")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...common.arrays import FloatArray
+from ..run.checks import is_number
 
 MOST_POINTS = 1500
 """More than a wide screen has room for; longer curves are thinned to this."""
@@ -24,7 +25,7 @@ def curve(points: Iterable[tuple[Any, Any]], of_each: Callable[[FloatArray], Any
     Returns:
         "x", steps rising, "y", values or null where one is not finite, and "each", the points that one stands for.
     """
-    known = {float(step): float(value) for step, value in points if _is_number(step) and _is_number(value)}
+    known = {float(step): float(value) for step, value in points if is_number(step) and is_number(value)}
     if not known:
         return None
     table = np.array(sorted(known.items()))
@@ -65,7 +66,3 @@ def _short(value: float, digits: int | None) -> float | int | None:
     if value.is_integer():
         return int(value)
     return float(f"{value:.6g}") if digits is None else round(value, digits)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
