@@ -337,7 +337,7 @@ def test_groups_of_one_state_are_ignored() -> None:
 
 def test_tasks_of_more_weight_are_believed() -> None:
     """Half of the tasks say that many adapted modules help, the other half, just like them, that they harm."""
-    dataset = dataset_on(lambda plans: 0.05 * (plans.ranks[:, 0] > 0).float().sum(dim=1), groups=40, runs=8)
+    dataset = dataset_on(lambda plans: 0.05 * (plans.ranks[:, 0] > 0).float().sum(dim=1), groups=20, runs=8)
     harmed = dataset.tasks % 2 == 1
     both = replace(dataset, gains=torch.where(harmed, -dataset.gains, dataset.gains))
     plans = some_plans(plans=2, modules=6)
@@ -404,7 +404,7 @@ def test_a_fit_doubts_what_unseen_tasks_did_not_keep() -> None:
         assert facts["doubt"] == ensemble.config.doubt >= 0
         doubts.append(facts["doubt"])
     assert doubts[1] > 1 > doubts[0]
-    assert fit_value_ensemble(PlanValueEnsemble(SMALL), with_noise(0.03), seed=0).keys() == {"explained"}
+    assert fit_value_ensemble(PlanValueEnsemble(SMALL), with_noise(0.03), seed=0, fit=SHORT).keys() == {"explained"}
 
 
 def two_families(other: float) -> PlanDataset:
@@ -447,7 +447,7 @@ def test_texts_and_labels_are_doubted_apart() -> None:
     assert (config.doubt_of(texts), config.doubt_of(labels)) == (config.doubt, config.doubt_on_labels)
     assert replace(config, doubt_on_labels=None).doubt_of(labels) == config.doubt
     alone = PlanValueEnsemble(ensemble.config)
-    texts_alone = fit_value_ensemble(alone, about_labels(dataset, dataset.groups < 0), seed=0)
+    texts_alone = fit_value_ensemble(alone, about_labels(dataset, dataset.groups < 0), seed=0, fit=SHORT)
     assert texts_alone["doubt on labels"] == texts_alone["doubt"], "nothing tells another one"
 
 
