@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ...errors import ConfigError, UnknownNameError
@@ -58,8 +59,14 @@ class MethodTask:
     @property
     def key(self) -> str:
         """Names the task in stored rows: any other setting gives another key."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return f"{self.model}/{self.data}/{self.steps}@{digest[:8]}"
+        return f"{self.model}/{self.data}/{self.steps}@{_digest(tuple(vars(self)), *vars(self).values())}"
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _digest(names: tuple[str, ...], *values: object) -> str:
+    """Tells settings apart; reading stored rows asks for those of a task some thousand times."""
+    settings = dict(zip(names, values, strict=True))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)

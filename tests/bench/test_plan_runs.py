@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.training.plan_runs import RUNS, plan_dataset
 from rankpilot.agents.training.real_plan_runs import WEIGHT, RealPlanRun, read_real_plan_runs, write_real_plan_runs
 from rankpilot.bench import plan_runs
-from rankpilot.bench.methods.tasks import SUITES
+from rankpilot.bench.methods.tasks import SUITES, MethodTask
 from rankpilot.bench.methods.texts import load_data
 from rankpilot.bench.plan_runs import Options, benchmark, rate_of
 from rankpilot.errors import ConfigError, RunFolderError
@@ -24,6 +26,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
     pytest.mark.assets,
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_fine_tune() -> Iterator[None]:
+    """The small fine-tune with fewer steps and held-out rows."""
+    tasks = plan_runs.tasks
+
+    def short(quick: bool) -> list[MethodTask]:
+        return [replace(task, steps=4, held_out=8) for task in tasks(quick)] if quick else tasks(quick)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_runs, "tasks", short)
+        yield
 
 
 @pytest.fixture(scope="module")

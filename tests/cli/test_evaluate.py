@@ -19,11 +19,13 @@ from rankpilot.errors import ConfigError
 from .mistakes import failure
 
 TINY = ["--suite", "planted", "--bases", "llama-4x32", "--task-steps", "8", "--tasks", "2", "--workers", "1"]
+SCHEDULE = DecisionSchedule(probe_steps=2)
 
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Path:
-    return save_policy(tmp_path / "pilot", RankNetwork(), DecisionSchedule(), {"name": "pilot"})
+    """An untrained policy whose runs have a short probe."""
+    return save_policy(tmp_path / "pilot", RankNetwork(), SCHEDULE, {"name": "pilot"})
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
@@ -112,13 +114,13 @@ def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_pa
     # An earlier name of a rule means the same competitor.
     assert cli.run(["evaluate", "fracrule", str(policy), "--against=heur3", *command[3:], "--resume"]) == 0
     assert read_rows(folder / "rows.jsonl") == rows
-    more = ["evaluate", "uniform", *TINY, "--seeds", "2", "--output", str(folder), "--resume"]
+    more = ["evaluate", "uniform", str(policy), *TINY, "--seeds", "2", "--output", str(folder), "--resume"]
     assert cli.run(more) == 0
     longer = read_rows(folder / "rows.jsonl")
-    assert len(longer) == 4 + 4 + 2 + 2
+    assert len(longer) == 4 + 4 + 4 + 2
     assert set(rows) < set(longer), "what was there is still there"
 
-    save_policy(policy, _stirred(), DecisionSchedule(), {"name": "pilot"})
+    save_policy(policy, _stirred(), SCHEDULE, {"name": "pilot"})
     assert "another policy named 'pilot'" in failure(["evaluate", *command[1:], "--resume"], capsys)
 
 
@@ -129,15 +131,19 @@ def _stirred() -> RankNetwork:
 
 
 def test_the_test_split_is_for_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.run(["evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
+    """Rules alone, which go on without a policy's schedule too."""
+    command = ["evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]
+    assert cli.run(command) == 0
     assert "The test split is for final reports" in capsys.readouterr().out
+    assert cli.run([*command, "--resume"]) == 0
+    assert len(read_rows(tmp_path / "out" / "rows.jsonl")) == 4
 
 
 def test_a_constant_action(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rankpilot.agents.evaluation import evaluate as comparison
 
     monkeypatch.setattr(comparison, "CONSTANT_TASKS", 3)
-    competitor = find_competitor(f"constant:{policy}", DecisionSchedule(probe_steps=2))
+    competitor = find_competitor(f"constant:{policy}", SCHEDULE)
     assert isinstance(competitor, Constant)
     assert competitor.name == "constant:pilot"
     assert competitor.placement == (0, 0), "an untrained policy keeps the rule's floor and depth bias"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rankpilot.agents.learned.policy_file import load_policy
+from rankpilot.agents.training import fit_plan_value
+from rankpilot.agents.training.fit_plan_value import FitConfig
 from rankpilot.cli import main as cli
 from rankpilot.study.dataset.read import SAMPLE, open_dataset
 
 from ..study.dataset.conftest import write_training
 from .mistakes import failure
 
-REFIT = ["train", "--from-trials", str(SAMPLE), "--validation-tasks", "0"]
+REFIT = ["train", "--from-trials", str(SAMPLE), "--validation-tasks", "0", "--workers", "1"]
 
 
 def test_a_data_set_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +30,10 @@ def test_a_data_set_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "gives no rows" in failure(["study", "dataset", str(tmp_path), "--output", str(tmp_path / "no")], capsys)
 
 
-def test_a_policy_from_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_policy_from_the_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_plan_value, "FitConfig", partial(FitConfig, epochs=2))
     folder = tmp_path / "pilot"
     assert cli.run([*REFIT, "--output", str(folder)]) == 0
     assert f"The policy is in {folder}" in capsys.readouterr().out.replace("\n", "")

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ AssertSame = Callable[..., None]
 FORMS = pytest.mark.parametrize("actions", ["deltas", "scores"])
 
 
+@pytest.fixture(scope="session")
+def make_task(make_task: MakeTask) -> MakeTask:
+    """Tasks that are shorter still."""
+    return partial(make_task, steps=8)
+
+
+@pytest.fixture(scope="session")
+def schedule() -> DecisionSchedule:
+    return DecisionSchedule(probe_steps=2, fractions=(0.0, 0.25, 0.4, 0.6))
+
+
 def forget() -> None:
     """Drop everything that is remembered about tasks, so that it has to come out the same again."""
     for cached in (load_task, probe_task, proxy_cost, proxy_memory, _measured_reference, rule_losses, adapted_base):
@@ -82,25 +94,21 @@ def test_gymnasium_check_has_nothing_to_complain_of(make_task: MakeTask, schedul
         gymnasium_check(env.unwrapped, skip_render_check=False)
 
 
-@FORMS
-def test_gymnasium_check_of_each_action_form(make_env: MakeEnv, actions: str) -> None:
+def test_gymnasium_check_of_scores(make_env: MakeEnv) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        if actions == "scores":
-            warnings.filterwarnings("ignore", message=".*symmetric and normalized.*")  # log2 ranks, on purpose
-        gymnasium_check(make_env(actions=actions, render_mode="rgb_array"), skip_render_check=True)
+        warnings.filterwarnings("ignore", message=".*symmetric and normalized.*")  # log2 ranks, on purpose
+        gymnasium_check(make_env(actions="scores", render_mode="rgb_array"), skip_render_check=True)
 
 
-@FORMS
-def test_sb3_check_has_nothing_to_complain_of(make_env: MakeEnv, actions: str) -> None:
+def test_sb3_check_of_scores(make_env: MakeEnv) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        # Its own networks flatten (modules, features); ours reads them as they are.
-        if actions == "scores":  # SB3 advises to scale actions to 1; ours are log2 ranks on purpose
-            warnings.filterwarnings("ignore", message=".*symmetric and normalized Box.*")
-        sb3_check(make_env(actions=actions), warn=True)
+        # SB3 advises to scale actions to 1; ours are log2 ranks on purpose.
+        warnings.filterwarnings("ignore", message=".*symmetric and normalized Box.*")
+        sb3_check(make_env(actions="scores"), warn=True)
 
 
 def test_sb3_check_of_the_registered_id(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -136,7 +144,7 @@ def test_envs_that_take_turns_within_episodes_do_not_touch_each_other(
     make_task: MakeTask, schedule: DecisionSchedule, rollout: Rollout, assert_same: AssertSame
 ) -> None:
     """As a vector of them does, though they share the frozen base."""
-    tasks = (make_task(), make_task("planted", 2), make_task(seed=3, steps=20))
+    tasks = (make_task(), make_task("planted", 2), make_task(seed=3, steps=12))
     envs = [RankAllocationEnv(task=task, schedule=schedule, render_mode="ansi") for task in tasks]
     alone = [rollout(env, seed=5) for env in envs]
     pictures = [env.render() for env in envs]
@@ -265,7 +273,7 @@ def test_a_loss_that_is_not_finite_ends_the_episode(
     original = TaskData.train_loss
 
     def diverged(self: TaskData, model: Any, step: int, rows: int | None = None) -> torch.Tensor:
-        return original(self, model, step, rows) * (float("nan") if step == 3 else 1.0)
+        return original(self, model, step, rows) * (float("nan") if step == 2 else 1.0)
 
     monkeypatch.setattr(TaskData, "train_loss", diverged)
     observation, reward, terminated, truncated, info = env.step(np.full(28, 11))
@@ -627,13 +635,13 @@ def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
     env = make_env(render_mode="ansi")
     assert env.render() is None, "nothing to show before the first reset"
     env.reset(seed=0)
-    assert "step 0 of 12, no plan yet for" in env.render()
+    assert "step 0 of 8, no plan yet for" in env.render()
     info = env.step(np.full(28, 11))[4]
     text = env.render()
     assert text is not None
     lines = text.splitlines()
     assert lines[0] == make_task().id
-    assert lines[1].startswith(f"step 2 of 12, loss {info['loss']:.3f}, ")
+    assert lines[1].startswith(f"step 2 of 8, loss {info['loss']:.3f}, ")
     assert [line.split()[1] for line in lines[2:]] == ["3", "2", "1", "0"]
     assert sum(int(word) for line in lines[2:] for word in line.split()[2:] if word.isdigit()) == sum(info["ranks"])
     terminated = False

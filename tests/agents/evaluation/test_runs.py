@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rankpilot.agents.evaluation import runs as evaluation
 from rankpilot.agents.evaluation.hindsight import TASK_RULES
 from rankpilot.agents.evaluation.results import Row, append_rows, read_rows, row_of, write_rows
@@ -33,7 +34,7 @@ from rankpilot.study.decision.redecide import redecide
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCHEDULE = DecisionSchedule(probe_steps=4)
-SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
+SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 8, "batch_size": 4, "length": 16, "eval_rows": 8}
 TASKS = (
     ProxyTask("planted", 1, corpus="documentation", budget=0.25, unit="parameters", **SIZES),
     ProxyTask("planted", 2, corpus="documentation", budget=0.6, reference=Reference(0.3, 0.2, 0.15), **SIZES),
@@ -62,26 +63,33 @@ def loss_with_peft(policy: Policy, task: ProxyTask) -> float:
     return episode.held_out_loss()
 
 
-def test_rows_are_those_of_peft_episodes() -> None:
-    rows = compare([RULES["signal-mean"], RULES["top-down"]], TASKS, SCHEDULE, workers=1)
+@pytest.fixture(scope="module")
+def compared() -> list[Row]:
+    """Two rules on two tasks."""
+    torch.manual_seed(0)
+    return compare([RULES["signal-mean"], RULES["top-down"]], TASKS, SCHEDULE, workers=1)
+
+
+def test_rows_are_those_of_peft_episodes(compared: list[Row]) -> None:
+    rows, uniform = compared, [loss_with_peft(RULES["uniform"], task) for task in TASKS]
     assert [(row.policy, row.task) for row in rows] == [(p, t.id) for p in ("signal-mean", "top-down") for t in TASKS]
-    for row, task in zip(rows, (*TASKS, *TASKS), strict=True):
+    for row, task, of_uniform in zip(rows, (*TASKS, *TASKS), (*uniform, *uniform), strict=True):
         assert row.loss == pytest.approx(loss_with_peft(RULES[row.policy], task), abs=1e-4)
-        assert row.uniform_loss == pytest.approx(loss_with_peft(RULES["uniform"], task), abs=1e-4)
+        assert row.uniform_loss == pytest.approx(of_uniform, abs=1e-4)
         assert row.improvement == Comparison.with_uniform(row.reference).improvement(row.loss)
         assert (row.seed, row.kind, row.family, row.depth, row.failed) == (task.seed, "planted", "llama", 4, False)
     assert rows[0].loss != rows[2].loss
 
 
-def test_decisions_of_every_run_are_written_down(tmp_path: Path) -> None:
+def test_decisions_of_every_run_are_written_down(compared: list[Row], tmp_path: Path) -> None:
     policies = [RULES["signal-mean"], RULES["top-down"]]
     rows = compare(policies, TASKS, SCHEDULE, workers=1, logs=tmp_path)
-    assert [row.loss for row in rows] == [row.loss for row in compare(policies, TASKS, SCHEDULE, workers=1)]
+    assert [row.loss for row in rows] == [row.loss for row in compared]
     for row in rows:
         log = DecisionLog(log_folder(tmp_path, row.key))
         table = log.read()
-        assert len(log) == len(SCHEDULE.steps(20))
-        assert table["step"].to_pylist()[:: table.num_rows // len(log)] == list(SCHEDULE.steps(20))
+        assert len(log) == len(SCHEDULE.steps(SIZES["steps"]))
+        assert table["step"].to_pylist()[:: table.num_rows // len(log)] == list(SCHEDULE.steps(SIZES["steps"]))
         assert set(table["policy"].to_pylist()) == {row.policy}
         assert table["loss"].null_count == table.num_rows // len(log), "none before the first decision"
         for number in range(len(log)):
@@ -159,8 +167,10 @@ def test_rows_that_exist_are_not_run_again(tmp_path: Path, counted: list[int]) -
 
 
 def test_two_processes_find_the_same_rows() -> None:
+    """Of budgets of parameters: for one of bytes each process would record steps first."""
     competitors = [RULES["signal-mean"], TASK_RULES["oracle"]]
-    assert compare(competitors, TASKS, SCHEDULE, workers=2) == compare(competitors, TASKS, SCHEDULE, workers=1)
+    tasks = [dataclasses.replace(task, unit="parameters") for task in TASKS]
+    assert compare(competitors, tasks, SCHEDULE, workers=2) == compare(competitors, tasks, SCHEDULE, workers=1)
 
 
 def test_hindsight_takes_the_best(counted: list[int]) -> None:

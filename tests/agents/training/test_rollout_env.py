@@ -6,7 +6,7 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,8 +38,9 @@ from rankpilot.errors import BudgetError, ConfigError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCHEDULE = DecisionSchedule(probe_steps=2, fractions=(0.0, 0.3, 0.6))
-SIZES: Any = {"steps": 8, "batch_size": 4, "length": 16, "eval_rows": 8, "learning_rate": 4e-3}
+SCHEDULE = DecisionSchedule(probe_steps=1, fractions=(0.0, 0.3, 0.6))
+STEPS = 5
+SIZES: Any = {"steps": STEPS, "batch_size": 4, "length": 16, "eval_rows": 8, "learning_rate": 4e-3}
 REFERENCE = Reference(3.0, 2.2, 2.0)
 MODULES = 28
 
@@ -49,6 +50,11 @@ def task(kind: Any = "planted", seed: int = 0, base: str = "llama-4x32", **optio
 
 
 PLANTED, SHIFT = (task("planted", 1), task("planted", 2)), (task("shift", 3, budget=0.4), task("shift", 4))
+
+
+def of_parameters(tasks: Sequence[ProxyTask]) -> tuple[ProxyTask, ...]:
+    """The same tasks with budgets of parameters: nothing records steps to tell what ranks cost."""
+    return tuple(replace(one, unit="parameters") for one in tasks)
 
 
 def fresh(templates: Any = (PLANTED, SHIFT), count: int = 2, seed: int = 0) -> FreshTasks:
@@ -113,7 +119,7 @@ def test_a_round_from_beginning_to_end(envs: ProxyVecEnv) -> None:
             of_slot = {key: value[slot] for key, value in observations.items()}
             assert envs.observation_space.contains(of_slot)
         progress = observations["run_features"][:, RUN_FEATURES.index("progress")]
-        np.testing.assert_allclose(progress, SCHEDULE.steps(8)[decision] / 8)
+        np.testing.assert_allclose(progress, SCHEDULE.steps(STEPS)[decision] / STEPS)
         before = envs.round
         observations, rewards, ended, infos = envs.step(random_actions(envs, decision))
         assert rewards.shape == ended.shape == (4,)
@@ -180,8 +186,8 @@ def test_the_rest_of_the_contract(envs: ProxyVecEnv) -> None:
 
 
 def test_tasks_of_several_lengths_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"same number of steps; got \[8, 9\]"):
-        make(((task(), task(steps=9)),))
+    with pytest.raises(ConfigError, match=r"same number of steps; got \[5, 6\]"):
+        make(((task(), task(steps=STEPS + 1)),))
 
 
 # Tasks ----------------------------------------------------------------------------------------------------------------
@@ -241,7 +247,7 @@ def test_a_suite_of_one_task() -> None:
 def test_stacks_lie_side_by_side_in_the_order_of_their_numbers() -> None:
     """Modules that exist tell the bases apart."""
     elsewhere = tuple(replace(one, base="bert-4x32") for one in PLANTED)
-    drawing = make(((*PLANTED, *elsewhere),), stacks=3, count=1)
+    drawing = make((of_parameters((*PLANTED, *elsewhere)),), stacks=3, count=1)
     counts = {base: len(adapted_base(base)[1]) for base in ("llama-4x32", "bert-4x32")}
     assert len(set(counts.values())) == 2
     seen_bases = set()
@@ -310,6 +316,7 @@ def test_play_runs_whole_tasks(envs: ProxyVecEnv) -> None:
     """More tasks than a stack holds, of two bases, one of which fails."""
     hot = task("shift", 20, learning_rate=1e30)
     tasks = [task("shift", seed, base) for seed, base in enumerate(["llama-4x32", "bert-4x32"] * 4)]
+    tasks[1::2] = of_parameters(tasks[1::2])
     tasks = [*tasks[:3], hot, *tasks[3:], *(task("planted", seed) for seed in range(5))]
     told: list[tuple[int, int]] = []
     losses = envs.play(tasks, steered_actions, on_progress=lambda done, total: told.append((done, total)))
@@ -332,16 +339,13 @@ def test_a_round_is_as_if_nothing_had_been_played(envs: ProxyVecEnv) -> None:
     envs.play(SHIFT, rule_actions)
     assert_same(play_round(envs, 3), before)
 
-    rewards = []
-    for played in (False, True):
-        envs.round = 3
-        envs.reset()
-        for decision in range(envs.decisions):
-            if played:
-                envs.play(SHIFT, rule_actions)
-            rewards.append(envs.step(random_actions(envs, decision))[1])
-    np.testing.assert_array_equal(rewards[: envs.decisions], rewards[envs.decisions :])
-    assert rewards[-1].any()
+    envs.round = 3
+    envs.reset()
+    for decision, (_, expected, _, _) in enumerate(before[1:]):
+        envs.play(SHIFT, rule_actions)
+        rewards = envs.step(random_actions(envs, decision))[1]
+        np.testing.assert_array_equal(rewards, expected)
+    assert rewards.any()
 
 
 def test_what_modules_are_worth_is_told_where_it_is_known(envs: ProxyVecEnv) -> None:
@@ -356,7 +360,7 @@ def test_what_modules_are_worth_is_told_where_it_is_known(envs: ProxyVecEnv) -> 
         np.testing.assert_array_equal(known, expected)
         assert unknown is None
         progress = arrays["run_features"][:, RUN_FEATURES.index("progress")]
-        np.testing.assert_allclose(progress, SCHEDULE.steps(8)[decision] / 8)
+        np.testing.assert_allclose(progress, SCHEDULE.steps(STEPS)[decision] / STEPS)
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -377,18 +381,19 @@ def test_rounds_in_this_process_leave_it_alone() -> None:
 @pytest.mark.slow
 def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
     """Nor does it matter when one of them dies, in the middle of a round or of whole tasks."""
-    here, apart = make(stacks=2, count=1), make(stacks=2, count=1, workers=8)
+    planted, shift = of_parameters(PLANTED), of_parameters(SHIFT)
+    here, apart = (make((planted, shift), stacks=2, count=1, workers=workers) for workers in (1, 8))
     try:
         assert_same(play_round(apart, 0), play_round(here, 0))
         workers = apart.workers.workers  # type: ignore[attr-defined]
         assert len(workers) == 2, "more than there are stacks would be of no use"
-        tasks = [*PLANTED, *SHIFT, task("shift", 9, "bert-4x32")]
+        tasks = [*planted, *shift, task("shift", 9, "bert-4x32", unit="parameters")]
         assert apart.play(tasks, rule_actions) == here.play(tasks, rule_actions)
 
-        poor = task("shift", budget=1e-9)
+        poor = task("shift", budget=1e-9, unit="parameters")
         for envs in (here, apart):
             with pytest.raises(BudgetError, match="fits no adapter at all"):
-                envs.play([*SHIFT[:1] * 4, poor], rule_actions)
+                envs.play([*shift[:1] * 4, poor], rule_actions)
         assert_same(play_round(apart, 1), play_round(here, 1))
 
         expected = play_round(here, 2)

@@ -23,12 +23,12 @@ from stable_baselines3 import PPO
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BASE = "llama-4x32"
-SCHEDULE = DecisionSchedule(probe_steps=4)
+SCHEDULE = DecisionSchedule(probe_steps=2, fractions=(0.0, 0.25, 0.4, 0.6))
 EXAMPLE = Path(__file__).parents[3] / "examples" / "train_with_sb3.py"
 
 
 def make_task(kind: Any = "shift", seed: int = 1, **options: Any) -> ProxyTask:
-    sizes: Any = {"base": BASE, "steps": 12, "batch_size": 4, "length": 16, "eval_rows": 16}
+    sizes: Any = {"base": BASE, "steps": 8, "batch_size": 4, "length": 16, "eval_rows": 16}
     return ProxyTask(kind, seed, **{**sizes, **options})
 
 
@@ -149,6 +149,7 @@ def make_policy() -> Callable[..., PPO]:
     return lambda envs: PPO("MultiInputPolicy", envs, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
 
 
+@pytest.mark.usefixtures("pool")
 def test_the_example_trains(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

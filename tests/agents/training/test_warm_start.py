@@ -88,8 +88,9 @@ def test_rows_are_padded_like_observations() -> None:
 def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
     envs: ProxyVecEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 3)  # more steps, for fewer tasks
-    monkeypatch.setattr(module, "PASSES", 220)
+    monkeypatch.setattr(module, "BATCH", 9)  # more and larger steps, for fewer tasks
+    monkeypatch.setattr(module, "PASSES", 150)
+    monkeypatch.setattr(module, "RATE", 6e-3)
     seen, dataset = seen_on(envs, PLANTED + SHIFT)
     known = torch.tensor(dataset.known)
     assert (len(known), int(known.sum())) == (2 * 9, 2 * 6)

@@ -88,6 +88,17 @@ def results_of(gains: dict[str, float], make: Callable[[Work, dict[str, float]],
     return Results.of(study, methods)
 
 
+@pytest.fixture(scope="module")
+def stored() -> Results:
+    """What the rows in the repository say of the suite."""
+    return report.read_results(report.Options(suite="saving"))
+
+
+@pytest.fixture(scope="module")
+def stored_standard() -> Results:
+    return report.read_results(report.Options(suite="standard"))
+
+
 def test_plans_by_kind_and_depth() -> None:
     plans = {method.name: method.plan(MODULES, "150%").reshape(4, 3) for method in PARTS}
     assert len({plan.tobytes() for plan in plans.values()}) == len(plans) == 12
@@ -195,18 +206,16 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "saving.png").stat().st_size > 10_000
 
 
-def test_docs_saving_is_what_the_stored_rows_say() -> None:
+def test_docs_saving_is_what_the_stored_rows_say(stored: Results) -> None:
     """Every number in docs/saving.md comes from the rows in the repository."""
     page = Path(__file__).parents[3] / "docs" / "saving.md"
-    results = report.read_results(report.Options(suite="saving"))
-    assert page.read_text() == to_markdown(saving_blocks(results, "images/saving.png"))
+    assert page.read_text() == to_markdown(saving_blocks(stored, "images/saving.png"))
 
 
-def test_the_readme_claims_what_the_stored_rows_say() -> None:
-    results = report.read_results(report.Options(suite="saving"))
+def test_the_readme_claims_what_the_stored_rows_say(stored: Results) -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     for name in ("ours-saves-time", "top-three-quarters-8"):
-        found = saving_of(results, name)
+        found = saving_of(stored, name)
         assert found is not None
         low, mean, high, worst = (
             short(100 * value, 1) for value in (found.loss.low, found.loss.value, found.loss.high, found.worst)
@@ -215,28 +224,27 @@ def test_the_readme_claims_what_the_stored_rows_say() -> None:
         assert f"loss {mean} % ({low} to {high}), {worst} % in the worst, at {step} of the time" in readme
         assert f"and {size} of the bytes" in readme
     for name, called in PEERS.items():
-        found = saving_of(results, name)
+        found = saving_of(stored, name)
         assert found is not None
         low, mean, high = (short(100 * value, 1) for value in (found.loss.low, found.loss.value, found.loss.high))
         step = short(found.step.value, 2)
         assert re.search(
             rf"{called} (has a loss )?{re.escape(f'{mean} % ({low} to {high}) at {step}')}( of the time)?[, ]", readme
         )
-    cells = results.shared("ours-saves-time", PLAIN)
+    cells = stored.shared("ours-saves-time", PLAIN)
     assert f"over {len(cells)} fine-tunes" in readme
-    assert results.shared("top-three-quarters-8", PLAIN) == cells, "both are told on the same"
+    assert stored.shared("top-three-quarters-8", PLAIN) == cells, "both are told on the same"
 
 
-def test_what_pages_claim_of_rank_and_depth() -> None:
+def test_what_pages_claim_of_rank_and_depth(stored: Results) -> None:
     plans, memory = (" ".join((ROOT / "docs" / name).read_text().split()) for name in ("plan-cost.md", "memory.md"))
-    results = report.read_results(report.Options(suite="saving"))
     for name, words in (
         ("everything-2", "rank 2 on all modules"),
         ("top-three-quarters-8", "rank 8 on the top three quarters of the layers"),
         ("top-half-8", "rank 8 on the top half"),
         ("top-quarter-8", "rank 8 on the top quarter"),
     ):
-        found = saving_of(results, name)
+        found = saving_of(stored, name)
         assert found is not None
         size, step = short(found.bytes.value, 2), short(found.step.value, 2)
         assert f"| {words} | {size} | {step} | {100 * found.loss.value:+.1f} % | {found.cells} |" in plans
@@ -246,9 +254,9 @@ def test_what_pages_claim_of_rank_and_depth() -> None:
             assert f"rank 8 on the top half of the layers {found.bytes.value:.0%}".replace("%", " %") in memory
 
 
-def test_what_the_readme_claims_of_single_runs() -> None:
+def test_what_the_readme_claims_of_single_runs(stored: Results) -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
-    kept = kept_by_kind(report.read_results(report.Options(suite="saving")), "ours-saves-time")
+    kept = kept_by_kind(stored, "ours-saves-time")
     for kind, words in (
         (TEXTS, "{} of {} runs on texts"),
         (NEW_TEXTS, "{} of {} on GPT-NeoX"),
@@ -257,10 +265,9 @@ def test_what_the_readme_claims_of_single_runs() -> None:
         assert words.format(kept[kind].kept, kept[kind].runs) in readme
 
 
-def test_what_the_readme_claims_of_language_models() -> None:
+def test_what_the_readme_claims_of_language_models(stored: Results) -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
-    results = report.read_results(report.Options(suite="saving"))
-    texts, usual = results.of_kind("texts"), "top-three-quarters-8"
+    texts, usual = stored.of_kind("texts"), "top-three-quarters-8"
     mine, other = (
         short(float(np.mean([100 * loss_of(texts, cell, name).mean() for cell in texts.shared(name, PLAIN)])), 1)
         for name in ("ours-saves-time", usual)
@@ -273,15 +280,14 @@ def test_what_the_readme_claims_of_language_models() -> None:
         f"on the ten language models the policy loses {mine} %, the top three quarters {other} % "
         f"({mean} % apart, {low} to {high})"
     ) in readme
-    kept, others = (kept_by_kind(results, name)[TEXTS] for name in ("ours-saves-time", usual))
+    kept, others = (kept_by_kind(stored, name)[TEXTS] for name in ("ours-saves-time", usual))
     assert f"{kept.plain} of them plain LoRA itself (the top three quarters in {others.kept})" in readme
 
 
-def test_what_the_readme_claims_of_adalora() -> None:
+def test_what_the_readme_claims_of_adalora(stored_standard: Results) -> None:
     """On MiniLM-L3 its loss stays on the plateau of the commonest class."""
-    results = report.read_results(report.Options(suite="standard"))
-    others = {key: each for key, each in results.found.items() if not key[1].startswith("minilm-l3")}
-    found = compare(replace(results, found=others), "ours", "adalora-final")
+    others = {key: each for key, each in stored_standard.found.items() if not key[1].startswith("minilm-l3")}
+    found = compare(replace(stored_standard, found=others), "ours", "adalora-final")
     assert found is not None
     told = f"AdaLoRA ({short(100 * found.mean.value, 1)} % worse without MiniLM-L3, which it does not learn in time)"
     assert told in " ".join((ROOT / "README.md").read_text().split())
@@ -307,14 +313,13 @@ BESIDE = (
 """The README's table of a budget spent well: a method, another one, on which cells, and the words for that."""
 
 
-def test_what_the_readme_claims_of_a_budget_spent_well() -> None:
+def test_what_the_readme_claims_of_a_budget_spent_well(stored_standard: Results) -> None:
     """Each row on the cells in which both have been run; some do not fit in all of them."""
     readme = (ROOT / "README.md").read_text()
-    results = report.read_results(report.Options(suite="standard"))
     for first, second, kind, words in BESIDE:
-        assert budget_row(results, first, second, kind, words) in readme
-    count = len(results.shared("ours", "simple"))
-    assert f"{count} of its {len(results.cells)} cells" in " ".join(readme.split())
+        assert budget_row(stored_standard, first, second, kind, words) in readme
+    count = len(stored_standard.shared("ours", "simple"))
+    assert f"{count} of its {len(stored_standard.cells)} cells" in " ".join(readme.split())
 
 
 def budget_row(results: Results, first: str, second: str, kind: str, words: str) -> str:

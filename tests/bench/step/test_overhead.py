@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +29,35 @@ RATIOS = (
 )
 
 
+@dataclass(frozen=True)
+class Command:
+    """The command on tiny models, once for all tests: what it returned, printed, and found, and its file of figures."""
+
+    status: int
+    printed: str
+    path: Path
+    results: dict[str, dict[str, Result]]
+
+
 @pytest.fixture(scope="module")
-def results(tiny: Size, short: Course) -> dict[str, Result]:
-    return run("bert", tiny, short, torch.device("cpu"), seed=0)
+def command(tiny: Size, short: Course, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    torch.manual_seed(0)
+    path, found = tmp_path_factory.mktemp("overhead") / "new" / "figures.json", {}
+
+    def noted(family: Any, *given: Any, **options: Any) -> dict[str, Result]:
+        found[family] = run(family, *given, **options)
+        return found[family]
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(overhead, "QUICK", (tiny, short))
+        patch.setattr(overhead, "run", noted)
+        status = cli.run(["bench", "overhead", "--quick", "--device", "cpu", "--seed", "1", "--json", str(path)])
+    return Command(status, printed.getvalue(), path, found)
+
+
+@pytest.fixture
+def results(command: Command) -> dict[str, Result]:
+    return command.results["bert"]
 
 
 def result(*, step: float = 1.0, own: float = 0.0, decision: float = 0.0, noise: float = 0.0) -> Result:
@@ -120,19 +150,14 @@ def test_the_table_shows_each_method(results: dict[str, Result], tmp_path: Path)
     assert not any("…" in line for line in lines)
 
 
-def test_the_command_writes_all_figures(
-    tiny: Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(overhead, "QUICK", (tiny, Course(cycles=1)))
-    path = tmp_path / "new" / "figures.json"
-    assert cli.run(["bench", "overhead", "--quick", "--device", "cpu", "--seed", "1", "--json", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert "llama: 2 layers x 32" in printed
-    assert "Bar 1.01" in printed
-    figures = json.loads(path.read_text())
-    assert [item.name for item in path.parent.iterdir()] == ["figures.json"]
+def test_the_command_writes_all_figures(command: Command) -> None:
+    assert command.status == 0
+    assert "llama: 2 layers x 32" in command.printed
+    assert "Bar 1.01" in command.printed
+    figures = json.loads(command.path.read_text())
+    assert [item.name for item in command.path.parent.iterdir()] == ["figures.json"]
     assert figures["torch"] == torch.__version__
-    assert (figures["quick"], figures["seed"], figures["layers"], figures["cycles"]) == (True, 1, 2, 1)
+    assert (figures["quick"], figures["seed"], figures["layers"], figures["cycles"]) == (True, 1, 2, 2)
     assert {"bert.adalora.step_ratio", "llama.rankpilot.cycle_ratio", "peft", "threads", "device"} <= set(figures)
 
 

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -42,7 +43,18 @@ from ...cases import first_cases
 MakeTask = Callable[..., ProxyTask]
 Rollout = Callable[..., list[tuple[Any, ...]]]
 BASE = "llama-4x32"
-LONG = DecisionSchedule(probe_steps=5, fractions=(0.0, 0.2, 0.4, 0.6), max_step=10)
+LONG = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.2, 0.4, 0.6), max_step=10)
+
+
+@pytest.fixture(scope="session")
+def make_task(make_task: MakeTask) -> MakeTask:
+    """Tasks that are shorter still."""
+    return partial(make_task, steps=8)
+
+
+@pytest.fixture(scope="session")
+def schedule() -> DecisionSchedule:
+    return DecisionSchedule(probe_steps=2, fractions=(0.0, 0.25, 0.4, 0.6))
 
 
 def random_decision(slot: int, turn: int, problem: AllocationProblem) -> Decision:
@@ -123,12 +135,12 @@ def run_alone(task: ProxyTask, schedule: DecisionSchedule, identity: int) -> Sto
 
 
 def mixed_tasks(base: str) -> list[ProxyTask]:
-    sizes: dict[str, Any] = {"base": base, "steps": 30, "length": 16}
+    sizes: dict[str, Any] = {"base": base, "steps": 15, "length": 16}
     return [
-        ProxyTask("planted", 1, corpus="documentation", budget=0.9, eval_rows=32, **sizes),
-        ProxyTask("shift", 2, corpus="code", budget=0.7, eval_rows=48, learning_rate=8e-3, **sizes),
-        ProxyTask("classify", 3, corpus="sentiment", budget=1.3, eval_rows=32, learning_rate=2e-3, **sizes),
-        ProxyTask("shift", 4, corpus="documentation", budget=0.25, unit="parameters", eval_rows=32, **sizes),
+        ProxyTask("planted", 1, corpus="documentation", budget=0.9, eval_rows=16, **sizes),
+        ProxyTask("shift", 2, corpus="code", budget=0.7, eval_rows=24, learning_rate=8e-3, **sizes),
+        ProxyTask("classify", 3, corpus="sentiment", budget=1.3, eval_rows=16, learning_rate=2e-3, **sizes),
+        ProxyTask("shift", 4, corpus="documentation", budget=0.25, unit="parameters", eval_rows=16, **sizes),
     ]
 
 
@@ -191,8 +203,8 @@ def test_an_episode_does_not_notice_its_neighbours(make_task: MakeTask, schedule
         make_task("shift", 1, base=base),
         make_task("planted", 2, base=base),
         make_task("classify", 3, base=base, corpus="sentiment"),
-        make_task("shift", 4, base=base, steps=20),
-        make_task("planted", 5, base=base, steps=9, eval_rows=8),
+        make_task("shift", 4, base=base, steps=12),
+        make_task("planted", 5, base=base, steps=6, eval_rows=8),
         make_task("shift", 6, base=base, learning_rate=1e30),
         make_task("shift", 1, base=base),
         make_task("shift", 8, base=base, unit="parameters", budget=0.25),
@@ -237,7 +249,7 @@ def pool(make_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> tuple[ProxyTas
 
     reference = Reference(3.0, 2.5, 0.5)
     tasks = tuple(
-        make_task("shift", 70 + index, steps=(8, 12, 15)[index % 3], budget=0.6 + 0.02 * index, reference=reference)
+        make_task("shift", 70 + index, steps=(6, 8, 10)[index % 3], budget=0.6 + 0.02 * index, reference=reference)
         for index in range(9)
     )
     monkeypatch.setattr(suites, "load_suite", lambda name, split: tasks if name == "shift" else ())
@@ -317,10 +329,10 @@ def assert_equal_parts(one: Any, two: Any) -> None:
 
 def test_the_same_seed_gives_the_same_steps(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
     one, two = (make_vector(3, schedule=schedule) for _ in range(2))
-    first = run_vector(one, 9, 5)
-    assert_equal_parts(run_vector(two, 9, 5), first)
-    assert_equal_parts(run_vector(one, 9, 5), first)  # with probes and references remembered
-    assert_equal_parts(run_vector(one, 9, [5, 6, 7]), first)
+    first = run_vector(one, 5, 5)
+    assert_equal_parts(run_vector(two, 5, 5), first)
+    assert_equal_parts(run_vector(one, 5, 5), first)  # with probes and references remembered
+    assert_equal_parts(run_vector(one, 5, [5, 6, 7]), first)
     other = run_vector(one, 1, 6)
     assert other[0][1]["task"].tolist() != first[0][1]["task"].tolist()
     assert len({name for row in first for name in row[-1]["task"]}) > 3
@@ -329,7 +341,7 @@ def test_the_same_seed_gives_the_same_steps(pool: tuple[ProxyTask, ...], schedul
 def test_slots_that_end_apart_are_reset_alone(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
     """Each slot goes through the tasks and the very numbers that it would meet in a vector of one."""
     schedule = replace(schedule, fractions=(0.0, 0.3, 0.6))
-    actions = np.random.default_rng(0).integers(0, 21, size=(8, 4, 28))
+    actions = np.random.default_rng(0).integers(0, 21, size=(5, 4, 28))
     failing = replace(pool[0], learning_rate=1e30, seed=79)
     envs = make_vector(4, schedule=schedule)
     together: list[tuple[Any, ...]] = [envs.reset(seed=3)]
@@ -395,7 +407,7 @@ def test_groups_share_a_task_and_end_together(
 
 def test_a_rule_beside_the_episodes_runs_as_it_would_alone(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     """And whoever acts as the rule gets nothing but the cost of its moves."""
-    task = make_task("planted", 2, reference=Reference(3.0, 2.0, 1.9))
+    task = make_task("planted", 2, steps=12, reference=Reference(3.0, 2.0, 1.9))
     config = StackedConfig(2, BASE, episodes_per_task=2, actions="scores", against="signal-mean", schedule=schedule)
     core = StackedRankAllocation(config)
     infos = core.start(dict.fromkeys(range(2), task))
@@ -486,7 +498,7 @@ def test_probes_and_references_of_tasks_long_ago_are_forgotten(
 ) -> None:
     monkeypatch.setattr(stacked, "REMEMBERED", 3)
     core = StackedRankAllocation(StackedConfig(2, BASE, schedule=schedule))
-    stays, *others = (make_task(seed=seed) for seed in range(7))
+    stays, *others = (make_task(seed=seed, steps=4) for seed in range(6))
     core.start({0: stays})
     seen, reference = core.records[0].observation, core.episodes.reference(stays)
     for task in others:
@@ -607,7 +619,7 @@ def test_pictures_and_texts_of_a_vector(make_task: MakeTask, schedule: DecisionS
     envs.reset(seed=0)
     texts = envs.render()
     assert texts is not None
-    assert all(text.startswith(f"{make_task().id}\nstep 0 of 12") for text in texts)
+    assert all(text.startswith(f"{make_task().id}\nstep 0 of 8") for text in texts)
     assert make_vector(1, task=make_task(), schedule=schedule).render() is None
 
 

@@ -102,7 +102,7 @@ def run(tasks: Sequence[ProxyTask]) -> Story:
 
 @pytest.mark.parametrize("base", first_cases(1, BASES))
 def test_losses_are_those_of_the_whole_batch_bit_for_bit(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: dict[str, Any] = {"base": base, "steps": 20, "length": 16, "eval_rows": 24}
+    sizes: dict[str, Any] = {"base": base, "steps": 10, "length": 16, "eval_rows": 24}
     tasks = [
         ProxyTask("planted", 1, corpus="documentation", budget=1.3, checkpointing=True, **sizes),
         ProxyTask("shift", 2, corpus="code", budget=0.7, **sizes),

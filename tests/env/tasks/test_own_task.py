@@ -56,7 +56,7 @@ def make_own(llama_config: LlamaConfig, rows: Rows) -> Callable[..., OwnTask]:
             "model": options.pop("model", None) or LlamaForCausalLM(llama_config),
             "train": rows[:32],
             "held_out": rows[32:],
-            "steps": 10,
+            "steps": 6,
             "batch_size": 4,
             "learning_rate": 1e-2,
         }
@@ -67,7 +67,7 @@ def make_own(llama_config: LlamaConfig, rows: Rows) -> Callable[..., OwnTask]:
 
 @pytest.fixture
 def quick() -> DecisionSchedule:
-    return DecisionSchedule(probe_steps=3)
+    return DecisionSchedule(probe_steps=2)
 
 
 def test_checks_have_nothing_to_complain_of(make_own: Callable[..., OwnTask], quick: DecisionSchedule) -> None:
@@ -94,10 +94,10 @@ def test_an_episode_of_a_plain_model(
     assert {row[4]["task"] for row in seen} == {"mine/3"}
     assert all(set(row[4]) == info_keys for row in seen)
     assert all(row[4]["cost"] <= row[4]["limit"] for row in seen[1:])
-    assert last["step"] == 10
+    assert last["step"] == 6
     assert np.isfinite(last["held_out_loss"])
     assert last["held_out_loss"] < np.log(64), "it learns"
-    assert env.render().startswith("mine/3\nstep 10 of 10")
+    assert env.render().startswith("mine/3\nstep 6 of 6")
     assert_same(seen, rollout(env, seed=0))
     after = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
     assert all(torch.equal(value, after[name]) for name, value in before.items()), "the model's own weights stay"
@@ -374,7 +374,7 @@ def test_the_model_is_left_without_dropout_and_frozen(make_own: Callable[..., Ow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"learning_rate": "1e-3"}, "learning_rate is above 0; got 10, 4 and '1e-3'"),
+        ({"learning_rate": "1e-3"}, "learning_rate is above 0; got 6, 4 and '1e-3'"),
         ({"steps": True}, "got True, 4"),
         ({"train": (row for row in range(8))}, "train has a length, .* got <generator .*Make a list of it"),
         ({"held_out": None}, "held_out has a length, .* got None"),

@@ -50,7 +50,7 @@ MakeTask = Callable[..., ProxyTask]
 def test_the_share_of_the_bytes_that_is_predicted(make_task: MakeTask, kind: str, base: str, share: float) -> None:
     task = make_task(kind, 5, base=base, corpus="sentiment" if kind == "classify" else "code")
     assert ProxyFineTune(task).predicted == pytest.approx(share, rel=0.2)
-    observation = Episode(ProxyFineTune(task), DecisionSchedule()).controller.observe(0)
+    observation = Episode(ProxyFineTune(task), DecisionSchedule(probe_steps=1)).controller.observe(0)
     seen = float(observation.run[RUN_FEATURES.index("predicted")])
     assert seen == pytest.approx(np.log2(ProxyFineTune(task).predicted) / 4)
 

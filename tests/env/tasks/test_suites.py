@@ -204,9 +204,9 @@ def test_measuring_tunes_the_rate_and_keeps_what_was_reached(
     monkeypatch.setattr(make_suites, "DecisionSchedule", lambda: DecisionSchedule(probe_steps=3))
     monkeypatch.setattr(make_suites, "RATES", (1e-3, 2e-2))
     tasks = [
-        make_task("planted", 90, steps=16, budget=0.25, unit="parameters"),
-        make_task("shift", 91, steps=16),
-        make_task("shift", 92, steps=16),
+        make_task("planted", 90, steps=8, budget=0.25, unit="parameters"),
+        make_task("shift", 91, steps=8),
+        make_task("shift", 92, steps=8),
     ]
     batches = list(make_suites.measure(tasks, 4))
     assert [len(batch) for batch in batches] == [2, 1]
@@ -225,14 +225,17 @@ def test_measuring_tunes_the_rate_and_keeps_what_was_reached(
         problem, known = _problem(task), task.reference
         best = oracle_plan(task, problem) if task.kind == "planted" else np.minimum(32, problem.max_ranks)
         assert known is not None
+        rates = {rate: replace(task, learning_rate=rate) for rate in (1e-3, 2e-2)}
+        losses = {
+            rate: Episode(ProxyFineTune(other), schedule).run_fixed(uniform_ranks(problem))
+            for rate, other in rates.items()
+        }
         runs = {
-            name: Episode(ProxyFineTune(task), schedule).run_fixed(ranks)
-            for name, ranks in (("uniform", uniform_ranks(problem)), ("best", best))
+            "uniform": losses[task.learning_rate],
+            "best": Episode(ProxyFineTune(task), schedule).run_fixed(best),
         }
         assert runs == pytest.approx({"uniform": known.uniform, "best": known.best}, abs=1e-4)
-        rates = [replace(task, learning_rate=rate) for rate in (1e-3, 2e-2)]
-        losses = [Episode(ProxyFineTune(other), schedule).run_fixed(uniform_ranks(problem)) for other in rates]
-        assert known.uniform == pytest.approx(min(losses), abs=1e-4)
+        assert known.uniform == pytest.approx(min(losses.values()), abs=1e-4)
 
 
 def test_an_interrupted_measurement_goes_on(

@@ -54,7 +54,10 @@ def table_rows(report: str) -> dict[str, list[str]]:
 def test_comparison_marks_the_best_values(run_folder: Path) -> None:
     path = write_report(run_folder).path
     assert path == run_folder / "report.md"
-    assert table_rows(path.read_text()) == {
+    report = path.read_text()
+    assert "gives identical outputs (largest difference 0)" in report
+    assert "## The adapter" not in report, "there is none in the folder"
+    assert table_rows(report) == {
         "": ["rankpilot", "uniform"],
         "held-out loss": ["**0.3841**", "0.4041"],
         "held-out accuracy": ["**86.10%**", "85.20%"],
@@ -76,7 +79,7 @@ def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_pictures_are_made_and_linked(run_folder: Path) -> None:
+def test_pictures_are_made_and_linked_and_can_be_made_again(run_folder: Path) -> None:
     report = write_report(run_folder).path.read_text()
     for name in ("ranks", "loss", "memory"):
         assert f"(figures/{name}.png)" in report
@@ -84,9 +87,12 @@ def test_pictures_are_made_and_linked(run_folder: Path) -> None:
     assert "rankpilot's held-out loss is 4.9% lower than that of uniform ranks." in report
     assert '"budget": "100MiB"' in report
     assert "* seed: 3" in report
+    pictures = {path: path.read_bytes() for path in (run_folder / "figures").iterdir()}
+    assert write_report(run_folder).path.read_text() == report
+    assert {path: path.read_bytes() for path in (run_folder / "figures").iterdir()} == pictures
 
 
-def test_decisions_in_words(run_folder: Path) -> None:
+def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
     report = write_report(run_folder).path.read_text()
     lines = report.split("## Decisions")[1].splitlines()
     assert report.count("**Decision ") == 4
@@ -104,6 +110,9 @@ def test_decisions_in_words(run_folder: Path) -> None:
     told = lines[lines.index(first) + 2]  # of equal moves, the one with the most telling feature
     assert told.startswith("- `layer 5 query`: rank 1 → 4 (sensitivity +")
     assert "measured" not in first
+    short = report.split("## Decisions")[1].split("```")[1].split("\n")[1:-1]
+    assert len(short) == 4
+    assert short[2] == "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3"
 
 
 def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
@@ -115,14 +124,6 @@ def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
     assert pairs[32][0][1] < -5
     assert not {name for row in pairs for name, _ in row} & {"top", "constant"}
     assert all(abs(distance) >= 1 for row in pairs for _, distance in row)
-
-
-@pytest.mark.usefixtures("drawn")
-def test_report_can_be_made_again(run_folder: Path) -> None:
-    first = write_report(run_folder).path.read_text()
-    pictures = {path: path.read_bytes() for path in (run_folder / "figures").iterdir()}
-    assert write_report(run_folder).path.read_text() == first
-    assert {path: path.read_bytes() for path in (run_folder / "figures").iterdir()} == pictures
 
 
 def test_missing_parts_are_left_out(run_folder: Path) -> None:
@@ -158,7 +159,6 @@ def test_a_causal_model_without_a_uniform_run(run_folder: Path) -> None:
 
 
 def test_a_failed_reload_is_shown(run_folder: Path) -> None:
-    assert "gives identical outputs (largest difference 0)" in write_report(run_folder).path.read_text()
     edit_summary(run_folder, lambda s: s.update(reload={"identical": False, "max_abs_difference": 0.25}))
     assert "**does not give identical outputs** (largest difference 0.25)" in write_report(run_folder).path.read_text()
 
@@ -222,13 +222,6 @@ def test_a_log_of_which_nothing_can_be_read(run_folder: Path) -> None:
     assert "(figures/ranks.png)" not in text
 
 
-def test_decisions_have_a_line_each(run_folder: Path) -> None:
-    text = write_report(run_folder).path.read_text()
-    lines = text.split("## Decisions")[1].split("```")[1].split("\n")[1:-1]
-    assert len(lines) == 4
-    assert lines[2] == "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3"
-
-
 def test_a_decision_log_alone(run_folder: Path) -> None:
     folder = run_folder / "decisions"
     report = write_report(folder)
@@ -278,7 +271,6 @@ def test_a_torn_trainer_state_gives_way_to_the_one_before(trainer_folder: Path) 
 
 
 def test_the_report_names_the_adapter_of_a_fine_tune(run_folder: Path) -> None:
-    assert "## The adapter" not in write_report(run_folder).path.read_text()
     adapter = run_folder / "rankpilot" / "adapter"
     write_json(adapter / "adapter_config.json", {"task_type": "SEQ_CLS", "base_model_name_or_path": "some/model"})
     edit_summary(run_folder, lambda s: s.update(outputs=5))
