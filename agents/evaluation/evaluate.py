@@ -173,7 +173,7 @@ def _common_schedule(names: Sequence[str], folder: Path | None) -> DecisionSched
     Raises:
         ConfigError: they learned different ones.
     """
-    schedules = {policy_schedule(folder) for name in names if (folder := _folder(name))}
+    schedules = {policy_schedule(policy) for name in names if (policy := _folder(name))}
     if len(schedules) > 1:
         raise ConfigError("These policies were trained with different schedules, so no run is fair to all of them.")
     if schedules:
