@@ -110,7 +110,9 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         results.append(run_under(kind.build(folder / str(len(results))), budget))
 
     add("100%")
-    for budget in ("70%", "40%", "auto", f"{0.85 * results[0].limit:.0f} bytes", "3k params"):
+    # A share between the others is another number of bytes, as the one below is.
+    shares = ("40%",) if kind.name in SHORT else ("70%", "40%")
+    for budget in (*shares, "auto", f"{0.85 * results[0].limit:.0f} bytes", "3k params"):
         add(budget)
         smallest = results[-1].smallest
         if smallest and smallest not in [one.budget for one in results]:
