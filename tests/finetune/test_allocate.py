@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
 SCHEDULE = DecisionSchedule(probe_steps=3)
 
 
+@pytest.fixture(scope="module")
+def llama_config(llama_config: LlamaConfig) -> LlamaConfig:
+    """One layer is enough here."""
+    config = deepcopy(llama_config)
+    config.num_hidden_layers = 1
+    return config
+
+
 def adapted(config: LlamaConfig) -> Any:
     set_seed(0)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
@@ -45,7 +54,7 @@ def adapted(config: LlamaConfig) -> Any:
 
 
 def trainer_of(model: Any, folder: Path, **options: Any) -> Trainer:
-    settings = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
     settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True} | options
     return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=ROWS)
 
@@ -130,7 +139,9 @@ def test_a_budget_that_nothing_fits_changes_nothing(llama_config: LlamaConfig, t
 
 def test_a_trainers_layers_and_inputs_are_as_they_were(llama_config: LlamaConfig, tmp_path: Path) -> None:
     """A Trainer switches checkpointing on when it begins, and rankpilot lets inputs require no gradients."""
-    model = adapted(llama_config)
+    config = deepcopy(llama_config)
+    config.num_hidden_layers = 2
+    model = adapted(config)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     hooks = dict(model.get_input_embeddings()._forward_hooks)

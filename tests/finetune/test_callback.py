@@ -30,9 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from ..cases import first_cases
 
-STEPS, LENGTH = 24, 20
+STEPS, LENGTH = 12, 20
 SCHEDULE = DecisionSchedule(probe_steps=4)
-DECISIONS = (0, 4, 8, 12)
+DECISIONS = (0, 2, 4, 6)
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -98,7 +98,7 @@ class Run:
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "logging_steps": 1,
-            "save_steps": 6,
+            "save_steps": 3,
             "report_to": [],
             "disable_tqdm": True,
             "use_cpu": True,
@@ -244,10 +244,10 @@ def test_the_adapter_loads_in_plain_peft(whole: Run, tmp_path: Path, llama_confi
     assert_reloads(whole, whole.folder / f"checkpoint-{STEPS}", llama_config)
 
 
-@pytest.mark.parametrize("stop_at", first_cases(1, [13, 7]))
+@pytest.mark.parametrize("stop_at", first_cases(1, [7, 4]))
 def test_resumed_is_as_if_nothing_had_happened(whole: Run, launch: Callable[..., Run], stop_at: int) -> None:
     cut = launch(stop_at=stop_at)
-    saved = stop_at // 6 * 6
+    saved = stop_at // 3 * 3
     assert cut.recorder.losses == whole.recorder.losses[:stop_at]
     resumed = launch(resume=cut.folder / f"checkpoint-{saved}")
     assert resumed.recorder.losses == whole.recorder.losses[saved:]
@@ -261,16 +261,24 @@ def test_resumed_is_as_if_nothing_had_happened(whole: Run, launch: Callable[...,
 
 def test_no_decision_follows_the_last_step(launch: Callable[..., Run]) -> None:
     """What it changed would never train: where a callback stops the run, and where a run goes on with fewer steps."""
-    stopped = launch("stopped", stop_at=DECISIONS[2], save_steps=DECISIONS[1])
+    stopped = launch(
+        "stopped", budget="3500 params", stop_at=DECISIONS[2], save_steps=DECISIONS[1], measure_every=STEPS
+    )
     assert tuple(step for step, _ in stopped.pilot.predictions) == DECISIONS[:2]  # type: ignore[union-attr]
     assert adapter_ranks(find_target_modules(stopped.model)) == stopped.recorder.ranks[-1]
-    fewer = launch("fewer", resume=stopped.folder / f"checkpoint-{DECISIONS[1]}", max_steps=DECISIONS[2])
+    fewer = launch(
+        "fewer",
+        budget="3500 params",
+        resume=stopped.folder / f"checkpoint-{DECISIONS[1]}",
+        max_steps=DECISIONS[2],
+        measure_every=STEPS,
+    )
     assert tuple(step for step, _ in fewer.pilot.predictions) == DECISIONS[:2]  # type: ignore[union-attr]
     assert adapter_ranks(find_target_modules(fewer.model)) == fewer.recorder.ranks[-1]
 
 
 def test_the_same_seed_gives_the_same_run(whole: Run, launch: Callable[..., Run]) -> None:
-    again = launch(measure_every=10)  # measuring must not disturb
+    again = launch(measure_every=10, save_strategy="no")  # measuring must not disturb
     assert again.recorder.losses == whole.recorder.losses
     assert again.recorder.ranks == whole.recorder.ranks
 
@@ -290,20 +298,20 @@ class Watching(Trainer):
 def test_batches_and_random_states_are_those_of_a_plain_run(
     launch: Callable[..., Run], tmp_path: Path, llama_config: LlamaConfig, data: Dataset
 ) -> None:
-    options = {"trainer": Watching, "dropout": 0.0, "max_steps": 10}
-    piloted = launch(**options)
+    options = {"trainer": Watching, "dropout": 0.0, "max_steps": 8}
+    piloted = launch(measure_every=3, **options)
     plain = Run(tmp_path / "plain", llama_config, data, **options)  # type: ignore[arg-type]
     assert piloted.trainer.seen == plain.trainer.seen
-    assert len(piloted.trainer.seen) == 10
-    assert len({str(batch) for batch, _ in plain.trainer.seen}) == 10
+    assert len(piloted.trainer.seen) == 8
+    assert len({str(batch) for batch, _ in plain.trainer.seen}) == 8
     assert piloted.recorder.losses != plain.recorder.losses
 
 
 class Scripted(Trainer):
-    """The evaluation loss is least at step 6, before the ranks have settled."""
+    """The evaluation loss is least at step 3, before the ranks have settled."""
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        return {"eval_loss": abs(self.state.global_step - 6) + 1.0}
+        return {"eval_loss": abs(self.state.global_step - 3) + 1.0}
 
 
 def test_the_best_model_comes_back_with_its_ranks(
@@ -311,19 +319,21 @@ def test_the_best_model_comes_back_with_its_ranks(
 ) -> None:
     run = launch(
         trainer=Scripted,
+        budget="3500 params",
+        measure_every=STEPS,
         eval_data=data,
         eval_strategy="steps",
-        eval_steps=6,
+        eval_steps=3,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
     )
-    best, last = run.recorder.ranks[5], run.recorder.ranks[-1]
+    best, last = run.recorder.ranks[2], run.recorder.ranks[-1]
     assert best != last
-    assert run.trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+    assert run.trainer.state.best_model_checkpoint.endswith("checkpoint-3")
     targets = find_target_modules(run.model)
     assert adapter_ranks(targets) == best
-    saved = load_file(run.folder / "checkpoint-6" / "adapter_model.safetensors")
+    saved = load_file(run.folder / "checkpoint-3" / "adapter_model.safetensors")
     for target in targets:
         key = f"base_model.model.{target.name}.lora_A.weight"
         assert (key in saved) == (best[target.name] > 0)
@@ -336,7 +346,7 @@ def test_the_best_model_comes_back_with_its_ranks(
 
 
 def test_gradient_accumulation(launch: Callable[..., Run], whole: Run) -> None:
-    run = launch(gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    run = launch(gradient_accumulation_steps=2, per_device_train_batch_size=2, save_strategy="no")
     assert tuple(step for step, _ in run.pilot.predictions) == DECISIONS  # type: ignore[union-attr]
     assert len(run.pilot.peaks) == STEPS  # type: ignore[union-attr]
     assert max(peak for _, peak in run.pilot.peaks) <= run.controller.limit  # type: ignore[union-attr]
@@ -359,7 +369,7 @@ def test_the_guard_corrects_a_prediction_that_was_too_low(
 
     monkeypatch.setattr(before_module, "plan_costs", low)
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
-        run = launch()
+        run = launch(save_strategy="no")
     limit = run.controller.limit
     over = [step for step, peak in run.pilot.peaks if peak > limit]  # type: ignore[union-attr]
     assert over == [1], "found at once, and only once"
@@ -367,7 +377,7 @@ def test_the_guard_corrects_a_prediction_that_was_too_low(
     assert len(warnings) == 1
     assert "The peak of step 1 was" in warnings[0]
     steps = [step for step, _ in run.pilot.predictions]  # type: ignore[union-attr]
-    assert steps == [0, 1, 4, 8, 12]
+    assert steps == [0, 1, 2, 4, 6]
     table = run.log()
     modules = table.num_rows // 5
     shrunk = table.slice(modules, modules)
@@ -380,8 +390,7 @@ def test_the_guard_corrects_a_prediction_that_was_too_low(
 
 def test_a_resumed_run_logs_each_peak_once(launch: Callable[..., Run]) -> None:
     whole = launch("whole", measure_every=5)
-    cut = launch("cut", measure_every=5, stop_at=13)
-    resumed = launch("cut", measure_every=5, resume=cut.folder / "checkpoint-12")
+    resumed = launch("whole", measure_every=5, resume=whole.folder / "checkpoint-6")
     shown = [
         [(row["step"], row.get("peak_bytes")) for row in run.trainer.state.log_history if "loss" in row]
         for run in (whole, resumed)
@@ -391,25 +400,25 @@ def test_a_resumed_run_logs_each_peak_once(launch: Callable[..., Run]) -> None:
 
 
 def test_a_budget_of_parameters(launch: Callable[..., Run]) -> None:
-    run = launch(budget="3k params")
+    run = launch(budget="3500 params", measure_every=STEPS)
     per_rank = {t.name: t.d_in + t.d_out for t in find_target_modules(run.model)}
     for ranks in run.recorder.ranks:
         count = sum(rank * per_rank[name] for name, rank in ranks.items())
-        assert 3000 - max(per_rank.values()) <= count <= 3000
+        assert 3500 - max(per_rank.values()) <= count <= 3500
     table = run.log()
     assert set(table["unit"].to_pylist()) == {"parameters"}
     assert table["measured_cost"].null_count == table.num_rows
     assert run.pilot.predictions[-1][1] == count  # type: ignore[union-attr]
-    resumed = launch(budget="3k params", resume=run.folder / "checkpoint-6")
-    assert resumed.recorder.losses == run.recorder.losses[6:]
+    resumed = launch(budget="3500 params", measure_every=STEPS, resume=run.folder / "checkpoint-3")
+    assert resumed.recorder.losses == run.recorder.losses[3:]
 
 
 def test_a_trained_policy_flies_by_its_own_schedule(tmp_path: Path, llama_config: LlamaConfig, data: Dataset) -> None:
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
     save_policy(tmp_path / "pilot", RankNetwork(), schedule, {"name": "mine"})
     pilot = RankPilotCallback(tmp_path / "pilot", "80%", measure_every=1)
-    run = Run(tmp_path / "run", llama_config, data, pilot=pilot, max_steps=8)
-    assert [step for step, _ in pilot.predictions] == [0, 4]
+    run = Run(tmp_path / "run", llama_config, data, pilot=pilot, max_steps=4)
+    assert [step for step, _ in pilot.predictions] == [0, 2]
     assert set(run.log()["policy"].to_pylist()) == {"mine"}
     assert max(peak for _, peak in pilot.peaks) <= run.controller.limit
 
@@ -420,14 +429,14 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def test_a_data_set_without_a_length(launch: Callable[..., Run]) -> None:
-    run = launch(data=Stream(), max_steps=8)
-    assert len(run.recorder.losses) == 8
+    run = launch(data=Stream(), max_steps=4)
+    assert len(run.recorder.losses) == 4
     assert max(peak for _, peak in run.pilot.peaks) <= run.controller.limit  # type: ignore[union-attr]
 
 
 def test_a_data_set_smaller_than_a_batch(launch: Callable[..., Run]) -> None:
-    run = launch(data=Dataset.from_list(rows(2)), max_steps=4)
-    assert len(run.recorder.losses) == 4
+    run = launch(data=Dataset.from_list(rows(2)), max_steps=2)
+    assert len(run.recorder.losses) == 2
 
 
 # What is refused ----------------------------------------------------------------------------------------------------
@@ -448,7 +457,7 @@ def test_the_smallest_budget_is_named_and_works(launch: Callable[..., Run]) -> N
         launch("small", budget="10KiB")
     smallest = str(caught.value).split("smallest that works is ")[1].split(" (")[0]
     assert smallest.endswith("KiB")
-    run = launch("enough", budget=smallest, max_steps=6)
+    run = launch("enough", budget=smallest, max_steps=3)
     assert sum(rank > 0 for rank in run.recorder.ranks[-1].values()) == 1
     assert max(peak for _, peak in run.pilot.peaks) <= run.controller.limit  # type: ignore[union-attr]
     with pytest.raises(BudgetError, match="The smallest that works is 48 parameters"):
@@ -460,7 +469,7 @@ def test_the_smallest_share_is_named_and_works(launch: Callable[..., Run]) -> No
         launch("small", budget="5%")
     assert "gradient checkpointing" not in str(caught.value), "it would lower what the share is of, too"
     smallest = str(caught.value).split("a share of ")[1].split(" (")[0]
-    run = launch("enough", budget=smallest, max_steps=6)
+    run = launch("enough", budget=smallest, max_steps=3)
     assert any(run.recorder.ranks[-1].values())
 
 
@@ -471,23 +480,23 @@ def test_an_empty_data_set(launch: Callable[..., Run]) -> None:
 
 def test_a_loss_that_is_not_finite(launch: Callable[..., Run]) -> None:
     with pytest.raises(NonFiniteError, match="probe step"):
-        launch(learning_rate=1e30)
+        launch(budget="3k params", learning_rate=1e30)
 
 
 @pytest.mark.parametrize("missing", first_cases(1, ["rankpilot.json", "rankpilot.safetensors"]))
 def test_a_checkpoint_that_is_not_whole(launch: Callable[..., Run], missing: str) -> None:
-    run = launch(max_steps=6)
-    folder = run.folder / "checkpoint-6"
+    run = launch(budget="3k params", max_steps=2)
+    folder = run.folder / "checkpoint-2"
     (folder / missing).unlink()
-    with pytest.raises(RunFolderError, match=rf"checkpoint-6.*{missing}"):
-        launch(resume=folder)
+    with pytest.raises(RunFolderError, match=rf"checkpoint-2.*{missing}"):
+        launch(budget="3k params", resume=folder)
 
 
 def test_the_state_of_a_checkpoint_is_plain_data(whole: Run) -> None:
-    state = json.loads((whole.folder / "checkpoint-6" / "rankpilot.json").read_text())
+    state = json.loads((whole.folder / "checkpoint-3" / "rankpilot.json").read_text())
     assert state["controller"]["decision"] == 2
     assert state["controller"]["limit"] == whole.controller.limit
-    assert load_file(whole.folder / "checkpoint-6" / "rankpilot.safetensors")
+    assert load_file(whole.folder / "checkpoint-3" / "rankpilot.safetensors")
 
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
@@ -495,6 +504,6 @@ def test_lines_without_a_progress_bar_are_logged_or_printed(
     launch: Callable[..., Run], level: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(level, "rankpilot.finetune.callback")
-    launch(max_steps=1)
+    launch(budget="3k params", max_steps=1)
     printed, logged = "rankpilot: step 0: " in capsys.readouterr().out, "step 0: " in caplog.text
     assert (printed, logged) == (level > logging.INFO, level == logging.INFO)

@@ -7,10 +7,11 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -127,23 +128,76 @@ def make_config(bert_folder: Path, reviews: Path) -> Callable[..., FinetuneConfi
     return make
 
 
+class Recorded(trainer_module.Trainer):  # type: ignore[misc]
+    """Remembers each Trainer that trains."""
+
+    trainers: ClassVar[list[Any]] = []
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        self.trainers.append(self)
+        return super().train(*arguments, **options)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Any]]:
+    """The Trainers that train inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "Trainer", Recorded)
+        patch.setattr(Recorded, "trainers", [])
+        yield Recorded.trainers
+
+
+@pytest.fixture
+def not_reloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs of which the adapter is not looked at: no process loads it again."""
+    monkeypatch.setattr(module, "check_reload", lambda *_: {})
+
+
+BOTH: dict[str, Any] = {"compare_uniform": True, "compare_all_linear": True, "trainer": ("save_total_limit=10",)}
+"""Settings of `comparison`."""
+
+
+@dataclass
+class Comparison:
+    """A run beside a uniform one and plain LoRA, all of which have ended, and of which all checkpoints are kept."""
+
+    folder: Path
+    phases: list[str]
+    trainers: list[Any]
+
+
 @pytest.fixture(scope="module")
-def compared(make_config: Callable[..., FinetuneConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run beside a uniform one, both of which have ended; tests that change it take a copy."""
-    folder = tmp_path_factory.mktemp("runs") / "compared"
-    finetune(make_config(compare_uniform=True), folder)
+def comparison(make_config: Callable[..., FinetuneConfig], tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    folder, phases = tmp_path_factory.mktemp("runs") / "compared", list[str]()
+    with recorded() as trainers:
+        finetune(make_config(**BOTH), folder, on_phase=phases.append)
+    return Comparison(folder, phases, trainers)
+
+
+@pytest.fixture(scope="module")
+def compared(comparison: Comparison) -> Path:
+    """The folder of the comparison; tests that change it take a copy."""
+    return comparison.folder
+
+
+@pytest.fixture(scope="module")
+def reported(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the comparison with its report."""
+    folder = tmp_path_factory.mktemp("runs") / "reported"
+    shutil.copytree(compared, folder)
+    write_report(folder)
     return folder
 
 
-def test_a_run_writes_what_it_promises(compared: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(compared, folder)
+def test_a_run_writes_what_it_promises(reported: Path) -> None:
+    folder = reported
     summary = read_json(folder / "summary.json")
     assert summary["reload"] == {"identical": True, "max_abs_difference": 0.0}
     assert (summary["outputs"], summary["held_out_rows"]) == (2, 20)
     assert 0.5 <= summary["largest_class"] < 0.8
-    for run in summary["runs"].values():
-        assert 0 < run["peak_bytes"] <= run["budget_bytes"]
+    for name, run in summary["runs"].items():
+        assert run["peak_bytes"] > 0
+        assert name == "all-linear" or run["peak_bytes"] <= run["budget_bytes"]
         assert np.isfinite(run["held_out_loss"])
         assert 0 <= run["held_out_accuracy"] <= 1
     assert summary["runs"]["rankpilot"]["budget_bytes"] == summary["runs"]["uniform"]["budget_bytes"]
@@ -151,23 +205,20 @@ def test_a_run_writes_what_it_promises(compared: Path, tmp_path: Path) -> None:
     assert len(live) == 1
     assert len(DecisionLog(folder / "decisions")) == 4
     assert json.loads((folder / "config.json").read_text())["steps"] == 12
-    write_report(folder)
     assert {path.name for path in (folder / "figures").iterdir()} == {"ranks.png", "loss.png", "memory.png"}
 
 
 @pytest.mark.parametrize(
     ("changes", "reached"),
     first_cases(
-        2,
+        1,
         [
             (
-                {"accumulation": 2},
+                {"accumulation": 2, "optimizer": "adamw8bit"},
                 lambda trainer: (
-                    type(trainer.optimizer.optimizer) is torch.optim.AdamW
-                    and trainer.state.epoch == pytest.approx(8 / 45)
+                    trainer.optimizer.optimizer.args.optim_bits == 8 and trainer.state.epoch == pytest.approx(8 / 45)
                 ),
             ),
-            ({"optimizer": "adamw8bit"}, lambda trainer: trainer.optimizer.optimizer.args.optim_bits == 8),
             ({}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.AdamW),
             ({"bf16": True}, lambda trainer: trainer.accelerator.mixed_precision == "bf16"),
             ({"checkpointing": True}, lambda trainer: trainer.model.is_gradient_checkpointing),
@@ -175,26 +226,19 @@ def test_a_run_writes_what_it_promises(compared: Path, tmp_path: Path) -> None:
             ({"optimizer": "adafactor"}, lambda trainer: type(trainer.optimizer.optimizer).__name__ == "Adafactor"),
         ],
     ),
-    ids=["accumulation", "adamw8bit", "default", "bf16", "checkpointing", "sgd", "adafactor"],
+    ids=["accumulation-adamw8bit", "default", "bf16", "checkpointing", "sgd", "adafactor"],
 )
+@pytest.mark.usefixtures("not_reloaded")
 def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
     make_config: Callable[..., FinetuneConfig],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
     reached: Callable[[Any], bool],
 ) -> None:
     if changes.get("optimizer") == "adamw8bit":
         pytest.importorskip("bitsandbytes")
-    trainers: list[Any] = []
-
-    class Recorded(trainer_module.Trainer):  # type: ignore[misc]
-        def train(self, *arguments: Any, **options: Any) -> Any:
-            trainers.append(self)
-            return super().train(*arguments, **options)
-
-    monkeypatch.setattr(trainer_module, "Trainer", Recorded)
-    summary = finetune(make_config(compare_uniform=True, steps=4, **changes), tmp_path / "run")
+    with recorded() as trainers:
+        summary = finetune(make_config(compare_uniform=True, steps=4, **changes), tmp_path / "run")
     assert [reached(trainer) for trainer in trainers] == [True, True]
     assert [trainer.state.global_step for trainer in trainers] == [4, 4]
     for run in summary["runs"].values():
@@ -202,30 +246,37 @@ def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
         assert np.isfinite(run["held_out_loss"])
 
 
-def test_beside_plain_lora_as_people_run_it(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+def test_without_settings_of_a_step_it_is_plain_adamw(comparison: Comparison) -> None:
+    assert [type(trainer.optimizer.optimizer) for trainer in comparison.trainers] == [torch.optim.AdamW] * 3
+    assert [trainer.state.global_step for trainer in comparison.trainers] == [12] * 3
+
+
+def test_beside_plain_lora_as_people_run_it(
+    make_config: Callable[..., FinetuneConfig], comparison: Comparison, reported: Path, tmp_path: Path
+) -> None:
     """No budget holds it back, and no callback of ours changes what the Trainer and PEFT do."""
-    config = make_config(compare_all_linear=True, budget="60%", steps=4, eval_every=2)
-    phases: list[str] = []
-    summary = finetune(config, tmp_path / "run", on_phase=phases.append)
-    plain, ours = summary["runs"]["all-linear"], summary["runs"]["rankpilot"]
-    assert "fine-tuning with rank 8 on all modules, without a budget" in phases
+    runs = read_json(comparison.folder / "summary.json")["runs"]
+    plain, ours = runs["all-linear"], runs["rankpilot"]
+    assert "fine-tuning with rank 8 on all modules, without a budget" in comparison.phases
     assert set(plain["ranks"].values()) == {8}
     assert plain["budget_bytes"] is None
     assert plain["peak_bytes"] > ours["budget_bytes"] >= ours["peak_bytes"]
+    config, phases = make_config(**BOTH), list[str]()
     workload = trainer_module.read_workload(config, phases.append)
     trainer = trainer_module.new_trainer(config, workload, trainer_module.new_model(config, workload), tmp_path, [])
     set_seed(config.seed)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == plain["held_out_loss"]
-    report = write_report(tmp_path / "run").path.read_text()
-    assert "| | rankpilot | all-linear |" in report
+    report = (reported / "report.md").read_text()
+    assert "| | rankpilot | uniform | all-linear |" in report
     assert "than that of rank 8 on all modules, with" in report
 
 
+@pytest.mark.usefixtures("not_reloaded")
 def test_both_runs_let_layers_run_again_where_the_budget_needs_it(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = finetune(make_config(recompute=True, compare_uniform=True, budget="75%"), tmp_path / "run")
+    summary = finetune(make_config(recompute=True, compare_uniform=True, budget="75%", steps=4), tmp_path / "run")
     runs = summary["runs"]
     assert runs["rankpilot"]["budget_bytes"] == runs["uniform"]["budget_bytes"]
     for name, run in runs.items():
@@ -260,9 +311,9 @@ def test_a_run_from_before_these_settings_goes_on(
     path = folder / "config.json"
     later = ("accumulation", "optimizer", "bf16", "checkpointing")
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in later}))
-    assert finetune(make_config(compare_uniform=True), folder, resume=True)["steps"] == 12
+    assert finetune(make_config(**BOTH), folder, resume=True)["steps"] == 12
     with pytest.raises(RunFolderError, match="bf16: False there, True now"):
-        finetune(make_config(compare_uniform=True, bf16=True), folder, resume=True)
+        finetune(make_config(**BOTH, bf16=True), folder, resume=True)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
@@ -297,25 +348,19 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_run_of_an_earlier_version_is_refused_in_one_line(
-    make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
 ) -> None:
-    config = make_config()
-
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "check_reload", killed)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config, tmp_path / "run")
-    monkeypatch.undo()
-    for checkpoint in (tmp_path / "run" / "rankpilot").glob("checkpoint-*"):
+    folder = tmp_path / "run"
+    shutil.copytree(compared, folder)
+    (folder / "result-rankpilot.json").unlink()
+    for checkpoint in (folder / "rankpilot").glob("checkpoint-*"):
         shutil.copy(EARLIER, checkpoint / STATE)
     with pytest.raises(RunFolderError, match="written by another version of rankpilot"):
-        finetune(config, tmp_path / "run", resume=True)
+        finetune(make_config(**BOTH), folder, resume=True)
 
 
 def test_a_finished_run_is_not_repeated(make_config: Callable[..., FinetuneConfig], compared: Path) -> None:
-    config = make_config(compare_uniform=True)
+    config = make_config(**BOTH)
     first = read_json(compared / "summary.json")
     phases: list[str] = []
     assert finetune(config, compared, resume=True, on_phase=phases.append) == first
@@ -329,15 +374,25 @@ def rows_of(folder: Path, name: str) -> Counter[tuple[int, str]]:
     return Counter((row["step"], key) for row in rows for key in ("loss", "eval_loss", "peak_bytes") if key in row)
 
 
-def test_a_run_that_is_over_trains_no_step_and_doubles_no_row(
-    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
-) -> None:
-    """It was killed after its last checkpoint and before its result; times are those of the whole run."""
-    folder, first = tmp_path / "run", read_json(compared / "summary.json")
+@pytest.fixture(scope="module")
+def over(
+    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The comparison, killed after the last checkpoints and before the results of two runs, and gone on with."""
+    folder = tmp_path_factory.mktemp("runs") / "over"
     shutil.copytree(compared, folder)
     for name in ("rankpilot", "uniform"):
         (folder / f"result-{name}.json").unlink()
-    again = finetune(make_config(compare_uniform=True), folder, resume=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "check_reload", lambda *_: {})
+        return folder, finetune(make_config(**BOTH), folder, resume=True)
+
+
+def test_a_run_that_is_over_trains_no_step_and_doubles_no_row(
+    compared: Path, over: tuple[Path, dict[str, Any]]
+) -> None:
+    """It was killed after its last checkpoint and before its result; times are those of the whole run."""
+    (folder, again), first = over, read_json(compared / "summary.json")
     decisions = [DecisionLog(path / "decisions").read() for path in (compared, folder)]
     assert decisions[0].equals(decisions[1])
     for name in ("rankpilot", "uniform"):
@@ -351,7 +406,6 @@ def test_a_run_that_is_over_trains_no_step_and_doubles_no_row(
         before, after = first["runs"][name], again["runs"][name]
         assert after["train_s"] > 0.8 * sum(row.get("train_s", 0) for row in metrics_of(folder, name)[-1:])
         assert after["median_step_s"] == pytest.approx(before["median_step_s"], rel=0.5)
-    write_report(folder)
 
 
 def metrics_of(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -371,6 +425,7 @@ def cut_in_half(path: Path) -> None:
         ["rankpilot.safetensors", "optimizer.pt", "rankpilot.json", "adapter_model.safetensors", "trainer_state.json"],
     ),
 )
+@pytest.mark.usefixtures("not_reloaded")
 def test_a_torn_checkpoint_is_passed_over(
     make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path, file: str
 ) -> None:
@@ -378,7 +433,7 @@ def test_a_torn_checkpoint_is_passed_over(
     shutil.copytree(compared, folder)
     (folder / "result-rankpilot.json").write_text("{")  # torn as well, so the run goes on
     cut_in_half(folder / "rankpilot" / "checkpoint-12" / file)
-    config = make_config(compare_uniform=True)
+    config = make_config(**BOTH)
     again = finetune(config, folder, resume=True, on_phase=lines.append)
     assert f"checkpoint-12 is passed over: {file} is torn" in lines
     first = read_json(compared / "summary.json")
@@ -388,15 +443,17 @@ def test_a_torn_checkpoint_is_passed_over(
 
 
 def test_a_torn_part_of_the_decision_log_does_not_stop_a_run_that_is_over(
-    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
+    make_config: Callable[..., FinetuneConfig], over: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
+    """Nor does a report need that part, or a run that was not gone on with after its end."""
     folder = tmp_path / "run"
-    shutil.copytree(compared, folder)
+    shutil.copytree(over[0], folder)
     cut_in_half(folder / "decisions" / "part-00002.parquet")
-    assert finetune(make_config(compare_uniform=True), folder, resume=True)["steps"] == 12
+    assert finetune(make_config(**BOTH), folder, resume=True)["steps"] == 12
     write_report(folder)
 
 
+@pytest.mark.usefixtures("not_reloaded")
 @pytest.mark.parametrize("name", first_cases(1, ["rankpilot", "uniform"]))
 def test_sigterm_saves_a_checkpoint(
     make_config: Callable[..., FinetuneConfig],
@@ -435,8 +492,8 @@ def test_sigterm_saves_a_checkpoint(
 def test_language_modelling_from_a_text_file(llama_folder: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(" ".join(generator.choice(WORDS, 12)) for _ in range(200)))
-    config = FinetuneConfig(str(llama_folder), str(text), steps=6, batch_size=2, eval_every=3, max_length=16)
+    text.write_text("\n".join(" ".join(generator.choice(WORDS, 12)) for _ in range(60)))
+    config = FinetuneConfig(str(llama_folder), str(text), steps=2, batch_size=2, eval_every=2, max_length=16)
     summary = finetune(config, tmp_path / "run")
     assert summary["reload"]["identical"]
     assert summary["runs"]["rankpilot"]["held_out_accuracy"] is None
@@ -503,27 +560,19 @@ def test_a_run_that_diverges_says_so(make_config: Callable[..., FinetuneConfig],
 # Branches -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def many_checkpoints(make_config: Callable[..., FinetuneConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of which all checkpoints are kept."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    finetune(make_config(trainer=("save_total_limit=10",)), folder)
-    return folder
-
-
 def final_ranks(folder: Path) -> dict[str, int]:
     ranks: dict[str, int] = read_json(folder / "summary.json")["runs"]["rankpilot"]["ranks"]
     return ranks
 
 
-def test_a_branch_with_the_same_plan_is_the_same_run(many_checkpoints: Path, tmp_path: Path) -> None:
+def test_a_branch_with_the_same_plan_is_the_same_run(compared: Path, tmp_path: Path) -> None:
     """From step 8 on all decisions are taken: the same ranks from there give the same adapter, bit for bit."""
-    ranks = final_ranks(many_checkpoints)
-    summary = branch(many_checkpoints, tmp_path / "same", ranks, at=8)
+    ranks = final_ranks(compared)
+    summary = branch(compared, tmp_path / "same", ranks, at=8)
     assert summary["runs"]["rankpilot"]["ranks"] == ranks
     adapters = [
         load_file(folder / "rankpilot" / "adapter" / "adapter_model.safetensors")
-        for folder in (many_checkpoints, tmp_path / "same")
+        for folder in (compared, tmp_path / "same")
     ]
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
@@ -533,31 +582,33 @@ def test_a_branch_with_the_same_plan_is_the_same_run(many_checkpoints: Path, tmp
     assert table["step"].to_pylist()[-1] == 8
 
 
+@pytest.mark.usefixtures("not_reloaded")
 @pytest.mark.parametrize("at", first_cases(1, [0, 4, 8]))
-def test_a_branch_takes_its_plan_and_keeps_it(many_checkpoints: Path, tmp_path: Path, at: int) -> None:
-    ranks = final_ranks(many_checkpoints)
+def test_a_branch_takes_its_plan_and_keeps_it(compared: Path, tmp_path: Path, at: int) -> None:
+    ranks = final_ranks(compared)
     lowest = {name: min(rank, 1) for name, rank in ranks.items()}
     output = tmp_path / "branch"
-    summary = branch(many_checkpoints, output, lowest, at=at, label="thin")
+    summary = branch(compared, output, lowest, at=at, label="thin")
     assert summary["runs"]["rankpilot"]["ranks"] == lowest
     assert summary["policy"] == "thin"
     table = DecisionLog(output / "decisions").read()
     steps = dict.fromkeys(table["step"].to_pylist())
     assert at in steps
-    before = DecisionLog(many_checkpoints / "decisions").read()
+    before = DecisionLog(compared / "decisions").read()
     assert [step for step in steps if step < at] == [
         step for step in dict.fromkeys(before["step"].to_pylist()) if step < at
     ]
     rows = [row["step"] for row in read_json_lines(output / "metrics-rankpilot.jsonl") if "eval_loss" in row]
     assert rows == [4, 8, 12]
     with pytest.raises(RunFolderError, match="exists already"):
-        branch(many_checkpoints, output, lowest, at=at)
+        branch(compared, output, lowest, at=at)
 
 
+@pytest.mark.usefixtures("not_reloaded")
 def test_a_branch_whose_copy_was_interrupted_resumes(
-    many_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks, copied = final_ranks(many_checkpoints), []
+    ranks, copied = final_ranks(compared), []
     copytree = shutil.copytree
 
     def second_fails(source: Path, *arguments: Any, **options: Any) -> Any:
@@ -568,25 +619,27 @@ def test_a_branch_whose_copy_was_interrupted_resumes(
 
     monkeypatch.setattr(shutil, "copytree", second_fails)
     with pytest.raises(KeyboardInterrupt):
-        branch(many_checkpoints, tmp_path / "branch", ranks, at=8)
-    summary = branch(many_checkpoints, tmp_path / "branch", ranks, at=8, resume=True)
+        branch(compared, tmp_path / "branch", ranks, at=8)
+    summary = branch(compared, tmp_path / "branch", ranks, at=8, resume=True)
     assert copied == ["decisions", "checkpoint-8"] * 2
     assert summary["runs"]["rankpilot"]["ranks"] == ranks
 
 
-def test_branches_that_cannot_be(many_checkpoints: Path, compared: Path, tmp_path: Path) -> None:
-    ranks = final_ranks(many_checkpoints)
-    (mine := many_checkpoints / "rankpilot" / "checkpoint-best").mkdir()
+def test_branches_that_cannot_be(compared: Path, tmp_path: Path) -> None:
+    ranks = final_ranks(compared)
+    source = tmp_path / "source"
+    shutil.copytree(compared, source)
+    (mine := source / "rankpilot" / "checkpoint-best").mkdir()
     with pytest.raises(RunFolderError, match=r"there is no such folder\. It has checkpoints of the steps 4, 8"):
-        branch(many_checkpoints, tmp_path / "a", ranks, at=5)
+        branch(source, tmp_path / "a", ranks, at=5)
     mine.rmdir()
     with pytest.raises(RunFolderError, match="holds no run of `rankpilot finetune`"):
         branch(tmp_path, tmp_path / "b", ranks)
     with pytest.raises(UnknownNameError, match="target module"):
-        branch(many_checkpoints, tmp_path / "c", {"wrong": 1, **ranks})
+        branch(source, tmp_path / "c", {"wrong": 1, **ranks})
     with pytest.raises(ConfigError, match=r"cannot have rank 3\. Allowed: 0, 1, 2, 4, 8"):
-        branch(many_checkpoints, tmp_path / "e", ranks | {next(iter(ranks)): 3}, at=8)
+        branch(source, tmp_path / "e", ranks | {next(iter(ranks)): 3}, at=8)
     with pytest.raises(BudgetError, match="does not fit the budget"):
-        branch(many_checkpoints, tmp_path / "d", dict.fromkeys(ranks, 16), at=8)
+        branch(source, tmp_path / "d", dict.fromkeys(ranks, 16), at=8)
     with pytest.raises(BudgetError, match=r"does not fit the run's budget of .* modules would have other ranks"):
-        branch(many_checkpoints, tmp_path / "f", dict.fromkeys(ranks, 16))
+        branch(source, tmp_path / "f", dict.fromkeys(ranks, 16))

@@ -171,7 +171,7 @@ def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
     """After the plan of the failing step has shrunk, all goes on as in a run that had that plan from the start."""
     failing_step = 3
     first = accumulation * (failing_step - 1) + max(accumulation - 1, 1)  # the second of three batches
-    options = {"gradient_accumulation_steps": accumulation, "max_steps": 8, "save_strategy": "no"}
+    options = {"gradient_accumulation_steps": accumulation, "max_steps": 6, "save_strategy": "no"}
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
         run = make(trainer=failing(lambda call: call - first in range(times)), **options).train()
     quiet = make("quiet", **options).train()
@@ -271,7 +271,7 @@ def test_a_handler_of_the_user_stays_in_charge(make: Launch) -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        run = make(at_step=sigterm_at(2), max_steps=4).train()
+        run = make(at_step=sigterm_at(2), max_steps=4, budget="3k params").train()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
@@ -283,12 +283,12 @@ def test_no_handler_is_left_behind(make: Launch) -> None:
         if step == 2:
             run.trainer.compute_loss = None
 
-    run = make(at_step=breaks)
+    run = make(at_step=breaks, budget="3k params")
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         run.train()
     assert run.trainer.state.global_step == 2
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    rankpilot.allocate(make("other").trainer, budget="80%", policy="signal-mean", schedule=SCHEDULE)
+    rankpilot.allocate(make("other").trainer, budget="3k params", policy="signal-mean", schedule=SCHEDULE)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -297,11 +297,20 @@ def test_no_handler_is_left_behind_by_an_error_between_steps(make: Launch) -> No
         if step == 2:
             raise OSError("the disk of the data is gone")
 
-    run = make(at_step=breaks)
+    run = make(at_step=breaks, budget="3k params")
     with pytest.raises(OSError, match="is gone"):
         run.train()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert not [one for one in run.trainer.callback_handler.callbacks if isinstance(one, StopOnSigterm)]
+
+
+@pytest.fixture(scope="module", params=first_cases(1, [2, 1]))
+def accumulated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig
+) -> tuple[dict[str, Any], Run]:
+    """Options of a run with so many micro-batches, and that run, uninterrupted."""
+    options = {"gradient_accumulation_steps": request.param, "budget": "3k params", "save_steps": STEPS}
+    return options, Run(tmp_path_factory.mktemp("accumulated") / "run", llama_config, **options).train()
 
 
 class Asks(TrainerCallback):
@@ -330,13 +339,11 @@ class Asks(TrainerCallback):
         2, [("on_step_begin", 5, 5), ("on_step_end", 6, 6), ("on_pre_optimizer_step", 5, 5), ("on_step_end", 5, 5)]
     ),
 )
-@pytest.mark.parametrize("accumulation", first_cases(1, [2, 1]))
 def test_the_just_in_time_checkpoint_of_the_trainer_resumes(
-    make: Launch, event: str, step: int, saved: int, accumulation: int
+    make: Launch, accumulated: tuple[dict[str, Any], Run], event: str, step: int, saved: int
 ) -> None:
     """A decision falls after step 6; the checkpoint of that step holds it."""
-    options = {"gradient_accumulation_steps": accumulation}
-    whole = make("whole", **options).train()
+    options, whole = accumulated
     cut = make(enable_jit_checkpoint=True, **options)
     in_charge, handlers = signal.getsignal(signal.SIGTERM), set[Any]()
     asks = Asks(event, step)
@@ -423,7 +430,7 @@ def test_a_checkpoint_without_the_callback_can_be_kept(make: Launch, llama_confi
     model = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), plain.checkpoint(4), is_trainable=True)
     settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.0, "use_cpu": True, "report_to": []}
     trainer = Trainer(model, TrainingArguments(str(plain.folder / "next"), **settings), train_dataset=ROWS)
-    rankpilot.attach(trainer, "signal-mean", budget="150%", schedule=ONCE)
+    rankpilot.attach(trainer, "signal-mean", budget="40k params", schedule=ONCE)
     trainer.train()
     assert any(target.rank != 8 for target in find_target_modules(model))
 
@@ -471,23 +478,24 @@ def test_the_last_whole_checkpoint_is_resumed(
 
 
 def test_a_model_saved_alone_is_no_torn_checkpoint(make: Launch) -> None:
-    run = make(max_steps=4, save_only_model=True).train()
+    run = make(max_steps=4, save_only_model=True, budget="3k params").train()
     assert not (run.checkpoint(4) / "optimizer.pt").exists()
     assert rankpilot.last_checkpoint(str(run.folder)) == run.checkpoint(4)
 
 
 @pytest.mark.parametrize("schedule", first_cases(1, ["linear", "constant"]))
-def test_a_run_that_is_over_trains_no_step_when_it_resumes(make: Launch, schedule: str) -> None:
-    run = make(lr_scheduler_type=schedule).train()
-    again = make(lr_scheduler_type=schedule).train(resume=STEPS)
+def test_a_run_that_is_over_trains_no_step_when_it_resumes(ended: Launch, whole: Run, schedule: str) -> None:
+    name, options = ("run" if schedule == "linear" else "other"), {"lr_scheduler_type": schedule}
+    run = whole if schedule == "linear" else ended(name, **options).train()
+    again = ended(name, **options).train(resume=STEPS)
     assert again.trainer.state.global_step == STEPS
     assert again.recorder.losses == []
-    assert {path.name for path in run.folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 8, 12)}
+    assert {path.name for path in again.folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 8, 12)}
     assert_same_adapter(again, run)
     assert again.log().equals(run.log())
     assert again.pilot.peaks == run.pilot.peaks
     again.trainer.args.max_steps = STEPS + 2
-    again.trainer.train(resume_from_checkpoint=str(run.checkpoint(STEPS)))
+    again.trainer.train(resume_from_checkpoint=str(again.checkpoint(STEPS)))
     assert again.trainer.state.global_step == STEPS + 2, "the Trainer takes batches again"
 
 
@@ -537,10 +545,12 @@ def test_other_settings_than_the_budget_are_refused(ended: Launch, changes: dict
     ("budget", "other"),
     first_cases(1, [("80%", "3k params"), ("3k params", "350KB"), ("3k params", "auto")]),
 )
-def test_a_budget_of_another_unit_is_refused(make: Launch, budget: str, other: str) -> None:
-    make(max_steps=4, budget=budget).train()
+def test_a_budget_of_another_unit_is_refused(ended: Launch, budget: str, other: str) -> None:
+    name = "run" if budget == "80%" else "other"
+    if name == "other":
+        ended(name, max_steps=4, budget=budget).train()
     with pytest.raises(BudgetError, match=r"the cost of a plan counts|The budget or the time was changed"):
-        make(budget=other).train(resume=4)
+        ended(name, budget=other).train(resume=4)
 
 
 def test_the_budget_may_become_auto(ended: Launch) -> None:

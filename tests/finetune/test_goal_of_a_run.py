@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.goal import Goal, vote_of
-from rankpilot.allocation.schedule import ONCE, DecisionSchedule
+from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks
@@ -30,11 +31,22 @@ from rankpilot.study.decision.redecide import redecide
 from rankpilot.study.run.report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+from .test_time import counted_times
+
 pytestmark = pytest.mark.usefixtures("narrow_plans_too")
 
 TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
 ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
+ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
+
+
+@pytest.fixture(scope="module")
+def llama_config(llama_config: LlamaConfig) -> LlamaConfig:
+    """One layer is enough here."""
+    config = deepcopy(llama_config)
+    config.num_hidden_layers = 1
+    return config
 
 
 class Indifferent(PlanValueEnsemble):
@@ -55,7 +67,7 @@ def policy() -> LearnedPolicy:
 def trainer(llama_config: LlamaConfig, tmp_path: Path) -> Trainer:
     set_seed(0)
     model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=8, target_modules="all-linear"))
-    settings: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    settings: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
     settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True}
     return Trainer(model, TrainingArguments(str(tmp_path / "run"), **settings), train_dataset=ROWS)
 
@@ -143,14 +155,20 @@ ROOM = "A larger budget makes room"
     ("options", "words"),
     [
         ({}, f"{ROOM}, and so does recompute=True: layers run again in the backward pass, which takes time."),
-        ({"recompute": True}, f"{ROOM}."),
+        ({"recompute": True, "budget": "60%"}, f"{ROOM}."),
         ({"budget": "3k params"}, f"{ROOM}."),
         ({"time": "99%"}, "A larger budget or time makes room."),
     ],
 )
 def test_what_makes_room_is_told_where_it_helps(
-    policy: LearnedPolicy, trainer: Trainer, caplog: pytest.LogCaptureFixture, options: dict[str, Any], words: str
+    policy: LearnedPolicy,
+    trainer: Trainer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    words: str,
 ) -> None:
+    counted_times(monkeypatch)
     assert policy.value_ensemble is not None
     spends = replace(policy, value_ensemble=Spendthrift(policy.value_ensemble.config).eval())
     rankpilot.attach(trainer, spends, schedule=ONCE, **{"budget": "40%"} | options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,25 @@ def ranks(loop: Loop) -> dict[str, int]:
     return {target.name: target.rank for target in find_target_modules(loop.model)}
 
 
-@pytest.fixture
-def whole(llama_config: LlamaConfig, tmp_path: Path) -> Loop:
-    """A run to its end, with a checkpoint on the way."""
-    loop = Loop(llama_config, tmp_path / "log", budget="40%")
+@pytest.fixture(scope="module")
+def kept(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Loop, Path]:
+    """A run to its end, with a checkpoint on the way, and the folder of its log and checkpoint."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    loop = Loop(llama_config, folder / "log", budget="40%")
     loop.pilot.begin(loop.run)
     loop.train(range(CUT))
-    rankpilot.save_checkpoint(loop.pilot, loop.run, tmp_path / "checkpoint")
+    rankpilot.save_checkpoint(loop.pilot, loop.run, folder / "checkpoint")
     assert 0 in ranks(loop).values()
     loop.train(range(CUT, STEPS))
+    return loop, folder
+
+
+@pytest.fixture
+def whole(kept: tuple[Loop, Path], tmp_path: Path) -> Loop:
+    """The run, whose log and checkpoint are copied for each test."""
+    loop, folder = kept
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return loop
 
 

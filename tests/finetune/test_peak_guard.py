@@ -28,9 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from ..cases import first_cases
 
-STEPS, ROWS = 20, 4
+STEPS, ROWS = 12, 4
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.3))
-SHORT, LONG, LONG_AT = 12, 24, 9
+SHORT, LONG, LONG_AT = 12, 24, 6
 
 
 class Growing(torch.utils.data.IterableDataset):
@@ -74,7 +74,7 @@ class Run:
             "max_steps": STEPS,
             "per_device_train_batch_size": ROWS,
             "learning_rate": 1e-3,
-            "save_steps": 12,
+            "save_steps": 8,
             "report_to": [],
             "disable_tqdm": True,
             "use_cpu": True,
@@ -107,18 +107,26 @@ def launch(tmp_path: Path, llama_config: LlamaConfig) -> Callable[..., Run]:
     return start
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig) -> Run:
+    """What `launch` makes without options, for tests that only look at it."""
+    return Run(tmp_path_factory.mktemp("usual") / "run", llama_config, Growing(long_at=STEPS), "70%")
+
+
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name.startswith("rankpilot")]
 
 
 @pytest.mark.parametrize("checkpointing", first_cases(2, [None, False, True]))
-def test_every_step_costs_what_was_predicted(launch: Callable[..., Run], checkpointing: bool | None) -> None:
+def test_every_step_costs_what_was_predicted(
+    usual: Run, launch: Callable[..., Run], checkpointing: bool | None
+) -> None:
     options: dict[str, Any] = {}
     if checkpointing is not None:
         reentrant = {"use_reentrant": checkpointing}
         options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": reentrant}
         options["prepare"] = lambda model: model.enable_input_require_grads()
-    run = launch(**options)
+    run = launch(**options) if options else usual
     assert run.highest <= run.limit
     (_, first), (at, second) = run.pilot.predictions
     margin = {None: 0.0, False: 0.005, True: 0.02}[checkpointing]
@@ -195,18 +203,18 @@ def test_a_resumed_run_knows_the_largest_batch(launch: Callable[..., Run], caplo
     whole = launch(data=Growing())
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
-        resumed = launch(data=Growing(), resume=str(whole.folder / "checkpoint-12"))
+        resumed = launch(data=Growing(), resume=str(whole.folder / "checkpoint-8"))
     assert warnings_of(caplog) == []
-    assert resumed.steps.ranks == whole.steps.ranks[12:]
+    assert resumed.steps.ranks == whole.steps.ranks[8:]
     assert resumed.pilot.peaks == whole.pilot.peaks
 
 
 def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: Callable[..., Run]) -> None:
     """The memory model is not in the checkpoint: it is made anew on the batch that has come."""
-    late = 15
+    late = 10
     whole = launch(data=Growing(late))
-    resumed = launch(data=Growing(late), resume=str(whole.folder / "checkpoint-12"))
-    assert resumed.steps.ranks == whole.steps.ranks[12:]
+    resumed = launch(data=Growing(late), resume=str(whole.folder / "checkpoint-8"))
+    assert resumed.steps.ranks == whole.steps.ranks[8:]
     assert resumed.steps.ranks[-1] != resumed.steps.ranks[0]
     assert resumed.highest <= resumed.limit == whole.limit
     here, there = resumed.log(), whole.log()
@@ -217,7 +225,7 @@ def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: 
 
 
 def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Callable[..., Run]) -> None:
-    run = launch()
+    run = launch(max_steps=2)
     guard = run.pilot.pilot._guard
     few = {name: torch.ones(1, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
     guard._measure_again(few, BatchShape(ROWS, LONG))
@@ -282,7 +290,7 @@ def test_a_breach_of_the_first_plan_shrinks_it(
     assert {note for note in run.log()["note"].to_pylist() if note} == {"shrunk: peak above the budget"}
 
 
-@pytest.mark.parametrize("every", first_cases(1, [7, 1, 100]))
+@pytest.mark.parametrize("every", first_cases(1, [5, 1, 100]))
 def test_steps_are_measured_after_changes_and_now_and_then(launch: Callable[..., Run], every: int) -> None:
     run = launch(measure_every=every)
     second = SCHEDULE.steps(STEPS)[1]
@@ -290,8 +298,8 @@ def test_steps_are_measured_after_changes_and_now_and_then(launch: Callable[...,
     assert {step for step, _ in run.pilot.peaks} == expected
 
 
-def test_measuring_changes_no_result(launch: Callable[..., Run]) -> None:
-    often, seldom = launch(measure_every=1), launch(measure_every=100, name="seldom")
+def test_measuring_changes_no_result(usual: Run, launch: Callable[..., Run]) -> None:
+    often, seldom = usual, launch(measure_every=100)
     assert often.steps.ranks == seldom.steps.ranks
     for (name, a), (_, b) in zip(often.model.named_parameters(), seldom.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -341,7 +349,7 @@ def test_a_module_frozen_by_hand_is_refused(launch: Callable[..., Run]) -> None:
 
 
 def test_auto_takes_most_of_what_is_free(launch: Callable[..., Run]) -> None:
-    run = launch("auto")
+    run = launch("auto", max_steps=2)
     free = free_bytes(torch.device("cpu"))
     assert 0.5 * free < run.limit < free
     assert set(run.steps.ranks[0].values()) <= {t.max_rank for t in find_target_modules(run.model)} | {
@@ -374,7 +382,7 @@ def test_an_evaluation_above_the_budget_gets_smaller_batches(
     """Measured once, corrected at once: the next evaluations are within the budget."""
     set_seed(0)
     model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    rows = [{"input_ids": [i % 64] * SHORT, "labels": [i % 64] * SHORT} for i in range(300)]
+    rows = [{"input_ids": [i % 64] * SHORT, "labels": [i % 64] * SHORT} for i in range(128)]
     pilot = RankPilotCallback("signal-mean", "70%", schedule=SCHEDULE)
     arguments = TrainingArguments(
         str(tmp_path / "run"),

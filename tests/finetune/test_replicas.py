@@ -40,10 +40,22 @@ SETTING = Setting(None, dtype=torch.float64)  # type: ignore[arg-type]
 Wrap = Callable[[nn.Module], nn.Module]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _loaded_once() -> None:
+    """What libraries load and make for their first run is there before the first fork, and not made in each."""
+    threads = torch.get_num_threads()
+    loop(None, steps=1)
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.freeze()  # or each fork would look through all of it for garbage
+
+
 # Loops ----------------------------------------------------------------------------------------------------------------
 
 
-def loop(wrap: Wrap | None, *, policy: Any = None, budget: str | None = None, **options: Any) -> dict[str, Any]:
+def loop(
+    wrap: Wrap | None, *, policy: Any = None, budget: str | None = None, steps: int = STEPS, **options: Any
+) -> dict[str, Any]:
     """A plain loop in each process; returns what is to be compared."""
     torch.set_num_threads(1)
     count = 1
@@ -59,9 +71,9 @@ def loop(wrap: Wrap | None, *, policy: Any = None, budget: str | None = None, **
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
     told: list[str] = []
     pilot = RankPilot(policy or Round(), budget or budget_of(model), schedule=SCHEDULE, tell=told.append, **options)
-    pilot.begin(TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=STEPS))
+    pilot.begin(TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=steps))
     digests = []
-    for _, batch in zip(range(STEPS), loader, strict=False):
+    for _, batch in zip(range(steps), loader, strict=False):
         pilot.before_step(batch)
         loss = wrapped(**batch).loss
         loss.backward()
@@ -367,7 +379,7 @@ def differing_memory() -> float:
         limits.append(pilot.limit)
 
     RankPilot._record = note  # type: ignore[method-assign]
-    loop(ddp, policy="signal-mean", budget="auto")
+    loop(ddp, policy="signal-mean", budget="auto", steps=2)
     assert len(set(limits)) == 1
     return limits[0]
 
@@ -395,7 +407,7 @@ def larger_peak(excess: int) -> list[str]:
         plans.append(f"{correction.step} {correction.reason} {correction.plan.ranks.tolist()}")
 
     RankPilot._corrected = note  # type: ignore[method-assign]
-    loop(ddp, policy="signal-mean", budget="80%", measure_every=1)
+    loop(ddp, policy="signal-mean", budget="80%", measure_every=1, steps=5)
     return plans
 
 
@@ -413,7 +425,7 @@ def reviewed(folder: Path) -> dict[str, Any]:
         return proposal.plan.ranks // 2
 
     PlanReview._wait = halved  # type: ignore[method-assign]
-    return loop(ddp, review=folder / "plan.yaml")
+    return loop(ddp, review=folder / "plan.yaml", steps=5)
 
 
 def test_a_person_is_asked_by_the_first_process(tmp_path: Path) -> None:

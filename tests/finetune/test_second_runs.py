@@ -74,12 +74,12 @@ def held(optimizer: torch.optim.Optimizer) -> set[int]:
 
 def test_a_second_trainer_trains_modules_that_the_first_run_dropped(new_model: NewModel, tmp_path: Path) -> None:
     model = new_model()
-    for budget in ("40%", "100%"):
+    for budget in ("500 params", "6k params"):
         trainer = Trainer(model, arguments(tmp_path / budget), train_dataset=ROWS, eval_dataset=ROWS[:8])
         rankpilot.attach(trainer, "signal-mean", budget=budget, schedule=ONCE)
         trainer.train()
         trainer.evaluate()
-        if budget == "40%":
+        if budget == "500 params":
             dropped = {target.name for target in find_target_modules(model) if target.rank == 0}
     adapted = [target for target in find_target_modules(model) if target.rank]
     assert dropped & {target.name for target in adapted}, "some came back"
@@ -97,10 +97,10 @@ def test_a_loop_whose_optimiser_lacks_dropped_modules_is_refused(new_model: NewM
         pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
         pilot.finish()
 
-    begin([p for p in model.parameters() if p.requires_grad], "40%")
+    begin([p for p in model.parameters() if p.requires_grad], "500 params")
     with pytest.raises(ConfigError, match=r"left some at rank 0, where they require none: make the optimiser of `\[p"):
-        begin([p for p in model.parameters() if p.requires_grad], "100%")
-    begin([p for name, p in model.named_parameters() if p.requires_grad or "lora_" in name], "100%")
+        begin([p for p in model.parameters() if p.requires_grad], "6k params")
+    begin([p for name, p in model.named_parameters() if p.requires_grad or "lora_" in name], "6k params")
 
 
 @pytest.mark.parametrize("budget", ["60%", "1KiB"])
@@ -168,7 +168,7 @@ def test_an_adapter_that_shares_its_configuration_keeps_it(
     before = logits(model)
     model.set_adapter("default")
     trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS)
-    rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE, fresh=True)
+    rankpilot.attach(trainer, "signal-mean", budget="3k params", schedule=ONCE, fresh=True)
     trainer.train()
     assert {target.rank for target in find_target_modules(model)} != {8}
     model.save_pretrained(tmp_path / "saved")
@@ -201,7 +201,7 @@ def test_weights_of_other_ranks_that_are_put_back_can_be_saved(
 
 
 def test_a_callback_used_twice_writes_each_log_into_its_run(new_model: NewModel, tmp_path: Path) -> None:
-    callback = RankPilotCallback("signal-mean", "60%", schedule=ONCE)
+    callback = RankPilotCallback("signal-mean", "3k params", schedule=ONCE)
     for name in ("one", "two"):
         Trainer(new_model(), arguments(tmp_path / name), train_dataset=ROWS, callbacks=[callback]).train()
         assert len(list((tmp_path / name / "decisions").glob("*.parquet"))) == 1
@@ -311,18 +311,18 @@ def test_the_log_of_an_earlier_run_in_the_same_folder_stays(
     def read(name: str) -> Any:
         return DecisionLog(tmp_path / name).read()
 
-    run("60%")
+    run("2k params")
     first = read("decisions")
     (tmp_path / "decisions" / "notes.txt").touch()
-    run("80%")
+    run("3k params")
     assert f"{tmp_path / 'decisions'} held the decision log of an earlier run" in capsys.readouterr().out
-    run("100%")
+    run("4k params")
     assert read("decisions-1").equals(first)
     assert DecisionLog(tmp_path / "decisions-1").logged(1).state is not None, "it is whole"
     assert read("decisions-2")["limit"][0].as_py() > first["limit"][0].as_py()
     last = read("decisions")
     shutil.rmtree(tmp_path / "checkpoint-4")
-    run("100%", resume=True)
+    run("4k params", resume=True)
     assert read("decisions").equals(last)
     assert sorted(path.name for path in tmp_path.glob("decisions*")) == ["decisions", "decisions-1", "decisions-2"]
     assert [path.name for path in (tmp_path / "decisions").glob("*.txt")] == ["notes.txt"]
@@ -353,13 +353,13 @@ class MovingAverage(TrainerCallback):
 def test_callbacks_that_copy_weights_find_the_ranks_of_the_first_plan(
     new_model: NewModel, tmp_path: Path, form: str
 ) -> None:
-    average, pilot = MovingAverage(), RankPilotCallback("signal-mean", "60%", schedule=ONCE)
+    average, pilot = MovingAverage(), RankPilotCallback("signal-mean", "3k params", schedule=ONCE)
     given = [average, pilot] if form == "after it" else [average]
     trainer = Trainer(new_model(), arguments(tmp_path), train_dataset=ROWS, callbacks=given)
     if form == "added":
         trainer.add_callback(pilot)
     elif form == "attached":
-        rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE)
+        rankpilot.attach(trainer, "signal-mean", budget="3k params", schedule=ONCE)
     trainer.train()
     assert any(target.rank != 8 for target in find_target_modules(trainer.model))
     assert average.heard == ["init", "begin", "end"]

@@ -51,6 +51,13 @@ def _loaded_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     gc.freeze()  # or each fork would look through all of it for garbage
 
 
+@pytest.fixture(scope="module")
+def saved(_loaded_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, list[Outcome]]:
+    """A run of two processes with checkpoints, which tests copy, and what each of them made of it."""
+    setting = Setting(tmp_path_factory.mktemp("saved") / "run", 10, arguments=SAVING)
+    return setting, in_processes(2, train, setting)
+
+
 def both(setting: Setting, count: int = 2) -> tuple[Outcome, list[Outcome]]:
     """What one process makes of a setting, and what each of several makes of it."""
     (one,) = in_processes(1, train, replace(setting, folder=setting.folder / "one"))
@@ -83,23 +90,23 @@ def largest_difference(a: Outcome, b: Outcome) -> float:
     ),
 )
 def test_weights_and_losses_are_those_of_one_process(name: str, count: int, tmp_path: Path) -> None:
-    one, several = both(Setting(tmp_path, 15, dtype=torch.float64, **KINDS[name]), count)
-    check_equal_copies(several, 15)
+    one, several = both(Setting(tmp_path, 10, dtype=torch.float64, **KINDS[name]), count)
+    check_equal_copies(several, 10)
     assert len(one["predictions"]) == DECISIONS
     assert several[0]["ranks"] == one["ranks"]
     assert largest_difference(several[0], one) < 1e-12
-    assert several[0]["losses"].keys() == set(range(1, 16))
+    assert several[0]["losses"].keys() == set(range(1, 11))
     assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", first_cases(1, list(KINDS)))
 def test_peaks_are_predicted_with_buckets(name: str, tmp_path: Path) -> None:
     """Each step is measured; those of several processes keep the budget, as those of one do."""
-    settings = {"policy": "signal-mean", "budget": "80%", "steps": 12, "callback": {"measure_every": 1}}
+    settings = {"policy": "signal-mean", "budget": "80%", "steps": 10, "callback": {"measure_every": 1}}
     one, several = both(Setting(tmp_path, **KINDS[name], **settings))
-    check_equal_copies(several, 12)
+    check_equal_copies(several, 10)
     for outcome in (one, several[0]):
-        assert len(outcome["peaks"]) == 12
+        assert len(outcome["peaks"]) == 10
         assert max(peak for _, peak in outcome["peaks"]) <= outcome["limit"]
         assert outcome["checks"]
         for _, predicted, measured in outcome["checks"]:
@@ -110,9 +117,9 @@ def test_peaks_are_predicted_with_buckets(name: str, tmp_path: Path) -> None:
 
 def test_texts_of_different_lengths_under_a_budget_of_bytes(tmp_path: Path) -> None:
     """Each process has other lengths: all plan for the longest of all."""
-    setting = Setting(tmp_path, 12, lengths=True, policy="signal-mean", budget="90%", callback={"measure_every": 1})
+    setting = Setting(tmp_path, 8, lengths=True, policy="signal-mean", budget="90%", callback={"measure_every": 1})
     several = in_processes(2, train, setting)
-    check_equal_copies(several, 12)
+    check_equal_copies(several, 8)
     assert max(peak for _, peak in several[0]["peaks"]) <= several[0]["limit"]
 
 
@@ -123,8 +130,8 @@ def test_texts_of_different_lengths_under_a_budget_of_bytes(tmp_path: Path) -> N
 )
 def test_choices_of_the_first_process_are_those_of_all(policy: str, options: dict[str, Any], tmp_path: Path) -> None:
     options |= {"measure_every": 1}
-    several = in_processes(2, train, Setting(tmp_path, 10, policy=policy, budget="70%", callback=options))
-    check_equal_copies(several, 10)
+    several = in_processes(2, train, Setting(tmp_path, 6, policy=policy, budget="70%", callback=options))
+    check_equal_copies(several, 6)
     assert max(peak for _, peak in several[0]["peaks"]) <= several[0]["limit"]
 
 
@@ -142,13 +149,12 @@ def test_compiled_models(tmp_path: Path) -> None:
     assert largest_difference(several[0], one) < 1e-12
 
 
-def test_one_process_writes(tmp_path: Path) -> None:
-    arguments = {"save_strategy": "steps", "save_steps": 4}
-    in_processes(2, train, Setting(tmp_path / "run", steps=8, arguments=arguments))
-    log = DecisionLog(tmp_path / "run" / "decisions").read()
-    assert sorted(set(log["step"].to_pylist())) == sorted({0, 1, 3, 4, 6})
+def test_one_process_writes(saved: tuple[Setting, list[Outcome]]) -> None:
+    folder = saved[0].folder
+    log = DecisionLog(folder / "decisions").read()
+    assert sorted(set(log["step"].to_pylist())) == sorted({0, 2, 4, 6, 8})
     assert len(log) == len(set(zip(log["step"].to_pylist(), log["module"].to_pylist(), strict=True)))
-    names = {path.name for path in (tmp_path / "run" / "checkpoint-8").iterdir()}
+    names = {path.name for path in (folder / "checkpoint-10").iterdir()}
     assert {"rankpilot.json", "rankpilot.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
 
 
@@ -164,18 +170,22 @@ def trained(setting: Setting, count: int) -> Outcome:
 
 
 @pytest.mark.parametrize(("before", "after"), first_cases(1, [(2, 1), (1, 2), (2, 2), (2, 4)]))
-def test_a_run_goes_on_with_any_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_any_number_of_processes(
+    before: int, after: int, saved: tuple[Setting, list[Outcome]], tmp_path: Path
+) -> None:
     """With as many as before bit for bit; with others within what the order of sums makes of fp32."""
-    setting = Setting(tmp_path / "run", 20, arguments=SAVING)
-    (tmp_path / "run").mkdir()
-    whole = in_processes(before, train, setting)[0]
-    for name in ("checkpoint-15", "checkpoint-20"):
-        shutil.rmtree(tmp_path / "run" / name)
+    setting = replace(saved[0], folder=tmp_path / "run")
+    if before == 2:
+        whole = saved[1][0]
+        shutil.copytree(saved[0].folder, tmp_path / "run")
+    else:
+        (whole,) = in_processes(before, train, setting)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-10")
     log = DecisionLog(tmp_path / "run" / "decisions").read()
     again = in_processes(after, train, replace(setting, resume=True))
     for outcome in again:
         assert outcome["digests"] == again[0]["digests"]
-        assert outcome["digests"].keys() == set(range(11, 21))
+        assert outcome["digests"].keys() == set(range(6, 11))
         assert outcome["ranks"] == whole["ranks"]
         assert outcome["predictions"] == whole["predictions"]
     if before == after:
@@ -185,8 +195,10 @@ def test_a_run_goes_on_with_any_number_of_processes(before: int, after: int, tmp
         assert largest_difference(again[0], whole) < 1e-6
 
 
-def test_a_checkpoint_without_the_random_numbers_of_a_process_is_passed_over(tmp_path: Path) -> None:
-    in_processes(2, train, Setting(tmp_path / "run", 10, arguments=SAVING))
+def test_a_checkpoint_without_the_random_numbers_of_a_process_is_passed_over(
+    saved: tuple[Setting, list[Outcome]], tmp_path: Path
+) -> None:
+    shutil.copytree(saved[0].folder, tmp_path / "run")
     assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-10"
     (tmp_path / "run" / "checkpoint-10" / "rng_state_1.pth").unlink()
     told: list[str] = []
@@ -214,7 +226,7 @@ def test_sigterm_in_one_process_ends_all_after_the_same_step(tmp_path: Path) -> 
 
 def test_the_best_model_at_the_end(tmp_path: Path) -> None:
     arguments = SAVING | {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
-    first, second = in_processes(2, train, Setting(tmp_path / "run", 20, arguments=arguments))
+    first, second = in_processes(2, train, Setting(tmp_path / "run", 10, arguments=arguments))
     assert first["ranks"] == second["ranks"]
     assert largest_difference(first, second) == 0
 
@@ -286,9 +298,9 @@ def other_trainer(kind: str, folder: Path, steps: int) -> Outcome:
 @pytest.mark.parametrize("kind", first_cases(1, ["sft", "dpo"]))
 def test_trainers_of_trl(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    (one,) = in_processes(1, other_trainer, kind, tmp_path, 12)
-    several = in_processes(2, other_trainer, kind, tmp_path, 12)
-    check_equal_copies(several, 12)
-    assert len(set(one["digests"].values())) == 12
+    (one,) = in_processes(1, other_trainer, kind, tmp_path, 6)
+    several = in_processes(2, other_trainer, kind, tmp_path, 6)
+    check_equal_copies(several, 6)
+    assert len(set(one["digests"].values())) == 6
     assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert largest_difference(several[0], one) < 1e-5

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,12 @@ from rankpilot.memory.work_counter import count_work
 from transformers import Trainer
 
 from ..cases import first_cases
-from .test_recomputation import LAYERS, SCHEDULE, recomputed, trainer_of
+from .test_recomputation import LAYERS, SAVED, SCHEDULE, STEPS, recomputed, trainer_of
 
 RATES = Rates(1e9, 1e9)
+SHORT = {"max_steps": 2}
+"""For runs of which the plans are looked at: there is a decision before each step."""
+
 SLOWER = 1.0
 """Plans take so many times what is predicted."""
 
@@ -60,40 +66,54 @@ def attached(folder: Path, budget: str | int, time: str | None, **options: Any) 
     return trainer, callback
 
 
+@dataclass
+class Run:
+    """A run that has ended, and the rows of each batch that would have been timed."""
+
+    folder: Path
+    callback: Any
+    rows_timed: list[int]
+
+
 @pytest.fixture(scope="module")
-def three_quarters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The folder and the callback of a run in 75 % of the time that has ended; tests that go on from it take a copy."""
-    folder = tmp_path_factory.mktemp("runs") / "75"
-    with pytest.MonkeyPatch.context() as patch:
-        counted_times(patch)
-        trainer, callback = attached(folder, "400%", "75%")
-        trainer.train()
-    return folder, callback
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
+    """The run in a share of the time, in percent; tests that go on from it take a copy of its folder."""
+
+    @cache
+    def run(share: int) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        with pytest.MonkeyPatch.context() as patch:
+            rows = counted_times(patch)
+            trainer, callback = attached(folder, "400%", f"{share}%", arguments=SAVED)
+            trainer.train()
+        return Run(folder, callback, rows)
+
+    return run
 
 
 @pytest.mark.parametrize("share", first_cases(2, [60, 90, 75]))
-def test_a_run_keeps_its_time(tmp_path: Path, share: int, rows_timed: list[int]) -> None:
-    trainer, callback = attached(tmp_path, "400%", f"{share}%")
-    trainer.train()
-    controller = callback.controller
+def test_a_run_keeps_its_time(ended: Callable[[int], Run], share: int) -> None:
+    run = ended(share)
+    callback, controller = run.callback, run.callback.controller
     most = np.array([target.max_rank for target in controller.targets])
     whole = reference_seconds(controller.time.time, most)
     taken = controller.time.of(controller.ranks) / whole
     assert 0.97 * share / 100 < taken <= share / 100
-    assert rows_timed == [4], "the largest batch, since it fits"
+    assert run.rows_timed == [4], "the largest batch, since it fits"
     figures = callback.pilot.figures()
     assert figures["plan_seconds"] <= figures["budget_seconds"] == pytest.approx(share / 100 * whole)
     assert callback.predictions[-1][1] <= callback.limit
+    assert len(callback.peaks) == STEPS
     for _, predicted, peak in callback.pilot.checks:
         assert peak == pytest.approx(predicted, rel=0.02), "bytes are predicted as bytes, whatever limits the plan"
 
 
 def test_a_plan_that_takes_longer_is_made_anew(
-    tmp_path: Path, three_quarters: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ended: Callable[[int], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, callback = three_quarters
+    callback = ended(60).callback
     monkeypatch.setitem(globals(), "SLOWER", 1.15)
-    slower, other = attached(tmp_path / "slower", "400%", "75%")
+    slower, other = attached(tmp_path, "400%", "60%", arguments=SHORT)
     slower.train()
     limit, before = other.controller.time, callback.controller.time
     assert limit.seconds == before.seconds
@@ -104,7 +124,7 @@ def test_a_plan_that_takes_longer_is_made_anew(
 
 def test_a_plan_says_what_time_it_takes(tmp_path: Path) -> None:
     told: list[str] = []
-    trainer, callback = attached(tmp_path, "100%", "75%")
+    trainer, callback = attached(tmp_path, "100%", "75%", arguments=SHORT)
     callback._tell = told.append
     callback.pilot.journal.tell = told.append
     trainer.train()
@@ -113,7 +133,7 @@ def test_a_plan_says_what_time_it_takes(tmp_path: Path) -> None:
 
 
 def test_fewer_rows_are_timed_where_the_bytes_hold_no_more(tmp_path: Path, rows_timed: list[int]) -> None:
-    trainer, callback = attached(tmp_path, "60%", "90%")
+    trainer, callback = attached(tmp_path, "60%", "90%", arguments=SHORT)
     trainer.train()
     assert 0 < rows_timed[0] < 4
     time = callback.controller.time.time
@@ -124,20 +144,15 @@ def test_fewer_rows_are_timed_where_the_bytes_hold_no_more(tmp_path: Path, rows_
     assert time.seconds(ranks) == pytest.approx(whole.seconds(ranks), rel=0.25), "in proportion to tokens"
 
 
-def test_a_step_has_all_its_batches(tmp_path: Path) -> None:
-    seconds = []
-    for accumulation in (1, 2):
-        trainer, callback = attached(
-            tmp_path / str(accumulation), "400%", "80%", arguments={"gradient_accumulation_steps": accumulation}
-        )
-        trainer.train()
-        seconds.append(callback.controller.time.seconds)
-    assert seconds[1] == pytest.approx(2 * seconds[0])
+def test_a_step_has_all_its_batches(tmp_path: Path, ended: Callable[[int], Run]) -> None:
+    trainer, callback = attached(tmp_path, "400%", "60%", arguments={**SHORT, "gradient_accumulation_steps": 2})
+    trainer.train()
+    assert callback.controller.time.seconds == pytest.approx(2 * ended(60).callback.controller.time.seconds)
 
 
 @pytest.mark.parametrize(
     ("budget", "time"),
-    first_cases(1, [("60%", "80%"), ("45%", "115%"), ("50%", "65%")]),
+    first_cases(1, [("60%", "80%"), ("55%", "115%"), ("50%", "65%")]),
 )
 def test_recomputation_keeps_bytes_and_time(tmp_path: Path, budget: str, time: str) -> None:
     trainer, callback = attached(tmp_path, budget, time, recompute=True)
@@ -147,7 +162,7 @@ def test_recomputation_keeps_bytes_and_time(tmp_path: Path, budget: str, time: s
     assert controller.time.time.seconds(controller.ranks, names) <= controller.time.seconds
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     assert sum(recomputed(trainer)) == len(names)
-    unlimited, other = attached(tmp_path / "unlimited", budget, None, recompute=True)
+    unlimited, other = attached(tmp_path / "unlimited", budget, None, recompute=True, arguments=SHORT)
     unlimited.train()
     assert len(names) <= len(other.pilot._guard.recomputed) <= LAYERS
 
@@ -158,62 +173,62 @@ def test_a_time_that_fits_nothing(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_a_resumed_run_keeps_its_time(tmp_path: Path, three_quarters: tuple[Path, Any], rows_timed: list[int]) -> None:
-    folder, callback = three_quarters
-    shutil.copytree(folder, tmp_path / "run")
-    resumed, again = attached(tmp_path / "run", "400%", "75%")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+def test_a_resumed_run_keeps_its_time(tmp_path: Path, ended: Callable[[int], Run], rows_timed: list[int]) -> None:
+    callback = ended(60).callback
+    shutil.copytree(ended(60).folder, tmp_path / "run")
+    resumed, again = attached(tmp_path / "run", "400%", "60%")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert rows_timed == [], "nothing is measured again"
     assert again.controller.ranks.tolist() == callback.controller.ranks.tolist()
     assert again.controller.time.seconds == callback.controller.time.seconds
 
 
 def test_a_resumed_run_may_have_another_time(tmp_path: Path, rows_timed: list[int]) -> None:
-    trainer, callback = attached(tmp_path, "400%", None)
+    trainer, callback = attached(tmp_path, "400%", None, arguments=SAVED)
     trainer.train()
     told: list[str] = []
     for time, measured in (("90%", 1), ("60%", 2)):
-        resumed, again = attached(tmp_path, "400%", time)
+        resumed, again = attached(tmp_path, "400%", time, arguments=SAVED)
         again.pilot.journal.tell = told.append
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         controller = again.controller
         assert controller.time.fits(controller.ranks)
         assert len(rows_timed) == measured
-        assert f"step 3: the time is {time} now, and was none" in told
+        assert f"step 1: the time is {time} now, and was none" in told
     assert controller.ranks.sum() < callback.controller.ranks.sum()
     back, without = attached(tmp_path, "400%", None)
-    back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert without.controller.time is None
 
 
-def test_another_policy_is_still_refused(tmp_path: Path, three_quarters: tuple[Path, Any]) -> None:
+def test_another_policy_is_still_refused(tmp_path: Path, ended: Callable[[int], Run]) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(three_quarters[0], folder)
+    shutil.copytree(ended(60).folder, folder)
     other = trainer_of(folder)
-    rankpilot.attach(other, "top-down", budget="400%", time="75%", schedule=SCHEDULE)
+    rankpilot.attach(other, "top-down", budget="400%", time="60%", schedule=SCHEDULE)
     with pytest.raises(RunFolderError, match="only the budget and the time may change"):
-        other.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+        other.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
 
 
 def test_a_budget_of_parameters_and_a_time(tmp_path: Path) -> None:
-    trainer, callback = attached(tmp_path, "20k params", "70%")
+    trainer, callback = attached(tmp_path, "10k params", "70%", arguments=SHORT)
     trainer.train()
     controller = callback.controller
     assert controller.time.fits(controller.ranks)
-    assert callback.predictions[-1][1] == sum(t.rank * (t.d_in + t.d_out) for t in controller.targets) <= 20_000
+    assert callback.predictions[-1][1] == sum(t.rank * (t.d_in + t.d_out) for t in controller.targets) <= 10_000
 
 
-def test_a_total_holds_the_frozen_model(tmp_path: Path) -> None:
-    whole, reference = attached(tmp_path / "share", "100%", None)
-    whole.train()
-    resident = resident_bytes(reference.controller.adapters.model)
-    total = int(resident + 0.8 * reference.limit)
-    trainer, callback = attached(tmp_path / "total", f"{total} bytes total", None)
+def test_a_total_holds_the_frozen_model(tmp_path: Path, ended: Callable[[int], Run]) -> None:
+    reference = ended(60).callback
+    resident, whole = resident_bytes(reference.controller.adapters.model), reference.limit / 4
+    total = int(resident + 0.8 * whole)
+    trainer, callback = attached(tmp_path, f"{total} bytes total", None, arguments=SAVED)
     trainer.train()
-    assert callback.limit == pytest.approx(0.8 * reference.limit, abs=1)
+    assert callback.limit == pytest.approx(0.8 * whole, abs=1)
+    assert len(callback.peaks) == STEPS
     assert resident + max(peak for _, peak in callback.peaks) <= total
-    resumed, again = attached(tmp_path / "total", f"{total + 1000} bytes total", None)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "total" / "checkpoint-3"))
+    resumed, again = attached(tmp_path, f"{total + 1000} bytes total", None)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.limit == callback.limit + 1000
 
 
@@ -241,7 +256,7 @@ def test_a_setting_that_cannot_be_read_is_told_at_once() -> None:
 
 def test_without_a_limit_plain_lora_runs_the_same_layers_again(tmp_path: Path) -> None:
     """Under a goal of time, plans of a checkpointed model are told beside plain LoRA that is checkpointed as well."""
-    trainer = trainer_of(tmp_path, gradient_checkpointing=True)
+    trainer = trainer_of(tmp_path, gradient_checkpointing=True, **SHORT)
     callback = rankpilot.attach(trainer, "default", budget="400%", schedule=SCHEDULE, goal="time")
     trainer.train()
     time, most = callback.controller.time, np.array([target.max_rank for target in callback.controller.targets])

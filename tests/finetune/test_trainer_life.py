@@ -41,7 +41,7 @@ from transformers import (
 
 from ..cases import first_cases
 
-STEPS, LENGTH = 12, 12
+STEPS, LENGTH = 8, 12
 LOW_TO_HIGH = ((0, 16), (4, 12), (16, 0), (0, 16))
 """Ranks of every module in the lower and in the upper layer, by decision: both layers are dropped and revived."""
 
@@ -131,7 +131,7 @@ class Run:
         callbacks: tuple[TrainerCallback, ...] = (),
         eval_data: Dataset | None = None,
         prepare: Callable[[PeftModel], Any] | None = None,
-        measure_every: int = 1,
+        measure_every: int = 100,  # beside the first step under each plan
         fresh: bool = False,
         **options: Any,
     ) -> None:
@@ -219,8 +219,8 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfi
 
 
 def test_the_script_drops_and_revives_both_layers(plain_run: Run) -> None:
-    assert plain_run.layers() == [(0, 16)] * 3 + [(4, 12)] * 3 + [(16, 0)] * 3 + [(0, 16)] * 3
-    assert [step for step, _ in plain_run.pilot.predictions] == [0, 3, 6, 9]
+    assert plain_run.layers() == [(0, 16)] * 2 + [(4, 12)] * 2 + [(16, 0)] * 2 + [(0, 16)] * 2
+    assert [step for step, _ in plain_run.pilot.predictions] == [0, 2, 4, 6]
     assert len({cost for _, cost in plain_run.pilot.predictions}) == 1
 
 
@@ -245,7 +245,7 @@ def test_accumulated_micro_batches_are_as_one_batch(launch: Launch, trainer: typ
         "policy": SignalRule(gain=2.0),
         "budget": "6k params",
     }
-    options |= {"lora": {"lora_dropout": 0.0}, "max_steps": 12}
+    options |= {"lora": {"lora_dropout": 0.0}}
     one = launch("one", **options)
     two = launch("two", gradient_accumulation_steps=2, per_device_train_batch_size=2, **options)
     assert len(set(map(str, one.recorder.ranks))) > 1
@@ -290,6 +290,7 @@ def test_checkpointing_keeps_to_a_budget_of_bytes(
     run = launch(
         policy="signal-mean",
         budget="80%",
+        measure_every=1,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )
@@ -330,7 +331,7 @@ def test_bf16_keeps_to_a_budget_of_bytes(
     launch: Launch, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
 ) -> None:
     """One short row, so that the low-precision copies of the factors, which grow with the rank, are no small part."""
-    run = launch(policy="top-down", budget="150%", per_device_train_batch_size=1, **options)
+    run = launch(policy="top-down", budget="150%", measure_every=1, per_device_train_batch_size=1, **options)
     assert warnings_of(caplog, "above the budget") == []
     assert max(peak for _, peak in run.pilot.peaks) <= run.pilot.controller.limit  # type: ignore[union-attr]
 
@@ -371,8 +372,8 @@ def test_a_loss_scaler_skips_a_step_beside_a_change(
 
 # Kills and resumes --------------------------------------------------------------------------------------------------
 
-MANY = ((0, 16), (4, 12), (16, 0), (8, 8), (0, 16), (12, 4), (16, 0), (0, 16))
-"""A decision every other step of sixteen, so that two or three fall between checkpoints."""
+MANY = ((0, 16), (4, 12), (16, 0), (8, 8), (0, 16), (12, 4))
+"""A decision every other step of twelve, so that two or three fall between checkpoints."""
 
 
 def bnb_adamw(parameters: Any) -> Any:
@@ -395,14 +396,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 def test_every_checkpoint_of_a_killed_run_resumes_bit_for_bit(launch: Launch, name: str) -> None:
     if name == "bnb 8-bit":
         pytest.importorskip("bitsandbytes")
-    options = {"policy": Script(MANY), "max_steps": 16, "save_strategy": "steps", "save_steps": 5} | OPTIMIZERS[name]
+    options = {"policy": Script(MANY), "max_steps": 12, "save_strategy": "steps", "save_steps": 5} | OPTIMIZERS[name]
     whole = launch("whole", **options)
     assert whole.layers()[1::2] == [*MANY]
     with pytest.raises(Killed):
-        launch("cut", kill_at=16, **options)
+        launch("cut", kill_at=12, **options)
     cut = whole.folder.parent / "cut"
-    assert {path.name for path in cut.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10", "checkpoint-15"}
-    for saved in (15, 10, 5):
+    assert {path.name for path in cut.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
+    for saved in (10, 5):
         resumed = launch("cut", resume=cut / f"checkpoint-{saved}", **options)
         assert resumed.recorder.losses == whole.recorder.losses[saved:]
         assert resumed.recorder.ranks == whole.recorder.ranks[saved:]
@@ -424,29 +425,35 @@ def test_training_again_starts_over_if_asked_to(launch: Launch) -> None:
     assert again.layers() == [*run.layers()[:STEPS]] * 2
     assert again.recorder.losses[STEPS:] == again.recorder.losses[:STEPS]
     assert again.log.equals(first)
-    assert [step for step, _ in again.pilot.predictions] == [0, 6]
+    assert [step for step, _ in again.pilot.predictions] == [0, 4]
 
 
 class OutOfMemory(Trainer):
-    """Its memory runs out at step 7 of the first attempt."""
+    """Its memory runs out at step 3 of the first attempt."""
 
     ran_out = False
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        if self.state.global_step == 7 and not self.ran_out:
+        if self.state.global_step == 3 and not self.ran_out:
             self.ran_out = True
             raise RuntimeError("CUDA out of memory.")
         return super().training_step(*arguments, **options)
 
 
 def test_a_smaller_batch_after_running_out_of_memory(launch: Launch) -> None:
-    options = {"budget": "100%", "policy": "signal-mean", "lora": {"lora_dropout": 0.0}, "fresh": True}
+    options = {
+        "budget": "100%",
+        "policy": "signal-mean",
+        "lora": {"lora_dropout": 0.0},
+        "fresh": True,
+        "measure_every": 1,
+    }
     run = launch("run", trainer=OutOfMemory, auto_find_batch_size=True, **options)
     rows_left = run.trainer.state.train_batch_size
     assert rows_left < 4
     fresh = launch("fresh", per_device_train_batch_size=rows_left, **options)
     assert run.pilot.controller.limit == fresh.pilot.controller.limit  # type: ignore[union-attr]
-    assert run.recorder.losses[7:] == fresh.recorder.losses
+    assert run.recorder.losses[3:] == fresh.recorder.losses
     assert run.pilot.peaks == fresh.pilot.peaks
     assert run.log.drop_columns("run").equals(fresh.log.drop_columns("run"))
 
@@ -484,6 +491,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig)
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         callbacks=(EarlyStoppingCallback(early_stopping_patience=2),),
+        max_steps=12,
     ).train()
 
 
@@ -544,10 +552,10 @@ class Spoiler(TrainerCallback):
 def test_a_module_that_is_not_finite_is_left_alone(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
     plans = ((8, 8), (4, 12), (8, 8), (12, 4))
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
-        run = launch(policy=Script(plans), callbacks=(Spoiler(2, 0),))
+        run = launch(policy=Script(plans), callbacks=(Spoiler(1, 0),))
     names = list(run.recorder.ranks[0])
     assert [ranks[names[0]] for ranks in run.recorder.ranks] == [8] * STEPS
-    assert [ranks[names[1]] for ranks in run.recorder.ranks][2::3] == [8, 4, 8, 12]
+    assert [ranks[names[1]] for ranks in run.recorder.ranks][1::2] == [8, 4, 8, 12]
     assert all(np.isfinite(run.recorder.losses))
     assert run.recorder.losses[-1] < run.recorder.losses[0]
     warnings = [record.message for record in caplog.records if names[0] in record.message]
@@ -595,7 +603,7 @@ def dynamo() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
-SMALL: dict[str, Any] = {"lora": {"target_modules": ["q_proj"]}, "measure_every": 100}  # measured steps run uncompiled
+SMALL: dict[str, Any] = {"lora": {"target_modules": ["q_proj"]}, "max_steps": 12}  # measured steps run uncompiled
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
@@ -637,7 +645,7 @@ def test_beyond_the_limit_a_compiled_run_is_warned_of_and_runs_on(
     ]
 
 
-def test_a_model_compiled_by_its_user_is_probed_uncompiled(launch: Launch, small_run: Run, dynamo: Any) -> None:
+def test_a_model_compiled_by_its_user_is_probed_uncompiled(launch: Launch, dynamo: Any) -> None:
     counter = CompileCounterWithBackend("eager")
     run = launch(budget="100%", policy="signal-mean", prepare=lambda model: model.compile(backend=counter), **SMALL)
     # The probe and the byte model alone try more than a dozen sets of ranks; two graphs are the loss meter's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.for_training import LOOP_BYTES
 from transformers import Trainer, TrainerCallback
 
+from . import trainer_kinds
 from .trainer_kinds import STEPS, TRAINER_KINDS, TRL_KINDS, TrainerKind
 
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
@@ -90,7 +92,7 @@ def run_under(trainer: Trainer, budget: str) -> Run:
 
 
 SHORT = {"sft-messages", "dpo", "token-classification"}
-"""Kinds that stand for the others, which are left to `make test-long`."""
+"""Kinds that stand for the others, which are left to `make test-long`; their models have one layer in place of two."""
 
 
 @pytest.fixture(
@@ -107,10 +109,16 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     results: list[Run] = []
 
     def add(budget: str) -> None:
-        results.append(run_under(kind.build(folder / str(len(results))), budget))
+        with pytest.MonkeyPatch.context() as patch:
+            if kind.name in SHORT:
+                patch.setattr(trainer_kinds, "sizes", partial(trainer_kinds.sizes, num_hidden_layers=1))
+            trainer = kind.build(folder / str(len(results)))
+        results.append(run_under(trainer, budget))
 
     add("100%")
-    for budget in ("70%", "40%", "auto", f"{0.85 * results[0].limit:.0f} bytes", "3k params"):
+    # A share between the others is another number of bytes, as the one below is.
+    shares = ("40%",) if kind.name in SHORT else ("70%", "40%")
+    for budget in (*shares, "auto", f"{0.85 * results[0].limit:.0f} bytes", "3k params"):
         add(budget)
         smallest = results[-1].smallest
         if smallest and smallest not in [one.budget for one in results]:
