@@ -28,15 +28,17 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_comparison_is_that_of_one_process(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    for name, where in (("one", ["--workers", "1"]), ("two", ["--workers", "2", "--cluster", "local"])):
-        assert cli.run(["evaluate", "top-down", *TINY, *where, "--output", str(tmp_path / name)]) == 0
+    for name, where in (("here", []), ("there", ["--cluster", "local"])):  # where one worker is an actor too
+        command = ["evaluate", "top-down", *TINY, "--workers", "1", *where, "--output", str(tmp_path / name)]
+        assert cli.run(command) == 0
     assert "On the cluster: 1 node with " in capsys.readouterr().out
-    one, two = (sorted(read_rows(tmp_path / name / "rows.jsonl"), key=lambda row: row.key) for name in ("one", "two"))
-    assert one == two
-    assert len(one) == 4
-    folders = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one" / "logs").glob("*/*"))
+    rows = [read_rows(tmp_path / name / "rows.jsonl") for name in ("here", "there")]
+    here, there = (sorted(of_one, key=lambda row: row.key) for of_one in rows)
+    assert here == there
+    assert len(here) == 4
+    folders = sorted(path.relative_to(tmp_path / "here") for path in (tmp_path / "here" / "logs").glob("*/*"))
     assert len(folders) == 4
     for folder in folders:
-        first, second = (DecisionLog(tmp_path / name / folder) for name in ("one", "two"))
+        first, second = (DecisionLog(tmp_path / name / folder) for name in ("here", "there"))
         assert len(first) > 1
         assert first.read().equals(second.read())
