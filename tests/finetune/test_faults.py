@@ -310,7 +310,11 @@ def accumulated(
 ) -> tuple[dict[str, Any], Run]:
     """Options of a run with so many micro-batches, and that run, uninterrupted."""
     options = {"gradient_accumulation_steps": request.param, "budget": "3k params", "save_steps": STEPS}
-    return options, Run(tmp_path_factory.mktemp("accumulated") / "run", llama_config, **options).train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests
+    run = Run(tmp_path_factory.mktemp("accumulated") / "run", llama_config, **options).train()
+    torch.set_num_threads(threads)
+    return options, run
 
 
 class Asks(TrainerCallback):

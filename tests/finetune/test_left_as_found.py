@@ -92,7 +92,7 @@ class Interrupting(TrainerCallback):
 
 
 def test_an_interrupted_trainer_is_a_plain_one_again(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
-    callback, interrupting = pilot("3k params"), Interrupting()
+    callback, interrupting = pilot(), Interrupting()
     trainer = Trainer(
         new_model(),
         arguments(tmp_path / "run", save_strategy="steps", save_steps=2),
@@ -160,10 +160,7 @@ def test_models_that_are_made_for_each_run(new_model: Callable[..., PeftModel], 
 
     def new(**options: Any) -> Trainer:
         return Trainer(
-            model_init=new_model,
-            args=arguments(tmp_path / "run", **options),
-            train_dataset=ROWS,
-            callbacks=[pilot("3k params")],
+            model_init=new_model, args=arguments(tmp_path / "run", **options), train_dataset=ROWS, callbacks=[pilot()]
         )
 
     first = new(save_strategy="steps", save_steps=2)
@@ -183,7 +180,7 @@ def test_the_trials_of_a_search_keep_a_log_each(new_model: Callable[..., PeftMod
     pytest.importorskip("optuna")
     trainer = Trainer(
         model_init=lambda trial: new_model(), args=arguments(tmp_path / "run"), train_dataset=ROWS, eval_dataset=ROWS,
-        callbacks=[pilot("4k params")],
+        callbacks=[pilot("100%")],
     )  # fmt: skip
     trainer.hyperparameter_search(
         lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2, backend="optuna"
@@ -196,12 +193,12 @@ def test_a_second_adapter_of_the_same_name(
     new_model: Callable[..., PeftModel], llama_config: LlamaConfig, tmp_path: Path
 ) -> None:
     model = new_model(["q_proj"])
-    Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot("1k params")]).train()
+    Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot("100%")]).train()
     model.delete_adapter("default")
     model.add_adapter("default", LoraConfig(r=8, target_modules=["q_proj", "up_proj"]))
     model.set_adapter("default")
     more = arguments(tmp_path / "more", learning_rate=0.1)
-    Trainer(model, more, train_dataset=ROWS, callbacks=[pilot("2k params")]).train()
+    Trainer(model, more, train_dataset=ROWS, callbacks=[pilot("100%")]).train()
     model.save_pretrained(tmp_path / "adapter")
     torch.manual_seed(0)
     again = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), tmp_path / "adapter")
@@ -211,7 +208,7 @@ def test_a_second_adapter_of_the_same_name(
 
 def test_a_deleted_adapter_is_gone(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     model = new_model()
-    Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot("500 params")]).train()
+    Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot("40%")]).train()
     assert 0 in adapter_ranks(find_target_modules(model)).values()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter("other")
