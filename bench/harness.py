@@ -66,6 +66,7 @@ def interleave(
     seconds = {name: np.zeros(rounds) for name in names}
     # All participants live in one process. A full collection walks all of their models, and its time would count for
     # the participant that happens to start it: so the collector keeps away from what exists already.
+    frozen_before = gc.get_freeze_count() > 0  # by whoever calls, who would not want all of it thawed
     gc.collect()
     gc.freeze()
     try:
@@ -80,7 +81,8 @@ def interleave(
             if after_round:
                 after_round(turn)
     finally:
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()
     return seconds
 
 

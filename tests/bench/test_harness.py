@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass
 from itertools import pairwise
@@ -95,6 +96,13 @@ def test_interleave_calls_in_turn_and_times_each_call() -> None:
     ]
     assert seconds["a"].tolist() == [0.5, 1.5, 2.5]
     assert seconds["b"].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_what_the_caller_has_frozen_stays_frozen() -> None:
+    before = gc.get_freeze_count()
+    assert before > 0, "the tests freeze the libraries"
+    interleave({"nothing": lambda turn: None}, 1, CPU)
+    assert gc.get_freeze_count() >= before
 
 
 def test_ratios_are_paired_by_round() -> None:
