@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SCHEDULE = DecisionSchedule(probe_steps=4, fractions=(0.0, 0.18))
 SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
 TASK = ProxyTask(
-    "planted", 1, corpus="documentation", budget=0.25, unit="parameters", reference=Reference(0.3, 0.2, 0.1), **SIZES
+    "planted", 1, corpus="documentation", budget=0.35, unit="parameters", reference=Reference(0.3, 0.2, 0.1), **SIZES
 )
 
 

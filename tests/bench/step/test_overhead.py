@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_the_command_writes_all_figures(command: Command) -> None:
     assert "Bar 1.01" in command.printed
     figures = json.loads(command.path.read_text())
     assert [item.name for item in command.path.parent.iterdir()] == ["figures.json"]
-    assert figures["torch"] == torch.__version__
+    assert figures["torch"] == version("torch")
     assert (figures["quick"], figures["seed"], figures["layers"], figures["cycles"]) == (True, 1, 2, 2)
     assert {"bert.adalora.step_ratio", "llama.rankpilot.cycle_ratio", "peft", "threads", "device"} <= set(figures)
 

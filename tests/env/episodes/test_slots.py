@@ -455,7 +455,7 @@ def test_the_first_plan_and_keeping_it_are_free(make_task: MakeTask, schedule: D
 
 def test_a_failed_episode_waits_for_its_group(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     """Its reward comes with that of the others; those of other groups do not wait."""
-    task = make_task(reference=Reference(3.0, 2.0, 1.9))
+    task = make_task(reference=Reference(9.0, 6.0, 1.0))
     core = StackedRankAllocation(StackedConfig(4, BASE, episodes_per_task=2, schedule=schedule))
     core.start(dict.fromkeys(range(2), task) | dict.fromkeys((2, 3), replace(task, learning_rate=1e30)))
     action = np.full(28, 11)
