@@ -13,6 +13,11 @@ QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "hea
 """How soon Ray notices that a node is gone."""
 
 
+_KEPT: list[Any] = []
+"""All nodes of this process. Hooks at its exit hold them, which Python 3.13 lets go of in a fork, and a client of Ray
+that is freed in a fork takes that with it."""
+
+
 class Nodes:
     """A head without CPUs, and nodes of one CPU each.
 
@@ -27,6 +32,7 @@ class Nodes:
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         head = {**SIZE, "num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        _KEPT.append(self._cluster.head_node)
         self.nodes = [self.add() for _ in range(count)]
         self.address: str = self._cluster.address
         self._restore_signals()
@@ -41,6 +47,7 @@ class Nodes:
     def add(self, **variables: str) -> Any:
         """A node whose workers have these environment variables too."""
         node = self._cluster.add_node(**SIZE, env_vars={"RAY_worker_niceness": "0", **variables})
+        _KEPT.append(node)
         self._restore_signals()
         return node
 
