@@ -6,7 +6,6 @@ import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +38,14 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from ..cases import first_cases
+from .short_tasks import make_task as make_task  # the fixtures
+from .short_tasks import schedule as schedule
 
 MakeTask = Callable[..., ProxyTask]
 MakeEnv = Callable[..., RankAllocationEnv]
 Rollout = Callable[..., list[tuple[Any, ...]]]
 AssertSame = Callable[..., None]
 FORMS = pytest.mark.parametrize("actions", ["deltas", "scores"])
-
-
-@pytest.fixture(scope="session")
-def make_task(make_task: MakeTask) -> MakeTask:
-    """Tasks that are shorter still."""
-    return partial(make_task, steps=8)
-
-
-@pytest.fixture(scope="session")
-def schedule() -> DecisionSchedule:
-    return DecisionSchedule(probe_steps=2, fractions=(0.0, 0.25, 0.4, 0.6))
 
 
 def forget() -> None:

@@ -34,17 +34,11 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .one_layer import llama_config as llama_config  # the fixture
+
 TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
 ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
 SCHEDULE = DecisionSchedule(probe_steps=3)
-
-
-@pytest.fixture(scope="module")
-def llama_config(llama_config: LlamaConfig) -> LlamaConfig:
-    """One layer is enough here."""
-    config = deepcopy(llama_config)
-    config.num_hidden_layers = 1
-    return config
 
 
 def adapted(config: LlamaConfig) -> Any:

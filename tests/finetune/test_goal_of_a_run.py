@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from rankpilot.study.decision.redecide import redecide
 from rankpilot.study.run.report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+from .one_layer import llama_config as llama_config  # the fixture
 from .test_time import counted_times
 
 pytestmark = pytest.mark.usefixtures("narrow_plans_too")
@@ -39,14 +39,6 @@ TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
 ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
-
-
-@pytest.fixture(scope="module")
-def llama_config(llama_config: LlamaConfig) -> LlamaConfig:
-    """One layer is enough here."""
-    config = deepcopy(llama_config)
-    config.num_hidden_layers = 1
-    return config
 
 
 class Indifferent(PlanValueEnsemble):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,10 @@ from transformers import (
 )
 
 from ..cases import first_cases
+from .one_layer import llama_config as llama_config  # the fixture
 from .test_second_runs import ROWS, TWICE, arguments
 
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
-
-
-@pytest.fixture(scope="module")
-def llama_config(llama_config: LlamaConfig) -> LlamaConfig:
-    """One layer is enough here."""
-    config = deepcopy(llama_config)
-    config.num_hidden_layers = 1
-    return config
 
 
 class Loop:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,13 @@ from rankpilot.lora.resize import is_trained, set_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+from .one_layer import llama_config as llama_config  # the fixture
+
 STEPS = 6
 ROWS = Dataset.from_list(
     [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(20)] for j in range(40))]
 )
+
 TOKENS = torch.arange(40).view(2, 20)
 
 
@@ -35,14 +37,6 @@ def base_model(config: LlamaConfig) -> LlamaForCausalLM:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=TOKENS).logits  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def llama_config(llama_config: LlamaConfig) -> LlamaConfig:
-    """One layer is enough here."""
-    config = deepcopy(llama_config)
-    config.num_hidden_layers = 1
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -167,10 +167,9 @@ def test_rows_that_exist_are_not_run_again(tmp_path: Path, counted: list[int]) -
 
 
 def test_two_processes_find_the_same_rows() -> None:
-    """Of budgets of parameters: for one of bytes each process would record steps first."""
+    """Also under a budget of bytes, for which each process records steps first."""
     competitors = [RULES["signal-mean"], TASK_RULES["oracle"]]
-    tasks = [dataclasses.replace(task, unit="parameters") for task in TASKS]
-    assert compare(competitors, tasks, SCHEDULE, workers=2) == compare(competitors, tasks, SCHEDULE, workers=1)
+    assert compare(competitors, TASKS, SCHEDULE, workers=2) == compare(competitors, TASKS, SCHEDULE, workers=1)
 
 
 def test_hindsight_takes_the_best(counted: list[int]) -> None:

@@ -7,7 +7,6 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -39,22 +38,13 @@ from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.ladder import RankLadder
 
 from ...cases import first_cases
+from ..short_tasks import make_task as make_task  # the fixtures
+from ..short_tasks import schedule as schedule
 
 MakeTask = Callable[..., ProxyTask]
 Rollout = Callable[..., list[tuple[Any, ...]]]
 BASE = "llama-4x32"
 LONG = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.2, 0.4, 0.6), max_step=10)
-
-
-@pytest.fixture(scope="session")
-def make_task(make_task: MakeTask) -> MakeTask:
-    """Tasks that are shorter still."""
-    return partial(make_task, steps=8)
-
-
-@pytest.fixture(scope="session")
-def schedule() -> DecisionSchedule:
-    return DecisionSchedule(probe_steps=2, fractions=(0.0, 0.25, 0.4, 0.6))
 
 
 def random_decision(slot: int, turn: int, problem: AllocationProblem) -> Decision:
