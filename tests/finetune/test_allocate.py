@@ -185,7 +185,7 @@ def test_a_logged_plan_is_made_again_bit_for_bit(
     assert again.ranks.tolist() == [*plan.ranks.values()]
     assert (logged.value("log_prob") is None) is (explore is None)
     other = redecide(logged, find_rule("uniform"))
-    assert {"score", "deliberation"} <= set(other.differences)
+    assert "deliberation" in other.differences  # a rule has none; its scores may be those of the policy's choice
 
 
 def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig, tmp_path: Path) -> None:
