@@ -26,7 +26,7 @@ MINUTES ?= 10
 fuzz: setup ## read damaged files of each kind, MINUTES of them a target (10), each with a limit of time and memory
 	OMP_NUM_THREADS=1 RANKPILOT_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz -m fuzz -s
 
-check: $(VENV)/.installed-dev ## lint, format, types and import rules
+check: $(VENV)/.installed-dev ## lint, format, types, import rules and size
 	scripts/check
 
 docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a browser opens index.html
