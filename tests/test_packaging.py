@@ -18,7 +18,7 @@ from .data.small_models import WORDS, save, write_rows
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-NOT_OURS = ("tests", "build", "dist", "docs", "examples", "scripts", "runs")
+NOT_OURS = ("tests", "build", "dist", "docs", "examples", "scripts", "runs", "benchmarks", "tools")
 
 
 def source_folders() -> set[str]:
@@ -76,7 +76,6 @@ MOST_BYTES = 8 * 10**6
 SHIPPED = (
     "agents/learned/policies/default/card.json",
     "agents/learned/policies/default/policy.safetensors",
-    "bench/results/methods.parquet",
     "env/proxies/weights/llama-4x32/model.safetensors",
     "env/tasks/suite_cards/planted-train.json",
     "memory/devices.json",

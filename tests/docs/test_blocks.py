@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from rankpilot.cli import main as cli
 from rankpilot.data import assets, packaged_data
-from rankpilot.study.dataset.read import SAMPLE
 from transformers import AutoModelForSequenceClassification
 
 from ..finetune.trainer_kinds import reviews
@@ -33,9 +31,6 @@ KINDS = ("python", "bash", "text", "sql", "yaml", "")
 """What a block may say it is. Another word for Python or shell would hide it from the tests."""
 
 DIRECTIVES = ("{toctree}", "{include}", "{literalinclude}", "{eval-rst}", "{docstring}")
-
-RUN_ELSEWHERE = {"docs/dataset.md": "tests/study/dataset/test_docs.py"}
-"""Pages whose Python has a test of its own, which also looks at what is printed."""
 
 MARKS = {"docs/environment.md": pytest.mark.assets}
 """Marks of pages whose Python needs more than tiny models."""
@@ -61,7 +56,7 @@ def of_kind(kind: str) -> dict[str, list[Block]]:
     return {page: blocks for page, blocks in found.items() if blocks}
 
 
-PYTHON = {page: blocks for page, blocks in of_kind("python").items() if page not in RUN_ELSEWHERE}
+PYTHON = {page: blocks for page, blocks in of_kind("python").items()}
 SHELL = of_kind("bash")
 
 
@@ -69,8 +64,6 @@ def test_blocks_are_found() -> None:
     assert len(PYTHON) >= 9
     assert len(SHELL) >= 12
     assert set(PRINTED) <= set(PYTHON)
-    for page, test in RUN_ELSEWHERE.items():
-        assert Path(page).name in (ROOT / test).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", BLOCKS)
@@ -138,8 +131,6 @@ def reads_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(tyro, "cli", read_and_stop)
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(SAMPLE, tmp_path / "runs/trials")  # `rankpilot train --from-trials` reads its settings there
-    (tmp_path / "trials").symlink_to(ROOT / "trials")
 
 
 @pytest.mark.usefixtures("reads_only")
@@ -154,8 +145,6 @@ def test_command_lines_are_right(page: str) -> None:
 
 
 def read_by_rankpilot(words: Sequence[str]) -> None:
-    if words == ["bench"]:
-        return
     with pytest.raises(ReadError):  # else an error was printed, or the options were not read
         cli.run(words)
 
