@@ -56,7 +56,7 @@ def of_kind(kind: str) -> dict[str, list[Block]]:
     return {page: blocks for page, blocks in found.items() if blocks}
 
 
-PYTHON = {page: blocks for page, blocks in of_kind("python").items()}
+PYTHON = of_kind("python")
 SHELL = of_kind("bash")
 
 

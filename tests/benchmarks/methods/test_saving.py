@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.agents.training.real_plan_runs import read_real_plan_runs
-from rankpilot.env.tasks import make_suites
 from rankpilot.lora.module_spec import ModuleSpec
 from rankpilot.memory.cost import cost_from_state
 
@@ -38,6 +37,7 @@ from benchmarks.methods.saving import (
 )
 from benchmarks.methods.study import Modules, Study
 from benchmarks.methods.tasks import NEW_FAMILY, SAVING, SEEN_LAST, SUITES, Cell, Suite
+from tools import make_suites
 
 from . import made_up
 
