@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from rankpilot.data import tokens
 from rankpilot.data.chats import encoded
-from rankpilot.data.corpora import documented_names, library_source, load_corpus
+from rankpilot.data.corpora import docstrings, load_corpus, standard_library
 from rankpilot.data.models import load_tokenizer
 from rankpilot.data.packaged_data import DATASETS, read_official_split, read_splits
 from rankpilot.data.readers import scattered
@@ -173,6 +175,27 @@ _LABELLED: dict[str, Callable[[], tuple[tuple[str, ...], tuple[Pairs, Pairs]]]] 
     "origins": _origins,
 }
 """Data sets made of packaged ones; "newsgroups" and "computers" share no post."""
+
+
+@lru_cache(maxsize=1)
+def documented_names() -> tuple[tuple[str, str], ...]:
+    """Functions and classes of the standard library, such as "asyncio.base_events.run_forever", with their docstrings.
+
+    They come from the running Python, and differ a little from one of its versions to the next. In file order.
+    """
+    root, pairs = Path(sysconfig.get_paths()["stdlib"]), []
+    for path in standard_library():
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        pairs += [(f"{module}.{name}", text) for name, text in docstrings(source) if name]
+    return tuple(pairs)
+
+
+def library_source(package: str) -> str:
+    """The source of one package of the standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (path for path in standard_library() if path.relative_to(root).parts[0] == package)
+    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)
 
 
 # Texts alone ----------------------------------------------------------------------------------------------------------
