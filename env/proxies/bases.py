@@ -139,7 +139,10 @@ def _weights(name: str) -> dict[str, Any]:
 
     path = BASES_FOLDER / name / "model.safetensors"
     if not path.is_file():
-        raise AssetError(f"The weights of proxy base {name!r} are missing ({path}). Reinstall rankpilot.")
+        raise AssetError(
+            f"The weights of proxy base {name!r} are missing ({path}). Bases of the test split are in a "
+            "checkout of the repository and not in the wheel: install rankpilot from one (pip install -e .)."
+        )
     return load_file(path)
 
 
