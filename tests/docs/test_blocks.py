@@ -9,6 +9,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.cli import main as cli
 from rankpilot.data import assets, packaged_data
 from transformers import AutoModelForSequenceClassification
+
+from benchmarks.__main__ import BENCHMARKS
 
 from ..finetune.trainer_kinds import reviews
 from ..small_bases import bert as bert  # the fixtures
@@ -162,13 +165,21 @@ def read_by_pip(words: Sequence[str]) -> None:
 
 
 def read_by_script(words: Sequence[str]) -> None:
-    """A script of the repository, and options that it knows."""
+    """A script of the repository, or a module of its `benchmarks` or `tools`, and options that it knows."""
+    if words[0] == "-m":
+        return read_by_module(words[1], words[2:])
     at = next(index for index, word in enumerate(words) if word.endswith(".py"))
     script = ROOT / words[at]
     assert script.is_file(), script
     text = script.read_text(encoding="utf-8")
     for option in (word for word in words[at + 1 :] if word.startswith("--")):
         assert f'"{option}"' in text, f"{script} has no {option}"
+
+
+def read_by_module(name: str, words: Sequence[str]) -> None:
+    options = import_module(f"benchmarks.{BENCHMARKS[words[0]][0]}" if name == "benchmarks" else name).Options
+    with pytest.raises(ReadError):
+        tyro.cli(options, args=words[1:] if name == "benchmarks" else words)
 
 
 def read_by_ray(words: Sequence[str]) -> None:
