@@ -29,7 +29,6 @@ COMMANDS = {
     "memory": "show where the bytes of a training step go",
     "export": "write an adapter for vLLM, llama.cpp or axolotl",
     "assets": "list or download packaged models and data",
-    "bench": "repeat a measurement of docs/experiments.md",
 }
 """What each command does; the module that runs it has its name."""
 

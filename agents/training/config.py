@@ -34,7 +34,7 @@ class TrainConfig:
             multiple of twice tasks_per_stack; half of the tasks are varied in text, place, budget, steps and rows, and
             every one gets another learning rate than its suite's. With 0 there is no ensemble, and the actor decides
             alone.
-        more_plan_runs: a file that `rankpilot bench plan-runs` has packed: plan runs of real fine-tunes, from which the
+        more_plan_runs: a file of `python -m benchmarks plan-runs`: plan runs of real fine-tunes, from which the
             value ensemble learns beside those of fresh tasks.
         suites: suites that the tasks come from: "planted", "shift" or both.
         bases: use only tasks on these proxy bases; by default all bases of the training split.

@@ -7,7 +7,6 @@ from importlib import import_module
 
 PARTS = {
     "branch": "a fine-tune run once more with another plan from one step on",
-    "dataset": "a data set of allocation decisions, for research",
     "off-policy": "what other policies would have gained in the runs of one that explored",
     "page": "a page about one or several runs, for a browser; what `rankpilot study RUN...` writes",
     "policy": "a page about a policy over a suite, from a comparison with --logs",

@@ -24,7 +24,6 @@ from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.common.drawing import save_figure
 from rankpilot.env.tasks.suites import evenly, find_tasks
-from rankpilot.study.dataset import sample
 from rankpilot.study.decision.case import Case
 from rankpilot.study.decision.explain import explain, explanations
 from rankpilot.study.decision.redecide import redecide
@@ -206,17 +205,3 @@ for target in (close, far):
         found = estimate(suite.choices, target)
         told = found.refused or f"{found:+.3f}, effective sample size {found.effective_size:.1f}"
         print(f"{target.name}, {found.method}: {told}")
-
-# %% [markdown]
-# ## A data set of decisions
-#
-# Rankpilot ships a sample of the decisions from which its value networks learned: what was seen, which ranks were
-# given, how the run ended. `rankpilot study dataset` writes such a data set from runs of your own.
-
-# %%
-trials = sample()
-table = trials.table(["task", "kind", "budget", "source"])
-columns = len(trials.table().column_names)
-tasks_of_sample = set(table["task"].to_pylist())
-print(f"{table.num_rows} decisions on {len(tasks_of_sample)} tasks, of {columns} columns")
-print("kinds of task:", ", ".join(sorted(set(table["kind"].to_pylist()))))

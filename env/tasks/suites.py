@@ -8,7 +8,7 @@
 
 No seed, and no text except the planted teachers' (documentation), is in two splits. Learning rates are tuned for the
 uniform run of each task, and its result and the oracle's (planted) or full rank's (shift) are kept with it.
-`python -m rankpilot.env.tasks.make_suites` makes them.
+`python -m tools.make_suites` makes them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import pytest
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.training.config import PRESETS, TrainConfig
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.bench import main as bench
 from rankpilot.cli import assets, finetune, train
 from rankpilot.cli import main as cli
 from rankpilot.common.files import write_json
@@ -147,7 +146,6 @@ def test_help_and_mistakes_load_no_learning_library() -> None:
         ["train", "--preset", "nope"],
         ["train", "--episodes-per-task", "1"],
         ["evaluate"],
-        ["bench", "stpe"],
     ]
     mistakes += [["finetune", "m", "d", "--budget", "lots"], ["memory", "m", "--optimizer", "adam"], ["export"]]
     code = f"""
@@ -175,22 +173,6 @@ def test_unknown_preset(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> 
     for given in (["--preset", "nope"], ["--preset=nope"]):
         assert "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'" in failure(["train", *given], capsys)
     assert not seen
-
-
-def test_benchmarks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli.run(["bench"]) == 2
-    assert cli.run(["bench", "--help"]) == 0
-    listed = capsys.readouterr().out
-    for name, row in bench.BENCHMARKS.items():
-        assert f"rankpilot bench {name} " in listed
-        assert (ROOT / "bench" / f"{row.module.replace('.', '/')}.py").read_text().count(
-            "\ndef benchmark(options: Options, console: Console) -> Figures:"
-        ) == 1
-    assert "Unknown benchmark 'overhed'. Did you mean: 'overhead'" in failure(["bench", "overhed"], capsys)
-    given: list[Any] = []
-    monkeypatch.setattr("rankpilot.bench.step.decide.benchmark", lambda options, console: given.append(options))
-    assert cli.run(["bench", "decide", "--policy", "x", "--quick"]) == 0
-    assert (given[0].policy, given[0].quick) == ("x", True)
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:

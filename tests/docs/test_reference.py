@@ -43,7 +43,7 @@ def test_every_error_is_described() -> None:
 
 def test_every_command_is_described() -> None:
     assert [command for command in COMMANDS if f"`rankpilot {command}`" not in text_of("command-line.md")] == []
-    commands = {*COMMANDS} - {"bench", "study", "finetune"}  # of a fine-tune, FinetuneConfig has all
+    commands = {*COMMANDS} - {"study", "finetune"}  # of a fine-tune, FinetuneConfig has all
     modules = [*commands, *(f"study.{part.replace('-', '_')}" for part in PARTS)]
     described = {name.rpartition(".")[0] for name, page in DESCRIBED.items() if page.name == "commands.md"}
     assert {f"rankpilot.cli.{module}" for module in modules} <= described

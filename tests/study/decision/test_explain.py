@@ -16,11 +16,10 @@ from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.bench.study import log_runs
 from rankpilot.errors import RunFolderError
 from rankpilot.study.decision.explain import explain, explanations
 
-from .conftest import TASKS
+from .conftest import TASKS, log_runs
 from .test_replay import as_schema
 
 
