@@ -34,11 +34,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "published": Benchmark("memory.published_run", "peaks that others measured on GPUs, and predicted"),
     "env-speed": Benchmark("env_speed", "speed of stacked episodes, beside PEFT"),
     "kills": Benchmark("kills", "fine-tunes that are killed and resumed"),
-    "off-policy": Benchmark(
-        "off_policy", "what policies would have gained, estimated from others' runs, and the truth"
-    ),
     "scaling": Benchmark("scaling", "best learning rate by rank and placement, under three rules for LoRA's scaling"),
-    "study": Benchmark("study", "explanations of decisions, checked: Shapley values, what-ifs, decisions taken again"),
     "methods": Benchmark("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),
     "methods-report": Benchmark("methods.report.run", "tables, figures and answers from the stored rows of methods"),
     "policy": Benchmark("policy.run", "the shipped policy beside rules and its parts, on proxies that it never saw"),

@@ -36,7 +36,7 @@ class Train(TrainConfig):
         preset: sets all options that are not given. On two cores, quick takes 5 minutes, default 90, full 140.
         config: a JSON or YAML file of settings, such as the config.json of an earlier run. It overrides the preset, and
             options on the command line override both.
-        from_trials: folder of a data set (rankpilot study dataset). Its actor is taken, and the value ensemble is
+        from_trials: folder of a data set (rankpilot dataset). Its actor is taken, and the value ensemble is
             fitted to its plan runs, so nothing is run but the validation. It has the settings of its training; only
             seed, workers, device and validation_tasks can be chosen.
         resume: continue an interrupted run in the same folder; a finished run is left as it is.

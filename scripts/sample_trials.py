@@ -10,8 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rankpilot.cli import evaluate, train
-from rankpilot.cli.study import dataset
+from rankpilot.cli import dataset, evaluate, train
 from rankpilot.study.dataset.read import SAMPLE
 
 TRAINING = """

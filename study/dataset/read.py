@@ -88,9 +88,7 @@ def open_dataset(folder: str | Path) -> TrialsDataset:
 
 def _read_facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise DataError(
-            f"{path.parent} is no data set of rankpilot: it has no {FACTS}. rankpilot study dataset writes one."
-        )
+        raise DataError(f"{path.parent} is no data set of rankpilot: it has no {FACTS}. rankpilot dataset writes one.")
     try:
         facts = read_json(path, MOST_FACTS)
         if facts["format"] != FORMAT or facts["schema"] != SCHEMA:

@@ -1,4 +1,4 @@
-"""`rankpilot study dataset`."""
+"""`rankpilot dataset`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from ..progress import console, progress_bar
+from .progress import console, progress_bar
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class DatasetOptions:
 
 def main(arguments: Sequence[str]) -> None:
     """Write the data set, and say what is in it."""
-    options = tyro.cli(DatasetOptions, args=arguments, prog="rankpilot study dataset")
-    from ...study.dataset.write import write_dataset
+    options = tyro.cli(DatasetOptions, args=arguments, prog="rankpilot dataset")
+    from ..study.dataset.write import write_dataset
 
     with progress_bar("reading decisions (files of rows)") as report:
         dataset = write_dataset(options.sources, options.output, on_progress=report)
