@@ -1,4 +1,4 @@
-"""`rankpilot study dataset`, and `rankpilot train --from-trials`."""
+"""`rankpilot dataset`, and `rankpilot train --from-trials`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ REFIT = ["train", "--from-trials", str(SAMPLE), "--validation-tasks", "0", "--wo
 
 def test_a_data_set_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, output = write_training(tmp_path / "pilot"), tmp_path / "trials"
-    command = ["study", "dataset", str(folder), "--output", str(output)]
+    command = ["dataset", str(folder), "--output", str(output)]
     assert cli.run(command) == 0
     assert f"88 decisions of 45 runs on 3 tasks are in {output}." in capsys.readouterr().out
     assert open_dataset(output).facts["sources"][0]["name"] == "pilot"
     assert "exists already" in failure(command, capsys)
-    assert "gives no rows" in failure(["study", "dataset", str(tmp_path), "--output", str(tmp_path / "no")], capsys)
+    assert "gives no rows" in failure(["dataset", str(tmp_path), "--output", str(tmp_path / "no")], capsys)
 
 
 def test_a_policy_from_the_sample(
