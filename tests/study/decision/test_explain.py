@@ -112,7 +112,7 @@ def test_earlier_schemas_and_parts_that_cannot_be_read(
     assert told[0]["shapley"] is not None
     assert told[1] is not None
     assert "log schema 2" in told[1]["sentences"][0]
-    assert told[1]["projection"]["got"] == log.read(lambda error: None).to_pydict()["rank_after"][28:56]
+    assert told[1]["verdict"].endswith("the log does not hold enough to explain it.")
     assert told[2] is None
     assert told[3] is not None
     assert "state-00003.safetensors is missing" in told[3]["sentences"][0]

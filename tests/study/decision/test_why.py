@@ -186,8 +186,9 @@ def test_pinned_modules_and_changes_by_a_person(
     pinned = replace(logged.problem, pinned=np.array([False, True, False, False]))
     edited = logged.table.column("rank_clipped").to_numpy().copy()
     edited[1], edited[3] = 4, 16
-    place = logged.table.column_names.index("rank_clipped")
-    table = logged.table.set_column(place, "rank_clipped", [edited.astype(np.int32)])
+    table = logged.table
+    for column in ("rank_clipped", "rank_after"):
+        table = table.set_column(table.column_names.index(column), column, [edited.astype(np.int32)])
     assert refused(replace(logged, problem=pinned, table=table)) == [
         "they are pinned",
         "a person changed it in review",
