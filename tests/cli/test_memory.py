@@ -292,7 +292,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.assets
 def test_the_packaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed, figures = run(["all-minilm-l6-v2", *SMALL], capsys, tmp_path / "memory")
+    _, figures = run(["all-minilm-l6-v2", *SMALL], capsys, tmp_path / "memory")
     assert figures["blocks"] == 7, "six layers, and what lies above them"
     assert figures["layers"][-2]["layer"].endswith("5")
     assert len(figures["choices"][0]["ranks"]) == 37
