@@ -26,7 +26,7 @@ class Replayed:
 
     Attributes:
         allocated: bytes of tensors at the peak of the training steps.
-        evaluation: bytes of tensors at the peak of evaluation and generation; 0 if there is none.
+        evaluation: bytes of tensors at the peak of evaluation; 0 if there is none.
         reserved: bytes that the allocator holds at the most.
     """
 

@@ -182,8 +182,8 @@ for row in rows:
         found = DecisionLog(log_folder(folder / LOGS, row.key)).logged(0).deliberation
         votes = {"leaves uniform": found.plan != found.reference, "promised": found.mean[found.plan]}
         firsts[row.task, row.seed] = votes | {"spread": found.std[found.plan]}
-firsts = pd.DataFrame.from_dict(firsts, orient="index")
-mine = mine.join(firsts.rename_axis(["task", "seed"]))
+runs = pd.MultiIndex.from_tuples(firsts, names=["task", "seed"])
+mine = mine.join(pd.DataFrame(list(firsts.values()), index=runs))
 gain = estimate(mine["improvement"].to_numpy(), mine.index.get_level_values("task").to_list())
 print(f"The gain of {policy.name} over uniform rank is {gain:+.2f} of the headroom.")
 print(f"It leaves uniform rank in {mine['leaves uniform'].mean():.0%} of the runs.")

@@ -135,10 +135,10 @@ function ranksView() {
       "Point at a cell, or walk with the arrow keys; Enter opens the decision."), el("div", { class: "side" }, maps));
 }
 
-// A curve's colour and dashes: those of its run; a uniform run beside it is dashed.
+// A curve's dashes are those of its part in the run; so is its colour, or else that of its run where there are several.
 function styleOf(index, name) {
-  const uniform = name === "uniform";
-  return { color: () => runColor(data.runs.length === 1 && uniform ? 1 : index), dash: uniform ? 1 : 0, label: data.runs.length > 1 ? `${data.runs[index].name}: ${name}` : name };
+  const part = Math.max(0, ["rankpilot", "uniform", "all-linear"].indexOf(name)), one = data.runs.length === 1;
+  return { color: () => runColor(one ? part : index), dash: part, label: one ? name : `${data.runs[index].name}: ${name}` };
 }
 
 const marksOf = () => runsShown().flatMap(([run, index]) => run.decisions.map((decision) => ({

@@ -127,6 +127,12 @@ def test_widths_and_themes(page_of_two: Path, visit: Callable[..., Visit], width
     assert tall["width"] <= width
 
 
+def test_curves_of_one_folder_are_told_apart(page_file: Path, page_of_two: Path, visit: Callable[..., Visit]) -> None:
+    looks = "new Set(['rankpilot', 'uniform', 'all-linear'].map((name) => styleOf(0, name).%s)).size"
+    assert visit(page_file).page.evaluate(looks % "color()") == 3
+    assert visit(page_of_two).page.evaluate(looks % "dash") == 3
+
+
 def test_runs_side_by_side(page_of_two: Path, visit: Callable[..., Visit]) -> None:
     here = visit(page_of_two)
     here.settle("#ranks .heatmap", 2)
