@@ -38,7 +38,6 @@ demo: setup ## train a small policy, fine-tune a model with plain LoRA and under
 	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume
 	$(BIN)/rankpilot finetune $(DEMO) --goal time --tolerance 0.02 --compare-all-linear --output runs/demo/saves
 	$(BIN)/rankpilot finetune $(DEMO) --budget 40% --output runs/demo/tight
-	$(BIN)/rankpilot report runs/demo/saves runs/demo/tight
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --batch-size 4 --max-length 1024 --output runs/demo/memory
 	$(BIN)/rankpilot study runs/demo/saves runs/demo/tight --output runs/demo/study.html
 

@@ -1,6 +1,6 @@
 """The command line: which command runs, what a mistake prints, and the exit status.
 
-Each command is a module of this package, or a package in it, with a function `main(arguments)`, imported when it is
+Each command is a module of this package with a function `main(arguments)`, imported when it is
 asked for: showing help or refusing an option loads none of the libraries that training needs.
 """
 
@@ -23,8 +23,9 @@ COMMANDS = {
     "train": "train a policy on proxy fine-tunes",
     "evaluate": "compare policies and rules on the same proxy fine-tunes",
     "finetune": "fine-tune a model under a policy",
-    "report": "write the report of a run, with pictures",
     "study": "write a page about runs and their decisions, for a browser",
+    "replay": "show what another policy would have decided in a run",
+    "branch": "run a fine-tune again with another plan from one step on",
     "allocate": "plan ranks before training, for PEFT or axolotl",
     "memory": "show where the bytes of a training step go",
     "export": "write an adapter for vLLM, llama.cpp or axolotl",

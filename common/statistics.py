@@ -10,7 +10,7 @@ Plain quantiles of the draws are too narrow where tasks are few: of six tasks th
 `estimate` goes further out, as far as Student's t does beyond the normal distribution (the expanded percentile
 interval of Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician 69).
 
-Where few tasks carry most of the weight, as in off-policy estimates, plain quantiles of the draws are too narrow:
+Where few tasks carry most of the weight, plain quantiles of the draws are too narrow:
 `ratio_estimate` gives a studentised interval for those.
 """
 

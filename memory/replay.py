@@ -26,7 +26,7 @@ class Replayed:
 
     Attributes:
         allocated: bytes of tensors at the peak of the training steps.
-        evaluation: bytes of tensors at the peak of evaluation and generation; 0 if there is none.
+        evaluation: bytes of tensors at the peak of evaluation; 0 if there is none.
         reserved: bytes that the allocator holds at the most.
     """
 
@@ -42,7 +42,6 @@ def replay(
     *,
     shape: BatchShape | None = None,
     evaluation: BatchShape | None = None,
-    cache: Sequence[int] = (),
     workspace_bytes: int = 0,
 ) -> Replayed:
     """Replay two steps of a plan.
@@ -54,7 +53,6 @@ def replay(
         shape: of the batches; by default that of calibration.
         evaluation: the shape of batches of an evaluation after the steps, a forward pass without a graph; None for
             none.
-        cache: bytes of the tensors that generation keeps after the steps, such as `generation_cache` tells.
         workspace_bytes: what cuBLAS takes through the allocator, half of it in each thread.
 
     Raises:
@@ -80,8 +78,7 @@ def replay(
     run.allocator.empty_cache()  # as the allocator does by itself before it runs out of memory
     if evaluation:
         run.play(evaluation_events(memory.recording, memory.sizes_under(ranks, evaluation)))
-    run.release(run.keep(cache))
-    after = run.allocator.peak_allocated if evaluation or cache else 0
+    after = run.allocator.peak_allocated if evaluation else 0
     return Replayed(allocated, after, run.allocator.peak_reserved)
 
 

@@ -20,7 +20,7 @@ from rankpilot.errors import BudgetError, ConfigError, DataError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.study.decision.redecide import redecide
+from rankpilot.study.decision.replay import redecide
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,

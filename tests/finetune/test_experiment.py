@@ -37,7 +37,9 @@ from rankpilot.finetune.branch import branch
 from rankpilot.finetune.checkpoint import STATE
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
-from rankpilot.study.run.report import write_report
+from rankpilot.study.page.data import page_data
+from rankpilot.study.run.heatmap import write_rank_picture
+from rankpilot.study.run.run_data import read_run
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -180,17 +182,8 @@ def compared(comparison: Comparison) -> Path:
     return comparison.folder
 
 
-@pytest.fixture(scope="module")
-def reported(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the comparison with its report."""
-    folder = tmp_path_factory.mktemp("runs") / "reported"
-    shutil.copytree(compared, folder)
-    write_report(folder)
-    return folder
-
-
-def test_a_run_writes_what_it_promises(reported: Path) -> None:
-    folder = reported
+def test_a_run_writes_what_it_promises(compared: Path) -> None:
+    folder = compared
     summary = read_json(folder / "summary.json")
     assert summary["reload"] == {"identical": True, "max_abs_difference": 0.0}
     assert (summary["outputs"], summary["held_out_rows"]) == (2, 20)
@@ -205,7 +198,6 @@ def test_a_run_writes_what_it_promises(reported: Path) -> None:
     assert len(live) == 1
     assert len(DecisionLog(folder / "decisions")) == 4
     assert json.loads((folder / "config.json").read_text())["steps"] == 12
-    assert {path.name for path in (folder / "figures").iterdir()} == {"ranks.png", "loss.png", "memory.png"}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +244,7 @@ def test_without_settings_of_a_step_it_is_plain_adamw(comparison: Comparison) ->
 
 
 def test_beside_plain_lora_as_people_run_it(
-    make_config: Callable[..., FinetuneConfig], comparison: Comparison, reported: Path, tmp_path: Path
+    make_config: Callable[..., FinetuneConfig], comparison: Comparison, tmp_path: Path
 ) -> None:
     """No budget holds it back, and no callback of ours changes what the Trainer and PEFT do."""
     runs = read_json(comparison.folder / "summary.json")["runs"]
@@ -267,9 +259,9 @@ def test_beside_plain_lora_as_people_run_it(
     set_seed(config.seed)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == plain["held_out_loss"]
-    report = (reported / "report.md").read_text()
-    assert "| | rankpilot | uniform | all-linear |" in report
-    assert "than that of rank 8 on all modules, with" in report
+    (page,) = page_data([read_run(comparison.folder)], [None])["runs"]
+    assert page["table"]["columns"] == ["rankpilot", "uniform", "all-linear"]
+    assert "than that of rank 8 on all modules, with" in " ".join(page["results"])
 
 
 @pytest.mark.usefixtures("not_reloaded")
@@ -445,12 +437,13 @@ def test_a_torn_checkpoint_is_passed_over(
 def test_a_torn_part_of_the_decision_log_does_not_stop_a_run_that_is_over(
     make_config: Callable[..., FinetuneConfig], over: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Nor does a report need that part, or a run that was not gone on with after its end."""
+    """Nor does a page need that part, or a run that was not gone on with after its end."""
     folder = tmp_path / "run"
     shutil.copytree(over[0], folder)
     cut_in_half(folder / "decisions" / "part-00002.parquet")
     assert finetune(make_config(**BOTH), folder, resume=True)["steps"] == 12
-    write_report(folder)
+    assert len(page_data([read_run(folder)], [None])["runs"][0]["left_out"]) == 1
+    assert write_rank_picture(read_run(folder)) == folder / "ranks.png"
 
 
 @pytest.mark.usefixtures("not_reloaded")

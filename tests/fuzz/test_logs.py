@@ -19,8 +19,8 @@ from rankpilot.allocation.log_part import read_part
 from rankpilot.allocation.plan import check_budget, project
 from rankpilot.allocation.problem_file import problem_bytes, read_problem
 from rankpilot.errors import RunFolderError
-from rankpilot.study.decision.explain import explanations
 from rankpilot.study.decision.replay import replay
+from rankpilot.study.decision.why import explanations
 from rankpilot.study.page.data import page_data
 from rankpilot.study.page.html import study_html
 from rankpilot.study.run.run_data import read_run

@@ -11,10 +11,8 @@ import pytest
 from hypothesis import strategies as st
 from rankpilot.study.page.data import page_data
 from rankpilot.study.page.html import study_html
-from rankpilot.study.run.checks import MOST_NUMBER, check_summary, number_rows
-from rankpilot.study.run.comparison import markdown_table
-from rankpilot.study.run.run_data import read_run
-from rankpilot.study.run.verdict import verdict
+from rankpilot.study.run.run_data import MOST_NUMBER, check_summary, number_rows, read_run
+from rankpilot.study.run.verdict import summary_table, verdict
 
 from .damage import damaged_json, edited
 from .running import fuzz
@@ -60,7 +58,7 @@ def test_run_folders(files: Files) -> None:
             path.write_bytes(content)
         run = read_run(Path(name) / "run")
         verdict(run)
-        markdown_table(run)
+        summary_table(run)
         study_html(page_data([run], [None]))
 
 

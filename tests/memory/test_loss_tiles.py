@@ -12,8 +12,7 @@ from rankpilot.finetune.before_training import run_memory
 from rankpilot.memory.batch_shape import BatchShape, reshaped
 from rankpilot.memory.loss_tiles import loss_tokens, tile_tokens
 from rankpilot.study.memory.config import MemoryConfig
-from rankpilot.study.memory.measured_step import measure_step
-from rankpilot.study.memory.setup import StepSetup, set_up
+from rankpilot.study.memory.setup import StepSetup, measure_step, set_up
 
 from ..cases import first_cases
 from ..data.small_models import save
@@ -49,7 +48,7 @@ def step_of(model: str, rows: int, length: int) -> StepSetup:
 @pytest.mark.parametrize(("rows", "length"), first_cases(3, [(8, 17), (9, 17), (2, 64), (4, 17), (16, 17)]))
 def test_the_peak_of_a_step(tmp_path: Path, fused: SimpleNamespace, rows: int, length: int) -> None:
     setup = step_of(save("llama", tmp_path / "llama"), rows, length)
-    memory = setup.measure_memory()
+    memory = setup.measure_memory(lambda text: None)
     assert fused.module.TOKEN_CHUNK_SIZE == SIZE
     assert fused.module.ChunkedLogProbFunction.forward is fused.forward
     predicted = memory.at_peak(np.array([target.rank for target in setup.targets])).total

@@ -29,7 +29,7 @@ from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suite_names import SPLITS, SUITES
 from rankpilot.env.tasks.suites import load_suite
 from rankpilot.errors import ConfigError, RunFolderError
-from rankpilot.study.decision.redecide import redecide
+from rankpilot.study.decision.replay import redecide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

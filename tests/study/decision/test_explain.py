@@ -17,7 +17,7 @@ from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import RunFolderError
-from rankpilot.study.decision.explain import explain, explanations
+from rankpilot.study.decision.why import explain, explanations
 
 from .conftest import TASKS, log_runs
 from .test_replay import as_schema
@@ -44,7 +44,7 @@ def test_what_ifs_and_stability_of_one_decision(tmp_path: Path) -> None:
         assert any(re.match(told_so, text) for text in texts)
     assert any("leaves its rank as it is" in text for text in texts), "and of a module whose rank is bounded"
     assert {text["text"] for text in told["what_ifs"]} <= set(told["sentences"])
-    assert len(told["stability"]["sure"]) == len(told["projection"]["got"])
+    assert len(told["stability"]["sure"]) == len(log.logged(0).ranks("rank_after"))
     json.dumps(told, allow_nan=False)
 
 
@@ -112,7 +112,7 @@ def test_earlier_schemas_and_parts_that_cannot_be_read(
     assert told[0]["shapley"] is not None
     assert told[1] is not None
     assert "log schema 2" in told[1]["sentences"][0]
-    assert told[1]["projection"]["got"] == log.read(lambda error: None).to_pydict()["rank_after"][28:56]
+    assert told[1]["verdict"].endswith("the log does not hold enough to explain it.")
     assert told[2] is None
     assert told[3] is not None
     assert "state-00003.safetensors is missing" in told[3]["sentences"][0]

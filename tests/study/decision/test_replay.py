@@ -16,8 +16,7 @@ from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.log_part import SCHEMA_KEY
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import RunFolderError
-from rankpilot.study.decision.redecide import redecide
-from rankpilot.study.decision.replay import replay
+from rankpilot.study.decision.replay import redecide, replay
 from rich.console import Console
 
 

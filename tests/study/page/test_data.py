@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.common.files import read_json, write_json
 from rankpilot.memory.cost import ParameterCost
 from rankpilot.study.page import data as page
-from rankpilot.study.page.curves import MOST_POINTS, curve, numbers, plain
-from rankpilot.study.page.data import page_data
-from rankpilot.study.page.explanation import MOST_PLANS, shown_explanation
-from rankpilot.study.page.modules import Modules
+from rankpilot.study.page.data import (
+    MOST_PLANS,
+    MOST_POINTS,
+    Modules,
+    curve,
+    numbers,
+    page_data,
+    plain,
+    shown_explanation,
+)
 from rankpilot.study.run.run_data import read_run, run_names
 
 from ..conftest import MIB, MODULES, STEPS, plans, problem_of, write_decisions
@@ -116,8 +120,11 @@ def test_a_run_of_parameters_without_metrics_and_one_without_a_log(tmp_path: Pat
 
 def test_decisions_about_different_modules(tmp_path: Path) -> None:
     write_decisions(tmp_path)
-    log = DecisionLog(tmp_path).read()
-    run = replace(read_run(tmp_path), decisions=log.slice(1))  # the first decision lacks its first module
+    run = read_run(tmp_path)
+    first = run.decisions[0]
+    names = [field.name for field in fields(first) if field.name not in ("facts", "features")]
+    without = replace(first, **{name: getattr(first, name)[1:] for name in names})  # its first module
+    run = replace(run, decisions=(without, *run.decisions[1:]))
     (shown,) = page_data([run], [None])["runs"]
     assert shown["decisions"][0]["after"][-1] is None
     assert shown["decisions"][1]["after"][-1] == 0
@@ -151,12 +158,13 @@ def test_names_of_runs(run_folder: Path, tmp_path: Path) -> None:
     assert run_names([runs[0], runs[0]]) == ["demo (1)", "demo (2)"]
 
 
-def test_experts_are_of_one_type() -> None:
+def test_experts_are_of_one_type(run_folder: Path) -> None:
     names = [f"layers.{layer}.mlp.experts.{expert}.up_proj" for layer in (0, 1) for expert in (0, 1, 2)]
-    log = pa.table({"module": names, "block": [0, 0, 0, 1, 1, 1]})
-    modules = Modules.of(log, by_type=True)
+    (first, *_) = read_run(run_folder).decisions
+    of_experts = replace(first, modules=tuple(names), blocks=np.array([0, 0, 0, 1, 1, 1]))
+    modules = Modules.of([of_experts], by_type=True)
     assert [(module["name"], module["count"]) for module in modules.shown] == [("up_proj", 6)]
-    assert modules.means([1, 2, 3, 4, 5, 6], modules.slots) == [3.5]
+    assert modules.means([1, 2, 3, 4, 5, 6], modules.slots[0]) == [3.5]
 
 
 def test_curves() -> None:

@@ -1,4 +1,4 @@
-"""`rankpilot study replay`."""
+"""`rankpilot replay`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from ..progress import console
+from .progress import console
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class ReplayOptions:
 
 def main(arguments: Sequence[str]) -> None:
     """Take the decisions again, and show where they agree."""
-    options = tyro.cli(ReplayOptions, args=arguments, prog="rankpilot study replay")
-    from ...agents.learned.policy_file import load_policy
-    from ...study.decision.replay import replay
-    from ...study.run.run_data import find_log
+    options = tyro.cli(ReplayOptions, args=arguments, prog="rankpilot replay")
+    from ..agents.learned.policy_file import load_policy
+    from ..study.decision.replay import replay
+    from ..study.run.run_data import find_log
 
     found = replay(find_log(options.run), load_policy(options.policy))
     if options.json:

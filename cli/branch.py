@@ -1,4 +1,4 @@
-"""`rankpilot study branch`."""
+"""`rankpilot branch`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Annotated
 import tyro
 from rich.markup import escape
 
-from ..progress import console
+from .progress import console
+from .study import write_study
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,10 @@ class BranchOptions:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the branch, and hold it against its run."""
-    options = tyro.cli(BranchOptions, args=arguments, prog="rankpilot study branch")
-    from ...finetune.branch import branch
-    from ...study.run.other_plans import other_plan
-    from ...study.run.report import write_report
-    from ...study.run.run_data import find_log
+    options = tyro.cli(BranchOptions, args=arguments, prog="rankpilot branch")
+    from ..finetune.branch import branch
+    from ..study.run.other_plans import other_plan
+    from ..study.run.run_data import find_log
 
     plan = other_plan(find_log(options.run), options.plan, options.seed)
     label = Path(options.plan).stem
@@ -62,14 +62,14 @@ def main(arguments: Sequence[str]) -> None:
         resume=options.resume,
         tell=lambda text: console.rule(escape(text), align="left"),
     )
-    write_report(output)
+    write_study((output,))
     _compare(options.run, output, label)
 
 
 def _compare(run: Path, output: Path, label: str) -> None:
     """Show both held-out losses, and where to look further."""
-    from ...finetune.config import PILOT
-    from ...study.run.run_data import read_run
+    from ..finetune.config import PILOT
+    from ..study.run.run_data import read_run
 
     before, after = (read_run(folder).results.get(PILOT) for folder in (run, output))
     if before and after:
