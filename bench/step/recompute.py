@@ -20,7 +20,7 @@ from ...data.models import load_model
 from ...errors import ConfigError
 from ...finetune.recomputation import Recomputation
 from ...lora.targets import unwrap
-from ...memory.recomputation import fewest_recomputed
+from ...memory.model import fewest_recomputed
 from ...memory.tiled_loss import use_tiled_loss
 from ..harness import Figures, clock_for, interleave, machine_facts, paired_ratios
 from ..learner import Learner

@@ -24,11 +24,11 @@ from ...common.workers import isolated
 from ...errors import ConfigError
 from ...finetune.recomputation import Recomputation
 from ...lora.ladder import REFERENCE_RANK, RankLadder
+from ...memory.budget import TimeBudget
+from ...memory.calibration import highest_ranks
 from ...memory.cost import ParameterCost
-from ...memory.for_training import highest_ranks
 from ...memory.measured_time import TimedPlan, measure_step_time, measured_share, usual_seconds
 from ...memory.step_time import StepTime
-from ...memory.time_budget import TimeBudget
 from ...memory.training_step import TrainingStep, model_loss
 from ..harness import Figures, clock_for, interleave, machine_facts, paired_ratios, with_progress
 from ..learner import Learner

@@ -18,8 +18,8 @@ from ...errors import UnsupportedError
 from ...memory.batch_shape import BatchShape, reshaped
 from ...memory.breakdown import Breakdown, break_down, frozen_bytes
 from ...memory.budget import Budget, Limit, reference_cost
+from ...memory.calibration import beside_model, highest_ranks, limited_cost
 from ...memory.cost import Cost, plan_cost
-from ...memory.for_training import highest_ranks, limited_cost
 from ...memory.model import MemoryModel
 from ...memory.recording import Batch
 from .config import MemoryConfig
@@ -148,7 +148,7 @@ class _Plans:
         self._budget = Budget.parse(setup.config.budget) if setup.config.budget else None
         self._limit: Limit | None = None
         if self._budget:
-            cost, self._limit = limited_cost(self._budget.beside(setup.model), setup.targets, memory)
+            cost, self._limit = limited_cost(beside_model(self._budget, setup.model), setup.targets, memory)
         self._problem = AllocationProblem.of(setup.targets, cost, self._limit.value if self._limit else math.inf)
 
     @property

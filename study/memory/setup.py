@@ -31,12 +31,12 @@ from ...finetune.run_of_trainer import run_of_trainer
 from ...finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
-from ...memory.for_training import check_rank
+from ...memory.calibration import check_rank
+from ...memory.find_configuration import check_reads_tokens
 from ...memory.model import MemoryModel
 from ...memory.recording import Batch
 from ...memory.step_config import StepConfig
-from ...memory.step_parts import switch_checkpointing
-from ...memory.text_models import check_reads_tokens
+from ...memory.training_step import switch_checkpointing
 from .config import MemoryConfig
 
 Tell = Callable[[str], None]

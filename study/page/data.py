@@ -15,7 +15,7 @@ from ...common.files import read_json
 from ...common.rank_grid import NO_ADAPTER, RUNGS, rank_colors
 from ...errors import BudgetError
 from ...finetune.config import PILOT
-from ...memory.time_budget import TimeBudget
+from ...memory.budget import TimeBudget
 from ..run.comparison import comparison_rows
 from ..run.decisions import each_decision, line_of, moves_sentence, standing_out
 from ..run.figures import loss_sentence

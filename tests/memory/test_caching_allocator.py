@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from rankpilot.memory.caching_allocator import CachingAllocator
+from rankpilot.memory.allocator import CachingAllocator
 
 MIB = 2**20
 

@@ -20,9 +20,9 @@ from rankpilot.memory.from_config import LoadedAs, from_config
 from rankpilot.memory.step_config import OptimizerName, StepConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DebertaV2Config, PreTrainedModel
 
-from .hollow.configurations import CONFIGURATIONS
-from .hollow.real import largest_error, largest_price_error, real_memory
+from .configurations import CONFIGURATIONS
 from .measured import adamw_run, random_plans
+from .real import largest_error, largest_price_error, real_memory
 
 STEP: dict[str, Any] = {"batch_size": 4, "max_length": 24}
 

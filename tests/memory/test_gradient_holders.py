@@ -7,13 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from rankpilot.memory.autograd_flow import flow_from
 from rankpilot.memory.cost import plan_cost
-from rankpilot.memory.gradient_holders import GradientHolders
 from rankpilot.memory.live_storages import LiveStorages
-from rankpilot.memory.recorder import Recorder
-from rankpilot.memory.recording import NEVER
-from rankpilot.memory.step_parts import release_inputs
+from rankpilot.memory.recorder import GradientHolders, Recorder
+from rankpilot.memory.recording import NEVER, flow_from
+from rankpilot.memory.training_step import release_inputs
 
 from ..cases import first_cases
 from .measured import adamw_run, family_batch, family_model

@@ -10,7 +10,7 @@ import pytest
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.memory.batch_shape import BatchShape, reshaped
-from rankpilot.memory.loss_tiles import loss_tokens, tile_tokens
+from rankpilot.memory.tiled_loss import loss_tokens, tile_tokens
 from rankpilot.study.memory.config import MemoryConfig
 from rankpilot.study.memory.measured_step import measure_step
 from rankpilot.study.memory.setup import StepSetup, set_up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.memory.hollow.device import HollowDevice, hollow_device
+from rankpilot.memory.hollow_device import HollowDevice, hollow_device
 from rankpilot.memory.live_storages import LivePeak
 from torch.nn import functional
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.memory.step_events import StepEvents, evaluation_events, step_events
-from rankpilot.memory.step_parts import release_inputs
+from rankpilot.memory.allocator import StepEvents, evaluation_events, step_events
+from rankpilot.memory.training_step import release_inputs
 
 from ..cases import first_cases
 from .measured import adamw_run, family_batch, family_model, random_plans

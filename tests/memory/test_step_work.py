@@ -10,10 +10,9 @@ import torch
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.recomputation import Recomputation
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.step_parts import release_inputs
-from rankpilot.memory.step_work import PARAMETER_BYTES, Rates, StepWork
-from rankpilot.memory.training_step import model_loss
-from rankpilot.memory.work_counter import count_work
+from rankpilot.memory.measured_time import count_work
+from rankpilot.memory.step_time import PARAMETER_BYTES, Rates, StepWork
+from rankpilot.memory.training_step import model_loss, release_inputs
 
 ROWS, LENGTH = 3, 10
 TOKENS = ROWS * LENGTH

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from rankpilot.errors import BudgetError
+from rankpilot.memory.budget import TimeBudget, reference_seconds
 from rankpilot.memory.step_time import StepTime
-from rankpilot.memory.time_budget import TimeBudget, reference_seconds
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,12 @@ import torch
 from peft import PeftModel
 from rankpilot.lora.fresh import fresh_adapters
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.calibration import measure_memory
 from rankpilot.memory.cost import moment_costs
-from rankpilot.memory.for_training import measure_memory
-from rankpilot.memory.from_config import LoadedAs, from_config
-from rankpilot.memory.hollow.base import PEFT_TYPES, hollow_base, usual_class
+from rankpilot.memory.from_config import PEFT_TYPES, LoadedAs, from_config, hollow_base, usual_class
 from rankpilot.memory.model import MemoryModel
 from rankpilot.memory.step_config import StepConfig
-from rankpilot.memory.step_parts import new_optimizer, release_inputs, switch_checkpointing
-from rankpilot.memory.training_step import TrainingStep, model_loss
+from rankpilot.memory.training_step import TrainingStep, model_loss, new_optimizer, release_inputs, switch_checkpointing
 from transformers import PreTrainedConfig, PreTrainedModel
 
 RANKS = (0, 1, 4, 8, 16, 64)
