@@ -1,20 +1,13 @@
-"""A model of torch's caching allocator for CUDA: what it reserves for a sequence of allocations.
+"""What torch's allocator reserves for a plan: two training steps, replayed through a model of it.
 
 A card must hold what the allocator reserves, which is more than what tensors take: blocks are cut out of segments that
 the driver gave, and a segment is kept as long as the process lives, or until the cache is emptied.
 Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.6 to 2.9, with its default settings and one stream.
 
-
-When the tensors of one forward and backward pass are allocated and freed under a plan, in order.
-
-A recording (`memory/recording.py`) is of a step in which every module is adapted and no layer runs again. Under a plan
-fewer tensors outlive the forward pass, and those of a checkpointed segment are allocated twice.
-
-
-What torch's allocator reserves for a plan: two training steps, replayed through a model of it.
-
-The first step warms up: libraries take their workspaces and the optimiser its state. The second one runs beside these,
-in segments that the first one has cut up.
+What is replayed is a recording (`memory/recording.py`), of a step in which every module is adapted and no layer runs
+again. Under a plan fewer tensors outlive the forward pass, and those of a checkpointed segment are allocated twice. The
+first step warms up: libraries take their workspaces and the optimiser its state. The second one runs beside these, in
+segments that the first one has cut up.
 """
 
 from __future__ import annotations
@@ -295,7 +288,7 @@ class Replayed:
 
     Attributes:
         allocated: bytes of tensors at the peak of the training steps.
-        evaluation: bytes of tensors at the peak of evaluation and generation; 0 if there is none.
+        evaluation: bytes of tensors at the peak of evaluation; 0 if there is none.
         reserved: bytes that the allocator holds at the most.
     """
 
@@ -311,7 +304,6 @@ def replay(
     *,
     shape: BatchShape | None = None,
     evaluation: BatchShape | None = None,
-    cache: Sequence[int] = (),
     workspace_bytes: int = 0,
 ) -> Replayed:
     """Replay two steps of a plan.
@@ -323,7 +315,6 @@ def replay(
         shape: of the batches; by default that of calibration.
         evaluation: the shape of batches of an evaluation after the steps, a forward pass without a graph; None for
             none.
-        cache: bytes of the tensors that generation keeps after the steps, such as `generation_cache` tells.
         workspace_bytes: what cuBLAS takes through the allocator, half of it in each thread.
 
     Raises:
@@ -349,8 +340,7 @@ def replay(
     run.allocator.empty_cache()  # as the allocator does by itself before it runs out of memory
     if evaluation:
         run.play(evaluation_events(memory.recording, memory.sizes_under(ranks, evaluation)))
-    run.release(run.keep(cache))
-    after = run.allocator.peak_allocated if evaluation or cache else 0
+    after = run.allocator.peak_allocated if evaluation else 0
     return Replayed(allocated, after, run.allocator.peak_reserved)
 
 

@@ -1,6 +1,6 @@
-"""From a training step to the limit of its plans: a byte model from a few small recorded steps, cost and budget.
+"""From a training step to the limit of its plans: byte model, cost of a plan, budget in the same unit.
 
-The steps are the user's own, on the user's model and batch.
+The byte model comes of a few small steps that are recorded on the user's model and batch.
 """
 
 from __future__ import annotations

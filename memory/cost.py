@@ -1,9 +1,7 @@
 """What a plan costs, as a function of its ranks: adapter parameters, or bytes at the peak of a training step.
 
-The part of a plan's cost that depends on which modules are adapted, updated when that changes.
-
-To find a plan, thousands of sets of modules are compared that differ by one module each. Most of their cost is the
-same, so it is not computed anew, as `moment_costs` does.
+`FixedCost` is the part that depends on which modules are adapted, updated when that changes: to find a plan, thousands
+of sets of modules are compared that differ by one module each, and most of their cost is the same.
 """
 
 from __future__ import annotations

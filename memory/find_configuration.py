@@ -1,10 +1,8 @@
 """Finds a model's configuration by name, without its weights: a folder, a file, a short name or a Hugging Face id.
 
 The configurations of common models ship with the package, so that neither they nor a network are needed: sizes are
-facts, published on the models' pages.
-
-
-What a model of text reads: whether it reads tokens at all, and how many of them a row can have.
+facts, published on the models' pages. What a configuration says of a model of text is checked here as well: whether it
+reads tokens at all, and how many of them a row can have.
 """
 
 from __future__ import annotations

@@ -1,15 +1,9 @@
 """The memory of a training step from a model's configuration alone: no weight is loaded or allocated.
 
-The model is made on the meta device, where tensors have shapes and no contents, and the package's own calibration runs
-its small steps there, as the device that is asked about would run them (`memory/hollow/`). The byte model that comes
-out is the one that the same steps give on that device.
-
-
-A transformers model from its configuration, on the default device, with the head that it is fine-tuned with.
-
-A batch without contents, in the form that a model's head takes.
-
-Hollow models in four or eight bits: bitsandbytes' own layers, on codes and scales without contents.
+The model is made on the meta device, where tensors have shapes and no contents, with the head that it is usually
+fine-tuned with; in four or eight bits its layers are bitsandbytes' own, on codes and scales without contents. The
+package's own calibration runs its small steps there, as the device that is asked about would run them
+(`memory/hollow_device.py`). The byte model that comes out is the one that the same steps give on that device.
 """
 
 from __future__ import annotations

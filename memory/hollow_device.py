@@ -4,17 +4,10 @@ A dispatch key of hardware that torch no longer has (`AutocastIPU`) comes before
 meta device. Inside the context it is switched on, and so Python functions take the place of the operators at which the
 meta device differs from the device for which it stands. Outside of it nothing is changed.
 
-
-The attention kernel that a device would choose, for tensors without contents.
-
-Source: aten/src/ATen/native/transformers/attention.cpp (scaled_dot_product_attention) and cuda/sdp_utils.cpp.
-
-
-Autocast for tensors without contents: which operators of a device compute in another precision.
-
-Torch's own autocast looks at the device of each tensor, and the meta device has none. Which operators take part is read
-from the installed torch; the lists below say how those do that do not simply compute in fp32
-(aten/src/ATen/autocast_mode.h).
+Which kernel attention takes follows aten/src/ATen/native/transformers/attention.cpp (scaled_dot_product_attention) and
+cuda/sdp_utils.cpp. Torch's own autocast looks at the device of each tensor, and the meta device has none: which
+operators take part is read from the installed torch; the lists below say how those do that do not simply compute in
+fp32 (aten/src/ATen/autocast_mode.h).
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-"""The kind of device on which tensors are, or for which tensors on the meta device stand.
+"""Follows the storages that code creates, and counts the bytes of those that are live, on any device.
 
-Follows the storages that code creates, and counts the bytes of those that are live, on any device.
-
-Scratch memory: what CUDA kernels allocate for themselves while they run, which no tensor of the program holds.
-
-The allocator counts it, so the peak of a step has it. Only what grows with the batch or with weights is listed.
+The meta device may stand for another one. Scratch memory, which CUDA kernels allocate for themselves while they run and
+no tensor of the program holds, counts as well, as the allocator counts it: what grows with the batch or with weights.
 """
 
 from __future__ import annotations

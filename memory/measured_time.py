@@ -1,6 +1,6 @@
-"""Measures what a training step takes in time: a few timed steps of the user's model, on the user's device.
+"""Measures what a training step takes in time: its work, counted, and a few timed steps on the user's device.
 
-Counts the work of a training step by running it once, on any device, the meta device included.
+Work is counted by running the step once, on any device, the meta device included.
 """
 
 from __future__ import annotations

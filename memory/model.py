@@ -2,15 +2,10 @@
 
 `memory/calibration.py` records four small steps of the user's model and batch in which every module is adapted. They
 show all tensors that any plan could hold, the modules that need each, and how its size grows with rows, length and
-rank. The peak of any plan follows without running it.
+rank. The peak of any plan follows without running it, and so do the layers that must run again in the backward pass.
 
 The bytes are those that training takes beside the loaded, frozen model: adapter weights, gradients, optimiser state,
 signal buffers, tensors saved for the backward pass, and short-lived tensors such as logits and activations' gradients.
-
-
-How the bytes of each tensor of a training step grow with the rows and the length of the batch.
-
-Which layers run again in the backward pass: as few as the bytes of a plan need.
 
 A layer that runs again (gradient checkpointing; Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)
 holds its inputs alone, and takes the time of its forward pass twice. What the lowest layers hold is there until the
@@ -190,11 +185,6 @@ class MemoryModel:
         """The share of the peak by which predictions are raised, so that none is too low."""
         segments = self.segments
         return CHECKPOINTING_MARGIN[any(segment.reentrant for segment in segments)] if segments else 0.0
-
-    def saved(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
-        """Bytes that autograd saves for backward outside of checkpointed segments; `ranks` has shape (modules,)."""
-        base, slope = self.sizes(shape or self.shape)
-        return float((base + slope * self._rank_of_each(ranks))[self._recording.saved_under(ranks)].sum())
 
     def _rank_of_each(self, ranks: IntArray) -> IntArray:
         """The rank of each storage's target module, 1 if it has none, (storages,)."""

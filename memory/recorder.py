@@ -1,9 +1,7 @@
 """Records training steps: follows modules, storages and autograd's graph through a forward and a backward pass.
 
-Follows which nodes of autograd's graph hold each gradient, and so under which plans it lives on.
-
 A gradient that goes two ways, such as into a layer and past it, waits until both have been gone. Under a plan whose
-graph has one of the ways only, it is freed after that one.
+graph has one of the ways only, it is freed after that one. So which nodes hold each gradient is followed as well.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""Reads from autograd's graph which target modules each operation's backward pass serves.
+"""A recorded training step: the bytes of every tensor, when it is created and freed, and which modules need it.
 
-An operation takes part in the backward pass if one of its inputs depends on something that trains. It saves a tensor if
-one of the inputs *whose gradient needs that tensor* does: a product saves each factor for the gradient of the other.
-
-
-A recorded training step: the bytes of every tensor, when it is created and freed, and which modules need it.
-
-Autograd saves a tensor for the gradient of certain inputs of one operation. Under a plan it is saved exactly if one of
-those inputs depends on an adapted module. So a recording of one step in which *every* module is adapted tells what any
-other plan would save. `memory/recorder.py` makes recordings.
+An operation takes part in the backward pass if one of its inputs depends on something that trains. Autograd saves a
+tensor for the gradient of certain inputs of one operation (a product saves each factor for the gradient of the other).
+Under a plan it is saved exactly if one of those inputs depends on an adapted module. So a recording of one step in
+which *every* module is adapted tells what any other plan would save; which modules each operation serves is read from
+autograd's graph. `memory/recorder.py` makes recordings.
 """
 
 from __future__ import annotations

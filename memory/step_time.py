@@ -3,10 +3,7 @@
 A step takes the forward pass, whatever the plan; the backward pass down to the lowest adapted module; the work of the
 adapters, a part of which grows with their rank; and the second run of layers that gradient checkpointing runs again. As
 bytes do, seconds fall into a constant, something for each rank, and *groups* that are paid once as soon as any of
-certain modules is adapted.
-
-
-What a training step computes, operator by operator, and the seconds that a device takes for it by its rates.
+certain modules is adapted. They follow from what the step computes, operator by operator, and from a device's rates.
 """
 
 from __future__ import annotations

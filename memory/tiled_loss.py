@@ -1,17 +1,13 @@
-"""The loss of a causal language model in tiles of its tokens, with the gradient of the logits in the logits' own place.
+"""The loss of a causal language model in tiles of its tokens, with the logits' gradient in the logits' own place.
 
 transformers' loss holds the logarithms of all probabilities beside the logits, and its backward pass two more tensors
 of that size. Here one tile of them at a time is there, made once more in the backward pass. The operators are torch's
 own, row by row, so loss and gradients are the same bit for bit.
 
-
-The tiles of a loss, which do not grow with a batch as other operations do.
-
-`trl.kernels.chunked_logprob` multiplies the last hidden states with the head in tiles of at most `TOKEN_CHUNK_SIZE`
-tokens. A small recorded step would fill one tile in part, and the batch of the run fills several: a tile would be
-predicted as large as all of them. So while a small step is recorded, its tiles are as many as those of the whole batch.
-
-Of `tiled_loss` there are always as many tiles, and their tokens are rounded up.
+TRL has tiles too: `trl.kernels.chunked_logprob` multiplies the last hidden states with the head in tiles of at most
+`TOKEN_CHUNK_SIZE` tokens. A small recorded step would fill one of them in part, and the batch of the run fills several:
+a tile would be predicted as large as all of them. So while a small step is recorded, its tiles are as many as those of
+the whole batch. Of `tiled_loss` there are always as many tiles, and their tokens are rounded up.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""A training step: the loss as a function of the batch, and what takes memory beside it.
-
-The parts of a training step that `StepConfig` names: libraries that it needs, the optimiser, and checkpointing.
-
-Lets a recorder run the segments of gradient checkpointing itself.
-"""
+"""A training step: the loss as a function of the batch, the optimiser, and layers that run again (checkpointing)."""
 
 from __future__ import annotations
 
@@ -156,7 +151,7 @@ def release_inputs(model: nn.Module) -> None:
     transformers makes them require gradients under either checkpointing. Then every layer below the lowest adapter
     holds tensors for the backward pass, which runs down to the embeddings for nothing.
     """
-    functions = (vars(module).get("_gradient_checkpointing_func") for module in model.modules())
+    functions = (vars(module).get(CHECKPOINT) for module in model.modules())
     if any(function is not None and is_reentrant(function) for function in functions):
         return
     for module in model.modules():
