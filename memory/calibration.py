@@ -93,14 +93,14 @@ def calibrate(
     _check_all_ran(base, targets)
     slope = np.where(base.target_index >= 0, (double.sizes - base.sizes) / RANK, 0.0)
     return MemoryModel(
-        shape,
-        accumulates,
-        model_states(model, targets, optimizer, signal_bytes),
-        base,
-        base.sizes - RANK * slope,
-        slope,
-        growth,
-        CUDA_BLOCK if device_kind(next(model.parameters())) == "cuda" else 1,
+        shape=shape,
+        accumulates=accumulates,
+        states=model_states(model, targets, optimizer, signal_bytes),
+        recording=base,
+        _base=base.sizes - RANK * slope,
+        _slope=slope,
+        _growth=growth,
+        _block_bytes=CUDA_BLOCK if device_kind(next(model.parameters())) == "cuda" else 1,
     )
 
 

@@ -303,16 +303,16 @@ class _Count:
                 value.backward()  # type: ignore[no-untyped-call]
         flops, moved, backward, module, layer, needed = zip(*self._rows, strict=True)
         return StepWork(
-            np.array(flops, dtype=np.float64),
-            np.array(moved, dtype=np.float64),
-            np.array(backward, dtype=np.bool_),
-            np.array(module, dtype=np.int64),
-            np.array(layer, dtype=np.int64),
-            needed,
-            RANK,
-            self._widths,
-            tuple(self._layers),
-            tuple(dict.fromkeys(self._again)),
+            flops=np.array(flops, dtype=np.float64),
+            moved=np.array(moved, dtype=np.float64),
+            backward=np.array(backward, dtype=np.bool_),
+            module=np.array(module, dtype=np.int64),
+            layer=np.array(layer, dtype=np.int64),
+            needed=needed,
+            rank=RANK,
+            widths=self._widths,
+            layers=tuple(self._layers),
+            running_again=tuple(dict.fromkeys(self._again)),
         )
 
     def _note(self, flops: float, moved: float) -> None:
@@ -390,7 +390,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """See `LiveStorages`."""
+        """False, so that torch calls `__torch_dispatch__` without a wrapper; as in `LiveStorages`."""
         return False
 
 

@@ -47,12 +47,13 @@ class MemoryModel:
         shape: the shape of the batch that was given to `calibrate`.
         accumulates: gradients are kept over several micro-batches.
         states: bytes that adapters and optimiser hold between steps.
+        recording: the recorded step.
     """
 
     shape: BatchShape
     accumulates: bool
     states: ModelStates
-    _recording: Recording
+    recording: Recording
     _base: FloatArray
     _slope: FloatArray
     _growth: Growth
@@ -90,7 +91,7 @@ class MemoryModel:
         cost = _with_margin(keep_candidates(cost, kept), self.margin)
         totals = moment_costs(cost, ranks)
         highest = int(totals.argmax())
-        peak = PeakStorages(cost.moments[highest], float(totals[highest]), None, np.zeros(len(base)), self._recording)
+        peak = PeakStorages(cost.moments[highest], float(totals[highest]), None, np.zeros(len(base)), self.recording)
         if kept[highest] == len(candidates):  # the optimiser's step
             return peak
         candidate = candidates[kept[highest]]
@@ -105,21 +106,21 @@ class MemoryModel:
     @cached_property
     def _all_gradients(self) -> IntArray:
         """Serial numbers and target modules (-1 for none) of the gradients of all parameters, (2, gradients)."""
-        return np.array([*self._recording.gradients.items()], dtype=np.int64).reshape(-1, 2).T
+        return np.array([*self.recording.gradients.items()], dtype=np.int64).reshape(-1, 2).T
 
     def _gradients(self, candidate: PeakCandidate) -> tuple[IntArray, IntArray]:
         """Serial numbers and target modules (-1 for none) of the parameters' gradients that are live."""
         serials, modules = self._all_gradients
-        live = self.accumulates | (self._recording.created[serials] <= candidate.time)
+        live = self.accumulates | (self.recording.created[serials] <= candidate.time)
         return serials[live], modules[live]
 
     def _candidates(self, base: FloatArray, slope: FloatArray) -> list[PeakCandidate]:
-        recording = self._recording.accumulating() if self.accumulates else self._recording
+        recording = self.recording.accumulating() if self.accumulates else self.recording
         return find_peak_candidates(recording, base + RANK * slope)
 
     def _full_cost(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
         """The cost of plans with every candidate, the optimiser's step last, and without margin."""
-        recording, states = self._recording, self.states
+        recording, states = self.recording, self.states
         candidates = self._candidates(base, slope)
         groups = _Groups(recording, len(states.weights))
         rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
@@ -138,11 +139,6 @@ class MemoryModel:
         )
         return cost, candidates, groups
 
-    @property
-    def recording(self) -> Recording:
-        """The recorded step."""
-        return self._recording
-
     def sizes_under(self, ranks: IntArray, shape: BatchShape | None = None) -> FloatArray:
         """Bytes of each recorded storage under a plan, if it is live at all, (storages,); see `sizes`.
 
@@ -158,16 +154,16 @@ class MemoryModel:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The checkpointed segments, in forward order."""
-        return self._recording.segments
+        return self.recording.segments
 
     def recomputing(self, layers: Collection[str]) -> MemoryModel:
         """The byte model of the same step in which only these layers run again; see `Recording.recomputing`."""
-        return replace(self, _recording=self._recording.recomputing(layers))
+        return replace(self, recording=self.recording.recomputing(layers))
 
     def peak(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
         """Bytes at the peak of one plan; quicker than `cost`, which serves for many. See `cost` for its errors."""
         base, slope = self.sizes(shape or self.shape)
-        recording, states, adapted = self._recording, self.states, ranks > 0
+        recording, states, adapted = self.recording, self.states, ranks > 0
         needs = _Needs.of(recording, adapted)
         growing = slope * self._rank_of_each(ranks)
         between_steps = states.others + states.between_steps @ ranks
@@ -188,14 +184,14 @@ class MemoryModel:
 
     def _rank_of_each(self, ranks: IntArray) -> IntArray:
         """The rank of each storage's target module, 1 if it has none, (storages,)."""
-        targets = self._recording.target_index
+        targets = self.recording.target_index
         return np.where(targets >= 0, np.asarray(ranks)[targets], 1)
 
     def _bytes_at(
         self, candidate: PeakCandidate, base: FloatArray, slope: FloatArray, groups: _Groups
     ) -> tuple[float, dict[int, float], FloatArray]:
         """Bytes of one candidate: under every plan, by group, and for one rank of each module."""
-        recording, states = self._recording, self.states
+        recording, states = self.recording, self.states
         live, group = groups.at(candidate)
         of_target = live & (recording.target_index >= 0)
         per_rank = states.between_steps
@@ -345,7 +341,17 @@ class Growth:
     def unknown(cls, shape: BatchShape, storages: int) -> Growth:
         """The growth of operations that depend on the data: only the shape of their batch is known."""
         zeros = np.zeros(storages)
-        return cls(shape, shape, np.full(storages, np.nan), zeros, 1.0, zeros, None, zeros, zeros > 0)
+        return cls(
+            whole=shape,
+            recorded=shape,
+            row_power=np.full(storages, np.nan),
+            length_power=zeros,
+            length_ratio=1.0,
+            missing=zeros,
+            tile=None,
+            tile_factor=zeros,
+            own_tiles=zeros > 0,
+        )
 
     @classmethod
     def of(
@@ -376,16 +382,17 @@ class Growth:
         if wide[irregular].sum() > 0.01 * wide.sum():  # as a mixture of experts', whose sizes follow the data
             return None
         length_ratio = shorter.length / small.length
+        missing = _missing_tokens(base, short, small.length, shorter.length)
         return cls(
-            whole,
-            small,
-            row_power,
-            _power(base, short, 1 / length_ratio),
-            length_ratio,
-            np.zeros(len(base)) if length_ratio == 1 else _missing_tokens(base, short, small.length, shorter.length),
-            tiles.size,
-            np.where(of_tiles, (tiles.size or 0) / tiles.tokens(small), 0.0),
-            own_tiles,
+            whole=whole,
+            recorded=small,
+            row_power=row_power,
+            length_power=_power(base, short, 1 / length_ratio),
+            length_ratio=length_ratio,
+            missing=np.zeros(len(base)) if length_ratio == 1 else missing,
+            tile=tiles.size,
+            tile_factor=np.where(of_tiles, (tiles.size or 0) / tiles.tokens(small), 0.0),
+            own_tiles=own_tiles,
         )
 
     def factor(self, shape: BatchShape) -> FloatArray:
