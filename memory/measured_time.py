@@ -264,8 +264,9 @@ def count_work(model: nn.Module, targets: Sequence[TargetModule], loss: LossFunc
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an operator belongs: the target module whose adapter it is part of, and the layer that can run again."""
+    """Where an operator belongs: a module, the target module whose adapter it is in, the layer that can run again."""
 
+    name: str = ""
     target: int = -1
     layer: int = -1
 
@@ -285,7 +286,7 @@ class _Count:
         self._of_parameter = {id(p): 1 << i for i, target in enumerate(targets) for p in target.parameters.values()}
         self._every_plan = 1 << len(targets)
         self._widths = np.array([target.d_in + target.d_out for target in targets], dtype=np.int64)
-        self._place, self._callers = _Place(), [""]
+        self._place = _Place()
         self._outer: list[_Place] = []
         self._places, self._sequences = [self._place], [0]
         self._flow: dict[int, ModuleSet] | None = None
@@ -339,12 +340,10 @@ class _Count:
             leaving.remove()
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
-        self._outer.append(self._place)
-        name = self._names.get(id(module), self._callers[-1])
-        self._callers.append(name)
-        place = self._place
-        if name in self._layers and id(module) in self._names:
-            place = replace(place, layer=self._layers[name])
+        place, name = self._place, self._names.get(id(module))
+        self._outer.append(place)
+        if name is not None:
+            place = replace(place, name=name, layer=self._layers.get(name, place.layer))
         if id(module) in self._targets:
             place = replace(place, target=self._targets[id(module)])
         elif id(module) in self._bases:
@@ -352,7 +351,6 @@ class _Count:
         self._go(place)
 
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._callers.pop()
         self._go(self._outer.pop())
 
     def _go(self, place: _Place) -> None:
@@ -362,9 +360,9 @@ class _Count:
 
     def _segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a checkpointed segment without checkpointing, as a layer that can run again."""
-        name, before = self._callers[-1], self._place
-        self._again.append(name)
-        self._go(replace(before, layer=self._layers.setdefault(name, len(self._layers))))
+        before = self._place
+        self._again.append(before.name)
+        self._go(replace(before, layer=self._layers.setdefault(before.name, len(self._layers))))
         output = function(*arguments)
         self._go(before)
         return output
