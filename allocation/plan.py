@@ -23,8 +23,7 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.units import format_bytes
 from ..errors import BudgetError
 from ..lora.ladder import REFERENCE_RANK
-from ..memory.cost import ParameterCost, TimedCost, moment_costs, plan_cost
-from .fixed_cost import FixedCost
+from ..memory.cost import FixedCost, ParameterCost, TimedCost, moment_costs, plan_cost
 from .plan_builder import PlanBuilder
 from .problem import AllocationProblem
 

@@ -23,11 +23,11 @@ from rankpilot.data.models import load_model
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.recomputation import Recomputation
 from rankpilot.lora.ladder import REFERENCE_RANK, RankLadder
+from rankpilot.memory.budget import TimeBudget
+from rankpilot.memory.calibration import highest_ranks
 from rankpilot.memory.cost import ParameterCost
-from rankpilot.memory.for_training import highest_ranks
 from rankpilot.memory.measured_time import TimedPlan, measure_step_time, measured_share, usual_seconds
 from rankpilot.memory.step_time import StepTime
-from rankpilot.memory.time_budget import TimeBudget
 from rankpilot.memory.training_step import TrainingStep, model_loss
 
 from .harness import Figures, clock_for, interleave, machine_facts, paired_ratios, with_progress

@@ -29,14 +29,13 @@ from ..lora.optimizer_state import drop_foreign_state, kept_state, reset_state
 from ..lora.resize import is_trained, reset_adapters, resize
 from ..lora.scaling import reference_scaling
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
-from ..memory.budget import Budget, free_bytes
-from ..memory.for_training import PlanCosts, highest_ranks, measure_memory, plan_costs
+from ..memory.budget import Budget, TimeBudget, free_bytes
+from ..memory.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
-from ..memory.time_budget import TimeBudget
 from .recomputation import Recomputation
 from .run import TrainingRun
-from .time_before_training import time_limit
+from .time_before_training import StepTimer
 
 PROBE_SHARE = 0.0175
 """The probe reads at most this share of the examples that the run reads. An example costs up to 1.6 times as much in
@@ -159,7 +158,7 @@ def prepare(
     kept = _ranks_that_hold(targets) if keeps else None
     costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None, kept=kept)
     limit = costs.limit.value
-    timed = time_limit(run, targets, time, costs.memory, limit, recomputation) if time else None
+    timed = StepTimer(run, targets, costs.memory, limit, recomputation).time_limit(time) if time else None
     _check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
     if not keeps:
         reset_adapters(targets, 1, seed)

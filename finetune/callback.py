@@ -23,10 +23,9 @@ from ..errors import ConfigError, DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import let_train, resizable_targets
 from ..lora.scaling_names import Scaling
-from ..memory.budget import Budget
+from ..memory.budget import Budget, TimeBudget
 from ..memory.recording import Batch
 from ..memory.step_config import check_seed
-from ..memory.time_budget import TimeBudget
 from .checkpoint import chosen_checkpoint, load_state, save_state
 from .evaluations import Evaluations
 from .parallel_kinds import check_arguments

@@ -11,9 +11,8 @@ from ..allocation.goal import GoalKind, goal_of
 from ..data.task import Task
 from ..errors import ConfigError
 from ..lora.scaling_names import Scaling
-from ..memory.budget import Budget
+from ..memory.budget import Budget, TimeBudget
 from ..memory.step_config import StepConfig, check_seed
-from ..memory.time_budget import TimeBudget
 
 PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
 """The run under a policy, and those that it may be compared with: names of folders, and in what is written."""

@@ -24,9 +24,8 @@ from ..errors import DataError
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
-from ..memory.budget import Budget
+from ..memory.budget import Budget, TimeBudget
 from ..memory.peak_meter import PeakMeter
-from ..memory.time_budget import TimeBudget
 from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback
 from .checkpoint import last_checkpoint

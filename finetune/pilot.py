@@ -27,9 +27,9 @@ from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets
 from ..lora.scaling_names import Scaling
 from ..lora.starts import start_kept
-from ..memory.budget import Budget
+from ..memory.budget import Budget, TimeBudget
+from ..memory.calibration import beside_model
 from ..memory.recording import Batch
-from ..memory.time_budget import TimeBudget
 from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, within_all
 from .correction import Correction
 from .given_ranks import given_ranks
@@ -44,8 +44,7 @@ from .recomputation import recomputing
 from .review import PlanReview
 from .run import TrainingRun
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state
-from .time_before_training import other_time_limit, settle_time
-from .worth_recomputing import decide
+from .time_before_training import StepTimer, decide
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class RankPilot(Readings):
         review_timeout: how many seconds to wait for that; None for as long as it takes.
         recompute: let as few layers as each plan needs run again in the backward pass (gradient checkpointing, layer by
             layer): less memory, more time, the same losses. A share is then one of what plain LoRA takes without.
-            A policy with networks uses it only where they expect that to pay; see `worth_recomputing`.
+            A policy with networks uses it only where they expect that to pay; see `time_before_training.decide`.
         time: what a step may take in time: a share of what plain LoRA takes with no layer run again ("75%"), or
             seconds ("0.8s"), measured on the device before training.
         explore: draw each plan at this temperature and log the probabilities (`exploring`); by default take the best.
@@ -168,7 +167,7 @@ class RankPilot(Readings):
             )
             self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
             if self.time:
-                settle_time(run, self.controller, self._ask, memory, recomputation)
+                StepTimer(run, targets, memory, self.controller.limit, recomputation).settle(self.controller, self._ask)
             self._decide()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
@@ -205,10 +204,10 @@ class RankPilot(Readings):
                 recomputation.take(layers)
             if (was := before.get("budget")) != settings["budget"]:
                 budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
-                limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device, was))
+                limit = on_first(lambda: controller.limit_of(beside_model(budget, run.model), run.device, was))
             if before.get("time") != settings["time"]:
-                facts = (run, targets, self.time, memory, limit, recomputation)
-                controller.time = other_time_limit(controller.time, *facts)
+                timer = StepTimer(run, targets, memory, limit, recomputation)
+                controller.time = timer.other_limit(controller.time, self.time)
             self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
             run.replicas.changed(targets, step)
             if changed := changes(settings, before):
@@ -354,8 +353,9 @@ class RankPilot(Readings):
         self._guard.deciding()
         notes: dict[str, str] = {}
         with nullcontext() if controller.decision else learned_kept(self._run, controller, self.journal.note):
-            asked = self._guard, controller, self._ask, self.journal.note, step, loss
-            observation, decision = decide(*asked, recomputes=self.recompute)
+            observation, decision = decide(
+                self._guard, controller, self._ask, self.journal.note, step, loss, recomputes=self.recompute
+            )
             self.decision = decision
             if self._review is None:
                 plan = controller.apply(decision, step, self._run.optimizer)

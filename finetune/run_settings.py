@@ -15,8 +15,7 @@ from ..errors import RankPilotError, RunFolderError, first_line, shown
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import TargetModule
-from ..memory.budget import Budget
-from ..memory.time_budget import TimeBudget
+from ..memory.budget import Budget, TimeBudget
 
 MAY_CHANGE = ("budget", "time")
 

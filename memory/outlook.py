@@ -21,19 +21,16 @@ from ..errors import ConfigError, UnknownNameError
 from ..lora.ladder import REFERENCE_RANK
 from .batch_shape import BatchShape
 from .breakdown import Breakdown, break_down, frozen_sizes
-from .budget import Limit
+from .budget import Limit, reference_seconds
+from .calibration import check_rank, highest_ranks
 from .cost import ParameterCost, plan_cost
 from .device_table import DeviceRates, DeviceSpec, Precision, device_table, find_device_spec
 from .find_configuration import find_configuration
-from .for_training import check_rank, highest_ranks
 from .from_config import ConfiguredStep, LoadedAs, from_config
-from .hollow.attention import Attention
-from .model import MemoryModel
-from .recomputation import fewest_recomputed, holding_layers
+from .hollow_device import Attention
+from .model import MemoryModel, fewest_recomputed, holding_layers
 from .step_config import StepConfig
-from .step_time import StepTime
-from .step_work import OPERATOR_SECONDS, Rates
-from .time_budget import reference_seconds
+from .step_time import OPERATOR_SECONDS, Rates, StepTime
 from .verdict import CardUse, Verdict, card_use
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

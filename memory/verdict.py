@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..common.arrays import IntArray
+from .allocator import replay
 from .batch_shape import BatchShape
 from .device_table import DeviceSpec
 from .model import MemoryModel
-from .replay import replay
 
 Verdict = Literal["fits", "tight", "does not fit"]
 """fits: what the allocator reserves and the context fit the card. tight: only tensors and the context do, so training

@@ -92,9 +92,10 @@ class StackedAdapters:
         self._rows: list[int] = []
         self._entries: list[int] | None = None
         self._leaves: list[Pair] = []
-        dims = [np.array([getattr(t, side) for t in targets], dtype=np.int64) for side in ("d_in", "d_out")]
-        self.layout: Layout = Layout(np.zeros(len(targets), dtype=np.int64), *dims)
-        self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate(dims)))
+        d_in = np.array([target.d_in for target in targets], dtype=np.int64)
+        d_out = np.array([target.d_out for target in targets], dtype=np.int64)
+        self.layout: Layout = Layout(np.zeros(len(targets), dtype=np.int64), d_in, d_out)
+        self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate([d_in, d_out])))
         self._slices: dict[int, list[tuple[int, int, int]]] = {}
         self._allocate()
         for index, target in enumerate(targets):

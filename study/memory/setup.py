@@ -40,7 +40,8 @@ from ...memory import resident
 from ...memory.batch_shape import BatchShape, reshaped
 from ...memory.breakdown import frozen_bytes
 from ...memory.budget import Budget, Limit
-from ...memory.for_training import check_rank, highest_ranks, limited_cost
+from ...memory.calibration import check_rank, highest_ranks, limited_cost
+from ...memory.find_configuration import check_reads_tokens
 from ...memory.from_config import ConfiguredStep
 from ...memory.model import MemoryModel
 from ...memory.model_states import state_bytes
@@ -48,8 +49,7 @@ from ...memory.outlook import MeasuredStep, Outlook
 from ...memory.peak_meter import PeakMeter
 from ...memory.recording import Batch
 from ...memory.step_config import StepConfig
-from ...memory.step_parts import switch_checkpointing
-from ...memory.text_models import check_reads_tokens
+from ...memory.training_step import switch_checkpointing
 from .config import MemoryConfig
 
 Tell = Callable[[str], None]

@@ -20,7 +20,7 @@ from ...common.tensor_files import read_shapes
 from ...common.units import format_bytes
 from ...errors import BudgetError, DataError
 from ...finetune.config import PILOT
-from ...memory.time_budget import TimeBudget
+from ...memory.budget import TimeBudget
 from ..run.heatmap import module_kinds
 from ..run.run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DecisionRows, RunData, is_number, run_names
 from ..run.verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, verdict

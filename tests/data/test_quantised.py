@@ -99,7 +99,7 @@ def test_the_bytes_of_a_quantised_model(quantization: Quantization, model_folder
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_folder: ModelFolder) -> None:
-    monkeypatch.setattr("rankpilot.memory.step_parts.find_spec", lambda name: None)
+    monkeypatch.setattr("rankpilot.memory.training_step.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"The quantization nf4 needs bitsandbytes: pip install"):
         load("llama", model_folder("llama"), "causal-lm", "nf4")
 

@@ -289,7 +289,7 @@ def test_several_processes_are_refused(
 def test_an_optimizer_that_is_not_installed(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankpilot.memory.step_parts.find_spec", lambda name: None)
+    monkeypatch.setattr("rankpilot.memory.training_step.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'rankpilot\[quant\]'"):
         finetune(make_config(optimizer="adamw8bit"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rankpilot.memory.allocator import replay
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.breakdown import frozen_sizes
 from rankpilot.memory.device_table import DeviceSpec, find_device_spec
 from rankpilot.memory.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.memory.replay import replay
 from rankpilot.memory.step_config import StepConfig
 from rankpilot.memory.verdict import CardUse, card_use
 from transformers import LlamaConfig

@@ -34,15 +34,6 @@ TASKS = (
 EARLIER = Path(__file__).parents[2] / "recorded" / "earlier_policy"
 
 
-def log_runs(folder: Path, tasks: Sequence[ProxyTask], policy: Policy, schedule: DecisionSchedule) -> list[DecisionLog]:
-    """Run tasks of one base and batch shape under a policy, and log every decision."""
-    logs = [DecisionLog(folder / str(number)) for number in range(len(tasks))]
-    episodes = StackedEpisodes(tasks[0].base, schedule, len(tasks))
-    written = [EpisodeLog(log, policy, task.id) for log, task in zip(logs, tasks, strict=True)]
-    run_attempts(episodes, [(task, policy) for task in tasks], len(tasks), written)
-    return logs
-
-
 class Formula(PlanValueEnsemble):
     """Networks that compute what a test says: a function of `Plans` to (networks, states, plans)."""
 

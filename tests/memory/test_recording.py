@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.memory.autograd_flow import _SAVED_FOR, adapted_modules, flow_from, kept_on_context, saved_by
+from rankpilot.memory.recording import _SAVED_FOR, adapted_modules, flow_from, kept_on_context, saved_by
 from torch.nn.functional import conv1d, linear
 
 ALWAYS = 8

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.memory.device_kind import device_kind
-from rankpilot.memory.hollow.autocast import LOWER, WIDEST, WITH_DTYPE, operators
-from rankpilot.memory.hollow.device import HollowDevice, hollow_autocast, hollow_device
+from rankpilot.memory.hollow_device import (
+    LOWER,
+    WIDEST,
+    WITH_DTYPE,
+    HollowDevice,
+    hollow_autocast,
+    hollow_device,
+    operators,
+)
+from rankpilot.memory.live_storages import device_kind
 from torch import nn
 from torch.nn import functional
 
