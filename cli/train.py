@@ -86,7 +86,7 @@ def train_command(options: Train) -> None:
     if is_finished(folder) and options.resume:
         load_policy(folder)  # whole
         if not options.from_trials:
-            with open_run(folder, as_json(TrainConfig, options), resume=True, kind=TrainConfig):
+            with open_run(folder, as_json(TrainConfig, options), resume=True):
                 pass  # with these settings
         console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
         _print_validation(read_card(folder).get("validation", {}))

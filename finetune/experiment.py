@@ -71,7 +71,7 @@ def finetune(
     workload = read_workload(config, tell)
     check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
     rank_bounds_of(config.bounds)
-    with open_run(folder, as_json(FinetuneConfig, config), resume=resume, kind=FinetuneConfig):
+    with open_run(folder, as_json(FinetuneConfig, config), resume=resume):
         runs = {}
         for name, under in _runs(config, policy.name).items():
             tell(f"fine-tuning {under}")
@@ -225,7 +225,6 @@ def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback
         log=folder / "decisions",
         measure_every=MEASURE_EVERY,
         bounds=rank_bounds_of(config.bounds),
-        review=config.review,
         recompute=config.recompute,
         time=config.time,
         explore=config.explore,

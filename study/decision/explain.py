@@ -94,7 +94,7 @@ def _about_the_plan(logged: LoggedDecision, changed: bool) -> tuple[str, ...]:
     drawn = logged.deliberation is not None and logged.deliberation.temperature > 0
     notes = {
         "The plan was drawn; what-ifs and the effect of noise are those of the plan that the policy prefers.": drawn,
-        "A person in review or a limit of time changed the plan; what is explained is the policy's own.": changed,
+        "A limit of time, or somebody by hand, changed the plan; what is explained is the policy's own.": changed,
     }
     return tuple(note for note, applies in notes.items() if applies)
 

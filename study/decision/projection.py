@@ -73,5 +73,5 @@ def projection_of(logged: LoggedDecision) -> Projection:
     reasons[(allowed == clipped) & (ladder.array[rungs] == clipped) & (asked != clipped)] = (
         "the ladder has no such rank, and the next one below counts"
     )
-    reasons[clipped != allowed] = "a person changed it in review"
+    reasons[clipped != allowed] = "it was given by hand, or changed by a limit of time"
     return Projection(asked, clipped, got, tuple(reasons.tolist()))

@@ -304,19 +304,9 @@ def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) 
     )
 
 
-def test_a_config_file_of_an_earlier_version(seen: list[Any], tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    network = as_json(NetworkConfig, NetworkConfig(width=9)) | {"attention_heads": 0}
-    write_json(path, {"groups": 5, "group": 6, "trial_tasks": 7, "network": network})
-    assert cli.run(["train", "--config", str(path)]) == 0
-    assert (seen[0].tasks_per_stack, seen[0].episodes_per_task, seen[0].plan_tasks) == (5, 6, 7)
-    assert seen[0].network == NetworkConfig(width=9)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"network": {"attention_heads": 4}}', "'attention_heads' is gone; only 0 can go on, not 4"),
         (None, "Cannot read the config file"),
         ("{", "Cannot read the config file"),
         ("[1]", "holds no settings by name"),

@@ -55,7 +55,7 @@ def test_pinned_modules_and_changes_by_a_person(
     place = logged.table.column_names.index("rank_clipped")
     table = logged.table.set_column(place, "rank_clipped", [edited.astype(np.int32)])
     found = projection_of(replace(logged, problem=pinned, table=table))
-    assert found.reasons == ("", "they are pinned", "", "a person changed it in review")
+    assert found.reasons == ("", "they are pinned", "", "it was given by hand, or changed by a limit of time")
 
 
 def test_a_budget_lowers_and_its_rest_raises(

@@ -12,8 +12,7 @@ import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.rules import find_rule
-from rankpilot.agents.rules.by_signal import signal_mean
+from rankpilot.agents.rules import find_rule, signal_mean
 from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
 from rankpilot.allocation.decision_log import LoggedDecision
 from rankpilot.allocation.observation import Observation, module_feature

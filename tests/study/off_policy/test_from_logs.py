@@ -13,8 +13,7 @@ from rankpilot.agents.evaluation.results import Row
 from rankpilot.agents.evaluation.runs import compare
 from rankpilot.agents.learned.exploring import exploring
 from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.agents.rules import RULES, find_rule
-from rankpilot.agents.rules.random import RandomScores
+from rankpilot.agents.rules import RULES, RandomScores, find_rule
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.cli import main as cli
 from rankpilot.env.tasks.finetune import Reference
