@@ -45,18 +45,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def finetune_command(options: Finetune) -> None:
-    """Fine-tune, compare, check the adapter, and write the report."""
+    """Fine-tune, compare, and write the report."""
     from ..finetune.experiment import finetune
     from ..study.run.comparison import summary_table
     from ..study.run.report import write_report
     from .report import print_ending
 
-    summary = finetune(
+    finetune(
         options, options.output, resume=options.resume, on_phase=lambda text: console.rule(escape(text), align="left")
     )
     report = write_report(options.output)
     console.print(summary_table(report.run))
-    reload = summary["reload"]
-    verdict = "identical" if reload["identical"] else f"different by up to {reload['max_abs_difference']:.2g}"
-    console.print(f"Reloaded by plain PEFT in a process without rankpilot: logits {verdict}.", soft_wrap=True)
     print_ending(report)

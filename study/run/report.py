@@ -71,7 +71,6 @@ def write_report(folder: Path) -> Report:
         _section("Loss", _losses(run)),
         _section("Memory" if run.unit == "bytes" else "Parameters", _costs(run)),
         _section("Decisions", _decisions(run)),
-        _section("Reload", _reload(run)),
         _section("Set-up", _setup(run)),
     ]
     path = folder / "report.md"
@@ -183,16 +182,6 @@ def _decisions(run: RunData) -> str:
     lines = "\n".join(decision_lines(run.decisions))
     expected = [run.first.promise] if run.first and run.first.promise and not run.first.misses_goal else []
     return "\n\n".join([f"```\n{lines}\n```", *expected, note, *describe_decisions(run.decisions)])
-
-
-def _reload(run: RunData) -> str:
-    check = run.summary.get("reload")
-    if not check:
-        return ""
-    same = "gives identical outputs" if check.get("identical") else "**does not give identical outputs**"
-    largest = check.get("max_abs_difference")
-    detail = f" (largest difference {largest:.3g})" if largest is not None else ""
-    return f"The saved adapter, loaded by plain PEFT, {same}{detail}."
 
 
 def _setup(run: RunData) -> str:
