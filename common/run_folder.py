@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import RunFolderError, shown
 from .files import read_object, write_json
+from .termination import Terminated
 
 CONFIG = "config.json"
 
@@ -49,6 +50,9 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
         else:
             write_json(folder / CONFIG, config)
         yield
+    except (KeyboardInterrupt, Terminated) as end:
+        end.add_note("The same command with --resume continues from here.")
+        raise
     finally:
         lock.release()
 

@@ -23,7 +23,7 @@ from ..allocation.frontier import FrontierPlan
 from ..allocation.frontier import frontier as frontier_of
 from ..allocation.policy import Policy
 from ..common.files import write_text
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..lora.export import pattern_config
 from ..lora.factors import write_in_place
 from ..lora.optimizer_state import kept_state
@@ -182,6 +182,11 @@ def static_plan(
         callback = _FirstPlan(policy, budget, **options)
         callback.pilot.times_plans |= frontier and not callback.pilot.recompute
         return _with_frontier(_plan_of_trainer(model, callback), callback.pilot, frontier)
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"allocate takes a Trainer or a model that is loaded, as `from_pretrained` returns it; got {shown(model)}. "
+            "A model by name is planned by the command `rankpilot allocate`."
+        )
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
     with _switches_put_back(model):

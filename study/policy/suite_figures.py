@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from scipy.stats import rankdata
 
 from ...common.arrays import FloatArray, IntArray
-from ...common.statistics import Estimate, estimate, mid_ranks
+from ...common.statistics import Estimate, estimate
 
 WORST = 0.1
 """Share of the runs, those that ended worst, that are held against the rest."""
@@ -168,5 +169,5 @@ def promise_of(
         )
         for part in np.array_split(np.argsort(surety, kind="stable"), 3)
     ]
-    ranks = np.stack([mid_ranks(expected), mid_ranks(improvements)], axis=1)
+    ranks = np.stack([rankdata(expected), rankdata(improvements)], axis=1)
     return Promise(estimate(ranks, tasks, correlations), float(claimed.mean()), estimate(gained, tasks), tuple(thirds))
