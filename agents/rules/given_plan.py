@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from ...common.units import cost_text, format_bytes
 from ...errors import BudgetError, ConfigError, DataError, UnknownNameError, first_line, shown
 from ...lora.ladder import DEFAULT_RANKS
 from ...memory.cost import plan_cost, unit_cost
+
+logger = logging.getLogger(__name__)
 
 FILE_SUFFIXES = (".yaml", ".yml")
 """By these a plan file is told from the folder of a policy and the name of a rule."""
@@ -132,12 +135,21 @@ class PlanFile:
             ) from error
 
     def decide(self, observation: Observation) -> Decision:
-        """Exactly the ranks that the file holds now.
+        """Exactly the ranks that the file holds now. If it cannot be used at a later decision, a warning, and no change.
 
         Raises:
-            UnknownNameError, ConfigError: the file holds no plan for these modules.
-            BudgetError: its plan is above the budget or the limit of time.
+            UnknownNameError, ConfigError: at the first decision, the file holds no plan for these modules.
+            BudgetError: there, its plan is above the budget or the limit of time.
         """
+        try:
+            return self._exactly(observation)
+        except (UnknownNameError, ConfigError, BudgetError) as error:
+            if is_first(observation):
+                raise
+            logger.warning("The plan in %s cannot be used, so the ranks stay as they are: %s", self.path, error)
+            return decision_to_keep(observation)
+
+    def _exactly(self, observation: Observation) -> Decision:
         decision, _ = given_ranks(observation, read_plan(self.path), str(self.path))
         problem = observation.problem
         cost, unit = unit_cost(problem.cost, decision.ranks), problem.cost.unit

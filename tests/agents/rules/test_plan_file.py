@@ -175,16 +175,25 @@ def test_a_plan_above_the_budget(tmp_path: Path, observation: Observation) -> No
         policy.decide(free)
 
 
-def test_how_far_a_module_moves_at_a_later_decision(tmp_path: Path, observation: Observation) -> None:
+def test_a_later_decision(tmp_path: Path, observation: Observation, caplog: pytest.LogCaptureFixture) -> None:
+    """A person may move modules as far as they like; what cannot be used does not end a run that has trained."""
     path = write(tmp_path / "plan.yaml", ranks := plan_of(observation, m3=16))
     far = replace(observation.problem, ranks=np.full(8, 2), max_step=policy_schedule(path).reach(1))
     decision = PlanFile(path).decide(replace(observation, problem=far))
     assert decided_plan(far, decision).ranks.tolist() == [*ranks.values()], "as far as a person wants"
-    near = replace(observation, problem=replace(far, max_step=2))
-    with pytest.raises(
-        ConfigError, match=r"moves a module by more than 2 rungs at one decision\. Leave `schedule` out"
+'    assert not caplog.records
+    policy, later = PlanFile(path), replace(observation, problem=replace(far, max_step=2))
+    for text, message in (
+        (path.read_text(), "moves a module by more than 2 rungs at one decision. Leave `schedule` out"),
+        ("modules: {layers.0.m0", "cannot be read as YAML"),
+        ("modules: {layers.0.m9: 1}", "Unknown target module 'layers.0.m9'"),
+        (yaml.safe_dump(dict.fromkeys(observation.names, 32)), "'layers.0.m1' cannot have rank 32"),
     ):
-        PlanFile(path).decide(near)
+        path.write_text(text)
+        kept = policy.decide(later)
+        assert decided_plan(later.problem, kept).ranks.tolist() == [2] * 8
+        assert message in caplog.messages[-1]
+        assert "cannot be used, so the ranks stay as they are" in caplog.messages[-1]
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
