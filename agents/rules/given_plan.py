@@ -135,7 +135,7 @@ class PlanFile:
             ) from error
 
     def decide(self, observation: Observation) -> Decision:
-        """Exactly the ranks that the file holds now. If it cannot be used at a later decision, a warning, and no change.
+        """Exactly the ranks that the file holds now; a later file that cannot be used changes nothing, with a warning.
 
         Raises:
             UnknownNameError, ConfigError: at the first decision, the file holds no plan for these modules.
