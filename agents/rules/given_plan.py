@@ -214,7 +214,8 @@ def plan_text(ranks: Mapping[str, int], cost: float, limit: float, unit: str, na
         cost=cost_text(cost, unit), limit=cost_text(limit, unit), ranks=", ".join(map(str, DEFAULT_RANKS)), name=name
     )
     body = {"read_at": [0], "modules": modules}
-    return header + yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
+    text: str = yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
+    return header + text
 
 
 def _document(path: Path) -> Mapping[Any, Any]:
