@@ -26,8 +26,7 @@ class Evaluate(EvaluateConfig):
     """Compare policies and rules on the same proxy fine-tunes: same tasks, seeds, batches and budgets.
 
     A POLICY is "default", which ships with rankpilot, the folder of a trained policy, or a rule: uniform,
-    uniform-16, uniform-32, top-half, top-third, top-down, top-down-mlp, one-deeper, two-deeper, all-layers,
-    ramp-up, ramp-down, random, gradient-norm, adalora, snr, signal-mean, utility-per-byte. Parts of a trained
+    top-half, top-down, random, gradient-norm, signal-mean. Parts of a trained
     policy can compete too: constant:FOLDER always takes its mean action, whatever the task; actor:FOLDER decides
     without its value ensemble; once:FOLDER decides only at the start; without-signals:FOLDER (or -costs, -place,
     -progress, or one feature) does not see those features; explore-0.05:FOLDER draws plans at that temperature, in

@@ -46,13 +46,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def finetune_command(options: Finetune) -> None:
-    """Fine-tune, compare, check the adapter, and write the page of the run."""
+    """Fine-tune, compare, and write the page of the run."""
     from ..finetune.experiment import finetune
 
-    summary = finetune(
+    finetune(
         options, options.output, resume=options.resume, on_phase=lambda text: console.rule(escape(text), align="left")
     )
-    reload = summary["reload"]
-    verdict = "identical" if reload["identical"] else f"different by up to {reload['max_abs_difference']:.2g}"
-    console.print(f"Reloaded by plain PEFT in a process without rankpilot: logits {verdict}.", soft_wrap=True)
     write_study((options.output,))

@@ -36,13 +36,13 @@ COMMANDS = {
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when a device, or the machine, has no memory left."""
 
-NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter")
-"""What the errors of safetensors and of `torch.save` say when a disk is full; they are no OSErrors."""
+NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter", "os error ")
+"""What the errors of safetensors, tokenizers and `torch.save` say when a disk is full; they are no OSErrors."""
 
 CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."
 
 RESUMABLE = ("train", "evaluate", "finetune")
-"""Commands that an interrupted run can go on with."""
+"""Commands that SIGTERM ends in order, so that they can go on."""
 
 
 def usage() -> str:
@@ -94,8 +94,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     except (KeyboardInterrupt, Terminated) as end:
         word, status = ("Terminated", STATUS) if isinstance(end, Terminated) else ("Interrupted", 130)
-        hint = " The same command with --resume continues from here." if command in RESUMABLE else ""
-        Console(stderr=True).print(f"{word}.{hint}")
+        Console(stderr=True).print(" ".join([f"{word}.", *getattr(end, "__notes__", ())]))
         return status
     return status or 0
 

@@ -70,7 +70,7 @@ def train_command(options: Train) -> None:
     folder = options.output
     if is_finished(folder) and options.resume:
         load_policy(folder)  # whole
-        with open_run(folder, as_json(TrainConfig, options), resume=True, kind=TrainConfig):
+        with open_run(folder, as_json(TrainConfig, options), resume=True):
             pass  # with these settings
         console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
         _print_validation(read_card(folder).get("validation", {}))

@@ -21,14 +21,16 @@ from ..allocation.problem import AllocationProblem
 from ..allocation.schedule import DecisionSchedule
 from ..allocation.time_limit import TimeLimit
 from ..common.arrays import IntArray
+from ..common.units import plural
 from ..data.batches import count_predictions, predicted_share
-from ..errors import BudgetError, DataError
+from ..errors import BudgetError, DataError, NonFiniteError
 from ..lora.adapters import PeftAdapters
 from ..lora.ladder import RankLadder
 from ..lora.optimizer_state import drop_foreign_state, kept_state, reset_state
 from ..lora.resize import is_trained, reset_adapters, resize
 from ..lora.scaling import reference_scaling
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
+from ..memory.batch_shape import BatchShape
 from ..memory.budget import Budget, TimeBudget, free_bytes
 from ..memory.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..memory.model import MemoryModel
@@ -321,7 +323,7 @@ def run_probe(
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
-        DataError: the labels of all rows that it reads are masked.
+        DataError: the labels of all rows that it reads are masked, or rows have one token and no loss.
     """
     pairs = [w for target in targets if target.rank > 0 for w in (target.weight_a, target.weight_b)]
     parameters = [*other_trainable(run.model, targets), *pairs]
@@ -330,11 +332,12 @@ def run_probe(
     batches: Iterable[Any] = run.small_batches(steps, schedule.probe_batch, seed)
     if progress:
         batches = progress(batches, "probing the modules", steps)
-    counts = []
+    counts, length = [], 0
 
     def losses() -> Iterator[Callable[[], torch.Tensor]]:
+        nonlocal length
         for batch in batches:
-            counted = count_predictions(batch)
+            counted, length = count_predictions(batch), BatchShape.of(batch).length
             if counted[0] > 0:  # the loss of rows whose labels are all masked is 0 / 0
                 counts.append(counted)
                 yield partial(run.loss, batch)
@@ -345,7 +348,15 @@ def run_probe(
             )
 
     with _restored(parameters):
-        result = probe(targets, optimizer, losses())
+        try:
+            result = probe(targets, optimizer, losses())
+        except NonFiniteError as error:
+            if length > 1:
+                raise
+            raise DataError(
+                f"The loss of rows of {plural(length, 'token')} is not finite: a language model needs a token to read "
+                "and one to predict. Leave such rows out, or raise the length at which texts are cut."
+            ) from error
     return replace(result, predicted=predicted_share(counts))
 
 

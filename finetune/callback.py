@@ -56,8 +56,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         bounds: the rank of single modules, or their least and largest rank.
         fresh: begin with new adapters even where they are trained.
-        review: a file in which a person changes or approves each plan; see `RankPilot`, as `review_timeout`.
-        review_timeout: how many seconds to wait for that.
         recompute: let as few layers as each plan needs run again in the backward pass; see `RankPilot`.
         time: what a step may take in time, beside the budget: "75%", "0.8s"; see `RankPilot`.
         explore: draw plans at this temperature, and log their probabilities; see `RankPilot`.
@@ -90,8 +88,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         measure_every: int = 100,
         bounds: Bounds | None = None,
         fresh: bool = False,
-        review: str | Path | None = None,
-        review_timeout: float | None = None,
         recompute: bool = False,
         time: str | TimeBudget | None = None,
         explore: float | None = None,
@@ -109,8 +105,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             fresh=fresh,
             tell=self._tell,
             progress=self._progress,
-            review=review,
-            review_timeout=review_timeout,
             recompute=recompute,
             time=time,
             explore=explore,

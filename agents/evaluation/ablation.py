@@ -1,4 +1,4 @@
-"""Policies with something taken from them, to see what it was good for."""
+"""Policies with something taken from them, to see what it was good for: features, later decisions, all of a task."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...allocation.features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES
-from ...allocation.observation import Observation
-from ...allocation.policy import Decision, Policy, decision_to_keep, is_first
+from ...allocation.actions import base_depth_bias, base_rank_floor
+from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.observation import Observation, module_feature
+from ...allocation.policy import Decision, Policy, decision_from_scores, decision_to_keep, is_first
+from ...common.arrays import FloatArray
 from ...errors import ConfigError, UnknownNameError
 from ..learned.policy import LearnedPolicy
 
@@ -23,9 +25,6 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
 """Features that are taken together, by name."""
 
 _ALL = (*MODULE_FEATURES, *RUN_FEATURES)
-
-_EARLIER_NAMES = {**EARLIER_FEATURE_NAMES, "prices": "costs"}
-"""Names that people may still type."""
 
 _NOTHING = {"next_rung_cost": -3.0, "drop_saving": -3.0, "adapt_cost": -3.0}
 """What is seen in place of features whose 0 says something: these are logarithms of shares of the budget."""
@@ -52,16 +51,10 @@ def hide(
 
 def _features(names: Sequence[str]) -> list[str]:
     """Single features; UnknownNameError for a name that is neither one nor a group of them."""
-    names = current_names(names)
     for name in names:
         if name not in FEATURE_GROUPS and name not in _ALL:
             raise UnknownNameError.of("feature", name, [*FEATURE_GROUPS, *_ALL])
     return [feature for name in names for feature in FEATURE_GROUPS.get(name, (name,))]
-
-
-def current_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of features and of groups of them, each as it is called now."""
-    return tuple(_EARLIER_NAMES.get(name, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ class Without:
     @property
     def name(self) -> str:
         """What logs and tables call it."""
-        return f"{self.policy.name} without {', '.join(current_names(self.features))}"
+        return f"{self.policy.name} without {', '.join(self.features)}"
 
     def decide(self, observation: Observation) -> Decision:
         """As the policy, on what is left."""
@@ -118,3 +111,61 @@ def actor_of(policy: Policy) -> Policy:
     if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
         raise ConfigError(f"{policy.name} has no value ensemble that could be left out.")
     return replace(policy, name=f"{policy.name} actor", value_ensemble=None)
+
+
+KNOTS = np.linspace(0, 1, 5)
+"""Relative depths at which scores are given; between them they are interpolated."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same action at every decision: scores by relative depth, and a placement.
+
+    Attributes:
+        name: the name in logs and tables.
+        scores: at each of `KNOTS`.
+        placement: see `PLACEMENT`.
+    """
+
+    name: str
+    scores: tuple[float, ...]
+    placement: tuple[float, ...]
+
+    def decide(self, observation: Observation) -> Decision:
+        """Take the constant action."""
+        scores = np.interp(module_feature(observation, "relative_depth"), KNOTS, self.scores)
+        return decision_from_scores(observation, scores, self.placement)
+
+
+def constant_of(policy: Policy, observations: Sequence[Observation], name: str) -> Constant:
+    """The mean action of a policy over several tasks.
+
+    Modules of different models have only their relative depth in common. So the scores at `KNOTS` are those from which
+    interpolation comes nearest to the policy's scores, by least squares. A plan that follows from no scores counts with
+    the logs of its ranks, half a rank where there is none, and its lowest rank as the rank floor.
+
+    Args:
+        policy: decides.
+        observations: of first decisions.
+        name: of the constant policy.
+    """
+    depths, scores, placement = [], [], []
+    for observation in observations:
+        decision, problem = policy.decide(observation), observation.problem
+        base_floor, base_bias = base_rank_floor(problem), base_depth_bias(problem)
+        depths.append(module_feature(observation, "relative_depth"))
+        if decision.rank_floor > 0:
+            scores.append(decision.scores)
+            placement.append((np.log2(decision.rank_floor / base_floor), decision.depth_bias - base_bias))
+        else:
+            logs = np.log(np.maximum(decision.ranks, 0.5))
+            scores.append(logs - logs.mean())
+            lowest = decision.ranks[decision.ranks > 0].min(initial=problem.ladder.ranks[-1])
+            placement.append((np.log2(lowest / base_floor), 0.0))
+    fitted = np.linalg.lstsq(_hats(np.concatenate(depths)), np.concatenate(scores), rcond=None)[0]
+    return Constant(name, tuple(fitted.tolist()), tuple(np.mean(placement, axis=0).tolist()))
+
+
+def _hats(depths: FloatArray) -> FloatArray:
+    """The weight of each knot in the interpolation at each relative depth, (depths, knots)."""
+    return np.stack([np.interp(depths, KNOTS, one) for one in np.eye(len(KNOTS))], axis=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -20,9 +20,8 @@ from ...env.tasks.suites import evenly, find_tasks
 from ...errors import ConfigError, RunFolderError, UnknownNameError
 from ..learned.exploring import exploring
 from ..learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
-from ..rules import EARLIER_NAMES, RULES
-from ..rules.constant import Constant, constant_of
-from .ablation import Once, Without, actor_of
+from ..rules import RULES
+from .ablation import Constant, Once, Without, actor_of, constant_of
 from .config import EvaluateConfig
 from .hindsight import TASK_RULES
 from .replayed import SHUFFLED, STATIC, Replayed
@@ -70,8 +69,6 @@ def evaluate(
         RunFolderError: the folder holds something else.
         AssetError: a text is not at hand.
     """
-    policies, against = tuple(map(_current_name, config.policies)), _current_name(config.against)
-    config = replace(config, policies=policies, against=against)
     tasks = evaluation_tasks(config)
     schedule = _common_schedule(config.names, folder if resume else None)
     competitors = {name: find_competitor(name, schedule) for name in config.names}
@@ -111,11 +108,6 @@ def evaluation_tasks(config: EvaluateConfig) -> tuple[ProxyTask, ...]:
     return tasks if config.tasks is None else evenly(tasks, config.tasks)
 
 
-def _current_name(name: str) -> str:
-    """What a rule is called now; any other competitor keeps the name that it was given."""
-    return name if policy_folder(name).exists() else EARLIER_NAMES.get(name, name)
-
-
 def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
     """A competitor by its name on the command line.
 
@@ -142,7 +134,7 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
         return Replayed(Path(folder), before)
     if name in TASK_RULES:
         return TASK_RULES[name]
-    if name not in {*RULES, *EARLIER_NAMES} and Path(name).name == name and not policy_folder(name).exists():
+    if name not in RULES and Path(name).name == name and not policy_folder(name).exists():
         raise UnknownNameError.of("rule", name, [*RULES, *TASK_RULES], "A trained policy is given by its folder.")
     return load_policy(name)
 

@@ -24,9 +24,7 @@ from ...allocation.policy import Policy
 from ...allocation.problem import AllocationProblem
 from ...env.tasks.oracle import oracle_plan
 from ...env.tasks.proxy_task import ProxyTask
-from ..rules import RULES
-from ..rules.fixed_plan import FixedPlan, Window
-from ..rules.random import RandomScores
+from ..rules import RULES, FixedPlan, RandomScores, Window
 
 Attempt = tuple[ProxyTask, Policy]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
@@ -15,12 +15,9 @@ from ...env.reward import Comparison
 from ...env.tasks.finetune import Reference
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError, first_line, shown
-from ..rules import EARLIER_NAMES
 
 Key = tuple[str, str, int]
 """Policy, task and seed: what makes a row unique."""
-
-_EARLIER_COLUMNS = {"price": "cost_kind"}
 
 
 @dataclass(frozen=True)
@@ -120,20 +117,19 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file, the last of each key; none if it is absent.
 
-    A torn last line is left out, and names are those of today.
+    A torn last line is left out.
 
     Raises:
         RunFolderError: it holds something else.
     """
     lines: list[Any] = read_json_lines(path)
     try:
-        rows = [Row(**{_EARLIER_COLUMNS.get(name, name): value for name, value in line.items()}) for line in lines]
+        rows = [Row(**line) for line in lines]
         for row in rows:
             _check(row)
     except (TypeError, AttributeError) as error:
         raise RunFolderError(f"{path} holds no results of this version of rankpilot ({first_line(error)}).") from error
-    current = [replace(row, policy=EARLIER_NAMES.get(row.policy, row.policy)) for row in rows]
-    return list({row.key: row for row in current}.values())
+    return list({row.key: row for row in rows}.values())
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -21,7 +21,7 @@ from ...allocation.policy import Decision, decided_plan, decision_from_plan, dec
 from ...allocation.problem import AllocationProblem
 from ...common.arrays import FloatArray, IntArray
 from ...memory.cost import ParameterCost
-from ..rules.by_signal import signal_mean
+from ..rules import signal_mean
 
 BASIS = ("signal_mean", "rank_cost", "relative_depth", "actor")
 """The scores of candidates are weighted sums of these."""

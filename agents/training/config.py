@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from ...allocation.schedule import ONCE, DecisionSchedule
 from ...env.tasks.suite_names import SUITES
@@ -50,12 +49,6 @@ class TrainConfig:
     Raises:
         ConfigError: a value is out of range.
     """
-
-    RENAMED: ClassVar[Mapping[str, str]] = {
-        "groups": "tasks_per_stack",
-        "group": "episodes_per_task",
-        "trial_tasks": "plan_tasks",
-    }
 
     iterations: int = 10
     stacks: int = 2

@@ -86,8 +86,6 @@ _DESCRIBED = ("tasks", "names", "family", "weight")
 class PlanRun:
     """What one stack of runs was, decision by decision.
 
-    Files of earlier versions lack the last three, which no fit needs.
-
     Attributes:
         modules: float32 (decisions, runs, modules, features).
         scores: the actor's, centred, float32 (decisions, runs, modules).

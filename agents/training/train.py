@@ -98,7 +98,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         max_modules=modules,
         device=str(find_device(config.device)),
     )
-    with open_run(folder, as_json(TrainConfig, config), resume=resume, kind=TrainConfig):
+    with open_run(folder, as_json(TrainConfig, config), resume=resume):
         return _train(config, folder, fresh, stack, validation, on_stage or (lambda stage: None))
 
 

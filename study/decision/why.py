@@ -182,7 +182,7 @@ def _about_the_plan(logged: LoggedDecision, changed: bool) -> tuple[str, ...]:
     drawn = logged.deliberation is not None and logged.deliberation.temperature > 0
     notes = {
         "The plan was drawn; what-ifs and the effect of noise are those of the plan that the policy prefers.": drawn,
-        "A person in review or a limit of time changed the plan; what is explained is the policy's own.": changed,
+        "A limit of time, or somebody by hand, changed the plan; what is explained is the policy's own.": changed,
     }
     return tuple(note for note, applies in notes.items() if applies)
 
@@ -400,7 +400,7 @@ def _of_budget(logged: LoggedDecision) -> list[str]:
     reasons[problem.is_pinned & (allowed != asked)] = "they are pinned"
     off_ladder = (allowed == clipped) & (ladder.array[rungs] == clipped) & (asked != clipped)
     reasons[off_ladder] = "the ladder has no such rank, and the next one below counts"
-    reasons[clipped != allowed] = "a person changed it in review"
+    reasons[clipped != allowed] = "it was given by hand, or changed by a limit of time"
     counts = Counter(filter(None, reasons.tolist()))
     found = [f"{plural(count, 'module')} did not get the rank asked for: {why}." for why, count in counts.items()]
     lowered, raised = int((got < clipped).sum()), int((got > clipped).sum())

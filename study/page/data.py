@@ -153,19 +153,7 @@ def _adapter(run: RunData) -> dict[str, str] | None:
         "merged = model.merge_and_unload()  # the base model with the adapter in its weights, for save_pretrained",
         "export": f"rankpilot export {quote(str(folder))} --output padded\n"
         f"rankpilot export {quote(str(folder))} --format rank-pattern",
-        "reload": reload_sentence(run),
     }
-
-
-def reload_sentence(run: RunData) -> str:
-    """Whether plain PEFT gives the outputs of the run for the saved adapter; empty where nobody looked."""
-    check = run.summary.get("reload")
-    if not check:
-        return ""
-    largest = check.get("max_abs_difference")
-    detail = f" (largest difference {largest:.3g})" if largest is not None else ""
-    same = "identical outputs" if check.get("identical") else "other outputs"
-    return f"The saved adapter, loaded by plain PEFT, gives {same}{detail}."
 
 
 def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:

@@ -374,9 +374,6 @@ def check_summary(summary: Any) -> None:
     _check_numbers(summary, _SETUP, "")
     if not (summary.get("largest_class") or 0) <= 1:
         raise TypeError(f"largest_class is {summary['largest_class']}, not a share")
-    reload = summary.get("reload")
-    if reload is not None:
-        _check_numbers(reload, ("max_abs_difference",), "reload: ")
     for name in ("model", "data", "policy"):
         if not isinstance(summary.get(name), str | None):
             raise TypeError(f"{name} is {shown(summary[name])}")

@@ -41,7 +41,7 @@ class Verdict:
 
 def verdict(run: RunData) -> Verdict:
     """What is wrong with a run, and what came out of it."""
-    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run), _changed_by_reload(run))
+    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run))
     of_policy = (_misses_goal(run), _unlike(run))
     others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
     results = (_ending(run), *others, _promise(run))
@@ -125,11 +125,6 @@ def _exceeded(run: RunData) -> str:
         return ""
     over = int((peaks[:, 1] > in_force(limits, peaks[:, 0])).sum())
     return f"The peak was above the budget at {over} of {len(peaks)} measured steps." if over else ""
-
-
-def _changed_by_reload(run: RunData) -> str:
-    check = run.summary.get("reload") or {}
-    return "" if check.get("identical", True) else "The saved adapter, loaded by plain PEFT, gives other outputs."
 
 
 def _unlike(run: RunData) -> str:

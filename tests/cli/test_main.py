@@ -19,6 +19,7 @@ from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.cli import assets, finetune, train
 from rankpilot.cli import main as cli
 from rankpilot.common.files import write_json
+from rankpilot.common.run_folder import open_run
 from rankpilot.common.settings import as_json
 from rankpilot.finetune.config import FinetuneConfig
 
@@ -206,12 +207,20 @@ def test_a_full_disk_is_one_line(
     """The errors of safetensors and torch are no OSErrors; a limit on the size of files provokes them."""
     import torch
     from safetensors.torch import save_file
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
 
     large = {"weight": torch.ones(50_000)}
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        for write in (lambda: save_file(large, tmp_path / "a"), lambda: torch.save(large, tmp_path / "b")):
+        words = Tokenizer(WordLevel({str(number): number for number in range(5000)}))
+        writers = (
+            lambda: save_file(large, tmp_path / "a"),
+            lambda: torch.save(large, tmp_path / "b"),
+            lambda: words.save(str(tmp_path / "c")),
+        )
+        for write in writers:
             monkeypatch.setattr(train, "train_command", lambda options, write=write: write())
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
             shown = failure(["train"], capsys)
@@ -227,7 +236,7 @@ def test_sigterm_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(train, "train_command", lambda options: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert cli.run(["train"]) == 143
-    assert capsys.readouterr().err == "Terminated. The same command with --resume continues from here.\n"
+    assert capsys.readouterr().err == "Terminated.\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -286,19 +295,9 @@ def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) 
     )
 
 
-def test_a_config_file_of_an_earlier_version(seen: list[Any], tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    network = as_json(NetworkConfig, NetworkConfig(width=9)) | {"attention_heads": 0}
-    write_json(path, {"groups": 5, "group": 6, "trial_tasks": 7, "network": network})
-    assert cli.run(["train", "--config", str(path)]) == 0
-    assert (seen[0].tasks_per_stack, seen[0].episodes_per_task, seen[0].plan_tasks) == (5, 6, 7)
-    assert seen[0].network == NetworkConfig(width=9)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"network": {"attention_heads": 4}}', "'attention_heads' is gone; only 0 can go on, not 4"),
         (None, "Cannot read the config file"),
         ("{", "Cannot read the config file"),
         ("[1]", "holds no settings by name"),
@@ -326,13 +325,20 @@ def test_a_config_option_without_a_file(capsys: pytest.CaptureFixture[str], seen
     assert not seen
 
 
-def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def interrupt(options: Any) -> None:
         raise KeyboardInterrupt
 
+    def interrupted_run(options: Any) -> None:
+        with open_run(tmp_path / "run", {}, resume=False):
+            interrupt(options)
+
+    monkeypatch.setattr(train, "train_command", interrupted_run)
+    assert cli.run(["train"]) == 130
+    assert capsys.readouterr().err == "Interrupted. The same command with --resume continues from here.\n"
     monkeypatch.setattr(train, "train_command", interrupt)
     assert cli.run(["train"]) == 130
-    assert "--resume continues" in capsys.readouterr().err
+    assert capsys.readouterr().err == "Interrupted.\n", "there is no run yet"
     monkeypatch.setattr(assets, "main", interrupt)
     assert cli.run(["assets"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n"

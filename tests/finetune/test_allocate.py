@@ -89,6 +89,13 @@ def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_
     assert plan.line().endswith(f"mean rank {sum(plan.ranks.values()) / len(plan.ranks):.1f}")
 
 
+def test_a_name_is_no_model() -> None:
+    with pytest.raises(
+        ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot allocate`"
+    ):
+        allocate("gpt2", DataLoader(ROWS))  # type: ignore[arg-type]
+
+
 def test_a_model_and_a_loader(llama_config: LlamaConfig) -> None:
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}

@@ -14,9 +14,8 @@ import torch
 from rankpilot.common.energy import EnergyCounter
 from rankpilot.common.files import read_json, read_json_lines, write_json
 from rankpilot.errors import NonFiniteError
-from rankpilot.finetune import hardware
-from rankpilot.finetune.hardware import hardware_facts
-from rankpilot.finetune.metrics import RunMetrics
+from rankpilot.finetune import metrics as metrics_module
+from rankpilot.finetune.metrics import RunMetrics, hardware_facts
 from rankpilot.study.page.data import page_data
 from rankpilot.study.run.run_data import read_run
 from transformers import TrainerState, TrainingArguments
@@ -33,7 +32,7 @@ def test_a_processor() -> None:
 
 
 def test_a_processor_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hardware, "_PROCESSORS", tmp_path / "nothing")
+    monkeypatch.setattr(metrics_module, "_PROCESSORS", tmp_path / "nothing")
     name = hardware_facts(torch.device("cpu"))["device"].split(",")[0]
     assert name == (platform.processor() or platform.machine())
 
@@ -48,7 +47,7 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, told: int | None) -> None:
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
     properties = SimpleNamespace(name="H100", total_memory=80)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: 60)
+    monkeypatch.setattr(metrics_module, "free_bytes", lambda device: 60)
     expected = {"device": "H100", "busy": None if told is None else 0.37, "free_bytes": 60, "total_bytes": 80}
     assert hardware_facts(torch.device("cuda")) == expected
 

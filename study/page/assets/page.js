@@ -263,7 +263,7 @@ function adapterView() {
   if (!shown.length) return null;
   const code = (label, text) => el("pre", { tabindex: 0, role: "region", "aria-label": label }, text);
   return el("section", { class: "card", id: "adapter" }, el("h2", {}, "The adapter"), shown.map(([{ name, adapter }, index]) => el("div", {},
-    several() ? el("h3", { class: "runname" }, runBadge(index), name) : null, adapter.reload ? el("p", {}, adapter.reload) : null,
+    several() ? el("h3", { class: "runname" }, runBadge(index), name) : null,
     el("p", {}, "It is in ", el("code", {}, adapter.folder), "; its base model is ", el("code", {}, adapter.base), ". Plain PEFT loads it:"),
     code("How to load the adapter", adapter.load),
     el("p", {}, "For vLLM and llama.cpp, which read one rank for all modules, and for a new fine-tune at the learned ranks:"),

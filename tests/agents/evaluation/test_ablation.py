@@ -63,7 +63,7 @@ def test_groups_hold_features_that_exist() -> None:
     assert all(set(names) <= known for names in FEATURE_GROUPS.values())
     with pytest.raises(UnknownNameError, match=r"Unknown feature 'snrr'\. Did you mean: 'snr'"):
         Without(Recorder(), ("snrr",))
-    assert Without(Recorder(), ("prices", "height")).name == "recorder without costs, relative_depth", "earlier names"
+    assert Without(Recorder(), ("costs", "relative_depth")).name == "recorder without costs, relative_depth"
 
 
 def test_once_decides_at_the_first_decision_alone(observation: Observation) -> None:

@@ -15,8 +15,7 @@ from rankpilot.agents.evaluation.hindsight import TASK_RULES
 from rankpilot.agents.evaluation.results import Row, append_rows, read_rows, row_of, write_rows
 from rankpilot.agents.evaluation.runs import SEED_STEP, compare, log_folder, repetition, summarise
 from rankpilot.agents.evaluation.tables import groups_of
-from rankpilot.agents.rules import RULES
-from rankpilot.agents.rules.by_signal import SignalRule
+from rankpilot.agents.rules import RULES, RandomScores, SignalRule
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, Policy
@@ -173,8 +172,6 @@ def test_two_processes_find_the_same_rows() -> None:
 
 
 def test_hindsight_takes_the_best(counted: list[int]) -> None:
-    from rankpilot.agents.rules.random import RandomScores
-
     draws = [RandomScores(f"draw {draw}", draw) for draw in range(8)]
     *single, best = compare([*draws, TASK_RULES["best-of-8"]], TASKS[:1], SCHEDULE, workers=1)
     assert best.loss == min(row.loss for row in single if row.loss is not None)
@@ -264,10 +261,7 @@ def test_rows_as_lines(tmp_path: Path) -> None:
     append_rows(file, rows[:1])
     append_rows(file, rows[1:])
     assert read_rows(file) == rows
-    append_rows(file, made_up("fracrule", {3: 0.2}))
-    assert read_rows(file)[-1] == made_up("top-down", {3: 0.2})[0], "under the name that the rule has now"
-    file.write_text(file.read_text().replace('"cost_kind"', '"price"'))
-    assert read_rows(file)[:2] == rows, "a column of an earlier name"
+    append_rows(file, made_up("top-down", {3: 0.2}))
     append_rows(file, [dataclasses.replace(rows[0], loss=0.5)])
     assert [row.loss for row in read_rows(file)] == [0.5, *(row.loss for row in read_rows(file)[1:])]
     assert len(read_rows(file)) == 3, "a row that is there twice counts once"

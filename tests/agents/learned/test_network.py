@@ -14,8 +14,7 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.gaussian import CorrelatedGaussian
 from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.rules import RULES, find_rule
-from rankpilot.agents.rules.by_signal import SignalRule, signal_mean
+from rankpilot.agents.rules import RULES, SignalRule, find_rule, signal_mean
 from rankpilot.agents.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
 from rankpilot.allocation.actions import PLACEMENT, SCORE_BOUND
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES

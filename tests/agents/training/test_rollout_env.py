@@ -17,7 +17,7 @@ import rankpilot
 import torch
 from numpy.typing import NDArray
 from rankpilot.agents.evaluation.runs import run_attempts
-from rankpilot.agents.rules.by_signal import MEAN_SIGNALS, signal_mean
+from rankpilot.agents.rules import MEAN_SIGNALS, signal_mean
 from rankpilot.agents.training import rollout_env
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.task_sampling import FreshTasks

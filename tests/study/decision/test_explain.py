@@ -82,7 +82,7 @@ def test_plans_that_are_not_the_policys_own_are_said_to_be(
     table = decisions[0].table.set_column(place, "rank_after", [ranks.astype(np.int32)])
     reviewed = explain(replace(decisions[0], table=table), policy, what_ifs=False)
     assert reviewed.attribution is not None
-    assert reviewed.sentences()[-1].startswith("A person in review or a limit of time changed the plan")
+    assert reviewed.sentences()[-1].startswith("A limit of time, or somebody by hand, changed the plan")
     drawing = replace(policy, temperature=0.5, seed=3)
     drawn = explain(log_decision(make_observation(8), drawing), policy, what_ifs=False)
     assert drawn.attribution is not None

@@ -12,8 +12,7 @@ import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.rules import find_rule
-from rankpilot.agents.rules.by_signal import signal_mean
+from rankpilot.agents.rules import find_rule, signal_mean
 from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
 from rankpilot.allocation.decision_log import LoggedDecision
 from rankpilot.allocation.observation import Observation, module_feature
@@ -191,7 +190,7 @@ def test_pinned_modules_and_changes_by_a_person(
         table = table.set_column(table.column_names.index(column), column, [edited.astype(np.int32)])
     assert refused(replace(logged, problem=pinned, table=table)) == [
         "they are pinned",
-        "a person changed it in review",
+        "it was given by hand, or changed by a limit of time",
     ]
 
 

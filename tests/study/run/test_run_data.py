@@ -129,16 +129,6 @@ def test_a_causal_model_without_a_uniform_run(run_folder: Path) -> None:
     assert table_rows(page)["held-out loss"] == ["0.3841"]
 
 
-def test_what_plain_peft_gives_is_shown(run_folder: Path) -> None:
-    write_json(run_folder / "rankpilot" / "adapter" / "adapter_config.json", {"task_type": "SEQ_CLS"})
-    reload = page_of(run_folder)["adapter"]["reload"]
-    assert reload == "The saved adapter, loaded by plain PEFT, gives identical outputs (largest difference 0)."
-    edit_summary(run_folder, lambda s: s.update(reload={"identical": False, "max_abs_difference": 0.25}))
-    page = page_of(run_folder)
-    assert "gives other outputs (largest difference 0.25)" in page["adapter"]["reload"]
-    assert "The saved adapter, loaded by plain PEFT, gives other outputs." in page["warnings"]
-
-
 def test_decisions_after_a_probe_start_from_the_ranks_in_place(run_folder: Path) -> None:
     (run_folder / "decisions" / "part-00000.parquet").unlink()
     assert [decision["number"] for decision in page_of(run_folder)["decisions"]] == [1, 2, 3]
@@ -225,7 +215,7 @@ def test_a_trainer_output_folder(trainer_folder: Path) -> None:
     assert set(page["sentences"]) == {"ranks", "losses", "costs"}
     assert page["results"] == ["The latest held-out loss is 0.3840, at step 200."]
     checkpoint, adapter = trainer_folder / "checkpoint-200", page["adapter"]
-    assert (adapter["folder"], adapter["base"], adapter["reload"]) == (str(checkpoint), "some/model", "")
+    assert (adapter["folder"], adapter["base"]) == (str(checkpoint), "some/model")
     assert f"AutoPeftModelForCausalLM.from_pretrained('{checkpoint}')" in adapter["load"]
     assert f"rankpilot export {quote(str(checkpoint))} --output padded" in adapter["export"]
 

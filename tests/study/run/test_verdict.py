@@ -162,13 +162,6 @@ def test_a_peak_above_the_budget(with_metrics: Callable[[Mapping[int, Mapping[st
     assert verdict(read_run(folder)).warnings == ("The peak was above the budget at 1 of 2 measured steps.",)
 
 
-def test_a_reload_that_differs_and_several_warnings(run_folder: Path) -> None:
-    edit_results(run_folder, held_out_accuracy=0.4)
-    summary = read_json(run_folder / "summary.json")
-    write_json(run_folder / "summary.json", summary | {"reload": {"identical": False, "max_abs_difference": 0.25}})
-    assert [line.split()[1] for line in verdict(read_run(run_folder)).warnings] == ["model", "saved"]
-
-
 def test_a_run_without_results(run_folder: Path) -> None:
     (run_folder / "summary.json").unlink()
     assert verdict(read_run(run_folder)).results == ("The latest held-out loss is 0.3840, at step 200.",)

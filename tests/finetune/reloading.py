@@ -1,23 +1,26 @@
-"""Loads a saved adapter with plain PEFT in a fresh process, and compares logits."""
+"""Loads the adapters that fine-tunes save with plain PEFT in fresh processes, and compares logits."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
+from rankpilot.data.models import head_options, load_config, resolve_model
+from rankpilot.data.quantised import bitsandbytes_settings
+from rankpilot.data.task import KINDS
+from rankpilot.data.workload import Workload
+from rankpilot.finetune import experiment
+from rankpilot.finetune.config import PILOT, FinetuneConfig
 from safetensors.torch import load_file, save_file
 
-from ..data.models import head_options, load_config, resolve_model
-from ..data.quantised import bitsandbytes_settings
-from ..data.task import KINDS
-from ..data.workload import Workload
-from ..errors import RunFolderError
-from .config import FinetuneConfig
+from ..warm_python import WarmPython
 
 _RELOAD = """
 import json, sys, torch
@@ -42,7 +45,9 @@ assert not any(name.split(".")[0] == "rankpilot" for name in sys.modules)
 """
 
 
-def check_reload(config: FinetuneConfig, workload: Workload, model: PeftModel, adapter: Path) -> dict[str, Any]:
+def check_reload(
+    config: FinetuneConfig, workload: Workload, model: PeftModel, adapter: Path, python: WarmPython
+) -> dict[str, Any]:
     """Load the adapter with plain PEFT in a fresh process that never imports rankpilot, and compare logits.
 
     Returns:
@@ -67,8 +72,29 @@ def check_reload(config: FinetuneConfig, workload: Workload, model: PeftModel, a
         "logits": str((scratch / "logits.safetensors").resolve()),
     }
     command = [sys.executable, "-c", _RELOAD]
-    done = subprocess.run(command, input=json.dumps(spec), text=True, capture_output=True, check=False)
-    if done.returncode != 0:
-        raise RunFolderError(f"Plain PEFT could not load {adapter}: {done.stderr.strip().splitlines()[-1:]}")
+    done = python.run(command, input=json.dumps(spec), text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
     difference = float((load_file(scratch / "logits.safetensors")["logits"] - expected).abs().max())
     return {"identical": difference == 0.0, "max_abs_difference": difference}
+
+
+@contextmanager
+def reloaded(python: WarmPython) -> Iterator[list[dict[str, Any]]]:
+    """What `check_reload` finds of each adapter that a fine-tune under a policy saves inside."""
+    found: list[dict[str, Any]] = []
+    configs: list[FinetuneConfig] = []
+    run_one, save = experiment.run_one, experiment._save_adapter
+
+    def run(config: FinetuneConfig, *arguments: Any, **options: Any) -> dict[str, Any]:
+        configs.append(config)
+        return run_one(config, *arguments, **options)
+
+    def save_and_check(model: PeftModel, workload: Workload, folder: Path) -> None:
+        save(model, workload, folder)
+        if folder.name == PILOT:
+            found.append(check_reload(configs[-1], workload, model, folder / "adapter", python))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "run_one", run)
+        patch.setattr(experiment, "_save_adapter", save_and_check)
+        yield found
