@@ -15,8 +15,7 @@ from ...common.workers import count_workers
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_finetune import check_texts
 from ...env.tasks.proxy_task import ProxyTask
-from ...env.tasks.suite_names import SUITES
-from ...env.tasks.suites import evenly, find_tasks
+from ...env.tasks.suites import SUITES, evenly, find_tasks
 from ...errors import ConfigError, RunFolderError, UnknownNameError
 from ..learned.exploring import exploring
 from ..learned.policy_file import load_policy, policy_folder, policy_schedule, read_card

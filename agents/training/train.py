@@ -25,26 +25,33 @@ from ...common.devices import find_device
 from ...common.files import append_json_line, read_json, read_json_lines, write_json, write_text
 from ...common.run_folder import open_run
 from ...common.settings import as_json
-from ...env.episodes.slots import StackedConfig
 from ...env.proxies.adapted import adapted_base
 from ...env.tasks.proxy_finetune import check_texts
 from ...env.tasks.proxy_task import ProxyTask
 from ...env.tasks.suites import VERSION
+from ...env.vector import StackedConfig
 from ...errors import DataError, RunFolderError, first_line
 from ..learned.network import RankNetwork
 from ..learned.plan_value import PlanValueEnsemble
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import CARD, save_policy
-from .checkpoint import CHECKPOINT, restore, write_checkpoint
 from .config import TrainConfig
 from .fit_plan_value import ANY_COST, fit_value_ensemble
 from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, plan_dataset
 from .ppo_policy import GroupRolloutBuffer, RankPolicy
-from .progress import PROGRESS, OnStage, PPOProgress, Stage
+from .progress import (
+    CHECKPOINT,
+    PROGRESS,
+    OnStage,
+    PPOProgress,
+    Stage,
+    Validation,
+    restore,
+    write_checkpoint,
+)
 from .real_plan_runs import more_plan_runs
 from .rollout_env import ProxyVecEnv
 from .task_sampling import FreshTasks, fresh_tasks, plan_draws, validation_tasks, warm_draws
-from .validation import Validation
 from .warm_start import warm_start
 
 TENSORBOARD = "tensorboard/ppo_1"

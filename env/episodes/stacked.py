@@ -1,6 +1,6 @@
 """Many proxy fine-tunes at once on one frozen base: the same episodes as `Episode`, stacked.
 
-Losses, signals, observations and rank changes are those of a PEFT model (tests/env/episodes/test_slots.py compares
+Losses, signals, observations and rank changes are those of a PEFT model (tests/env/episodes/test_stacked.py compares
 them); only the arithmetic runs for all episodes together.
 """
 
@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
+from ...agents.rules import RULES
 from ...allocation.controller import RankController
 from ...allocation.observation import Observation
-from ...allocation.plan import Plan, uniform_ranks
+from ...allocation.plan import uniform_ranks
 from ...allocation.policy import Decision
 from ...allocation.probe import ProbeResult
 from ...allocation.problem import AllocationProblem
@@ -31,6 +34,7 @@ from ..proxies.adapted import adapted_base
 from ..tasks.finetune import Reference
 from ..tasks.proxy_finetune import ProxyFineTune, first_problem
 from ..tasks.proxy_task import ProxyTask
+from .episode_log import EpisodeLog
 from .single import new_controller, rate_at, unknown_signals
 from .stack_trainer import Lane, StackTrainer
 
@@ -44,22 +48,23 @@ class StackedEpisode:
 
     Attributes:
         task: what is fine-tuned.
-        row: where its adapters lie.
         controller: its link to decisions.
+        observation: what the next decision is made from; at the end what the last one was made from.
+        log: where its decisions are written down, if anywhere.
+        ranks: after the latest decision, int64 (modules,).
         step: optimiser steps done.
+        loss: mean training loss of the latest interval; None before the first one, and where it was not finite.
         failed: whether a loss was not finite.
     """
 
     task: ProxyTask
-    row: int
     controller: RankController[StackedRun]
+    observation: Observation
+    ranks: IntArray
+    log: EpisodeLog | None = None
     step: int = 0
+    loss: float | None = None
     failed: bool = False
-
-    @property
-    def until(self) -> int:
-        """The step before which the next decision falls, or the end."""
-        return self.controller.until
 
     @property
     def ended(self) -> bool:
@@ -74,8 +79,10 @@ class StackedEpisodes:
         base: name of the proxy base of all tasks.
         schedule: when ranks are decided.
         slots: how many episodes can be under way at once.
-        compiled: run the model through torch.compile; see `StackedAdapters`.
         device: where to train.
+
+    Attributes:
+        under_way: the latest episode of each slot, also when it has ended.
 
     All tasks must have the same batch size and length. A task's results do not depend on what runs beside it.
     """
@@ -84,19 +91,13 @@ class StackedEpisodes:
     schedule: DecisionSchedule
 
     def __init__(
-        self,
-        base: str,
-        schedule: DecisionSchedule,
-        slots: int,
-        *,
-        compiled: bool = False,
-        device: torch.device | str = "cpu",
+        self, base: str, schedule: DecisionSchedule, slots: int, *, device: torch.device | str = "cpu"
     ) -> None:
         self.base, self.schedule = base, schedule
         self.device: torch.device = torch.device(device)
         self.under_way: dict[int, StackedEpisode] = {}
         self._targets = adapted_base(base)[1]
-        self._trainer = StackTrainer(base, slots, compiled=compiled, device=self.device)
+        self._trainer = StackTrainer(base, slots, device=self.device)
         self._adapters = self._trainer.adapters
         self._base_norms = base_norms(self._targets)
         self._probes: dict[ProxyTask, ProbeResult] = {}
@@ -108,11 +109,12 @@ class StackedEpisodes:
         """Target modules of the base."""
         return len(self._targets)
 
-    def start(self, tasks: Mapping[int, ProxyTask]) -> None:
+    def start(self, tasks: Mapping[int, ProxyTask], logs: Mapping[int, EpisodeLog] | None = None) -> None:
         """Begin episodes; a slot's last one is forgotten.
 
         Args:
             tasks: by slot.
+            logs: where the decisions of some of them are written down, by slot.
 
         Raises:
             ConfigError: a task is of another base, or its batches have another shape than those of the other tasks.
@@ -121,8 +123,17 @@ class StackedEpisodes:
         self._probe({task: row for task, row in rows.items() if task not in self._probes})
         reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})
         for slot, task in tasks.items():
-            self.under_way[slot] = StackedEpisode(task, slot, self._controller(task, slot))
+            run = StackedRun(self._adapters, slot, self._base_norms)
+            controller = new_controller(ProxyFineTune(task), run, self.schedule, self._probes[task])
+            log = logs.get(slot) if logs else None
+            seen = controller.observe(0)
+            self.under_way[slot] = StackedEpisode(task, controller, seen, seen.problem.ranks, log)
         self._forget(self._probes, tasks.values())
+
+    def start_all(self, tasks: Sequence[ProxyTask], logs: Mapping[int, EpisodeLog] | None = None) -> None:
+        """Begin episodes in the first slots, and forget all others; see `start`."""
+        self.under_way.clear()
+        self.start(dict(enumerate(tasks)), logs)
 
     def _forget(self, known: dict[ProxyTask, Any], used: Iterable[ProxyTask]) -> None:
         """Drop what was used longest ago of what is known of tasks, so that fresh tasks do not fill the memory.
@@ -157,10 +168,6 @@ class StackedEpisodes:
             )
         return shape
 
-    def _controller(self, task: ProxyTask, row: int) -> RankController[StackedRun]:
-        run = StackedRun(self._adapters, row, self._base_norms)
-        return new_controller(ProxyFineTune(task), run, self.schedule, self._probes[task])
-
     def reference(self, task: ProxyTask) -> Reference:
         """What fixed allocations of a task achieve that knows it, or that was given to `measure_references`."""
         return task.reference or self._references[task]
@@ -172,40 +179,71 @@ class StackedEpisodes:
 
     # Decisions --------------------------------------------------------------------------------------------------------
 
-    def observe(self, slot: int, interval_loss: float | None = None) -> Observation:
-        """The next decision's input."""
-        episode = self.under_way[slot]
-        return episode.controller.observe(episode.step, interval_loss)
+    def step(self, decisions: Mapping[int, Decision]) -> None:
+        """Take decisions, and train these episodes until the next one or their end.
 
-    def apply(self, slot: int, decision: Decision) -> Plan:
-        """Take a decision; its rank change is made with those of the other slots, when training goes on."""
-        episode = self.under_way[slot]
-        return episode.controller.apply(decision, episode.step)
+        A loss that is not finite ends an episode.
 
-    def advance(self, slots: Sequence[int]) -> dict[int, float | None]:
-        """Train each of these episodes until its next decision or its end.
+        Args:
+            decisions: by slot, of episodes that have not ended.
+        """
+        episodes = {slot: self.under_way[slot] for slot in decisions}
+        for slot, episode in episodes.items():
+            plan = episode.controller.apply(decisions[slot], episode.step)
+            episode.ranks = plan.ranks
+            if episode.log:
+                episode.log.append(
+                    episode.controller,
+                    episode.observation,
+                    decisions[slot],
+                    plan,
+                    step=episode.step,
+                    loss=episode.loss,
+                )
+        runs = {slot: episode.controller.adapters for slot, episode in episodes.items()}
+        set_stacked_ranks(self._adapters, [run.move for run in runs.values() if run.move])
+        lanes = {}
+        for slot, episode in episodes.items():
+            runs[slot].move = None
+            meter = None if episode.controller.finished else runs[slot].meter
+            until = episode.controller.until
+            lanes[slot] = Lane(episode.task, slot, episode.step, until, _decay(episode.task), meter)
+        self._trainer.train(list(lanes.values()))
+        for slot, lane in lanes.items():
+            episode = episodes[slot]
+            episode.step, episode.failed = lane.step, lane.failed
+            episode.loss = None if lane.failed else float(np.mean(lane.losses))
+            if not episode.ended:
+                episode.observation = episode.controller.observe(episode.step, episode.loss)
+
+    def run_to_the_end(
+        self,
+        decide: Callable[[list[Observation]], Sequence[Decision]],
+        note: Callable[[list[Observation], list[int]], None] | None = None,
+    ) -> list[float]:
+        """Take decisions until all episodes under way are over.
+
+        Args:
+            decide: makes a decision for each slot from what is seen there, in the order of `under_way`; those for
+                episodes that have failed are ignored.
+            note: called after each step with what was seen before it, and the places of the episodes that went on.
 
         Returns:
-            The mean training loss of each interval; None where a loss was not finite, which ends the episode.
+            Held-out losses in nats, NaN for episodes that failed.
         """
-        episodes = [self.under_way[slot] for slot in slots]
-        runs = [episode.controller.adapters for episode in episodes]
-        set_stacked_ranks(self._adapters, [run.move for run in runs if run.move])
-        lanes = []
-        for episode, run in zip(episodes, runs, strict=True):
-            run.move = None
-            task, meter = episode.task, None if episode.controller.finished else run.meter
-            lanes.append(Lane(task, episode.row, episode.step, episode.until, _decay(task), meter))
-        self._trainer.train(lanes)
-        for episode, lane in zip(episodes, lanes, strict=True):
-            episode.step, episode.failed = lane.step, lane.failed
-        return {
-            slot: None if lane.failed else float(np.mean(lane.losses)) for slot, lane in zip(slots, lanes, strict=True)
-        }
+        slots, episodes = list(self.under_way), list(self.under_way.values())
+        while active := [place for place, episode in enumerate(episodes) if not episode.ended]:
+            seen = [episode.observation for episode in episodes]
+            chosen = decide(seen)
+            self.step({slots[place]: chosen[place] for place in active})
+            if note:
+                note(seen, active)
+        losses = self.held_out_losses([slot for slot in slots if not self.under_way[slot].failed])
+        return [losses.get(slot, math.nan) for slot in slots]
 
     def held_out_losses(self, slots: Sequence[int]) -> dict[int, float]:
         """Losses on the held-out sets, now, in nats."""
-        tasks = {self.under_way[slot].row: self.under_way[slot].task for slot in slots}
+        tasks = {slot: self.under_way[slot].task for slot in slots}
         return dict(zip(slots, self._trainer.held_out(tasks), strict=True))
 
     # Before an episode ------------------------------------------------------------------------------------------------
@@ -217,7 +255,8 @@ class StackedEpisodes:
         reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()}, scaled_as=REFERENCE_RANK)
         lanes = []
         for task, row in tasks.items():
-            rows, meter = min(self.schedule.probe_batch, task.batch_size), self._meter(row)
+            rows = min(self.schedule.probe_batch, task.batch_size)
+            meter = StackedMeter(self._adapters, row, self._base_norms)
             lanes.append(Lane(task, row, 0, self.schedule.probe_steps, _constant(task), meter, rows))
         self._trainer.train(lanes)
         for lane in lanes:
@@ -261,9 +300,6 @@ class StackedEpisodes:
         losses = self._trainer.held_out({row: task for row, (task, _) in runs.items()})
         return [math.nan if lane.failed else loss for lane, loss in zip(lanes, losses, strict=True)]
 
-    def _meter(self, row: int) -> StackedMeter:
-        return StackedMeter(self._adapters, row, self._base_norms)
-
 
 def _decay(task: ProxyTask) -> Callable[[int], float]:
     return lambda step: rate_at(task.learning_rate, step, task.steps)
@@ -271,3 +307,27 @@ def _decay(task: ProxyTask) -> Callable[[int], float]:
 
 def _constant(task: ProxyTask) -> Callable[[int], float]:
     return lambda step: task.learning_rate
+
+
+DIGEST_BASES = ("llama-4x32", "bert-4x32")
+DIGEST_SIZES: dict[str, Any] = {"corpus": "documentation", "budget": 0.5, "steps": 12, "length": 16, "eval_rows": 16}
+"""The proxies, and the sizes of the tasks, of `rounding_digest`."""
+
+
+def rounding_digest() -> str:
+    """Run two short stacks of episodes under a rule, whose last bits tell how a machine rounds; takes about a second.
+
+    Returns:
+        A digest of all losses and of the last observations, and the versions that may explain another one. It is equal
+        on machines that train policies to the same bits.
+    """
+    digest = sha256()
+    for base in DIGEST_BASES:
+        tasks = [ProxyTask("planted", seed, base, **DIGEST_SIZES) for seed in (1, 2)]
+        episodes = StackedEpisodes(base, DecisionSchedule(probe_steps=2), len(tasks))
+        episodes.start_all(tasks)
+        losses = episodes.run_to_the_end(lambda seen: [RULES["signal-mean"].decide(each) for each in seen])
+        digest.update(repr(losses).encode())
+        for episode in episodes.under_way.values():
+            digest.update(episode.observation.modules.tobytes())
+    return f"{digest.hexdigest()[:12]} with torch {torch.__version__} and rankpilot {version('rankpilot')}"

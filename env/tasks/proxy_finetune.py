@@ -1,8 +1,17 @@
-"""The fine-tune that a proxy task describes: its model, batches, held-out rows, and the teacher's answers."""
+"""The fine-tune that a proxy task describes: its model, batches, losses, held-out rows, and the teacher's answers.
+
+Labels are aligned with the logits: `labels[..., t]` is what the logits at position t should predict, IGNORED where
+nothing is asked. So causal and masked language models, and classification by a label byte, share one loss.
+
+A teacher is a base plus low-rank changes on a random subset of its modules. So the loss that an allocation can reach
+is known without training: that of the base plus the best approximation of each change at the rank it is given
+(Eckart and Young, 1936).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,19 +28,8 @@ from ...lora.targets import TargetModule
 from ...memory.budget import Budget
 from ...memory.cost import UntimedCost
 from ..proxies.adapted import adapted_base, proxy_cost
-from ..proxies.bases import ProxyBase, find_base
+from ..proxies.bases import MASK_TOKEN, ProxyBase, find_base
 from .finetune import FineTune, Reference
-from .objectives import (
-    Inputs,
-    class_inputs,
-    divergence,
-    divergence_terms,
-    label_loss,
-    label_mean,
-    label_terms,
-    language_inputs,
-)
-from .planted import Change, changed_weights, draw_changes
 from .proxy_task import ProxyTask
 
 EVAL_BATCH = 64
@@ -39,6 +37,188 @@ EVAL_BATCH = 64
 
 CACHED_TASKS = 32
 """Tasks whose data a process holds, of 20 MB each with a teacher; where more run side by side, they are drawn again."""
+
+MASK_SHARE = 0.2
+"""Share of the bytes that a masked language model has to fill in."""
+
+FIRST_CLASS = ord("0")
+"""Label byte of class 0; the classes follow one another."""
+
+Inputs = tuple[torch.Tensor, torch.Tensor]
+"""Token ids and labels, int64 (rows, length) each."""
+
+DENSITY = (0.15, 0.5)
+"""Share of the modules that a teacher changes, drawn between these."""
+
+RANKS = (1, 8)
+"""Rank of a change, drawn between these, both included."""
+
+STRENGTH = 0.35
+"""Norm of a change over the norm of the weight."""
+
+
+# What is predicted, and the loss --------------------------------------------------------------------------------------
+
+
+def language_inputs(base: ProxyBase, windows: torch.Tensor, generator: np.random.Generator) -> Inputs:
+    """What a base reads and predicts of windows of text: the next byte, or the bytes hidden from it.
+
+    Args:
+        base: decides which.
+        windows: int64 (rows, length).
+        generator: hides bytes.
+    """
+    if base.masked:
+        hidden = torch.from_numpy(generator.random(windows.shape) < MASK_SHARE)
+        return windows.masked_fill(hidden, MASK_TOKEN), windows.masked_fill(~hidden, IGNORED)
+    labels = torch.full_like(windows, IGNORED)
+    labels[:, :-1] = windows[:, 1:]
+    return windows, labels
+
+
+def class_inputs(base: ProxyBase, windows: torch.Tensor, classes: torch.Tensor) -> Inputs:
+    """Windows that end in a question: the byte of the class is to be predicted at the last position.
+
+    So no new layer is needed (a verbaliser; Schick and Schütze, 2021, arXiv 2001.07676).
+
+    Args:
+        base: reads MASK_TOKEN there if it fills in masked bytes, else a line feed.
+        windows: int64 (rows, length); the last byte is overwritten.
+        classes: int64 (rows,), from 0.
+    """
+    inputs, labels = windows.clone(), torch.full_like(windows, IGNORED)
+    inputs[:, -1] = MASK_TOKEN if base.masked else ord("\n")
+    labels[:, -1] = FIRST_CLASS + classes
+    return inputs, labels
+
+
+def label_terms(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats at each position, (rows, length); 0 where nothing is asked.
+
+    Args:
+        logits: (rows, length, vocabulary).
+        labels: int64 (rows, length).
+    """
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape)
+
+
+def label_mean(terms: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """The mean of `label_terms` over the predictions of each group, (groups,)."""
+    counts = (labels != IGNORED).view(groups, -1).sum(dim=1)
+    return terms.view(groups, -1).sum(dim=1) / counts
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """Mean cross-entropy in nats for each prediction, shape (groups,).
+
+    Args:
+        logits: (groups * rows, length, vocabulary).
+        labels: int64 (groups * rows, length), at least one prediction in each group.
+        groups: how many runs share the batch, one after another.
+    """
+    return label_mean(label_terms(logits, labels), labels, groups)
+
+
+def divergence_terms(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) in nats at each position, (..., rows, length).
+
+    Args:
+        logits: the student's, (..., rows, length, vocabulary).
+        teacher: log-probabilities, (rows, length, vocabulary).
+    """
+    student = torch.log_softmax(logits, dim=-1)
+    return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+
+
+def divergence(logits: torch.Tensor, teacher: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """Mean KL(teacher || student) in nats a position, shape (groups,).
+
+    Args:
+        logits: the student's, (groups * rows, length, vocabulary).
+        teacher: log-probabilities for all groups, (rows, length, vocabulary).
+        groups: how many runs share the batch, one after another.
+    """
+    return divergence_terms(torch.unflatten(logits, 0, (groups, -1)), teacher).view(groups, -1).mean(dim=1)
+
+
+# Teachers -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One planted change of a weight.
+
+    Attributes:
+        name: the module.
+        left: (d_out, rank), with the singular values of the change; columns of falling norm.
+        right: (rank, d_in), orthonormal rows.
+    """
+
+    name: str
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def truncated(self, rank: int) -> torch.Tensor:
+        """Its best approximation of a rank, (d_out, d_in)."""
+        return self.left[:, :rank] @ self.right[:rank]
+
+    @property
+    def energy(self) -> list[float]:
+        """Share of its squared norm that each component holds, falling, (rank,)."""
+        squares = self.left.square().sum(dim=0)
+        shares: list[float] = (squares / squares.sum()).tolist()
+        return shares
+
+
+def draw_changes(targets: Sequence[TargetModule], placement: str, generator: np.random.Generator) -> list[Change]:
+    """Changes of rank 1 to 8 on 15 to 50 % of the modules.
+
+    Args:
+        targets: of the base, whose weights must be its own.
+        placement: "low" or "high" for the lower or upper half of the layers, "spread" for all of them.
+        generator: draws everything.
+    """
+    half = (max(target.block for target in targets) + 1) / 2
+    low, high = [t for t in targets if t.block < half], [t for t in targets if t.block >= half]
+    allowed = {"low": low, "high": high, "spread": list(targets)}[placement]
+    count = max(1, round(float(generator.uniform(*DENSITY)) * len(allowed)))
+    chosen = generator.choice(len(allowed), size=count, replace=False)
+    return [_draw_change(allowed[index], generator) for index in chosen]
+
+
+def _draw_change(target: TargetModule, generator: np.random.Generator) -> Change:
+    rank = int(generator.integers(RANKS[0], RANKS[1] + 1))
+    left = torch.from_numpy(generator.standard_normal((target.d_out, rank)))
+    right = torch.from_numpy(generator.standard_normal((rank, target.d_in)))
+    # The same change by its singular values: right = l q with q orthonormal, left l = u s v.
+    q, upper = torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(left @ upper.mT, full_matrices=False)
+    s *= STRENGTH * float(target.layer.get_base_layer().weight.norm()) / s.norm()
+    return Change(target.name, (u * s).float(), (vh @ q.mT).float())
+
+
+@contextmanager
+def changed_weights(
+    targets: Sequence[TargetModule], changes: Sequence[Change], ranks: Sequence[int] | None = None
+) -> Iterator[None]:
+    """The base with changes added to its weights, each at a rank (in full without them); undone afterwards."""
+    layers = {target.name: target.layer for target in targets}
+    originals = []
+    try:
+        for index, change in enumerate(changes):
+            layer = layers[change.name]
+            weight = layer.get_base_layer().weight
+            originals.append((weight, weight.data))
+            delta = change.truncated(change.left.shape[1] if ranks is None else ranks[index])
+            weight.data = weight.data + (delta.T if layer.fan_in_fan_out else delta)
+        yield
+    finally:
+        for weight, data in originals:
+            weight.data = data
+
+
+# The fine-tune --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

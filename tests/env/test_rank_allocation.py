@@ -31,7 +31,7 @@ from rankpilot.env.reward import CHURN, Comparison
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.stream import FRESH_SEEDS
+from rankpilot.env.tasks.suites import FRESH_SEEDS
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
 from rankpilot.lora.ladder import DEFAULT_RANKS
 from stable_baselines3 import PPO

@@ -20,8 +20,7 @@ from rankpilot.common.workers import worker_pool
 from rankpilot.env.episodes.rollout import Rollout, rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.suite_names import SUITES
-from rankpilot.env.tasks.suites import find_tasks
+from rankpilot.env.tasks.suites import SUITES, find_tasks
 
 RECORD = Path(__file__).with_name("decisions.json.gz")
 SLOTS = 16

@@ -32,7 +32,7 @@ from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.oracle import utilities
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.stream import FRESH_SEEDS
+from rankpilot.env.tasks.suites import FRESH_SEEDS
 from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, WorkerError
 

@@ -32,7 +32,7 @@ from rankpilot.env.reward import Comparison, churn_cost
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.stream import FRESH_SEEDS
+from rankpilot.env.tasks.suites import FRESH_SEEDS
 from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.ladder import RankLadder
