@@ -150,7 +150,8 @@ def _refit(options: Train, trials: Path) -> dict[str, dict[str, float]]:
 
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:
     """Compare the trained policy with rules on validation tasks."""
-    from ..agents.evaluation.runs import compare, summarise
+    from ..agents.evaluation.results import summarise
+    from ..agents.evaluation.runs import compare
     from ..agents.rules import find_rule
     from ..env.tasks.suites import evenly, find_tasks
 

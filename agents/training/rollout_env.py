@@ -48,7 +48,7 @@ class StackStep:
 
 
 class EnvironmentStack:
-    """The vector environment on tasks that are given, as a worker keeps it; episodes that have ended wait for all others.
+    """The vector environment on given tasks, as a worker keeps it; episodes that have ended wait for all others.
 
     Args:
         config: of the vector; its base is that of the tasks.

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from ...agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from ...agents.training.fit_plan_value import FitConfig, fit_value_ensemble, groups_of, standardised
-from ...agents.training.plan_dataset import PlanDataset
+from ...agents.training.fit_plan_value import FitConfig, PlanDataset, fit_value_ensemble, groups_of, standardised
 from ...allocation.features import RUN_FEATURES
 from ...common.arrays import FloatArray, IntArray
 from ...errors import DataError

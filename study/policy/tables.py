@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ...agents.evaluation.tables import Group, PolicyResult
+from ...agents.evaluation.results import Group, PolicyResult
 from ...common.statistics import Estimate, PairedComparison
 
 

@@ -1,4 +1,4 @@
-"""Policies with something taken from them, to see what it was good for."""
+"""Policies that do not see some features, to see what these are good for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...allocation.features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES
-from ...allocation.observation import Observation
-from ...allocation.policy import Decision, Policy, decision_to_keep, is_first
-from ...errors import ConfigError, UnknownNameError
-from ..learned.policy import LearnedPolicy
+from ....allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ....allocation.observation import Observation
+from ....allocation.policy import Decision, Policy
+from ....errors import UnknownNameError
 
 FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
     "signals": ("sensitivity", "snr", "relative_change", "gradient_norm", "importance"),
@@ -23,9 +22,6 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
 """Features that are taken together, by name."""
 
 _ALL = (*MODULE_FEATURES, *RUN_FEATURES)
-
-_EARLIER_NAMES = {**EARLIER_FEATURE_NAMES, "prices": "costs"}
-"""Names that people may still type."""
 
 _NOTHING = {"next_rung_cost": -3.0, "drop_saving": -3.0, "adapt_cost": -3.0}
 """What is seen in place of features whose 0 says something: these are logarithms of shares of the budget."""
@@ -52,16 +48,10 @@ def hide(
 
 def _features(names: Sequence[str]) -> list[str]:
     """Single features; UnknownNameError for a name that is neither one nor a group of them."""
-    names = current_names(names)
     for name in names:
         if name not in FEATURE_GROUPS and name not in _ALL:
             raise UnknownNameError.of("feature", name, [*FEATURE_GROUPS, *_ALL])
     return [feature for name in names for feature in FEATURE_GROUPS.get(name, (name,))]
-
-
-def current_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of features and of groups of them, each as it is called now."""
-    return tuple(_EARLIER_NAMES.get(name, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -85,36 +75,9 @@ class Without:
     @property
     def name(self) -> str:
         """What logs and tables call it."""
-        return f"{self.policy.name} without {', '.join(current_names(self.features))}"
+        return f"{self.policy.name} without {', '.join(self.features)}"
 
     def decide(self, observation: Observation) -> Decision:
         """As the policy, on what is left."""
         modules, run = hide(self.features, observation.modules, observation.run)
         return self.policy.decide(replace(observation, modules=modules, run=run))
-
-
-@dataclass(frozen=True)
-class Once:
-    """A policy that decides at the start of the run alone.
-
-    Attributes:
-        policy: whose.
-    """
-
-    policy: Policy
-
-    @property
-    def name(self) -> str:
-        """What logs and tables call it."""
-        return f"{self.policy.name} once"
-
-    def decide(self, observation: Observation) -> Decision:
-        """As the policy at the first decision; no change after."""
-        return self.policy.decide(observation) if is_first(observation) else decision_to_keep(observation)
-
-
-def actor_of(policy: Policy) -> Policy:
-    """A learned policy without its value ensemble; ConfigError for one that has none."""
-    if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
-        raise ConfigError(f"{policy.name} has no value ensemble that could be left out.")
-    return replace(policy, name=f"{policy.name} actor", value_ensemble=None)
