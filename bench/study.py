@@ -23,7 +23,8 @@ from ..common.tables import make_table
 from ..env.episodes.episode_log import EpisodeLog
 from ..env.episodes.stacked import StackedEpisodes
 from ..env.tasks.proxy_task import ProxyTask
-from ..env.tasks.suites import SUITES, evenly, find_tasks
+from ..env.tasks.suite_names import SUITES
+from ..env.tasks.suites import evenly, find_tasks
 from ..errors import ConfigError
 from ..study.decision.case import Case
 from ..study.decision.redecide import redecide

@@ -25,7 +25,8 @@ from .spaces import Actions, action_space, observation_space, read_action
 from .tasks.finetune import FineTune, Reference
 from .tasks.proxy_finetune import fine_tune_of
 from .tasks.proxy_task import ProxyTask
-from .tasks.suites import SPLITS, SUITES, TaskStream, check_task, find_tasks
+from .tasks.suite_names import SPLITS, SUITES
+from .tasks.suites import TaskStream, check_task, find_tasks
 
 
 class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickle):
@@ -253,7 +254,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     def _arrays(self) -> dict[str, Any]:
         return self.observation.padded(self.max_modules)
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The episode so far as text, with `render_mode="ansi"`."""
         return self._record.describe() if self._record and self.render_mode else None
 

@@ -22,7 +22,8 @@ from .rank_allocation import environment_tasks
 from .reward import UNIFORM, Comparison, rule_to_compare_with
 from .spaces import Actions, action_space, observation_space, read_action
 from .tasks.proxy_task import ProxyTask
-from .tasks.suites import SUITES, TaskStream
+from .tasks.suite_names import SUITES
+from .tasks.suites import TaskStream
 
 
 @dataclass(frozen=True)

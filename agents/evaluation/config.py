@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...env.tasks.suites import SUITES, Split
+from ...env.tasks.suite_names import SUITES, Split
 from ...errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...allocation.schedule import ONCE, DecisionSchedule
-from ...env.tasks.suites import SUITES
+from ...env.tasks.suite_names import SUITES
 from ...errors import ConfigError
 from ...memory.step_config import check_seed
 from ..learned.config import NetworkConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from functools import lru_cache, partial, update_wrapper
-from typing import Generic, TypeVar, TypeVarTuple
+from functools import partial
+from typing import TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -29,7 +29,6 @@ from ...lora.signals import SIGNALS
 from ..tasks.finetune import FineTune, Reference
 
 Result = TypeVar("Result")
-Further = TypeVarTuple("Further")
 
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm, the Trainer's default."""
@@ -38,42 +37,13 @@ _holders: WeakKeyDictionary[nn.Module, ref[Episode]] = WeakKeyDictionary()
 """The episode whose factors each base model holds."""
 
 
-class Remembered(Generic[Result, *Further]):
-    """A function of a task, and perhaps of further values, that finds each result out once.
-
-    Tasks that are equal share their results, of which the latest are kept. A task that equals itself alone, as an
-    `OwnTask` does, has its results for as long as it lives, and is not kept alive by them: its model is freed with it.
-
-    Args:
-        function: finds a result out.
-        size: the most results of tasks that others may equal.
-    """
-
-    def __init__(self, function: Callable[[FineTune, *Further], Result], size: int) -> None:
-        self._function, self._of_equals = function, lru_cache(maxsize=size)(function)
-        self._of_single: WeakKeyDictionary[FineTune, dict[Hashable, Result]] = WeakKeyDictionary()
-        update_wrapper(self, function)
-
-    def __call__(self, task: FineTune, *further: *Further) -> Result:
-        """The result for a task."""
-        if type(task).__hash__ is not object.__hash__:
-            return self._of_equals(task, *further)
-        results = self._of_single.setdefault(task, {})
-        if further not in results:
-            results[further] = self._function(task, *further)
-        return results[further]
-
-    def cache_clear(self) -> None:
-        """Forget all results."""
-        self._of_equals.cache_clear()
-        self._of_single.clear()
-
-
-def remembered(
-    size: int,
-) -> Callable[[Callable[[FineTune, *Further], Result]], Remembered[Result, *Further]]:
-    """The decorator that makes a function one that remembers; see `Remembered`."""
-    return partial(Remembered, size=size)
+def found_once(task: FineTune, key: Hashable, find: Callable[[], Result]) -> Result:
+    """What is known of a task under a key; found out the first time."""
+    known = task.known
+    if key not in known:
+        known[key] = find()
+    result: Result = known[key]
+    return result
 
 
 def new_controller(
@@ -94,9 +64,12 @@ def rate_at(peak: float, step: int, steps: int) -> float:
     return peak * (1 - step / steps)
 
 
-@remembered(64)
 def probe_task(task: FineTune, schedule: DecisionSchedule) -> ProbeResult:
     """The probe of a task; every episode of the task starts from the same one."""
+    return found_once(task, ("probe", schedule), lambda: _probe(task, schedule))
+
+
+def _probe(task: FineTune, schedule: DecisionSchedule) -> ProbeResult:
     model, targets = task.adapted()
     reset_adapters(targets, 1, task.seed)
     rows = min(schedule.probe_batch, task.batch_size)
@@ -222,10 +195,9 @@ def reference_of(task: FineTune, schedule: DecisionSchedule) -> Reference:
     Raises:
         ConfigError: the held-out loss is not finite before training.
     """
-    return task.reference or _measured_reference(task, schedule)
+    return task.reference or found_once(task, "reference", lambda: _measured_reference(task, schedule))
 
 
-@remembered(512)
 def _measured_reference(task: FineTune, schedule: DecisionSchedule) -> Reference:
     episode = Episode(task, schedule)
     initial = _initial_loss(episode)
@@ -248,9 +220,12 @@ def _initial_loss(episode: Episode) -> float:
     return initial
 
 
-@remembered(512)
 def rule_losses(task: FineTune, schedule: DecisionSchedule, rule: str) -> tuple[float, float]:
     """Held-out losses of a rule's run of a task, NaN if it failed, and before training; see `reference_of`."""
+    return found_once(task, (rule, schedule), lambda: _rule_losses(task, schedule, rule))
+
+
+def _rule_losses(task: FineTune, schedule: DecisionSchedule, rule: str) -> tuple[float, float]:
     episode = Episode(task, schedule)
     initial, loss = _initial_loss(episode), None
     try:

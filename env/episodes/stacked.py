@@ -7,7 +7,7 @@ them); only the arithmetic runs for all episodes together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -32,14 +32,11 @@ from ...lora.stacked.resize import Move, reset_runs, set_stacked_ranks
 from ...lora.stacked.run import StackedMeter, StackedRun
 from ..proxies.adapted import adapted_base
 from ..tasks.finetune import Reference
-from ..tasks.proxy_finetune import ProxyFineTune, first_problem
+from ..tasks.proxy_finetune import ProxyFineTune, first_problem, known_of
 from ..tasks.proxy_task import ProxyTask
 from .episode_log import EpisodeLog
 from .single import new_controller, rate_at, unknown_signals
 from .stack_trainer import Lane, StackTrainer
-
-REMEMBERED = 1024
-"""Tasks whose probes, and whose references, are remembered beside those under way; the suites repeat fewer."""
 
 
 @dataclass(eq=False)
@@ -100,8 +97,9 @@ class StackedEpisodes:
         self._trainer = StackTrainer(base, slots, device=self.device)
         self._adapters = self._trainer.adapters
         self._base_norms = base_norms(self._targets)
-        self._probes: dict[ProxyTask, ProbeResult] = {}
-        self._references: dict[ProxyTask, Reference] = {}
+        # Under which results are known of a task; those of a PEFT model differ from them in their last bits.
+        self._probe_key = ("stacked probe", schedule, str(device))
+        self._reference_key = ("stacked reference", str(device))
         self._shape: tuple[int, int] | None = None
 
     @property
@@ -120,33 +118,19 @@ class StackedEpisodes:
             ConfigError: a task is of another base, or its batches have another shape than those of the other tasks.
         """
         rows = self._rows_for(tasks)
-        self._probe({task: row for task, row in rows.items() if task not in self._probes})
+        self._probe({task: row for task, row in rows.items() if self._probe_key not in known_of(task)})
         reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})
         for slot, task in tasks.items():
             run = StackedRun(self._adapters, slot, self._base_norms)
-            controller = new_controller(ProxyFineTune(task), run, self.schedule, self._probes[task])
+            controller = new_controller(ProxyFineTune(task), run, self.schedule, known_of(task)[self._probe_key])
             log = logs.get(slot) if logs else None
             seen = controller.observe(0)
             self.under_way[slot] = StackedEpisode(task, controller, seen, seen.problem.ranks, log)
-        self._forget(self._probes, tasks.values())
 
     def start_all(self, tasks: Sequence[ProxyTask], logs: Mapping[int, EpisodeLog] | None = None) -> None:
         """Begin episodes in the first slots, and forget all others; see `start`."""
         self.under_way.clear()
         self.start(dict(enumerate(tasks)), logs)
-
-    def _forget(self, known: dict[ProxyTask, Any], used: Iterable[ProxyTask]) -> None:
-        """Drop what was used longest ago of what is known of tasks, so that fresh tasks do not fill the memory.
-
-        Args:
-            known: by task, the one that was used last at the end.
-            used: tasks that are used now; they are kept, and so are those under way.
-        """
-        under_way = (episode.task for episode in self.under_way.values())
-        kept = [task for task in dict.fromkeys((*under_way, *used)) if task in known]
-        known |= {task: known.pop(task) for task in kept}
-        for task in list(known)[: max(0, len(known) - max(REMEMBERED, len(kept)))]:
-            del known[task]
 
     def _rows_for(self, tasks: Mapping[int, ProxyTask]) -> dict[ProxyTask, int]:
         """One row for each different task, free from now on."""
@@ -170,7 +154,7 @@ class StackedEpisodes:
 
     def reference(self, task: ProxyTask) -> Reference:
         """What fixed allocations of a task achieve that knows it, or that was given to `measure_references`."""
-        return task.reference or self._references[task]
+        return task.reference or known_of(task)[self._reference_key]
 
     def problem(self, task: ProxyTask) -> AllocationProblem:
         """The plans that a task's first decision allows."""
@@ -261,9 +245,8 @@ class StackedEpisodes:
         self._trainer.train(lanes)
         for lane in lanes:
             assert lane.meter is not None
-            failed = lane.failed
-            self._probes[lane.task] = (
-                unknown_signals(self.module_count) if failed else ProbeResult.of(lane.meter.read(), lane.losses)
+            known_of(lane.task)[self._probe_key] = (
+                unknown_signals(self.module_count) if lane.failed else ProbeResult.of(lane.meter.read(), lane.losses)
             )
 
     def measure_references(self, tasks: Mapping[int, ProxyTask]) -> None:
@@ -276,15 +259,14 @@ class StackedEpisodes:
             ConfigError: see `start`.
         """
         rows = {task: row for task, row in self._rows_for(tasks).items() if task.reference is None}
-        unknown = {row: task for task, row in rows.items() if task not in self._references}
+        unknown = {row: task for task, row in rows.items() if self._reference_key not in known_of(task)}
         if not unknown:
             return
         reset_runs(self._adapters, {row: task.seed for row, task in unknown.items()})
         initial = self._trainer.held_out(unknown)
         final = self.run_fixed({row: (task, uniform_ranks(self.problem(task))) for row, task in unknown.items()})
         for task, before, after in zip(unknown.values(), initial, final, strict=True):
-            self._references[task] = Reference(before, after if np.isfinite(after) else before)
-        self._forget(self._references, tasks.values())
+            known_of(task)[self._reference_key] = Reference(before, after if np.isfinite(after) else before)
 
     def run_fixed(self, runs: Mapping[int, tuple[ProxyTask, IntArray]]) -> list[float]:
         """Train whole tasks at fixed ranks in free slots; returns their held-out losses, NaN where training failed.

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ...common.files import atomic_path, write_json
 from ...data.corpora import load_corpus, sample_windows
 from ...errors import ConfigError
-from ..tasks.proxy_finetune import label_loss, language_inputs
+from ..tasks.objectives import label_loss, language_inputs
 from .bases import BASES_FOLDER, ProxyBase, find_base, load_base_model, new_base_model
 
 TIED = ("lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")

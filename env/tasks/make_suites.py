@@ -31,7 +31,8 @@ from .finetune import Reference
 from .oracle import oracle_plan
 from .proxy_finetune import ProxyFineTune
 from .proxy_task import PLACEMENTS, ProxyTask
-from .suites import FOLDER, SPLITS, SUITES, VERSION
+from .suite_names import SPLITS, SUITES
+from .suites import FOLDER, VERSION
 
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 """Learning rates that are tried for uniform rank."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +27,7 @@ from ...errors import ConfigError, UnknownNameError, first_line, shown
 from ..proxies.bases import PROXY_BASES, find_base
 from .finetune import FineTune, Reference
 from .proxy_task import ProxyTask
-
-Split = Literal["train", "validation", "test"]
-
-SUITES = ("planted", "shift")
-SPLITS: tuple[Split, ...] = get_args(Split)
+from .suite_names import SPLITS, SUITES
 
 VERSION = 4
 """Rises when a suite's tasks or results change."""

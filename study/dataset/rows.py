@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
 from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
 from ...common.arrays import IntArray
-from ...env.tasks.suites import SPLITS, SUITES, load_suite
+from ...env.tasks.suite_names import SPLITS, SUITES
+from ...env.tasks.suites import load_suite
 from .columns import COLUMNS, SCHEMA_OF_FILES
 
 FOLDS = 5

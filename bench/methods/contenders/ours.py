@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ....agents.evaluation.ablation import FEATURE_GROUPS
 from .first_plan import FirstPlan
 from .pilot import Piloted
 from .policies import WITHOUT
 from .replay import Replay
-from .without_features import FEATURE_GROUPS
 
 OURS = Piloted("ours", "default", "the shipped policy, all its decisions", quick=True)
 RECOMPUTED = Piloted(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from ....agents.evaluation.ablation import Without
 from ....agents.learned.policy import LearnedPolicy
 from ....agents.learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
 from ....allocation.broad_plans import LEAST_LAYERS, LEAST_MODULES, LEAST_THICK
 from ....allocation.policy import Policy
 from ....allocation.schedule import DecisionSchedule
-from .without_features import Without
 
 WITHOUT = " without "
 """Between a policy and the group of features that it does not see: "default without signals"."""

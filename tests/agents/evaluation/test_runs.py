@@ -26,7 +26,8 @@ from rankpilot.env.reward import Comparison
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.suites import SPLITS, SUITES, load_suite
+from rankpilot.env.tasks.suite_names import SPLITS, SUITES
+from rankpilot.env.tasks.suites import load_suite
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.study.decision.redecide import redecide
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from rankpilot.agents.training.task_sampling import vary
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.suites import SUITES, load_suite
+from rankpilot.env.tasks.suite_names import SUITES
+from rankpilot.env.tasks.suites import load_suite
 
 
 def fresh(suite: str, seeds: range) -> list[tuple[ProxyTask, ProxyTask]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.env.proxies.bases import MASK_TOKEN, find_base, load_base_model
-from rankpilot.env.tasks.proxy_finetune import (
+from rankpilot.env.tasks.objectives import (
     FIRST_CLASS,
     IGNORED,
     MASK_SHARE,

@@ -22,16 +22,8 @@ from rankpilot.env.proxies.adapted import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.proxies.bases import BASES_FOLDER, PROXY_BASES, find_base, load_base_model
 from rankpilot.env.proxies.pretrain import PretrainConfig, pretrain
 from rankpilot.env.tasks.finetune import Reference
-from rankpilot.env.tasks.proxy_finetune import (
-    FIRST_CLASS,
-    MASK_SHARE,
-    ProxyFineTune,
-    TaskData,
-    check_texts,
-    label_loss,
-    language_inputs,
-    load_task,
-)
+from rankpilot.env.tasks.objectives import FIRST_CLASS, MASK_SHARE, label_loss, language_inputs
+from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, check_texts, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from rankpilot.lora.resize import set_ranks

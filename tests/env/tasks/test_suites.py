@@ -31,7 +31,8 @@ from rankpilot.env.tasks.make_suites import BUDGETS, LARGE_BATCH, MORE, RATES, M
 from rankpilot.env.tasks.oracle import oracle_plan
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, check_texts
 from rankpilot.env.tasks.proxy_task import PLACEMENTS, ProxyTask
-from rankpilot.env.tasks.suites import FOLDER, SPLITS, SUITES, VERSION, evenly, find_tasks, load_suite
+from rankpilot.env.tasks.suite_names import SPLITS, SUITES
+from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load_suite
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.memory.cost import plan_cost
 
