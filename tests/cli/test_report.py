@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankpilot.agents.evaluation.tables import Group, PolicyResult
+from rankpilot.agents.evaluation.results import Group, PolicyResult
 from rankpilot.cli import finetune
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json, write_json
