@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from ...allocation.decision_log import DecisionLog
+from ...allocation.decision_record import DecisionRecord
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, Policy
 from ...allocation.schedule import DecisionSchedule
-from ...common.files import atomic_path
 from ...common.workers import worker_pool
 from ...env.episodes.episode_log import EpisodeLog
 from ...env.episodes.stacked import StackedEpisodes
@@ -38,9 +37,6 @@ SEED_STEP = 7_000_000
 """Between the seeds of a task's repetitions; the suites' own seeds lie from 1 to 3 million."""
 
 Competitor = Policy | TaskRule
-
-LogFiles = dict[str, dict[str, bytes]]
-"""Contents of decision logs: by folder, below that of all logs, and name of the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +116,14 @@ def compare(
                 on_progress(done, total)
         missing = [_with_reference(job, references) for job in missing]
         run = partial(_run, schedule, logs is not None)
-        for chunk, (rows, files) in pool.spread(run, _chunks(missing, workers), _name):
+        for chunk, (rows, records) in pool.spread(run, _chunks(missing, workers), _name):
             known |= {row.key: row for row in rows}
-            if logs:
-                _write_logs(logs, files)
+            for key, decisions in records.items():
+                assert logs is not None
+                log = DecisionLog(log_folder(logs, key))
+                log.truncate(0)
+                for record in decisions:
+                    log.append(record)
             if file:
                 append_rows(file, rows)
             done += len(chunk)
@@ -195,52 +195,30 @@ def _lacks_log(job: Job, logs: Path) -> bool:
     return not isinstance(job.competitor, TaskRule) and not len(DecisionLog(log_folder(logs, job.key)))
 
 
-def _run(schedule: DecisionSchedule, logged: bool, jobs: list[Job]) -> tuple[list[Row], LogFiles]:
-    """The rows of some jobs, and their decision logs, which this process may be too far away to write in place."""
-    if not logged:
-        return _rows(schedule, None, jobs), {}
-    with TemporaryDirectory(prefix="rankpilot-") as name:
-        place = Path(name)
-        rows = _rows(schedule, place, jobs)
-        files: LogFiles = {}
-        for path in sorted(path for path in place.rglob("*") if path.is_file()):
-            files.setdefault(path.parent.relative_to(place).as_posix(), {})[path.name] = path.read_bytes()
-        return rows, files
-
-
-def _write_logs(logs: Path, files: LogFiles) -> None:
-    """Write decision logs in place of those that may be there; the parts come last, as in any log."""
-    for folder, contents in files.items():
-        DecisionLog(logs / folder).truncate(0)
-        for name in sorted(contents, key=lambda name: name.startswith("part-")):
-            with atomic_path(logs / folder / name) as temporary:
-                temporary.write_bytes(contents[name])
-
-
-def _rows(schedule: DecisionSchedule, logs: Path | None, jobs: list[Job]) -> list[Row]:
-    """The rows of some jobs."""
+def _run(
+    schedule: DecisionSchedule, logged: bool, jobs: list[Job]
+) -> tuple[list[Row], dict[Key, list[DecisionRecord]]]:
+    """The rows of some jobs, and their decisions, which this process may be too far away to write in place."""
     episodes = _episodes(jobs[0].task.stack, schedule)
+    records: dict[Key, list[DecisionRecord]] = {}
     run: list[tuple[Job, Policy, EpisodeLog | None]] = []
     for job in jobs:
-        assert job.competitor is not None
-        if not isinstance(job.competitor, TaskRule):
-            run.append((job, job.competitor, _log_of(job, job.competitor, logs)))
-        elif policy := job.competitor.policy_for(job.task, episodes.problem(job.task)):
-            run.append((job, policy, None))
+        policy: Competitor | None = job.competitor
+        log: EpisodeLog | None = None
+        if isinstance(policy, TaskRule):
+            policy = policy.policy_for(job.task, episodes.problem(job.task))
+        elif policy and logged:
+            write = records.setdefault(job.key, []).append
+            log = EpisodeLog(write, policy, f"{job.origin.id} seed {job.task.seed}")
+        if policy:
+            run.append((job, policy, log))
     attempts = [(job.task, policy) for job, policy, _ in run]
     losses = run_attempts(episodes, attempts, SLOTS, [log for *_, log in run])
     rows = []
     for (job, *_), loss in zip(run, losses, strict=True):
         assert job.task.reference is not None
         rows.append(row_of(job.key[0], job.origin, job.task, job.task.reference, loss))
-    return rows
-
-
-def _log_of(job: Job, policy: Policy, logs: Path | None) -> EpisodeLog | None:
-    """Where the decisions of a job are written down, if anywhere."""
-    if logs is None:
-        return None
-    return EpisodeLog(DecisionLog(log_folder(logs, job.key)), policy, f"{job.origin.id} seed {job.task.seed}")
+    return rows, records
 
 
 def run_attempts(

@@ -56,9 +56,6 @@ from .warm_start import warm_start
 
 TENSORBOARD = "tensorboard/ppo_1"
 
-WARM_START = "warm_start"
-"""Folder, inside a run's, of the policy before PPO."""
-
 SUMMARY = "summary.json"
 """File, among a training's plan runs, that tells what came of them."""
 
@@ -186,7 +183,7 @@ def _value_ensemble(
 
 
 def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:
-    """Measure the untrained policy, teach it scores, measure again, and keep it to compare with."""
+    """Measure the untrained policy, teach it scores, and measure again."""
     policy = model.policy
     assert isinstance(policy, RankPolicy)
     model._setup_learn(0, progress, reset_num_timesteps=False)
@@ -203,12 +200,6 @@ def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProg
         )
         row |= {f"warm_{key}": value for key, value in facts.items()}
         row |= {f"warm_{key}": value for key, value in progress.validate().items()}
-        save_policy(
-            folder / WARM_START,
-            policy.network,
-            config.schedule,
-            {"name": WARM_START, "training": as_json(TrainConfig, config)},
-        )
     append_json_line(folder / PROGRESS, row)
 
 
