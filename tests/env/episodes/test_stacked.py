@@ -695,8 +695,9 @@ def play(engine: StackedEpisodes, tasks: Sequence[ProxyTask]) -> tuple[list[floa
     ranks, going = [], []
 
     def decide(seen: list[Observation]) -> list[Decision]:
+        turn = len(ranks)
         ranks.append([observation.problem.ranks for observation in seen])
-        return [random_decision(task.seed, len(ranks), each.problem) for task, each in zip(tasks, seen, strict=True)]
+        return [random_decision(task.seed, turn, each.problem) for task, each in zip(tasks, seen, strict=True)]
 
     def note(seen: list[Observation], active: list[int]) -> None:
         assert [observation.problem.ranks.tolist() for observation in seen] == [each.tolist() for each in ranks[-1]]
