@@ -26,7 +26,7 @@ class EpisodeLog:
         run: name of the run.
     """
 
-    write: Callable[[DecisionRecord], None]
+    write: Callable[[DecisionRecord], object]
     policy: Policy
     run: str
 
