@@ -17,7 +17,7 @@ from .on_cluster import on_cluster
 from .progress import console, progress_bar
 
 if TYPE_CHECKING:
-    from ..agents.evaluation.tables import Group, PolicyResult
+    from ..agents.evaluation.results import Group, PolicyResult
     from ..common.statistics import Estimate, PairedComparison
 
 
@@ -26,15 +26,11 @@ class Evaluate(EvaluateConfig):
     """Compare policies and rules on the same proxy fine-tunes: same tasks, seeds, batches and budgets.
 
     A POLICY is "default", which ships with rankpilot, the folder of a trained policy, or a rule: uniform,
-    top-half, top-down, random, gradient-norm, signal-mean. Parts of a trained
-    policy can compete too: constant:FOLDER always takes its mean action, whatever the task; actor:FOLDER decides
-    without its value ensemble; once:FOLDER decides only at the start; without-signals:FOLDER (or -costs, -place,
-    -progress, or one feature) does not see those features; explore-0.05:FOLDER draws plans at that temperature, in
-    the unit of the votes. static:LOGS and shuffled:LOGS run at the final ranks of runs that were logged before
-    (--logs; LOGS is OUTPUT/logs/POLICY), as they are or dealt anew among the modules of each kind: what changes on
-    the way, and the choice of layers, were worth. Four more show what could be reached, and may do more than the
-    others: uniform-115 (15 % more budget), oracle (knows what was planted), best-window and best-of-8 (the best of
-    several runs).
+    top-half, top-down, random, gradient-norm, signal-mean. explore-0.05:FOLDER draws
+    the plans of a trained policy at that temperature, in the unit of the votes. static:LOGS and shuffled:LOGS run at
+    the final ranks of runs that were logged before (--logs; LOGS is OUTPUT/logs/POLICY), as they are or dealt anew
+    among the modules of each kind: what changes on the way, and the choice of layers, were worth. oracle knows what was
+    planted in a task, and shows what could be reached.
 
     A gain is how much lower the held-out loss is than that of uniform rank in the same budget. It is given as a share
     of the headroom, which is what the best known allocation gains over uniform rank. Every figure comes with the 95 %

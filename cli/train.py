@@ -117,7 +117,8 @@ def _print_returns(rows: Sequence[dict[str, Any]]) -> None:
 
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:
     """Compare the trained policy with rules on validation tasks."""
-    from ..agents.evaluation.runs import compare, summarise
+    from ..agents.evaluation.results import summarise
+    from ..agents.evaluation.runs import compare
     from ..agents.rules import find_rule
     from ..env.tasks.suites import evenly, find_tasks
 

@@ -156,6 +156,6 @@ def _machines(cluster: str | None, console: Console) -> AbstractContextManager[N
     if cluster is None:
         return nullcontext()
     from rankpilot.common.cluster import running_on_cluster
-    from rankpilot.env.episodes.canary import canary
+    from rankpilot.env.episodes.stacked import rounding_digest
 
-    return running_on_cluster(cluster, canary, lambda line: console.print(line, markup=False, soft_wrap=True))
+    return running_on_cluster(cluster, rounding_digest, lambda line: console.print(line, markup=False, soft_wrap=True))

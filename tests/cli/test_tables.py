@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rankpilot.agents.evaluation.tables import Group, PolicyResult
+from rankpilot.agents.evaluation.results import Group, PolicyResult
 from rankpilot.cli import main as cli
 from rankpilot.cli.evaluate import comparison_table
 from rankpilot.common.statistics import Estimate, PairedComparison

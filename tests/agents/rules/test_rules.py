@@ -9,15 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.evaluation.ablation import KNOTS, Constant, constant_of
-from rankpilot.agents.evaluation.hindsight import TASK_RULES
 from rankpilot.agents.rules import RULES, RandomScores, Window, find_rule
-from rankpilot.agents.rules.given_plan import GivenPlan
-from rankpilot.allocation.actions import base_rank_floor
 from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.plan import project
-from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.stacked import StackedEpisodes
@@ -138,61 +133,6 @@ def test_windows(problems: dict[str, AllocationProblem], budget: str) -> None:
         assert set(problem.blocks[ranks > 0]) == layers
         if ranks.max() < problem.max_ranks.max():
             assert not problem.fits(np.where(ranks > 0, ranks + 1, 0)), "the largest rank"
-
-
-def test_rules_that_see_the_task(episodes: StackedEpisodes) -> None:
-    planted = task(budget=0.25, unit="parameters")
-    problem = episodes.problem(planted)
-    for name, rule in TASK_RULES.items():
-        attempts = rule.prepare(planted, problem)
-        assert len(attempts) == rule.attempts
-        assert rule.name == name
-        for attempted, policy in attempts:
-            budget = episodes.problem(attempted)
-            decision = policy.decide(seen(budget))
-            assert budget.fits(project(budget, decision.ranks, decision.scores).ranks)
-    (larger, _), *_ = TASK_RULES["uniform-115"].prepare(planted, problem)
-    assert larger.budget == pytest.approx(1.15 * 0.25)
-    assert larger.reference == planted.reference
-    assert TASK_RULES["oracle"].prepare(replace(planted, kind="shift", corpus="code"), problem) == []
-    assert TASK_RULES["best-window"].attempts == TASK_RULES["best-of-8"].attempts == 8
-
-
-def test_a_constant_action_is_the_mean(make_observation: MakeObservation) -> None:
-    class ByHeight:
-        name = "by height"
-
-        def decide(self, observation: Observation) -> Any:
-            height = observation.modules[:, MODULE_FEATURES.index("relative_depth")].astype(np.float64)
-            return decision_from_scores(observation, 2 * height - 1, (float(observation.run[0] > 0.5), -1.0))
-
-    observations = []
-    for seed, modules in enumerate((8, 20, 12, 16)):
-        observation = make_observation(modules, seed)
-        columns = observation.modules.copy()
-        columns[:, MODULE_FEATURES.index("relative_depth")] = np.linspace(0, 1, modules)
-        run = np.full_like(observation.run, 0.9 if seed == 0 else 0.1)
-        observations.append(replace(observation, modules=columns, run=run))
-    constant = constant_of(ByHeight(), observations, "constant:x")
-    assert constant.name == "constant:x"
-    np.testing.assert_allclose(constant.scores, 2 * KNOTS - 1, atol=1e-6)
-    assert constant.placement == pytest.approx((1 / 4, -1))
-    blind = [constant.decide(replace(o, run=0 * o.run)).scores for o in observations[:1]]
-    np.testing.assert_array_equal(blind[0], constant.decide(observations[0]).scores)
-    assert isinstance(constant, Constant)
-
-
-def test_the_mean_of_plans_that_follow_from_no_scores(make_observation: MakeObservation) -> None:
-    """Rank 4 on the upper half: its logs by depth, and 4 as the floor."""
-    observation = make_observation(16)
-    columns = observation.modules.copy()
-    columns[:, MODULE_FEATURES.index("relative_depth")] = np.linspace(0, 1, 16)
-    ranks = np.repeat([0, 4], 8)
-    plan = GivenPlan("upper half", dict(zip(observation.names, ranks.tolist(), strict=True)))
-    constant = constant_of(plan, [replace(observation, modules=columns)] * 2, "constant:x")
-    assert constant.placement == pytest.approx((np.log2(4 / base_rank_floor(observation.problem)), 0))
-    assert np.isfinite(constant.scores).all()
-    assert constant.scores[0] < -0.9 < 0.9 < constant.scores[-1]
 
 
 def test_unknown_rules() -> None:

@@ -49,7 +49,7 @@ def log_runs(folder: Path, tasks: Sequence[ProxyTask], policy: Policy, schedule:
     """Run tasks of one base and batch shape under a policy, and log every decision; a folder for each run."""
     logs = [DecisionLog(folder / str(number)) for number in range(len(tasks))]
     episodes = StackedEpisodes(tasks[0].base, schedule, len(tasks))
-    written = [EpisodeLog(log, policy, task.id) for log, task in zip(logs, tasks, strict=True)]
+    written = [EpisodeLog(log.append, policy, task.id) for log, task in zip(logs, tasks, strict=True)]
     run_attempts(episodes, [(task, policy) for task in tasks], len(tasks), written)
     return logs
 
