@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.checkpoint import last_checkpoint
     from .finetune.loop_checkpoint import load_checkpoint, save_checkpoint
+    from .finetune.options import PilotOptions
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
     from .memory.budget import Budget
@@ -34,6 +35,7 @@ _LAZY = {
     "Budget": ".memory.budget",
     "DecisionLog": ".allocation.decision_log",
     "DecisionSchedule": ".allocation.schedule",
+    "PilotOptions": ".finetune.options",
     "RankPilot": ".finetune.pilot",
     "RankPilotCallback": ".finetune.callback",
     "TrainingRun": ".finetune.run",
@@ -52,6 +54,7 @@ __all__ = [
     "Budget",
     "DecisionLog",
     "DecisionSchedule",
+    "PilotOptions",
     "RankPilot",
     "RankPilotCallback",
     "RankPilotError",

@@ -29,7 +29,7 @@ from ..allocation.schedule import DecisionSchedule
 from ..common.files import read_json, read_json_lines
 from ..common.tables import make_table
 from ..finetune import experiment
-from ..finetune.callback import RankPilotCallback
+from ..finetune.callback import attach
 from ..finetune.checkpoint import last_checkpoint
 from ..finetune.config import PILOT, UNIFORM, FinetuneConfig
 from .harness import Figures, machine_facts, with_progress
@@ -112,10 +112,8 @@ def _train(folder: Path, inputs: Path, scheduler: str) -> None:
         use_cpu=True,
     )
     schedule = DecisionSchedule(probe_steps=4)
-    pilot = RankPilotCallback("signal-mean", BUDGET, schedule=schedule, measure_every=4)
     trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
-    trainer.add_callback(pilot)
-    pilot.connect(trainer)
+    attach(trainer, "signal-mean", budget=BUDGET, schedule=schedule, measure_every=4)
     checkpoint = last_checkpoint(folder, tell=lambda _: None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.save_pretrained(folder / "adapter")

@@ -60,7 +60,6 @@ class Allocate(FinetuneConfig):
     eval_batch_size: tyro.conf.Suppress[int | None] = None
     best: tyro.conf.Suppress[bool] = False
     early_stopping: tyro.conf.Suppress[int | None] = None
-    review: tyro.conf.Suppress[Path | None] = None
     merge: tyro.conf.Suppress[bool] = False
     report_to: tyro.conf.Suppress[tuple[str, ...]] = ()
 

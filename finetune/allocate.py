@@ -7,13 +7,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ..agents.learned.goals import check_any_cost
 from ..agents.learned.policy_file import DEFAULT, load_policy
@@ -28,14 +29,16 @@ from ..lora.optimizer_state import kept_state
 from ..lora.peft_config import adapter_ranks
 from ..lora.resize import update_peft_records
 from ..lora.targets import TargetModule, find_target_modules, unwrap, wrappers_of
-from ..memory.budget import Budget
 from ..memory.training_step import LossFunction
 from .attributes import put_back
-from .callback import RankPilotCallback
+from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
 from .lent_adapters import lent_adapters
 from .model_settings import settings_put_back
+from .options import GivenOptions, PilotOptions
+from .parallel_kinds import check_arguments
 from .pilot import RankPilot
 from .run import TrainingRun
+from .trainer_step import run_of_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +82,9 @@ class StaticPlan:
 def allocate(
     model: Any,
     data: DataLoader[Any] | None = None,
-    *,
-    budget: str | float | Budget = "100%",
     policy: str | Path | Policy = DEFAULT,
-    **options: Any,
+    options: GivenOptions = None,
+    **changes: Any,
 ) -> LoraConfig:
     """The ranks that a policy gives before training, as a LoraConfig for plain PEFT; logs the memory that it predicts.
 
@@ -93,11 +95,10 @@ def allocate(
         model: a Trainer that is ready to train, a PEFT model, or a transformers model, which then gets adapters on all
             its linear layers, and a head that trains whole if its class has a new one, such as a classifier.
         data: batches of the fine-tune; left out for a Trainer, which has its own.
-        budget: see `RankPilot`, as `policy`.
-        policy: who decides.
-        options: for a Trainer those of `RankPilotCallback`; for a model those of `RankPilot`, and `loss`, `optimizer`,
-            `learning_rate`, `accumulation` and `total_steps`, the length of the run that is planned. With `log`, a
-            folder, the decision is logged as that of a run is.
+        policy: who decides; see `RankPilot`.
+        options: all options, or the budget alone. With `log`, a folder, the decision is logged as that of a run is.
+        changes: single options by their names; see `PilotOptions`. For a model also `loss`, `optimizer`,
+            `learning_rate`, `accumulation` and `total_steps`, the length of the run that is planned.
 
     Raises:
         BudgetError: no plan fits the budget.
@@ -108,7 +109,7 @@ def allocate(
         >>> config = rankpilot.allocate(model, loader, budget="60%")  # doctest: +SKIP
         >>> model = get_peft_model(model, config)  # doctest: +SKIP
     """
-    plan = static_plan(model, data, budget=budget, policy=policy, **options)
+    plan = static_plan(model, data, policy, options, **changes)
     logger.info(plan.line())
     return plan.config
 
@@ -116,19 +117,18 @@ def allocate(
 def frontier(
     model: Any,
     data: DataLoader[Any] | None = None,
-    *,
-    budget: str | float | Budget = "100%",
     policy: str | Path | Policy = DEFAULT,
-    **options: Any,
+    options: GivenOptions = None,
+    **changes: Any,
 ) -> list[FrontierPlan]:
     """The plans that are worth their cost, before training: bytes, the time of a step, and the expected loss.
 
     Args:
         model: see `allocate`, as the other arguments.
         data: batches of the fine-tune.
-        budget: no plan above it is among them, but for plain LoRA, with which all are compared.
         policy: its networks must tell plans of any cost apart.
-        options: see `allocate`.
+        options: no plan above the budget is among the plans, but for plain LoRA, with which all are compared.
+        changes: see `allocate`.
 
     Returns:
         The cheapest first: by time under `goal="time"`, else by what the budget counts.
@@ -136,29 +136,29 @@ def frontier(
     Raises:
         ConfigError: the policy is a rule, or compares plans of one cost alone; and all that `allocate` raises.
     """
-    plan = static_plan(model, data, budget=budget, policy=policy, frontier=True, **options)
+    plan = static_plan(model, data, policy, options, frontier=True, **changes)
     return list(plan.frontier or ())
 
 
 def static_plan(
     model: Any,
     data: DataLoader[Any] | None = None,
-    *,
-    budget: str | float | Budget = "100%",
     policy: str | Path | Policy = DEFAULT,
+    options: GivenOptions = None,
+    *,
     frontier: bool = False,
-    **options: Any,
+    **changes: Any,
 ) -> StaticPlan:
     """As `allocate`, with the ranks and the predicted memory beside the LoraConfig.
 
     Args:
         model: see `allocate`, as the other arguments.
         data: batches of the fine-tune.
-        budget: of a training step.
         policy: who decides.
+        options: all options, or the budget alone.
         frontier: also fill `StaticPlan.frontier`. The time of steps is then measured as well, unless layers run again
             as a plan needs.
-        options: see `allocate`.
+        changes: see `allocate`.
 
     Raises:
         ConfigError: with `frontier`, the policy cannot tell plans of any cost apart; and all that `allocate` raises.
@@ -166,57 +166,42 @@ def static_plan(
     if frontier:
         check_any_cost(load_policy(policy), "a frontier", "leave the frontier out")
     if isinstance(model, Trainer):
-        callback = _FirstPlan(policy, budget, **options)
-        callback.pilot.times_plans |= frontier and not callback.pilot.recompute
-        return _with_frontier(_plan_of_trainer(model, callback), callback.pilot, frontier)
+        return _plan_of_trainer(model, policy, PilotOptions.of(options, changes), frontier)
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
     with _switches_put_back(model):
         has_adapters = isinstance(wrappers_of(model)[-1], PeftModel)
         with nullcontext(model) if has_adapters else lent_adapters(model) as adapted:
-            return _plan_of_model(adapted, data, budget, policy, frontier, **options)
+            return _plan_of_model(adapted, data, policy, options, frontier, **changes)
 
 
-class _DecidedError(Exception):
-    """Ends `Trainer.train` after the first decision."""
-
-
-class _FirstPlan(RankPilotCallback):
-    """Ends the run as soon as it has its first plan, and writes no log."""
-
-    def on_train_begin(self, *arguments: Any, **objects: Any) -> None:
-        """Take the first decision, and end the run."""
-        super().on_train_begin(*arguments, **objects)
-        self._break_off()
-        raise _DecidedError
-
-    def _default_log(self, args: TrainingArguments) -> None:
-        return None
-
-
-def _plan_of_trainer(trainer: Trainer, callback: _FirstPlan) -> StaticPlan:
-    handler = trainer.callback_handler
-    callbacks = handler.callbacks
+def _plan_of_trainer(
+    trainer: Trainer, policy: str | Path | Policy, options: PilotOptions, frontier: bool
+) -> StaticPlan:
+    check_arguments(trainer.args)
+    seed = trainer.args.seed if options.seed is None else options.seed
+    pilot = RankPilot(
+        policy,
+        replace(options, seed=seed),
+        tell=partial(tell_beside_bar, trainer),
+        progress=partial(bar_of_trainer, trainer),
+    )
     targets = find_target_modules(trainer.model)
     put_back_adapters = _adapters_put_back(trainer.model, targets, trainer.optimizer)
     with put_back(trainer), settings_put_back(trainer.model), put_back_adapters:
-        handler.callbacks = [callback]  # alone, so that no tracker opens a run
+        ready_to_train(trainer, options.scaling)
         try:
-            trainer.train()
-        except _DecidedError:
-            return _static_plan(callback.pilot, trainer.model)
+            return _first_plan(pilot, run_of_trainer(trainer), trainer.model, frontier)
         finally:
-            handler.callbacks = callbacks
             if trainer.args.neftune_noise_alpha is not None:  # `train` removes it at its end
                 trainer.neftune_hook_handle.remove()
-    raise AssertionError("a run begins with a plan")
 
 
 def _plan_of_model(
     model: PeftModel,
     data: DataLoader[Any],
-    budget: str | float | Budget,
     policy: str | Path | Policy,
+    options: GivenOptions,
     frontier: bool,
     *,
     loss: LossFunction | None = None,
@@ -224,37 +209,37 @@ def _plan_of_model(
     learning_rate: float = 1e-4,
     total_steps: int = TOTAL_STEPS,
     accumulation: int = 1,
-    **options: Any,
+    **changes: Any,
 ) -> StaticPlan:
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    pilot = RankPilot(policy, budget, **options)
-    pilot.times_plans |= frontier and not pilot.recompute
-    targets = find_target_modules(model)
-    with _adapters_put_back(model, targets, optimizer):
-        size = {"total_steps": total_steps, "accumulation": accumulation}
-        run = TrainingRun.of_loader(model, optimizer, data, loss=loss, **size)
-        pilot.begin(run)
-        pilot.finish()
-        return _with_frontier(_static_plan(pilot, model), pilot, frontier)
+    pilot = RankPilot(policy, options, **changes)
+    with _adapters_put_back(model, find_target_modules(model), optimizer):
+        run = TrainingRun.of_loader(
+            model, optimizer, data, loss=loss, total_steps=total_steps, accumulation=accumulation
+        )
+        return _first_plan(pilot, run, model, frontier)
 
 
-def _static_plan(pilot: RankPilot, model: Any) -> StaticPlan:
-    controller = pilot.controller
+def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) -> StaticPlan:
+    """The plan that a run begins with, and if asked for the frontier of the decision that led to it."""
+    pilot.times_plans |= frontier and not pilot.options.recompute
+    pilot.begin(run)
+    pilot.finish()
+    controller, decision = pilot.controller, pilot.decision
     assert controller is not None
+    assert decision is not None
     config: LoraConfig = copy.deepcopy(unwrap(model).peft_config[controller.targets[0].adapter])
     config.inference_mode = False
-    ranks = adapter_ranks(controller.targets)
-    alphas = {target.name: target.alpha for target in controller.targets}
-    return StaticPlan(config, ranks, alphas, pilot.predictions[-1][1], pilot.limit, controller.cost.unit)
-
-
-def _with_frontier(plan: StaticPlan, pilot: RankPilot, wanted: bool) -> StaticPlan:
-    """A plan with the frontier of the decision that led to it."""
-    if not wanted:
-        return plan
-    assert pilot.decision is not None
-    assert pilot.decision.deliberation is not None
-    return replace(plan, frontier=tuple(frontier_of(pilot.decision.deliberation)))
+    found = decision.deliberation if frontier else None
+    return StaticPlan(
+        config=config,
+        ranks=adapter_ranks(controller.targets),
+        alphas={target.name: target.alpha for target in controller.targets},
+        cost=pilot.predictions[-1][1],
+        limit=pilot.limit,
+        unit=controller.cost.unit,
+        frontier=tuple(frontier_of(found)) if found else None,
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers import set_seed
+from transformers import Trainer, set_seed
 
 from ..agents.learned.policy_file import load_policy
 from ..common.energy import find_energy_counter
@@ -26,18 +26,18 @@ from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
 from ..memory.peak_meter import PeakMeter
-from ..memory.time_budget import TimeBudget
 from .allocate import StaticPlan, static_plan
-from .callback import RankPilotCallback
+from .callback import RankPilotCallback, attach
 from .checkpoint import last_checkpoint
 from .config import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig
 from .hardware import hardware_facts
 from .metrics import RunMetrics
+from .options import PilotOptions
 from .parallel_kinds import check_arguments
 from .reload_check import check_reload
 from .stop import StopWithCheckpoint
 from .trainer import new_model, new_trainer, read_workload
-from .trainer_settings import new_arguments, rank_bounds_of
+from .trainer_settings import new_arguments
 from .uniform import UniformRanks
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def finetune(
     policy = load_policy(config.policy)
     workload = read_workload(config, tell)
     check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
-    rank_bounds_of(config.bounds)
+    config.pilot_options()  # and so is one of the policy
     with open_run(folder, as_json(FinetuneConfig, config), resume=resume, kind=FinetuneConfig):
         runs = {}
         for name, under in _runs(config, policy.name).items():
@@ -120,12 +120,8 @@ def plan_ahead(
     with TemporaryDirectory() as folder:
         trainer = new_trainer(config, workload, new_model(config, workload), Path(folder), [])
         tell(f"planning under {config.policy}")
-        bounds = rank_bounds_of(config.bounds)
         set_seed(config.seed)
-        options: dict[str, Any] = {"bounds": bounds, "time": config.time, "explore": config.explore, "log": log}
-        options |= {"goal": config.goal, "tolerance": config.tolerance, "frontier": frontier}
-        options |= {"recompute": config.recompute, "scaling": config.kept}
-        return static_plan(trainer, budget=config.budget, policy=config.policy, **options)
+        return static_plan(trainer, None, config.policy, config.pilot_options(log=log), frontier=frontier)
 
 
 def _head(workload: Workload) -> dict[str, Any]:
@@ -145,7 +141,7 @@ def run_one(
     folder: Path,
     name: str,
     tell: Callable[[str], None] = logger.warning,
-    ranks: RankPilotCallback | None = None,
+    pilot: Callable[[Trainer], RankPilotCallback] | None = None,
 ) -> dict[str, Any]:
     """Run one fine-tune to its end, from its last complete checkpoint if there is one.
 
@@ -155,7 +151,7 @@ def run_one(
         folder: of all runs.
         name: `PILOT`, `UNIFORM` for equal ranks, or `ALL_LINEAR` for plain LoRA.
         tell: called with a line for each checkpoint that cannot be read.
-        ranks: decides the ranks; by default what the settings say.
+        pilot: attaches what decides the ranks of a Trainer; by default what the settings say.
 
     Returns:
         What `result-NAME.json` holds. If that file is there already, nothing runs.
@@ -167,15 +163,14 @@ def run_one(
     with suppress(FileNotFoundError, DataError):  # the run of a torn result goes on from its last checkpoint
         return read_object(result_path)
     model = new_model(config, workload)
-    pilot, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
-    decides = ranks or _ranks(config, folder, name)
+    piloted, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
     device = new_arguments(config, workload.task, folder / name).device
     hardware, energy = hardware_facts(device), find_energy_counter(device)
-    metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY), energy)
+    metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
     stop = StopWithCheckpoint()
-    callbacks = [*([decides] if decides else []), metrics, stop]
-    trainer = new_trainer(config, workload, model, folder / name, callbacks)
-    checkpoint = last_checkpoint(folder / name, piloted=pilot, tell=tell)
+    trainer = new_trainer(config, workload, model, folder / name, [metrics, stop])
+    decides = pilot(trainer) if pilot else _decides(config, trainer, folder, name)
+    checkpoint = last_checkpoint(folder / name, piloted=piloted, tell=tell)
     set_seed(config.seed)
     with on_sigterm(stop.stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -202,7 +197,7 @@ def run_one(
         "steps": trainer.state.max_steps,
         "ranks": adapter_ranks(targets),
     }
-    if pilot:
+    if piloted:
         result["reload"] = check_reload(config, workload, model, adapter)
     if config.merge:
         with atomic_path(folder / name / "merged") as temporary:
@@ -212,27 +207,21 @@ def run_one(
     return result
 
 
-def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback | UniformRanks | None:
-    """The callback that decides the ranks of a run; None for plain LoRA."""
+def _decides(
+    config: FinetuneConfig, trainer: Trainer, folder: Path, name: str
+) -> RankPilotCallback | UniformRanks | None:
+    """Let the ranks of a run be decided as the settings say; None for plain LoRA."""
     if name == ALL_LINEAR:
         return None
     if name == UNIFORM:
-        time = None if config.time is None else TimeBudget.parse(config.time)
-        return UniformRanks(_uniform_budget(config, folder), config.seed, recompute=config.recompute, time=time)
-    return RankPilotCallback(
-        config.policy,
-        config.budget,
-        log=folder / "decisions",
-        measure_every=MEASURE_EVERY,
-        bounds=rank_bounds_of(config.bounds),
-        review=config.review,
-        recompute=config.recompute,
-        time=config.time,
-        explore=config.explore,
-        scaling=config.kept,
-        goal=config.goal,
-        tolerance=config.tolerance,
-    )
+        options = config.pilot_options(budget=_uniform_budget(config, folder), seed=config.seed)
+        return UniformRanks(trainer, options)
+    return attach(trainer, config.policy, piloted_options(config, folder))
+
+
+def piloted_options(config: FinetuneConfig, folder: Path, **further: Any) -> PilotOptions:
+    """The options of the run under a policy in a folder of runs, with further ones by name."""
+    return config.pilot_options(log=folder / "decisions", measure_every=MEASURE_EVERY, **further)
 
 
 def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> Path:
@@ -247,7 +236,7 @@ def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> Path:
 
 def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     """The budget of the run under the policy; for "auto", the bytes that were free before that run."""
-    budget = Budget.parse(config.budget)
+    budget = config.budget_read
     if budget.kind != "auto":
         return budget
     return Budget("bytes", read_object(folder / f"result-{PILOT}.json")["budget_bytes"])

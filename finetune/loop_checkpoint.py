@@ -73,7 +73,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     if not folder.is_dir():
         raise RunFolderError(f"There is no checkpoint {folder}. Pass a folder that `save_checkpoint` wrote.")
     state = load_state(folder)
-    resizable_targets(run.model, pilot.scaling)
+    resizable_targets(run.model, pilot.options.scaling)
     try:
         check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
         weights = load_file(folder / WEIGHTS)
@@ -118,7 +118,7 @@ def _check_replaceable(path: Path) -> None:
 
 def _trained(run: TrainingRun, pilot: RankPilot) -> dict[str, torch.Tensor]:
     """What trains, by name, and all adapters, those at rank 0 included."""
-    adapters = {id(p) for t in resizable_targets(run.model, pilot.scaling) for p in t.parameters.values()}
+    adapters = {id(p) for t in resizable_targets(run.model, pilot.options.scaling) for p in t.parameters.values()}
     parameters = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad or id(p) in adapters]
     outside = enumerate(trained_outside(run.model, run.optimizer))
     return {name: p.detach().contiguous() for name, p in [*parameters, *((f"{_OUTSIDE}{i}", p) for i, p in outside)]}

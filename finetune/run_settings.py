@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..allocation.bounds import Bounds
 from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.stored_numbers import counted, finite
@@ -15,30 +14,22 @@ from ..errors import RankPilotError, RunFolderError, first_line, shown
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import TargetModule
-from ..memory.budget import Budget
-from ..memory.time_budget import TimeBudget
+from .options import PilotOptions
 
 MAY_CHANGE = ("budget", "time")
 
 
-def run_settings(
-    budget: Budget,
-    time: TimeBudget | None,
-    policy: Policy,
-    schedule: DecisionSchedule,
-    bounds: Bounds,
-    recompute: bool,
-    scaling: str,
-) -> dict[str, Any]:
+def run_settings(options: PilotOptions, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
     """What a resumed run is held against, as JSON values."""
+    time, bounds = options.time_read, options.bounds or {}
     return {
-        "budget": str(budget),
+        "budget": str(options.budget_read),
         "time": None if time is None else str(time),
         **policy_settings(policy),
         "schedule": repr(schedule),
         "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
-        "recompute": recompute,
-        "scaling": scaling,
+        "recompute": options.recompute,
+        "scaling": options.scaling,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -13,15 +12,12 @@ import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..allocation.bounds import Bounds
 from ..common.files import parse_json
 from ..data.task import Task
-from ..errors import ConfigError, UnknownNameError, UnsupportedError, first_line, shown
+from ..errors import ConfigError, UnknownNameError, UnsupportedError, first_line
 from ..memory.step_config import OptimizerName
 from ..memory.step_parts import CHECKPOINTING
 from .config import FinetuneConfig
-
-_RANK = re.compile(r"[0-9]{1,10}")
 
 OPTIMIZERS: dict[OptimizerName, str] = {
     "adamw": "adamw_torch_fused",
@@ -146,25 +142,6 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
         except ValueError:
             values[name] = text
     return values
-
-
-def rank_bounds_of(given: tuple[str, ...]) -> Bounds:
-    """Bounds from MODULE=RANK or MODULE=LEAST:MOST.
-
-    Raises:
-        ConfigError: an entry has another form.
-    """
-    bounds: dict[str, int | tuple[int, int]] = {}
-    for entry in given:
-        name, _, text = entry.partition("=")
-        numbers = text.split(":")
-        if not name or len(numbers) > 2 or not all(_RANK.fullmatch(number) for number in numbers):
-            raise ConfigError(
-                f"A bound has the form MODULE=RANK or MODULE=LEAST:MOST, as q_proj=0:16; got {shown(entry)}."
-            )
-        ranks = [int(number) for number in numbers]
-        bounds[name] = ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])
-    return bounds
 
 
 def _checkpointing(wanted: bool) -> Mapping[str, Any]:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.common.files import read_json, read_json_lines, write_text
+from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.finetune import review as review_module
-from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.experiment import finetune, plan_ahead
-from rankpilot.finetune.trainer_settings import arguments_class, further_settings, new_arguments, rank_bounds_of
+from rankpilot.finetune.trainer_settings import arguments_class, further_settings, new_arguments
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from ..data.small_models import WORDS, save, write_rows
@@ -127,33 +121,6 @@ def test_bounds() -> None:
         FinetuneConfig("m", "d", tolerance=0.02)
     with pytest.raises(ConfigError, match="give a budget of bytes"):
         FinetuneConfig("m", "d", goal="bytes", budget="3k params")
-
-
-def test_a_person_reviews_the_plan(chats: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    review = tmp_path / "plan.yaml"
-    config = settings(chats, policy="signal-mean", budget="110%", steps=1, review=review)
-
-    def answer() -> None:
-        while not review.exists():
-            time.sleep(0.05)
-        values = yaml.safe_load(review.read_text())
-        name = max(values["modules"], key=lambda module: values["modules"][module]["rank"])
-        values["modules"][name]["rank"] = 1
-        values["approved"] = True
-        write_text(review, yaml.safe_dump(values))
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.setattr(review_module, "POLL_S", 0.01)
-    person = threading.Thread(target=answer, daemon=True)
-    person.start()
-    finetune(config, tmp_path / "run")
-    person.join()
-    table = DecisionLog(tmp_path / "run" / "decisions").read()
-    changed = [note for note in table["note"].to_pylist() if note]
-    assert len(changed) == 1
-    assert changed[0].startswith("changed in review: ")
-    assert changed[0].endswith(" -> 1")
-    assert read_json(tmp_path / "run" / "config.json")["review"] == str(review)
 
 
 def test_a_plan_ahead_is_the_first_of_the_run(chats: tuple[str, str], tmp_path: Path) -> None:

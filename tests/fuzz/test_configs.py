@@ -15,9 +15,9 @@ from rankpilot.agents.training.config import TrainConfig
 from rankpilot.cli.config_file import read_config_file, with_file_settings
 from rankpilot.common.settings import as_json
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.proposal import is_review_file, parse
-from rankpilot.finetune.trainer_settings import new_arguments, rank_bounds_of
+from rankpilot.finetune.trainer_settings import new_arguments
 from rankpilot.study.run.other_plans import _from_file
 
 from .damage import NAMES, damaged, damaged_json, edited

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import attach
 from rankpilot.study.run.report import write_report
 from transformers import Trainer, TrainingArguments
 
@@ -26,14 +26,14 @@ def test_report_of_a_trainer_with_the_callback(make_llama: Callable[..., Any], t
         use_cpu=True,
         disable_tqdm=True,
     )
-    callback = RankPilotCallback("signal-mean", budget="90%")
-    Trainer(
+    trainer = Trainer(
         model=make_llama(task_type="CAUSAL_LM"),
         args=arguments,
         train_dataset=rows,
         eval_dataset=rows[:4],
-        callbacks=[callback],
-    ).train()
+    )
+    callback = attach(trainer, "signal-mean", budget="90%")
+    trainer.train()
     report = write_report(tmp_path / "out")
     assert not report.run.missing
     assert [step for step, _ in report.run.points("rankpilot", "loss")] == [2, 4, 6, 8]
