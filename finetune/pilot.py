@@ -189,9 +189,8 @@ class RankPilot:
                 budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
                 limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device, was))
             if before.get("time") != settings["time"]:
-                controller.time = other_time_limit(
-                    controller.time, run, targets, self.time, memory, limit, recomputation
-                )
+                facts = (run, targets, self.time, memory, limit, recomputation)
+                controller.time = other_time_limit(controller.time, *facts)
             self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
             run.replicas.changed(targets, step)
             if changed := changes(settings, before):

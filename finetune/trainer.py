@@ -43,7 +43,7 @@ def check_possible(config: FinetuneConfig) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UnsupportedError(
-            "A fine-tune from the command line runs in one process. With several, use RankPilotCallback in a script of "
+            "A fine-tune from the command line runs in one process. With several, call `rankpilot.attach` in a script of "
             "your own, as examples/several_processes.py does."
         )
     check_installed(config.optimizer, config.quantization)
