@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from .env.tasks.own_task import OwnTask
     from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
     from .finetune.callback import RankPilotCallback, attach
-    from .finetune.checkpoint import last_checkpoint
-    from .finetune.loop_checkpoint import load_checkpoint, save_checkpoint
+    from .finetune.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
     from .finetune.options import PilotOptions
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
@@ -62,7 +61,7 @@ _LAZY = {
     "fetch_asset": ".data.assets",
     "frontier": ".finetune.allocate",
     "last_checkpoint": ".finetune.checkpoint",
-    "load_checkpoint": ".finetune.loop_checkpoint",
+    "load_checkpoint": ".finetune.checkpoint",
     "load_packaged_dataset": ".data.packaged_data",
     "load_policy": ".agents.learned.policy_file",
     "memory_of": ".memory.outlook",
@@ -70,7 +69,7 @@ _LAZY = {
     "open_dataset": ".study.dataset",
     "rank_pattern_yaml": ".lora.export",
     "sample_dataset": ".study.dataset:sample",
-    "save_checkpoint": ".finetune.loop_checkpoint",
+    "save_checkpoint": ".finetune.checkpoint",
     "static_plan": ".finetune.allocate",
 }
 """The module of each public name, and after a colon its name there if it is another."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from ..agents.learned.goals import check_any_cost
 from ..agents.learned.policy_file import DEFAULT, load_policy
@@ -22,21 +24,18 @@ from ..allocation.decision_line import decision_line
 from ..allocation.frontier import FrontierPlan
 from ..allocation.frontier import frontier as frontier_of
 from ..allocation.policy import Policy
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..lora.export import pattern_config
-from ..lora.factors import write_in_place
-from ..lora.optimizer_state import kept_state
+from ..lora.fresh import fresh_adapters
+from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks
-from ..lora.resize import update_peft_records
-from ..lora.targets import TargetModule, find_target_modules, unwrap, wrappers_of
+from ..lora.targets import find_target_modules, unwrap, wrappers_of
 from ..memory.training_step import LossFunction
-from .attributes import put_back
 from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
-from .lent_adapters import lent_adapters
-from .model_settings import settings_put_back
+from .left_as_found import adapters_put_back, put_back, settings_put_back, switches_put_back
 from .options import GivenOptions, PilotOptions
-from .parallel_kinds import check_arguments
 from .pilot import RankPilot
+from .replicas import check_arguments
 from .run import TrainingRun
 from .trainer_step import run_of_trainer
 
@@ -44,6 +43,18 @@ logger = logging.getLogger(__name__)
 
 TOTAL_STEPS = 1000
 """Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, no more."""
+
+
+_TASK_TYPES = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForCausalLM": TaskType.CAUSAL_LM,
+}
+"""By a part of the name of a transformers class."""
+
+_NEW_HEADS = ("Classification", "MultipleChoice", "QuestionAnswering")
+"""In names of classes whose head is new where a fine-tune begins, and trains whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +180,7 @@ def static_plan(
         return _plan_of_trainer(model, policy, PilotOptions.of(options, changes), frontier)
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
-    with _switches_put_back(model):
+    with switches_put_back(model):
         has_adapters = isinstance(wrappers_of(model)[-1], PeftModel)
         with nullcontext(model) if has_adapters else lent_adapters(model) as adapted:
             return _plan_of_model(adapted, data, policy, options, frontier, **changes)
@@ -187,7 +198,7 @@ def _plan_of_trainer(
         progress=partial(bar_of_trainer, trainer),
     )
     targets = find_target_modules(trainer.model)
-    put_back_adapters = _adapters_put_back(trainer.model, targets, trainer.optimizer)
+    put_back_adapters = adapters_put_back(trainer.model, targets, trainer.optimizer)
     with put_back(trainer), settings_put_back(trainer.model), put_back_adapters:
         ready_to_train(trainer, options.scaling)
         try:
@@ -213,7 +224,7 @@ def _plan_of_model(
 ) -> StaticPlan:
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     pilot = RankPilot(policy, options, **changes)
-    with _adapters_put_back(model, find_target_modules(model), optimizer):
+    with adapters_put_back(model, find_target_modules(model), optimizer):
         run = TrainingRun.of_loader(
             model, optimizer, data, loss=loss, total_steps=total_steps, accumulation=accumulation
         )
@@ -243,40 +254,48 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
 
 
 @contextmanager
-def _switches_put_back(model: torch.nn.Module) -> Iterator[None]:
-    """Let parameters train, modules be in training mode and torch draw numbers afterwards as they did before."""
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+def lent_adapters(model: nn.Module) -> Iterator[PeftModel]:
+    """The model with fresh adapters on all its linear layers; afterwards it has the modules that it had.
+
+    Args:
+        model: without adapters.
+
+    Raises:
+        UnsupportedError: it holds adapters already, which could not be told from these.
+        ConfigError: PEFT cannot adapt it.
+    """
+    name = type(model).__name__
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UnsupportedError(
+            f"{name} holds adapters already, and is no PeftModel of one kind of adapter. Pass the PeftModel that "
+            "`peft.get_peft_model(model, LoraConfig(...))` returned, or the model without its adapters."
+        )
+    new_head = isinstance(model, PreTrainedModel) and any(part in name for part in _NEW_HEADS)
+    modules, size = dict(model.named_modules(remove_duplicate=False)), {"r": REFERENCE_RANK, "lora_alpha": 16}
     try:
-        with settings_put_back(model), torch.random.fork_rng(devices=devices):
-            yield
+        yield fresh_adapters(model, name, task_type(model), new_head=new_head, target_modules="all-linear", **size)
     finally:
-        for parameter, before in trains:
-            parameter.requires_grad_(before)
-        for module, training in modes:
-            module.training = training
+        _put_back(model, modules)
 
 
-@contextmanager
-def _adapters_put_back(
-    model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
-) -> Iterator[None]:
-    """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards."""
-    put_back_state = kept_state(optimizer, [p for target in targets for p in target.parameters.values()])
-    configs = unwrap(model).peft_config
-    before = {name: copy.deepcopy(vars(config)) for name, config in configs.items()}
-    values = [(p, p.detach().clone(), p.requires_grad) for target in targets for p in target.parameters.values()]
-    try:
-        yield
-    finally:
-        put_back_state()
-        for parameter, value, _ in values:
-            write_in_place(parameter, value)
-        for target in targets:
-            update_peft_records(target, target.rank)
-        for parameter, _, trains in values:
-            parameter.requires_grad_(trains)
-        for name, settings in before.items():
-            vars(configs[name]).clear()
-            vars(configs[name]).update(settings)
+def task_type(model: nn.Module) -> TaskType | None:
+    """PEFT's task type of a model, by its class; None where it tells none, or where the model reads something else.
+
+    Args:
+        model: of transformers, or any other.
+    """
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if "ForConditionalGeneration" in name:  # translation, speech, and models that continue a text beside a picture
+        if getattr(model, "main_input_name", "") != "input_ids":
+            return None
+        return TaskType.SEQ_2_SEQ_LM if getattr(config, "is_encoder_decoder", False) else TaskType.CAUSAL_LM
+    return next((kind for part, kind in _TASK_TYPES.items() if part in name), None)
+
+
+def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Give a model the modules that it had, by path; those that hold others come before them."""
+    for path, module in modules.items():
+        if path and model.get_submodule(path) is not module:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+    vars(model).pop("peft_config", None)  # PEFT leaves it there where it fails, and warns of it later

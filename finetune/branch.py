@@ -17,11 +17,10 @@ from ..common.run_folder import CONFIG, open_run
 from ..common.settings import as_json, from_json
 from ..errors import BudgetError, RunFolderError
 from .callback import RankPilotCallback, attach
-from .checkpoint import STATE, fault_of
+from .checkpoint import STATE, fault_of, policy_settings
 from .config import PILOT, FinetuneConfig
 from .experiment import piloted_options, run_one
 from .pilot import RankPilot
-from .run_settings import policy_settings
 from .trainer import read_workload
 
 

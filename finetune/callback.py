@@ -27,8 +27,8 @@ from ..lora.scaling_names import Scaling
 from ..memory.recording import Batch
 from .checkpoint import chosen_checkpoint, load_state, save_state
 from .options import GivenOptions, PilotOptions
-from .parallel_kinds import check_arguments
 from .pilot import RankPilot
+from .replicas import check_arguments
 from .stop import StopOnSigterm
 from .trainer_step import TrainerStep, add_before_users
 
@@ -36,6 +36,12 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_ROOM = 0.5
 """The share of the budget for which the batch of an evaluation is made anew, since not all of it shrinks with it."""
+
+
+_WITHOUT_TRAINER = (
+    "A RankPilotCallback decides the ranks of the one Trainer that it was made for. Make the Trainer without it, and "
+    'then call `rankpilot.attach(trainer, "default", budget="80%")`, with the arguments that the callback had.'
+)
 
 
 def attach(
@@ -256,12 +262,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             if self.trainer.args.should_save:  # of several processes one writes
                 save_state(checkpoint, state)
         return self._between_steps
-
-
-_WITHOUT_TRAINER = (
-    "A RankPilotCallback decides the ranks of the one Trainer that it was made for. Make the Trainer without it, and "
-    'then call `rankpilot.attach(trainer, "default", budget="80%")`, with the arguments that the callback had.'
-)
 
 
 def ready_to_train(trainer: Trainer, scaling: Scaling) -> None:

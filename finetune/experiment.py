@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..agents.learned.policy_file import load_policy
+from ..allocation.plan import check_budget, uniform_ranks
+from ..allocation.problem import AllocationProblem
 from ..common.energy import find_energy_counter
 from ..common.files import append_json_line, atomic_path, read_json_lines, read_object, write_json
 from ..common.run_folder import open_run
@@ -21,24 +23,27 @@ from ..common.settings import as_json
 from ..common.termination import Terminated, on_sigterm
 from ..data.workload import Workload
 from ..errors import DataError
+from ..lora.adapters import PeftAdapters
 from ..lora.ladder import REFERENCE_RANK
-from ..lora.peft_config import adapter_ranks
+from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
 from ..lora.targets import find_target_modules
 from ..memory.budget import Budget
 from ..memory.peak_meter import PeakMeter
 from .allocate import StaticPlan, static_plan
+from .before_training import run_costs
 from .callback import RankPilotCallback, attach
 from .checkpoint import last_checkpoint
 from .config import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig
 from .hardware import hardware_facts
 from .metrics import RunMetrics
 from .options import PilotOptions
-from .parallel_kinds import check_arguments
+from .recomputation import Recomputation
 from .reload_check import check_reload
+from .replicas import check_arguments
 from .stop import StopWithCheckpoint
-from .trainer import new_model, new_trainer, read_workload
-from .trainer_settings import new_arguments
-from .uniform import UniformRanks
+from .time_before_training import time_limit
+from .trainer import new_arguments, new_model, new_trainer, read_workload
+from .trainer_step import TrainerStep, add_before_users
 
 logger = logging.getLogger(__name__)
 
@@ -240,3 +245,58 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     if budget.kind != "auto":
         return budget
     return Budget("bytes", read_object(folder / f"result-{PILOT}.json")["budget_bytes"])
+
+
+class UniformRanks(TrainerCallback):  # type: ignore[misc]
+    """Gives as many top layers as can have rank 8 the largest equal rank that fits a budget, before the first step.
+
+    Args:
+        trainer: whose ranks it sets, as one of its callbacks. Its model can load adapters of any ranks from now on.
+        options: budget, time, recomputation and seed count.
+
+    Attributes:
+        limit: what the plan may cost, in bytes or parameters; 0 before training.
+    """
+
+    def __init__(self, trainer: Trainer, options: PilotOptions) -> None:
+        self._step, self._options = TrainerStep(trainer), options
+        self.limit: float = 0.0
+        make_resizable(trainer.model, find_target_modules(trainer.model))
+        add_before_users(trainer, self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Set the ranks; those of a checkpoint stay.
+
+        Raises:
+            BudgetError: no plan fits the budget.
+        """
+        model, optimizer, options = objects["model"], objects["optimizer"], self._options
+        targets = find_target_modules(model)
+        adapters = PeftAdapters(model, targets)
+        recomputation = Recomputation(model) if options.recompute else None
+        run = self._step.run(args, state, objects)
+        costs = run_costs(run, targets, options.budget_read, signals=False, recompute=options.recompute)
+        self.limit = costs.limit.value
+        if recomputation:
+            recomputation.memory = costs.memory
+        if state.global_step > 0:
+            finish_load(model, targets)
+            if recomputation:
+                recomputation.take(recomputation.fewest(adapters.ranks, self.limit))
+            if state.global_step >= state.max_steps:
+                self._step.take_no_more()
+                control.should_training_stop = True
+            return
+        timed = None
+        if options.time_read:
+            timed = time_limit(run, targets, options.time_read, costs.memory, self.limit, recomputation)
+        problem = AllocationProblem.of(
+            targets, timed.added_to(costs.cost, self.limit) if timed else costs.cost, self.limit
+        )
+        check_budget(problem, [target.name for target in targets], options.budget_read.share)
+        ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
+        adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
+        if recomputation:
+            recomputation.take(recomputation.fewest(ranks, self.limit))

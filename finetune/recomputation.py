@@ -17,7 +17,7 @@ from ..memory.model import MemoryModel
 from ..memory.recomputation import fewest_recomputed, recomputed_cost
 from ..memory.step_parts import check_checkpointing, switch_checkpointing
 from ..memory.tiled_loss import use_tiled_loss
-from .model_settings import ModelSettings
+from .left_as_found import ModelSettings
 
 
 class Recomputation:

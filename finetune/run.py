@@ -24,9 +24,8 @@ from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
 from ..memory.step_parts import release_inputs
 from ..memory.training_step import LossFunction, TrainingStep, checked_loss, model_loss
-from .attributes import put_back
-from .parallel_kinds import check_one_device
-from .replicas import Replicas
+from .left_as_found import put_back
+from .replicas import Replicas, check_one_device
 
 T = TypeVar("T")
 

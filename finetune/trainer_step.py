@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..errors import BudgetError, UnsupportedError
 from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
-from .attributes import put_back
+from .left_as_found import put_back
 from .run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"

@@ -20,8 +20,8 @@ from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.finetune.callback import attach
-from rankpilot.finetune.gradient_watch import PATIENCE
 from rankpilot.finetune.options import PilotOptions
+from rankpilot.finetune.pilot import PATIENCE
 from rankpilot.finetune.run import PROBE_RATE
 from rankpilot.lora.targets import find_target_modules
 from torch import nn

@@ -17,7 +17,7 @@ from rankpilot.common.settings import as_json
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.proposal import is_review_file, parse
-from rankpilot.finetune.trainer_settings import new_arguments
+from rankpilot.finetune.trainer import new_arguments
 from rankpilot.study.run.other_plans import _from_file
 
 from .damage import NAMES, damaged, damaged_json, edited
