@@ -99,9 +99,10 @@ def branch(
 
         def attached(trainer: Trainer) -> RankPilotCallback:
             # From the start one decision is enough; it may then spend what signal buffers would take.
-            further = {"schedule": policy_schedule(config.policy)} if at else {"schedule": ONCE, "bounds": None}
-            further |= {"goal": "quality", "tolerance": None, "explore": None}  # a plan that is given has no others
-            callback = attach(trainer, given, piloted_options(config, output, **further))
+            options = piloted_options(config, output, goal="quality", tolerance=None, explore=None)
+            schedule = policy_schedule(config.policy) if at else ONCE
+            bounds = options.bounds if at else None
+            callback = attach(trainer, given, options, schedule=schedule, bounds=bounds)
             trainer.add_callback(_TakesPlan(callback.pilot, given, at))
             return callback
 

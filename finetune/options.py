@@ -138,9 +138,10 @@ class PilotOptions(PlanOptions):
         for name in changes:
             if name not in names:
                 raise UnknownNameError.of("option", name, names)
-        if not isinstance(options, cls):
-            return cls(**({} if options is None else {"budget": options}) | changes)
-        return replace(options, **changes)
+        if isinstance(options, cls):
+            return replace(options, **changes)
+        alone: dict[str, Any] = {} if options is None else {"budget": options}
+        return cls(**alone | dict(changes))
 
 
 GivenOptions = PilotOptions | str | float | Budget | None

@@ -1,5 +1,7 @@
 """The copies of a model that several processes train together, under torch's DistributedDataParallel.
 
+Other ways of spreading a run over devices and processes, under which ranks cannot change, are refused before training.
+
 DDP looks at the parameters once, when it wraps the model: which of them train, and how large their gradients are. So
 its reducer is built anew after each change of ranks. What the first process does alone, such as the probe, goes past
 DDP.
