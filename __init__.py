@@ -15,15 +15,22 @@ from .errors import RankPilotError
 
 if TYPE_CHECKING:
     from .agents.learned.policy_file import load_policy
+    from .agents.training.vec_env import GymnasiumVecEnv
     from .allocation.decision_log import DecisionLog
+    from .allocation.observation import Observation, module_feature
+    from .allocation.policy import Decision, decision_from_scores
     from .allocation.schedule import DecisionSchedule
+    from .data.assets import fetch_asset
+    from .data.packaged_data import load_packaged_dataset
     from .env.registration import ENV_ID
-    from .finetune.allocate import allocate, frontier
+    from .env.tasks.own_task import OwnTask
+    from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
     from .finetune.callback import RankPilotCallback, attach
-    from .finetune.checkpoint import last_checkpoint
-    from .finetune.loop_checkpoint import load_checkpoint, save_checkpoint
+    from .finetune.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+    from .finetune.options import PilotOptions
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
+    from .lora.export import axolotl_yaml, export_padded, export_rank_pattern, rank_pattern_yaml
     from .memory.budget import Budget
     from .memory.outlook import memory_of
 
@@ -32,45 +39,77 @@ silence_worker()
 _LAZY = {
     "ENV_ID": ".env.registration",
     "Budget": ".memory.budget",
+    "Decision": ".allocation.policy",
     "DecisionLog": ".allocation.decision_log",
     "DecisionSchedule": ".allocation.schedule",
+    "GymnasiumVecEnv": ".agents.training.vec_env",
+    "Observation": ".allocation.observation",
+    "OwnTask": ".env.tasks.own_task",
+    "PilotOptions": ".finetune.options",
     "RankPilot": ".finetune.pilot",
     "RankPilotCallback": ".finetune.callback",
+    "StaticPlan": ".finetune.allocate",
     "TrainingRun": ".finetune.run",
     "allocate": ".finetune.allocate",
     "attach": ".finetune.callback",
+    "axolotl_yaml": ".lora.export",
+    "decision_from_scores": ".allocation.policy",
+    "export_padded": ".lora.export",
+    "export_rank_pattern": ".lora.export",
+    "fetch_asset": ".data.assets",
     "frontier": ".finetune.allocate",
     "last_checkpoint": ".finetune.checkpoint",
-    "load_checkpoint": ".finetune.loop_checkpoint",
+    "load_checkpoint": ".finetune.checkpoint",
+    "load_packaged_dataset": ".data.packaged_data",
     "load_policy": ".agents.learned.policy_file",
     "memory_of": ".memory.outlook",
-    "save_checkpoint": ".finetune.loop_checkpoint",
+    "module_feature": ".allocation.observation",
+    "rank_pattern_yaml": ".lora.export",
+    "save_checkpoint": ".finetune.checkpoint",
+    "static_plan": ".finetune.allocate",
 }
+"""The module of each public name, and after a colon its name there if it is another."""
 
 __all__ = [
     "ENV_ID",
     "Budget",
+    "Decision",
     "DecisionLog",
     "DecisionSchedule",
+    "GymnasiumVecEnv",
+    "Observation",
+    "OwnTask",
+    "PilotOptions",
     "RankPilot",
     "RankPilotCallback",
     "RankPilotError",
+    "StaticPlan",
     "TrainingRun",
     "allocate",
     "attach",
+    "axolotl_yaml",
+    "decision_from_scores",
+    "export_padded",
+    "export_rank_pattern",
+    "fetch_asset",
     "frontier",
     "last_checkpoint",
     "load_checkpoint",
+    "load_packaged_dataset",
     "load_policy",
     "memory_of",
+    "module_feature",
+    "rank_pattern_yaml",
     "save_checkpoint",
+    "static_plan",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'rankpilot' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name], __name__), name)
+    module, _, there = _LAZY[name].partition(":")
+    return getattr(import_module(module, __name__), there or name)
 
 
 if "gymnasium" in sys.modules:

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from rankpilot.data.packaged_data import load_packaged_dataset
-from rankpilot.finetune.allocate import static_plan
-from rankpilot.lora.export import axolotl_yaml
+from rankpilot import axolotl_yaml, load_packaged_dataset, static_plan
 from trl import SFTConfig, SFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -4,7 +4,6 @@ import argparse
 
 import rankpilot
 from peft import AutoPeftModelForSequenceClassification
-from rankpilot.data.packaged_data import load_packaged_dataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -16,7 +15,7 @@ options = parser.parse_args()
 
 model = AutoPeftModelForSequenceClassification.from_pretrained(options.adapter, is_trainable=True, num_labels=2)
 tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
-data = load_packaged_dataset("imdb")
+data = rankpilot.load_packaged_dataset("imdb")
 data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=48), batched=True)
 
 trainer = Trainer(

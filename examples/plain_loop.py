@@ -5,9 +5,7 @@ from itertools import chain, islice, repeat
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot import RankPilot, TrainingRun, load_checkpoint, save_checkpoint
-from rankpilot.data.assets import fetch_asset
-from rankpilot.data.packaged_data import load_packaged_dataset
+from rankpilot import RankPilot, TrainingRun, fetch_asset, load_checkpoint, load_packaged_dataset, save_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 parser = argparse.ArgumentParser(description=__doc__)

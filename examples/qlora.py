@@ -5,7 +5,6 @@ import argparse
 import rankpilot
 import torch
 from peft import LoraConfig
-from rankpilot.data.packaged_data import load_packaged_dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -18,7 +17,7 @@ parser.add_argument("--output", default="runs/qlora")
 options = parser.parse_args()
 
 four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-reviews = load_packaged_dataset("rotten-tomatoes")["train"]
+reviews = rankpilot.load_packaged_dataset("rotten-tomatoes")["train"]
 trainer = SFTTrainer(
     model=AutoModelForCausalLM.from_pretrained(options.model, quantization_config=four_bits),
     args=SFTConfig(

@@ -3,9 +3,7 @@
 import argparse
 
 from peft import LoraConfig, get_peft_model
-from rankpilot import RankPilotCallback, last_checkpoint
-from rankpilot.data.assets import fetch_asset
-from rankpilot.data.packaged_data import load_packaged_dataset
+from rankpilot import attach, fetch_asset, last_checkpoint, load_packaged_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -26,8 +24,8 @@ model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all
 
 settings = {"max_steps": options.steps, "save_steps": options.save_steps, "learning_rate": 1e-3}
 args = TrainingArguments(options.output, per_device_train_batch_size=16, **settings)
-callback = RankPilotCallback("default", budget=options.budget)
-trainer = Trainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+trainer = Trainer(model, args, train_dataset=data, processing_class=tokenizer)
+attach(trainer, "default", budget=options.budget)
 last = last_checkpoint(options.output)  # passes over one that was cut off
 trainer.train(resume_from_checkpoint=last)
 print(f"went on from {last}" if last else "began", f"and trained {trainer.state.global_step} steps")

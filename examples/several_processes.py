@@ -4,9 +4,7 @@ import argparse
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot import RankPilotCallback, last_checkpoint
-from rankpilot.data.assets import fetch_asset
-from rankpilot.data.packaged_data import load_packaged_dataset
+from rankpilot import attach, fetch_asset, last_checkpoint, load_packaged_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -28,8 +26,8 @@ model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all
 settings = {"max_steps": options.steps, "save_steps": options.save_steps, "learning_rate": 1e-3}
 settings |= {"use_cpu": not torch.cuda.is_available(), "ddp_find_unused_parameters": False}
 args = TrainingArguments(options.output, per_device_train_batch_size=8, **settings)
-callback = RankPilotCallback("default", budget=options.budget)
-trainer = Trainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+trainer = Trainer(model, args, train_dataset=data, processing_class=tokenizer)
+callback = attach(trainer, "default", budget=options.budget)
 # With `torchrun --max-restarts 3` the run goes on from there after a process has died.
 trainer.train(resume_from_checkpoint=last_checkpoint(options.output))
 if trainer.is_world_process_zero():

@@ -5,7 +5,6 @@ import argparse
 import gymnasium as gym
 import numpy as np
 import rankpilot
-from rankpilot.agents.training.vec_env import GymnasiumVecEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
@@ -15,7 +14,7 @@ parser.add_argument("--base", default="llama-4x32", help="the proxy base that is
 parser.add_argument("--task-steps", type=int, default=100, help="optimiser steps of an episode")
 options = parser.parse_args()
 
-envs = GymnasiumVecEnv(
+envs = rankpilot.GymnasiumVecEnv(
     gym.make_vec(
         rankpilot.ENV_ID,
         num_envs=16,

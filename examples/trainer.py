@@ -3,9 +3,7 @@
 import argparse
 
 from peft import LoraConfig, get_peft_model
-from rankpilot import RankPilotCallback
-from rankpilot.data.assets import fetch_asset
-from rankpilot.data.packaged_data import load_packaged_dataset
+from rankpilot import attach, fetch_asset, load_packaged_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -28,8 +26,8 @@ trainer = Trainer(
     train_dataset=data["train"],
     eval_dataset=data["validation"].select(range(200)),
     processing_class=tokenizer,
-    callbacks=[RankPilotCallback("default", budget=options.budget)],
 )
+attach(trainer, "default", budget=options.budget)
 trainer.train()
 print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}")
 model.save_pretrained(f"{options.output}/adapter")

@@ -5,7 +5,6 @@ import argparse
 import rankpilot
 import torch
 from peft import LoraConfig
-from rankpilot.data.packaged_data import load_packaged_dataset
 from trl import DPOConfig, DPOTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -24,7 +23,7 @@ def pair(row):
     return {"prompt": prompt, "chosen": answers[row["label"]], "rejected": answers[1 - row["label"]]}
 
 
-reviews = load_packaged_dataset("rotten-tomatoes")["train"]
+reviews = rankpilot.load_packaged_dataset("rotten-tomatoes")["train"]
 trainer = DPOTrainer(
     model=options.model,
     args=DPOConfig(

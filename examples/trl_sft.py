@@ -5,7 +5,6 @@ import argparse
 import rankpilot
 import torch
 from peft import LoraConfig
-from rankpilot.data.packaged_data import load_packaged_dataset
 from trl import SFTConfig, SFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -23,7 +22,7 @@ def conversation(row):
     return {"messages": [asked, {"role": "assistant", "content": ["negative", "positive"][row["label"]]}]}
 
 
-reviews = load_packaged_dataset("rotten-tomatoes")["train"]
+reviews = rankpilot.load_packaged_dataset("rotten-tomatoes")["train"]
 trainer = SFTTrainer(
     model=options.model,
     args=SFTConfig(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 from ..agents.learned.goals import check_any_cost
 from ..agents.learned.policy_file import DEFAULT, load_policy
@@ -23,26 +26,37 @@ from ..allocation.frontier import FrontierPlan
 from ..allocation.frontier import frontier as frontier_of
 from ..allocation.policy import Policy
 from ..common.files import write_text
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, UnsupportedError, shown
 from ..lora.export import pattern_config
-from ..lora.factors import write_in_place
-from ..lora.optimizer_state import kept_state
+from ..lora.fresh import fresh_adapters
+from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks
-from ..lora.resize import update_peft_records
-from ..lora.targets import TargetModule, find_target_modules, unwrap, wrappers_of
-from ..memory.budget import Budget
+from ..lora.targets import find_target_modules, unwrap, wrappers_of
 from ..memory.training_step import LossFunction
-from .attributes import put_back
-from .callback import RankPilotCallback
-from .lent_adapters import lent_adapters
-from .model_settings import settings_put_back
+from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
+from .left_as_found import adapters_put_back, put_back, settings_put_back, switches_put_back
+from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
+from .replicas import check_arguments
 from .run import TrainingRun
+from .trainer_step import run_of_trainer
 
 logger = logging.getLogger(__name__)
 
 TOTAL_STEPS = 1000
 """Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, no more."""
+
+
+_TASK_TYPES = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForCausalLM": TaskType.CAUSAL_LM,
+}
+"""By a part of the name of a transformers class."""
+
+_NEW_HEADS = ("Classification", "MultipleChoice", "QuestionAnswering")
+"""In names of classes whose head is new where a fine-tune begins, and trains whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +99,11 @@ class StaticPlan:
 def allocate(
     model: Any,
     data: DataLoader[Any] | None = None,
-    *,
-    budget: str | float | Budget = "100%",
     policy: str | Path | Policy = DEFAULT,
+    options: GivenOptions = None,
+    *,
     output: str | Path | None = None,
-    **options: Any,
+    **changes: Any,
 ) -> LoraConfig:
     """The ranks that a policy gives before training, as a LoraConfig for plain PEFT; logs the memory that it predicts.
 
@@ -100,13 +114,12 @@ def allocate(
         model: a Trainer that is ready to train, a PEFT model, or a transformers model, which then gets adapters on all
             its linear layers, and a head that trains whole if its class has a new one, such as a classifier.
         data: batches of the fine-tune; left out for a Trainer, which has its own.
-        budget: see `RankPilot`, as `policy`.
-        policy: who decides.
+        policy: who decides; see `RankPilot`.
+        options: all options, or the budget alone. With `log`, a folder, the decision is logged as that of a run is.
         output: also write the plan to this new file (plan.yaml). A person may edit it there, and it can be the `policy`
             of a run.
-        options: for a Trainer those of `RankPilotCallback`; for a model those of `RankPilot`, and `loss`, `optimizer`,
-            `learning_rate`, `accumulation` and `total_steps`, the length of the run that is planned. With `log`, a
-            folder, the decision is logged as that of a run is.
+        changes: single options by their names; see `PilotOptions`. For a model also `loss`, `optimizer`,
+            `learning_rate`, `accumulation` and `total_steps`, the length of the run that is planned.
 
     Raises:
         BudgetError: no plan fits the budget.
@@ -119,7 +132,7 @@ def allocate(
     """
     if output is not None and Path(output).exists():
         raise ConfigError(f"{output} exists already. Name a file that does not.")
-    plan = static_plan(model, data, budget=budget, policy=policy, **options)
+    plan = static_plan(model, data, policy, options, **changes)
     logger.info(plan.line())
     if output is not None:
         write_text(Path(output), plan.text(Path(output).name))
@@ -129,19 +142,18 @@ def allocate(
 def frontier(
     model: Any,
     data: DataLoader[Any] | None = None,
-    *,
-    budget: str | float | Budget = "100%",
     policy: str | Path | Policy = DEFAULT,
-    **options: Any,
+    options: GivenOptions = None,
+    **changes: Any,
 ) -> list[FrontierPlan]:
     """The plans that are worth their cost, before training: bytes, the time of a step, and the expected loss.
 
     Args:
         model: see `allocate`, as the other arguments.
         data: batches of the fine-tune.
-        budget: no plan above it is among them, but for plain LoRA, with which all are compared.
         policy: its networks must tell plans of any cost apart.
-        options: see `allocate`.
+        options: no plan above the budget is among the plans, but for plain LoRA, with which all are compared.
+        changes: see `allocate`.
 
     Returns:
         The cheapest first: by time under `goal="time"`, else by what the budget counts.
@@ -149,29 +161,29 @@ def frontier(
     Raises:
         ConfigError: the policy is a rule, or compares plans of one cost alone; and all that `allocate` raises.
     """
-    plan = static_plan(model, data, budget=budget, policy=policy, frontier=True, **options)
+    plan = static_plan(model, data, policy, options, frontier=True, **changes)
     return list(plan.frontier or ())
 
 
 def static_plan(
     model: Any,
     data: DataLoader[Any] | None = None,
-    *,
-    budget: str | float | Budget = "100%",
     policy: str | Path | Policy = DEFAULT,
+    options: GivenOptions = None,
+    *,
     frontier: bool = False,
-    **options: Any,
+    **changes: Any,
 ) -> StaticPlan:
     """As `allocate`, with the ranks and the predicted memory beside the LoraConfig.
 
     Args:
         model: see `allocate`, as the other arguments.
         data: batches of the fine-tune.
-        budget: of a training step.
         policy: who decides.
+        options: all options, or the budget alone.
         frontier: also fill `StaticPlan.frontier`. The time of steps is then measured as well, unless layers run again
             as a plan needs.
-        options: see `allocate`.
+        changes: see `allocate`.
 
     Raises:
         ConfigError: with `frontier`, the policy cannot tell plans of any cost apart; and all that `allocate` raises.
@@ -179,9 +191,7 @@ def static_plan(
     if frontier:
         check_any_cost(load_policy(policy), "a frontier", "leave the frontier out")
     if isinstance(model, Trainer):
-        callback = _FirstPlan(policy, budget, **options)
-        callback.pilot.times_plans |= frontier and not callback.pilot.recompute
-        return _with_frontier(_plan_of_trainer(model, callback), callback.pilot, frontier)
+        return _plan_of_trainer(model, policy, PilotOptions.of(options, changes), frontier)
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(
             f"allocate takes a Trainer or a model that is loaded, as `from_pretrained` returns it; got {shown(model)}. "
@@ -189,52 +199,39 @@ def static_plan(
         )
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
-    with _switches_put_back(model):
+    with switches_put_back(model):
         has_adapters = isinstance(wrappers_of(model)[-1], PeftModel)
         with nullcontext(model) if has_adapters else lent_adapters(model) as adapted:
-            return _plan_of_model(adapted, data, budget, policy, frontier, **options)
+            return _plan_of_model(adapted, data, policy, options, frontier, **changes)
 
 
-class _DecidedError(Exception):
-    """Ends `Trainer.train` after the first decision."""
-
-
-class _FirstPlan(RankPilotCallback):
-    """Ends the run as soon as it has its first plan, and writes no log."""
-
-    def on_train_begin(self, *arguments: Any, **objects: Any) -> None:
-        """Take the first decision, and end the run."""
-        super().on_train_begin(*arguments, **objects)
-        self._break_off()
-        raise _DecidedError
-
-    def _default_log(self, args: TrainingArguments) -> None:
-        return None
-
-
-def _plan_of_trainer(trainer: Trainer, callback: _FirstPlan) -> StaticPlan:
-    handler = trainer.callback_handler
-    callbacks = handler.callbacks
+def _plan_of_trainer(
+    trainer: Trainer, policy: str | Path | Policy, options: PilotOptions, frontier: bool
+) -> StaticPlan:
+    check_arguments(trainer.args)
+    seed = trainer.args.seed if options.seed is None else options.seed
+    pilot = RankPilot(
+        policy,
+        replace(options, seed=seed),
+        tell=partial(tell_beside_bar, trainer),
+        progress=partial(bar_of_trainer, trainer),
+    )
     targets = find_target_modules(trainer.model)
-    put_back_adapters = _adapters_put_back(trainer.model, targets, trainer.optimizer)
+    put_back_adapters = adapters_put_back(trainer.model, targets, trainer.optimizer)
     with put_back(trainer), settings_put_back(trainer.model), put_back_adapters:
-        handler.callbacks = [callback]  # alone, so that no tracker opens a run
+        ready_to_train(trainer, options.scaling)
         try:
-            trainer.train()
-        except _DecidedError:
-            return _static_plan(callback.pilot, trainer.model)
+            return _first_plan(pilot, run_of_trainer(trainer), trainer.model, frontier)
         finally:
-            handler.callbacks = callbacks
             if trainer.args.neftune_noise_alpha is not None:  # `train` removes it at its end
                 trainer.neftune_hook_handle.remove()
-    raise AssertionError("a run begins with a plan")
 
 
 def _plan_of_model(
     model: PeftModel,
     data: DataLoader[Any],
-    budget: str | float | Budget,
     policy: str | Path | Policy,
+    options: GivenOptions,
     frontier: bool,
     *,
     loss: LossFunction | None = None,
@@ -242,74 +239,82 @@ def _plan_of_model(
     learning_rate: float = 1e-4,
     total_steps: int = TOTAL_STEPS,
     accumulation: int = 1,
-    **options: Any,
+    **changes: Any,
 ) -> StaticPlan:
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    pilot = RankPilot(policy, budget, **options)
-    pilot.times_plans |= frontier and not pilot.recompute
-    targets = find_target_modules(model)
-    with _adapters_put_back(model, targets, optimizer):
-        size = {"total_steps": total_steps, "accumulation": accumulation}
-        run = TrainingRun.of_loader(model, optimizer, data, loss=loss, **size)
-        pilot.begin(run)
-        pilot.finish()
-        return _with_frontier(_static_plan(pilot, model), pilot, frontier)
+    pilot = RankPilot(policy, options, **changes)
+    with adapters_put_back(model, find_target_modules(model), optimizer):
+        run = TrainingRun.of_loader(
+            model, optimizer, data, loss=loss, total_steps=total_steps, accumulation=accumulation
+        )
+        return _first_plan(pilot, run, model, frontier)
 
 
-def _static_plan(pilot: RankPilot, model: Any) -> StaticPlan:
-    controller = pilot.controller
+def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) -> StaticPlan:
+    """The plan that a run begins with, and if asked for the frontier of the decision that led to it."""
+    pilot.times_plans |= frontier and not pilot.options.recompute
+    pilot.begin(run)
+    pilot.finish()
+    controller, decision = pilot.controller, pilot.decision
     assert controller is not None
+    assert decision is not None
     config: LoraConfig = copy.deepcopy(unwrap(model).peft_config[controller.targets[0].adapter])
     config.inference_mode = False
-    ranks = adapter_ranks(controller.targets)
-    alphas = {target.name: target.alpha for target in controller.targets}
-    return StaticPlan(config, ranks, alphas, pilot.predictions[-1][1], pilot.limit, controller.cost.unit)
-
-
-def _with_frontier(plan: StaticPlan, pilot: RankPilot, wanted: bool) -> StaticPlan:
-    """A plan with the frontier of the decision that led to it."""
-    if not wanted:
-        return plan
-    assert pilot.decision is not None
-    assert pilot.decision.deliberation is not None
-    return replace(plan, frontier=tuple(frontier_of(pilot.decision.deliberation)))
-
-
-@contextmanager
-def _switches_put_back(model: torch.nn.Module) -> Iterator[None]:
-    """Let parameters train, modules be in training mode and torch draw numbers afterwards as they did before."""
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with settings_put_back(model), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for parameter, before in trains:
-            parameter.requires_grad_(before)
-        for module, training in modes:
-            module.training = training
+    found = decision.deliberation if frontier else None
+    return StaticPlan(
+        config=config,
+        ranks=adapter_ranks(controller.targets),
+        alphas={target.name: target.alpha for target in controller.targets},
+        cost=pilot.predictions[-1][1],
+        limit=pilot.limit,
+        unit=controller.cost.unit,
+        frontier=tuple(frontier_of(found)) if found else None,
+    )
 
 
 @contextmanager
-def _adapters_put_back(
-    model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
-) -> Iterator[None]:
-    """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards."""
-    put_back_state = kept_state(optimizer, [p for target in targets for p in target.parameters.values()])
-    configs = unwrap(model).peft_config
-    before = {name: copy.deepcopy(vars(config)) for name, config in configs.items()}
-    values = [(p, p.detach().clone(), p.requires_grad) for target in targets for p in target.parameters.values()]
+def lent_adapters(model: nn.Module) -> Iterator[PeftModel]:
+    """The model with fresh adapters on all its linear layers; afterwards it has the modules that it had.
+
+    Args:
+        model: without adapters.
+
+    Raises:
+        UnsupportedError: it holds adapters already, which could not be told from these.
+        ConfigError: PEFT cannot adapt it.
+    """
+    name = type(model).__name__
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UnsupportedError(
+            f"{name} holds adapters already, and is no PeftModel of one kind of adapter. Pass the PeftModel that "
+            "`peft.get_peft_model(model, LoraConfig(...))` returned, or the model without its adapters."
+        )
+    new_head = isinstance(model, PreTrainedModel) and any(part in name for part in _NEW_HEADS)
+    modules, size = dict(model.named_modules(remove_duplicate=False)), {"r": REFERENCE_RANK, "lora_alpha": 16}
     try:
-        yield
+        yield fresh_adapters(model, name, task_type(model), new_head=new_head, target_modules="all-linear", **size)
     finally:
-        put_back_state()
-        for parameter, value, _ in values:
-            write_in_place(parameter, value)
-        for target in targets:
-            update_peft_records(target, target.rank)
-        for parameter, _, trains in values:
-            parameter.requires_grad_(trains)
-        for name, settings in before.items():
-            vars(configs[name]).clear()
-            vars(configs[name]).update(settings)
+        _put_back(model, modules)
+
+
+def task_type(model: nn.Module) -> TaskType | None:
+    """PEFT's task type of a model, by its class; None where it tells none, or where the model reads something else.
+
+    Args:
+        model: of transformers, or any other.
+    """
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if "ForConditionalGeneration" in name:  # translation, speech, and models that continue a text beside a picture
+        if getattr(model, "main_input_name", "") != "input_ids":
+            return None
+        return TaskType.SEQ_2_SEQ_LM if getattr(config, "is_encoder_decoder", False) else TaskType.CAUSAL_LM
+    return next((kind for part, kind in _TASK_TYPES.items() if part in name), None)
+
+
+def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Give a model the modules that it had, by path; those that hold others come before them."""
+    for path, module in modules.items():
+        if path and model.get_submodule(path) is not module:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+    vars(model).pop("peft_config", None)  # PEFT leaves it there where it fails, and warns of it later

@@ -7,58 +7,52 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..agents.learned.policy_file import policy_schedule
 from ..agents.rules.given_plan import GivenPlan
-from ..allocation.schedule import DecisionSchedule
+from ..allocation.schedule import ONCE
 from ..common.files import atomic_path, read_object, write_json
 from ..common.run_folder import CONFIG, open_run
 from ..common.settings import as_json, from_json
 from ..errors import BudgetError, RunFolderError
-from .callback import RankPilotCallback
-from .checkpoint import STATE, fault_of
+from .callback import RankPilotCallback, attach
+from .checkpoint import STATE, fault_of, policy_settings
 from .config import PILOT, FinetuneConfig
-from .experiment import MEASURE_EVERY, run_one
-from .run_settings import policy_settings
+from .experiment import piloted_options, run_one
+from .pilot import RankPilot
 from .trainer import read_workload
-from .trainer_settings import rank_bounds_of
 
 
-class _Branch(RankPilotCallback):
-    """Takes a plan at one step, and leaves it alone from then on."""
+class _TakesPlan(TrainerCallback):  # type: ignore[misc]
+    """Takes a plan at one step of a run that goes on from there; one of a later step has it already."""
 
-    def __init__(self, plan: GivenPlan, at: int, config: FinetuneConfig, log: Path) -> None:
-        # From the start one decision is enough; it may then spend what signal buffers would take.
-        schedule = policy_schedule(config.policy) if at else DecisionSchedule(fractions=(0.0,))
-        super().__init__(
-            plan,
-            config.budget,
-            log=log,
-            schedule=schedule,
-            measure_every=MEASURE_EVERY,
-            bounds=rank_bounds_of(config.bounds) if at else None,
-            recompute=config.recompute,
-            time=config.time,
-            scaling=config.kept,
-        )
-        self._plan, self._at = plan, at
+    def __init__(self, pilot: RankPilot, plan: GivenPlan, at: int) -> None:
+        self._pilot, self._plan, self._at = pilot, plan, at
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Go on from the checkpoint, and take the plan there; one of a step after it has the plan already."""
-        super().on_train_begin(args, state, control, **objects)
-        if state.global_step == self._at > 0:
-            self.pilot.take(self._plan.ranks)
-        controller = self.pilot.controller
-        assert controller is not None, "the run has begun"
-        wanted = [min(self._plan.ranks[target.name], target.max_rank) for target in controller.targets]
-        short = [t.name for t, rank in zip(controller.targets, wanted, strict=True) if t.rank != rank]
-        if state.global_step == self._at and short:
+        """Take the plan where the run goes on at its step; the pilot has heard of the event before.
+
+        Raises:
+            BudgetError: the plan does not fit the run's budget.
+        """
+        if state.global_step != self._at:
+            return
+        if self._at > 0:
+            self._pilot.take(self._plan.ranks)
+        assert self._pilot.controller is not None, "the run has begun"
+        short = [
+            target.name
+            for target in self._pilot.controller.targets
+            if target.rank != min(self._plan.ranks[target.name], target.max_rank)
+        ]
+        if short:
             raise BudgetError(
-                f"The plan does not fit the run's budget of {self.pilot.budget}: {len(short)} modules would have other "
-                f"ranks, such as {short[0]}. Branch with a plan that costs less, or from a run with a larger budget."
+                f"The plan does not fit the run's budget of {self._pilot.budget}: {len(short)} modules would have "
+                f"other ranks, such as {short[0]}. Branch with a plan that costs less, or from a run with a larger "
+                "budget."
             )
 
 
@@ -102,8 +96,17 @@ def branch(
     with open_run(output, settings, resume=resume):
         if checkpoint is not None and not (output / PILOT).exists():
             _copy(source, output, checkpoint, given)
-        callback = _Branch(given, at, config, output / "decisions")
-        result = run_one(config, workload, output, PILOT, ranks=callback)
+
+        def attached(trainer: Trainer) -> RankPilotCallback:
+            # From the start one decision is enough; it may then spend what signal buffers would take.
+            options = piloted_options(config, output, goal="quality", tolerance=None, explore=None)
+            schedule = policy_schedule(config.policy) if at else ONCE
+            bounds = options.bounds if at else None
+            callback = attach(trainer, given, options, schedule=schedule, bounds=bounds)
+            trainer.add_callback(_TakesPlan(callback.pilot, given, at))
+            return callback
+
+        result = run_one(config, workload, output, PILOT, pilot=attached)
         summary = {
             "model": config.model,
             "data": config.data,

@@ -1,128 +1,138 @@
-"""The callback for the transformers Trainer: a policy decides the ranks of a real fine-tune."""
+"""The front door for the transformers Trainer: a policy decides the ranks of a real fine-tune."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sized
+from collections import Counter
+from collections.abc import Callable, Iterable, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..agents.learned.exploring import drawing_from
 from ..agents.learned.policy_file import DEFAULT
-from ..allocation.bounds import Bounds
 from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
 from ..allocation.policy import Policy
-from ..allocation.schedule import DecisionSchedule
 from ..common.processes import Processes
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import let_train, resizable_targets
 from ..lora.scaling_names import Scaling
-from ..memory.budget import Budget, TimeBudget
 from ..memory.recording import Batch
-from ..memory.step_config import check_seed
 from .checkpoint import chosen_checkpoint, load_state, save_state
-from .evaluations import Evaluations
-from .parallel_kinds import check_arguments
+from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
-from .recompiles import warn_of_recompiles
-from .run import TrainingRun, data_of, probe_rate
+from .replicas import check_arguments
 from .stop import StopOnSigterm
-from .trainer_step import TrainerStep, around_training, find_trainer, resumed_from
+from .trainer_step import TrainerStep, add_before_users
 
 logger = logging.getLogger(__name__)
 
+EVALUATION_ROOM = 0.5
+"""The share of the budget for which the batch of an evaluation is made anew, since not all of it shrinks with it."""
 
-class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
-    """Decides the LoRA rank of each module in a Trainer's run, inside a hard memory budget.
 
-    Before the first step it measures what plans cost in the Trainer's own training step, on its data, and probes which
-    modules matter. Then the policy decides the ranks, and again at later steps if its schedule has any. The adapters
-    really change their size, the optimiser keeps its state, and every checkpoint is an adapter that plain PEFT loads.
-    Adapters that are trained already are kept. Where nobody handles SIGTERM, it saves a checkpoint and ends the process
-    with status 143.
+_WITHOUT_TRAINER = (
+    "A RankPilotCallback decides the ranks of the one Trainer that it was made for. Make the Trainer without it, and "
+    'then call `rankpilot.attach(trainer, "default", budget="80%")`, with the arguments that the callback had.'
+)
+
+
+def attach(
+    trainer: Trainer, policy: str | Path | Policy = DEFAULT, options: GivenOptions = None, **changes: Any
+) -> RankPilotCallback:
+    """Let a policy decide the ranks of a Trainer's runs, inside a hard budget; call this before `train`.
+
+    Before the first step it is measured what plans cost in the Trainer's own training step, on its data, and probed
+    which modules matter. Then the policy decides the ranks, and again at later steps if its schedule has any. The
+    adapters really change their size, the optimiser keeps its state, and every checkpoint is an adapter that plain PEFT
+    loads. Adapters that are trained already are kept. Where nobody handles SIGTERM, it saves a checkpoint and ends the
+    process with status 143. `train(resume_from_checkpoint=True)` takes the last checkpoint that is whole.
 
     Args:
-        policy: see `RankPilot`, as `budget`, `schedule`, `measure_every`, `bounds` and `fresh`.
-        budget: bytes ("350MB"), a share of what plain LoRA takes ("80%"), "auto", or parameters ("300k params").
-        log: the folder of the decision log; by default `decisions` in the Trainer's output folder.
-        schedule: when to decide; by default as the policy was trained to.
-        seed: of the probe and of fresh rows; by default `TrainingArguments.seed`.
-        measure_every: measure the real peak every so many steps, and after each change of ranks.
-        bounds: the rank of single modules, or their least and largest rank.
-        fresh: begin with new adapters even where they are trained.
-        recompute: let as few layers as each plan needs run again in the backward pass; see `RankPilot`.
-        time: what a step may take in time, beside the budget: "75%", "0.8s"; see `RankPilot`.
-        explore: draw plans at this temperature, and log their probabilities; see `RankPilot`.
-        scaling: what stays when a rank changes, "alpha" or "constant"; see `RankPilot`.
-        goal: "quality", or the cheapest plan that loses nothing: "time" or "bytes"; see `RankPilot`, as `tolerance`.
-        tolerance: what counts as nothing, in log loss.
+        trainer: a transformers Trainer or one of TRL, with a PEFT model.
+        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
+            ("signal-mean", "top-down"), a plan that a person edited ("plan.yaml"), or a policy object.
+        options: all options, or the budget alone.
+        changes: single options by their names; see `PilotOptions`.
 
-    Attributes:
-        pilot: decides the ranks.
+    Returns:
+        The callback, which is among the Trainer's from now on, before those of its user: one that copies parameters
+        when training begins finds the ranks of the first plan.
 
     Raises:
+        UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
+        DataError: its training set is empty.
         ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument that cannot be used. `Trainer.train`
             then raises what `RankPilot.begin` and its other methods do.
 
     Example:
-        >>> trainer = Trainer(..., callbacks=[RankPilotCallback("signal-mean", budget="80%")])  # doctest: +SKIP
-
-    For a Trainer that exists already there is `attach`. `train(resume_from_checkpoint=True)` takes the last checkpoint
-    that is whole.
+        >>> rankpilot.attach(trainer, "default", budget="80%", goal="time")  # doctest: +SKIP
     """
+    if not isinstance(trainer, Trainer):
+        kind = trainer.__name__ if isinstance(trainer, type) else f"a {type(trainer).__name__}"
+        raise ConfigError(
+            f"attach takes a Trainer that has been made, of transformers or TRL; got {kind}. For a loop of your own "
+            "there is `rankpilot.RankPilot`, for a LoraConfig alone `rankpilot.allocate`."
+        )
+    if any(isinstance(one, RankPilotCallback) for one in trainer.callback_handler.callbacks):
+        raise UnsupportedError("Two RankPilotCallbacks would decide the ranks of one Trainer. Call attach once.")
+    callback = RankPilotCallback(trainer, policy, options, **changes)
+    add_before_users(trainer, callback)
+    return callback
+
+
+class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
+    """Decides the LoRA rank of each module in a Trainer's runs; `attach` makes it.
+
+    Args:
+        trainer: the one Trainer whose runs are decided.
+        policy: see `attach`, as the other arguments.
+        options: all options, or the budget alone.
+        changes: single options by their names.
+
+    Attributes:
+        trainer: as above.
+        pilot: decides the ranks.
+
+    Raises:
+        ConfigError: there is no Trainer; and all that `attach` raises.
+    """
+
+    trainer: Trainer
 
     def __init__(
         self,
+        trainer: Trainer | None = None,
         policy: str | Path | Policy = DEFAULT,
-        budget: str | float | Budget = "100%",
-        *,
-        log: str | Path | None = None,
-        schedule: DecisionSchedule | None = None,
-        seed: int | None = None,
-        measure_every: int = 100,
-        bounds: Bounds | None = None,
-        fresh: bool = False,
-        recompute: bool = False,
-        time: str | TimeBudget | None = None,
-        explore: float | None = None,
-        scaling: Scaling = "alpha",
-        goal: str = "quality",
-        tolerance: float | None = None,
+        options: GivenOptions = None,
+        **changes: Any,
     ) -> None:
-        self.pilot: RankPilot = RankPilot(
-            policy,
-            budget,
-            log=log,
-            schedule=schedule,
-            measure_every=measure_every,
-            bounds=bounds,
-            fresh=fresh,
-            tell=self._tell,
-            progress=self._progress,
-            recompute=recompute,
-            time=time,
-            explore=explore,
-            scaling=scaling,
-            goal=goal,
-            tolerance=tolerance,
-        )
-        if seed is not None:
-            check_seed(seed)
-        around_training(_prepared, _broken_off)
-        self._seed, self._log_is_given, self._explores = seed, log is not None, explore is not None
-        self._bar = False
-        self._step: TrainerStep | None = None
+        if not isinstance(trainer, Trainer):
+            raise ConfigError(_WITHOUT_TRAINER)
+        self.trainer = trainer
+        self._options = PilotOptions.of(options, changes)
+        tell, progress = partial(tell_beside_bar, trainer), partial(bar_of_trainer, trainer)
+        self.pilot: RankPilot = RankPilot(policy, self._options, tell=tell, progress=progress)
+        self._step = TrainerStep(trainer)
+        self._resumed: Path | None = None
         self._stop: StopOnSigterm | None = None
         self._batches: list[Batch] = []
         self._loss: torch.Tensor | float = 0.0
         self._between_steps, self._save_later = True, False
-        self._evaluations: Evaluations | None = None
+        self._evaluations = Evaluations(trainer, self.pilot)
+        ready_to_train(trainer, self._options.scaling)
+        if trainer.model_init is not None:
+            self._step.prepare_new_models(lambda model: resizable_targets(model, self._options.scaling))
+        self._step.around_training(
+            lambda: self in trainer.callback_handler.callbacks, self._before_training, self._break_off
+        )
 
     @property
     def controller(self) -> RankController[PeftAdapters] | None:
@@ -144,59 +154,36 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         """What a plan may cost, in bytes or parameters. It is known from the start of training on."""
         return self.pilot.limit
 
-    def connect(self, trainer: Trainer) -> None:
-        """Take a Trainer as the one whose run is decided, and let its model load adapters of any ranks.
+    # The events of a run, in their order ------------------------------------------------------------------------------
 
-        Raises:
-            UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
-            DataError: its training set is empty.
-        """
-        others = [one for one in trainer.callback_handler.callbacks if isinstance(one, RankPilotCallback)]
-        if any(one is not self for one in others):
-            raise UnsupportedError("Two RankPilotCallbacks would decide the ranks of one Trainer. Pass it one.")
-        if isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset):
-            raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
-        if self._step is None or self._step.trainer is not trainer:
-            self._step = TrainerStep(trainer)
-        if trainer.model is not None:  # of a search the next trial's model is yet to be made
-            targets = resizable_targets(trainer.model, self.pilot.scaling)
-            let_train([target for target in targets if not target.rank])  # which an earlier run left
-        if trainer.model_init is not None:
-            self._step.prepare_new_models(lambda model: resizable_targets(model, self.pilot.scaling))
-        self._go_ahead(trainer.callback_handler.callbacks)
-
-    # Trainer events, in the order of a run ----------------------------------------------------------------------------
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Find the Trainer. A checkpoint may be loaded before training begins, so the adapters get ready here."""
-        trainer = find_trainer(self)
-        if trainer:
-            self.connect(trainer)
+    def _before_training(self, resume: Any) -> str | bool | None:
+        """Get ready to load a checkpoint; returns the one that the run goes on from, as `train` takes it."""
+        ready_to_train(self.trainer, self._options.scaling)
+        output = self.trainer.args.output_dir
+        chosen = Processes.of_this_run().on_first(lambda: chosen_checkpoint(resume, output))
+        self._resumed = Path(chosen) if isinstance(chosen, str) else None
+        return chosen
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Prepare the run and take the first decision, or go on from a checkpoint."""
+        if state is not self.trainer.state:
+            raise ConfigError(_WITHOUT_TRAINER)
         check_arguments(args)
-        step, pilot = self._connected(), self.pilot
+        step, pilot = self._step, self.pilot
         step.release()
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
-        pilot.seed = args.seed if self._seed is None else self._seed
-        if self._explores:
-            pilot.policy = drawing_from(pilot.policy, pilot.seed)
-        if not self._log_is_given:
-            pilot.journal.log = self._default_log(args)
-        self._bar = not args.disable_tqdm
-        run, name = run_of(step, args, state, objects), Path(args.output_dir).name
+        pilot.draw_from(args.seed if self._options.seed is None else self._options.seed)
+        if self._options.log is None:
+            pilot.journal.log = self._default_log()
+        run, name = step.run(args, state, objects), Path(args.output_dir).name
         if state.global_step > 0:
-            folder = resumed_from(step.trainer, state.global_step)
+            folder = self._resumed or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             pilot.resume(run, load_state(folder), step=state.global_step, name=name)
         else:
             pilot.begin(run, name=name)
-        self._evaluations = Evaluations(step.trainer, pilot)
         step.follow(
             self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures, self._save_state, self._break_off
         )
@@ -207,7 +194,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
         if self._stop:  # of a run that began before and found another batch size
             self._stop.release()
-        self._stop = StopOnSigterm.unless_handled(step.trainer, run.replicas.processes)
+        self._stop = StopOnSigterm.unless_handled(self.trainer, run.replicas.processes)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -236,38 +223,14 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
-        self._connected().release()
-        if self._evaluations:
-            self._evaluations.put_back()
+        self._step.release()
+        self._evaluations.put_back()
         self.pilot.finish()
 
     # What the events do -----------------------------------------------------------------------------------------------
 
-    def _connected(self) -> TrainerStep:
-        """The step of the Trainer that runs now."""
-        trainer = find_trainer(self)
-        if trainer and (self._step is None or self._step.trainer is not trainer):
-            self.connect(trainer)
-        if self._step is None:
-            raise UnsupportedError(
-                "RankPilotCallback found no Trainer whose step it could run. Call `rankpilot.attach(trainer, ...)` in "
-                "place of `callbacks=[RankPilotCallback(...)]`, or drive `rankpilot.RankPilot` from your own loop."
-            )
-        return self._step
-
-    def _go_ahead(self, callbacks: list[TrainerCallback]) -> None:
-        """Come before callbacks of users, which may copy parameters when training begins: by then ranks have changed.
-
-        Those of transformers keep their places. Each callback still hears the event in which this happens once.
-        """
-        users = (at for at, one in enumerate(callbacks) if not type(one).__module__.startswith("transformers."))
-        first = next(users, 0)
-        if self in callbacks[first + 1 :]:
-            callbacks.remove(self)
-            callbacks.insert(first, self)
-
-    def _default_log(self, args: TrainingArguments) -> DecisionLog | None:
-        trainer = self._connected().trainer  # the trials of a search have a folder each
+    def _default_log(self) -> DecisionLog:
+        trainer = self.trainer  # the trials of a search have a folder each
         return DecisionLog(Path(trainer._get_output_dir(getattr(trainer, "_trial", None))) / "decisions")
 
     def _break_off(self) -> None:
@@ -276,10 +239,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         try:
             self.pilot.break_off()
         finally:
-            if self._step:
-                self._step.release()
-            if self._evaluations:
-                self._evaluations.put_back()
+            self._step.release()
+            self._evaluations.put_back()
             if self._stop:
                 self._stop.release()
 
@@ -298,81 +259,116 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._save_later = not self._between_steps
         if self._between_steps:
             state = self.pilot.state_dict()
-            if self._connected().trainer.args.should_save:  # of several processes one writes
+            if self.trainer.args.should_save:  # of several processes one writes
                 save_state(checkpoint, state)
         return self._between_steps
 
-    def _tell(self, text: str) -> None:
-        """Show a line above the progress bar; without one, log it if logs of this level are kept, and else print it."""
-        if self._bar or not logger.isEnabledFor(logging.INFO):
-            tqdm.write(f"rankpilot: {text}")
-        else:
-            logger.info(text)
 
-    def _progress(self, items: Iterable[Any], label: str, count: int) -> Iterable[Any]:
-        bar: Iterable[Any] = tqdm(items, desc=label, total=count, disable=not self._bar, leave=False)
-        return bar
-
-
-def attach(trainer: Trainer, policy: str | Path | Policy = DEFAULT, **options: Any) -> RankPilotCallback:
-    """Let a policy decide the ranks of a Trainer's runs; call this before `train`.
-
-    Args:
-        trainer: a transformers Trainer or one of TRL, with a PEFT model.
-        policy: see `RankPilotCallback`.
-        options: see `RankPilotCallback`.
-
-    Returns:
-        The callback, which is among the Trainer's from now on.
+def ready_to_train(trainer: Trainer, scaling: Scaling) -> None:
+    """Let a Trainer's model load adapters of any ranks, and train those that an earlier run left at rank 0.
 
     Raises:
-        UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
-        DataError: its training set is empty.
-        ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument that cannot be used.
-
-    Example:
-        >>> rankpilot.attach(trainer, budget="80%")  # doctest: +SKIP
+        DataError: the training set is empty.
+        UnsupportedError: the model has no adapter of a known kind.
     """
-    if not isinstance(trainer, Trainer):
-        kind = trainer.__name__ if isinstance(trainer, type) else f"a {type(trainer).__name__}"
-        raise ConfigError(
-            f"attach takes a Trainer that has been made, of transformers or TRL; got {kind}. For a loop of your own "
-            "there is `rankpilot.RankPilot`, for a LoraConfig alone `rankpilot.allocate`."
+    if isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset):
+        raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
+    if trainer.model is not None:  # of a search the next trial's model is yet to be made
+        let_train([target for target in resizable_targets(trainer.model, scaling) if not target.rank])
+
+
+def tell_beside_bar(trainer: Trainer, text: str) -> None:
+    """Show a line above the progress bar; without one, log it if logs of this level are kept, and else print it."""
+    if not trainer.args.disable_tqdm or not logger.isEnabledFor(logging.INFO):
+        tqdm.write(f"rankpilot: {text}")
+    else:
+        logger.info(text)
+
+
+def bar_of_trainer(trainer: Trainer, items: Iterable[Any], label: str, count: int) -> Iterable[Any]:
+    """Show how far these items have come, where the Trainer shows bars."""
+    bar: Iterable[Any] = tqdm(items, desc=label, total=count, disable=trainer.args.disable_tqdm, leave=False)
+    return bar
+
+
+class Evaluations:
+    """Measures one evaluation of each batch size in a Trainer's run, and has the next ones keep within the budget.
+
+    Args:
+        trainer: whose `per_device_eval_batch_size` may shrink.
+        pilot: knows the budget.
+    """
+
+    def __init__(self, trainer: Trainer, pilot: RankPilot) -> None:
+        self._trainer, self._pilot = trainer, pilot
+        self._measured, self._own = 0, 0  # batch sizes; 0 for none
+
+    def run(self, evaluate: Callable[[], Any]) -> Any:
+        """Run an evaluation, and measure the first one with its batch size."""
+        rows = self._trainer.args.per_device_eval_batch_size
+        if rows == self._measured:
+            return evaluate()
+        self._measured = rows
+        with self._pilot.evaluation():
+            result = evaluate()
+        share = self._pilot.evaluation_share
+        if share > 1 and rows > 1:
+            self._own = self._own or rows
+            self._have(max(1, int(EVALUATION_ROOM * rows / share)))
+            logger.warning(
+                "An evaluation with batches of %d took %.0f %% of the budget: the next one has batches of %d.",
+                rows,
+                100 * share,
+                self._trainer.args.per_device_eval_batch_size,
+            )
+        return result
+
+    def put_back(self) -> None:
+        """Let evaluations after the run have the batches that their user chose."""
+        if self._own:
+            self._have(self._own)
+        self._measured, self._own = 0, 0
+
+    def _have(self, rows: int) -> None:
+        """Have batches of so many rows from the next evaluation on, also where the Trainer keeps its loaders."""
+        self._trainer.args.per_device_eval_batch_size = rows
+        vars(self._trainer).pop("_eval_dataloaders", None)
+
+
+def warn_of_recompiles(model: nn.Module, args: TrainingArguments, plans: int) -> None:
+    """Warn if a compiled run plans more sets of ranks than torch keeps graphs for; beyond them it runs uncompiled.
+
+    Measured on torch 2.13: a compiled model is one frame with the LoRA layers inlined, so a set of ranks takes one
+    graph however many modules it changes, and a set that comes back takes none. Layers that are compiled one by one
+    share the cache of their common code, and each takes one graph for each set. Once a cache holds `recompile_limit`
+    graphs, the code runs uncompiled for every further set, of which torch writes no more than a line to its log.
+
+    Args:
+        model: the Trainer's model, which the user may have compiled.
+        args: the Trainer's arguments; `torch_compile` says whether the Trainer compiles the model.
+        plans: the number of sets of ranks that the run may still have, the present one included.
+    """
+    limit: int = torch._dynamo.config.recompile_limit
+    needed = plans * graphs_per_plan(model, args)
+    if needed > limit:
+        logger.warning(
+            "This run is compiled and plans %d sets of ranks, which takes %d graphs; "
+            "torch._dynamo.config.recompile_limit is %d, and what is beyond it runs uncompiled. Give `attach` a "
+            "schedule of fewer decisions, or raise the limit before training: a little above %d, as new lengths of "
+            "batches and corrections of the peak take further graphs.",
+            plans,
+            needed,
+            limit,
+            needed,
         )
-    callback = RankPilotCallback(policy, **options)
-    callback.connect(trainer)
-    trainer.add_callback(callback)
-    return callback
 
 
-def _prepared(trainer: Trainer, resume: Any) -> Any:
-    """Get a Trainer ready to load a checkpoint, and return the one that it loads; one without our callback is left."""
-    callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, RankPilotCallback)]
-    for callback in callbacks:
-        callback.connect(trainer)
-    if not callbacks:
-        return resume
-    return Processes.of_this_run().on_first(lambda: chosen_checkpoint(resume, trainer.args.output_dir))
-
-
-def _broken_off(trainer: Trainer) -> None:
-    """Leave nothing behind of a run that ended with an error, wherever it came from."""
-    for callback in [one for one in trainer.callback_handler.callbacks if isinstance(one, RankPilotCallback)]:
-        callback._break_off()
-
-
-def run_of(step: TrainerStep, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> TrainingRun:
-    """The run that begins, from the arguments of a callback's event."""
-    dataset, collate, rows = data_of(objects["train_dataloader"], state.train_batch_size)
-    return TrainingRun(
-        model=objects["model"],
-        optimizer=objects["optimizer"],
-        loss=step.loss,
-        dataset=dataset,
-        collate=collate,
-        rows=rows,
-        total_steps=state.max_steps,
-        accumulation=args.gradient_accumulation_steps,
-        learning_rate=probe_rate(objects["model"], objects["optimizer"]),
-        wrapped=step.trainer.model_wrapped,
-    )
+def graphs_per_plan(model: nn.Module, args: TrainingArguments) -> int:
+    """Graphs that one set of ranks takes in the fullest cache: 0 if nothing is compiled, 1 if the whole model is."""
+    regions: Counter[type[nn.Module]] = Counter()
+    for module in model.modules():
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            regions[type(module._orig_mod)] += 1
+        elif module._compiled_call_impl is not None:
+            regions[type(module)] += 1
+    return max(regions.values(), default=int(args.torch_compile))

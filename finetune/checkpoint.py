@@ -1,4 +1,4 @@
-"""What rankpilot adds to a Trainer's checkpoint, and which checkpoint a run can go on from.
+"""What rankpilot adds to a Trainer's checkpoint, checkpoints of loops, and which of them a run can go on from.
 
 The two files of rankpilot are written first; the Trainer's own follow, of which `trainer_state.json` is the last.
 """
@@ -6,10 +6,11 @@ The two files of rankpilot are written first; the Trainer's own follow, of which
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,10 +18,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..common.archives import is_whole_archive
+from ..allocation.policy import Policy
+from ..allocation.schedule import DecisionSchedule
+from ..common.archives import is_whole_archive, load_archive
 from ..common.files import atomic_path, read_json, read_object, write_json
+from ..common.stored_numbers import counted, finite
 from ..common.tensor_files import check_tensor_file
-from ..errors import DataError, RunFolderError, first_line, shown
+from ..errors import DataError, RankPilotError, RunFolderError, first_line, shown
+from ..lora.ladder import REFERENCE_RANK
+from ..lora.peft_config import adapter_ranks, resizable_targets
+from ..lora.targets import TargetModule
+from ..memory.model_states import trained_outside
+
+if TYPE_CHECKING:
+    from .options import PilotOptions
+    from .pilot import RankPilot
+    from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +55,14 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 _RANDOM_STATES = "rng_state*.pth"
 """The random numbers of each process. Under `save_only_model=True` there are none, no optimiser and no scheduler."""
+
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
+
+_OUTSIDE = "beside the model."
+"""How the names of parameters begin that train and are none of the model's; their place in the optimiser follows."""
+
+MAY_CHANGE = ("budget", "time")
 
 
 def last_checkpoint(
@@ -222,3 +243,201 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Te
         else:
             values[name] = value
     return values, tensors
+
+
+def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> None:
+    """Write all that a loop needs to go on: what trains of the model, the optimiser, and the ranks and their history.
+
+    The schedule of the learning rate, the order of the batches and random numbers are the loop's own to keep. All
+    processes of a run call this, and the first one writes.
+
+    Args:
+        pilot: has begun, or was resumed.
+        run: that it was given.
+        folder: of this checkpoint alone; one that is there already is replaced.
+
+    Raises:
+        ConfigError: the run has not begun.
+        RunFolderError: the folder holds something else than a checkpoint, which would be lost.
+
+    Example:
+        >>> rankpilot.save_checkpoint(pilot, run, "runs/loop/checkpoint")  # doctest: +SKIP
+    """
+    state, path = pilot.state_dict(), Path(folder).absolute()
+    if not run.replicas.processes.first:
+        return
+    _check_replaceable(path)
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        save_state(temporary, state)
+        save_file(_trained(run, pilot), temporary / WEIGHTS)
+        torch.save(run.optimizer.state_dict(), temporary / OPTIMIZER)
+
+
+def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, name: str = "") -> int:
+    """Go on from `save_checkpoint`, in place of `RankPilot.begin`; the model is made as for a new run.
+
+    Args:
+        pilot: has not begun.
+        run: model, optimiser and data as they were made at first.
+        folder: of the checkpoint.
+        name: of the run, for the decision log.
+
+    Returns:
+        The optimiser steps done.
+
+    Raises:
+        RunFolderError: the checkpoint is missing, torn or of another run.
+        BudgetError: no plan fits another budget.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunFolderError(f"There is no checkpoint {folder}. Pass a folder that `save_checkpoint` wrote.")
+    state = load_state(folder)
+    resizable_targets(run.model, pilot.options.scaling)
+    try:
+        check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
+        weights = load_file(folder / WEIGHTS)
+        moments = load_archive(folder / OPTIMIZER, "cpu")  # the optimiser moves what belongs on the device
+    except Exception as error:  # whatever a torn or foreign file makes the readers raise
+        raise RunFolderError(
+            f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."
+        ) from error
+    other = sorted(weights.keys() ^ _trained(run, pilot).keys())
+    if other:
+        raise RunFolderError(
+            f"The checkpoint {folder} is of another model: {len(other)} of the parameters that train are in one of the "
+            f"two alone, such as {other[0]}. Make model, adapters and optimiser as for the run that wrote it."
+        )
+    try:
+        with torch.no_grad():
+            for number, parameter in enumerate(trained_outside(run.model, run.optimizer)):
+                parameter.copy_(weights.pop(f"{_OUTSIDE}{number}"))
+        run.model.load_state_dict(weights, strict=False)
+        run.optimizer.load_state_dict(moments)
+        step = counted(state["step"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise RunFolderError(
+            f"The checkpoint {folder} does not fit the model or the optimiser: {first_line(error)}. Make them as for "
+            "the run that wrote it."
+        ) from error
+    pilot.resume(run, state, step=step, name=name)
+    return step
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise RunFolderError if there is something at this path that is no checkpoint of a loop."""
+    if not path.exists():
+        return
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    if foreign := sorted(names - {WEIGHTS, OPTIMIZER, STATE, TENSORS}):
+        raise RunFolderError(
+            f"{path} holds something else than a checkpoint of a loop, such as {foreign[0]}, which would be lost. Give "
+            "the checkpoint a folder of its own, such as 'checkpoint' inside this one."
+        )
+
+
+def _trained(run: TrainingRun, pilot: RankPilot) -> dict[str, torch.Tensor]:
+    """What trains, by name, and all adapters, those at rank 0 included."""
+    adapters = {id(p) for t in resizable_targets(run.model, pilot.options.scaling) for p in t.parameters.values()}
+    parameters = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad or id(p) in adapters]
+    outside = enumerate(trained_outside(run.model, run.optimizer))
+    return {name: p.detach().contiguous() for name, p in [*parameters, *((f"{_OUTSIDE}{i}", p) for i, p in outside)]}
+
+
+def run_settings(options: PilotOptions, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
+    """What a resumed run is held against, as JSON values."""
+    time, bounds = options.time_read, options.bounds or {}
+    return {
+        "budget": str(options.budget_read),
+        "time": None if time is None else str(time),
+        **policy_settings(policy),
+        "schedule": repr(schedule),
+        "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
+        "recompute": options.recompute,
+        "scaling": options.scaling,
+    }
+
+
+def policy_settings(policy: Policy) -> dict[str, Any]:
+    """Those that tell which policy decides."""
+    goal = getattr(policy, "goal", None)  # of learned policies alone, as the sha256
+    return {
+        "policy": policy.name,
+        "policy_sha256": getattr(policy, "sha256", None),
+        "goal": str(goal) if goal and goal.saves else None,
+    }
+
+
+def adapter_settings(targets: Sequence[TargetModule]) -> dict[str, dict[str, Any]]:
+    """The ranks of adapters, and their scaling where it can be compared between ranks, by module name."""
+    scalings = {target.name: target.scaling_at(REFERENCE_RANK) for target in targets}
+    return {"ranks": adapter_ranks(targets), "scalings": scalings}
+
+
+def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequence[TargetModule]) -> dict[str, Any]:
+    """Refuse to resume a run with settings or adapters of another run; its budget and time may be others.
+
+    Args:
+        now: the settings.
+        state: what `RankPilot.state_dict` returned; those of earlier versions tell no ranks and no scalings.
+        targets: the model's adapters.
+
+    Returns:
+        The settings then.
+
+    Raises:
+        RunFolderError: they are others than those of the state.
+    """
+    if "settings" not in state:
+        raise RunFolderError(f"This is no state of a run: it has {shown([*state])}. Pass what `state_dict` returned.")
+    before, adapters = state["settings"], adapter_settings(targets)
+    ranks, scalings = adapters["ranks"], adapters["scalings"]
+    there, scaled = state.get("ranks", ranks), state.get("scalings", scalings)
+    differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
+    if differing:
+        each = "; ".join(f"{key}: {shown(before.get(key))} there, {now[key]!r} now" for key in differing)
+        raise RunFolderError(
+            f"The run that is resumed had other settings ({each}). Resume with those, or start a new run; only "
+            "the budget and the time may change."
+        )
+    other = [name for name in {**there, **ranks} if there.get(name) != ranks.get(name)]
+    if other:
+        raise RunFolderError(
+            f"{len(other)} adapters of the model have other ranks than those of the run that is resumed, such as "
+            f"{shown(other[0])}: {shown(there.get(other[0]))} there, {ranks.get(other[0])} now. In a loop of your own, "
+            "`rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
+        )
+    other = [name for name in scalings if not math.isclose(finite(scaled[name]), scalings[name], rel_tol=1e-6)]
+    if other:
+        raise RunFolderError(
+            f"The run that is resumed had another scaling: at rank {REFERENCE_RANK}, {shown(other[0])} is multiplied "
+            f"by {finite(scaled[other[0]]):g} there and by {scalings[other[0]]:g} now. Make the LoraConfig with the "
+            "lora_alpha and use_rslora of then."
+        )
+    return dict(before)
+
+
+def predictions_of(state: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """The steps of a state at which a plan's cost was predicted, and the costs."""
+    return [(counted(step), finite(cost)) for step, cost in state["predictions"]]
+
+
+@contextmanager
+def readable_state() -> Iterator[None]:
+    """What a damaged or foreign state makes the block raise becomes a RunFolderError."""
+    try:
+        yield
+    except RankPilotError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise RunFolderError(
+            f"The state of the run that is resumed is damaged, or of another model: {first_line(error)}. Take an "
+            "earlier checkpoint."
+        ) from error
+
+
+def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """For people, which limits have changed; nothing if none has."""
+    differing = [key for key in MAY_CHANGE if now[key] != before.get(key)]
+    return "; ".join(f"the {key} is {now[key] or 'none'} now, and was {before.get(key) or 'none'}" for key in differing)

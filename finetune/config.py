@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+import re
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..allocation.goal import GoalKind, goal_of
 from ..data.task import Task
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..lora.scaling_names import Scaling
-from ..memory.budget import Budget, TimeBudget
 from ..memory.step_config import StepConfig, check_seed
+from .options import PilotOptions, PlanOptions
+
+if TYPE_CHECKING:
+    from ..allocation.bounds import Bounds
+
+_RANK = re.compile(r"[0-9]{1,10}")
 
 PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
 """The run under a policy, and those that it may be compared with: names of folders, and in what is written."""
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(StepConfig):
+class FinetuneConfig(StepConfig, PlanOptions):
     """What a fine-tune runs on, who decides its ranks, and how long it trains.
 
     Attributes:
@@ -27,9 +32,6 @@ class FinetuneConfig(StepConfig):
         policy: who decides the ranks: "default", the policy that ships with rankpilot; the folder of a trained policy;
             a rule such as signal-mean (rankpilot evaluate --help lists the rules); or a plan that rankpilot allocate
             wrote and you edited (plan.yaml).
-        budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what plain LoRA takes (rank 8 on all
-            modules), "auto" for nine tenths of what is free on the device, or "300k params", which counts the adapter's
-            parameters alone.
         compare_uniform: also run uniform rank in the same budget, which is one rank on as many top layers as can have
             rank 8, and compare.
         compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.
@@ -52,16 +54,6 @@ class FinetuneConfig(StepConfig):
         best: end with the checkpoint that had the lowest held-out loss.
         early_stopping: stop after so many evaluations without a lower held-out loss, and end with the best checkpoint.
         bounds: ranks of single modules, or their least and largest rank: q_proj=8 down_proj=0:4.
-        recompute: run as few layers again in the backward pass as the plan needs (gradient checkpointing, layer by
-            layer): less memory, more time, the same losses. A share is then one of what plain LoRA takes without.
-            A policy with networks uses it only where it expects a loss that is lower by more than 1 %.
-        time: what a step may take in time, beside the budget: "75%" of what plain LoRA takes where no layer runs
-            again, or "0.8s". Measured before training.
-        explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what
-            other policies would have been worth.
-        goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
-            the tolerance of rank 8 on all modules.
-        tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
         merge: also save the model with the adapter merged into it.
         report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
@@ -75,7 +67,6 @@ class FinetuneConfig(StepConfig):
     model: str
     data: str
     policy: str = "default"
-    budget: str = "100%"
     compare_uniform: bool = False
     compare_all_linear: bool = False
     task: Task | None = None
@@ -94,19 +85,21 @@ class FinetuneConfig(StepConfig):
     best: bool = False
     early_stopping: int | None = None
     bounds: tuple[str, ...] = ()
-    recompute: bool = False
-    time: str | None = None
-    explore: float | None = None
-    goal: GoalKind = "quality"
-    tolerance: float | None = None
     merge: bool = False
     report_to: tuple[str, ...] = ()
     trainer: tuple[str, ...] = ()
+    budget: str = field(default="100%", kw_only=True)  # as text, as `time`
+    time: str | None = field(default=None, kw_only=True)
 
     @property
     def kept(self) -> Scaling:
         """What stays when a rank changes: alpha, or the scaling."""
         return "constant" if self.scaling == "constant" else "alpha"
+
+    def pilot_options(self, **further: Any) -> PilotOptions:
+        """The options of a run under a policy, with further ones by name, which its folder decides."""
+        shared = {each.name: getattr(self, each.name) for each in fields(PlanOptions)}
+        return PilotOptions(**shared | {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept} | further)
 
     @property
     def keeps_best(self) -> bool:
@@ -114,13 +107,8 @@ class FinetuneConfig(StepConfig):
         return self.best or self.early_stopping is not None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        Budget.parse(self.budget)
-        if self.time is not None:
-            TimeBudget.parse(self.time)
-        goal_of(self.goal, self.tolerance, budget_unit=Budget.parse(self.budget).unit, recompute=self.recompute)
-        if self.explore is not None and not self.explore > 0:
-            raise ConfigError(f"explore is a temperature above 0, such as 0.05; got {self.explore}.")
+        StepConfig.__post_init__(self)
+        PlanOptions.__post_init__(self)
         rates = (self.learning_rate, self.alpha)
         if min(self.steps, self.eval_every) < 1 or not all(0 < rate < math.inf for rate in rates):
             raise ConfigError(
@@ -141,3 +129,22 @@ class FinetuneConfig(StepConfig):
                 f"train_rows and held_out_rows are at least 1, or None for all rows; got {self.train_rows} and "
                 f"{self.held_out_rows}."
             )
+
+
+def rank_bounds_of(given: tuple[str, ...]) -> Bounds:
+    """Bounds from MODULE=RANK or MODULE=LEAST:MOST.
+
+    Raises:
+        ConfigError: an entry has another form.
+    """
+    bounds: dict[str, int | tuple[int, int]] = {}
+    for entry in given:
+        name, _, text = entry.partition("=")
+        numbers = text.split(":")
+        if not name or len(numbers) > 2 or not all(_RANK.fullmatch(number) for number in numbers):
+            raise ConfigError(
+                f"A bound has the form MODULE=RANK or MODULE=LEAST:MOST, as q_proj=0:16; got {shown(entry)}."
+            )
+        ranks = [int(number) for number in numbers]
+        bounds[name] = ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])
+    return bounds

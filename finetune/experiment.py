@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers import set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..agents.learned.policy_file import load_policy
+from ..allocation.plan import check_budget, uniform_ranks
+from ..allocation.problem import AllocationProblem
 from ..common.energy import find_energy_counter
 from ..common.files import append_json_line, atomic_path, read_json_lines, read_object, write_json
 from ..common.run_folder import open_run
@@ -21,21 +23,25 @@ from ..common.settings import as_json
 from ..common.termination import Terminated, on_sigterm
 from ..data.workload import Workload
 from ..errors import DataError
+from ..lora.adapters import PeftAdapters
 from ..lora.ladder import REFERENCE_RANK
-from ..lora.peft_config import adapter_ranks
+from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
 from ..lora.targets import find_target_modules
-from ..memory.budget import Budget, TimeBudget
+from ..memory.budget import Budget
 from ..memory.peak_meter import PeakMeter
 from .allocate import StaticPlan, static_plan
-from .callback import RankPilotCallback
+from .before_training import run_costs
+from .callback import RankPilotCallback, attach
 from .checkpoint import last_checkpoint
-from .config import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig
+from .config import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, rank_bounds_of
 from .metrics import RunMetrics, hardware_facts
-from .parallel_kinds import check_arguments
+from .options import PilotOptions
+from .recomputation import Recomputation
+from .replicas import check_arguments
 from .stop import StopWithCheckpoint
-from .trainer import new_model, new_trainer, read_workload
-from .trainer_settings import new_arguments, rank_bounds_of
-from .uniform import UniformRanks
+from .time_before_training import StepTimer
+from .trainer import new_arguments, new_model, new_trainer, read_workload
+from .trainer_step import TrainerStep, add_before_users
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +122,8 @@ def plan_ahead(
     with TemporaryDirectory() as folder:
         trainer = new_trainer(config, workload, new_model(config, workload), Path(folder), [])
         tell(f"planning under {config.policy}")
-        bounds = rank_bounds_of(config.bounds)
         set_seed(config.seed)
-        options: dict[str, Any] = {"bounds": bounds, "time": config.time, "explore": config.explore, "log": log}
-        options |= {"goal": config.goal, "tolerance": config.tolerance, "frontier": frontier}
-        options |= {"recompute": config.recompute, "scaling": config.kept}
-        return static_plan(trainer, budget=config.budget, policy=config.policy, **options)
+        return static_plan(trainer, None, config.policy, config.pilot_options(log=log), frontier=frontier)
 
 
 def _head(workload: Workload) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def run_one(
     folder: Path,
     name: str,
     tell: Callable[[str], None] = logger.warning,
-    ranks: RankPilotCallback | None = None,
+    pilot: Callable[[Trainer], RankPilotCallback] | None = None,
 ) -> dict[str, Any]:
     """Run one fine-tune to its end, from its last complete checkpoint if there is one.
 
@@ -151,7 +153,7 @@ def run_one(
         folder: of all runs.
         name: `PILOT`, `UNIFORM` for equal ranks, or `ALL_LINEAR` for plain LoRA.
         tell: called with a line for each checkpoint that cannot be read.
-        ranks: decides the ranks; by default what the settings say.
+        pilot: attaches what decides the ranks of a Trainer; by default what the settings say.
 
     Returns:
         What `result-NAME.json` holds. If that file is there already, nothing runs.
@@ -163,15 +165,14 @@ def run_one(
     with suppress(FileNotFoundError, DataError):  # the run of a torn result goes on from its last checkpoint
         return read_object(result_path)
     model = new_model(config, workload)
-    pilot, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
-    decides = ranks or _ranks(config, folder, name)
+    piloted, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
     device = new_arguments(config, workload.task, folder / name).device
     hardware, energy = hardware_facts(device), find_energy_counter(device)
-    metrics = RunMetrics(metrics_path, None if pilot else PeakMeter(MEASURE_EVERY), energy)
+    metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
     stop = StopWithCheckpoint()
-    callbacks = [*([decides] if decides else []), metrics, stop]
-    trainer = new_trainer(config, workload, model, folder / name, callbacks)
-    checkpoint = last_checkpoint(folder / name, piloted=pilot, tell=tell)
+    trainer = new_trainer(config, workload, model, folder / name, [metrics, stop])
+    decides = pilot(trainer) if pilot else _decides(config, trainer, folder, name)
+    checkpoint = last_checkpoint(folder / name, piloted=piloted, tell=tell)
     set_seed(config.seed)
     with on_sigterm(stop.stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -206,26 +207,21 @@ def run_one(
     return result
 
 
-def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback | UniformRanks | None:
-    """The callback that decides the ranks of a run; None for plain LoRA."""
+def _decides(
+    config: FinetuneConfig, trainer: Trainer, folder: Path, name: str
+) -> RankPilotCallback | UniformRanks | None:
+    """Let the ranks of a run be decided as the settings say; None for plain LoRA."""
     if name == ALL_LINEAR:
         return None
     if name == UNIFORM:
-        time = None if config.time is None else TimeBudget.parse(config.time)
-        return UniformRanks(_uniform_budget(config, folder), config.seed, recompute=config.recompute, time=time)
-    return RankPilotCallback(
-        config.policy,
-        config.budget,
-        log=folder / "decisions",
-        measure_every=MEASURE_EVERY,
-        bounds=rank_bounds_of(config.bounds),
-        recompute=config.recompute,
-        time=config.time,
-        explore=config.explore,
-        scaling=config.kept,
-        goal=config.goal,
-        tolerance=config.tolerance,
-    )
+        options = config.pilot_options(budget=_uniform_budget(config, folder), seed=config.seed)
+        return UniformRanks(trainer, options)
+    return attach(trainer, config.policy, piloted_options(config, folder))
+
+
+def piloted_options(config: FinetuneConfig, folder: Path, **further: Any) -> PilotOptions:
+    """The options of the run under a policy in a folder of runs, with further ones by name."""
+    return config.pilot_options(log=folder / "decisions", measure_every=MEASURE_EVERY, **further)
 
 
 def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
@@ -239,7 +235,63 @@ def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
 
 def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     """The budget of the run under the policy; for "auto", the bytes that were free before that run."""
-    budget = Budget.parse(config.budget)
+    budget = config.budget_read
     if budget.kind != "auto":
         return budget
     return Budget("bytes", read_object(folder / f"result-{PILOT}.json")["budget_bytes"])
+
+
+class UniformRanks(TrainerCallback):  # type: ignore[misc]
+    """Gives as many top layers as can have rank 8 the largest equal rank that fits a budget, before the first step.
+
+    Args:
+        trainer: whose ranks it sets, as one of its callbacks. Its model can load adapters of any ranks from now on.
+        options: budget, time, recomputation and seed count.
+
+    Attributes:
+        limit: what the plan may cost, in bytes or parameters; 0 before training.
+    """
+
+    def __init__(self, trainer: Trainer, options: PilotOptions) -> None:
+        self._step, self._options = TrainerStep(trainer), options
+        self.limit: float = 0.0
+        make_resizable(trainer.model, find_target_modules(trainer.model))
+        add_before_users(trainer, self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Set the ranks; those of a checkpoint stay.
+
+        Raises:
+            BudgetError: no plan fits the budget.
+        """
+        model, optimizer, options = objects["model"], objects["optimizer"], self._options
+        targets = find_target_modules(model)
+        adapters = PeftAdapters(model, targets)
+        recomputation = Recomputation(model) if options.recompute else None
+        run = self._step.run(args, state, objects)
+        costs = run_costs(run, targets, options.budget_read, signals=False, recompute=options.recompute)
+        self.limit = costs.limit.value
+        if recomputation:
+            recomputation.memory = costs.memory
+        if state.global_step > 0:
+            finish_load(model, targets)
+            if recomputation:
+                recomputation.take(recomputation.fewest(adapters.ranks, self.limit))
+            if state.global_step >= state.max_steps:
+                self._step.take_no_more()
+                control.should_training_stop = True
+            return
+        timed = None
+        if options.time_read:
+            timer = StepTimer(run, targets, costs.memory, self.limit, recomputation)
+            timed = timer.time_limit(options.time_read)
+        problem = AllocationProblem.of(
+            targets, timed.added_to(costs.cost, self.limit) if timed else costs.cost, self.limit
+        )
+        check_budget(problem, [target.name for target in targets], options.budget_read.share)
+        ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
+        adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
+        if recomputation:
+            recomputation.take(recomputation.fewest(ranks, self.limit))

@@ -1,117 +1,152 @@
-"""Checks the options of `RankPilot`, and its run."""
+"""The options of a run, declared once for the Trainer, loops, plans ahead of a run and the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..allocation.goal import Goal, GoalKind, goal_of
 from ..allocation.schedule import DecisionSchedule
-from ..errors import BudgetError, ConfigError, UnsupportedError
-from ..lora.optimizer_state import check_optimizer
-from ..lora.scaling_names import check_scaling
-from ..lora.targets import check_unmerged, find_target_modules, unwrap
-from ..memory.budget import Budget
+from ..errors import BudgetError, ConfigError, UnknownNameError
+from ..lora.scaling_names import Scaling, check_scaling
+from ..memory.budget import Budget, TimeBudget
 from ..memory.step_config import check_seed
-from .parallel_kinds import check_one_device
-from .run import TrainingRun
 
-LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-"""Settings of transformers models that leave layers out at random in training."""
+if TYPE_CHECKING:
+    from ..allocation.bounds import Bounds
 
 
-def readable_budget(given: str | float | Budget, *, recompute: bool) -> Budget:
-    """The budget of a run.
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a plan may take, and what it aims at: the options that the command line has as well.
 
-    Raises:
-        BudgetError: it cannot be read, or counts parameters where the layers that run again are to be chosen by it.
-    """
-    budget = Budget.parse(given)
-    if recompute and budget.kind == "parameters":
-        raise BudgetError(
-            f"The budget {str(given)!r} counts parameters, and a layer that runs again saves none. Give a budget of "
-            "bytes ('6GiB', '80%') or leave `recompute` out."
-        )
-    return budget
-
-
-def check_options(
-    schedule: object,
-    measure_every: object,
-    bounds: object,
-    scaling: object,
-    seed: object,
-    **switches: object,
-) -> None:
-    """Refuse options of `RankPilot` of a wrong type now, and not after minutes of work; switches are True or False.
+    Attributes:
+        budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what plain LoRA takes (rank 8 on all
+            modules), "auto" for nine tenths of what is free on the device, or "300k params", which counts the adapter's
+            parameters alone.
+        time: what a step may take in time, beside the budget: "75%" of what plain LoRA takes where no layer runs
+            again, or "0.8s". Measured before training.
+        recompute: run as few layers again in the backward pass as the plan needs (gradient checkpointing, layer by
+            layer): less memory, more time, the same losses. A share is then one of what plain LoRA takes without.
+            A policy with networks uses it only where it expects a loss that is lower by more than 1 %.
+        goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
+            the tolerance of rank 8 on all modules.
+        tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
+        explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what
+            other policies would have been worth.
 
     Raises:
-        ConfigError: one is of a wrong type.
+        BudgetError: the budget or the time cannot be read, or the budget counts parameters, of which `recompute` saves
+            none.
+        ConfigError: a value is out of range, or two options do not go together.
     """
-    if schedule is not None and not isinstance(schedule, DecisionSchedule):
-        raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
-    if not isinstance(measure_every, int) or measure_every < 1:
-        raise ConfigError(f"measure_every is a number of steps, at least 1; got {measure_every!r}.")
-    check_seed(seed)
-    check_scaling(scaling)
-    for name, switch in switches.items():
-        if not isinstance(switch, bool):
-            raise ConfigError(f"{name} is True or False; got {switch!r}.")
-    if bounds is not None and not isinstance(bounds, Mapping):
-        raise ConfigError(f"bounds are a dictionary from module names to ranks; got {bounds!r}.")
 
+    budget: str | float | Budget = "100%"
+    time: str | TimeBudget | None = None
+    recompute: bool = False
+    goal: GoalKind = "quality"
+    tolerance: float | None = None
+    explore: float | None = None
 
-def check_run(run: TrainingRun) -> None:
-    """Refuse a run that cannot be trained.
-
-    Raises:
-        UnsupportedError: the adapters are on several devices, the optimiser cannot be handled, the model leaves layers
-            out at random, or several processes run that share no gradients; see `check_optimized` as well.
-        ConfigError: it has no steps, or some adapters are not in the optimiser.
-    """
-    run.replicas.check()
-    check_one_device(run.model)
-    check_optimizer(run.optimizer)
-    _check_all_layers_run(run)
-    if run.total_steps < 1:
-        raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
-    check_optimized(run)
-
-
-def _check_all_layers_run(run: TrainingRun) -> None:
-    """Raise UnsupportedError if the model leaves layers out at random: no step tells then what another one takes."""
-    config = getattr(unwrap(run.model), "config", None)
-    for name in LAYER_DROPS:
-        share = getattr(config, name, 0)
-        if isinstance(share, float) and share > 0:
-            raise UnsupportedError(
-                f"The model leaves layers out at random (config.{name} is {share:g}), so what a step takes is "
-                f"not known before, and one may meet no adapter at all. Set model.config.{name} = 0."
+    def __post_init__(self) -> None:
+        _check_switch("recompute", self.recompute)
+        if self.recompute and self.budget_read.kind == "parameters":
+            raise BudgetError(
+                f"The budget {str(self.budget)!r} counts parameters, and a layer that runs again saves none. Give a "
+                "budget of bytes ('6GiB', '80%') or leave `recompute` out."
             )
+        _ = self.time_read, self.aim
+        explore = self.explore
+        if explore is not None and not (isinstance(explore, int | float) and explore > 0):
+            raise ConfigError(f"explore is a temperature above 0, such as 0.05; got {explore!r}.")
+
+    @property
+    def budget_read(self) -> Budget:
+        """The budget, read from what its user wrote."""
+        return Budget.parse(self.budget)
+
+    @property
+    def time_read(self) -> TimeBudget | None:
+        """The limit of a step's time, read from what its user wrote; None without a limit."""
+        return None if self.time is None else TimeBudget.parse(self.time)
+
+    @property
+    def aim(self) -> Goal:
+        """The goal with its tolerance."""
+        return goal_of(self.goal, self.tolerance, budget_unit=self.budget_read.unit, recompute=self.recompute)
 
 
-def check_optimized(run: TrainingRun) -> None:
-    """Refuse a run whose optimiser does not hold all adapters that may train: they would get rank for nothing.
+@dataclass(frozen=True, kw_only=True)
+class PilotOptions(PlanOptions):
+    """The options of a run, whoever decides its ranks: `attach`, `RankPilot` and `allocate` take them.
 
-    Raises:
-        ConfigError: an adapter is in no group of the optimiser.
-        UnsupportedError: an adapter is merged into its layer.
+    Each takes single options by name as well: `attach(trainer, budget="80%", goal="time")` is
+    `attach(trainer, "default", PilotOptions(budget="80%", goal="time"))`.
+
+    Attributes:
+        bounds: the rank of single modules, or their least and largest rank, by the module's name or the end of it:
+            `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
+        schedule: when to decide; by default as the policy was trained to.
+        scaling: what stays when a rank changes: "alpha", the model's `lora_alpha`, so that one learning rate fits all
+            ranks; or "constant", the factor `lora_alpha / r` that the model begins with (docs/scaling.md).
+        fresh: begin with new adapters. By default trained ones are kept, and the first plan resizes them.
+        seed: of the probe and of fresh rows; by default `TrainingArguments.seed` under a Trainer, and 0 in a loop.
+        measure_every: measure the real peak every so many steps, and after each change of ranks.
+        log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
+
+    Example:
+        >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
     """
-    targets = find_target_modules(run.model)
-    check_unmerged(targets)
-    held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
-    left = [
-        target
-        for target in targets
-        if any((p.requires_grad or not target.rank) and id(p) not in held for p in target.parameters.values())
-    ]
-    if left:
-        text = (
-            f"{len(left)} of {len(targets)} adapters are not in the optimiser and would train nothing, such as that of "
-            f"{left[0].name}. Make the optimiser after the adapters, of all parameters that require gradients; leave "
-            "modules that are to have no adapter out of `target_modules`."
-        )
-        if any(not target.rank for target in left):
-            text += (
-                " An earlier run left some at rank 0, where they require none: make the optimiser of "
-                "`[p for name, p in model.named_parameters() if p.requires_grad or 'lora_' in name]`."
-            )
-        raise ConfigError(text)
+
+    bounds: Bounds | None = None
+    schedule: DecisionSchedule | None = None
+    scaling: Scaling = "alpha"
+    fresh: bool = False
+    seed: int | None = None
+    measure_every: int = 100
+    log: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule is not None and not isinstance(self.schedule, DecisionSchedule):
+            raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {self.schedule!r}.")
+        if not isinstance(self.measure_every, int) or self.measure_every < 1:
+            raise ConfigError(f"measure_every is a number of steps, at least 1; got {self.measure_every!r}.")
+        if self.seed is not None:
+            check_seed(self.seed)
+        check_scaling(self.scaling)
+        _check_switch("fresh", self.fresh)
+        if self.bounds is not None and not isinstance(self.bounds, Mapping):
+            raise ConfigError(f"bounds are a dictionary from module names to ranks; got {self.bounds!r}.")
+
+    @classmethod
+    def of(cls, options: GivenOptions, changes: Mapping[str, Any]) -> PilotOptions:
+        """Options, with some of them changed.
+
+        Args:
+            options: those that runs share, or a budget alone; None for the defaults.
+            changes: other values by the names of options.
+
+        Raises:
+            UnknownNameError: there is no such option.
+            ConfigError, BudgetError: a value cannot be used.
+        """
+        names = [each.name for each in fields(cls)]
+        for name in changes:
+            if name not in names:
+                raise UnknownNameError.of("option", name, names)
+        if isinstance(options, cls):
+            return replace(options, **changes)
+        alone: dict[str, Any] = {} if options is None else {"budget": options}
+        return cls(**alone | dict(changes))
+
+
+GivenOptions = PilotOptions | str | float | Budget | None
+"""All options, the budget alone, or None for the defaults."""
+
+
+def _check_switch(name: str, switch: object) -> None:
+    if not isinstance(switch, bool):
+        raise ConfigError(f"{name} is True or False; got {switch!r}.")

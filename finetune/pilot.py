@@ -3,85 +3,78 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..agents.learned.exploring import exploring
+from ..agents.learned.exploring import drawing_from, exploring
 from ..agents.learned.goals import with_goal
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
 from ..agents.rules.given_plan import PlanFile, given_ranks
-from ..allocation.bounds import Bounds, rank_bounds
+from ..allocation.bounds import rank_bounds
 from ..allocation.controller import RankController
 from ..allocation.decision_log import DecisionLog
-from ..allocation.goal import goal_of
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.devices import without_autocast
-from ..errors import NoGradientError
+from ..common.processes import Processes
+from ..common.stored_numbers import counted
+from ..errors import ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
+from ..lora.factors import norms_of
 from ..lora.peft_config import finish_load, resizable_targets
-from ..lora.scaling_names import Scaling
 from ..lora.starts import start_kept
+from ..lora.targets import TargetModule
 from ..memory.budget import Budget, TimeBudget
 from ..memory.calibration import beside_model
 from ..memory.recording import Batch
 from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, within_all
+from .checkpoint import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .correction import Correction
-from .gradient_watch import GradientWatch
 from .journal import Journal
 from .loop_calls import LoopCalls
-from .loss_meter import LossMeter
-from .options import check_options, check_run, readable_budget
+from .options import GivenOptions, PilotOptions
 from .peak_guard import PeakGuard
-from .readings import Readings
 from .recomputation import recomputing
-from .run import TrainingRun
-from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state
+from .run import TrainingRun, check_run
 from .time_before_training import StepTimer, decide
 
 logger = logging.getLogger(__name__)
 
 
-class RankPilot(Readings):
+PATIENCE = 3
+"""Looks in a row at which all gradients are zero, after which the run is stopped. One batch may have none: all of its
+labels may be masked."""
+
+
+class RankPilot:
     """Moves LoRA rank between modules during one fine-tune, inside a hard budget.
 
     `begin` measures what plans cost on the run's model and data, probes which modules matter, and applies the first
     plan. Then a loop calls three methods in each optimiser step: `before_step`, `before_optimizer_step`, `after_step`.
-    `RankPilotCallback` does so for the transformers Trainer.
+    `attach` has them called in the runs of a transformers Trainer.
 
     Args:
         policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
             ("signal-mean", "top-down"), a plan that a person edited ("plan.yaml"), or a policy object.
-        budget: bytes at the peak of a step ("350MB", "6GiB", an int from 1024 on), a share of what plain LoRA takes,
-            rank 8 on all modules ("80%", 0.8), most of the memory that is free on the device ("auto"), or a number of
-            adapter parameters ("300k params").
-        log: the folder of the decision log; None for no log.
-        schedule: when to decide; by default as the policy was trained to.
-        seed: of the probe and of fresh rows.
-        measure_every: measure the real peak every so many steps, and after each change of ranks.
-        bounds: the rank of single modules, or their least and largest rank, by the module's name or the end of it:
-            `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
-        fresh: begin with new adapters. By default trained ones are kept, and the first plan resizes them.
+        options: all options, or the budget alone.
         tell: called with a line for each decision and each correction; by default they go to the log of this module.
         progress: shows how far the probe has come.
-        recompute: let as few layers as each plan needs run again in the backward pass (gradient checkpointing, layer by
-            layer): less memory, more time, the same losses. A share is then one of what plain LoRA takes without.
-            A policy with networks uses it only where they expect that to pay; see `time_before_training.decide`.
-        time: what a step may take in time: a share of what plain LoRA takes with no layer run again ("75%"), or
-            seconds ("0.8s"), measured on the device before training.
-        explore: draw each plan at this temperature and log the probabilities (`exploring`); by default take the best.
-        scaling: what stays when a rank changes: "alpha", the model's `lora_alpha`, so that one learning rate fits all
-            ranks; or "constant", the factor `lora_alpha / r` that the model begins with. See docs/scaling.md.
-        goal: "quality"; "time" or "bytes" for the cheapest plan that loses surely no more than `tolerance`; see `Goal`.
-        tolerance: in log loss against rank 8 on all modules; 0.01 by default.
+        changes: single options by their names; see `PilotOptions`.
 
     Attributes:
+        options: as above, with the changes.
+        budget: what a plan may cost.
+        time: what a step may take in time; None without a limit.
+        policy: decides.
+        schedule: when it does.
+        seed: of all that is drawn.
+        times_plans: whether the time of steps is measured, limited or not.
         controller: observes the adapters and changes their ranks; None before `begin`.
         decision: the policy's latest one; None before `begin`.
         journal: writes down the decisions.
@@ -93,38 +86,33 @@ class RankPilot(Readings):
     def __init__(
         self,
         policy: str | Path | Policy = DEFAULT,
-        budget: str | float | Budget = "100%",
+        options: GivenOptions = None,
         *,
-        log: str | Path | None = None,
-        schedule: DecisionSchedule | None = None,
-        seed: int = 0,
-        measure_every: int = 100,
-        bounds: Bounds | None = None,
-        fresh: bool = False,
         tell: Callable[[str], None] | None = None,
         progress: Progress[Any] | None = None,
-        recompute: bool = False,
-        time: str | TimeBudget | None = None,
-        explore: float | None = None,
-        scaling: Scaling = "alpha",
-        goal: str = "quality",
-        tolerance: float | None = None,
+        **changes: Any,
     ) -> None:
-        check_options(schedule, measure_every, bounds, scaling, seed, fresh=fresh, recompute=recompute)
-        loaded = load_policy(policy)
-        self.budget: Budget = readable_budget(budget, recompute=recompute)
-        aim = goal_of(goal, tolerance, budget_unit=self.budget.unit, recompute=recompute)
-        self.policy: Policy = with_goal(loaded if explore is None else exploring(loaded, explore, seed), aim)
-        self.decision: Decision | None = None
-        self.schedule: DecisionSchedule = schedule or policy_schedule(policy)
-        self.seed, self.fresh, self.scaling, self.bounds = seed, fresh, scaling, dict(bounds or {})
+        self.options: PilotOptions = PilotOptions.of(options, changes)
+        options = self.options
+        self.seed: int = options.seed or 0
+        loaded, aim = load_policy(policy), options.aim
+        drawing = loaded if options.explore is None else exploring(loaded, options.explore, self.seed)
+        self.policy: Policy = with_goal(drawing, aim)
+        self.schedule: DecisionSchedule = options.schedule or policy_schedule(policy)
+        self.budget: Budget = options.budget_read
+        self.time: TimeBudget | None = options.time_read
+        self.times_plans: bool = aim.kind == "time"
         self.controller: RankController[PeftAdapters] | None = None
-        self.recompute, self.times_plans = recompute, aim.kind == "time"
-        self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
-        decisions = DecisionLog(Path(log)) if log else None
-        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info, recompute)
-        self._measure_every = measure_every
-        self._guard, self._losses, self._progress = PeakGuard(measure_every), LossMeter(), progress
+        self.decision: Decision | None = None
+        decisions = DecisionLog(Path(options.log)) if options.log else None
+        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info, options.recompute)
+        self._guard, self._losses, self._progress = PeakGuard(options.measure_every), LossMeter(), progress
+
+    def draw_from(self, seed: int) -> None:
+        """Draw with another seed from the next run on: the rows of the probe, fresh adapters, and plans to explore."""
+        self.seed = seed
+        if self.options.explore is not None:
+            self.policy = drawing_from(self.policy, seed)
 
     # The events of a run, in their order ------------------------------------------------------------------------------
 
@@ -142,18 +130,18 @@ class RankPilot(Readings):
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
         self._start(run)
-        targets = resizable_targets(run.model, self.scaling)
+        targets = resizable_targets(run.model, self.options.scaling)
         self.journal.open(name, [], writes=run.replicas.processes.first)
-        kept = start_kept(run.model, targets, self.fresh, self.journal.note)
-        with put_back_on_error(run, targets), kept, recomputing(run.model, self.recompute) as recomputation:
+        kept = start_kept(run.model, targets, self.options.fresh, self.journal.note)
+        with put_back_on_error(run, targets), kept, recomputing(run.model, self.options.recompute) as recomputation:
             self.controller, memory = prepare(
                 run,
                 targets,
                 self.budget,
                 self.schedule,
-                self.bounds,
+                self.options.bounds or {},
                 self.seed,
-                fresh=self.fresh,
+                fresh=self.options.fresh,
                 recomputation=recomputation,
                 time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
                 progress=self._progress,
@@ -177,8 +165,8 @@ class RankPilot(Readings):
             BudgetError: no plan fits another budget.
         """
         self._start(run)
-        targets = resizable_targets(run.model, self.scaling)
-        low, high = rank_bounds(targets, self.bounds)
+        targets = resizable_targets(run.model, self.options.scaling)
+        low, high = rank_bounds(targets, self.options.bounds or {})
         adapters, schedule = PeftAdapters(run.model, targets), self.schedule
         with readable_state():
             before = check_same(settings := self._settings(), state, targets)
@@ -191,7 +179,7 @@ class RankPilot(Readings):
         self.controller, limit = controller, controller.limit
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
-        with recomputing(run.model, self.recompute) as recomputation:
+        with recomputing(run.model, self.options.recompute) as recomputation:
             memory = run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
@@ -324,14 +312,87 @@ class RankPilot(Readings):
             "settings": self._settings(),
         }
 
+    # What can be read while the run lasts --------------------------------------------------------------------------
+
+    @property
+    def predictions(self) -> list[tuple[int, float]]:
+        """(step, cost of the plan) of each decision and correction."""
+        return self.journal.predictions
+
+    @property
+    def peaks(self) -> list[tuple[int, int]]:
+        """(step, bytes at its peak) of each measured step; the highest of all processes."""
+        return self._guard.meter.history
+
+    @property
+    def checks(self) -> list[tuple[int, float, int]]:
+        """(step, predicted bytes, measured bytes) of the first measured step after each change of ranks."""
+        return self._guard.checks
+
+    @property
+    def limit(self) -> float:
+        """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
+        return float(self._controller.limit)
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Measure the evaluation that runs inside the block; see `evaluation_share`."""
+        self._check_begun()
+        return self._guard.evaluation()
+
+    @property
+    def evaluation_share(self) -> float:
+        """The peak of the latest evaluation as a share of the budget; above 1 its batch is too large."""
+        return self._guard.evaluation_share
+
+    def figures(self) -> dict[str, float]:
+        """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan and limit.
+
+        The highest peak is among them if a step was measured since the last call.
+        """
+        fresh, self._shown = self.peaks[self._shown :], len(self.peaks)
+        controller, predictions = self._controller, self.predictions
+        ranks, unit = controller.ranks, controller.cost.unit
+        figures = {
+            "rank_mean": float(ranks.mean()),
+            "rank_modules": float((ranks > 0).sum()),
+            f"plan_{unit}": predictions[-1][1],
+            f"budget_{unit}": float(controller.limit),
+            "rank_decisions": float(len(predictions)),
+        }
+        if self.options.recompute:
+            figures["recomputed_layers"] = float(len(self._guard.recomputed))
+        if controller.time:
+            figures["plan_seconds"] = controller.time.of(ranks)
+            if controller.time.beside is None:
+                figures["budget_seconds"] = controller.time.seconds
+        if fresh:
+            figures["peak_bytes"] = float(max(peak for _, peak in fresh))
+        return figures
+
     # What the events do -----------------------------------------------------------------------------------------------
+
+    @property
+    def _controller(self) -> RankController[PeftAdapters]:
+        self._check_begun()
+        assert self.controller is not None
+        return self.controller
+
+    def _settings(self) -> dict[str, Any]:
+        return run_settings(self.options, self.policy, self.schedule)
+
+    def _is_due(self) -> bool:
+        return self._controller.due(self._step) and self._step < self._controller.total_steps
+
+    def _check_begun(self) -> None:
+        if self.controller is None:
+            raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
 
     def _start(self, run: TrainingRun) -> None:
         check_run(run)
         self._run = run
         self._guard.finish()  # of an earlier run that did not end
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
-        self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
+        self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)
 
     def _decide_if_due(self) -> None:
         if self._is_due():
@@ -345,7 +406,7 @@ class RankPilot(Readings):
         keeps = not by_hand and not controller.decision
         with learned_kept(self._run, controller, self.journal.note) if keeps else nullcontext():
             observation, decision = decide(
-                self._guard, controller, self._ask, self.journal.note, step, loss, recomputes=self.recompute
+                self._guard, controller, self._ask, self.journal.note, step, loss, recomputes=self.options.recompute
             )
             self.decision = decision
             plan = controller.apply(decision, step, self._run.optimizer)
@@ -358,8 +419,15 @@ class RankPilot(Readings):
 
     def _corrected(self, correction: Correction) -> None:
         """Record a change of ranks by the guard like a decision."""
-        made = correction.observation, correction.decision, correction.plan, correction.notes
-        self._record(correction.step, self._losses.mean(), *made, correction=True)
+        self._record(
+            correction.step,
+            self._losses.mean(),
+            correction.observation,
+            correction.decision,
+            correction.plan,
+            correction.notes,
+            correction=True,
+        )
 
     def _record(
         self,
@@ -385,3 +453,86 @@ class RankPilot(Readings):
             correction=correction,
         )
         self._run.replicas.changed(self._controller.targets, step)
+
+
+class LossMeter:
+    """Sums the losses of optimiser steps, without waiting for the device.
+
+    Args:
+        processes: whose losses count; by default those of this one alone.
+
+    Attributes:
+        total: the sum of the losses in this process, a float or a scalar tensor.
+        count: the number of losses.
+    """
+
+    def __init__(self, processes: Processes | None = None) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.count: int = 0
+        self._processes = processes or Processes()
+
+    def add(self, loss: torch.Tensor | float) -> None:
+        """Add the mean loss of one optimiser step."""
+        self.total = self.total + (loss.detach().float().mean() if isinstance(loss, torch.Tensor) else loss)
+        self.count += 1
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.total, self.count = 0.0, 0
+
+    def mean(self) -> float | None:
+        """The mean loss of the interval over all processes, all of which call this; None if no loss was added."""
+        sums = self._processes.of_each((float(self.total), self.count))
+        count = sum(count for _, count in sums)
+        return sum(total for total, _ in sums) / count if count else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue within an interval, as JSON values; all processes call this."""
+        sums = self._processes.of_each((float(self.total), self.count))
+        whole = {"total": sum(total for total, _ in sums), "count": sum(count for _, count in sums)}
+        return whole | ({"of_each": sums} if len(sums) > 1 else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`. Of another number of processes the first takes all."""
+        whole = [(state["total"], state["count"])]
+        sums = state.get("of_each", whole)
+        if len(sums) != self._processes.count:
+            sums = whole + [(0.0, 0)] * (self._processes.count - 1)
+        total, count = sums[self._processes.rank]
+        self.total, self.count = float(total), counted(count)
+
+
+class GradientWatch:
+    """Looks at the gradients of the adapters before optimiser steps."""
+
+    def __init__(self) -> None:
+        self._zero_looks = 0
+
+    def look(self, targets: Sequence[TargetModule], step: int, *, closely: bool) -> None:
+        """Stop the run if its adapters do not train.
+
+        Args:
+            targets: the target modules.
+            step: the number of the step, for the error.
+            closely: compare the values with zero, for which the device is waited for.
+
+        Raises:
+            NoGradientError: no adapter has a gradient, or all gradients have been zero for `PATIENCE` close looks.
+        """
+        gradients = [target.weight_b.grad for target in targets if target.rank > 0]
+        gradients += [target.weight_a.grad for target in targets if target.rank > 0]
+        present = [gradient for gradient in gradients if gradient is not None]
+        if not present:
+            raise NoGradientError(
+                f"No adapter received a gradient in step {step}: the loss does not depend on them, so the run would "
+                "train nothing. Check that the loss is computed with the adapted model (not with a copy of it, and not "
+                "under `torch.no_grad`), and that the adapter is active."
+            )
+        if not closely:
+            return
+        self._zero_looks = 0 if bool((norms_of(present) != 0).any()) else self._zero_looks + 1
+        if self._zero_looks >= PATIENCE:
+            raise NoGradientError(
+                f"The gradients of all adapters are zero, in step {step} as in the steps that were looked at before "
+                "it: the run trains nothing. Check that the batches hold labels that count (not all of them -100)."
+            )

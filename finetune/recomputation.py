@@ -16,7 +16,7 @@ from ..memory.cost import ByteCost
 from ..memory.model import MemoryModel, fewest_recomputed, recomputed_cost
 from ..memory.tiled_loss import use_tiled_loss
 from ..memory.training_step import check_checkpointing, switch_checkpointing
-from .model_settings import ModelSettings
+from .left_as_found import ModelSettings
 
 
 class Recomputation:

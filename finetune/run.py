@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import CellType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,17 +17,22 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import Collate, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError
+from ..lora.optimizer_state import check_optimizer
+from ..lora.targets import check_unmerged, find_target_modules, unwrap
 from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
 from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
 from ..memory.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
-from .attributes import put_back
-from .replicas import Replicas
+from .left_as_found import put_back
+from .replicas import Replicas, check_one_device
 
 T = TypeVar("T")
 
 PROBE_RATE = 1e-3
 """The learning rate of the probe where the optimiser finds its own."""
+
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+"""Settings of transformers models that leave layers out at random in training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +177,64 @@ class TrainingRun:
         return batch
 
 
+def check_run(run: TrainingRun) -> None:
+    """Refuse a run that cannot be trained.
+
+    Raises:
+        UnsupportedError: the adapters are on several devices, the optimiser cannot be handled, the model leaves layers
+            out at random, or several processes run that share no gradients; see `check_optimized` as well.
+        ConfigError: it has no steps, or some adapters are not in the optimiser.
+    """
+    run.replicas.check()
+    check_one_device(run.model)
+    check_optimizer(run.optimizer)
+    _check_all_layers_run(run)
+    if run.total_steps < 1:
+        raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
+    check_optimized(run)
+
+
+def _check_all_layers_run(run: TrainingRun) -> None:
+    """Raise UnsupportedError if the model leaves layers out at random: no step tells then what another one takes."""
+    config = getattr(unwrap(run.model), "config", None)
+    for name in LAYER_DROPS:
+        share = getattr(config, name, 0)
+        if isinstance(share, float) and share > 0:
+            raise UnsupportedError(
+                f"The model leaves layers out at random (config.{name} is {share:g}), so what a step takes is "
+                f"not known before, and one may meet no adapter at all. Set model.config.{name} = 0."
+            )
+
+
+def check_optimized(run: TrainingRun) -> None:
+    """Refuse a run whose optimiser does not hold all adapters that may train: they would get rank for nothing.
+
+    Raises:
+        ConfigError: an adapter is in no group of the optimiser.
+        UnsupportedError: an adapter is merged into its layer.
+    """
+    targets = find_target_modules(run.model)
+    check_unmerged(targets)
+    held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    left = [
+        target
+        for target in targets
+        if any((p.requires_grad or not target.rank) and id(p) not in held for p in target.parameters.values())
+    ]
+    if left:
+        text = (
+            f"{len(left)} of {len(targets)} adapters are not in the optimiser and would train nothing, such as that of "
+            f"{left[0].name}. Make the optimiser after the adapters, of all parameters that require gradients; leave "
+            "modules that are to have no adapter out of `target_modules`."
+        )
+        if any(not target.rank for target in left):
+            text += (
+                " An earlier run left some at rank 0, where they require none: make the optimiser of "
+                "`[p for name, p in model.named_parameters() if p.requires_grad or 'lora_' in name]`."
+            )
+        raise ConfigError(text)
+
+
 def probe_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     """The learning rate of the adapters, which a schedule begins with or warms up to.
 
@@ -201,7 +263,7 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
         )
     sampler = loader.batch_sampler
     if sampler is None and loader.batch_size is None:  # the examples of the data set are batches
-        return loader.dataset, lambda batches: loader.collate_fn(batches[0]), 1
+        return loader.dataset, _ReadyBatches(loader.collate_fn), 1
     inner = getattr(sampler, "batch_sampler", None)  # as accelerate's skip_first_batches has it
     sizes = loader.batch_size, getattr(sampler, "batch_size", None), getattr(inner, "batch_size", None), rows
     size = next((size for size in sizes if isinstance(size, int)), None)
@@ -215,12 +277,22 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
     return loader.dataset, loader.collate_fn, size
 
 
+@dataclass(frozen=True)
+class _ReadyBatches:
+    """Collates the one example, itself a batch, that each batch of a loader without a batch size has."""
+
+    collate: Collate
+
+    def __call__(self, batches: list[Any]) -> Batch:
+        return self.collate(batches[0])
+
+
 @contextmanager
 def _undisturbed(collate: Collate) -> Iterator[None]:
     """Restore random states afterwards, so that the run draws the numbers that it would draw without us.
 
-    Those of a collator's own generators too, and its attributes. A compiled model runs uncompiled meanwhile: each plan
-    that is tried would take one of the few graphs that torch keeps.
+    Those of generators that a collator has as attributes too, and its attributes. A compiled model runs uncompiled
+    meanwhile: each plan that is tried would take one of the few graphs that torch keeps.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
@@ -248,17 +320,13 @@ GENERATORS = (torch.Generator, np.random.Generator, random.Random)
 
 
 def _owners(collate: Any, depth: int = 3) -> Iterator[Any]:
-    """A collator and the callables that it calls: its own object, what it wraps, holds or closes over."""
+    """A collator and the callables that it has as attributes, as one that the Trainer has wrapped has the user's."""
     yield collate
     if depth:
-        cells = getattr(collate, "__closure__", None) or ()
-        closed = [cell.cell_contents for cell in cells if cell != CellType()]  # those that are filled
-        inside = (getattr(collate, "__self__", None), getattr(collate, "func", None), *closed)
+        inside = (getattr(collate, "__self__", None), getattr(collate, "func", None))
         for value in (*inside, *getattr(collate, "__dict__", {}).values()):
             if callable(value) and not isinstance(value, type | nn.Module):
                 yield from _owners(value, depth - 1)
-            elif isinstance(value, DataLoader):
-                yield from _owners(value.collate_fn, depth - 1)
 
 
 def _state_of(generator: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The training step of a transformers Trainer: run as it runs, up to the loss, and followed while it trains.
+"""The run of a transformers Trainer: its training step, run as it runs, up to the loss, and followed while it trains.
 
 The loss that a Trainer trains on is its own business: it may fuse the last layer with the loss (TRL's SFTTrainer), run
 the model twice (DPO), weigh classes or smooth labels. So the Trainer's `training_step` itself is run; what it hands to
@@ -7,80 +7,24 @@ the model twice (DPO), weigh classes or smooth labels. So the Trainer's `trainin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, wraps
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import BudgetError, UnsupportedError
 from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
-from .attributes import put_back
+from .left_as_found import put_back
+from .run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"
-"""The argument of `Trainer.train`, and the variable that holds it while a run begins."""
+"""The first argument of `Trainer.train`."""
 
 _ABSENT: Any = object()
-
-
-def find_trainer(callback: TrainerCallback) -> Trainer | None:
-    """The Trainer among the functions that run now which has this callback; None if there is none.
-
-    A Trainer passes its callbacks the model, the optimiser and the data, but not itself.
-    """
-    for owner, _ in _running_trainers():
-        handler = getattr(owner, "callback_handler", None)
-        if handler is not None and any(one is callback for one in handler.callbacks):
-            return owner
-    return None
-
-
-def resumed_from(trainer: Trainer, step: int) -> Path:
-    """The folder of the checkpoint from which a Trainer's run goes on at this step, while the run begins."""
-    for owner, variables in _running_trainers():
-        if owner is trainer and isinstance(variables.get(RESUME), str | Path):
-            return Path(variables[RESUME])
-    return Path(trainer.args.output_dir) / f"checkpoint-{step}"
-
-
-def _running_trainers() -> Iterator[tuple[Trainer, Mapping[str, Any]]]:
-    """The Trainers among the functions that run now, each with the variables of its function; the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            yield owner, frame.f_locals
-        frame = frame.f_back
-
-
-@cache
-def around_training(prepare: Callable[[Trainer, Any], Any], break_off: Callable[[Trainer], None]) -> None:
-    """Call functions before any Trainer of this process trains, and after an error in it, from now on.
-
-    A callback that is added to a Trainer hears nothing before a checkpoint has been loaded, which is too late to choose
-    it, and nothing of an error. So the class is told.
-
-    Args:
-        prepare: gets the Trainer and what its `train` is asked to resume from, and returns what it resumes from.
-        break_off: gets the Trainer whose training has ended with an error.
-    """
-    run = Trainer.train
-
-    @wraps(run)
-    def train(self: Trainer, resume_from_checkpoint: Any = None, *rest: Any, **options: Any) -> Any:
-        try:
-            return run(self, prepare(self, resume_from_checkpoint), *rest, **options)
-        except BaseException:
-            break_off(self)
-            raise
-
-    Trainer.train = train
 
 
 class TrainerStep:
@@ -128,6 +72,60 @@ class TrainerStep:
             )
         loss: torch.Tensor = losses[0]
         return loss
+
+    def run(self, args: TrainingArguments, state: TrainerState, objects: Mapping[str, Any]) -> TrainingRun:
+        """The run that begins.
+
+        Args:
+            args: of the event in which training begins.
+            state: of that event.
+            objects: model, optimiser and loader of that event.
+
+        Raises:
+            ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
+            UnsupportedError: ranks cannot change inside a wrapper of the model.
+        """
+        dataset, collate, rows = data_of(objects["train_dataloader"], state.train_batch_size)
+        return TrainingRun(
+            model=objects["model"],
+            optimizer=objects["optimizer"],
+            loss=self.loss,
+            dataset=dataset,
+            collate=collate,
+            rows=rows,
+            total_steps=state.max_steps,
+            accumulation=args.gradient_accumulation_steps,
+            learning_rate=probe_rate(objects["model"], objects["optimizer"]),
+            wrapped=self.trainer.model_wrapped,
+        )
+
+    def around_training(
+        self, follows: Callable[[], bool], prepare: Callable[[Any], Any], break_off: Callable[[], None]
+    ) -> None:
+        """Call functions before this Trainer trains, and after an error in it, from now on.
+
+        A callback hears nothing before a checkpoint has been loaded, which is too late to choose it, and nothing of an
+        error.
+
+        Args:
+            follows: whether the others are to be called.
+            prepare: gets what `train` is asked to resume from, and returns what it resumes from.
+            break_off: called after an error.
+        """
+        run = self.trainer.train
+
+        def train(*arguments: Any, **options: Any) -> Any:
+            if not follows():
+                return run(*arguments, **options)
+            first, *rest = arguments or (options.pop(RESUME, None),)
+            try:
+                checkpoint = prepare(first)
+                return run(checkpoint, *rest, **options) if checkpoint or rest else run(**options)
+            except BaseException:
+                break_off()
+                raise
+
+        self.trainer.train = train
 
     def follow(
         self,
@@ -273,3 +271,45 @@ def _retried(
             return [run(step) for step in steps][-1]
         except torch.OutOfMemoryError:
             pass
+
+
+def add_before_users(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Add a callback before those of users, which may copy parameters when training begins: by then ranks changed."""
+    callbacks = trainer.callback_handler.callbacks
+    users = (at for at, one in enumerate(callbacks) if not type(one).__module__.startswith("transformers."))
+    callbacks.insert(next(users, len(callbacks)), callback)
+
+
+def run_of_trainer(trainer: Trainer) -> TrainingRun:
+    """The run that `trainer.train()` would begin: its step, its optimiser and its data.
+
+    The Trainer is ready to run steps afterwards, and its own callbacks have heard of nothing.
+    """
+    handler, finder = trainer.callback_handler, _Finder(trainer)
+    callbacks, handler.callbacks = handler.callbacks, [finder]  # alone, so that no tracker opens a run
+    try:
+        trainer.train()
+    except _FoundError:
+        return finder.run
+    finally:
+        handler.callbacks = callbacks
+    raise AssertionError("training begins with an event")
+
+
+class _FoundError(Exception):
+    """Ends `Trainer.train` before the first step."""
+
+
+class _Finder(TrainerCallback):  # type: ignore[misc]
+    """Notes the run that begins, and ends it."""
+
+    run: TrainingRun
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._step = TrainerStep(trainer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        self.run = self._step.run(args, state, objects)
+        raise _FoundError

@@ -127,11 +127,3 @@ def test_several_processes(run: Callable[..., str], bert: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["trl_sft", "trl_dpo", "qlora"])
 def test_trl(run: Callable[..., str], chat_model: Path, name: str) -> None:
     assert "highest peak" in run(name, "--model", chat_model, "--steps", 3, "--batch-size", 2)
-
-
-@pytest.mark.long
-def test_a_cluster(run: Callable[..., str]) -> None:
-    pytest.importorskip("ray")
-    printed = run("cluster", "--iterations", 1, "--task-steps", 6)
-    assert "On the cluster: 1 node with" in printed
-    assert "training 1 of 1" in printed

@@ -18,22 +18,39 @@ from .warm_python import WarmPython
 
 def test_public_names() -> None:
     assert set(rankpilot.__all__) == {
-        "ENV_ID",
         "Budget",
+        "Decision",
         "DecisionLog",
         "DecisionSchedule",
+        "ENV_ID",
+        "GymnasiumVecEnv",
+        "Observation",
+        "OwnTask",
+        "PilotOptions",
         "RankPilot",
         "RankPilotCallback",
         "RankPilotError",
+        "StaticPlan",
         "TrainingRun",
         "allocate",
         "attach",
+        "axolotl_yaml",
+        "decision_from_scores",
+        "export_padded",
+        "export_rank_pattern",
+        "fetch_asset",
         "frontier",
         "last_checkpoint",
         "load_checkpoint",
+        "load_packaged_dataset",
         "load_policy",
         "memory_of",
+        "module_feature",
+        "open_dataset",
+        "rank_pattern_yaml",
+        "sample_dataset",
         "save_checkpoint",
+        "static_plan",
     }
     for name in rankpilot.__all__:
         assert getattr(rankpilot, name) is not None
@@ -105,7 +122,5 @@ def test_the_callback_loads_no_library_that_a_trainer_does_not_load() -> None:
         "import peft; from transformers import Trainer",
         "gymnasium stable_baselines3 matplotlib tyro rich",
     )
-    callback = (
-        f"from rankpilot import RankPilotCallback; assert not (set(sys.modules) - first) & set('{absent}'.split())"
-    )
+    callback = f"from rankpilot import attach; assert not (set(sys.modules) - first) & set('{absent}'.split())"
     assert added_modules(callback, trainer) == {"rankpilot"}

@@ -32,8 +32,8 @@ from ...errors import UnsupportedError
 from ...finetune.before_training import run_memory
 from ...finetune.config import FinetuneConfig
 from ...finetune.run import TrainingRun
-from ...finetune.run_of_trainer import run_of_trainer
 from ...finetune.trainer import check_possible, new_model, new_trainer, read_workload
+from ...finetune.trainer_step import run_of_trainer
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
 from ...memory import resident

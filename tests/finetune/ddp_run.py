@@ -16,7 +16,7 @@ from rankpilot.allocation.features import RUN_FEATURES
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, decision_from_plan
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules
 from torch._dynamo.utils import counters
@@ -58,7 +58,7 @@ class Setting:
         arguments: further ones of the Trainer.
         handler: what is written into accelerate's settings of DDP.
         callbacks: further ones.
-        callback: options of RankPilotCallback.
+        callback: options of `attach`.
         resume: the checkpoint to go on from.
     """
 
@@ -147,12 +147,6 @@ def train(setting: Setting) -> dict[str, Any]:
     torch.set_num_threads(1)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     model = make_model(setting)
-    pilot = RankPilotCallback(
-        setting.policy or Round(),
-        setting.budget or budget_of(model),
-        **{"measure_every": 10, "schedule": SCHEDULE} | setting.callback,
-    )
-    watch = Watch(pilot)
     accumulation = setting.arguments.get("gradient_accumulation_steps", 1)
     arguments = {
         "max_steps": setting.steps,
@@ -172,8 +166,12 @@ def train(setting: Setting) -> dict[str, Any]:
         train_dataset=texts(setting.lengths),
         eval_dataset=texts(setting.lengths).select(range(16)),
         data_collator=collate,
-        callbacks=[pilot, watch, *(make(pilot) for make in setting.callbacks)],
     )
+    budget, further = setting.budget or budget_of(model), {"measure_every": 10, "schedule": SCHEDULE}
+    pilot = attach(trainer, setting.policy or Round(), budget, **further | setting.callback)
+    watch = Watch(pilot)
+    for callback in (watch, *(make(pilot) for make in setting.callbacks)):
+        trainer.add_callback(callback)
     for name, value in setting.handler.items():
         setattr(trainer.accelerator.ddp_handler, name, value)
     trainer.train(resume_from_checkpoint=setting.resume)

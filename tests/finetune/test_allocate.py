@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from rankpilot import RankPilot, RankPilotCallback, TrainingRun, allocate
+from rankpilot import RankPilot, TrainingRun, allocate, attach
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.decision_log import DecisionLog
@@ -68,7 +68,7 @@ def test_the_plan_is_the_first_of_a_run(llama_config: LlamaConfig, tmp_path: Pat
     for name, value in weights(trainer.model).items():
         assert torch.equal(value, before[name]), name
     assert trainer.model.peft_config["default"].rank_pattern == {}
-    trainer.add_callback(RankPilotCallback("signal-mean", budget, schedule=SCHEDULE))
+    attach(trainer, "signal-mean", budget, schedule=SCHEDULE)
     trainer.train()
     first = DecisionLog(tmp_path / "run" / "decisions").read().slice(0, len(plan.ranks))
     assert dict(zip(first["module"].to_pylist(), first["rank_after"].to_pylist(), strict=True)) == plan.ranks
@@ -197,7 +197,7 @@ def test_a_logged_plan_is_made_again_bit_for_bit(
 
 def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig, tmp_path: Path) -> None:
     trainer = trainer_of(adapted(llama_config), tmp_path / "run")
-    trainer.add_callback(RankPilotCallback(budget="70%", explore=0.5, schedule=SCHEDULE))
+    attach(trainer, budget="70%", explore=0.5, schedule=SCHEDULE)
     trainer.train()
     log = DecisionLog(tmp_path / "run" / "decisions")
     assert len(log) >= 4

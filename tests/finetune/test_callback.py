@@ -22,7 +22,7 @@ from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, NonFiniteError, RunFolderError, UnsupportedError
 from rankpilot.finetune import before_training as before_module
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import attach
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from safetensors.torch import load_file
@@ -78,7 +78,7 @@ class Run:
         config: LlamaConfig,
         data: Any,
         *,
-        pilot: RankPilotCallback | None = None,
+        pilot: dict[str, Any] | None = None,
         stop_at: int | None = None,
         trainer: type[Trainer] = Trainer,
         eval_data: Any = None,
@@ -103,15 +103,16 @@ class Run:
             "disable_tqdm": True,
             "use_cpu": True,
         } | options
-        self.folder, self.model, self.pilot = folder, model, pilot
+        self.folder, self.model = folder, model
         self.recorder = Recorder(stop_at)
         self.trainer = trainer(
             model=model,
             args=TrainingArguments(str(folder), **arguments),
             train_dataset=data,
             eval_dataset=eval_data,
-            callbacks=[pilot, self.recorder] if pilot else [self.recorder],
+            callbacks=[self.recorder],
         )
+        self.pilot = attach(self.trainer, **pilot) if pilot else None
         self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     @property
@@ -129,7 +130,7 @@ def launch(tmp_path: Path, llama_config: LlamaConfig, data: Dataset) -> Callable
     def start(name: str = "run", *, policy: Any = "signal-mean", budget: Any = "80%", **options: Any) -> Run:
         options.setdefault("data", data)
         every = options.pop("measure_every", 1)
-        pilot = RankPilotCallback(policy, budget, schedule=SCHEDULE, measure_every=every)
+        pilot = {"policy": policy, "budget": budget, "schedule": SCHEDULE, "measure_every": every}
         return Run(tmp_path / name, llama_config, pilot=pilot, **options)
 
     return start
@@ -138,7 +139,7 @@ def launch(tmp_path: Path, llama_config: LlamaConfig, data: Dataset) -> Callable
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig, data: Dataset) -> Run:
     """An uninterrupted run that several tests look at."""
-    pilot = RankPilotCallback("signal-mean", "80%", schedule=SCHEDULE, measure_every=1)
+    pilot = {"policy": "signal-mean", "budget": "80%", "schedule": SCHEDULE, "measure_every": 1}
     return Run(tmp_path_factory.mktemp("whole") / "run", llama_config, data, pilot=pilot)
 
 
@@ -416,11 +417,12 @@ def test_a_budget_of_parameters(launch: Callable[..., Run]) -> None:
 def test_a_trained_policy_flies_by_its_own_schedule(tmp_path: Path, llama_config: LlamaConfig, data: Dataset) -> None:
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
     save_policy(tmp_path / "pilot", RankNetwork(), schedule, {"name": "mine"})
-    pilot = RankPilotCallback(tmp_path / "pilot", "80%", measure_every=1)
+    pilot = {"policy": tmp_path / "pilot", "budget": "80%", "measure_every": 1}
     run = Run(tmp_path / "run", llama_config, data, pilot=pilot, max_steps=4)
-    assert [step for step, _ in pilot.predictions] == [0, 2]
+    assert run.pilot is not None
+    assert [step for step, _ in run.pilot.predictions] == [0, 2]
     assert set(run.log()["policy"].to_pylist()) == {"mine"}
-    assert max(peak for _, peak in pilot.peaks) <= run.controller.limit
+    assert max(peak for _, peak in run.pilot.peaks) <= run.controller.limit
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
-from rankpilot.finetune.loss_meter import LossMeter
 from rankpilot.finetune.peak_guard import PeakGuard
+from rankpilot.finetune.pilot import LossMeter
 from rankpilot.memory.cost import ByteCost, ParameterCost, cost_from_state, cost_state
 
 EARLIER = Path(__file__).parent / "earlier_version" / STATE

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rankpilot.finetune.evaluations import Evaluations
+from rankpilot.finetune.callback import Evaluations
 from torch import nn
 from transformers import Trainer, TrainingArguments
 

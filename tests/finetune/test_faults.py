@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.checkpoint import STATE
 from rankpilot.finetune.stop import StopOnSigterm
 from rankpilot.lora.peft_config import adapter_ranks
@@ -65,14 +67,12 @@ class Run:
         trainer: type[Trainer] = Trainer,
         at_step: Callable[[int], None] = lambda step: None,
         data: Dataset = ROWS,
-        late: bool = False,
         **options: Any,
     ) -> None:
         set_seed(0)
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
         self.folder, self.model = folder, get_peft_model(LlamaForCausalLM(config), lora)
         settings = {"policy": "signal-mean", "schedule": SCHEDULE, "measure_every": 3} | (pilot or {})
-        self.pilot = RankPilotCallback(budget=budget, **settings)
         self.recorder = Recorder(at_step)
         arguments = {
             "max_steps": STEPS,
@@ -88,11 +88,9 @@ class Run:
             model=self.model,
             args=TrainingArguments(str(folder), **arguments),
             train_dataset=data,
-            callbacks=[] if late else [self.pilot, self.recorder],
+            callbacks=[self.recorder],
         )
-        if late:
-            self.trainer.add_callback(self.pilot)
-            self.trainer.add_callback(self.recorder)
+        self.pilot = attach(self.trainer, budget=budget, **settings)
 
     def train(self, resume: int | None = None) -> Run:
         self.trainer.train(resume_from_checkpoint=None if resume is None else str(self.checkpoint(resume)))
@@ -397,12 +395,12 @@ def test_a_checkpoint_in_another_folder_resumes(make: Launch, whole: Run, tmp_pa
     assert_same_adapter(resumed, whole)
 
 
-def test_a_callback_that_is_added_to_a_trainer(make: Launch, whole: Run) -> None:
-    run = make(late=True).train()
+def test_the_last_checkpoint_in_the_folder_of_a_run(make: Launch, whole: Run) -> None:
+    run = make().train()
     assert run.recorder.losses == whole.recorder.losses
     assert any(target.rank != 8 for target in find_target_modules(run.model))
     shutil.rmtree(run.checkpoint(12))
-    resumed = make(late=True)
+    resumed = make()
     resumed.trainer.train(resume_from_checkpoint=True)
     assert resumed.recorder.losses == whole.recorder.losses[8:]
     assert_same_adapter(resumed, whole)
@@ -448,22 +446,12 @@ def test_a_checkpoint_without_the_callback_can_be_kept(make: Launch, llama_confi
 
 
 @pytest.mark.parametrize(
-    ("file", "late"),
-    first_cases(
-        2,
-        [
-            ("rankpilot.safetensors", False),
-            ("adapter_model.safetensors", True),
-            ("adapter_model.safetensors", False),
-            ("trainer_state.json", False),
-            ("trainer_state.json", True),
-        ],
-    ),
+    "file", first_cases(2, ["rankpilot.safetensors", "adapter_model.safetensors", "trainer_state.json"])
 )
 def test_the_last_whole_checkpoint_is_resumed(
-    ended: Launch, whole: Run, tmp_path: Path, file: str, late: bool, caplog: pytest.LogCaptureFixture
+    ended: Launch, whole: Run, tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cut = ended(late=late)
+    cut = ended()
     (cut.checkpoint(12) / file).write_bytes((cut.checkpoint(12) / file).read_bytes()[:-9])
     assert rankpilot.last_checkpoint(cut.folder) == cut.checkpoint(8)
     with pytest.raises(RunFolderError, match=rf"{file} is torn\. The last whole checkpoint is .*checkpoint-8: pass"):
@@ -583,12 +571,14 @@ def test_a_budget_that_fits_nothing_is_refused(ended: Launch) -> None:
         ({"budget": None}, BudgetError, "Cannot read the budget None"),
     ],
 )
-@pytest.mark.parametrize("kind", [RankPilotCallback, rankpilot.RankPilot])
 def test_arguments_are_checked_at_once(
-    kind: Any, arguments: dict[str, Any], error: type[Exception], words: str
+    make: Launch, arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    with pytest.raises(error, match=words):
-        kind(**{"policy": "signal-mean"} | arguments)
+    trainer = make().trainer
+    trainer.pop_callback(RankPilotCallback)
+    for given in (rankpilot.RankPilot, partial(rankpilot.attach, trainer)):
+        with pytest.raises(error, match=words):
+            given(**{"policy": "signal-mean"} | arguments)
 
 
 def test_a_run_of_no_step(make: Launch) -> None:
@@ -605,6 +595,18 @@ def test_two_callbacks_for_one_trainer(make: Launch) -> None:
     run = make()
     with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
         rankpilot.attach(run.trainer, "signal-mean")
-    run.trainer.add_callback(RankPilotCallback("signal-mean"))
-    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
-        run.train()
+
+
+def test_a_callback_without_its_trainer_is_refused(make: Launch, tmp_path: Path) -> None:
+    shown = re.escape('call `rankpilot.attach(trainer, "default", budget="80%")`')
+    for arguments in ((), ("signal-mean",), ("signal-mean", "80%")):
+        with pytest.raises(ConfigError, match=shown):
+            RankPilotCallback(*arguments)
+    run = make()
+    other = Trainer(run.model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True), train_dataset=ROWS)
+    other.add_callback(run.pilot)
+    before = run.adapter()
+    with pytest.raises(ConfigError, match=shown):
+        other.train()
+    assert other.state.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in run.adapter().items())

@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, DataError, RunFolderError, UnsupportedError
-from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -51,8 +50,9 @@ def new_model(llama_config: LlamaConfig) -> Callable[..., PeftModel]:
     return make
 
 
-def pilot(budget: str = "60%") -> RankPilotCallback:
-    return RankPilotCallback("signal-mean", budget, schedule=SCHEDULE)
+def piloted(trainer: Trainer, budget: str = "60%") -> Trainer:
+    rankpilot.attach(trainer, "signal-mean", budget, schedule=SCHEDULE)
+    return trainer
 
 
 class InterruptedProbe(Trainer):
@@ -70,7 +70,7 @@ class InterruptedProbe(Trainer):
 def test_ctrl_c_in_the_probe_leaves_the_adapter_as_it_was(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     model, plain = new_model(), new_model()
     InterruptedProbe.steps = 0
-    trainer = InterruptedProbe(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot()])
+    trainer = piloted(InterruptedProbe(model, arguments(tmp_path / "run"), train_dataset=ROWS))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.steps == 5
@@ -92,13 +92,14 @@ class Interrupting(TrainerCallback):
 
 
 def test_an_interrupted_trainer_is_a_plain_one_again(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
-    callback, interrupting = pilot(), Interrupting()
+    interrupting = Interrupting()
     trainer = Trainer(
         new_model(),
         arguments(tmp_path / "run", save_strategy="steps", save_steps=2),
         train_dataset=ROWS,
-        callbacks=[callback, interrupting],
+        callbacks=[interrupting],
     )
+    callback = rankpilot.attach(trainer, "signal-mean", "60%", schedule=SCHEDULE)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     followed = {"get_batch_samples", "training_step", "log", "_save_checkpoint", "evaluate"}
@@ -150,7 +151,7 @@ class Logging(Trainer):
 
 
 def test_the_probe_writes_nothing_into_the_history(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
-    trainer = Logging(new_model(), arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot()])
+    trainer = piloted(Logging(new_model(), arguments(tmp_path / "run"), train_dataset=ROWS))
     trainer.train()
     assert sum("mine" in entry for entry in trainer.state.log_history) == 4
 
@@ -159,9 +160,8 @@ def test_models_that_are_made_for_each_run(new_model: Callable[..., PeftModel], 
     """`model_init`: a run that resumes, and a search, whose model is gone between its trials."""
 
     def new(**options: Any) -> Trainer:
-        return Trainer(
-            model_init=new_model, args=arguments(tmp_path / "run", **options), train_dataset=ROWS, callbacks=[pilot()]
-        )
+        settings = arguments(tmp_path / "run", **options)
+        return piloted(Trainer(model_init=new_model, args=settings, train_dataset=ROWS))
 
     first = new(save_strategy="steps", save_steps=2)
     first.train()
@@ -178,10 +178,9 @@ def test_models_that_are_made_for_each_run(new_model: Callable[..., PeftModel], 
 
 def test_the_trials_of_a_search_keep_a_log_each(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    trainer = Trainer(
-        model_init=lambda trial: new_model(), args=arguments(tmp_path / "run"), train_dataset=ROWS, eval_dataset=ROWS,
-        callbacks=[pilot("100%")],
-    )  # fmt: skip
+    settings = arguments(tmp_path / "run")
+    trainer = Trainer(model_init=lambda trial: new_model(), args=settings, train_dataset=ROWS, eval_dataset=ROWS)
+    piloted(trainer, "100%")
     trainer.hyperparameter_search(
         lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2, backend="optuna"
     )
@@ -193,12 +192,12 @@ def test_a_second_adapter_of_the_same_name(
     new_model: Callable[..., PeftModel], llama_config: LlamaConfig, tmp_path: Path
 ) -> None:
     model = new_model(["q_proj"])
-    Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot("100%")]).train()
+    piloted(Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS), "100%").train()
     model.delete_adapter("default")
     model.add_adapter("default", LoraConfig(r=8, target_modules=["q_proj", "up_proj"]))
     model.set_adapter("default")
     more = arguments(tmp_path / "more", learning_rate=0.1)
-    Trainer(model, more, train_dataset=ROWS, callbacks=[pilot("100%")]).train()
+    piloted(Trainer(model, more, train_dataset=ROWS), "100%").train()
     model.save_pretrained(tmp_path / "adapter")
     torch.manual_seed(0)
     again = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), tmp_path / "adapter")
@@ -208,7 +207,7 @@ def test_a_second_adapter_of_the_same_name(
 
 def test_a_deleted_adapter_is_gone(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     model = new_model()
-    Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot("40%")]).train()
+    piloted(Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS), "40%").train()
     assert 0 in adapter_ranks(find_target_modules(model)).values()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter("other")
@@ -221,12 +220,12 @@ def test_a_deleted_adapter_is_gone(new_model: Callable[..., PeftModel], tmp_path
 def test_rows_without_labels_do_not_end_the_probe(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     masked = [row | {"labels": [-100] * 12} for row in ROWS]
     mixed = Dataset.from_list([row for pair in zip(ROWS, masked, strict=True) for row in pair])
-    Trainer(new_model(), arguments(tmp_path / "mixed"), train_dataset=mixed, callbacks=[pilot()]).train()
+    piloted(Trainer(new_model(), arguments(tmp_path / "mixed"), train_dataset=mixed)).train()
     short = Dataset.from_list([{name: values[:1] for name, values in row.items()} for row in ROWS])
-    trainer = Trainer(new_model(), arguments(tmp_path / "short"), train_dataset=short, callbacks=[pilot()])
+    trainer = piloted(Trainer(new_model(), arguments(tmp_path / "short"), train_dataset=short))
     with pytest.raises(DataError, match=r"The loss of rows of 1 token is not finite: a language model needs"):
         trainer.train()
-    trainer = Trainer(new_model(), arguments(tmp_path / "none"), train_dataset=masked, callbacks=[pilot()])
+    trainer = piloted(Trainer(new_model(), arguments(tmp_path / "none"), train_dataset=masked))
     with pytest.raises(DataError, match=r"All labels of \d+ rows that were tried are masked"):
         trainer.train()
 
@@ -243,7 +242,7 @@ class Once(torch.utils.data.IterableDataset[Any]):
 
 def test_rows_that_come_once_are_not_lost(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     data = Once()
-    trainer = Trainer(new_model(), arguments(tmp_path / "run"), train_dataset=data, callbacks=[pilot()])
+    trainer = piloted(Trainer(new_model(), arguments(tmp_path / "run"), train_dataset=data))
     with pytest.raises(DataError, match=r"\(Once\) gives its rows only once"):
         trainer.train()
     assert len(list(data)) == len(ROWS)
@@ -255,7 +254,7 @@ def test_layers_that_are_left_out_at_random_are_refused(tmp_path: Path) -> None:
     )
     config.layerdrop = 0.1
     model = get_peft_model(OPTForCausalLM(config), LoraConfig(target_modules="all-linear"))
-    trainer = Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[pilot()])
+    trainer = piloted(Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS))
     with pytest.raises(UnsupportedError, match=r"config.layerdrop is 0.1.*Set model.config.layerdrop = 0"):
         trainer.train()
 
@@ -264,9 +263,9 @@ def test_a_log_that_cannot_be_written_is_told_before_the_work(
     new_model: Callable[..., PeftModel], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    callback = RankPilotCallback("signal-mean", "60%", schedule=SCHEDULE, log=tmp_path / "file" / "decisions")
     InterruptedProbe.steps = 0
-    trainer = InterruptedProbe(new_model(), arguments(tmp_path / "run"), train_dataset=ROWS, callbacks=[callback])
+    trainer = InterruptedProbe(new_model(), arguments(tmp_path / "run"), train_dataset=ROWS)
+    rankpilot.attach(trainer, "signal-mean", "60%", schedule=SCHEDULE, log=tmp_path / "file" / "decisions")
     with pytest.raises(RunFolderError, match="The decision log cannot be written to "):
         trainer.train()
     assert InterruptedProbe.steps == 0
@@ -278,7 +277,7 @@ def test_calls_before_the_run_and_bad_seeds(new_model: Callable[..., PeftModel])
             call(rankpilot.RankPilot("signal-mean"))
     for seed in (-1, "1", True):
         with pytest.raises(ConfigError, match="seed is a whole number"):
-            RankPilotCallback(seed=seed)  # type: ignore[arg-type]
+            rankpilot.PilotOptions(seed=seed)  # type: ignore[arg-type]
     model = new_model()
     model.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -300,8 +299,8 @@ def test_what_another_callback_computes_after_a_step_is_not_the_steps(
 ) -> None:
     peaks = []
     for others in ([], [Samples()]):
-        callback = pilot()
-        settings = arguments(tmp_path / f"{len(others)}")
-        Trainer(new_model(), settings, train_dataset=ROWS, callbacks=[*others, callback]).train()
+        trainer = Trainer(new_model(), arguments(tmp_path / f"{len(others)}"), train_dataset=ROWS, callbacks=others)
+        callback = rankpilot.attach(trainer, "signal-mean", "60%", schedule=SCHEDULE)
+        trainer.train()
         peaks.append(callback.pilot.peaks)
     assert peaks[0] == peaks[1] != []

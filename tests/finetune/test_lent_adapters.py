@@ -12,7 +12,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from rankpilot import allocate
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, RankPilotError, UnsupportedError
-from rankpilot.finetune.lent_adapters import lent_adapters, task_type
+from rankpilot.finetune.allocate import lent_adapters, task_type
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot import TrainingRun
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError
-from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
+from rankpilot.finetune.checkpoint import OPTIMIZER, WEIGHTS
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -14,9 +14,9 @@ from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.experiment import finetune, plan_ahead
-from rankpilot.finetune.trainer_settings import arguments_class, further_settings, new_arguments, rank_bounds_of
+from rankpilot.finetune.trainer import arguments_class, further_settings, new_arguments
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from ..data.small_models import WORDS, save, write_rows

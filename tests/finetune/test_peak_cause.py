@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot import RankPilot, RankPilotCallback, TrainingRun
+from rankpilot import RankPilot, TrainingRun, attach
 from rankpilot.finetune.peak_cause import StepBatches, likely_cause
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
@@ -57,9 +57,10 @@ def test_rows_without_padding_are_no_other_step(
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True
     )
-    callback = RankPilotCallback("signal-mean", budget="80%")
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
-        Trainer(new_model(llama_config), arguments, train_dataset=Stream(), callbacks=[callback]).train()
+        trainer = Trainer(new_model(llama_config), arguments, train_dataset=Stream())
+        attach(trainer, "signal-mean", budget="80%")
+        trainer.train()
     messages = [record.message for record in caplog.records if "were predicted" in record.message]
     assert messages
     assert all("no row of the step is padded" in message and "no danger" in message for message in messages)

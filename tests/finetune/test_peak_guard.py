@@ -17,7 +17,7 @@ from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.finetune import peak_guard as guard_module
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import attach
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.batch_shape import BatchShape
@@ -61,13 +61,7 @@ class Run:
         self.model = get_peft_model(LlamaForCausalLM(config), lora)
         prepare = options.pop("prepare", lambda model: None)
         prepare(self.model)
-        self.pilot = RankPilotCallback(
-            "signal-mean",
-            budget,
-            schedule=SCHEDULE,
-            measure_every=options.pop("measure_every", 1),
-            bounds=options.pop("bounds", None),
-        )
+        own = {"measure_every": options.pop("measure_every", 1), "bounds": options.pop("bounds", None)}
         self.steps = RanksAtEachStep()
         resume = options.pop("resume", None)
         settings = {
@@ -82,8 +76,8 @@ class Run:
         self.folder = folder
         collate = settings.pop("data_collator", None)
         arguments = TrainingArguments(str(folder), **settings)
-        callbacks = [self.pilot, self.steps]
-        trainer = Trainer(self.model, arguments, collate, data, callbacks=callbacks)
+        trainer = Trainer(self.model, arguments, collate, data, callbacks=[self.steps])
+        self.pilot = attach(trainer, "signal-mean", budget, schedule=SCHEDULE, **own)
         trainer.train(resume_from_checkpoint=resume)
 
     @property
@@ -383,7 +377,6 @@ def test_an_evaluation_above_the_budget_gets_smaller_batches(
     set_seed(0)
     model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     rows = [{"input_ids": [i % 64] * SHORT, "labels": [i % 64] * SHORT} for i in range(128)]
-    pilot = RankPilotCallback("signal-mean", "70%", schedule=SCHEDULE)
     arguments = TrainingArguments(
         str(tmp_path / "run"),
         max_steps=6,
@@ -397,7 +390,8 @@ def test_an_evaluation_above_the_budget_gets_smaller_batches(
         use_cpu=True,
     )
     data = Dataset.from_list(rows)
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, callbacks=[pilot])
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    pilot = attach(trainer, "signal-mean", "70%", schedule=SCHEDULE)
     shares = []
     measure = guard_module.PeakGuard.evaluation
 

@@ -18,9 +18,10 @@ from rankpilot.agents.learned.plan_value import PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.errors import ConfigError, NoGradientError, UnsupportedError
-from rankpilot.finetune.callback import RankPilotCallback, attach
-from rankpilot.finetune.gradient_watch import PATIENCE
+from rankpilot.errors import ConfigError, NoGradientError, UnknownNameError, UnsupportedError
+from rankpilot.finetune.callback import attach
+from rankpilot.finetune.options import PilotOptions
+from rankpilot.finetune.pilot import PATIENCE
 from rankpilot.finetune.run import PROBE_RATE
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
@@ -276,8 +277,16 @@ OF_ONE_COST = LearnedPolicy("earlier", RankNetwork(NetworkConfig(width=8)), Plan
 def test_arguments_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RankPilot(**{"policy": "signal-mean"} | options)
-    with pytest.raises(ConfigError, match=message):
-        RankPilotCallback(**{"policy": "signal-mean"} | options)
+    with pytest.raises(UnknownNameError, match=r"Unknown option 'bugdet'\. Did you mean: 'budget'"):
+        RankPilot("signal-mean", bugdet="80%")
+
+
+def test_options_are_given_whole_alone_or_by_name() -> None:
+    shared = PilotOptions(budget="80%", fresh=True)
+    assert RankPilot("signal-mean", shared).options is not None
+    assert RankPilot("signal-mean", shared, seed=3).options == PilotOptions(budget="80%", fresh=True, seed=3)
+    assert RankPilot("signal-mean", "70%").options == RankPilot("signal-mean", budget="70%").options
+    assert RankPilot("signal-mean").options == PilotOptions()
 
 
 class OwnSteps(Trainer):
@@ -384,7 +393,7 @@ def test_adapters_on_several_devices(llama_config: LlamaConfig, tmp_path: Path) 
         loop.pilot.begin(loop.run)
 
 
-@pytest.mark.parametrize("seed", [-1, "a", None])
+@pytest.mark.parametrize("seed", [-1, "a", 1.5])
 def test_a_seed_is_a_whole_number(seed: Any) -> None:
     with pytest.raises(ConfigError, match="seed is a whole number from 0 to"):
         RankPilot("signal-mean", seed=seed)

@@ -18,7 +18,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
-from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
@@ -139,15 +138,13 @@ def test_a_function_set_while_training_outlives_the_run(new_model: NewModel, tmp
     """It may call ours, which no longer adds figures to what is logged."""
     logged: list[dict[str, float]] = []
 
-    class Listens(RankPilotCallback):
+    class Listens(TrainerCallback):
         def on_train_begin(self, *values: Any, **objects: Any) -> None:
-            super().on_train_begin(*values, **objects)
             write = trainer.log
             trainer.log = lambda logs, *rest, **options: (logged.append(logs), write(logs, *rest, **options))
 
-    trainer = Trainer(
-        new_model(), arguments(tmp_path), train_dataset=ROWS, callbacks=[Listens("signal-mean", "60%", schedule=ONCE)]
-    )
+    trainer = Trainer(new_model(), arguments(tmp_path), train_dataset=ROWS, callbacks=[Listens()])
+    rankpilot.attach(trainer, "signal-mean", "60%", schedule=ONCE)
     trainer.train()
     count = len(logged)
     assert count == 3
@@ -184,14 +181,14 @@ def test_weights_of_other_ranks_that_are_put_back_can_be_saved(
 ) -> None:
     model, best = new_model(), {}
 
-    class Keeps(RankPilotCallback):
+    class Keeps(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
             if state.global_step == 1:
                 best.update({name: value.clone() for name, value in model.state_dict().items()})
-            super().on_step_end(args, state, control, **objects)
 
-    callback = Keeps("signal-mean", "40%", schedule=TWICE)
-    Trainer(model, arguments(tmp_path, learning_rate=0.1), train_dataset=ROWS, callbacks=[callback]).train()
+    trainer = Trainer(model, arguments(tmp_path, learning_rate=0.1), train_dataset=ROWS, callbacks=[Keeps()])
+    rankpilot.attach(trainer, "signal-mean", "40%", schedule=TWICE)
+    trainer.train()
     ranks = {target.name: target.rank for target in find_target_modules(model)}
     model.load_state_dict(best, strict=False)
     assert {target.name: target.rank for target in find_target_modules(model)} != ranks, "they changed after it"
@@ -200,10 +197,12 @@ def test_weights_of_other_ranks_that_are_put_back_can_be_saved(
     assert torch.equal(logits(again), logits(model))
 
 
-def test_a_callback_used_twice_writes_each_log_into_its_run(new_model: NewModel, tmp_path: Path) -> None:
-    callback = RankPilotCallback("signal-mean", "3k params", schedule=ONCE)
+def test_each_run_of_a_trainer_writes_its_log_into_its_folder(new_model: NewModel, tmp_path: Path) -> None:
+    trainer = Trainer(new_model(), arguments(tmp_path / "none"), train_dataset=ROWS)
+    rankpilot.attach(trainer, "signal-mean", "3k params", schedule=ONCE)
     for name in ("one", "two"):
-        Trainer(new_model(), arguments(tmp_path / name), train_dataset=ROWS, callbacks=[callback]).train()
+        trainer.args.output_dir = str(tmp_path / name)
+        trainer.train()
         assert len(list((tmp_path / name / "decisions").glob("*.parquet"))) == 1
 
 
@@ -304,8 +303,8 @@ def test_the_log_of_an_earlier_run_in_the_same_folder_stays(
 ) -> None:
     def run(budget: str, *, resume: bool = False) -> None:
         settings = arguments(tmp_path, save_strategy="steps", save_steps=3)
-        callback = RankPilotCallback("signal-mean", budget, schedule=TWICE)
-        trainer = Trainer(new_model(), settings, train_dataset=ROWS, callbacks=[callback])
+        trainer = Trainer(new_model(), settings, train_dataset=ROWS)
+        rankpilot.attach(trainer, "signal-mean", budget, schedule=TWICE)
         trainer.train(resume_from_checkpoint=resume)
 
     def read(name: str) -> Any:
@@ -349,20 +348,21 @@ class MovingAverage(TrainerCallback):
         self.heard.append("end")
 
 
-@pytest.mark.parametrize("form", ["after it", "added", "attached"])
+@pytest.mark.parametrize("form", ["given", "added"])
 def test_callbacks_that_copy_weights_find_the_ranks_of_the_first_plan(
     new_model: NewModel, tmp_path: Path, form: str
 ) -> None:
-    average, pilot = MovingAverage(), RankPilotCallback("signal-mean", "3k params", schedule=ONCE)
-    given = [average, pilot] if form == "after it" else [average]
+    average = MovingAverage()
+    given = [average] if form == "given" else []
     trainer = Trainer(new_model(), arguments(tmp_path), train_dataset=ROWS, callbacks=given)
     if form == "added":
-        trainer.add_callback(pilot)
-    elif form == "attached":
-        rankpilot.attach(trainer, "signal-mean", budget="3k params", schedule=ONCE)
+        trainer.add_callback(average)
+    before = list(trainer.callback_handler.callbacks)
+    callback = rankpilot.attach(trainer, "signal-mean", budget="3k params", schedule=ONCE)
+    assert [one for one in trainer.callback_handler.callbacks if one is not callback] == before, "in their order"
     trainer.train()
     assert any(target.rank != 8 for target in find_target_modules(trainer.model))
-    assert average.heard == ["init", "begin", "end"]
+    assert average.heard == ["init"] * (form == "given") + ["begin", "end"]
 
 
 @pytest.mark.parametrize("other", [None, Trainer, "model"])
@@ -441,7 +441,7 @@ class Wraps:
         return self.data_collator(rows)
 
 
-@pytest.mark.parametrize("form", ["wrapped", "method", "partial", "closure", "batches"])
+@pytest.mark.parametrize("form", ["wrapped", "method", "partial", "batches"])
 def test_generators_inside_of_collators_are_as_before(new_model: NewModel, form: str) -> None:
     late, expected = Late(), Late()
     expected(ROWS[:4])
@@ -449,8 +449,7 @@ def test_generators_inside_of_collators_are_as_before(new_model: NewModel, form:
         "wrapped": Wraps(late),
         "method": Wraps(late).__call__,
         "partial": partial(late),
-        "closure": lambda rows: late(rows),
-        "batches": lambda rows: late(rows),
+        "batches": late,
     }
     model = new_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import attach
 from rankpilot.lora.resize import is_trained, set_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -85,8 +85,9 @@ def starts(stage_1: Path, llama_config: LlamaConfig, folder: Path) -> Callable[.
     def start(budget: str, **options: Any) -> tuple[PeftModel, Any, Trainer]:
         model = PeftModel.from_pretrained(base_model(llama_config), str(stage_1), is_trainable=True)
         schedule = DecisionSchedule(probe_steps=3, fractions=options.pop("fractions", (0.0, 0.5)))
-        callback = RankPilotCallback("signal-mean", budget, schedule=schedule, fresh=options.pop("fresh", False))
-        trainer = trainer_of(model, folder / "run", callback, **options)
+        fresh = options.pop("fresh", False)
+        trainer = trainer_of(model, folder / "run", **options)
+        callback = attach(trainer, "signal-mean", budget, schedule=schedule, fresh=fresh)
         trainer.train()
         return model, callback, trainer
 
@@ -126,8 +127,10 @@ def test_all_of_an_adapter_above_rank_8_fits_the_whole_of_it(
     model = get_peft_model(base_model(llama_config), lora)
     trainer_of(model, tmp_path / "first", learning_rate=1e-2).train()
     before = logits(model)
-    callback = RankPilotCallback("signal-mean", "100%", schedule=DecisionSchedule(probe_steps=3, fractions=(0.0,)))
-    trainer_of(model, tmp_path / "second", callback).train()
+    trainer = trainer_of(model, tmp_path / "second")
+    schedule = DecisionSchedule(probe_steps=3, fractions=(0.0,))
+    callback = attach(trainer, "signal-mean", "100%", schedule=schedule)
+    trainer.train()
     assert callback.controller is not None
     assert callback.controller.ranks.tolist() == [kept] * 2
     assert (logits(model) - before).abs().max() <= 1e-5
@@ -139,8 +142,9 @@ def test_bounds_of_the_user_count_more(stage_1: Path, llama_config: LlamaConfig,
     targets = find_target_modules(model)
     set_ranks(targets, {target.name: 5 for target in targets})
     bounds = {"q_proj": 2, "k_proj": (0, 1)}
-    callback = RankPilotCallback("signal-mean", "150%", schedule=DecisionSchedule(probe_steps=3), bounds=bounds)
-    trainer_of(model, tmp_path / "run", callback).train()
+    trainer = trainer_of(model, tmp_path / "run")
+    attach(trainer, "signal-mean", "150%", schedule=DecisionSchedule(probe_steps=3), bounds=bounds)
+    trainer.train()
     for target in targets:
         bound = {"q_proj": (2, 2), "k_proj": (1, 1)}.get(target.name.rsplit(".", 1)[1], (8, 256))
         assert bound[0] <= target.rank <= bound[1], target.name

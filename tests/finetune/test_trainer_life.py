@@ -21,8 +21,7 @@ from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, decision_from_plan
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import UnsupportedError
-from rankpilot.finetune.callback import RankPilotCallback
-from rankpilot.finetune.recompiles import graphs_per_plan, warn_of_recompiles
+from rankpilot.finetune.callback import attach, graphs_per_plan, warn_of_recompiles
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -148,7 +147,6 @@ class Run:
         if budget is None:
             budget = f"{16 * sum(t.d_in + t.d_out for t in find_target_modules(self.model) if t.block == 0)} params"
         schedule = policy.schedule if isinstance(policy, Script) else Script().schedule
-        self.pilot = RankPilotCallback(policy, budget, schedule=schedule, measure_every=measure_every, fresh=fresh)
         self.recorder = Recorder(kill_at)
         arguments = {
             "max_steps": STEPS,
@@ -167,8 +165,9 @@ class Run:
             train_dataset=data or rows(96),
             eval_dataset=eval_data,
             optimizers=(optimizer(trainable) if optimizer else None, None),
-            callbacks=[*callbacks, self.pilot, self.recorder],
+            callbacks=[*callbacks, self.recorder],
         )
+        self.pilot = attach(self.trainer, policy, budget, schedule=schedule, measure_every=measure_every, fresh=fresh)
 
     def train(self, resume: Path | None = None) -> Run:
         self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)

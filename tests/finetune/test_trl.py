@@ -62,9 +62,6 @@ def test_grpo_is_refused_before_training(tmp_path: Path, budget: str) -> None:
 
 
 def test_two_callbacks_are_refused_before_training(tmp_path: Path) -> None:
-    two = [rankpilot.RankPilotCallback("signal-mean"), rankpilot.RankPilotCallback("top-down")]
-    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
-        classification(tmp_path, callbacks=two)
     trainer = classification(tmp_path)
     attached(trainer)
     with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):

@@ -17,7 +17,7 @@ from rankpilot.allocation.bounds import Bounds
 from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.decision.replay import redecide
@@ -50,10 +50,10 @@ def run(
     ensemble.worth = worth
     policy = LearnedPolicy("likes depth", RankNetwork(NetworkConfig(width=8)).eval(), ensemble)
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0,))
-    callback = RankPilotCallback(policy, budget, recompute=recompute, schedule=schedule, bounds=bounds, measure_every=1)
     settings: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
     settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True}
-    trainer = Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=ROWS, callbacks=[callback])
+    trainer = Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=ROWS)
+    callback = attach(trainer, policy, budget, recompute=recompute, schedule=schedule, bounds=bounds, measure_every=1)
     trainer.train()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     return callback, adapter_ranks(find_target_modules(model))

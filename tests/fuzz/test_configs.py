@@ -16,8 +16,8 @@ from rankpilot.agents.training.config import TrainConfig
 from rankpilot.cli.config_file import read_config_file, with_file_settings
 from rankpilot.common.settings import as_json
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.finetune.trainer_settings import new_arguments, rank_bounds_of
+from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
+from rankpilot.finetune.trainer import new_arguments
 
 from .damage import NAMES, damaged, damaged_json, edited
 from .running import fuzz

@@ -9,8 +9,7 @@ from pathlib import Path
 import rankpilot
 from hypothesis import strategies as st
 from rankpilot.common.files import parse_json
-from rankpilot.finetune.checkpoint import STATE, TENSORS
-from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
+from rankpilot.finetune.checkpoint import OPTIMIZER, STATE, TENSORS, WEIGHTS
 from transformers import LlamaConfig
 
 from ..finetune.test_pilot import STEPS, Loop

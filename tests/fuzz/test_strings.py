@@ -10,7 +10,7 @@ from rankpilot.allocation.bounds import rank_bounds
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.settings import from_json
 from rankpilot.errors import BudgetError, ConfigError
-from rankpilot.finetune.trainer_settings import rank_bounds_of
+from rankpilot.finetune.config import rank_bounds_of
 from rankpilot.lora.module_spec import ModuleSpec
 from rankpilot.memory.budget import Budget, TimeBudget
 

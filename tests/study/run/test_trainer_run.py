@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import attach
 from rankpilot.study.page.data import page_data
 from rankpilot.study.run.heatmap import write_rank_picture
 from rankpilot.study.run.run_data import read_run
@@ -28,14 +28,14 @@ def test_page_of_a_trainer_with_the_callback(make_llama: Callable[..., Any], tmp
         use_cpu=True,
         disable_tqdm=True,
     )
-    callback = RankPilotCallback("signal-mean", budget="90%")
-    Trainer(
+    trainer = Trainer(
         model=make_llama(task_type="CAUSAL_LM"),
         args=arguments,
         train_dataset=rows,
         eval_dataset=rows[:4],
-        callbacks=[callback],
-    ).train()
+    )
+    callback = attach(trainer, "signal-mean", budget="90%")
+    trainer.train()
     run = read_run(tmp_path / "out")
     assert not run.missing
     assert [step for step, _ in run.points("rankpilot", "loss")] == [2, 4, 6, 8]
