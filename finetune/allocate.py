@@ -23,10 +23,7 @@ from ..allocation.frontier import frontier as frontier_of
 from ..allocation.policy import Policy
 from ..errors import ConfigError
 from ..lora.export import pattern_config
-from ..lora.factors import write_in_place
-from ..lora.optimizer_state import kept_state
 from ..lora.peft_config import adapter_ranks
-from ..lora.resize import update_peft_records
 from ..lora.targets import TargetModule, find_target_modules, unwrap, wrappers_of
 from ..memory.budget import Budget
 from ..memory.training_step import LossFunction
@@ -34,6 +31,7 @@ from .attributes import put_back
 from .callback import RankPilotCallback
 from .lent_adapters import lent_adapters
 from .model_settings import settings_put_back
+from .out_of_memory import Kept
 from .pilot import RankPilot
 from .run import TrainingRun
 
@@ -278,20 +276,8 @@ def _adapters_put_back(
     model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
 ) -> Iterator[None]:
     """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards."""
-    put_back_state = kept_state(optimizer, [p for target in targets for p in target.parameters.values()])
-    configs = unwrap(model).peft_config
-    before = {name: copy.deepcopy(vars(config)) for name, config in configs.items()}
-    values = [(p, p.detach().clone(), p.requires_grad) for target in targets for p in target.parameters.values()]
+    kept = Kept(model, targets, optimizer)
     try:
         yield
     finally:
-        put_back_state()
-        for parameter, value, _ in values:
-            write_in_place(parameter, value)
-        for target in targets:
-            update_peft_records(target, target.rank)
-        for parameter, _, trains in values:
-            parameter.requires_grad_(trains)
-        for name, settings in before.items():
-            vars(configs[name]).clear()
-            vars(configs[name]).update(settings)
+        kept.put_back()

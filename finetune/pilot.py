@@ -30,7 +30,15 @@ from ..lora.starts import start_kept
 from ..memory.budget import Budget
 from ..memory.recording import Batch
 from ..memory.time_budget import TimeBudget
-from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, within_all
+from .before_training import (
+    Progress,
+    learned_kept,
+    prepare,
+    put_back_on_error,
+    run_memory,
+    warn_of_other_adapters,
+    within_all,
+)
 from .correction import Correction
 from .given_ranks import given_ranks
 from .gradient_watch import GradientWatch
@@ -38,6 +46,7 @@ from .journal import Journal
 from .loop_calls import LoopCalls
 from .loss_meter import LossMeter
 from .options import check_options, check_run, readable_budget
+from .out_of_memory import Kept
 from .peak_guard import PeakGuard
 from .readings import Readings
 from .recomputation import recomputing
@@ -132,6 +141,8 @@ class RankPilot(Readings):
         self.journal: Journal = Journal(decisions, self.policy, tell or logger.info, recompute)
         self._review, self._measure_every = PlanReview.of(review, review_timeout), measure_every
         self._guard, self._losses, self._progress = PeakGuard(measure_every), LossMeter(), progress
+        self._calls = LoopCalls()
+        self._found: Kept | None = None
 
     # The events of a run, in their order ------------------------------------------------------------------------------
 
@@ -151,9 +162,15 @@ class RankPilot(Readings):
         """
         self._start(run, resumed=False)
         targets = resizable_targets(run.model, self.scaling)
+        if self.budget.kind == "parameters":
+            warn_of_other_adapters(run, targets)
         self.journal.open(name, [], writes=run.replicas.processes.first)
         kept = start_kept(run.model, targets, self.fresh, self.journal.note)
-        with put_back_on_error(run, targets), kept, recomputing(run.model, self.recompute) as recomputation:
+        with (
+            put_back_on_error(run, targets) as found,
+            kept,
+            recomputing(run.model, self.recompute) as recomputation,
+        ):
             self.controller, memory = prepare(
                 run,
                 targets,
@@ -166,10 +183,12 @@ class RankPilot(Readings):
                 time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
                 progress=self._progress,
             )
-            self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
+            self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             if self.time:
                 settle_time(run, self.controller, self._ask, memory, recomputation)
             self._decide()
+        self._found = found
+        self._calls.begin(run)
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
         """Go on from `state_dict`, with the adapters and the optimiser then. Another budget or time counts at once.
@@ -209,11 +228,12 @@ class RankPilot(Readings):
             if before.get("time") != settings["time"]:
                 facts = (run, targets, self.time, memory, limit, recomputation)
                 controller.time = other_time_limit(controller.time, *facts)
-            self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
+            self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             run.replicas.changed(targets, step)
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
+        self._calls.begin(run)
 
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
@@ -238,7 +258,8 @@ class RankPilot(Readings):
         """
         controller = self._controller
         self._calls.made("before_optimizer_step")
-        self._guard.meter.passed()
+        self._guard.passed()
+        self._found = None
         try:
             self._gradients.look(controller.targets, self._step + 1, closely=self._guard.meter.measuring)
         except NoGradientError:
@@ -284,14 +305,21 @@ class RankPilot(Readings):
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan, correction=True)
 
-    def out_of_memory(self) -> None:
-        """Shrink the plan after a step that ran out of memory; afterwards take the step again, without gradients.
+    def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
+        """Shrink the plan after a step that ran out of memory; afterwards take the step again, from its first batch.
+
+        Gradients are cleared. What a step that passes then has cost in rank comes back after some good steps.
+
+        Args:
+            error: of the step.
 
         Raises:
-            BudgetError: no smaller plan is possible.
+            torch.OutOfMemoryError: this error, or a new one. Smaller plans are no help, and ranks, adapters, optimizer
+                and decision log are as they were before the step.
+            BudgetError: other processes are in the middle of the step.
         """
         self._check_begun()
-        self._guard.out_of_memory()
+        self._guard.out_of_memory(error or torch.OutOfMemoryError("A training step ran out of memory."))
 
     def finish(self) -> None:
         """Stop measuring, put back which layers run again, and write the ranks to PEFT's configuration for saving.
@@ -299,15 +327,20 @@ class RankPilot(Readings):
         Raises:
             ProcessError: the processes do not hold the same adapters.
         """
-        self.break_off()
+        self._end()
         if self.controller:
             self._run.replicas.compare(self.controller.targets, self._step)
 
-    def break_off(self) -> None:
-        """As `finish`, after an error: other processes are not heard."""
-        self._guard.finish()
-        if self.controller:
-            finish_load(self.controller.adapters.model, self.controller.targets)
+    def break_off(self, *, as_found: bool = False) -> None:
+        """As `finish`, after an error: other processes are not heard, and what the step has changed is put back.
+
+        Args:
+            as_found: undo the first plan as well if no step has passed under it, since the run begins again.
+        """
+        self._guard.put_back()
+        if as_found and self._found:
+            self._found.put_back()
+        self._end()
 
     def state_dict(self) -> dict[str, Any]:
         """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values.
@@ -335,10 +368,18 @@ class RankPilot(Readings):
 
     # What the events do -----------------------------------------------------------------------------------------------
 
+    def _end(self) -> None:
+        self._guard.finish()
+        self._calls.finish()
+        self._found = None
+        if self.controller:
+            finish_load(self.controller.adapters.model, self.controller.targets)
+
     def _start(self, run: TrainingRun, *, resumed: bool) -> None:
         check_run(run)
         self._run = run
         self._guard.finish()  # of an earlier run that did not end
+        self._calls.finish()
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
         if self._review is not None:
