@@ -60,12 +60,15 @@ class Taken:
     times: int
     step: int
 
-    @property
-    def smaller_limit(self) -> float | None:
-        """What the next smaller plan may cost; None where there is none, or it would be no help."""
+    def smaller_limit(self, cost: float) -> float | None:
+        """What the next smaller plan may cost; None where there is none, or it would be no help.
+
+        Args:
+            cost: of the plan as it is, in the unit of the limit.
+        """
         if not self.saved or self.times == MOST_TRIES:
             return None
-        return self.cost - (self.times + 1) * self.saved
+        return min(cost, self.cost - self.times * self.saved) - self.saved
 
     def state(self) -> dict[str, Any]:
         """What `from_state` needs, as tensors and JSON values."""

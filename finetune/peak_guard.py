@@ -267,9 +267,10 @@ class PeakGuard:
             self._taken = replace(taken, step=self._step)
             return True
         taken = taken or self._nothing_taken()
-        if taken.smaller_limit is None:
+        limit = taken.smaller_limit(plan_cost(controller.cost_now(), controller.ranks))
+        if limit is None:
             return False
-        controller.limit = taken.smaller_limit
+        controller.limit = limit
         share = f"{100 * controller.limit / taken.cost:.0f} %"
         self._tried.append(f"a plan of {share} of its cost")
         self._taken = replace(taken, times=taken.times + 1, step=self._step)
