@@ -335,7 +335,9 @@ class PeakGuard:
             if controller.could_take(more):
                 ranks = more
         if np.array_equal(ranks, controller.ranks):
-            self._relieved(f"There is memory again after step {step}.")
+            self._settle()
+            self._measure_next()
+            self._journal.note(f"step {step}: there is memory again. {self._recomputation or 'The plan stays'}.")
             return
         controller.set_plan(ranks, step, self._run.optimizer, decides=False)
         plan = Plan(ranks, controller.ranks, plan_cost(observation.problem.cost, controller.ranks))
