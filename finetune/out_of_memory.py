@@ -80,8 +80,11 @@ class Taken:
         return cls(
             ranks=state["ranks"].numpy().copy(),
             layers=tuple(state["layers"]),
-            **{name: finite(state[name]) for name in ("limit", "cost", "saved")},
-            **{name: counted(state[name]) for name in ("times", "step")},
+            limit=finite(state["limit"]),
+            cost=finite(state["cost"]),
+            saved=finite(state["saved"]),
+            times=counted(state["times"]),
+            step=counted(state["step"]),
         )
 
 

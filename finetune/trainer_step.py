@@ -165,6 +165,7 @@ class TrainerStep:
         def training_step(model: Any, inputs: Any, *rest: Any, **options: Any) -> torch.Tensor:
             done.append((model, inputs, *rest))
             begins_again = trainer.args.auto_find_batch_size
+            loss: torch.Tensor
             try:
                 if begins_again:
                     loss = run_step(model, inputs, *rest, **options)

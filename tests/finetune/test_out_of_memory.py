@@ -219,24 +219,37 @@ def test_what_a_passing_error_took_comes_back(make: Launch, budget: str, caplog:
 
 
 def test_what_comes_back_changes_no_function_and_no_moment(make: Launch) -> None:
-    run = make("80%", lacks=lambda asked: asked.number == FAILS_AT, steps=FAILS_AT + GOOD_STEPS).train()
-    grown, pilot = run.moments.seen[FAILS_AT - 1 + GOOD_STEPS], run.callback.pilot
-    batch = {"input_ids": torch.arange(1, 9)[None]}
-    run.trainer.model.eval()
-    controller = pilot.controller
-    assert controller is not None
-    taken = run.moments.seen[FAILS_AT].ranks
-    assert controller.ranks.tolist() == grown.ranks != taken
-    state = run.trainer.optimizer.state
-    with torch.no_grad():
-        before = run.model(**batch).logits
-        for target, rank in zip(controller.targets, taken, strict=True):
-            if 0 < rank < target.rank:
-                new = target.weight_b[:, rank:]
-                assert bool(new.any()), "it has trained since"
-                assert bool(state[target.weight_a]["exp_avg"][:rank].any())
-                assert state[target.weight_b]["exp_avg"].shape == target.weight_b.shape
-    assert torch.isfinite(before).all()
+    """The plan comes back at the end of a step, in which a batch is computed and the moments are read."""
+    run = make("80%", lacks=lambda asked: asked.number == FAILS_AT, steps=FAILS_AT + GOOD_STEPS)
+    pilot, batch = run.callback.pilot, {"input_ids": torch.arange(1, 9)[None]}
+    seen: list[tuple[torch.Tensor, dict[Any, torch.Tensor], list[int]]] = []
+
+    def look() -> None:
+        assert pilot.controller is not None
+        targets = pilot.controller.targets
+        state = run.trainer.optimizer.state
+        with torch.no_grad():
+            logits = run.model.eval()(**batch).logits
+        moments = {t.name: state[t.weight_a]["exp_avg"].clone() for t in targets if t.rank}
+        seen.append((logits, moments, [target.rank for target in targets]))
+        run.model.train()
+
+    give_back = pilot._guard.__class__._give_back
+
+    def watched(*given: Any) -> None:
+        look()
+        give_back(*given)
+        look()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pilot._guard.__class__, "_give_back", watched)
+        run.train()
+    (before, moments, fewer), (after, others, more) = seen
+    assert sum(more) > sum(fewer)
+    assert torch.allclose(before, after, atol=1e-6)
+    for name, moment in moments.items():
+        assert torch.equal(others[name][: len(moment)], moment)
+        assert not others[name][len(moment) :].any()
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
