@@ -147,8 +147,11 @@ class RankController(Generic[AdaptersT]):
 
     def fits(self) -> bool:
         """Whether the current plan is within the limits, until the next decision."""
-        problem = self.problem_now()
-        return problem.fits(problem.ranks) and (self.time is None or self.time.fits(problem.ranks))
+        return self.could_take(self.ranks)
+
+    def could_take(self, ranks: IntArray) -> bool:
+        """Whether a plan, int64 (modules,), is within the limits, until the next decision."""
+        return self.problem_now().fits(ranks) and (self.time is None or self.time.fits(ranks))
 
     def _problem(self, *, buffers: bool) -> AllocationProblem:
         cost = self.cost if buffers else self._without_buffers(self.cost)

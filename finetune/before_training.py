@@ -26,8 +26,8 @@ from ..data.batches import count_predictions, predicted_share
 from ..errors import BudgetError, DataError, NonFiniteError
 from ..lora.adapters import PeftAdapters
 from ..lora.ladder import RankLadder
-from ..lora.optimizer_state import drop_foreign_state, kept_state, reset_state
-from ..lora.resize import is_trained, reset_adapters, resize
+from ..lora.optimizer_state import drop_foreign_state, reset_state
+from ..lora.resize import is_trained, reset_adapters
 from ..lora.scaling import reference_scaling
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
 from ..memory.batch_shape import BatchShape
@@ -35,6 +35,7 @@ from ..memory.budget import Budget, TimeBudget, free_bytes
 from ..memory.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
+from .out_of_memory import Kept
 from .recomputation import Recomputation
 from .run import TrainingRun
 from .time_before_training import StepTimer
@@ -185,26 +186,33 @@ def prepare(
     return controller, costs.memory
 
 
+def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
+    """Tell of another adapter of the model that trains as well: a budget of parameters does not count it."""
+    adapter = targets[0].adapter
+    others = [name for name in unwrap(run.model).peft_config if name != adapter]
+    trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad and ".lora_" in name]
+    for other in others if run.replicas.processes.first else ():
+        size = sum(parameter.numel() for name, parameter in trained if f".{other}" in name.partition(".lora_")[2])
+        if size:
+            logger.warning(
+                "The adapter %r trains too: %d parameters, which the budget does not count, at ranks that stay. To "
+                "train %r alone call `model.set_adapter(%r)` and make the optimizer after it; a budget of bytes counts "
+                "both.",
+                other,
+                size,
+                adapter,
+                adapter,
+            )
+
+
 @contextmanager
-def put_back_on_error(run: TrainingRun, targets: Sequence[TargetModule]) -> Iterator[None]:
+def put_back_on_error(run: TrainingRun, targets: Sequence[TargetModule]) -> Iterator[Kept]:
     """After an error inside, such as Ctrl-C in the probe, adapters, configuration and optimiser are as before."""
-    model = run.model
-    config = unwrap(model).peft_config[targets[0].adapter]
-    settings = dict(vars(config))
-    before = [(t, t.rank, [(p, p.detach().clone(), p.requires_grad) for p in t.parameters.values()]) for t in targets]
-    put_back_state = kept_state(run.optimizer, [p for t in targets for p in t.parameters.values()])
+    kept = Kept(run.model, targets, run.optimizer)
     try:
-        yield
+        yield kept
     except BaseException:
-        put_back_state()
-        for target, rank, values in before:
-            resize(target, rank)
-            with torch.no_grad():
-                for parameter, value, trains in values:
-                    parameter.copy_(value)
-                    parameter.requires_grad_(trains)
-        vars(config).clear()
-        vars(config).update(settings)
+        kept.put_back()
         raise
 
 

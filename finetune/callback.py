@@ -233,11 +233,15 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer  # the trials of a search have a folder each
         return DecisionLog(Path(trainer._get_output_dir(getattr(trainer, "_trial", None))) / "decisions")
 
-    def _break_off(self) -> None:
-        """Stop measuring, following the Trainer and handling SIGTERM, since the run ends with an error."""
+    def _break_off(self, begins_again: bool = False) -> None:
+        """Stop measuring, following the Trainer and handling SIGTERM, since the run ends with an error.
+
+        Args:
+            begins_again: whether the Trainer begins it again with a smaller batch.
+        """
         self._between_steps, self._save_later = True, False
         try:
-            self.pilot.break_off()
+            self.pilot.break_off(as_found=begins_again)
         finally:
             self._step.release()
             self._evaluations.put_back()

@@ -62,6 +62,14 @@ class Journal:
                 self.tell(f"{self.log.folder} held the decision log of an earlier run, which is in {aside} now.")
             self.log.truncate(len(predictions))
 
+    def forget(self, keep: int) -> None:
+        """Forget all but so many decisions and corrections, since the later ones were put back."""
+        if len(self.predictions) > keep:
+            del self.predictions[keep:]
+            if self.log is not None and self._writes:
+                self.log.truncate(keep)
+            self.note("The plan of before is back, and with it all adapters and the optimizer.")
+
     def note(self, line: str) -> None:
         """Tell people a line."""
         if self._writes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora.factors import write_in_place
-from ..lora.optimizer_state import kept_state
-from ..lora.resize import update_peft_records
-from ..lora.targets import TargetModule, unwrap
+from ..lora.targets import TargetModule
 from ..memory.training_step import CHECKPOINT, requires_grad_hook
+from .out_of_memory import Kept
 
 LONG = 10_000
 """Lists that are longer hold data, not records of steps."""
@@ -114,23 +111,11 @@ def adapters_put_back(
     model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
 ) -> Iterator[None]:
     """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards."""
-    put_back_state = kept_state(optimizer, [p for target in targets for p in target.parameters.values()])
-    configs = unwrap(model).peft_config
-    before = {name: copy.deepcopy(vars(config)) for name, config in configs.items()}
-    values = [(p, p.detach().clone(), p.requires_grad) for target in targets for p in target.parameters.values()]
+    kept = Kept(model, targets, optimizer)
     try:
         yield
     finally:
-        put_back_state()
-        for parameter, value, _ in values:
-            write_in_place(parameter, value)
-        for target in targets:
-            update_peft_records(target, target.rank)
-        for parameter, _, trains in values:
-            parameter.requires_grad_(trains)
-        for name, settings in before.items():
-            vars(configs[name]).clear()
-            vars(configs[name]).update(settings)
+        kept.put_back()
 
 
 def _switches(module: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from ..allocation.controller import RankController
-from ..allocation.plan import check_budget, least_ranks
+from ..allocation.plan import Plan, check_budget
 from ..common.arrays import IntArray
 from ..common.stored_numbers import counted, finite
 from ..common.units import format_bytes
@@ -20,23 +21,24 @@ from ..data.batches import unknown_lengths
 from ..errors import BudgetError, UnsupportedError
 from ..lora.signals import signal_buffer_bytes
 from ..memory.batch_shape import BatchShape, reshaped
-from ..memory.budget import Budget
+from ..memory.budget import Budget, free_bytes
 from ..memory.calibration import highest_ranks, measure_memory
-from ..memory.cost import ByteCost, plan_cost
+from ..memory.cost import ByteCost, moment_costs, plan_cost
 from ..memory.model import MemoryModel
-from ..memory.model_states import excess_of_state
+from ..memory.model_states import excess_of_state, state_bytes, trained_outside
 from ..memory.peak_meter import PeakMeter
 from ..memory.recording import Batch
 from .correction import Correction
+from .journal import Journal
+from .out_of_memory import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Taken, adapter_bytes, saved_by_a_try
 from .peak_cause import StepBatches, likely_cause
 from .recomputation import Recomputation
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
-OUT_OF_MEMORY_SHARE = 0.9
-"""After an out-of-memory error the plan may cost this share of what it cost, or half of what its adapters cost if that
-is more: where most of the cost is the same under every plan, less would be no adapter at all."""
+_OF_A_STEP = ("shape", "_unchecked", "_underestimate", "_before", "_memory", "_taken")
+"""Attributes of a guard that change when a step makes the plan smaller, and are put back with it."""
 
 
 class PeakGuard:
@@ -48,6 +50,9 @@ class PeakGuard:
     before it is predicted before the model sees it. Where layers may run again in the backward pass, more of them do
     before the plan changes. A plan without any adapter is never the result: where nothing else fits, the run stops with
     `BudgetError`.
+
+    After an out-of-memory error the plan shrinks as `out_of_memory` says. It comes back when there is memory again; if
+    smaller plans are no help, all is as it was before the step.
 
     Args:
         every_steps: see `PeakMeter`.
@@ -70,12 +75,17 @@ class PeakGuard:
         self._before: IntArray | None = None
         self._step = 0
         self._recomputation: Recomputation | None = None
+        self._taken: Taken | None = None
+        self._wait = GOOD_STEPS
+        self._undo: Callable[[], None] | None = None
+        self._tried: list[str] = []
 
     def attach(
         self,
         run: TrainingRun,
         controller: RankController[Any],
         memory: MemoryModel | None,
+        journal: Journal,
         corrected: Callable[[Correction], None],
         recomputation: Recomputation | None = None,
     ) -> None:
@@ -85,11 +95,12 @@ class PeakGuard:
             run: the run; its optimiser's state is mapped to new ranks.
             controller: changes the ranks.
             memory: predicts the cost of other batch shapes; if it is None, it is made when it is needed.
+            journal: forgets corrections that are put back.
             corrected: called with each correction.
             recomputation: chooses the layers that run again; `memory` is of the step in which all do.
         """
         self._run, self._controller, self._memory, self._corrected = run, controller, memory, corrected
-        self._recomputation, self.meter.highest = recomputation, run.replicas.highest
+        self._journal, self._recomputation, self.meter.highest = journal, recomputation, run.replicas.highest
         if memory:
             self.shape = self.shape.joined(memory.shape)
             if recomputation:
@@ -138,6 +149,8 @@ class PeakGuard:
             self._batches = StepBatches.of(batches)
         larger = self.shape.joined(self._step_shape)
         if larger != self.shape:
+            if self._limits_bytes:
+                self._keep()
             self.shape = larger
             if self._limits_bytes:
                 self._larger_batch(batches, larger)
@@ -147,13 +160,27 @@ class PeakGuard:
             # Signal buffers are made in the first step of an interval, and stay.
             self.meter.begin(self._run.model, self._run.optimizer, held, lambda: signals.buffer_bytes)
 
+    def passed(self) -> None:
+        """Note that the forward and backward passes of a step are done: they did not run out of memory."""
+        self.meter.passed()
+        self._undo = None
+        self._tried.clear()
+
     def after_step(self, step: int) -> None:
         """Compare the peak of the step with its prediction and with the budget, if it was measured.
+
+        What an out-of-memory error has taken from the plan comes back here, once there is memory again.
 
         Raises:
             BudgetError: the peak is above the budget, and no plan with an adapter fits the corrected prediction.
         """
         self._step = step
+        self._check_peak(step)
+        taken = self._taken
+        if taken and self._wait <= step - taken.step and step < self._controller.total_steps and self._has_room(taken):
+            self._give_back(taken)
+
+    def _check_peak(self, step: int) -> None:
         peak = self.meter.end(step)
         if peak is None or not self._limits_bytes:
             return
@@ -195,34 +222,155 @@ class PeakGuard:
         if peak is not None:
             self.evaluation_share = peak / self._controller.limit
 
-    def out_of_memory(self) -> None:
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
         """Shrink the plan after a step that ran out of memory, so that the step can be taken again.
 
+        That is done at most `MOST_TRIES` times a step, and only where it is predicted to be a noticeable help. An error
+        under a plan that has shrunk before and has passed steps since is taken for a passing one: the plan stays once.
+
+        Args:
+            error: of the step. The tensors that its traceback holds are freed.
+
         Raises:
-            BudgetError: no smaller plan is possible, or other processes are in the middle of the step.
+            torch.OutOfMemoryError: this error. Smaller plans are no help, and all is as it was before the step.
+            BudgetError: other processes are in the middle of the step.
         """
-        controller = self._controller
+        controller, run, number = self._controller, self._run, self._step + 1
         self.meter.close()
-        self.meter.request()
-        cost = plan_cost(controller.cost_now(), controller.ranks)
-        every = self._recomputation.memory if self._recomputation else None  # all layers may run again
-        cheapest = self._cost_of_shape(self.shape, every) if every else None
-        least = plan_cost(controller.cost_now(cheapest), least_ranks(controller.problem_now()))
-        if cost <= least:
-            raise BudgetError(
-                f"Step {self._step + 1} ran out of memory, and no smaller plan is possible. Lower the batch size or "
-                "the length, or use checkpointing."
-            )
-        controller.limit = min(controller.limit, max(OUT_OF_MEMORY_SHARE * cost, (cost + least) / 2))
-        self._run.replicas.check_again(self._step + 1, Budget(controller.cost.unit, controller.limit))
-        if self._relieved(f"Step {self._step + 1} ran out of memory, and is taken again."):
+        traceback.clear_frames(error.__traceback__)
+        for parameter in [*run.model.parameters(), *trained_outside(run.model, run.optimizer)]:
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        less = (1 - STEP_SHARE) * plan_cost(controller.cost_now(), controller.ranks)
+        run.replicas.check_again(number, Budget(controller.cost.unit, less))
+        self._keep()
+        if len(self._tried) < MOST_TRIES and self._try_again(number):
+            self.meter.request()
             return
-        self._warn(
-            "Step %d ran out of memory. The plan shrinks to %.0f %% of its cost, and the step is taken again.",
-            self._step + 1,
-            100 * controller.limit / cost,
+        tried = "No smaller plan of rankpilot would take noticeably less"
+        if self._tried:
+            tried = f"rankpilot has taken the step again under {' and '.join(self._tried)}, without success"
+        self.put_back()
+        error.add_note(
+            f"{tried}. Ranks, adapters and optimizer are as they were before step {number}. Lower the batch size or "
+            "the length, or let layers run again in the backward pass (recompute=True, or gradient checkpointing)."
         )
-        self._correct("shrunk: out of memory", controller.ranks)
+        raise error
+
+    def _try_again(self, number: int) -> bool:
+        """Prepare the step of this number, from 1, to be taken again; whether that may be a help."""
+        controller, taken = self._controller, self._taken
+        if taken and not self._tried:
+            self._warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
+            self._tried.append("the plan of the steps before")
+            self._taken = replace(taken, step=self._step)
+            return True
+        taken = taken or self._nothing_taken()
+        limit = taken.smaller_limit(plan_cost(controller.cost_now(), controller.ranks))
+        if limit is None:
+            return False
+        controller.limit = limit
+        share = f"{100 * controller.limit / taken.cost:.0f} %"
+        self._tried.append(f"a plan of {share} of its cost")
+        self._taken = replace(taken, times=taken.times + 1, step=self._step)
+        if self._relieved(f"Step {number} ran out of memory, and is taken again."):
+            return True
+        self._warn(
+            "Step %d ran out of memory. The plan shrinks to %s of its cost, and the step is taken again.", number, share
+        )
+        try:
+            self._correct("shrunk: out of memory", controller.ranks)
+        except BudgetError:  # adapters that hold NaN cannot shrink
+            return False
+        return controller.fits()
+
+    def _nothing_taken(self) -> Taken:
+        """The plan as it is now, from which errors may take."""
+        controller, ranks = self._controller, self._controller.ranks
+        cost, whole = controller.cost_now(), None
+        if isinstance(cost, ByteCost):
+            costs = moment_costs(cost, ranks)
+            whole = float(costs.max())
+            reducible = float(cost.per_rank[costs.argmax()] @ ranks)
+            if self._recomputation and self._recomputation.memory:
+                every = self._cost_of_shape(self.shape, self._recomputation.memory)  # all layers run again
+                reducible += whole - plan_cost(controller.cost_now(every), ranks)
+        else:
+            reducible = plan_cost(cost, ranks)
+            if self.meter.history:
+                whole = reducible * self.meter.history[-1][1] / adapter_bytes(controller.targets, self._run.optimizer)
+        return Taken(
+            ranks=ranks,
+            layers=self.recomputed,
+            limit=controller.limit,
+            cost=plan_cost(cost, ranks),
+            saved=saved_by_a_try(whole, reducible),
+            times=0,
+            step=self._step,
+        )
+
+    def _has_room(self, taken: Taken) -> bool:
+        """Whether the device has the memory for the plan of before an error; without CUDA good steps tell."""
+        run, controller = self._run, self._controller
+        if run.device.type != "cuda" or not self.meter.history:
+            return True
+        more = taken.cost - plan_cost(controller.cost_now(), controller.ranks)
+        if not self._limits_bytes:
+            more *= adapter_bytes(controller.targets, run.optimizer) / plan_cost(controller.cost, controller.ranks)
+        return self.meter.history[-1][1] + more - state_bytes(run.model, run.optimizer) <= free_bytes(run.device)
+
+    def _give_back(self, taken: Taken) -> None:
+        """Give the plan its limit, its layers and its ranks of before an error; the function stays the same."""
+        controller, step = self._controller, self._step
+        controller.limit, self._taken, self._wait = taken.limit, None, 2 * self._wait
+        if self._recomputation:  # as many layers ran again as these ranks need
+            self._recomputation.take(taken.layers)
+            self._memory = self._recomputation.memory_now()
+            controller.reprice(self._cost_of_shape(self.shape))
+        observation = controller.observation_now(step)
+        ranks = controller.ranks
+        for module in np.flatnonzero(taken.ranks > ranks):
+            more = np.where(np.arange(len(ranks)) == module, taken.ranks, ranks)
+            if controller.could_take(more):
+                ranks = more
+        if np.array_equal(ranks, controller.ranks):
+            self._settle()
+            self._measure_next()
+            self._journal.note(f"step {step}: there is memory again. {self._recomputation or 'The plan stays'}.")
+            return
+        controller.set_plan(ranks, step, self._run.optimizer, decides=False)
+        plan = Plan(ranks, controller.ranks, plan_cost(observation.problem.cost, controller.ranks))
+        self._changed(Correction(step, "given back: there is memory again", ranks, observation, plan))
+
+    def _keep(self) -> None:
+        """Note all that a step may change before it has passed; the first call of a step counts."""
+        if self._undo:
+            return
+        controller, recomputation, journal = self._controller, self._recomputation, self._journal
+        adapters = Kept(self._run.model, controller.targets, self._run.optimizer)
+        signals, decisions = controller.adapters.meter.state_dict(), len(journal.predictions)
+        own, limit, cost = {name: vars(self)[name] for name in _OF_A_STEP}, controller.limit, controller.cost
+        layers, memory = self.recomputed, recomputation.memory if recomputation else None
+
+        def undo() -> None:
+            adapters.put_back()
+            controller.adapters.meter.load_state_dict(signals)
+            controller.limit, controller.cost = limit, cost
+            vars(self).update(own)
+            if recomputation:
+                recomputation.memory = memory
+                recomputation.take(layers)
+            journal.forget(decisions)
+
+        self._undo = undo
+
+    def put_back(self) -> None:
+        """Put back what the present step has changed, since it does not pass."""
+        undo, self._undo = self._undo, None
+        self._tried.clear()
+        if undo:
+            undo()
 
     def new_limit(self, limit: float, step: int) -> None:
         """Take another limit, and shrink the plan if it no longer fits.
@@ -235,6 +383,8 @@ class PeakGuard:
             BudgetError: no plan fits.
         """
         controller = self._controller
+        if limit != controller.limit:
+            self._taken = None
         controller.limit, self._step = limit, step
         if self._relieved("The budget or the time was changed."):
             return
@@ -264,6 +414,8 @@ class PeakGuard:
             "peaks": list(self.meter.history),
             "measure_next": self.meter.requested,
             "checks": list(self.checks),
+            "wait": self._wait,
+            **({"taken": self._taken.state()} if self._taken else {}),
             **before,
         }
 
@@ -275,6 +427,8 @@ class PeakGuard:
         self.meter.requested = self._unchecked = bool(state.get("measure_next", True))
         self.checks = [(counted(step), finite(cost), counted(peak)) for step, cost, peak in state["checks"]]
         self._before = state["before"].numpy().copy() if "before" in state else None
+        self._wait = counted(state.get("wait", GOOD_STEPS), 1)
+        self._taken = Taken.from_state(state["taken"]) if "taken" in state else None
 
     def _warn(self, text: str, *values: object) -> None:
         if self._run.replicas.processes.first:  # all processes come to the same
@@ -388,7 +542,11 @@ class PeakGuard:
         controller, step = self._controller, self._step
         observation = controller.observation_now(step)
         plan = controller.correct(wanted, step, self._run.optimizer)
+        self._changed(Correction(step, reason, wanted, observation, plan))
+
+    def _changed(self, correction: Correction) -> None:
+        """Settle after a change of ranks, and have it recorded."""
         self._settle()
         self._before = None
         self._measure_next()
-        self._corrected(Correction(step, reason, wanted, observation, plan))
+        self._corrected(correction)

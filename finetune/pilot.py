@@ -33,12 +33,21 @@ from ..lora.targets import TargetModule
 from ..memory.budget import Budget, TimeBudget
 from ..memory.calibration import beside_model
 from ..memory.recording import Batch
-from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, within_all
+from .before_training import (
+    Progress,
+    learned_kept,
+    prepare,
+    put_back_on_error,
+    run_memory,
+    warn_of_other_adapters,
+    within_all,
+)
 from .checkpoint import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .correction import Correction
 from .journal import Journal
 from .loop_calls import LoopCalls
 from .options import GivenOptions, PilotOptions
+from .out_of_memory import Kept
 from .peak_guard import PeakGuard
 from .recomputation import recomputing
 from .run import TrainingRun, check_run
@@ -107,6 +116,8 @@ class RankPilot:
         decisions = DecisionLog(Path(options.log)) if options.log else None
         self.journal: Journal = Journal(decisions, self.policy, tell or logger.info, options.recompute)
         self._guard, self._losses, self._progress = PeakGuard(options.measure_every), LossMeter(), progress
+        self._calls = LoopCalls()
+        self._found: Kept | None = None
 
     def draw_from(self, seed: int) -> None:
         """Draw with another seed from the next run on: the rows of the probe, fresh adapters, and plans to explore."""
@@ -131,9 +142,15 @@ class RankPilot:
         """
         self._start(run)
         targets = resizable_targets(run.model, self.options.scaling)
+        if self.budget.kind == "parameters":
+            warn_of_other_adapters(run, targets)
         self.journal.open(name, [], writes=run.replicas.processes.first)
         kept = start_kept(run.model, targets, self.options.fresh, self.journal.note)
-        with put_back_on_error(run, targets), kept, recomputing(run.model, self.options.recompute) as recomputation:
+        with (
+            put_back_on_error(run, targets) as found,
+            kept,
+            recomputing(run.model, self.options.recompute) as recomputation,
+        ):
             self.controller, memory = prepare(
                 run,
                 targets,
@@ -146,10 +163,12 @@ class RankPilot:
                 time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
                 progress=self._progress,
             )
-            self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
+            self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             if self.time:
                 StepTimer(run, targets, memory, self.controller.limit, recomputation).settle(self.controller, self._ask)
             self._decide()
+        self._found = found
+        self._calls.begin(run)
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
         """Go on from `state_dict`, with the adapters and the optimiser then. Another budget or time counts at once.
@@ -189,11 +208,12 @@ class RankPilot:
             if before.get("time") != settings["time"]:
                 timer = StepTimer(run, targets, memory, limit, recomputation)
                 controller.time = timer.other_limit(controller.time, self.time)
-            self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
+            self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             run.replicas.changed(targets, step)
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
+        self._calls.begin(run)
 
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
@@ -218,7 +238,8 @@ class RankPilot:
         """
         controller = self._controller
         self._calls.made("before_optimizer_step")
-        self._guard.meter.passed()
+        self._guard.passed()
+        self._found = None
         try:
             self._gradients.look(controller.targets, self._step + 1, closely=self._guard.meter.measuring)
         except NoGradientError:
@@ -263,14 +284,21 @@ class RankPilot:
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan, correction=True)
 
-    def out_of_memory(self) -> None:
-        """Shrink the plan after a step that ran out of memory; afterwards take the step again, without gradients.
+    def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
+        """Shrink the plan after a step that ran out of memory; afterwards take the step again, from its first batch.
+
+        Gradients are cleared. What a step that passes then has cost in rank comes back after some good steps.
+
+        Args:
+            error: of the step.
 
         Raises:
-            BudgetError: no smaller plan is possible.
+            torch.OutOfMemoryError: this error, or a new one. Smaller plans are no help, and ranks, adapters, optimizer
+                and decision log are as they were before the step.
+            BudgetError: other processes are in the middle of the step.
         """
         self._check_begun()
-        self._guard.out_of_memory()
+        self._guard.out_of_memory(error or torch.OutOfMemoryError("A training step ran out of memory."))
 
     def finish(self) -> None:
         """Stop measuring, put back which layers run again, and write the ranks to PEFT's configuration for saving.
@@ -278,15 +306,20 @@ class RankPilot:
         Raises:
             ProcessError: the processes do not hold the same adapters.
         """
-        self.break_off()
+        self._end()
         if self.controller:
             self._run.replicas.compare(self.controller.targets, self._step)
 
-    def break_off(self) -> None:
-        """As `finish`, after an error: other processes are not heard."""
-        self._guard.finish()
-        if self.controller:
-            finish_load(self.controller.adapters.model, self.controller.targets)
+    def break_off(self, *, as_found: bool = False) -> None:
+        """As `finish`, after an error: other processes are not heard, and what the step has changed is put back.
+
+        Args:
+            as_found: undo the first plan as well if no step has passed under it, since the run begins again.
+        """
+        self._guard.put_back()
+        if as_found and self._found:
+            self._found.put_back()
+        self._end()
 
     def state_dict(self) -> dict[str, Any]:
         """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values.
@@ -387,10 +420,18 @@ class RankPilot:
         if self.controller is None:
             raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
 
+    def _end(self) -> None:
+        self._guard.finish()
+        self._calls.finish()
+        self._found = None
+        if self.controller:
+            finish_load(self.controller.adapters.model, self.controller.targets)
+
     def _start(self, run: TrainingRun) -> None:
         check_run(run)
         self._run = run
         self._guard.finish()  # of an earlier run that did not end
+        self._calls.finish()
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import BudgetError, UnsupportedError
-from ..memory.model_states import trained_outside
+from ..errors import UnsupportedError
 from ..memory.recording import Batch
 from .left_as_found import put_back
 from .run import TrainingRun, data_of, probe_rate
@@ -131,21 +132,22 @@ class TrainerStep:
         self,
         batches: Callable[[list[Batch]], None],
         losses: Callable[[torch.Tensor], None],
-        again: Callable[[], None],
+        again: Callable[[torch.OutOfMemoryError], None],
         figures: Callable[[], dict[str, float]],
         saves: Callable[[Path], bool],
-        broken: Callable[[], None],
+        broken: Callable[[bool], None],
     ) -> None:
         """Follow the real steps.
 
         Args:
             batches: called with the batches of each optimiser step before the first is run.
             losses: called with the loss of each batch, as the Trainer counts it: those of one step add up to its mean.
-            again: called after a batch that ran out of memory. Then all batches of the step so far run once more.
+            again: called with the error of a batch that ran out of memory. Then all batches of the step so far run once
+                more, unless it raises the error. Where the Trainer looks for its batch size, that goes first.
             figures: go into each of the Trainer's log entries that has a training loss, and so to all its trackers.
             saves: called with the folder of a checkpoint before the Trainer writes it. If it returns False, nothing is
                 written.
-            broken: called after a step that raised an error.
+            broken: called after a step that raised an error, with whether the Trainer begins again with fewer rows.
         """
         trainer = self.trainer
         get_batches, run_step = trainer.get_batch_samples, trainer.training_step
@@ -160,10 +162,15 @@ class TrainerStep:
 
         def training_step(model: Any, inputs: Any, *rest: Any, **options: Any) -> torch.Tensor:
             done.append((model, inputs, *rest))
+            begins_again = trainer.args.auto_find_batch_size
+            loss: torch.Tensor
             try:
-                loss = _retried(lambda step: run_step(*_copied(step), **options), done, again, trainer)
-            except BaseException:
-                broken()
+                if begins_again:
+                    loss = run_step(model, inputs, *rest, **options)
+                else:
+                    loss = _retried(lambda step: run_step(*_copied(step), **options), done, again)
+            except BaseException as error:
+                broken(begins_again and should_reduce_batch_size(error))
                 raise
             losses(loss)
             return loss
@@ -245,32 +252,25 @@ def _copied(step: tuple[Any, ...]) -> tuple[Any, ...]:
 def _retried(
     run: Callable[[tuple[Any, ...]], torch.Tensor],
     steps: list[tuple[Any, ...]],
-    again: Callable[[], None],
-    trainer: Trainer,
+    again: Callable[[torch.OutOfMemoryError], None],
 ) -> torch.Tensor:
     """The loss of the last of these steps; after an out-of-memory error all of them run once more.
 
-    Where nothing smaller is possible and the Trainer looks for the batch size itself, it gets that error.
+    Args:
+        run: runs one of them.
+        steps: the batches of an optimiser step so far.
+        again: prepares that, or raises the error that it gets.
     """
     try:
         return run(steps[-1])
-    except torch.OutOfMemoryError as error:
-        missing = error.with_traceback(None)  # the traceback would hold the tensors of the step
+    except torch.OutOfMemoryError as caught:
+        error = caught
     while True:
-        for parameter in [*trainer.model.parameters(), *trained_outside(trainer.model, trainer.optimizer)]:
-            parameter.grad = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        try:
-            again()
-        except BudgetError as error:
-            if trainer.args.auto_find_batch_size:
-                raise missing from error
-            raise
+        again(error)
         try:
             return [run(step) for step in steps][-1]
-        except torch.OutOfMemoryError:
-            pass
+        except torch.OutOfMemoryError as caught:
+            clear_frames(caught.__traceback__)  # they hold the tensors of the step
 
 
 def add_before_users(trainer: Trainer, callback: TrainerCallback) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -152,18 +152,29 @@ def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
 def kept_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
     """A function that gives parameters back the state that they have now, after any changes of rank.
 
-    Those replace its tensors and write into none; steps of the optimiser do write.
+    Those replace its tensors and write into none; steps of the optimiser do write. Tensors as large as the parameter
+    wait in main memory, so that a smaller plan frees their bytes on the device.
     """
     state = unwrap_optimizer(optimizer).state if optimizer is not None else {}
-    before = {parameter: dict(state[parameter]) if parameter in state else None for parameter in parameters}
+    before: dict[nn.Parameter, dict[str, tuple[Any, torch.device | None]] | None] = {}
+    for parameter in parameters:
+        values = state.get(parameter)
+        before[parameter] = None if values is None else {k: _in_main_memory(v, parameter) for k, v in values.items()}
 
     def put_back() -> None:
         for parameter, values in before.items():
             state.pop(parameter, None)
             if values is not None:
-                state[parameter] = values
+                state[parameter] = {k: v if device is None else v.to(device) for k, (v, device) in values.items()}
 
     return put_back
+
+
+def _in_main_memory(value: Any, parameter: nn.Parameter) -> tuple[Any, torch.device | None]:
+    """A value of the state, and the device to which it belongs if it was moved from there."""
+    if type(value) is torch.Tensor and value.numel() == parameter.numel():
+        return value.cpu(), value.device
+    return value, None
 
 
 def reset_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:

@@ -136,7 +136,8 @@ def load_policy(given: str | Path | Policy) -> Policy:
     weights = _read_weights(folder, card)
     with torch.device("meta"):
         _check_weights(folder, _networks(config, ensemble, inputs), weights)
-    network, value_ensemble = _networks(config, ensemble, inputs)
+    with torch.random.fork_rng(devices=[]):  # networks draw weights, which the file replaces
+        network, value_ensemble = _networks(config, ensemble, inputs)
     of_ensemble = {
         name.removeprefix(ENSEMBLE_WEIGHTS): weights.pop(name)
         for name in list(weights)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
+from rankpilot.finetune.out_of_memory import Taken
 from rankpilot.finetune.peak_guard import PeakGuard
 from rankpilot.finetune.pilot import LossMeter
 from rankpilot.memory.cost import ByteCost, ParameterCost, cost_from_state, cost_state
@@ -74,6 +75,7 @@ def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
     losses.total, losses.count = torch.tensor(2.5), 2
     guard.meter.history = [(1, 1000)]
     guard._before = np.array([1, 2])
+    guard._taken = Taken(np.array([3, 4]), ("layers.0",), limit=9.0, cost=8.0, saved=1.0, times=1, step=5)
     save_state(tmp_path, {"losses": losses.state_dict(), "guard": guard.state_dict()})
     state = load_state(tmp_path)
     other_losses, other_guard = LossMeter(), PeakGuard(10)
@@ -82,3 +84,7 @@ def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
     assert other_losses.mean() == 1.25
     assert other_guard.meter.history == [(1, 1000)]
     assert np.array_equal(other_guard._before, [1, 2])  # type: ignore[arg-type]
+    taken = other_guard._taken
+    assert taken is not None
+    assert taken.ranks.tolist() == [3, 4]
+    assert {**vars(taken), "ranks": None} == {**vars(guard._taken), "ranks": None}

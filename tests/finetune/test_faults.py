@@ -203,33 +203,6 @@ def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
     assert_same_adapter(run, other)
 
 
-@pytest.mark.parametrize(
-    ("accumulation", "budget"),
-    first_cases(1, [(3, "80%"), (1, "80%"), (1, "6k params"), (3, "6k params")]),
-)
-def test_a_step_that_never_fits_ends_the_run(make: Launch, accumulation: int, budget: str) -> None:
-    trainer = failing(lambda call: call > accumulation)
-    run = make(trainer=trainer, gradient_accumulation_steps=accumulation, budget=budget)
-    with pytest.raises(BudgetError, match="Step 2 ran out of memory, and no smaller plan is possible"):
-        run.train()
-    assert run.trainer.calls < 60 * accumulation
-
-
-def test_factors_that_cannot_shrink_end_the_run(make: Launch) -> None:
-    """Modules that hold NaN keep their ranks as long as they fit."""
-
-    def break_all(step: int) -> None:
-        if step == 1:
-            for target in find_target_modules(run.model):
-                if target.rank:
-                    target.weight_b.data.fill_(torch.nan)
-
-    run = make(trainer=failing(lambda call: call > 1), at_step=break_all)
-    with pytest.raises(BudgetError, match="no smaller plan is possible"):
-        run.train()
-    assert run.trainer.calls < 60
-
-
 # Asked to end -------------------------------------------------------------------------------------------------------
 
 

@@ -195,6 +195,103 @@ def test_a_loop_that_leaves_out_a_call(
     assert [step for step, _ in loop.pilot.peaks] == [1, 2]
 
 
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.endswith("loop_calls")]
+
+
+def test_a_loop_that_forgets_the_end_of_its_steps(
+    llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    loop.train(range(2))
+    monkeypatch.setattr(loop.pilot, "after_step", lambda: None)
+    with pytest.raises(
+        ConfigError, match=r"has made 2 steps since the last `pilot\.after_step\(\)`.*call it once after"
+    ):
+        loop.train(range(2, 6))
+    assert len(loop.losses) == 4
+
+
+def test_a_loop_without_any_call(llama_config: LlamaConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    for step, batch in enumerate(islice(loop.batches(), 4), start=1):
+        loop.loss(batch).backward()  # type: ignore[no-untyped-call]
+        loop.optimizer.step()
+        assert len(told(caplog)) == (step > 1)
+    assert "no call was made since `pilot.begin(run)`" in told(caplog)[0]
+    loop.pilot.finish()
+    assert not loop.optimizer._optimizer_step_post_hooks
+
+
+def test_a_loop_that_makes_more_steps_than_it_said(
+    llama_config: LlamaConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    loop.train()
+    assert told(caplog) == []
+    loop.train(range(STEPS, STEPS + 2))
+    (line,) = told(caplog)
+    assert f"Step {STEPS + 1} ends in a run of total_steps={STEPS}" in line
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_loop_that_makes_the_calls_once_a_batch(
+    llama_config: LlamaConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, skipped: bool
+) -> None:
+    """The optimiser steps at every other batch; or a scaler leaves out one step, of which nothing is said."""
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    for number, batch in enumerate(islice(loop.batches(), 6)):
+        loop.pilot.before_step(batch)
+        loop.loss(batch).backward()  # type: ignore[no-untyped-call]
+        loop.pilot.before_optimizer_step(1.0)
+        if number > 0 if skipped else number % 2:
+            loop.optimizer.step()
+        loop.pilot.after_step()
+    assert len(told(caplog)) == (not skipped)
+    if not skipped:
+        assert "`pilot.after_step()` was called 2 times for one step of the optimizer" in told(caplog)[0]
+
+
+def test_a_loop_takes_a_step_again_that_ran_out_of_memory(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    loop.train(range(2))
+    before = {name: parameter.detach().clone() for name, parameter in loop.model.named_parameters()}
+    (batch,) = islice(loop.batches(), 1)
+    loop.pilot.before_step(batch)
+    loop.loss(batch).backward()  # type: ignore[no-untyped-call]
+    for attempt in range(3):
+        error = torch.OutOfMemoryError(f"attempt {attempt}")
+        if attempt < 2:
+            loop.pilot.out_of_memory(error)
+            assert all(parameter.grad is None for parameter in loop.model.parameters())
+            assert any(parameter.shape != before[name].shape for name, parameter in loop.model.named_parameters())
+        else:
+            with pytest.raises(torch.OutOfMemoryError, match="attempt 2"):
+                loop.pilot.out_of_memory(error)
+    for name, parameter in loop.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    loop.train(range(2, 4))
+
+
+def test_a_second_adapter_that_trains_outside_a_budget_of_parameters_is_told(
+    llama_config: LlamaConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Loop(llama_config, tmp_path / "log", budget="3k params")
+    loop.pilot.begin(loop.run)
+    assert "trains too" not in caplog.text
+    loop.pilot.finish()
+    loop.model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    loop.model.base_model.set_adapter(["default", "second"])
+    loop.pilot.begin(loop.run)
+    size = sum(p.numel() for name, p in loop.model.named_parameters() if ".second" in name)
+    assert f"The adapter 'second' trains too: {size} parameters, which the budget does not count" in caplog.text
+
+
 def test_calls_may_be_made_again_in_a_step(llama_config: LlamaConfig, tmp_path: Path) -> None:
     """As where a step that ran out of memory is taken again, or a scaler of losses leaves a step out."""
     loop = Loop(llama_config, tmp_path / "log")

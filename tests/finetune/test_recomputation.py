@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
 from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.out_of_memory import GOOD_STEPS
 from rankpilot.finetune.recomputation import Recomputation
 from transformers import (
     LlamaConfig,
@@ -257,6 +258,43 @@ def test_more_layers_run_again_before_a_rank_falls(tmp_path: Path, caplog: pytes
     assert set(callback.controller.ranks) == {4}
     assert [step for step, _ in callback.predictions] == [0, 2], "no correction of ranks was needed"
     assert "Step 2 ran out of memory, and is taken again. Now 1 of 3 layers run again" in caplog.text
+
+
+def test_layers_that_run_again_after_a_passing_error_do_so_for_a_while(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, _ = attached(tmp_path, "110%", kind=OutOfMemoryOnce, max_steps=GOOD_STEPS + 2)
+    trainer.train()
+    assert trainer.failed
+    assert "Now 1 of 3 layers run again" in caplog.text
+    assert not any(recomputed(trainer))
+
+
+class OutOfMemory(Trainer):  # type: ignore[misc]
+    """Runs out of memory in its second step, for good."""
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*arguments, **options)
+        if self.state.global_step == 1 and self.accelerator.backward.__name__ == "backward":
+            layers = [one for one in self.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+            self.layers = [layer.gradient_checkpointing for layer in layers]
+            raise torch.OutOfMemoryError
+        return loss
+
+
+def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> None:
+    trainer, callback = attached(tmp_path, "110%", kind=OutOfMemory)
+    limit: list[float] = []
+    watch = TrainerCallback()
+    watch.on_step_end = lambda *_, **__: limit.append(callback.limit)  # type: ignore[method-assign]
+    trainer.add_callback(watch)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.train()
+    assert any(trainer.layers), "the last try had layers run again"
+    assert callback.pilot._guard.recomputed == ()
+    assert [callback.limit] == limit
+    assert [step for step, _ in callback.predictions] == [0]
+    assert "Ranks, adapters and optimizer are as they were before step 2." in caught.value.__notes__[0]
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

@@ -204,6 +204,14 @@ def test_a_policy_that_was_trained_on_fewer_features_reads_those(
     np.testing.assert_array_equal(decisions[0].deliberation.votes, decisions[1].deliberation.votes)
 
 
+def test_loading_draws_no_random_number(judged: Path) -> None:
+    for policy in ("default", judged):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        load_policy(policy)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_policy_that_ships_reads_all_features_and_tells_plans_of_any_cost_apart() -> None:
     policy = load_policy("default")
     assert isinstance(policy, LearnedPolicy)
