@@ -1,11 +1,10 @@
-"""`python -m benchmarks methods`: runs what the stored rows lack, cell by cell, here or on a cluster."""
+"""`python -m benchmarks methods`: runs what the stored rows lack, cell by cell."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +43,6 @@ class Options:
         policies: folders of further policies to compare; each is one more method.
         cells: only cells whose names contain one of these words, such as smollm2 or 60%.
         workers: processes of one thread each; 0 for as many as there are cores.
-        cluster: address of a Ray cluster to run on: "local", "auto" or HOST:PORT (docs/cluster.md).
         minutes: stop after so many, when the runs that have begun are over.
         known: a packed file of rows that are not run again, such as benchmarks/results/methods.parquet.
         pack: also write the suite's rows into this one compressed file.
@@ -57,7 +55,6 @@ class Options:
     policies: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
     workers: int = 0
-    cluster: str | None = None
     minutes: float | None = None
     known: Path | None = None
     pack: Path | None = None
@@ -139,7 +136,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     study = Study(RowStore(options.output, options.known), suite)
     before = len(study.rows)
     end = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
-    with _machines(options.cluster, console), worker_pool(count_workers(options.workers)) as workers:
+    with worker_pool(count_workers(options.workers)) as workers:
         complete = run_missing(study, cells, methods, workers, Console(file=sys.stderr), end)
     state = "All rows are there" if complete else "Rows are missing; the same command goes on"
     run_now, file = len(study.rows) - before, options.output / "rows.jsonl"
@@ -149,13 +146,3 @@ def benchmark(options: Options, console: Console) -> Figures:
         console.print(f"Packed into {options.pack}: {size:,} bytes.", markup=False, soft_wrap=True)
     facts = {"complete": complete, "rows": len(study.rows)}
     return {**machine_facts(torch.device("cpu")), "suite": options.suite, **facts}
-
-
-def _machines(cluster: str | None, console: Console) -> AbstractContextManager[None]:
-    """Where workers run."""
-    if cluster is None:
-        return nullcontext()
-    from rankpilot.common.cluster import running_on_cluster
-    from rankpilot.env.episodes.stacked import rounding_digest
-
-    return running_on_cluster(cluster, rounding_digest, lambda line: console.print(line, markup=False, soft_wrap=True))

@@ -19,7 +19,7 @@ EXPLAINED = {
     "memory": ("--quick", "--json", "--device", "--seed", "checkpointing", "guard"),
     "published": ("--quick", "--json", "t4", "fitcheck", "configurations"),
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
-    "methods": ("--suite", "--workers", "--cluster", "--pack", "--json", "paired seeds", "tuning seeds"),
+    "methods": ("--suite", "--workers", "--pack", "--json", "paired seeds", "tuning seeds"),
     "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap"),
     "plan-runs": ("--cells", "--minutes", "--pack", "--quick", "plain lora", "share seed and batches"),
 }
