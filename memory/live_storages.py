@@ -44,7 +44,7 @@ def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context that reports every storage that operators create inside it, and when it is freed.
 
-    Scratch memory inside an operator is held by no tensor. What CUDA kernels take (`memory/scratch.py`) counts as a
+    Scratch memory inside an operator is held by no tensor. What CUDA kernels take (`scratch_bytes`) counts as a
     storage that is freed at once.
 
     Args:

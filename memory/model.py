@@ -182,6 +182,10 @@ class MemoryModel:
         segments = self.segments
         return CHECKPOINTING_MARGIN[any(segment.reentrant for segment in segments)] if segments else 0.0
 
+    def saved(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
+        """Bytes that autograd saves for backward outside of checkpointed segments; `ranks` has shape (modules,)."""
+        return float(self.sizes_under(ranks, shape)[self.recording.saved_under(ranks)].sum())
+
     def _rank_of_each(self, ranks: IntArray) -> IntArray:
         """The rank of each storage's target module, 1 if it has none, (storages,)."""
         targets = self.recording.target_index
