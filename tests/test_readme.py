@@ -83,7 +83,6 @@ def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path,
         else:
             for line in code.strip().splitlines():
                 printed += run_shell(warm_python, line, tmp_path)
-    assert "logits identical" in printed
     assert (tmp_path / "runs/policy/policy.safetensors").is_file()
     assert (tmp_path / "runs/finetune/ranks.png").is_file()
     assert (tmp_path / "runs/finetune/study.html").is_file()
