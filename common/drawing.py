@@ -38,7 +38,7 @@ def new_figure(height: float, title: str, note: str = "") -> Figure:
     Args:
         height: inches, title included.
         title: the finding, one line; set smaller if it is long.
-        note: how to read the picture, in small grey type.
+        note: how to read the picture, in small grey type; smaller if it is long.
     """
     top = 0.36 + 0.22 * bool(note)
     room = (0.005, 0.005, 0.99, 1 - top / height - 0.005)
@@ -47,7 +47,7 @@ def new_figure(height: float, title: str, note: str = "") -> Figure:
     size = min(12.5, 1090 / len(title))
     figure.text(0.012, 1 - 0.10 / height, title, fontsize=size, fontweight="bold", color=INK, **style)
     if note:
-        figure.text(0.012, 1 - 0.36 / height, note, fontsize=9, color=FAINT, **style)
+        figure.text(0.012, 1 - 0.36 / height, note, fontsize=min(9, 1180 / len(note)), color=FAINT, **style)
     return figure
 
 

@@ -312,6 +312,11 @@ class Outlook:
         ]
         return max(fitting, key=lambda choice: (choice.layers, -len(choice.recomputed)), default=None)
 
+    @property
+    def main(self) -> Choice:
+        """The choice that words and pictures are about: what was asked for, or on a card the best that fits."""
+        return (self.best if self.card else None) or self.choices[0]
+
     @cached_property
     def grid(self) -> tuple[GridCell, ...]:
         """Batches by rows and tokens, for all layers at the rank that was asked for; empty without a card."""

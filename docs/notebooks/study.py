@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from rankpilot.agents.evaluation.evaluate import LOGS, ROWS
 from rankpilot.agents.evaluation.replayed import STATIC, Replayed
+from rankpilot.agents.evaluation.results import read_rows
 from rankpilot.agents.evaluation.runs import compare, log_folder
 from rankpilot.agents.learned.exploring import exploring
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
@@ -172,7 +173,8 @@ print("Page of the run:", folder / "run.html")
 # gives that of a bootstrap over tasks.
 
 # %%
-rows = compare([Replayed(folder / LOGS / policy.name)], tasks, schedule, workers=1, file=folder / ROWS)
+compare([Replayed(folder / LOGS / policy.name)], tasks, schedule, workers=1, file=folder / ROWS)
+rows = read_rows(folder / ROWS)
 table = pd.DataFrame([asdict(row) for row in rows])
 mine = table[table["policy"] == policy.name].set_index(["task", "seed"])
 firsts = {}
@@ -207,7 +209,8 @@ print(mine.nsmallest(3, "improvement")[["improvement", "family", "cost_kind", "p
 # (docs/experiments.md).
 
 # %%
-rows = compare([load_policy("signal-mean")], tasks, schedule, workers=1, file=folder / ROWS)
+compare([load_policy("signal-mean")], tasks, schedule, workers=1, file=folder / ROWS)
+rows = read_rows(folder / ROWS)
 for name in (policy.name, explorer.name, "signal-mean"):
     gains = [row.improvement for row in rows if row.policy == name]
     print(f"{name}: {np.mean(gains):+.2f} of the headroom")

@@ -43,34 +43,35 @@ BESIDE = "#c9ccd1"
 
 
 def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure:
-    """Draw the bytes of the first choice by layer, stacked by kind, and below them the bytes that each choice takes.
+    """Draw the bytes of the main choice by layer, stacked by kind, and below them the bytes that each choice takes.
 
     On a card, what is there beside the step is drawn as well, and the line is the card's memory; else it is the budget.
 
     Args:
         outlook: of a step.
-        labels: of its choices, in words.
+        labels: of its choices.
         note: what was looked at, in small type.
     """
     breakdowns = [outlook.breakdown(choice) for choice in outlook.choices]
-    layers, choices = len(breakdowns[0].layers), len(breakdowns)
+    shown = breakdowns[outlook.choices.index(outlook.main)]
+    layers, choices = len(shown.layers), len(breakdowns)
     row = 0.19 if layers <= MOST_ROOMY_LAYERS else 0.15
     heights = 0.55 + row * min(max(layers, 6), 60), 0.55 + 0.21 * choices
-    total = breakdowns[0].total
-    saved = sum(breakdowns[0].of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
+    total = shown.total
+    saved = sum(shown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
     title = f"A training step peaks at {format_bytes(total)}; {saved / total:.0%} is held for backward"
     figure = new_figure(1.15 + sum(heights), title, note)
     grid = figure.add_gridspec(2, 1, height_ratios=heights)
     top = figure.add_subplot(grid[0])
-    _draw_layers(top, breakdowns[0])
-    shown = [
+    _draw_layers(top, shown)
+    keys = [
         Patch(color=color, label=label)
         for kind, (color, label) in KIND_COLORS.items()
         if any(breakdown.of_kind(kind) > VISIBLE * breakdown.total for breakdown in breakdowns)
     ]
-    shown += [Patch(color=BESIDE, label="card, beside the step")] if outlook.card else []
+    keys += [Patch(color=BESIDE, label="card, beside the step")] if outlook.card else []
     style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
-    top.legend(handles=shown, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
+    top.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
     _draw_choices(figure.add_subplot(grid[1]), outlook, breakdowns, labels)
     return figure
 

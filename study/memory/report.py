@@ -16,7 +16,7 @@ from rich.table import Table
 from ...common.drawing import save_figure
 from ...common.files import write_json
 from ...common.tables import make_table
-from ...common.units import format_bytes
+from ...common.units import byte_unit, format_bytes
 from ...errors import BudgetError
 from ...lora.ladder import REFERENCE_RANK
 from ...memory.breakdown import KINDS, Kind
@@ -138,26 +138,32 @@ def _recomputed_text(outlook: Outlook, count: int) -> str:
     return "checkpointing" if count == every else f"{count} of {every} layers checkpointed"
 
 
+def row_label(outlook: Outlook, choice: Choice) -> str:
+    """Which layers have adapters under a choice, or what else it is."""
+    where = choice.label or ("all layers" if choice.layers == outlook.blocks else f"top {choice.layers} layers")
+    return f"{where}, as asked" if choice.kind == "asked" else where
+
+
 def choice_table(outlook: Outlook) -> Table:
-    """All choices: the bytes of a step, their share of what rank 8 on all modules takes, and what is known beside."""
-    card, timed = outlook.card is not None, outlook.choices[0].time is not None
-    limited = outlook.choices[0].verdict is not None
-    columns = ["choice", "step", "of rank 8", *(["on card", "spare"] if card else [])]
-    columns += [*(["fits"] if limited else []), *(["time"] if timed else [])]
-    title = "What each choice takes"
-    if outlook.limit_bytes is not None and not card:
-        title += f", budget {format_bytes(outlook.limit_bytes)}"
-    table = make_table(title, columns, first_wraps=True)
-    previous = outlook.choices[0]
+    """All choices: the bytes of a step, and of the card or beside rank 8 on all modules; fits and time, if known."""
+    first, card = outlook.choices[0], outlook.card is not None
+    unit, size = byte_unit(outlook.limit_bytes or outlook.reference_bytes)
+    columns = ["adapters", "rank", "run again", "step", *(["on card", "spare"] if card else ["of rank 8"])]
+    columns += [*(["fits"] if first.verdict else []), *(["time"] if first.time is not None else [])]
+    budget = f"; budget {outlook.limit_bytes / size:.2f}" if outlook.limit_bytes and not card else ""
+    table = make_table(f"What each choice takes, in {unit}{budget}", columns)
+    previous = first
     for choice in outlook.choices:
         if choice.kind != previous.kind or (choice.kind == "depth" and choice.layers != previous.layers):
             table.add_section()
         previous, use = choice, choice.use
+        taken = [use.total_bytes / size, use.spare_bytes / size] if use else []
         table.add_row(
-            choice_text(outlook, choice) + (", as asked" if choice.kind == "asked" else ""),
-            format_bytes(choice.step_bytes),
-            f"{choice.step_bytes / outlook.reference_bytes:.1%}",
-            *([format_bytes(use.total_bytes), format_bytes(use.spare_bytes).replace("-", "−")] if use else []),
+            row_label(outlook, choice),
+            "mixed" if choice.kind == "rule" and len(set(choice.ranks[choice.ranks > 0])) > 1 else str(choice.rank),
+            f"{len(choice.recomputed)} of {len(outlook.recomputable)}",
+            *(f"{count:.2f}".replace("-", "−") for count in (choice.step_bytes / size, *taken)),
+            *([] if use else [f"{choice.step_bytes / outlook.reference_bytes:.1%}"]),
             *([{"fits": "yes", "does not fit": "no"}.get(choice.verdict, choice.verdict)] if choice.verdict else []),
             *([f"{choice.time:.2f}"] if choice.time is not None else []),
         )
@@ -180,14 +186,13 @@ def _cell_text(cell: GridCell) -> str:
 
 
 def notes(outlook: Outlook) -> Iterator[str]:
-    """Where the bytes of the first choice are, and how to read the rest."""
-    breakdown = outlook.breakdown(outlook.choices[0])
+    """Where the bytes of the main choice are, and how to read the rest."""
+    breakdown = outlook.breakdown(outlook.main)
     kinds = sorted((kind for kind in KINDS if breakdown.of_kind(kind)), key=breakdown.of_kind, reverse=True)
     parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
     margin = [f"{format_bytes(breakdown.margin)} margin, so as not to predict too little"] if breakdown.margin else []
-    first = choice_text(outlook, outlook.choices[0])
     peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
-    yield f"The peak of a step of {first}, {peak}: {'; '.join([*parts, *margin])}."
+    yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
     frozen = format_bytes(outlook.step.frozen_bytes)
     if outlook.card is None:
         yield f"The frozen model, {frozen}, is beside it, and in no budget."
@@ -296,7 +301,7 @@ def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
 
 def figures(outlook: Outlook) -> dict[str, Any]:
     """All figures, as JSON values."""
-    breakdown, shape, card = outlook.breakdown(outlook.choices[0]), outlook.memory.shape, outlook.card
+    breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
     of_card = {} if card is None else {
         "card": card.name,
         "memory_bytes": card.memory_bytes,
@@ -355,5 +360,15 @@ def figures(outlook: Outlook) -> dict[str, Any]:
 def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) -> None:
     """Write memory.json and memory.png; existing ones are replaced."""
     write_json(folder / "memory.json", figures(outlook))
-    texts = [choice_text(outlook, choice) for choice in outlook.choices]
-    save_figure(memory_picture(outlook, texts, subject(outlook, config)), folder / "memory.png")
+    save_figure(memory_picture(outlook, picture_labels(outlook), subject(outlook, config)), folder / "memory.png")
+
+
+def picture_labels(outlook: Outlook) -> list[str]:
+    """What the bars of the choices are called."""
+    again = len(outlook.recomputable)
+    return [
+        row_label(outlook, choice)
+        + ("" if choice.label else f", rank {choice.rank}")
+        + (f", {len(choice.recomputed)} of {again} again" if choice.recomputed and not choice.label else "")
+        for choice in outlook.choices
+    ]

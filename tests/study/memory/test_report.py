@@ -20,7 +20,14 @@ from rankpilot.memory.outlook import Choice, MeasuredStep
 from rankpilot.memory.verdict import CardUse
 from rankpilot.study.memory.config import MemoryConfig
 from rankpilot.study.memory.picture import memory_picture
-from rankpilot.study.memory.report import choice_table, choice_text, notes, subject, verdict_text, write_memory_report
+from rankpilot.study.memory.report import (
+    choice_table,
+    notes,
+    picture_labels,
+    subject,
+    verdict_text,
+    write_memory_report,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -83,6 +90,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,
         choices=choices,
         best=choices[0] if card else None,
+        main=choices[0],
         grid=(),
         measured=measured,
         notes=["a note"],
@@ -97,10 +105,10 @@ def printed(table: Table, width: int = 160) -> str:
     return capture.get()
 
 
-def row_of(text: str, start: str) -> list[str]:
-    """The cells of the first row that begins so."""
-    line = next(line for line in text.splitlines() if line.lstrip("│ ").startswith(start))
-    return [cell.strip() for cell in line.strip("│").split("│")]
+def cells_of(text: str) -> list[list[str]]:
+    """The cells of each row of a printed table."""
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in rows]
 
 
 @pytest.mark.parametrize("card", [False, True])
@@ -112,21 +120,25 @@ def test_the_table_fits_a_narrow_terminal(card: bool) -> None:
 
 def test_choices_inside_a_budget() -> None:
     text = printed(choice_table(outlook()))
-    asked = row_of(text, "all layers at rank 8 with no")
-    assert asked == ["all layers at rank 8 with no checkpointing, as asked", "90 MiB", "100.0%", "no"]
-    assert row_of(text, "all layers at rank 32")[1:] == ["115.2 MiB", "128.0%", "no"]
-    assert row_of(text, "all layers at rank 8 with checkpointing")[1:] == ["22.8 MiB", "25.3%", "yes"]
-    assert row_of(text, "a inside 60%")[1:] == ["48 MiB", "53.3%", "yes"]
-    assert "budget 54 MiB" in text
+    assert cells_of(text) == [
+        ["all layers, as asked", "8", "0 of 6", "90.00", "100.0%", "no"],
+        ["all layers", "8", "6 of 6", "22.80", "25.3%", "yes"],
+        ["all layers", "1", "0 of 6", "81.60", "90.7%", "no"],
+        ["all layers", "32", "0 of 6", "115.20", "128.0%", "no"],
+        ["a inside 60%", "mixed", "0 of 6", "48.00", "53.3%", "yes"],
+        ["b inside 60%", "mixed", "0 of 6", "48.00", "53.3%", "yes"],
+    ]
+    assert "in MiB; budget 54.00" in text
     assert "fits" not in printed(choice_table(outlook(budget=False)))
 
 
 def test_choices_on_a_card() -> None:
     text = printed(choice_table(outlook(card=True)))
-    asked = row_of(text, "all layers at rank 8 with no")
-    assert asked[:3] == ["all layers at rank 8 with no checkpointing", "90 MiB", "100.0%"]
-    assert asked[-2:] == ["yes", "1.00"]
-    assert row_of(text, "all layers at rank 8 with checkpointing")[-1] == "1.06"
+    plain, again, *_ = cells_of(text)
+    assert (plain[:3], plain[-2:]) == (["all layers", "8", "0 of 6"], ["yes", "1.00"])
+    assert float(plain[4]) + float(plain[5]) == pytest.approx(CARD.memory_bytes / 2**30, abs=0.02)
+    assert (again[2], again[-1]) == ("6 of 6", "1.06")
+    assert "in GiB" in text
     assert "budget" not in text
 
 
@@ -203,8 +215,7 @@ def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
 
 
 def picture_of(shown: Any) -> Figure:
-    texts = [choice_text(shown, choice) for choice in shown.choices]
-    return memory_picture(shown, texts, subject(shown, MemoryConfig("some/model")))
+    return memory_picture(shown, picture_labels(shown), subject(shown, MemoryConfig("some/model")))
 
 
 @pytest.mark.parametrize(
