@@ -15,7 +15,7 @@ from .errors import RankPilotError
 
 if TYPE_CHECKING:
     from .agents.learned.policy_file import load_policy
-    from .allocation.decision_log import DecisionLog
+    from .allocation.log import DecisionLog
     from .allocation.schedule import DecisionSchedule
     from .env.registration import ENV_ID
     from .finetune.allocate import allocate, frontier
@@ -32,7 +32,7 @@ silence_worker()
 _LAZY = {
     "ENV_ID": ".env.registration",
     "Budget": ".memory.budget",
-    "DecisionLog": ".allocation.decision_log",
+    "DecisionLog": ".allocation.log",
     "DecisionSchedule": ".allocation.schedule",
     "RankPilot": ".finetune.pilot",
     "RankPilotCallback": ".finetune.callback",

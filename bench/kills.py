@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-from ..allocation.decision_log import DecisionLog
+from ..allocation.log import DecisionLog
 from ..allocation.schedule import DecisionSchedule
 from ..common.files import read_json, read_json_lines
 from ..common.tables import make_table

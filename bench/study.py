@@ -16,7 +16,7 @@ from rich.console import Console
 from ..agents.evaluation.runs import run_attempts
 from ..agents.learned.policy import LearnedPolicy
 from ..agents.learned.policy_file import load_policy, policy_schedule
-from ..allocation.decision_log import DecisionLog, LoggedDecision
+from ..allocation.log import DecisionLog, DecisionRecord
 from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.tables import make_table
@@ -116,12 +116,12 @@ def _logs(folder: Path, count: int, given: str, policy: Policy) -> Iterator[Deci
         yield from log_runs(folder / str(number), list(group), policy, policy_schedule(given))
 
 
-def _redecided(decisions: Sequence[LoggedDecision], policy: Policy) -> Figures:
+def _redecided(decisions: Sequence[DecisionRecord], policy: Policy) -> Figures:
     equal = sum(not redecide(logged, policy).differences for logged in decisions)
     return {"redecided_bit_equal": equal}
 
 
-def _shapley(decisions: Sequence[LoggedDecision], policy: LearnedPolicy) -> Figures:
+def _shapley(decisions: Sequence[DecisionRecord], policy: LearnedPolicy) -> Figures:
     """How exactly Shapley values add up: among themselves, and to the bound in the log."""
     errors, from_log = [], []
     for logged in with_progress(decisions, "Shapley values"):
@@ -132,7 +132,7 @@ def _shapley(decisions: Sequence[LoggedDecision], policy: LearnedPolicy) -> Figu
     return {"shapley_decisions": len(errors), "shapley_error": max(errors), "shapley_from_log": max(from_log)}
 
 
-def _statements(decisions: Sequence[LoggedDecision], policy: Policy, count: int) -> Figures:
+def _statements(decisions: Sequence[DecisionRecord], policy: Policy, count: int) -> Figures:
     """How many of some drawn statements are true, and how often a question had an answer."""
     generator, cases = np.random.default_rng(0), [Case(logged, policy) for logged in decisions]
     asked, true, effects = 0, 0, []
@@ -151,7 +151,7 @@ def _statements(decisions: Sequence[LoggedDecision], policy: Policy, count: int)
     }
 
 
-def _stable(decisions: Sequence[LoggedDecision], policy: Policy, draws: int) -> Figures:
+def _stable(decisions: Sequence[DecisionRecord], policy: Policy, draws: int) -> Figures:
     """What noise leaves of first decisions and of later ones, if there are any, on the mean."""
     figures: Figures = {}
     firsts = np.array([logged.problem.max_step is None for logged in decisions])

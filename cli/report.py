@@ -35,7 +35,6 @@ def main(arguments: Sequence[str]) -> None:
     """Write the report, and show its decisions."""
     options = tyro.cli(ReportOptions, args=arguments, prog="rankpilot report")
     from ..study.run.comparison import summary_table
-    from ..study.run.decisions import decision_lines
     from ..study.run.report import write_report
 
     if not options.folders:
@@ -44,8 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     if finished := [report.run for report in reports if report.run.results]:
         console.print(summary_table(*finished))
     for report in reports:
-        for line in decision_lines(report.run.decisions) if report.run.decisions else ():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for record in report.run.decisions:
+            console.print(record.line(), markup=False, highlight=False, soft_wrap=True)
         print_ending(report)
 
 

@@ -15,7 +15,7 @@ from ..agents.learned.exploring import drawing_from
 from ..agents.learned.policy_file import DEFAULT
 from ..allocation.bounds import Bounds
 from ..allocation.controller import RankController
-from ..allocation.decision_log import DecisionLog
+from ..allocation.log import DecisionLog
 from ..allocation.policy import Policy
 from ..allocation.schedule import DecisionSchedule
 from ..common.processes import Processes

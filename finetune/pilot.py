@@ -15,8 +15,8 @@ from ..agents.learned.goals import with_goal
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
-from ..allocation.decision_log import DecisionLog
 from ..allocation.goal import goal_of
+from ..allocation.log import DecisionLog
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy

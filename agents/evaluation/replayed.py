@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...allocation.decision_log import DecisionLog
+from ...allocation.log import DecisionLog
 from ...allocation.problem import AllocationProblem
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError
@@ -55,6 +55,6 @@ class Replayed:
                 f"{self.logs} holds {len(logs)} logs of task {task.id} with seed {task.seed}, and one is needed. Run "
                 "`rankpilot evaluate` with --logs on the same tasks and seeds first."
             )
-        last = logs[0].logged(len(logs[0]) - 1)
+        last = logs[0].read()[-1]
         ranks = shuffled_plan(last, task.seed) if self.how == SHUFFLED else last.plan()
         return [(task, GivenPlan(self.name, ranks))] if any(ranks.values()) else []

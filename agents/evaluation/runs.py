@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from ...allocation.decision_log import DecisionLog
+from ...allocation.log import LINES, DecisionLog
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, Policy
 from ...allocation.schedule import DecisionSchedule
@@ -223,10 +223,10 @@ def _run(schedule: DecisionSchedule, logged: bool, jobs: list[Job]) -> tuple[lis
 
 
 def _write_logs(logs: Path, files: LogFiles) -> None:
-    """Write decision logs in place of those that may be there; the parts come last, as in any log."""
+    """Write decision logs in place of those that may be there; the lines come last, as in any log."""
     for folder, contents in files.items():
         DecisionLog(logs / folder).truncate(0)
-        for name in sorted(contents, key=lambda name: name.startswith("part-")):
+        for name in sorted(contents, key=lambda name: name == LINES):
             with atomic_path(logs / folder / name) as temporary:
                 temporary.write_bytes(contents[name])
 

@@ -19,8 +19,8 @@ from ...common.arrays import FloatArray, IntArray
 from ...common.devices import without_autocast
 from ...errors import ConfigError
 from ...memory.cost import TimedCost, moment_costs, unit_costs
-from .candidates import BASIS, FIXED_NAMES, Candidates, candidate_actions
-from .network import DIRECTIONS, RankNetwork
+from .candidates import FIXED_NAMES, Candidates, candidate_actions
+from .network import RankNetwork
 from .options import all_options, can_take
 from .plan_value import Plans, PlanValueEnsemble
 from .structures import ALL_LINEAR
@@ -153,7 +153,6 @@ class LearnedPolicy:
         votes = self._votes(observation, action, ranks)
         open_ = Deliberation(
             candidates=candidates.names,
-            basis=BASIS,
             weights=candidates.weights,
             placements=candidates.placements,
             plan_of=plan_of,
@@ -161,7 +160,6 @@ class LearnedPolicy:
             votes=votes[:, first],
             lcb_coefficient=self._caution(observation),
             tie=TIE if self.value_ensemble.config.unit == "spread" else LOSS_TIE,
-            directions=DIRECTIONS,
             actor_gains=action.gains,
             actor_estimate=action.estimate,
             actor_scores=action.scores,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...allocation.decision_log import LoggedDecision
+from ...allocation.log import DecisionRecord
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, decision_to_keep, is_first
 from ...common.module_names import kinds_in_layers
@@ -48,7 +48,7 @@ class GivenPlan:
         return Decision(ranks, np.zeros(len(ranks)), exact=True)
 
 
-def shuffled_plan(logged: LoggedDecision, seed: int) -> dict[str, int]:
+def shuffled_plan(logged: DecisionRecord, seed: int) -> dict[str, int]:
     """The ranks after a decision, dealt anew among the modules of each kind; under bytes, among the adapted ones.
 
     Args:

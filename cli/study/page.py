@@ -94,7 +94,7 @@ def _explanations(run: RunData, options: StudyOptions) -> Explanations | None:
     from ...study.run.run_data import log_of
 
     log = log_of(run.folder)
-    if log is None or run.decisions is None:
+    if log is None or not run.decisions:
         return None
     depth = options.explain
     if depth == "auto":

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from ...allocation.features import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE
-from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
+from ...allocation.features import FEATURE_PREFIX, MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, RUN_PREFIX
 
 FORMAT, SCHEMA = "rankpilot-trials", 1
 """What `dataset.json` calls the data set, and the version of its columns and files."""

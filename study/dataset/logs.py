@@ -16,8 +16,8 @@ from ...agents.evaluation.results import read_rows
 from ...agents.evaluation.runs import log_folder
 from ...agents.learned.candidates import KEEP
 from ...agents.rules import RULES
-from ...allocation.decision_log import DecisionLog, LoggedDecision
 from ...allocation.deliberation import DRAWN
+from ...allocation.log import LINES, DecisionLog, DecisionRecord
 from ...common.files import read_object
 from ...common.run_folder import CONFIG
 from ...env.tasks.suites import VERSION
@@ -63,7 +63,7 @@ class LoggedRuns:
         logged = tuple(row for row in results if len(DecisionLog(log_folder(folder / LOGS, row.key))))
         if not logged:
             raise RunFolderError(f"None of the {len(results)} runs in {folder / ROWS} has a log in {folder / LOGS}.")
-        logs = sum(1 for _ in (folder / LOGS).glob("*/*/part-00000.parquet"))
+        logs = sum(1 for _ in (folder / LOGS).glob(f"*/*/{LINES}"))
         settings = read_object(folder / CONFIG)
         return cls(folder, origin, logged, len(results) - len(logged), logs - len(logged), settings.get("task_steps"))
 
@@ -128,13 +128,13 @@ class LoggedRuns:
         """There are none."""
 
 
-def _decision(policy: str, logged: LoggedDecision) -> Row:
+def _decision(policy: str, logged: DecisionRecord) -> Row:
     found, observation = logged.deliberation, logged.observation
-    row = what_was_seen(observation.names, observation.modules, observation.run, logged.ranks("rank_after"))
-    row |= {"decision": logged.value("decision"), "step": logged.value("step")}
-    row |= {"behaviour_sha256": logged.value("policy_sha256"), "probability": _probability(policy, logged)}
+    row = what_was_seen(observation.names, observation.modules, observation.run, logged.rank_after)
+    row |= {"decision": logged.number, "step": logged.step}
+    row |= {"behaviour_sha256": logged.policy_sha256, "probability": _probability(policy, logged)}
     if found is None:
-        return row | {"choice": KEEP if logged.value("kept") else None}
+        return row | {"choice": KEEP if logged.kept else None}
     name = found.candidates[found.taken]
     centred = found.actor_scores - found.actor_scores.mean()
     return row | {
@@ -144,11 +144,11 @@ def _decision(policy: str, logged: LoggedDecision) -> Row:
     }
 
 
-def _probability(policy: str, logged: LoggedDecision) -> float | None:
+def _probability(policy: str, logged: DecisionRecord) -> float | None:
     """The probability of the plan; None where it is not known."""
-    if logged.value("correction"):
+    if logged.correction:
         return None
     if logged.deliberation is not None:
         return float(logged.deliberation.probabilities[logged.deliberation.plan])
     always_the_same = policy in RULES and policy not in DRAWING_RULES
-    return 1.0 if always_the_same or logged.value("policy_sha256") is not None else None
+    return 1.0 if always_the_same or logged.policy_sha256 is not None else None

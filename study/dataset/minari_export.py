@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...allocation.features import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES
-from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
+from ...allocation.features import FEATURE_PREFIX, MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES, RUN_PREFIX
 from ...errors import ConfigError, UnsupportedError, first_line
 from .read import TrialsDataset
 

@@ -18,8 +18,7 @@ from ...agents.training.config import TrainConfig
 from ...agents.training.fit_plan_value import ANY_COST, fit_value_ensemble
 from ...agents.training.plan_runs import RUNS, PlanRun, plan_dataset
 from ...agents.training.real_plan_runs import more_plan_runs
-from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
-from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
+from ...allocation.features import FEATURE_PREFIX, MODULE_FEATURES, RUN_FEATURES, RUN_PREFIX
 from ...common.files import sha256
 from ...common.settings import as_json, from_json
 from ...env.proxies.bases import find_base

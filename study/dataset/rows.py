@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
-from ...allocation.log_part import FEATURE_PREFIX, RUN_PREFIX
+from ...allocation.features import FEATURE_PREFIX, MODULE_FEATURES, RUN_FEATURES, RUN_PREFIX
 from ...common.arrays import IntArray
 from ...env.tasks.suite_names import SPLITS, SUITES
 from ...env.tasks.suites import load_suite

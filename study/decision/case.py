@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 
 from ...agents.learned.policy import LearnedPolicy
-from ...allocation.decision_log import LoggedDecision
 from ...allocation.features import MODULE_FEATURES
+from ...allocation.log import DecisionRecord
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, Policy, decided_plan
 from ...allocation.problem import AllocationProblem
@@ -34,11 +34,11 @@ class Case:
         ConfigError: no policy decided there.
     """
 
-    logged: LoggedDecision
+    logged: DecisionRecord
     policy: Policy
 
     def __post_init__(self) -> None:
-        if self.logged.value("correction"):
+        if self.logged.correction:
             raise ConfigError(
                 f"At step {self.logged.value('step')} the guard or a person changed the ranks; no policy decided there."
             )
@@ -72,7 +72,7 @@ class Case:
         return replace(policy, temperature=0.0) if isinstance(policy, LearnedPolicy) else policy
 
 
-def aimed_as(policy: Policy, logged: LoggedDecision) -> Policy:
+def aimed_as(policy: Policy, logged: DecisionRecord) -> Policy:
     """A policy with the goal that the log's had, if it can have it."""
     found, ensemble = logged.deliberation, getattr(policy, "value_ensemble", None)
     if found is None or ensemble is None or ensemble.config.unit != "log loss":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...allocation.decision_log import LoggedDecision
+from ...allocation.log import DecisionRecord
 from ...common.arrays import IntArray
 from ...common.units import plural
 
@@ -58,9 +58,9 @@ class Projection:
         return {name: getattr(self, name).tolist() for name in ("asked", "clipped", "got")}
 
 
-def projection_of(logged: LoggedDecision) -> Projection:
+def projection_of(logged: DecisionRecord) -> Projection:
     """What became of the ranks wanted at a decision."""
-    asked, clipped, got = (logged.ranks(f"rank_{name}") for name in ("wanted", "clipped", "after"))
+    asked, clipped, got = logged.rank_wanted, logged.rank_clipped, logged.rank_after
     problem = logged.problem
     ladder, (lower, upper) = problem.ladder, problem.bounds()
     rungs = ladder.rung(asked)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from ...agents.learned.policy import LearnedPolicy
-from ...allocation.decision_log import LoggedDecision
+from ...allocation.log import DecisionRecord
 from ...allocation.policy import Decision, Policy, decided_plan, keeps
 from ...common.arrays import IntArray
 from ...errors import ConfigError
@@ -29,7 +30,7 @@ class Redecision:
     differences: tuple[str, ...]
 
 
-def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
+def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
     """Take a logged decision again.
 
     Where the log's policy drew plans at a temperature, this one draws with the same temperature and seed. It has the
@@ -42,7 +43,7 @@ def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
     Raises:
         ConfigError: no policy decided there.
     """
-    if logged.value("correction"):
+    if logged.correction:
         raise ConfigError(
             f"At step {logged.value('step')} the guard or a person changed the ranks; no policy decided there."
         )
@@ -54,23 +55,25 @@ def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
     return Redecision(decision, ranks, tuple(_differences(logged, decision, ranks)))
 
 
-def _differences(logged: LoggedDecision, decision: Decision, ranks: IntArray) -> list[str]:
+def _differences(logged: DecisionRecord, decision: Decision, ranks: IntArray) -> list[str]:
     scalars = ("rank_floor", "depth_bias", "log_prob", "expected", "uncertainty")
-    found = [name for name in scalars if logged.value(name) != getattr(decision, name)]
-    if logged.value("kept") is not None and logged.value("kept") != keeps(logged.observation, decision):
+    found = [name for name in scalars if getattr(logged.decision, name) != getattr(decision, name)]
+    if logged.kept != keeps(logged.observation, decision):
         found.append("kept")
     pairs = {
-        "score": (logged.table["score"].to_numpy(), decision.scores),
-        "rank_wanted": (logged.ranks("rank_wanted"), decision.ranks),
-        "rank_after": (logged.ranks("rank_after"), ranks),
+        "score": (logged.decision.scores, decision.scores),
+        "rank_wanted": (logged.rank_wanted, decision.ranks),
+        "rank_after": (logged.rank_after, ranks),
     }
     found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
     then, now = logged.deliberation, decision.deliberation
     if then is not None and now is not None:
-        today = {**now.arrays(), **now.recipes()}
-        before = {**then.arrays(), **then.recipes()}
-        found += [name for name, array in before.items() if not np.array_equal(array, today[name])]
-        found += [name for name, value in then.scalars().items() if value != now.scalars()[name]]
-    elif logged.state is not None and (then is None) != (now is None):
+        names = [each.name for each in fields(then)]
+        found += [name for name in names if not _same(getattr(then, name), getattr(now, name))]
+    elif (then is None) != (now is None):
         found.append("deliberation")
     return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)

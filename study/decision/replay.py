@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
 from rich.table import Table
 
-from ...allocation.decision_log import DecisionLog, LoggedDecision
 from ...allocation.deliberation import plan_distance
+from ...allocation.log import DecisionLog, DecisionRecord
 from ...allocation.policy import Policy
 from ...common.arrays import IntArray
 from ...common.tables import make_table
-from ...errors import RunFolderError
 from .redecide import redecide
 
 
@@ -108,35 +105,14 @@ def replay(log: DecisionLog, policy: Policy) -> Replay:
         policy: decides.
 
     Raises:
-        RunFolderError: there is no log.
+        RunFolderError: there is no log, or it cannot be read.
     """
-    lacking: dict[str, list[int]] = {}
-    unread: list[str] = []
-    table = log.read(lambda error: unread.append(str(error)))
-    rows = table.filter(pc.equal(table["module_index"], 0)).select(["decision", "problem", "correction"]).to_pylist()
-    agreements = []
-    for row in rows:
-        number, reason = row["decision"], _obstacle(row)
-        try:
-            logged = None if reason else log.logged(number)
-        except RunFolderError as error:
-            reason, logged = str(error), None
-        if logged:
-            agreements.append(_agreement(number, logged, policy))
-            reason = "" if logged.state else "log schema 3 holds no candidates and votes; only ranks are compared"
-        if reason:
-            lacking.setdefault(reason, []).append(number)
-    lines = [f"Decision {', '.join(map(str, numbers))}: {reason}." for reason, numbers in lacking.items()]
-    return Replay(table["policy"][0].as_py(), policy.name, tuple(agreements), (*unread, *lines))
+    records = log.read()
+    changed = [record.number for record in records if record.correction]
+    lacking = f"Decision {', '.join(map(str, changed))}: the guard or a person changed the ranks; no policy decided."
+    agreements = tuple(_agreement(record, policy) for record in records if not record.correction)
+    return Replay(records[0].policy, policy.name, agreements, (lacking,) if changed else ())
 
 
-def _obstacle(row: Mapping[str, Any]) -> str:
-    """Why a decision cannot be taken again; empty if nothing stands in the way."""
-    if row["problem"] is None:
-        return "log schema 2 does not hold the problem that was solved"
-    return "the guard or a person changed the ranks; no policy decided" if row["correction"] else ""
-
-
-def _agreement(number: int, logged: LoggedDecision, policy: Policy) -> Agreement:
-    ranks, names = logged.ranks("rank_after"), logged.observation.names
-    return Agreement(number, logged.value("step"), names, ranks, redecide(logged, policy).ranks)
+def _agreement(logged: DecisionRecord, policy: Policy) -> Agreement:
+    return Agreement(logged.number, logged.step, logged.modules, logged.rank_after, redecide(logged, policy).ranks)

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ...agents.learned.candidates import FIXED_NAMES, KEEP
+from ...agents.learned.candidates import BASIS, FIXED_NAMES, KEEP
+from ...agents.learned.network import DIRECTIONS
 from ...allocation.actions import base_depth_bias, base_rank_floor
-from ...allocation.decision_log import LoggedDecision
+from ...allocation.decision_line import unlike
 from ...allocation.deliberation import DRAWN, Deliberation
 from ...allocation.features import MODULE_FEATURES
 from ...allocation.goal import improvement_of
+from ...allocation.log import DecisionRecord
 from ...common.arrays import BoolArray, FloatArray
 from ...common.module_names import short_names
 from ...common.tables import make_table
@@ -54,7 +56,7 @@ class Explanation:
         notes: sentences on what is not known, and why.
     """
 
-    logged: LoggedDecision
+    logged: DecisionRecord
     projection: Projection
     attribution: Attribution | None = None
     what_ifs: tuple[WhatIf, ...] = ()
@@ -66,7 +68,7 @@ class Explanation:
         """The decision in one sentence."""
         found, logged = self.logged.deliberation, self.logged
         where = f"At step {logged.value('step')}"
-        if logged.value("correction"):
+        if logged.correction:
             return f"{where} the guard or a person changed the ranks; no policy decided."
         if found is None:
             return f"{where} {logged.value('policy')} decided; the log holds no candidates and no votes."
@@ -118,10 +120,10 @@ class Explanation:
         """All of it as JSON values, for pages."""
         found, logged = self.logged.deliberation, self.logged
         return {
-            "decision": logged.value("decision"),
-            "step": logged.value("step"),
+            "decision": logged.number,
+            "step": logged.step,
             "first": logged.problem.max_step is None,
-            "policy": logged.value("policy"),
+            "policy": logged.policy,
             "verdict": self.verdict,
             "sentences": self.sentences(),
             **({} if found is None else _deliberation_json(logged, found)),
@@ -132,7 +134,7 @@ class Explanation:
         }
 
 
-def explain_votes(logged: LoggedDecision) -> Explanation:
+def explain_votes(logged: DecisionRecord) -> Explanation:
     """The explanation of a decision from its log alone, without the policy's networks."""
     return Explanation(logged, projection_of(logged))
 
@@ -143,13 +145,13 @@ def same_in_tie(deliberation: Deliberation) -> BoolArray:
     return np.asarray((plans == plans[0]).all(axis=0))
 
 
-def actor_terms(logged: LoggedDecision, deliberation: Deliberation) -> FloatArray:
+def actor_terms(logged: DecisionRecord, deliberation: Deliberation) -> FloatArray:
     """What each direction adds to the actor's scores, before they are clipped, (directions, modules)."""
     columns = [
         deliberation.actor_estimate
         if name == "estimate"
         else logged.observation.modules[:, MODULE_FEATURES.index(name)]
-        for name in deliberation.directions
+        for name in DIRECTIONS
     ]
     values = np.stack(columns).astype(np.float64)
     return np.asarray(deliberation.actor_gains[:, None] * (values - values.mean(axis=1, keepdims=True)))
@@ -158,14 +160,14 @@ def actor_terms(logged: LoggedDecision, deliberation: Deliberation) -> FloatArra
 # Words ----------------------------------------------------------------------------------------------------------------
 
 
-def _reference(logged: LoggedDecision) -> str:
+def _reference(logged: DecisionRecord) -> str:
     found = logged.deliberation
     if logged.problem.max_step is not None:
         return "the ranks in place"
     return "rank 8 on all modules" if found and found.goal.saves else "uniform rank"
 
 
-def _saving(logged: LoggedDecision, found: Deliberation) -> str:
+def _saving(logged: DecisionRecord, found: Deliberation) -> str:
     """The verdict under a goal of cost, without the step."""
     tolerated = f"whose loss is surely within {found.goal.tolerance:.2%} of rank 8 on all modules"
     if found.misses_goal:
@@ -179,24 +181,24 @@ def _saving(logged: LoggedDecision, found: Deliberation) -> str:
     )
 
 
-def _cost_text(logged: LoggedDecision, found: Deliberation, plan: int) -> str:
+def _cost_text(logged: DecisionRecord, found: Deliberation, plan: int) -> str:
     assert found.costs is not None
     if found.goal.kind == "time" and found.seconds is not None:
         return f"{1e3 * float(found.seconds[plan]):.4g} ms"
     return cost_text(float(found.costs[plan]), logged.problem.cost.unit)
 
 
-def _of_deliberation(logged: LoggedDecision, found: Deliberation) -> list[str]:
+def _of_deliberation(logged: DecisionRecord, found: Deliberation) -> list[str]:
     sentences = [_recipe(logged, found), _votes(logged, found)]
     sentences += [_aim(found)] if found.goal.saves else [_margin(found)]
-    if found.unlike:
-        sentences.append(f"The networks have learned from no run like this one: {found.unlike}.")
+    if difference := unlike(found):
+        sentences.append(f"The networks have learned from no run like this one: {difference}.")
     if int(found.tied.sum()) > 1:
         sentences.append(_tie(logged, found))
     return [*sentences, _actor(logged, found)]
 
 
-def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
+def _recipe(logged: DecisionRecord, found: Deliberation) -> str:
     alike = int((found.plan_of == found.plan).sum()) - 1
     others = f" {plural(alike, 'other candidate')} lead{'s' * (alike == 1)} to the same plan." if alike else ""
     name = found.candidates[found.taken]
@@ -204,7 +206,7 @@ def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
         return f"The candidate {name!r} leaves the ranks as they are.{others}"
     if not _follows_from_scores(name):
         return f"The candidate {name!r} is a plan that follows from no scores under this budget.{others}"
-    weights = zip(found.basis, found.weights[found.taken].tolist(), strict=True)
+    weights = zip(BASIS, found.weights[found.taken].tolist(), strict=True)
     parts = [f"{weight:+.3g} x {_WORDS.get(part, part)}" for part, weight in weights if weight]
     scores = f"scores are {' '.join(parts)}" if parts else "all scores are equal"
     return (
@@ -214,7 +216,7 @@ def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
     )
 
 
-def _votes(logged: LoggedDecision, found: Deliberation) -> str:
+def _votes(logged: DecisionRecord, found: Deliberation) -> str:
     plan, reference = found.plan, _reference(logged)
     if plan == found.reference:
         others = found.bound[found.may_take & (np.arange(len(found.plans)) != plan)]
@@ -269,7 +271,7 @@ def _margin(found: Deliberation) -> str:
     return f"The best of {others} is {size:.3f} higher.{'' if found.temperature else nearest}"
 
 
-def _tie(logged: LoggedDecision, found: Deliberation) -> str:
+def _tie(logged: DecisionRecord, found: Deliberation) -> str:
     same, names = same_in_tie(found), short_names(logged.observation.names)
     plans = found.plans[found.tied]
     spread = np.log2(1 + plans.max(axis=0)) - np.log2(1 + plans.min(axis=0))
@@ -283,19 +285,19 @@ def _tie(logged: LoggedDecision, found: Deliberation) -> str:
     )
 
 
-def _actor(logged: LoggedDecision, found: Deliberation) -> str:
+def _actor(logged: DecisionRecord, found: Deliberation) -> str:
     names, terms = short_names(logged.observation.names), actor_terms(logged, found)
-    gains = sorted(zip(found.directions, found.actor_gains.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
+    gains = sorted(zip(DIRECTIONS, found.actor_gains.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
     rows = []
     for module in np.argsort(-found.actor_scores, kind="stable")[:SHOWN].tolist():
         most = int(np.argmax(np.abs(terms[:, module])))
-        share = f"{found.directions[most]} {terms[most, module]:+.2f}"
+        share = f"{DIRECTIONS[most]} {terms[most, module]:+.2f}"
         rows.append(f"{names[module]} ({found.actor_scores[module]:+.2f}, of it {share})")
     weights = ", ".join(f"{name} {gain:+.2f}" for name, gain in gains[:SHOWN])
     return f"The actor weighs {weights} the most; its highest scores are those of {', '.join(rows)}."
 
 
-def _of_attribution(found: Attribution, logged: LoggedDecision) -> str:
+def _of_attribution(found: Attribution, logged: DecisionRecord) -> str:
     parts = sorted(zip(GROUPS, found.bound.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
     words = ", ".join(f"{name} {value:+.3f}" for name, value in parts[:SHOWN])
     plan = "the best other plan" if found.plan == found.reference else "this plan"
@@ -308,12 +310,12 @@ def _of_attribution(found: Attribution, logged: LoggedDecision) -> str:
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
-def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str, Any]:
+def _deliberation_json(logged: DecisionRecord, found: Deliberation) -> dict[str, Any]:
     problem, drawn = logged.problem, bool(found.temperature)
     candidates = [
         {
             "name": None if name.startswith(DRAWN) else name,
-            "gains": dict(zip(found.basis, weights, strict=True)),
+            "gains": dict(zip(BASIS, weights, strict=True)),
             "rank_floor": base_rank_floor(problem) * 2.0**floor if _follows_from_scores(name) else None,
             "depth_bias": base_depth_bias(problem) + bias if _follows_from_scores(name) else None,
             "plan": plan,
@@ -345,5 +347,5 @@ def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str,
         "margin": found.margin,
         "unit_of_votes": UNITS_OF_VOTES[found.unit],
         "goal": str(found.goal),
-        "actor": {"directions": list(found.directions), "gains": found.actor_gains.tolist()},
+        "actor": {"directions": list(DIRECTIONS), "gains": found.actor_gains.tolist()},
     }

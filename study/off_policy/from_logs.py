@@ -16,8 +16,8 @@ import numpy as np
 from ...agents.evaluation.evaluate import LOGS, ROWS
 from ...agents.evaluation.results import Row, read_rows
 from ...agents.evaluation.runs import log_folder
-from ...allocation.decision_log import DecisionLog, LoggedDecision
 from ...allocation.deliberation import Deliberation
+from ...allocation.log import DecisionLog, DecisionRecord
 from ...allocation.policy import Policy, decided_plan
 from ...common.arrays import IntArray
 from ...errors import RunFolderError
@@ -35,7 +35,7 @@ class LoggedSuite:
         choices: the same as a log of choices. The outcome is how much lower the log loss is than that of uniform rank.
     """
 
-    decisions: tuple[LoggedDecision, ...]
+    decisions: tuple[DecisionRecord, ...]
     choices: LoggedChoices
 
     def target(self, policy: Policy) -> TargetPolicy | None:
@@ -96,13 +96,13 @@ class _Scaled:
         return lambda others: np.concatenate([offset + slope * self.deliberations[number].mean for number in others])
 
 
-def _first(folder: Path, row: Row) -> LoggedDecision | None:
+def _first(folder: Path, row: Row) -> DecisionRecord | None:
     log = DecisionLog(log_folder(folder / LOGS, row.key))
     logged = log.logged(0) if len(log) else None
     return logged if logged is not None and logged.deliberation is not None else None
 
 
-def _deliberation(logged: LoggedDecision) -> Deliberation:
+def _deliberation(logged: DecisionRecord) -> Deliberation:
     assert logged.deliberation is not None, "chosen so"
     return logged.deliberation
 
@@ -112,7 +112,7 @@ def _gain(row: Row) -> float:
     return math.log(row.uniform_loss / (row.initial_loss if row.loss is None else row.loss))
 
 
-def _place(logged: LoggedDecision, policy: Policy) -> int | None:
+def _place(logged: DecisionRecord, policy: Policy) -> int | None:
     """The number of the plan that a policy takes, among those of the deliberation."""
     ranks = decided_plan(logged.observation.problem, policy.decide(logged.observation)).ranks
     same = np.flatnonzero((_deliberation(logged).plans == ranks).all(axis=1))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from ...allocation.log_part import FEATURE_PREFIX
+from ...allocation.features import MODULE_FEATURES
+from ...allocation.log import DecisionRecord
 from ...common.arrays import IntArray
 from ...common.files import read_json
 from ...common.rank_grid import NO_ADAPTER, RUNGS, rank_colors
@@ -17,7 +16,7 @@ from ...errors import BudgetError
 from ...finetune.config import PILOT
 from ...memory.time_budget import TimeBudget
 from ..run.comparison import comparison_rows
-from ..run.decisions import each_decision, line_of, moves_sentence, standing_out
+from ..run.decisions import moves_sentence, standing_out
 from ..run.figures import loss_sentence
 from ..run.hardware import hardware_of
 from ..run.heatmap import ranks_sentence
@@ -36,7 +35,7 @@ FACTS = (
     "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "expected", "uncertainty", "margin",
     "tie_size", "filled", "kept", "correction",
 )  # fmt: skip
-"""Columns of a log that a page shows as they are."""
+"""Facts of a decision that a page shows as they are; see `DecisionRecord.facts`."""
 
 ROW_CHARACTERS = 50
 """Characters of JSON that a module takes at a decision, measured."""
@@ -49,7 +48,7 @@ def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | Non
         runs: one at least.
         explanations: of each run's decisions in any order, see docs/study.md; None for a decision or a run without.
     """
-    rows = sum(run.decisions.num_rows for run in runs if run.decisions is not None)
+    rows = sum(len(record.modules) for run in runs for record in run.decisions)
     by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
     named = zip(runs, explanations, run_names(runs), strict=True)
     return {
@@ -66,9 +65,8 @@ def _palette() -> dict[str, Any]:
 
 
 def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dict[str, Any]:
-    opinion, log, settings = verdict(run), run.decisions, _settings(run)
-    modules = Modules.of(log, by_type) if log is not None else Modules([], np.zeros(0, dtype=np.int64))
-    decisions = _decisions(log, modules, explained, by_type) if log is not None else []
+    opinion, settings = verdict(run), _settings(run)
+    modules = Modules.of(run.decisions, by_type)
     shown = {
         "name": name,
         "subject": " on ".join(settings[key] for key in ("model", "data") if key in settings),
@@ -86,8 +84,8 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
         "steps": run.steps,
         "energy_joules": plain(run.results.get(PILOT, {}).get("energy_joules")),
         "modules": modules.shown,
-        "features": _features(log),
-        "decisions": decisions,
+        "features": list(MODULE_FEATURES) if run.decisions else [],
+        "decisions": _decisions(run.decisions, modules, explained, by_type),
     }
     return shown | _curves(run) | {"sentences": _sentences(run)}
 
@@ -102,9 +100,8 @@ def _settings(run: RunData) -> dict[str, str]:
     if not isinstance(config, dict):
         config = {}
     known = {key: run.summary[key] for key in ("model", "data", "policy", "seed") if run.summary.get(key) is not None}
-    if run.decisions is not None:
-        first = run.decisions.slice(0, 1).select(["policy", "seed"]).to_pylist()[0]
-        known = {key: value for key, value in first.items() if value is not None} | known
+    if run.decisions:
+        known = {"policy": run.decisions[0].policy, "seed": run.decisions[0].seed} | known
     known |= hardware_of(run.results.get(PILOT, {}))
     return {str(key): str(value) for key, value in (config | known).items() if value not in (None, [], {})}
 
@@ -129,12 +126,11 @@ def _curves(run: RunData) -> dict[str, Any]:
     for name in run.metrics:
         points = [(step, float(np.median(values))) for step, values in run.points(name, "step_s") if values]
         seconds[name] = curve(points, np.median)
-    predicted = zip(run.of_decisions("step"), run.of_decisions("predicted_cost"), strict=True)
     return {
         "losses": losses,
         "peaks": {name: curve(points, np.max) for name, points in run.peaks().items()},
         "budgets": curve(run.limits),
-        "predicted": curve(predicted, np.max),
+        "predicted": curve(run.predicted(), np.max),
         "step_seconds": {name: points for name, points in seconds.items() if points},
         "time_limit_s": _time_limit(_settings(run)),
     }
@@ -143,9 +139,8 @@ def _curves(run: RunData) -> dict[str, Any]:
 def _sentences(run: RunData) -> dict[str, str]:
     """What each picture shows, in words."""
     said = {}
-    if run.decisions is not None:
-        last = each_decision(run.decisions)[-1]
-        said["ranks"] = ranks_sentence(last["rank_after"].to_numpy())
+    if run.decisions:
+        said["ranks"] = ranks_sentence(run.decisions[-1].rank_after)
     ends = {}
     for name in run.metrics:
         held_out = [value for _, value in run.points(name, "eval_loss") if np.isfinite(value)]
@@ -155,66 +150,56 @@ def _sentences(run: RunData) -> dict[str, str]:
         said["losses"] = loss_sentence(ends)
     if run.limits:
         peaks = run.peaks() if run.unit == "bytes" else {}
-        predicted = list(zip(run.of_decisions("step"), run.of_decisions("predicted_cost"), strict=True))
-        said["costs"] = cost_sentence(peaks, run.limits, predicted, run.unit, run.steps)
+        said["costs"] = cost_sentence(peaks, run.limits, run.predicted(), run.unit, run.steps)
     return said
 
 
-def _features(log: pa.Table | None) -> list[str]:
-    names = log.column_names if log is not None else []
-    return [name.removeprefix(FEATURE_PREFIX) for name in names if name.startswith(FEATURE_PREFIX)]
-
-
-def _decisions(log: pa.Table, modules: Modules, explained: Explanations, by_type: bool) -> list[dict[str, Any]]:
+def _decisions(
+    records: Sequence[DecisionRecord], modules: Modules, explained: Explanations, by_type: bool
+) -> list[dict[str, Any]]:
     by_number = {each["decision"]: each for each in explained if each}
-    tables, features = each_decision(log), {name: index for index, name in enumerate(_features(log))}
-    bounds = np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
     shown = []
-    for table, (start, end) in zip(tables, pairwise(bounds), strict=True):
-        slots = modules.slots[start:end]
-        first = table.slice(0, 1).to_pylist()[0]
-        given = by_number.get(first["decision"])
-        decision = _decision(table, first, modules, slots) | {"explanation": shown_explanation(given)}
+    for record, slots in zip(records, modules.slots, strict=True):
+        given = by_number.get(record.number)
+        decision = _decision(record, modules, slots) | {"explanation": shown_explanation(given)}
         if not by_type:
-            decision |= _of_single_modules(table, modules, slots, features, given)
+            decision |= _of_single_modules(record, modules, slots, given)
         shown.append(decision)
     return shown
 
 
-def _decision(table: pa.Table, first: Mapping[str, Any], modules: Modules, slots: IntArray) -> dict[str, Any]:
-    """What a decision's rows say, without what only single modules have."""
-    ranks = {name: table[f"rank_{name}"].to_numpy() for name in ("before", "clipped", "after")}
-    wanted = table["rank_wanted"]
-    asked = ranks["clipped"] if wanted.null_count else wanted.to_numpy()  # logs of schema 2 have none
-    changed = int(np.count_nonzero(table["changed_by_projection"].to_numpy()))
+def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict[str, Any]:
+    """What is known of a decision, without what only single modules have."""
+    facts = record.facts()
     return {
-        "number": first["decision"],
-        "step": first["step"],
-        "policy": first["policy"],
-        "line": line_of(table),
-        "summary": moves_sentence(first, ranks["before"], ranks["after"], changed),
-        "moved": int(np.count_nonzero(ranks["before"] != ranks["after"])),
-        "changed": changed,
-        **{name: plain(first[name]) for name in FACTS},
-        **{name: modules.means(ranks[name], slots) for name in ("before", "clipped", "after")},
-        "asked": modules.means(asked, slots),
-        "score": modules.means(table["score"].to_numpy(), slots, 3),
+        "number": record.number,
+        "step": record.step,
+        "policy": record.policy,
+        "line": record.line(),
+        "summary": moves_sentence(record),
+        "moved": int(np.count_nonzero(record.rank_before != record.rank_after)),
+        "changed": int(np.count_nonzero(record.rank_clipped != record.rank_after)),
+        **{name: plain(facts[name]) for name in FACTS},
+        "before": modules.means(record.rank_before, slots),
+        "asked": modules.means(record.rank_wanted, slots),
+        "clipped": modules.means(record.rank_clipped, slots),
+        "after": modules.means(record.rank_after, slots),
+        "score": modules.means(record.decision.scores, slots, 3),
     }
 
 
 def _of_single_modules(
-    table: pa.Table, modules: Modules, slots: IntArray, features: Mapping[str, int], given: Mapping[str, Any] | None
+    record: DecisionRecord, modules: Modules, slots: IntArray, given: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Reasons as (feature, standard deviations), notes, pinned modules, and whether a module's rank is sure."""
     reasons: list[list[list[float]]] = [[] for _ in modules.shown]
-    for slot, pairs in zip(slots.tolist(), standing_out(table), strict=True):
-        reasons[slot] = [[features[name], round(distance, 1)] for name, distance in pairs]
-    notes = zip(slots.tolist(), table["note"].to_pylist(), strict=True)
-    pinned = np.flatnonzero(table["pinned"].fill_null(False).to_numpy(zero_copy_only=False))
+    for slot, pairs in zip(slots.tolist(), standing_out(record), strict=True):
+        reasons[slot] = [[MODULE_FEATURES.index(name), round(distance, 1)] for name, distance in pairs]
+    notes = ((slot, record.notes.get(name)) for slot, name in zip(slots.tolist(), record.modules, strict=True))
     sure = ((given or {}).get("stability") or {}).get("sure")
     return {
         "reasons": reasons,
         "notes": {str(slot): note for slot, note in notes if note},
-        "pinned": slots[pinned].tolist(),
+        "pinned": slots[record.problem.is_pinned].tolist(),
         "sure": modules.means(sure, slots) if sure is not None and len(sure) == len(slots) else None,
     }

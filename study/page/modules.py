@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
+from ...allocation.log import DecisionRecord
 from ...common.arrays import FloatArray, IntArray
 from ...common.module_names import short_names
 from ..run.panels import module_kinds
@@ -22,38 +22,42 @@ class Modules:
     Attributes:
         shown: each as the page gets it: its name, the same shortened (label), its layer, block and type, and how many
             modules it stands for.
-        slots: which of them each row of the log is about, int (rows,).
+        slots: which of them each module is, at each decision, int (modules,) each.
     """
 
     shown: list[dict[str, Any]]
-    slots: IntArray
+    slots: list[IntArray]
 
     @classmethod
-    def of(cls, log: pa.Table, by_type: bool) -> Modules:
-        """The modules of a log, as `DecisionLog.read` returns it.
+    def of(cls, records: Sequence[DecisionRecord], by_type: bool) -> Modules:
+        """The modules of some decisions.
 
         Args:
-            log: its decisions need not all be about the same modules.
+            records: they need not all be about the same modules.
             by_type: show one for all modules of a type.
         """
-        coded = log["module"].combine_chunks().dictionary_encode()
-        names, rows = coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64)
-        blocks = np.zeros(len(names), dtype=np.int64)
-        blocks[rows] = log["block"].to_numpy()
+        layers = {
+            name: block
+            for each in records
+            for name, block in zip(each.modules, each.problem.blocks.tolist(), strict=True)
+        }
+        names = list(layers)
+        places = {name: place for place, name in enumerate(names)}
+        rows = [np.array([places[name] for name in each.modules]) for each in records]
         shorts = short_names(names)
         kinds = module_kinds(shorts)
         if by_type:
             types = list(dict.fromkeys(kinds))
-            places = np.array([types.index(kind) for kind in kinds])
-            counts = np.bincount(places).tolist()
+            kind_of = np.array([types.index(kind) for kind in kinds])
+            counts = np.bincount(kind_of).tolist()
             shown = [
                 {"name": kind, "label": kind, "layer": "", "block": 0, "type": kind, "count": count}
                 for kind, count in zip(types, counts, strict=True)
             ]
-            return cls(shown, places[rows])
+            return cls(shown, [kind_of[row] for row in rows])
         shown = [
             {"name": name, "label": str(short), "layer": short.layer, "block": block, "type": kind, "count": 1}
-            for name, short, block, kind in zip(names, shorts, blocks.tolist(), kinds, strict=True)
+            for name, short, block, kind in zip(names, shorts, layers.values(), kinds, strict=True)
         ]
         return cls(shown, rows)
 

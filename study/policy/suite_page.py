@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...allocation.decision_log import LoggedDecision
+from ...allocation.log import DecisionRecord
 from ...common.files import as_plain, write_text
 from ...common.module_names import kinds_in_layers
 from ...common.statistics import Estimate
@@ -111,9 +111,9 @@ def _worst_run(study: SuiteStudy, run: StudiedRun) -> dict[str, Any]:
     }
 
 
-def _plan(logged: LoggedDecision) -> dict[str, Any]:
+def _plan(logged: DecisionRecord) -> dict[str, Any]:
     """The ranks of a plan by layer, the output's first, and kind; a cell of several modules has their mean."""
-    ranks, blocks = logged.ranks("rank_after"), logged.observation.problem.blocks
+    ranks, blocks = logged.rank_after, logged.observation.problem.blocks
     kinds = kinds_in_layers(logged.observation.names, blocks.tolist())
     layers, columns = sorted(set(blocks.tolist()), reverse=True), list(dict.fromkeys(kinds))
     of_kind = np.array([columns.index(kind) for kind in kinds])
@@ -127,5 +127,5 @@ def _plan(logged: LoggedDecision) -> dict[str, Any]:
     return {"kinds": columns, "layers": layers, "ranks": cells}
 
 
-def _later(logged: LoggedDecision) -> dict[str, Any]:
-    return {"step": logged.value("step"), "changed": changed(logged)}
+def _later(logged: DecisionRecord) -> dict[str, Any]:
+    return {"step": logged.step, "changed": changed(logged)}

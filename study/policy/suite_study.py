@@ -17,7 +17,7 @@ from ...agents.evaluation.replayed import SHUFFLED, STATIC
 from ...agents.evaluation.results import Row, read_rows
 from ...agents.evaluation.runs import log_folder
 from ...agents.learned.policy import LearnedPolicy
-from ...allocation.decision_log import DecisionLog, LoggedDecision
+from ...allocation.log import DecisionLog, DecisionRecord
 from ...allocation.plan import uniform_ranks
 from ...allocation.policy import Policy, decided_plan, decision_from_plan
 from ...common.arrays import FloatArray
@@ -53,7 +53,7 @@ class StudiedRun:
 
     row: Row
     log: Path
-    decisions: tuple[LoggedDecision, ...]
+    decisions: tuple[DecisionRecord, ...]
     parts: FloatArray | None
 
     @property
@@ -64,7 +64,7 @@ class StudiedRun:
             return first.deliberation.plan != first.deliberation.reference
         problem = first.observation.problem
         uniform = decided_plan(problem, decision_from_plan(uniform_ranks(problem))).ranks
-        return not np.array_equal(first.ranks("rank_after"), uniform)
+        return not np.array_equal(first.rank_after, uniform)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +249,7 @@ def study_suite(
     return SuiteStudy(name, folder, mine, tuple(runs), others, networks, obstacle)
 
 
-def _networks(name: str, policy: Policy | None, first: LoggedDecision) -> tuple[LearnedPolicy | None, str]:
+def _networks(name: str, policy: Policy | None, first: DecisionRecord) -> tuple[LearnedPolicy | None, str]:
     """The networks that decided, or why they are not at hand."""
     if first.deliberation is None:
         return None, f"{name} is a rule, or a policy without a value ensemble: it weighs no plans"
@@ -257,7 +257,7 @@ def _networks(name: str, policy: Policy | None, first: LoggedDecision) -> tuple[
         return None, f"the networks of {name} are not at hand"
     if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
         return None, f"{policy.name}, which was given, has no value networks"
-    if policy.sha256 != first.value("policy_sha256"):
+    if policy.sha256 != first.policy_sha256:
         return None, f"the networks that were given as {name} are others than those that decided (another sha256)"
     return policy, ""
 

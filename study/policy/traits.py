@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...agents.evaluation.results import Row
-from ...allocation.decision_log import LoggedDecision
+from ...allocation.log import DecisionRecord
 from ...common.arrays import IntArray
 
 
-def traits_of(row: Row, decisions: Sequence[LoggedDecision]) -> dict[str, float]:
+def traits_of(row: Row, decisions: Sequence[DecisionRecord]) -> dict[str, float]:
     """The traits of a run by name; yes is 1, and those of its votes are absent where there were none.
 
     Args:
@@ -19,7 +19,7 @@ def traits_of(row: Row, decisions: Sequence[LoggedDecision]) -> dict[str, float]
         decisions: in order, at least one.
     """
     first = decisions[0]
-    ranks, blocks = first.ranks("rank_after"), first.observation.problem.blocks
+    ranks, blocks = first.rank_after, first.observation.problem.blocks
     adapted = ranks > 0
     found = {
         "planted task": float(row.kind == "planted"),
@@ -44,9 +44,9 @@ def traits_of(row: Row, decisions: Sequence[LoggedDecision]) -> dict[str, float]
     return found
 
 
-def changed(logged: LoggedDecision) -> int:
+def changed(logged: DecisionRecord) -> int:
     """How many modules a decision gives another rank."""
-    return int(np.count_nonzero(logged.ranks("rank_after") != logged.ranks("rank_before")))
+    return int(np.count_nonzero(logged.rank_after != logged.rank_before))
 
 
 def concentration(ranks: IntArray) -> float:

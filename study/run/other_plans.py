@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ...agents.rules.given_plan import shuffled_plan
-from ...allocation.decision_log import DecisionLog
+from ...allocation.log import DecisionLog
 from ...allocation.plan import uniform_ranks
 from ...common.files import read_text
 from ...common.plain_yaml import MOST_YAML_BYTES, parse_yaml
@@ -41,7 +41,7 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
         return _from_file(Path(which))
     if which == "first":
         return log.logged(0).plan()
-    last = log.logged(len(log) - 1)
+    last = log.read()[-1]
     if which == "shuffled":
         return shuffled_plan(last, seed)
     if which == "uniform":

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from ...allocation.decision_line import promise
 from ...common.drawing import save_figure
 from ...common.files import read_object, read_text, write_text
 from ...common.tensor_files import read_shapes
 from ...errors import DataError
 from ...finetune.config import PILOT
 from .comparison import markdown_table, subject
-from .decisions import decision_lines, describe_decisions
+from .decisions import describe_decisions
 from .figures import loss_curves
 from .hardware import hardware_of
 from .heatmap import rank_heatmap
@@ -140,17 +141,16 @@ def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
 
 
 def _ranks(run: RunData) -> str:
-    table, steps = run.decisions, run.of_decisions("step")
-    if table is None:
+    records = run.decisions
+    if not records:
         return ""
-    modules = table["module"].to_pylist()[: table.num_rows // len(steps)]
-    if modules * len(steps) != table["module"].to_pylist():
+    if any(record.modules != records[0].modules for record in records):
         return "The decisions are not all about the same modules, so there is no picture of their ranks."
-    ranks = table["rank_after"].to_numpy().reshape(len(steps), -1)
+    steps, ranks = [record.step for record in records], [record.rank_after for record in records]
     if steps[0] > 0:  # before the first decision
-        ranks, steps = np.vstack([table["rank_before"].to_numpy()[: len(modules)], ranks]), [0, *steps]
-    blocks = table["block"].to_numpy()[: len(modules)]
-    save_figure(rank_heatmap(steps, ranks, modules, blocks, run.steps), run.folder / "figures" / "ranks.png")
+        steps, ranks = [0, *steps], [records[0].rank_before, *ranks]
+    figure = rank_heatmap(steps, np.array(ranks), records[0].modules, records[0].problem.blocks, run.steps)
+    save_figure(figure, run.folder / "figures" / "ranks.png")
     return "![Rank of every module over the run](figures/ranks.png)"
 
 
@@ -158,13 +158,13 @@ def _losses(run: RunData) -> str:
     curves = {name: {"train": run.points(name, "loss"), "eval": run.points(name, "eval_loss")} for name in run.metrics}
     if not any(points for curve in curves.values() for points in curve.values()):
         return ""
-    save_figure(loss_curves(curves, run.of_decisions("step")), run.folder / "figures" / "loss.png")
+    save_figure(loss_curves(curves, [record.step for record in run.decisions]), run.folder / "figures" / "loss.png")
     return "![Training and held-out loss](figures/loss.png)"
 
 
 def _costs(run: RunData) -> str:
     peaks = run.peaks() if run.unit == "bytes" else {}
-    predicted = list(zip(run.of_decisions("step"), run.of_decisions("predicted_cost"), strict=True))
+    predicted = run.predicted()
     if not run.limits or not (peaks or predicted):
         return ""
     figure = cost_timeline(peaks, run.limits, predicted, run.unit, run.steps)
@@ -174,15 +174,15 @@ def _costs(run: RunData) -> str:
 
 
 def _decisions(run: RunData) -> str:
-    if run.decisions is None:
+    if not run.decisions:
         return ""
     note = (
         "The largest moves of each decision, with the features in which the module stood out from all others "
         "(sd: standard deviations from their mean). They show what was unusual, not what the policy weighed."
     )
-    lines = "\n".join(decision_lines(run.decisions))
-    expected = [run.first.promise] if run.first and run.first.promise and not run.first.misses_goal else []
-    return "\n\n".join([f"```\n{lines}\n```", *expected, note, *describe_decisions(run.decisions)])
+    lines = "\n".join(record.line() for record in run.decisions)
+    expected = "" if run.first is None or run.first.misses_goal else promise(run.first)
+    return "\n\n".join(filter(None, [f"```\n{lines}\n```", expected, note, *describe_decisions(run.decisions)]))
 
 
 def _reload(run: RunData) -> str:

@@ -4,7 +4,7 @@ Three kinds of folder have a decision log, and each may be of a run that goes on
 
     the folder of `rankpilot finetune`     decisions/  metrics-NAME.jsonl  summary.json  rankpilot/adapter/
     the output folder of a Trainer         decisions/  checkpoint-N/trainer_state.json
-    a decision log                         part-00000.parquet ...
+    a decision log                         decisions.jsonl ...
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from ...allocation.decision_log import DecisionLog
 from ...allocation.deliberation import Deliberation
+from ...allocation.log import LINES, DecisionLog, DecisionRecord
 from ...common.drawing import Points
 from ...common.files import read_json_lines, read_object
 from ...errors import DataError, RunFolderError, first_line
@@ -38,17 +35,20 @@ class RunData:
         folder: the folder.
         summary: results and settings by name; empty before the end of `rankpilot finetune`, and in other folders.
         metrics: losses and measured peaks by step, for each run of which the folder has them.
-        decisions: the decision log, see `DecisionLog.read`; None without one that can be read.
+        decisions: those of the decision log; none without one that can be read.
         missing: what a report has to leave out, and why, a few words each.
-        first: what its policy computed at the first decision; None where that is unknown.
     """
 
     folder: Path
     summary: Mapping[str, Any]
     metrics: Mapping[str, Rows]
-    decisions: pa.Table | None
+    decisions: Sequence[DecisionRecord]
     missing: tuple[str, ...]
-    first: Deliberation | None = None
+
+    @property
+    def first(self) -> Deliberation | None:
+        """What the policy computed at the first decision; None where that is unknown."""
+        return self.decisions[0].deliberation if self.decisions and self.decisions[0].number == 0 else None
 
     @property
     def results(self) -> dict[str, Mapping[str, Any]]:
@@ -59,12 +59,12 @@ class RunData:
     @property
     def unit(self) -> str:
         """The unit of the budget: "bytes" or "parameters"."""
-        return str(self.decisions["unit"][0].as_py()) if self.decisions else "bytes"
+        return self.decisions[0].problem.cost.unit if self.decisions else "bytes"
 
     @property
     def limits(self) -> Points:
         """(step, budget from that step on, in `unit`): a run may be resumed with another one. Empty if unknown."""
-        limits = list(zip(self.of_decisions("step"), self.of_decisions("limit"), strict=True))
+        limits = [(record.step, record.problem.limit) for record in self.decisions]
         known = self.results.get(PILOT, {}).get("budget_bytes")
         return limits or ([(0, known)] if known else [])
 
@@ -72,7 +72,7 @@ class RunData:
     def steps(self) -> int:
         """The last step that the folder speaks of."""
         rows = [row["step"] for row in self.metrics.get(PILOT, ()) if "step" in row]
-        return max([*rows, *(step + 1 for step in self.of_decisions("step"))], default=0)
+        return max([*rows, *(record.step + 1 for record in self.decisions)], default=0)
 
     @property
     def adapter(self) -> Path | None:
@@ -81,13 +81,9 @@ class RunData:
         folders = [self.folder / PILOT / "adapter", self.folder, *checkpoints]
         return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
 
-    def of_decisions(self, column: str) -> list[Any]:
-        """One value of a column for each decision."""
-        if self.decisions is None:
-            return []
-        firsts = pc.equal(self.decisions["module_index"], 0)
-        values: list[Any] = self.decisions[column].filter(firsts).to_pylist()
-        return values
+    def predicted(self) -> Points:
+        """(step, predicted cost of the plan) of each decision."""
+        return [(record.step, record.predicted_cost) for record in self.decisions]
 
     def points(self, run: str, key: str) -> Points:
         """(step, value) of each line of a run's metrics that has the value."""
@@ -99,8 +95,8 @@ class RunData:
         """(step, bytes at its peak) of each run that was measured; a run that goes on has those of its decisions."""
         peaks = {run: self.points(run, "peak_bytes") for run in RUNS}
         if not peaks[PILOT] and self.unit == "bytes":
-            pairs = zip(self.of_decisions("step"), self.of_decisions("measured_cost"), strict=True)
-            peaks[PILOT] = [(step, cost) for step, cost in pairs if cost is not None]
+            measured = [(record.step, record.measured_cost) for record in self.decisions]
+            peaks[PILOT] = [(step, cost) for step, cost in measured if cost is not None]
         return {run: points for run, points in peaks.items() if points}
 
 
@@ -114,9 +110,7 @@ def find_log(folder: Path) -> DecisionLog:
     """As `log_of`; RunFolderError if there is none."""
     log = log_of(folder)
     if log is None:
-        raise RunFolderError(
-            f"{folder} holds no decision log: there is neither decisions/part-00000.parquet nor part-00000.parquet."
-        )
+        raise RunFolderError(f"{folder} holds no decision log: there is neither decisions/{LINES} nor {LINES}.")
     return log
 
 
@@ -131,8 +125,8 @@ def read_run(folder: Path) -> RunData:
     of_finetune = any((folder / name).is_file() for name in ("config.json", "summary.json", f"metrics-{PILOT}.jsonl"))
     if log is None and not (folder / "summary.json").is_file():
         raise RunFolderError(
-            f"{folder} holds no run: there is no decision log (decisions/part-00000.parquet or part-00000.parquet) and "
-            "no summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
+            f"{folder} holds no run: there is no decision log (decisions/{LINES} or {LINES}) and no "
+            "summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
             "RankPilotCallback, or the folder of a decision log."
         )
     summary = _read_summary(folder, missing) if of_finetune else {}
@@ -142,23 +136,15 @@ def read_run(folder: Path) -> RunData:
             "`rankpilot study policy`."
         )
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
-    decisions = None
+    decisions: list[DecisionRecord] = []
     if log is None:
         missing.append("the decisions (no decision log)")
     else:
         try:
-            decisions = log.read(lambda error: missing.append(f"a decision ({error})"))
+            decisions = log.read()
         except RunFolderError as error:
             missing.append(f"all decisions ({error})")
-    return RunData(folder, summary, metrics, decisions, tuple(missing), _first(log))
-
-
-def _first(log: DecisionLog | None) -> Deliberation | None:
-    """See `RunData`; None where the first decision cannot be read."""
-    try:
-        return log.logged(0).deliberation if log else None
-    except RunFolderError:
-        return None
+    return RunData(folder, summary, metrics, decisions, tuple(missing))
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...allocation.decision_line import promise, unlike
 from ...common.drawing import Points, finite_points
 from ...finetune.config import ALL_LINEAR, PILOT, UNIFORM
 from .memory_figure import in_force
@@ -128,12 +129,12 @@ def _changed_by_reload(run: RunData) -> str:
 
 
 def _unlike(run: RunData) -> str:
-    unlike = run.first.unlike if run.first else ""
-    return f"Its policy has learned from no run like this one, so trust it less: {unlike}." if unlike else ""
+    difference = unlike(run.first) if run.first else ""
+    return f"Its policy has learned from no run like this one, so trust it less: {difference}." if difference else ""
 
 
 def _misses_goal(run: RunData) -> str:
-    return run.first.promise if run.first and run.first.misses_goal else ""
+    return promise(run.first) if run.first and run.first.misses_goal else ""
 
 
 def _ending(run: RunData) -> str:

@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.decision_record import DecisionRecord
 from rankpilot.allocation.decision_state import DecisionState
 from rankpilot.allocation.deliberation import Deliberation
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.errors import DataError, RunFolderError
 from rankpilot.lora.ladder import RankLadder
@@ -432,7 +431,7 @@ def test_what_was_seen_and_computed_comes_back(tmp_path: Path) -> None:
     assert logged.observation.names == record.modules
     assert_same_problem(logged.problem, record.problem)
     assert_same_problem(logged.observation.problem, replace(record.problem, pinned=None))
-    assert (logged.value("step"), logged.ranks("rank_after").tolist()) == (0, [4, 1, 2])
+    assert (logged.step, logged.rank_after.tolist()) == (0, [4, 1, 2])
     assert logged.state is not None
     assert logged.deliberation is not None
     assert logged.state.schedule == {"max_step": 2}
@@ -446,7 +445,7 @@ def test_a_decision_of_schema_3_comes_back_without_what_was_computed(tmp_path: P
     table = pq.ParquetFile(path).read().drop_columns(["margin", "tie_size", "kept", "filled", "correction"])
     pq.write_table(table.replace_schema_metadata({b"rankpilot.schema": b"3"}), path)
     logged = log.logged(0)
-    assert logged.state is logged.deliberation is logged.value("correction") is None
+    assert logged.state is logged.deliberation is logged.correction is None
     assert logged.observation.problem.limit == 1e9 + 1
     assert log.read()["kept"].to_pylist() == [None] * 3
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rankpilot.agents.evaluation.results import read_rows
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.cli import main as cli
 
 from .mistakes import failure

@@ -18,8 +18,8 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.features import MODULE_FEATURES
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule

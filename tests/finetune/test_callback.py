@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, NonFiniteError, RunFolderError, UnsupportedError

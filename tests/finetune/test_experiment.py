@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.common.termination import Terminated
 from rankpilot.data.workload import load_workload

@@ -18,8 +18,8 @@ from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.goal import Goal, vote_of
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
@@ -79,8 +79,8 @@ def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, t
     costs = found.costs if found.seconds is None else found.seconds
     assert costs is not None
     assert costs[found.plan] <= 1.01 * costs[found.may_take].min()
-    ranks = first.ranks("rank_after")
-    np.testing.assert_array_equal(later.ranks("rank_after"), ranks)
+    ranks = first.rank_after
+    np.testing.assert_array_equal(later.rank_after, ranks)
     assert 0 < ranks.sum() < 8 * len(ranks)
     figures = callback.pilot.figures()
     assert ("plan_seconds" in figures) is (goal == "time")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.common.files import read_json, read_json_lines, write_text
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.finetune import review as review_module

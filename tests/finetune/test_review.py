@@ -18,7 +18,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, RankPilotCallback
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule

@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.rules.by_signal import SignalRule
-from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.features import RUN_FEATURES
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, decision_from_plan
 from rankpilot.allocation.schedule import DecisionSchedule

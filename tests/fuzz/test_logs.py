@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.decision_state import DecisionState, read_state
-from rankpilot.allocation.log_part import read_part
+from rankpilot.allocation.log import DecisionLog, read_part
 from rankpilot.allocation.plan import check_budget, project
 from rankpilot.allocation.problem_file import problem_bytes, read_problem
 from rankpilot.errors import RunFolderError

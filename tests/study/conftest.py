@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.decision_record import DecisionRecord
 from rankpilot.allocation.decision_state import DecisionState
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.common.files import write_json, write_json_lines
 from rankpilot.lora.ladder import RankLadder

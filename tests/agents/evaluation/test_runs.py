@@ -17,7 +17,7 @@ from rankpilot.agents.evaluation.runs import SEED_STEP, compare, log_folder, rep
 from rankpilot.agents.evaluation.tables import groups_of
 from rankpilot.agents.rules import RULES
 from rankpilot.agents.rules.by_signal import SignalRule
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, Policy
 from rankpilot.allocation.schedule import DecisionSchedule

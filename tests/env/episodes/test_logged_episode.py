@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.agents.rules import SignalRule
-from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.single import Episode

@@ -18,9 +18,9 @@ from rankpilot.agents.evaluation.runs import log_folder
 from rankpilot.agents.learned.candidates import FIXED_NAMES
 from rankpilot.agents.learned.structures import ALL_LINEAR
 from rankpilot.agents.training.plan_runs import CHOICES, PLAN_CHOICES, RUNS, STRUCTURE
-from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.goal import LOSS_UNIT
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.study.dataset import TrialsDataset, open_dataset
 from rankpilot.study.dataset import write as module
@@ -92,13 +92,13 @@ def test_rows_of_logs_are_the_logged_decisions(dataset: TrialsDataset, compariso
     for row in rows:
         result = results[row["behaviour"], row["task"], row["seed"]]
         logged = DecisionLog(log_folder(comparison / "logs", result.key)).logged(row["decision"])
-        assert row["ranks"] == logged.ranks("rank_after").tolist()
+        assert row["ranks"] == logged.rank_after.tolist()
         assert row["module"] == list(logged.observation.names)
         seen = np.array([row[f"feature.{name}"] for name in MODULE_FEATURES], dtype=np.float32).T
         np.testing.assert_array_equal(seen, logged.observation.modules)
         same = ("loss", "initial_loss", "uniform_loss", "best_loss", "budget", "failed", "place")
         assert {name: row[name] for name in same} == {name: getattr(result, name) for name in same}
-        assert (row["split"], row["step"], row["total_steps"]) == ("validation", logged.value("step"), 6)
+        assert (row["split"], row["step"], row["total_steps"]) == ("validation", logged.step, 6)
 
 
 def test_probabilities_of_policies(dataset: TrialsDataset, comparison: Path) -> None:
@@ -110,7 +110,7 @@ def test_probabilities_of_policies(dataset: TrialsDataset, comparison: Path) -> 
         if "exploring" in row["behaviour"]:
             key = results[row["behaviour"], row["task"], row["seed"]].key
             logged = DecisionLog(log_folder(comparison / "logs", key)).logged(row["decision"])
-            assert row["probability"] == pytest.approx(np.exp(logged.value("log_prob")))
+            assert row["probability"] == pytest.approx(np.exp(logged.decision.log_prob))
             assert row["temperature"] == 0.05
     drawn = by_policy.pop("default exploring at 0.05")
     assert len(drawn) > 3

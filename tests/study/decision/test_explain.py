@@ -13,7 +13,7 @@ import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.bench.study import log_runs
@@ -49,7 +49,7 @@ def test_what_ifs_and_stability_of_one_decision(tmp_path: Path) -> None:
     json.dumps(told, allow_nan=False)
 
 
-def test_an_unknown_policy_leaves_what_the_log_tells(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+def test_an_unknown_policy_leaves_what_the_log_tells(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
     told = explain(decisions[0], replace(policy, sha256="0")).to_json()
     assert told["shapley"] is None
     assert told["what_ifs"] == []
@@ -62,7 +62,7 @@ def test_an_unknown_policy_leaves_what_the_log_tells(decisions: list[LoggedDecis
 
 
 def test_a_decision_that_comes_out_otherwise_is_not_explained(
-    decisions: list[LoggedDecision], policy: LearnedPolicy
+    decisions: list[DecisionRecord], policy: LearnedPolicy
 ) -> None:
     assert decisions[0].state is not None
     assert decisions[0].deliberation is not None
@@ -72,12 +72,12 @@ def test_a_decision_that_comes_out_otherwise_is_not_explained(
 
 
 def test_plans_that_are_not_the_policys_own_are_said_to_be(
-    decisions: list[LoggedDecision],
+    decisions: list[DecisionRecord],
     policy: LearnedPolicy,
     make_observation: Callable[..., Observation],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
-    ranks = decisions[0].ranks("rank_after")
+    ranks = decisions[0].rank_after
     ranks[np.argmax(ranks)] //= 2
     place = decisions[0].table.column_names.index("rank_after")
     table = decisions[0].table.set_column(place, "rank_after", [ranks.astype(np.int32)])
@@ -91,7 +91,7 @@ def test_plans_that_are_not_the_policys_own_are_said_to_be(
 
 
 def test_rules_and_corrections(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     rule = find_rule("signal-mean")
     of_rule = explain(log_decision(make_observation(8), rule), rule).to_json()

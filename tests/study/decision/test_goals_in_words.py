@@ -14,10 +14,10 @@ import torch
 from rankpilot.agents.learned.goals import with_goal
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.allocation.decision_log import LoggedDecision
 from rankpilot.allocation.decision_state import read_state
 from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.goal import Goal
+from rankpilot.allocation.log import DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.memory.cost import ByteCost
 from rankpilot.memory.step_time import SecondsRow
@@ -75,7 +75,7 @@ def observation(make_observation: Callable[..., Observation]) -> Observation:
 def test_it_is_taken_again_with_the_goal_of_the_log(
     aimed: Callable[[str], LearnedPolicy],
     observation: Observation,
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
     tmp_path: Path,
     goal: str,
 ) -> None:
@@ -101,7 +101,7 @@ def test_it_is_taken_again_with_the_goal_of_the_log(
 
 
 def test_what_was_saved(
-    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., LoggedDecision]
+    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = log_decision(observation, aimed("bytes"))
     told = explain_votes(logged)
@@ -125,7 +125,7 @@ def test_what_was_saved(
 
 
 def test_nothing_was_sure(
-    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., LoggedDecision]
+    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., DecisionRecord]
 ) -> None:
     policy = aimed("bytes")
     assert policy.value_ensemble is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from rankpilot.allocation.decision_log import LoggedDecision
+from rankpilot.allocation.log import DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision
 from rankpilot.study.decision.projection import projection_of
@@ -24,13 +24,13 @@ class Wants:
         return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), exact=True)
 
 
-def decided(make: Callable[..., Observation], log: Callable[..., LoggedDecision], *ranks: int, **problem: Any) -> Any:
+def decided(make: Callable[..., Observation], log: Callable[..., DecisionRecord], *ranks: int, **problem: Any) -> Any:
     observation = make(4, ranks=np.array([4, 4, 4, 4]), **problem)
     return log(observation, Wants(ranks))
 
 
 def test_every_reason_is_told(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     bounds = {"high": np.array([32, 2, 32, 32]), "low": np.array([0, 0, 6, 0])}
     logged = decided(make_observation, log_decision, 5, 4, 4, 32, max_step=2, limit=1e9, **bounds)
@@ -46,7 +46,7 @@ def test_every_reason_is_told(
 
 
 def test_pinned_modules_and_changes_by_a_person(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = decided(make_observation, log_decision, 4, 8, 4, 4)
     pinned = replace(logged.problem, pinned=np.array([False, True, False, False]))
@@ -59,7 +59,7 @@ def test_pinned_modules_and_changes_by_a_person(
 
 
 def test_a_budget_lowers_and_its_rest_raises(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = decided(make_observation, log_decision, 32, 32, 4, 4, limit=3000.0)
     found = projection_of(logged)

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.log_part import SCHEMA_KEY
+from rankpilot.allocation.log import SCHEMA_KEY, DecisionLog
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import RunFolderError
 from rankpilot.study.decision.redecide import redecide
@@ -49,7 +48,7 @@ def test_a_rule_in_the_states_of_the_run(logs: list[DecisionLog]) -> None:
         observation = logs[0].logged(number).observation
         expected = decided_plan(observation.problem, rule.decide(observation)).ranks
         np.testing.assert_array_equal(row.other, expected)
-        np.testing.assert_array_equal(row.ranks, logs[0].logged(number).ranks("rank_after"))
+        np.testing.assert_array_equal(row.ranks, logs[0].logged(number).rank_after)
         assert row.same < len(row.ranks)
         assert row.distance > 0
     told = json.loads(json.dumps(found.to_json()))

@@ -15,7 +15,7 @@ from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.rules.by_signal import signal_mean
 from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
-from rankpilot.allocation.decision_log import LoggedDecision
+from rankpilot.allocation.log import DecisionRecord
 from rankpilot.allocation.observation import Observation, module_feature
 from rankpilot.allocation.policy import decided_plan, decision_from_scores
 from rankpilot.memory.cost import unit_cost
@@ -28,7 +28,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[LoggedDecision]) -> None:
+def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
         found = logged.deliberation
         assert found is not None
@@ -36,7 +36,7 @@ def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[LoggedDeci
         np.testing.assert_allclose(np.clip(sums, -SCORE_BOUND, SCORE_BOUND), found.actor_scores, atol=1e-5)
 
 
-def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[LoggedDecision]) -> None:
+def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[DecisionRecord]) -> None:
     """What pages are told of a candidate is enough to make its plan again."""
     for logged in decisions:
         observation, found = logged.observation, logged.deliberation
@@ -57,23 +57,23 @@ def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[LoggedD
             assert ranks.tolist() == told["plans"][candidate["plan"]]["ranks"], found.candidates[number]
 
 
-def test_json_is_the_contract(decisions: list[LoggedDecision]) -> None:
+def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
         told, found = explain_votes(logged).to_json(), logged.deliberation
         assert found is not None
         assert set(told) == KEYS
         json.dumps(told, allow_nan=False)
         assert told["plans"][told["taken"]]["ranks"] == found.plans[found.plan].tolist()
-        assert told["first"] == (logged.value("decision") == 0)
+        assert told["first"] == (logged.number == 0)
         bounds = [plan["mean"] - told["caution"] * plan["sd"] for plan in told["plans"]]
         assert bounds == pytest.approx([plan["bound"] for plan in told["plans"]], abs=1e-6)
         for plan in told["plans"]:
             assert plan["cost"] == unit_cost(logged.problem.cost, np.array(plan["ranks"]))
             assert plan["probability"] is None
-        assert told["projection"]["got"] == logged.ranks("rank_after").tolist()
+        assert told["projection"]["got"] == logged.rank_after.tolist()
 
 
-def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> None:
+def test_sentences_of_decisions_of_a_run(decisions: list[DecisionRecord]) -> None:
     first = explain_votes(decisions[0])
     deliberation = decisions[0].deliberation
     assert deliberation is not None
@@ -81,7 +81,7 @@ def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> Non
     assert first.verdict.startswith("At step 0 the plan of candidate ")
     assert f"{deliberation.mean[deliberation.plan]:.3f} on the mean" in text
     assert f"a lower bound of {deliberation.bound[deliberation.plan]:.3f}" in text
-    kept = [explain_votes(logged) for logged in decisions if logged.value("kept")]
+    kept = [explain_votes(logged) for logged in decisions if logged.kept]
     assert kept
     for each in kept:
         assert "the ranks in place were taken: no other plan is surely better" in each.verdict
@@ -92,7 +92,7 @@ def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> Non
 def test_a_tie_tells_what_its_plans_have_in_common(
     make_observation: Callable[..., Observation],
     policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     def say(plans: Plans) -> torch.Tensor:
         return plans.ranks.double().std(2)[None].repeat(2, 1, 1) / 500
@@ -121,7 +121,7 @@ def test_a_tie_tells_what_its_plans_have_in_common(
 def test_plans_that_are_drawn_have_probabilities(
     make_observation: Callable[..., Observation],
     policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     def say(plans: Plans) -> torch.Tensor:
         return (plans.ranks > 4).double().mean(2)[None].repeat(2, 1, 1)
@@ -134,7 +134,7 @@ def test_plans_that_are_drawn_have_probabilities(
     assert f"was drawn, with a probability of {chance:.1%}: " in told["verdict"]
 
 
-def test_tables_show_the_best_plans_and_the_reference(decisions: list[LoggedDecision]) -> None:
+def test_tables_show_the_best_plans_and_the_reference(decisions: list[DecisionRecord]) -> None:
     shown = StringIO()
     explanation = explain_votes(decisions[0])
     Console(file=shown, width=120).print(explanation.table())
@@ -144,7 +144,7 @@ def test_tables_show_the_best_plans_and_the_reference(decisions: list[LoggedDeci
 
 
 def test_a_rule_has_no_votes(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     explanation = explain_votes(log_decision(make_observation(8), find_rule("top-down")))
     assert explanation.verdict == "At step 0 top-down decided; the log holds no candidates and no votes."

@@ -49,7 +49,7 @@ def test_choices_are_those_of_the_log(folder: Path) -> None:
         assert deliberation is not None
         plans = slice(start, start + suite.choices.plans[number])
         np.testing.assert_array_equal(suite.choices.probabilities[plans], deliberation.probabilities)
-        np.testing.assert_array_equal(deliberation.plans[suite.choices.chosen[number]], logged.ranks("rank_after"))
+        np.testing.assert_array_equal(deliberation.plans[suite.choices.chosen[number]], logged.rank_after)
 
 
 def test_outcomes_are_gains_over_uniform(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.common.files import read_json, write_json
 from rankpilot.memory.cost import ParameterCost
 from rankpilot.study.page import data as page

@@ -40,7 +40,7 @@ def test_the_worst_run_tells_its_plan_and_why(study: SuiteStudy, data: dict[str,
     assert (shown["task"], shown["seed"], shown["improvement"]) == (run.row.task, run.row.seed, run.row.improvement)
     plan = shown["plan"]
     assert plan["layers"] == [3, 2, 1, 0]
-    ranks = dict(zip(first.observation.names, first.ranks("rank_after").tolist(), strict=True))
+    ranks = dict(zip(first.observation.names, first.rank_after.tolist(), strict=True))
     name = next(name for name in ranks if "layers.3." in name and name.endswith("q_proj"))
     assert plan["ranks"][0][plan["kinds"].index("q_proj")] == ranks[name]
     assert sum(rank for layer in plan["ranks"] for rank in layer) == sum(ranks.values())
@@ -51,7 +51,7 @@ def test_the_worst_run_tells_its_plan_and_why(study: SuiteStudy, data: dict[str,
     assert data["sentences"]["unit_of_votes"] == shown["explanation"]["unit_of_votes"]
     groups = shown["explanation"]["shapley"]["groups"]
     np.testing.assert_allclose([group["value"] for group in groups], run.parts, atol=1e-5)
-    assert [each["step"] for each in shown["later"]] == [logged.value("step") for logged in run.decisions[1:]]
+    assert [each["step"] for each in shown["later"]] == [logged.step for logged in run.decisions[1:]]
     assert (study.folder / shown["log"]).is_dir()
 
 

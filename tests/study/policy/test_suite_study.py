@@ -14,7 +14,7 @@ from rankpilot.agents.evaluation.results import Row, read_rows, write_rows
 from rankpilot.agents.evaluation.runs import log_folder
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.errors import RunFolderError
 from rankpilot.study.decision.shapley import GROUPS, attribute
 from rankpilot.study.policy.suite_study import SuiteStudy, study_suite
@@ -45,12 +45,12 @@ def test_leaving_uniform_rank_is_told_by_ranks(folder: Path, study: SuiteStudy) 
     assert uniform.leaves_uniform().value == 0
     assert uniform.moves_later() is not None
     assert uniform.moves_later().value == 0  # type: ignore[union-attr]
-    by_key = {run.row.key[1:]: run.decisions[0].ranks("rank_after") for run in uniform.runs}
-    left = [bool((run.decisions[0].ranks("rank_after") != by_key[run.row.key[1:]]).any()) for run in study.runs]
+    by_key = {run.row.key[1:]: run.decisions[0].rank_after for run in uniform.runs}
+    left = [bool((run.decisions[0].rank_after != by_key[run.row.key[1:]]).any()) for run in study.runs]
     assert [run.leaves_uniform for run in study.runs] == left
     assert study.leaves_uniform().value == np.mean(left)
     later = [run.decisions[1] for run in study.runs]
-    moved = [bool((each.ranks("rank_before") != each.ranks("rank_after")).any()) for each in later]
+    moved = [bool((each.rank_before != each.rank_after).any()) for each in later]
     assert study.moves_later().value == np.mean(moved)  # type: ignore[union-attr]
 
 
@@ -112,7 +112,7 @@ def test_worst_runs_and_their_traits(study: SuiteStudy) -> None:
 def test_traits_of_one_run(study: SuiteStudy) -> None:
     run = study.runs[0]
     first = run.decisions[0]
-    ranks = {name: int(rank) for name, rank in zip(first.observation.names, first.ranks("rank_after"), strict=True)}
+    ranks = {name: int(rank) for name, rank in zip(first.observation.names, first.rank_after, strict=True)}
     found = traits_of(run.row, run.decisions)
     adapted = [name for name, rank in ranks.items() if rank]
     assert found["highest rank"] == max(ranks.values())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.common.files import read_json, read_json_lines, write_json
 from rankpilot.errors import RunFolderError
 from rankpilot.memory.cost import ParameterCost
