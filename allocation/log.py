@@ -410,13 +410,14 @@ class DecisionLog:
             import pandas
         except ImportError as error:
             raise ConfigError("A table of a decision log needs pandas: pip install pandas.") from error
-        tables = []
+        columns: dict[str, list[Any]] = {}
         for record in self.read():
             run = zip(RUN_FEATURES, record.observation.run.tolist(), strict=True)
             constant = record.facts() | {RUN_PREFIX + name: value for name, value in run}
-            table = pandas.DataFrame(record.columns())
-            tables.append(pandas.concat([pandas.DataFrame([constant] * len(table)), table], axis=1))
-        return pandas.concat(tables, ignore_index=True)
+            repeated = {name: [value] * len(record.modules) for name, value in constant.items()}
+            for name, values in (repeated | record.columns()).items():
+                columns.setdefault(name, []).extend(values)
+        return pandas.DataFrame(columns)
 
     def truncate(self, keep: int) -> int:
         """Drop the decisions that followed a checkpoint: a run that resumes there takes them again.

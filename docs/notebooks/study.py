@@ -77,9 +77,7 @@ print(f"{best.task}: gain {best.improvement:+.2f}, {len(log)} decisions")
 for number in range(len(log)):
     logged = log.logged(number)
     moved = np.count_nonzero(logged.rank_after != logged.rank_before)
-    print(
-        f"  decision {number} at step {logged.value('step')}: {moved} of {len(logged.observation.names)} modules move"
-    )
+    print(f"  decision {number} at step {logged.step}: {moved} of {len(logged.observation.names)} modules move")
 
 # %% [markdown]
 # A log would be worth little if it did not hold all that counts. Taken again from the log, each decision is equal, bit

@@ -40,7 +40,7 @@ class Case:
     def __post_init__(self) -> None:
         if self.logged.correction:
             raise ConfigError(
-                f"At step {self.logged.value('step')} the guard or a person changed the ranks; no policy decided there."
+                f"At step {self.logged.step} the guard or a person changed the ranks; no policy decided there."
             )
 
     @property

@@ -96,7 +96,7 @@ def _without_votes(logged: DecisionRecord) -> str:
         return "The log does not tell how the guard, or a person, chose these ranks."
     if logged.deliberation is not None:
         return ""
-    return f"{logged.value('policy')} is a rule, or a policy without a value ensemble: it weighs no plans."
+    return f"{logged.policy} is a rule, or a policy without a value ensemble: it weighs no plans."
 
 
 def _policy_of(logged: DecisionRecord, policy: Policy | None) -> tuple[LearnedPolicy | None, str]:

@@ -44,9 +44,7 @@ def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
         ConfigError: no policy decided there.
     """
     if logged.correction:
-        raise ConfigError(
-            f"At step {logged.value('step')} the guard or a person changed the ranks; no policy decided there."
-        )
+        raise ConfigError(f"At step {logged.step} the guard or a person changed the ranks; no policy decided there.")
     deliberation = logged.deliberation
     if deliberation and deliberation.temperature and isinstance(policy, LearnedPolicy):
         policy = replace(policy, temperature=deliberation.temperature, seed=deliberation.seed)

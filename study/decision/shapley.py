@@ -136,8 +136,7 @@ def attribute(logged: DecisionRecord, policy: LearnedPolicy) -> Attribution | No
     found, ensemble = logged.deliberation, policy.value_ensemble
     if found is None or ensemble is None:
         raise ConfigError(
-            f"Shapley values need the votes of a value ensemble; decision {logged.value('decision')} of "
-            f"{logged.value('policy')} has none."
+            f"Shapley values need the votes of a value ensemble; decision {logged.number} of {logged.policy} has none."
         )
     if len(found.plans) < 2:
         return None

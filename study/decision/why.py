@@ -67,11 +67,11 @@ class Explanation:
     def verdict(self) -> str:
         """The decision in one sentence."""
         found, logged = self.logged.deliberation, self.logged
-        where = f"At step {logged.value('step')}"
+        where = f"At step {logged.step}"
         if logged.correction:
             return f"{where} the guard or a person changed the ranks; no policy decided."
         if found is None:
-            return f"{where} {logged.value('policy')} decided; the log holds no candidates and no votes."
+            return f"{where} {logged.policy} decided; the log holds no candidates and no votes."
         reference = _reference(logged)
         if found.goal.saves and found.costs is not None:
             return f"{where} {_saving(logged, found)}"
@@ -114,7 +114,7 @@ class Explanation:
             chance = f"{found.probabilities[plan]:.0%}"
             tied = "yes" if found.tied[plan] else ""
             rows.append((f"{plan}{mark}", f"{names[0]}{more}", *(f"{value:.3f}" for value in numbers), chance, tied))
-        return make_table(f"Plans at step {self.logged.value('step')}", columns, rows)
+        return make_table(f"Plans at step {self.logged.step}", columns, rows)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values, for pages."""
@@ -211,8 +211,8 @@ def _recipe(logged: DecisionRecord, found: Deliberation) -> str:
     scores = f"scores are {' '.join(parts)}" if parts else "all scores are equal"
     return (
         f"The recipe of {name!r}: {scores}; every adapted module should be able to have rank "
-        f"{logged.value('rank_floor'):.3g} (rank floor), and each layer further down counts "
-        f"{logged.value('depth_bias'):.3g} less (depth bias).{others}"
+        f"{logged.decision.rank_floor:.3g} (rank floor), and each layer further down counts "
+        f"{logged.decision.depth_bias:.3g} less (depth bias).{others}"
     )
 
 

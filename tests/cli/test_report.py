@@ -60,27 +60,26 @@ def test_several_runs_stand_side_by_side(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_what_is_wrong_and_what_is_missing_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "decisions" / "part-00002.parquet").write_bytes(b"")
+    (folder / "decisions" / "decision-000002.safetensors").write_bytes(b"")
     summary = read_json(folder / "summary.json") | {"held_out_rows": 800, "largest_class": 0.9}
     write_json(folder / "summary.json", summary)
     assert cli.run(["report", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "The model guesses" in " ".join(out.split())
-    assert "Left out of the report: a decision (The decision log's part" in out
-    assert "step 100:" in out
-    assert "step 68:" not in out
+    assert f"Left out of the report: all decisions ({folder / 'decisions' / 'decision-000002.safetensors'} is" in out
+    assert "step 100:" not in out
 
 
 def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
-        assert "there is no decision log (decisions/part-00000.parquet" in failure(["report", str(path)], capsys)
+        assert "there is no decision log (decisions/decisions.jsonl" in failure(["report", str(path)], capsys)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_with_a_torn_decision_is_resumed(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "decisions" / "part-00002.parquet").write_bytes(b"PAR1")
+    (folder / "decisions" / "decision-000002.safetensors").write_bytes(b"{")
 
     def finished(options: Any, output: Path, **others: Any) -> Any:
         others["on_phase"](f"loading {NAME}")
@@ -91,7 +90,7 @@ def test_a_finished_run_with_a_torn_decision_is_resumed(
     out = capsys.readouterr().out
     assert f"loading {NAME}" in out
     assert "logits identical" in out
-    assert "part-00002.parquet is corrupt" in out
+    assert "decision-000002.safetensors is missing, damaged" in out
     assert f"Report and pictures: {folder / 'report.md'}\n" in out
 
 

@@ -16,12 +16,12 @@ from .mistakes import failure
 
 def test_the_page_of_a_run_lies_in_its_folder(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_folder.rename(run_folder.with_name("run [x]"))
-    (folder / "decisions" / "part-00002.parquet").write_bytes(b"")
+    (folder / "decisions" / "decision-000002.safetensors").write_bytes(b"")
     assert cli.run(["study", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"Page: {folder / 'study.html'}"
     assert len(lines) == 2
-    assert lines[0].startswith("Left out of the page: a decision (The decision log's part")
+    assert lines[0].startswith("Left out of the page: all decisions (")
     assert (folder / "study.html").read_text().startswith("<!DOCTYPE html>")
     assert not (folder / "figures").exists()
 

@@ -613,11 +613,11 @@ def test_every_episode_writes_its_log(make_env: MakeEnv, tmp_path: Path) -> None
             ranks.append(list(info["ranks"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["episode-00000", "episode-00001"]
     log = DecisionLog(tmp_path / "episode-00001")
-    table = log.read()
+    table = log.to_pandas()
     count = len(ranks[0])
-    assert table["step"].to_pylist()[::count] == steps
-    assert table["rank_after"].to_pylist() == [rank for row in ranks for rank in row]
-    assert set(table["policy"].to_pylist()) == {"agent"}
+    assert table["step"].tolist()[::count] == steps
+    assert table["rank_after"].tolist() == [rank for row in ranks for rank in row]
+    assert set(table["policy"].tolist()) == {"agent"}
     assert log.logged(0).deliberation is None
 
 

@@ -70,9 +70,9 @@ def test_the_plan_is_the_first_of_a_run(llama_config: LlamaConfig, tmp_path: Pat
     assert trainer.model.peft_config["default"].rank_pattern == {}
     trainer.add_callback(RankPilotCallback("signal-mean", budget, schedule=SCHEDULE))
     trainer.train()
-    first = DecisionLog(tmp_path / "run" / "decisions").read().slice(0, len(plan.ranks))
-    assert dict(zip(first["module"].to_pylist(), first["rank_after"].to_pylist(), strict=True)) == plan.ranks
-    assert first["predicted_cost"][0].as_py() == plan.cost <= plan.limit == first["limit"][0].as_py()
+    first = DecisionLog(tmp_path / "run" / "decisions").to_pandas().iloc[: len(plan.ranks)]
+    assert dict(zip(first["module"].tolist(), first["rank_after"].tolist(), strict=True)) == plan.ranks
+    assert first["predicted_cost"][0] == plan.cost <= plan.limit == first["limit"][0]
 
 
 def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig
             assert logged.deliberation.seed == trainer.args.seed != 0
             chance = logged.deliberation.probabilities[logged.deliberation.plan]
             assert logged.decision.log_prob == pytest.approx(float(np.log(chance)))
-    assert set(log.read()["policy"].to_pylist()) == {"default exploring at 0.5"}
+    assert set(log.to_pandas()["policy"].tolist()) == {"default exploring at 0.5"}
 
 
 def test_a_new_head_trains_under_the_configuration(bert_config: BertConfig) -> None:

@@ -398,17 +398,17 @@ def test_a_run_whose_plans_are_reviewed(
     asker = terminal(halved, halved)
     run = launch(review=asker.path)
     log = DecisionLog(tmp_path / "run" / "decisions")
-    table, modules = log.read(), len(run.callback.controller.names)
+    table, modules = log.to_pandas(), len(run.callback.controller.names)
     assert len(asker.questions) == len(log) == 2
     for number, step in enumerate((0, SECOND)):
-        rows = table.slice(number * modules, modules).to_pylist()
-        problem = log.problem(number)
+        rows = table.iloc[number * modules : (number + 1) * modules].to_dict("records")
+        problem = log.logged(number).problem
         proposed = project(problem, *(np.array([row[name] for row in rows]) for name in ("rank_wanted", "score")))
         changed = [row for row, rank in zip(rows, proposed.ranks.tolist(), strict=True) if row["rank_after"] != rank]
         assert len(changed) == 1
         assert changed[0]["note"] == f"changed in review: {2 * changed[0]['rank_after']} -> {changed[0]['rank_after']}"
         assert not changed[0]["changed_by_projection"]
-        assert {row["note"] for row in rows} == {None, changed[0]["note"]}
+        assert log.logged(number).notes == {changed[0]["module"]: changed[0]["note"]}
         assert rows[0]["predicted_cost"] == plan_cost(problem.cost, np.array([row["rank_after"] for row in rows]))
         assert rows[0]["predicted_cost"] < proposed.cost
         assert run.ranks[step] == {row["module"]: row["rank_after"] for row in rows}

@@ -76,8 +76,7 @@ def log_decision() -> Callable[..., DecisionRecord]:
         controller: Any = SimpleNamespace(notes={}, seed=0, schedule=DecisionSchedule())
         decision = policy.decide(observation)
         plan = decided_plan(observation.problem, decision)
-        record = DecisionRecord.of(controller, observation, decision, plan, policy=policy, number=0, step=0, **changes)
-        return DecisionRecord(record.to_table("problem-00000.safetensors"), record.problem, observation, record.state)
+        return DecisionRecord.of(controller, observation, decision, plan, policy=policy, number=0, step=0, **changes)
 
     return decide
 

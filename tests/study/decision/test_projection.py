@@ -49,12 +49,9 @@ def test_pinned_modules_and_changes_by_a_person(
     make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = decided(make_observation, log_decision, 4, 8, 4, 4)
-    pinned = replace(logged.problem, pinned=np.array([False, True, False, False]))
-    edited = logged.table.column("rank_clipped").to_numpy().copy()
+    edited = logged.rank_clipped.copy()
     edited[1], edited[3] = 4, 16
-    place = logged.table.column_names.index("rank_clipped")
-    table = logged.table.set_column(place, "rank_clipped", [edited.astype(np.int32)])
-    found = projection_of(replace(logged, problem=pinned, table=table))
+    found = projection_of(replace(logged, pinned=np.array([False, True, False, False]), rank_clipped=edited))
     assert found.reasons == ("", "they are pinned", "", "a person changed it in review")
 
 

@@ -111,9 +111,8 @@ def test_a_tie_tells_what_its_plans_have_in_common(
     assert found.margin < 0
     assert f"is {-found.margin:.3f} higher. It was taken because it is nearest to the reference" in " ".join(told)
     fits = np.arange(len(found.plans)) != np.argmax(found.bound)
-    assert logged.state is not None
-    state = replace(logged.state, deliberation=replace(found, allowed=fits))
-    without = explain_votes(replace(logged, state=state))
+    limited = replace(logged.decision, deliberation=replace(found, allowed=fits))
+    without = explain_votes(replace(logged, decision=limited))
     assert f"the best of the other {len(found.plans) - 2} plans that fit" in " ".join(without.sentences()).lower()
     assert [plan["fits"] for plan in without.to_json()["plans"]] == fits.tolist()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rankpilot.common.files import read_json, write_json
@@ -142,9 +141,8 @@ def test_names_are_text(run_folder: Path, tmp_path: Path, visit: Callable[..., V
     summary = read_json(run_folder / "summary.json")
     write_json(run_folder / "summary.json", summary | {"data": "<b>bold</b><script>window.harmed=1</script>"})
     run = read_run(run_folder)
-    log: Any = run.decisions
-    names = [HOSTILE if name == MODULES[30] else name for name in log["module"].to_pylist()]
-    hostile = log.set_column(log.column_names.index("module"), "module", [names])
+    names = tuple(HOSTILE if name == MODULES[30] else name for name in MODULES)
+    hostile = [replace(record, observation=replace(record.observation, names=names)) for record in run.decisions]
     here = visit(written(tmp_path / "hostile.html", [replace(run, decisions=hostile)]))
     assert "<script>" in here.text("h1")
     here.page.locator(".opener").nth(1).click()

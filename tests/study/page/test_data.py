@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from rankpilot.allocation.log import DecisionLog
+from rankpilot.allocation.log import DecisionRecord
 from rankpilot.common.files import read_json, write_json
 from rankpilot.memory.cost import ParameterCost
 from rankpilot.study.page import data as page
@@ -91,13 +92,13 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     assert run["settings"]["time"] == "75%"
 
 
-def test_a_torn_part_is_one_line(run_folder: Path) -> None:
-    (run_folder / "decisions" / "part-00002.parquet").write_bytes(b"PAR1")
+def test_a_torn_decision_is_one_line(run_folder: Path) -> None:
+    (run_folder / "decisions" / "decision-000002.safetensors").write_bytes(b"{")
     (run_folder / "config.json").write_text('{"model": ')
     (run,) = page_data([read_run(run_folder)], [None])["runs"]
-    assert [decision["number"] for decision in run["decisions"]] == [0, 1, 3]
+    assert run["decisions"] == []
     (line,) = run["left_out"]
-    assert "part-00002.parquet is corrupt" in line
+    assert "decision-000002.safetensors is missing, damaged" in line
     assert "\n" not in line
 
 
@@ -114,11 +115,27 @@ def test_a_run_of_parameters_without_metrics_and_one_without_a_log(tmp_path: Pat
     assert any("no decision log" in line for line in unlogged["left_out"])
 
 
+def without_first_module(record: DecisionRecord) -> DecisionRecord:
+    """A decision on all modules but its first one."""
+    seen, cost = record.observation, record.problem.cost
+    arrays = {name: getattr(seen.problem, name)[1:] for name in ("ranks", "max_ranks", "blocks")}
+    arrays["cost"] = replace(cost, per_rank=cost.per_rank[:, 1:], needs=cost.needs[:, 1:])
+    return replace(
+        record,
+        observation=replace(
+            seen, modules=seen.modules[1:], names=seen.names[1:], problem=replace(seen.problem, **arrays)
+        ),
+        decision=replace(record.decision, ranks=record.rank_wanted[1:], scores=record.decision.scores[1:]),
+        rank_clipped=record.rank_clipped[1:],
+        rank_after=record.rank_after[1:],
+    )
+
+
 def test_decisions_about_different_modules(tmp_path: Path) -> None:
     write_decisions(tmp_path)
-    log = DecisionLog(tmp_path).read()
-    run = replace(read_run(tmp_path), decisions=log.slice(1))  # the first decision lacks its first module
-    (shown,) = page_data([run], [None])["runs"]
+    run = read_run(tmp_path)
+    first = without_first_module(run.decisions[0])
+    (shown,) = page_data([replace(run, decisions=[first, *run.decisions[1:]])], [None])["runs"]
     assert shown["decisions"][0]["after"][-1] is None
     assert shown["decisions"][1]["after"][-1] == 0
     assert shown["modules"][-1]["name"] == MODULES[0]
@@ -153,10 +170,10 @@ def test_names_of_runs(run_folder: Path, tmp_path: Path) -> None:
 
 def test_experts_are_of_one_type() -> None:
     names = [f"layers.{layer}.mlp.experts.{expert}.up_proj" for layer in (0, 1) for expert in (0, 1, 2)]
-    log = pa.table({"module": names, "block": [0, 0, 0, 1, 1, 1]})
+    log: Any = [SimpleNamespace(modules=names, problem=SimpleNamespace(blocks=np.array([0, 0, 0, 1, 1, 1])))]
     modules = Modules.of(log, by_type=True)
     assert [(module["name"], module["count"]) for module in modules.shown] == [("up_proj", 6)]
-    assert modules.means([1, 2, 3, 4, 5, 6], modules.slots) == [3.5]
+    assert modules.means([1, 2, 3, 4, 5, 6], modules.slots[0]) == [3.5]
 
 
 def test_curves() -> None:

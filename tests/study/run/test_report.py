@@ -104,7 +104,7 @@ def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
     query, value = sorted(lines[second + 2 : second + 4])
     assert query.startswith("- `layer 5 query`: rank 8 → 16 (sensitivity +")
     assert value.startswith("- `layer 5 value`: rank 4 → 2 (snr −")
-    assert "constant" not in query + value
+    assert "shape" not in query + value
     first = next(line for line in lines if line.startswith("**Decision 0"))
     assert "step 0.**" in first
     told = lines[lines.index(first) + 2]  # of equal moves, the one with the most telling feature
@@ -116,13 +116,12 @@ def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
 
 
 def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
-    table = DecisionLog(run_folder / "decisions").read().slice(0, 36)
-    pairs = standing_out(table)
+    pairs = standing_out(DecisionLog(run_folder / "decisions").logged(0))
     assert pairs[30][0][0] == "sensitivity"
     assert pairs[30][0][1] > 5
     assert pairs[32][0][0] == "snr"
     assert pairs[32][0][1] < -5
-    assert not {name for row in pairs for name, _ in row} & {"top", "constant"}
+    assert not {name for row in pairs for name, _ in row} & {"wide", "shape"}
     assert all(abs(distance) >= 1 for row in pairs for _, distance in row)
 
 
@@ -164,7 +163,8 @@ def test_a_failed_reload_is_shown(run_folder: Path) -> None:
 
 
 def test_decisions_after_a_probe_start_from_the_ranks_in_place(run_folder: Path) -> None:
-    (run_folder / "decisions" / "part-00000.parquet").unlink()
+    lines = run_folder / "decisions" / "decisions.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[1:]))
     assert "**Decision 1" in write_report(run_folder).path.read_text()
 
 
@@ -195,29 +195,19 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"decisions/part-00000\.parquet or part-00000\.parquet.*summary\.json"):
+    with pytest.raises(RunFolderError, match=r"decisions/decisions\.jsonl or decisions\.jsonl.*summary\.json"):
         write_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_corrupt_decision_is_named_and_left_out(run_folder: Path) -> None:
-    (run_folder / "decisions" / "part-00001.parquet").write_bytes(b"PAR1")
+def test_a_log_that_cannot_be_read_is_named_and_left_out(run_folder: Path) -> None:
+    (run_folder / "decisions" / "decision-000001.safetensors").write_bytes(b"{")
     report = write_report(run_folder)
     (line,) = report.run.missing
-    assert "part-00001.parquet is corrupt" in line
+    assert "decision-000001.safetensors is missing, damaged" in line
     text = report.path.read_text()
     assert line in text
-    assert [f"**Decision {number}" in text for number in range(4)] == [True, False, True, True]
-    assert "(figures/ranks.png)" in text
-
-
-def test_a_log_of_which_nothing_can_be_read(run_folder: Path) -> None:
-    for path in (run_folder / "decisions").glob("*.parquet"):
-        path.write_bytes(b"")
-    report = write_report(run_folder)
-    assert len(report.run.missing) == 5
-    assert "none can be read" in report.run.missing[-1]
-    text = report.path.read_text()
+    assert "**Decision" not in text
     assert "(figures/loss.png)" in text
     assert "(figures/ranks.png)" not in text
 
