@@ -203,11 +203,6 @@ class Deliberation:
         others = self.bound[self.may_take & (np.arange(len(self.plans)) != self.plan)]
         return float(self.bound[self.plan] - others.max()) if len(others) else 0.0
 
-    @property
-    def log_prob(self) -> float | None:
-        """The log-probability of the plan; None where plans are not drawn."""
-        return float(np.log(self.probabilities[self.plan])) if self.temperature else None
-
 
 def plan_distance(ranks: IntArray, reference: IntArray) -> FloatArray:
     """How far plans are from a reference: the mean of abs(log2(1 + rank) - log2(1 + reference)) over the modules.

@@ -30,7 +30,6 @@ def test_bounds_by_hand() -> None:
     assert replace(deliberation, taken=2).margin == -0.25
     assert replace(deliberation, taken=2, allowed=np.array([True, False, True, True])).margin == 0, "the best cannot be"
     assert replace(deliberation, taken=2, allowed=np.array([False, False, True, False])).margin == 0
-    assert deliberation.log_prob is None
     assert deliberation.probabilities.tolist() == [0, 1, 0, 0]
     assert replace(deliberation, lcb_coefficient=3.0).bound.tolist() == [0, 0.5, -0.25, 0]
 
