@@ -143,7 +143,7 @@ def finetune_and_compare(folder: Path, inputs: Path) -> None:
 _FINETUNE_ADAPTERS = [f"{run}/{ADAPTER}" for run in RUNS]
 _CURVES = [f"metrics-{run}.jsonl" for run in RUNS]
 _PHASES = [(f"{run}/checkpoint-{STEPS}/trainer_state.json", f"result-{run}.json") for run in RUNS]
-_FIRST_DECISION = "decisions/part-00000.parquet"
+_FIRST_DECISION = "decisions/decisions.jsonl"
 
 KINDS = (
     Kind("linear decay", train_linear, [(_FIRST_DECISION, ADAPTER)], [ADAPTER]),
@@ -298,7 +298,7 @@ def _train_in_process(train: Callable[[Path, Path], None], folder: Path, inputs:
 
 def wrong_rows(kind: Kind, whole: Path, folder: Path) -> int:
     """How many rows of decisions and curves are there too often or too seldom."""
-    there, here = (DecisionLog(path / "decisions").read() for path in (whole, folder))
+    there, here = (DecisionLog(path / "decisions").to_pandas() for path in (whole, folder))
     wrong = 0 if here.equals(there) else max(abs(len(here) - len(there)), 1)
     for name in kind.curves:
         wrong += _difference(*(_steps_of(read_json_lines(path / name)) for path in (whole, folder)))
