@@ -61,7 +61,9 @@ class Modules:
         ]
         return cls(shown, rows)
 
-    def means(self, values: Sequence[float] | FloatArray, slots: IntArray, digits: int = 2) -> list[float | int | None]:
+    def means(
+        self, values: Sequence[float] | FloatArray | IntArray, slots: IntArray, digits: int = 2
+    ) -> list[float | int | None]:
         """Means over the rows of one decision, for each module that is shown; null where it has no row.
 
         Args:
