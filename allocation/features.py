@@ -101,9 +101,6 @@ class Inputs(NamedTuple):
     run: int = len(RUN_FEATURES)
 
 
-FIRST_INPUTS = Inputs(14, 8)
-"""What the networks of all policies read before policy cards of schema 4."""
-
 EARLIER_FEATURE_NAMES = {
     "height": "relative_depth",
     "price": "rank_cost",

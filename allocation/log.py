@@ -57,35 +57,19 @@ LINES, ARRAYS = "decisions.jsonl", "decision-*.safetensors"
 
 _METADATA = "rankpilot.features"
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "run": str,
-    "policy": str,
-    "policy_sha256": (str, NoneType),
-    "decision": int,
-    "step": int,
-    "seed": int,
-    "loss": (float, int, NoneType),
-    "limit": (float, int),
-    "unit": str,
-    "predicted_cost": (float, int),
-    "measured_cost": (float, int, NoneType),
-    "max_step": (int, NoneType),
-    "hysteresis": (float, int),
-    "rank_floor": (float, int),
-    "depth_bias": (float, int),
-    "log_prob": (float, int, NoneType),
-    "expected": (float, int),
-    "uncertainty": (float, int),
-    "exact": bool,
-    "correction": bool,
-    "ranks": dict,
-    "notes": dict,
-    "schedule": dict,
-    "ladder": list,
-    "cost": dict,
-    "deliberation": (dict, NoneType),
+_TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
+    (str,): ("run", "policy", "unit"),
+    (str, NoneType): ("policy_sha256",),
+    (int,): ("decision", "step", "seed"),
+    (int, NoneType): ("max_step",),
+    (int, float): ("limit", "predicted_cost", "hysteresis", "rank_floor", "depth_bias", "expected", "uncertainty"),
+    (int, float, NoneType): ("loss", "measured_cost", "log_prob"),
+    (bool,): ("exact", "correction"),
+    (dict,): ("ranks", "notes", "schedule", "cost"),
+    (dict, NoneType): ("deliberation",),
+    (list,): ("ladder",),
 }
-"""What a line holds, of what type. What it tells beside that follows from it."""
+"""What a line holds, by its type. What it tells beside that follows from it."""
 
 _RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
 
@@ -535,10 +519,11 @@ def _check_line(line: Any, where: str) -> None:
             f"{where} is no decision of log schema {SCHEMA}: its schema is {shown(version)}. Read it with the version "
             "of rankpilot that wrote it."
         )
-    for name, kind in _TYPES.items():
-        value = line.get(name, ...)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise RunFolderError(f"{where} is damaged: {name} is {'missing' if value is ... else shown(value)}.")
+    for kinds, names in _TYPES.items():
+        for name in names:
+            if name not in line or type(line[name]) not in kinds:
+                value = shown(line[name]) if name in line else "missing"
+                raise RunFolderError(f"{where} is damaged: {name} is {value}.")
 
 
 def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
