@@ -71,6 +71,14 @@ _TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
 }
 """What a line holds, by its type. What it tells beside that follows from it."""
 
+_OF_RUN = (
+    "run", "policy", "policy_sha256", "step", "seed", "loss", "measured_cost", "predicted_cost", "correction",
+)  # fmt: skip
+"""Attributes of a record that its line has under the same name."""
+
+_WANTED = ("rank_floor", "depth_bias", "log_prob", "expected", "uncertainty")
+"""Attributes of a decision that its line has under the same name."""
+
 _RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
 
 _SHORT = {"plan_of": np.uint16, "plans": np.uint16}
@@ -231,7 +239,7 @@ class DecisionRecord:
 
     def plan(self) -> dict[str, int]:
         """The rank of each module after the decision, by its full name."""
-        return dict(zip(self.modules, np.asarray(self.rank_after).tolist(), strict=True))
+        return dict(zip(self.modules, self.rank_after.tolist(), strict=True))
 
     def line(self) -> str:
         """The decision in one line, such as "step 28: 9 modules moved, 12.1 of 12.3 GiB, mean rank 9.4"."""
@@ -243,29 +251,17 @@ class DecisionRecord:
         """What is known of the decision as a whole, by name: texts and numbers."""
         problem, decision, found = self.problem, self.decision, self.deliberation
         return {
-            "run": self.run,
-            "policy": self.policy,
-            "policy_sha256": self.policy_sha256,
             "decision": self.number,
-            "step": self.step,
-            "seed": self.seed,
-            "loss": self.loss,
+            **{name: getattr(self, name) for name in _OF_RUN},
             "limit": problem.limit,
             "unit": problem.cost.unit,
-            "predicted_cost": self.predicted_cost,
-            "measured_cost": self.measured_cost,
             "max_step": problem.max_step,
             "hysteresis": problem.hysteresis,
-            "rank_floor": decision.rank_floor,
-            "depth_bias": decision.depth_bias,
-            "log_prob": decision.log_prob,
-            "expected": decision.expected,
-            "uncertainty": decision.uncertainty,
+            **{name: getattr(decision, name) for name in _WANTED},
             "margin": found and found.margin,
             "tie_size": found and int(found.tied.sum()),
             "kept": self.kept,
-            "filled": int(np.count_nonzero(np.asarray(self.rank_after) > np.asarray(self.rank_clipped))),
-            "correction": self.correction,
+            "filled": int(np.count_nonzero(self.rank_after > self.rank_clipped)),
         }
 
     def columns(self) -> dict[str, Any]:
@@ -282,7 +278,7 @@ class DecisionRecord:
             "rank_clipped": self.rank_clipped,
             "rank_after": self.rank_after,
             "score": self.decision.scores,
-            "changed_by_projection": np.asarray(self.rank_clipped) != np.asarray(self.rank_after),
+            "changed_by_projection": self.rank_clipped != self.rank_after,
             "note": [self.notes.get(name) for name in self.modules],
             **{FEATURE_PREFIX + name: values for name, values in features.items()},
         }
@@ -559,7 +555,7 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
         scores=arrays["score"],
         exact=line["exact"],
         deliberation=_deliberation_of(line["deliberation"], _part(arrays, "deliberation."), size),
-        **{name: line[name] for name in ("rank_floor", "depth_bias", "log_prob", "expected", "uncertainty")},
+        **{name: line[name] for name in _WANTED},
     )
     return DecisionRecord(
         number=line["decision"],
@@ -568,14 +564,8 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
         rank_clipped=arrays["rank_clipped"],
         rank_after=arrays["rank_after"],
         pinned=arrays.get("pinned"),
-        **{
-            name: line[name]
-            for name in (
-                "run", "policy", "policy_sha256", "step", "seed", "loss", "measured_cost", "predicted_cost",
-                "correction", "schedule", "notes",
-            )
-        },
-    )  # fmt: skip
+        **{name: line[name] for name in (*_OF_RUN, "schedule", "notes")},
+    )
 
 
 def _deliberation_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) -> Deliberation | None:

@@ -83,11 +83,6 @@ class Candidate:
         return decision_from_scores(observation, self.scores, self.placement)
 
 
-def to_keep(observation: Observation) -> Candidate:
-    """The candidate that leaves the ranks as they are."""
-    return Candidate(KEEP, np.zeros(len(observation.modules)))
-
-
 def with_uniform_plan(candidates: Sequence[Candidate], problem: AllocationProblem) -> list[Candidate]:
     """The same, with the very plan of the rule for the candidate `UNIFORM`, whose scores come near to it alone."""
     ranks = decided_plan(problem, decision_from_plan(uniform_ranks(problem))).ranks

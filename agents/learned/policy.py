@@ -20,7 +20,7 @@ from ...common.arrays import FloatArray, IntArray
 from ...common.devices import without_autocast
 from ...errors import ConfigError
 from ...memory.cost import TimedCost, moment_costs, unit_costs
-from .candidates import UNIFORM, Candidate, all_options, can_take, candidate_actions, to_keep
+from .candidates import KEEP, UNIFORM, Candidate, all_options, can_take, candidate_actions
 from .network import RankNetwork
 from .plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from .structures import ALL_LINEAR
@@ -143,7 +143,7 @@ class LearnedPolicy:
         """The candidates between which the value ensemble chooses; they are compared with the first one."""
         usual = candidate_actions(observation, action.scores, action.placement, DRAWS, np.random.default_rng(0))
         if not is_first(observation):
-            keep = to_keep(observation)
+            keep = Candidate(KEEP, np.zeros(len(observation.modules)))
             return [keep] if self.goal.saves else [keep, *usual]
         if values.unit == "spread":
             return usual

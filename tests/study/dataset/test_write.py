@@ -138,9 +138,9 @@ def test_runs_without_log_or_without_result_are_left_out(
 def test_a_torn_log_is_named(comparison: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     shutil.copytree(comparison, folder)
-    part = log_folder(folder / "logs", read_rows(folder / "rows.jsonl")[0].key) / "part-00001.parquet"
+    part = log_folder(folder / "logs", read_rows(folder / "rows.jsonl")[0].key) / "decision-000001.safetensors"
     part.write_bytes(part.read_bytes()[:500])
-    with pytest.raises(RunFolderError, match=re.escape(f"{part} is corrupt")):
+    with pytest.raises(RunFolderError, match=re.escape(f"{part} is missing, damaged")):
         write_dataset([folder], tmp_path / "trials")
     assert not (tmp_path / "trials").exists()
 
