@@ -20,7 +20,7 @@ class Finetune(FinetuneConfig):
     """Fine-tune a model with LoRA at the ranks that a policy decides for its modules, inside a hard budget.
 
     The run uses the transformers Trainer and PEFT, and plain PEFT loads the adapter that comes out. The run's folder
-    holds all settings (config.json), every decision (Parquet), the adapter, a report and pictures.
+    holds all settings (config.json), every decision (JSON lines), the adapter, a report and pictures.
 
     Attributes:
         output: folder of the run.
